@@ -1,0 +1,73 @@
+"""lte-ray: train networks with many parallel LoRA heads (LoRA-the-Explorer) on Ray.
+
+Importing it loads neither Ray nor the command line; names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lte_ray.config import LTEConfig as LTEConfig
+    from lte_ray.config import MergeConfig as MergeConfig
+    from lte_ray.config import TrainConfig as TrainConfig
+    from lte_ray.data.shard import Shard as Shard
+    from lte_ray.errors import LTEError as LTEError
+    from lte_ray.merging.policy import Discard as Discard
+    from lte_ray.merging.policy import Merge as Merge
+    from lte_ray.merging.policy import MergeChange as MergeChange
+    from lte_ray.merging.policy import MergePolicy as MergePolicy
+    from lte_ray.merging.policy import Pending as Pending
+    from lte_ray.merging.policy import Roster as Roster
+    from lte_ray.merging.policy import Wait as Wait
+    from lte_ray.trainer import LTETrainer as LTETrainer
+    from lte_ray.worker import Worker as Worker
+
+_HOMES = {
+    "Discard": "lte_ray.merging.policy",
+    "LTEConfig": "lte_ray.config",
+    "LTEError": "lte_ray.errors",
+    "LTETrainer": "lte_ray.trainer",
+    "Merge": "lte_ray.merging.policy",
+    "MergeChange": "lte_ray.merging.policy",
+    "MergeConfig": "lte_ray.config",
+    "MergePolicy": "lte_ray.merging.policy",
+    "Pending": "lte_ray.merging.policy",
+    "Roster": "lte_ray.merging.policy",
+    "Shard": "lte_ray.data.shard",
+    "TrainConfig": "lte_ray.config",
+    "Wait": "lte_ray.merging.policy",
+    "Worker": "lte_ray.worker",
+}
+
+__all__ = [
+    "Discard",
+    "LTEConfig",
+    "LTEError",
+    "LTETrainer",
+    "Merge",
+    "MergeChange",
+    "MergeConfig",
+    "MergePolicy",
+    "Pending",
+    "Roster",
+    "Shard",
+    "TrainConfig",
+    "Wait",
+    "Worker",
+]
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,161 @@
+"""Checkpoints: ``checkpoints/NNNNNN/`` with one file of main weights and one a head, and a manifest written last.
+
+The folder's number is the base version. Every process writes its own file, so nothing large passes through one of
+them. A folder without a manifest is no checkpoint. Tensors are safetensors, the rest JSON: nothing executes on load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from lte_ray.errors import StorageError
+from lte_ray.layout import Plan
+from lte_ray.merging.flat import gather, views
+from lte_ray.storage import RunDirectory
+
+FORMAT = 1
+FOLDER = "checkpoints"
+BASE = "base.safetensors"
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint, as its manifest lists it."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A complete checkpoint: `heads` are those whose state it holds; `facts` is for people (step, samples, ...)."""
+
+    version: int
+    heads: tuple[int, ...]
+    files: tuple[FileEntry, ...]
+    facts: dict[str, Any]
+
+
+def folder(version: int) -> str:
+    """Path of a checkpoint in the run directory."""
+    return f"{FOLDER}/{version:06d}"
+
+
+def head_file(head: int) -> str:
+    return f"head-{head:04d}.safetensors"
+
+
+def write_base(directory: RunDirectory, version: int, plan: Plan, base: Tensor) -> FileEntry:
+    """Writes the main weights and replicas of `version` under the model's own parameter names."""
+    return _write(directory, version, BASE, views(plan.base, base), {})
+
+
+def write_head(directory: RunDirectory, version: int, head: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> FileEntry:
+    """Writes one head's state (`Head.state`)."""
+    return _write(directory, version, head_file(head), tensors, {"state": json.dumps(meta)})
+
+
+def commit(
+    directory: RunDirectory, version: int, heads: Iterable[int], files: Iterable[FileEntry], facts: dict[str, Any]
+) -> Manifest:
+    """Makes a checkpoint complete by writing its manifest; all its files must be there.
+
+    Raises:
+        StorageError: a file isn't seen from here, as happens when nodes write to different disks.
+    """
+    manifest = Manifest(version, tuple(sorted(heads)), tuple(sorted(files, key=lambda f: f.name)), facts)
+    for file in manifest.files:
+        if not directory.exists(f"{folder(version)}/{file.name}"):
+            raise StorageError(
+                f"{directory.at(folder(version))}/{file.name} was written on another node but isn't seen by the coordinator. "
+                "On several nodes --storage must be a place that all of them share (s3://, gs://, NFS)."
+            )
+    text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1)
+    directory.write(f"{folder(version)}/{MANIFEST}", text.encode())
+    return manifest
+
+
+def complete(directory: RunDirectory) -> list[int]:
+    """Versions of the complete checkpoints, oldest first."""
+    return [v for v in _versions(directory) if directory.exists(f"{folder(v)}/{MANIFEST}")]
+
+
+def remove_incomplete(directory: RunDirectory) -> None:
+    """Removes the folders of checkpoints that were never completed."""
+    for version in set(_versions(directory)) - set(complete(directory)):
+        with contextlib.suppress(OSError):  # left for the next time
+            directory.delete(folder(version))
+
+
+def prune(directory: RunDirectory, keep: int | None) -> None:
+    """Removes all but the newest `keep` complete checkpoints, manifest first, so that none is ever half there."""
+    for version in complete(directory)[:-keep] if keep else []:
+        directory.delete(f"{folder(version)}/{MANIFEST}")
+        directory.delete(folder(version))
+
+
+def read_manifest(directory: RunDirectory, version: int) -> Manifest:
+    """Raises StorageError if it isn't there, is damaged, or has a format that this release doesn't know."""
+    path = f"{folder(version)}/{MANIFEST}"
+    try:
+        content = json.loads(directory.read(path))
+        if content.pop("format") != FORMAT:
+            raise StorageError(f"{directory.at(path)} has a format that this release of lte-ray can't read.")
+        files = tuple(FileEntry(**file) for file in content["files"])
+        return Manifest(content["version"], tuple(content["heads"]), files, content["facts"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{directory.at(path)} is damaged: {type(error).__name__}: {error}.") from error
+
+
+def read_base(directory: RunDirectory, manifest: Manifest, plan: Plan) -> Tensor:
+    """The base of a checkpoint, flat.
+
+    Raises:
+        StorageError: the file is damaged, or is of another model.
+    """
+    tensors, _ = _read(directory, manifest, BASE)
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    expected = {e.name: e.shape for e in plan.base.entries}
+    if found != expected:
+        differing = sorted(set(found.items()) ^ set(expected.items()))[:4]
+        raise StorageError(
+            f"{directory.at(folder(manifest.version))} holds another model than the worker builds; they differ in {differing}."
+        )
+    return gather(plan.base, tensors, next(iter(tensors.values())).dtype)
+
+
+def read_head(directory: RunDirectory, manifest: Manifest, head: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """One head's state, for `Head.load_state`. Raises StorageError if the file is damaged."""
+    tensors, metadata = _read(directory, manifest, head_file(head))
+    return tensors, json.loads(metadata["state"])
+
+
+def _versions(directory: RunDirectory) -> list[int]:
+    return [int(name) for name in directory.names(FOLDER) if name.isdigit()]
+
+
+def _write(directory: RunDirectory, version: int, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> FileEntry:
+    data = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, metadata)
+    directory.write(f"{folder(version)}/{name}", data)
+    return FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
+
+
+def _read(directory: RunDirectory, manifest: Manifest, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    path = f"{folder(manifest.version)}/{name}"
+    expected = next((f for f in manifest.files if f.name == name), None)
+    data = directory.read(path)
+    if expected is None or len(data) != expected.size or hashlib.sha256(data).hexdigest() != expected.sha256:
+        raise StorageError(f"{directory.at(path)} is damaged: its content isn't what the manifest lists.")
+    size = int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    return safetensors.torch.load(data), metadata

@@ -1,0 +1,72 @@
+"""Entry point of ``lte-ray``: picks the subcommand, and turns errors into messages and exit codes.
+
+Exit codes: 0 done; 1 the run ended early; 2 bad input, nothing was started; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+from rich.console import Console
+
+import lte_ray
+from lte_ray.errors import LTEError, UserError
+
+USAGE = """\
+lte-ray: train networks with many parallel LoRA heads on Ray
+
+usage: lte-ray train WORKER [flags]
+
+  WORKER   what to train: package.module:Class or path/to/file.py:Class
+  flags    lte-ray train --help lists them; lte-ray train WORKER --help adds the worker's own
+
+examples:
+  lte-ray train workers.gpt:GPT --num-heads 2
+  lte-ray train my/file.py:Net --num-heads 4 --merge-iter 10 --steps 200 --worker.lr 0.001
+  lte-ray train my/file.py:Net --config settings.toml --name second-try
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"lte-ray {lte_ray.__version__}")
+        return 0
+    if arguments[0] != "train":
+        return _complain(f"There is no command {arguments[0]!r}; there is: lte-ray train WORKER [flags].", 2)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        from lte_ray.cli.train import train
+
+        train(arguments[1:])
+    except UserError as error:
+        return _complain(str(error), error.exit_code)
+    except LTEError as error:
+        return _complain(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _complain("Interrupted. Complete checkpoints are kept; go on from the last with --resume.", 130)
+    return 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """SIGTERM (as `ray job stop` sends it) takes the run down as Ctrl-C does."""
+    signal.signal(number, signal.SIG_IGN)  # once is enough; the way down must not be interrupted
+    raise KeyboardInterrupt
+
+
+def _complain(message: str, code: int) -> int:
+    console = Console(stderr=True, highlight=False)
+    console.print("[bold red]error:[/] ", end="")
+    console.print(message, markup=False, soft_wrap=True)
+    return code
+
+
+def entry() -> None:
+    """What the console script calls."""
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""``lte-ray train``: loads the worker, trains it, and shows a summary."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from lte_ray.cli.flags import Parsed, parse
+from lte_ray.errors import WorkerError
+from lte_ray.loading import load_object
+
+if TYPE_CHECKING:
+    import ray.train
+
+
+def train(arguments: list[str]) -> None:
+    """Runs the subcommand with the arguments behind ``train``.
+
+    Raises:
+        LTEError: as `LTETrainer.fit`, and for a worker that can't be loaded.
+    """
+    program, rest = (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else (None, arguments)
+    if program is None:
+        if not {"-h", "--help"} & set(rest):
+            raise WorkerError(
+                "lte-ray train needs a WORKER first: lte-ray train package.module:Class or path/to/file.py:Class."
+            )
+        parse(None, "WORKER", rest)
+        return
+    kind = load_object(program, what="WORKER", error=WorkerError)
+    if not inspect.isclass(kind):
+        raise WorkerError(f"WORKER {program!r} is a {type(kind).__name__}, not a class.")
+    parsed = parse(kind, program, rest)
+    _show(_fit(program, kind, parsed))
+
+
+def _fit(program: str, kind: type, parsed: Parsed) -> ray.train.Result:
+    from lte_ray.trainer import LTETrainer
+
+    trainer = LTETrainer(
+        parsed.worker if parsed.worker is not None else kind(),
+        lte=parsed.lte,
+        merge=parsed.merge,
+        train=parsed.train,
+        scaling_config=parsed.placement,
+        run_config=parsed.storage,
+        program=program,
+    )
+    return trainer.fit()
+
+
+NOT_SHOWN = {"train_loss", "step", "samples", "samples_per_second", "version", "seconds", "times", "merge_seconds", "sample"}
+
+
+def _show(result: ray.train.Result) -> None:
+    """The final summary, and the worker's sample if it gives one."""
+    console = Console(highlight=False)
+    m: dict[str, Any] = result.metrics or {}
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", justify="right")
+    grid.add_column()
+    for name, value in m.items():
+        if name not in NOT_SHOWN:
+            grid.add_row(name.replace("_", " "), Text(f"{value:.4g}", style="bold green"))
+    if math.isfinite(m["train_loss"]):
+        grid.add_row("train loss", f"{m['train_loss']:.4g}")
+    rate = f", {m['samples_per_second']:,.1f} samples/s" if m["samples_per_second"] else ""
+    grid.add_row("trained", f"{m['step']} local steps a head, {m['samples']:,} samples{rate}, {m['version']} merges")
+    total = sum(m["times"].values()) or 1.0
+    shares = ", ".join(f"{name} {100 * spent / total:.1f}%" for name, spent in m["times"].items() if spent / total >= 0.0005)
+    grid.add_row("heads' time", shares)
+    grid.add_row("took", f"{m['seconds']:.0f} s")
+    grid.add_row("run", result.path)
+    console.print(Panel(grid, title="done", title_align="left", expand=False))
+    if "sample" in m:
+        console.print(Panel(Text(m["sample"]), title="sample", title_align="left", expand=False))

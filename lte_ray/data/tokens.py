@@ -1,0 +1,91 @@
+"""Token sets: one flat array of tokens in an Arrow file, memory-mapped, so that heads on a node share its pages."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import platformdirs
+import pyarrow as pa
+from numpy.typing import NDArray
+
+COLUMN = "tokens"
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Tokens end to end, cut into windows of `length` + 1, so that each gives `length` inputs with their targets.
+
+    Attributes:
+        tokens: 1-D array of unsigned integers, read-only.
+        length: tokens that a model sees at once.
+    """
+
+    tokens: NDArray[np.generic]
+    length: int
+
+    @classmethod
+    def open(cls, path: Path, length: int) -> TokenSet:
+        """Maps a file that `write_tokens` wrote.
+
+        Raises:
+            ValueError: it holds too few tokens for one window.
+        """
+        with pa.memory_map(str(path)) as source:
+            column = pa.ipc.open_file(source).read_all().column(COLUMN)
+        tokens = column.chunk(0).to_numpy(zero_copy_only=True)
+        if len(tokens) <= length:
+            raise ValueError(f"{path} holds {len(tokens)} tokens, too few for one window of {length}")
+        return cls(tokens, length)
+
+    def __len__(self) -> int:
+        """Number of windows; they don't overlap, except that the last target of one is the first input of the next."""
+        return (len(self.tokens) - 1) // self.length
+
+    def windows(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The windows of these indices: (len(indices), length + 1) int64."""
+        starts = np.asarray(indices)[:, None] * self.length
+        found: NDArray[np.int64] = self.tokens[starts + np.arange(self.length + 1)].astype(np.int64)
+        return found
+
+
+def write_tokens(path: Path, tokens: NDArray[np.generic]) -> None:
+    """Writes a 1-D token array as an Arrow IPC file; whole or not at all, also when several processes write it at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({COLUMN: pa.array(tokens)})
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    os.close(handle)
+    try:
+        with pa.OSFile(temporary, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def cached_tokens(key: str, make: Callable[[], dict[str, NDArray[np.generic]]]) -> dict[str, Path]:
+    """Paths of the token files of a data set, made on first use and kept in the user's cache folder.
+
+    Args:
+        key: names the data set and everything that it depends on (version, tokeniser).
+        make: gives its token arrays by split name; called only where a split's file is missing.
+    """
+    folder = Path(platformdirs.user_cache_dir("lte-ray")) / "tokens" / key
+    done = folder / "splits.txt"
+    if not done.is_file():
+        splits = make()
+        for split, tokens in splits.items():
+            write_tokens(folder / f"{split}.arrow", tokens)
+        _write_text(done, "\n".join(splits) + "\n")
+    return {split: folder / f"{split}.arrow" for split in done.read_text().split()}
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,307 @@
+"""One LoRA head: trains alone, offers what it learned, and rebases onto newer main weights.
+
+It owns its model (with its own copy of the main weights), factors, optimizer, data cursor and generators. It knows
+neither Ray nor other heads; whoever drives it carries contributions and bases to and fro (see `engine.simulate`).
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lte_ray.adapters import convert
+from lte_ray.adapters.convert import factors_of
+from lte_ray.data.shard import Shard
+from lte_ray.engine.rng import Generators, head_seed
+from lte_ray.engine.settings import Settings
+from lte_ray.engine.state import optimizer_state, restore_optimizer
+from lte_ray.errors import LTEError, WorkerFailed
+from lte_ray.merging.flat import base_replicas, factor_views, factors_part, gather, replica_part, replica_views, views
+from lte_ray.merging.products import fold_reference
+from lte_ray.messages import Contribution, HeadStatus, HeadTimes, Verdict
+from lte_ray.worker import Batch, Worker, batch_samples, build_model, endless_batches, to_device
+
+
+class Head:
+    """One head of a run.
+
+    Args:
+        worker: the user's program.
+        settings: the run's settings.
+        head: this head's number, 0 to num_heads - 1.
+        device: where it trains.
+        dtype: of all that is merged; float64 in tests, float32 in runs.
+        incarnation: how often this head was started before.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        settings: Settings,
+        head: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        incarnation: int = 0,
+    ) -> None:
+        self.head, self.settings, self.incarnation = head, settings, incarnation
+        self.device, self.dtype = torch.device(device), dtype
+        self.version = self.step = self.samples = self.sequence = 0
+        self._worker = worker
+        self._since = (0, 0)  # steps and samples at the last accepted contribution
+        self._loss = float("nan")
+        self._state, self._times = "starting", HeadTimes()
+        self._first_step_at: float | None = None
+        self._last_step_at: float | None = None
+        self._rng = Generators(head_seed(settings.train.seed, head), self.device)
+        with self._rng.swapped_in(), self._blame(None):
+            model, self.plan = convert(
+                build_model(worker, settings.train.seed), settings.lte, seed=settings.train.seed, head=head
+            )
+            # The model is built under the run's seed; what the head draws from here on is its own.
+            self.model = model.to(self.device).train()
+        self._rng = Generators(head_seed(settings.train.seed, head), self.device)
+        self._parameters = dict(self.model.named_parameters())
+        self._factors = factors_of(self.model, self.plan)
+        self._replicas = {r.name: self._parameters[r.name] for r in self.plan.replicas}
+        self._reference: Tensor | None = None  # factors that the base already holds of this head; None where B' = 0
+        self._replica_reference: Tensor | None = None  # replica parameters of the adopted base
+        self._outstanding: Tensor | None = None  # what was offered and not yet answered
+        with self._blame(None):
+            self.optimizer, self.schedule = self._build_optimizer()
+        self._batches: Iterator[Batch] | None = None
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def start(self, version: int, base: Tensor) -> None:
+        """Adopts the first base (flat, in the plan's base layout) before any step is taken."""
+        self._rebase(version, base, contained=None)
+        self._state = "training"
+
+    def end(self) -> None:
+        """Notes that this head won't train any more."""
+        self._state = "done"
+
+    @property
+    def done(self) -> bool:
+        """Whether all local steps were taken."""
+        return self.step >= self.settings.train.steps
+
+    def train_round(self) -> Contribution:
+        """Takes `merge_iter` local steps (fewer at the end of the run) and makes the contribution.
+
+        Its `buffer` is a flat tensor on the head's device that is never written again.
+
+        Raises:
+            WorkerFailed: the worker's code raised; names the head and the step.
+        """
+        self._state = "training"
+        todo = min(self.settings.merge.merge_iter, self.settings.train.steps - self.step)
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        with self._rng.swapped_in(), self.timed("train"):
+            for _ in range(todo):
+                total += self._train_step()
+            self._loss = float(total) / max(todo, 1)  # waits for the device
+        return self._contribute()
+
+    def _train_step(self) -> Tensor:
+        with self._blame(self.step + 1):
+            if self._batches is None:
+                s = self.settings
+                shard = Shard(self.head, s.lte.num_heads, s.train.seed, cursor=self.step)
+                self._batches = endless_batches(self._worker, shard)
+            batch = to_device(next(self._batches), self.device)
+            loss = self._worker.loss(self.model, batch)
+            torch.autograd.backward(loss)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.schedule is not None:
+                self.schedule.step()
+            self.samples += batch_samples(batch)
+        self.step += 1
+        self._last_step_at = time.time()
+        if self._first_step_at is None:
+            self._first_step_at = self._last_step_at
+        return loss.detach()
+
+    def _contribute(self) -> Contribution:
+        assert self._outstanding is None, "a head has at most one contribution outstanding"
+        with self.timed("publish"):
+            parts = {**self._factors, **self._replica_change()}
+            self._outstanding = gather(self.plan.contribution, parts, self.dtype, self.device)
+        self.sequence += 1
+        return Contribution(
+            run=self.settings.run,
+            head=self.head,
+            incarnation=self.incarnation,
+            sequence=self.sequence,
+            version=self.version,
+            step=self.step,
+            steps=self.step - self._since[0],
+            samples=self.samples - self._since[1],
+            loss=self._loss,
+            buffer=self._outstanding,
+        )
+
+    def _replica_change(self) -> dict[str, Tensor]:
+        """delta = p - p' of each replica parameter: what was trained since the adopted base."""
+        assert self._replica_reference is not None, "start() comes first"
+        before = replica_views(self.plan, self._replica_reference)
+        return {name: p.detach().to(self.dtype) - before[name] for name, p in self._replicas.items()}
+
+    # -- rebasing ------------------------------------------------------------------------------------------------
+
+    def adopt(self, verdict: Verdict, version: int, base: Tensor | None) -> None:
+        """Takes the answer to the outstanding contribution and rebases onto `base`, losing no step (DESIGN 3.4, 3.6).
+
+        Accepted: the reference becomes the contributed factors, A', B' := A^c, B^c. Refused: the reference stays, so
+        that the progress rides in the next contribution. Then W~ := W_v - s B' A' and p := P_v + (p - what v holds).
+
+        Args:
+            verdict: of the outstanding contribution.
+            version: of `base`.
+            base: flat, in the base layout; None if the head has that version already.
+        """
+        with self.timed("rebase"):
+            offered, self._outstanding = self._outstanding, None
+            contained = offered if verdict.accepted else None
+            if verdict.accepted:
+                assert offered is not None and verdict.sequence == self.sequence and base is not None
+                self._since = (self.step, self.samples)
+            if base is not None:
+                self._rebase(version, base, contained)
+
+    @torch.no_grad()
+    def _rebase(self, version: int, base: Tensor, contained: Tensor | None) -> None:
+        base = base.to(self.device)
+        ahead = self._steps_beyond(contained)
+        if contained is not None:
+            self._take_reference(contained)
+        new = views(self.plan.base, base)
+        old = None if self._reference is None else factor_views(self.plan, self._reference)
+        for spec in self.plan.adapted:
+            weight = self._parameters[spec.name]
+            weight.copy_(new[spec.name])
+            if old is not None:
+                fold_reference(weight, spec.scaling, old[spec.b], old[spec.a])
+        for name, parameter in self._replicas.items():
+            parameter.copy_(new[name] + ahead[name] if ahead else new[name])
+        self._replica_reference = base_replicas(self.plan, base).clone()
+        self.version = version
+
+    def _steps_beyond(self, contained: Tensor | None) -> dict[str, Tensor]:
+        """Replica changes that the new base doesn't hold: p - p', less what was contributed; empty before the start."""
+        if self._replica_reference is None:
+            return {}
+        change = self._replica_change()
+        if contained is not None:
+            for name, held in replica_views(self.plan, replica_part(self.plan, contained)).items():
+                change[name] -= held
+        return change
+
+    def _take_reference(self, contained: Tensor) -> None:
+        """A', B' := A^c, B^c, or B := 0 in the reset variant (which needs that no step was taken meanwhile)."""
+        if self.settings.lte.reset == "B":
+            for spec in self.plan.adapted:
+                self._factors[spec.b].zero_()
+        else:
+            self._reference = factors_part(self.plan, contained)
+
+    # -- what others may ask ---------------------------------------------------------------------------------------
+
+    def status(self) -> HeadStatus:
+        """The head's progress; safe to call from another thread."""
+        return HeadStatus(
+            head=self.head,
+            step=self.step,
+            samples=self.samples,
+            loss=self._loss,
+            version=self.version,
+            state=self._state,
+            device=str(self.device),
+            times=self._times,
+            first_step_at=self._first_step_at,
+            last_step_at=self._last_step_at,
+        )
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Counts the block's time as `part` of `HeadTimes`, and shows it as the head's state."""
+        begun = time.perf_counter()
+        self._state = {"train": "training", "wait": "waiting"}.get(part, part)
+        try:
+            yield
+        finally:
+            spent = getattr(self._times, part) + time.perf_counter() - begun
+            self._times = replace(self._times, **{part: spent})
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that the head needs to go on from here beside the base, as named CPU tensors and JSON values.
+
+        To be taken with no contribution outstanding.
+        """
+        assert self._outstanding is None
+        tensors = {f"factor.{name}": p.detach().cpu() for name, p in self._factors.items()}
+        tensors |= {f"replica.{name}": p.detach().cpu() for name, p in self._replicas.items()}
+        if self._reference is not None:
+            tensors["reference"] = self._reference.cpu()
+        optimizer_tensors, optimizer_meta = optimizer_state(self.optimizer, self.schedule)
+        rng_tensors, rng_meta = self._rng.state()
+        meta = {
+            "head": self.head,
+            "version": self.version,
+            "step": self.step,
+            "samples": self.samples,
+            "since": list(self._since),
+            "sequence": self.sequence,
+            "loss": self._loss,
+            "optimizer": optimizer_meta,
+            "rng": rng_meta,
+        }
+        return {**tensors, **optimizer_tensors, **rng_tensors}, meta
+
+    def load_state(self, tensors: dict[str, Tensor], meta: dict[str, Any], base: Tensor) -> None:
+        """Takes over what `state` gave, on the base of that version (flat)."""
+        self.step, self.samples, self.sequence = meta["step"], meta["samples"], meta["sequence"]
+        self._since, self._loss = (meta["since"][0], meta["since"][1]), meta["loss"]
+        self._reference = tensors["reference"].to(self.device) if "reference" in tensors else None
+        self.start(meta["version"], base)
+        with torch.no_grad():
+            for name, parameter in self._factors.items():
+                parameter.copy_(tensors[f"factor.{name}"])
+            for name, parameter in self._replicas.items():
+                parameter.copy_(tensors[f"replica.{name}"])
+        restore_optimizer(self.optimizer, self.schedule, tensors, meta["optimizer"])
+        self._rng.load_state(tensors, meta["rng"])
+
+    def _build_optimizer(self) -> tuple[torch.optim.Optimizer, Any]:
+        groups = [
+            {"params": list(part.values()), "name": name}
+            for name, part in (("lora", self._factors), ("replica", self._replicas))
+            if part
+        ]
+        build = getattr(self._worker, "build_optimizer", None)
+        optimizer = build(groups) if build else torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.0)
+        schedule = getattr(self._worker, "build_schedule", None)
+        return optimizer, schedule(optimizer, self.settings.train.steps) if schedule else None
+
+    @contextmanager
+    def _blame(self, step: int | None) -> Iterator[None]:
+        """Turns what the worker's code raises into an error that names the head and the step."""
+        try:
+            yield
+        except WorkerFailed:
+            raise
+        except LTEError as error:
+            raise WorkerFailed(f"head {self.head}", step, str(error)) from error
+        except Exception as error:
+            raise WorkerFailed(f"head {self.head}", step, traceback.format_exc()) from error

@@ -1,0 +1,71 @@
+"""The start of every run: checks the worker on this machine, and makes the first main weights."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lte_ray.adapters.convert import make_plan
+from lte_ray.data.shard import Shard
+from lte_ray.engine.settings import Settings
+from lte_ray.errors import UserError, WorkerError
+from lte_ray.layout import Plan
+from lte_ray.merging.flat import gather, views
+from lte_ray.worker import Worker, build_model, check_worker, endless_batches
+
+
+@dataclass(frozen=True)
+class Initial:
+    """The unconverted model as built, what of it is trained, and version 0 of the base (flat, CPU)."""
+
+    model: nn.Module
+    plan: Plan
+    base: Tensor
+
+
+def prepare(worker: Worker, settings: Settings, dtype: torch.dtype = torch.float32) -> Initial:
+    """Builds the model once and takes one batch, so that bad input is found before any actor starts.
+
+    Raises:
+        WorkerError: a method is missing or raised, no batch came, or nothing can be adapted.
+        ConfigError: the rank or an exclude pattern doesn't fit the model.
+    """
+    check_worker(worker)
+    name = type(worker).__name__
+    try:
+        model = build_model(worker, settings.train.seed)
+    except UserError:
+        raise
+    except Exception as error:
+        raise WorkerError(f"{name}.build_model() raised:\n\n{traceback.format_exc()}") from error
+    plan = make_plan(model, settings.lte)
+    for head in {0, settings.lte.num_heads - 1}:
+        try:
+            next(endless_batches(worker, Shard(head, settings.lte.num_heads, settings.train.seed)))
+        except UserError:
+            raise
+        except Exception as error:
+            raise WorkerError(f"{name}.train_batches() raised, for head {head}:\n\n{traceback.format_exc()}") from error
+    return Initial(model, plan, gather(plan.base, dict(model.named_parameters()), dtype))
+
+
+@torch.no_grad()
+def load_base(model: nn.Module, plan: Plan, base: Tensor) -> None:
+    """Copies a flat base into an unconverted model; what isn't trained stays as it was built."""
+    parameters = dict(model.named_parameters())
+    for name, value in views(plan.base, base).items():
+        parameters[name].copy_(value)
+
+
+def merged_state_dict(model: nn.Module, plan: Plan, base: Tensor) -> dict[str, Tensor]:
+    """The whole state dict of the unconverted model with the base's weights, fp32, under its own names.
+
+    Tied weights stand under each of their names, so that `load_state_dict(strict=True)` takes it.
+    """
+    load_base(model, plan, base)
+    state: Mapping[str, Tensor] = model.state_dict()
+    return {k: (v.float() if v.is_floating_point() else v).detach().cpu().contiguous().clone() for k, v in state.items()}

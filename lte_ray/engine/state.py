@@ -1,0 +1,50 @@
+"""An optimizer and its schedule as named tensors and JSON values, so that no checkpoint needs pickle."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lte_ray.errors import WorkerError
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, schedule: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of both. Tensors are named ``optimizer.<parameter index>.<key>``.
+
+    Raises:
+        WorkerError: the state holds something that is neither a tensor nor JSON.
+    """
+    full = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for index, entries in full["state"].items():
+        plain[str(index)] = {}
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{key}"] = value.detach().cpu()
+            else:
+                plain[str(index)][key] = value
+    groups = [{k: v.item() if isinstance(v, Tensor) else v for k, v in group.items()} for group in full["param_groups"]]
+    meta = {"state": plain, "param_groups": groups, "schedule": None if schedule is None else schedule.state_dict()}
+    try:
+        return tensors, json.loads(json.dumps(meta))
+    except TypeError as error:
+        raise WorkerError(f"The optimizer's or schedule's state can't be saved without pickle: {error}.") from error
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, schedule: Any, tensors: dict[str, Tensor], meta: dict[str, Any]
+) -> None:
+    """Takes over what `optimizer_state` gave; the parameters are those of the same order."""
+    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in meta["state"].items()}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "optimizer":
+            index, _, key = rest.partition(".")
+            state.setdefault(int(index), {})[key] = tensor.clone()
+    optimizer.load_state_dict({"state": state, "param_groups": meta["param_groups"]})
+    if schedule is not None and meta["schedule"] is not None:
+        schedule.load_state_dict(meta["schedule"])

@@ -1,0 +1,87 @@
+"""The errors that lte-ray raises.
+
+The tree::
+
+    LTEError
+    ├── UserError                 bad input, found before any actor starts (exit code 2)
+    │   ├── ConfigError           a setting, flag or TOML key
+    │   ├── WorkerError           the worker: not found, incomplete, or with nothing to train
+    │   ├── ResourceError         the cluster can't hold what was asked
+    │   └── StorageError          the run directory: taken, missing, or not writable
+    └── RunError                  something broke while the run was on (exit code 1)
+        ├── WorkerFailed          the worker's own code raised inside a head or the evaluator
+        ├── HeadLost              a head's process died
+        ├── CoordinatorLost       the coordinator's process died
+        ├── ContributionRefused   a head's contributions were refused again and again
+        └── PolicyError           a merge policy raised, or decided something impossible
+
+Each survives pickling, so it can cross a process.
+"""
+
+from __future__ import annotations
+
+
+class LTEError(Exception):
+    """Root of every error that lte-ray raises on purpose."""
+
+    exit_code = 1
+
+
+class UserError(LTEError):
+    """Bad input. The message says what was asked, what was found, and what to change."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError, ValueError):
+    """A setting is out of range, unknown, or contradicts another."""
+
+
+class WorkerError(UserError):
+    """The worker can't be found, lacks a method, or has nothing to train."""
+
+
+class ResourceError(UserError):
+    """The cluster lacks the CPUs or GPUs that the heads ask for."""
+
+
+class StorageError(UserError):
+    """The run directory is taken, missing, unreadable or not writable."""
+
+
+class RunError(LTEError):
+    """A run that had started ended early."""
+
+
+class WorkerFailed(RunError):
+    """The worker's own code raised.
+
+    Attributes:
+        where: which process it was, e.g. ``head 3`` or ``the evaluator``.
+        step: the local step (counted from 1) that failed, None outside of a step.
+        traceback: the formatted traceback of the worker's error.
+    """
+
+    def __init__(self, where: str, step: int | None, traceback: str) -> None:
+        super().__init__(where, step, traceback)
+        self.where, self.step, self.traceback = where, step, traceback
+
+    def __str__(self) -> str:
+        at = "" if self.step is None else f" at local step {self.step}"
+        return f"The worker failed in {self.where}{at}:\n\n{self.traceback.rstrip()}"
+
+
+class HeadLost(RunError):
+    """A head's process ended without an answer (killed, out of memory, node lost)."""
+
+
+class CoordinatorLost(RunError):
+    """The coordinator's process ended without an answer."""
+
+
+class ContributionRefused(RunError):
+    """The coordinator refused several contributions of one head in a row."""
+
+
+class PolicyError(RunError):
+    """A merge policy raised, or returned a decision that can't be carried out."""

@@ -1,0 +1,99 @@
+"""What of a model is trained and merged, and where each part lies in a flat buffer.
+
+A `Plan` describes a converted model by names and shapes alone, so it crosses processes and the coordinator needs
+no model. It gives two layouts: `base` (main weights and replica parameters; what the coordinator owns and hands
+back) and `contribution` (factors and replica changes; what a head sends). No tensors are kept here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One named tensor in a flat buffer; `offset` and `size` count elements."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Tensors laid end to end in one flat buffer of `size` elements."""
+
+    entries: tuple[Entry, ...]
+
+    @classmethod
+    def of(cls, shapes: list[tuple[str, tuple[int, ...]]]) -> Layout:
+        """Lays the named shapes end to end, in their order."""
+        entries, offset = [], 0
+        for name, shape in shapes:
+            entries.append(Entry(name, shape, offset))
+            offset += math.prod(shape)
+        return cls(tuple(entries))
+
+    @cached_property
+    def size(self) -> int:
+        return sum(entry.size for entry in self.entries)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A main weight W (`out` x `in`) with factors A (`rank` x `in`), B (`out` x `rank`) and scaling s."""
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    scaling: float
+
+    @property
+    def a(self) -> str:
+        """Name of A in the contribution layout."""
+        return f"{self.name}.lora_A"
+
+    @property
+    def b(self) -> str:
+        """Name of B in the contribution layout."""
+        return f"{self.name}.lora_B"
+
+
+@dataclass(frozen=True)
+class Replica:
+    """A parameter that trains without LoRA: each head trains a copy, merges average the changes."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The trained parts of one model, by the unconverted model's own parameter names."""
+
+    adapted: tuple[Adapted, ...]
+    replicas: tuple[Replica, ...]
+
+    @cached_property
+    def base(self) -> Layout:
+        """Main weights, then replica parameters."""
+        return Layout.of([(a.name, a.shape) for a in self.adapted] + [(r.name, r.shape) for r in self.replicas])
+
+    @cached_property
+    def contribution(self) -> Layout:
+        """A and B of each adapted weight, then the replica parameters' changes."""
+        factors: list[tuple[str, tuple[int, ...]]] = []
+        for a in self.adapted:
+            factors += [(a.a, (a.rank, a.shape[1])), (a.b, (a.shape[0], a.rank))]
+        return Layout.of(factors + [(r.name, r.shape) for r in self.replicas])
+
+    @cached_property
+    def factors_size(self) -> int:
+        """Elements of the factors, which lie first in a contribution."""
+        return sum(a.rank * sum(a.shape) for a in self.adapted)

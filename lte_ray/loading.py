@@ -1,0 +1,92 @@
+"""Finds a user's class by ``package.module:Class`` or ``path/to/file.py:Class``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lte_ray.config import near
+from lte_ray.errors import LTEError
+
+FILE_MODULE_PREFIX = "lte_ray_user_"
+"""Modules loaded from a file get names that begin so. No other process can import them, so they travel by value."""
+
+
+def looks_like_object(spec: str) -> bool:
+    """Whether `spec` has the form of `load_object`'s argument."""
+    return ":" in spec
+
+
+def load_object(spec: str, *, what: str, error: type[LTEError]) -> Any:
+    """The object that `spec` names.
+
+    Args:
+        spec: ``package.module:Class`` (importable from the current folder, too) or ``path/to/file.py:Class``.
+        what: what the user calls it, for messages.
+        error: the error type to raise.
+
+    Raises:
+        error: no such module, file or name; or the module raised while it was imported (chained).
+    """
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise error(f"{what} is {spec!r}, but it must be package.module:Class or path/to/file.py:Class.")
+    try:
+        module = _load_file(place) if place.endswith(".py") else _import(place)
+    except _NotFound as reason:
+        raise error(f"{what} {spec!r}: {reason}") from None
+    except Exception as reason:
+        raise error(f"{what} {spec!r}: importing {place} raised {type(reason).__name__}: {reason}") from reason
+    if not hasattr(module, name):
+        public = [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__]
+        raise error(
+            f"{what} {spec!r}: {place} has no {name}.{near(name, public)} Its classes are: {', '.join(public) or 'none'}."
+        )
+    return getattr(module, name)
+
+
+class _NotFound(Exception):
+    pass
+
+
+def _import(name: str) -> ModuleType:
+    # A console script has its own folder on sys.path, not the user's; `python -m` has the user's. Behave like the latter.
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as missing:
+        if missing.name is None or not (name == missing.name or name.startswith(missing.name + ".")):
+            raise  # the module is there, but something that it imports is not
+        raise _NotFound(
+            f"there is no module {missing.name} on Python's path or in {os.getcwd()}. "
+            "Give its full dotted name, or the path of a file that ends in .py."
+        ) from None
+
+
+def _load_file(place: str) -> ModuleType:
+    path = Path(place).expanduser().resolve()
+    if not path.is_file():
+        raise _NotFound(f"there is no file {path}.")
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    name = f"{FILE_MODULE_PREFIX}{path.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if str(path.parent) not in sys.path:  # files beside it can be imported, as when Python runs it
+        sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

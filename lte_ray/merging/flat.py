@@ -1,0 +1,62 @@
+"""Named tensors in one flat buffer, so that a whole model crosses a process as one contiguous array."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lte_ray.layout import Layout, Plan
+
+
+def views(layout: Layout, flat: Tensor) -> dict[str, Tensor]:
+    """The named tensors of `flat` (1-D, `layout.size` elements); they share its memory.
+
+    Raises:
+        ValueError: `flat` has another shape.
+    """
+    if flat.shape != (layout.size,):
+        raise ValueError(f"expected a flat buffer of {layout.size} elements, found shape {tuple(flat.shape)}")
+    return {e.name: flat[e.offset : e.offset + e.size].view(e.shape) for e in layout.entries}
+
+
+def gather(
+    layout: Layout,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Copies the named tensors, from any device, into a new flat buffer."""
+    flat = torch.empty(layout.size, dtype=dtype, device=device)
+    for name, view in views(layout, flat).items():
+        view.copy_(tensors[name].detach())
+    return flat
+
+
+def factor_views(plan: Plan, factors: Tensor) -> dict[str, Tensor]:
+    """The named factors in the leading part of a contribution (`factors_part`)."""
+    entries = plan.contribution.entries[: 2 * len(plan.adapted)]
+    return {e.name: factors[e.offset : e.offset + e.size].view(e.shape) for e in entries}
+
+
+def replica_views(plan: Plan, replicas: Tensor) -> dict[str, Tensor]:
+    """The named replica tensors in the trailing part of a base (`base_replicas`) or contribution (`replica_part`)."""
+    sizes = [math.prod(r.shape) for r in plan.replicas]
+    return {r.name: part.view(r.shape) for r, part in zip(plan.replicas, torch.split(replicas, sizes), strict=True)}
+
+
+def factors_part(plan: Plan, contribution: Tensor) -> Tensor:
+    """The factors in a flat contribution; they lie first."""
+    return contribution[: plan.factors_size]
+
+
+def replica_part(plan: Plan, contribution: Tensor) -> Tensor:
+    """The replica changes in a flat contribution; they lie behind the factors."""
+    return contribution[plan.factors_size :]
+
+
+def base_replicas(plan: Plan, base: Tensor) -> Tensor:
+    """The replica parameters in a flat base; they lie behind the main weights."""
+    return base[base.numel() - (plan.contribution.size - plan.factors_size) :]

@@ -1,0 +1,80 @@
+"""The arithmetic of LTE on low-rank products, as pure functions on tensors (DESIGN section 3).
+
+Products are averaged, never A and B apart: mean(B) mean(A) has cross terms and is another matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lte_ray.layout import Plan
+from lte_ray.merging.flat import base_replicas, factor_views, factors_part, replica_part, views
+
+
+def add_products(weight: Tensor, terms: Sequence[tuple[float, Tensor, Tensor]]) -> None:
+    """weight += sum_k c_k B_k A_k, in place, as one matrix product of inner size sum_k r_k.
+
+    Args:
+        weight: (out, in).
+        terms: (c, B (out, r), A (r, in)) each; ranks may differ.
+    """
+    if not terms:
+        return
+    left = torch.cat([b if c == 1.0 else c * b for c, b, _ in terms], dim=1)
+    weight.addmm_(left, torch.cat([a for _, _, a in terms], dim=0))
+
+
+def fold_reference(weight: Tensor, scaling: float, b: Tensor, a: Tensor) -> None:
+    """W~ := W - s B' A', in place: what the base already holds of this head is taken out of its copy (3.1, 3.4)."""
+    weight.addmm_(b, a, alpha=-scaling)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One contribution in a merge.
+
+    Attributes:
+        weight: w, what the change counts (1/N in the paper's average).
+        contribution: flat, in the plan's contribution layout.
+        reference: the factors (A', B') that the base already holds of this head, flat; None where B' = 0.
+    """
+
+    weight: float
+    contribution: Tensor
+    reference: Tensor | None
+
+
+def add_contributions(plan: Plan, base: Tensor, shares: Sequence[Share]) -> None:
+    """W += sum_n w_n s (B_n A_n - B'_n A'_n), p += sum_n w_n (p_n - p'_n), in place on a flat base (3.2, 3.3, 3.6).
+
+    Deterministic: the terms are added in the order of `shares`.
+    """
+    weights = views(plan.base, base)
+    parts = [views(plan.contribution, share.contribution) for share in shares]
+    references = [None if s.reference is None else factor_views(plan, s.reference) for s in shares]
+    for spec in plan.adapted:
+        terms = []
+        for share, new, old in zip(shares, parts, references, strict=True):
+            terms.append((share.weight * spec.scaling, new[spec.b], new[spec.a]))
+            if old is not None:
+                terms.append((-share.weight * spec.scaling, old[spec.b], old[spec.a]))
+        add_products(weights[spec.name], terms)
+    replicas = base_replicas(plan, base)
+    for share in shares:
+        replicas.add_(replica_part(plan, share.contribution), alpha=share.weight)
+
+
+def dense_change(plan: Plan, share: Share) -> Tensor:
+    """The change of one contribution as a dense flat tensor in the base layout (a new tensor, as large as the base)."""
+    change = share.contribution.new_zeros(plan.base.size)
+    add_contributions(plan, change, [share])
+    return change
+
+
+def new_reference(plan: Plan, contribution: Tensor, reset: str) -> Tensor | None:
+    """The reference after a merge: the contributed factors, or None where B is reset to zero (3.4, 3.7)."""
+    return None if reset == "B" else factors_part(plan, contribution).clone()

@@ -1,0 +1,105 @@
+"""What a run reports while it is on: one record for displays, and rows in ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lte_ray.messages import HeadStatus, MergeRecord
+from lte_ray.storage import RunDirectory
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The worker's judgement of one base version."""
+
+    version: int
+    step: int
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A run at one moment. Times in seconds; rates over the last rounds, None before there is one."""
+
+    run: str
+    step: int
+    steps: int
+    samples: int
+    samples_per_second: float | None
+    version: int
+    heads: tuple[HeadStatus, ...]
+    evaluation: Evaluation | None
+    seconds: float
+    remaining: float | None
+    checkpoint: int | None
+    note: str = ""
+
+    @property
+    def train_loss(self) -> float:
+        """Mean of the heads' last losses; NaN before there is one."""
+        losses = [h.loss for h in self.heads if math.isfinite(h.loss)]
+        return sum(losses) / len(losses) if losses else math.nan
+
+
+class Reporter(Protocol):
+    """Shows progress to people: called a few times a second while the run is on, and once at its end."""
+
+    def update(self, progress: Progress) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Silent:
+    """A reporter that shows nothing."""
+
+    def update(self, progress: Progress) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsLog:
+    """Rows of ``metrics.jsonl``: one for every merge (kind "merge") and evaluation (kind "evaluation")."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self._directory = directory
+        self._rows: list[str] = []
+
+    def merge(self, record: MergeRecord) -> None:
+        self._row(
+            "merge",
+            at=record.at,
+            version=record.version,
+            step=record.step,
+            samples=record.samples,
+            heads=list(record.heads),
+            train_loss={str(head): loss for head, loss in record.losses.items()},
+            merge_seconds=record.merge_seconds,
+            bytes_up=record.bytes_up,
+            bytes_down=record.bytes_down,
+        )
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        self._row("evaluation", at=time.time(), version=evaluation.version, step=evaluation.step, **evaluation.values)
+
+    def flush(self) -> None:
+        """Writes the rows since the last flush."""
+        if self._rows:
+            self._directory.append(METRICS, ("\n".join(self._rows) + "\n").encode())
+            self._rows = []
+
+    def _row(self, kind: str, **values: Any) -> None:
+        self._rows.append(json.dumps({"kind": kind, **values}))
+
+
+def throughput(merges: list[MergeRecord], window: int = 10) -> float | None:
+    """Samples per second over the last `window` merges, None before two."""
+    recent = merges[-(window + 1) :]
+    if len(recent) < 2 or recent[-1].at <= recent[0].at:
+        return None
+    return sum(r.samples for r in recent[1:]) / (recent[-1].at - recent[0].at)

@@ -1,0 +1,114 @@
+"""What the heads get of the cluster: checks that it is there, reserves it, and gives it back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from lte_ray.config import PlacementConfig
+from lte_ray.errors import ConfigError, ResourceError
+
+LEAST_SHARE = 0.25
+"""CPUs that a head gets at least when heads share cores by default."""
+
+PATIENCE = 30.0
+"""Seconds to wait for resources that the cluster has but others may be using."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What one head reserves, and how heads are spread (Ray's placement strategy)."""
+
+    cpus: float
+    gpus: float
+    timeout: float = 0.0
+    strategy: str = "PACK"
+    other: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """Ray's resources of one head."""
+        wanted = {"CPU": self.cpus, "GPU": self.gpus, **self.other}
+        return {name: amount for name, amount in wanted.items() if amount > 0} or {"CPU": 0.001}
+
+
+def from_scaling_config(scaling: Any, num_heads: int) -> tuple[PlacementConfig, dict[str, Any]]:
+    """Reads Ray's ScalingConfig: what of it is CPUs and GPUs per head, and the other fields of `Placement`.
+
+    Raises:
+        ConfigError: `num_workers` is set to something else than the number of heads.
+    """
+    if isinstance(scaling, PlacementConfig) or scaling is None:
+        return scaling or PlacementConfig(), {}
+    if scaling.num_workers not in (1, num_heads):
+        raise ConfigError(
+            f"ScalingConfig(num_workers={scaling.num_workers}) contradicts LTEConfig(num_heads={num_heads}): "
+            "each head is one worker. Leave num_workers out."
+        )
+    other = {k: float(v) for k, v in (scaling.resources_per_worker or {}).items()}
+    gpus = other.pop("GPU", 1.0 if scaling.use_gpu else 0.0)
+    if scaling.accelerator_type:
+        other[f"accelerator_type:{scaling.accelerator_type}"] = 0.001
+    return PlacementConfig(other.pop("CPU", None), gpus), {"other": other, "strategy": scaling.placement_strategy}
+
+
+def resolve(config: PlacementConfig, num_heads: int, **more: Any) -> Placement:
+    """Fills in what `config` leaves to us, from what the connected cluster has.
+
+    Raises:
+        ResourceError: the cluster lacks what was asked, and isn't given time to grow.
+    """
+    has = ray.cluster_resources()
+    gpus = config.gpus_per_head
+    if gpus is None:
+        gpus = 1.0 if has.get("GPU", 0) >= num_heads else 0.0
+    cpus = config.cpus_per_head
+    if cpus is None:
+        share = has.get("CPU", 0) / num_heads
+        cpus = min(1.0, max(LEAST_SHARE, int(share * 100) / 100))
+    placement = Placement(cpus, gpus, config.resource_timeout, **more)
+    short = {k: v * num_heads for k, v in placement.bundle.items() if v * num_heads > has.get(k, 0) + 1e-6}
+    if short and not placement.timeout:
+        raise ResourceError(_lacks(placement, num_heads, short, has))
+    return placement
+
+
+def _lacks(placement: Placement, num_heads: int, short: dict[str, float], has: Mapping[str, float]) -> str:
+    wants = ", ".join(f"{amount:g} {name}" for name, amount in short.items())
+    each = ", ".join(f"{amount:g} {name}" for name, amount in placement.bundle.items())
+    there = ", ".join(f"{has.get(name, 0):g} {name}" for name in short)
+    fit = min(int(has.get(k, 0) / placement.bundle[k] + 1e-6) for k in short)
+    flags = " or ".join(f"--{k.lower()}s-per-head" for k in short if k in ("CPU", "GPU")) or "the resources per head"
+    heads = f"--num-heads to at most {fit}" if fit else "another kind of resource"
+    return (
+        f"{num_heads} heads ask for {wants} ({each} each), but the cluster has {there}. Lower {heads}, lower {flags}, or add "
+        "nodes (a cluster that grows on demand needs --resource-timeout SECONDS)."
+    )
+
+
+@contextlib.contextmanager
+def reserve(placement: Placement, num_heads: int) -> Iterator[list[PlacementGroupSchedulingStrategy]]:
+    """Reserves one bundle a head for the length of the block; gives each head's scheduling strategy.
+
+    Raises:
+        ResourceError: the resources didn't become free in time.
+    """
+    group = placement_group([placement.bundle] * num_heads, strategy=placement.strategy)
+    try:
+        patience = max(placement.timeout, PATIENCE)
+        if not group.wait(patience):
+            free = ray.available_resources()
+            shown = ", ".join(f"{free.get(name, 0):g} {name}" for name in placement.bundle)
+            raise ResourceError(
+                f"{num_heads} heads of {placement.bundle} each couldn't be placed within {patience:g} s; free now: {shown}. "
+                "Others use the cluster, or no node is large enough for a head. Wait, ask for less, or give --resource-timeout."
+            )
+        yield [PlacementGroupSchedulingStrategy(group, index) for index in range(num_heads)]
+    finally:
+        remove_placement_group(group)

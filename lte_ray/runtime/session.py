@@ -1,0 +1,246 @@
+"""One run on Ray, seen from the driver: starts the actors, watches them, and takes all of it down again.
+
+The driver owns coordinator, heads and evaluator as siblings, so that none dies with another. It moves no tensors: it
+watches, has versions evaluated, and keeps the metrics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from torch import Tensor
+
+from lte_ray import checkpoint
+from lte_ray.engine.initial import Initial
+from lte_ray.engine.threads import head_threads
+from lte_ray.errors import CoordinatorLost, HeadLost, LTEError, RunError
+from lte_ray.merging.policy import MergePolicy
+from lte_ray.messages import HeadStatus, MergeRecord
+from lte_ray.metrics import Evaluation, MetricsLog, Progress, Reporter, throughput
+from lte_ray.runtime.common import Common
+from lte_ray.runtime.coordinator import CoordinatorActor, CoordinatorStatus
+from lte_ray.runtime.evaluator import EvaluatorActor
+from lte_ray.runtime.head import HeadActor
+from lte_ray.runtime.placement import Placement, reserve
+
+POLL = 0.5
+"""Seconds between two looks at the actors."""
+
+MOST_WAITING = 2
+"""Versions that may wait for evaluation; of more, the oldest are left out, so that memory stays bounded."""
+
+
+@dataclass
+class Actors:
+    """The handles of a run's actors."""
+
+    coordinator: Any
+    heads: list[Any]
+    evaluator: Any
+
+
+@dataclass
+class Session:
+    """What the driver knows of a run that is on.
+
+    Args:
+        common: as every actor.
+        initial: model, plan and base to start from (of `version`).
+        policy: the merge policy.
+        placement: what each head reserves.
+        keep: checkpoints to keep.
+        reporter: shows progress.
+    """
+
+    common: Common
+    initial: Initial
+    policy: MergePolicy
+    placement: Placement
+    keep: int | None
+    reporter: Reporter
+    merges: list[MergeRecord] = field(default_factory=list)
+    statuses: dict[int, HeadStatus] = field(default_factory=dict)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    checkpoint: int | None = None
+    sample: str | None = None
+
+    def __post_init__(self) -> None:
+        self._begun = time.time()
+        self.version = self.common.resume.version if self.common.resume else 0
+        self._log = MetricsLog(self.common.directory)
+        self._to_evaluate: deque[tuple[int, int, Any]] = deque()
+        self._evaluating: tuple[int, int, Any] | None = None
+
+    def run(self) -> Tensor:
+        """Runs to the end and gives the final base (flat).
+
+        Raises:
+            WorkerFailed, HeadLost, CoordinatorLost, ContributionRefused, PolicyError, StorageError: it ended early. All
+                actors are gone, and complete checkpoints remain.
+        """
+        try:
+            with self._actors() as actors:
+                self._watch(actors)
+                return self._finish(actors)
+        finally:
+            self._log.flush()
+            checkpoint.remove_incomplete(self.common.directory)
+
+    @contextlib.contextmanager
+    def _actors(self) -> Iterator[Actors]:
+        common, placement, settings = self.common, self.placement, self.common.settings
+        with reserve(placement, settings.lte.num_heads) as strategies, contextlib.ExitStack() as started:
+
+            def start(kind: type, options: dict[str, Any], *args: Any) -> Any:
+                # Every actor answers status calls in a group of its own while it works.
+                handle = ray.remote(concurrency_groups={"ctl": 2})(kind).options(max_restarts=0, **options).remote(*args)
+                started.callback(ray.kill, handle)
+                return handle
+
+            threads = head_threads(settings.train.threads_per_head, placement.cpus)
+            resources = {k: v for k, v in placement.bundle.items() if k not in ("CPU", "GPU")}
+            heads = [
+                start(
+                    HeadActor,
+                    {
+                        "num_cpus": placement.bundle.get("CPU", 0),
+                        "num_gpus": placement.gpus,
+                        "resources": resources,
+                        "scheduling_strategy": strategy,
+                    },
+                    *(common, number, threads, placement.gpus > 0),
+                )
+                for number, strategy in enumerate(strategies)
+            ]
+            base = self.initial.base.numpy()
+            beside = {"num_cpus": 0, "scheduling_strategy": "DEFAULT"}
+            coordinator = start(CoordinatorActor, beside, common, self.initial.plan, self.policy, base, self.version, self.keep)
+            gpus = self._spare_gpus()
+            spare = (os.cpu_count() or 1) - threads * settings.lte.num_heads
+            evaluator = start(EvaluatorActor, {**beside, "num_gpus": gpus}, common, self.initial.plan, max(1, spare), gpus > 0)
+            if settings.train.eval_every and self.version == 0:
+                self._to_evaluate.append((0, 0, common.transport.publish(self.initial.base)))
+            yield Actors(coordinator, heads, evaluator)
+
+    def _spare_gpus(self) -> float:
+        """The evaluator computes on a GPU if the heads do and leave one."""
+        wanted = self.placement.gpus
+        return wanted if 0 < wanted <= ray.available_resources().get("GPU", 0) else 0
+
+    def _watch(self, actors: Actors) -> None:
+        """Until all heads have ended: polls, evaluates, reports."""
+        training = {head.run.remote(actors.coordinator): number for number, head in enumerate(actors.heads)}
+        while training:
+            ended, _ = ray.wait(list(training), timeout=POLL)
+            for ref in ended:
+                number = training.pop(ref)
+                self.statuses[number] = _get(ref, f"head {number}", self.statuses.get(number))
+            self._look(actors, list(training.values()))
+            self._evaluate(actors)
+            self.reporter.update(self.progress())
+
+    def _look(self, actors: Actors, training: list[int]) -> None:
+        asked = {actors.heads[n].status.remote(): n for n in training}
+        coordinator = actors.coordinator.status.remote(self._seen)
+        answered, _ = ray.wait([*asked, coordinator], num_returns=len(asked) + 1, timeout=POLL)
+        for ref in answered:
+            try:
+                if ref == coordinator:
+                    self._take(ray.get(ref))
+                else:
+                    self.statuses[asked[ref]] = ray.get(ref)
+            except ray.exceptions.RayActorError:
+                pass  # `run` of the same actor says it better; the coordinator's end, each head's `run`
+        self._log.flush()
+
+    @property
+    def _seen(self) -> int:
+        return self.merges[-1].version if self.merges else self.version
+
+    def _take(self, status: CoordinatorStatus) -> None:
+        self.checkpoint = status.checkpoint
+        for record in status.merges:
+            if record.base is not None:
+                self._to_evaluate.append((record.version, record.step, record.base))
+            self._log.merge(record)
+            self.merges.append(record)
+        while len(self._to_evaluate) > MOST_WAITING:
+            self._to_evaluate.popleft()
+
+    def _evaluate(self, actors: Actors, patience: float = 0) -> None:
+        """Takes an evaluation's result if there is one, and starts the next."""
+        if self._evaluating is not None:
+            version, step, ref = self._evaluating
+            if not ray.wait([ref], timeout=patience)[0]:
+                return
+            self._evaluating = None
+            evaluation = Evaluation(version, step, _get(ref, "the evaluator"))
+            self.evaluations.append(evaluation)
+            self._log.evaluation(evaluation)
+        if self._to_evaluate:
+            version, step, base = self._to_evaluate.popleft()
+            self._evaluating = (version, step, actors.evaluator.evaluate.remote(base))
+
+    def _finish(self, actors: Actors) -> Tensor:
+        """Waits for the last checkpoint, evaluation and sample; gives the final base."""
+        version, base = _get(actors.coordinator.finish.remote(), "the coordinator")
+        self._take(_get(actors.coordinator.status.remote(self._seen), "the coordinator"))
+        step = max((s.step for s in self.statuses.values()), default=0)
+        waiting = [self._evaluating and self._evaluating[0], *(v for v, _, _ in self._to_evaluate)]
+        if version not in [*waiting, *(e.version for e in self.evaluations)]:
+            self._to_evaluate.append((version, step, base))
+        while self._evaluating or self._to_evaluate:
+            self._evaluate(actors, patience=POLL)
+            self.reporter.update(self.progress("evaluating the merged weights"))
+        self.sample = _get(actors.evaluator.sample.remote(base), "the evaluator")
+        return self.common.transport.fetch(base).clone()
+
+    def progress(self, note: str = "") -> Progress:
+        """The run as it is now."""
+        train = self.common.settings.train
+        statuses = tuple(self.statuses[n] for n in sorted(self.statuses))
+        step = min((s.step for s in statuses), default=0)
+        rate = throughput(self.merges)
+        recent = self.merges[-10:]
+        per_step = (recent[-1].at - recent[0].at) / max(1, recent[-1].step - recent[0].step) if len(recent) > 1 else None
+        return Progress(
+            run=self.common.settings.run,
+            step=step,
+            steps=train.steps,
+            samples=sum(s.samples for s in statuses),
+            samples_per_second=rate,
+            version=self._seen,
+            heads=statuses,
+            evaluation=self.evaluations[-1] if self.evaluations else None,
+            seconds=time.time() - self._begun,
+            remaining=None if per_step is None else per_step * (train.steps - step),
+            checkpoint=self.checkpoint,
+            note=note,
+        )
+
+
+def _get(ref: Any, who: str, status: HeadStatus | None = None) -> Any:
+    """The result of a call to `who`; errors are raised as ours."""
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayError as error:
+        raise _translated(error, who, status) from error
+
+
+def _translated(error: Exception, who: str, status: HeadStatus | None) -> LTEError:
+    """Ray's error as ours: the one that was raised inside the actor, or that its process is gone."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, LTEError):
+        return cause
+    if isinstance(error, ray.exceptions.RayActorError):
+        at = f" at local step {status.step}" if status is not None and status.step else ""
+        kind = CoordinatorLost if who == "the coordinator" else HeadLost
+        return kind(f"The process of {who} died{at}: {error}")
+    return RunError(f"{who} failed: {error}")

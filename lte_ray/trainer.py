@@ -1,0 +1,148 @@
+"""The Python API: `LTETrainer(worker, ...).fit()` runs a whole training and gives Ray's `Result`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lte_ray import checkpoint, runs
+from lte_ray.config import LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig, check_run_name
+from lte_ray.display import automatic_display
+from lte_ray.engine.initial import prepare
+from lte_ray.engine.settings import Settings
+from lte_ray.merging.registry import make_policy
+from lte_ray.messages import HeadTimes
+from lte_ray.metrics import Reporter
+from lte_ray.storage import RunDirectory
+
+if TYPE_CHECKING:
+    import ray.train
+
+    from lte_ray.runtime.session import Session
+
+
+@dataclass
+class LTETrainer:
+    """Trains a worker's model with LoRA heads on Ray.
+
+    Connects to RAY_ADDRESS, or to the Ray that is initialised already, or starts a local one for the run.
+
+    Args:
+        worker: what to train: an instance of a `lte_ray.Worker` (or its class, if it needs no arguments).
+        lte: the heads: how many, their rank and alpha.
+        merge: when and how they merge; `policy` may be a policy object.
+        train: steps, seed, and how often to evaluate and save.
+        scaling_config: resources per head, as `ray.train.ScalingConfig` or `lte_ray.config.PlacementConfig`. By default
+            a GPU each where the cluster has one for every head, else a CPU each.
+        run_config: name, storage and checkpoints to keep, as `ray.train.RunConfig` or `lte_ray.config.StorageConfig`
+            (which can also resume or overwrite a run).
+        reporter: shows progress; by default a live display on a terminal, else lines.
+        program: how ``run.toml`` names the worker; by default its module and class.
+    """
+
+    worker: Any
+    lte: LTEConfig = field(default_factory=LTEConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    scaling_config: ray.train.ScalingConfig | PlacementConfig | None = None
+    run_config: ray.train.RunConfig | StorageConfig | None = None
+    reporter: Reporter | None = None
+    program: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.worker, type):
+            self.worker = self.worker()
+
+    def fit(self) -> ray.train.Result:
+        """Runs the training to its end.
+
+        Returns:
+            `metrics` (the last evaluation's figures, train_loss, step, samples, samples_per_second, version, seconds, and
+            `times`, where the heads' time went), `checkpoint` (the last one), and `path` (the run directory, which holds
+            ``model.safetensors``).
+
+        Raises:
+            UserError: bad input; no actor was started.
+            RunError: the run ended early; its complete checkpoints remain in the run directory.
+        """
+        policy = make_policy(self.merge.policy)
+        storage, filesystem = _storage(self.run_config)
+        name = storage.name or f"{type(self.worker).__name__.lower()}-{time.strftime('%Y%m%d-%H%M%S')}"
+        # Actors get the policy's name only: the object goes to the coordinator alone.
+        merge = dataclasses.replace(self.merge, policy=runs.object_name(self.merge.policy))
+        settings = Settings(name, self.lte, merge, self.train)
+        initial = prepare(self.worker, settings)
+        directory = RunDirectory.of(storage.storage or _default_storage(), name, filesystem)
+        resume = runs.check_start(directory, storage, settings)
+
+        from lte_ray.runtime import placement as placing
+        from lte_ray.runtime.common import Common
+        from lte_ray.runtime.connect import connected, travels_by_value
+        from lte_ray.runtime.session import Session
+        from lte_ray.runtime.transport import ObjectStore
+
+        asked, more = placing.from_scaling_config(self.scaling_config, self.lte.num_heads)
+        travels_by_value(self.worker)
+        travels_by_value(policy)
+        base = checkpoint.read_base(directory, resume, initial.plan) if resume else initial.base
+        with connected():
+            placement = placing.resolve(asked, self.lte.num_heads, **more)
+            record = runs.record(self.worker, self.program, settings, asked, storage)
+            runs.create(directory, record, overwrite=storage.overwrite)
+            session = Session(
+                common=Common(self.worker, settings, directory, ObjectStore(), resume),
+                initial=dataclasses.replace(initial, base=base),
+                policy=policy,
+                placement=placement,
+                keep=storage.keep_checkpoints,
+                reporter=self.reporter or automatic_display(),
+            )
+            with contextlib.closing(session.reporter):
+                final = session.run()
+        runs.export(directory, initial, final)
+        return _result(session, directory)
+
+
+def _storage(config: Any) -> tuple[StorageConfig, Any]:
+    """Ray's RunConfig (or ours) as ours, and the filesystem that it names."""
+    if config is None or isinstance(config, StorageConfig):
+        return config or StorageConfig(), None
+    check_run_name(config.name)
+    keep = config.checkpoint_config.num_to_keep if config.checkpoint_config else None
+    return StorageConfig(name=config.name, storage=config.storage_path, keep_checkpoints=keep), config.storage_filesystem
+
+
+def _default_storage() -> str:
+    import ray.train
+
+    return str(ray.train.RunConfig().storage_path)
+
+
+def _result(session: Session, directory: RunDirectory) -> ray.train.Result:
+    import ray.train
+
+    progress = session.progress()
+    times = [status.times for status in session.statuses.values()]
+    metrics: dict[str, Any] = {
+        **(progress.evaluation.values if progress.evaluation else {}),
+        "train_loss": progress.train_loss,
+        "step": progress.step,
+        "samples": progress.samples,
+        "samples_per_second": progress.samples_per_second,
+        "version": progress.version,
+        "seconds": progress.seconds,
+        "times": {f.name: sum(getattr(t, f.name) for t in times) / len(times) for f in dataclasses.fields(HeadTimes)},
+        "merge_seconds": sum(m.merge_seconds for m in session.merges),
+    }
+    if session.sample is not None:
+        metrics["sample"] = session.sample
+    saved = None
+    if session.checkpoint is not None:
+        path = directory.at(checkpoint.folder(session.checkpoint))
+        saved = ray.train.Checkpoint(path, directory.filesystem)
+    return ray.train.Result(
+        metrics=metrics, checkpoint=saved, error=None, path=directory.path, _storage_filesystem=directory.filesystem
+    )
