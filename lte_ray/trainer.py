@@ -80,22 +80,22 @@ class LTETrainer:
 
         from lte_ray.runtime import placement as placing
         from lte_ray.runtime.common import Common
-        from lte_ray.runtime.connect import connected, travels_by_value
+        from lte_ray.runtime.connect import connected
+        from lte_ray.runtime.package import Package
         from lte_ray.runtime.session import Session
         from lte_ray.runtime.transport import ObjectStore
 
         asked, more = placing.from_scaling_config(self.scaling_config, self.lte.num_heads)
-        travels_by_value(self.worker)
-        travels_by_value(policy)
+        worker = Package.of(self.worker)
         base = checkpoint.read_base(directory, resume, initial.plan) if resume else initial.base
         with connected():
             placement = placing.resolve(asked, self.lte.num_heads, **more)
             record = runs.record(self.worker, self.program, settings, asked, storage)
             runs.create(directory, record, overwrite=storage.overwrite)
             session = Session(
-                common=Common(self.worker, settings, directory, ObjectStore(), resume),
+                common=Common(worker, settings, directory, ObjectStore(), resume),
                 initial=dataclasses.replace(initial, base=base),
-                policy=policy,
+                policy=Package.of(policy),
                 placement=placement,
                 keep=storage.keep_checkpoints,
                 reporter=self.reporter or automatic_display(),

@@ -83,7 +83,7 @@ class GPT:
     """Bytes that the model sees at once."""
     batch_size: int = 16
     """Windows of `context` bytes in one head's batch."""
-    lr: float = 3e-3
+    lr: float = 4e-3
     """Peak learning rate of AdamW."""
     warmup: int = 50
     """Local steps until the peak; a cosine falls from there to a tenth of it."""

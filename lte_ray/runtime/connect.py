@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 from collections.abc import Iterator
-from typing import Any
 
 import ray
 
 from lte_ray.errors import ResourceError
-from lte_ray.loading import FILE_MODULE_PREFIX
 
 
 @contextlib.contextmanager
@@ -38,10 +35,3 @@ def connected() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def travels_by_value(thing: Any) -> None:
-    """Has Ray send the class of `thing` by value if it was loaded from a file, which no other process could import."""
-    module = sys.modules.get(type(thing).__module__)
-    if module is not None and module.__name__.startswith(FILE_MODULE_PREFIX):
-        ray.cloudpickle.register_pickle_by_value(module)

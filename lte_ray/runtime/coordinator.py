@@ -7,6 +7,7 @@ runs on a loop of its own. `ray.remote` is applied in `session`.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,12 +18,15 @@ import torch
 from lte_ray import checkpoint
 from lte_ray.engine.coordinator import Coordinator, Outcome
 from lte_ray.engine.threads import merge_threads, torch_threads
-from lte_ray.errors import WorkerFailed
+from lte_ray.errors import StorageError, WorkerFailed
 from lte_ray.layout import Plan
-from lte_ray.merging.policy import MergePolicy
 from lte_ray.messages import Contribution, MergeRecord, Update, Verdict
 from lte_ray.runtime.common import Common
+from lte_ray.runtime.package import Package
 from lte_ray.runtime.transport import Handle
+
+PATIENCE = 600.0
+"""Seconds to wait at the end of a run for checkpoints that are being written."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class CoordinatorActor:
         keep: how many checkpoints to keep.
     """
 
-    def __init__(self, common: Common, plan: Plan, policy: MergePolicy, base: Any, version: int, keep: int | None) -> None:
+    def __init__(self, common: Common, plan: Plan, policy: Package, base: Any, version: int, keep: int | None) -> None:
         self._common, self._keep = common, keep
         self._threads = merge_threads(common.settings.merge.merge_threads)
         references = {}
@@ -70,7 +74,7 @@ class CoordinatorActor:
                 if "reference" in tensors:
                     references[head] = tensors["reference"]
         master = torch.tensor(base)  # a copy: what came in is shared and read-only
-        self._engine = Coordinator(common.settings, plan, master, policy, version=version, references=references)
+        self._engine = Coordinator(common.settings, plan, master, policy.open(), version=version, references=references)
         self._published: Handle = common.transport.publish(master)
         self._answers: dict[tuple[int, int], asyncio.Future[Update]] = {}
         self._unseen: tuple[MergeRecord, ...] = ()
@@ -189,6 +193,7 @@ class CoordinatorActor:
             try:
                 await work
             except Exception as error:
+                self._cuts.clear()  # storage failed: none of them will be complete
                 self._fail(error)
 
         task = asyncio.get_running_loop().create_task(guarded())
@@ -200,15 +205,26 @@ class CoordinatorActor:
 
         Raises:
             StorageError: a checkpoint couldn't be completed.
+        PolicyError: the merge policy failed.
         """
         version = self._engine.version
         if self._last is not None and self._saved != version and version not in self._cuts:
             self._begin(_Cut(self._last, (), []))  # the policy left heads out of the last merge: the base alone
-        while self._cuts and self._failure is None:
-            await asyncio.sleep(0.005)
+        if not await self.flush(PATIENCE) and self._failure is None:
+            raise StorageError(
+                f"The checkpoints of versions {sorted(self._cuts)} weren't complete within {PATIENCE:g} s: a head's part is "
+                f"missing, or {self._common.directory.display} is too slow."
+            )
         if self._failure is not None:
             raise self._failure
         return version, self._published
+
+    async def flush(self, limit: float) -> bool:
+        """Waits up to `limit` seconds for the checkpoints that are being written; whether all are complete."""
+        end = time.monotonic() + limit
+        while self._cuts and time.monotonic() < end:
+            await asyncio.sleep(0.005)
+        return not self._cuts
 
     @ray.method(concurrency_group="ctl")
     async def status(self, seen: int) -> CoordinatorStatus:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ class EvaluatorActor:
         self._common, self._plan, self._threads = common, plan, threads
         self._device = torch.device("cuda:0" if gpu else "cpu")
         self._model: nn.Module | None = None
+        self._worker: Any = None
 
     def evaluate(self, base: Handle) -> dict[str, float]:
         """The worker's figures for one base.
@@ -32,7 +34,7 @@ class EvaluatorActor:
             WorkerFailed: the worker's code raised, or didn't return numbers by name.
         """
         with self._merged(base) as model:
-            values = self._common.worker.evaluate(model)
+            values = self._worker.evaluate(model)
             try:
                 return {str(name): float(value) for name, value in values.items()}
             except (AttributeError, TypeError, ValueError):
@@ -40,18 +42,22 @@ class EvaluatorActor:
 
     def sample(self, base: Handle) -> str | None:
         """What the worker's optional `sample` makes of the merged weights."""
-        sample = getattr(self._common.worker, "sample", None)
+        sample = getattr(self._open(), "sample", None)
         if sample is None:
             return None
         with self._merged(base) as model:
             return str(sample(model))
+
+    def _open(self) -> Any:
+        self._worker = self._worker or self._common.worker.open()
+        return self._worker
 
     @contextmanager
     def _merged(self, base: Handle) -> Iterator[nn.Module]:
         torch.set_num_threads(self._threads)
         try:
             if self._model is None:
-                self._model = build_model(self._common.worker, self._common.settings.train.seed).to(self._device)
+                self._model = build_model(self._open(), self._common.settings.train.seed).to(self._device)
             load_base(self._model, self._plan, self._common.transport.fetch(base))
             with torch.no_grad():
                 yield self._model.eval()

@@ -12,7 +12,7 @@ import torch
 
 from lte_ray import checkpoint
 from lte_ray.engine.head import Head
-from lte_ray.errors import ContributionRefused, CoordinatorLost, LTEError, WorkerFailed
+from lte_ray.errors import ContributionRefused, CoordinatorLost, LTEError, WorkerError, WorkerFailed
 from lte_ray.messages import HeadStatus, Update
 from lte_ray.runtime.common import Common
 
@@ -60,7 +60,11 @@ class HeadActor:
         if self._device != "cpu" and not torch.cuda.is_available():
             reason = "Ray gave this head a GPU, but the torch installed on its node can't use it (no CUDA)."
             raise WorkerFailed(f"head {self._number}", None, reason)
-        head = Head(common.worker, common.settings, self._number, device=self._device)
+        try:
+            worker = common.worker.open()
+        except WorkerError as error:
+            raise WorkerFailed(f"head {self._number}", None, str(error)) from error
+        head = Head(worker, common.settings, self._number, device=self._device)
         with _asking():
             update = ray.get(coordinator.join.remote(self._number, head.plan))
         base = common.transport.fetch(update.base)

@@ -21,17 +21,20 @@ from lte_ray import checkpoint
 from lte_ray.engine.initial import Initial
 from lte_ray.engine.threads import head_threads
 from lte_ray.errors import CoordinatorLost, HeadLost, LTEError, RunError
-from lte_ray.merging.policy import MergePolicy
 from lte_ray.messages import HeadStatus, MergeRecord
 from lte_ray.metrics import Evaluation, MetricsLog, Progress, Reporter, throughput
 from lte_ray.runtime.common import Common
 from lte_ray.runtime.coordinator import CoordinatorActor, CoordinatorStatus
 from lte_ray.runtime.evaluator import EvaluatorActor
 from lte_ray.runtime.head import HeadActor
+from lte_ray.runtime.package import Package
 from lte_ray.runtime.placement import Placement, reserve
 
 POLL = 0.5
 """Seconds between two looks at the actors."""
+
+GRACE = 2.0
+"""Seconds that a run which ends early gives to a checkpoint that is being written."""
 
 MOST_WAITING = 2
 """Versions that may wait for evaluation; of more, the oldest are left out, so that memory stays bounded."""
@@ -61,7 +64,7 @@ class Session:
 
     common: Common
     initial: Initial
-    policy: MergePolicy
+    policy: Package
     placement: Placement
     keep: int | None
     reporter: Reporter
@@ -87,8 +90,14 @@ class Session:
         """
         try:
             with self._actors() as actors:
-                self._watch(actors)
-                return self._finish(actors)
+                try:
+                    self._watch(actors)
+                    return self._finish(actors)
+                except BaseException:
+                    # A checkpoint whose parts are all written needs a moment for its manifest.
+                    with contextlib.suppress(ray.exceptions.RayError):
+                        ray.get(actors.coordinator.flush.remote(GRACE), timeout=GRACE)
+                    raise
         finally:
             self._log.flush()
             checkpoint.remove_incomplete(self.common.directory)

@@ -1,0 +1,59 @@
+# Two commands are all that a fresh machine with Python >= 3.11 needs: `make train` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+ARGS ?=
+
+.PHONY: help train smoke test lint types floors unit format bench clean
+
+help:  ## Show these targets
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+train: $(VENV)/.installed  ## Set up, then train the GPT worker with its defaults (ARGS="--num-heads 2 ..." to change them)
+	$(BIN)/lte-ray train workers.gpt:GPT $(ARGS)
+
+smoke: $(VENV)/.installed  ## Set up, then train the smallest worker: a few seconds
+	$(BIN)/lte-ray train workers.regression:Regression --steps 200 $(ARGS)
+
+test: lint types floors unit  ## Set up, then lint, types, floors and tests
+
+lint: $(VENV)/.installed-dev  ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev  ## Check types
+	$(BIN)/mypy
+
+floors: $(VENV)/.installed-dev  ## Check that imports go downward only
+	$(BIN)/lint-imports --no-logo
+
+unit: $(VENV)/.installed-dev  ## Run the tests (ARGS="-k merge" to pick some)
+	$(BIN)/python -m pytest $(ARGS)
+
+format: $(VENV)/.installed-dev  ## Format the code and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-dev  ## Run the benchmarks and write benchmarks/results (about 15 minutes)
+	$(BIN)/python -m benchmarks.merge
+	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.efficiency
+
+clean:  ## Remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "lte-ray needs Python >= 3.11, found $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt pip
+
+# The constraints pin every version that these targets install; pyproject.toml keeps the ranges that work.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet --constraint constraints.txt --editable . --group dev
+	@touch $@ $(VENV)/.installed

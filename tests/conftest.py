@@ -1,0 +1,23 @@
+"""Shared by all tests: the repository root is importable, torch uses one thread, hypothesis knows no chance or clock."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+if ROOT not in sys.path:  # so that `workers` can be imported however pytest was started
+    sys.path.insert(0, ROOT)
+
+settings.register_profile("lte-ray", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("lte-ray")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_torch_thread() -> None:
+    """Results depend on the thread count in their last bits, and small tensors are fastest with one."""
+    torch.set_num_threads(1)

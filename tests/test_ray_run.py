@@ -1,0 +1,222 @@
+"""Whole runs on a real Ray, through the Python API."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+import ray
+import ray.train
+import safetensors.torch
+import torch
+from ray.util import placement_group_table
+from ray_support import Dropping, Failing, Regression, lte_actors, settings, storage
+
+from lte_ray import LTETrainer, Merge, MergeConfig, Pending, Roster, Wait, checkpoint
+from lte_ray.engine.initial import load_base, prepare
+from lte_ray.engine.settings import Settings
+from lte_ray.engine.simulate import simulate
+from lte_ray.errors import HeadLost, PolicyError, StorageError, WorkerFailed
+from lte_ray.metrics import Progress
+from lte_ray.storage import RunDirectory
+
+pytestmark = pytest.mark.ray
+
+
+def model_of(path: str) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(Path(path) / "model.safetensors")
+
+
+def test_a_barrier_run_is_bitwise_the_same_simulated_and_twice_on_ray(local_ray: None, tmp_path: Path) -> None:
+    """Same seed, same weights, whether the heads are actors or objects in one process; dropout included."""
+    kwargs = settings(steps=23)
+    simulated = simulate(Dropping(), Settings("a", kwargs["lte"], kwargs["merge"], kwargs["train"]))
+    model = Dropping().build_model()
+    load_base(model, simulated.plan, simulated.base)
+    runs = [model_of(LTETrainer(Dropping(), run_config=storage(tmp_path, n), **kwargs).fit().path) for n in ("a", "b")]
+    for name, value in model.state_dict().items():
+        assert torch.equal(runs[0][name], value), name
+        assert torch.equal(runs[1][name], value), name
+
+
+def test_the_result_holds_metrics_a_checkpoint_and_a_complete_run_directory(local_ray: None, tmp_path: Path) -> None:
+    """`fit` gives Ray's Result; the run directory has what the README says."""
+    run_config = ray.train.RunConfig(name="r", storage_path=str(tmp_path))
+    result = LTETrainer(Regression(), run_config=run_config, **settings(eval_every=2, checkpoint_every=2)).fit()
+    assert isinstance(result, ray.train.Result)
+    assert result.metrics["step"] == 30
+    assert result.metrics["version"] == 6
+    assert result.metrics["samples"] == 2 * 30 * 64
+    assert result.metrics["validation_loss"] < 0.6
+    directory = tmp_path / "r"
+    assert result.path == str(directory)
+    assert sorted(p.name for p in directory.iterdir()) == ["checkpoints", "metrics.jsonl", "model.safetensors", "run.toml"]
+    with result.checkpoint.as_directory() as saved:
+        assert saved == str(directory / "checkpoints" / "000006")
+        files = {"base.safetensors", "head-0000.safetensors", "head-0001.safetensors", "manifest.json"}
+        assert {p.name for p in Path(saved).iterdir()} == files
+    assert tomllib.loads((directory / "run.toml").read_text())["merge_iter"] == 5
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [row["version"] for row in rows if row["kind"] == "merge"] == [1, 2, 3, 4, 5, 6]
+    assert {row["version"] for row in rows if row["kind"] == "evaluation"} >= {0, 6}
+
+
+def test_the_model_file_loads_strictly_and_gives_the_evaluators_figures(local_ray: None, tmp_path: Path) -> None:
+    """model.safetensors has the unconverted model's names, and its logits are those that were evaluated."""
+    worker = Regression()
+    result = LTETrainer(worker, run_config=storage(tmp_path, "r"), **settings()).fit()
+    model = worker.build_model()
+    model.load_state_dict(model_of(result.path), strict=True)
+    with torch.no_grad():
+        assert worker.evaluate(model.eval())["validation_loss"] == result.metrics["validation_loss"]
+
+
+class HalfOfHeadOne:
+    """Merges head 1 alone, by half; head 0's contributions are waited for, and count nothing."""
+
+    def decide(self, pending: list[Pending], roster: Roster) -> Merge | Wait:
+        if len(pending) < roster.num_heads:
+            return Wait("for both")
+        return Merge({0: 0.0, 1: 0.5})
+
+
+def test_a_policy_object_is_what_merges(local_ray: None, tmp_path: Path) -> None:
+    """The weights after a real run are those that the user's policy says, to the last bit of its simulation."""
+    kwargs = settings(steps=10) | {"merge": MergeConfig(merge_iter=5, merge_threads=1, policy=HalfOfHeadOne())}
+    result = LTETrainer(Regression(), run_config=storage(tmp_path, "r"), **kwargs).fit()
+    ours = simulate(Regression(), Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"]))
+    average = simulate(Regression(), Settings("r", kwargs["lte"], MergeConfig(merge_iter=5, merge_threads=1), kwargs["train"]))
+    model = Regression().build_model()
+    load_base(model, ours.plan, ours.base)
+    merged = model_of(result.path)
+    assert all(torch.equal(merged[name], value) for name, value in model.state_dict().items())
+    assert not torch.equal(ours.base, average.base)
+
+
+class Collect:
+    """A reporter that keeps what it is shown."""
+
+    def __init__(self) -> None:
+        self.seen: list[Progress] = []
+        self.closed = False
+
+    def update(self, progress: Progress) -> None:
+        self.seen.append(progress)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_reporter_sees_every_head_and_nothing_is_left_behind(local_ray: None, tmp_path: Path) -> None:
+    """After a run no actor and no placement group of it exists, and no partial file."""
+    reporter = Collect()
+    LTETrainer(Regression(), run_config=storage(tmp_path, "r"), reporter=reporter, **settings()).fit()
+    assert reporter.closed
+    last = reporter.seen[-1]
+    assert (last.step, last.version, [h.head for h in last.heads]) == (30, 6, [0, 1])
+    assert all(h.state == "done" for h in last.heads)
+    assert_clean(tmp_path)
+
+
+def assert_clean(path: Path) -> None:
+    assert all(group["state"] == "REMOVED" for group in placement_group_table().values())
+    deadline = time.monotonic() + 30
+    while lte_actors() and time.monotonic() < deadline:  # they were killed; the kernel takes a moment
+        time.sleep(0.05)
+    assert lte_actors() == []
+    assert not list(path.rglob("*.part"))
+
+
+def test_a_worker_that_raises_ends_the_run_and_leaves_the_last_checkpoint(local_ray: None, tmp_path: Path) -> None:
+    """The error names the head and the step and carries the worker's traceback; checkpoints stay, actors go."""
+    trainer = LTETrainer(Failing(), run_config=storage(tmp_path, "r"), **settings(checkpoint_every=1))
+    with pytest.raises(WorkerFailed, match=r"head 1 at local step 13") as caught:
+        trainer.fit()
+    assert "ZeroDivisionError: the disk of the data is gone" in str(caught.value)
+    assert "train_batches" in str(caught.value)
+    directory = RunDirectory.of(str(tmp_path), "r")
+    assert checkpoint.complete(directory) == [1, 2]
+    assert checkpoint.read_manifest(directory, 2).facts["step"] == 10
+    assert not (tmp_path / "r" / "model.safetensors").exists()
+    assert_clean(tmp_path)
+
+
+def test_a_failing_evaluation_ends_the_run(local_ray: None, tmp_path: Path) -> None:
+    """An error in `evaluate` isn't swallowed: it is named, with its traceback."""
+    with pytest.raises(WorkerFailed, match=r"the evaluator:[\s\S]*the validation set is gone"):
+        LTETrainer(Failing(in_evaluate=True), run_config=storage(tmp_path, "r"), **settings()).fit()
+    assert_clean(tmp_path)
+
+
+class Broken:
+    """A policy that raises at the second merge."""
+
+    def decide(self, pending: list[Pending], roster: Roster) -> Merge | Wait:
+        if len(pending) < roster.num_heads:
+            return Wait()
+        if roster.version == 1:
+            raise LookupError("no weight for you")
+        return Merge({p.head: 0.5 for p in pending})
+
+
+def test_a_policy_that_raises_ends_the_run_by_name(local_ray: None, tmp_path: Path) -> None:
+    """Every head is told, nobody waits for ever, and the error names the policy."""
+    kwargs = settings() | {"merge": MergeConfig(merge_iter=5, policy=Broken())}
+    with pytest.raises(PolicyError, match="Broken raised LookupError: no weight for you"):
+        LTETrainer(Regression(), run_config=storage(tmp_path, "r"), **kwargs).fit()
+    assert_clean(tmp_path)
+
+
+class Deadly(Regression):
+    """Kills its own process in head 1's eighth step, as the kernel does when memory runs out."""
+
+    def train_batches(self, shard):  # type: ignore[no-untyped-def]
+        import os
+        import signal
+
+        for step, batch in enumerate(super().train_batches(shard), 1):
+            if (shard.head, step) == (1, 8):
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield batch
+
+
+def test_a_killed_head_ends_the_run_with_its_number(local_ray: None, tmp_path: Path) -> None:
+    """A real SIGKILL: the error says which head's process died."""
+    with pytest.raises(HeadLost, match="head 1"):
+        LTETrainer(Deadly(), run_config=storage(tmp_path, "r"), **settings()).fit()
+    assert_clean(tmp_path)
+
+
+def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(local_ray: None, tmp_path: Path) -> None:
+    """20 steps, then 20 more from the checkpoint: the same weights as 40 at once; optimizer, data and dropout go on."""
+    whole = LTETrainer(Dropping(), run_config=storage(tmp_path, "whole"), **settings(steps=40)).fit()
+    LTETrainer(Dropping(), run_config=storage(tmp_path, "parts"), **settings(steps=20)).fit()
+    resumed = LTETrainer(Dropping(), run_config=storage(tmp_path, "parts", resume=True), **settings(steps=40)).fit()
+    a, b = model_of(whole.path), model_of(resumed.path)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert resumed.metrics["step"] == 40
+    assert resumed.metrics["version"] == 8
+
+
+def test_resume_refuses_what_it_cannot_continue(local_ray: None, tmp_path: Path) -> None:
+    """Other heads, no checkpoint, or nothing left to do: one clear error each."""
+    LTETrainer(Regression(), run_config=storage(tmp_path, "r"), **settings(steps=5)).fit()
+    again = storage(tmp_path, "r", resume=True)
+    with pytest.raises(StorageError, match="Raise --steps"):
+        LTETrainer(Regression(), run_config=again, **settings(steps=5)).fit()
+    kwargs = settings(steps=50)
+    with pytest.raises(StorageError, match="--num-heads 2 --lora-r 8"):
+        LTETrainer(Regression(), run_config=again, **kwargs | {"lte": dataclasses.replace(kwargs["lte"], lora_r=4)}).fit()
+    with pytest.raises(StorageError, match="no complete checkpoint"):
+        LTETrainer(Regression(), run_config=storage(tmp_path, "new", resume=True), **kwargs).fit()
+
+
+def test_rebuilding_gives_the_driver_and_heads_the_same_start(tmp_path: Path) -> None:
+    """`prepare` twice gives bitwise the same version 0."""
+    kwargs = settings()
+    config = Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"])
+    assert torch.equal(prepare(Regression(), config).base, prepare(Regression(), config).base)
