@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,18 @@ settings.load_profile("lte-ray")
 def one_torch_thread() -> None:
     """Results depend on the thread count in their last bits, and small tensors are fastest with one."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_ray() -> Iterator[None]:
+    """A local Ray that says it has 4 CPUs, without dashboard."""
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="error")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def local_ray(shared_ray: None) -> None:
+    """The shared Ray; started with the first test that asks for it."""

@@ -88,7 +88,7 @@ def test_a_merge_of_the_reference_itself_changes_no_weight() -> None:
     assert_near(base, before, 1e-15)  # equal terms of both signs cancel to rounding
 
 
-def test_the_order_of_shares_decides_the_last_bits_only() -> None:
+def test_the_same_shares_give_the_same_bits() -> None:
     """The same shares in the same order give the same bits."""
     plan = make_plan_of([(6, 5, 2)], [(4,)])
     made = make_shares(plan, [(0.3, True), (0.7, False)])
