@@ -1,0 +1,198 @@
+"""`lte-ray train` as users start it: a process of its own, on a Ray of its own or as a job on a cluster."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+from ray_support import ROOT, descendants
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+BIN = Path(sys.executable).parent
+
+USERS_FILE = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from beside import SIZE  # a file that lies beside this one
+
+
+class Net:
+    def __init__(self, fail_at: int = -1, lr: float = 0.01):
+        self.fail_at, self.lr = fail_at, lr
+
+    def build_model(self):
+        return nn.Sequential(nn.Linear(SIZE, SIZE), nn.ReLU(), nn.Linear(SIZE, 1))
+
+    def train_batches(self, shard):
+        generator = torch.Generator().manual_seed(shard.seed * 1000 + shard.head)
+        step = shard.cursor
+        while True:
+            step += 1
+            if step == self.fail_at:
+                raise OSError("the data server hung up")
+            x = torch.randn(16, SIZE, generator=generator)
+            yield x, x.sum(1, keepdim=True)
+
+    def loss(self, model, batch):
+        return F.mse_loss(model(batch[0]), batch[1])
+
+    def evaluate(self, model):
+        x = torch.ones(4, SIZE)
+        return {"error": (model(x) - SIZE).abs().mean().item()}
+"""
+
+
+@pytest.fixture
+def users_file(tmp_path: Path) -> Path:
+    """A user's own worker, in a folder that has nothing to do with the repository."""
+    folder = tmp_path / "my"
+    folder.mkdir()
+    (folder / "beside.py").write_text("SIZE = 40\n")
+    (folder / "file.py").write_text(USERS_FILE)
+    return folder / "file.py"
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return {**kept, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "COLUMNS": "200", **more}
+
+
+def test_a_users_own_file_trains_with_four_heads(users_file: Path, tmp_path: Path) -> None:
+    """The issue's command, as is, from the user's folder; four heads share two cores, and a sibling file is imported."""
+    command = "train my/file.py:Net --num-heads 4 --merge-iter 10 --steps 200 --exclude 2 --name first --storage runs"
+    done = subprocess.run(
+        [BIN / "lte-ray", *command.split()], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 200/200" in done.stdout
+    assert re.search(r"trained +200 local steps a head, 12,800 samples", done.stdout)
+    run = tmp_path / "runs" / "first"
+    assert {p.name for p in run.iterdir()} == {"checkpoints", "metrics.jsonl", "model.safetensors", "run.toml"}
+    assert set(safetensors.torch.load_file(run / "model.safetensors")) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+
+
+def test_a_worker_that_raises_gives_exit_code_1_and_its_traceback(users_file: Path, tmp_path: Path) -> None:
+    """The user's own line is in the message, with the head and the step; the last checkpoint stays."""
+    flags = "--lora-r 1 --merge-iter 5 --checkpoint-every 1 --worker.fail-at 14 --name a --storage runs"
+    command = f"train {users_file}:Net {flags}"
+    done = subprocess.run(
+        [BIN / "lte-ray", *command.split()], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"failed in head [01] at local step 14", done.stderr)
+    assert 'raise OSError("the data server hung up")' in done.stderr
+    assert "HeadActor" not in done.stderr
+    assert sorted(p.name for p in (tmp_path / "runs" / "a" / "checkpoints").iterdir()) == ["000001", "000002"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_takes_everything_down(tmp_path: Path, number: signal.Signals) -> None:
+    """Ctrl-C (or `ray job stop`) in the middle: exit code 130, no process of the run is left, checkpoints stay."""
+    storage = tmp_path / "runs"
+    command = f"train workers.regression:Regression --steps 1000000 --checkpoint-every 1 --name a --storage {storage}"
+    run = subprocess.Popen(
+        [BIN / "lte-ray", *command.split()],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        wait_for(lambda: (storage / "a" / "checkpoints" / "000003" / "manifest.json").exists() or run.poll() is not None)
+        assert run.poll() is None, run.communicate()
+        started = descendants(run.pid)
+        assert any("HeadActor" in line for line in started.values())
+        if number == signal.SIGINT:
+            os.killpg(run.pid, number)  # a terminal sends Ctrl-C to the whole group
+        else:
+            run.send_signal(number)
+        output, _ = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 130, output
+    assert "--resume" in output
+    assert "Traceback" not in output
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
+    saved = sorted((storage / "a" / "checkpoints").iterdir())
+    assert saved
+    assert all((folder / "manifest.json").exists() for folder in saved)
+    assert not list(storage.rglob("*.part"))
+
+
+def wait_for(condition: object, limit: float = 60) -> None:
+    """Returns once the condition holds; fails after `limit` seconds."""
+    end = time.monotonic() + limit
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "it never came to be"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real `ray start --head` with its job server, on loopback; gives the job server's address."""
+    port, dashboard = 20379, 20265  # explicit ports stay out of Ray's own range, 10002-19999
+    log = (tmp_path_factory.mktemp("cluster") / "log").open("w+")
+    command = (
+        f"start --head --block --port {port} --dashboard-port {dashboard} --dashboard-host 127.0.0.1 --num-cpus 4 "
+        "--node-ip-address 127.0.0.1 --disable-usage-stats --dashboard-agent-listen-port 20266"
+    )
+    head = subprocess.Popen(
+        [BIN / "ray", *command.split()], env=environment(RAY_AUTH_MODE="disabled"), stdout=log, stderr=subprocess.STDOUT
+    )
+    try:
+        address = f"http://127.0.0.1:{dashboard}"
+        submit = ("submit", "--no-wait", "--", "true")  # works once the job server's agent is up
+        wait_for(lambda: head.poll() is not None or job(*submit, address=address).returncode == 0, limit=90)
+        assert head.poll() is None, Path(log.name).read_text()
+        yield address
+    finally:
+        below = descendants(head.pid)
+        head.terminate()  # `ray start --block` takes its own processes down
+        head.wait(timeout=60)
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))
+        log.close()
+
+
+def job(*arguments: str, address: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    verb, *rest = arguments
+    command = [BIN / "ray", "job", verb, "--address", address, *rest]
+    return subprocess.run(
+        command, cwd=cwd, env=environment(RAY_AUTH_MODE="disabled"), capture_output=True, text=True, check=False, timeout=200
+    )
+
+
+def test_a_submitted_job_succeeds_and_shows_its_progress(cluster: str, users_file: Path, tmp_path: Path) -> None:
+    """The same command under `ray job submit`: progress in its logs, and a complete run directory."""
+    storage = tmp_path / "runs"
+    program = f"{BIN}/lte-ray train file.py:Net --exclude 2 --steps 200 --num-heads 2 --name job --storage {storage}"
+    done = job("submit", "--working-dir", str(users_file.parent), "--", *program.split(), address=cluster)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "succeeded" in said
+    assert "step 200/200" in said
+    assert "train loss" in said
+    assert {p.name for p in (storage / "job").iterdir()} == {"checkpoints", "metrics.jsonl", "model.safetensors", "run.toml"}
+
+
+def test_a_failing_worker_fails_its_job_with_the_real_traceback(cluster: str, users_file: Path, tmp_path: Path) -> None:
+    """`ray job submit` returns 1, and the log has the user's own line."""
+    program = f"{BIN}/lte-ray train file.py:Net --exclude 2 --worker.fail-at 7 --name bad --storage {tmp_path}/runs"
+    done = job("submit", "--working-dir", str(users_file.parent), "--", *program.split(), address=cluster)
+    said = done.stdout + done.stderr
+    assert done.returncode == 1, said
+    assert "failed" in said
+    assert re.search(r"failed in head [01] at local step 7", said)
+    assert 'raise OSError("the data server hung up")' in said
