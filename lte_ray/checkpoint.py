@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from lte_ray.errors import StorageError
 from lte_ray.layout import Plan
 from lte_ray.merging.flat import gather, views
 from lte_ray.storage import RunDirectory
+
+T = TypeVar("T")
 
 FORMAT = 1
 FOLDER = "checkpoints"
@@ -109,12 +111,23 @@ def read_manifest(directory: RunDirectory, version: int) -> Manifest:
     path = f"{folder(version)}/{MANIFEST}"
     try:
         content = json.loads(directory.read(path))
-        if content.pop("format") != FORMAT:
+        if _of(int, content["format"]) != FORMAT:
             raise StorageError(f"{directory.at(path)} has a format that this release of lte-ray can't read.")
-        files = tuple(FileEntry(**file) for file in content["files"])
-        return Manifest(content["version"], tuple(content["heads"]), files, content["facts"])
-    except (ValueError, KeyError, TypeError) as error:
+        files = [
+            FileEntry(_of(str, f["name"]), _of(int, f["size"]), _of(str, f["sha256"])) for f in _of(list, content["files"])
+        ]
+        heads = [_of(int, head) for head in _of(list, content["heads"])]
+        if _of(int, content["version"]) != version:
+            raise ValueError(f"it is of version {content['version']}")
+        return Manifest(version, tuple(heads), tuple(files), _of(dict, content["facts"]))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StorageError(f"{directory.at(path)} is damaged: {type(error).__name__}: {error}.") from error
+
+
+def _of(kind: type[T], value: Any) -> T:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"expected {kind.__name__}, found {value!r:.40}")
+    return value
 
 
 def read_base(directory: RunDirectory, manifest: Manifest, plan: Plan) -> Tensor:

@@ -35,6 +35,13 @@ def _at_least(config: object, low: float, *names: str) -> None:
             raise ConfigError(f"{flag(name)} is {value}, but it must be at least {low}.")
 
 
+def _integers(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"{flag(name)} is {value!r}, but it must be a whole number.")
+
+
 def _positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
@@ -57,8 +64,11 @@ class LTEConfig:
     )
 
     def __post_init__(self) -> None:
+        _integers(self, "num_heads", "lora_r")
         _at_least(self, 1, "num_heads", "lora_r")
         _positive(self, "lora_alpha")
+        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
+            raise ConfigError(f"--exclude is {self.exclude!r}, but it must be a list of names.")
         if self.reset not in ("none", "B"):
             raise ConfigError(f"--reset is {self.reset!r}, but it must be 'none' or 'B'.")
 
@@ -79,6 +89,7 @@ class MergeConfig:
     merge_threads: int = setting(0, "Threads that the coordinator merges with; 0 means one per core of its node.")
 
     def __post_init__(self) -> None:
+        _integers(self, "merge_iter", "merge_threads")
         _at_least(self, 1, "merge_iter")
         _at_least(self, 0, "merge_threads")
 
@@ -94,6 +105,7 @@ class TrainConfig:
     threads_per_head: int = setting(0, "Threads that torch uses in each head; 0 means the CPUs per head, at least 1.")
 
     def __post_init__(self) -> None:
+        _integers(self, "steps", "seed", "eval_every", "checkpoint_every", "threads_per_head")
         _at_least(self, 1, "steps")
         _at_least(self, 0, "seed", "eval_every", "checkpoint_every", "threads_per_head")
 

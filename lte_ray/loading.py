@@ -43,12 +43,15 @@ def load_object(spec: str, *, what: str, error: type[LTEError]) -> Any:
         raise error(f"{what} {spec!r}: {reason}") from None
     except Exception as reason:
         raise error(f"{what} {spec!r}: importing {place} raised {type(reason).__name__}: {reason}") from reason
-    if not hasattr(module, name):
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if found is None:
         public = [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__]
         raise error(
             f"{what} {spec!r}: {place} has no {name}.{near(name, public)} Its classes are: {', '.join(public) or 'none'}."
         )
-    return getattr(module, name)
+    return found
 
 
 class _NotFound(Exception):

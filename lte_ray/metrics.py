@@ -70,6 +70,13 @@ class MetricsLog:
         self._directory = directory
         self._rows: list[str] = []
 
+    def rewind(self, version: int) -> None:
+        """Drops the rows after `version`, which a resumed run writes again."""
+        if self._directory.exists(METRICS):
+            rows = self._directory.read(METRICS).decode().splitlines(keepends=True)
+            kept = [row for row in rows if json.loads(row)["version"] <= version]
+            self._directory.write(METRICS, "".join(kept).encode())
+
     def merge(self, record: MergeRecord) -> None:
         self._row(
             "merge",

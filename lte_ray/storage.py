@@ -22,6 +22,7 @@ class RunDirectory:
 
     filesystem: Any
     path: str
+    uri: str | None = None
 
     @classmethod
     def of(cls, storage: str, name: str, filesystem: Any = None) -> RunDirectory:
@@ -34,7 +35,8 @@ class RunDirectory:
             filesystem, root = _open(storage) if filesystem is None else (filesystem, storage)
         except Exception as error:
             raise StorageError(f"--storage is {storage!r}, which can't be opened: {type(error).__name__}: {error}") from error
-        return cls(filesystem, posixpath.join(root, name))
+        uri = f"{storage.rstrip('/')}/{name}" if "://" in storage else None
+        return cls(filesystem, posixpath.join(root, name), uri)
 
     @property
     def is_local(self) -> bool:
@@ -43,7 +45,7 @@ class RunDirectory:
     @property
     def display(self) -> str:
         """The path as users write it."""
-        return self.path if self.is_local else f"{self.filesystem.type_name}://{self.path}"
+        return self.uri or self.path
 
     def at(self, relative: str) -> str:
         return posixpath.join(self.path, relative) if relative else self.path

@@ -118,13 +118,16 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def batch_samples(batch: Batch) -> int:
     """Samples in a batch: the first dimension of its first tensor, 1 if it holds none."""
+    first = next(_tensors(batch), None)
+    return first.shape[0] if first is not None and first.ndim else 1
+
+
+def _tensors(batch: Batch) -> Iterator[Tensor]:
     if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 1
+        yield batch
     items = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list | tuple) else ()
     for item in items:
-        if isinstance(item, Tensor | list | tuple | dict):
-            return batch_samples(item)
-    return 1
+        yield from _tensors(item)
 
 
 def worker_settings(worker: object) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class Tiny:
 
     def build_optimizer(self, params: list[dict]) -> torch.optim.Optimizer:
         if self.optimizer == "sgd":
-            return torch.optim.SGD(params, lr=0.05, momentum=0.9)
+            return torch.optim.SGD(params, lr=0.01, momentum=0.9)  # higher rates make rounding errors grow
         return torch.optim.AdamW(params, lr=0.01)
 
 

@@ -115,6 +115,15 @@ def test_one_module_at_two_places_stays_one() -> None:
     assert model[0] is model[2]
 
 
+def test_a_layers_hooks_still_run() -> None:
+    """A forward hook that a worker put on a linear layer changes the outputs after conversion as before."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+    x = torch.ones(1, 4)
+    before = model(x)
+    assert torch.equal(convert(model, LTE)[0](x), before)
+
+
 def test_frozen_parameters_are_left_alone() -> None:
     """A frozen weight gets no factors and a frozen bias is no replica; both stay as they are."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -185,6 +194,8 @@ def test_a_rank_too_high_names_the_layers_and_the_largest_rank() -> None:
     assert "mid" not in message
     assert "Lower --lora-r to 6" in message
     assert "--exclude 'up' 'down'" in message
+    with pytest.raises(ConfigError, match=r"of 3 layer\(s\): .*Lower --lora-r to 6"):
+        make_plan(net(), LTEConfig(lora_r=9))
     assert names(net(), LTEConfig(lora_r=6))[0] == ADAPTED
     assert names(net(), LTEConfig(lora_r=7, exclude=("up", "down")))[0] == ["mid.weight"]
 
@@ -205,3 +216,11 @@ def test_a_complex_parameter_is_refused_by_name() -> None:
     model.register_parameter("phase", nn.Parameter(torch.zeros(3, dtype=torch.complex64)))
     with pytest.raises(WorkerError, match=r"phase trains and has type torch.complex64"):
         make_plan(model, LTE)
+
+
+def test_running_statistics_are_replicas_and_bad_parameters_are_named() -> None:
+    """Batch normalisation's mean and variance are merged; a lazy layer without shapes is one clear error."""
+    plan = make_plan(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), LTE)
+    assert [r.name for r in plan.replicas] == ["0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"]
+    with pytest.raises(WorkerError, match="lazy layer"):
+        make_plan(nn.Sequential(nn.LazyLinear(4)), LTE)

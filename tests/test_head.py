@@ -213,3 +213,4 @@ def test_a_restored_head_goes_on_bitwise_the_same(optimizer: str, reset: str) ->
         assert (found.loss, found.version) == (expected.loss, expected.version)
         for each, contribution in ((head, expected), (restored, found)):
             accept(each, contribution, sequence, one)
+            assert {g["lr"] for g in each.optimizer.param_groups} == {0.01 * (1 - each.step / 12)}

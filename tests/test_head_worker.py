@@ -116,7 +116,7 @@ def test_a_rounds_loss_is_the_mean_over_its_steps() -> None:
 
     losses: list[Tensor] = []
     contribution = next_round(make_head(Noting()))
-    assert contribution.loss == sum(float(loss) for loss in losses) / 3
+    assert contribution.loss == sum(loss.item() for loss in losses) / 3
 
 
 def test_a_contribution_is_never_written_again() -> None:

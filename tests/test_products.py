@@ -99,11 +99,14 @@ def test_the_same_shares_give_the_same_bits() -> None:
 
 
 def test_folding_takes_a_reference_out_of_a_weight() -> None:
-    """W~ = W - s B' A', in place; adding the product again gives W."""
+    """W~ = W - s B' A', into a weight of any type; adding the product again gives W."""
     weight, b, a = random_flat(12, 1).view(3, 4), random_flat(6, 2).view(3, 2), random_flat(8, 3).view(2, 4)
-    folded = weight.clone()
-    fold_reference(folded, 1.5, b, a)
+    folded = torch.empty_like(weight)
+    fold_reference(folded, weight, 1.5, b, a)
     assert_near(folded, weight - 1.5 * b @ a, 1e-15)  # two float64 products a sum
+    rounded = torch.empty_like(weight, dtype=torch.bfloat16)
+    fold_reference(rounded, weight, 1.5, b, a)
+    assert torch.equal(rounded, folded.bfloat16())  # rounded once, at the end
     add_products(folded, [(1.5, b, a)])
     assert_near(folded, weight, 1e-15)
 

@@ -145,12 +145,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real `ray start --head` with its job server, on loopback; gives the job server's address."""
     port, dashboard = 20379, 20265  # explicit ports stay out of Ray's own range, 10002-19999
     log = (tmp_path_factory.mktemp("cluster") / "log").open("w+")
-    command = (
-        f"start --head --block --port {port} --dashboard-port {dashboard} --dashboard-host 127.0.0.1 --num-cpus 4 "
-        "--node-ip-address 127.0.0.1 --disable-usage-stats --dashboard-agent-listen-port 20266"
-    )
+    flags = f"--port {port} --dashboard-port {dashboard} --dashboard-agent-listen-port 20266 --num-cpus 4"
+    variables = environment(RAY_AUTH_MODE="disabled", RAY=str(BIN / "ray"))
     head = subprocess.Popen(
-        [BIN / "ray", *command.split()], env=environment(RAY_AUTH_MODE="disabled"), stdout=log, stderr=subprocess.STDOUT
+        [ROOT / "cluster" / "local.sh", *flags.split()], env=variables, stdout=log, stderr=subprocess.STDOUT
     )
     try:
         address = f"http://127.0.0.1:{dashboard}"

@@ -20,7 +20,7 @@ from lte_ray import LTETrainer, Merge, MergeConfig, Pending, Roster, Wait, check
 from lte_ray.engine.initial import load_base, prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.simulate import simulate
-from lte_ray.errors import HeadLost, PolicyError, StorageError, WorkerFailed
+from lte_ray.errors import ContributionRefused, HeadLost, PolicyError, StorageError, WorkerFailed
 from lte_ray.metrics import Progress
 from lte_ray.storage import RunDirectory
 
@@ -191,6 +191,20 @@ def test_a_killed_head_ends_the_run_with_its_number(local_ray: None, tmp_path: P
     assert_clean(tmp_path)
 
 
+class Diverging(Regression):
+    """Its learning rate makes every weight infinite."""
+
+    def build_optimizer(self, params: list[dict]) -> torch.optim.Optimizer:  # type: ignore[type-arg]
+        return torch.optim.SGD(params, lr=float("inf"))
+
+
+def test_a_diverged_head_is_refused_and_ends_the_run(local_ray: None, tmp_path: Path) -> None:
+    """NaN never reaches the base: three refusals in a row end the run, and the message says why and what to try."""
+    with pytest.raises(ContributionRefused, match=r"NaN, infinite[\s\S]*lower the learning rate"):
+        LTETrainer(Diverging(), run_config=storage(tmp_path, "r"), **settings()).fit()
+    assert_clean(tmp_path)
+
+
 def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(local_ray: None, tmp_path: Path) -> None:
     """20 steps, then 20 more from the checkpoint: the same weights as 40 at once; optimizer, data and dropout go on."""
     whole = LTETrainer(Dropping(), run_config=storage(tmp_path, "whole"), **settings(steps=40)).fit()
@@ -200,6 +214,8 @@ def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(local_ray: None, tm
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert resumed.metrics["step"] == 40
     assert resumed.metrics["version"] == 8
+    rows = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["version"] for row in rows if row["kind"] == "merge"] == list(range(1, 9))
 
 
 def test_resume_refuses_what_it_cannot_continue(local_ray: None, tmp_path: Path) -> None:

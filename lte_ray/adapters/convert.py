@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lte_ray.adapters.linear import Factors, LTELinear, draw_a
 from lte_ray.config import LTEConfig, near
@@ -35,6 +35,10 @@ def make_plan(model: nn.Module, lte: LTEConfig) -> Plan:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise WorkerError(
+                f"Parameter {name} has no shape yet (a lazy layer). Pass one batch through the model in build_model()."
+            )
         if not parameter.is_floating_point():
             raise WorkerError(
                 f"Parameter {name} trains and has type {parameter.dtype}; only real floating-point can be merged."
@@ -47,7 +51,8 @@ def make_plan(model: nn.Module, lte: LTEConfig) -> Plan:
             adapted.append(Adapted(name, (out_features, in_features), lte.lora_r, lte.scaling))
         else:
             replicas.append(Replica(name, tuple(parameter.shape)))
-    _check(adapted, replicas, lte)
+    replicas += _running_statistics(model)
+    _check(adapted, replicas, dict(model.named_parameters()), lte)
     return Plan(tuple(adapted), tuple(replicas))
 
 
@@ -101,6 +106,19 @@ def factors_of(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
     return found
 
 
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """All that a plan can name: parameters and buffers."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _running_statistics(model: nn.Module) -> list[Replica]:
+    """Batch normalisation's mean and variance change in training too: replicas that no optimizer touches."""
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats}
+    buffers = dict(model.named_buffers())
+    names = [f"{n}.{kind}".lstrip(".") for n in norms for kind in ("running_mean", "running_var")]
+    return [Replica(name, tuple(buffers[name].shape)) for name in names if name in buffers]
+
+
 def _excluded(model: nn.Module, patterns: tuple[str, ...]) -> set[str]:
     names = [name for name, module in model.named_modules(remove_duplicate=False) if name and _leafy(module)]
     excluded: set[str] = set()
@@ -120,8 +138,8 @@ def _leafy(module: nn.Module) -> bool:
     return next(module.parameters(recurse=False), None) is not None
 
 
-def _check(adapted: list[Adapted], replicas: list[Replica], lte: LTEConfig) -> None:
-    if not adapted and not replicas:
+def _check(adapted: list[Adapted], replicas: list[Replica], parameters: dict[str, nn.Parameter], lte: LTEConfig) -> None:
+    if not adapted and not any(r.name in parameters for r in replicas):
         raise WorkerError("The model has no parameter that trains (requires_grad): there is nothing to adapt.")
     if not adapted:
         raise WorkerError(
@@ -132,9 +150,9 @@ def _check(adapted: list[Adapted], replicas: list[Replica], lte: LTEConfig) -> N
     if small:
         widest = min(min(a.shape) for a in small)
         names = ", ".join(f"{a.name} ({a.shape[0]} x {a.shape[1]})" for a in small[:5])
-        layers = " ".join(repr(a.name.removesuffix(".weight")) for a in small[:5])
+        layers = " ".join(repr(a.name.removesuffix(".weight")) for a in small[:5] if "." in a.name)
         raise ConfigError(
             f"--lora-r is {lte.lora_r}, above min(out, in) of {len(small)} layer(s): {names}"
-            f"{', ...' if len(small) > 5 else ''}. A rank above that adds nothing. Lower --lora-r to {widest}, or let "
-            f"these layers train as replicas: --exclude {layers}."
+            f"{', ...' if len(small) > 5 else ''}. A rank above that adds nothing. Lower --lora-r to {widest}"
+            + (f", or let these layers train as replicas: --exclude {layers}." if layers else ".")
         )

@@ -9,6 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
 
 class Factors(nn.Module):
     """The factors of one main weight, W~ + s B A with A (rank x in) and B (out x rank); B starts at zero."""
@@ -45,6 +56,8 @@ class LTELinear(nn.Module):
         self.bias = linear.bias
         self.lora = factors
         self.train(linear.training)
+        for name in HOOKS:  # what the user hung on the layer goes on working
+            setattr(self, name, getattr(linear, name))
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = F.linear(x, self.weight, self.bias) + self.lora(x)

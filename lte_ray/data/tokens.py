@@ -37,10 +37,9 @@ class TokenSet:
         """
         with pa.memory_map(str(path)) as source:
             column = pa.ipc.open_file(source).read_all().column(COLUMN)
-        tokens = column.chunk(0).to_numpy(zero_copy_only=True)
-        if len(tokens) <= length:
-            raise ValueError(f"{path} holds {len(tokens)} tokens, too few for one window of {length}")
-        return cls(tokens, length)
+        if len(column) <= length:
+            raise ValueError(f"{path} holds {len(column)} tokens, too few for one window of {length}")
+        return cls(column.chunk(0).to_numpy(zero_copy_only=True), length)
 
     def __len__(self) -> int:
         """Number of windows; they don't overlap, except that the last target of one is the first input of the next."""
@@ -77,12 +76,13 @@ def cached_tokens(key: str, make: Callable[[], dict[str, NDArray[np.generic]]]) 
     """
     folder = Path(platformdirs.user_cache_dir("lte-ray")) / "tokens" / key
     done = folder / "splits.txt"
-    if not done.is_file():
+    names = done.read_text().splitlines() if done.is_file() else []
+    if not names or not all((folder / f"{name}.arrow").is_file() for name in names):
         splits = make()
         for split, tokens in splits.items():
             write_tokens(folder / f"{split}.arrow", tokens)
         _write_text(done, "\n".join(splits) + "\n")
-    return {split: folder / f"{split}.arrow" for split in done.read_text().split()}
+    return {split: folder / f"{split}.arrow" for split in done.read_text().splitlines()}
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -6,10 +6,10 @@ how tensors travel.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,13 @@ from lte_ray.layout import Plan
 from lte_ray.merging.policy import Decision, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Wait
 from lte_ray.merging.products import Share, add_contributions, dense_change, new_reference
 from lte_ray.messages import Contribution, MergeRecord, Verdict
+
+ABSURD = 1e30
+"""Bound on s times a contribution's sum of squares, and so on every element of s B A: far beyond any weight that trains,
+and far below what overflows float32, so that a merge that has begun can't make the base infinite."""
+
+MOST_WEIGHT = 1e6
+"""Bound on the weight that a policy may give a contribution."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class Coordinator:
         self.version = version
         self.live = set(range(settings.lte.num_heads))
         self.waiting_for = ""
+        self._largest_scaling = max([1.0, *(abs(a.scaling) for a in plan.adapted)])
         self._references: dict[int, Tensor | None] = dict(references or {})
         self._pending: dict[int, tuple[Contribution, Tensor]] = {}
         self._newest: dict[int, tuple[int, int]] = {}  # head -> incarnation and sequence last received
@@ -67,7 +75,8 @@ class Coordinator:
         return sorted(self._pending)
 
     def receive(self, contribution: Contribution, buffer: Tensor) -> Outcome:
-        """A contribution arrived; `buffer` is flat, in the contribution layout, and may be read-only and short-lived.
+        """A contribution arrived; `buffer` is flat, in the contribution layout; it is only read,
+        and kept until the decision.
 
         A contribution that can't be merged is refused with a reason, and nothing else is touched.
 
@@ -104,9 +113,10 @@ class Coordinator:
         if buffer.shape != (self.plan.contribution.size,) or buffer.dtype != self.base.dtype:
             expected = f"{self.plan.contribution.size} of {self.base.dtype}"
             return f"it has {buffer.numel()} elements of {buffer.dtype}, expected {expected}"
-        # One pass: the sum of squares is finite only if every element is (and none is beyond 1e19, which is no weight).
-        if not math.isfinite(float(torch.dot(buffer, buffer))):
-            return "it holds values that are NaN, infinite or absurdly large"
+        # One pass finds NaN and infinity, and bounds each element of s B A by s times the sum of squares.
+        size = self._largest_scaling * float(torch.dot(buffer, buffer))
+        if not size < ABSURD:
+            return f"it holds values that are NaN, infinite or absurdly large (s times the sum of squares: {size:g})"
         return ""
 
     def _decide(self) -> Outcome:
@@ -157,31 +167,24 @@ class Coordinator:
         return decision
 
     def _settled(self, decision: Merge | MergeChange | Discard) -> list[int]:
-        heads: Iterable[int] = decision.weights if isinstance(decision, Merge) else decision.heads
-        settled = sorted(heads)
-        if not settled or not set(settled) <= set(self._pending) or len(set(settled)) != len(settled):
+        heads: Any = decision.weights if isinstance(decision, Merge) else decision.heads
+        try:
+            named = list(heads)
+            known = set(named) <= set(self._pending)
+        except TypeError:
+            named, known = [heads], False
+        if not named or not known or len(set(named)) != len(named):
             raise PolicyError(
-                f"{self._policy_name} decided about heads {settled}, but those with a contribution are {self.pending}."
+                f"{self._policy_name} decided about heads {named}, but those with a contribution are {self.pending}."
             )
-        return settled
+        return sorted(named)
 
     def _merge(self, decision: Merge | MergeChange, heads: list[int]) -> MergeRecord:
         begun = time.perf_counter()
         if isinstance(decision, Merge):
-            weights = [float(decision.weights[h]) for h in heads]
-            if not all(math.isfinite(w) for w in weights):
-                raise PolicyError(
-                    f"{self._policy_name} gave weights {dict(zip(heads, weights, strict=True))}; they must be finite."
-                )
-            add_contributions(self.plan, self.base, [self._share(h, w) for h, w in zip(heads, weights, strict=True)])
+            add_contributions(self.plan, self.base, [self._share(h, self._weight(decision, h)) for h in heads])
         else:
-            change = decision.change
-            if change.shape != self.base.shape or not bool(torch.isfinite(change).all()):
-                raise PolicyError(
-                    f"{self._policy_name} gave a change of shape {tuple(change.shape)}; it must be finite and flat, "
-                    f"{tuple(self.base.shape)}, in the base layout."
-                )
-            self.base += change.to(self.base.dtype)
+            self.base += self._change(decision)
         for head in heads:
             self._references[head] = new_reference(self.plan, self._pending[head][1], self.settings.lte.reset)
         self.version += 1
@@ -198,6 +201,27 @@ class Coordinator:
             bytes_up=sum(self._pending[h][1].nbytes for h in heads),
             bytes_down=self.base.nbytes * len(heads),
         )
+
+    def _weight(self, decision: Merge, head: int) -> float:
+        weight: Any = decision.weights[head]
+        if not isinstance(weight, Real) or not abs(float(weight)) < MOST_WEIGHT:
+            raise PolicyError(
+                f"{self._policy_name} gave head {head} the weight {weight!r}; it must be a finite number below {MOST_WEIGHT:g}."
+            )
+        return float(weight)
+
+    def _change(self, decision: MergeChange) -> Tensor:
+        given: Any = decision.change
+        if not isinstance(given, Tensor) or given.shape != self.base.shape:
+            shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            raise PolicyError(
+                f"{self._policy_name} gave a change of shape {shape}; it must be finite and flat, {tuple(self.base.shape)}, "
+                "in the base layout."
+            )
+        change: Tensor = given.to(self.base.dtype)
+        if not bool(torch.isfinite(change).all()):
+            raise PolicyError(f"{self._policy_name} gave a change that holds NaN or infinity; it must be finite.")
+        return change
 
     def _share(self, head: int, weight: float) -> Share:
         return Share(weight, self._pending[head][1], self._references.get(head))

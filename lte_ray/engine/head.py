@@ -14,10 +14,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lte_ray.adapters import convert
-from lte_ray.adapters.convert import factors_of
+from lte_ray.adapters.convert import factors_of, tensors_of
 from lte_ray.data.shard import Shard
 from lte_ray.engine.rng import Generators, head_seed
 from lte_ray.engine.settings import Settings
@@ -68,9 +68,9 @@ class Head:
             # The model is built under the run's seed; what the head draws from here on is its own.
             self.model = model.to(self.device).train()
         self._rng = Generators(head_seed(settings.train.seed, head), self.device)
-        self._parameters = dict(self.model.named_parameters())
+        self._tensors = tensors_of(self.model)
         self._factors = factors_of(self.model, self.plan)
-        self._replicas = {r.name: self._parameters[r.name] for r in self.plan.replicas}
+        self._replicas = {r.name: self._tensors[r.name] for r in self.plan.replicas}
         self._reference: Tensor | None = None  # factors that the base already holds of this head; None where B' = 0
         self._replica_reference: Tensor | None = None  # replica parameters of the adopted base
         self._outstanding: Tensor | None = None  # what was offered and not yet answered
@@ -187,13 +187,17 @@ class Head:
         new = views(self.plan.base, base)
         old = None if self._reference is None else factor_views(self.plan, self._reference)
         for spec in self.plan.adapted:
-            weight = self._parameters[spec.name]
-            weight.copy_(new[spec.name])
-            if old is not None:
-                fold_reference(weight, spec.scaling, old[spec.b], old[spec.a])
-        for name, parameter in self._replicas.items():
-            parameter.copy_(new[name] + ahead[name] if ahead else new[name])
+            weight = self._tensors[spec.name]
+            if old is None:
+                weight.copy_(new[spec.name])
+            else:
+                fold_reference(weight, new[spec.name], spec.scaling, old[spec.b], old[spec.a])
         self._replica_reference = base_replicas(self.plan, base).clone()
+        before = replica_views(self.plan, self._replica_reference)
+        for name, tensor in self._replicas.items():
+            tensor.copy_(new[name] + ahead[name] if ahead else new[name])
+            if tensor.dtype != base.dtype:  # p' is what this head really adopted, rounded; else every merge counts the rounding
+                before[name].copy_(tensor.to(base.dtype) - ahead[name] if ahead else tensor)
         self.version = version
 
     def _steps_beyond(self, contained: Tensor | None) -> dict[str, Tensor]:
@@ -252,6 +256,7 @@ class Head:
         assert self._outstanding is None
         tensors = {f"factor.{name}": p.detach().cpu() for name, p in self._factors.items()}
         tensors |= {f"replica.{name}": p.detach().cpu() for name, p in self._replicas.items()}
+        tensors |= {f"buffer.{name}": b.detach().cpu() for name, b in self.model.named_buffers()}
         if self._reference is not None:
             tensors["reference"] = self._reference.cpu()
         optimizer_tensors, optimizer_meta = optimizer_state(self.optimizer, self.schedule)
@@ -278,16 +283,18 @@ class Head:
         with torch.no_grad():
             for name, parameter in self._factors.items():
                 parameter.copy_(tensors[f"factor.{name}"])
-            for name, parameter in self._replicas.items():
-                parameter.copy_(tensors[f"replica.{name}"])
+            for name, replica in self._replicas.items():
+                replica.copy_(tensors[f"replica.{name}"])
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(tensors[f"buffer.{name}"])
         restore_optimizer(self.optimizer, self.schedule, tensors, meta["optimizer"])
         self._rng.load_state(tensors, meta["rng"])
 
     def _build_optimizer(self) -> tuple[torch.optim.Optimizer, Any]:
         groups = [
-            {"params": list(part.values()), "name": name}
+            {"params": parameters, "name": name}
             for name, part in (("lora", self._factors), ("replica", self._replicas))
-            if part
+            if (parameters := [p for p in part.values() if isinstance(p, nn.Parameter)])
         ]
         build = getattr(self._worker, "build_optimizer", None)
         optimizer = build(groups) if build else torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.0)

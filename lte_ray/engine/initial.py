@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lte_ray.adapters.convert import make_plan
+from lte_ray.adapters.convert import make_plan, tensors_of
 from lte_ray.data.shard import Shard
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import UserError, WorkerError
@@ -50,15 +50,15 @@ def prepare(worker: Worker, settings: Settings, dtype: torch.dtype = torch.float
             raise
         except Exception as error:
             raise WorkerError(f"{name}.train_batches() raised, for head {head}:\n\n{traceback.format_exc()}") from error
-    return Initial(model, plan, gather(plan.base, dict(model.named_parameters()), dtype))
+    return Initial(model, plan, gather(plan.base, tensors_of(model), dtype))
 
 
 @torch.no_grad()
 def load_base(model: nn.Module, plan: Plan, base: Tensor) -> None:
     """Copies a flat base into an unconverted model; what isn't trained stays as it was built."""
-    parameters = dict(model.named_parameters())
+    tensors = tensors_of(model)
     for name, value in views(plan.base, base).items():
-        parameters[name].copy_(value)
+        tensors[name].copy_(value)
 
 
 def merged_state_dict(model: nn.Module, plan: Plan, base: Tensor) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 import torch
@@ -45,6 +46,20 @@ def restore_optimizer(
         if kind == "optimizer":
             index, _, key = rest.partition(".")
             state.setdefault(int(index), {})[key] = tensor.clone()
-    optimizer.load_state_dict({"state": state, "param_groups": meta["param_groups"]})
+    groups = _as_before(optimizer.state_dict()["param_groups"], meta["param_groups"])
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
     if schedule is not None and meta["schedule"] is not None:
-        schedule.load_state_dict(meta["schedule"])
+        schedule.load_state_dict(_as_before(schedule.state_dict(), meta["schedule"]))
+
+
+def _as_before(fresh: Any, saved: Any) -> Any:
+    """`saved` in the types that `fresh`, the same state of a new object, has: JSON knows no tuples and no integer keys."""
+    if isinstance(fresh, Counter):
+        return Counter({int(key): value for key, value in saved.items()})
+    if isinstance(fresh, dict) and isinstance(saved, dict):
+        keys = {str(key): key for key in fresh}
+        return {keys.get(k, k): _as_before(fresh.get(keys.get(k, k)), v) for k, v in saved.items()}
+    if isinstance(fresh, list | tuple) and isinstance(saved, list):
+        known = [*fresh, *[None] * (len(saved) - len(fresh))]
+        return type(fresh)(_as_before(f, s) for f, s in zip(known, saved, strict=False))
+    return saved

@@ -9,9 +9,14 @@ from contextlib import contextmanager
 import torch
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def merge_threads(configured: int) -> int:
-    """Threads to merge with: as configured, or one per core of this machine."""
-    return configured or os.cpu_count() or 1
+    """Threads to merge with: as configured, or one per core."""
+    return configured or cores()
 
 
 def head_threads(configured: int, cpus: float) -> int:

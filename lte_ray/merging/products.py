@@ -28,9 +28,15 @@ def add_products(weight: Tensor, terms: Sequence[tuple[float, Tensor, Tensor]]) 
     weight.addmm_(left, torch.cat([a for _, _, a in terms], dim=0))
 
 
-def fold_reference(weight: Tensor, scaling: float, b: Tensor, a: Tensor) -> None:
-    """W~ := W - s B' A', in place: what the base already holds of this head is taken out of its copy (3.1, 3.4)."""
-    weight.addmm_(b, a, alpha=-scaling)
+def fold_reference(weight: Tensor, base: Tensor, scaling: float, b: Tensor, a: Tensor) -> None:
+    """weight := W - s B' A': what the base W already holds of this head is taken out of its copy (3.1, 3.4).
+
+    Computed in the base's type; `weight` may be of another, and is rounded once.
+    """
+    if weight.dtype == base.dtype:
+        weight.copy_(base).addmm_(b, a, alpha=-scaling)
+    else:
+        weight.copy_(torch.addmm(base, b, a, alpha=-scaling))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ watches, has versions evaluated, and keeps the metrics.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from lte_ray import checkpoint
 from lte_ray.engine.initial import Initial
-from lte_ray.engine.threads import head_threads
+from lte_ray.engine.threads import cores, head_threads
 from lte_ray.errors import CoordinatorLost, HeadLost, LTEError, RunError
 from lte_ray.messages import HeadStatus, MergeRecord
 from lte_ray.metrics import Evaluation, MetricsLog, Progress, Reporter, throughput
@@ -78,6 +77,7 @@ class Session:
         self._begun = time.time()
         self.version = self.common.resume.version if self.common.resume else 0
         self._log = MetricsLog(self.common.directory)
+        self._log.rewind(self.version)
         self._to_evaluate: deque[tuple[int, int, Any]] = deque()
         self._evaluating: tuple[int, int, Any] | None = None
 
@@ -132,7 +132,7 @@ class Session:
             beside = {"num_cpus": 0, "scheduling_strategy": "DEFAULT"}
             coordinator = start(CoordinatorActor, beside, common, self.initial.plan, self.policy, base, self.version, self.keep)
             gpus = self._spare_gpus()
-            spare = (os.cpu_count() or 1) - threads * settings.lte.num_heads
+            spare = cores() - threads * settings.lte.num_heads
             evaluator = start(EvaluatorActor, {**beside, "num_gpus": gpus}, common, self.initial.plan, max(1, spare), gpus > 0)
             if settings.train.eval_every and self.version == 0:
                 self._to_evaluate.append((0, 0, common.transport.publish(self.initial.base)))

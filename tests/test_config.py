@@ -1,0 +1,120 @@
+"""Settings check themselves, and each has the help text that all its users show."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from lte_ray.config import (
+    SECTIONS,
+    LTEConfig,
+    MergeConfig,
+    PlacementConfig,
+    StorageConfig,
+    TrainConfig,
+    check_run_name,
+    flag,
+    near,
+)
+from lte_ray.errors import ConfigError, UserError
+
+NAN, INF = float("nan"), float("inf")
+INVALID = [
+    (LTEConfig, "num_heads", [0, -1]),
+    (LTEConfig, "lora_r", [0, -3]),
+    (LTEConfig, "lora_alpha", [0.0, -1.0, NAN, INF]),
+    (LTEConfig, "reset", ["A", "", None]),
+    (MergeConfig, "merge_iter", [0, -1]),
+    (MergeConfig, "merge_threads", [-1]),
+    (TrainConfig, "steps", [0, -1]),
+    (TrainConfig, "seed", [-1]),
+    (TrainConfig, "eval_every", [-1]),
+    (TrainConfig, "checkpoint_every", [-1]),
+    (TrainConfig, "threads_per_head", [-1]),
+    (PlacementConfig, "cpus_per_head", [-0.5, NAN, INF]),
+    (PlacementConfig, "gpus_per_head", [-1, NAN, INF]),
+    (PlacementConfig, "resource_timeout", [-1.0, NAN, INF]),
+    (StorageConfig, "name", ["", ".", "..", ".hidden", "a/b", "/a", "a\\b", "a\0b"]),
+    (StorageConfig, "keep_checkpoints", [0, -1]),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), [(k, n, v) for k, n, values in INVALID for v in values])
+def test_a_bad_value_names_its_flag_and_itself(kind: type, name: str, value: object) -> None:
+    """The error is a ConfigError (and a ValueError) that says the flag and the value."""
+    with pytest.raises(ConfigError) as raised:
+        kind(**{name: value})
+    assert str(raised.value).startswith(f"{flag(name)} is {value!r}, but it must be ")
+    assert isinstance(raised.value, ValueError)
+    assert isinstance(raised.value, UserError)
+
+
+SMALLEST = [
+    LTEConfig(num_heads=1, lora_r=1, lora_alpha=1e-9, reset="B"),
+    MergeConfig(merge_iter=1, merge_threads=0),
+    TrainConfig(steps=1, seed=0, eval_every=0, checkpoint_every=0, threads_per_head=0),
+    PlacementConfig(cpus_per_head=0, gpus_per_head=0, resource_timeout=0),
+    StorageConfig(name="a b", keep_checkpoints=1, resume=True),
+    StorageConfig(keep_checkpoints=None, overwrite=True),
+]
+
+
+@pytest.mark.parametrize("config", SMALLEST, ids=lambda config: type(config).__name__)
+def test_the_smallest_valid_values_are_taken_and_frozen(config: object) -> None:
+    """The bounds themselves are allowed, and nothing can be changed later."""
+    name = dataclasses.fields(config)[0].name  # type: ignore[arg-type]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config, name, 1)
+
+
+def test_resume_needs_a_name_and_excludes_overwrite() -> None:
+    """Both errors name the flags that contradict each other."""
+    with pytest.raises(ConfigError, match="--resume needs --name"):
+        StorageConfig(resume=True)
+    with pytest.raises(ConfigError, match="--resume and --overwrite contradict each other"):
+        StorageConfig(name="a", resume=True, overwrite=True)
+
+
+def test_every_field_has_help_and_a_valid_default() -> None:
+    """Each section can be made without arguments, and each field's help is a sentence."""
+    for section in SECTIONS:
+        made = section()
+        for field in dataclasses.fields(section):
+            assert field.metadata["help"].strip().endswith((".", ")")), field.name
+            assert getattr(made, field.name) == field.default
+
+
+def test_no_field_name_occurs_twice() -> None:
+    """Flags and TOML keys are flat, so names must differ over all sections; so do the flags that are made of them."""
+    names = [field.name for section in SECTIONS for field in dataclasses.fields(section)]
+    assert len(names) == len(set(names)) == len({flag(name) for name in names})
+
+
+def test_sections_are_all_the_settings_classes() -> None:
+    """No settings class of the module is left out of SECTIONS."""
+    module = vars(__import__("lte_ray.config", fromlist=["config"]))
+    assert {kind for kind in module.values() if dataclasses.is_dataclass(kind)} == set(SECTIONS)
+
+
+def test_scaling_is_alpha_over_r() -> None:
+    """s = lora_alpha / lora_r."""
+    assert LTEConfig(lora_r=32, lora_alpha=4096).scaling == 128.0
+
+
+@pytest.mark.parametrize("name", [None, "a", "vit-2024", "second try", "ünïcode", "a.b", "-"])
+def test_run_names_are_any_one_folder_name(name: str | None) -> None:
+    """Whatever is a plain folder name (or None) is a run name."""
+    check_run_name(name)
+    assert StorageConfig(name=name).name == name
+
+
+def test_flags_are_names_with_dashes() -> None:
+    """merge_iter -> --merge-iter."""
+    assert (flag("merge_iter"), flag("steps")) == ("--merge-iter", "--steps")
+
+
+def test_near_suggests_a_name_only_if_one_is_near() -> None:
+    """' Did you mean x?', or nothing."""
+    assert near("avrage", ["average", "quorum"]) == " Did you mean average?"
+    assert near("zzz", iter(["average", "quorum"])) == ""

@@ -1,0 +1,141 @@
+"""The run directory on local disks and on fsspec's filesystems: files appear whole or not at all."""
+
+from __future__ import annotations
+
+import pickle
+import uuid
+from pathlib import Path
+
+import pytest
+
+from lte_ray.errors import StorageError
+from lte_ray.storage import RunDirectory
+
+NAME = "a run"
+
+
+@pytest.fixture(params=["local", "file", "memory"])
+def directory(request: pytest.FixtureRequest, tmp_path: Path) -> RunDirectory:
+    """A run directory that isn't there yet, in a folder, under file:// and under fsspec's memory://."""
+    places = {"local": str(tmp_path), "file": f"file://{tmp_path}", "memory": f"memory://{uuid.uuid4()}"}
+    return RunDirectory.of(places[request.param], NAME)
+
+
+def test_what_is_written_is_read_back(directory: RunDirectory) -> None:
+    """Bytes of any kind, in folders that are made as needed; a second write replaces the first."""
+    for data in (bytes(range(256)) * 9, b"", b"short"):
+        directory.write("deep/er/file.bin", data)
+        assert directory.read("deep/er/file.bin") == data
+    assert directory.names("deep/er") == ["file.bin"]
+
+
+def test_create_leaves_an_empty_folder(directory: RunDirectory) -> None:
+    """The folder is there afterwards, and nothing that proved it writable."""
+    assert not directory.exists()
+    directory.create()
+    assert directory.exists()
+    assert directory.names() == []
+
+
+def test_names_are_sorted_and_none_where_there_is_no_folder(directory: RunDirectory) -> None:
+    """Files and folders by name."""
+    assert directory.names("nothing") == []
+    for name in ("b", "a", "c/d"):
+        directory.write(name, b"x")
+    assert directory.names() == ["a", "b", "c"]
+
+
+def test_append_makes_and_grows_a_file(directory: RunDirectory) -> None:
+    """Every append adds to the end."""
+    directory.create()
+    for line in (b"one\n", b"two\n", b"", b"three\n"):
+        directory.append("metrics.jsonl", line)
+    assert directory.read("metrics.jsonl") == b"one\ntwo\nthree\n"
+
+
+def test_delete_removes_files_and_whole_folders_and_is_content_with_nothing(directory: RunDirectory) -> None:
+    """What is beside them stays."""
+    for name in ("a", "b", "c/d", "c/e/f"):
+        directory.write(name, b"x")
+    directory.delete("a")
+    directory.delete("c")
+    directory.delete("never")
+    assert (directory.names(), directory.exists("c/d"), directory.exists("b")) == (["b"], False, True)
+    directory.delete()
+    assert not directory.exists()
+
+
+def test_reading_what_is_not_there_is_a_storage_error(directory: RunDirectory) -> None:
+    """It names the path."""
+    directory.create()
+    with pytest.raises(StorageError, match="a run/nothing can't be read"):
+        directory.read("nothing")
+
+
+def test_a_run_directory_crosses_processes(directory: RunDirectory) -> None:
+    """A pickled copy is the same place."""
+    directory.write("a", b"x")
+    copy = pickle.loads(pickle.dumps(directory))
+    assert (copy.path, copy.read("a")) == (directory.path, b"x")
+
+
+def test_a_local_write_leaves_no_part(tmp_path: Path) -> None:
+    """Only whole files under their final names are seen, also when a write fails."""
+    directory = RunDirectory.of(str(tmp_path), NAME)
+    directory.write("file", b"x")
+    (tmp_path / NAME / "taken").mkdir()
+    (tmp_path / NAME / "taken" / "inside").touch()
+    with pytest.raises(StorageError, match="taken can't be written"):
+        directory.write("taken", b"x")
+    with pytest.raises(TypeError):
+        directory.write("text", "not bytes")  # type: ignore[arg-type]
+    assert directory.names() == ["file", "taken"]
+
+
+def test_a_place_below_a_regular_file_is_a_storage_error(tmp_path: Path) -> None:
+    """Nothing can be written there; the error names the place and the flag, and looking there finds nothing."""
+    (tmp_path / "file").touch()
+    directory = RunDirectory.of(str(tmp_path / "file"), NAME)
+    assert not directory.exists()
+    with pytest.raises(StorageError, match=r"file/a run can't be written: .* Give another place with --storage"):
+        directory.create()
+    with pytest.raises(StorageError, match="a run/x can't be written"):
+        directory.write("x", b"x")
+    with pytest.raises(StorageError, match="a run/x can't be written"):
+        directory.append("x", b"x")
+    with pytest.raises(StorageError, match="a run/x can't be read"):
+        directory.read("x")
+
+
+def test_a_uri_that_nothing_can_open_is_a_storage_error() -> None:
+    """The error names the flag and the URI."""
+    with pytest.raises(StorageError, match="--storage is 'nosuch://bucket', which can't be opened"):
+        RunDirectory.of("nosuch://bucket", NAME)
+
+
+def test_relative_and_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative storage is below the current folder, ~ is the home folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert RunDirectory.of("runs", NAME).path == str(tmp_path / "runs" / NAME)
+    assert RunDirectory.of("~/runs", NAME).path == str(tmp_path / "home" / "runs" / NAME)
+    assert RunDirectory.of(f"file://{tmp_path}", NAME).is_local
+
+
+def test_a_local_place_is_shown_as_its_path(tmp_path: Path) -> None:
+    """display is what the user could give again."""
+    assert RunDirectory.of(str(tmp_path), NAME).display == f"{tmp_path}/{NAME}"
+
+
+def test_a_place_of_fsspec_is_shown_as_its_uri() -> None:
+    """display is what the user wrote, not the name of the library that opens it."""
+    assert RunDirectory.of("memory://bucket", NAME).display in ("memory://bucket/a run", "memory:///bucket/a run")
+
+
+def test_a_filesystem_of_ones_own_is_used_as_given(tmp_path: Path) -> None:
+    """With a filesystem, storage is a path of it."""
+    import pyarrow.fs as pafs
+
+    sub = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
+    RunDirectory.of("runs", NAME, sub).write("a", b"x")
+    assert (tmp_path / "runs" / NAME / "a").read_bytes() == b"x"
