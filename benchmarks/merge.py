@@ -68,8 +68,8 @@ def main() -> None:
     start = torch.randn(plan.base.size, generator=generator).mul_(0.02)
     ours, theirs = [], []
     for run in range(RUNS + 1):  # the first of each is a warm-up
-        base = start.clone()
-        coordinator = Coordinator(settings, plan, base, Average(), references=dict(enumerate(references)))
+        base, copies = start.clone(), {head: reference.clone() for head, reference in enumerate(references)}
+        coordinator = Coordinator(settings, plan, base, Average(), references=copies)
         messages = [
             Contribution("bench", h, incarnation=0, sequence=1, version=0, step=1, steps=1, samples=1, loss=0.0)
             for h in range(HEADS)

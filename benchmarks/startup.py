@@ -17,13 +17,16 @@ from pathlib import Path
 from benchmarks.report import report, spread
 
 RUNS = 5
-BARE = "import torch, ray; ray.init(include_dashboard=False, logging_level='error'); import time; print(time.time())"
+BARE = "import torch, ray, time; ray.init('local', include_dashboard=False, logging_level='error'); print(time.time())"
+LIMIT = 120.0  # seconds for one process
 
 
 def bare() -> float:
     """Seconds until torch is imported and a local Ray is up."""
     begun = time.time()
-    done = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True, check=True, env=environment())
+    done = subprocess.run(
+        [sys.executable, "-c", BARE], capture_output=True, text=True, check=True, env=environment(), timeout=LIMIT
+    )
     return float(done.stdout.split()[-1]) - begun
 
 
@@ -33,7 +36,7 @@ def ours() -> float:
         flags = f"--steps 1 --merge-iter 1 --num-heads 2 --eval-every 0 --name run --storage {storage}"
         begun = time.time()
         command = [str(Path(sys.executable).parent / "lte-ray"), "train", "workers.gpt:GPT", *flags.split()]
-        subprocess.run(command, capture_output=True, check=True, env=environment())
+        subprocess.run(command, capture_output=True, check=True, env=environment(), timeout=LIMIT)
         row = json.loads((Path(storage) / "run" / "metrics.jsonl").read_text().splitlines()[0])
         return float(row["at"]) - begun
 

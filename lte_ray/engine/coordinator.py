@@ -186,7 +186,8 @@ class Coordinator:
         else:
             self.base += self._change(decision)
         for head in heads:
-            self._references[head] = new_reference(self.plan, self._pending[head][1], self.settings.lte.reset)
+            old, buffer = self._references.get(head), self._pending[head][1]
+            self._references[head] = new_reference(self.plan, buffer, self.settings.lte.reset, old)
         self.version += 1
         merged = [self._pending[h][0] for h in heads]
         return MergeRecord(

@@ -81,6 +81,12 @@ def dense_change(plan: Plan, share: Share) -> Tensor:
     return change
 
 
-def new_reference(plan: Plan, contribution: Tensor, reset: str) -> Tensor | None:
-    """The reference after a merge: the contributed factors, or None where B is reset to zero (3.4, 3.7)."""
-    return None if reset == "B" else factors_part(plan, contribution).clone()
+def new_reference(plan: Plan, contribution: Tensor, reset: str, old: Tensor | None = None) -> Tensor | None:
+    """The reference after a merge: the contributed factors, or None where B is reset to zero (3.4, 3.7).
+
+    A copy, into the memory of the `old` reference if there is one.
+    """
+    if reset == "B":
+        return None
+    factors = factors_part(plan, contribution)
+    return factors.clone() if old is None else old.copy_(factors)

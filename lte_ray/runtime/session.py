@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -45,7 +46,12 @@ class Actors:
 
     coordinator: Any
     heads: list[Any]
-    evaluator: Any
+    start_evaluator: Callable[[], Any]
+
+    @cached_property
+    def evaluator(self) -> Any:
+        """Started when it is first needed, so that it doesn't keep the heads from starting."""
+        return self.start_evaluator()
 
 
 @dataclass
@@ -131,12 +137,15 @@ class Session:
             base = self.initial.base.numpy()
             beside = {"num_cpus": 0, "scheduling_strategy": "DEFAULT"}
             coordinator = start(CoordinatorActor, beside, common, self.initial.plan, self.policy, base, self.version, self.keep)
-            gpus = self._spare_gpus()
-            spare = cores() - threads * settings.lte.num_heads
-            evaluator = start(EvaluatorActor, {**beside, "num_gpus": gpus}, common, self.initial.plan, max(1, spare), gpus > 0)
+
+            def start_evaluator() -> Any:
+                gpus, spare = self._spare_gpus(), cores() - threads * settings.lte.num_heads
+                options = {**beside, "num_gpus": gpus}
+                return start(EvaluatorActor, options, common, self.initial.plan, max(1, spare), gpus > 0)
+
             if settings.train.eval_every and self.version == 0:
                 self._to_evaluate.append((0, 0, common.transport.publish(self.initial.base)))
-            yield Actors(coordinator, heads, evaluator)
+            yield Actors(coordinator, heads, start_evaluator)
 
     def _spare_gpus(self) -> float:
         """The evaluator computes on a GPU if the heads do and leave one."""
@@ -152,7 +161,8 @@ class Session:
                 number = training.pop(ref)
                 self.statuses[number] = _get(ref, f"head {number}", self.statuses.get(number))
             self._look(actors, list(training.values()))
-            self._evaluate(actors)
+            if all(n in self.statuses and self.statuses[n].step for n in range(len(actors.heads))):
+                self._evaluate(actors)
             self.reporter.update(self.progress())
 
     def _look(self, actors: Actors, training: list[int]) -> None:
