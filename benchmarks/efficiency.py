@@ -2,7 +2,7 @@
 
 Both train `workers.gpt:GPT` with one thread each. The two are alternated. Each rate is taken without the start: under Ray
 from the first merge to the last (so every wait, transfer, merge and rebase between them counts), in the bare processes from
-the end of the first step to the end of the last.
+the end of the first step to the end of the last. They, too, keep freed memory, which alone makes heads 4% faster.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lte_ray import LTEConfig, LTETrainer, MergeConfig, TrainConfig
 from lte_ray.config import PlacementConfig, StorageConfig
 from lte_ray.engine.head import Head
 from lte_ray.engine.initial import prepare
+from lte_ray.engine.memory import keep_freed_memory
 from lte_ray.engine.settings import Settings
 from lte_ray.metrics import Silent
 from workers.gpt import GPT
@@ -52,6 +53,7 @@ def under_ray() -> tuple[float, dict[str, float]]:
 
 def _bare_head(number: int, start: Barrier, rates: Any) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()  # as in the heads' actors
     settings = Settings("bare", LTEConfig(num_heads=HEADS), MergeConfig(merge_iter=STEPS), TrainConfig(steps=STEPS))
     worker = GPT()
     head = Head(worker, settings, number)

@@ -86,7 +86,7 @@ class MergeConfig:
     policy: Any = setting(
         "average", "Merge policy: a built-in name (average), or your own as module:Class or path/to/file.py:Class."
     )
-    merge_threads: int = setting(0, "Threads that the coordinator merges with; 0 means one per core of its node.")
+    merge_threads: int = setting(0, "Threads that the coordinator merges with; 0: one per 10^9 operations, up to its cores.")
 
     def __post_init__(self) -> None:
         _integers(self, "merge_iter", "merge_threads")

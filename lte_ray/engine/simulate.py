@@ -40,6 +40,7 @@ def simulate(worker: Worker, settings: Settings, dtype: torch.dtype = torch.floa
     initial = prepare(worker, settings, dtype)
     coordinator = Coordinator(settings, initial.plan, initial.base.clone(), make_policy(settings.merge.policy))
     threads = head_threads(settings.train.threads_per_head, 1)
+    merging = merge_threads(settings.merge.merge_threads, initial.plan, settings.lte.num_heads)
     heads = [Head(worker, settings, n, dtype=dtype) for n in range(settings.lte.num_heads)]
     merges: list[MergeRecord] = []
     waiting: set[int] = set()
@@ -56,12 +57,12 @@ def simulate(worker: Worker, settings: Settings, dtype: torch.dtype = torch.floa
     while ready := [h for h in heads if h.head in coordinator.live and h.head not in waiting]:
         for head in ready:
             if head.done:
-                with torch_threads(merge_threads(settings.merge.merge_threads)):
+                with torch_threads(merging):
                     settle(coordinator.leave(head.head))
                 continue
             with torch_threads(threads):
                 contribution = head.train_round()
             waiting.add(head.head)
-            with torch_threads(merge_threads(settings.merge.merge_threads)):
+            with torch_threads(merging):
                 settle(coordinator.receive(contribution, contribution.buffer))
     return Simulated(initial.plan, coordinator.base, tuple(merges), tuple(heads), coordinator)

@@ -66,7 +66,7 @@ class CoordinatorActor:
 
     def __init__(self, common: Common, plan: Plan, policy: Package, base: Any, version: int, keep: int | None) -> None:
         self._common, self._keep = common, keep
-        self._threads = merge_threads(common.settings.merge.merge_threads)
+        self._threads = merge_threads(common.settings.merge.merge_threads, plan, common.settings.lte.num_heads)
         references = {}
         if common.resume is not None:
             for head in common.resume.heads:

@@ -12,6 +12,7 @@ import torch
 
 from lte_ray import checkpoint
 from lte_ray.engine.head import Head
+from lte_ray.engine.memory import keep_freed_memory
 from lte_ray.errors import ContributionRefused, CoordinatorLost, LTEError, WorkerError, WorkerFailed
 from lte_ray.messages import HeadStatus, Update
 from lte_ray.runtime.common import Common
@@ -40,6 +41,7 @@ class HeadActor:
             PolicyError: the merge policy failed.
         """
         torch.set_num_threads(self._threads)
+        keep_freed_memory()
         head = self._head = self._start(coordinator)
         refusals = 0
         while not head.done:

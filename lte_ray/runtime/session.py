@@ -30,7 +30,7 @@ from lte_ray.runtime.head import HeadActor
 from lte_ray.runtime.package import Package
 from lte_ray.runtime.placement import Placement, reserve
 
-POLL = 0.5
+POLL = 1.0
 """Seconds between two looks at the actors."""
 
 GRACE = 2.0
