@@ -2,13 +2,15 @@
 
 Both train `workers.gpt:GPT` with one thread each. The two are alternated. Each rate is taken without the start: under Ray
 from the first merge to the last (so every wait, transfer, merge and rebase between them counts), in the bare processes from
-the end of the first step to the end of the last. They, too, keep freed memory, which alone makes heads 4% faster.
+the end of the first step to the end of the last. They, too, keep freed memory and run
+at the niceness that Ray gives to its workers.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import tempfile
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -27,6 +29,7 @@ from lte_ray.metrics import Silent
 from workers.gpt import GPT
 
 RUNS, STEPS, HEADS = 5, 160, 2
+NICENESS = 15  # at which Ray runs its workers
 
 
 def under_ray() -> tuple[float, dict[str, float]]:
@@ -54,6 +57,7 @@ def under_ray() -> tuple[float, dict[str, float]]:
 def _bare_head(number: int, start: Barrier, rates: Any) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()  # as in the heads' actors
+    os.nice(NICENESS)
     settings = Settings("bare", LTEConfig(num_heads=HEADS), MergeConfig(merge_iter=STEPS), TrainConfig(steps=STEPS))
     worker = GPT()
     head = Head(worker, settings, number)

@@ -73,7 +73,7 @@ def line(p: Progress) -> str:
 def table(p: Progress) -> RenderableType:
     """The live display of one moment."""
     top = Table.grid(padding=(0, 2))
-    rate = f"{p.samples_per_second:,.1f} samples/s" if p.samples_per_second is not None else "starting"
+    rate = f"{p.samples_per_second:,.1f} samples/s" if p.samples_per_second is not None else ""
     left = f"{clock(p.remaining)} left" if p.remaining is not None else ""
     top.add_row(
         Text(p.run, style="bold"),
@@ -93,7 +93,7 @@ def table(p: Progress) -> RenderableType:
     for h in p.heads:
         loss = "-" if math.isnan(h.loss) else f"{h.loss:.4f}"
         heads.add_row(str(h.head), str(h.step), f"{h.samples:,}", loss, f"v{h.version}", h.state, h.device)
-    return Group(top, middle, heads)
+    return Group(top, middle, heads) if p.heads else Group(top, middle)
 
 
 def evaluation_text(p: Progress) -> str:

@@ -40,6 +40,11 @@ class Progress:
     checkpoint: int | None
     note: str = ""
 
+    @classmethod
+    def starting(cls, run: str, steps: int, note: str) -> Progress:
+        """A run that has no heads yet."""
+        return cls(run, 0, steps, 0, None, 0, (), None, 0.0, None, None, note)
+
     @property
     def train_loss(self) -> float:
         """Mean of the heads' last losses; NaN before there is one."""

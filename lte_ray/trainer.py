@@ -15,7 +15,7 @@ from lte_ray.engine.initial import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.merging.registry import make_policy
 from lte_ray.messages import HeadTimes
-from lte_ray.metrics import Reporter
+from lte_ray.metrics import Progress, Reporter
 from lte_ray.storage import RunDirectory
 
 if TYPE_CHECKING:
@@ -88,7 +88,9 @@ class LTETrainer:
         asked, more = placing.from_scaling_config(self.scaling_config, self.lte.num_heads)
         worker = Package.of(self.worker)
         base = checkpoint.read_base(directory, resume, initial.plan) if resume else initial.base
-        with connected():
+        reporter = self.reporter or automatic_display()
+        reporter.update(Progress.starting(name, self.train.steps, "starting Ray"))
+        with contextlib.closing(reporter), connected():
             placement = placing.resolve(asked, self.lte.num_heads, **more)
             record = runs.record(self.worker, self.program, settings, asked, storage)
             runs.create(directory, record, overwrite=storage.overwrite)
@@ -98,10 +100,9 @@ class LTETrainer:
                 policy=Package.of(policy),
                 placement=placement,
                 keep=storage.keep_checkpoints,
-                reporter=self.reporter or automatic_display(),
+                reporter=reporter,
             )
-            with contextlib.closing(session.reporter):
-                final = session.run()
+            final = session.run()
         runs.export(directory, initial, final)
         return _result(session, directory)
 

@@ -1,0 +1,110 @@
+"""What people see of a run, and what is written down of it."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from lte_ray.display import LineDisplay, LiveDisplay, automatic_display, clock, line, table
+from lte_ray.messages import HeadStatus, MergeRecord
+from lte_ray.metrics import METRICS, Evaluation, MetricsLog, Progress, throughput
+from lte_ray.storage import RunDirectory
+
+HEADS = (HeadStatus(0, step=20, samples=320, loss=2.5, version=2, state="waiting"), HeadStatus(1, step=18, state="training"))
+NOW = Progress(
+    run="gpt",
+    step=18,
+    steps=100,
+    samples=600,
+    samples_per_second=1234.5,
+    version=2,
+    heads=HEADS,
+    evaluation=Evaluation(2, 20, {"bits_per_byte": 2.71828}),
+    seconds=75.0,
+    remaining=3725.0,
+    checkpoint=1,
+)
+
+
+def shown(renderable: object) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(renderable)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def test_a_line_says_where_the_run_is() -> None:
+    """Steps, base version, rate, loss of every head that has one, evaluation and time left."""
+    assert line(NOW) == ("step 18/100  base v2  1,234.5 samples/s  train loss 2.5000  bits_per_byte 2.718 (v2)  1:02:05 left")
+
+
+def test_a_run_that_has_not_begun_is_shown_without_figures() -> None:
+    """No rate, loss or time left is made up before there is one."""
+    start = Progress.starting("gpt", 100, "starting Ray")
+    assert line(start) == "step 0/100  base v0  starting Ray"
+    assert "nan" not in shown(table(start)).lower()
+    assert "starting Ray" in shown(table(start))
+
+
+def test_the_table_has_a_row_for_every_head() -> None:
+    """Number, step, samples, loss, base version, state and device; a dash where there is no loss yet."""
+    rows = [row.split() for row in shown(table(NOW)).splitlines()]
+    assert ["0", "20", "320", "2.5000", "v2", "waiting", "cpu"] in rows
+    assert ["1", "18", "0", "-", "v0", "training", "cpu"] in rows
+    assert "bits_per_byte 2.718 (v2)" in shown(table(NOW))
+    assert "checkpoint v1" in shown(table(NOW))
+
+
+def test_lines_are_for_logs_and_the_table_for_terminals() -> None:
+    """A stream that is no terminal gets lines: one at once, and one for every new evaluation."""
+    stream = io.StringIO()
+    display = automatic_display(stream)
+    assert isinstance(display, LineDisplay)
+    display.update(NOW)
+    display.update(NOW)
+    display.update(replace(NOW, evaluation=Evaluation(3, 30, {"bits_per_byte": 2.5})))
+    display.close()
+    assert [row.split("bits_per_byte ")[1].split()[0] for row in stream.getvalue().splitlines()] == ["2.718", "2.5"]
+    terminal = LiveDisplay(Console(file=io.StringIO(), force_terminal=True, width=120))
+    terminal.update(NOW)
+    terminal.close()
+
+
+def test_clock_counts_minutes_and_hours() -> None:
+    """0:09, 2:03 and 1:02:03."""
+    assert [clock(9.9), clock(123), clock(3723)] == ["0:09", "2:03", "1:02:03"]
+
+
+def record(version: int, at: float) -> MergeRecord:
+    return MergeRecord(version, at, (0, 1), 20, 640, {0: 1.0, 1: 2.0}, 0.01, 100, 200, step=10 * version)
+
+
+def test_throughput_is_samples_over_the_time_between_merges() -> None:
+    """Of the last merges; none before there are two."""
+    assert throughput([record(1, 10.0)]) is None
+    assert throughput([record(1, 10.0), record(2, 12.0), record(3, 14.0)]) == 320.0
+    assert throughput([record(k, 2.0 * k) for k in range(30)], window=4) == 320.0
+
+
+def test_metrics_are_appended_and_a_resumed_run_drops_what_it_repeats(tmp_path: Path) -> None:
+    """One JSON row for every merge and evaluation; `rewind` keeps the rows up to a version."""
+    directory = RunDirectory.of(str(tmp_path), "r")
+    directory.create()
+    log = MetricsLog(directory)
+    for version in (1, 2, 3):
+        log.merge(record(version, float(version)))
+        log.evaluation(Evaluation(version, 10 * version, {"loss": 1.0 / version}))
+        log.flush()
+    log.flush()
+    MetricsLog(directory).rewind(2)
+    rows = [json.loads(row) for row in directory.read(METRICS).decode().splitlines()]
+    assert [(row["kind"], row["version"]) for row in rows] == [
+        ("merge", 1),
+        ("evaluation", 1),
+        ("merge", 2),
+        ("evaluation", 2),
+    ]
+    assert rows[0]["train_loss"] == {"0": 1.0, "1": 2.0}
