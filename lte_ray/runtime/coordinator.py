@@ -83,6 +83,7 @@ class CoordinatorActor:
         self._cuts: dict[int, _Cut] = {}
         self._saved: int | None = common.resume.version if common.resume else None
         self._failure: Exception | None = None
+        self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def join(self, head: int, plan: Plan) -> Update:
@@ -107,7 +108,8 @@ class CoordinatorActor:
         buffer = await self._common.transport.arrive(contribution.buffer)
         answer: asyncio.Future[Update] = asyncio.get_running_loop().create_future()
         self._answers[contribution.head, contribution.sequence] = answer
-        self._handle(lambda: self._engine.receive(contribution, buffer))
+        if not self._closing:
+            self._handle(lambda: self._engine.receive(contribution, buffer))
         return await answer
 
     async def leave(self, head: int) -> None:
@@ -210,7 +212,7 @@ class CoordinatorActor:
         version = self._engine.version
         if self._last is not None and self._saved != version and version not in self._cuts:
             self._begin(_Cut(self._last, (), []))  # the policy left heads out of the last merge: the base alone
-        if not await self.flush(PATIENCE) and self._failure is None:
+        if not await self._complete(PATIENCE) and self._failure is None:
             raise StorageError(
                 f"The checkpoints of versions {sorted(self._cuts)} weren't complete within {PATIENCE:g} s: a head's part is "
                 f"missing, or {self._common.directory.display} is too slow."
@@ -219,8 +221,13 @@ class CoordinatorActor:
             raise self._failure
         return version, self._published
 
-    async def flush(self, limit: float) -> bool:
-        """Waits up to `limit` seconds for the checkpoints that are being written; whether all are complete."""
+    async def close(self, limit: float) -> None:
+        """The run ends early: nothing is merged any more, and heads wait where they are, so that none writes while it is
+        killed. Checkpoints that are being written get up to `limit` seconds."""
+        self._closing = True
+        await self._complete(limit)
+
+    async def _complete(self, limit: float) -> bool:
         end = time.monotonic() + limit
         while self._cuts and time.monotonic() < end:
             await asyncio.sleep(0.005)

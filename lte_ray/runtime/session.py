@@ -37,7 +37,7 @@ GRACE = 2.0
 """Seconds that a run which ends early gives to a checkpoint that is being written."""
 
 MOST_WAITING = 2
-"""Versions that may wait for evaluation; of more, the oldest are left out, so that memory stays bounded."""
+"""Versions that may wait for evaluation; of more, those in the middle are left out, so that memory stays bounded."""
 
 
 @dataclass
@@ -100,9 +100,8 @@ class Session:
                     self._watch(actors)
                     return self._finish(actors)
                 except BaseException:
-                    # A checkpoint whose parts are all written needs a moment for its manifest.
                     with contextlib.suppress(ray.exceptions.RayError):
-                        ray.get(actors.coordinator.flush.remote(GRACE), timeout=GRACE)
+                        ray.get(actors.coordinator.close.remote(GRACE), timeout=2 * GRACE)
                     raise
         finally:
             self._log.flush()
@@ -191,7 +190,7 @@ class Session:
             self._log.merge(record)
             self.merges.append(record)
         while len(self._to_evaluate) > MOST_WAITING:
-            self._to_evaluate.popleft()
+            del self._to_evaluate[1]  # the first one may be version 0, where everything is measured from
 
     def _evaluate(self, actors: Actors, patience: float = 0) -> None:
         """Takes an evaluation's result if there is one, and starts the next."""
