@@ -102,8 +102,9 @@ def remove_incomplete(directory: RunDirectory) -> None:
 def prune(directory: RunDirectory, keep: int | None) -> None:
     """Removes all but the newest `keep` complete checkpoints, manifest first, so that none is ever half there."""
     for version in complete(directory)[:-keep] if keep else []:
-        directory.delete(f"{folder(version)}/{MANIFEST}")
-        directory.delete(folder(version))
+        with contextlib.suppress(OSError):  # an old one that can't be removed is no reason to end a run
+            directory.delete(f"{folder(version)}/{MANIFEST}")
+            directory.delete(folder(version))
 
 
 def read_manifest(directory: RunDirectory, version: int) -> Manifest:
@@ -153,22 +154,35 @@ def read_head(directory: RunDirectory, manifest: Manifest, head: int) -> tuple[d
     return tensors, json.loads(metadata["state"])
 
 
+def verify(directory: RunDirectory, manifest: Manifest) -> None:
+    """Raises StorageError if a file that the manifest lists isn't there or isn't what was written."""
+    for file in manifest.files:
+        _bytes(directory, manifest, file.name)
+
+
 def _versions(directory: RunDirectory) -> list[int]:
-    return [int(name) for name in directory.names(FOLDER) if name.isdigit()]
+    return sorted(int(name) for name in directory.names(FOLDER) if name.isdigit())
 
 
 def _write(directory: RunDirectory, version: int, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> FileEntry:
-    data = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, metadata)
+    data = safetensors.torch.save(
+        {k: v.detach().clone().contiguous() for k, v in tensors.items()}, metadata
+    )  # may share memory
     directory.write(f"{folder(version)}/{name}", data)
     return FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def _read(directory: RunDirectory, manifest: Manifest, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _bytes(directory: RunDirectory, manifest: Manifest, name: str) -> bytes:
     path = f"{folder(manifest.version)}/{name}"
     expected = next((f for f in manifest.files if f.name == name), None)
     data = directory.read(path)
     if expected is None or len(data) != expected.size or hashlib.sha256(data).hexdigest() != expected.sha256:
         raise StorageError(f"{directory.at(path)} is damaged: its content isn't what the manifest lists.")
+    return data
+
+
+def _read(directory: RunDirectory, manifest: Manifest, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    data = _bytes(directory, manifest, name)
     size = int.from_bytes(data[:8], "little")
     metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
     return safetensors.torch.load(data), metadata

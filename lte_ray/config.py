@@ -128,6 +128,9 @@ class PlacementConfig:
         for name in ("cpus_per_head", "gpus_per_head", "resource_timeout"):
             if getattr(self, name) is not None:
                 _at_least(self, 0, name)
+        gpus = self.gpus_per_head or 0
+        if gpus > 1 and gpus != int(gpus):
+            raise ConfigError(f"--gpus-per-head is {gpus}, but above 1 it must be a whole number.")
 
 
 @dataclass(frozen=True)

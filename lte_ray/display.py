@@ -35,7 +35,7 @@ class LineDisplay:
         evaluated = progress.evaluation.version if progress.evaluation else -1
         if evaluated != self._evaluated or time.monotonic() - self._shown >= LINE_EVERY:
             self._shown, self._evaluated = time.monotonic(), evaluated
-            self._console.print(line(progress), soft_wrap=True)
+            self._console.print(line(progress), soft_wrap=True, markup=False)
 
     def close(self) -> None: ...
 
@@ -86,7 +86,7 @@ def table(p: Progress) -> RenderableType:
     saved = f"checkpoint v{p.checkpoint}" if p.checkpoint is not None else "no checkpoint yet"
     judged = f"{evaluation_text(p)} (v{p.evaluation.version})" if p.evaluation else "not evaluated yet"
     middle = Table.grid(padding=(0, 2))
-    middle.add_row(f"base v{p.version}", Text(judged, style="bold green"), saved, p.note)
+    middle.add_row(f"base v{p.version}", Text(judged, style="bold green"), saved, Text(p.note))
     heads = Table(box=None, padding=(0, 2), header_style="dim")
     for title in ("head", "step", "samples", "train loss", "base", "state", "device"):
         heads.add_column(title, justify="left" if title in ("state", "device") else "right")

@@ -13,6 +13,9 @@ from lte_ray.storage import RunDirectory
 
 METRICS = "metrics.jsonl"
 
+REMOTE_EVERY = 20.0
+"""Seconds between two writes of the metrics on an object store."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -74,12 +77,13 @@ class MetricsLog:
     def __init__(self, directory: RunDirectory) -> None:
         self._directory = directory
         self._rows: list[str] = []
+        self._flushed = time.monotonic()
 
     def rewind(self, version: int) -> None:
         """Drops the rows after `version`, which a resumed run writes again."""
         if self._directory.exists(METRICS):
             rows = self._directory.read(METRICS).decode().splitlines(keepends=True)
-            kept = [row for row in rows if json.loads(row)["version"] <= version]
+            kept = [row for row in rows if _version(row) <= version]
             self._directory.write(METRICS, "".join(kept).encode())
 
     def merge(self, record: MergeRecord) -> None:
@@ -97,16 +101,33 @@ class MetricsLog:
         )
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        self._row("evaluation", at=time.time(), version=evaluation.version, step=evaluation.step, **evaluation.values)
+        self._row("evaluation", at=time.time(), version=evaluation.version, step=evaluation.step, values=evaluation.values)
 
-    def flush(self) -> None:
-        """Writes the rows since the last flush."""
-        if self._rows:
+    def flush(self, *, now: bool = False) -> None:
+        """Writes the rows since the last flush; on object stores, which write the whole file anew, only now and then."""
+        due = now or self._directory.is_local or time.monotonic() - self._flushed >= REMOTE_EVERY
+        if self._rows and due:
+            self._flushed = time.monotonic()
             self._directory.append(METRICS, ("\n".join(self._rows) + "\n").encode())
             self._rows = []
 
     def _row(self, kind: str, **values: Any) -> None:
-        self._rows.append(json.dumps({"kind": kind, **values}))
+        self._rows.append(json.dumps(_finite({"kind": kind, **values}), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they are written as null."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _version(row: str) -> float:
+    """A row's version; infinity for a row that a dying process left torn."""
+    try:
+        return float(json.loads(row)["version"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def throughput(merges: list[MergeRecord], window: int = 10) -> float | None:

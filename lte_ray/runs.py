@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from typing import Any
 
 import safetensors.torch
@@ -10,15 +12,14 @@ import tomli_w
 from torch import Tensor
 
 from lte_ray import checkpoint
-from lte_ray.config import PlacementConfig, StorageConfig
+from lte_ray.config import PlacementConfig, StorageConfig, flag
 from lte_ray.engine.initial import Initial, merged_state_dict
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
-from lte_ray.storage import RunDirectory
+from lte_ray.storage import RUN, RunDirectory
 from lte_ray.worker import worker_settings
 
 MODEL = "model.safetensors"
-RUN = "run.toml"
 
 
 def check_start(directory: RunDirectory, storage: StorageConfig, settings: Settings) -> checkpoint.Manifest | None:
@@ -42,26 +43,31 @@ def check_start(directory: RunDirectory, storage: StorageConfig, settings: Setti
     if not versions:
         raise StorageError(f"--resume finds no complete checkpoint in {place}. Start the run without --resume.")
     manifest = checkpoint.read_manifest(directory, versions[-1])
-    facts, lte = manifest.facts, settings.lte
-    if (facts["num_heads"], facts["lora_r"]) != (lte.num_heads, lte.lora_r):
+    if len(manifest.heads) < settings.lte.num_heads:
         raise StorageError(
-            f"{place} was trained with {facts['num_heads']} heads of rank {facts['lora_r']}, but asked were {lte.num_heads} of "
-            f"rank {lte.lora_r}. To continue it, give --num-heads {facts['num_heads']} --lora-r {facts['lora_r']}."
+            f"The newest checkpoint in {place} holds the state of heads {list(manifest.heads)} only, since the policy "
+            "merged no others at that version. Such a run can't be resumed without losing or repeating steps."
         )
-    if facts["step"] >= settings.train.steps:
-        raise StorageError(f"{place} has taken all {facts['step']} local steps already. Raise --steps to continue it.")
+    before, asked = manifest.facts["lte"], json.loads(json.dumps(dataclasses.asdict(settings.lte)))
+    differing = [name for name in asked if asked[name] != before.get(name)]
+    if differing:
+        said = ", ".join(f"{flag(name)} was {before.get(name)} and is {asked[name]}" for name in differing)
+        raise StorageError(f"{place} can't be continued with other heads: {said}. Give the settings as they were.")
+    if manifest.facts["step"] >= settings.train.steps:
+        raise StorageError(f"{place} has taken all {manifest.facts['step']} local steps already. Raise --steps to continue it.")
+    checkpoint.verify(directory, manifest)
     return manifest
 
 
-def create(directory: RunDirectory, record: dict[str, Any], *, overwrite: bool) -> None:
-    """Makes the run directory with its ``run.toml``: the first thing that a run writes.
+def create(directory: RunDirectory, record: dict[str, Any], storage: StorageConfig) -> None:
+    """Makes the run directory with its ``run.toml``: the first thing that a run writes, once it can start.
 
     Raises:
-        StorageError: it can't be written.
+        StorageError: it can't be written, or another run has taken the name meanwhile.
     """
-    if overwrite and directory.exists():
+    if storage.overwrite and directory.exists():
         directory.delete()
-    directory.create()
+    directory.create(exclusive=not storage.resume)
     directory.write(RUN, tomli_w.dumps(_plain(record)).encode())
 
 
@@ -69,10 +75,13 @@ def record(
     worker: Any, program: str | None, settings: Settings, placement: PlacementConfig, storage: StorageConfig
 ) -> dict[str, Any]:
     """All settings as run, flat, as ``--config run.toml`` takes them; the worker's own under "worker"."""
-    storage = dataclasses.replace(storage, name=settings.run, resume=False, overwrite=False)
+    place = storage.storage if storage.storage is None or "://" in storage.storage else os.path.abspath(storage.storage)
+    storage = dataclasses.replace(storage, name=settings.run, storage=place, resume=False, overwrite=False)
     flat: dict[str, Any] = {"program": program or object_name(type(worker))}
     for section in (settings.lte, settings.merge, settings.train, placement, storage):
         flat |= {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+    if storage.keep_checkpoints is None:
+        flat["keep_checkpoints"] = "None"  # TOML has no such value; flags do
     return {**flat, "policy": object_name(settings.merge.policy), "worker": worker_settings(worker)}
 
 

@@ -14,6 +14,8 @@ import pyarrow.fs as pafs
 from lte_ray.errors import StorageError
 
 PART = ".part"
+RUN = "run.toml"
+"""The first file of a run: all its settings."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,18 @@ class RunDirectory:
     def at(self, relative: str) -> str:
         return posixpath.join(self.path, relative) if relative else self.path
 
-    def create(self) -> None:
+    def create(self, *, exclusive: bool = False) -> None:
         """Makes the folder and proves that files can be written into it.
 
         Raises:
-            StorageError: they can't.
+            StorageError: they can't; or, if `exclusive`, it was there. Of two that make it at once on a local disk, one fails.
         """
         try:
+            self.filesystem.create_dir(posixpath.dirname(self.path), recursive=True)
+            if exclusive and self.exists():
+                raise FileExistsError("another run has just taken this name.")
+            if exclusive and self.is_local:
+                Path(self.path).mkdir()
             self.filesystem.create_dir(self.path, recursive=True)
             self.write(".writable", b"")
             self.delete(".writable")

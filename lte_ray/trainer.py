@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import secrets
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -60,9 +61,9 @@ class LTETrainer:
         """Runs the training to its end.
 
         Returns:
-            `metrics` (the last evaluation's figures, train_loss, step, samples, samples_per_second, version, seconds, and
-            `times`, where the heads' time went), `checkpoint` (the last one), and `path` (the run directory, which holds
-            ``model.safetensors``).
+            `metrics` (the last evaluation's figures, also under "evaluation"; train_loss, step, samples,
+            samples_per_second, version, seconds, and `times`, where the heads' time went), `checkpoint` (the last one), and
+            `path` (the run directory, which holds ``model.safetensors``).
 
         Raises:
             UserError: bad input; no actor was started.
@@ -70,7 +71,7 @@ class LTETrainer:
         """
         policy = make_policy(self.merge.policy)
         storage, filesystem = _storage(self.run_config)
-        name = storage.name or f"{type(self.worker).__name__.lower()}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = storage.name or f"{type(self.worker).__name__.lower()}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         # Actors get the policy's name only: the object goes to the coordinator alone.
         merge = dataclasses.replace(self.merge, policy=runs.object_name(self.merge.policy))
         settings = Settings(name, self.lte, merge, self.train)
@@ -86,24 +87,26 @@ class LTETrainer:
         from lte_ray.runtime.transport import ObjectStore
 
         asked, more = placing.from_scaling_config(self.scaling_config, self.lte.num_heads)
-        worker = Package.of(self.worker)
+        worker, packed = Package.of(self.worker), Package.of(policy)
         base = checkpoint.read_base(directory, resume, initial.plan) if resume else initial.base
         reporter = self.reporter or automatic_display()
         reporter.update(Progress.starting(name, self.train.steps, "starting Ray"))
         with contextlib.closing(reporter), connected():
             placement = placing.resolve(asked, self.lte.num_heads, **more)
-            record = runs.record(self.worker, self.program, settings, asked, storage)
-            runs.create(directory, record, overwrite=storage.overwrite)
-            session = Session(
-                common=Common(worker, settings, directory, ObjectStore(), resume),
-                initial=dataclasses.replace(initial, base=base),
-                policy=Package.of(policy),
-                placement=placement,
-                keep=storage.keep_checkpoints,
-                reporter=reporter,
-            )
-            final = session.run()
-        runs.export(directory, initial, final)
+            reporter.update(Progress.starting(name, self.train.steps, "starting the heads"))
+            with placing.reserve(placement, self.lte.num_heads) as strategies:
+                record = runs.record(self.worker, self.program, settings, asked, storage)
+                runs.create(directory, record, storage)
+                session = Session(
+                    common=Common(worker, settings, directory, ObjectStore(), resume),
+                    initial=dataclasses.replace(initial, base=base),
+                    policy=packed,
+                    placement=placement,
+                    keep=storage.keep_checkpoints,
+                    reporter=reporter,
+                    export=lambda final: runs.export(directory, initial, final),
+                )
+                session.run(strategies)
         return _result(session, directory)
 
 
@@ -127,8 +130,10 @@ def _result(session: Session, directory: RunDirectory) -> ray.train.Result:
 
     progress = session.progress()
     times = [status.times for status in session.statuses.values()]
+    evaluation = progress.evaluation.values if progress.evaluation else {}
     metrics: dict[str, Any] = {
-        **(progress.evaluation.values if progress.evaluation else {}),
+        **evaluation,
+        "evaluation": evaluation,
         "train_loss": progress.train_loss,
         "step": progress.step,
         "samples": progress.samples,

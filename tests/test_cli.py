@@ -6,11 +6,15 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import tomli_w
 
+from lte_ray import runs
 from lte_ray.cli.flags import parse
 from lte_ray.cli.main import main
-from lte_ray.config import SECTIONS, LTEConfig, flag
-from lte_ray.errors import ConfigError
+from lte_ray.config import SECTIONS, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig, flag
+from lte_ray.engine.settings import Settings
+from lte_ray.errors import ConfigError, StorageError
+from lte_ray.storage import RunDirectory
 from workers.regression import Regression
 
 GOOD = "workers.regression:Regression"
@@ -52,6 +56,20 @@ class Untyped(Net):
 class Refusing(Net):
     def __init__(self, size: int = 3):
         raise ValueError("size must be 4")
+
+class Odd(Net):
+    def __init__(self):
+        raise OSError("no such device")
+
+class Extra(nn.Linear):
+    def get_extra_state(self):
+        return {"a": 1}
+    def set_extra_state(self, state):
+        pass
+
+class Stateful(Net):
+    def build_model(self):
+        return nn.Sequential(nn.Linear(8, 8), Extra(8, 8))
 
 def function():
     pass
@@ -99,6 +117,7 @@ def complaint(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: st
         ([GOOD, "--name", "../up"], "--name is '../up'"),
         ([GOOD, "--worker.widht", "3"], "--worker.width"),
         ([GOOD, "--worker.samples", "100"], "100 samples can't fill a batch of 64 for each of 2 heads"),
+        ([GOOD, "--gpus-per-head", "1.5"], "--gpus-per-head is 1.5, but above 1 it must be a whole number"),
         ([GOOD, "--resume"], "--resume needs --name"),
         ([GOOD, "--resume", "--overwrite", "--name", "a"], "contradict"),
         ([GOOD, "--resume", "--name", "a"], "no complete checkpoint"),
@@ -120,6 +139,8 @@ def test_bad_flags_are_one_clear_error(
         ("NothingToAdapt", "nothing to adapt"),
         ("BadModel", "RuntimeError: weights are missing"),
         ("Refusing", "size must be 4"),
+        ("Odd", "OSError: no such device"),
+        ("Stateful", "can't be exported"),
         ("Untyped", "Unsupported type annotation for field worker"),
         ("function", "not a class"),
         ("Nett", "Did you mean Net?"),
@@ -216,3 +237,51 @@ def test_a_bad_toml_file_is_one_clear_error(tmp_path: Path, text: str, says: str
     path.write_text(text)
     with pytest.raises(ConfigError, match=says.replace(".", r"\.").replace("?", r"\?")):
         parse(Regression, GOOD, ["--config", str(path)])
+
+
+@dataclasses.dataclass
+class Switches:
+    """A worker with settings whose defaults aren't false or empty."""
+
+    on: bool = True
+    off: bool = False
+    names: tuple[str, ...] = ("a", "b")
+
+
+@pytest.mark.parametrize("on", [True, False])
+@pytest.mark.parametrize("off", [True, False])
+@pytest.mark.parametrize("names", [[], ["c"]])
+def test_toml_says_yes_no_and_nothing(tmp_path: Path, on: bool, off: bool, names: list[str]) -> None:
+    """Booleans and empty lists of the file count, whatever the defaults are."""
+    path = tmp_path / "settings.toml"
+    path.write_text(tomli_w.dumps({"worker": {"on": on, "off": off, "names": names}}))
+    assert parse(Switches, "x:Switches", ["--config", str(path)]).worker == Switches(on, off, tuple(names))
+
+
+def test_a_runs_own_record_runs_it_again(tmp_path: Path) -> None:
+    """`--config run.toml` gives the settings of that run, except for its name; None included."""
+    storage = StorageConfig(name="first", storage="relative", keep_checkpoints=None)
+    settings = Settings("first", LTEConfig(exclude=("3",)), MergeConfig(merge_iter=3), TrainConfig(steps=7))
+    directory = RunDirectory.of(str(tmp_path), "first")
+    runs.create(directory, runs.record(Regression(lr=0.5), GOOD, settings, PlacementConfig(), storage), storage)
+    parsed = parse(Regression, GOOD, ["--config", str(tmp_path / "first" / "run.toml")])
+    assert (parsed.lte, parsed.merge, parsed.train) == (settings.lte, settings.merge, settings.train)
+    assert parsed.worker == Regression(lr=0.5)
+    assert parsed.storage == StorageConfig(storage=str(Path("relative").absolute()), keep_checkpoints=None)
+
+
+def test_of_two_runs_that_take_a_name_at_once_one_fails(tmp_path: Path) -> None:
+    """The folder is made by exactly one of them."""
+    directory = RunDirectory.of(str(tmp_path), "same")
+    directory.create(exclusive=True)
+    with pytest.raises(StorageError, match="taken this name"):
+        directory.create(exclusive=True)
+
+
+def test_a_cluster_that_does_not_answer_is_an_error_at_once(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RAY_ADDRESS names a port where nobody listens: exit code 2, without Ray's minutes of trying."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    assert "No cluster answers at RAY_ADDRESS=127.0.0.1:1" in complaint(capsys, tmp_path, GOOD)

@@ -13,11 +13,11 @@ from lte_ray.engine.memory import keep_freed_memory
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_freed_blocks_are_kept_for_the_next_step() -> None:
-    """After the call a block of 64 MiB that was freed is handed out again with its pages: no new page faults."""
+    """After the call a block of 24 MiB that was freed is handed out again with its pages: no new page faults."""
     import resource
 
     assert keep_freed_memory()
-    size, libc = 64 << 20, ctypes.CDLL(None)
+    size, libc = 24 << 20, ctypes.CDLL(None)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
 

@@ -22,10 +22,10 @@ from lte_ray.merging import Average
 from lte_ray.metrics import Silent
 from lte_ray.runtime.common import Common
 from lte_ray.runtime.package import Package
-from lte_ray.runtime.placement import Placement, resolve
+from lte_ray.runtime.placement import Placement, reserve, resolve
 from lte_ray.runtime.session import Actors, Session
 from lte_ray.runtime.transport import ObjectStore
-from lte_ray.storage import RunDirectory
+from lte_ray.storage import RUN, RunDirectory
 
 pytestmark = pytest.mark.ray
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # for the functions below that look into a head
@@ -39,7 +39,10 @@ def actors(path: Path, placement: Placement, **train: Any) -> Iterator[Actors]:
     directory = RunDirectory.of(str(path), "r")
     directory.create()
     common = Common(Package.of(Regression()), config, directory, ObjectStore())
-    with Session(common, prepare(Regression(), config), Package.of(Average()), placement, None, Silent())._actors() as made:
+    directory.write(RUN, b"")
+    initial = prepare(Regression(), config)
+    session = Session(common, initial, Package.of(Average()), placement, None, Silent(), export=lambda base: None)
+    with reserve(placement, config.lte.num_heads) as strategies, session._actors(strategies) as made:
         yield made
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 import time
 import tomllib
 from pathlib import Path
@@ -15,12 +16,13 @@ import safetensors.torch
 import torch
 from ray.util import placement_group_table
 from ray_support import Dropping, Failing, Regression, lte_actors, settings, storage
+from torch import nn
 
-from lte_ray import LTETrainer, Merge, MergeConfig, Pending, Roster, Wait, checkpoint
+from lte_ray import Discard, LTETrainer, Merge, MergeConfig, Pending, Roster, Wait, checkpoint
 from lte_ray.engine.initial import load_base, prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.simulate import simulate
-from lte_ray.errors import ContributionRefused, HeadLost, PolicyError, StorageError, WorkerFailed
+from lte_ray.errors import ContributionRefused, HeadLost, PolicyError, StorageError, WorkerError, WorkerFailed
 from lte_ray.metrics import Progress
 from lte_ray.storage import RunDirectory
 
@@ -218,6 +220,101 @@ def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(local_ray: None, tm
     assert [row["version"] for row in rows if row["kind"] == "merge"] == list(range(1, 9))
 
 
+class Normed(Regression):
+    """With batch normalisation, whose running statistics are merged, and a buffer that overlaps another."""
+
+    def build_model(self) -> nn.Module:
+        model = nn.Sequential(nn.BatchNorm1d(self.width), *super().build_model())
+        model.register_buffer("table", torch.arange(8.0))
+        model.register_buffer("part", model.table[:4])
+        return model
+
+
+def test_running_statistics_are_saved_merged_and_resumed(local_ray: None, tmp_path: Path) -> None:
+    """A model with BatchNorm runs through checkpoints, and its resumed run is bitwise the uninterrupted one."""
+    whole = LTETrainer(Normed(), run_config=storage(tmp_path, "whole"), **settings(steps=20)).fit()
+    LTETrainer(Normed(), run_config=storage(tmp_path, "parts"), **settings(steps=10)).fit()
+    resumed = LTETrainer(Normed(), run_config=storage(tmp_path, "parts", resume=True), **settings(steps=20)).fit()
+    a, b = model_of(whole.path), model_of(resumed.path)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert float((a["0.running_var"] - 1).abs().max()) > 0.001
+
+
+class OddOnes(Regression):
+    """Its evaluation's names are those of other things, and its sample fails."""
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        return {"version": 7.0, "step": float("nan"), "acc[/top5]": 0.5}
+
+    def sample(self, model: nn.Module) -> str:
+        raise ZeroDivisionError("nothing to show")
+
+
+def test_names_of_an_evaluation_and_a_failing_sample_break_nothing(local_ray: None, tmp_path: Path) -> None:
+    """The figures are kept apart from ours; the model is there all the same; JSON has null for NaN."""
+    result = LTETrainer(OddOnes(), run_config=storage(tmp_path, "r"), **settings(steps=10)).fit()
+    assert result.metrics["version"] == 2
+    assert result.metrics["evaluation"]["version"] == 7.0
+    assert result.metrics["sample"] == "sample() raised: ZeroDivisionError: nothing to show"
+    assert (tmp_path / "r" / "model.safetensors").exists()
+    rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    values = [row["values"] for row in rows if row["kind"] == "evaluation"]
+    assert values[-1] == {"version": 7.0, "step": None, "acc[/top5]": 0.5}
+
+
+class Locked:
+    """A policy that can't be sent anywhere."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def decide(self, pending: list[Pending], roster: Roster) -> Wait:
+        return Wait()
+
+
+def test_an_overwrite_that_cannot_start_leaves_the_old_run(local_ray: None, tmp_path: Path) -> None:
+    """What is there goes only when the new run can start; a failed start leaves no folder that blocks the name."""
+    LTETrainer(Regression(), run_config=storage(tmp_path, "r"), **settings(steps=5)).fit()
+    kwargs = settings() | {"merge": MergeConfig(policy=Locked())}
+    with pytest.raises(WorkerError, match="Locked can't be sent"):
+        LTETrainer(Regression(), run_config=storage(tmp_path, "r", overwrite=True), **kwargs).fit()
+    assert (tmp_path / "r" / "model.safetensors").exists()
+    with pytest.raises(WorkerError, match="Locked can't be sent"):
+        LTETrainer(Regression(), run_config=storage(tmp_path, "new"), **kwargs).fit()
+    assert not (tmp_path / "new").exists()
+
+
+class OnlyHeadOne:
+    """Merges head 1 as soon as it is there, and nobody else."""
+
+    def decide(self, pending: list[Pending], roster: Roster) -> Merge | Discard | Wait:
+        if not pending:
+            return Wait()
+        if pending[0].head == 0:
+            return Discard([0], "not today")
+        return Merge({1: 1.0})
+
+
+def test_a_checkpoint_without_every_heads_state_is_not_resumed(local_ray: None, tmp_path: Path) -> None:
+    """Heads whose state is missing would repeat their steps on a base that holds them: refused, with the reason."""
+    kwargs = settings(steps=10) | {"merge": MergeConfig(merge_iter=5, policy=OnlyHeadOne())}
+    LTETrainer(Regression(), run_config=storage(tmp_path, "r"), **kwargs).fit()
+    kwargs |= {"train": dataclasses.replace(kwargs["train"], steps=20)}
+    with pytest.raises(StorageError, match="the state of heads"):
+        LTETrainer(Regression(), run_config=storage(tmp_path, "r", resume=True), **kwargs).fit()
+
+
+def test_a_damaged_checkpoint_is_named_before_anything_starts(local_ray: None, tmp_path: Path) -> None:
+    """One altered byte in a head's file: the file is named, and the run directory stays as it was."""
+    LTETrainer(Regression(), run_config=storage(tmp_path, "r"), **settings(steps=5)).fit()
+    damaged = tmp_path / "r" / "checkpoints" / "000001" / "head-0001.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(StorageError, match=r"head-0001\.safetensors is damaged"):
+        LTETrainer(Regression(), run_config=storage(tmp_path, "r", resume=True), **settings(steps=10)).fit()
+
+
 def test_resume_refuses_what_it_cannot_continue(local_ray: None, tmp_path: Path) -> None:
     """Other heads, no checkpoint, or nothing left to do: one clear error each."""
     LTETrainer(Regression(), run_config=storage(tmp_path, "r"), **settings(steps=5)).fit()
@@ -225,7 +322,7 @@ def test_resume_refuses_what_it_cannot_continue(local_ray: None, tmp_path: Path)
     with pytest.raises(StorageError, match="Raise --steps"):
         LTETrainer(Regression(), run_config=again, **settings(steps=5)).fit()
     kwargs = settings(steps=50)
-    with pytest.raises(StorageError, match="--num-heads 2 --lora-r 8"):
+    with pytest.raises(StorageError, match="--lora-r was 8 and is 4"):
         LTETrainer(Regression(), run_config=again, **kwargs | {"lte": dataclasses.replace(kwargs["lte"], lora_r=4)}).fit()
     with pytest.raises(StorageError, match="no complete checkpoint"):
         LTETrainer(Regression(), run_config=storage(tmp_path, "new", resume=True), **kwargs).fit()

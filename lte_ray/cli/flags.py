@@ -60,7 +60,9 @@ def parse(worker: type | None, program: str, arguments: list[str]) -> Parsed:
         flags: Any = tyro.cli(_flags_class(worker), prog=f"lte-ray train {program}", args=[*preset, *rest], description=_ABOUT)
     except tyro.constructors.UnsupportedTypeAnnotationError as error:
         raise WorkerError(f"{program}: the constructor's parameters can't all be flags; annotate them: {error}") from error
-    except (ValueError, TypeError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:
         raise WorkerError(f"{program} could not be made: {type(error).__name__}: {error}") from error
     made = {title: _plain(kind, getattr(flags, title)) for kind, title in TITLES.items()}
     return Parsed(
@@ -121,25 +123,26 @@ def _toml_arguments(path: Path, worker: type | None) -> list[str]:
         raise ConfigError(f"--config {path} can't be read: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} isn't valid TOML: {error}.") from error
-    content.pop("program", None)  # what run.toml notes besides settings
+    if content.pop("program", None) is not None:  # a run.toml: its settings for another run
+        content.pop("name", None)
     own = content.pop("worker", {})
     if not isinstance(own, dict):
         raise ConfigError(f"--config {path}: worker must be a table [worker] of the worker's own settings.")
-    known = {f.name for kind in SECTIONS for f in dataclasses.fields(kind)}
-    theirs = set(inspect.signature(worker).parameters) if worker else set()
+    known = {f.name: f.default for kind in SECTIONS for f in dataclasses.fields(kind)}
+    theirs = {name: p.default for name, p in inspect.signature(worker).parameters.items()} if worker else {}
     arguments: list[str] = []
     for prefix, values, names in (("", content, known), ("worker.", own, theirs)):
         for name, value in values.items():
             if name not in names:
                 hint = near(name, names) or f" Known are: {', '.join(sorted(names)) or 'none'}."
                 raise ConfigError(f"--config {path} has an unknown setting {prefix}{name}.{hint}")
-            arguments += _as_arguments("--" + prefix.replace("_", "-") + flag(name)[2:], value)
+            arguments += _as_arguments("--" + prefix, flag(name)[2:], value, names[name])
     return arguments
 
 
-def _as_arguments(name: str, value: Any) -> list[str]:
-    if isinstance(value, bool):
-        return [name] if value else []
+def _as_arguments(prefix: str, name: str, value: Any, default: Any) -> list[str]:
+    if isinstance(value, bool) and isinstance(default, bool):
+        return [] if value == default else [prefix + name if value else f"{prefix}no-{name}"]
     if isinstance(value, list):
-        return [name, *map(str, value)] if value else []
-    return [name, str(value)]
+        return [prefix + name, *map(str, value)] if value or default else []
+    return [prefix + name, str(value)]

@@ -44,7 +44,7 @@ def _fit(program: str, kind: type, parsed: Parsed) -> ray.train.Result:
     from lte_ray.trainer import LTETrainer
 
     trainer = LTETrainer(
-        parsed.worker if parsed.worker is not None else kind(),
+        parsed.worker if parsed.worker is not None else _made(program, kind),
         lte=parsed.lte,
         merge=parsed.merge,
         train=parsed.train,
@@ -55,7 +55,11 @@ def _fit(program: str, kind: type, parsed: Parsed) -> ray.train.Result:
     return trainer.fit()
 
 
-NOT_SHOWN = {"train_loss", "step", "samples", "samples_per_second", "version", "seconds", "times", "merge_seconds", "sample"}
+def _made(program: str, kind: type) -> Any:
+    try:
+        return kind()
+    except Exception as error:
+        raise WorkerError(f"{program} could not be made: {type(error).__name__}: {error}") from error
 
 
 def _show(result: ray.train.Result) -> None:
@@ -65,9 +69,8 @@ def _show(result: ray.train.Result) -> None:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", justify="right")
     grid.add_column()
-    for name, value in m.items():
-        if name not in NOT_SHOWN:
-            grid.add_row(name.replace("_", " "), Text(f"{value:.4g}", style="bold green"))
+    for name, value in m["evaluation"].items():
+        grid.add_row(Text(name.replace("_", " ")), Text(f"{value:.4g}", style="bold green"))
     if math.isfinite(m["train_loss"]):
         grid.add_row("train loss", f"{m['train_loss']:.4g}")
     rate = f", {m['samples_per_second']:,.1f} samples/s" if m["samples_per_second"] else ""
@@ -76,7 +79,7 @@ def _show(result: ray.train.Result) -> None:
     shares = ", ".join(f"{name} {100 * spent / total:.1f}%" for name, spent in m["times"].items() if spent / total >= 0.0005)
     grid.add_row("heads' time", shares)
     grid.add_row("took", f"{m['seconds']:.0f} s")
-    grid.add_row("run", result.path)
+    grid.add_row("run", Text(str(result.path)))
     console.print(Panel(grid, title="done", title_align="left", expand=False))
     if "sample" in m:
         console.print(Panel(Text(m["sample"]), title="sample", title_align="left", expand=False))

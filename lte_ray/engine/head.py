@@ -119,6 +119,9 @@ class Head:
                 self._batches = endless_batches(self._worker, shard)
             batch = to_device(next(self._batches), self.device)
             loss = self._worker.loss(self.model, batch)
+            if not isinstance(loss, Tensor) or loss.ndim:
+                found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise TypeError(f"loss() must return a scalar tensor, the mean over the batch; it returned {found}")
             torch.autograd.backward(loss)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -213,6 +216,7 @@ class Head:
     def _take_reference(self, contained: Tensor) -> None:
         """A', B' := A^c, B^c, or B := 0 in the reset variant (which needs that no step was taken meanwhile)."""
         if self.settings.lte.reset == "B":
+            self._reference = None
             for spec in self.plan.adapted:
                 self._factors[spec.b].zero_()
         else:
@@ -256,7 +260,7 @@ class Head:
         assert self._outstanding is None
         tensors = {f"factor.{name}": p.detach().cpu() for name, p in self._factors.items()}
         tensors |= {f"replica.{name}": p.detach().cpu() for name, p in self._replicas.items()}
-        tensors |= {f"buffer.{name}": b.detach().cpu() for name, b in self.model.named_buffers()}
+        tensors |= {f"buffer.{name}": b.detach().cpu() for name, b in self._buffers()}
         if self._reference is not None:
             tensors["reference"] = self._reference.cpu()
         optimizer_tensors, optimizer_meta = optimizer_state(self.optimizer, self.schedule)
@@ -285,10 +289,14 @@ class Head:
                 parameter.copy_(tensors[f"factor.{name}"])
             for name, replica in self._replicas.items():
                 replica.copy_(tensors[f"replica.{name}"])
-            for name, buffer in self.model.named_buffers():
+            for name, buffer in self._buffers():
                 buffer.copy_(tensors[f"buffer.{name}"])
         restore_optimizer(self.optimizer, self.schedule, tensors, meta["optimizer"])
         self._rng.load_state(tensors, meta["rng"])
+
+    def _buffers(self) -> list[tuple[str, Tensor]]:
+        """Buffers that aren't merged."""
+        return [(name, b) for name, b in self.model.named_buffers() if name not in self._replicas]
 
     def _build_optimizer(self) -> tuple[torch.optim.Optimizer, Any]:
         groups = [

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lte_ray.adapters.convert import make_plan, tensors_of
 from lte_ray.data.shard import Shard
+from lte_ray.engine.rng import preserved
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import UserError, WorkerError
 from lte_ray.layout import Plan
@@ -35,6 +36,11 @@ def prepare(worker: Worker, settings: Settings, dtype: torch.dtype = torch.float
         ConfigError: the rank or an exclude pattern doesn't fit the model.
     """
     check_worker(worker)
+    with preserved(torch.device("cpu")):  # the caller's random numbers are its own
+        return _prepare(worker, settings, dtype)
+
+
+def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
     name = type(worker).__name__
     try:
         model = build_model(worker, settings.train.seed)
@@ -43,6 +49,11 @@ def prepare(worker: Worker, settings: Settings, dtype: torch.dtype = torch.float
     except Exception as error:
         raise WorkerError(f"{name}.build_model() raised:\n\n{traceback.format_exc()}") from error
     plan = make_plan(model, settings.lte)
+    odd = [key for key, value in model.state_dict().items() if not isinstance(value, Tensor)]
+    if odd:
+        raise WorkerError(
+            f"{name}'s model keeps {', '.join(odd)} in its state dict, which isn't a tensor and can't be exported."
+        )
     for head in {0, settings.lte.num_heads - 1}:
         try:
             next(endless_batches(worker, Shard(head, settings.lte.num_heads, settings.train.seed)))

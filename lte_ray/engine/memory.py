@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGE = 1 << 30
+OLD_LIMIT = 32 << 20  # older glibc takes no more
 
 
 def keep_freed_memory() -> bool:
@@ -21,5 +23,8 @@ def keep_freed_memory() -> bool:
     """
     if sys.platform != "linux":
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all(mallopt(option, LARGE) == 1 for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
+    mallopt: Any = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    mapped = mallopt(M_MMAP_THRESHOLD, LARGE) or mallopt(M_MMAP_THRESHOLD, OLD_LIMIT)
+    return bool(mallopt(M_TRIM_THRESHOLD, LARGE) and mapped)

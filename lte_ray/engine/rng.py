@@ -26,14 +26,14 @@ class Generators:
     def __init__(self, seed: int, device: torch.device) -> None:
         self._device = device
         self._state: tuple[Any, ...] = ()
-        with _restored(device):
+        with preserved(device):
             seed_everything(seed)
             self._state = _capture(device)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Within the block the global generators continue where this object's left off; the former ones come back."""
-        with _restored(self._device):
+        with preserved(self._device):
             _restore(self._state, self._device)
             try:
                 yield
@@ -72,7 +72,8 @@ def _restore(state: tuple[Any, ...], device: torch.device) -> None:
 
 
 @contextmanager
-def _restored(device: torch.device) -> Iterator[None]:
+def preserved(device: torch.device) -> Iterator[None]:
+    """The global generators come out of the block as they went in."""
     before = _capture(device)
     try:
         yield

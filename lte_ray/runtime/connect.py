@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 
@@ -26,17 +27,33 @@ def connected() -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS")
     terminate = signal.getsignal(signal.SIGTERM)
+    if address:
+        _probe(address)
     try:
         if address:
             ray.init(address=address, logging_level=logging.WARNING)
         else:
             ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
+    except (KeyboardInterrupt, SystemExit):  # Ray's own handler of SIGTERM exits, and nothing must stay half-started
+        ray.shutdown()
+        raise KeyboardInterrupt from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the cluster at RAY_ADDRESS={address}" if address else "a local Ray"
         raise ResourceError(f"No connection to {where}: {error}. Correct or unset RAY_ADDRESS.") from error
-    if terminate is not None and threading.current_thread() is threading.main_thread():
+    if callable(terminate) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminate)  # Ray has put its own there, which ends the process at once
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _probe(address: str) -> None:
+    """Ray itself tries for minutes to reach a cluster that isn't there."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "/" in host:
+        return  # "auto", "local", or a client address
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ResourceError(f"No cluster answers at RAY_ADDRESS={address}: {error}. Correct or unset RAY_ADDRESS.") from error

@@ -7,6 +7,7 @@ runs on a loop of its own. `ray.remote` is applied in `session`.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
@@ -114,7 +115,8 @@ class CoordinatorActor:
 
     async def leave(self, head: int) -> None:
         """A head has ended."""
-        self._handle(lambda: self._engine.leave(head))
+        if not self._closing:
+            self._handle(lambda: self._engine.leave(head))
 
     def _handle(self, event: Callable[[], Outcome]) -> None:
         try:
@@ -129,7 +131,7 @@ class CoordinatorActor:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        self._failure = error
+        self._failure = self._failure or error  # what follows from the first is no news
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(error)
@@ -172,7 +174,9 @@ class CoordinatorActor:
 
     async def _add(self, version: int, entry: checkpoint.FileEntry) -> None:
         """Adds a file that was written, and commits the checkpoint if it was the last one missing."""
-        cut = self._cuts[version]
+        cut = self._cuts.get(version)
+        if cut is None:  # storage failed for another part of it
+            return
         cut.files.append(entry)
         if len(cut.files) < len(cut.heads) + 1:
             return
@@ -181,8 +185,7 @@ class CoordinatorActor:
         facts = {
             "run": settings.run,
             "step": record.step,
-            "num_heads": settings.lte.num_heads,
-            "lora_r": settings.lte.lora_r,
+            "lte": dataclasses.asdict(settings.lte),
             "losses": record.losses,
         }
         await asyncio.to_thread(checkpoint.commit, directory, version, cut.heads, cut.files, facts)

@@ -16,6 +16,7 @@ from lte_ray.engine.memory import keep_freed_memory
 from lte_ray.errors import ContributionRefused, CoordinatorLost, LTEError, WorkerError, WorkerFailed
 from lte_ray.messages import HeadStatus, Update
 from lte_ray.runtime.common import Common
+from lte_ray.storage import RUN
 
 MOST_REFUSALS = 3
 """Contributions of one head that may be refused in a row before the run ends."""
@@ -66,6 +67,12 @@ class HeadActor:
             worker = common.worker.open()
         except WorkerError as error:
             raise WorkerFailed(f"head {self._number}", None, str(error)) from error
+        if not common.directory.exists(RUN):
+            reason = (
+                f"{common.directory.display} isn't seen from the node of this head. On several nodes --storage must be a place "
+                "that all of them share (s3://, gs://, NFS)."
+            )
+            raise WorkerFailed(f"head {self._number}", None, reason)
         head = Head(worker, common.settings, self._number, device=self._device)
         with _asking():
             update = ray.get(coordinator.join.remote(self._number, head.plan))

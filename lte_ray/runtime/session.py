@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from lte_ray import checkpoint
 from lte_ray.engine.initial import Initial
 from lte_ray.engine.threads import cores, head_threads
-from lte_ray.errors import CoordinatorLost, HeadLost, LTEError, RunError
+from lte_ray.errors import CoordinatorLost, HeadLost, LTEError, RunError, UserError, WorkerFailed
 from lte_ray.messages import HeadStatus, MergeRecord
 from lte_ray.metrics import Evaluation, MetricsLog, Progress, Reporter, throughput
 from lte_ray.runtime.common import Common
@@ -28,13 +28,13 @@ from lte_ray.runtime.coordinator import CoordinatorActor, CoordinatorStatus
 from lte_ray.runtime.evaluator import EvaluatorActor
 from lte_ray.runtime.head import HeadActor
 from lte_ray.runtime.package import Package
-from lte_ray.runtime.placement import Placement, reserve
+from lte_ray.runtime.placement import Placement
 
 POLL = 1.0
 """Seconds between two looks at the actors."""
 
-GRACE = 2.0
-"""Seconds that a run which ends early gives to a checkpoint that is being written."""
+GRACE = 1.5
+"""Seconds that a run which ends early gives to a checkpoint that is being written; a stopped job is killed after 3."""
 
 MOST_WAITING = 2
 """Versions that may wait for evaluation; of more, those in the middle are left out, so that memory stays bounded."""
@@ -65,6 +65,7 @@ class Session:
         placement: what each head reserves.
         keep: checkpoints to keep.
         reporter: shows progress.
+        export: what is done with the final base (flat), as soon as it is there.
     """
 
     common: Common
@@ -73,6 +74,7 @@ class Session:
     placement: Placement
     keep: int | None
     reporter: Reporter
+    export: Callable[[Tensor], None]
     merges: list[MergeRecord] = field(default_factory=list)
     statuses: dict[int, HeadStatus] = field(default_factory=dict)
     evaluations: list[Evaluation] = field(default_factory=list)
@@ -87,30 +89,33 @@ class Session:
         self._to_evaluate: deque[tuple[int, int, Any]] = deque()
         self._evaluating: tuple[int, int, Any] | None = None
 
-    def run(self) -> Tensor:
-        """Runs to the end and gives the final base (flat).
+    def run(self, strategies: list[Any]) -> None:
+        """Runs to the end, with each head under its scheduling strategy.
 
         Raises:
-            WorkerFailed, HeadLost, CoordinatorLost, ContributionRefused, PolicyError, StorageError: it ended early. All
-                actors are gone, and complete checkpoints remain.
+            RunError: it ended early. All actors are gone, and complete checkpoints remain.
         """
         try:
-            with self._actors() as actors:
+            with self._actors(strategies) as actors:
                 try:
                     self._watch(actors)
-                    return self._finish(actors)
+                    self._finish(actors)
                 except BaseException:
                     with contextlib.suppress(ray.exceptions.RayError):
-                        ray.get(actors.coordinator.close.remote(GRACE), timeout=2 * GRACE)
+                        ray.get(actors.coordinator.close.remote(GRACE), timeout=GRACE + 0.5)
+                        self._take(ray.get(actors.coordinator.status.remote(self._seen), timeout=0.5))
                     raise
+        except UserError as error:  # whatever it is, the run had begun
+            raise RunError(str(error)) from error
         finally:
-            self._log.flush()
-            checkpoint.remove_incomplete(self.common.directory)
+            with contextlib.suppress(LTEError, OSError):  # must not hide what ended the run
+                self._log.flush(now=True)
+                checkpoint.remove_incomplete(self.common.directory)
 
     @contextlib.contextmanager
-    def _actors(self) -> Iterator[Actors]:
+    def _actors(self, strategies: list[Any]) -> Iterator[Actors]:
         common, placement, settings = self.common, self.placement, self.common.settings
-        with reserve(placement, settings.lte.num_heads) as strategies, contextlib.ExitStack() as started:
+        with contextlib.ExitStack() as started:
 
             def start(kind: type, options: dict[str, Any], *args: Any) -> Any:
                 # Every actor answers status calls in a group of its own while it works.
@@ -188,7 +193,7 @@ class Session:
             if record.base is not None:
                 self._to_evaluate.append((record.version, record.step, record.base))
             self._log.merge(record)
-            self.merges.append(record)
+            self.merges.append(replace(record, base=None))  # a base that is held stays in memory
         while len(self._to_evaluate) > MOST_WAITING:
             del self._to_evaluate[1]  # the first one may be version 0, where everything is measured from
 
@@ -206,10 +211,11 @@ class Session:
             version, step, base = self._to_evaluate.popleft()
             self._evaluating = (version, step, actors.evaluator.evaluate.remote(base))
 
-    def _finish(self, actors: Actors) -> Tensor:
-        """Waits for the last checkpoint, evaluation and sample; gives the final base."""
+    def _finish(self, actors: Actors) -> None:
+        """The last checkpoint, the export, the last evaluation and the sample."""
         version, base = _get(actors.coordinator.finish.remote(), "the coordinator")
         self._take(_get(actors.coordinator.status.remote(self._seen), "the coordinator"))
+        self.export(self.common.transport.fetch(base).clone())  # first: what follows is the worker's code, and may fail
         step = max((s.step for s in self.statuses.values()), default=0)
         waiting = [self._evaluating and self._evaluating[0], *(v for v, _, _ in self._to_evaluate)]
         if version not in [*waiting, *(e.version for e in self.evaluations)]:
@@ -217,8 +223,10 @@ class Session:
         while self._evaluating or self._to_evaluate:
             self._evaluate(actors, patience=POLL)
             self.reporter.update(self.progress("evaluating the merged weights"))
-        self.sample = _get(actors.evaluator.sample.remote(base), "the evaluator")
-        return self.common.transport.fetch(base).clone()
+        try:
+            self.sample = _get(actors.evaluator.sample.remote(base), "the evaluator")
+        except WorkerFailed as error:  # a sample is for show: no reason to call the run failed
+            self.sample = f"sample() raised: {error.traceback.strip().splitlines()[-1]}"
 
     def progress(self, note: str = "") -> Progress:
         """The run as it is now."""
@@ -255,6 +263,8 @@ def _get(ref: Any, who: str, status: HeadStatus | None = None) -> Any:
 def _translated(error: Exception, who: str, status: HeadStatus | None) -> LTEError:
     """Ray's error as ours: the one that was raised inside the actor, or that its process is gone."""
     cause = getattr(error, "cause", None)
+    if isinstance(cause, UserError):
+        return RunError(f"{who}: {cause}")
     if isinstance(cause, LTEError):
         return cause
     if isinstance(error, ray.exceptions.RayActorError):
