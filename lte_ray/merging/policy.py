@@ -4,7 +4,7 @@ A policy is any object with a `decide` method. The shortest useful one::
 
     class FirstTwo:
         def decide(self, pending, roster):
-            if len(pending) < 2:
+            if not pending or len(pending) < min(2, len(roster.live)):
                 return Wait("for a second head")
             return Merge({p.head: 1 / roster.num_heads for p in pending})
 """
