@@ -33,6 +33,8 @@ def connected() -> Iterator[None]:
         if address:
             ray.init(address=address, logging_level=logging.WARNING)
         else:
+            for name in ("RAY_enable_metrics_collection", "RAY_event_stats"):
+                os.environ.setdefault(name, "0")  # nobody looks at the metrics of a private Ray; they cost the heads time
             ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
     except (KeyboardInterrupt, SystemExit):  # Ray's own handler of SIGTERM exits, and nothing must stay half-started
         ray.shutdown()
