@@ -77,7 +77,7 @@ def table(p: Progress) -> RenderableType:
     left = f"{clock(p.remaining)} left" if p.remaining is not None else ""
     top.add_row(
         Text(p.run, style="bold"),
-        ProgressBar(total=p.steps, completed=p.step, width=28),
+        ProgressBar(total=p.steps, completed=p.step, width=20),
         f"step {p.step}/{p.steps}",
         rate,
         f"{clock(p.seconds)} gone",
