@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from lte_ray import LTEConfig, MergeConfig, Shard, TrainConfig
@@ -79,7 +78,3 @@ def lte_actors(root: int | None = None) -> list[str]:
     """Command lines of the actors of lte-ray that run below `root` (this process)."""
     names = ("HeadActor", "CoordinatorActor", "EvaluatorActor")
     return [line for line in descendants(root or os.getpid()).values() if any(name in line for name in names)]
-
-
-def bitwise_equal(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)

@@ -12,7 +12,7 @@ from types import FrameType
 from rich.console import Console
 
 import lte_ray
-from lte_ray.errors import LTEError, UserError
+from lte_ray.errors import LTEError
 
 USAGE = """\
 lte-ray: train networks with many parallel LoRA heads on Ray
@@ -45,8 +45,6 @@ def main(argv: list[str] | None = None) -> int:
         from lte_ray.cli.train import train
 
         train(arguments[1:])
-    except UserError as error:
-        return _complain(str(error), error.exit_code)
     except LTEError as error:
         return _complain(str(error), error.exit_code)
     except KeyboardInterrupt:

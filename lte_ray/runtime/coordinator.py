@@ -109,16 +109,16 @@ class CoordinatorActor:
         buffer = await self._common.transport.arrive(contribution.buffer)
         answer: asyncio.Future[Update] = asyncio.get_running_loop().create_future()
         self._answers[contribution.head, contribution.sequence] = answer
-        if not self._closing:
-            self._handle(lambda: self._engine.receive(contribution, buffer))
+        self._handle(lambda: self._engine.receive(contribution, buffer))
         return await answer
 
     async def leave(self, head: int) -> None:
         """A head has ended."""
-        if not self._closing:
-            self._handle(lambda: self._engine.leave(head))
+        self._handle(lambda: self._engine.leave(head))
 
     def _handle(self, event: Callable[[], Outcome]) -> None:
+        if self._closing:
+            return
         try:
             if self._failure is not None:
                 raise self._failure
