@@ -47,12 +47,30 @@ class Layout:
 
 @dataclass(frozen=True)
 class Adapted:
-    """A main weight W (`out` x `in`) with factors A (`rank` x `in`), B (`out` x `rank`) and scaling s."""
+    """A main weight with factors. As a matrix it is W (out x in), the factors are A (rank x in) and B (out x rank).
+
+    Attributes:
+        name: the unconverted model's name of the parameter.
+        shape: as it is stored, of any number of dimensions.
+        rank, scaling: r and s; the head computes with W~ + s B A.
+        transposed: whether it is stored as in x out, as transformers' Conv1D does.
+        lr: multiplier of the factors' learning rate.
+        base_dtype: format of the heads' copies.
+    """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     rank: int
     scaling: float
+    transposed: bool = False
+    lr: float = 1.0
+    base_dtype: str = "fp32"
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(out, in): the first dimension by all others; a vector of d elements is d x 1."""
+        first, rest = self.shape[0], math.prod(self.shape[1:])
+        return (rest, first) if self.transposed else (first, rest)
 
     @property
     def a(self) -> str:
@@ -71,11 +89,15 @@ class Replica:
 
     name: str
     shape: tuple[int, ...]
+    lr: float = 1.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The trained parts of one model, by the unconverted model's own parameter names."""
+    """The trained parts of one head's model, by the unconverted model's own parameter names.
+
+    Heads may differ in their ranks; their `base` is the same.
+    """
 
     adapted: tuple[Adapted, ...]
     replicas: tuple[Replica, ...]
@@ -90,10 +112,10 @@ class Plan:
         """A and B of each adapted weight, then the replica parameters' changes."""
         factors: list[tuple[str, tuple[int, ...]]] = []
         for a in self.adapted:
-            factors += [(a.a, (a.rank, a.shape[1])), (a.b, (a.shape[0], a.rank))]
+            factors += [(a.a, (a.rank, a.matrix[1])), (a.b, (a.matrix[0], a.rank))]
         return Layout.of(factors + [(r.name, r.shape) for r in self.replicas])
 
     @cached_property
     def factors_size(self) -> int:
         """Elements of the factors, which lie first in a contribution."""
-        return sum(a.rank * sum(a.shape) for a in self.adapted)
+        return sum(a.rank * sum(a.matrix) for a in self.adapted)

@@ -14,6 +14,8 @@ class Contribution:
     the base that the head trained on, `sequence` counts the head's contributions from 1 and `incarnation` its
     restarts, so that repeats and messages from a dead predecessor are told apart. `steps` and `samples` count what
     was trained since the head's last accepted contribution; `loss` is the mean training loss over those steps.
+    `base_error` is the relative error that quantising the base of `version` made in this head's main weights, the largest
+    over the layers.
     """
 
     run: str
@@ -25,6 +27,7 @@ class Contribution:
     steps: int
     samples: int
     loss: float
+    base_error: float = 0.0
     buffer: Any = field(default=None, repr=False, compare=False)
 
 
@@ -67,6 +70,7 @@ class MergeRecord:
     bytes_up: int
     bytes_down: int
     step: int
+    base_error: float = 0.0
     base: Any = field(default=None, repr=False, compare=False)
 
 

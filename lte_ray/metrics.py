@@ -98,6 +98,7 @@ class MetricsLog:
             merge_seconds=record.merge_seconds,
             bytes_up=record.bytes_up,
             bytes_down=record.bytes_down,
+            base_error=record.base_error,
         )
 
     def evaluation(self, evaluation: Evaluation) -> None:

@@ -12,7 +12,7 @@ import tomli_w
 from torch import Tensor
 
 from lte_ray import checkpoint
-from lte_ray.config import PlacementConfig, StorageConfig, flag
+from lte_ray.config import LTEConfig, PlacementConfig, StorageConfig, flag
 from lte_ray.engine.initial import Initial, merged_state_dict
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
@@ -49,9 +49,11 @@ def check_start(directory: RunDirectory, storage: StorageConfig, settings: Setti
             "merged no others at that version. Such a run can't be resumed without losing or repeating steps."
         )
     before, asked = manifest.facts["lte"], json.loads(json.dumps(dataclasses.asdict(settings.lte)))
-    differing = [name for name in asked if asked[name] != before.get(name)]
+    default = json.loads(json.dumps(dataclasses.asdict(LTEConfig())))  # for settings that an older release didn't have
+    before = {name: before.get(name, default[name]) for name in asked}
+    differing = [name for name in asked if asked[name] != before[name]]
     if differing:
-        said = ", ".join(f"{flag(name)} was {before.get(name)} and is {asked[name]}" for name in differing)
+        said = ", ".join(f"{flag(name)} was {before[name]} and is {asked[name]}" for name in differing)
         raise StorageError(f"{place} can't be continued with other heads: {said}. Give the settings as they were.")
     if manifest.facts["step"] >= settings.train.steps:
         raise StorageError(f"{place} has taken all {manifest.facts['step']} local steps already. Raise --steps to continue it.")

@@ -94,7 +94,8 @@ class LTETrainer:
         with contextlib.closing(reporter), connected():
             placement = placing.resolve(asked, self.lte.num_heads, **more)
             reporter.update(Progress.starting(name, self.train.steps, "starting the heads"))
-            with placing.reserve(placement, self.lte.num_heads) as strategies:
+            hosted = placing.hosted(placement, self.lte.num_heads)
+            with placing.reserve(placement, len(hosted)) as strategies:
                 record = runs.record(self.worker, self.program, settings, asked, storage)
                 runs.create(directory, record, storage)
                 session = Session(
@@ -102,11 +103,12 @@ class LTETrainer:
                     initial=dataclasses.replace(initial, base=base),
                     policy=packed,
                     placement=placement,
+                    stack=asked.stack_heads,
                     keep=storage.keep_checkpoints,
                     reporter=reporter,
                     export=lambda final: runs.export(directory, initial, final),
                 )
-                session.run(strategies)
+                session.run(hosted, strategies)
         return _result(session, directory)
 
 

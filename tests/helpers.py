@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lte_ray.adapters.convert import factors_of
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.data import Shard
 from lte_ray.engine.head import Head
@@ -111,7 +110,7 @@ class DenseHead:
         self.worker, self.plan, seed = worker, like.plan, like.settings.train.seed
         self.model = build_model(worker, seed)
         start = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        factors = {name: p.detach().clone().requires_grad_() for name, p in factors_of(like.model, self.plan).items()}
+        factors = {name: p.detach().clone().requires_grad_() for name, p in like.converted.factors.items()}
         self.w = {spec.name: start[spec.name] for spec in self.plan.adapted}
         self.a = {spec.name: factors[spec.a] for spec in self.plan.adapted}
         self.b = {spec.name: factors[spec.b] for spec in self.plan.adapted}

@@ -31,7 +31,7 @@ def merged(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     for _ in range(CYCLES):
         factors += 0.003 * draw(PLAN.factors_size)
         contribution = torch.cat([factors, 0.01 * draw(24)]).bfloat16()
-        add_contributions(PLAN, master, [Share(0.5, contribution.to(dtype), reference)])
+        add_contributions(master, [Share(0.5, PLAN, contribution.to(dtype), reference)])
         reference = factors_part(PLAN, contribution.to(dtype)).clone()
         sent = contribution.double()
         new = 2.0 * sent[32:80].view(24, 2) @ sent[:32].view(2, 16)

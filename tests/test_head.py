@@ -11,7 +11,6 @@ from helpers import DenseHead, Tiny, assert_near, make_settings
 from torch import Tensor
 
 from lte_ray.adapters import LTELinear
-from lte_ray.adapters.convert import factors_of
 from lte_ray.engine.head import Head
 from lte_ray.engine.initial import prepare
 from lte_ray.layout import Plan
@@ -121,7 +120,7 @@ def test_a_refused_contribution_rides_in_the_next() -> None:
 def test_a_refusal_with_a_newer_base_keeps_reference_and_progress() -> None:
     """Onto W_2 without its last contribution: W~ = W_2 - s B' A' with the old reference, p = P_2 + (p - P_1)."""
     head, base = make_head(Tiny())
-    plan, s = head.plan, head.settings.lte.scaling
+    plan, s = head.plan, head.plan.adapted[0].scaling
     first = head.train_round()
     one = base + 0.1
     accept(head, first, 1, one)
@@ -137,7 +136,7 @@ def test_a_refusal_with_a_newer_base_keeps_reference_and_progress() -> None:
     for replica in plan.replicas:
         kept = trained[replica.name] - views(plan.base, one)[replica.name]
         assert_near(parameters[replica.name], new[replica.name] + kept, 1e-15)
-    factors = factors_of(head.model, plan)
+    factors = head.converted.factors
     assert all(torch.equal(factors[name], value) for name, value in parts(plan, second).items() if "lora" in name)
     assert (head.version, head.train_round().steps) == (2, 6)
 
@@ -160,7 +159,7 @@ def test_reset_b_zeroes_b_after_an_accepted_merge_only() -> None:
     head, base = make_head(Tiny(), reset="B")
     first = parts(head.plan, c := head.train_round())
     refuse(head, c)
-    factors = factors_of(head.model, head.plan)
+    factors = head.converted.factors
     assert all(torch.equal(factors[spec.b], first[spec.b]) and factors[spec.b].any() for spec in head.plan.adapted)
     second = parts(head.plan, c := head.train_round())
     accept(head, c, 1, base + 0.1)

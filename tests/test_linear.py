@@ -9,18 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lte_ray.adapters.linear import Factors, LTELinear, draw_a
+from lte_ray.adapters.factors import Factors, draw_a
+from lte_ray.adapters.layer import HeadLayer, adopt
+from lte_ray.layout import Adapted
 
 sizes = st.integers(1, 7)
 
 
-def make_layer(out: int, inn: int, rank: int, scaling: float, bias: bool) -> LTELinear:
+def make_layer(out: int, inn: int, rank: int, scaling: float, bias: bool) -> HeadLayer:
     torch.manual_seed(0)
     linear = nn.Linear(inn, out, bias=bias, dtype=torch.float64)
-    factors = Factors(linear.weight, rank, scaling)
+    factors = Factors(Adapted("w", (out, inn), rank, scaling), linear.weight)
     nn.init.normal_(factors.A)
     nn.init.normal_(factors.B)
-    return LTELinear(linear, factors)
+    return adopt(linear, factors, None)
 
 
 @given(sizes, sizes, st.integers(1, 3), st.sampled_from([0.5, 1.0, 128.0]), st.booleans(), st.sampled_from([(), (3,), (2, 3)]))
@@ -59,23 +61,25 @@ def test_gradients_are_those_of_the_dense_formula(out: int, inn: int, rank: int,
 def test_a_new_layer_gives_the_very_output_of_the_one_it_replaces(bias: bool) -> None:
     """While B = 0 the output is bitwise that of the nn.Linear."""
     linear = nn.Linear(6, 4, bias=bias)
-    factors = Factors(linear.weight, 2, 4.0)
+    factors = Factors(Adapted("w", (4, 6), 2, 4.0), linear.weight)
     nn.init.normal_(factors.A)
     x = torch.randn(3, 6)
     expected = linear(x)
-    assert torch.equal(LTELinear(linear, factors)(x), expected)
+    assert torch.equal(adopt(linear, factors, None)(x), expected)
 
 
 def test_it_takes_over_weight_bias_and_mode() -> None:
     """Weight and bias are the linear layer's own objects, the weight no longer trains, and eval mode stays."""
     linear = nn.Linear(6, 4).eval()
-    layer = LTELinear(linear, Factors(linear.weight, 2, 4.0))
-    assert layer.weight is linear.weight
-    assert layer.bias is linear.bias
+    weight, bias = linear.weight, linear.bias
+    layer = adopt(linear, Factors(Adapted("w", (4, 6), 2, 4.0), linear.weight), None)
+    assert layer is linear
+    assert layer.weight is weight
+    assert layer.bias is bias
     assert not layer.weight.requires_grad
     assert layer.bias.requires_grad
     assert not layer.training
-    assert "in_features=6, out_features=4, rank=2, s=4" in repr(layer)
+    assert "in_features=6, out_features=4, bias=True, rank=2, s=4" in repr(layer)
 
 
 @given(st.integers(1, 8), st.integers(1, 40), st.integers(0, 99))

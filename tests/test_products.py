@@ -8,7 +8,7 @@ from helpers import assert_near, dense_by_hand, make_plan_of, random_flat, split
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lte_ray.layout import Layout, Plan
+from lte_ray.layout import Adapted, Layout, Plan
 from lte_ray.merging.flat import base_replicas, factor_views, factors_part, gather, replica_part, replica_views, views
 from lte_ray.merging.products import Share, add_contributions, add_products, dense_change, fold_reference, new_reference
 
@@ -26,7 +26,7 @@ def make_shares(plan: Plan, kinds: list[tuple[float, bool]]) -> list[Share]:
     made = []
     for i, (weight, has_reference) in enumerate(kinds):
         reference = random_flat(plan.factors_size, 100 + i) if has_reference else None
-        made.append(Share(weight, random_flat(plan.contribution.size, i), reference))
+        made.append(Share(weight, plan, random_flat(plan.contribution.size, i), reference))
     return made
 
 
@@ -36,7 +36,7 @@ def test_a_merge_is_the_weighted_sum_of_dense_changes(plan: Plan, kinds: list[tu
     before = random_flat(plan.base.size, 7)
     base = before.clone()
     made = make_shares(plan, kinds)
-    add_contributions(plan, base, made)
+    add_contributions(base, made)
     expected = before + sum(s.weight * dense_by_hand(plan, s.contribution, s.reference) for s in made)
     assert_near(base, expected, 1e-13)  # sums of at most 4 x 2 x 3 float64 products
 
@@ -46,7 +46,7 @@ def test_dense_change_is_the_unweighted_change(plan: Plan, has_reference: bool) 
     """It is the change of weight 1 as a new tensor, and leaves the contribution as it was."""
     (share,) = make_shares(plan, [(1.0, has_reference)])
     kept = share.contribution.clone()
-    change = dense_change(plan, share)
+    change = dense_change(share)
     assert change.shape == (plan.base.size,)
     assert_near(change, dense_by_hand(plan, share.contribution, share.reference), 1e-13)  # as above
     assert torch.equal(share.contribution, kept)
@@ -58,9 +58,9 @@ def test_single_merges_equal_one_merge_of_all(plan: Plan, heads: int) -> None:
     made = make_shares(plan, [(1 / heads, n % 2 == 0) for n in range(heads)])
     together = random_flat(plan.base.size, 7)
     apart = together.clone()
-    add_contributions(plan, together, made)
+    add_contributions(together, made)
     for share in made:
-        add_contributions(plan, apart, [share])
+        add_contributions(apart, [share])
     assert_near(apart, together, 1e-13)  # the same float64 terms in another grouping
 
 
@@ -69,7 +69,7 @@ def test_products_are_averaged_not_factors() -> None:
     plan = make_plan_of([(6, 5, 2)], [])
     contributions = [random_flat(plan.contribution.size, n) for n in range(3)]
     base = torch.zeros(plan.base.size, dtype=torch.float64)
-    add_contributions(plan, base, [Share(1 / 3, c, None) for c in contributions])
+    add_contributions(base, [Share(1 / 3, plan, c, None) for c in contributions])
     pairs = [split(c, [(2, 5), (6, 2)]) for c in contributions]
     averaged = sum(b @ a for a, b in pairs) / 3
     wrong = (sum(b for _, b in pairs) / 3) @ (sum(a for a, _ in pairs) / 3)
@@ -84,7 +84,7 @@ def test_a_merge_of_the_reference_itself_changes_no_weight() -> None:
     replica_part(plan, contribution).zero_()
     base = random_flat(plan.base.size, 2)
     before = base.clone()
-    add_contributions(plan, base, [Share(0.5, contribution, factors_part(plan, contribution).clone())])
+    add_contributions(base, [Share(0.5, plan, contribution, factors_part(plan, contribution).clone())])
     assert_near(base, before, 1e-15)  # equal terms of both signs cancel to rounding
 
 
@@ -93,19 +93,20 @@ def test_the_same_shares_give_the_same_bits() -> None:
     plan = make_plan_of([(6, 5, 2)], [(4,)])
     made = make_shares(plan, [(0.3, True), (0.7, False)])
     first, second = torch.zeros(2, plan.base.size, dtype=torch.float64)
-    add_contributions(plan, first, made)
-    add_contributions(plan, second, made)
+    add_contributions(first, made)
+    add_contributions(second, made)
     assert torch.equal(first, second)
 
 
 def test_folding_takes_a_reference_out_of_a_weight() -> None:
     """W~ = W - s B' A', into a weight of any type; adding the product again gives W."""
     weight, b, a = random_flat(12, 1).view(3, 4), random_flat(6, 2).view(3, 2), random_flat(8, 3).view(2, 4)
+    spec = Adapted("w", (3, 4), 2, 1.5)
     folded = torch.empty_like(weight)
-    fold_reference(folded, weight, 1.5, b, a)
+    fold_reference(spec, folded, weight, b, a)
     assert_near(folded, weight - 1.5 * b @ a, 1e-15)  # two float64 products a sum
     rounded = torch.empty_like(weight, dtype=torch.bfloat16)
-    fold_reference(rounded, weight, 1.5, b, a)
+    fold_reference(spec, rounded, weight, b, a)
     assert torch.equal(rounded, folded.bfloat16())  # rounded once, at the end
     add_products(folded, [(1.5, b, a)])
     assert_near(folded, weight, 1e-15)

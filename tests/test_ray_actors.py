@@ -15,14 +15,14 @@ from ray.util import placement_group_table
 from ray_support import Regression, settings
 
 from lte_ray.config import PlacementConfig
-from lte_ray.engine.head import Head
+from lte_ray.engine.group import HeadGroup
 from lte_ray.engine.initial import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.merging import Average
 from lte_ray.metrics import Silent
 from lte_ray.runtime.common import Common
 from lte_ray.runtime.package import Package
-from lte_ray.runtime.placement import Placement, reserve, resolve
+from lte_ray.runtime.placement import Placement, hosted, reserve, resolve
 from lte_ray.runtime.session import Actors, Session
 from lte_ray.runtime.transport import ObjectStore
 from lte_ray.storage import RUN, RunDirectory
@@ -41,33 +41,34 @@ def actors(path: Path, placement: Placement, **train: Any) -> Iterator[Actors]:
     common = Common(Package.of(Regression()), config, directory, ObjectStore())
     directory.write(RUN, b"")
     initial = prepare(Regression(), config)
-    session = Session(common, initial, Package.of(Average()), placement, None, Silent(), export=lambda base: None)
-    with reserve(placement, config.lte.num_heads) as strategies, session._actors(strategies) as made:
+    session = Session(common, initial, Package.of(Average()), placement, "auto", None, Silent(), export=lambda base: None)
+    hosts = hosted(placement, config.lte.num_heads)
+    with reserve(placement, len(hosts)) as strategies, session._actors(hosts, strategies) as made:
         yield made
 
 
-def first_weight(head: Head) -> torch.Tensor:
-    return next(p for p in head.model.parameters() if p.ndim == 2 and not p.requires_grad).detach().clone()
+def first_weight(group: HeadGroup) -> torch.Tensor:
+    return next(p for p in group.heads[0].model.parameters() if p.ndim == 2 and not p.requires_grad).detach().clone()
 
 
-def perturb(head: Head) -> None:
+def perturb(group: HeadGroup) -> None:
     with torch.no_grad():
-        next(p for p in head.model.parameters() if p.ndim == 2 and not p.requires_grad).add_(1.0)
+        next(p for p in group.heads[0].model.parameters() if p.ndim == 2 and not p.requires_grad).add_(1.0)
 
 
-def torch_threads(head: Head) -> int:
+def torch_threads(group: HeadGroup) -> int:
     return torch.get_num_threads()
 
 
 def test_each_head_holds_its_own_copy_of_the_main_weights(local_ray: None, tmp_path: Path) -> None:
     """One head's base is perturbed; the other head's and the coordinator's stay as they were."""
     with actors(tmp_path, Placement(cpus=1, gpus=0), steps=5) as run:
-        ray.get([head.run.remote(run.coordinator) for head in run.heads])
-        before = ray.get([head.inspect.remote(first_weight) for head in run.heads])
+        ray.get([head.run.remote(run.coordinator) for head, _ in run.heads])
+        before = ray.get([head.inspect.remote(first_weight) for head, _ in run.heads])
         _, published = ray.get(run.coordinator.finish.remote())
         base = ObjectStore().fetch(published).clone()
-        ray.get(run.heads[0].inspect.remote(perturb))
-        after = ray.get([head.inspect.remote(first_weight) for head in run.heads])
+        ray.get(run.heads[0][0].inspect.remote(perturb))
+        after = ray.get([head.inspect.remote(first_weight) for head, _ in run.heads])
         assert torch.equal(after[0], before[0] + 1.0)
         assert torch.equal(after[1], before[1])
         assert torch.equal(ObjectStore().fetch(published), base)
@@ -76,19 +77,19 @@ def test_each_head_holds_its_own_copy_of_the_main_weights(local_ray: None, tmp_p
 def test_heads_reserve_what_was_asked_and_compute_with_as_many_threads(local_ray: None, tmp_path: Path) -> None:
     """Two heads of 2 CPUs hold a bundle of 2 CPUs each, and torch uses 2 threads in each."""
     with actors(tmp_path, Placement(cpus=2, gpus=0), steps=5) as run:
-        ray.get([head.run.remote(run.coordinator) for head in run.heads])
+        ray.get([head.run.remote(run.coordinator) for head, _ in run.heads])
         held = [group["bundles"] for group in placement_group_table().values() if group["state"] == "CREATED"]
         assert held == [{0: {"CPU": 2.0}, 1: {"CPU": 2.0}}]
-        assert ray.get(run.heads[0].status.remote()).step == 5
+        assert ray.get(run.heads[0][0].status.remote())[0].step == 5
         # the thread count is set where the head trains, so it is read there
-        assert ray.get(run.heads[1].inspect.remote(torch_threads)) == 2
+        assert ray.get(run.heads[1][0].inspect.remote(torch_threads)) == 2
 
 
 def test_status_answers_while_a_head_trains(local_ray: None, tmp_path: Path) -> None:
     """A head that trains for long still says where it is."""
     with actors(tmp_path, Placement(cpus=1, gpus=0), steps=100_000) as run:
-        runs = [head.run.remote(run.coordinator) for head in run.heads]
-        while ray.get(run.heads[0].status.remote(), timeout=10).step < 5:
+        runs = [head.run.remote(run.coordinator) for head, _ in run.heads]
+        while ray.get(run.heads[0][0].status.remote(), timeout=10)[0].step < 5:
             assert not ray.wait(runs, timeout=0.05)[0]
         assert ray.get(run.coordinator.status.remote(0)).version >= 0
 
@@ -106,5 +107,5 @@ def test_a_head_with_a_gpu_trains_on_its_first_device(tmp_path: Path) -> None:
     with ray.init(address="local", num_cpus=2, include_dashboard=False):
         share = 1.0 if torch.cuda.device_count() > 1 else 0.5
         with actors(tmp_path, Placement(cpus=1, gpus=share), steps=5) as run:
-            statuses = ray.get([head.run.remote(run.coordinator) for head in run.heads])
-            assert [s.device for s in statuses] == ["cuda:0", "cuda:0"]
+            statuses = ray.get([head.run.remote(run.coordinator) for head, _ in run.heads])
+            assert [s.device for (s,) in statuses] == ["cuda:0", "cuda:0"]

@@ -1,6 +1,6 @@
 """The layers of one head, and the conversion of a user's model into them."""
 
-from lte_ray.adapters.convert import convert
-from lte_ray.adapters.linear import LTELinear
+from lte_ray.adapters.convert import Converted, convert
+from lte_ray.adapters.layer import LTELayer, LTELinear
 
-__all__ = ["LTELinear", "convert"]
+__all__ = ["Converted", "LTELayer", "LTELinear", "convert"]

@@ -1,158 +1,179 @@
-"""Turns a user's model into one head's model: linear layers get factors, all else that trains is a replica."""
+"""Turns a user's model into one head's model, in place."""
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lte_ray.adapters.linear import Factors, LTELinear, draw_a
-from lte_ray.config import LTEConfig, near
-from lte_ray.errors import ConfigError, WorkerError
-from lte_ray.layout import Adapted, Plan, Replica
+from lte_ray.adapters.factors import Factors, draw_a
+from lte_ray.adapters.kinds import kind_of
+from lte_ray.adapters.layer import HeadLayer, adopt, quantize_weight
+from lte_ray.adapters.plan import make_plan
+from lte_ray.adapters.quantize import Quantized
+from lte_ray.config import LTEConfig
+from lte_ray.layout import Adapted, Plan
+from lte_ray.merging.flat import as_matrix
+from lte_ray.merging.products import fold_reference
+from lte_ray.misc.attention import MultiheadAttention
 
 
-def make_plan(model: nn.Module, lte: LTEConfig) -> Plan:
-    """Decides which parameters of an unconverted model get factors, and which train as replicas.
+@dataclass(frozen=True)
+class MainWeight:
+    """A head's copy of one main weight: a parameter that nothing trains, or a quantised weight.
 
-    A weight is adapted if it trains and every module that holds it is an `nn.Linear` (that very class: subclasses
-    such as `nn.MultiheadAttention`'s output projection may use their weight without calling `forward`) that
-    `lte.exclude` doesn't name. So a weight tied to an embedding is a replica, and one shared by several linear
-    layers is adapted once. Every other parameter that trains is a replica; what doesn't train is left alone.
-
-    Raises:
-        ConfigError: an exclude pattern matches no layer, or the rank is above min(out, in) of some layer.
-        WorkerError: no parameter trains, none is adapted, or one isn't of a real floating-point type.
+    `held`: it is W_v itself, and the factors hold the reference; else the reference is folded in, W~ = W_v - s B' A'.
     """
-    holders: dict[int, list[tuple[str, str, nn.Module]]] = {}
-    for module_name, module in model.named_modules(remove_duplicate=False):
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            holders.setdefault(id(parameter), []).append((module_name, name, module))
-    excluded = _excluded(model, lte.exclude)
 
-    adapted, replicas = [], []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise WorkerError(
-                f"Parameter {name} has no shape yet (a lazy layer). Pass one batch through the model in build_model()."
-            )
-        if not parameter.is_floating_point():
-            raise WorkerError(
-                f"Parameter {name} trains and has type {parameter.dtype}; only real floating-point can be merged."
-            )
-        if all(
-            type(module) is nn.Linear and own == "weight" and module_name not in excluded
-            for module_name, own, module in holders[id(parameter)]
-        ):
-            out_features, in_features = parameter.shape
-            adapted.append(Adapted(name, (out_features, in_features), lte.lora_r, lte.scaling))
+    spec: Adapted
+    stored: nn.Parameter | Quantized
+    factors: Factors
+    held: bool
+
+    @torch.no_grad()
+    def load(self, base: Tensor | None, reference: tuple[Tensor, Tensor] | None) -> float:
+        """Takes over W_v (`base`, in the stored shape) and the reference (A', B').
+
+        Args:
+            base: None if a held weight is W_v already, by the load of another head that it is shared with.
+            reference: None where B' = 0.
+
+        Returns:
+            The relative error ||W - Q(W)|| / ||W|| of a quantised weight, 0 otherwise.
+        """
+        error = 0.0
+        if base is None:
+            assert self.held
+        elif isinstance(self.stored, Quantized):
+            error = self.stored.load(as_quantized(self.spec, base))
+        elif self.held or reference is None:
+            self.stored.copy_(base)
         else:
-            replicas.append(Replica(name, tuple(parameter.shape)))
-    replicas += _running_statistics(model)
-    _check(adapted, replicas, dict(model.named_parameters()), lte)
-    return Plan(tuple(adapted), tuple(replicas))
+            fold_reference(self.spec, self.stored, base, reference[1], reference[0])
+        if self.held:
+            self.factors.set_reference(*(reference or (None, None)))
+        return error
 
 
-def convert(model: nn.Module, lte: LTEConfig, *, seed: int = 0, head: int = 0) -> tuple[nn.Module, Plan]:
-    """Converts `model` in place for one head and returns it with its plan; outputs are unchanged at first (B = 0).
+@dataclass(frozen=True)
+class Converted:
+    """A head's model and its parts, under the unconverted model's names.
 
-    The returned model is `model` itself, unless that is a bare `nn.Linear`. Parameter names and objects stay as they
-    are; factors are added beside them. A is drawn from (seed, head, name).
+    Attributes:
+        model: what `convert` was given, unless that is a bare `nn.MultiheadAttention`.
+        plan: what of it is trained.
+        parameters: all parameters of the unconverted model that are still parameters.
+        mains: the main weights.
+        factors: A and B, under their names in the contribution layout.
+    """
+
+    model: nn.Module
+    plan: Plan
+    parameters: dict[str, nn.Parameter]
+    mains: dict[str, MainWeight]
+    factors: dict[str, nn.Parameter]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a plan can name, as it is now: parameters and buffers."""
+        return {**self.parameters, **dict(self.model.named_buffers())}
+
+
+def convert(model: nn.Module, lte: LTEConfig, *, seed: int = 0, head: int = 0, hold: bool = False) -> Converted:
+    """Converts `model` in place for one head; outputs are unchanged at first (B = 0).
+
+    Parameter objects stay those of the model, and so do all layers, whose class becomes one of `HeadLayer`.
+    `nn.MultiheadAttention` is replaced by one of plain projections, which hold the same parameters. A is drawn from (seed,
+    head, name).
+
+    Args:
+        hold: main weights stay W_v, and the factors hold the reference, so that heads can share them.
 
     Raises:
         ConfigError, WorkerError: as `make_plan`.
     """
-    plan = make_plan(model, lte)
+    plan = make_plan(model, lte, head)
     parameters = dict(model.named_parameters())
-    factors = {}
+    trained = {spec.name for spec in plan.adapted} | {replica.name for replica in plan.replicas}
+    for name, parameter in parameters.items():
+        if name not in trained:
+            parameter.requires_grad_(False)
+    lora = {}
     for spec in plan.adapted:
         weight = parameters[spec.name]
-        pair = Factors(weight, spec.rank, spec.scaling)
-        with torch.no_grad():
-            pair.A.copy_(draw_a((spec.rank, spec.shape[1]), seed, head, spec.name))
-        factors[id(weight)] = pair
-
-    made: dict[int, LTELinear] = {}
-
-    def replacement(module: nn.Module) -> LTELinear | None:
-        if type(module) is not nn.Linear or id(module.weight) not in factors:
-            return None
-        if id(module) not in made:
-            made[id(module)] = LTELinear(module, factors[id(module.weight)])
-        return made[id(module)]
-
-    for parent in list(model.modules()):
-        for child_name, child in list(parent._modules.items()):
-            layer = None if child is None else replacement(child)
-            if layer is not None:
-                setattr(parent, child_name, layer)
-    return replacement(model) or model, plan
-
-
-def factors_of(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
-    """The factors in a converted model, under their names in the contribution layout.
-
-    They are found through the layer that holds each main weight, since a shared weight's factors are listed once.
-    """
-    by_weight = {id(m.weight): m.lora for m in model.modules() if isinstance(m, LTELinear)}
-    parameters = dict(model.named_parameters())
-    found = {}
+        lora[id(weight)] = _draw(spec, weight, seed, head, hold=hold or spec.base_dtype != "fp32")
+        weight.requires_grad_(False)
+    model = _plain_projections(model, set(lora))
+    for module in list(model.modules()):
+        pair = lora.get(id(getattr(module, "weight", None)))
+        if pair is not None and kind_of(module) is not None:
+            adopt(module, pair, lora.get(id(getattr(module, "bias", None))))
+    converted = Converted(model, plan, parameters, {}, {})
     for spec in plan.adapted:
-        pair = by_weight[id(parameters[spec.name])]
-        found[spec.a], found[spec.b] = pair.A, pair.B
-    return found
+        pair = lora[id(parameters[spec.name])]
+        converted.factors.update({spec.a: pair.A, spec.b: pair.B})
+        hold = pair.reference_A is not None
+        converted.mains[spec.name] = MainWeight(spec, parameters[spec.name], pair, hold)
+    _store(converted)
+    return converted
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """All that a plan can name: parameters and buffers."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+def as_quantized(spec: Adapted, weight: Tensor) -> Tensor:
+    """A main weight in the shape in which it is quantised: linear ones as the matrix (out x in)."""
+    return as_matrix(spec, weight).contiguous() if len(spec.shape) == 2 else weight
 
 
-def _running_statistics(model: nn.Module) -> list[Replica]:
-    """Batch normalisation's mean and variance change in training too: replicas that no optimizer touches."""
-    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats}
-    buffers = dict(model.named_buffers())
-    names = [f"{n}.{kind}".lstrip(".") for n in norms for kind in ("running_mean", "running_var")]
-    return [Replica(name, tuple(buffers[name].shape)) for name in names if name in buffers]
+def _draw(spec: Adapted, weight: Tensor, seed: int, head: int, *, hold: bool) -> Factors:
+    pair = Factors(spec, weight, hold=hold)
+    with torch.no_grad():
+        pair.A.copy_(draw_a((spec.rank, spec.matrix[1]), seed, head, spec.name))
+    return pair
 
 
-def _excluded(model: nn.Module, patterns: tuple[str, ...]) -> set[str]:
-    names = [name for name, module in model.named_modules(remove_duplicate=False) if name and _leafy(module)]
-    excluded: set[str] = set()
-    for pattern in patterns:
-        # A pattern also names all that lies below what it matches: 'blocks.0' excludes 'blocks.0.mlp.up'.
-        hits = {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n, pattern + ".*")}
-        if not hits:
-            raise ConfigError(
-                f"--exclude {pattern!r} matches no layer of the model.{near(pattern, names)} "
-                f"Its layers are: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}."
-            )
-        excluded |= hits
-    return excluded
+def _plain_projections(model: nn.Module, adapted: set[int]) -> nn.Module:
+    """Replaces every `nn.MultiheadAttention` with an adapted weight by one whose projections are layers."""
+    made: dict[int, nn.Module] = {}
+    for module in list(model.modules()):
+        if type(module) is nn.MultiheadAttention and any(id(p) in adapted for p in module.parameters()):
+            made[id(module)] = MultiheadAttention.from_torch(module)
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in made:
+                setattr(parent, name, made[id(child)])
+    return made.get(id(model), model)
 
 
-def _leafy(module: nn.Module) -> bool:
-    return next(module.parameters(recurse=False), None) is not None
+def _layers(model: nn.Module, pair: Factors) -> Sequence[HeadLayer]:
+    return [m for m in model.modules() if isinstance(m, HeadLayer) and m.lora is pair]
 
 
-def _check(adapted: list[Adapted], replicas: list[Replica], parameters: dict[str, nn.Parameter], lte: LTEConfig) -> None:
-    if not adapted and not any(r.name in parameters for r in replicas):
-        raise WorkerError("The model has no parameter that trains (requires_grad): there is nothing to adapt.")
-    if not adapted:
-        raise WorkerError(
-            "The model has nothing to adapt: no nn.Linear weight that trains"
-            + (" is left by --exclude." if lte.exclude else ". LoRA heads need at least one.")
-        )
-    small = [a for a in adapted if a.rank > min(a.shape)]
-    if small:
-        widest = min(min(a.shape) for a in small)
-        names = ", ".join(f"{a.name} ({a.shape[0]} x {a.shape[1]})" for a in small[:5])
-        layers = " ".join(repr(a.name.removesuffix(".weight")) for a in small[:5] if "." in a.name)
-        raise ConfigError(
-            f"--lora-r is {lte.lora_r}, above min(out, in) of {len(small)} layer(s): {names}"
-            f"{', ...' if len(small) > 5 else ''}. A rank above that adds nothing. Lower --lora-r to {widest}"
-            + (f", or let these layers train as replicas: --exclude {layers}." if layers else ".")
-        )
+def _store(converted: Converted) -> None:
+    """Puts the main weights into the format that the plan says."""
+    for name, main in list(converted.mains.items()):
+        if main.spec.base_dtype == "fp32" or len(main.spec.shape) == 1:
+            continue
+        weight = converted.parameters.pop(name)
+        quantized = Quantized.of(as_quantized(main.spec, weight.detach()), main.spec.base_dtype)
+        for layer in _layers(converted.model, main.factors):
+            quantize_weight(layer, quantized)
+        converted.mains[name] = MainWeight(main.spec, quantized, main.factors, held=True)
+
+
+def share_frozen(converted: Converted, share: Converted) -> None:
+    """Has `converted` use the main weights of `share`, and its other parameters that nothing trains. Both hold them."""
+    trained = {r.name for r in converted.plan.replicas}
+    theirs = {id(converted.parameters[n]): p for n, p in share.parameters.items() if n not in trained}
+    for module in converted.model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and id(parameter) in theirs:
+                module._parameters[name] = theirs[id(parameter)]
+    for name, parameter in share.parameters.items():
+        if name not in trained:
+            converted.parameters[name] = parameter
+    for name, main in list(converted.mains.items()):
+        stored = share.mains[name].stored
+        if isinstance(stored, Quantized):
+            for layer in _layers(converted.model, main.factors):
+                layer.quantized = stored
+        converted.mains[name] = MainWeight(main.spec, stored, main.factors, held=True)

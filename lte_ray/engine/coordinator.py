@@ -7,6 +7,7 @@ how tensors travel.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -46,6 +47,7 @@ class Coordinator:
         base: the main weights and replicas, flat in the base layout. Taken over and changed in place; its type is the
             type of all merging.
         policy: decides what is merged.
+        plans: each head's, where they differ from `plan` in their ranks.
         version: of `base`.
         references: the factors that `base` holds of each head, flat.
     """
@@ -57,6 +59,7 @@ class Coordinator:
         base: Tensor,
         policy: MergePolicy,
         *,
+        plans: Sequence[Plan] | None = None,
         version: int = 0,
         references: dict[int, Tensor] | None = None,
     ) -> None:
@@ -64,7 +67,8 @@ class Coordinator:
         self.version = version
         self.live = set(range(settings.lte.num_heads))
         self.waiting_for = ""
-        self._largest_scaling = max([1.0, *(abs(a.scaling) for a in plan.adapted)])
+        self.plans = tuple(plans or [plan] * settings.lte.num_heads)
+        self._largest_scaling = max([1.0, *(abs(a.scaling) for each in set(self.plans) for a in each.adapted)])
         self._references: dict[int, Tensor | None] = dict(references or {})
         self._pending: dict[int, tuple[Contribution, Tensor]] = {}
         self._newest: dict[int, tuple[int, int]] = {}  # head -> incarnation and sequence last received
@@ -110,13 +114,14 @@ class Coordinator:
             return f"head {c.head} has a contribution that isn't decided yet"
         if c.version > self.version:
             return f"it was trained on version {c.version}, but the newest is {self.version}"
-        if buffer.shape != (self.plan.contribution.size,) or buffer.dtype != self.base.dtype:
-            expected = f"{self.plan.contribution.size} of {self.base.dtype}"
+        size = self.plans[c.head].contribution.size
+        if buffer.shape != (size,) or buffer.dtype != self.base.dtype:
+            expected = f"{size} of {self.base.dtype}"
             return f"it has {buffer.numel()} elements of {buffer.dtype}, expected {expected}"
         # One pass finds NaN and infinity, and bounds each element of s B A by s times the sum of squares.
-        size = self._largest_scaling * float(torch.dot(buffer, buffer))
-        if not size < ABSURD:
-            return f"it holds values that are NaN, infinite or absurdly large (s times the sum of squares: {size:g})"
+        squares = self._largest_scaling * float(torch.dot(buffer, buffer))
+        if not squares < ABSURD:
+            return f"it holds values that are NaN, infinite or absurdly large (s times the sum of squares: {squares:g})"
         return ""
 
     def _decide(self) -> Outcome:
@@ -146,7 +151,7 @@ class Coordinator:
                 steps=c.steps,
                 samples=c.samples,
                 loss=c.loss,
-                change=lambda head=head: dense_change(self.plan, self._share(head, 1.0)),  # type: ignore[misc]
+                change=lambda head=head: dense_change(self._share(head, 1.0)),  # type: ignore[misc]
             )
             for head, (c, _) in sorted(self._pending.items())
         ]
@@ -182,12 +187,12 @@ class Coordinator:
     def _merge(self, decision: Merge | MergeChange, heads: list[int]) -> MergeRecord:
         begun = time.perf_counter()
         if isinstance(decision, Merge):
-            add_contributions(self.plan, self.base, [self._share(h, self._weight(decision, h)) for h in heads])
+            add_contributions(self.base, [self._share(h, self._weight(decision, h)) for h in heads])
         else:
             self.base += self._change(decision)
         for head in heads:
             old, buffer = self._references.get(head), self._pending[head][1]
-            self._references[head] = new_reference(self.plan, buffer, self.settings.lte.reset, old)
+            self._references[head] = new_reference(self.plans[head], buffer, self.settings.lte.reset, old)
         self.version += 1
         merged = [self._pending[h][0] for h in heads]
         return MergeRecord(
@@ -198,6 +203,7 @@ class Coordinator:
             steps=sum(c.steps for c in merged),
             samples=sum(c.samples for c in merged),
             losses={c.head: c.loss for c in merged},
+            base_error=max(c.base_error for c in merged),
             merge_seconds=time.perf_counter() - begun,
             bytes_up=sum(self._pending[h][1].nbytes for h in heads),
             bytes_down=self.base.nbytes * len(heads),
@@ -225,7 +231,7 @@ class Coordinator:
         return change
 
     def _share(self, head: int, weight: float) -> Share:
-        return Share(weight, self._pending[head][1], self._references.get(head))
+        return Share(weight, self.plans[head], self._pending[head][1], self._references.get(head))
 
     def _verdict(self, head: int, accepted: bool, reason: str) -> Verdict:
         return Verdict(head, self._pending[head][0].sequence, accepted, self.version, reason)

@@ -10,23 +10,31 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lte_ray.adapters import convert
-from lte_ray.adapters.convert import factors_of, tensors_of
+from lte_ray.adapters.convert import convert, share_frozen
 from lte_ray.data.shard import Shard
+from lte_ray.engine.activations import checkpoint_activations
+from lte_ray.engine.optimize import Update, autocast, build_optimizer, checked_loss
 from lte_ray.engine.rng import Generators, head_seed
 from lte_ray.engine.settings import Settings
-from lte_ray.engine.state import optimizer_state, restore_optimizer
+from lte_ray.engine.state import optimizer_state, restore_optimizer, user_buffers
 from lte_ray.errors import LTEError, WorkerFailed
 from lte_ray.merging.flat import base_replicas, factor_views, factors_part, gather, replica_part, replica_views, views
-from lte_ray.merging.products import fold_reference
 from lte_ray.messages import Contribution, HeadStatus, HeadTimes, Verdict
 from lte_ray.worker import Batch, Worker, batch_samples, build_model, endless_batches, to_device
+
+
+@dataclass
+class _Held:
+    """The version of the main weights that are held (by all heads that share them), and the error of quantising it."""
+
+    version: int = -1
+    error: float = 0.0
 
 
 class Head:
@@ -39,6 +47,8 @@ class Head:
         device: where it trains.
         dtype: of all that is merged; float64 in tests, float32 in runs.
         incarnation: how often this head was started before.
+        hold: keep the main weights as they are in the base, so that other heads can share them.
+        share: a head that holds its main weights, for this one to use.
     """
 
     def __init__(
@@ -50,7 +60,10 @@ class Head:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         incarnation: int = 0,
+        hold: bool = False,
+        share: Head | None = None,
     ) -> None:
+        self._held: _Held = share._held if share is not None else _Held()
         self.head, self.settings, self.incarnation = head, settings, incarnation
         self.device, self.dtype = torch.device(device), dtype
         self.version = self.step = self.samples = self.sequence = 0
@@ -60,22 +73,34 @@ class Head:
         self._state, self._times = "starting", HeadTimes()
         self._first_step_at: float | None = None
         self._last_step_at: float | None = None
-        self._rng = Generators(head_seed(settings.train.seed, head), self.device)
-        with self._rng.swapped_in(), self._blame(None):
-            model, self.plan = convert(
-                build_model(worker, settings.train.seed), settings.lte, seed=settings.train.seed, head=head
+        self.rng = Generators(head_seed(settings.train.seed, head), self.device)
+        with self.rng.swapped_in(), self.blame(None):
+            self.converted = convert(
+                build_model(worker, settings.train.seed),
+                settings.lte,
+                seed=settings.train.seed,
+                head=head,
+                hold=hold or share is not None,
             )
             # The model is built under the run's seed; what the head draws from here on is its own.
-            self.model = model.to(self.device).train()
-        self._rng = Generators(head_seed(settings.train.seed, head), self.device)
-        self._tensors = tensors_of(self.model)
-        self._factors = factors_of(self.model, self.plan)
-        self._replicas = {r.name: self._tensors[r.name] for r in self.plan.replicas}
+            self.model, self.plan = self.converted.model.to(self.device).train(), self.converted.plan
+            if share is not None:
+                share_frozen(self.converted, share.converted)
+            checkpoint_activations(self.model, settings.train.checkpoint_activations)
+            if settings.train.compile:
+                self.model.compile()
+        self.rng = Generators(head_seed(settings.train.seed, head), self.device)
+        tensors = self.converted.tensors()
+        self._factors = self.converted.factors
+        self._replicas = {r.name: tensors[r.name] for r in self.plan.replicas}
         self._reference: Tensor | None = None  # factors that the base already holds of this head; None where B' = 0
         self._replica_reference: Tensor | None = None  # replica parameters of the adopted base
         self._outstanding: Tensor | None = None  # what was offered and not yet answered
-        with self._blame(None):
-            self.optimizer, self.schedule = self._build_optimizer()
+        with self.blame(None):
+            self.optimizer, self.schedule = build_optimizer(
+                worker, self.plan, {**self._factors, **self._replicas}, settings.train.steps
+            )
+        self.update = Update(self.optimizer, self.schedule, settings.train, self.device)
         self._batches: Iterator[Batch] | None = None
 
     # -- training ------------------------------------------------------------------------------------------------
@@ -102,39 +127,53 @@ class Head:
         Raises:
             WorkerFailed: the worker's code raised; names the head and the step.
         """
-        self._state = "training"
-        todo = min(self.settings.merge.merge_iter, self.settings.train.steps - self.step)
+        todo = self.begin_round()
         total = torch.zeros((), device=self.device, dtype=torch.float64)
-        with self._rng.swapped_in(), self.timed("train"):
+        with self.rng.swapped_in(), self.timed("train"):
             for _ in range(todo):
                 total += self._train_step()
-            self._loss = float(total) / max(todo, 1)  # waits for the device
-        return self._contribute()
+            loss = float(total) / max(todo, 1)  # waits for the device
+        return self.contribute(loss)
+
+    def begin_round(self) -> int:
+        """The local steps until the next contribution: `merge_iter`, or fewer at the end of the run."""
+        self._state = "training"
+        return min(self.settings.merge.merge_iter, self.settings.train.steps - self.step)
 
     def _train_step(self) -> Tensor:
-        with self._blame(self.step + 1):
-            if self._batches is None:
-                s = self.settings
-                shard = Shard(self.head, s.lte.num_heads, s.train.seed, cursor=self.step)
-                self._batches = endless_batches(self._worker, shard)
-            batch = to_device(next(self._batches), self.device)
-            loss = self._worker.loss(self.model, batch)
-            if not isinstance(loss, Tensor) or loss.ndim:
-                found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-                raise TypeError(f"loss() must return a scalar tensor, the mean over the batch; it returned {found}")
-            torch.autograd.backward(loss)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.schedule is not None:
-                self.schedule.step()
-            self.samples += batch_samples(batch)
+        with self.blame(self.step + 1):
+            losses = [self.backward(self.next_batch()) for _ in range(self.settings.train.accumulate)]
+            self.finish_step()
+        return torch.stack(losses).mean()
+
+    def next_batch(self) -> Batch:
+        """The next batch of this head's shard, on its device."""
+        if self._batches is None:
+            s = self.settings
+            shard = Shard(self.head, s.lte.num_heads, s.train.seed, cursor=self.step * s.train.accumulate)
+            self._batches = endless_batches(self._worker, shard)
+        batch = to_device(next(self._batches), self.device)
+        self.samples += batch_samples(batch)
+        return batch
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Adds the batch's gradient to what there is; gives its loss."""
+        with autocast(self.settings.train, self.device):
+            loss = checked_loss(self._worker.loss(self.model, batch))
+        torch.autograd.backward(self.update.scaled(loss))
+        return loss.detach()
+
+    def finish_step(self) -> None:
+        """Takes the optimizer's and the schedule's step with the gradients that are there."""
+        self.update.apply()
         self.step += 1
         self._last_step_at = time.time()
         if self._first_step_at is None:
             self._first_step_at = self._last_step_at
-        return loss.detach()
 
-    def _contribute(self) -> Contribution:
+    def contribute(self, loss: float) -> Contribution:
+        """Makes the contribution of the steps taken, whose mean training loss was `loss`."""
+        self._loss = loss
         assert self._outstanding is None, "a head has at most one contribution outstanding"
         with self.timed("publish"):
             parts = {**self._factors, **self._replica_change()}
@@ -150,6 +189,7 @@ class Head:
             steps=self.step - self._since[0],
             samples=self.samples - self._since[1],
             loss=self._loss,
+            base_error=self._held.error,
             buffer=self._outstanding,
         )
 
@@ -189,12 +229,13 @@ class Head:
             self._take_reference(contained)
         new = views(self.plan.base, base)
         old = None if self._reference is None else factor_views(self.plan, self._reference)
-        for spec in self.plan.adapted:
-            weight = self._tensors[spec.name]
-            if old is None:
-                weight.copy_(new[spec.name])
-            else:
-                fold_reference(weight, new[spec.name], spec.scaling, old[spec.b], old[spec.a])
+        there = self._held.version == version  # another head that shares the main weights has loaded them
+        errors = []
+        for name, main in self.converted.mains.items():
+            reference = None if old is None else (old[main.spec.a], old[main.spec.b])
+            errors.append(main.load(None if there and main.held else new[name], reference))
+        if not there:
+            self._held.version, self._held.error = version, max(errors)
         self._replica_reference = base_replicas(self.plan, base).clone()
         before = replica_views(self.plan, self._replica_reference)
         for name, tensor in self._replicas.items():
@@ -264,7 +305,8 @@ class Head:
         if self._reference is not None:
             tensors["reference"] = self._reference.cpu()
         optimizer_tensors, optimizer_meta = optimizer_state(self.optimizer, self.schedule)
-        rng_tensors, rng_meta = self._rng.state()
+        optimizer_meta["scaler"] = self.update.scaler.state_dict()
+        rng_tensors, rng_meta = self.rng.state()
         meta = {
             "head": self.head,
             "version": self.version,
@@ -292,25 +334,15 @@ class Head:
             for name, buffer in self._buffers():
                 buffer.copy_(tensors[f"buffer.{name}"])
         restore_optimizer(self.optimizer, self.schedule, tensors, meta["optimizer"])
-        self._rng.load_state(tensors, meta["rng"])
+        self.update.scaler.load_state_dict(meta["optimizer"].get("scaler") or self.update.scaler.state_dict())
+        self.rng.load_state(tensors, meta["rng"])
 
     def _buffers(self) -> list[tuple[str, Tensor]]:
-        """Buffers that aren't merged."""
-        return [(name, b) for name, b in self.model.named_buffers() if name not in self._replicas]
-
-    def _build_optimizer(self) -> tuple[torch.optim.Optimizer, Any]:
-        groups = [
-            {"params": parameters, "name": name}
-            for name, part in (("lora", self._factors), ("replica", self._replicas))
-            if (parameters := [p for p in part.values() if isinstance(p, nn.Parameter)])
-        ]
-        build = getattr(self._worker, "build_optimizer", None)
-        optimizer = build(groups) if build else torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.0)
-        schedule = getattr(self._worker, "build_schedule", None)
-        return optimizer, schedule(optimizer, self.settings.train.steps) if schedule else None
+        """The model's own buffers that aren't merged."""
+        return [(name, b) for name, b in user_buffers(self.model) if name not in self._replicas]
 
     @contextmanager
-    def _blame(self, step: int | None) -> Iterator[None]:
+    def blame(self, step: int | None) -> Iterator[None]:
         """Turns what the worker's code raises into an error that names the head and the step."""
         try:
             yield

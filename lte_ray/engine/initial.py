@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lte_ray.adapters.convert import make_plan, tensors_of
+from lte_ray.adapters.plan import make_plans, match
+from lte_ray.adapters.quantize import check_format
 from lte_ray.data.shard import Shard
 from lte_ray.engine.rng import preserved
 from lte_ray.engine.settings import Settings
@@ -21,11 +22,16 @@ from lte_ray.worker import Worker, build_model, check_worker, endless_batches
 
 @dataclass(frozen=True)
 class Initial:
-    """The unconverted model as built, what of it is trained, and version 0 of the base (flat, CPU)."""
+    """The unconverted model as built, what of it each head trains, and version 0 of the base (flat, CPU)."""
 
     model: nn.Module
-    plan: Plan
+    plans: tuple[Plan, ...]
     base: Tensor
+
+    @property
+    def plan(self) -> Plan:
+        """What is trained; its base layout is that of all heads."""
+        return self.plans[0]
 
 
 def prepare(worker: Worker, settings: Settings, dtype: torch.dtype = torch.float32) -> Initial:
@@ -48,7 +54,11 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
         raise
     except Exception as error:
         raise WorkerError(f"{name}.build_model() raised:\n\n{traceback.format_exc()}") from error
-    plan = make_plan(model, settings.lte)
+    plans = make_plans(model, settings.lte)
+    modules = [name for name, _ in model.named_modules() if name]
+    match(settings.train.checkpoint_activations, modules, "module", "--checkpoint-activations")
+    for base_dtype in {spec.base_dtype for spec in plans[0].adapted} - {"fp32"}:
+        check_format(base_dtype, torch.device("cpu"))
     odd = [key for key, value in model.state_dict().items() if not isinstance(value, Tensor)]
     if odd:
         raise WorkerError(
@@ -61,7 +71,12 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
             raise
         except Exception as error:
             raise WorkerError(f"{name}.train_batches() raised, for head {head}:\n\n{traceback.format_exc()}") from error
-    return Initial(model, plan, gather(plan.base, tensors_of(model), dtype))
+    return Initial(model, plans, gather(plans[0].base, tensors_of(model), dtype))
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """All of an unconverted model that a plan can name: parameters and buffers."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 @torch.no_grad()

@@ -38,7 +38,9 @@ def simulate(worker: Worker, settings: Settings, dtype: torch.dtype = torch.floa
         WorkerFailed, PolicyError: as on Ray.
     """
     initial = prepare(worker, settings, dtype)
-    coordinator = Coordinator(settings, initial.plan, initial.base.clone(), make_policy(settings.merge.policy))
+    coordinator = Coordinator(
+        settings, initial.plan, initial.base.clone(), make_policy(settings.merge.policy), plans=initial.plans
+    )
     threads = head_threads(settings.train.threads_per_head, 1)
     merging = merge_threads(settings.merge.merge_threads, initial.plan, settings.lte.num_heads)
     heads = [Head(worker, settings, n, dtype=dtype) for n in range(settings.lte.num_heads)]

@@ -7,8 +7,10 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lte_ray.adapters.factors import Factors
+from lte_ray.adapters.quantize import Quantized
 from lte_ray.errors import WorkerError
 
 
@@ -50,6 +52,12 @@ def restore_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     if schedule is not None and meta["schedule"] is not None:
         schedule.load_state_dict(_as_before(schedule.state_dict(), meta["schedule"]))
+
+
+def user_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The buffers of a converted model that are the user's own."""
+    ours = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, Factors | Quantized))
+    return [(name, buffer) for name, buffer in model.named_buffers() if not name.startswith(ours)]
 
 
 def _as_before(fresh: Any, saved: Any) -> Any:

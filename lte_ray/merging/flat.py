@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lte_ray.layout import Layout, Plan
+from lte_ray.layout import Adapted, Layout, Plan
 
 
 def views(layout: Layout, flat: Tensor) -> dict[str, Tensor]:
@@ -20,6 +20,16 @@ def views(layout: Layout, flat: Tensor) -> dict[str, Tensor]:
     if flat.shape != (layout.size,):
         raise ValueError(f"expected a flat buffer of {layout.size} elements, found shape {tuple(flat.shape)}")
     return {e.name: flat[e.offset : e.offset + e.size].view(e.shape) for e in layout.entries}
+
+
+def as_matrix(spec: Adapted, weight: Tensor) -> Tensor:
+    """A stored, contiguous main weight seen as the matrix W (out x in); shares its memory."""
+    return weight.t() if spec.transposed else weight.view(spec.matrix)
+
+
+def as_stored(spec: Adapted, matrix: Tensor) -> Tensor:
+    """A matrix W (out x in) in the shape in which the weight is stored."""
+    return matrix.t() if spec.transposed else matrix.reshape(spec.shape)
 
 
 def gather(

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lte_ray.layout import Plan
-from lte_ray.merging.flat import base_replicas, factor_views, factors_part, replica_part, views
+from lte_ray.layout import Adapted, Plan
+from lte_ray.merging.flat import as_matrix, as_stored, base_replicas, factor_views, factors_part, replica_part, views
 
 
 def add_products(weight: Tensor, terms: Sequence[tuple[float, Tensor, Tensor]]) -> None:
@@ -28,15 +28,16 @@ def add_products(weight: Tensor, terms: Sequence[tuple[float, Tensor, Tensor]]) 
     weight.addmm_(left, torch.cat([a for _, _, a in terms], dim=0))
 
 
-def fold_reference(weight: Tensor, base: Tensor, scaling: float, b: Tensor, a: Tensor) -> None:
+def fold_reference(spec: Adapted, weight: Tensor, base: Tensor, b: Tensor, a: Tensor) -> None:
     """weight := W - s B' A': what the base W already holds of this head is taken out of its copy (3.1, 3.4).
 
-    Computed in the base's type; `weight` may be of another, and is rounded once.
+    Computed in the base's type; `weight` may be of another, and is rounded once. Both are in the stored shape.
     """
-    if weight.dtype == base.dtype:
-        weight.copy_(base).addmm_(b, a, alpha=-scaling)
+    if weight.dtype == base.dtype and weight.is_contiguous():
+        weight.copy_(base)
+        as_matrix(spec, weight).addmm_(b, a, alpha=-spec.scaling)
     else:
-        weight.copy_(torch.addmm(base, b, a, alpha=-scaling))
+        weight.copy_(as_stored(spec, torch.addmm(as_matrix(spec, base), b, a, alpha=-spec.scaling)))
 
 
 @dataclass(frozen=True)
@@ -45,39 +46,44 @@ class Share:
 
     Attributes:
         weight: w, what the change counts (1/N in the paper's average).
+        plan: the head's, whose ranks may be its own.
         contribution: flat, in the plan's contribution layout.
         reference: the factors (A', B') that the base already holds of this head, flat; None where B' = 0.
     """
 
     weight: float
+    plan: Plan
     contribution: Tensor
     reference: Tensor | None
 
 
-def add_contributions(plan: Plan, base: Tensor, shares: Sequence[Share]) -> None:
-    """W += sum_n w_n s (B_n A_n - B'_n A'_n), p += sum_n w_n (p_n - p'_n), in place on a flat base (3.2, 3.3, 3.6).
+def add_contributions(base: Tensor, shares: Sequence[Share]) -> None:
+    """W += sum_n w_n s_n (B_n A_n - B'_n A'_n), p += sum_n w_n (p_n - p'_n), in place on a flat base (3.2, 3.3, 3.6).
 
-    Deterministic: the terms are added in the order of `shares`.
+    Deterministic: the terms are added in the order of `shares`, whose plans have the same base layout.
     """
-    weights = views(plan.base, base)
-    parts = [views(plan.contribution, share.contribution) for share in shares]
-    references = [None if s.reference is None else factor_views(plan, s.reference) for s in shares]
-    for spec in plan.adapted:
+    if not shares:
+        return
+    weights = views(shares[0].plan.base, base)
+    parts = [views(share.plan.contribution, share.contribution) for share in shares]
+    references = [None if s.reference is None else factor_views(s.plan, s.reference) for s in shares]
+    for index, of_base in enumerate(shares[0].plan.adapted):
         terms = []
         for share, new, old in zip(shares, parts, references, strict=True):
+            spec = share.plan.adapted[index]
             terms.append((share.weight * spec.scaling, new[spec.b], new[spec.a]))
             if old is not None:
                 terms.append((-share.weight * spec.scaling, old[spec.b], old[spec.a]))
-        add_products(weights[spec.name], terms)
-    replicas = base_replicas(plan, base)
+        add_products(as_matrix(of_base, weights[of_base.name]), terms)
+    replicas = base_replicas(shares[0].plan, base)
     for share in shares:
-        replicas.add_(replica_part(plan, share.contribution), alpha=share.weight)
+        replicas.add_(replica_part(share.plan, share.contribution), alpha=share.weight)
 
 
-def dense_change(plan: Plan, share: Share) -> Tensor:
+def dense_change(share: Share) -> Tensor:
     """The change of one contribution as a dense flat tensor in the base layout (a new tensor, as large as the base)."""
-    change = share.contribution.new_zeros(plan.base.size)
-    add_contributions(plan, change, [share])
+    change = share.contribution.new_zeros(share.plan.base.size)
+    add_contributions(change, [share])
     return change
 
 

@@ -59,15 +59,17 @@ class CoordinatorActor:
 
     Args:
         common: as every actor.
-        plan: of the model that the driver built.
+        plans: each head's, of the model that the driver built.
         policy: the merge policy.
         base: version `version` of the base, flat (a numpy array).
         keep: how many checkpoints to keep.
     """
 
-    def __init__(self, common: Common, plan: Plan, policy: Package, base: Any, version: int, keep: int | None) -> None:
+    def __init__(
+        self, common: Common, plans: tuple[Plan, ...], policy: Package, base: Any, version: int, keep: int | None
+    ) -> None:
         self._common, self._keep = common, keep
-        self._threads = merge_threads(common.settings.merge.merge_threads, plan, common.settings.lte.num_heads)
+        self._threads = merge_threads(common.settings.merge.merge_threads, plans[0], common.settings.lte.num_heads)
         references = {}
         if common.resume is not None:
             for head in common.resume.heads:
@@ -75,7 +77,9 @@ class CoordinatorActor:
                 if "reference" in tensors:
                     references[head] = tensors["reference"]
         master = torch.tensor(base)  # a copy: what came in is shared and read-only
-        self._engine = Coordinator(common.settings, plan, master, policy.open(), version=version, references=references)
+        self._engine = Coordinator(
+            common.settings, plans[0], master, policy.open(), plans=plans, version=version, references=references
+        )
         self._published: Handle = common.transport.publish(master)
         self._answers: dict[tuple[int, int], asyncio.Future[Update]] = {}
         self._unseen: tuple[MergeRecord, ...] = ()
@@ -93,7 +97,7 @@ class CoordinatorActor:
         Raises:
             WorkerFailed: it isn't the model that the driver built.
         """
-        ours = self._engine.plan
+        ours = self._engine.plans[head]
         if plan != ours:
             differing = sorted(str(e) for e in {*plan.base.entries} ^ {*ours.base.entries})[:4]
             reason = f"build_model() gives another model here than in the driver; they differ in {differing}."

@@ -1,18 +1,19 @@
-"""One head's process: a thin shell around `engine.Head`. `ray.remote` is applied in `session`."""
+"""A process of one head or several: a thin shell around `engine.HeadGroup`. `ray.remote` is applied in `session`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import ray
 import torch
 
 from lte_ray import checkpoint
-from lte_ray.engine.head import Head
+from lte_ray.engine.group import HeadGroup
 from lte_ray.engine.memory import keep_freed_memory
+from lte_ray.engine.stack import Unstackable
 from lte_ray.errors import ContributionRefused, CoordinatorLost, LTEError, WorkerError, WorkerFailed
 from lte_ray.messages import HeadStatus, Update
 from lte_ray.runtime.common import Common
@@ -24,16 +25,25 @@ MOST_REFUSALS = 3
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Host:
+    """How an actor computes: torch's threads, whether it has a GPU, and whether its heads are stacked."""
+
+    threads: int
+    gpu: bool
+    stack: str = "auto"
+
+
 class HeadActor:
-    """`run` trains to the end; `status` answers meanwhile, from another thread."""
+    """Hosts one head or several. `run` trains to the end; `status` answers meanwhile, from another thread."""
 
-    def __init__(self, common: Common, head: int, threads: int, gpu: bool) -> None:
-        self._common, self._number, self._threads = common, head, threads
-        self._device = "cuda:0" if gpu else "cpu"  # Ray shows each actor its own GPUs only, counted from 0
-        self._head: Head | None = None
+    def __init__(self, common: Common, numbers: tuple[int, ...], host: Host) -> None:
+        self._common, self._numbers, self._host = common, numbers, host
+        self._device = "cuda:0" if host.gpu else "cpu"  # Ray shows each actor its own GPUs only, counted from 0
+        self._group: HeadGroup | None = None
 
-    def run(self, coordinator: Any) -> HeadStatus:
-        """Trains all local steps, contributing and rebasing on the way.
+    def run(self, coordinator: Any) -> tuple[HeadStatus, ...]:
+        """Trains all local steps of its heads, contributing and rebasing on the way.
 
         Raises:
             WorkerFailed: the worker's code raised.
@@ -41,74 +51,85 @@ class HeadActor:
             CoordinatorLost: its process died.
             PolicyError: the merge policy failed.
         """
-        torch.set_num_threads(self._threads)
+        torch.set_num_threads(self._host.threads)
         keep_freed_memory()
-        head = self._head = self._start(coordinator)
-        refusals = 0
-        while not head.done:
-            update = self._round(head, coordinator)
-            refusals = 0 if update.verdict.accepted else refusals + 1
-            if refusals >= MOST_REFUSALS:
-                raise ContributionRefused(
-                    f"Head {head.head} had {refusals} contributions refused in a row, the last at local step {head.step}: "
-                    f"{update.verdict.reason}. If the loss diverged, lower the learning rate or --lora-alpha."
-                )
+        group = self._group = self._start(coordinator)
+        refusals = dict.fromkeys(self._numbers, 0)
+        while not group.done:
+            for head, update in zip(group.heads, self._round(group, coordinator), strict=True):
+                refusals[head.head] = 0 if update.verdict.accepted else refusals[head.head] + 1
+                if refusals[head.head] >= MOST_REFUSALS:
+                    raise ContributionRefused(
+                        f"Head {head.head} had {MOST_REFUSALS} contributions refused in a row, the last at step {head.step}: "
+                        f"{update.verdict.reason}. If the loss diverged, lower the learning rate or --lora-alpha."
+                    )
         with _asking():
-            ray.get(coordinator.leave.remote(self._number))
-        head.end()
-        return head.status()
+            ray.get([coordinator.leave.remote(number) for number in self._numbers])
+        for head in group.heads:
+            head.end()
+        return tuple(head.status() for head in group.heads)
 
-    def _start(self, coordinator: Any) -> Head:
-        common = self._common
+    def _start(self, coordinator: Any) -> HeadGroup:
+        common, first = self._common, self._numbers[0]
         if self._device != "cpu" and not torch.cuda.is_available():
             reason = "Ray gave this head a GPU, but the torch installed on its node can't use it (no CUDA)."
-            raise WorkerFailed(f"head {self._number}", None, reason)
+            raise WorkerFailed(f"head {first}", None, reason)
         try:
             worker = common.worker.open()
         except WorkerError as error:
-            raise WorkerFailed(f"head {self._number}", None, str(error)) from error
+            raise WorkerFailed(f"head {first}", None, str(error)) from error
         if not common.directory.exists(RUN):
             reason = (
                 f"{common.directory.display} isn't seen from the node of this head. On several nodes --storage must be a place "
                 "that all of them share (s3://, gs://, NFS)."
             )
-            raise WorkerFailed(f"head {self._number}", None, reason)
-        head = Head(worker, common.settings, self._number, device=self._device)
-        with _asking():
-            update = ray.get(coordinator.join.remote(self._number, head.plan))
-        base = common.transport.fetch(update.base)
-        if common.resume is not None and self._number in common.resume.heads:
-            head.load_state(*checkpoint.read_head(common.directory, common.resume, self._number), base)
-        else:
-            head.start(update.version, base)
-        return head
+            raise WorkerFailed(f"head {first}", None, reason)
+        try:
+            group = HeadGroup(worker, common.settings, self._numbers, device=self._device, stack=self._host.stack)
+        except Unstackable as error:
+            raise WorkerFailed(f"head {first}", None, str(error)) from error
+        for head in group.heads:
+            with _asking():
+                update = ray.get(coordinator.join.remote(head.head, head.plan))
+            base = common.transport.fetch(update.base)
+            if common.resume is not None and head.head in common.resume.heads:
+                head.load_state(*checkpoint.read_head(common.directory, common.resume, head.head), base)
+            else:
+                head.start(update.version, base)
+        return group
 
-    def _round(self, head: Head, coordinator: Any) -> Update:
-        """Trains, contributes, waits for the merge, rebases."""
-        transport = self._common.transport
-        contribution = head.train_round()
-        with head.timed("publish"):
-            handle = transport.publish(contribution.buffer)
-        with head.timed("wait"), _asking():
-            update: Update = ray.get(coordinator.submit.remote(replace(contribution, buffer=handle)))
-        with head.timed("fetch"):
-            base = None if update.version == head.version else transport.fetch(update.base)
-        head.adopt(update.verdict, update.version, base)
-        if update.checkpoint:
-            with head.timed("checkpoint"):
-                entry = checkpoint.write_head(self._common.directory, update.version, head.head, *head.state())
-            coordinator.saved.remote(update.version, head.head, entry)
-        return update
+    def _round(self, group: HeadGroup, coordinator: Any) -> list[Update]:
+        """Trains, contributes, waits for the merges, rebases."""
+        transport, asked = self._common.transport, []
+        for head, contribution in zip(group.heads, group.train_round(), strict=True):
+            with head.timed("publish"):
+                handle = transport.publish(contribution.buffer)
+            asked.append(coordinator.submit.remote(replace(contribution, buffer=handle)))
+        with ExitStack() as waiting, _asking():
+            for head in group.heads:
+                waiting.enter_context(head.timed("wait"))
+            updates: list[Update] = ray.get(asked)
+        for head, update in zip(group.heads, updates, strict=True):
+            with head.timed("fetch"):
+                base = None if update.version == head.version else transport.fetch(update.base)
+            head.adopt(update.verdict, update.version, base)
+            if update.checkpoint:
+                with head.timed("checkpoint"):
+                    entry = checkpoint.write_head(self._common.directory, update.version, head.head, *head.state())
+                coordinator.saved.remote(update.version, head.head, entry)
+        return updates
 
     @ray.method(concurrency_group="ctl")
-    def status(self) -> HeadStatus:
-        """The head's progress, at any time."""
-        return self._head.status() if self._head is not None else HeadStatus(head=self._number, device=self._device)
+    def status(self) -> tuple[HeadStatus, ...]:
+        """The heads' progress, at any time."""
+        if self._group is None:
+            return tuple(HeadStatus(head=number, device=self._device) for number in self._numbers)
+        return tuple(head.status() for head in self._group.heads)
 
     @ray.method(concurrency_group="ctl")
-    def inspect(self, function: Callable[[Head], T]) -> T | None:
-        """What `function` says of the engine's head (for tests and debugging); None before there is one."""
-        return None if self._head is None else function(self._head)
+    def inspect(self, function: Callable[[HeadGroup], T]) -> T | None:
+        """What `function` says of the engine's heads (for tests and debugging); None before there are any."""
+        return None if self._group is None else function(self._group)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,17 +24,18 @@ PATIENCE = 30.0
 
 @dataclass(frozen=True)
 class Placement:
-    """What one head reserves, and how heads are spread (Ray's placement strategy)."""
+    """What one actor reserves for its `heads`, and how actors are spread (Ray's placement strategy)."""
 
     cpus: float
     gpus: float
+    heads: int = 1
     timeout: float = 0.0
     strategy: str = "PACK"
     other: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def bundle(self) -> dict[str, float]:
-        """Ray's resources of one head."""
+        """Ray's resources of one actor."""
         wanted = {"CPU": self.cpus, "GPU": self.gpus, **self.other}
         return {name: amount for name, amount in wanted.items() if amount > 0} or {"CPU": 0.001}
 
@@ -55,7 +57,10 @@ def from_scaling_config(scaling: Any, num_heads: int) -> tuple[PlacementConfig, 
     gpus = other.pop("GPU", 1.0 if scaling.use_gpu else 0.0)
     if scaling.accelerator_type:
         other[f"accelerator_type:{scaling.accelerator_type}"] = 0.001
-    return PlacementConfig(other.pop("CPU", None), gpus), {"other": other, "strategy": scaling.placement_strategy}
+    return PlacementConfig(cpus_per_head=other.pop("CPU", None), gpus_per_head=gpus), {
+        "other": other,
+        "strategy": scaling.placement_strategy,
+    }
 
 
 def resolve(config: PlacementConfig, num_heads: int, **more: Any) -> Placement:
@@ -65,50 +70,58 @@ def resolve(config: PlacementConfig, num_heads: int, **more: Any) -> Placement:
         ResourceError: the cluster lacks what was asked, and isn't given time to grow.
     """
     has = ray.cluster_resources()
+    heads = min(config.heads_per_actor, num_heads)
+    actors = math.ceil(num_heads / heads)
     gpus = config.gpus_per_head
     if gpus is None:
-        gpus = 1.0 if has.get("GPU", 0) >= num_heads else 0.0
+        gpus = 1.0 if has.get("GPU", 0) >= actors else 0.0
     cpus = config.cpus_per_head
     if cpus is None:
-        share = has.get("CPU", 0) / num_heads
-        cpus = min(1.0, max(LEAST_SHARE, int(share * 100) / 100))
-    placement = Placement(cpus, gpus, config.resource_timeout, **more)
-    short = {k: v * num_heads for k, v in placement.bundle.items() if v * num_heads > has.get(k, 0) + 1e-6}
+        share = has.get("CPU", 0) / actors
+        cpus = float(min(heads, int(share))) if share >= 1 else max(LEAST_SHARE, int(share * 100) / 100)
+    placement = Placement(cpus, gpus, heads, config.resource_timeout, **more)
+    short = {k: v * actors for k, v in placement.bundle.items() if v * actors > has.get(k, 0) + 1e-6}
     if short and not placement.timeout:
-        raise ResourceError(_lacks(placement, num_heads, short, has))
+        raise ResourceError(_lacks(placement, actors, short, has))
     return placement
 
 
-def _lacks(placement: Placement, num_heads: int, short: dict[str, float], has: Mapping[str, float]) -> str:
+def hosted(placement: Placement, num_heads: int) -> list[tuple[int, ...]]:
+    """The numbers of each actor's heads."""
+    return [tuple(range(n, min(n + placement.heads, num_heads))) for n in range(0, num_heads, placement.heads)]
+
+
+def _lacks(placement: Placement, actors: int, short: dict[str, float], has: Mapping[str, float]) -> str:
     wants = ", ".join(f"{amount:g} {name}" for name, amount in short.items())
     each = ", ".join(f"{amount:g} {name}" for name, amount in placement.bundle.items())
     there = ", ".join(f"{has.get(name, 0):g} {name}" for name in short)
     fit = min(int(has.get(k, 0) / placement.bundle[k] + 1e-6) for k in short)
     flags = " or ".join(f"--{k.lower()}s-per-head" for k in short if k in ("CPU", "GPU")) or "the resources per head"
-    heads = f"--num-heads to at most {fit}" if fit else "another kind of resource"
+    heads = f"--num-heads to at most {fit * placement.heads}" if fit else "another kind of resource"
+    who = f"{actors} heads" if placement.heads == 1 else f"{actors} actors of {placement.heads} heads"
     return (
-        f"{num_heads} heads ask for {wants} ({each} each), but the cluster has {there}. Lower {heads}, lower {flags}, or add "
-        "nodes (a cluster that grows on demand needs --resource-timeout SECONDS)."
+        f"{who} ask for {wants} ({each} each), but the cluster has {there}. Lower {heads}, lower {flags}, let several heads "
+        "share an actor (--heads-per-actor), or add nodes (a cluster that grows on demand needs --resource-timeout SECONDS)."
     )
 
 
 @contextlib.contextmanager
-def reserve(placement: Placement, num_heads: int) -> Iterator[list[PlacementGroupSchedulingStrategy]]:
-    """Reserves one bundle a head for the length of the block; gives each head's scheduling strategy.
+def reserve(placement: Placement, actors: int) -> Iterator[list[PlacementGroupSchedulingStrategy]]:
+    """Reserves one bundle an actor for the length of the block; gives each actor's scheduling strategy.
 
     Raises:
         ResourceError: the resources didn't become free in time.
     """
-    group = placement_group([placement.bundle] * num_heads, strategy=placement.strategy)
+    group = placement_group([placement.bundle] * actors, strategy=placement.strategy)
     try:
         patience = max(placement.timeout, PATIENCE)
         if not group.wait(patience):
             free = ray.available_resources()
             shown = ", ".join(f"{free.get(name, 0):g} {name}" for name in placement.bundle)
             raise ResourceError(
-                f"{num_heads} heads of {placement.bundle} each couldn't be placed within {patience:g} s; free now: {shown}. "
+                f"{actors} actors of {placement.bundle} each couldn't be placed within {patience:g} s; free now: {shown}. "
                 "Others use the cluster, or no node is large enough for a head. Wait, ask for less, or give --resource-timeout."
             )
-        yield [PlacementGroupSchedulingStrategy(group, index) for index in range(num_heads)]
+        yield [PlacementGroupSchedulingStrategy(group, index) for index in range(actors)]
     finally:
         remove_placement_group(group)

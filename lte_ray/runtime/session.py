@@ -26,7 +26,7 @@ from lte_ray.metrics import Evaluation, MetricsLog, Progress, Reporter, throughp
 from lte_ray.runtime.common import Common
 from lte_ray.runtime.coordinator import CoordinatorActor, CoordinatorStatus
 from lte_ray.runtime.evaluator import EvaluatorActor
-from lte_ray.runtime.head import HeadActor
+from lte_ray.runtime.head import HeadActor, Host
 from lte_ray.runtime.package import Package
 from lte_ray.runtime.placement import Placement
 
@@ -42,10 +42,10 @@ MOST_WAITING = 2
 
 @dataclass
 class Actors:
-    """The handles of a run's actors."""
+    """The handles of a run's actors; `heads` are those that host heads, with the numbers of the heads."""
 
     coordinator: Any
-    heads: list[Any]
+    heads: list[tuple[Any, tuple[int, ...]]]
     start_evaluator: Callable[[], Any]
 
     @cached_property
@@ -62,7 +62,8 @@ class Session:
         common: as every actor.
         initial: model, plan and base to start from (of `version`).
         policy: the merge policy.
-        placement: what each head reserves.
+        placement: what each actor reserves.
+        stack: whether an actor's heads are computed as one batch.
         keep: checkpoints to keep.
         reporter: shows progress.
         export: what is done with the final base (flat), as soon as it is there.
@@ -72,6 +73,7 @@ class Session:
     initial: Initial
     policy: Package
     placement: Placement
+    stack: str
     keep: int | None
     reporter: Reporter
     export: Callable[[Tensor], None]
@@ -89,14 +91,14 @@ class Session:
         self._to_evaluate: deque[tuple[int, int, Any]] = deque()
         self._evaluating: tuple[int, int, Any] | None = None
 
-    def run(self, strategies: list[Any]) -> None:
-        """Runs to the end, with each head under its scheduling strategy.
+    def run(self, hosted: list[tuple[int, ...]], strategies: list[Any]) -> None:
+        """Runs to the end, with one actor for each of `hosted` (head numbers), under its scheduling strategy.
 
         Raises:
             RunError: it ended early. All actors are gone, and complete checkpoints remain.
         """
         try:
-            with self._actors(strategies) as actors:
+            with self._actors(hosted, strategies) as actors:
                 try:
                     self._watch(actors)
                     self._finish(actors)
@@ -113,7 +115,7 @@ class Session:
                 checkpoint.remove_incomplete(self.common.directory)
 
     @contextlib.contextmanager
-    def _actors(self, strategies: list[Any]) -> Iterator[Actors]:
+    def _actors(self, hosted: list[tuple[int, ...]], strategies: list[Any]) -> Iterator[Actors]:
         common, placement, settings = self.common, self.placement, self.common.settings
         with contextlib.ExitStack() as started:
 
@@ -125,25 +127,19 @@ class Session:
 
             threads = head_threads(settings.train.threads_per_head, placement.cpus)
             resources = {k: v for k, v in placement.bundle.items() if k not in ("CPU", "GPU")}
+            options = {"num_cpus": placement.bundle.get("CPU", 0), "num_gpus": placement.gpus, "resources": resources}
+            host = Host(threads, placement.gpus > 0, self.stack)
             heads = [
-                start(
-                    HeadActor,
-                    {
-                        "num_cpus": placement.bundle.get("CPU", 0),
-                        "num_gpus": placement.gpus,
-                        "resources": resources,
-                        "scheduling_strategy": strategy,
-                    },
-                    *(common, number, threads, placement.gpus > 0),
-                )
-                for number, strategy in enumerate(strategies)
+                (start(HeadActor, {**options, "scheduling_strategy": strategy}, common, numbers, host), numbers)
+                for numbers, strategy in zip(hosted, strategies, strict=True)
             ]
             base = self.initial.base.numpy()
             beside = {"num_cpus": 0, "scheduling_strategy": "DEFAULT"}
-            coordinator = start(CoordinatorActor, beside, common, self.initial.plan, self.policy, base, self.version, self.keep)
+            first = (self.initial.plans, self.policy, base, self.version)
+            coordinator = start(CoordinatorActor, beside, common, *first, self.keep)
 
             def start_evaluator() -> Any:
-                gpus, spare = self._spare_gpus(), cores() - threads * settings.lte.num_heads
+                gpus, spare = self._spare_gpus(), cores() - threads * len(hosted)
                 options = {**beside, "num_gpus": gpus}
                 return start(EvaluatorActor, options, common, self.initial.plan, max(1, spare), gpus > 0)
 
@@ -158,19 +154,22 @@ class Session:
 
     def _watch(self, actors: Actors) -> None:
         """Until all heads have ended: polls, evaluates, reports."""
-        training = {head.run.remote(actors.coordinator): number for number, head in enumerate(actors.heads)}
+        training = {actor.run.remote(actors.coordinator): (actor, numbers) for actor, numbers in actors.heads}
         while training:
             ended, _ = ray.wait(list(training), timeout=POLL)
             for ref in ended:
-                number = training.pop(ref)
-                self.statuses[number] = _get(ref, f"head {number}", self.statuses.get(number))
-            self._look(actors, list(training.values()))
-            if all(n in self.statuses and self.statuses[n].step for n in range(len(actors.heads))):
+                _, numbers = training.pop(ref)
+                self._note(_get(ref, _name(numbers), self.statuses.get(numbers[0])))
+            self._look(actors, [actor for actor, _ in training.values()])
+            if all(n in self.statuses and self.statuses[n].step for _, numbers in actors.heads for n in numbers):
                 self._evaluate(actors)
             self.reporter.update(self.progress())
 
-    def _look(self, actors: Actors, training: list[int]) -> None:
-        asked = {actors.heads[n].status.remote(): n for n in training}
+    def _note(self, statuses: tuple[HeadStatus, ...]) -> None:
+        self.statuses.update({status.head: status for status in statuses})
+
+    def _look(self, actors: Actors, training: list[Any]) -> None:
+        asked = [actor.status.remote() for actor in training]
         coordinator = actors.coordinator.status.remote(self._seen)
         answered, _ = ray.wait([*asked, coordinator], num_returns=len(asked) + 1, timeout=POLL)
         for ref in answered:
@@ -178,7 +177,7 @@ class Session:
                 if ref == coordinator:
                     self._take(ray.get(ref))
                 else:
-                    self.statuses[asked[ref]] = ray.get(ref)
+                    self._note(ray.get(ref))
             except ray.exceptions.RayActorError:
                 pass  # `run` of the same actor says it better; the coordinator's end, each head's `run`
         self._log.flush()
@@ -250,6 +249,10 @@ class Session:
             checkpoint=self.checkpoint,
             note=note,
         )
+
+
+def _name(numbers: tuple[int, ...]) -> str:
+    return f"head {numbers[0]}" if len(numbers) == 1 else f"heads {numbers[0]}-{numbers[-1]}"
 
 
 def _get(ref: Any, who: str, status: HeadStatus | None = None) -> Any:

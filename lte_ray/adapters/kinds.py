@@ -1,0 +1,128 @@
+"""What a layer of each kind computes with its main weight, and with a low-rank product beside it.
+
+Each kind is a record of pure functions of (layer, input, tensors), so that one head's layer and all in-process modes
+compute the same, and so that `torch.func.vmap` can run over heads. `layer` gives what isn't a tensor: stride, groups, eps.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of layers.
+
+    Attributes:
+        name: its name in `LTEConfig.adapt`.
+        main: (layer, x, weight, bias) -> the layer's output with these.
+        product: (layer, x, a, b, s) -> what s B A adds to the output, with A (r x in), B (out x r). None where the weight
+            is a vector, for which `main` runs on weight + s B A.
+        transposed: whether the weight is stored as in x out.
+    """
+
+    name: str
+    main: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
+    product: Callable[[Any, Tensor, Tensor, Tensor, float], Tensor] | None
+    transposed: bool = False
+
+
+def _linear(layer: nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def _linear_product(layer: Any, x: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
+    """s (x A^T) B^T; x is (..., in), the result (..., out)."""
+    return F.linear(F.linear(x, a) * s, b)
+
+
+def _transposed_linear(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W + b with W (in x out), as transformers' Conv1D."""
+    y = x.reshape(-1, x.shape[-1])
+    y = y @ weight if bias is None else torch.addmm(bias, y, weight)
+    return y.view(*x.shape[:-1], weight.shape[1])
+
+
+def _conv(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = layer._conv_forward(x, weight, bias)  # torch's own, with the layer's padding mode, stride and groups
+    return y
+
+
+def _conv_product(layer: Any, x: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
+    """The convolution of kernel A (r x in/groups x k...), then B as a 1 x 1 convolution.
+
+    A group of outputs sees its own inputs only, so A runs over every group of inputs: group g's r channels, mixed by
+    its rows of B, give exactly the convolution with the rows' part of B A.
+    """
+    kernel = a.reshape(a.shape[0], -1, *layer.kernel_size)
+    kernel = kernel.repeat(layer.groups, *[1] * (kernel.ndim - 1))
+    hidden = layer._conv_forward(x, kernel, None) * s
+    mix = b.reshape(*b.shape, *[1] * len(layer.kernel_size))
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(layer.kernel_size) - 1]
+    return convolve(hidden, mix, groups=layer.groups)
+
+
+def _embedding(layer: nn.Embedding, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.embedding(x, weight, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
+
+
+def _embedding_product(layer: nn.Embedding, x: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
+    """s B[x] A: the rows of B (vocabulary x r) by A (r x width)."""
+    return F.linear(F.embedding(x, b, layer.padding_idx) * s, a.t())
+
+
+def _norm(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer's own forward, on these affine parameters; it keeps its running statistics itself."""
+    before = {name: layer._parameters[name] for name in ("weight", "bias") if name in layer._parameters}
+    layer._parameters.update({name: value for name, value in (("weight", weight), ("bias", bias)) if name in before})
+    try:
+        y: Tensor = layer.plain_forward(x)
+    finally:
+        layer._parameters.update(before)
+    return y
+
+
+LINEAR = Kind("linear", _linear, _linear_product)
+TRANSPOSED_LINEAR = Kind("linear", _transposed_linear, _linear_product, transposed=True)
+CONV = Kind("conv", _conv, _conv_product)
+EMBEDDING = Kind("embedding", _embedding, _embedding_product)
+NORM = Kind("norm", _norm, None)
+
+TORCH_KINDS: dict[type[nn.Module], Kind] = {
+    nn.Linear: LINEAR,
+    nn.Conv1d: CONV,
+    nn.Conv2d: CONV,
+    nn.Conv3d: CONV,
+    nn.Embedding: EMBEDDING,
+    nn.LayerNorm: NORM,
+    nn.RMSNorm: NORM,
+    nn.GroupNorm: NORM,
+    nn.BatchNorm1d: NORM,
+    nn.BatchNorm2d: NORM,
+    nn.BatchNorm3d: NORM,
+}
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """The kind of a layer that can have factors, None for others.
+
+    Exact types only: a subclass may use its weight without calling `forward`, or compute something else.
+    """
+    kind = TORCH_KINDS.get(type(module))
+    if kind is None:
+        transformers = sys.modules.get("transformers.pytorch_utils")  # its layers can't be there before it is
+        if transformers is not None and type(module) is transformers.Conv1D:
+            return TRANSPOSED_LINEAR
+        return None
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return None  # its forward writes into the weight
+    if kind is NORM and (getattr(module, "weight", None) is None or module.weight.ndim != 1):
+        return None
+    return kind

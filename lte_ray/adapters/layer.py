@@ -1,0 +1,100 @@
+"""One head's layers: the user's own layers, which go on being what they were, with factors beside the main weight."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lte_ray.adapters.factors import Factors
+from lte_ray.adapters.kinds import TORCH_KINDS, Kind, kind_of
+from lte_ray.adapters.quantize import Quantized
+from lte_ray.adapters.quantize import linear as quantized_linear
+
+
+class LTELayer(nn.Module):
+    """What all layers with factors are, in every mode: `isinstance(layer, LTELayer)` finds them."""
+
+
+class HeadLayer(LTELayer):
+    """y = f(x; W~, b) + s (B A)(x): a layer of one head (LTE, arXiv 2402.16828, eq. 5-6).
+
+    W~ = W_v - s B' A' is the head's own copy of the main weight: base version v less what v already holds of this head
+    (the reference A', B'). It gets no gradient. It stays a parameter under the same name, and so does the bias. Where the
+    main weight is shared or quantised, W~ = W_v and the reference is computed beside it (`Factors`).
+
+    A layer becomes one by `adopt`, which changes its class; attributes, hooks and all places that hold it stay.
+    """
+
+    kind: ClassVar[Kind]
+    plain: ClassVar[type[nn.Module]]
+    lora: Factors
+    lora_bias: Factors | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind, bias = self.kind, getattr(self, "bias", None)
+        if self.lora_bias is not None:
+            assert bias is not None
+            bias = bias + self.lora_bias.vector()
+        if kind.product is None:
+            return kind.main(self, x, self.weight + self.lora.vector(), bias)
+        a, b = self.lora.pair()
+        return self._main(x, bias) + kind.product(self, x, a, b, self.lora.scaling)
+
+    def _main(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        quantized = self._modules.get("quantized")
+        if not isinstance(quantized, Quantized):
+            return self.kind.main(self, x, self.weight, bias)
+        if self.kind.name == "linear":
+            return quantized_linear(x, quantized, bias)
+        dtype = self.lora.A.dtype if self.kind.name == "embedding" else x.dtype
+        return self.kind.main(self, x, quantized.dequantize(dtype), bias)
+
+    def plain_forward(self, x: Tensor) -> Tensor:
+        """What the layer computed before it had factors, with the parameters that it holds now."""
+        y: Tensor = self.plain.forward(self, x)
+        return y
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and "quantized" in self._modules:  # whoever only looks at it still can
+            weight: Tensor = self._modules["quantized"].dequantize(self.lora.A.dtype)  # type: ignore[union-attr, operator]
+            return weight.t() if self.kind.transposed else weight
+        return super().__getattr__(name)
+
+    def extra_repr(self) -> str:
+        own = f"rank={self.lora.A.shape[0]}, s={self.lora.scaling:g}"
+        theirs = self.plain.extra_repr(self)
+        return f"{theirs}, {own}" if theirs else own
+
+
+def make_class(mixin: type[nn.Module], plain: type[nn.Module], kind: Kind, module: str) -> type[nn.Module]:
+    """The class of `plain` layers with `mixin`'s forward; named LTE + the plain name, in `module`."""
+    return type(f"LTE{plain.__name__}", (mixin, plain), {"kind": kind, "plain": plain, "__module__": module})
+
+
+_CLASSES = {plain: make_class(HeadLayer, plain, kind, __name__) for plain, kind in TORCH_KINDS.items()}
+globals().update({made.__name__: made for made in _CLASSES.values()})  # pickle finds classes by name
+LTELinear = _CLASSES[nn.Linear]
+
+
+def adopt(layer: nn.Module, lora: Factors, lora_bias: Factors | None) -> HeadLayer:
+    """Makes `layer` a layer of a head, in place, with these factors; its main weight gets no gradient any more."""
+    plain = type(layer)
+    kind = kind_of(layer)
+    assert kind is not None
+    if plain not in _CLASSES:
+        _CLASSES[plain] = make_class(HeadLayer, plain, kind, __name__)
+        globals()[_CLASSES[plain].__name__] = _CLASSES[plain]
+    layer.__class__ = _CLASSES[plain]
+    assert isinstance(layer, HeadLayer)
+    layer.weight.requires_grad_(False)
+    layer.lora, layer.lora_bias = lora, lora_bias
+    return layer
+
+
+@torch.no_grad()
+def quantize_weight(layer: HeadLayer, quantized: Quantized) -> None:
+    """Puts a quantised main weight (stored as the matrix or as the weight's own shape) in the place of the parameter."""
+    del layer._parameters["weight"]
+    layer.quantized = quantized

@@ -1,0 +1,244 @@
+"""Which parameters of a user's model get factors, and which train as replicas: decided by names, kinds and settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from lte_ray.adapters.kinds import NORM, kind_of
+from lte_ray.config import LTEConfig, Resolved, flag, near
+from lte_ray.config.layers import rules
+from lte_ray.errors import ConfigError, WorkerError
+from lte_ray.layout import Adapted, Plan, Replica
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter is held: by the layer of this name, as its weight, bias or something else ("").
+
+    `kind` is the layer's kind in `LTEConfig.adapt`, None for layers that can't have factors.
+    """
+
+    layer: str
+    part: str
+    kind: str | None = None
+    transposed: bool = False
+
+
+def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
+    """Decides for one head what of an unconverted model is trained and how.
+
+    A weight is adapted if it trains and every layer that holds it is of a kind that `lte.adapt` names and isn't excluded.
+    So a weight tied to an embedding is a replica unless embeddings are adapted too; a shared one is adapted once. A bias
+    of a layer with LoRA is what `lora_bias` says. Every other parameter that trains is a replica; what doesn't train is
+    left alone.
+
+    Raises:
+        ConfigError: a pattern matches nothing, the rank is above min(out, in) of some layer, layers that share a weight have
+            different settings, or `lte.strict` and something is left over.
+        WorkerError: no parameter trains, none is adapted, or one can't be merged (sparse, complex, integer, no shape).
+    """
+    places = _places(model)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    settings = _Settings(model, lte, head, places)
+    for name, parameter in parameters.items():
+        _check_parameter(name, parameter)
+
+    weights = {}
+    for name, parameter in parameters.items():
+        held = places[id(parameter)]
+        if all(p.part == "weight" and settings.of(p).adapt for p in held) and len({p.transposed for p in held}) == 1:
+            weights[name] = held
+    with_factors = {p.layer for held in weights.values() for p in held}
+    adapted, replicas, leftover = [], [], []
+    for name, parameter in parameters.items():
+        held, shape = places[id(parameter)], tuple(parameter.shape)
+        chosen = settings.common(name, held)
+        bias = chosen.bias if all(p.part == "bias" and p.layer in with_factors for p in held) else None
+        if name in weights:
+            rank = 1 if parameter.ndim == 1 else chosen.rank
+            adapted.append(Adapted(name, shape, rank, chosen.scaling, held[0].transposed, chosen.lr, chosen.base_dtype))
+        elif bias == "lora":
+            adapted.append(Adapted(name, shape, 1, chosen.scaling, lr=chosen.lr))
+        elif bias != "frozen":
+            replicas.append(Replica(name, shape, chosen.lr))
+            if bias is None and not any(p.kind == NORM.name or settings.excluded(p, name) for p in held):
+                leftover.append(name)
+    replicas += _running_statistics(model)
+    if lte.strict and leftover:
+        raise ConfigError(_left_over(leftover))
+    _check(adapted, replicas, parameters, lte)
+    return Plan(tuple(adapted), tuple(replicas))
+
+
+def make_plans(model: nn.Module, lte: LTEConfig) -> tuple[Plan, ...]:
+    """Every head's plan; they differ in ranks and scaling only.
+
+    Raises:
+        ConfigError, WorkerError: as `make_plan`.
+    """
+    per_head = isinstance(lte.lora_r, tuple) or isinstance(lte.lora_alpha, tuple)
+    if not per_head and not any(isinstance(v, tuple) for rule in rules(lte.layers) for v in vars(rule.settings).values()):
+        return (make_plan(model, lte),) * lte.num_heads
+    return tuple(make_plan(model, lte, head) for head in range(lte.num_heads))
+
+
+def match(patterns: Sequence[str], names: Sequence[str], what: str, flag: str) -> dict[str, set[str]]:
+    """For each pattern the names that it matches; a pattern also names all that lies below what it matches.
+
+    Raises:
+        ConfigError: a pattern matches nothing.
+    """
+    found = {}
+    for pattern in patterns:
+        hits = {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n, pattern + ".*")}
+        if not hits:
+            raise ConfigError(
+                f"{flag} {pattern!r} matches no {what} of the model.{near(pattern, names)} "
+                f"Its {what}s are: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}."
+            )
+        found[pattern] = hits
+    return found
+
+
+class _Settings:
+    """The settings of each place, with the patterns resolved once."""
+
+    def __init__(self, model: nn.Module, lte: LTEConfig, head: int, places: dict[int, list[Place]]) -> None:
+        self._lte, self._head = lte, head
+        kinds = {p.layer: p.kind for held in places.values() for p in held}
+        layers = {name: kinds[name] for name, _ in model.named_modules(remove_duplicate=False) if name in kinds}
+        names = [*dict.fromkeys([*(n for n in layers if n), *(n for n, _ in model.named_parameters())])]
+        listed = [n for n in names if n in layers] or names
+        self._excluded: set[str] = set()
+        for pattern in lte.exclude:
+            self._excluded |= _match_layers(pattern, names, listed, "--exclude")
+        self._rules: list[set[str] | str] = []
+        for rule in rules(lte.layers):
+            if rule.kind is None:
+                self._rules.append(_match_layers(rule.pattern, names, listed, "--layers"))
+            elif rule.kind not in layers.values():
+                raise ConfigError(
+                    f"--layers {rule.pattern!r} matches no layer of the model: it has none of kind {rule.kind}. "
+                    f"It has: {', '.join(sorted({k for k in layers.values() if k})) or 'no kind that can have LoRA'}."
+                )
+            else:
+                self._rules.append(rule.kind)
+
+    def of(self, place: Place, parameter: str = "") -> Resolved:
+        """The settings that hold at `place`."""
+        matching = tuple(
+            place.kind == rule if isinstance(rule, str) else place.layer in rule or parameter in rule for rule in self._rules
+        )
+        found = self._lte.resolve(place.kind or "", matching, self._head)
+        adapt = found.adapt and place.kind is not None and not self.excluded(place, parameter)
+        return Resolved(adapt, found.rank, found.scaling, found.bias, found.lr, found.base_dtype)
+
+    def excluded(self, place: Place, parameter: str = "") -> bool:
+        """Whether --exclude names the layer or the parameter."""
+        return place.layer in self._excluded or parameter in self._excluded
+
+    def common(self, name: str, held: list[Place]) -> Resolved:
+        """The settings of a parameter, which must be the same at all places that hold it."""
+        found = {self.of(place, name): place.layer for place in held}
+        chosen, *others = [r for r in found if r.adapt] or list(found)
+        for other in others:
+            differing = [f for f in ("rank", "scaling", "bias", "lr", "base_dtype") if getattr(other, f) != getattr(chosen, f)]
+            if differing:
+                raise ConfigError(
+                    f"{found[chosen]} and {found[other]} share the parameter {name}, but --layers gives them other settings "
+                    f"({', '.join(differing)}). A shared parameter is adapted once: give both the same."
+                )
+        return chosen
+
+
+def _match_layers(pattern: str, names: list[str], listed: list[str], flag: str) -> set[str]:
+    try:
+        return match([pattern], names, "layer", flag)[pattern]
+    except ConfigError:
+        return match([pattern], listed, "layer", flag)[pattern]  # the error lists layers, not every parameter
+
+
+def _places(model: nn.Module) -> dict[int, list[Place]]:
+    """Where each parameter is held, by its id."""
+    attention = {n for n, m in model.named_modules(remove_duplicate=False) if type(m) is nn.MultiheadAttention}
+    places: dict[int, list[Place]] = {}
+    for layer, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(id(parameter), []).append(_place(layer, module, name, attention))
+    return places
+
+
+def _place(layer: str, module: nn.Module, name: str, attention: set[str]) -> Place:
+    if type(module) is nn.MultiheadAttention:  # its projections become layers of their own
+        if name.endswith("proj_weight"):
+            return Place(layer, "weight", "attention")
+        return Place(layer, "bias" if name == "in_proj_bias" and module.in_proj_weight is not None else "", "attention")
+    parent, _, own = layer.rpartition(".")
+    if own == "out_proj" and parent in attention:
+        return Place(layer, name, "attention")
+    kind = kind_of(module)
+    return Place(layer, name if kind else "", kind.name if kind else None, kind.transposed if kind else False)
+
+
+def _running_statistics(model: nn.Module) -> Iterator[Replica]:
+    """Batch normalisation's mean and variance change in training too: replicas that no optimizer touches."""
+    buffers = dict(model.named_buffers())
+    for layer, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+            for kind in ("running_mean", "running_var"):
+                name = f"{layer}.{kind}".lstrip(".")
+                if name in buffers:
+                    yield Replica(name, tuple(buffers[name].shape))
+
+
+def _check_parameter(name: str, parameter: nn.Parameter) -> None:
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        raise WorkerError(
+            f"Parameter {name} has no shape yet (a lazy layer). Pass one batch through the model in build_model()."
+        )
+    if parameter.layout is not torch.strided:
+        raise WorkerError(f"Parameter {name} is sparse ({parameter.layout}); only dense ones can be merged. Use .to_dense().")
+    if not parameter.is_floating_point():
+        raise WorkerError(
+            f"Parameter {name} trains and has type {parameter.dtype}; only real floating-point can be merged."
+            + (" Keep its real and imaginary parts as two parameters." if parameter.is_complex() else "")
+        )
+
+
+def _left_over(names: list[str]) -> str:
+    return (
+        f"--strict: {len(names)} parameter(s) have no LoRA and would train as replicas: {', '.join(names[:10])}"
+        f"{', ...' if len(names) > 10 else ''}. Name them in --exclude (replicas, averaged at merges), add their kind of layer "
+        f"to {flag('adapt')}, freeze them (requires_grad_(False)), or leave --strict out."
+    )
+
+
+def _check(adapted: list[Adapted], replicas: list[Replica], parameters: dict[str, nn.Parameter], lte: LTEConfig) -> None:
+    if not parameters:
+        raise WorkerError("The model has no parameter that trains (requires_grad): there is nothing to adapt.")
+    if not adapted:
+        kinds = ", ".join(lte.adapt)
+        raise WorkerError(
+            f"The model has nothing to adapt: no weight that trains in a layer of the kinds {kinds}"
+            + (" is left by --exclude and --layers." if lte.exclude or lte.layers else ". LoRA heads need at least one.")
+        )
+    small = [a for a in adapted if a.rank > min(a.matrix)]
+    if small:
+        widest = min(min(a.matrix) for a in small)
+        names = ", ".join(f"{a.name} ({a.matrix[0]} x {a.matrix[1]})" for a in small[:5])
+        layers = " ".join(repr(a.name.removesuffix(".weight")) for a in small[:5] if "." in a.name)
+        rules = " ".join(f"'{a.name.removesuffix('.weight')}: lora_r={min(a.matrix)}'" for a in small[:1] if "." in a.name)
+        raise ConfigError(
+            f"--lora-r is {max(a.rank for a in small)}, above min(out, in) of {len(small)} layer(s): {names}"
+            f"{', ...' if len(small) > 5 else ''}. A rank above that adds nothing. Lower --lora-r to {widest}"
+            + (
+                f", or let these layers train as replicas: --exclude {layers}, or give them a rank: --layers {rules}."
+                if layers
+                else "."
+            )
+        )

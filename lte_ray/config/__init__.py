@@ -1,0 +1,31 @@
+"""The settings of a run: frozen dataclasses that check themselves.
+
+One definition serves four places: the Python API, the flags of ``lte-ray train``, the TOML file, and
+``run.toml``. A field's help text is its documentation in all of them. No file here knows torch or Ray.
+"""
+
+from lte_ray.config.fields import flag, near
+from lte_ray.config.heads import LTEConfig, Resolved
+from lte_ray.config.layers import BASE_DTYPES, BIASES, KINDS, LayerConfig, Rule
+from lte_ray.config.run import MergeConfig, PlacementConfig, StorageConfig, TrainConfig, check_run_name
+
+SECTIONS: tuple[type, ...] = (LTEConfig, MergeConfig, TrainConfig, PlacementConfig, StorageConfig)
+"""Every settings class, in the order in which ``--help`` and ``run.toml`` list them. No field name occurs twice."""
+
+__all__ = [
+    "BASE_DTYPES",
+    "BIASES",
+    "KINDS",
+    "SECTIONS",
+    "LTEConfig",
+    "LayerConfig",
+    "MergeConfig",
+    "PlacementConfig",
+    "Resolved",
+    "Rule",
+    "StorageConfig",
+    "TrainConfig",
+    "check_run_name",
+    "flag",
+    "near",
+]

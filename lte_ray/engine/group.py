@@ -1,0 +1,111 @@
+"""Virtual heads: several heads in one process that share one copy of the main weights.
+
+Each is a whole `Head` with its own data, factors, replicas, optimizer and reference; only the frozen weights are one.
+They train in turns, or all at once as one stacked, batched computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lte_ray.engine.head import Head
+from lte_ray.engine.settings import Settings
+from lte_ray.engine.stack import Stack, Unstackable
+from lte_ray.messages import Contribution
+from lte_ray.worker import Batch, Worker
+
+
+class HeadGroup:
+    """The heads of one actor; one head alone is trained as it always is.
+
+    Args:
+        worker, settings, device, dtype: as for `Head`.
+        numbers: the heads' numbers.
+        stack: "always", "never", or "auto": stacked on a GPU, where small operations leave it idle; in turns on CPUs, where
+            they don't, and a head's own activations fit the cache.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        settings: Settings,
+        numbers: Sequence[int],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        stack: str = "auto",
+    ) -> None:
+        several = len(numbers) > 1
+        first = Head(worker, settings, numbers[0], device=device, dtype=dtype, hold=several)
+        self.heads = [first, *(Head(worker, settings, n, device=device, dtype=dtype, share=first) for n in numbers[1:])]
+        self.note = ""  # why heads that were to be stacked aren't
+        self._insist = stack == "always"
+        self._stack: Stack | None = None
+        if several and (self._insist or (stack == "auto" and first.device.type == "cuda")):
+            try:
+                self._stack = Stack(worker, self.heads)
+            except Unstackable as reason:
+                self._give_up(reason)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the heads train as one batch."""
+        return self._stack is not None
+
+    @property
+    def done(self) -> bool:
+        """Whether all local steps were taken."""
+        return all(head.done for head in self.heads)
+
+    def train_round(self) -> list[Contribution]:
+        """Every head's local steps until its next contribution, and the contributions.
+
+        Raises:
+            WorkerFailed: the worker's code raised; names the head and the step.
+        """
+        if self._stack is None:
+            return [head.train_round() for head in self.heads]
+        first = self.heads[0]
+        total = torch.zeros(len(self.heads), device=first.device, dtype=torch.float64)
+        todo = first.begin_round()
+        with first.timed("train"):
+            for _ in range(todo):
+                total += self._train_step()
+            losses = (total / max(todo, 1)).tolist()
+        return [head.contribute(loss) for head, loss in zip(self.heads, losses, strict=True)]
+
+    def _train_step(self) -> Tensor:
+        """One local step of all heads; gives their losses."""
+        accumulate = self.heads[0].settings.train.accumulate
+        losses = torch.stack([self._backward([self._next_batch(head) for head in self.heads]) for _ in range(accumulate)])
+        for head in self.heads:
+            with head.blame(head.step + 1):
+                head.finish_step()
+        return losses.mean(0)
+
+    def _next_batch(self, head: Head) -> Batch:
+        with head.rng.swapped_in(), head.blame(head.step + 1):
+            return head.next_batch()
+
+    def _backward(self, batches: list[Batch]) -> Tensor:
+        if self._stack is not None:
+            first = self.heads[0]
+            try:
+                with first.rng.swapped_in():
+                    return self._stack.backward(batches)
+            except Unstackable as reason:
+                self._give_up(reason)
+        losses = []
+        for head, batch in zip(self.heads, batches, strict=True):
+            with head.rng.swapped_in(), head.blame(head.step + 1):
+                losses.append(head.backward(batch))
+        return torch.stack(losses)
+
+    def _give_up(self, reason: Unstackable) -> None:
+        """Goes on in turns, unless stacking was insisted on."""
+        if self._insist:
+            raise reason
+        self._stack, self.note = None, str(reason)

@@ -1,0 +1,96 @@
+"""A head's optimizer and what surrounds its step: mixed precision, accumulation, clipping, learning-rate multipliers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lte_ray.config import TrainConfig
+from lte_ray.errors import ConfigError
+from lte_ray.layout import Plan
+from lte_ray.worker import Worker
+
+LOW = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}
+
+
+def autocast(train: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """The context in which a head computes its loss."""
+    if train.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=LOW[train.precision])
+
+
+def checked_loss(loss: Any) -> Tensor:
+    """Raises TypeError unless the worker's loss is a scalar tensor."""
+    if not isinstance(loss, Tensor) or loss.ndim:
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"loss() must return a scalar tensor, the mean over the batch; it returned {found}")
+    return loss
+
+
+def build_optimizer(
+    worker: Worker, plan: Plan, tensors: Mapping[str, Tensor], total_steps: int
+) -> tuple[torch.optim.Optimizer, Any]:
+    """The worker's optimizer (AdamW by default) over the plan's parameters, and its schedule if it has one.
+
+    It gets groups named "lora" and "replica", one of each for every learning-rate multiplier there is. The multiplier
+    is applied to the rate that the worker gives the group, before the schedule is made.
+
+    Args:
+        tensors: factors and replicas by their names in the contribution layout; buffers among them aren't optimized.
+
+    Raises:
+        ConfigError: there are multipliers, but the optimizer doesn't keep the groups that it was given.
+    """
+    groups: dict[tuple[str, float], list[Tensor]] = {}
+    for spec in plan.adapted:
+        groups.setdefault(("lora", spec.lr), []).extend([tensors[spec.a], tensors[spec.b]])
+    for replica in plan.replicas:
+        if isinstance(tensors[replica.name], nn.Parameter):
+            groups.setdefault(("replica", replica.lr), []).append(tensors[replica.name])
+    several = any(lr != 1.0 for _, lr in groups)
+    given = [
+        {"params": params, "name": name, **({"lr_multiplier": lr} if several else {})} for (name, lr), params in groups.items()
+    ]
+    build = getattr(worker, "build_optimizer", None)
+    optimizer: torch.optim.Optimizer = build(given) if build else torch.optim.AdamW(given, lr=1e-3, weight_decay=0.0)
+    if several:
+        if sorted(g.get("lr_multiplier", 1.0) for g in optimizer.param_groups) != sorted(lr for _, lr in groups):
+            raise ConfigError(
+                "--layers gives learning-rate multipliers (lr=...), but build_optimizer() doesn't keep the parameter groups "
+                "that it is given. Pass `params` on as it is, or copy each group with its keys: {**group, 'lr': ...}."
+            )
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * group["lr_multiplier"]
+    schedule = getattr(worker, "build_schedule", None)
+    return optimizer, schedule(optimizer, total_steps) if schedule else None
+
+
+class Update:
+    """Turns the gradients of `accumulate` batches into one step of optimizer and schedule."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: Any, train: TrainConfig, device: torch.device) -> None:
+        self._optimizer, self._schedule, self._train = optimizer, schedule, train
+        self.scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16-mixed")
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """What to differentiate in the place of a batch's loss."""
+        share = loss / self._train.accumulate if self._train.accumulate > 1 else loss
+        scaled: Tensor = self.scaler.scale(share)
+        return scaled
+
+    def apply(self) -> None:
+        """Clips, steps, and forgets the gradients. A step whose fp16 gradients overflowed is left out, as torch does."""
+        if self._train.clip_norm:
+            self.scaler.unscale_(self._optimizer)
+            parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self._train.clip_norm)
+        self.scaler.step(self._optimizer)
+        self.scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._schedule is not None:
+            self._schedule.step()

@@ -1,0 +1,70 @@
+"""When a MergeCondition merges, and what it calls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lte_ray.errors import ConfigError
+from lte_ray.misc.merge import MergeCondition
+
+
+class Layer(nn.Module):
+    """Counts its merges; fails with gradients on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.merges = 0
+        self.child = nn.Linear(2, 2)
+
+    def merge_parameters(self) -> None:
+        assert not torch.is_grad_enabled()
+        self.merges += 1
+
+
+@pytest.mark.parametrize("merge_steps", [1, 2, 3])
+def test_it_merges_every_so_many_steps(merge_steps: int) -> None:
+    """peek says what step will do, step says what it did, and the layer saw just that."""
+    layer = Layer()
+    condition = MergeCondition(nn.Sequential(nn.ReLU(), layer), merge_steps)
+    for clock in range(1, 8):
+        due = clock % merge_steps == 0
+        assert condition.peek() == condition.peek() == due
+        assert condition.step() == due
+        assert condition.clock == clock
+        assert layer.merges == clock // merge_steps
+
+
+def test_each_module_merges_once() -> None:
+    """One layer at two places, one inside a wrapper, and one that is no method."""
+    shared, inner = Layer(), Layer()
+    odd = nn.ReLU()
+    odd.merge_parameters = "not callable"
+    model = nn.Sequential(shared, shared, nn.ModuleDict({"module": inner}), odd)
+    condition = MergeCondition(model)
+    condition.merge()
+    assert (shared.merges, inner.merges) == (1, 1)
+    assert condition.clock == 0
+
+
+def test_a_model_can_come_later() -> None:
+    """Without one, step and merge say so, and no step is counted; peek needs none."""
+    condition = MergeCondition(None)
+    for call in (condition.step, condition.merge):
+        with pytest.raises(ConfigError, match=r"no model to merge; pass one, or call register_model\(model\) first"):
+            call()
+    assert condition.clock == 0
+    assert condition.peek()
+    layer = Layer()
+    condition.register_model(layer)
+    assert condition.step()
+    assert layer.merges == 1
+
+
+def test_unknown_settings_are_one_clear_error() -> None:
+    """The message names what is known."""
+    with pytest.raises(ConfigError, match=r"method = 'steps' is unknown; known: step\. Did you mean step\?"):
+        MergeCondition(None, method="steps")
+    with pytest.raises(ConfigError, match="merge_steps = 0 must be at least 1"):
+        MergeCondition(None, 0)
