@@ -15,6 +15,9 @@ from rich.text import Text
 
 from lte_ray.metrics import Progress, Reporter
 
+FEW = 8
+"""Heads that are shown one by one; of more, the rest is summed up."""
+
 LINE_EVERY = 5.0
 """Seconds between two lines where there is no terminal."""
 
@@ -60,7 +63,8 @@ def line(p: Progress) -> str:
     if p.samples_per_second is not None:
         parts.append(f"{p.samples_per_second:,.1f} samples/s")
     if not math.isnan(p.train_loss):
-        parts.append("train loss " + " ".join(f"{h.loss:.4f}" for h in p.heads if not math.isnan(h.loss)))
+        losses = [h.loss for h in p.heads if not math.isnan(h.loss)]
+        parts.append("train loss " + (" ".join(f"{x:.4f}" for x in losses) if len(losses) <= FEW else _range(losses)))
     if p.evaluation:
         parts.append(f"{evaluation_text(p)} (v{p.evaluation.version})")
     if p.remaining is not None:
@@ -90,10 +94,20 @@ def table(p: Progress) -> RenderableType:
     heads = Table(box=None, padding=(0, 2), header_style="dim")
     for title in ("head", "step", "samples", "train loss", "base", "state", "device"):
         heads.add_column(title, justify="left" if title in ("state", "device") else "right")
-    for h in p.heads:
+    for h in p.heads[:FEW]:
         loss = "-" if math.isnan(h.loss) else f"{h.loss:.4f}"
         heads.add_row(str(h.head), str(h.step), f"{h.samples:,}", loss, f"v{h.version}", h.state, h.device)
+    if len(p.heads) > FEW:
+        rest = p.heads[FEW:]
+        losses = [h.loss for h in rest if not math.isnan(h.loss)]
+        steps, samples = min(h.step for h in rest), sum(h.samples for h in rest)
+        heads.add_row(f"+{len(rest)}", str(steps), f"{samples:,}", _range(losses), "", "", "")
     return Group(top, middle, heads) if p.heads else Group(top, middle)
+
+
+def _range(losses: list[float]) -> str:
+    """The mean and the range: ``0.0190 (0.0184-0.0197)``."""
+    return f"{sum(losses) / len(losses):.4f} ({min(losses):.4f}-{max(losses):.4f})" if losses else "-"
 
 
 def evaluation_text(p: Progress) -> str:

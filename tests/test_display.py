@@ -109,3 +109,14 @@ def test_metrics_are_appended_and_a_resumed_run_drops_what_it_repeats(tmp_path: 
         ("evaluation", 2),
     ]
     assert rows[0]["train_loss"] == {"0": 1.0, "1": 2.0}
+
+
+def test_many_heads_are_summed_up() -> None:
+    """Of more than eight heads, a line gives the mean loss and its range, and the table one row for the rest."""
+    many = replace(NOW, heads=tuple(HeadStatus(n, step=30 + n, samples=100, loss=1.0 + n / 10) for n in range(12)))
+    assert "train loss 1.5500 (1.0000-2.1000)" in line(many)
+    shown = Console(file=io.StringIO(), width=120)
+    shown.print(table(many))
+    rows = shown.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert any(row.split()[:4] == ["+4", "38", "400", "1.9500"] for row in rows)
+    assert not any(row.split()[:1] == ["8"] for row in rows)

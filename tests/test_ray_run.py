@@ -18,7 +18,8 @@ from ray.util import placement_group_table
 from ray_support import Dropping, Failing, Regression, lte_actors, settings, storage
 from torch import nn
 
-from lte_ray import Discard, LTETrainer, Merge, MergeConfig, Pending, Roster, Wait, checkpoint
+from lte_ray import Discard, LTEConfig, LTETrainer, Merge, MergeConfig, Pending, Roster, Wait, checkpoint
+from lte_ray.config import PlacementConfig
 from lte_ray.engine.initial import load_base, prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.simulate import simulate
@@ -228,6 +229,27 @@ class Normed(Regression):
         model.register_buffer("table", torch.arange(8.0))
         model.register_buffer("part", model.table[:4])
         return model
+
+
+@pytest.mark.parametrize("stack", ["never", "always"])
+def test_virtual_heads_are_the_heads_of_as_many_actors_and_resume(local_ray: None, tmp_path: Path, stack: str) -> None:
+    """Five heads in actors of two: bitwise those of five actors in turns, nearly so stacked; stopped and resumed, too."""
+    kwargs = settings(steps=20, checkpoint_every=1)
+    kwargs["lte"] = LTEConfig(num_heads=5, lora_r=(2, 2, 4, 4, 8), lora_alpha=16) if stack == "never" else LTEConfig(5, 4)
+    expected = simulate(Dropping(), Settings("a", kwargs["lte"], kwargs["merge"], kwargs["train"]))
+    placement = PlacementConfig(heads_per_actor=2, cpus_per_head=0.5, stack_heads=stack)
+    first = {**kwargs, "train": dataclasses.replace(kwargs["train"], steps=10)}
+    LTETrainer(Dropping(), scaling_config=placement, run_config=storage(tmp_path, "a"), **first).fit()
+    result = LTETrainer(Dropping(), scaling_config=placement, run_config=storage(tmp_path, "a", resume=True), **kwargs).fit()
+    model = Dropping().build_model()
+    load_base(model, expected.plan, expected.base)
+    merged = model_of(result.path)
+    for name, value in model.state_dict().items():
+        if stack == "never":
+            assert torch.equal(merged[name], value), name
+        else:  # dropout draws other numbers when all heads draw at once: only the size of the weights is compared
+            assert torch.allclose(merged[name], value, atol=0.2), name
+    assert result.metrics["samples"] == 5 * 20 * 64
 
 
 def test_running_statistics_are_saved_merged_and_resumed(local_ray: None, tmp_path: Path) -> None:

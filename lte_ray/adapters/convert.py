@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lte_ray.adapters.factors import Factors, draw_a
 from lte_ray.adapters.kinds import kind_of
-from lte_ray.adapters.layer import HeadLayer, adopt, quantize_weight
+from lte_ray.adapters.layer import HeadLayer, LTELayer, adopt, quantize_weight
 from lte_ray.adapters.plan import make_plan
 from lte_ray.adapters.quantize import Quantized
 from lte_ray.config import LTEConfig
@@ -109,12 +109,12 @@ def convert(model: nn.Module, lte: LTEConfig, *, seed: int = 0, head: int = 0, h
         pair = lora.get(id(getattr(module, "weight", None)))
         if pair is not None and kind_of(module) is not None:
             adopt(module, pair, lora.get(id(getattr(module, "bias", None))))
+    call_every_layer(model)
     converted = Converted(model, plan, parameters, {}, {})
     for spec in plan.adapted:
         pair = lora[id(parameters[spec.name])]
         converted.factors.update({spec.a: pair.A, spec.b: pair.B})
-        hold = pair.reference_A is not None
-        converted.mains[spec.name] = MainWeight(spec, parameters[spec.name], pair, hold)
+        converted.mains[spec.name] = MainWeight(spec, parameters[spec.name], pair, pair.hold)
     _store(converted)
     return converted
 
@@ -144,6 +144,15 @@ def _plain_projections(model: nn.Module, adapted: set[int]) -> nn.Module:
     return made.get(id(model), model)
 
 
+def call_every_layer(model: nn.Module) -> None:
+    """Keeps torch's transformer encoders off their inference kernels, which take the layers' weights and call no layer."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, LTELayer) for m in module.modules()):
+            module.activation_relu_or_gelu = 0  # all that reads it is the choice of such a kernel
+        elif isinstance(module, nn.TransformerEncoder) and any(isinstance(m, LTELayer) for m in module.modules()):
+            module.use_nested_tensor = False  # what these kernels need, and `MultiheadAttention` can't take
+
+
 def _layers(model: nn.Module, pair: Factors) -> Sequence[HeadLayer]:
     return [m for m in model.modules() if isinstance(m, HeadLayer) and m.lora is pair]
 
@@ -161,7 +170,7 @@ def _store(converted: Converted) -> None:
 
 
 def share_frozen(converted: Converted, share: Converted) -> None:
-    """Has `converted` use the main weights of `share`, and its other parameters that nothing trains. Both hold them."""
+    """Has `converted` use the main weights of `share`, and its other parameters that nothing trains."""
     trained = {r.name for r in converted.plan.replicas}
     theirs = {id(converted.parameters[n]): p for n, p in share.parameters.items() if n not in trained}
     for module in converted.model.modules():
@@ -176,4 +185,4 @@ def share_frozen(converted: Converted, share: Converted) -> None:
         if isinstance(stored, Quantized):
             for layer in _layers(converted.model, main.factors):
                 layer.quantized = stored
-        converted.mains[name] = MainWeight(main.spec, stored, main.factors, held=True)
+        converted.mains[name] = MainWeight(main.spec, stored, main.factors, main.held)

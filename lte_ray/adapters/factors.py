@@ -31,12 +31,12 @@ class Factors(nn.Module):
         out_features, in_features = spec.matrix
         self.A = nn.Parameter(like.new_zeros(spec.rank, in_features))
         self.B = nn.Parameter(like.new_zeros(out_features, spec.rank))
-        self.scaling = spec.scaling
-        self.register_buffer("reference_A", torch.zeros_like(self.A) if hold else None, persistent=False)
-        self.register_buffer("reference_B", torch.zeros_like(self.B) if hold else None, persistent=False)
+        self.scaling, self.hold, self._in_place = spec.scaling, hold, False
+        self.register_buffer("reference_A", None, persistent=False)
+        self.register_buffer("reference_B", None, persistent=False)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """(A, B), or ([A; A'], [B, -B']) where the reference is held: their product is what the layer adds, over s."""
+        """(A, B), or ([A; A'], [B, -B']) where a reference is held: their product is what the layer adds, over s."""
         if self.reference_A is None or self.reference_B is None:
             return self.A, self.B
         return torch.cat([self.A, self.reference_A]), torch.cat([self.B, -self.reference_B], dim=1)
@@ -48,13 +48,22 @@ class Factors(nn.Module):
 
     @torch.no_grad()
     def set_reference(self, a: Tensor | None, b: Tensor | None) -> None:
-        """Takes over the reference A', B'; None where B' = 0."""
-        assert self.reference_A is not None and self.reference_B is not None
-        if a is None or b is None:
-            self.reference_B.zero_()
+        """Takes over the reference A', B', without a copy where that is possible; None where B' = 0."""
+        assert self.hold
+        if self._in_place:
+            assert self.reference_A is not None and self.reference_B is not None
+            self.reference_A.copy_(self.A if a is None else a)
+            self.reference_B.zero_() if b is None else self.reference_B.copy_(b)
         else:
-            self.reference_A.copy_(a)
-            self.reference_B.copy_(b)
+            self.reference_A = None if a is None else a.to(self.A.dtype)
+            self.reference_B = None if b is None else b.to(self.B.dtype)
+
+    @torch.no_grad()
+    def reserve_reference(self) -> None:
+        """From now on the reference lies in memory of its own, so that it can be a slice of a stacked tensor."""
+        assert self.hold
+        self.reference_A, self.reference_B = torch.zeros_like(self.A), torch.zeros_like(self.B)
+        self._in_place = True
 
 
 def draw_a(shape: tuple[int, int], seed: int, head: int, name: str) -> Tensor:

@@ -70,7 +70,7 @@ def _conv_product(layer: Any, x: Tensor, a: Tensor, b: Tensor, s: float) -> Tens
 
 
 def _embedding(layer: nn.Embedding, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.embedding(x, weight, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
+    return F.embedding(x, weight, layer.padding_idx)
 
 
 def _embedding_product(layer: nn.Embedding, x: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
@@ -113,16 +113,19 @@ TORCH_KINDS: dict[type[nn.Module], Kind] = {
 def kind_of(module: nn.Module) -> Kind | None:
     """The kind of a layer that can have factors, None for others.
 
-    Exact types only: a subclass may use its weight without calling `forward`, or compute something else.
+    Exact types only: a subclass may use its weight without calling `forward`, or compute something else. So may a layer
+    that was given a `forward` of its own.
     """
+    if "forward" in vars(module):
+        return None
     kind = TORCH_KINDS.get(type(module))
     if kind is None:
         transformers = sys.modules.get("transformers.pytorch_utils")  # its layers can't be there before it is
         if transformers is not None and type(module) is transformers.Conv1D:
             return TRANSPOSED_LINEAR
         return None
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        return None  # its forward writes into the weight
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
+        return None  # its forward writes into the weight; its gradients aren't those of a product
     if kind is NORM and (getattr(module, "weight", None) is None or module.weight.ndim != 1):
         return None
     return kind

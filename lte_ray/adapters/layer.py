@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lte_ray.adapters.factors import Factors
-from lte_ray.adapters.kinds import TORCH_KINDS, Kind, kind_of
+from lte_ray.adapters.kinds import TORCH_KINDS, TRANSPOSED_LINEAR, Kind, kind_of
 from lte_ray.adapters.quantize import Quantized
 from lte_ray.adapters.quantize import linear as quantized_linear
 
@@ -70,7 +71,14 @@ class HeadLayer(LTELayer):
 
 def make_class(mixin: type[nn.Module], plain: type[nn.Module], kind: Kind, module: str) -> type[nn.Module]:
     """The class of `plain` layers with `mixin`'s forward; named LTE + the plain name, in `module`."""
-    return type(f"LTE{plain.__name__}", (mixin, plain), {"kind": kind, "plain": plain, "__module__": module})
+    attributes: dict[str, Any] = {"kind": kind, "plain": plain, "__module__": module}
+    if "input" in inspect.signature(plain.forward).parameters:  # whoever calls the layer by keyword still can
+
+        def forward(self: Any, input: Tensor) -> Any:
+            return mixin.forward(self, input)
+
+        attributes["forward"] = forward
+    return type(f"LTE{plain.__name__}", (mixin, plain), attributes)
 
 
 _CLASSES = {plain: make_class(HeadLayer, plain, kind, __name__) for plain, kind in TORCH_KINDS.items()}
@@ -78,15 +86,27 @@ globals().update({made.__name__: made for made in _CLASSES.values()})  # pickle 
 LTELinear = _CLASSES[nn.Linear]
 
 
-def adopt(layer: nn.Module, lora: Factors, lora_bias: Factors | None) -> HeadLayer:
-    """Makes `layer` a layer of a head, in place, with these factors; its main weight gets no gradient any more."""
-    plain = type(layer)
-    kind = kind_of(layer)
-    assert kind is not None
+def _class_of(plain: type[nn.Module], kind: Kind) -> type[nn.Module]:
     if plain not in _CLASSES:
         _CLASSES[plain] = make_class(HeadLayer, plain, kind, __name__)
         globals()[_CLASSES[plain].__name__] = _CLASSES[plain]
-    layer.__class__ = _CLASSES[plain]
+    return _CLASSES[plain]
+
+
+def __getattr__(name: str) -> Any:
+    """The class of transformers' Conv1D, for pickle in a process that hasn't converted one yet."""
+    if name == "LTEConv1D":
+        from transformers.pytorch_utils import Conv1D
+
+        return _class_of(Conv1D, TRANSPOSED_LINEAR)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def adopt(layer: nn.Module, lora: Factors, lora_bias: Factors | None) -> HeadLayer:
+    """Makes `layer` a layer of a head, in place, with these factors; its main weight gets no gradient any more."""
+    kind = kind_of(layer)
+    assert kind is not None
+    layer.__class__ = _class_of(type(layer), kind)
     assert isinstance(layer, HeadLayer)
     layer.weight.requires_grad_(False)
     layer.lora, layer.lora_bias = lora, lora_bias

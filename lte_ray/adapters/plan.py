@@ -18,15 +18,22 @@ from lte_ray.layout import Adapted, Plan, Replica
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter is held: by the layer of this name, as its weight, bias or something else ("").
+    """Where a parameter is held: by the layer of this name, as its weight, bias, packed biases or something else ("").
 
-    `kind` is the layer's kind in `LTEConfig.adapt`, None for layers that can't have factors.
+    `kind` is the layer's kind in `LTEConfig.adapt`, None for layers that can't have factors. `sparse`: gradients are.
     """
 
     layer: str
     part: str
     kind: str | None = None
     transposed: bool = False
+    sparse: bool = False
+
+
+WEIGHT = ("rank", "scaling", "lr", "base_dtype")
+"""Settings in which all layers that share an adapted weight must agree."""
+
+BIAS = ("bias", "packed biases")
 
 
 def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
@@ -57,16 +64,20 @@ def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
     adapted, replicas, leftover = [], [], []
     for name, parameter in parameters.items():
         held, shape = places[id(parameter)], tuple(parameter.shape)
-        chosen = settings.common(name, held)
-        bias = chosen.bias if all(p.part == "bias" and p.layer in with_factors for p in held) else None
+        of_factors = all(p.part in BIAS and p.layer in with_factors for p in held)
+        chosen = settings.common(name, held, WEIGHT if name in weights else ("bias", "lr") if of_factors else ("lr",))
+        bias = chosen.bias if of_factors else None
+        if bias == "lora" and any(p.part != "bias" for p in held):
+            bias = "replica"  # packed biases are added behind the projections
         if name in weights:
             rank = 1 if parameter.ndim == 1 else chosen.rank
             adapted.append(Adapted(name, shape, rank, chosen.scaling, held[0].transposed, chosen.lr, chosen.base_dtype))
         elif bias == "lora":
             adapted.append(Adapted(name, shape, 1, chosen.scaling, lr=chosen.lr))
         elif bias != "frozen":
+            _check_gradient(name, held)
             replicas.append(Replica(name, shape, chosen.lr))
-            if bias is None and not any(p.kind == NORM.name or settings.excluded(p, name) for p in held):
+            if bias is None and not any(p.kind == NORM.name or settings.unadapted(p, name) for p in held):
                 leftover.append(name)
     replicas += _running_statistics(model)
     if lte.strict and leftover:
@@ -115,12 +126,22 @@ class _Settings:
         names = [*dict.fromkeys([*(n for n in layers if n), *(n for n, _ in model.named_parameters())])]
         listed = [n for n in names if n in layers] or names
         self._excluded: set[str] = set()
+        self._adapt_false: set[str] = set()
         for pattern in lte.exclude:
             self._excluded |= _match_layers(pattern, names, listed, "--exclude")
         self._rules: list[set[str] | str] = []
-        for rule in rules(lte.layers):
+        for rule, text in zip(rules(lte.layers), lte.layers, strict=True):
             if rule.kind is None:
-                self._rules.append(_match_layers(rule.pattern, names, listed, "--layers"))
+                hits = _match_layers(rule.pattern, names, listed, "--layers")
+                self._rules.append(hits)
+                if rule.settings.adapt is False:
+                    self._adapt_false |= hits
+                if rule.settings.adapt and not any(kinds[n] for n in hits if n in layers):
+                    raise ConfigError(
+                        f"--layers {text!r} adapts what can't have factors: {', '.join(sorted(hits)[:5])}. They train as replicas. "
+                        "Factors are for the weights of linear, convolution, embedding and norm layers and of attention "
+                        "(exactly torch's own classes, whose forward isn't replaced)."
+                    )
             elif rule.kind not in layers.values():
                 raise ConfigError(
                     f"--layers {rule.pattern!r} matches no layer of the model: it has none of kind {rule.kind}. "
@@ -142,16 +163,20 @@ class _Settings:
         """Whether --exclude names the layer or the parameter."""
         return place.layer in self._excluded or parameter in self._excluded
 
-    def common(self, name: str, held: list[Place]) -> Resolved:
-        """The settings of a parameter, which must be the same at all places that hold it."""
+    def unadapted(self, place: Place, parameter: str) -> bool:
+        """Whether --exclude or a rule with adapt=false names the layer or the parameter."""
+        return self.excluded(place, parameter) or place.layer in self._adapt_false or parameter in self._adapt_false
+
+    def common(self, name: str, held: list[Place], fields: Sequence[str]) -> Resolved:
+        """The settings of a parameter, in which all places that hold it must agree on `fields`."""
         found = {self.of(place, name): place.layer for place in held}
-        chosen, *others = [r for r in found if r.adapt] or list(found)
+        chosen, *others = found
         for other in others:
-            differing = [f for f in ("rank", "scaling", "bias", "lr", "base_dtype") if getattr(other, f) != getattr(chosen, f)]
+            differing = [f for f in fields if getattr(other, f) != getattr(chosen, f)]
             if differing:
                 raise ConfigError(
                     f"{found[chosen]} and {found[other]} share the parameter {name}, but --layers gives them other settings "
-                    f"({', '.join(differing)}). A shared parameter is adapted once: give both the same."
+                    f"({', '.join(differing)}). A shared parameter has one of each: give both the same."
                 )
         return chosen
 
@@ -177,12 +202,15 @@ def _place(layer: str, module: nn.Module, name: str, attention: set[str]) -> Pla
     if type(module) is nn.MultiheadAttention:  # its projections become layers of their own
         if name.endswith("proj_weight"):
             return Place(layer, "weight", "attention")
-        return Place(layer, "bias" if name == "in_proj_bias" and module.in_proj_weight is not None else "", "attention")
+        part = "" if name != "in_proj_bias" else "bias" if module.in_proj_weight is not None else "packed biases"
+        return Place(layer, part, "attention")
     parent, _, own = layer.rpartition(".")
     if own == "out_proj" and parent in attention:
         return Place(layer, name, "attention")
     kind = kind_of(module)
-    return Place(layer, name if kind else "", kind.name if kind else None, kind.transposed if kind else False)
+    if kind is None:
+        return Place(layer, "", sparse=getattr(module, "sparse", False) is True)
+    return Place(layer, name, kind.name, kind.transposed, getattr(module, "sparse", False) is True)
 
 
 def _running_statistics(model: nn.Module) -> Iterator[Replica]:
@@ -193,14 +221,27 @@ def _running_statistics(model: nn.Module) -> Iterator[Replica]:
             for kind in ("running_mean", "running_var"):
                 name = f"{layer}.{kind}".lstrip(".")
                 if name in buffers:
+                    _check_shape(name, buffers[name])
                     yield Replica(name, tuple(buffers[name].shape))
 
 
-def _check_parameter(name: str, parameter: nn.Parameter) -> None:
-    if isinstance(parameter, nn.parameter.UninitializedParameter):
+def _check_shape(name: str, tensor: torch.Tensor) -> None:
+    if nn.parameter.is_lazy(tensor):
+        raise WorkerError(f"{name} has no shape yet (a lazy layer). Pass one batch through the model in build_model().")
+
+
+def _check_gradient(name: str, held: list[Place]) -> None:
+    sparse = [p for p in held if p.sparse]
+    if sparse:
+        adapt = " or adapt it: --adapt ... embedding." if all(p.kind for p in sparse) else "."
         raise WorkerError(
-            f"Parameter {name} has no shape yet (a lazy layer). Pass one batch through the model in build_model()."
+            f"Parameter {name} would train as a replica with sparse gradients ({sparse[0].layer or 'the model'} has sparse=True), "
+            f"which most optimizers and clipping can't use. Build it with sparse=False{adapt}"
         )
+
+
+def _check_parameter(name: str, parameter: nn.Parameter) -> None:
+    _check_shape(f"Parameter {name}", parameter)
     if parameter.layout is not torch.strided:
         raise WorkerError(f"Parameter {name} is sparse ({parameter.layout}); only dense ones can be merged. Use .to_dense().")
     if not parameter.is_floating_point():

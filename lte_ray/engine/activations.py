@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from lte_ray.adapters.plan import match
@@ -27,4 +30,24 @@ def checkpoint_activations(model: nn.Module, patterns: Sequence[str]) -> None:
     for name in sorted(chosen):
         if not any(name.startswith(other + ".") for other in chosen):
             module = modules[name]
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+            norms = [m for m in module.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+            again: dict[str, Any] = {"context_fn": functools.partial(_contexts, norms)} if norms else {}
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False, **again)
+
+
+def _contexts(norms: Sequence[_NormBase]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For computing the activations, and for computing them again."""
+    return nullcontext(), _keeping_statistics(norms)
+
+
+@contextmanager
+def _keeping_statistics(norms: Sequence[_NormBase]) -> Iterator[None]:
+    """Within, batch normalisation leaves its running statistics alone: a batch counts once."""
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, momentum, count in before:
+            norm.momentum, norm.num_batches_tracked = momentum, count

@@ -38,13 +38,15 @@ class HeadGroup:
         dtype: torch.dtype = torch.float32,
         stack: str = "auto",
     ) -> None:
-        several = len(numbers) > 1
-        first = Head(worker, settings, numbers[0], device=device, dtype=dtype, hold=several)
-        self.heads = [first, *(Head(worker, settings, n, device=device, dtype=dtype, share=first) for n in numbers[1:])]
+        several, insist = len(numbers) > 1, stack == "always"
+        together = several and (insist or (stack == "auto" and torch.device(device).type == "cuda"))
+        first = Head(worker, settings, numbers[0], device=device, dtype=dtype, hold=together, alone=not several)
+        others = [Head(worker, settings, n, device=device, dtype=dtype, hold=together, share=first) for n in numbers[1:]]
+        self.heads = [first, *others]
         self.note = ""  # why heads that were to be stacked aren't
-        self._insist = stack == "always"
+        self._insist = insist
         self._stack: Stack | None = None
-        if several and (self._insist or (stack == "auto" and first.device.type == "cuda")):
+        if together:
             try:
                 self._stack = Stack(worker, self.heads)
             except Unstackable as reason:
@@ -70,7 +72,7 @@ class HeadGroup:
             return [head.train_round() for head in self.heads]
         first = self.heads[0]
         total = torch.zeros(len(self.heads), device=first.device, dtype=torch.float64)
-        todo = first.begin_round()
+        todo = [head.begin_round() for head in self.heads][0]
         with first.timed("train"):
             for _ in range(todo):
                 total += self._train_step()

@@ -30,10 +30,15 @@ from lte_ray.worker import Batch, Worker, batch_samples, build_model, endless_ba
 
 
 @dataclass
-class _Held:
-    """The version of the main weights that are held (by all heads that share them), and the error of quantising it."""
+class _Shared:
+    """What heads of one process have in common: the base version that they adopted last, and its quantisation error.
+
+    `loaded` is the version that the main weights hold, where they hold W_v itself.
+    """
 
     version: int = -1
+    base: Tensor | None = None
+    loaded: int = -1
     error: float = 0.0
 
 
@@ -47,8 +52,11 @@ class Head:
         device: where it trains.
         dtype: of all that is merged; float64 in tests, float32 in runs.
         incarnation: how often this head was started before.
-        hold: keep the main weights as they are in the base, so that other heads can share them.
-        share: a head that holds its main weights, for this one to use.
+        hold: keep the main weights as they are in the base, and compute the reference beside them, so that heads that
+            share them can be computed at once.
+        share: a head whose main weights this one uses, too. Without `hold` they take turns: each folds its reference into
+            them before it trains a round, so `adopt` and `train_round` leave them to whoever comes next.
+        alone: whether no other head will share this one's main weights.
     """
 
     def __init__(
@@ -62,8 +70,10 @@ class Head:
         incarnation: int = 0,
         hold: bool = False,
         share: Head | None = None,
+        alone: bool = True,
     ) -> None:
-        self._held: _Held = share._held if share is not None else _Held()
+        self._shared: _Shared = share._shared if share is not None else _Shared()
+        self._takes_turns = share is not None or not alone
         self.head, self.settings, self.incarnation = head, settings, incarnation
         self.device, self.dtype = torch.device(device), dtype
         self.version = self.step = self.samples = self.sequence = 0
@@ -80,7 +90,7 @@ class Head:
                 settings.lte,
                 seed=settings.train.seed,
                 head=head,
-                hold=hold or share is not None,
+                hold=hold,
             )
             # The model is built under the run's seed; what the head draws from here on is its own.
             self.model, self.plan = self.converted.model.to(self.device).train(), self.converted.plan
@@ -137,6 +147,8 @@ class Head:
 
     def begin_round(self) -> int:
         """The local steps until the next contribution: `merge_iter`, or fewer at the end of the run."""
+        if self._takes_turns:
+            self._load_main_weights()
         self._state = "training"
         return min(self.settings.merge.merge_iter, self.settings.train.steps - self.step)
 
@@ -189,7 +201,7 @@ class Head:
             steps=self.step - self._since[0],
             samples=self.samples - self._since[1],
             loss=self._loss,
-            base_error=self._held.error,
+            base_error=self._shared.error,
             buffer=self._outstanding,
         )
 
@@ -210,7 +222,8 @@ class Head:
         Args:
             verdict: of the outstanding contribution.
             version: of `base`.
-            base: flat, in the base layout; None if the head has that version already.
+            base: flat, in the base layout; None if the head has that version already. Heads that take turns keep it until
+                the next, so nobody may write to it.
         """
         with self.timed("rebase"):
             offered, self._outstanding = self._outstanding, None
@@ -227,15 +240,12 @@ class Head:
         ahead = self._steps_beyond(contained)
         if contained is not None:
             self._take_reference(contained)
+        if self._shared.version != version:  # heads that share get the same base at the same version
+            self._shared.version, self._shared.base = version, base
+        if not self._takes_turns:
+            self._load_main_weights()
+            self._shared.base = None
         new = views(self.plan.base, base)
-        old = None if self._reference is None else factor_views(self.plan, self._reference)
-        there = self._held.version == version  # another head that shares the main weights has loaded them
-        errors = []
-        for name, main in self.converted.mains.items():
-            reference = None if old is None else (old[main.spec.a], old[main.spec.b])
-            errors.append(main.load(None if there and main.held else new[name], reference))
-        if not there:
-            self._held.version, self._held.error = version, max(errors)
         self._replica_reference = base_replicas(self.plan, base).clone()
         before = replica_views(self.plan, self._replica_reference)
         for name, tensor in self._replicas.items():
@@ -243,6 +253,20 @@ class Head:
             if tensor.dtype != base.dtype:  # p' is what this head really adopted, rounded; else every merge counts the rounding
                 before[name].copy_(tensor.to(base.dtype) - ahead[name] if ahead else tensor)
         self.version = version
+
+    @torch.no_grad()
+    def _load_main_weights(self) -> None:
+        """W~ := W_v - s B' A', or W~ := W_v and the reference beside it where the main weights are held."""
+        assert self._shared.base is not None
+        new = views(self.plan.base, self._shared.base)
+        old = None if self._reference is None else factor_views(self.plan, self._reference)
+        there = self._shared.loaded == self._shared.version
+        errors = []
+        for name, main in self.converted.mains.items():
+            reference = None if old is None else (old[main.spec.a], old[main.spec.b])
+            errors.append(main.load(None if there and main.held else new[name], reference))
+        if not there:
+            self._shared.loaded, self._shared.error = self._shared.version, max(errors)
 
     def _steps_beyond(self, contained: Tensor | None) -> dict[str, Tensor]:
         """Replica changes that the new base doesn't hold: p - p', less what was contributed; empty before the start."""

@@ -28,3 +28,13 @@ def keep_freed_memory() -> bool:
         return False
     mapped = mallopt(M_MMAP_THRESHOLD, LARGE) or mallopt(M_MMAP_THRESHOLD, OLD_LIMIT)
     return bool(mallopt(M_TRIM_THRESHOLD, LARGE) and mapped)
+
+
+def release_freed_memory() -> bool:
+    """Gives the kernel what was freed so far: once, when a head is built, which takes more than it goes on to need.
+
+    Returns:
+        Whether it took effect (Linux with glibc).
+    """
+    trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    return trim is not None and bool(trim(0))

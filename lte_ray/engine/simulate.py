@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lte_ray.engine.coordinator import Coordinator, Outcome
+from lte_ray.engine.group import HeadGroup
 from lte_ray.engine.head import Head
 from lte_ray.engine.initial import prepare
 from lte_ray.engine.settings import Settings
@@ -29,13 +30,16 @@ class Simulated:
     coordinator: Coordinator
 
 
-def simulate(worker: Worker, settings: Settings, dtype: torch.dtype = torch.float32) -> Simulated:
-    """Runs all heads to the end, each a round at a time in the order of their numbers.
+def simulate(
+    worker: Worker, settings: Settings, dtype: torch.dtype = torch.float32, *, heads_per_actor: int = 1, stack: str = "never"
+) -> Simulated:
+    """Runs all heads to the end, each group of `heads_per_actor` a round at a time in the order of their numbers.
 
     With a policy that waits for all heads the result is that of the same run on Ray, bit for bit on one machine.
 
     Raises:
         WorkerFailed, PolicyError: as on Ray.
+        Unstackable: as `HeadGroup`.
     """
     initial = prepare(worker, settings, dtype)
     coordinator = Coordinator(
@@ -43,28 +47,37 @@ def simulate(worker: Worker, settings: Settings, dtype: torch.dtype = torch.floa
     )
     threads = head_threads(settings.train.threads_per_head, 1)
     merging = merge_threads(settings.merge.merge_threads, initial.plan, settings.lte.num_heads)
-    heads = [Head(worker, settings, n, dtype=dtype) for n in range(settings.lte.num_heads)]
+    numbers = range(settings.lte.num_heads)
+    parts = [numbers[n : n + heads_per_actor] for n in numbers[::heads_per_actor]]
+    groups = [HeadGroup(worker, settings, part, dtype=dtype, stack=stack) for part in parts]
+    heads = [head for group in groups for head in group.heads]
     merges: list[MergeRecord] = []
     waiting: set[int] = set()
     for head in heads:
-        head.start(0, coordinator.base)
+        head.start(0, initial.base)
 
     def settle(outcome: Outcome) -> None:
         merges.extend(outcome.merges)
+        published = coordinator.base.clone() if outcome.verdicts else None  # the coordinator goes on writing to its own
         for verdict in outcome.verdicts:
             waiting.discard(verdict.head)
-            base = coordinator.base if coordinator.version != heads[verdict.head].version else None
+            base = published if coordinator.version != heads[verdict.head].version else None
             heads[verdict.head].adopt(verdict, coordinator.version, base)
 
-    while ready := [h for h in heads if h.head in coordinator.live and h.head not in waiting]:
-        for head in ready:
-            if head.done:
-                with torch_threads(merging):
-                    settle(coordinator.leave(head.head))
+    def ready(group: HeadGroup) -> bool:
+        return all(head.head in coordinator.live and head.head not in waiting for head in group.heads)
+
+    while training := [group for group in groups if ready(group)]:
+        for group in training:
+            if group.done:
+                for head in group.heads:
+                    with torch_threads(merging):
+                        settle(coordinator.leave(head.head))
                 continue
             with torch_threads(threads):
-                contribution = head.train_round()
-            waiting.add(head.head)
-            with torch_threads(merging):
-                settle(coordinator.receive(contribution, contribution.buffer))
+                contributions = group.train_round()
+            waiting.update(c.head for c in contributions)
+            for contribution in contributions:
+                with torch_threads(merging):
+                    settle(coordinator.receive(contribution, contribution.buffer))
     return Simulated(initial.plan, coordinator.base, tuple(merges), tuple(heads), coordinator)

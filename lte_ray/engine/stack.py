@@ -35,7 +35,7 @@ class Stack:
         heads: heads that share their main weights.
 
     Raises:
-        Unstackable: the heads have different ranks, or are compiled.
+        Unstackable: the heads have different ranks, are compiled, or checkpoint activations.
     """
 
     def __init__(self, worker: Worker, heads: Sequence[Head]) -> None:
@@ -43,6 +43,10 @@ class Stack:
         first = heads[0]
         if first.settings.train.compile:
             raise Unstackable("--compile and --stack-heads always don't go together: a compiled model runs one head at a time.")
+        if first.settings.train.checkpoint_activations:
+            raise Unstackable(
+                "--checkpoint-activations and --stack-heads always don't go together: activations are computed again for one head."
+            )
         if len({head.plan for head in heads}) > 1:
             raise Unstackable(
                 "--stack-heads always needs heads of equal rank and alpha, but --lora-r or --lora-alpha gives several."
@@ -50,6 +54,10 @@ class Stack:
         self._worker = worker
         models = [dict(head.model.named_parameters()) for head in heads]
         self._trained = {name: _stacked([m[name] for m in models]) for name, p in models[0].items() if p.requires_grad}
+        for head in heads:
+            for module in head.model.modules():
+                if isinstance(module, Factors):
+                    module.reserve_reference()
         buffers = [dict(_own_buffers(head.model)) for head in heads]
         self._kept = {name: _stacked([b[name] for b in buffers]) for name in buffers[0]}
         self._slots = _slots(first.model, {**{n: models[0][n] for n in self._trained}, **buffers[0]})
@@ -60,7 +68,7 @@ class Stack:
         """Adds the gradients of each head's batch to its parameters' gradients; gives the losses, one a head.
 
         Raises:
-            Unstackable: the batches differ in shape, or the model does something that can't be batched; nothing changed.
+            Unstackable: the batches differ in shape, or the model does something that can't be batched; no gradient changed.
         """
         train, device = self._heads[0].settings.train, self._heads[0].device
         try:
@@ -68,10 +76,10 @@ class Stack:
             with warnings.catch_warnings(), autocast(train, device):
                 warnings.filterwarnings("ignore", message="There is a performance drop")  # it is fast enough, and exact
                 losses = torch.vmap(self._one, randomness="different")(self._trained, self._kept, batch)
+            scaled = [head.update.scaled(loss) for head, loss in zip(self._heads, losses, strict=True)]
+            torch.autograd.backward(torch.stack(scaled).sum())  # in here as models may compute activations again themselves
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             raise Unstackable(f"the heads can't be computed as one batch: {str(error).splitlines()[0]}") from error
-        scaled = [head.update.scaled(loss) for head, loss in zip(self._heads, losses, strict=True)]
-        torch.autograd.backward(torch.stack(scaled).sum())
         self._hand_out()
         return losses.detach()
 

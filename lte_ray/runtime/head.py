@@ -12,7 +12,7 @@ import torch
 
 from lte_ray import checkpoint
 from lte_ray.engine.group import HeadGroup
-from lte_ray.engine.memory import keep_freed_memory
+from lte_ray.engine.memory import keep_freed_memory, release_freed_memory
 from lte_ray.engine.stack import Unstackable
 from lte_ray.errors import ContributionRefused, CoordinatorLost, LTEError, WorkerError, WorkerFailed
 from lte_ray.messages import HeadStatus, Update
@@ -96,6 +96,7 @@ class HeadActor:
                 head.load_state(*checkpoint.read_head(common.directory, common.resume, head.head), base)
             else:
                 head.start(update.version, base)
+        release_freed_memory()
         return group
 
     def _round(self, group: HeadGroup, coordinator: Any) -> list[Update]:

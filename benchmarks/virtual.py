@@ -1,0 +1,113 @@
+"""8 virtual heads in one actor over 8 actors of one head each, on the same 2 CPUs: samples/s, and the actors' memory.
+
+Both train `workers.gpt:GPT` under Ray and merge every 10 steps; they alternate. The rate is taken from the first merge
+to the last. Memory is the proportional set size of all processes that host heads, the largest seen while they train.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+from pathlib import Path
+
+from benchmarks.report import report, spread
+from lte_ray import LTEConfig, LTETrainer, MergeConfig, TrainConfig
+from lte_ray.config import PlacementConfig, StorageConfig
+from lte_ray.metrics import Silent
+from workers.gpt import GPT
+
+RUNS, STEPS, HEADS, CPUS = 3, 40, 8, 2
+
+
+class Watch(threading.Thread):
+    """Looks every 0.5 s at the memory of the processes below this one that host heads."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most, self._ended = 0, threading.Event()
+
+    def run(self) -> None:
+        while not self._ended.wait(0.5):
+            self.most = max(self.most, sum(map(_proportional, _head_processes())))
+
+    def end(self) -> int:
+        self._ended.set()
+        self.join()
+        return self.most
+
+
+def _head_processes() -> list[int]:
+    parents, hosts = {}, []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                stat = (folder / "stat").read_text()
+                parents[int(folder.name)] = int(stat.rpartition(")")[2].split()[1])
+                if (folder / "cmdline").read_bytes().startswith(b"ray::HeadActor"):
+                    hosts.append(int(folder.name))
+            except OSError:  # it has just ended
+                continue
+
+    def ours(pid: int) -> bool:
+        while pid in parents:
+            if pid == os.getpid():
+                return True
+            pid = parents[pid]
+        return False
+
+    return [pid for pid in hosts if ours(pid)]
+
+
+def _proportional(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+def measure(heads_per_actor: int, stack: str = "auto") -> tuple[float, int]:
+    """Samples/s of all heads together, and bytes of their processes."""
+    watch = Watch()
+    watch.start()
+    with tempfile.TemporaryDirectory() as storage:
+        LTETrainer(
+            GPT(),
+            lte=LTEConfig(num_heads=HEADS),
+            merge=MergeConfig(merge_iter=10),
+            train=TrainConfig(steps=STEPS, eval_every=0, checkpoint_every=0),
+            scaling_config=PlacementConfig(
+                heads_per_actor=heads_per_actor, cpus_per_head=CPUS * heads_per_actor / HEADS, stack_heads=stack
+            ),
+            run_config=StorageConfig(name="run", storage=storage),
+            reporter=Silent(),
+        ).fit()
+        rows = [json.loads(line) for line in (Path(storage) / "run" / "metrics.jsonl").read_text().splitlines()]
+    merges = [row for row in rows if row["kind"] == "merge"]
+    return sum(row["samples"] for row in merges[1:]) / (merges[-1]["at"] - merges[0]["at"]), watch.end()
+
+
+def main() -> None:
+    runs = [(measure(HEADS), measure(1)) for _ in range(RUNS)]
+    speed = spread([virtual[0] / actors[0] for virtual, actors in runs])
+    memory = spread([virtual[1] / actors[1] for virtual, actors in runs])
+    report(
+        "virtual",
+        limits={"speed": "samples/s over 8 actors, median >= 1.0", "memory": "memory over 8 actors, median <= 0.35"},
+        met={"speed": speed["median"] >= 1.0, "memory": memory["median"] <= 0.35},
+        figures={
+            "speed_ratio": speed,
+            "memory_ratio": memory,
+            "samples_per_second": {
+                "virtual": spread([v[0] for v, _ in runs]),
+                "actors": spread([a[0] for _, a in runs]),
+            },
+            "MiB": {"virtual": spread([v[1] / 2**20 for v, _ in runs]), "actors": spread([a[1] / 2**20 for _, a in runs])},
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
