@@ -7,25 +7,33 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
+from typing import NamedTuple
 
 from rich.console import Console
 
 import lte_ray
+from lte_ray.config import near
 from lte_ray.errors import LTEError
 
 USAGE = """\
 lte-ray: train networks with many parallel LoRA heads on Ray
 
 usage: lte-ray train WORKER [flags]
+       lte-ray export RUN OUT --to FORMAT [flags]
 
   WORKER   what to train: package.module:Class or path/to/file.py:Class
+  RUN      the directory of a run, as train prints it at the end
+  OUT      a folder that isn't there yet
+  FORMAT   safetensors (merged weights), pretrained (a model of transformers) or peft (a LoRA adapter)
   flags    lte-ray train --help lists them; lte-ray train WORKER --help adds the worker's own
 
 examples:
   lte-ray train workers.gpt:GPT --num-heads 2
   lte-ray train my/file.py:Net --num-heads 4 --merge-iter 10 --steps 200 --worker.lr 0.001
   lte-ray train my/file.py:Net --config settings.toml --name second-try
+  lte-ray export ~/ray_results/second-try second-try.safetensors --to safetensors
 """
 
 
@@ -38,18 +46,44 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"lte-ray {lte_ray.__version__}")
         return 0
-    if arguments[0] != "train":
-        return _complain(f"There is no command {arguments[0]!r}; there is: lte-ray train WORKER [flags].", 2)
+    if arguments[0] not in COMMANDS:
+        there = ", ".join(f"lte-ray {name} {command.arguments}" for name, command in COMMANDS.items())
+        return _complain(f"There is no command {arguments[0]!r}; there is: {there}.{near(arguments[0], COMMANDS)}", 2)
+    command = COMMANDS[arguments[0]]
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        from lte_ray.cli.train import train
-
-        train(arguments[1:])
+        command.run(arguments[1:])
     except LTEError as error:
         return _complain(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _complain("Interrupted. Complete checkpoints are kept; go on from the last with --resume.", 130)
+        return _complain(f"Interrupted. {command.interrupted}", 130)
     return 0
+
+
+def _train(arguments: list[str]) -> None:
+    from lte_ray.cli.train import train
+
+    train(arguments)
+
+
+def _export(arguments: list[str]) -> None:
+    from lte_ray.cli.export import export
+
+    export(arguments)
+
+
+class Command(NamedTuple):
+    """A subcommand: what it runs, its arguments for messages, and what to say when it is interrupted."""
+
+    run: Callable[[list[str]], None]
+    arguments: str
+    interrupted: str
+
+
+COMMANDS = {
+    "train": Command(_train, "WORKER [flags]", "Complete checkpoints are kept; go on from the last with --resume."),
+    "export": Command(_export, "RUN OUT --to FORMAT [flags]", "Nothing was written."),
+}
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -1,0 +1,164 @@
+"""Measured bytes of a head over the sum of its parts, for main weights in fp32, bf16 and nf4.
+
+Each head trains a GPT in a process of its own, without Ray. Measured is what torch has allocated at the peak of some rounds
+of steps and rebases, all that the head was built with included. The parts are counted from tensors: main weights, factors
+and replicas, their gradients, optimizer state, references, the contribution that is on its way, and the activations that
+autograd keeps for the backward pass. "resident" is what the process takes of the machine for it: on CPUs the allocator's
+holes come on top, since heads keep freed memory (`engine/memory.py`). The nf4 main weights are also compared with bf16's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.report import report, spread
+from lte_ray.adapters.quantize import Quantized
+from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
+from lte_ray.engine.head import Head
+from lte_ray.engine.initial import prepare
+from lte_ray.engine.memory import keep_freed_memory, release_freed_memory
+from lte_ray.engine.settings import Settings
+from lte_ray.messages import Verdict
+from workers.gpt import GPT
+
+FORMATS, RUNS, RANK = ("fp32", "bf16", "nf4"), 3, 32
+WORKER = GPT(width=768, depth=8, attention_heads=12, context=128, batch_size=4)
+
+
+class Allocated:
+    """Within the block: bytes that torch allocates, less what it frees, at the end and at most."""
+
+    def __enter__(self) -> Allocated:
+        self._profile = torch.profiler.profile(profile_memory=True)
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._profile.__exit__(*error)
+        assert self._profile.profiler is not None
+        events = [e for e in self._profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        sums = list(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+        self.end, self.peak = sums[-1], max(sums)
+
+
+def resident(line: str = "VmRSS") -> int:
+    """Bytes of this process in memory: now (VmRSS), or the most since the last reset (VmHWM)."""
+    text = Path("/proc/self/status").read_text()
+    return next(int(row.split()[1]) * 1024 for row in text.splitlines() if row.startswith(line))
+
+
+def one(base_dtype: str, resident_only: bool) -> dict[str, int]:
+    """Trains one head here; gives what was measured, and the parts."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    settings = Settings(
+        "memory", LTEConfig(lora_r=RANK, base_dtype=base_dtype), MergeConfig(merge_iter=2), TrainConfig(steps=100)
+    )
+    tiny = GPT(width=64, depth=1, context=16, batch_size=2)
+    _rounds(Head(tiny, settings, 0), prepare(tiny, settings).base)  # loads whatever is loaded only once
+    base = prepare(WORKER, settings).base  # the coordinator's: in a run it lies in the object store
+    release_freed_memory()
+    before = resident()
+    if resident_only:  # the profiler would be in the way
+        head = Head(WORKER, settings, 0)
+        _rounds(head, base)
+        release_freed_memory()
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        _rounds(head, base, first=False)
+        return {"resident": resident("VmHWM") - before}
+    with Allocated() as built:
+        head = Head(WORKER, settings, 0)
+        _rounds(head, base)
+    with Allocated() as trained:
+        _rounds(head, base, first=False)
+    return {"measured": built.end + trained.peak, **parts(head)}
+
+
+def _rounds(head: Head, base: Tensor, first: bool = True) -> None:
+    """Two rounds of steps and rebases."""
+    if first:
+        head.start(0, base)
+    for _ in range(2):
+        contribution = head.train_round()
+        head.adopt(Verdict(0, contribution.sequence, True, head.version + 1), head.version + 1, base)
+
+
+def parts(head: Head) -> dict[str, int]:
+    """Bytes of everything that a head needs, counted from its tensors."""
+    trained = [p for group in head.optimizer.param_groups for p in group["params"]]
+    states = [value for state in head.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    mains = [main.stored for main in head.converted.mains.values()]
+    frozen = {id(p) for p in head.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if id(tensor) not in frozen and storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in head.model.parameters()}
+    weights |= {b.untyped_storage().data_ptr() for b in head.model.buffers()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        head._worker.loss(head.model, head.next_batch())
+    references = [t for t in (head._reference, head._replica_reference) if t is not None]
+    return {
+        "main_weights": sum(m.nbytes for m in mains),
+        "factors_and_replicas": nbytes(trained),
+        "gradients": nbytes(trained),
+        "optimizer": nbytes(states),
+        "references": nbytes(references),
+        "contribution": 4 * head.plan.contribution.size,
+        "activations": sum(kept.values()),
+    }
+
+
+def nbytes(tensors: Iterable[Tensor | Quantized]) -> int:
+    return sum(t.nbytes for t in tensors)
+
+
+def _elsewhere(*arguments: str) -> dict[str, int]:
+    done = subprocess.run([sys.executable, "-m", "benchmarks.memory", *arguments], capture_output=True, check=True)
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    measured: dict[str, list[dict[str, int]]] = {f: [] for f in FORMATS}
+    for _ in range(RUNS):
+        for base_dtype in FORMATS:
+            measured[base_dtype].append({**_elsewhere(base_dtype), **_elsewhere(base_dtype, "resident")})
+    figures: dict[str, Any] = {}
+    for base_dtype, runs in measured.items():
+        sums = [sum(v for k, v in run.items() if k not in ("measured", "resident")) for run in runs]
+        figures[base_dtype] = {
+            "MiB": {k: round(v / 2**20, 1) for k, v in runs[0].items()},
+            "resident_over_parts": spread([run["resident"] / total for run, total in zip(runs, sums, strict=True)]),
+            "measured_over_parts": spread([run["measured"] / total for run, total in zip(runs, sums, strict=True)]),
+        }
+    weights = {f: runs[0]["main_weights"] for f, runs in measured.items()}
+    figures["nf4_main_weights_over_bf16"] = round(weights["nf4"] / weights["bf16"], 4)
+    limits = {f: f"measured over the sum of the parts, {f}, median <= 1.10" for f in FORMATS}
+    met = {f: figures[f]["measured_over_parts"]["median"] <= 1.10 for f in FORMATS}
+    report(
+        "memory",
+        limits={**limits, "main weights": "nf4 over bf16 <= 0.30"},
+        met={**met, "main weights": figures["nf4_main_weights_over_bf16"] <= 0.30},
+        figures=figures,
+    )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(json.dumps(one(sys.argv[1], "resident" in sys.argv)))
+    else:
+        main()

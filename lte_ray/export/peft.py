@@ -1,0 +1,186 @@
+"""A change as a LoRA adapter that PEFT loads: `PeftModel.from_pretrained(model, folder)` computes what ours does.
+
+PEFT's own classes make the adapter and write it. Our factors have their scaling and weight folded into B, and alpha is the
+rank, so that PEFT's scaling is 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from lte_ray.adapters.kinds import TRANSPOSED_LINEAR, kind_of
+from lte_ray.engine.initial import load_base, tensors_of
+from lte_ray.errors import ConfigError, UserError
+from lte_ray.export import change as changes
+from lte_ray.export.change import Change
+from lte_ray.export.lowrank import dense_factors
+from lte_ray.export.placement import ELSE, Placement, place, places, targets
+from lte_ray.export.pretrained import beside, need, pretrained_part
+from lte_ray.export.saved import Saved, Written
+from lte_ray.layout import Plan
+from lte_ray.merging.flat import views
+
+ADAPTER = "default"
+"""PEFT's own name for an adapter that has no other."""
+
+Pair = tuple[Tensor, Tensor]
+"""B (out x r), A (r x in)."""
+
+
+def write(saved: Saved, folder: Path, head: int | None, rank: int | None) -> Written:
+    """Writes an adapter into an empty folder.
+
+    One head's is for the merged weights of the version, the average's (`head` None) for the initial model.
+
+    Raises:
+        UserError: PEFT isn't installed, it can't hold the change, or the average isn't of low rank and no rank is given.
+    """
+    if rank is not None and rank < 1:
+        raise ConfigError(f"--rank is {rank}, but it must be at least 1.")
+    peft = need("peft")
+    change = changes.average(saved, rank) if head is None else changes.of_head(saved, head, rank)
+    load_base(saved.model, saved.plan, change.start)
+    model, names = _target(saved, change)
+    factors = {names[name]: pair for name, pair in change.factors.items()}
+    final = {names[name]: value for name, value in _final(saved.plan, change).items() if name in names}
+    matrices = [names[spec.name] for spec in changes.matrices(saved.plan.adapted) if spec.name in names]
+    changed = {names[name] for name in _changed(saved.plan, change)}
+    placement = place(model, matrices, factors, changed - set(matrices))
+    pairs = {
+        layer: factors[name] if name in factors else _pair(model, layer, final.get(name))
+        for layer, name in placement.lora.items()
+    }
+    with quiet():
+        adapted = _adapted(peft, model, placement, pairs, final)
+        if head is not None:
+            adapted.peft_config[ADAPTER].base_model_name_or_path = ""  # it isn't for the weights of that name
+        adapted.save_pretrained(str(folder), save_embedding_layers=False)
+    with safe_open(folder / "adapter_model.safetensors", "pt") as written:
+        if placement.bias and not any(key.endswith(".base_layer.bias") for key in written.keys()):  # noqa: SIM118 - no dict
+            raise UserError(f"peft {peft.__version__} leaves out the biases of layers with LoRA: pip install -U peft.")
+    ranks = [b.shape[1] for b, _ in pairs.values()]
+    return Written(_summary(saved, change, head, placement, ranks, type(model).__name__), max(ranks), change.error)
+
+
+def _target(saved: Saved, change: Change) -> tuple[nn.Module, dict[str, str]]:
+    """The model that the adapter is for, and the names in it of what the worker's model names.
+
+    The one model of transformers that the worker's holds, if nothing else has changed; else the worker's.
+    """
+    name, part = pretrained_part(saved.model)
+    if part is None or beside(saved.model, name, _changed(saved.plan, change)):
+        part = saved.model
+    own = {id(tensor): inner for inner, tensor in tensors_of(part).items()}
+    return part, {outer: own[id(tensor)] for outer, tensor in tensors_of(saved.model).items() if id(tensor) in own}
+
+
+def _changed(plan: Plan, change: Change) -> list[str]:
+    """Names of all parameters and buffers that have changed."""
+    start, final = views(plan.base, change.start), views(plan.base, change.final)
+    return [name for name in final if not torch.equal(start[name], final[name])] + list(change.buffers)
+
+
+def _final(plan: Plan, change: Change) -> dict[str, Tensor]:
+    return {**views(plan.base, change.final), **change.buffers}
+
+
+@torch.no_grad()
+def _pair(model: nn.Module, layer: str, final: Tensor | None) -> Pair:
+    """B, A of full rank for a layer whose weight isn't known as factors: the change times the identity."""
+    module: Any = model.get_submodule(layer)
+    kind, weight = kind_of(module), module.weight
+    delta = torch.zeros_like(weight) if final is None else final - weight
+    matrix = delta.t() if kind is not None and kind.transposed else delta.flatten(1)
+    if not matrix.any():
+        return matrix[:, :1], matrix[:1]
+    return dense_factors(matrix)
+
+
+def _adapted(peft: Any, model: nn.Module, placement: Placement, pairs: dict[str, Pair], final: dict[str, Tensor]) -> Any:
+    """`model` as a PeftModel whose adapter holds the change. Works in place."""
+    names = {f"{layer}.{part}": name for name, held in places(model).items() for layer, part in held}
+    try:
+        adapted = peft.get_peft_model(model, _config(peft, model, placement, pairs))
+    except Exception as error:
+        raise UserError(f"PEFT can't adapt the {type(model).__name__}: {type(error).__name__}: {error}") from error
+    inner = adapted.get_base_model()
+    layers = {n: m for n, m in inner.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    copies = {n: m for n, m in inner.named_modules() if isinstance(m, peft.utils.ModulesToSaveWrapper)}
+    wrong = (set(layers) ^ set(pairs)) | {n for n in [*layers, *copies] for m in [*layers, *copies] if n.startswith(f"{m}.")}
+    if wrong:
+        raise UserError(
+            f"PEFT takes other layers of the {type(model).__name__} than it should, since it goes by the ends of names: "
+            f"{', '.join(sorted(wrong)[:5])}. {ELSE}"
+        )
+    with torch.no_grad():
+        for name, layer in layers.items():
+            _fill(layer, *pairs[name])
+            if placement.bias and f"{name}.bias" in names:
+                layer.get_base_layer().bias.copy_(final[names[f"{name}.bias"]])
+        for name, module in copies.items():
+            copy = module.modules_to_save[ADAPTER]
+            for part, tensor in [*copy.named_parameters(remove_duplicate=False), *copy.named_buffers(remove_duplicate=False)]:
+                value = final.get(names[f"{name}.{part}"])
+                if value is not None:
+                    tensor.copy_(value)
+    return adapted
+
+
+def _config(peft: Any, model: nn.Module, placement: Placement, pairs: dict[str, Pair]) -> Any:
+    ranks = {layer: b.shape[1] for layer, (b, _) in pairs.items()}
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    pattern = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank != common}
+    return peft.LoraConfig(
+        r=common,
+        lora_alpha=common,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=targets(placement.lora, model),
+        modules_to_save=list(placement.full) or None,
+        bias="lora_only" if placement.bias else "none",
+        fan_in_fan_out=any(kind_of(model.get_submodule(layer)) is TRANSPOSED_LINEAR for layer in pairs),
+    )
+
+
+def _fill(layer: Any, b: Tensor, a: Tensor) -> None:
+    """Puts the factors into one of PEFT's layers, in the shapes in which it holds them."""
+    if ADAPTER in layer.lora_embedding_A:  # the embedding's matrix is transposed: words are inputs
+        layer.lora_embedding_A[ADAPTER].copy_(b.t())
+        layer.lora_embedding_B[ADAPTER].copy_(a.t())
+    else:  # a convolution of A's kernels, then one of 1 x 1
+        for factor, ours in ((layer.lora_A[ADAPTER].weight, a), (layer.lora_B[ADAPTER].weight, b)):
+            factor.copy_(ours.reshape(factor.shape))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without PEFT's warnings, about what is intended here: both kinds of linear layers, tied weights, copies."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _summary(saved: Saved, change: Change, head: int | None, placement: Placement, ranks: list[int], model: str) -> str:
+    span = f"rank {ranks[0]}" if len(set(ranks)) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
+    what = f"LoRA adapter of {span} on {len(ranks)} layer(s) of the {model}"
+    version = saved.manifest.version
+    if head is None:
+        what += f": the change from the initial model to the merged weights of version {version}"
+    elif not change.factors:
+        what += f": zero, since all that head {head} has trained is in the merged weights of version {version}"
+    else:
+        what += f": what head {head} has trained beyond the merged weights of version {version}"
+    if placement.full:
+        what += f". {len(placement.full)} module(s) are in it in full: {', '.join(placement.full[:5])}"
+        what += ", ..." if len(placement.full) > 5 else ""
+    return what + f". Relative error of the change: {change.error:.1e}" + ("" if change.exact else " (truncated)")

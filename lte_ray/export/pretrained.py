@@ -1,0 +1,74 @@
+"""The merged weights in the format of transformers' `save_pretrained`, and which part of a model that is."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lte_ray.engine.initial import load_base, tensors_of
+from lte_ray.errors import UserError
+from lte_ray.export.saved import Saved, Written
+
+
+def write(saved: Saved, folder: Path) -> Written:
+    """Writes the merged weights into an empty folder.
+
+    Weights have the type that the worker builds the model in; tied ones stay tied.
+
+    Raises:
+        UserError: transformers isn't installed, the model isn't one of its models, or a part beside it is trained.
+    """
+    need("transformers")
+    name, model = pretrained_part(saved.model)
+    if model is None:
+        raise UserError(
+            f"--to pretrained needs a model of transformers, but the worker builds a {type(saved.model).__name__}, which "
+            f"{'holds several' if name else 'is none and holds none'}. Use --to safetensors."
+        )
+    outside = beside(saved.model, name, [e.name for e in saved.plan.base.entries])
+    if outside:
+        raise UserError(
+            f"--to pretrained would lose what the worker's model trains beside its {type(model).__name__}: "
+            f"{', '.join(outside[:5])}{', ...' if len(outside) > 5 else ''}. Use --to safetensors."
+        )
+    load_base(saved.model, saved.plan, saved.base)
+    model.save_pretrained(folder)
+    return Written(f"{type(model).__name__} with the merged weights of version {saved.manifest.version}")
+
+
+def pretrained_part(model: nn.Module) -> tuple[str, Any]:
+    """The one model of transformers that `model` is or holds, and its name in it ("" for itself).
+
+    None if there is none; none and a name if there are several.
+    """
+    try:
+        kind: Any = importlib.import_module("transformers").PreTrainedModel
+    except ImportError:
+        return "", None
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, kind) and not any(outer == "" or name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    return next(iter(found.items())) if len(found) == 1 else (next(iter(found), ""), None)
+
+
+def beside(model: nn.Module, part: str, names: Collection[str]) -> list[str]:
+    """Those of the parameters and buffers `names` that the module `part` doesn't hold."""
+    inner = model.get_submodule(part)
+    held = {id(tensor) for tensor in tensors_of(inner).values()}
+    tensors = tensors_of(model)
+    return [name for name in names if id(tensors[name]) not in held]
+
+
+def need(package: str) -> Any:
+    """The package. Raises UserError if it isn't installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(
+            f"This export needs {package}, which can't be imported ({error}): pip install 'lte-ray[hf]'."
+        ) from error

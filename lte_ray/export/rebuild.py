@@ -1,0 +1,63 @@
+"""The worker of a run, made again from what ``run.toml`` says."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from pathlib import Path
+from typing import Any
+
+from lte_ray.errors import WorkerError
+from lte_ray.loading import load_object
+from lte_ray.storage import RUN
+from lte_ray.worker import check_worker
+
+
+def make_worker(record: dict[str, Any], given: Any = None) -> Any:
+    """The worker that ``run.toml`` (`record`) names, with the settings that it had there.
+
+    Args:
+        given: instead of the one that it names: a worker (taken as it is), a class, or module:Class.
+
+    Raises:
+        WorkerError: it can't be loaded or made, or lacks a method.
+    """
+    program = given or record.get("program", "")
+    if isinstance(program, str):
+        what = "--worker" if given else f"The worker that {RUN} names,"
+        try:
+            kind = load_object(program, what=what, error=WorkerError)
+        except WorkerError as error:
+            if given:
+                raise
+            raise WorkerError(
+                f"{error} Export from the folder in which the run was started, or say where the worker is now with --worker."
+            ) from error
+    else:
+        kind = program
+    made = _make(kind, record.get("worker", {})) if inspect.isclass(kind) else kind
+    check_worker(made)
+    return made
+
+
+def _make(kind: type, settings: dict[str, Any]) -> Any:
+    try:
+        hints = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__)  # type: ignore[misc]
+    except Exception:  # annotations that can't be resolved say nothing
+        hints = {}
+    known = inspect.signature(kind).parameters
+    try:
+        return kind(**{name: _typed(hints.get(name), value) for name, value in settings.items() if name in known})
+    except Exception as error:
+        raise WorkerError(
+            f"{kind.__name__} can't be made with the settings in {RUN}, {settings}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    """A value from TOML, which knows neither tuples nor paths, as the worker's constructor has it."""
+    options = [hint, *typing.get_args(hint)]
+    if isinstance(value, list) and any(option is tuple or typing.get_origin(option) is tuple for option in options):
+        return tuple(value)
+    return Path(value) if isinstance(value, str) and Path in options and str not in options else value

@@ -1,0 +1,18 @@
+"""Many LoRA heads in one process, without Ray: the modes of the authors' library, under its names and signatures."""
+
+from lte_ray.modes.ddp import DDPLayer
+from lte_ray.modes.dmp import DMPLayer
+from lte_ray.modes.merged import merged_state_dict
+from lte_ray.modes.mhlora import MHLoRALayer
+from lte_ray.modes.prepare import prepare_model_for_lte
+from lte_ray.modes.replica import MultiheadReplicaLayer, ReplicaLayer
+
+__all__ = [
+    "DDPLayer",
+    "DMPLayer",
+    "MHLoRALayer",
+    "MultiheadReplicaLayer",
+    "ReplicaLayer",
+    "merged_state_dict",
+    "prepare_model_for_lte",
+]

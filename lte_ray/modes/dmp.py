@@ -1,0 +1,153 @@
+"""Mode "dmp": a copy of the main weight for each head, on all visible devices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lte_ray.layout import Adapted
+from lte_ray.merging.products import fold_reference
+from lte_ray.modes.base import ModeLayer
+from lte_ray.modes.chunks import HEAD
+from lte_ray.modes.ddp import check_input
+from lte_ray.modes.stack import drawn, merge_terms
+
+
+def device_of(head: int, home: torch.device) -> torch.device:
+    """Where a head's copies live: round robin over the visible CUDA devices, or at `home` unless that is one."""
+    return torch.device("cuda", head % torch.cuda.device_count()) if home.type == "cuda" else home
+
+
+class Copy(nn.Module):
+    """One head's W~ = W - s B' A', in the stored shape; it gets no gradient."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format), requires_grad=False)
+
+
+class Factor(nn.Module):
+    """One head's A (r x in) or B (out x r) as `weight`, and what of it the main weight holds, the reference."""
+
+    reference: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.register_buffer("reference", torch.zeros_like(weight))
+
+
+class Copies:
+    """The copies and factors of one main weight; layers that share the weight share them.
+
+    Args:
+        specs: each head's entry in its plan.
+        weight: the main weight.
+        seed: of the draw of A, as the Ray heads'.
+        reset: "B" where a merge sets B to zero.
+    """
+
+    def __init__(self, specs: Sequence[Adapted], weight: Tensor, seed: int, reset: str) -> None:
+        self.specs, self.seed, self.reset, self.draws = tuple(specs), seed, reset, 0
+        devices = [device_of(head, weight.device) for head in range(len(specs))]
+        like = [weight.detach().to(device) for device in devices]
+        self.layers = nn.ModuleList(Copy(w) for w in like)
+        self.lora_A = nn.ModuleList(Factor(w.new_zeros(s.rank, s.matrix[1])) for w, s in zip(like, specs, strict=True))
+        self.lora_B = nn.ModuleList(Factor(w.new_zeros(s.matrix[0], s.rank)) for w, s in zip(like, specs, strict=True))
+
+
+class DMPLayer(ModeLayer):
+    """y_h = f(x_h; W~_h, b_h) + s (B_h A_h)(x_h), where W~_h = W - s B'_h A'_h is the head's own copy.
+
+    Each head computes what a Ray head computes, on the device that its copy lies on: several CUDA devices work at once. In
+    evaluation y = f(x; W, b). A merge adds products of factors to W; no dense change of a head is ever made.
+
+    Attributes:
+        layers: `layers[h].weight` is W~_h.
+        lora_A, lora_B: `lora_A[h].weight` (r x in), `lora_B[h].weight` (out x r).
+    """
+
+    weight: Tensor
+    layers: nn.ModuleList
+    lora_A: nn.ModuleList  # noqa: N815  # A and B are what the field calls them
+    lora_B: nn.ModuleList  # noqa: N815
+
+    def take_copies(self, copies: Copies) -> None:
+        """Takes over the copies and factors, and draws A."""
+        self.seed, self.reset, self.draws = copies.seed, copies.reset, 0
+        self.layers, self.lora_A, self.lora_B = copies.layers, copies.lora_A, copies.lora_B
+        self._draw()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return self.kind.main(self, x, self.weight, self._parameters.get("bias"))
+        head = HEAD.get()
+        if head is not None:
+            return self._one(x, head).to(self.weight.device)
+        check_input(self, x)
+        parts = [self._one(part, head) for head, part in enumerate(x.chunk(self.num_heads))]
+        return torch.cat([part.to(x.device) for part in parts])
+
+    def _one(self, x: Tensor, head: int) -> Tensor:
+        """One head's output on its input, on its device."""
+        kind, bias, weight = self.kind, self.bias_of(head), self._weight(head)
+        a, b, s = self._factor(self.lora_A, head).weight, self._factor(self.lora_B, head).weight, self.specs[head].scaling
+        x, bias = x.to(weight.device), None if bias is None else bias.to(weight.device)
+        if kind.product is None:
+            with self.statistics_of(head):
+                return kind.main(self, x, weight + (b @ a)[:, 0] * s, bias)
+        return kind.main(self, x, weight, bias) + kind.product(self, x, a, b, s)
+
+    def _weight(self, head: int) -> Tensor:
+        copy = self.layers[head]
+        assert isinstance(copy, Copy)
+        return copy.weight
+
+    def _factor(self, factors: nn.ModuleList, head: int) -> Factor:
+        factor = factors[head]
+        assert isinstance(factor, Factor)
+        return factor
+
+    @torch.no_grad()
+    def merge_weight(self) -> None:
+        terms: list[tuple[float, Tensor, Tensor]] = []
+        for head, spec in enumerate(self.specs):
+            a, b, c = self._factor(self.lora_A, head), self._factor(self.lora_B, head), spec.scaling / self.num_heads
+            terms.append((c, b.weight, a.weight))
+            if self.reset != "B":
+                terms.append((-c, b.reference, a.reference))
+        merge_terms(self.specs[0], self.weight, [(c, b.detach(), a.detach()) for c, b, a in terms])
+        for head in range(self.num_heads):
+            a, b = self._factor(self.lora_A, head), self._factor(self.lora_B, head)
+            if self.reset == "B":
+                b.weight.zero_()
+            else:
+                a.reference.copy_(a.weight)
+                b.reference.copy_(b.weight)
+        self._fold()
+
+    @torch.no_grad()
+    def _fold(self) -> None:
+        """W~_h := W - s B'_h A'_h."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        for head, spec in enumerate(self.specs):
+            copy, a, b = self._weight(head), self._factor(self.lora_A, head), self._factor(self.lora_B, head)
+            base = self.weight.detach().to(copy.device, dtype).contiguous()
+            fold_reference(spec, copy, base, b.reference.to(dtype), a.reference.to(dtype))
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        for head, spec in enumerate(self.specs):
+            a, b = self._factor(self.lora_A, head), self._factor(self.lora_B, head)
+            a.weight.copy_(drawn(spec, self.seed, head, self.draws))
+            for tensor in (b.weight, a.reference, b.reference):
+                tensor.zero_()
+        self.draws += 1
+
+    @torch.no_grad()
+    def reset_lora_parameters(self) -> None:
+        self._draw()
+        self._fold()
+        super().reset_lora_parameters()

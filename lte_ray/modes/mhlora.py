@@ -1,0 +1,60 @@
+"""Mode "mhlora": all heads work on all data at every step, and nothing is merged (multi-head LoRA)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lte_ray.modes.base import ModeLayer
+from lte_ray.modes.stack import Stack, averaged
+
+
+class MHLoRALayer(ModeLayer):
+    """y = f(x; W, b) + (1/H) sum_h s (B_h A_h)(x): the paper's multi-head LoRA, in training and in evaluation.
+
+    It is LTE with a merge after every step whose heads all get the same data (and SGD with H times the learning rate).
+    Biases that aren't frozen, and everything without factors, are plain parameters that train.
+    """
+
+    lora: Stack
+    weight: Tensor
+
+    @property
+    def lora_A_weight(self) -> Tensor:  # noqa: N802
+        """A of all heads (H x r x in)."""
+        return self.lora.lora_A_weight
+
+    @property
+    def lora_B_weight(self) -> Tensor:  # noqa: N802
+        """B of all heads (H x out x r)."""
+        return self.lora.lora_B_weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = self.kind
+        bias: Tensor | None = self._parameters.get("bias")
+        if self.lora_bias is not None and bias is not None:
+            bias = bias + _vector(self.lora_bias)
+        if kind.product is None:
+            return kind.main(self, x, self.weight + _vector(self.lora), bias)
+        a, b = self.lora.average()
+        return kind.main(self, x, self.weight, bias) + kind.product(self, x, a, b, 1.0)
+
+    @torch.no_grad()
+    def merge_parameters(self) -> None:
+        """Does nothing: the heads' sum counts as it is."""
+
+    def reset_lora_parameters(self) -> None:
+        self.lora.draw()
+        super().reset_lora_parameters()
+
+    def merged_tensors(self) -> dict[str, Tensor]:
+        merged = {"weight": averaged(self.specs[0], self.weight, self.lora)}
+        if self.lora_bias is not None:
+            merged["bias"] = averaged(self.lora_bias.specs[0], self.bias, self.lora_bias)  # type: ignore[arg-type]
+        return merged
+
+
+def _vector(stack: Stack) -> Tensor:
+    """(1/H) sum_h s_h B_h A_h of a weight that is a vector."""
+    a, b = stack.average()
+    return (b @ a)[:, 0]
