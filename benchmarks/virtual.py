@@ -1,7 +1,7 @@
-"""8 virtual heads in one actor over 8 actors of one head each, on the same 2 CPUs: samples/s, and the actors' memory.
+"""Virtual heads and heads in actors of their own, on the same CPUs: samples/s, and memory (for `benchmarks.modes`).
 
-Both train `workers.gpt:GPT` under Ray and merge every 10 steps; they alternate. The rate is taken from the first merge
-to the last. Memory is the proportional set size of all processes that host heads, the largest seen while they train.
+Both train `workers.gpt:GPT` under Ray and merge every 10 steps. The rate is taken from the first merge to the last.
+Memory is the proportional set size of all processes that host heads, the largest seen while they train.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import tempfile
 import threading
 from pathlib import Path
 
-from benchmarks.report import report, spread
 from lte_ray import LTEConfig, LTETrainer, MergeConfig, TrainConfig
 from lte_ray.config import PlacementConfig, StorageConfig
 from lte_ray.metrics import Silent
 from workers.gpt import GPT
 
-RUNS, STEPS, HEADS, CPUS = 3, 40, 8, 2
+STEPS, HEADS, CPUS = 40, 8, 2
 
 
 class Watch(threading.Thread):
@@ -87,27 +86,3 @@ def measure(heads_per_actor: int, stack: str = "auto") -> tuple[float, int]:
         rows = [json.loads(line) for line in (Path(storage) / "run" / "metrics.jsonl").read_text().splitlines()]
     merges = [row for row in rows if row["kind"] == "merge"]
     return sum(row["samples"] for row in merges[1:]) / (merges[-1]["at"] - merges[0]["at"]), watch.end()
-
-
-def main() -> None:
-    runs = [(measure(HEADS), measure(1)) for _ in range(RUNS)]
-    speed = spread([virtual[0] / actors[0] for virtual, actors in runs])
-    memory = spread([virtual[1] / actors[1] for virtual, actors in runs])
-    report(
-        "virtual",
-        limits={"speed": "samples/s over 8 actors, median >= 1.0", "memory": "memory over 8 actors, median <= 0.35"},
-        met={"speed": speed["median"] >= 1.0, "memory": memory["median"] <= 0.35},
-        figures={
-            "speed_ratio": speed,
-            "memory_ratio": memory,
-            "samples_per_second": {
-                "virtual": spread([v[0] for v, _ in runs]),
-                "actors": spread([a[0] for _, a in runs]),
-            },
-            "MiB": {"virtual": spread([v[1] / 2**20 for v, _ in runs]), "actors": spread([a[1] / 2**20 for _, a in runs])},
-        },
-    )
-
-
-if __name__ == "__main__":
-    main()

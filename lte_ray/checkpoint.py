@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -152,6 +152,23 @@ def read_head(directory: RunDirectory, manifest: Manifest, head: int) -> tuple[d
     """One head's state, for `Head.load_state`. Raises StorageError if the file is damaged."""
     tensors, metadata = _read(directory, manifest, head_file(head))
     return tensors, json.loads(metadata["state"])
+
+
+def check_factors(directory: RunDirectory, manifest: Manifest, plans: Sequence[Plan]) -> None:
+    """Raises StorageError unless the heads' factors are those of the plans. Their settings are: so one head tells."""
+    head = manifest.heads[0]
+    tensors, _ = read_head(directory, manifest, head)
+    found = {name.removeprefix("factor."): tuple(t.shape) for name, t in tensors.items() if name.startswith("factor.")}
+    plan = plans[head]
+    expected = {e.name: e.shape for e in plan.contribution.entries[: 2 * len(plan.adapted)]}
+    if found != expected:
+        differing = sorted({name.rpartition(".")[0] for name, _ in set(found.items()) ^ set(expected.items())})
+        more = ", ..." if len(differing) > 8 else ""
+        raise StorageError(
+            f"{directory.at(folder(manifest.version))} holds heads with other factors; they differ in "
+            f"{', '.join(differing[:8])}{more}. If the run was begun when only nn.Linear layers had factors, continue it with "
+            "--adapt linear."
+        )
 
 
 def verify(directory: RunDirectory, manifest: Manifest) -> None:

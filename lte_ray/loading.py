@@ -23,6 +23,12 @@ def looks_like_object(spec: str) -> bool:
     return ":" in spec
 
 
+def absolute(spec: str) -> str:
+    """`spec` in a form that is good in every folder: the path of a file in full, anything else as it is."""
+    place, _, name = spec.rpartition(":")
+    return f"{os.path.abspath(place)}:{name}" if place.endswith(".py") else spec
+
+
 def load_object(spec: str, *, what: str, error: type[LTEError]) -> Any:
     """The object that `spec` names.
 

@@ -16,10 +16,14 @@ from lte_ray.config import LTEConfig, PlacementConfig, StorageConfig, flag
 from lte_ray.engine.initial import Initial, merged_state_dict
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
+from lte_ray.loading import absolute
 from lte_ray.storage import RUN, RunDirectory
 from lte_ray.worker import worker_settings
 
 MODEL = "model.safetensors"
+
+NONE = "None"
+"""TOML has no such value; flags do."""
 
 
 def check_start(directory: RunDirectory, storage: StorageConfig, settings: Settings) -> checkpoint.Manifest | None:
@@ -49,7 +53,8 @@ def check_start(directory: RunDirectory, storage: StorageConfig, settings: Setti
             "merged no others at that version. Such a run can't be resumed without losing or repeating steps."
         )
     before, asked = manifest.facts["lte"], json.loads(json.dumps(dataclasses.asdict(settings.lte)))
-    default = json.loads(json.dumps(dataclasses.asdict(LTEConfig())))  # for settings that an older release didn't have
+    # For settings that there weren't when the run was begun; `checkpoint.check_factors` finds out whether --adapt fits.
+    default = json.loads(json.dumps(dataclasses.asdict(LTEConfig()))) | {"adapt": asked["adapt"]}
     before = {name: before.get(name, default[name]) for name in asked}
     differing = [name for name in asked if asked[name] != before[name]]
     if differing:
@@ -79,12 +84,13 @@ def record(
     """All settings as run, flat, as ``--config run.toml`` takes them; the worker's own under "worker"."""
     place = storage.storage if storage.storage is None or "://" in storage.storage else os.path.abspath(storage.storage)
     storage = dataclasses.replace(storage, name=settings.run, storage=place, resume=False, overwrite=False)
-    flat: dict[str, Any] = {"program": program or object_name(type(worker))}
+    flat: dict[str, Any] = {"program": absolute(program or object_name(type(worker)))}
     for section in (settings.lte, settings.merge, settings.train, placement, storage):
         flat |= {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
     if storage.keep_checkpoints is None:
-        flat["keep_checkpoints"] = "None"  # TOML has no such value; flags do
-    return {**flat, "policy": object_name(settings.merge.policy), "worker": worker_settings(worker)}
+        flat["keep_checkpoints"] = NONE
+    own = {name: NONE if value is None else value for name, value in worker_settings(worker).items()}
+    return {**flat, "policy": absolute(object_name(settings.merge.policy)), "worker": own}
 
 
 def export(directory: RunDirectory, initial: Initial, base: Tensor) -> None:

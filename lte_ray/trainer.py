@@ -89,6 +89,8 @@ class LTETrainer:
         asked, more = placing.from_scaling_config(self.scaling_config, self.lte.num_heads)
         worker, packed = Package.of(self.worker), Package.of(policy)
         base = checkpoint.read_base(directory, resume, initial.plan) if resume else initial.base
+        if resume:
+            checkpoint.check_factors(directory, resume, initial.plans)
         reporter = self.reporter or automatic_display()
         reporter.update(Progress.starting(name, self.train.steps, "starting Ray"))
         with contextlib.closing(reporter), connected():

@@ -232,6 +232,8 @@ def test_the_worker_has_the_settings_that_it_had() -> None:
     assert make_worker(record) == Odd((3,), Path("/data"), ["a"])
     assert make_worker(record, Odd) == Odd((3,), Path("/data"), ["a"])
     assert make_worker(record, Odd()) == Odd()
+    kept = {**record, "worker": {"data": "None", "names": "None"}}  # as run.toml writes None, which only `data` can be
+    assert make_worker(kept) == Odd(data=None, names="None")
     with pytest.raises(WorkerError, match=r"--worker 'no.such:Worker': there is no module no"):
         make_worker(record, "no.such:Worker")
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lte_ray.data import Shard
 from lte_ray.engine.head import Head
 from lte_ray.engine.initial import prepare
+from lte_ray.engine.simulate import simulate
 from lte_ray.errors import WorkerError, WorkerFailed
 from lte_ray.messages import Contribution, Verdict
 
@@ -206,3 +207,21 @@ def test_without_an_optimizer_of_its_own_a_worker_gets_adamw(monkeypatch: pytest
     assert [(g["name"], len(g["params"])) for g in groups] == [("lora", 6), ("replica", 7)]
     trained = {id(p) for p in head.model.parameters() if p.requires_grad}
     assert {id(p) for g in groups for p in g["params"]} == trained
+
+
+class Bypassing(Tiny):
+    """Reads the weight of `down` without calling the layer, as some libraries' models do."""
+
+    def build_model(self) -> nn.Module:
+        model = super().build_model()
+        model.forward = lambda words: model.embed(words) @ model.up.weight.T @ model.down.weight.T @ model.embed.weight.T
+        return model
+
+
+@pytest.mark.parametrize("stack", ["never", "always"])
+def test_a_layer_whose_weight_is_read_but_which_is_never_called_is_named(stack: str) -> None:
+    """Its factors would train nothing: the first step says so, and with it excluded the run is on. Unused layers may be."""
+    with pytest.raises(WorkerFailed, match=r"up, down got LoRA, but .* --exclude 'up' 'down'"):
+        simulate(Bypassing(), make_settings(), torch.float64, heads_per_actor=2, stack=stack)
+    settings = make_settings(exclude=("up", "down"))
+    assert simulate(Bypassing(), settings, torch.float64, heads_per_actor=2, stack=stack).heads[0].step == 12

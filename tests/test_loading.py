@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lte_ray.errors import ConfigError, WorkerError
-from lte_ray.loading import FILE_MODULE_PREFIX, load_object, looks_like_object
+from lte_ray.loading import FILE_MODULE_PREFIX, absolute, load_object, looks_like_object
 
 
 @pytest.fixture(autouse=True)
@@ -156,3 +156,11 @@ def test_what_looks_like_an_object() -> None:
     assert looks_like_object("a:B")
     assert looks_like_object("a.py:B")
     assert not looks_like_object("average")
+
+
+def test_a_file_is_named_in_full_and_a_module_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What run.toml says of a worker or policy is good in every folder."""
+    monkeypatch.chdir(tmp_path)
+    assert absolute("mine/net.py:Net") == f"{tmp_path}/mine/net.py:Net"
+    assert absolute("package.module:Net") == "package.module:Net"
+    assert absolute("average") == "average"

@@ -137,6 +137,8 @@ def _plain_projections(model: nn.Module, adapted: set[int]) -> nn.Module:
     for module in list(model.modules()):
         if type(module) is nn.MultiheadAttention and any(id(p) in adapted for p in module.parameters()):
             made[id(module)] = MultiheadAttention.from_torch(module)
+            hooks = {name: kept for name, kept in vars(module).items() if "_hook" in name}
+            vars(made[id(module)]).update(hooks)
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if id(child) in made:

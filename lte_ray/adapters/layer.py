@@ -32,6 +32,8 @@ class HeadLayer(LTELayer):
     plain: ClassVar[type[nn.Module]]
     lora: Factors
     lora_bias: Factors | None
+    weight_was_read: bool
+    """Whether somebody else than the layer itself has read the main weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         kind, bias = self.kind, getattr(self, "bias", None)
@@ -39,14 +41,14 @@ class HeadLayer(LTELayer):
             assert bias is not None
             bias = bias + self.lora_bias.vector()
         if kind.product is None:
-            return kind.main(self, x, self.weight + self.lora.vector(), bias)
+            return kind.main(self, x, self._weight() + self.lora.vector(), bias)
         a, b = self.lora.pair()
         return self._main(x, bias) + kind.product(self, x, a, b, self.lora.scaling)
 
     def _main(self, x: Tensor, bias: Tensor | None) -> Tensor:
         quantized = self._modules.get("quantized")
         if not isinstance(quantized, Quantized):
-            return self.kind.main(self, x, self.weight, bias)
+            return self.kind.main(self, x, self._weight(), bias)
         if self.kind.name == "linear":
             return quantized_linear(x, quantized, bias)
         dtype = self.lora.A.dtype if self.kind.name == "embedding" else x.dtype
@@ -57,7 +59,15 @@ class HeadLayer(LTELayer):
         y: Tensor = self.plain.forward(self, x)
         return y
 
+    def _weight(self) -> Tensor:
+        """The main weight, without leaving the trace that others leave who read it."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight
+
     def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            self.__dict__["weight_was_read"] = True
         if name == "weight" and "quantized" in self._modules:  # whoever only looks at it still can
             weight: Tensor = self._modules["quantized"].dequantize(self.lora.A.dtype)  # type: ignore[union-attr, operator]
             return weight.t() if self.kind.transposed else weight
@@ -110,7 +120,20 @@ def adopt(layer: nn.Module, lora: Factors, lora_bias: Factors | None) -> HeadLay
     assert isinstance(layer, HeadLayer)
     layer.weight.requires_grad_(False)
     layer.lora, layer.lora_bias = lora, lora_bias
+    layer.weight_was_read = False
     return layer
+
+
+def bypassed(model: nn.Module) -> list[str]:
+    """Layers whose weight the model reads without calling them, so that their factors get no gradient and train nothing.
+
+    To be asked with the gradients of a batch there.
+    """
+    return [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, HeadLayer) and layer.lora.B.grad is None and layer.weight_was_read
+    ]
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
     weights = {}
     for name, parameter in parameters.items():
         held = places[id(parameter)]
-        if all(p.part == "weight" and settings.of(p).adapt for p in held) and len({p.transposed for p in held}) == 1:
+        if all(p.part == "weight" and settings.of(p, name).adapt for p in held) and len({p.transposed for p in held}) == 1:
             weights[name] = held
     with_factors = {p.layer for held in weights.values() for p in held}
     adapted, replicas, leftover = [], [], []
@@ -125,6 +125,8 @@ class _Settings:
         layers = {name: kinds[name] for name, _ in model.named_modules(remove_duplicate=False) if name in kinds}
         names = [*dict.fromkeys([*(n for n in layers if n), *(n for n, _ in model.named_parameters())])]
         listed = [n for n in names if n in layers] or names
+        adaptable = {name for name, kind in layers.items() if kind}
+        adaptable |= {name for name, p in model.named_parameters() if any(place.kind for place in places[id(p)])}
         self._excluded: set[str] = set()
         self._adapt_false: set[str] = set()
         for pattern in lte.exclude:
@@ -136,11 +138,10 @@ class _Settings:
                 self._rules.append(hits)
                 if rule.settings.adapt is False:
                     self._adapt_false |= hits
-                if rule.settings.adapt and not any(kinds[n] for n in hits if n in layers):
+                if rule.settings.adapt and not hits & adaptable:
                     raise ConfigError(
-                        f"--layers {text!r} adapts what can't have factors: {', '.join(sorted(hits)[:5])}. They train as replicas. "
-                        "Factors are for the weights of linear, convolution, embedding and norm layers and of attention "
-                        "(exactly torch's own classes, whose forward isn't replaced)."
+                        f"--layers {text!r} adapts what can't have factors: {', '.join(sorted(hits)[:5])}. They are replicas: "
+                        "factors are for linear, convolution, embedding and norm layers and attention, of torch's own classes."
                     )
             elif rule.kind not in layers.values():
                 raise ConfigError(
@@ -235,8 +236,8 @@ def _check_gradient(name: str, held: list[Place]) -> None:
     if sparse:
         adapt = " or adapt it: --adapt ... embedding." if all(p.kind for p in sparse) else "."
         raise WorkerError(
-            f"Parameter {name} would train as a replica with sparse gradients ({sparse[0].layer or 'the model'} has sparse=True), "
-            f"which most optimizers and clipping can't use. Build it with sparse=False{adapt}"
+            f"Parameter {name} would train as a replica with sparse gradients ({sparse[0].layer or 'the model'} has "
+            f"sparse=True), which most optimizers and clipping can't use. Build it with sparse=False{adapt}"
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lte_ray.config.fields import near
-from lte_ray.config.layers import KINDS
+from lte_ray.config.layers import KINDS, LayerConfig, rules, written
 from lte_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ class LoraView:
         object.__setattr__(self, "_config", config)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # what copy and pickle ask for
+            raise AttributeError(name)
         if name in KINDS:
             return KindView(vars(self)["_config"], name)
         return getattr(self._config, _known(self._config, name))
@@ -32,17 +34,33 @@ class LoraView:
 
 
 class KindView:
-    """``config.lora.linear``: sets what differs for one kind of layers."""
+    """``config.lora.linear``: reads and sets what differs for one kind of layers."""
 
     def __init__(self, config: LTEConfig, kind: str) -> None:
         object.__setattr__(self, "_target", (config, kind))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        config, kind = vars(self)["_target"]
+        if name not in LayerConfig.__dataclass_fields__:
+            raise ConfigError(f"There is no setting lora.{kind}.{name}.{near(name, LayerConfig.__dataclass_fields__)}")
+        own = {"lr": 1.0, "adapt": kind in config.adapt}
+        value = own[name] if name in own else getattr(config, name)
+        for rule in rules(config.layers):
+            if rule.kind == kind and getattr(rule.settings, name) is not None:
+                value = getattr(rule.settings, name)
+        return value
 
     def __setattr__(self, name: str, value: Any) -> None:
         config, kind = vars(self)["_target"]
         if name == "lora_bias" and isinstance(value, bool):
             value = "lora" if value else "frozen"
-        text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-        _set(config, "layers", (f"@{kind}: {name}={text}", *config.layers))
+        (text,) = written({f"@{kind}": {name: value}})
+        kept = [rule for rule in config.layers if not rule.startswith(f"@{kind}: {name}=") or rule.count("=") > 1]
+        # Behind the rules for this kind, which it is to change, and before those for single layers, which win.
+        at = max((i + 1 for i, rule in enumerate(rules(tuple(kept))) if rule.kind == kind), default=0)
+        _set(config, "layers", (*kept[:at], text, *kept[at:]))
 
 
 def _known(config: LTEConfig, name: str) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 from lte_ray.errors import ConfigError
@@ -25,7 +26,9 @@ def at_least(config: object, low: float, *names: str) -> None:
     """Raises ConfigError unless each named number is finite and not below `low`."""
     for name in names:
         value = getattr(config, name)
-        if isinstance(value, float) and not math.isfinite(value):
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise ConfigError(f"{flag(name)} is {value!r}, but it must be a number.")
+        if not math.isfinite(value):
             raise ConfigError(f"{flag(name)} is {value}, but it must be a finite number.")
         if value < low:
             raise ConfigError(f"{flag(name)} is {value}, but it must be at least {low}.")
@@ -36,6 +39,22 @@ def integers(config: object, *names: str) -> None:
     for name in names:
         if not is_integer(getattr(config, name)):
             raise ConfigError(f"{flag(name)} is {getattr(config, name)!r}, but it must be a whole number.")
+
+
+def switches(config: object, *names: str) -> None:
+    """Raises ConfigError unless each named value is True or False."""
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise ConfigError(f"{flag(name)} is {getattr(config, name)!r}, but it must be True or False.")
+
+
+def names_of(config: object, *names: str) -> None:
+    """Makes each named value, a collection of names, a tuple. Raises ConfigError if it is something else."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, list | tuple | set | frozenset) or not all(isinstance(v, str) for v in value):
+            raise ConfigError(f"{flag(name)} is {value!r}, but it must be a list of names.")
+        object.__setattr__(config, name, tuple(value))
 
 
 def is_integer(value: Any) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lte_ray.config.authors import LoraView
-from lte_ray.config.fields import at_least, integers, near, setting, words
+from lte_ray.config.fields import at_least, integers, names_of, near, setting, switches, words
 from lte_ray.config.layers import BASE_DTYPES, BIASES, KINDS, check_alpha, check_rank, check_rules, per_head, rules, written
 from lte_ray.errors import ConfigError
 
@@ -67,9 +67,11 @@ class LTEConfig:
     def __post_init__(self) -> None:
         integers(self, "num_heads")
         at_least(self, 1, "num_heads")
-        for name in ("lora_r", "lora_alpha", "adapt", "exclude"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        switches(self, "rslora", "strict")
+        for name in ("lora_r", "lora_alpha"):
+            value = getattr(self, name)
+            if isinstance(value, list | tuple):  # one value for one head is a number, as flags have it
+                object.__setattr__(self, name, value[0] if len(value) == self.num_heads == 1 else tuple(value))
         if isinstance(self.lora_bias, bool):  # the authors' way
             object.__setattr__(self, "lora_bias", "lora" if self.lora_bias else "frozen")
         check_rank("--lora-r", self.lora_r, self.num_heads)
@@ -79,9 +81,8 @@ class LTEConfig:
         words(self, "base_dtype", BASE_DTYPES)
         if isinstance(self.adapt, str):
             object.__setattr__(self, "adapt", (self.adapt,))
+        names_of(self, "adapt", "exclude")
         words(self, "adapt", KINDS)
-        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
-            raise ConfigError(f"--exclude is {self.exclude!r}, but it must be a list of names.")
         object.__setattr__(self, "layers", written(self.layers))
         check_rules(self.layers, self.num_heads)
 

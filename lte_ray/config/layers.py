@@ -78,11 +78,11 @@ def written(layers: Any) -> tuple[str, ...]:
                 raise ConfigError(f"--layers {pattern!r}: {settings!r} is neither a LayerConfig nor a dict of its settings.")
             texts.append(f"{pattern}: {settings}")
         layers = texts
-    if isinstance(layers, str) or not isinstance(layers, Iterable) or not all(isinstance(rule, str) for rule in layers):
+    kept = list(layers) if isinstance(layers, Iterable) else []
+    if isinstance(layers, str) or not isinstance(layers, Iterable) or not all(isinstance(rule, str) for rule in kept):
         raise ConfigError(f"--layers is {layers!r}, but it must be a list of rules, 'PATTERN: key=value ...'.")
-    texts = list(layers)
-    rules(tuple(texts))
-    return tuple(texts)
+    rules(tuple(kept))
+    return tuple(kept)
 
 
 @functools.lru_cache
@@ -156,8 +156,8 @@ def _rule(text: str) -> Rule:
     return Rule(pattern.strip(), LayerConfig(**values))
 
 
-def _unknown(name: str, text: str) -> str:
-    return f"--layers {text!r}: there is no setting {name!r}.{near(name, _FIELDS)} There are: {', '.join(_FIELDS)}."
+def _unknown(name: Any, text: str) -> str:
+    return f"--layers {text!r}: there is no setting {name!r}.{near(str(name), _FIELDS)} There are: {', '.join(_FIELDS)}."
 
 
 def _value(name: str, text: str, rule: str) -> Any:

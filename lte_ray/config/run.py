@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lte_ray.config.fields import at_least, integers, setting, words
+from lte_ray.config.fields import at_least, integers, names_of, setting, switches, words
 from lte_ray.errors import ConfigError
 
 PRECISIONS = ("fp32", "bf16-mixed", "fp16-mixed")
@@ -51,8 +51,8 @@ class TrainConfig:
         at_least(self, 1, "steps", "accumulate")
         at_least(self, 0, "seed", "eval_every", "checkpoint_every", "threads_per_head", "clip_norm")
         words(self, "precision", PRECISIONS)
-        if isinstance(self.checkpoint_activations, str) or not all(isinstance(p, str) for p in self.checkpoint_activations):
-            raise ConfigError(f"--checkpoint-activations is {self.checkpoint_activations!r}, but it must be a list of names.")
+        names_of(self, "checkpoint_activations")
+        switches(self, "compile")
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ class StorageConfig:
 
     def __post_init__(self) -> None:
         check_run_name(self.name)
+        switches(self, "resume", "overwrite")
         if self.keep_checkpoints is not None:
+            integers(self, "keep_checkpoints")
             at_least(self, 1, "keep_checkpoints")
         if self.resume and self.overwrite:
             raise ConfigError("--resume and --overwrite contradict each other: give one of them.")

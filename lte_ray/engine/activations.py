@@ -22,17 +22,25 @@ def checkpoint_activations(model: nn.Module, patterns: Sequence[str]) -> None:
     """
     if not patterns:
         return
-    containers = (nn.ModuleList, nn.ModuleDict)  # nobody calls them
-    modules = {name: module for name, module in model.named_modules() if name and not isinstance(module, containers)}
-    chosen: set[str] = set()
-    for hits in match(patterns, list(modules), "module", "--checkpoint-activations").values():
-        chosen |= hits
+    modules = dict(model.named_modules())
+    chosen = matching(model, patterns)
     for name in sorted(chosen):
         if not any(name.startswith(other + ".") for other in chosen):
             module = modules[name]
             norms = [m for m in module.modules() if isinstance(m, _NormBase) and m.track_running_stats]
             again: dict[str, Any] = {"context_fn": functools.partial(_contexts, norms)} if norms else {}
             module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False, **again)
+
+
+def matching(model: nn.Module, patterns: Sequence[str]) -> set[str]:
+    """Names of the modules that the patterns name.
+
+    Raises:
+        ConfigError: a pattern matches no module that can be called.
+    """
+    containers = (nn.ModuleList, nn.ModuleDict)  # nobody calls them
+    names = [name for name, module in model.named_modules() if name and not isinstance(module, containers)]
+    return set().union(*match(patterns, names, "module", "--checkpoint-activations").values())
 
 
 def _contexts(norms: Sequence[_NormBase]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

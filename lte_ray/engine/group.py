@@ -72,7 +72,7 @@ class HeadGroup:
             return [head.train_round() for head in self.heads]
         first = self.heads[0]
         total = torch.zeros(len(self.heads), device=first.device, dtype=torch.float64)
-        todo = [head.begin_round() for head in self.heads][0]
+        todo = max([head.begin_round() for head in self.heads])  # the same for all
         with first.timed("train"):
             for _ in range(todo):
                 total += self._train_step()

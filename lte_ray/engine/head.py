@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from lte_ray.adapters.convert import convert, share_frozen
+from lte_ray.adapters.layer import bypassed
+from lte_ray.adapters.quantize import check_format
 from lte_ray.data.shard import Shard
 from lte_ray.engine.activations import checkpoint_activations
 from lte_ray.engine.optimize import Update, autocast, build_optimizer, checked_loss
 from lte_ray.engine.rng import Generators, head_seed
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.state import optimizer_state, restore_optimizer, user_buffers
-from lte_ray.errors import LTEError, WorkerFailed
+from lte_ray.errors import LTEError, WorkerError, WorkerFailed
 from lte_ray.merging.flat import base_replicas, factor_views, factors_part, gather, replica_part, replica_views, views
 from lte_ray.messages import Contribution, HeadStatus, HeadTimes, Verdict
 from lte_ray.worker import Batch, Worker, batch_samples, build_model, endless_batches, to_device
@@ -77,6 +79,7 @@ class Head:
         self.head, self.settings, self.incarnation = head, settings, incarnation
         self.device, self.dtype = torch.device(device), dtype
         self.version = self.step = self.samples = self.sequence = 0
+        self._taken = 0  # batches
         self._worker = worker
         self._since = (0, 0)  # steps and samples at the last accepted contribution
         self._loss = float("nan")
@@ -94,6 +97,8 @@ class Head:
             )
             # The model is built under the run's seed; what the head draws from here on is its own.
             self.model, self.plan = self.converted.model.to(self.device).train(), self.converted.plan
+            for base_dtype in {spec.base_dtype for spec in self.plan.adapted} if self.device.type != "cpu" else ():
+                check_format(base_dtype, self.device)  # the driver has tried it on its CPU
             if share is not None:
                 share_frozen(self.converted, share.converted)
             checkpoint_activations(self.model, settings.train.checkpoint_activations)
@@ -162,9 +167,10 @@ class Head:
         """The next batch of this head's shard, on its device."""
         if self._batches is None:
             s = self.settings
-            shard = Shard(self.head, s.lte.num_heads, s.train.seed, cursor=self.step * s.train.accumulate)
+            shard = Shard(self.head, s.lte.num_heads, s.train.seed, cursor=self._taken)
             self._batches = endless_batches(self._worker, shard)
         batch = to_device(next(self._batches), self.device)
+        self._taken += 1
         self.samples += batch_samples(batch)
         return batch
 
@@ -176,7 +182,17 @@ class Head:
         return loss.detach()
 
     def finish_step(self) -> None:
-        """Takes the optimizer's and the schedule's step with the gradients that are there."""
+        """Takes the optimizer's and the schedule's step with the gradients that are there.
+
+        Raises:
+            WorkerError: in the first step, for layers whose factors would train nothing.
+        """
+        if self._first_step_at is None and (names := bypassed(self.model)):
+            raise WorkerError(
+                f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''} got LoRA, but the model reads the weight without "
+                "calling the layer, so that its factors would train nothing. Call the layer, or let it train as a replica: "
+                f"--exclude {' '.join(map(repr, names[:8]))}."
+            )
         self.update.apply()
         self.step += 1
         self._last_step_at = time.time()
@@ -335,6 +351,7 @@ class Head:
             "head": self.head,
             "version": self.version,
             "step": self.step,
+            "batches": self._taken,
             "samples": self.samples,
             "since": list(self._since),
             "sequence": self.sequence,
@@ -347,6 +364,7 @@ class Head:
     def load_state(self, tensors: dict[str, Tensor], meta: dict[str, Any], base: Tensor) -> None:
         """Takes over what `state` gave, on the base of that version (flat)."""
         self.step, self.samples, self.sequence = meta["step"], meta["samples"], meta["sequence"]
+        self._taken = meta.get("batches", self.step)  # an older release took one a step
         self._since, self._loss = (meta["since"][0], meta["since"][1]), meta["loss"]
         self._reference = tensors["reference"].to(self.device) if "reference" in tensors else None
         self.start(meta["version"], base)

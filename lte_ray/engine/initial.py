@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lte_ray.adapters.plan import make_plans, match
+from lte_ray.adapters.plan import make_plans
 from lte_ray.adapters.quantize import check_format
 from lte_ray.data.shard import Shard
+from lte_ray.engine.activations import matching
+from lte_ray.engine.optimize import check_precision
 from lte_ray.engine.rng import preserved
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import UserError, WorkerError
@@ -55,8 +57,9 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
     except Exception as error:
         raise WorkerError(f"{name}.build_model() raised:\n\n{traceback.format_exc()}") from error
     plans = make_plans(model, settings.lte)
-    modules = [name for name, _ in model.named_modules() if name]
-    match(settings.train.checkpoint_activations, modules, "module", "--checkpoint-activations")
+    matching(model, settings.train.checkpoint_activations)
+    tensors = tensors_of(model)
+    check_precision(settings.train, {e.name: tensors[e.name] for e in plans[0].base.entries})
     for base_dtype in {spec.base_dtype for spec in plans[0].adapted} - {"fp32"}:
         check_format(base_dtype, torch.device("cpu"))
     odd = [key for key, value in model.state_dict().items() if not isinstance(value, Tensor)]
@@ -71,7 +74,7 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
             raise
         except Exception as error:
             raise WorkerError(f"{name}.train_batches() raised, for head {head}:\n\n{traceback.format_exc()}") from error
-    return Initial(model, plans, gather(plans[0].base, tensors_of(model), dtype))
+    return Initial(model, plans, gather(plans[0].base, tensors, dtype))
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

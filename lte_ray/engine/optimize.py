@@ -24,6 +24,16 @@ def autocast(train: TrainConfig, device: torch.device) -> AbstractContextManager
     return torch.autocast(device.type, dtype=LOW[train.precision])
 
 
+def check_precision(train: TrainConfig, trained: Mapping[str, Tensor]) -> None:
+    """Raises ConfigError if the gradients of a trained tensor can't be scaled, as --precision asks."""
+    half = [name for name, tensor in trained.items() if tensor.dtype == torch.float16]
+    if train.precision == "fp16-mixed" and half:
+        raise ConfigError(
+            f"--precision fp16-mixed needs parameters in float32, but build_model() gives {len(half)} in float16, e.g. "
+            f"{half[0]}, whose gradients can't be scaled. Build the model in float32 (model.float())."
+        )
+
+
 def checked_loss(loss: Any) -> Tensor:
     """Raises TypeError unless the worker's loss is a scalar tensor."""
     if not isinstance(loss, Tensor) or loss.ndim:
@@ -59,13 +69,15 @@ def build_optimizer(
     build = getattr(worker, "build_optimizer", None)
     optimizer: torch.optim.Optimizer = build(given) if build else torch.optim.AdamW(given, lr=1e-3, weight_decay=0.0)
     if several:
-        if sorted(g.get("lr_multiplier", 1.0) for g in optimizer.param_groups) != sorted(lr for _, lr in groups):
+        wanted = {id(p): lr for (_, lr), params in groups.items() for p in params}
+        found = {id(p): g.get("lr_multiplier") for g in optimizer.param_groups for p in g["params"]}
+        if any(found.get(p, lr) != lr for p, lr in wanted.items()):
             raise ConfigError(
                 "--layers gives learning-rate multipliers (lr=...), but build_optimizer() doesn't keep the parameter groups "
                 "that it is given. Pass `params` on as it is, or copy each group with its keys: {**group, 'lr': ...}."
             )
         for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * group["lr_multiplier"]
+            group["lr"] = group["lr"] * group.get("lr_multiplier", 1.0)
     schedule = getattr(worker, "build_schedule", None)
     return optimizer, schedule(optimizer, total_steps) if schedule else None
 

@@ -45,7 +45,8 @@ class Stack:
             raise Unstackable("--compile and --stack-heads always don't go together: a compiled model runs one head at a time.")
         if first.settings.train.checkpoint_activations:
             raise Unstackable(
-                "--checkpoint-activations and --stack-heads always don't go together: activations are computed again for one head."
+                "--checkpoint-activations and --stack-heads always don't go together: activations can be computed again for "
+                "one head at a time only."
             )
         if len({head.plan for head in heads}) > 1:
             raise Unstackable(

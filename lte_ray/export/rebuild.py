@@ -10,6 +10,7 @@ from typing import Any
 
 from lte_ray.errors import WorkerError
 from lte_ray.loading import load_object
+from lte_ray.runs import NONE
 from lte_ray.storage import RUN
 from lte_ray.worker import check_worker
 
@@ -58,6 +59,8 @@ def _make(kind: type, settings: dict[str, Any]) -> Any:
 def _typed(hint: Any, value: Any) -> Any:
     """A value from TOML, which knows neither tuples nor paths, as the worker's constructor has it."""
     options = [hint, *typing.get_args(hint)]
+    if value == NONE and type(None) in options:
+        return None
     if isinstance(value, list) and any(option is tuple or typing.get_origin(option) is tuple for option in options):
         return tuple(value)
     return Path(value) if isinstance(value, str) and Path in options and str not in options else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from lte_ray.adapters.kinds import TORCH_KINDS, TRANSPOSED_LINEAR, Kind
 from lte_ray.adapters.layer import LTELayer, make_class
 from lte_ray.layout import Adapted
+from lte_ray.modes.chunks import HEAD
+from lte_ray.modes.guard import CALLED, refuse, stand_in
 from lte_ray.modes.stack import Stack
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -37,6 +40,8 @@ class ModeLayer(LTELayer):
     merged: Tensor
     lora_bias: Stack | None
     bias_replicas: nn.Parameter | None
+    merged_tensors_needed: ClassVar[bool] = False
+    """Whether no merge ever puts what is trained into the weight, so that evaluation computes with the factors too."""
     lte_names: set[str]
     """Names of the parameters, buffers and modules that it got beside those of the unconverted layer."""
 
@@ -56,6 +61,40 @@ class ModeLayer(LTELayer):
             value = self._buffers.get(name)
             for head in range(self.num_heads) if value is not None else ():
                 self.register_buffer(f"{name}_head{head}", value.clone())  # type: ignore[union-attr]
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if name in ("weight", "bias") and CALLED.get() and self._trains_beside(name, value):
+            return stand_in(value, partial(self._in_use, name))
+        return value
+
+    def _trains_beside(self, name: str, value: Any) -> bool:
+        """Whether a parameter is a merged one, in whose place something else is computed with now."""
+        if not (self.training or self.merged_tensors_needed) or not isinstance(value, nn.Parameter) or value.requires_grad:
+            return False
+        return name == "weight" or self.lora_bias is not None or self.bias_replicas is not None
+
+    def _in_use(self, name: str) -> Tensor:
+        head = HEAD.get()
+        if head is None and not self.merged_tensors_needed:
+            refuse(f"{self.specs[0].name.removesuffix('weight')}{name}")
+        return self.effective(name, head or 0)
+
+    def effective(self, name: str, head: int) -> Tensor:
+        """The weight or bias that a head computes with, as one tensor."""
+        bias = self.bias_of(head) if name == "bias" else None
+        return self.effective_weight(head) if bias is None else bias
+
+    def effective_weight(self, head: int) -> Tensor:
+        """W + s (B A - B' A') of a head, in the stored shape."""
+        raise NotImplementedError
+
+    @property
+    def main_weight(self) -> Tensor:
+        """W, whoever asks."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight
 
     def plain_forward(self, x: Tensor) -> Tensor:
         """What the layer computed before, with the parameters that it holds now."""
