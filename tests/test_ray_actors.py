@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import ray
+import ray.train
 import torch
 from ray.util import placement_group_table
 from ray_support import Regression, settings
@@ -18,11 +19,12 @@ from lte_ray.config import PlacementConfig
 from lte_ray.engine.group import HeadGroup
 from lte_ray.engine.initial import prepare
 from lte_ray.engine.settings import Settings
+from lte_ray.errors import ConfigError
 from lte_ray.merging import Average
 from lte_ray.metrics import Silent
 from lte_ray.runtime.common import Common
 from lte_ray.runtime.package import Package
-from lte_ray.runtime.placement import Placement, hosted, reserve, resolve
+from lte_ray.runtime.placement import Placement, from_scaling_config, hosted, reserve, resolve
 from lte_ray.runtime.session import Actors, Session
 from lte_ray.runtime.transport import ObjectStore
 from lte_ray.storage import RUN, RunDirectory
@@ -98,6 +100,24 @@ def test_heads_share_cores_by_default_and_gpus_need_a_gpu_each(local_ray: None) 
     """On 4 CPUs: two heads get one each, eight get half a one; no GPU is asked for where there is none."""
     assert resolve(PlacementConfig(), 2) == Placement(cpus=1.0, gpus=0.0)
     assert resolve(PlacementConfig(), 8) == Placement(cpus=0.5, gpus=0.0)
+
+
+def test_rays_workers_are_actors_that_host_one_head_or_several() -> None:
+    """ScalingConfig(num_workers): left out, one a head; fewer, several heads each; else an error with a number that fits."""
+    read = [from_scaling_config(ray.train.ScalingConfig(num_workers=n), 32)[0].heads_per_actor for n in (1, 32, 4, 5)]
+    assert read == [1, 1, 8, 7]
+    with pytest.raises(ConfigError, match="Leave num_workers out for one each, or give 16"):
+        from_scaling_config(ray.train.ScalingConfig(num_workers=17), 32)
+    with pytest.raises(ConfigError, match="or give 2"):
+        from_scaling_config(ray.train.ScalingConfig(num_workers=3), 2)
+    placement = Placement(cpus=1, gpus=0, heads=2)
+    assert hosted(placement, 5) == [(0, 1), (2, 3), (4,)]
+
+
+def test_an_actor_of_several_heads_gets_their_cores_by_default(local_ray: None) -> None:
+    """On 4 CPUs: 8 heads in two actors get 2 CPUs each, 32 in one all four, 2 in one two."""
+    found = [resolve(PlacementConfig(heads_per_actor=each), heads) for heads, each in ((8, 4), (32, 32), (2, 2))]
+    assert [(p.cpus, p.heads) for p in found] == [(2.0, 4), (4.0, 32), (2.0, 2)]
 
 
 @pytest.mark.gpu

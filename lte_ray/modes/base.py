@@ -40,8 +40,8 @@ class ModeLayer(LTELayer):
     merged: Tensor
     lora_bias: Stack | None
     bias_replicas: nn.Parameter | None
-    merged_tensors_needed: ClassVar[bool] = False
-    """Whether no merge ever puts what is trained into the weight, so that evaluation computes with the factors too."""
+    merges: ClassVar[bool] = True
+    """Whether merges put what is trained into the weight, so that evaluation computes with the weight alone."""
     lte_names: set[str]
     """Names of the parameters, buffers and modules that it got beside those of the unconverted layer."""
 
@@ -63,20 +63,20 @@ class ModeLayer(LTELayer):
                 self.register_buffer(f"{name}_head{head}", value.clone())  # type: ignore[union-attr]
 
     def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
-        if name in ("weight", "bias") and CALLED.get() and self._trains_beside(name, value):
+        value: Any = super().__getattr__(name)
+        if value is not None and name in ("weight", "bias") and CALLED.get() and self._trains_beside(name, value):
             return stand_in(value, partial(self._in_use, name))
         return value
 
     def _trains_beside(self, name: str, value: Any) -> bool:
         """Whether a parameter is a merged one, in whose place something else is computed with now."""
-        if not (self.training or self.merged_tensors_needed) or not isinstance(value, nn.Parameter) or value.requires_grad:
+        if value.requires_grad or not isinstance(value, nn.Parameter) or (self.merges and not self.training):
             return False
         return name == "weight" or self.lora_bias is not None or self.bias_replicas is not None
 
     def _in_use(self, name: str) -> Tensor:
         head = HEAD.get()
-        if head is None and not self.merged_tensors_needed:
+        if head is None and self.merges:
             refuse(f"{self.specs[0].name.removesuffix('weight')}{name}")
         return self.effective(name, head or 0)
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,16 @@ from lte_ray.errors import ConfigError
 HEAD: ContextVar[int | None] = ContextVar("lte_ray_head", default=None)
 """The active head: layers compute for it alone and take their whole input as its. None: layers share the batch out."""
 
-BATCH: ContextVar[int | None] = ContextVar("lte_ray_batch", default=None)
-"""The size of the batch that the model was called with, where it is known."""
+
+class Batch(NamedTuple):
+    """What the model was called with: its first tensor's first dimension, and whether any tensor has no other dimension."""
+
+    size: int
+    has_vectors: bool
+
+
+BATCH: ContextVar[Batch | None] = ContextVar("lte_ray_batch", default=None)
+"""The batch that the model was called with, where it is known."""
 
 
 @contextmanager
@@ -47,7 +55,8 @@ def check_batch(size: int, heads: int, where: str, exactly: bool = False) -> Non
         where: what got it, for the error.
         exactly: it must be the batch itself; else a multiple of it will do, as where a layer sees patches or windows.
     """
-    batch = BATCH.get()
+    called_with = BATCH.get()
+    batch = called_with.size if called_with is not None else 0
     if batch and (size != batch if exactly else size % batch):
         raise ConfigError(
             f"{where} got an input whose first dimension is {size}, but the model's batch is {batch}: what isn't batch-first "
@@ -60,6 +69,18 @@ def check_batch(size: int, heads: int, where: str, exactly: bool = False) -> Non
             f"A training batch of {size} can't be shared out over {heads} heads (in {where}): its first dimension must be a "
             f"multiple of {heads}. Use a batch of {f'{lower} or ' if lower else ''}{upper} (DataLoader: drop_last=True), or "
             "chunk='model' in prepare_model_for_lte if the batch is one, but layers inside see other first dimensions."
+        )
+
+
+def check_indices(indices: Tensor, where: str) -> None:
+    """Raises ConfigError if an embedding is asked for 0, 1, 2, ...: positions, as many as there happen to be samples."""
+    batch = BATCH.get()
+    if batch is None or batch.has_vectors or indices.dim() != 1 or indices.shape[0] != batch.size:
+        return
+    if torch.equal(indices, torch.arange(batch.size, device=indices.device, dtype=indices.dtype)):
+        raise ConfigError(
+            f"{where} got 0, 1, ... {batch.size - 1}, which are positions rather than one index for each sample, and can't be "
+            "shared out over heads. Use chunk='model' in prepare_model_for_lte, which shares out the model's input instead."
         )
 
 
@@ -125,6 +146,8 @@ def each_head(
     """
     check_not_recomputed(module)
     where, exactly = module.__dict__.get("lte_name") or type(module).__name__, isinstance(module, nn.Embedding)
+    if exactly and args and isinstance(args[0], Tensor):
+        check_indices(args[0], where)
     outputs = []
     for head, (own, named) in enumerate(split(args, kwargs, heads, where, exactly)):
         with active(head):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lte_ray.errors import ConfigError
+from lte_ray.merging.flat import as_stored
 from lte_ray.modes.base import ModeLayer
-from lte_ray.modes.chunks import HEAD, check_batch, check_not_recomputed
+from lte_ray.modes.chunks import HEAD, check_batch, check_indices, check_not_recomputed
 from lte_ray.modes.stack import Stack
 
 
@@ -26,6 +27,8 @@ def check_input(layer: ModeLayer, x: Tensor) -> None:
             "batch first, or use chunk='model' in prepare_model_for_lte."
         )
     check_batch(x.shape[0], layer.num_heads, where, exactly=layer.kind.name == "embedding")
+    if layer.kind.name == "embedding":
+        check_indices(x, where)
 
 
 class DDPLayer(ModeLayer):
@@ -63,7 +66,7 @@ class DDPLayer(ModeLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return self.kind.main(self, x, self.weight, self._parameters.get("bias"))
+            return self.kind.main(self, x, self.main_weight, self._parameters.get("bias"))
         head = HEAD.get()
         if head is not None:
             return self._one(x, head)
@@ -71,7 +74,7 @@ class DDPLayer(ModeLayer):
         if self.kind.product is None:
             return torch.cat([self._one(part, head) for head, part in enumerate(x.chunk(self.num_heads))])
         own = self.own_biases()
-        y = self.kind.main(self, x, self.weight, self._parameters.get("bias") if own is None else None)
+        y = self.kind.main(self, x, self.main_weight, self._parameters.get("bias") if own is None else None)
         if own is not None:
             y = _add_biases(y, own, 1 if self.kind.name == "conv" else y.dim() - 1)
         return self._add_linear(y, x) if self.kind.name == "linear" else self._add_mapped(y, x)
@@ -81,9 +84,9 @@ class DDPLayer(ModeLayer):
         kind, bias = self.kind, self.bias_of(head)
         if kind.product is None:
             with self.statistics_of(head):
-                return kind.main(self, x, self.weight + self.lora.vector(head), bias)
+                return kind.main(self, x, self.main_weight + self.lora.vector(head), bias)
         a, b = self.lora.pair(head)
-        return kind.main(self, x, self.weight, bias) + kind.product(self, x, a, b, self.specs[head].scaling)
+        return kind.main(self, x, self.main_weight, bias) + kind.product(self, x, a, b, self.specs[head].scaling)
 
     def _add_linear(self, y: Tensor, x: Tensor) -> Tensor:
         """y + s (x A^T) B^T as two batched products over heads."""
@@ -108,6 +111,10 @@ class DDPLayer(ModeLayer):
 
     def merge_weight(self) -> None:
         self.lora.merge_into(self.weight)
+
+    def effective_weight(self, head: int) -> Tensor:
+        a, b = self.lora.pair(head)
+        return self.main_weight + as_stored(self.specs[head], b @ a) * self.specs[head].scaling
 
     def reset_lora_parameters(self) -> None:
         self.lora.draw()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lte_ray.layout import Adapted
+from lte_ray.merging.flat import as_stored
 from lte_ray.merging.products import fold_reference
 from lte_ray.modes.base import ModeLayer
 from lte_ray.modes.chunks import HEAD
@@ -26,6 +27,13 @@ class Copy(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format), requires_grad=False)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The head's bias, to look at."""
+        biases: Tensor | None
+        biases, head = self.__dict__["biases"]
+        return biases if biases is None or head is None else biases[head]
 
 
 class Factor(nn.Module):
@@ -78,14 +86,17 @@ class DMPLayer(ModeLayer):
         """Takes over the copies and factors, and draws A."""
         self.seed, self.reset, self.draws = copies.seed, copies.reset, 0
         self.layers, self.lora_A, self.lora_B = copies.layers, copies.lora_A, copies.lora_B
+        for head, copy in enumerate(self.layers):
+            biases = self._parameters.get("bias") if self.bias_replicas is None else self.bias_replicas
+            copy.__dict__["biases"] = (biases, None if self.bias_replicas is None else head)
         self._draw()
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return self.kind.main(self, x, self.weight, self._parameters.get("bias"))
+            return self.kind.main(self, x, self.main_weight, self._parameters.get("bias"))
         head = HEAD.get()
         if head is not None:
-            return self._one(x, head).to(self.weight.device)
+            return self._one(x, head).to(self.main_weight.device)
         check_input(self, x)
         parts = [self._one(part, head) for head, part in enumerate(x.chunk(self.num_heads))]
         return torch.cat([part.to(x.device) for part in parts])
@@ -99,6 +110,11 @@ class DMPLayer(ModeLayer):
             with self.statistics_of(head):
                 return kind.main(self, x, weight + (b @ a)[:, 0] * s, bias)
         return kind.main(self, x, weight, bias) + kind.product(self, x, a, b, s)
+
+    def effective_weight(self, head: int) -> Tensor:
+        a, b = self._factor(self.lora_A, head).weight, self._factor(self.lora_B, head).weight
+        weight = self._weight(head) + as_stored(self.specs[head], b @ a) * self.specs[head].scaling
+        return weight.to(self.main_weight.device)
 
     def _weight(self, head: int) -> Tensor:
         copy = self.layers[head]

@@ -54,16 +54,17 @@ def stand_in(merged: Tensor, in_use: Callable[[], Tensor]) -> Tensor:
 def refuse(what: str) -> Tensor:
     """Raises ConfigError: outside of any head, `what` has one value for each head."""
     raise ConfigError(
-        f"{what} is used without calling the layer that holds it. Each head trains its own there, and layers that share the "
-        "batch out over heads know only what they are called with. Use chunk='model' in prepare_model_for_lte, which shares "
-        "out the model's input and runs the model once for each head, or call the layer."
+        f"{what} is used by another module without calling the layer that holds it: each head trains its own, and only layers "
+        "that are called know for which head they compute. Use chunk='model' in prepare_model_for_lte, which runs the whole "
+        "model once for each head, or call the layer."
     )
 
 
 def check_not_merged(module: nn.Module, args: tuple[Any, ...]) -> None:
     """A forward pre-hook of merged modules, which are for evaluation: raises ConfigError in training."""
-    if module.training and CALLED.get():
-        refuse(f"{module.__dict__.get('lte_merged', type(module).__name__)}, a part of a replica layer,")
+    name = module.__dict__.get("lte_merged")
+    if name is not None and module.training and CALLED.get():
+        refuse(f"{name}, inside of a replica layer,")
 
 
 def enter(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -8,20 +8,23 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import nn
 
 from lte_ray.modes.base import average
 from lte_ray.modes.chunks import HEAD, each_head
-from lte_ray.modes.replica import HeadParameters
+from lte_ray.modes.guard import CALLED, refuse, stand_in
+from lte_ray.modes.replica import HeadParameters, ReplicaLayer
 
 
-class HeadLoop(nn.Module):
+class HeadLoop(ReplicaLayer):
     """In training, `forward` runs once for each head, on the head's part of the batch and with the head's own parameters.
 
     Layers below compute for that head alone. Where a head is active already, it runs for that one. Evaluation uses the merged
-    parameters. A module becomes one by `adopt_loop`, which changes its class and keeps its name.
+    parameters. A module becomes one by `adopt_loop`, which changes its class and keeps its name. It is a `ReplicaLayer`, so
+    that a loop over these merges its parameters too.
     """
 
     plain: ClassVar[type[nn.Module]]
@@ -64,6 +67,17 @@ class HeadLoop(nn.Module):
         finally:
             for held, name, value in reversed(before):
                 held[name] = value
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if isinstance(value, nn.Parameter) and self.training and CALLED.get():
+            for path, own, copies in self.__dict__.get("_lte_slots", ()):
+                if not path and own == name and not value.requires_grad:  # asked from outside of its own loop
+                    head = HEAD.get()
+                    if head is not None:
+                        return self._parameters[copies[head]]
+                    return stand_in(value, partial(refuse, f"{self.__dict__['lte_name']}.{name}".lstrip(".")))
+        return value
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _blank, (type(self).plain,), self.__dict__

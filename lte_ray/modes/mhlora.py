@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lte_ray.merging.flat import as_stored
 from lte_ray.modes.base import ModeLayer
 from lte_ray.modes.stack import Stack, averaged
 
@@ -16,6 +17,7 @@ class MHLoRALayer(ModeLayer):
     Biases that aren't frozen, and everything without factors, are plain parameters that train.
     """
 
+    merges = False
     lora: Stack
     weight: Tensor
 
@@ -31,17 +33,25 @@ class MHLoRALayer(ModeLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         kind = self.kind
-        bias: Tensor | None = self._parameters.get("bias")
-        if self.lora_bias is not None and bias is not None:
-            bias = bias + _vector(self.lora_bias)
+        bias = self.bias_of(0)
         if kind.product is None:
-            return kind.main(self, x, self.weight + _vector(self.lora), bias)
+            return kind.main(self, x, self.main_weight + _vector(self.lora), bias)
         a, b = self.lora.average()
-        return kind.main(self, x, self.weight, bias) + kind.product(self, x, a, b, 1.0)
+        return kind.main(self, x, self.main_weight, bias) + kind.product(self, x, a, b, 1.0)
 
     @torch.no_grad()
     def merge_parameters(self) -> None:
         """Does nothing: the heads' sum counts as it is."""
+
+    def bias_of(self, head: int) -> Tensor | None:
+        """The bias, the same for every head."""
+        bias: Tensor | None = self._parameters.get("bias")
+        return bias if bias is None or self.lora_bias is None else bias + _vector(self.lora_bias)
+
+    def effective_weight(self, head: int) -> Tensor:
+        """W + (1/H) sum_h s_h B_h A_h, the same for every head."""
+        a, b = self.lora.average()
+        return self.main_weight + as_stored(self.specs[0], b @ a)
 
     def reset_lora_parameters(self) -> None:
         self.lora.draw()
@@ -50,7 +60,7 @@ class MHLoRALayer(ModeLayer):
     def merged_tensors(self) -> dict[str, Tensor]:
         merged = {"weight": averaged(self.specs[0], self.weight, self.lora)}
         if self.lora_bias is not None:
-            merged["bias"] = averaged(self.lora_bias.specs[0], self.bias, self.lora_bias)  # type: ignore[arg-type]
+            merged["bias"] = averaged(self.lora_bias.specs[0], self.bias, self.lora_bias)
         return merged
 
 

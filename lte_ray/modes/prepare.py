@@ -16,7 +16,8 @@ from lte_ray.misc.attention import MultiheadAttention
 from lte_ray.modes.adopt import MODES, adopt_all, draw_anew, off_the_fast_path, plain_projections, replace
 from lte_ray.modes.base import ModeLayer
 from lte_ray.modes.choose import CONTAINERS, NORMS, Choice, choose
-from lte_ray.modes.chunks import BATCH
+from lte_ray.modes.chunks import BATCH, Batch
+from lte_ray.modes.guard import enter, leave
 from lte_ray.modes.loop import HeadLoop, adopt_loop
 from lte_ray.modes.replica import HeadParameters, MultiheadReplicaLayer
 
@@ -75,6 +76,8 @@ def prepare_model_for_lte(
     model = plain_projections(model, set(specs))
     adopt_all(model, config, mode, specs, seed)
     off_the_fast_path(model)
+    model.register_forward_pre_hook(enter)
+    model.register_forward_hook(leave, always_call=True)
     if mode == "mhlora":
         return model
     copies = HeadParameters(config.num_heads)
@@ -152,7 +155,8 @@ def _warn_of_sequence_first(model: nn.Module) -> None:
 
 def _note_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.dim()]
-    BATCH.set(tensors[0].shape[0] if tensors and module.training and not isinstance(module, HeadLoop) else None)
+    known = tensors and module.training and not isinstance(module, HeadLoop)
+    BATCH.set(Batch(tensors[0].shape[0], any(t.dim() == 1 for t in tensors)) if known else None)
 
 
 def _forget_batch(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

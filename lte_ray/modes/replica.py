@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from lte_ray.modes.base import average
 from lte_ray.modes.chunks import HEAD, each_head, moved
 from lte_ray.modes.dmp import device_of
+from lte_ray.modes.guard import CALLED, check_not_merged, refuse, stand_in
 
 
 class HeadParameters:
@@ -36,7 +38,7 @@ class HeadParameters:
 
 
 class ReplicaLayer(nn.Module):
-    """What all modules are that train as copies: `isinstance(module, ReplicaLayer)` finds them."""
+    """What all modules are of which something trains as copies: `isinstance(module, ReplicaLayer)` finds them."""
 
 
 class MultiheadReplicaLayer(ReplicaLayer):
@@ -65,10 +67,16 @@ class MultiheadReplicaLayer(ReplicaLayer):
         for head in range(num_heads):
             memo: dict[int, Any] = {key: copies[head] for key, (_, copies) in own.items()}
             replica = copy.deepcopy(module, memo)
+            for part in replica.modules():
+                part.__dict__.pop("lte_merged", None)  # another replica layer may hold the same part
             homes = [p.device for p in module.parameters()] if mode == "dmp" else []
             replicas.append(replica.to(device_of(head, homes[0])) if homes else replica)
         self.replicas = nn.ModuleList(replicas)
         self.main = module
+        self.lte_name = module.__dict__.get("lte_name") or type(module).__name__  # for errors
+        for name, part in module.named_modules():
+            part.__dict__.setdefault("lte_merged", f"{self.lte_name}.{name}".rstrip("."))
+            part.register_forward_pre_hook(check_not_merged)
         self.train(module.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,4 +112,7 @@ class MultiheadReplicaLayer(ReplicaLayer):
             if name.startswith("__") or "main" not in self.__dict__.get("_modules", {}):
                 raise
         head = HEAD.get() if self.training else None
-        return getattr(self.main if head is None else self.replicas[head], name)
+        value = getattr(self.main if head is None else self.replicas[head], name)
+        if head is not None or not (self.training and CALLED.get()) or value is self.replicas[0]._parameters.get(name, value):
+            return value
+        return stand_in(value, partial(refuse, f"{self.lte_name}.{name}"))

@@ -41,23 +41,27 @@ class Placement:
 
 
 def from_scaling_config(scaling: Any, num_heads: int) -> tuple[PlacementConfig, dict[str, Any]]:
-    """Reads Ray's ScalingConfig: what of it is CPUs and GPUs per head, and the other fields of `Placement`.
+    """Reads Ray's ScalingConfig: the actors and what each gets, and the other fields of `Placement`.
+
+    Ray's workers are our actors: fewer than heads host several each (virtual heads). One, Ray's default, means one a head.
 
     Raises:
-        ConfigError: `num_workers` is set to something else than the number of heads.
+        ConfigError: the heads can't be shared out evenly enough over `num_workers` actors.
     """
     if isinstance(scaling, PlacementConfig) or scaling is None:
         return scaling or PlacementConfig(), {}
-    if scaling.num_workers not in (1, num_heads):
+    workers = num_heads if scaling.num_workers == 1 else scaling.num_workers
+    each = math.ceil(num_heads / workers)
+    if math.ceil(num_heads / each) != workers:
         raise ConfigError(
-            f"ScalingConfig(num_workers={scaling.num_workers}) contradicts LTEConfig(num_heads={num_heads}): "
-            "each head is one worker. Leave num_workers out."
+            f"ScalingConfig(num_workers={workers}) contradicts LTEConfig(num_heads={num_heads}): each hosts one head, or "
+            f"as many as all others but the last. Leave num_workers out for one each, or give {math.ceil(num_heads / each)}."
         )
     other = {k: float(v) for k, v in (scaling.resources_per_worker or {}).items()}
     gpus = other.pop("GPU", 1.0 if scaling.use_gpu else 0.0)
     if scaling.accelerator_type:
         other[f"accelerator_type:{scaling.accelerator_type}"] = 0.001
-    return PlacementConfig(cpus_per_head=other.pop("CPU", None), gpus_per_head=gpus), {
+    return PlacementConfig(heads_per_actor=each, cpus_per_head=other.pop("CPU", None), gpus_per_head=gpus), {
         "other": other,
         "strategy": scaling.placement_strategy,
     }
