@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -45,11 +45,16 @@ class HeadLoop(ReplicaLayer):
         if not self.training:
             return forward(self, *args, **kwargs)
 
+        head = HEAD.get()
+        # What loops below own may be used from here too, without a call of theirs.
+        loops = [self] if head is not None else [m for m in self.modules() if isinstance(m, HeadLoop)]
+
         def run(head: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            with self._lte_parameters_of(head):
+            with ExitStack() as stack:
+                for loop in loops:
+                    stack.enter_context(loop._lte_parameters_of(head))
                 return forward(self, *args, **kwargs)
 
-        head = HEAD.get()
         if head is not None:
             return run(head, args, kwargs)
         return each_head(self, run, args, kwargs, self._lte_heads)
@@ -71,11 +76,8 @@ class HeadLoop(ReplicaLayer):
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
         if isinstance(value, nn.Parameter) and self.training and CALLED.get():
-            for path, own, copies in self.__dict__.get("_lte_slots", ()):
-                if not path and own == name and not value.requires_grad:  # asked from outside of its own loop
-                    head = HEAD.get()
-                    if head is not None:
-                        return self._parameters[copies[head]]
+            for path, own, _ in self.__dict__.get("_lte_slots", ()):
+                if not path and own == name and not value.requires_grad:  # asked from outside of any loop
                     return stand_in(value, partial(refuse, f"{self.__dict__['lte_name']}.{name}".lstrip(".")))
         return value
 

@@ -1,0 +1,137 @@
+"""Modes under torchrun: several processes with DistributedDataParallel train the model that one process trains."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import assert_near
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lte_ray import LTEConfig, prepare_model_for_lte
+from lte_ray.misc import MergeCondition
+from lte_ray.modes import merged_state_dict
+
+HEADS, WORLD, SAMPLES, STEPS, MERGE = 2, 2, 8, 12, 3
+CASES = {
+    "layers": {"mode": "ddp", "chunk": "layer"},
+    "model": {"mode": "ddp", "chunk": "model"},
+    "copies": {"mode": "dmp", "chunk": "layer"},
+    "joint": {"mode": "mhlora", "chunk": "layer"},
+    "lora-biases": {"mode": "ddp", "chunk": "layer", "lora_bias": "lora", "reset": "B"},
+}
+
+
+class Small(nn.Module):
+    """Convolution, attention, a class token, a norm, and an output layer that trains as a replica."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv1d(2, 4, 2, stride=2)
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+        self.attention, self.norm = nn.MultiheadAttention(4, 2, batch_first=True), nn.LayerNorm(4)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(len(x), -1, -1), self.patches(x).mT], 1)
+        y: Tensor = self.out(self.norm(x + self.attention(x, x, x)[0])[:, 0])
+        return y
+
+
+def own_part(whole: Tensor, rank: int, world: int, heads: int) -> Tensor:
+    """What a process gets of a batch: a slice of every head's part, so that each head sees the same data in all."""
+    return whole.unflatten(0, (heads, world, -1))[:, rank].flatten(0, 1)
+
+
+def train(case: dict[str, Any], rank: int = 0, world: int = 1) -> nn.Module:
+    """Adam with merges in float64; in several processes on each one's part of the same batches."""
+    mode, chunk = case["mode"], case["chunk"]
+    lte = LTEConfig(
+        num_heads=HEADS, lora_r=(2, 1), lora_alpha=4.0, **{k: v for k, v in case.items() if k not in ("mode", "chunk")}
+    )
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of parameters that train without LoRA
+        model = prepare_model_for_lte(Small().double(), lte, replica_layers=["out", "token"], mode=mode, chunk=chunk, seed=1)
+    outer = model if world == 1 else DistributedDataParallel(model)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    merges = MergeCondition(outer, MERGE)
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(STEPS + 1):  # the last step stays unmerged
+        x, target = (
+            torch.randn(SAMPLES, 2, 6, generator=generator).double(),
+            torch.randn(SAMPLES, 3, generator=generator).double(),
+        )
+        if world > 1:
+            heads = 1 if mode == "mhlora" else HEADS
+            x, target = (own_part(t, rank, world, heads) for t in (x, target))
+        optimizer.zero_grad()
+        (outer(x) - target).square().mean().backward()
+        optimizer.step()
+        merges.step()
+    return model
+
+
+def worker(folder: Path) -> None:
+    """What torchrun starts: trains all cases as one of its processes and leaves the results in files."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    results = {}
+    for name, case in CASES.items():
+        model = train(case, rank, dist.get_world_size())
+        results[name] = (merged_state_dict(model), model.state_dict())
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Each process's results, of one start of torchrun."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    script = folder / "script.py"
+    script.write_text(f"from pathlib import Path\nfrom test_modes_torchrun import worker\nworker(Path({str(folder)!r}))\n")
+    here = Path(__file__).resolve().parent
+    paths = os.pathsep.join([str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD), str(script)]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_two_processes_train_what_one_does(name: str, trained: list[dict[str, Any]]) -> None:
+    """Merged weights, factors, references and replicas after 13 steps and 4 merges, when each process has a slice of every
+    head's data.
+    """
+    model = train(CASES[name])
+    # 1e-10: float64 sums in another order, which a dozen steps of Adam make grow; other arithmetic is off by 1e-3 and more.
+    for actual, expected in zip(trained[0][name], (merged_state_dict(model), model.state_dict()), strict=True):
+        assert list(actual) == list(expected)
+        for key, value in expected.items():
+            assert_near(actual[key], value, 1e-10)
+    start = Small().state_dict()
+    assert all(value.shape == start[key].shape for key, value in trained[0][name][0].items())
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_processes_stay_bitwise_in_step(name: str, trained: list[dict[str, Any]]) -> None:
+    """Nothing is sent at a merge, and still every process holds the very same numbers: gradients are averaged alike."""
+    first, second = trained[0][name][1], trained[1][name][1]
+    assert list(first) == list(second)
+    assert all(torch.equal(first[key], second[key]) for key in first)
