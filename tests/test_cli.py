@@ -111,7 +111,6 @@ def complaint(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: st
         ([GOOD, "--steps", "0"], "--steps is 0, but it must be at least 1"),
         ([GOOD, "--merge-iter", "0"], "--merge-iter is 0, but it must be at least 1"),
         ([GOOD, "--lora-alpha", "-1"], "--lora-alpha is -1.0, but it must be a number above 0"),
-        ([GOOD, "--lora-r", "33"], "Lower --lora-r to 32"),
         ([GOOD, "--exclude", "9"], "--exclude '9' matches no layer"),
         ([GOOD, "--policy", "avrage"], "Did you mean average?"),
         ([GOOD, "--name", "../up"], "--name is '../up'"),

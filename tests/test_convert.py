@@ -191,20 +191,16 @@ def test_a_pattern_without_a_match_suggests_a_near_name() -> None:
         make_plan(net(), LTEConfig(lora_r=2, exclude=("dwon",)))
 
 
-def test_a_rank_too_high_names_the_layers_and_the_largest_rank() -> None:
-    """The error lists the layers that are too small, the largest rank that fits all, and what to exclude."""
-    with pytest.raises(ConfigError) as raised:
-        make_plan(net(), LTEConfig(lora_r=7))
-    message = str(raised.value)
-    assert "--lora-r is 7" in message
-    assert "up.weight (8 x 6), down.weight (6 x 8)" in message
-    assert "mid" not in message
-    assert "Lower --lora-r to 6" in message
-    assert "--exclude 'up' 'down'" in message
-    with pytest.raises(ConfigError, match=r"of 3 layer\(s\): .*Lower --lora-r to 6"):
-        make_plan(net(), LTEConfig(lora_r=9))
-    assert names(net(), LTEConfig(lora_r=6))[0] == ADAPTED
-    assert names(net(), LTEConfig(lora_r=7, exclude=("up", "down")))[0] == ["mid.weight"]
+def test_a_rank_too_high_for_a_layer_is_cut_to_what_it_can_use() -> None:
+    """min(out, in) can say everything; s stays alpha over the rank asked for, as in the other layers, and any W is reached."""
+    converted = convert(net(), LTEConfig(lora_r=7, lora_alpha=7.0))
+    assert [(a.matrix, a.rank, a.scaling) for a in converted.plan.adapted] == [
+        ((8, 6), 6, 1.0),
+        ((8, 8), 7, 1.0),
+        ((6, 8), 6, 1.0),
+    ]
+    a, b = converted.factors["up.weight.lora_A"].detach(), torch.randn(8, 6, dtype=torch.float64)
+    assert_near(torch.linalg.lstsq(a.T, b.T).solution.T @ a, b, 1e-12)  # A is square and orthogonal but for a factor
 
 
 def test_a_model_must_have_something_to_train_and_to_adapt() -> None:

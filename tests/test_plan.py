@@ -192,13 +192,12 @@ def test_subclasses_and_other_layers_are_replicas() -> None:
     ],
 )
 def test_a_convolutions_rank_is_bounded_by_out_and_in_over_groups_times_kernel(conv: nn.Module, largest: int) -> None:
-    """One above is an error that says how large it may be, and the rules that it suggests work."""
-    assert names(conv, lora_r=largest)[0] == ["weight"]
+    """A higher one is cut to the largest that adds anything, for this layer alone; its scaling stays that of the others."""
     model = nn.ModuleDict({"conv": conv, "rest": nn.Linear(99, 99)})
-    message = refusal(model, lora_r=largest + 1)
-    assert f"Lower --lora-r to {largest}" in message
-    assert f"--layers 'conv: lora_r={largest}'" in message
-    assert names(model, lora_r=largest + 1, layers=(f"conv: lora_r={largest}",))[0] == ["conv.weight", "rest.weight"]
+    for asked in (1, largest, largest + 1, 99):
+        plan = make_plan(model, LTEConfig(lora_r=asked, lora_alpha=8.0))
+        assert [a.rank for a in plan.adapted] == [min(asked, largest), asked]
+        assert [a.scaling for a in plan.adapted] == [8.0 / asked] * 2
 
 
 @pytest.mark.parametrize(
@@ -532,8 +531,8 @@ def test_heads_plans_differ_in_rank_and_scaling_only() -> None:
     assert len({plan.base for plan in plans}) == 1
     assert len({plan.replicas for plan in plans}) == 1
     assert len(set(make_plans(model, LTEConfig(num_heads=3, lora_r=2, layers=("0: lora_r=1",))))) == 1
-    with pytest.raises(ConfigError, match="--lora-r is 5, above"):
-        make_plans(model, LTEConfig(num_heads=2, lora_r=(1, 5)))  # found though the first head is fine
+    cut = make_plans(model, LTEConfig(num_heads=2, lora_r=(1, 9)))
+    assert [[a.rank for a in plan.adapted] for plan in cut] == [[1, 1], [4, 4]]  # 4 x 4 layers take no more
 
 
 def test_adapting_what_cannot_have_factors_is_an_error() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -45,7 +45,7 @@ def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
     left alone.
 
     Raises:
-        ConfigError: a pattern matches nothing, the rank is above min(out, in) of some layer, layers that share a weight have
+        ConfigError: a pattern matches nothing, layers that share a weight have
             different settings, or `lte.strict` and something is left over.
         WorkerError: no parameter trains, none is adapted, or one can't be merged (sparse, complex, integer, no shape).
     """
@@ -70,8 +70,9 @@ def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
         if bias == "lora" and any(p.part != "bias" for p in held):
             bias = "replica"  # packed biases are added behind the projections
         if name in weights:
-            rank = 1 if parameter.ndim == 1 else chosen.rank
-            adapted.append(Adapted(name, shape, rank, chosen.scaling, held[0].transposed, chosen.lr, chosen.base_dtype))
+            spec = Adapted(name, shape, 1, chosen.scaling, held[0].transposed, chosen.lr, chosen.base_dtype)
+            # At min(out, in) a product can be any matrix. The scaling stays that of the rank asked for, as in other layers.
+            adapted.append(replace(spec, rank=1 if parameter.ndim == 1 else min(chosen.rank, *spec.matrix)))
         elif bias == "lora":
             adapted.append(Adapted(name, shape, 1, chosen.scaling, lr=chosen.lr))
         elif bias != "frozen":
@@ -268,19 +269,4 @@ def _check(adapted: list[Adapted], replicas: list[Replica], parameters: dict[str
         raise WorkerError(
             f"The model has nothing to adapt: no weight that trains in a layer of the kinds {kinds}"
             + (" is left by --exclude and --layers." if lte.exclude or lte.layers else ". LoRA heads need at least one.")
-        )
-    small = [a for a in adapted if a.rank > min(a.matrix)]
-    if small:
-        widest = min(min(a.matrix) for a in small)
-        names = ", ".join(f"{a.name} ({a.matrix[0]} x {a.matrix[1]})" for a in small[:5])
-        layers = " ".join(repr(a.name.removesuffix(".weight")) for a in small[:5] if "." in a.name)
-        rules = " ".join(f"'{a.name.removesuffix('.weight')}: lora_r={min(a.matrix)}'" for a in small[:1] if "." in a.name)
-        raise ConfigError(
-            f"--lora-r is {max(a.rank for a in small)}, above min(out, in) of {len(small)} layer(s): {names}"
-            f"{', ...' if len(small) > 5 else ''}. A rank above that adds nothing. Lower --lora-r to {widest}"
-            + (
-                f", or let these layers train as replicas: --exclude {layers}, or give them a rank: --layers {rules}."
-                if layers
-                else "."
-            )
         )
