@@ -1,30 +1,33 @@
-"""Validation loss of the main job with main weights in bf16, int8 and nf4, over the same run with fp32.
+"""Validation loss of the main job with main weights in nf4, over the same run with fp32: three seeds.
 
-All train `workers.gpt:GPT` with its defaults (2 heads, 700 local steps), with the same seed and data. Also: the relative error
-that requantising the base makes, the largest over layers and merges, and the bytes of the main weights.
+All train `workers.gpt:GPT` with its defaults (2 heads, 700 local steps), each pair with the same seed and data. One pair says
+little: two runs that differ in rounding alone end up to 1.5% apart. Also: the relative error that requantising the base makes,
+the largest over layers and merges. Other formats: `python -m benchmarks.quantized int8 bf16`.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.report import report
-from lte_ray import LTEConfig, LTETrainer
+from benchmarks.report import report, spread
+from lte_ray import LTEConfig, LTETrainer, TrainConfig
 from lte_ray.config import StorageConfig
 from lte_ray.metrics import Silent
 from workers.gpt import GPT
 
-FORMATS = ("fp32", "bf16", "int8", "nf4")
+SEEDS = (0, 1, 2)
 
 
-def train(base_dtype: str) -> tuple[float, float]:
+def train(base_dtype: str, seed: int) -> tuple[float, float]:
     """Bits per byte of the last version, and the largest error of requantisation."""
     with tempfile.TemporaryDirectory() as storage:
         result = LTETrainer(
             GPT(),
             lte=LTEConfig(base_dtype=base_dtype),  # type: ignore[arg-type]
+            train=TrainConfig(seed=seed, eval_every=0, checkpoint_every=0),
             run_config=StorageConfig(name="run", storage=storage),
             reporter=Silent(),
         ).fit()
@@ -34,15 +37,17 @@ def train(base_dtype: str) -> tuple[float, float]:
 
 
 def main() -> None:
-    runs = {base_dtype: train(base_dtype) for base_dtype in FORMATS}
-    exact = runs["fp32"][0]
+    formats = sys.argv[1:] or ["nf4"]
+    runs = {f: [train(f, seed) for seed in SEEDS] for f in ["fp32", *formats]}
+    over = {f: spread([bits / exact for (bits, _), (exact, _) in zip(runs[f], runs["fp32"], strict=True)]) for f in formats}
     report(
         "quantized",
-        limits={f: f"bits per byte over fp32's, {f}, <= 1.03" for f in FORMATS[1:]},
-        met={f: runs[f][0] / exact <= 1.03 for f in FORMATS[1:]},
+        limits={f: f"bits per byte over fp32's, {f}, median <= 1.03" for f in formats},
+        met={f: over[f]["median"] <= 1.03 for f in formats},
         figures={
-            f: {"bits_per_byte": round(bits, 4), "over_fp32": round(bits / exact, 4), "requantisation_error": round(error, 5)}
-            for f, (bits, error) in runs.items()
+            "bits_per_byte": {f: [round(bits, 4) for bits, _ in runs[f]] for f in runs},
+            "over_fp32": over,
+            "requantisation_error": {f: round(max(error for _, error in runs[f]), 4) for f in formats},
         },
     )
 

@@ -56,7 +56,7 @@ def check_start(directory: RunDirectory, storage: StorageConfig, settings: Setti
     # For settings that there weren't when the run was begun; `checkpoint.check_factors` finds out whether --adapt fits.
     default = json.loads(json.dumps(dataclasses.asdict(LTEConfig()))) | {"adapt": asked["adapt"]}
     before = {name: before.get(name, default[name]) for name in asked}
-    differing = [name for name in asked if asked[name] != before[name]]
+    differing = [name for name in asked if asked[name] != before[name] and name != "strict"]  # which changes no head
     if differing:
         said = ", ".join(f"{flag(name)} was {before[name]} and is {asked[name]}" for name in differing)
         raise StorageError(f"{place} can't be continued with other heads: {said}. Give the settings as they were.")

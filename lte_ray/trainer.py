@@ -14,6 +14,7 @@ from lte_ray.config import LTEConfig, MergeConfig, PlacementConfig, StorageConfi
 from lte_ray.display import automatic_display
 from lte_ray.engine.initial import prepare
 from lte_ray.engine.settings import Settings
+from lte_ray.engine.stack import check_stackable
 from lte_ray.merging.registry import make_policy
 from lte_ray.messages import HeadTimes
 from lte_ray.metrics import Progress, Reporter
@@ -87,6 +88,8 @@ class LTETrainer:
         from lte_ray.runtime.transport import ObjectStore
 
         asked, more = placing.from_scaling_config(self.scaling_config, self.lte.num_heads)
+        if asked.stack_heads == "always" and asked.heads_per_actor > 1:
+            check_stackable(self.train, initial.plans)
         worker, packed = Package.of(self.worker), Package.of(policy)
         base = checkpoint.read_base(directory, resume, initial.plan) if resume else initial.base
         if resume:

@@ -42,7 +42,7 @@ class Worker(Protocol):
         ...
 
     # Optional:
-    #   build_optimizer(params) -> Optimizer       params: two parameter groups, named "lora" and "replica"
+    #   build_optimizer(params) -> Optimizer       params: parameter groups, named "lora" and "replica"
     #   build_schedule(optimizer, total_steps)     -> a torch learning-rate scheduler, stepped after every local step
     #   sample(model) -> str                       shown when the run has ended, e.g. generated text
 
@@ -51,8 +51,8 @@ REQUIRED = ("build_model", "train_batches", "loss", "evaluate")
 
 
 def check_worker(worker: object) -> None:
-    """Raises WorkerError unless `worker` has all the methods of a Worker."""
-    kind = type(worker)
+    """Raises WorkerError unless `worker`, an object or a class, has all the methods of a Worker."""
+    kind = worker if isinstance(worker, type) else type(worker)
     missing = [name for name in REQUIRED if not callable(getattr(worker, name, None))]
     if missing:
         raise WorkerError(

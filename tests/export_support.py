@@ -257,6 +257,14 @@ class Models:
         return torch.optim.Adam(params, lr=self.lr)
 
 
+class Needy(Models):
+    """Has a setting that no run of another worker knows."""
+
+    def __init__(self, need: int) -> None:
+        super().__init__()
+        self.need = need
+
+
 def inputs(kind: str, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     if kind in IMAGES:

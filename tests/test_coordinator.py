@@ -62,6 +62,18 @@ def test_average_waits_for_all_heads_and_merges_their_mean_change() -> None:
         assert coordinator.pending == []
 
 
+@pytest.mark.parametrize("errors", [(0.25, 0.5, 0.125), (0.5, 0.25, 0.125), (0.25, 0.125, 0.5), (0.0, 0.0, 0.0)])
+def test_a_merge_records_the_largest_quantisation_error_of_its_contributions(errors: tuple[float, ...]) -> None:
+    """Whichever head it came from, and of this merge alone."""
+    coordinator, _ = make(Average(), heads=3)
+    for head, error in enumerate(errors):
+        outcome = coordinator.receive(offer(head, base_error=error), buffer(head))
+    assert [m.base_error for m in outcome.merges] == [max(errors)]
+    for head in range(3):
+        outcome = coordinator.receive(offer(head, 2, base_error=0.01 * head), buffer(head))
+    assert [m.base_error for m in outcome.merges] == [0.02]
+
+
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_the_order_of_arrival_leaves_no_trace(order: tuple[int, ...]) -> None:
     """The merged base is bitwise the same in whichever order the heads arrive."""

@@ -204,7 +204,7 @@ def test_a_version_that_is_not_there_is_named_with_those_that_are(run: Path, tmp
             r"holds another model than the worker builds",
         ),
         ('program = "export_support:Words"', "Words can't be used as a worker"),
-        ('program = "export_support:Wrapped"', "Wrapped can't be made with the settings in run.toml"),
+        ('program = "export_support:Needy"', "Needy can't be made with the settings in run.toml"),
         ('lora_r = "many"\nprogram = "export_support:Models"', "--lora-r is 'many'"),
         ("", "The worker that run.toml names, is ''"),
     ],
@@ -236,6 +236,14 @@ def test_the_worker_has_the_settings_that_it_had() -> None:
     assert make_worker(kept) == Odd(data=None, names="None")
     with pytest.raises(WorkerError, match=r"--worker 'no.such:Worker': there is no module no"):
         make_worker(record, "no.such:Worker")
+
+
+def test_what_is_no_worker_is_not_made(tmp_path: Path) -> None:
+    """A class that run.toml names is called only if it has a worker's methods."""
+    record = {"program": "subprocess:Popen", "worker": {"args": ["touch", str(tmp_path / "made")]}}
+    with pytest.raises(WorkerError, match=r"Popen can't be used as a worker: it lacks build_model\(\)"):
+        make_worker(record)
+    assert not (tmp_path / "made").exists()
 
 
 def test_reading_a_run_draws_none_of_the_callers_random_numbers(run: Path) -> None:

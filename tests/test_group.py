@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import Tiny, assert_near, make_settings
 from torch import Tensor, nn
 
+from lte_ray.adapters.stand_in import computing
 from lte_ray.config import LTEConfig, TrainConfig
 from lte_ray.data import Shard
+from lte_ray.engine.coordinator import Coordinator
 from lte_ray.engine.group import HeadGroup
 from lte_ray.engine.head import Head
 from lte_ray.engine.initial import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.simulate import Simulated, simulate
 from lte_ray.engine.stack import Unstackable
-from lte_ray.merging import Merge, Pending, Roster, Wait
+from lte_ray.errors import WorkerFailed
+from lte_ray.merging import Average, Decision, Merge, Pending, Roster, Wait
+from lte_ray.merging.flat import views
+from lte_ray.worker import seed_everything
 
 STACKED = 1e-12
 """Relative error that batching may cause over a whole run in float64: other orders of sums of at most a few hundred terms."""
@@ -109,6 +116,76 @@ def test_stacked_convolutions_norms_and_attention_are_those_apart(train: dict[st
     assert_same_run(together, simulate(Pictures(), settings, torch.float64), 1e-9)  # batch norms divide by small deviations
 
 
+@dataclasses.dataclass
+class Disturbing:
+    """Averages, and leaves the global generators somewhere else each time, as an evaluation between rounds may."""
+
+    seed: int
+
+    def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
+        seed_everything(self.seed)
+        torch.rand(self.seed)
+        self.seed += 1
+        return Average().decide(pending, roster)
+
+
+@pytest.mark.parametrize("heads_per_actor", [2, 4])
+def test_stacked_heads_draw_from_their_own_generators(heads_per_actor: int) -> None:
+    """Dropout is bitwise the same whatever happens to the global generators, which come out as they went in."""
+
+    def run(policy: object, dropout: float = 0.3) -> Simulated:
+        made = make_settings(heads=4, steps=9, policy=policy)
+        return simulate(Tiny(dropout=dropout), made, torch.float64, heads_per_actor=heads_per_actor, stack="always")
+
+    torch.manual_seed(1)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    first = run("average")
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
+    torch.manual_seed(2)
+    for again in (run("average"), run(Disturbing(5)), run(Disturbing(50))):
+        assert torch.equal(again.base, first.base)
+        assert [m.losses for m in again.merges] == [m.losses for m in first.merges]
+    assert not torch.allclose(run("average", dropout=0.0).base, first.base, atol=1e-3)
+
+
+class Chance(Tiny):
+    """Its loss is a random number."""
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return 0.0 * super().loss(model, batch) + torch.rand(())
+
+
+def test_stacked_heads_draw_numbers_of_their_own_and_new_ones_each_step() -> None:
+    """No two heads share a dropout mask, and no round repeats the last one's."""
+    run = simulate(Chance(), make_settings(heads=3, steps=4, merge_iter=1), torch.float64, heads_per_actor=3, stack="always")
+    assert len({loss for merge in run.merges for loss in merge.losses.values()}) == 12
+
+
+class Plenty(Tiny):
+    """Tiny with data for 32 heads, of which each sees other words."""
+
+    def train_batches(self, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
+        words = torch.randint(7, (640,), generator=torch.Generator().manual_seed(0))
+        for indices in shard.indices(640, 4):
+            yield words[indices], (words[indices] * 3 + 1) % 7
+
+
+@pytest.mark.parametrize("stack", ["never", "always"])
+def test_thirty_two_heads_train_in_one_process_or_two(stack: str) -> None:
+    """Over two merges: bitwise the heads apart when they take turns, and but for the order of sums when stacked."""
+    settings = make_settings(heads=32, steps=6)
+    apart = simulate(Plenty(), settings, torch.float64)
+    assert not torch.allclose(apart.base, prepare(Plenty(), settings, torch.float64).base, atol=1e-3)
+    factors = [torch.cat([p.flatten() for p in head.converted.factors.values()]) for head in apart.heads]
+    assert len({tuple(f.tolist()) for f in factors}) == 32  # each trained on its own
+    for heads_per_actor in (32, 16):
+        together = simulate(Plenty(), settings, torch.float64, heads_per_actor=heads_per_actor, stack=stack)
+        assert [m.heads for m in together.merges] == [tuple(range(32))] * 2
+        assert all(head.step == 6 for head in together.heads)
+        assert_same_run(together, apart, 0.0 if stack == "never" else STACKED)
+
+
 def test_one_process_holds_one_copy_of_the_main_weights() -> None:
     """All heads of a group compute with the same main weights; factors and replicas are their own."""
     for stack in ("always", "never"):
@@ -172,3 +249,75 @@ def test_stacked_heads_go_on_from_a_saved_state() -> None:
     contributions = group.train_round()
     assert [c.sequence for c in contributions] == [3, 3, 3]
     assert contributions[1].loss == pytest.approx(whole.merges[2].losses[1], rel=1e-12)
+
+
+def test_heads_of_one_actor_may_be_answered_in_any_order() -> None:
+    """One is merged after its neighbour but adopts first: both end on the newest version, which holds their own work once."""
+    settings = make_settings(heads=2)
+    for stack in ("never", "always"):
+        group = HeadGroup(Tiny(), settings, range(2), dtype=torch.float64, stack=stack)
+        coordinator = Coordinator(settings, group.heads[0].plan, prepare(Tiny(), settings, torch.float64).base, OneByOne())
+        for head in group.heads:
+            head.start(0, coordinator.base.clone())
+        for _ in range(2):
+            first, second = group.train_round()
+            answers = {}
+            for contribution in (second, first):  # each is merged at once: the first head's is in the newer version
+                (verdict,) = coordinator.receive(contribution, contribution.buffer).verdicts
+                answers[verdict.head] = (verdict, coordinator.version, coordinator.base.clone())
+            for head in group.heads:
+                head.adopt(*answers[head.head])
+            for head in group.heads:
+                head.catch_up()
+        newest = views(group.heads[0].plan.base, coordinator.base)
+        for head in group.heads:
+            assert head.version == coordinator.version == 4
+            head.begin_round()
+            with computing():
+                for name in ("up", "mid", "down"):
+                    in_use = getattr(head.model, name).weight + 0.0
+                    assert_near(in_use.detach(), newest[f"{name}.weight"], 1e-14)
+
+
+class OneByOne:
+    """Merges every contribution at once."""
+
+    def decide(self, pending: list[Pending], roster: Roster) -> object:
+        return Merge({pending[0].head: 0.5}) if pending else Wait("for any")
+
+
+class Averaging(Tiny):
+    """Keeps a moving average of a layer in a parameter that doesn't train."""
+
+    def build_model(self) -> nn.Module:
+        model = super().build_model()
+        model.slow = nn.Parameter(model.up.weight.detach().clone(), requires_grad=False)
+        return model
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        with torch.no_grad():
+            model.slow.mul_(0.9).add_(0.1)
+        return super().loss(model, batch)
+
+
+def test_a_model_that_writes_to_frozen_parameters_is_told_to_use_buffers() -> None:
+    """They would be shared by virtual heads, and lost by checkpoints: the first round says so."""
+    for heads_per_actor in (1, 2):
+        with pytest.raises(WorkerFailed, match=r"writes to slow, .* Make them buffers"):
+            simulate(Averaging(), make_settings(), torch.float64, heads_per_actor=heads_per_actor)
+
+
+def test_heads_of_one_actor_may_be_at_different_steps() -> None:
+    """A head that is done leaves; the others go on alone, stacked or not."""
+    settings = make_settings(heads=2, steps=12)
+    for stack in ("never", "always"):
+        group = HeadGroup(Tiny(), settings, range(2), dtype=torch.float64, stack=stack)
+        for head in group.heads:
+            head.start(0, prepare(Tiny(), settings, torch.float64).base)
+        group.heads[0].step = 9
+        first, second = group.train_round()
+        assert (first.step, second.step) == (12, 3)
+        for head in group.heads:
+            head._outstanding = None
+        (alone,) = group.train_round()
+        assert (alone.head, alone.step, alone.steps) == (1, 6, 6)

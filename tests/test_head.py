@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import safetensors.torch
 import torch
-from helpers import DenseHead, Tiny, assert_near, make_settings
-from torch import Tensor
+from helpers import EPS32, DenseHead, Tiny, assert_near, make_settings
+from torch import Tensor, nn
 
 from lte_ray.adapters import LTELinear
 from lte_ray.engine.head import Head
 from lte_ray.engine.initial import prepare
 from lte_ray.layout import Plan
-from lte_ray.merging.flat import views
+from lte_ray.merging.flat import base_replicas, replica_part, views
 from lte_ray.messages import Contribution, Verdict
 
 # SGD only adds float64 rounding up over some ten steps. Adam divides by a root that may be small, which magnifies it.
@@ -213,3 +214,60 @@ def test_a_restored_head_goes_on_bitwise_the_same(optimizer: str, reset: str) ->
         for each, contribution in ((head, expected), (restored, found)):
             accept(each, contribution, sequence, one)
             assert {g["lr"] for g in each.optimizer.param_groups} == {0.01 * (1 - each.step / 12)}
+
+
+@dataclass
+class Rounded(Tiny):
+    """Tiny in bfloat16, which has 8 bits."""
+
+    lr: float = 0.0
+
+    def build_model(self) -> nn.Module:
+        return super().build_model().bfloat16()
+
+    def build_optimizer(self, params: list[dict]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=self.lr)
+
+
+def rounded_head(lr: float) -> tuple[Head, list[Tensor]]:
+    """A head in bfloat16, merged in float32, and bases whose replicas bfloat16 can't represent."""
+    made = make_settings(steps=18)
+    start = prepare(Rounded(), made).base
+    shifts = [0.1 * torch.randn(start.shape, generator=torch.Generator().manual_seed(n)) for n in range(6)]
+    bases = [start + shift for shift in shifts]
+    for base in bases:
+        replicas = base_replicas(prepare(Rounded(), made).plan, base)
+        assert float((replicas - replicas.bfloat16()).abs().max()) > 1e-3
+    return Head(Rounded(lr=lr), made, 0), bases
+
+
+@pytest.mark.parametrize("accepted", [(True,) * 5, (False,) * 5, (True, False, True, True, False)], ids=["yes", "no", "mixed"])
+def test_replicas_in_bfloat16_that_do_not_train_contribute_nothing(accepted: tuple[bool, ...]) -> None:
+    """p - p' is what was trained, from the rounded base that the head adopted: rounding it is no progress."""
+    head, (first, *bases) = rounded_head(lr=0.0)
+    head.start(0, first)
+    for version, (base, answer) in enumerate(zip(bases, accepted, strict=True), 1):
+        contribution = head.train_round()
+        assert not replica_part(head.plan, contribution.buffer).any()
+        (accept if answer else refuse)(head, contribution, version, base)
+        for name, p in {r.name: head.converted.parameters[r.name] for r in head.plan.replicas}.items():
+            assert torch.equal(p, views(head.plan.base, base)[name].bfloat16())
+
+
+def test_steps_of_bfloat16_replicas_beyond_the_base_are_counted_without_its_rounding() -> None:
+    """What was refused rides along over new bases as it was, and is gone once it is accepted."""
+    head, (first, *bases) = rounded_head(lr=0.05)
+    head.start(0, first)
+    contribution = head.train_round()
+    learned = replica_part(head.plan, contribution.buffer).clone()
+    assert 0.01 < float(learned.abs().max()) < 2
+    for group in head.optimizer.param_groups:
+        group["lr"] = 0.0
+    for version in (1, 2, 3):
+        refuse(head, contribution, version, bases[version - 1])
+        contribution = head.train_round()
+        # With each base p - (p - d) is rounded twice in float32, where |p| + |d| < 4.
+        found = replica_part(head.plan, contribution.buffer)
+        assert float((found - learned).abs().max()) <= version * 4 * EPS32
+    accept(head, contribution, 4, bases[3])
+    assert not replica_part(head.plan, head.train_round().buffer).any()

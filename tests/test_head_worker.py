@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +14,14 @@ import torch
 from helpers import BATCH, Tiny, make_settings
 from torch import Tensor, nn
 
+from lte_ray.adapters.stand_in import computing
 from lte_ray.data import Shard
 from lte_ray.engine.head import Head
-from lte_ray.engine.initial import prepare
+from lte_ray.engine.initial import load_base, prepare
 from lte_ray.engine.simulate import simulate
 from lte_ray.errors import WorkerError, WorkerFailed
 from lte_ray.messages import Contribution, Verdict
+from lte_ray.worker import build_model
 
 
 def make_head(worker: Tiny, head: int = 0, **changes: object) -> Head:
@@ -210,18 +214,40 @@ def test_without_an_optimizer_of_its_own_a_worker_gets_adamw(monkeypatch: pytest
 
 
 class Bypassing(Tiny):
-    """Reads the weight of `down` without calling the layer, as some libraries' models do."""
+    """Computes with the weight of `down` and `mid` without calling them, and with that of `up` both ways."""
 
     def build_model(self) -> nn.Module:
         model = super().build_model()
-        model.forward = lambda words: model.embed(words) @ model.up.weight.T @ model.down.weight.T @ model.embed.weight.T
+        assert model.down.weight.dtype == torch.float64
+
+        def forward(words: Tensor) -> Tensor:
+            x = torch.tanh(model.up(model.embed(words))) @ model.mid.weight.T
+            assert model.down.weight.shape == (6, 8)  # looking is always possible
+            return torch.nn.functional.linear(x, model.down.weight, model.down.bias) @ model.up.weight.T @ model.up.weight
+
+        model.forward = forward
         return model
 
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        words, following = batch
+        return torch.nn.functional.cross_entropy(model(words), following % 6) + 0.01 * model.down.weight.square().sum()
 
+
+@pytest.mark.parametrize("settings", [{}, {"lora_bias": "lora"}, {"base_dtype": "nf4"}])
 @pytest.mark.parametrize("stack", ["never", "always"])
-def test_a_layer_whose_weight_is_read_but_which_is_never_called_is_named(stack: str) -> None:
-    """Its factors would train nothing: the first step says so, and with it excluded the run is on. Unused layers may be."""
-    with pytest.raises(WorkerFailed, match=r"up, down got LoRA, but .* --exclude 'up' 'down'"):
-        simulate(Bypassing(), make_settings(), torch.float64, heads_per_actor=2, stack=stack)
-    settings = make_settings(exclude=("up", "down"))
-    assert simulate(Bypassing(), settings, torch.float64, heads_per_actor=2, stack=stack).heads[0].step == 12
+def test_weights_that_are_used_without_a_call_are_those_in_use(stack: str, settings: dict[str, Any]) -> None:
+    """What a head trains is what the merged model then computes: with one head, both losses agree after the last merge."""
+    plain = make_settings(heads=2, steps=6)
+    run = dataclasses.replace(plain, lte=dataclasses.replace(plain.lte, **settings))
+    done = simulate(Bypassing(), run, torch.float64, heads_per_actor=2, stack=stack)
+    model, batch = build_model(Bypassing(), run.train.seed), (torch.arange(6), torch.arange(6))
+    load_base(model, done.plan, done.base)
+    head = done.heads[0]
+    head.begin_round()  # loads the main weights, which heads of one process share
+    with computing():
+        theirs = Bypassing().loss(head.model, batch)
+    merged = Bypassing().loss(model, batch)
+    # After a merge W~ + s B A is W; nf4 heads compute with a rounded W.
+    assert theirs.item() == pytest.approx(float(merged), rel=0.05 if "base_dtype" in settings else 1e-12)
+    theirs.backward()
+    assert all(factor.grad is not None for name, factor in head.converted.factors.items() if "down" in name or "mid" in name)

@@ -282,7 +282,7 @@ def test_views_read_and_set_what_holds_for_all() -> None:
     lte.lora.lora_bias = True
     lte.lora.adapt = ["linear", "norm"]
     assert lte == LTEConfig.default(lora_r=4, lora_bias="lora", adapt=("linear", "norm"))
-    assert (lte.lora.lora_r, lte.lora.lora_bias, lte.lora.num_heads) == (4, "lora", 1)
+    assert (lte.lora.lora_r, lte.lora.lora_bias, lte.lora.num_heads) == (4, True, 1)
     lte.lora.layers = {"a": {"lr": 2}}
     assert lte.layers == ("a: lr=2",)
 
@@ -294,9 +294,31 @@ def test_views_of_a_kind_read_and_set_what_differs_there() -> None:
     lte.lora.linear.lora_r = 32
     lte.lora.linear.lora_bias = True
     lte.lora.conv.adapt = False
-    assert (lte.lora.linear.lora_r, lte.lora.conv.lora_r, lte.lora.linear.lora_bias) == (32, 4, "lora")
+    assert (lte.lora.linear.lora_r, lte.lora.conv.lora_r, lte.lora.linear.lora_bias) == (32, 4, True)
     assert lte.resolve("linear", tuple(rule.kind == "linear" for rule in rules(lte.layers))).rank == 32
     assert not lte.resolve("conv", tuple(rule.kind == "conv" for rule in rules(lte.layers))).adapt
+
+
+def test_views_are_read_and_set_by_key() -> None:
+    """As dicts are; lora_bias is what it says in an if; a copy is one of its own; printed, they show their values."""
+    lte = LTEConfig.default(lora_r=4)
+    assert lte.lora["lora_r"] == lte.lora.get("lora_r") == dict(lte.lora)["lora_r"] == dict(lte.lora.items())["lora_r"] == 4
+    assert LTEConfig.default(**lte.lora) == lte
+    assert ("lora_r" in lte.lora, "linear" in lte.lora, lte.lora.get("rank", 3), hasattr(lte.lora, "rank")) == (
+        True,
+        False,
+        3,
+        False,
+    )
+    assert [LTEConfig(lora_bias=bias).lora.lora_bias for bias in ("frozen", "lora", "replica")] == [False, True, "replica"]  # type: ignore[arg-type]
+    other = lte.lora.clone()
+    other["lora_r"] = 2
+    lte.lora.linear["lora_alpha"] = 8
+    assert (other.lora_r, lte.lora_r, lte.lora.linear["lora_alpha"], other.linear.lora_alpha) == (2, 4, 8.0, 16.0)
+    assert repr(lte.lora).startswith("LoraView(num_heads=1, lora_r=4, lora_alpha=16.0,")
+    assert "lora_alpha=8.0" in str(lte.lora.linear)
+    assert LTEConfig.override_kwargs(lte, {"num_heads": 3}) is lte
+    assert lte.num_heads == 3
 
 
 def test_what_a_view_of_a_kind_set_last_counts() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import socket
 import subprocess
@@ -16,10 +17,13 @@ from lte_ray.errors import ConfigError
 from lte_ray.misc import common, distributed
 
 RANKS = """
-import torch
+import argparse, os, torch
 from lte_ray.misc import distributed as d
 assert not d.is_distributed() and d.world_size() == 1 and d.is_main_process()
-assert d.init_distributed_mode() and d.init_distributed_mode() and d.is_distributed()
+args = argparse.Namespace(dist_url="env://")
+assert d.init_distributed_mode(args) and d.init_distributed_mode() and d.is_distributed()
+assert args.distributed and (args.rank, args.gpu, args.world_size) == (d.rank(), d.rank(), 2) and args.dist_backend == "gloo"
+assert d.reduce(1.0 + 2 * d.rank(), "mean").item() == 2.0 and d.reduce(d.rank(), "sum").item() == 1
 assert d.world_size() == 2 and d.is_main_process() == (d.rank() == 0) and d.local_rank() == d.rank()
 x = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True) * (1 + 2 * d.rank())
 assert d.reduce(x, "sum").tolist() == [4.0, 8.0] and d.reduce(x).tolist() == [2.0, 4.0]
@@ -27,6 +31,8 @@ assert x.tolist() == [1.0 + 2 * d.rank(), 2.0 + 4 * d.rank()] and not d.reduce(x
 y = torch.arange(6).view(2, 3).t() * d.rank()
 assert torch.equal(d.reduce(y, "sum"), torch.arange(6).view(2, 3).t())
 assert torch.equal(d.reduce(y), torch.arange(6).view(2, 3).t() / 2)
+del os.environ["LOCAL_RANK"]
+assert d.local_rank() == d.rank()
 torch.distributed.destroy_process_group()
 print("fine")
 """
@@ -48,15 +54,23 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], c
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
 
 
-def test_on_cpu_bfloat16_without_scaler(alone: pytest.MonkeyPatch) -> None:
-    """The context computes in bfloat16 each time it is entered; parameters stay float32."""
+def test_on_cpu_bfloat16_without_scaling(alone: pytest.MonkeyPatch) -> None:
+    """The context computes in bfloat16 each time it is entered; parameters stay float32; the scaler only passes on."""
     dtype, context, scaler = common.determine_compute_context()
-    layer = nn.Linear(2, 2)
+    layer = nn.Linear(2, 2).to(dtype)
+    optimizer = torch.optim.SGD(layer.parameters(), 1.0)
+    before = layer.weight.detach().clone()
     for _ in range(2):
         with context:
-            assert layer(torch.zeros(1, 2)).dtype == dtype == torch.bfloat16
-    assert layer(torch.zeros(1, 2)).dtype == layer.weight.dtype == torch.float32
-    assert scaler is None
+            y = layer(torch.ones(1, 2))
+        assert y.dtype == torch.bfloat16
+        scaler.scale(y.sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert layer(torch.zeros(1, 2)).dtype == layer.weight.dtype == dtype == torch.float32
+    assert torch.equal(layer.weight, before - 2)
+    assert not scaler.is_enabled()
     assert common.auto_dtype("cpu") == torch.bfloat16
     assert not common.flash_ready_device()
 
@@ -77,23 +91,52 @@ def test_a_device_without_autocast_computes_in_float32(alone: pytest.MonkeyPatch
     dtype, context, scaler = common.determine_compute_context("meta")
     with context:
         assert nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == dtype == torch.float32
-    assert scaler is None
+    assert not scaler.is_enabled()
+
+
+def test_float16_needs_a_scaler(alone: pytest.MonkeyPatch) -> None:
+    """On CUDA devices before Ampere it scales."""
+    alone.setattr(torch.version, "hip", None)
+    alone.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    for capability, enabled in (((7, 5), True), ((8, 0), False)):
+        pretend_cuda(alone, capability)
+        dtype, _, scaler = common.determine_compute_context()
+        assert (dtype, scaler.is_enabled()) == (torch.float32, enabled)
+
+
+def test_autocast_vars_casts_where_autocast_is_on() -> None:
+    """Floating-point tensors only; one in, one out."""
+    x, y = torch.zeros(2), torch.zeros(2, dtype=torch.int64)
+    assert common.autocast_vars(x) is x
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert [t.dtype for t in common.autocast_vars(x, y)] == [torch.bfloat16, torch.int64]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_real_gpu() -> None:
-    """The context computes in the type that is returned."""
+    """The context computes in auto_dtype, and a step of the scaler is one of the optimizer."""
     dtype, context, scaler = common.determine_compute_context("cuda")
-    layer = nn.Linear(2, 2, device="cuda")
+    layer = nn.Linear(2, 2, device="cuda", dtype=dtype)
+    optimizer = torch.optim.SGD(layer.parameters(), 1.0)
+    before = layer.weight.detach().clone()
     with context:
-        assert layer(torch.zeros(1, 2, device="cuda")).dtype == dtype
-    assert (scaler is None) == (dtype == torch.bfloat16)
+        y = layer(torch.ones(1, 2, device="cuda"))
+    assert y.dtype == common.auto_dtype("cuda")
+    scaler.scale(y.sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(layer.weight, before - 1)
+    assert scaler.is_enabled() == (y.dtype == torch.float16)
 
 
 def test_a_process_alone(alone: pytest.MonkeyPatch) -> None:
     """One device, one process, rank 0, and reductions that return a copy."""
     assert not distributed.init_distributed_mode()
+    args = argparse.Namespace()
+    assert not distributed.init_distributed_mode(args)
+    assert vars(args) == {"distributed": False}
+    assert distributed.reduce(3.0, "mean") == 3.0
     assert distributed.num_visible_devices() == distributed.world_size() == 1
     assert distributed.rank() == distributed.local_rank() == 0
     assert distributed.is_main_process()

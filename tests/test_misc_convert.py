@@ -215,3 +215,16 @@ def test_torchs_encoder_runs_without_affine_parameters() -> None:
         expected = model.train()(x, src_key_padding_mask=padding)
         assert_close(model.eval()(x, src_key_padding_mask=padding), expected, **TIGHT)
         assert_close(model.layers[0].eval()(x), model.layers[0].train()(x), **TIGHT)
+
+
+def test_a_projection_of_its_own() -> None:
+    """LinearProjection(hidden_dim, patch_size) computes what the convolution with its weight does."""
+    for size, channels, bias in ((2, 3, True), ((2, 3), 1, False)):
+        layer = LinearProjection(5, size, channels, bias)
+        x = torch.randn(2, channels, 6, 6)
+        conv = torch.nn.functional.conv2d(x, layer.weight, layer.linear_proj.bias, stride=size)
+        assert layer.patch_size == size
+        assert_close(layer(x), conv)
+    assert LinearProjection(hidden_dim=4, patch_size=2).linear_proj.weight.shape == (4, 12)
+    with pytest.raises(ConfigError, match="patch_size = 0"):
+        LinearProjection(4, 0)

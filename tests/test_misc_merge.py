@@ -36,6 +36,18 @@ def test_it_merges_every_so_many_steps(merge_steps: int) -> None:
         assert layer.merges == clock // merge_steps
 
 
+def test_another_condition_can_be_put_in() -> None:
+    """cond_fn decides and merges, as step_condition does; reset_opt is there."""
+    layer = Layer()
+    condition = MergeCondition(layer, 2)
+    assert condition.reset_opt
+    condition.cond_fn = lambda: condition.clock == 3
+    assert [condition.step() for _ in range(4)] == [False, False, True, False]
+    assert layer.merges == 0
+    assert condition.step_condition()
+    assert layer.merges == 1
+
+
 def test_each_module_merges_once() -> None:
     """One layer at two places, one inside a wrapper, and one that is no method."""
     shared, inner = Layer(), Layer()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import math
 
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lte_ray
 from lte_ray import LTEConfig, LTELayer, prepare_model_for_lte
 from lte_ray.misc import MergeCondition, use_custom_attention
-from lte_ray.modes import MultiheadReplicaLayer, merged_state_dict
+from lte_ray.modes import MultiheadReplicaLayer, dmp, merged_state_dict
 
 MODES = ["ddp", "dmp", "mhlora"]
 PLAIN = LTEConfig(num_heads=HEADS, lora_r=2, lora_alpha=4.0)
@@ -277,7 +278,8 @@ def test_the_authors_dmp_kept_dense_changes_of_all_heads() -> None:
         assert largest.elements == width * width
         after = sum(t.numel() for t in model.state_dict().values())
         copies = heads * width * width if mode == "dmp" else 0
-        assert kept == after == width * width + width + 1 + copies + 2 * heads * 2 * width
+        numbers = 3  # merged, and what A is drawn from
+        assert kept == after == width * width + width + numbers + copies + 2 * heads * 2 * width
 
 
 def test_a_batch_that_cannot_be_shared_out() -> None:
@@ -379,3 +381,203 @@ def test_what_is_for_ray_heads_is_one_error() -> None:
         assert message.split(" Did")[0] in str(caught.value)
     with pytest.raises(lte_ray.LTEError, match="prepared for LTE already"):
         prepare_model_for_lte(linear("ddp"), PLAIN)
+
+
+class Interrupted(nn.Module):
+    """Ctrl-C in the middle of the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.linear(x)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("chunk", ["layer", "model"])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_interrupt_in_a_forward_pass_leaves_nothing_behind(mode: str, chunk: str) -> None:
+    """Afterwards weights are what they are, and this model and others merge and are reset."""
+    model = prepare_model_for_lte(Interrupted().double(), PLAIN, mode=mode, chunk=chunk)
+    others = [linear(m) for m in MODES]
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.ones(2, 5, dtype=torch.float64))
+    assert type(model.linear.weight) is nn.Parameter
+    assert torch.equal(model.linear.weight * 2, 2 * model.linear._parameters["weight"])
+    for m in (model, *others):
+        MergeCondition(m).merge()
+        (m.linear if m is model else m[0]).reset_lora_parameters()
+        merged_state_dict(m)
+    assert others[0](torch.ones(4, 5, dtype=torch.float64)).shape == (4, 4)
+
+
+def test_merges_inside_of_a_forward_pass_use_the_weight_itself() -> None:
+    """Whoever merges while the model runs gets what a merge in between gives."""
+
+    class Merging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.merges = nn.Linear(5, 4), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.merges:
+                MergeCondition(self).merge()
+            return self.linear(x)  # type: ignore[no-any-return]
+
+    for mode in MODES:
+        torch.manual_seed(0)
+        model = prepare_model_for_lte(Merging().double(), PLAIN, mode=mode, seed=SEED)
+        shake(model)
+        other = copy.deepcopy(model)
+        MergeCondition(other).merge()
+        model.merges = True
+        x = torch.ones(4, 5, dtype=torch.float64)
+        assert torch.equal(model(x), other(x))
+        assert torch.equal(model.linear.weight, other.linear.weight)
+
+
+def test_a_prepared_model_inside_of_another() -> None:
+    """After the inner one's call the outer one still runs: a weight that it uses without a call is an error."""
+
+    class Outer(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.linear = [inner], nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner[0](x) @ self.linear.weight  # type: ignore[no-any-return]
+
+    model = prepare_model_for_lte(Outer(linear("ddp")).double(), PLAIN)
+    with pytest.raises(lte_ray.LTEError, match=r"linear\.weight is used by another module"):
+        model(torch.ones(2, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_reset_after_a_resume_draws_what_an_uninterrupted_run_draws(mode: str) -> None:
+    """The seed and how often A was drawn are in the state dict; one from elsewhere needn't have them."""
+    model = linear(mode)
+    model[0].reset_lora_parameters()
+    torch.manual_seed(5)
+    resumed = prepare_model_for_lte(nn.Sequential(nn.Linear(5, 4)).double(), PLAIN, mode=mode)
+    resumed.load_state_dict(model.state_dict())
+    for m in (model, resumed):
+        m[0].reset_lora_parameters()
+    first, second = factors(model)[0], factors(resumed)[0]
+    assert torch.equal(first, second)
+    state = {name: value for name, value in linear(mode).state_dict().items() if ".draws." not in name}
+    resumed.load_state_dict(state)
+    with pytest.raises(lte_ray.LTEError, match="must fit into 64 bits"):
+        prepare_model_for_lte(nn.Sequential(nn.Linear(5, 4)), PLAIN, mode=mode, seed=2**63)
+
+
+def twins(mode: str) -> nn.Module:
+    """Two layers that share a weight."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Tanh(), nn.Linear(6, 6, bias=False)).double()
+    model[2].weight = model[0].weight
+    return prepare_model_for_lte(model, LTEConfig(num_heads=3, lora_r=4, lora_alpha=10.0), mode=mode, seed=SEED)
+
+
+def test_shared_weights_are_merged_once_and_drawn_alike() -> None:
+    """A second merge changes no bit; resets of both layers draw the same A in ddp and in dmp."""
+    drawn = []
+    for mode in ("ddp", "dmp"):
+        model = twins(mode)
+        shake(model)
+        model[0].merge_parameters()
+        weight = model[0].weight.clone()
+        model[2].merge_parameters()
+        assert torch.equal(model[0].weight, weight)
+        for layer in (model[0], model[2]):
+            layer.reset_lora_parameters()
+        lora = model[0]
+        drawn.append([lora.lora_A_weight[h] if mode == "ddp" else lora.lora_A[h].weight for h in range(3)])
+    assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
+
+
+def test_scalings_that_are_not_exact_in_binary() -> None:
+    """16/3 and 16/5 count as they are where a float32 model becomes float64, and as float32 where it becomes bfloat16."""
+    lte = LTEConfig(num_heads=2, lora_r=(3, 5), lora_alpha=16.0, adapt=("linear", "conv"), lora_bias="lora")
+    for same in (lte, dataclasses.replace(lte, lora_r=3)):
+        outputs = []
+        for mode in ("ddp", "dmp"):
+            torch.manual_seed(0)
+            original = nn.Sequential(nn.Conv1d(6, 6, 3, padding=1), nn.Linear(8, 8))
+            model = prepare_model_for_lte(original, same, mode=mode, seed=SEED).double()
+            generator = torch.Generator().manual_seed(7)
+            with torch.no_grad():
+                for layer in model:
+                    noise = torch.randn(2, layer.specs[0].matrix[0], 5, generator=generator).double()
+                    for head, spec in enumerate(layer.specs):
+                        b = layer.lora_B_weight[head, :, : spec.rank] if mode == "ddp" else layer.lora_B[head].weight
+                        b.copy_(noise[head, :, : spec.rank])
+                        layer.lora_bias.lora_B_weight[head] = noise[head, :, :1]
+            x = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(1)).double()
+            outputs.append(model(x))
+        # 1e-13: float64; a float32 scaling is off by 1e-8.
+        assert_near(outputs[0], outputs[1], 1e-13)
+        half = copy.deepcopy(model).to(torch.bfloat16)
+        scales = half[0].lora_bias.scales
+        assert torch.equal(scales, torch.tensor([s.scaling for s in half[0].specs]))
+        assert half(x.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("mode", ["ddp", "dmp"])
+def test_a_bfloat16_convolution_is_scaled_exactly(mode: str) -> None:
+    """255 (1 + 1/256) is 256 in bfloat16, in which the scaling alone would be 1."""
+    lte = LTEConfig(num_heads=2, lora_r=1, lora_alpha=1 + 2**-8, lora_bias="frozen")
+    model = prepare_model_for_lte(nn.Sequential(nn.Conv1d(1, 1, 1)), lte, mode=mode).to(torch.bfloat16)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.fill_(float("lora_" in name))
+    assert model(torch.full((2, 1, 1), 255.0, dtype=torch.bfloat16)).flatten().tolist() == [256.0, 256.0]
+
+
+@pytest.mark.filterwarnings("ignore:.*train without LoRA")
+@pytest.mark.parametrize("mode", MODES)
+def test_merged_weights_of_wrapped_models_and_under_autocast(mode: str) -> None:
+    """DataParallel and torch.compile add nothing to names; autocast rounds nothing, neither there nor in merges."""
+    model = prepare("attention", mode)
+    shake(model)
+    model = model.float()
+    expected = copy.deepcopy(model)
+    if mode != "mhlora":
+        MergeCondition(expected).merge()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        MergeCondition(model).merge()
+        state = merged_state_dict(model)
+    assert set(state) == set(build("attention").state_dict())
+    for wrapped in (expected, nn.DataParallel(expected), torch.compile(expected), torch.compile(nn.DataParallel(expected))):
+        other = merged_state_dict(wrapped)
+        assert list(other) == list(state)
+        assert all(torch.equal(other[name], value) for name, value in state.items())
+    assert all(torch.equal(a, b) for a, b in zip(expected.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+def on_meta(head: int, home: torch.device) -> torch.device:
+    """A second device where there is none."""
+    return torch.device("meta") if head == 1 else home
+
+
+def devices(module: nn.Module) -> set[str]:
+    return {t.device.type for t in (*module.parameters(), *module.buffers())}
+
+
+def test_statistics_of_adapted_norms_lie_with_their_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dmp over two devices: what a head computes with is on its device, also where all of it was moved later."""
+
+    def made() -> nn.Module:
+        lte = LTEConfig(num_heads=2, lora_r=2, lora_bias="lora", adapt=("linear", "norm"))
+        return prepare_model_for_lte(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), lte, mode="dmp", strict=False)
+
+    moved = made()
+    monkeypatch.setattr(dmp, "device_of", on_meta)
+    for model in (made(), moved.float()):
+        for layer in model:
+            for part in (layer.layers, layer.lora_A, layer.lora_B):
+                assert [devices(of_head) for of_head in part] == [{"cpu"}, {"meta"}]
+            assert layer.weight.device.type == "cpu"
+        norm = model[1]
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            assert [getattr(norm, f"{name}{of}").device.type for of in ("", "_head0", "_head1")] == ["cpu", "cpu", "meta"]

@@ -195,8 +195,9 @@ def test_settings_for_ray_heads_are_refused_by_name() -> None:
 
 
 def test_nothing_to_adapt_is_an_error() -> None:
-    """A model without any layer that could get LoRA, and one that is frozen."""
-    for model in (nn.Sequential(nn.LayerNorm(4)), nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)):
+    """A model without any layer that could get LoRA, one of which none trains, and one that is frozen."""
+    frozen = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.LayerNorm(4))
+    for model in (nn.Sequential(nn.LayerNorm(4)), frozen, nn.Sequential(nn.LayerNorm(4)).requires_grad_(False)):
         with pytest.raises(LTEError):
             prepare_model_for_lte(model, PLAIN)
 

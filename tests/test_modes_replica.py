@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_near
 from test_modes_equal import HEADS, LTE, SEED, batch, build, loss, train_heads, train_mode
+from test_modes_layers import devices, on_meta
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lte_ray import LTEConfig, LTEError, LTELayer, MultiheadReplicaLayer, ReplicaLayer, prepare_model_for_lte
 from lte_ray.misc import MergeCondition
-from lte_ray.modes import merged_state_dict
+from lte_ray.modes import merged_state_dict, replica
 from workers.gpt import GPT
 
 PLAIN = LTEConfig(num_heads=HEADS, lora_r=2, lora_alpha=4.0)
@@ -479,3 +481,193 @@ def test_the_gpt_worker_in_one_process(mode: str, lte: LTEConfig) -> None:
     after = merged_state_dict(model)
     assert set(after) == set(GPT(width=8, depth=1, attention_heads=2, context=6).build_model().state_dict())
     assert all(not torch.equal(after[name], value) for name, value in before.items())
+
+
+class Recurrent(nn.Module):
+    """An LSTM whose last hidden state is what counts, with given first states."""
+
+    def __init__(self, batch_first: bool = True) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.lstm = nn.LSTM(WIDTH, 3, num_layers=2, bidirectional=True, batch_first=batch_first)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x) if self.lstm.batch_first else self.first(x).transpose(0, 1)
+        time = 1 if self.lstm.batch_first else 0
+        start = x.mean(time)[:, :3].expand(4, -1, -1)
+        y, (h, c) = self.lstm(x, (start.contiguous(), 2 * start))
+        z: Tensor = self.head(y.mean(time)) + h[-1] * c[0]
+        return z
+
+
+@pytest.mark.filterwarnings("ignore:.*train without LoRA")
+@pytest.mark.filterwarnings("ignore:.*batch_first=False")
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_states_of_recurrent_layers_are_shared_out_along_the_batch(
+    models: None, monkeypatch: pytest.MonkeyPatch, batch_first: bool
+) -> None:
+    """An LSTM's states are (layers, batch, width): with batch_first=True both ways of sharing out train what Ray heads do,
+    else chunk="model" does, and chunk="layer" is an error that says so.
+    """
+    monkeypatch.setitem(equal.MODELS, "recurrent", (lambda: Recurrent(batch_first), (4, WIDTH)))
+    expected, x = train_heads("recurrent", LTE), batch("recurrent", 0)[0]
+    for mode in ("ddp", "dmp"):
+        assert_like_heads(train_mode("recurrent", LTE, mode, "model"), expected, x)
+        if batch_first:
+            assert_like_heads(train_mode("recurrent", LTE, mode, "layer"), expected, x)
+        else:
+            with pytest.raises(LTEError, match=r"lstm got .* batch_first=False: .*chunk='model'"):
+                train_mode("recurrent", LTE, mode, "layer")
+
+
+def test_recurrent_layers_share_out_batches_only() -> None:
+    """Outputs and states equal each copy's on its part; keywords work; one sequence alone, or packed ones, are an error."""
+    torch.manual_seed(0)
+    for kind in (nn.GRU, nn.RNN):
+        layer = unlike(MultiheadReplicaLayer(kind(WIDTH, 3, num_layers=2, batch_first=True).double(), HEADS))
+        x, start = torch.randn(4, 5, WIDTH).double(), torch.randn(2, 4, 3).double()
+        own = [r(part, s) for r, part, s in zip(layer.replicas, x.chunk(2), start.chunk(2, 1), strict=True)]
+        for y, states in (layer(x, start), layer(hx=start, input=x)):
+            assert_near(y, torch.cat([part[0] for part in own]), 1e-15)
+            assert_near(states, torch.cat([part[1] for part in own], 1), 1e-15)
+        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 4, 3, 2]), batch_first=True)
+        for wrong in (x[0], packed):
+            with pytest.raises(LTEError, match=r"chunk='model'"):
+                layer(wrong)
+            layer.eval()(wrong)
+            layer.train()
+
+
+class Collision(nn.Module):
+    """Parameters whose copies' names are alike: a.b, a_b, and one that a copy would be called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.a = nn.ParameterDict({"b": nn.Parameter(torch.full((WIDTH,), 2.0))})
+        self.a_b = nn.Parameter(torch.full((WIDTH,), 5.0))
+        self.a_b_head0 = nn.Parameter(torch.full((WIDTH,), 7.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x) * self.a["b"] * self.a_b * self.a_b_head0
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:.*train without LoRA")
+def test_names_of_copies_do_not_collide(models: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each parameter has copies of its own, which train as the Ray heads' do."""
+    monkeypatch.setitem(equal.MODELS, "collision", (Collision, (WIDTH,)))
+    expected = train_heads("collision", LTE)
+    for mode in ("ddp", "dmp"):
+        assert_like_heads(train_mode("collision", LTE, mode), expected, batch("collision", 0)[0])
+
+
+class Recomputed(nn.Module):
+    """Words whose last part, which uses weights and a lone parameter without a call, is checkpointed."""
+
+    def __init__(self, reentrant: bool | None, what: str) -> None:
+        super().__init__()
+        self.reentrant, self.what = reentrant, what
+        self.tokens, self.mid, self.scale = nn.Embedding(7, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.ones(WIDTH))
+
+    def last(self, x: Tensor) -> Tensor:
+        if self.what == "scale":
+            return torch.tanh(x * self.scale)
+        return F.linear(torch.tanh(x), self.tokens.weight)
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.mid(self.tokens(words) * self.scale)
+        return self.last(x) if self.reentrant is None else checkpoint(self.last, x, use_reentrant=self.reentrant)
+
+
+def gradients(mode: str, reentrant: bool | None, what: str = "tokens", lte: LTEConfig = LTE, **kwargs: Any) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = prepare_model_for_lte(
+        Recomputed(reentrant, what).double(),
+        lte,
+        mode=mode,
+        strict=False,
+        seed=SEED,
+        use_special_attention_scaling=False,
+        **kwargs,
+    )
+    unlike(model)
+    model(torch.arange(12).view(4, 3) % 7).sin().square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.filterwarnings("ignore:.*train without LoRA")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_uses_of_a_weight_in_mhlora(reentrant: bool) -> None:
+    """What is computed again in the backward pass has the heads' sum too: the same gradients as without a checkpoint."""
+    expected, found = gradients("mhlora", None), gradients("mhlora", reentrant)
+    for name, gradient in expected.items():
+        assert gradient.any()
+        assert torch.equal(found[name], gradient)
+
+
+@pytest.mark.filterwarnings("ignore:.*train without LoRA")
+@pytest.mark.parametrize("mode", ["ddp", "dmp"])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("what", ["adapted", "replica", "scale"])
+def test_checkpointed_uses_of_a_weight_in_a_loop_are_an_error(mode: str, reentrant: bool, what: str) -> None:
+    """In a backward pass no head is active: an error, not the merged weight's gradients."""
+    lte = LTE if what == "adapted" else LINEAR
+    named = ["tokens"] if what == "replica" else []
+    with pytest.raises(LTEError, match="would lose track of the head"):
+        gradients(mode, reentrant, what, lte, chunk="model", replica_layers=named)
+
+
+def partly_frozen() -> nn.Module:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(3))))
+    model[1][0].requires_grad_(False)
+    model[1][2].weight = model[1][0].weight
+    return nn.Sequential(*model, nn.BatchNorm1d(WIDTH), nn.BatchNorm1d(WIDTH, affine=False)).double()
+
+
+def spread(model: nn.Module) -> nn.Module:
+    model[2].requires_grad_(False)
+    lte = LTEConfig(num_heads=HEADS, lora_r=2, lora_bias="frozen")
+    return prepare_model_for_lte(model, lte, mode="dmp", strict=False, replica_layers=["1"], seed=SEED)
+
+
+@pytest.mark.filterwarnings("ignore:.*train without LoRA")
+def test_copies_and_all_that_they_hold_lie_on_their_heads_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dmp over two devices: frozen parameters and statistics too, also where all of it was moved after preparing."""
+    moved = spread(partly_frozen())
+    monkeypatch.setattr(replica, "device_of", on_meta)
+    for model in (spread(partly_frozen()), moved.double()):
+        for layer in list(model)[1:]:
+            assert isinstance(layer, MultiheadReplicaLayer)
+            assert devices(layer.main) == devices(layer.replicas[0]) == {"cpu"}
+            assert devices(layer.replicas[1]) == {"meta"}
+        assert model[1].replicas[1][2].weight is model[1].replicas[1][0].weight
+        assert not model[1].replicas[1][0].weight.requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:.*train without LoRA")
+@pytest.mark.parametrize("later", [True, False])
+def test_statistics_and_frozen_copies_over_all_visible_gpus(later: bool) -> None:
+    """dmp trains what it does on a CPU, moved there before or after preparing; every copy stays on its device."""
+    states = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = spread(partly_frozen()).to(device) if later else spread(partly_frozen().to(device))
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(8, WIDTH, generator=generator).double().to(device)).sin().sum().backward()
+            optimizer.step()
+            MergeCondition(model).merge()
+        states.append(merged_state_dict(model))
+    for name, value in states[0].items():
+        # 1e-8: float64 sums in another order, which Adam makes grow; other arithmetic is off by 1e-3 and more.
+        assert_near(states[1][name].cpu(), value, 1e-8)
+    for layer in list(model)[1:]:
+        for head, copy_ in enumerate(layer.replicas):
+            assert {t.device.index for t in (*copy_.parameters(), *copy_.buffers())} == {head % torch.cuda.device_count()}
+    assert model[1].replicas[1][2].weight is model[1].replicas[1][0].weight

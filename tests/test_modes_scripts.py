@@ -16,7 +16,8 @@ import lte_ray as lte
 from lte_ray.modes import merged_state_dict
 
 ROOT = Path(__file__).resolve().parent.parent
-HEADS, CLASSES, SIZE = 4, 3, 8
+HEADS, CLASSES, SIZE = 4, 10, 8
+THEIRS = {"lora_r": 32, "lora_alpha": 4096, "num_heads": 32}  # README, example
 
 
 class EncoderBlock(nn.Module):
@@ -52,7 +53,7 @@ class Encoder(nn.Module):
 class VisionTransformer(nn.Module):
     """torchvision's in small: conv_proj, class_token, encoder, heads."""
 
-    def __init__(self, width: int = 16, patch: int = 4) -> None:
+    def __init__(self, width: int = 32, patch: int = 4) -> None:
         super().__init__()
         self.conv_proj = nn.Conv2d(3, width, patch, stride=patch)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -71,20 +72,20 @@ def vit() -> VisionTransformer:
     return VisionTransformer()
 
 
-def batches(steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Noisy pictures of three classes."""
+def batches(steps: int, size: int = 4 * HEADS) -> Iterator[tuple[Tensor, Tensor]]:
+    """Noisy pictures of ten classes."""
     generator = torch.Generator().manual_seed(1)
     means = torch.randn(CLASSES, 3, SIZE, SIZE, generator=generator)
     for _ in range(steps):
-        labels = torch.randint(CLASSES, (4 * HEADS,), generator=generator)
+        labels = torch.randint(CLASSES, (size,), generator=generator)
         yield means[labels] + 0.5 * torch.randn(len(labels), 3, SIZE, SIZE, generator=generator), labels
 
 
-def train(model: nn.Module, merge: Callable[[], object], steps: int = 40) -> None:
+def train(model: nn.Module, merge: Callable[[], object], steps: int = 40, size: int = 4 * HEADS, lr: float = 3e-3) -> None:
     """The training loss falls to half of what it was, and evaluation with the merged weights gives as low a one."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
     losses = []
-    for x, y in batches(steps):
+    for x, y in batches(steps, size):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x), y)
         loss.backward()
@@ -117,21 +118,21 @@ def test_the_authors_example(mode: str, only_linear: bool) -> None:
         replica_layers.append(model.heads)
     model = lte.prepare_model_for_lte(
         model,
-        lte.LTEConfig.default(lora_r=3, lora_alpha=32, num_heads=HEADS),
+        lte.LTEConfig.default(**THEIRS),
         replica_layers=replica_layers,
         mode=mode,
         strict=True,
     )
-    assert f"heads={HEADS}, rank=3" in repr(model)
+    assert "heads=32, rank=32" in repr(model)
     count = sum(isinstance(m, lte.LTELayer) for m in model.modules())
     assert count == (10 if only_linear else 8)
     scheduler = lte.misc.merge.MergeCondition(model, merge_steps=5, method="step")
-    train(model, scheduler.step, steps=60)
+    train(model, scheduler.step, steps=60, size=64, lr=3e-4)
 
 
 def test_the_authors_example_left_parameters_out() -> None:
     """Class token and positions, which they froze: an error by default, named or strict=False they train too."""
-    cfg = lte.LTEConfig.default(lora_r=3, lora_alpha=32, num_heads=HEADS)
+    cfg = lte.LTEConfig.default(lora_r=32, lora_alpha=256, num_heads=HEADS)
     with pytest.raises(lte.LTEError, match=r"2 parameter\(s\).*class_token, encoder\.pos_embedding"):
         lte.prepare_model_for_lte(vit(), cfg)
     model = lte.prepare_model_for_lte(vit(), cfg, replica_layers=["class_token", "encoder.pos_embedding"])
@@ -152,12 +153,13 @@ def test_the_authors_example_left_parameters_out() -> None:
 def test_the_authors_readme() -> None:
     """The three snippets: a batch in heads' parts, the merge loop, a layer to be ignored."""
     model = lte.prepare_model_for_lte(
-        nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)),
-        lte.LTEConfig.default(lora_r=2, lora_alpha=4096, num_heads=32),
+        nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, CLASSES)),
+        lte.LTEConfig.default(**THEIRS),
     )
-    x = torch.randn(64, 6)
+    assert [(m.lora_r, m.scaling) for m in model if isinstance(m, lte.LTELayer)] == [(32, 128.0), (CLASSES, 128.0)]
+    x = torch.randn(64, 48)
     assert x.size(0) % 32 == 0
-    assert model(x).shape == (64, 2)
+    assert model(x).shape == (64, CLASSES)
     for _, m in model.named_modules():
         if isinstance(m, (lte.LTELayer, lte.ReplicaLayer)):
             m.merge_parameters()
@@ -165,17 +167,17 @@ def test_the_authors_readme() -> None:
     model = vit()
     model = lte.prepare_model_for_lte(
         model,
-        lte.misc.LTEConfig.default(lora_r=2, lora_alpha=4096, num_heads=4),
+        lte.misc.LTEConfig.default(**THEIRS),
         replica_layers=[model.heads, model.class_token, model.encoder.pos_embedding],
     )
     assert isinstance(model.heads, lte.MultiheadReplicaLayer)
-    assert model(next(batches(1))[0]).shape == (16, CLASSES)
+    assert model(next(batches(1, 64))[0]).shape == (64, CLASSES)
 
 
 def test_the_authors_way_of_changing_the_config() -> None:
     """cfg.lora.x = ... and cfg.lora.linear.x = ...; what isn't there is a ValueError, as theirs."""
     cfg = lte.LTEConfig.default(lora_r=4, num_heads=2)
-    assert (cfg.lora.lora_r, cfg.lora.lora_alpha, cfg.lora.lora_bias, cfg.lora.num_heads) == (4, 16, "frozen", 2)
+    assert (cfg.lora.lora_r, cfg.lora.lora_alpha, cfg.lora.lora_bias, cfg.lora.num_heads) == (4, 16, False, 2)
     cfg.lora.lora_alpha = 8
     cfg.lora.linear.lora_r = 2
     model = lte.prepare_model_for_lte(nn.ModuleList([nn.Linear(4, 4), nn.Conv1d(4, 4, 1)]), cfg)
@@ -183,6 +185,152 @@ def test_the_authors_way_of_changing_the_config() -> None:
     for wrong in (lambda: lte.LTEConfig.default(rank=3), lambda: setattr(cfg.lora, "lora_rank", 3)):
         with pytest.raises(ValueError, match="rank"):
             wrong()
+
+
+def test_the_authors_names_of_arguments() -> None:
+    """lora_config and target_module by keyword; settings by key, in a copy, and through override_kwargs."""
+    cfg = lte.LTEConfig.override_kwargs(lte.LTEConfig.default(), {"lora_r": 4, "num_heads": 2})
+    with pytest.raises(ValueError, match="rank"):
+        lte.LTEConfig.override_kwargs(cfg, {"rank": 3})
+    assert not cfg.lora.lora_bias
+    other = cfg.lora.clone()
+    other["lora_r"] = 2
+    assert (cfg.lora["lora_r"], other.lora_r) == (4, 2)
+    model = lte.prepare_model_for_lte(nn.Sequential(nn.Linear(4, 4)), lora_config=cfg)
+    assert (model[0].lora_r, model[0].num_heads, bool(model[0].lora_initialized)) == (4, 2, True)
+    layer = lte.MultiheadReplicaLayer(target_module=nn.Linear(4, 4), num_heads=2)
+    assert len(layer.replicas) == 2
+    attention = [lte.misc.MultiheadAttention(embed_dim=8, num_heads=2, split_qkv=split) for split in (True, False)]
+    assert [(m.heads, m.split_qkv) for m in attention] == [(2, True), (2, False)]
+
+
+@pytest.mark.parametrize("mode", ["ddp", "dmp"])
+def test_the_authors_methods_of_layers(mode: str) -> None:
+    """get_lora_params, compute_delta and lora_to_delta are stacked by head; a merge adds the mean of compute_delta."""
+    cfg = lte.LTEConfig.default(lora_r=(2, 3), lora_alpha=(4, 3), num_heads=2, lora_bias=True)
+    layer = lte.prepare_model_for_lte(nn.Sequential(nn.Linear(5, 4)), cfg, mode=mode)[0].double()
+    for parameter in layer.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    if mode == "ddp":  # what is beyond a head's rank stays zero
+        layer.lora_A_weight.data[0, 2:], layer.lora_B_weight.data[0, :, 2:] = 0, 0
+    (a, b), biases = layer.get_lora_params()
+    assert (a.shape, b.shape, biases) == ((2, 3, 5), (2, 4, 3), (None, None))
+    weight, bias = layer.compute_delta()
+    assert (weight.shape, bias.shape) == ((2, 4, 5), (2, 4))
+    assert_near(weight, torch.stack([2 * b[0] @ a[0], b[1] @ a[1]]), 1e-14)
+    before = [layer.main_weight.clone(), layer._parameters["bias"].clone()]
+    layer.merge_parameters()
+    assert_near(layer.main_weight, before[0] + weight.mean(0), 1e-14)
+    assert_near(layer._parameters["bias"], before[1] + bias.mean(0), 1e-14)
+    b_a, b_b = torch.randn(2, 3).double(), torch.randn(2, 4).double()
+    deltas = layer.lora_to_delta(a, b, b_a, b_b, 0.5)
+    assert_near(deltas[0][1], 0.5 * b[1] @ a[1], 1e-14)
+    assert_near(deltas[1][1], 0.5 * (b[1] @ b_a[1] + b_b[1]), 1e-14)
+
+
+def test_the_authors_lists_of_mhlora_factors() -> None:
+    """lora_A[i].weight reads, sets and has the gradient of the head's part of the stack."""
+    layer = lte.prepare_model_for_lte(
+        nn.Sequential(nn.Linear(5, 4)), lte.LTEConfig.default(lora_r=(2, 3), num_heads=2), mode="mhlora"
+    )[0]
+    layer.lora_B[1].weight.data = torch.ones(4, 3)
+    layer.lora_A[0].weight.data.fill_(2.0)
+    layer(torch.ones(2, 5)).sum().backward()
+    assert [f.weight.shape for f in layer.lora_A] == [(2, 5), (3, 5)]
+    assert layer.lora_B_weight[1].eq(1).all()
+    assert layer.lora_A_weight[0, :2].eq(2).all()
+    assert not layer.lora_A_weight[0, 2:].any()
+    assert torch.equal(layer.lora_A[1].weight.grad, layer.lora_A_weight.grad[1])
+    assert torch.equal(layer.lora_B[0].weight.grad, layer.lora_B_weight.grad[0, :, :2])
+
+
+def their_state(mode: str, merged: bool, rank: int, shape: tuple[int, int]) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """A layer's state dict with the keys that the authors' layers give it, and each head's dense weight; s = 2."""
+    out, width = shape
+    made = torch.Generator().manual_seed(0)
+    w, bias, *factors = (
+        torch.randn(size, generator=made, dtype=torch.float64)
+        for size in (shape, (out,), *[(HEADS, rank, width), (HEADS, out, rank)] * 2)
+    )
+    a, b, prev_a, prev_b = (f if merged or i < 2 else torch.zeros_like(f) for i, f in enumerate(factors))
+    state = {"weight": w, "bias": bias, "merged": torch.full((1,), float(merged)), "lora_initialized": torch.ones(1)}
+    held = 2 * prev_b @ prev_a
+    if mode == "ddp":
+        state |= {"lora_A_weight": a, "lora_B_weight": b, "prev_lora_A_weight": prev_a, "prev_lora_B_weight": prev_b}
+        state |= {"lora_A.weight": a[0], "lora_B.weight": b[0]}
+    else:
+        for h in range(HEADS):
+            state |= {f"lora_A.{h}.weight": a[h], f"lora_B.{h}.weight": b[h]}
+            state |= {f"layers.{h}.weight": w - held[h], f"layers.{h}.bias": bias}
+        if merged:
+            state["prev_delta_weights"] = held
+    return state, list(w + 2 * b @ a - held)
+
+
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("shape", [(6, 5), (3, 5)])
+@pytest.mark.parametrize("mode", ["ddp", "dmp"])
+def test_the_authors_checkpoints_are_loaded(mode: str, shape: tuple[int, int], merged: bool) -> None:
+    """Every head computes what it did there, before and after a merge; where the rank is cut to min(out, in) too."""
+    state, dense = their_state(mode, merged, 4, shape)
+    cfg = lte.LTEConfig.default(lora_r=4, lora_alpha=8, num_heads=HEADS)
+    model = lte.prepare_model_for_lte(nn.Sequential(nn.Linear(shape[1], shape[0])), cfg, mode=mode).double()
+    model.load_state_dict({f"0.{name}": value for name, value in state.items()})
+    x = torch.randn(HEADS, shape[1], dtype=torch.float64)
+    for part, weight, y in zip(x, dense, model(x), strict=True):
+        assert_near(y, weight @ part + state["bias"], 1e-12)
+    assert_near(model.eval()(x), F.linear(x, state["weight"], state["bias"]), 1e-12)
+    model[0].merge_parameters()
+    after = state["weight"] + torch.stack(dense).mean(0) - state["weight"]
+    assert_near(model(x), F.linear(x, after, state["bias"]), 1e-12)
+    own = model.state_dict()
+    model.load_state_dict(own)
+    assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
+    cfg.lora.reset = "B"
+    model = lte.prepare_model_for_lte(nn.Sequential(nn.Linear(shape[1], shape[0])), cfg, mode=mode)
+    with pytest.raises(lte.LTEError, match="reset='none'"):
+        model.load_state_dict({f"0.{name}": value for name, value in state.items()})
+
+
+def test_the_authors_checkpoints_of_replicas_are_loaded() -> None:
+    """They hold copies only; evaluation uses the mean."""
+    layer = lte.MultiheadReplicaLayer(nn.Sequential(nn.Linear(3, 2)), HEADS)
+    state = {name: torch.randn_like(value) for name, value in layer.state_dict().items() if name.startswith("replicas.")}
+    layer.load_state_dict(state)
+    assert torch.equal(layer.replicas[1][0].weight, state["replicas.1.0.weight"])
+    mean = torch.stack([state[f"replicas.{h}.0.weight"] for h in range(HEADS)]).mean(0)
+    assert_near(layer.main[0].weight, mean, 1e-6)  # float32
+    with pytest.raises(RuntimeError, match=r"Missing key.*main.0.weight"):
+        layer.load_state_dict({name: value for name, value in state.items() if "replicas.1" not in name})
+
+
+@pytest.mark.parametrize("mode", ["ddp", "dmp", "mhlora"])
+def test_a_model_in_which_nothing_trains_gets_lora_everywhere(mode: str) -> None:
+    """Freeze all, then add LoRA: layers of the adapted kinds train, nothing else does; a partly frozen model is respected."""
+    model = vit().requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model = lte.prepare_model_for_lte(model, lte.LTEConfig(num_heads=2, lora_r=2), mode=mode, replica_layers=["heads"])
+    assert sum(isinstance(m, lte.LTELayer) for m in model.modules()) == 9
+    assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+    x, y = next(batches(1))
+    F.cross_entropy(model(x), y).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert all(torch.equal(value, before[name]) for name, value in merged_state_dict(model).items())
+    partly = vit().requires_grad_(False)
+    partly.heads.requires_grad_(True)
+    partly = lte.prepare_model_for_lte(partly, lte.LTEConfig.default(num_heads=2, lora_r=2), mode=mode)
+    assert [name for name, m in partly.named_modules() if isinstance(m, lte.LTELayer)] == ["heads.0"]
+
+
+def test_a_frozen_model_that_is_refused_stays_frozen() -> None:
+    """And lora_bias=True gives the frozen biases of adapted layers their adapters."""
+    model = vit().requires_grad_(False)
+    with pytest.raises(lte.LTEError, match="no_such"):
+        lte.prepare_model_for_lte(model, lte.LTEConfig(num_heads=2, lora_r=2), replica_layers=["no_such"])
+    assert not any(p.requires_grad for p in model.parameters())
+    made = lte.prepare_model_for_lte(model, lte.LTEConfig(num_heads=2, lora_r=2, lora_bias="lora"), replica_layers=["heads"])
+    assert isinstance(made.encoder.layers[0].mlp[0].lora_bias, nn.Module)
 
 
 def pair(heads: int = HEADS, mode: str = "dmp") -> tuple[nn.Module, nn.Module]:
@@ -326,7 +474,11 @@ class Pictures(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.token = nn.Conv2d(3, 8, 4, stride=4), nn.Parameter(torch.randn(1, 1, 8))
-        self.attention, self.norm, self.out = nn.MultiheadAttention(8, 2, batch_first=True), nn.LayerNorm(8), nn.Linear(8, 3)
+        self.attention, self.norm, self.out = (
+            nn.MultiheadAttention(8, 2, batch_first=True),
+            nn.LayerNorm(8),
+            nn.Linear(8, CLASSES),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x).flatten(2).mT

@@ -80,12 +80,44 @@ def train(case: dict[str, Any], rank: int = 0, world: int = 1) -> nn.Module:
     return model
 
 
+def statistics(rank: int = 0, world: int = 1) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Batch norm on the data itself, as a replica and with LoRA, whose statistics nobody else sends: merged and all state."""
+    torch.manual_seed(0)
+    lte = LTEConfig(num_heads=HEADS, lora_r=1, adapt=("linear", "norm"), exclude=("0",))
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
+    model.forward = lambda x: model[2](x + 0 * (model[0](x) + model[1](x)))  # type: ignore[method-assign]
+    prepare_model_for_lte(model, lte, seed=1)
+    outer = model if world == 1 else DistributedDataParallel(model, broadcast_buffers=False)
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(3):
+        x = torch.randn(SAMPLES, 3, generator=generator).double()
+        outer(x if world == 1 else own_part(x, rank, world, HEADS)).square().mean().backward()
+    MergeCondition(outer).merge()
+    return merged_state_dict(model), model.state_dict()
+
+
+def resets(rank: int) -> dict[str, Tensor]:
+    """State of models of all modes, prepared in processes that were seeded differently, after a reset."""
+    state = {}
+    for mode in ("ddp", "dmp", "mhlora"):
+        torch.manual_seed(100 + rank)
+        lte = LTEConfig(num_heads=HEADS, lora_r=1, lora_alpha=4.0, lora_bias="lora")
+        model = prepare_model_for_lte(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), lte, mode=mode)
+        outer = DistributedDataParallel(model, broadcast_buffers=False)
+        outer(torch.randn(SAMPLES, 3)).sum().backward()
+        MergeCondition(outer).merge()
+        for layer in model:
+            layer.reset_lora_parameters()
+        state |= {f"{mode}.{key}": value for key, value in model.state_dict().items()}
+    return state
+
+
 def worker(folder: Path) -> None:
     """What torchrun starts: trains all cases as one of its processes and leaves the results in files."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    results = {}
+    results: dict[str, Any] = {"statistics": statistics(rank, dist.get_world_size()), "resets": resets(rank)}
     for name, case in CASES.items():
         model = train(case, rank, dist.get_world_size())
         results[name] = (merged_state_dict(model), model.state_dict())
@@ -131,7 +163,25 @@ def test_two_processes_train_what_one_does(name: str, trained: list[dict[str, An
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_processes_stay_bitwise_in_step(name: str, trained: list[dict[str, Any]]) -> None:
-    """Nothing is sent at a merge, and still every process holds the very same numbers: gradients are averaged alike."""
+    """No parameter is sent at a merge, and still every process holds the very same numbers: gradients are averaged alike."""
     first, second = trained[0][name][1], trained[1][name][1]
+    assert list(first) == list(second)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_running_statistics_are_averaged_over_processes(trained: list[dict[str, Any]]) -> None:
+    """Each process's batch norms see its own data: after a merge they hold the mean, which is one process's on all of it."""
+    (merged, first), (_, second) = trained[0]["statistics"], trained[1]["statistics"]
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    alone, _ = statistics()
+    for name in ("0.running_mean", "1.running_mean"):
+        assert_near(merged[name], alone[name], 1e-14)
+        assert merged[name].any()
+    assert not torch.equal(merged["0.running_var"], torch.ones(3))
+
+
+def test_processes_that_were_seeded_differently_stay_in_step(trained: list[dict[str, Any]]) -> None:
+    """Without seed=: `reset_lora_parameters` draws what the first process draws, in every mode."""
+    first, second = trained[0]["resets"], trained[1]["resets"]
     assert list(first) == list(second)
     assert all(torch.equal(first[key], second[key]) for key in first)

@@ -254,6 +254,30 @@ def test_a_float16_model_is_refused_under_fp16_mixed_before_any_head_starts() ->
     prepare(Single(), settings({"precision": "fp16-mixed"}))
 
 
+@pytest.mark.parametrize("clip", [0.1, 0.3])
+def test_a_scaled_gradient_is_clipped_by_its_norm_before_scaling(clip: float) -> None:
+    """A step of SGD under fp16-mixed is the rate times the true gradient, clipped: the loss scale isn't in its norm."""
+    scale = 256.0
+    clipped, plain = (
+        started(Single(), settings({"precision": "fp16-mixed", "clip_norm": c}), dtype=torch.float32) for c in (clip, 0.0)
+    )
+    for head in (clipped, plain):
+        head.update.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        head.backward(head.next_batch())
+    gradients = {name: p.grad / scale for name, p in plain.model.named_parameters() if p.grad is not None}
+    norm = float(torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients.values()])))
+    assert norm > 2 * clip
+    before = trained(clipped)
+    clipped.finish_step()
+    moved = {name: trained(clipped)[name] - before[name] for name in gradients}
+    # Weights of size 1 are rounded by 3e-8 each, some 200 of them by 4e-7 in norm; the whole step is 1e-3 or more.
+    size = float(torch.linalg.vector_norm(torch.cat([m.flatten() for m in moved.values()])))
+    assert size == pytest.approx(0.01 * clip, rel=1e-3)
+    for name, gradient in gradients.items():
+        assert float(torch.linalg.vector_norm(moved[name] + 0.01 * clip / norm * gradient)) < 1e-3 * size, name
+    assert clipped.update.scaler.get_scale() == scale  # no overflow: the step was taken
+
+
 # -- learning-rate multipliers -----------------------------------------------------------------------------------------
 
 

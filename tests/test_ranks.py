@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from helpers import Net, Tiny, assert_near, dense_by_hand, make_settings, random_flat
+from helpers import Net, Tiny, assert_near, dense_by_hand, make_settings, offer, random_flat
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ from lte_ray.engine.settings import Settings
 from lte_ray.engine.simulate import simulate
 from lte_ray.errors import StorageError
 from lte_ray.layout import Plan
-from lte_ray.merging import Average, Merge
+from lte_ray.merging import Average, Merge, Pending, Roster, Wait
 from lte_ray.merging.products import Share, add_contributions, dense_change
 from lte_ray.messages import Verdict
 from lte_ray.storage import RunDirectory
@@ -38,6 +40,13 @@ LTE: dict[str, Any] = {"lora_r": (1, 2, 5), "lora_alpha": (1.0, 4.0, 2.5), "laye
 def settings(worker_steps: int = 12, **changes: Any) -> Settings:
     made = make_settings(heads=3, steps=worker_steps)
     return dataclasses.replace(made, lte=dataclasses.replace(made.lte, **(LTE | changes)))
+
+
+class Immediate:
+    """Merges every contribution as it comes, by a third."""
+
+    def decide(self, pending: Sequence[Pending], roster: Roster) -> Merge | Wait:
+        return Merge({p.head: 1 / 3 for p in pending}) if pending else Wait()
 
 
 def factors(plan: Plan, contribution: Tensor) -> Tensor:
@@ -130,6 +139,24 @@ def test_a_contribution_of_another_heads_size_is_refused() -> None:
     assert not verdict.accepted
     assert f"expected {initial.plans[2].contribution.size} of" in verdict.reason
     assert coordinator.receive(contribution, contribution.buffer).verdicts == ()
+
+
+@pytest.mark.parametrize("large", [0, 1, 2])
+def test_what_is_absurd_is_judged_by_the_scalings_of_all_heads(large: int) -> None:
+    """A buffer that merges where every s is 1 is refused of a head whose own s would carry it beyond the bound."""
+    alphas = tuple(1e6 if head == large else 1.0 for head in range(3))
+    base = torch.zeros(make_plans(Net(), settings().lte)[0].base.size)
+    for alpha, accepted in (((1.0, 1.0, 1.0), True), (alphas, False)):
+        made = settings(lora_r=1, lora_alpha=alpha, layers=())
+        plans = make_plans(Net(), made.lte)
+        coordinator = Coordinator(made, plans[0], base.clone(), Immediate(), plans=plans)
+        size = plans[large].contribution.size
+        sent = torch.full((size,), math.sqrt(1e27 / size))
+        (verdict,) = coordinator.receive(offer(large), sent).verdicts
+        assert verdict.accepted == accepted
+        assert ("absurdly large" in verdict.reason) != accepted
+        assert bool(coordinator.base.any()) == accepted
+        assert bool(torch.isfinite(coordinator.base).all())
 
 
 def test_a_simulation_with_equal_ranks_given_one_by_one_is_that_of_one_rank() -> None:

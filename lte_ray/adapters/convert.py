@@ -37,7 +37,7 @@ class MainWeight:
         """Takes over W_v (`base`, in the stored shape) and the reference (A', B').
 
         Args:
-            base: None if a held weight is W_v already, by the load of another head that it is shared with.
+            base: on any device. None if a held weight is W_v already, by the load of another head that it is shared with.
             reference: None where B' = 0.
 
         Returns:
@@ -51,7 +51,7 @@ class MainWeight:
         elif self.held or reference is None:
             self.stored.copy_(base)
         else:
-            fold_reference(self.spec, self.stored, base, reference[1], reference[0])
+            fold_reference(self.spec, self.stored, base.to(self.stored.device), reference[1], reference[0])
         if self.held:
             self.factors.set_reference(*(reference or (None, None)))
         return error
@@ -74,6 +74,12 @@ class Converted:
     parameters: dict[str, nn.Parameter]
     mains: dict[str, MainWeight]
     factors: dict[str, nn.Parameter]
+
+    @property
+    def frozen(self) -> dict[str, nn.Parameter]:
+        """Parameters that nothing trains and that are no main weights."""
+        trained = {*self.mains, *(replica.name for replica in self.plan.replicas)}
+        return {name: p for name, p in self.parameters.items() if name not in trained}
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a plan can name, as it is now: parameters and buffers."""

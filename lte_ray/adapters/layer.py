@@ -12,6 +12,7 @@ from lte_ray.adapters.factors import Factors
 from lte_ray.adapters.kinds import TORCH_KINDS, TRANSPOSED_LINEAR, Kind, kind_of
 from lte_ray.adapters.quantize import Quantized
 from lte_ray.adapters.quantize import linear as quantized_linear
+from lte_ray.adapters.stand_in import COMPUTING, computing, stand_in
 
 
 class LTELayer(nn.Module):
@@ -32,11 +33,10 @@ class HeadLayer(LTELayer):
     plain: ClassVar[type[nn.Module]]
     lora: Factors
     lora_bias: Factors | None
-    weight_was_read: bool
-    """Whether somebody else than the layer itself has read the main weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        kind, bias = self.kind, getattr(self, "bias", None)
+        kind = self.kind
+        bias: Tensor | None = self._parameters.get("bias")
         if self.lora_bias is not None:
             assert bias is not None
             bias = bias + self.lora_bias.vector()
@@ -56,21 +56,40 @@ class HeadLayer(LTELayer):
 
     def plain_forward(self, x: Tensor) -> Tensor:
         """What the layer computed before it had factors, with the parameters that it holds now."""
-        y: Tensor = self.plain.forward(self, x)
+        with computing(False):  # it reads the parameters itself, which are the ones in use now
+            y: Tensor = self.plain.forward(self, x)
         return y
 
     def _weight(self) -> Tensor:
-        """The main weight, without leaving the trace that others leave who read it."""
+        """The main weight itself, which others don't get while a loss is computed."""
         weight = self._parameters["weight"]
         assert weight is not None
         return weight
 
+    def _in_use(self) -> Tensor:
+        """W~ + s B A (- s B' A'), in the stored shape: what the layer's output is made with."""
+        held = self._held("weight")
+        if self.kind.product is None:
+            return held + self.lora.vector()
+        a, b = self.lora.pair()
+        product = (b @ a) * self.lora.scaling
+        return held + (product.t() if self.kind.transposed else product.reshape(held.shape))
+
+    def _held(self, name: str) -> Tensor:
+        """What the layer holds under a parameter's name; a quantised weight as it is unpacked."""
+        quantized = self._modules.get("quantized")
+        if name == "weight" and isinstance(quantized, Quantized):
+            weight = quantized.dequantize(self.lora.A.dtype)
+            return weight.t() if self.kind.transposed else weight
+        held: Any = super().__getattr__(name)
+        return held  # type: ignore[no-any-return]
+
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
-            self.__dict__["weight_was_read"] = True
-        if name == "weight" and "quantized" in self._modules:  # whoever only looks at it still can
-            weight: Tensor = self._modules["quantized"].dequantize(self.lora.A.dtype)  # type: ignore[union-attr, operator]
-            return weight.t() if self.kind.transposed else weight
+            return stand_in(self._held(name), self._in_use) if COMPUTING.get() else self._held(name)
+        if name == "bias" and COMPUTING.get() and (lora := self._modules.get("lora_bias")) is not None:
+            held = self._held(name)
+            return stand_in(held, lambda: held + lora.vector())  # type: ignore[operator]
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:
@@ -120,20 +139,7 @@ def adopt(layer: nn.Module, lora: Factors, lora_bias: Factors | None) -> HeadLay
     assert isinstance(layer, HeadLayer)
     layer.weight.requires_grad_(False)
     layer.lora, layer.lora_bias = lora, lora_bias
-    layer.weight_was_read = False
     return layer
-
-
-def bypassed(model: nn.Module) -> list[str]:
-    """Layers whose weight the model reads without calling them, so that their factors get no gradient and train nothing.
-
-    To be asked with the gradients of a batch there.
-    """
-    return [
-        name
-        for name, layer in model.named_modules()
-        if isinstance(layer, HeadLayer) and layer.lora.B.grad is None and layer.weight_was_read
-    ]
 
 
 @torch.no_grad()

@@ -61,6 +61,8 @@ def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
         if all(p.part == "weight" and settings.of(p, name).adapt for p in held) and len({p.transposed for p in held}) == 1:
             weights[name] = held
     with_factors = {p.layer for held in weights.values() for p in held}
+    theirs = {name for name, p in parameters.items() if any(place.layer in with_factors for place in places[id(p)])}
+    settings.check_used(with_factors | theirs, {p.kind for held in weights.values() for p in held})
     adapted, replicas, leftover = [], [], []
     for name, parameter in parameters.items():
         held, shape = places[id(parameter)], tuple(parameter.shape)
@@ -161,6 +163,25 @@ class _Settings:
         adapt = found.adapt and place.kind is not None and not self.excluded(place, parameter)
         return Resolved(adapt, found.rank, found.scaling, found.bias, found.lr, found.base_dtype)
 
+    def check_used(self, adapted: set[str], kinds: set[str | None]) -> None:
+        """Raises ConfigError for a rule that sets something of factors where there are none.
+
+        Args:
+            adapted: names of the layers with factors, and of their parameters.
+            kinds: the kinds of these layers.
+        """
+        for rule, hits, text in zip(rules(self._lte.layers), self._rules, self._lte.layers, strict=True):
+            wanted = [f for f in ("lora_r", "lora_alpha", "lora_bias", "base_dtype") if getattr(rule.settings, f) is not None]
+            if rule.settings.lora_bias == "replica":  # which it is anyway
+                wanted.remove("lora_bias")
+            used = hits in kinds if isinstance(hits, str) else bool(hits & adapted)
+            if wanted and not used and rule.settings.adapt is not False:
+                kind = f"kind {hits}" if isinstance(hits, str) else ", ".join(sorted(hits)[:5])
+                raise ConfigError(
+                    f"--layers {text!r} sets {', '.join(wanted)} for what has no LoRA ({kind}) and trains as replicas. Write "
+                    "adapt=true in the rule, or leave it out."
+                )
+
     def excluded(self, place: Place, parameter: str = "") -> bool:
         """Whether --exclude names the layer or the parameter."""
         return place.layer in self._excluded or parameter in self._excluded
@@ -255,8 +276,8 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
 
 def _left_over(names: list[str]) -> str:
     return (
-        f"--strict: {len(names)} parameter(s) have no LoRA and would train as replicas: {', '.join(names[:10])}"
-        f"{', ...' if len(names) > 10 else ''}. Name them in --exclude (replicas, averaged at merges), add their kind of layer "
+        f"--strict: {len(names)} parameter(s) have no LoRA and would train as replicas: {', '.join(names)}. "
+        f"Name them in --exclude (replicas, averaged at merges), add their kind of layer "
         f"to {flag('adapt')}, freeze them (requires_grad_(False)), or leave --strict out."
     )
 

@@ -28,7 +28,10 @@ class Resolved:
 class LTEConfig:
     """The LoRA heads: how many, of what rank, and on which layers."""
 
-    num_heads: int = setting(2, "Number of LoRA heads. Each is a Ray actor with its own copy of the main weights.")
+    num_heads: int = setting(
+        2,
+        "Number of LoRA heads. Each is a Ray actor with its own copy of the main weights, unless --heads-per-actor is higher.",
+    )
     lora_r: int | tuple[int, ...] = setting(
         32, "Rank r of each head's factors A (r x in) and B (out x r); one number, or one for each head."
     )
@@ -101,6 +104,17 @@ class LTEConfig:
                 )
         values: dict[str, Any] = {"num_heads": 1, "lora_r": 8, "lora_alpha": 16.0, "lora_bias": "frozen"}
         return cls(**values | overrides)
+
+    @staticmethod
+    def override_kwargs(cfg: LTEConfig, kwargs: dict[str, Any]) -> LTEConfig:
+        """Sets `kwargs` in `cfg`, as the authors' programs do, and returns it.
+
+        Raises:
+            ConfigError: there is no such setting.
+        """
+        for name, value in kwargs.items():
+            cfg.lora[name] = value
+        return cfg
 
     @property
     def lora(self) -> LoraView:

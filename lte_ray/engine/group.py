@@ -63,13 +63,16 @@ class HeadGroup:
         return all(head.done for head in self.heads)
 
     def train_round(self) -> list[Contribution]:
-        """Every head's local steps until its next contribution, and the contributions.
+        """The local steps until the next contribution of every head that isn't done, and the contributions.
 
         Raises:
             WorkerFailed: the worker's code raised; names the head and the step.
         """
-        if self._stack is None:
-            return [head.train_round() for head in self.heads]
+        for head in self.heads:
+            head.catch_up()
+        active = [head for head in self.heads if not head.done]
+        if self._stack is None or len({head.step for head in self.heads}) > 1:
+            return [head.train_round() for head in active]
         first = self.heads[0]
         total = torch.zeros(len(self.heads), device=first.device, dtype=torch.float64)
         todo = max([head.begin_round() for head in self.heads])  # the same for all

@@ -17,18 +17,24 @@ import torch
 from torch import Tensor
 
 from lte_ray.adapters.convert import convert, share_frozen
-from lte_ray.adapters.layer import bypassed
 from lte_ray.adapters.quantize import check_format
+from lte_ray.adapters.stand_in import computing
 from lte_ray.data.shard import Shard
 from lte_ray.engine.activations import checkpoint_activations
 from lte_ray.engine.optimize import Update, autocast, build_optimizer, checked_loss
 from lte_ray.engine.rng import Generators, head_seed
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.state import optimizer_state, restore_optimizer, user_buffers
-from lte_ray.errors import LTEError, WorkerError, WorkerFailed
+from lte_ray.errors import LTEError, WorkerFailed
 from lte_ray.merging.flat import base_replicas, factor_views, factors_part, gather, replica_part, replica_views, views
 from lte_ray.messages import Contribution, HeadStatus, HeadTimes, Verdict
 from lte_ray.worker import Batch, Worker, batch_samples, build_model, endless_batches, to_device
+
+
+def _fingerprint(tensor: Tensor) -> Tensor:
+    """Two numbers that any change of a tensor is all but sure to change."""
+    exact = tensor.detach().double()
+    return torch.stack([exact.sum(), exact.square().sum()])
 
 
 @dataclass
@@ -117,6 +123,7 @@ class Head:
             )
         self.update = Update(self.optimizer, self.schedule, settings.train, self.device)
         self._batches: Iterator[Batch] | None = None
+        self._frozen: dict[str, Tensor] = {}
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -154,6 +161,7 @@ class Head:
         """The local steps until the next contribution: `merge_iter`, or fewer at the end of the run."""
         if self._takes_turns:
             self._load_main_weights()
+        self._frozen = self._frozen or {name: _fingerprint(p) for name, p in self.converted.frozen.items()}
         self._state = "training"
         return min(self.settings.merge.merge_iter, self.settings.train.steps - self.step)
 
@@ -176,23 +184,13 @@ class Head:
 
     def backward(self, batch: Batch) -> Tensor:
         """Adds the batch's gradient to what there is; gives its loss."""
-        with autocast(self.settings.train, self.device):
+        with autocast(self.settings.train, self.device), computing():
             loss = checked_loss(self._worker.loss(self.model, batch))
         torch.autograd.backward(self.update.scaled(loss))
         return loss.detach()
 
     def finish_step(self) -> None:
-        """Takes the optimizer's and the schedule's step with the gradients that are there.
-
-        Raises:
-            WorkerError: in the first step, for layers whose factors would train nothing.
-        """
-        if self._first_step_at is None and (names := bypassed(self.model)):
-            raise WorkerError(
-                f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''} got LoRA, but the model reads the weight without "
-                "calling the layer, so that its factors would train nothing. Call the layer, or let it train as a replica: "
-                f"--exclude {' '.join(map(repr, names[:8]))}."
-            )
+        """Takes the optimizer's and the schedule's step with the gradients that are there."""
         self.update.apply()
         self.step += 1
         self._last_step_at = time.time()
@@ -202,6 +200,8 @@ class Head:
     def contribute(self, loss: float) -> Contribution:
         """Makes the contribution of the steps taken, whose mean training loss was `loss`."""
         self._loss = loss
+        if self.sequence == 0:
+            self._check_frozen()
         assert self._outstanding is None, "a head has at most one contribution outstanding"
         with self.timed("publish"):
             parts = {**self._factors, **self._replica_change()}
@@ -220,6 +220,16 @@ class Head:
             base_error=self._shared.error,
             buffer=self._outstanding,
         )
+
+    def _check_frozen(self) -> None:
+        """Raises WorkerFailed if the model writes to parameters that don't train: they are neither merged nor saved."""
+        written = [name for name, p in self.converted.frozen.items() if not torch.equal(_fingerprint(p), self._frozen[name])]
+        if written:
+            reason = (
+                f"the model writes to {', '.join(written[:8])}{', ...' if len(written) > 8 else ''}, parameters that don't "
+                "train (requires_grad=False), which are neither saved nor a head's own. Make them buffers (register_buffer)."
+            )
+            raise WorkerFailed(f"head {self.head}", self.step, reason)
 
     def _replica_change(self) -> dict[str, Tensor]:
         """delta = p - p' of each replica parameter: what was trained since the adopted base."""
@@ -250,22 +260,26 @@ class Head:
             if base is not None:
                 self._rebase(version, base, contained)
 
+    def catch_up(self) -> None:
+        """Rebases onto the newest version that a head which shares the main weights has adopted meanwhile."""
+        if self.version < self._shared.version:
+            assert self._shared.base is not None and self._outstanding is None
+            with self.timed("rebase"):
+                self._rebase(self._shared.version, self._shared.base, contained=None)
+
     @torch.no_grad()
     def _rebase(self, version: int, base: Tensor, contained: Tensor | None) -> None:
-        base = base.to(self.device)
         ahead = self._steps_beyond(contained)
         if contained is not None:
             self._take_reference(contained)
-        if self._shared.version != version:  # heads that share get the same base at the same version
+        if version > self._shared.version:  # else a head that shares the main weights has brought this one or a newer one
             self._shared.version, self._shared.base = version, base
         if not self._takes_turns:
             self._load_main_weights()
-            self._shared.base = None
-        new = views(self.plan.base, base)
-        self._replica_reference = base_replicas(self.plan, base).clone()
+        self._replica_reference = base_replicas(self.plan, base).to(self.device, copy=True)
         before = replica_views(self.plan, self._replica_reference)
         for name, tensor in self._replicas.items():
-            tensor.copy_(new[name] + ahead[name] if ahead else new[name])
+            tensor.copy_(before[name] + ahead[name] if ahead else before[name])
             if tensor.dtype != base.dtype:  # p' is what this head really adopted, rounded; else every merge counts the rounding
                 before[name].copy_(tensor.to(base.dtype) - ahead[name] if ahead else tensor)
         self.version = version
@@ -273,16 +287,22 @@ class Head:
     @torch.no_grad()
     def _load_main_weights(self) -> None:
         """W~ := W_v - s B' A', or W~ := W_v and the reference beside it where the main weights are held."""
-        assert self._shared.base is not None
-        new = views(self.plan.base, self._shared.base)
+        shared = self._shared
+        there = shared.loaded == shared.version
+        new = None if shared.base is None else views(self.plan.base, shared.base)
         old = None if self._reference is None else factor_views(self.plan, self._reference)
-        there = self._shared.loaded == self._shared.version
         errors = []
         for name, main in self.converted.mains.items():
             reference = None if old is None else (old[main.spec.a], old[main.spec.b])
-            errors.append(main.load(None if there and main.held else new[name], reference))
+            if there and main.held:
+                main.load(None, reference)
+            else:
+                assert new is not None
+                errors.append(main.load(new[name], reference))
         if not there:
-            self._shared.loaded, self._shared.error = self._shared.version, max(errors)
+            shared.loaded, shared.error = shared.version, max(errors)
+        if not self._takes_turns or all(main.held for main in self.converted.mains.values()):
+            shared.base = None  # nobody needs it again
 
     def _steps_beyond(self, contained: Tensor | None) -> dict[str, Tensor]:
         """Replica changes that the new base doesn't hold: p - p', less what was contributed; empty before the start."""
@@ -321,14 +341,14 @@ class Head:
         )
 
     @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        """Counts the block's time as `part` of `HeadTimes`, and shows it as the head's state."""
+    def timed(self, part: str, share: float = 1.0) -> Iterator[None]:
+        """Counts the block's time, or a share of it, as `part` of `HeadTimes`, and shows it as the head's state."""
         begun = time.perf_counter()
         self._state = {"train": "training", "wait": "waiting"}.get(part, part)
         try:
             yield
         finally:
-            spent = getattr(self._times, part) + time.perf_counter() - begun
+            spent = getattr(self._times, part) + share * (time.perf_counter() - begun)
             self._times = replace(self._times, **{part: spent})
 
     # -- state -------------------------------------------------------------------------------------------------------

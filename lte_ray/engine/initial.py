@@ -13,7 +13,7 @@ from lte_ray.adapters.plan import make_plans
 from lte_ray.adapters.quantize import check_format
 from lte_ray.data.shard import Shard
 from lte_ray.engine.activations import matching
-from lte_ray.engine.optimize import check_precision
+from lte_ray.engine.optimize import build_optimizer, check_precision
 from lte_ray.engine.rng import preserved
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import UserError, WorkerError
@@ -67,6 +67,9 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
         raise WorkerError(
             f"{name}'s model keeps {', '.join(odd)} in its state dict, which isn't a tensor and can't be exported."
         )
+    if {1.0} != {a.lr for a in plans[0].adapted} | {r.lr for r in plans[0].replicas}:
+        zeros = {e.name: torch.zeros(e.shape) for e in plans[0].contribution.entries[: 2 * len(plans[0].adapted)]}
+        build_optimizer(worker, plans[0], {**tensors_of(model), **zeros}, settings.train.steps)  # does it keep the groups?
     for head in {0, settings.lte.num_heads - 1}:
         try:
             next(endless_batches(worker, Shard(head, settings.lte.num_heads, settings.train.seed)))

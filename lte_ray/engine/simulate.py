@@ -65,14 +65,16 @@ def simulate(
             heads[verdict.head].adopt(verdict, coordinator.version, base)
 
     def ready(group: HeadGroup) -> bool:
-        return all(head.head in coordinator.live and head.head not in waiting for head in group.heads)
+        numbers = {head.head for head in group.heads}
+        return not numbers & waiting and bool(numbers & coordinator.live)
 
     while training := [group for group in groups if ready(group)]:
         for group in training:
-            if group.done:
-                for head in group.heads:
+            for head in group.heads:
+                if head.done and head.head in coordinator.live:
                     with torch_threads(merging):
                         settle(coordinator.leave(head.head))
+            if group.done:
                 continue
             with torch_threads(threads):
                 contributions = group.train_round()

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lte_ray.adapters.factors import Factors
+from lte_ray.adapters.stand_in import computing
+from lte_ray.config import TrainConfig
 from lte_ray.engine.optimize import autocast, checked_loss
 from lte_ray.errors import ConfigError
+from lte_ray.layout import Plan
 from lte_ray.worker import Batch, Worker
 
 if TYPE_CHECKING:
@@ -25,6 +28,21 @@ if TYPE_CHECKING:
 
 class Unstackable(ConfigError):
     """These heads can't be computed as one batch; they can in turns."""
+
+
+def check_stackable(train: TrainConfig, plans: Sequence[Plan]) -> None:
+    """Raises Unstackable if the settings of heads rule out that they are computed as one batch."""
+    if train.compile:
+        raise Unstackable("--compile and --stack-heads always don't go together: a compiled model runs one head at a time.")
+    if train.checkpoint_activations:
+        raise Unstackable(
+            "--checkpoint-activations and --stack-heads always don't go together: activations can be computed again for one "
+            "head at a time only."
+        )
+    if len(set(plans)) > 1:
+        raise Unstackable(
+            "--stack-heads always needs heads of equal rank and alpha; --lora-r, --lora-alpha or a rule gives several."
+        )
 
 
 class Stack:
@@ -41,17 +59,7 @@ class Stack:
     def __init__(self, worker: Worker, heads: Sequence[Head]) -> None:
         self._heads = heads
         first = heads[0]
-        if first.settings.train.compile:
-            raise Unstackable("--compile and --stack-heads always don't go together: a compiled model runs one head at a time.")
-        if first.settings.train.checkpoint_activations:
-            raise Unstackable(
-                "--checkpoint-activations and --stack-heads always don't go together: activations can be computed again for "
-                "one head at a time only."
-            )
-        if len({head.plan for head in heads}) > 1:
-            raise Unstackable(
-                "--stack-heads always needs heads of equal rank and alpha, but --lora-r or --lora-alpha gives several."
-            )
+        check_stackable(first.settings.train, [head.plan for head in heads])
         self._worker = worker
         models = [dict(head.model.named_parameters()) for head in heads]
         self._trained = {name: _stacked([m[name] for m in models]) for name, p in models[0].items() if p.requires_grad}
@@ -74,11 +82,13 @@ class Stack:
         train, device = self._heads[0].settings.train, self._heads[0].device
         try:
             batch = pytree.tree_map(lambda *leaves: _together(leaves), *batches)
-            with warnings.catch_warnings(), autocast(train, device):
+            with warnings.catch_warnings(), autocast(train, device), computing():
                 warnings.filterwarnings("ignore", message="There is a performance drop")  # it is fast enough, and exact
                 losses = torch.vmap(self._one, randomness="different")(self._trained, self._kept, batch)
             scaled = [head.update.scaled(loss) for head, loss in zip(self._heads, losses, strict=True)]
             torch.autograd.backward(torch.stack(scaled).sum())  # in here as models may compute activations again themselves
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             raise Unstackable(f"the heads can't be computed as one batch: {str(error).splitlines()[0]}") from error
         self._hand_out()

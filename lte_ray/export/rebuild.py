@@ -37,9 +37,8 @@ def make_worker(record: dict[str, Any], given: Any = None) -> Any:
             ) from error
     else:
         kind = program
-    made = _make(kind, record.get("worker", {})) if inspect.isclass(kind) else kind
-    check_worker(made)
-    return made
+    check_worker(kind)  # before anything of it is called: whoever wrote run.toml chose the name
+    return _make(kind, record.get("worker", {})) if inspect.isclass(kind) else kind
 
 
 def _make(kind: type, settings: dict[str, Any]) -> Any:

@@ -114,6 +114,16 @@ class MultiheadAttention(nn.Module):
         self.train(attention.training)
 
     @property
+    def heads(self) -> int:
+        """`num_heads`, as the authors call it."""
+        return int(self.num_heads)
+
+    @property
+    def split_qkv(self) -> bool:
+        """Whether there are three projections."""
+        return self.in_proj is None
+
+    @property
     def in_proj_weight(self) -> Tensor:
         """What `nn.TransformerEncoder` looks at before it takes its fast path; the type of it makes it refrain.
 

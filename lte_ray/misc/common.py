@@ -5,35 +5,38 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 from lte_ray.misc import distributed
 
 
 def determine_compute_context(
     device: torch.device | str | None = None,
-) -> tuple[torch.dtype, AbstractContextManager[object], torch.amp.GradScaler | None]:
-    """The type to compute in, a context that computes in it, and the gradient scaler that it needs, if any.
+) -> tuple[torch.dtype, AbstractContextManager[object], torch.amp.GradScaler]:
+    """The type of parameters, a context that computes in `auto_dtype`, and a gradient scaler.
 
-    Parameters stay in float32. The context may be entered again and again, one at a time::
+    The context may be entered again and again, one at a time::
 
         dtype, context, scaler = determine_compute_context()
+        model.to(dtype)
         with context:
             loss = model(x)
-        loss.backward()  # with a scaler: scaler.scale(loss).backward(), scaler.step(optimizer), scaler.update()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
 
     Args:
         device: where the model is; unless given, that of this process (`distributed.device`).
 
     Returns:
-        bfloat16, its autocast and None; on CUDA devices without bfloat16 float16, its autocast and a scaler; float32,
-        a context without effect and None for devices without autocast.
+        float32, always: merges add small changes. The context is autocast; without effect on devices that have none. The
+        scaler scales where the context computes in float16, on CUDA devices without bfloat16, and else does nothing.
     """
     device = _resolved(device)
     dtype = auto_dtype(device)
-    if dtype == torch.float32:
-        return dtype, nullcontext(), None
-    scaler = torch.amp.GradScaler("cuda") if dtype == torch.float16 else None
-    return dtype, torch.autocast(device.type, dtype=dtype), scaler
+    context = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+    scales = dtype == torch.float16
+    return torch.float32, context, torch.amp.GradScaler("cuda" if scales else "cpu", enabled=scales)
 
 
 def auto_dtype(device: torch.device | str | None = None) -> torch.dtype:
@@ -45,6 +48,17 @@ def auto_dtype(device: torch.device | str | None = None) -> torch.dtype:
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return torch.float16
     return torch.bfloat16
+
+
+def autocast_vars(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """Floating-point tensors in autocast's type where autocast is on, and as they are elsewhere; for one tensor, that one."""
+    cast = tuple(
+        x.to(torch.get_autocast_dtype(x.device.type))
+        if x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
+        else x
+        for x in tensors
+    )
+    return cast[0] if len(cast) == 1 else cast
 
 
 def flash_ready_device(device: torch.device | str | None = None) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from lte_ray.errors import ConfigError
@@ -31,20 +33,42 @@ class LinearProjection(nn.Module):
     (N, out, height // p, width // q) or without N.
 
     Args:
-        conv: the convolution; it must satisfy `is_projection`. Its bias is taken over, its weight as a view.
+        hidden_dim: out.
+        patch_size: p = q, or (p, q).
+        in_channels: C.
+        bias: whether there is b.
+        device: of the parameters.
     """
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    def __init__(
+        self,
+        hidden_dim: int,
+        patch_size: int | tuple[int, int],
+        in_channels: int = 3,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
-        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
-        self.kernel_size = self.stride = (conv.kernel_size[0], conv.kernel_size[1])
-        weight = conv.weight.detach().flatten(1)
+        p, q = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+        if min(hidden_dim, p, q, in_channels) < 1:
+            raise ConfigError(
+                f"hidden_dim = {hidden_dim}, patch_size = {patch_size}, in_channels = {in_channels}: make all >= 1."
+            )
+        self.in_channels, self.out_channels, self.patch_size = in_channels, hidden_dim, patch_size
+        self.kernel_size = self.stride = (p, q)
+        self.linear_proj: nn.Module = nn.Linear(in_channels * p * q, hidden_dim, bias=bias, device=device)
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d) -> Self:
+        """A convolution that satisfies `is_projection`; its bias is taken over, its weight as a view."""
         bias = conv._parameters["bias"]
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-        linear.register_parameter("weight", nn.Parameter(weight, conv.weight.requires_grad))
-        linear.register_parameter("bias", bias)
-        self.linear_proj: nn.Module = linear
-        self.train(conv.training)
+        p, q = conv.kernel_size[0], conv.kernel_size[1]
+        self = cls(conv.out_channels, p if p == q else (p, q), conv.in_channels, bias is not None, device="meta")
+        weight = nn.Parameter(conv.weight.detach().flatten(1), conv.weight.requires_grad)
+        self.linear_proj.register_parameter("weight", weight)
+        self.linear_proj.register_parameter("bias", bias)
+        return self.train(conv.training)
 
     @property
     def weight(self) -> Tensor:
@@ -119,7 +143,7 @@ def replace_conv_proj_with_linear(model: nn.Module) -> nn.Module:
 
     def made(module: nn.Module) -> nn.Module | None:
         if isinstance(module, nn.Conv2d) and is_projection(module) and holders[id(module.weight)] == 1:
-            return LinearProjection(module)
+            return LinearProjection.from_conv(module)
         return None
 
     return _replace(model, made)

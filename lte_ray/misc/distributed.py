@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -36,12 +37,12 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """This process's number on its own machine, as torchrun sets it (LOCAL_RANK); 0 without torchrun.
+    """This process's number on its own machine, as torchrun sets it (LOCAL_RANK); without torchrun its `rank`.
 
     Raises:
         ConfigError: LOCAL_RANK is no number.
     """
-    return _number("LOCAL_RANK", "0")
+    return _number("LOCAL_RANK", str(rank()))
 
 
 def device() -> torch.device:
@@ -66,10 +67,15 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
-def reduce(tensor: Tensor, reduction: str = "mean") -> Tensor:
+@overload
+def reduce(tensor: Tensor, reduction: str = "mean") -> Tensor: ...
+@overload
+def reduce(tensor: float, reduction: str = "mean") -> Tensor | float: ...
+def reduce(tensor: Tensor | float, reduction: str = "mean") -> Tensor | float:
     """The sum or mean of `tensor` over all processes, in each of them; a new tensor of its shape, without gradient.
 
-    A mean of integers is floating-point, else the type stays. With NCCL a CPU tensor travels over this process's GPU.
+    A mean of integers is floating-point, else the type stays. With NCCL a CPU tensor travels over this process's GPU. A
+    number becomes a tensor; without a process group it is returned as it is.
 
     Raises:
         ConfigError: another reduction than "mean" or "sum".
@@ -78,6 +84,10 @@ def reduce(tensor: Tensor, reduction: str = "mean") -> Tensor:
         raise ConfigError(
             f"reduction = {reduction!r} is unknown; known: {', '.join(REDUCTIONS)}.{near(str(reduction), REDUCTIONS)}"
         )
+    if not isinstance(tensor, Tensor):
+        if not is_distributed():
+            return tensor
+        tensor = torch.tensor(tensor)
     total = tensor.detach().clone(memory_format=torch.contiguous_format)
     if is_distributed():
         if tensor.device.type == "cpu" and dist.get_backend() == "nccl":
@@ -87,10 +97,14 @@ def reduce(tensor: Tensor, reduction: str = "mean") -> Tensor:
     return total / world_size() if reduction == "mean" else total
 
 
-def init_distributed_mode() -> bool:
+def init_distributed_mode(args: Any = None) -> bool:
     """Joins the process group that torchrun describes in the environment; NCCL with CUDA, gloo on CPU.
 
     Without torchrun nothing happens. Where a group is up already, it is kept.
+
+    Args:
+        args: an object (say, of argparse) that is told of it: `distributed`, and with a group `rank`, `world_size`, `gpu` (the
+            local rank) and `dist_backend`. Its `dist_url`, if it has one, says where processes meet.
 
     Returns:
         Whether there is a process group now.
@@ -99,8 +113,15 @@ def init_distributed_mode() -> bool:
         ConfigError: the environment holds only part of RANK, WORLD_SIZE and LOCAL_RANK, or no numbers; or there are
             more processes than CUDA devices.
     """
-    if is_distributed():
-        return True
+    joined = is_distributed() or _join(getattr(args, "dist_url", None))
+    if args is not None:
+        args.distributed = joined
+        if joined:
+            args.rank, args.world_size, args.gpu, args.dist_backend = rank(), world_size(), local_rank(), dist.get_backend()
+    return joined
+
+
+def _join(url: str | None) -> bool:
     missing = [name for name in TORCHRUN if name not in os.environ]
     if len(missing) == len(TORCHRUN):
         return False
@@ -109,7 +130,8 @@ def init_distributed_mode() -> bool:
     here = device()
     if here.type == "cuda":
         torch.cuda.set_device(here)
-    dist.init_process_group("nccl" if here.type == "cuda" else "gloo", rank=_number("RANK"), world_size=_number("WORLD_SIZE"))
+    backend = "nccl" if here.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=url, rank=_number("RANK"), world_size=_number("WORLD_SIZE"))
     return True
 
 

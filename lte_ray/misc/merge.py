@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -23,6 +25,8 @@ class MergeCondition:
 
     Attributes:
         clock: steps counted so far.
+        cond_fn: called by each step, with the clock moved on: merges if it is time, and returns whether it did.
+        reset_opt: True. Nothing reads it, as there.
 
     Raises:
         ConfigError: an unknown method, or merge_steps below 1.
@@ -34,7 +38,8 @@ class MergeCondition:
         if merge_steps < 1:
             raise ConfigError(f"merge_steps = {merge_steps} must be at least 1 (merge after every step).")
         self.model, self.merge_steps, self.method = model, merge_steps, method
-        self.clock = 0
+        self.clock, self.reset_opt = 0, True
+        self.cond_fn: Callable[[], bool] = self.step_condition
 
     def register_model(self, model: nn.Module) -> None:
         """Sets the model to merge."""
@@ -51,8 +56,12 @@ class MergeCondition:
             ConfigError: there is no model.
         """
         self._registered()
-        due = self.peek()
         self.clock += 1
+        return self.cond_fn()
+
+    def step_condition(self) -> bool:
+        """Merges if the clock stands at a multiple of `merge_steps`; returns whether it merged."""
+        due = self.clock % self.merge_steps == 0
         if due:
             self.merge()
         return due

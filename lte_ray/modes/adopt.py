@@ -13,6 +13,7 @@ from lte_ray.misc.attention import MultiheadAttention
 from lte_ray.modes.base import ModeLayer, class_of
 from lte_ray.modes.ddp import DDPLayer
 from lte_ray.modes.dmp import Copies, DMPLayer
+from lte_ray.modes.guard import note_calls
 from lte_ray.modes.mhlora import MHLoRALayer
 from lte_ray.modes.stack import Stack
 
@@ -52,7 +53,7 @@ def replace(model: nn.Module, made: dict[int, nn.Module]) -> None:
 
 
 def adopt_all(model: nn.Module, config: LTEConfig, mode: str, specs: dict[int, tuple[Adapted, ...]], seed: int) -> None:
-    """Makes all layers with an adapted weight layers of the mode; what they share is made once."""
+    """Makes all layers with an adapted weight layers of the mode; what they share is made once. The model notes its calls."""
     made: dict[int, Stack | Copies] = {}
     biases: dict[int, Stack | nn.Parameter] = {}
     for module in list(model.modules()):
@@ -84,6 +85,8 @@ def adopt_all(model: nn.Module, config: LTEConfig, mode: str, specs: dict[int, t
             module.lora = factors
         module.lte_names = {*module._parameters, *module._buffers, *module._modules} - before
         module.train(module.training)
+    if not isinstance(model, ModeLayer):
+        note_calls(model)
 
 
 def off_the_fast_path(model: nn.Module) -> None:

@@ -8,14 +8,16 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lte_ray.adapters.kinds import TORCH_KINDS, TRANSPOSED_LINEAR, Kind
 from lte_ray.adapters.layer import LTELayer, make_class
+from lte_ray.adapters.stand_in import stand_in
 from lte_ray.layout import Adapted
-from lte_ray.modes.chunks import HEAD
-from lte_ray.modes.guard import CALLED, refuse, stand_in
-from lte_ray.modes.stack import Stack
+from lte_ray.modes.chunks import HEAD, check_not_recomputed, recomputing
+from lte_ray.modes.guard import CALLED, refuse
+from lte_ray.modes.stack import Stack, on_the_wire, processes
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -64,9 +66,13 @@ class ModeLayer(LTELayer):
 
     def __getattr__(self, name: str) -> Any:
         value: Any = super().__getattr__(name)
-        if value is not None and name in ("weight", "bias") and CALLED.get() and self._trains_beside(name, value):
+        if value is not None and name in ("weight", "bias") and self._is_used() and self._trains_beside(name, value):
             return stand_in(value, partial(self._in_use, name))
         return value
+
+    def _is_used(self) -> bool:
+        """Whether a forward runs, or what a loop or "mhlora" used in one is computed again in a backward pass."""
+        return CALLED.get() or ((not self.merges or "lte_looped" in self.__dict__) and recomputing())
 
     def _trains_beside(self, name: str, value: Any) -> bool:
         """Whether a parameter is a merged one, in whose place something else is computed with now."""
@@ -77,6 +83,7 @@ class ModeLayer(LTELayer):
     def _in_use(self, name: str) -> Tensor:
         head = HEAD.get()
         if head is None and self.merges:
+            check_not_recomputed(self)
             refuse(f"{self.specs[0].name.removesuffix('weight')}{name}")
         return self.effective(name, head or 0)
 
@@ -143,7 +150,7 @@ class ModeLayer(LTELayer):
             if own:
                 main = self._buffers[name]
                 assert main is not None
-                average([main, *own], of=own)
+                average([main, *own], of=own, across=True)
         self.merged.fill_(1)
 
     def merge_weight(self) -> None:
@@ -189,12 +196,21 @@ def blank(mixin: type[nn.Module], plain: type[nn.Module]) -> nn.Module:
 
 
 @torch.no_grad()
-def average(tensors: Sequence[Tensor], of: Sequence[Tensor]) -> None:
-    """Sets all `tensors` to the mean of those in `of`, computed in float32 at least; integers to the first."""
+def average(tensors: Sequence[Tensor], of: Sequence[Tensor], across: bool = False) -> None:
+    """Sets all `tensors` to the mean of those in `of`, computed in float32 at least; integers to the first.
+
+    Args:
+        across: the mean over all processes of `torch.distributed` too. Gradients, and so parameters, are alike in them, but
+            running statistics are those of each one's data.
+    """
     if not of[0].is_floating_point():
         mean = of[0].clone()
     else:
         dtype = torch.promote_types(of[0].dtype, torch.float32)
         mean = torch.stack([t.detach().to(tensors[0].device, dtype) for t in of]).mean(0)
+        if across and processes() > 1:
+            sent = on_the_wire(mean)
+            dist.all_reduce(sent)
+            mean = sent / processes()
     for tensor in tensors:
         tensor.copy_(mean)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +39,23 @@ def active(head: int) -> Iterator[None]:
         HEAD.reset(token)
 
 
+def recomputing() -> bool:
+    """Whether a backward pass runs, in which gradient checkpointing computes again what it didn't keep."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def check_not_recomputed(module: nn.Module) -> None:
-    """Raises ConfigError if a module in a loop over heads is called from a backward pass, where no head is active."""
-    if module.__dict__.get("lte_looped") and torch._C._current_graph_task_id() != -1:
-        raise ConfigError(
-            "Gradient checkpointing inside of a loop over heads (chunk='model', or parameters that a module owns itself) would "
-            "lose track of the head. Put the checkpoint around the whole model, or leave it out."
-        )
+    """Raises ConfigError if a module in a loop over heads is used in a backward pass, where no head is active."""
+    if module.__dict__.get("lte_looped") and recomputing():
+        refuse_recomputed()
+
+
+def refuse_recomputed() -> NoReturn:
+    """Raises ConfigError: in a backward pass no head is active."""
+    raise ConfigError(
+        "Gradient checkpointing inside of a loop over heads (chunk='model', or parameters that a module owns itself) would "
+        "lose track of the head. Put the checkpoint around the whole model, or leave it out."
+    )
 
 
 def check_batch(size: int, heads: int, where: str, exactly: bool = False) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lte_ray.errors import ConfigError
 from lte_ray.merging.flat import as_stored
+from lte_ray.modes.authors import DDPNames
 from lte_ray.modes.base import ModeLayer
 from lte_ray.modes.chunks import HEAD, check_batch, check_indices, check_not_recomputed
 from lte_ray.modes.stack import Stack
@@ -31,7 +31,7 @@ def check_input(layer: ModeLayer, x: Tensor) -> None:
         check_indices(x, where)
 
 
-class DDPLayer(ModeLayer):
+class DDPLayer(DDPNames):
     """y_h = f(x_h; W, b) + s (B_h A_h - B'_h A'_h)(x_h) for x = [x_1; ...; x_H], the batch cut along its first dimension.
 
     The reference A', B' is what W holds of the head. It is computed beside W, not folded into it: one product of
@@ -91,8 +91,7 @@ class DDPLayer(ModeLayer):
     def _add_linear(self, y: Tensor, x: Tensor) -> Tensor:
         """y + s (x A^T) B^T as two batched products over heads."""
         a, b = self.lora.pairs()
-        s: Any = self.scaling if isinstance(self.scaling, float) else self.lora.scales[:, None, None]
-        hidden = torch.bmm(x.reshape(self.num_heads, -1, x.shape[-1]), a.mT) * s
+        hidden = self.lora.scaled(torch.bmm(x.reshape(self.num_heads, -1, x.shape[-1]), a.mT))
         added: Tensor = torch.baddbmm(y.reshape(self.num_heads, -1, y.shape[-1]), hidden, b.mT)
         return added.view(y.shape)
 
@@ -104,13 +103,14 @@ class DDPLayer(ModeLayer):
         if self.kind.name == "embedding":  # vmap would forget padding_idx, whose row gets no gradient
             s = [spec.scaling for spec in self.specs]
             return y + torch.cat([product(self, *own) for own in zip(x.chunk(self.num_heads), a, b, s, strict=True)])
-        parts: Tensor = torch.func.vmap(partial(product, self))(
-            x.reshape(self.num_heads, -1, *x.shape[1:]), a, b, self.lora.scales
+        alike = isinstance(self.scaling, float)  # else in B: vmap would round a scale to the type of x
+        parts: Tensor = torch.func.vmap(partial(product, self, s=self.scaling if alike else 1.0))(
+            x.reshape(self.num_heads, -1, *x.shape[1:]), a, b if alike else self.lora.scaled(b)
         )
         return y + parts.flatten(0, 1)
 
     def merge_weight(self) -> None:
-        self.lora.merge_into(self.weight)
+        self.lora.merge_into(self.main_weight)
 
     def effective_weight(self, head: int) -> Tensor:
         a, b = self.lora.pair(head)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 from lte_ray.layout import Adapted
 from lte_ray.merging.flat import as_stored
 from lte_ray.merging.products import fold_reference
-from lte_ray.modes.base import ModeLayer
+from lte_ray.modes.authors import DMPNames
+from lte_ray.modes.base import STATISTICS
 from lte_ray.modes.chunks import HEAD
 from lte_ray.modes.ddp import check_input
-from lte_ray.modes.stack import drawn, merge_terms
+from lte_ray.modes.stack import Draws, drawn, exactly, merge_terms, same
 
 
 def device_of(head: int, home: torch.device) -> torch.device:
@@ -58,15 +60,17 @@ class Copies:
     """
 
     def __init__(self, specs: Sequence[Adapted], weight: Tensor, seed: int, reset: str) -> None:
-        self.specs, self.seed, self.reset, self.draws = tuple(specs), seed, reset, 0
+        self.specs, self.reset, self.draws = tuple(specs), reset, Draws(seed, weight.device)
         devices = [device_of(head, weight.device) for head in range(len(specs))]
         like = [weight.detach().to(device) for device in devices]
         self.layers = nn.ModuleList(Copy(w) for w in like)
-        self.lora_A = nn.ModuleList(Factor(w.new_zeros(s.rank, s.matrix[1])) for w, s in zip(like, specs, strict=True))
+        self.lora_A = nn.ModuleList(
+            Factor(drawn(s, seed, head, 0).to(w)) for head, (w, s) in enumerate(zip(like, specs, strict=True))
+        )
         self.lora_B = nn.ModuleList(Factor(w.new_zeros(s.matrix[0], s.rank)) for w, s in zip(like, specs, strict=True))
 
 
-class DMPLayer(ModeLayer):
+class DMPLayer(DMPNames):
     """y_h = f(x_h; W~_h, b_h) + s (B_h A_h)(x_h), where W~_h = W - s B'_h A'_h is the head's own copy.
 
     Each head computes what a Ray head computes, on the device that its copy lies on: several CUDA devices work at once. In
@@ -83,13 +87,30 @@ class DMPLayer(ModeLayer):
     lora_B: nn.ModuleList  # noqa: N815
 
     def take_copies(self, copies: Copies) -> None:
-        """Takes over the copies and factors, and draws A."""
-        self.seed, self.reset, self.draws = copies.seed, copies.reset, 0
+        """Takes over the copies and factors."""
+        self.reset, self.draws = copies.reset, copies.draws
         self.layers, self.lora_A, self.lora_B = copies.layers, copies.lora_A, copies.lora_B
         for head, copy in enumerate(self.layers):
             biases = self._parameters.get("bias") if self.bias_replicas is None else self.bias_replicas
             copy.__dict__["biases"] = (biases, None if self.bias_replicas is None else head)
-        self._draw()
+        self._spread()
+
+    def _spread(self) -> None:
+        """Moves each head's copies, factors and statistics to its device."""
+        for head in range(self.num_heads):
+            device = device_of(head, self.main_weight.device)
+            for part in (self.layers[head], self.lora_A[head], self.lora_B[head]):
+                if next(part.parameters()).device != device:
+                    part.to(device)
+            for name in STATISTICS:
+                statistic = self._buffers.get(f"{name}_head{head}")
+                if statistic is not None:
+                    self._buffers[f"{name}_head{head}"] = statistic.to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # .cuda() puts everything on one device
+        self._spread()
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -134,7 +155,8 @@ class DMPLayer(ModeLayer):
             terms.append((c, b.weight, a.weight))
             if self.reset != "B":
                 terms.append((-c, b.reference, a.reference))
-        merge_terms(self.specs[0], self.weight, [(c, b.detach(), a.detach()) for c, b, a in terms])
+        if not self._is_merged():
+            merge_terms(self.specs[0], self.main_weight, [(c, b.detach(), a.detach()) for c, b, a in terms])
         for head in range(self.num_heads):
             a, b = self._factor(self.lora_A, head), self._factor(self.lora_B, head)
             if self.reset == "B":
@@ -144,23 +166,30 @@ class DMPLayer(ModeLayer):
                 b.reference.copy_(b.weight)
         self._fold()
 
+    def _is_merged(self) -> bool:
+        """Whether the main weight holds the factors already, as where a layer that shares it has just merged them."""
+        factors = [f for part in (self.lora_A, self.lora_B) for f in part if isinstance(f, Factor)]
+        return self.reset != "B" and same(*((f.weight, f.reference) for f in factors))
+
     @torch.no_grad()
     def _fold(self) -> None:
         """W~_h := W - s B'_h A'_h."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        main = self.main_weight.detach()
+        dtype = torch.promote_types(main.dtype, torch.float32)
         for head, spec in enumerate(self.specs):
             copy, a, b = self._weight(head), self._factor(self.lora_A, head), self._factor(self.lora_B, head)
-            base = self.weight.detach().to(copy.device, dtype).contiguous()
-            fold_reference(spec, copy, base, b.reference.to(dtype), a.reference.to(dtype))
+            base = main.to(copy.device, dtype).contiguous()
+            with exactly(copy.device):
+                fold_reference(spec, copy, base, b.reference.to(dtype), a.reference.to(dtype))
 
     @torch.no_grad()
     def _draw(self) -> None:
+        seed, draws = self.draws.again()
         for head, spec in enumerate(self.specs):
             a, b = self._factor(self.lora_A, head), self._factor(self.lora_B, head)
-            a.weight.copy_(drawn(spec, self.seed, head, self.draws))
+            a.weight.copy_(drawn(spec, seed, head, draws))
             for tensor in (b.weight, a.reference, b.reference):
                 tensor.zero_()
-        self.draws += 1
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:

@@ -6,49 +6,17 @@ is the merged one, which gets no gradient: evaluation wants it, training doesn't
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from lte_ray.errors import ConfigError
+from lte_ray.modes.chunks import BATCH
 
 CALLED: ContextVar[bool] = ContextVar("lte_ray_called", default=False)
 """Whether a prepared model's forward is running: elsewhere, parameters are what they are."""
-
-_PROPERTIES = (
-    *("shape", "dtype", "device", "ndim", "layout", "itemsize", "nbytes", "data", "grad", "grad_fn", "is_leaf"),
-    *("requires_grad", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested"),
-)
-_METHODS = (
-    *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "detach", "get_device", "is_contiguous"),
-    *("is_floating_point", "is_complex", "__len__", "__repr__"),
-)
-_LOOKS = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {getattr(Tensor, name) for name in _METHODS}
-
-
-class StandIn(Tensor):
-    """A merged parameter that may be looked at: shape, type, device. What computes with it gets what trains in its place."""
-
-    _lte_in_use: Callable[[], Tensor]
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _LOOKS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        args, kwargs = tree_map(lambda x: x._lte_in_use() if isinstance(x, StandIn) else x, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-
-def stand_in(merged: Tensor, in_use: Callable[[], Tensor]) -> Tensor:
-    """`merged` to look at; whatever computes with it computes with `in_use()`."""
-    made: StandIn = merged.detach().as_subclass(StandIn)
-    made._lte_in_use = in_use
-    return made
 
 
 def refuse(what: str) -> Tensor:
@@ -67,11 +35,49 @@ def check_not_merged(module: nn.Module, args: tuple[Any, ...]) -> None:
         refuse(f"{name}, inside of a replica layer,")
 
 
-def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """A forward pre-hook of prepared models."""
-    CALLED.set(True)
+class Called(nn.Module):
+    """A model whose forward notes in `CALLED` that it runs, however it ends: torch's hooks don't see a KeyboardInterrupt.
+
+    A model becomes one by `note_calls`, which changes its class and keeps its name.
+    """
+
+    _lte_uncalled: ClassVar[type[nn.Module]]
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        plain = type(self)._lte_uncalled
+        if plain.__reduce__ is not object.__reduce__:
+            return super().__reduce__()
+        return _blank, (plain,), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
-def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """A forward hook of prepared models."""
-    CALLED.set(False)
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def called(plain: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a class whose forward notes that it runs; it goes by the same name."""
+    if plain in _CLASSES:
+        return _CLASSES[plain]
+
+    @functools.wraps(plain.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = CALLED.get()
+        CALLED.set(True)
+        try:
+            return plain.forward(self, *args, **kwargs)
+        finally:
+            CALLED.set(before)
+            BATCH.set(None)
+
+    names = {"_lte_uncalled": plain, "forward": forward, "__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    _CLASSES[plain] = type(plain.__name__, (Called, plain), names)
+    return _CLASSES[plain]
+
+
+def _blank(plain: type[nn.Module]) -> nn.Module:
+    made = called(plain)
+    return made.__new__(made)
+
+
+def note_calls(model: nn.Module) -> None:
+    """Makes `model` one whose forward notes that it runs."""
+    model.__class__ = called(type(model))

@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from lte_ray.adapters.stand_in import stand_in
 from lte_ray.modes.base import average
-from lte_ray.modes.chunks import HEAD, each_head
-from lte_ray.modes.guard import CALLED, refuse, stand_in
+from lte_ray.modes.chunks import HEAD, each_head, recomputing, refuse_recomputed
+from lte_ray.modes.guard import CALLED, Called, called, refuse
 from lte_ray.modes.replica import HeadParameters, ReplicaLayer
 
 
@@ -75,14 +76,16 @@ class HeadLoop(ReplicaLayer):
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
-        if isinstance(value, nn.Parameter) and self.training and CALLED.get():
+        if isinstance(value, nn.Parameter) and self.training and (CALLED.get() or recomputing()):
             for path, own, _ in self.__dict__.get("_lte_slots", ()):
                 if not path and own == name and not value.requires_grad:  # asked from outside of any loop
-                    return stand_in(value, partial(refuse, f"{self.__dict__['lte_name']}.{name}".lstrip(".")))
+                    what = f"{self.__dict__['lte_name']}.{name}".lstrip(".")
+                    return stand_in(value, partial(refuse, what) if CALLED.get() else refuse_recomputed)
         return value
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _blank, (type(self).plain,), self.__dict__
+        plain = type(self).plain
+        return _blank, ((plain._lte_uncalled, True) if issubclass(plain, Called) else (plain, False)), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
@@ -102,8 +105,8 @@ def _class_of(plain: type[nn.Module]) -> type[nn.Module]:
     return _CLASSES[plain]
 
 
-def _blank(plain: type[nn.Module]) -> nn.Module:
-    made = _class_of(plain)
+def _blank(plain: type[nn.Module], notes_calls: bool) -> nn.Module:
+    made = _class_of(called(plain) if notes_calls else plain)
     return made.__new__(made)
 
 
@@ -117,6 +120,8 @@ def adopt_loop(module: nn.Module, slots: list[tuple[str, str]], parameters: Head
         parameter = module.get_submodule(path)._parameters[name]
         assert parameter is not None
         stem = f"{path}.{name}".lstrip(".").replace(".", "_")
+        while any(hasattr(module, f"{stem}_head{head}") for head in range(parameters.num_heads)):
+            stem += "_"  # a.b beside a_b
         copies = [f"{stem}_head{head}" for head in range(parameters.num_heads)]
         for own, made in zip(copies, parameters.of(parameter), strict=True):
             module.register_parameter(own, made)

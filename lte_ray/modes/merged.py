@@ -19,8 +19,17 @@ def merged_state_dict(model: nn.Module) -> dict[str, Any]:
     since isn't in them. In mode "mhlora" they hold (1/H) sum_h s B_h A_h.
     """
     state: dict[str, Any] = {}
-    _collect(model.module if isinstance(model, DistributedDataParallel) else model, "", state)
+    _collect(_unwrapped(model), "", state)
     return state
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what torch wraps around it: for several processes or devices, and by `torch.compile`."""
+    while True:
+        inner = model._modules.get("module" if isinstance(model, DistributedDataParallel | nn.DataParallel) else "_orig_mod")
+        if inner is None:
+            return model
+        model = inner
 
 
 def _collect(module: nn.Module, prefix: str, state: dict[str, Any]) -> None:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from lte_ray.merging.flat import as_stored
-from lte_ray.modes.base import ModeLayer
+from lte_ray.modes.authors import MHLoRANames
 from lte_ray.modes.stack import Stack, averaged
 
 
-class MHLoRALayer(ModeLayer):
+class MHLoRALayer(MHLoRANames):
     """y = f(x; W, b) + (1/H) sum_h s (B_h A_h)(x): the paper's multi-head LoRA, in training and in evaluation.
 
     It is LTE with a merge after every step whose heads all get the same data (and SGD with H times the learning rate).
@@ -58,9 +58,10 @@ class MHLoRALayer(ModeLayer):
         super().reset_lora_parameters()
 
     def merged_tensors(self) -> dict[str, Tensor]:
-        merged = {"weight": averaged(self.specs[0], self.weight, self.lora)}
-        if self.lora_bias is not None:
-            merged["bias"] = averaged(self.lora_bias.specs[0], self.bias, self.lora_bias)
+        merged = {"weight": averaged(self.specs[0], self.main_weight, self.lora)}
+        bias = self._parameters.get("bias")
+        if self.lora_bias is not None and bias is not None:
+            merged["bias"] = averaged(self.lora_bias.specs[0], bias, self.lora_bias)
         return merged
 
 

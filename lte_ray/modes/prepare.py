@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules import batchnorm
 
+from lte_ray.adapters.plan import make_plan
 from lte_ray.config import LTEConfig, near
 from lte_ray.errors import ConfigError
 from lte_ray.misc.attention import MultiheadAttention
@@ -17,7 +20,6 @@ from lte_ray.modes.adopt import MODES, adopt_all, draw_anew, off_the_fast_path, 
 from lte_ray.modes.base import ModeLayer
 from lte_ray.modes.choose import CONTAINERS, NORMS, Choice, choose
 from lte_ray.modes.chunks import BATCH, Batch
-from lte_ray.modes.guard import enter, leave
 from lte_ray.modes.loop import HeadLoop, adopt_loop
 from lte_ray.modes.replica import HeadParameters, MultiheadReplicaLayer
 
@@ -26,7 +28,7 @@ CHUNKS = ("layer", "model")
 
 def prepare_model_for_lte(
     model: nn.Module,
-    config: LTEConfig,
+    lora_config: LTEConfig,
     copy_weights: bool = True,
     strict: bool = True,
     replica_layers: Sequence[Any] = (),
@@ -36,14 +38,16 @@ def prepare_model_for_lte(
     seed: int | None = None,
     chunk: str = "layer",
 ) -> nn.Module:
-    """Gives a model `config.num_heads` LoRA heads in this process; its outputs stay the same at first.
+    """Gives a model `lora_config.num_heads` LoRA heads in this process; its outputs stay the same at first.
 
     Layers stay the objects that they were; their class changes to one that is an `LTELayer` too. `nn.MultiheadAttention` is
     replaced by one whose projections are layers, and modules that train as copies by `MultiheadReplicaLayer`.
 
+    What doesn't train is left alone. A model in which nothing trains is adapted as if all did that can have LoRA.
+
     Args:
         model: any module, which is changed.
-        config: the heads.
+        lora_config: the heads.
         copy_weights: keep the model's weights; else those of adapted layers are drawn anew.
         strict: raise if a parameter trains of which nothing was said; else warn, and it trains as a replica.
         replica_layers: modules, parameters, or names of these with wildcards, that train as one copy for each head.
@@ -65,7 +69,11 @@ def prepare_model_for_lte(
             raise ConfigError(f"{name} is {value!r}, but it must be one of: {', '.join(known)}.{near(str(value), known)}")
     if any(isinstance(m, ModeLayer) for m in model.modules()):
         raise ConfigError("The model is prepared for LTE already; give an unconverted one.")
-    choice = choose(model, config, replica_layers, strict=strict, mode=mode, rooted=use_special_attention_scaling)
+    config = lora_config
+    with _thawed(model, config) as frozen:
+        choice = choose(model, config, replica_layers, strict=strict, mode=mode, rooted=use_special_attention_scaling)
+    if frozen:
+        choice = dataclasses.replace(choice, replicas=())  # what replica_layers names stays frozen
     parameters = dict(model.named_parameters())
     specs = {id(parameters[name]): own for name, own in choice.specs.items()}
     if not copy_weights:
@@ -76,8 +84,6 @@ def prepare_model_for_lte(
     model = plain_projections(model, set(specs))
     adopt_all(model, config, mode, specs, seed)
     off_the_fast_path(model)
-    model.register_forward_pre_hook(enter)
-    model.register_forward_hook(leave, always_call=True)
     if mode == "mhlora":
         return model
     copies = HeadParameters(config.num_heads)
@@ -88,6 +94,34 @@ def prepare_model_for_lte(
         model.register_forward_hook(_forget_batch, always_call=True)
         _warn_of_sequence_first(model)
     return model
+
+
+@contextmanager
+def _thawed(model: nn.Module, config: LTEConfig) -> Iterator[bool]:
+    """Of a model in which nothing trains (freeze all, then add LoRA), what can have factors counts as trained within.
+
+    Yields whether it is such a model. Afterwards all of it is frozen again.
+    """
+    frozen = [] if any(p.requires_grad for p in model.parameters()) else list(model.named_parameters())
+    sparse = {id(p) for m in model.modules() if getattr(m, "sparse", False) is True for p in m.parameters(recurse=False)}
+    able = [
+        (name, p)
+        for name, p in frozen
+        if not nn.parameter.is_lazy(p)
+        and p.is_floating_point()
+        and p.layout is torch.strided
+        and (id(p) not in sparse or "embedding" in config.adapt)
+    ]
+    try:
+        for _, parameter in able:
+            parameter.requires_grad_(True)
+        adapted = {spec.name for spec in make_plan(model, dataclasses.replace(config, strict=False)).adapted} if able else set()
+        for name, parameter in able:
+            parameter.requires_grad_(name in adapted)
+        yield bool(able)
+    finally:
+        for _, parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _wrap(model: nn.Module, choice: Choice, mode: str, copies: HeadParameters) -> None:

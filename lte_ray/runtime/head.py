@@ -12,6 +12,7 @@ import torch
 
 from lte_ray import checkpoint
 from lte_ray.engine.group import HeadGroup
+from lte_ray.engine.head import Head
 from lte_ray.engine.memory import keep_freed_memory, release_freed_memory
 from lte_ray.engine.stack import Unstackable
 from lte_ray.errors import ContributionRefused, CoordinatorLost, LTEError, WorkerError, WorkerFailed
@@ -41,6 +42,7 @@ class HeadActor:
         self._common, self._numbers, self._host = common, numbers, host
         self._device = "cuda:0" if host.gpu else "cpu"  # Ray shows each actor its own GPUs only, counted from 0
         self._group: HeadGroup | None = None
+        self._left: set[int] = set()
 
     def run(self, coordinator: Any) -> tuple[HeadStatus, ...]:
         """Trains all local steps of its heads, contributing and rebasing on the way.
@@ -55,18 +57,16 @@ class HeadActor:
         keep_freed_memory()
         group = self._group = self._start(coordinator)
         refusals = dict.fromkeys(self._numbers, 0)
+        self._leave(group, coordinator)
         while not group.done:
-            for head, update in zip(group.heads, self._round(group, coordinator), strict=True):
+            for head, update in self._round(group, coordinator):
                 refusals[head.head] = 0 if update.verdict.accepted else refusals[head.head] + 1
                 if refusals[head.head] >= MOST_REFUSALS:
                     raise ContributionRefused(
                         f"Head {head.head} had {MOST_REFUSALS} contributions refused in a row, the last at step {head.step}: "
                         f"{update.verdict.reason}. If the loss diverged, lower the learning rate or --lora-alpha."
                     )
-        with _asking():
-            ray.get([coordinator.leave.remote(number) for number in self._numbers])
-        for head in group.heads:
-            head.end()
+            self._leave(group, coordinator)
         return tuple(head.status() for head in group.heads)
 
     def _start(self, coordinator: Any) -> HeadGroup:
@@ -99,18 +99,29 @@ class HeadActor:
         release_freed_memory()
         return group
 
-    def _round(self, group: HeadGroup, coordinator: Any) -> list[Update]:
+    def _leave(self, group: HeadGroup, coordinator: Any) -> None:
+        """Heads that have taken all their steps leave, so that nobody waits for them."""
+        leaving = [head for head in group.heads if head.done and head.head not in self._left]
+        with _asking():
+            ray.get([coordinator.leave.remote(head.head) for head in leaving])
+        for head in leaving:
+            self._left.add(head.head)
+            head.end()
+
+    def _round(self, group: HeadGroup, coordinator: Any) -> list[tuple[Head, Update]]:
         """Trains, contributes, waits for the merges, rebases."""
-        transport, asked = self._common.transport, []
-        for head, contribution in zip(group.heads, group.train_round(), strict=True):
-            with head.timed("publish"):
+        transport, asked = self._common.transport, {}
+        heads = {head.head: head for head in group.heads}
+        for contribution in group.train_round():
+            with heads[contribution.head].timed("publish"):
                 handle = transport.publish(contribution.buffer)
-            asked.append(coordinator.submit.remote(replace(contribution, buffer=handle)))
+            asked[contribution.head] = coordinator.submit.remote(replace(contribution, buffer=handle))
         with ExitStack() as waiting, _asking():
-            for head in group.heads:
-                waiting.enter_context(head.timed("wait"))
-            updates: list[Update] = ray.get(asked)
-        for head, update in zip(group.heads, updates, strict=True):
+            for number in asked:  # they wait together: the actor's time counts once
+                waiting.enter_context(heads[number].timed("wait", 1 / len(asked)))
+            updates: list[Update] = ray.get(list(asked.values()))
+        answered = [(heads[number], update) for number, update in zip(asked, updates, strict=True)]
+        for head, update in answered:
             with head.timed("fetch"):
                 base = None if update.version == head.version else transport.fetch(update.base)
             head.adopt(update.verdict, update.version, base)
@@ -118,7 +129,7 @@ class HeadActor:
                 with head.timed("checkpoint"):
                     entry = checkpoint.write_head(self._common.directory, update.version, head.head, *head.state())
                 coordinator.saved.remote(update.version, head.head, entry)
-        return updates
+        return answered
 
     @ray.method(concurrency_group="ctl")
     def status(self) -> tuple[HeadStatus, ...]:

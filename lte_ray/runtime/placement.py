@@ -50,6 +50,8 @@ def from_scaling_config(scaling: Any, num_heads: int) -> tuple[PlacementConfig, 
     """
     if isinstance(scaling, PlacementConfig) or scaling is None:
         return scaling or PlacementConfig(), {}
+    if not isinstance(scaling.num_workers, int):
+        raise ConfigError(f"ScalingConfig(num_workers={scaling.num_workers}): heads are a fixed number here; give one number.")
     workers = num_heads if scaling.num_workers == 1 else scaling.num_workers
     each = math.ceil(num_heads / workers)
     if math.ceil(num_heads / each) != workers:
