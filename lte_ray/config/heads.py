@@ -61,7 +61,7 @@ class LTEConfig:
         "lora_alpha, lora_bias, lr (a multiplier), base_dtype, adapt=false. Later rules win.",
     )
     base_dtype: Literal["fp32", "bf16", "int8", "nf4"] = setting(
-        "fp32", "Format of the main weights in the heads; the coordinator keeps fp32. int8 and nf4 need lte-ray[quant]."
+        "fp32", "Format of the main weights in the heads; the coordinator keeps fp32. nf4 needs lte-ray[quant]."
     )
     strict: bool = setting(
         False, "Refuse a model with parameters that only train as replicas because nothing else was said about them."
