@@ -109,7 +109,7 @@ def test_an_interrupted_run_takes_everything_down(tmp_path: Path, number: signal
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit that it is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  # background jobs ignore it
     )
     try:
         manifests = storage / "a" / "checkpoints"  # the third may be pruned already when it is looked for
