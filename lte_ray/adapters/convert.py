@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from lte_ray.layout import Adapted, Plan
 from lte_ray.merging.flat import as_matrix
 from lte_ray.merging.products import fold_reference
 from lte_ray.misc.attention import MultiheadAttention
+from lte_ray.misc.convert import leave_fast_path
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,12 @@ def convert(model: nn.Module, lte: LTEConfig, *, seed: int = 0, head: int = 0, h
         weight = parameters[spec.name]
         lora[id(weight)] = _draw(spec, weight, seed, head, hold=hold or spec.base_dtype != "fp32")
         weight.requires_grad_(False)
-    model = _plain_projections(model, set(lora))
+    model, _ = plain_projections(model, set(lora))
     for module in list(model.modules()):
         pair = lora.get(id(getattr(module, "weight", None)))
         if pair is not None and kind_of(module) is not None:
             adopt(module, pair, lora.get(id(getattr(module, "bias", None))))
-    call_every_layer(model)
+    leave_fast_path(model, LTELayer)
     converted = Converted(model, plan, parameters, {}, {})
     for spec in plan.adapted:
         pair = lora[id(parameters[spec.name])]
@@ -137,28 +138,28 @@ def _draw(spec: Adapted, weight: Tensor, seed: int, head: int, *, hold: bool) ->
     return pair
 
 
-def _plain_projections(model: nn.Module, adapted: set[int]) -> nn.Module:
-    """Replaces every `nn.MultiheadAttention` with an adapted weight by one whose projections are layers."""
-    made: dict[int, nn.Module] = {}
+def plain_projections(model: nn.Module, adapted: set[int]) -> tuple[nn.Module, list[MultiheadAttention]]:
+    """Replaces every `nn.MultiheadAttention` with an adapted weight (`id`) by one whose projections are layers.
+
+    Returns:
+        The model, and what was put in.
+    """
+    made: dict[int, MultiheadAttention] = {}
     for module in list(model.modules()):
         if type(module) is nn.MultiheadAttention and any(id(p) in adapted for p in module.parameters()):
             made[id(module)] = MultiheadAttention.from_torch(module)
             hooks = {name: kept for name, kept in vars(module).items() if "_hook" in name}
             vars(made[id(module)]).update(hooks)
+    replace(model, made)
+    return made.get(id(model), model), list(made.values())
+
+
+def replace(model: nn.Module, made: Mapping[int, nn.Module]) -> None:
+    """Puts made[id(module)] in the place of each such module, everywhere."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if id(child) in made:
-                setattr(parent, name, made[id(child)])
-    return made.get(id(model), model)
-
-
-def call_every_layer(model: nn.Module) -> None:
-    """Keeps torch's transformer encoders off their inference kernels, which take the layers' weights and call no layer."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, LTELayer) for m in module.modules()):
-            module.activation_relu_or_gelu = 0  # all that reads it is the choice of such a kernel
-        elif isinstance(module, nn.TransformerEncoder) and any(isinstance(m, LTELayer) for m in module.modules()):
-            module.use_nested_tensor = False  # what these kernels need, and `MultiheadAttention` can't take
+                parent._modules[name] = made[id(child)]
 
 
 def _layers(model: nn.Module, pair: Factors) -> Sequence[HeadLayer]:

@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lte_ray.config import BASE_DTYPES
 from lte_ray.errors import ConfigError
 
-FORMATS = ("fp32", "bf16", "int8", "nf4")
+FORMATS = BASE_DTYPES
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PARTS = ("codes", "scales", "nested_scales", "offset")  # the buffers of a `Quantized`; each format has the first few
 BLOCK, NESTED_BLOCK = 64, 256

@@ -127,7 +127,7 @@ def use_custom_attention(model: nn.Module, split_qkv: bool = False) -> nn.Module
         return None
 
     model = _replace(model, made)
-    _leave_fast_path(model, MultiheadAttention)
+    leave_fast_path(model, MultiheadAttention)
     return model
 
 
@@ -167,7 +167,7 @@ def disable_norm_affine_parameters(model: nn.Module) -> nn.Module:
         for name in ("weight", "bias"):
             if name in module._parameters:
                 module.register_parameter(name, None)
-    _leave_fast_path(model, nn.LayerNorm)
+    leave_fast_path(model, nn.LayerNorm)
     return model
 
 
@@ -182,10 +182,13 @@ def _replace(model: nn.Module, made: Callable[[nn.Module], nn.Module | None]) ->
     return new.get(id(model), model)
 
 
-def _leave_fast_path(model: nn.Module, kind: type[nn.Module]) -> None:
-    """Keeps PyTorch's encoders that hold such modules off the fused inference kernels, which read parameters directly."""
+def leave_fast_path(model: nn.Module, kind: type[nn.Module]) -> None:
+    """Keeps torch's encoders that hold such modules off the fused inference kernels, which call no layers."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, kind) for m in module.layers.modules()):
-            module.use_nested_tensor = False
-        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, kind) for m in module.children()):
-            module.activation_relu_or_gelu = 0  # what the layer asks before it takes that path
+        if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer) and any(
+            isinstance(m, kind) for m in module.modules()
+        ):
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+            else:
+                module.activation_relu_or_gelu = 0  # what the layer asks before it takes that path

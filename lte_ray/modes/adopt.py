@@ -9,7 +9,6 @@ from torch import nn
 from lte_ray.adapters.kinds import kind_of
 from lte_ray.config import LTEConfig
 from lte_ray.layout import Adapted
-from lte_ray.misc.attention import MultiheadAttention
 from lte_ray.modes.base import ModeLayer, class_of
 from lte_ray.modes.ddp import DDPLayer
 from lte_ray.modes.dmp import Copies, DMPLayer
@@ -31,25 +30,6 @@ def draw_anew(model: nn.Module, adapted: set[int]) -> None:
         else:  # transformers' Conv1D
             nn.init.normal_(module.weight, std=0.02)  # type: ignore[arg-type]
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
-
-
-def plain_projections(model: nn.Module, adapted: set[int]) -> nn.Module:
-    """Replaces every `nn.MultiheadAttention` with an adapted weight by one whose projections are layers."""
-    made: dict[int, nn.Module] = {}
-    for module in list(model.modules()):
-        if type(module) is nn.MultiheadAttention and any(id(p) in adapted for p in module.parameters()):
-            made[id(module)] = MultiheadAttention.from_torch(module)
-            made[id(module)]._lte_from_torch = True  # type: ignore[assignment]
-    replace(model, made)
-    return made.get(id(model), model)
-
-
-def replace(model: nn.Module, made: dict[int, nn.Module]) -> None:
-    """Puts made[id(module)] in the place of each such module, everywhere."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if id(child) in made:
-                parent._modules[name] = made[id(child)]
 
 
 def adopt_all(model: nn.Module, config: LTEConfig, mode: str, specs: dict[int, tuple[Adapted, ...]], seed: int) -> None:
@@ -87,12 +67,3 @@ def adopt_all(model: nn.Module, config: LTEConfig, mode: str, specs: dict[int, t
         module.train(module.training)
     if not isinstance(model, ModeLayer):
         note_calls(model)
-
-
-def off_the_fast_path(model: nn.Module) -> None:
-    """Keeps PyTorch's encoders off the fused inference kernels, which call no layers."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # what the layer asks before it takes that path

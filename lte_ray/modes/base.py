@@ -177,6 +177,26 @@ class ModeLayer(LTELayer):
         return blank, (self.mixin, self.plain), self.__dict__
 
 
+class StackedLayer(ModeLayer):
+    """A layer whose heads' factors are one `Stack`."""
+
+    lora: Stack
+
+    @property
+    def lora_A_weight(self) -> Tensor:  # noqa: N802
+        """A of all heads (H x r x in)."""
+        return self.lora.lora_A_weight
+
+    @property
+    def lora_B_weight(self) -> Tensor:  # noqa: N802
+        """B of all heads (H x out x r)."""
+        return self.lora.lora_B_weight
+
+    def reset_lora_parameters(self) -> None:
+        self.lora.draw()
+        super().reset_lora_parameters()
+
+
 _CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 

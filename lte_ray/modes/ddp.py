@@ -11,9 +11,8 @@ from torch import Tensor
 from lte_ray.errors import ConfigError
 from lte_ray.merging.flat import as_stored
 from lte_ray.modes.authors import DDPNames
-from lte_ray.modes.base import ModeLayer
+from lte_ray.modes.base import ModeLayer, StackedLayer
 from lte_ray.modes.chunks import HEAD, check_batch, check_indices, check_not_recomputed
-from lte_ray.modes.stack import Stack
 
 
 def check_input(layer: ModeLayer, x: Tensor) -> None:
@@ -31,7 +30,7 @@ def check_input(layer: ModeLayer, x: Tensor) -> None:
         check_indices(x, where)
 
 
-class DDPLayer(DDPNames):
+class DDPLayer(DDPNames, StackedLayer):
     """y_h = f(x_h; W, b) + s (B_h A_h - B'_h A'_h)(x_h) for x = [x_1; ...; x_H], the batch cut along its first dimension.
 
     The reference A', B' is what W holds of the head. It is computed beside W, not folded into it: one product of
@@ -41,18 +40,7 @@ class DDPLayer(DDPNames):
     SGD needs H times the learning rate.
     """
 
-    lora: Stack
     weight: Tensor
-
-    @property
-    def lora_A_weight(self) -> Tensor:  # noqa: N802
-        """A of all heads (H x r x in)."""
-        return self.lora.lora_A_weight
-
-    @property
-    def lora_B_weight(self) -> Tensor:  # noqa: N802
-        """B of all heads (H x out x r)."""
-        return self.lora.lora_B_weight
 
     @property
     def prev_lora_A_weight(self) -> Tensor:  # noqa: N802
@@ -115,10 +103,6 @@ class DDPLayer(DDPNames):
     def effective_weight(self, head: int) -> Tensor:
         a, b = self.lora.pair(head)
         return self.main_weight + as_stored(self.specs[head], b @ a) * self.specs[head].scaling
-
-    def reset_lora_parameters(self) -> None:
-        self.lora.draw()
-        super().reset_lora_parameters()
 
 
 def _add_biases(y: Tensor, biases: Tensor, at: int) -> Tensor:

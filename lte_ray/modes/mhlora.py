@@ -7,10 +7,11 @@ from torch import Tensor
 
 from lte_ray.merging.flat import as_stored
 from lte_ray.modes.authors import MHLoRANames
+from lte_ray.modes.base import StackedLayer
 from lte_ray.modes.stack import Stack, averaged
 
 
-class MHLoRALayer(MHLoRANames):
+class MHLoRALayer(MHLoRANames, StackedLayer):
     """y = f(x; W, b) + (1/H) sum_h s (B_h A_h)(x): the paper's multi-head LoRA, in training and in evaluation.
 
     It is LTE with a merge after every step whose heads all get the same data (and SGD with H times the learning rate).
@@ -18,18 +19,7 @@ class MHLoRALayer(MHLoRANames):
     """
 
     merges = False
-    lora: Stack
     weight: Tensor
-
-    @property
-    def lora_A_weight(self) -> Tensor:  # noqa: N802
-        """A of all heads (H x r x in)."""
-        return self.lora.lora_A_weight
-
-    @property
-    def lora_B_weight(self) -> Tensor:  # noqa: N802
-        """B of all heads (H x out x r)."""
-        return self.lora.lora_B_weight
 
     def forward(self, x: Tensor) -> Tensor:
         kind = self.kind
@@ -52,10 +42,6 @@ class MHLoRALayer(MHLoRANames):
         """W + (1/H) sum_h s_h B_h A_h, the same for every head."""
         a, b = self.lora.average()
         return self.main_weight + as_stored(self.specs[0], b @ a)
-
-    def reset_lora_parameters(self) -> None:
-        self.lora.draw()
-        super().reset_lora_parameters()
 
     def merged_tensors(self) -> dict[str, Tensor]:
         merged = {"weight": averaged(self.specs[0], self.main_weight, self.lora)}

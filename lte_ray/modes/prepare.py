@@ -12,11 +12,13 @@ import torch
 from torch import nn
 from torch.nn.modules import batchnorm
 
+from lte_ray.adapters.convert import plain_projections, replace
 from lte_ray.adapters.plan import make_plan
 from lte_ray.config import LTEConfig, near
 from lte_ray.errors import ConfigError
 from lte_ray.misc.attention import MultiheadAttention
-from lte_ray.modes.adopt import MODES, adopt_all, draw_anew, off_the_fast_path, plain_projections, replace
+from lte_ray.misc.convert import leave_fast_path
+from lte_ray.modes.adopt import MODES, adopt_all, draw_anew
 from lte_ray.modes.base import ModeLayer
 from lte_ray.modes.choose import CONTAINERS, NORMS, Choice, choose
 from lte_ray.modes.chunks import BATCH, Batch
@@ -81,9 +83,11 @@ def prepare_model_for_lte(
     seed = int(torch.randint(2**62, ())) if seed is None else seed
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in choice.replicas)
-    model = plain_projections(model, set(specs))
+    model, attention = plain_projections(model, set(specs))
+    for module in attention:
+        module.__dict__["_lte_from_torch"] = True
     adopt_all(model, config, mode, specs, seed)
-    off_the_fast_path(model)
+    leave_fast_path(model, nn.Module)
     if mode == "mhlora":
         return model
     copies = HeadParameters(config.num_heads)
