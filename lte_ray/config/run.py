@@ -35,7 +35,11 @@ class TrainConfig:
     seed: int = setting(0, "Seed of the initial weights, every head's A, the data order and the random number generators.")
     eval_every: int = setting(10, "Evaluate the merged weights every so many merges, and at both ends; 0: at the end only.")
     checkpoint_every: int = setting(20, "Write a checkpoint every so many merges, and at the end; 0: at the end only.")
-    threads_per_head: int = setting(0, "Threads that torch uses in each head; 0 means the CPUs per head, at least 1.")
+    threads_per_head: int = setting(
+        0,
+        "Threads that torch uses in each head; 0 means the CPUs per head, at least 1. An actor of several heads trains as many "
+        "of them at once as it has CPUs for.",
+    )
     precision: Literal["fp32", "bf16-mixed", "fp16-mixed"] = setting(
         "fp32", "What the heads compute in: fp32, or mixed (torch.autocast; fp16 with loss scaling). Merging stays fp32."
     )
@@ -60,11 +64,13 @@ class PlacementConfig:
     """What each head gets of the cluster. In Python this is Ray's ``ScalingConfig``."""
 
     heads_per_actor: int = setting(
-        1, "Heads that one actor hosts (virtual heads). They share one copy of the main weights and what the actor gets."
+        1,
+        "Heads that one actor hosts (virtual heads). They share what it gets, and one copy of the main weights (on CPUs one for "
+        "each head that trains at the same time).",
     )
     stack_heads: Literal["auto", "always", "never"] = setting(
         "auto",
-        "Whether an actor computes its heads as one batch or in turns; auto: one batch on a GPU, in turns on CPUs.",
+        "Whether an actor computes its heads as one batch or one by one; auto: one batch on a GPU, one by one on CPUs.",
     )
     cpus_per_head: float | None = setting(
         None,

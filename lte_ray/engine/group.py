@@ -1,7 +1,7 @@
-"""Virtual heads: several heads in one process that share one copy of the main weights.
+"""Virtual heads: several heads in one process that share copies of the main weights.
 
-Each is a whole `Head` with its own data, factors, replicas, optimizer and reference; only the frozen weights are one.
-They train in turns, or all at once as one stacked, batched computation.
+Each is a whole `Head` with its own data, factors, replicas, optimizer and reference; only the frozen weights are shared.
+They train in turns, in lanes that run at the same time, or all at once as one stacked, batched computation.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lte_ray.engine.head import Head
+from lte_ray.engine.lanes import Lanes
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.stack import Stack, Unstackable
 from lte_ray.messages import Contribution
@@ -24,8 +25,10 @@ class HeadGroup:
     Args:
         worker, settings, device, dtype: as for `Head`.
         numbers: the heads' numbers.
-        stack: "always", "never", or "auto": stacked on a GPU, where small operations leave it idle; in turns on CPUs, where
-            they don't, and a head's own activations fit the cache.
+        stack: "always", "never", or "auto": stacked on a GPU, where small operations leave it idle; not on CPUs, where they
+            don't, and a head's own activations fit the cache.
+        lanes: heads that may train at the same time on CPUs (see `Lanes`), each lane with a copy of the main weights.
+        threads: that torch uses in each lane.
     """
 
     def __init__(
@@ -37,13 +40,22 @@ class HeadGroup:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         stack: str = "auto",
+        lanes: int = 1,
+        threads: int = 1,
     ) -> None:
         several, insist = len(numbers) > 1, stack == "always"
         together = several and (insist or (stack == "auto" and torch.device(device).type == "cuda"))
-        first = Head(worker, settings, numbers[0], device=device, dtype=dtype, hold=together, alone=not several)
-        others = [Head(worker, settings, n, device=device, dtype=dtype, hold=together, share=first) for n in numbers[1:]]
-        self.heads = [first, *others]
-        self.note = ""  # why heads that were to be stacked aren't
+        serial = together or settings.train.compile or settings.train.checkpoint_activations
+        lanes = 1 if serial or torch.device(device).type != "cpu" else max(1, min(lanes, len(numbers)))
+        self.heads: list[Head] = []
+        for index, number in enumerate(numbers):
+            share = self.heads[index % lanes] if index >= lanes else None
+            alone = index + lanes >= len(numbers) and share is None
+            self.heads.append(
+                Head(worker, settings, number, device=device, dtype=dtype, hold=together, share=share, alone=alone)
+            )
+        self._note = ""
+        self._lanes = Lanes([self.heads[n::lanes] for n in range(lanes)], threads) if lanes > 1 else None
         self._insist = insist
         self._stack: Stack | None = None
         if together:
@@ -58,6 +70,11 @@ class HeadGroup:
         return self._stack is not None
 
     @property
+    def note(self) -> str:
+        """Why the heads train in turns, if they might have trained at once."""
+        return self._note or (self._lanes.note if self._lanes else "")
+
+    @property
     def done(self) -> bool:
         """Whether all local steps were taken."""
         return all(head.done for head in self.heads)
@@ -70,9 +87,8 @@ class HeadGroup:
         """
         for head in self.heads:
             head.catch_up()
-        active = [head for head in self.heads if not head.done]
         if self._stack is None or len({head.step for head in self.heads}) > 1:
-            return [head.train_round() for head in active]
+            return self._lanes.train_round() if self._lanes else [head.train_round() for head in self.heads if not head.done]
         first = self.heads[0]
         total = torch.zeros(len(self.heads), device=first.device, dtype=torch.float64)
         todo = max([head.begin_round() for head in self.heads])  # the same for all
@@ -113,4 +129,4 @@ class HeadGroup:
         """Goes on in turns, unless stacking was insisted on."""
         if self._insist:
             raise reason
-        self._stack, self.note = None, str(reason)
+        self._stack, self._note = None, str(reason)

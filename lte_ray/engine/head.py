@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from lte_ray.adapters.stand_in import computing
 from lte_ray.data.shard import Shard
 from lte_ray.engine.activations import checkpoint_activations
 from lte_ray.engine.optimize import Update, autocast, build_optimizer, checked_loss
-from lte_ray.engine.rng import Generators, head_seed
+from lte_ray.engine.rng import Generators, drawn, head_seed
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.state import optimizer_state, restore_optimizer, user_buffers
 from lte_ray.errors import LTEError, WorkerFailed
@@ -85,6 +85,8 @@ class Head:
         self.head, self.settings, self.incarnation = head, settings, incarnation
         self.device, self.dtype = torch.device(device), dtype
         self.version = self.step = self.samples = self.sequence = 0
+        self.draws = False  # whether the loss drew from the global generators in the first round here
+        self._watched = False
         self._taken = 0  # batches
         self._worker = worker
         self._since = (0, 0)  # steps and samples at the last accepted contribution
@@ -141,19 +143,26 @@ class Head:
         """Whether all local steps were taken."""
         return self.step >= self.settings.train.steps
 
-    def train_round(self) -> Contribution:
+    def train_round(
+        self, reading: Callable[[Head], AbstractContextManager[None]] | None = None, share: float = 1.0
+    ) -> Contribution:
         """Takes `merge_iter` local steps (fewer at the end of the run) and makes the contribution.
 
         Its `buffer` is a flat tensor on the head's device that is never written again.
+
+        Args:
+            reading: where heads train at the same time: what each batch is read in, this head's generators included, which
+                are otherwise swapped in for the whole round.
+            share: of the time that is counted as this head's.
 
         Raises:
             WorkerFailed: the worker's code raised; names the head and the step.
         """
         todo = self.begin_round()
         total = torch.zeros((), device=self.device, dtype=torch.float64)
-        with self.rng.swapped_in(), self.timed("train"):
+        with nullcontext() if reading else self.rng.swapped_in(), self.timed("train", share):
             for _ in range(todo):
-                total += self._train_step()
+                total += self._train_step(reading)
             loss = float(total) / max(todo, 1)  # waits for the device
         return self.contribute(loss)
 
@@ -165,9 +174,13 @@ class Head:
         self._state = "training"
         return min(self.settings.merge.merge_iter, self.settings.train.steps - self.step)
 
-    def _train_step(self) -> Tensor:
+    def _train_step(self, reading: Callable[[Head], AbstractContextManager[None]] | None) -> Tensor:
+        losses = []
         with self.blame(self.step + 1):
-            losses = [self.backward(self.next_batch()) for _ in range(self.settings.train.accumulate)]
+            for _ in range(self.settings.train.accumulate):
+                with reading(self) if reading else nullcontext():
+                    batch = self.next_batch()
+                losses.append(self.backward(batch))
             self.finish_step()
         return torch.stack(losses).mean()
 
@@ -184,6 +197,14 @@ class Head:
 
     def backward(self, batch: Batch) -> Tensor:
         """Adds the batch's gradient to what there is; gives its loss."""
+        if self._watched:
+            return self._backward(batch)
+        with drawn(self.device) as changed:
+            loss = self._backward(batch)
+            self.draws = self.draws or changed()
+        return loss
+
+    def _backward(self, batch: Batch) -> Tensor:
         with autocast(self.settings.train, self.device), computing():
             loss = checked_loss(self._worker.loss(self.model, batch))
         torch.autograd.backward(self.update.scaled(loss))
@@ -200,6 +221,7 @@ class Head:
     def contribute(self, loss: float) -> Contribution:
         """Makes the contribution of the steps taken, whose mean training loss was `loss`."""
         self._loss = loss
+        self._watched = True
         if self.sequence == 0:
             self._check_frozen()
         assert self._outstanding is None, "a head has at most one contribution outstanding"

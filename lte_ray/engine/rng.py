@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,6 +69,21 @@ def _restore(state: tuple[Any, ...], device: torch.device) -> None:
         torch.cuda.set_rng_state(cuda, device)
     np.random.set_state(numpy_state)
     random.setstate(python_state)
+
+
+@contextmanager
+def drawn(device: torch.device) -> Iterator[Callable[[], bool]]:
+    """Gives a function that says whether the global generators have moved since the block began."""
+    before = _capture(device)
+    yield lambda: not _equal(before, _capture(device))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, tuple):
+        return all(map(_equal, one, other))
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    return bool(np.array_equal(one, other))
 
 
 @contextmanager

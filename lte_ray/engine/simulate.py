@@ -31,7 +31,13 @@ class Simulated:
 
 
 def simulate(
-    worker: Worker, settings: Settings, dtype: torch.dtype = torch.float32, *, heads_per_actor: int = 1, stack: str = "never"
+    worker: Worker,
+    settings: Settings,
+    dtype: torch.dtype = torch.float32,
+    *,
+    heads_per_actor: int = 1,
+    stack: str = "never",
+    lanes: int = 1,
 ) -> Simulated:
     """Runs all heads to the end, each group of `heads_per_actor` a round at a time in the order of their numbers.
 
@@ -45,11 +51,11 @@ def simulate(
     coordinator = Coordinator(
         settings, initial.plan, initial.base.clone(), make_policy(settings.merge.policy), plans=initial.plans
     )
-    threads = head_threads(settings.train.threads_per_head, 1)
+    _, threads = head_threads(settings.train.threads_per_head, 1)
     merging = merge_threads(settings.merge.merge_threads, initial.plan, settings.lte.num_heads)
     numbers = range(settings.lte.num_heads)
     parts = [numbers[n : n + heads_per_actor] for n in numbers[::heads_per_actor]]
-    groups = [HeadGroup(worker, settings, part, dtype=dtype, stack=stack) for part in parts]
+    groups = [HeadGroup(worker, settings, part, dtype=dtype, stack=stack, lanes=lanes, threads=threads) for part in parts]
     heads = [head for group in groups for head in group.heads]
     merges: list[MergeRecord] = []
     waiting: set[int] = set()

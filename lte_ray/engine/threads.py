@@ -29,9 +29,15 @@ def merge_threads(configured: int, plan: Plan, num_heads: int) -> int:
     return max(1, min(cores(), operations // 10**9))
 
 
-def head_threads(configured: int, cpus: float) -> int:
-    """Threads of a head: as configured, or as many as it has whole CPUs, at least 1."""
-    return configured or max(1, int(cpus))
+def head_threads(configured: int, cpus: float, heads: int = 1) -> tuple[int, int]:
+    """Heads of one process that train at the same time, and the threads of each.
+
+    Threads are as configured, or the whole CPUs shared out over the heads, at least 1; as many heads train at once as there are
+    CPUs for.
+    """
+    whole = max(1, int(cpus))
+    threads = configured or max(1, whole // heads)
+    return max(1, min(heads, whole // threads)), threads
 
 
 @contextmanager

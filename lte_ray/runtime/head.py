@@ -28,9 +28,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Host:
-    """How an actor computes: torch's threads, whether it has a GPU, and whether its heads are stacked."""
+    """How an actor computes: torch's threads in each lane, lanes, whether it has a GPU, and whether its heads are stacked."""
 
     threads: int
+    lanes: int
     gpu: bool
     stack: str = "auto"
 
@@ -53,7 +54,7 @@ class HeadActor:
             CoordinatorLost: its process died.
             PolicyError: the merge policy failed.
         """
-        torch.set_num_threads(self._host.threads)
+        torch.set_num_threads(self._host.lanes * self._host.threads)
         keep_freed_memory()
         group = self._group = self._start(coordinator)
         refusals = dict.fromkeys(self._numbers, 0)
@@ -85,7 +86,16 @@ class HeadActor:
             )
             raise WorkerFailed(f"head {first}", None, reason)
         try:
-            group = HeadGroup(worker, common.settings, self._numbers, device=self._device, stack=self._host.stack)
+            host = self._host
+            group = HeadGroup(
+                worker,
+                common.settings,
+                self._numbers,
+                device=self._device,
+                stack=host.stack,
+                lanes=host.lanes,
+                threads=host.threads,
+            )
         except Unstackable as error:
             raise WorkerFailed(f"head {first}", None, str(error)) from error
         for head in group.heads:

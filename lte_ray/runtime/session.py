@@ -125,10 +125,10 @@ class Session:
                 started.callback(ray.kill, handle)
                 return handle
 
-            threads = head_threads(settings.train.threads_per_head, placement.cpus)
+            lanes, threads = head_threads(settings.train.threads_per_head, placement.cpus, placement.heads)
             resources = {k: v for k, v in placement.bundle.items() if k not in ("CPU", "GPU")}
             options = {"num_cpus": placement.bundle.get("CPU", 0), "num_gpus": placement.gpus, "resources": resources}
-            host = Host(threads, placement.gpus > 0, self.stack)
+            host = Host(threads, lanes, placement.gpus > 0, self.stack)
             heads = [
                 (start(HeadActor, {**options, "scheduling_strategy": strategy}, common, numbers, host), numbers)
                 for numbers, strategy in zip(hosted, strategies, strict=True)
@@ -139,7 +139,7 @@ class Session:
             coordinator = start(CoordinatorActor, beside, common, *first, self.keep)
 
             def start_evaluator() -> Any:
-                gpus, spare = self._spare_gpus(), cores() - threads * len(hosted)
+                gpus, spare = self._spare_gpus(), cores() - lanes * threads * len(hosted)
                 options = {**beside, "num_gpus": gpus}
                 return start(EvaluatorActor, options, common, self.initial.plan, max(1, spare), gpus > 0)
 
