@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from lte_ray.merging.policy import MergePolicy as MergePolicy
     from lte_ray.merging.policy import Pending as Pending
     from lte_ray.merging.policy import Roster as Roster
+    from lte_ray.merging.policy import Try as Try
     from lte_ray.merging.policy import Wait as Wait
+    from lte_ray.merging.policy import combine as combine
     from lte_ray.modes.prepare import prepare_model_for_lte as prepare_model_for_lte
     from lte_ray.modes.replica import MultiheadReplicaLayer as MultiheadReplicaLayer
     from lte_ray.modes.replica import ReplicaLayer as ReplicaLayer
@@ -44,8 +46,10 @@ _HOMES = {
     "Roster": "lte_ray.merging.policy",
     "Shard": "lte_ray.data.shard",
     "TrainConfig": "lte_ray.config",
+    "Try": "lte_ray.merging.policy",
     "Wait": "lte_ray.merging.policy",
     "Worker": "lte_ray.worker",
+    "combine": "lte_ray.merging.policy",
     "prepare_model_for_lte": "lte_ray.modes.prepare",
 }
 
@@ -65,15 +69,17 @@ __all__ = [
     "Roster",
     "Shard",
     "TrainConfig",
+    "Try",
     "Wait",
     "Worker",
+    "combine",
     "prepare_model_for_lte",
 ]
 
 __version__ = "0.1.0"
 
 
-_SUBMODULES = ("misc", "modes")
+_SUBMODULES = ("misc", "modes", "testing")
 
 
 def __getattr__(name: str) -> Any:

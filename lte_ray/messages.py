@@ -15,7 +15,8 @@ class Contribution:
     restarts, so that repeats and messages from a dead predecessor are told apart. `steps` and `samples` count what
     was trained since the head's last accepted contribution; `loss` is the mean training loss over those steps.
     `base_error` is the relative error that quantising the base of `version` made in this head's main weights, the largest
-    over the layers.
+    over the layers. `seconds` is the time that the steps since its last contribution took, and `stall` the time for which
+    merging kept the head from training meanwhile.
     """
 
     run: str
@@ -28,37 +29,83 @@ class Contribution:
     samples: int
     loss: float
     base_error: float = 0.0
+    seconds: float = 0.0
+    stall: float = 0.0
     buffer: Any = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one contribution: merged into `version`, or refused with a `reason`."""
+    """What became of one contribution: merged into `version`, or refused with a `reason`; `discarded` by the policy."""
 
     head: int
     sequence: int
     accepted: bool
     version: int
     reason: str = ""
+    discarded: bool = False
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a head is to do: take `steps` local steps until its next contribution, and `limit` in all, counted from the start.
+
+    Where heads share their steps, more may be granted unless the limit is `final`; the head's learning-rate schedule
+    then advances by `rate` a step, and at least to `progress`, the share of all heads' steps that are done.
+    """
+
+    steps: int
+    limit: int
+    final: bool = True
+    rate: float = 1.0
+    progress: float = 0.0
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One merge, as heads redo it from factors: each contribution's weight, in order, and its buffers, one for each group."""
+
+    version: int
+    weights: dict[int, float]
+    buffers: dict[int, tuple[Any, ...]] = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class Update:
-    """The coordinator's answer to a contribution: the verdict, and the newest base to rebase onto.
+    """The coordinator's answer to a head: the verdict on its contribution, and what leads to the newest base.
 
-    `base` refers to a flat buffer in the plan's base layout. Where `checkpoint` is true, the head writes its state
-    into this version's checkpoint right after it has rebased.
+    Attributes:
+        verdict: on the contribution that is answered; None if none is.
+        version: the newest.
+        base: by group, its part of that version's base; for groups that aren't here, `chain` says what to redo.
+        chain: the merges since the version that the head's process has.
+        references: the factors that `version` holds of each head, where the whole base is sent.
+        accepted: the newest sequence number of each head of the asking process that `version` holds.
+        checkpoint: whether the head writes its state into this version's checkpoint right after it has rebased.
+        orders: what each of these heads is to do next.
+        checksum: of the groups that travel by factors, at a version.
     """
 
-    verdict: Verdict
+    verdict: Verdict | None
     version: int
-    base: Any = field(default=None, repr=False, compare=False)
+    base: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
+    chain: tuple[Merged, ...] = ()
+    references: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
+    accepted: dict[int, int] = field(default_factory=dict)
     checkpoint: bool = False
+    orders: dict[int, Order] = field(default_factory=dict)
+    checksum: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class MergeRecord:
-    """One merge, as the coordinator saw it. Times in seconds, `at` in Unix time."""
+    """One merge, as the coordinator saw it. Times in seconds, `at` in Unix time.
+
+    By head: `weights` are those of the contributions (empty where the policy made the change itself), `lags` the versions that
+    they were behind, `stalls` the seconds for which merging kept heads from training since their contributions before. `bytes_up` and `bytes_down` are what these
+    contributions cost until all heads have them; `bytes_instead` what other ways would have sent in their place
+    (`engine.downlink.bytes_instead`).
+    """
 
     version: int
     at: float
@@ -66,11 +113,15 @@ class MergeRecord:
     steps: int
     samples: int
     losses: dict[int, float]
-    merge_seconds: float
     bytes_up: int
     bytes_down: int
     step: int
+    merge_seconds: float = 0.0
     base_error: float = 0.0
+    weights: dict[int, float] = field(default_factory=dict)
+    lags: dict[int, int] = field(default_factory=dict)
+    stalls: dict[int, float] = field(default_factory=dict)
+    bytes_instead: dict[str, int] = field(default_factory=dict)
     base: Any = field(default=None, repr=False, compare=False)
 
 
@@ -84,6 +135,11 @@ class HeadTimes:
     fetch: float = 0.0
     rebase: float = 0.0
     checkpoint: float = 0.0
+
+    @property
+    def stalled(self) -> float:
+        """For how long merging kept the head from training."""
+        return self.publish + self.wait + self.fetch + self.rebase
 
 
 @dataclass(frozen=True)

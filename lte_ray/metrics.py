@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -92,13 +93,18 @@ class MetricsLog:
             at=record.at,
             version=record.version,
             step=record.step,
+            steps=record.steps,
             samples=record.samples,
             heads=list(record.heads),
-            train_loss={str(head): loss for head, loss in record.losses.items()},
+            train_loss=_by_head(record.losses),
             merge_seconds=record.merge_seconds,
             bytes_up=record.bytes_up,
             bytes_down=record.bytes_down,
             base_error=record.base_error,
+            lag=_by_head(record.lags),
+            weight=_by_head(record.weights),
+            stall_seconds=_by_head(record.stalls),
+            bytes_instead=record.bytes_instead,
         )
 
     def evaluation(self, evaluation: Evaluation) -> None:
@@ -114,6 +120,10 @@ class MetricsLog:
 
     def _row(self, kind: str, **values: Any) -> None:
         self._rows.append(json.dumps(_finite({"kind": kind, **values}), allow_nan=False))
+
+
+def _by_head(values: Mapping[int, float]) -> dict[str, float]:
+    return {str(head): value for head, value in values.items()}
 
 
 def _finite(value: Any) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import safetensors.torch
@@ -89,8 +91,9 @@ def record(
         flat |= {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
     if storage.keep_checkpoints is None:
         flat["keep_checkpoints"] = NONE
-    own = {name: NONE if value is None else value for name, value in worker_settings(worker).items()}
-    return {**flat, "policy": absolute(object_name(settings.merge.policy)), "worker": own}
+    own = _named(worker_settings(worker))
+    flat |= {"policy": absolute(object_name(settings.merge.policy)), "policy_args": _named(settings.merge.policy_args or {})}
+    return {**flat, "worker": own}
 
 
 def export(directory: RunDirectory, initial: Initial, base: Tensor) -> None:
@@ -100,11 +103,16 @@ def export(directory: RunDirectory, initial: Initial, base: Tensor) -> None:
 
 
 def object_name(thing: Any) -> str:
-    """How a class or policy is written in ``run.toml``: itself if it is a name, else module:Class."""
+    """How a class, function or policy is written in ``run.toml``: itself if it is a name, else module:Name."""
     if isinstance(thing, str):
         return thing
-    kind = thing if isinstance(thing, type) else type(thing)
+    kind = thing if isinstance(thing, type) or inspect.isroutine(thing) else type(thing)
     return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _named(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name, None as flags say it."""
+    return {name: NONE if value is None else value for name, value in values.items()}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from lte_ray.display import automatic_display
 from lte_ray.engine.initial import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.stack import check_stackable
-from lte_ray.merging.registry import make_policy
+from lte_ray.merging.registry import make_policy, recorded_arguments
 from lte_ray.messages import HeadTimes
 from lte_ray.metrics import Progress, Reporter
 from lte_ray.storage import RunDirectory
@@ -70,11 +70,13 @@ class LTETrainer:
             UserError: bad input; no actor was started.
             RunError: the run ended early; its complete checkpoints remain in the run directory.
         """
-        policy = make_policy(self.merge.policy)
+        policy = make_policy(self.merge)
         storage, filesystem = _storage(self.run_config)
         name = storage.name or f"{type(self.worker).__name__.lower()}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         # Actors get the policy's name only: the object goes to the coordinator alone.
-        merge = dataclasses.replace(self.merge, policy=runs.object_name(self.merge.policy))
+        merge = dataclasses.replace(
+            self.merge, policy=runs.object_name(self.merge.policy), policy_args=recorded_arguments(self.merge) or None
+        )
         settings = Settings(name, self.lte, merge, self.train)
         initial = prepare(self.worker, settings)
         directory = RunDirectory.of(storage.storage or _default_storage(), name, filesystem)
@@ -100,11 +102,12 @@ class LTETrainer:
             placement = placing.resolve(asked, self.lte.num_heads, **more)
             reporter.update(Progress.starting(name, self.train.steps, "starting the heads"))
             hosted = placing.hosted(placement, self.lte.num_heads)
-            with placing.reserve(placement, len(hosted)) as strategies:
+            with placing.reserve(placement, len(hosted)) as (strategies, nodes):
+                groups = placing.groups_of(settings.merge, initial.plans, nodes)
                 record = runs.record(self.worker, self.program, settings, asked, storage)
                 runs.create(directory, record, storage)
                 session = Session(
-                    common=Common(worker, settings, directory, ObjectStore(), resume),
+                    common=Common(worker, settings, directory, ObjectStore(), groups, resume),
                     initial=dataclasses.replace(initial, base=base),
                     policy=packed,
                     placement=placement,

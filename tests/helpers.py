@@ -97,7 +97,7 @@ def make_settings(
 ) -> Settings:
     """Settings of a small run: rank 2, s = 2."""
     lte = LTEConfig(num_heads=heads, lora_r=2, lora_alpha=4.0, reset=reset, exclude=exclude)  # type: ignore[arg-type]
-    return Settings("test", lte, MergeConfig(merge_iter, policy), TrainConfig(steps=steps, seed=seed))
+    return Settings("test", lte, MergeConfig(merge_iter, policy=policy), TrainConfig(steps=steps, seed=seed))
 
 
 class DenseHead:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lte_ray.engine.coordinator import Coordinator
 from lte_ray.errors import PolicyError
-from lte_ray.merging import Average, Decision, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Wait
+from lte_ray.merging import Average, Decision, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Scheduled, Wait
 from lte_ray.messages import Contribution
 
 PLAN = make_plan_of([(6, 5, 2)], [(4,)], scaling=2.0)
@@ -53,7 +53,7 @@ REFUSED: dict[str, tuple[Contribution, Tensor, str]] = {
 def test_a_bad_contribution_is_refused_and_nothing_else_is_touched(case: str) -> None:
     """The verdict carries a readable reason; base, version and what is pending stay, and the next good one is taken."""
     contribution, buffer, reason = REFUSED[case]
-    coordinator, base = make(Average())
+    coordinator, base = make(Scheduled(Average()))
     coordinator.receive(offer(0), GOOD)
     outcome = coordinator.receive(contribution, buffer)
     (verdict,) = outcome.verdicts
@@ -81,7 +81,7 @@ def test_an_older_incarnation_is_refused_and_a_newer_one_counts_anew() -> None:
 
 def test_a_head_that_has_left_can_contribute_no_more() -> None:
     """It isn't live any longer."""
-    coordinator, _ = make(Average())
+    coordinator, _ = make(Scheduled(Average()))
     coordinator.leave(1)
     (verdict,) = coordinator.receive(offer(1), GOOD).verdicts
     assert verdict.reason == "head 1 isn't one of the live heads [0, 2]"
@@ -103,7 +103,7 @@ class Scripted:
 ZERO = torch.zeros(PLAN.base.size, dtype=torch.float64)
 IMPOSSIBLE: dict[str, tuple[Callable[[], object], str]] = {
     "raises": (lambda: KeyError("oops"), "Scripted raised KeyError: 'oops'"),
-    "gives nothing": (lambda: None, "Scripted decided None; a decision is one of Wait, Merge, MergeChange and Discard"),
+    "gives nothing": (lambda: None, "Scripted decided None; a decision is one of Wait, Merge, MergeChange, Discard and Try"),
     "gives weights only": (lambda: {0: 1.0}, "decided {0: 1.0}"),
     "merges no heads": (lambda: Merge({}), r"decided about heads \[\], but those with a contribution are \[0\]"),
     "merges unknown heads": (lambda: Merge({0: 1.0, 2: 1.0}), r"heads \[0, 2\], but those with a contribution are \[0\]"),

@@ -24,7 +24,7 @@ from lte_ray.engine.settings import Settings
 from lte_ray.engine.simulate import Simulated, simulate
 from lte_ray.engine.stack import Unstackable
 from lte_ray.errors import WorkerFailed
-from lte_ray.merging import Average, Decision, Merge, Pending, Roster, Wait
+from lte_ray.merging import Average, Decision, Merge, Pending, Roster, Scheduled, Wait
 from lte_ray.merging.flat import views
 from lte_ray.worker import seed_everything
 
@@ -126,7 +126,7 @@ class Disturbing:
         seed_everything(self.seed)
         torch.rand(self.seed)
         self.seed += 1
-        return Average().decide(pending, roster)
+        return Scheduled(Average()).decide(pending, roster)
 
 
 @pytest.mark.parametrize("heads_per_actor", [2, 4])
@@ -272,7 +272,7 @@ def test_heads_of_one_actor_may_be_answered_in_any_order() -> None:
         newest = views(group.heads[0].plan.base, coordinator.base)
         for head in group.heads:
             assert head.version == coordinator.version == 4
-            head.begin_round()
+            head.begin()
             with computing():
                 for name in ("up", "mid", "down"):
                     in_use = getattr(head.model, name).weight + 0.0

@@ -243,7 +243,7 @@ def test_weights_that_are_used_without_a_call_are_those_in_use(stack: str, setti
     model, batch = build_model(Bypassing(), run.train.seed), (torch.arange(6), torch.arange(6))
     load_base(model, done.plan, done.base)
     head = done.heads[0]
-    head.begin_round()  # loads the main weights, which heads of one process share
+    head.begin()  # loads the main weights, which heads of one process share
     with computing():
         theirs = Bypassing().loss(head.model, batch)
     merged = Bypassing().loss(model, batch)

@@ -112,7 +112,7 @@ def train_heads(kind: str, lte: LTEConfig) -> tuple[dict[str, Tensor], list[nn.M
             replica_part(head.plan, sent).sub_(base_replicas(head.plan, base))
             shares.append(Share(1 / HEADS, head.plan, sent, reference))
         add_contributions(base, shares)
-        references = [new_reference(share.plan, share.contribution, lte.reset) for share in shares]
+        references = [new_reference(share, lte.reset) for share in shares]
         for head, reference in zip(heads, references, strict=True):
             load(head, base, reference)
     return views(heads[0].plan.base, base), [head.model for head in heads]

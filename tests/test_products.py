@@ -124,12 +124,12 @@ def test_the_new_reference_is_the_contributed_factors_or_none_after_a_reset() ->
     """Reset-less: a copy of the factors. reset="B": none, as B' = 0."""
     plan = make_plan_of([(6, 5, 2)], [(4,)])
     contribution = random_flat(plan.contribution.size, 1)
-    reference = new_reference(plan, contribution, "none")
+    reference = new_reference(Share(1.0, plan, contribution, None), "none")
     assert reference is not None
     assert torch.equal(reference, contribution[: plan.factors_size])
     contribution.zero_()
     assert reference.any()
-    assert new_reference(plan, contribution, "B") is None
+    assert new_reference(Share(1.0, plan, contribution, None), "B") is None
 
 
 def test_layouts_hold_weights_first_and_replicas_last() -> None:

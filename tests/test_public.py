@@ -39,6 +39,14 @@ def test_import_loads_neither_ray_nor_tyro_nor_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 
+def test_submodules_are_loaded_when_they_are_first_used() -> None:
+    """`lte_ray.testing` without an import of its own; until then nothing of it is there."""
+    code = "import sys, lte_ray; print('lte_ray.testing' in sys.modules, lte_ray.testing.check_policy.__name__)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == (
+        "False check_policy\n"
+    )
+
+
 def test_the_engine_and_the_trainer_load_no_ray() -> None:
     """Everything below the runtime, and the trainer until it is used, does without Ray."""
     code = "import sys, lte_ray.engine.simulate, lte_ray.checkpoint, lte_ray.trainer; print('ray' in sys.modules)"

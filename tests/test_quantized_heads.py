@@ -20,7 +20,7 @@ from lte_ray.engine.head import Head
 from lte_ray.engine.initial import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.simulate import simulate
-from lte_ray.merging import Average
+from lte_ray.merging import Average, Scheduled
 from lte_ray.merging.flat import as_matrix, as_stored, views
 from lte_ray.messages import Verdict
 from lte_ray.metrics import MetricsLog
@@ -195,7 +195,7 @@ def test_merging_is_exact_whatever_the_heads_hold(form: str, reset: str) -> None
     """The ledger holds as with float32 heads: W_v - W_0 = sum of w D, with no trace of Q; the base is no quantised one."""
     worker, made = Tiny(), settings(form, reset=reset)
     initial = prepare(worker, made, torch.float64)
-    coordinator = Coordinator(made, initial.plan, initial.base.clone(), Average(), plans=initial.plans)
+    coordinator = Coordinator(made, initial.plan, initial.base.clone(), Scheduled(Average()), plans=initial.plans)
     heads = [Head(worker, made, n, dtype=torch.float64) for n in range(2)]
     for head in heads:
         head.start(0, initial.base)

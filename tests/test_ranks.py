@@ -29,7 +29,7 @@ from lte_ray.engine.settings import Settings
 from lte_ray.engine.simulate import simulate
 from lte_ray.errors import StorageError
 from lte_ray.layout import Plan
-from lte_ray.merging import Average, Merge, Pending, Roster, Wait
+from lte_ray.merging import Average, Merge, Pending, Roster, Scheduled, Wait
 from lte_ray.merging.products import Share, add_contributions, dense_change
 from lte_ray.messages import Verdict
 from lte_ray.storage import RunDirectory
@@ -68,7 +68,7 @@ def test_the_ledger_holds_for_trained_heads_of_different_ranks(reset: str, rslor
     """W_v - W_0 = sum of w s_n (B_n A_n - B'_n A'_n) over all merges; right after one each head computes with W_v."""
     worker, made = Tiny(), settings(reset=reset, rslora=rslora)
     initial = prepare(worker, made, torch.float64)
-    coordinator = Coordinator(made, initial.plan, initial.base.clone(), Average(), plans=initial.plans)
+    coordinator = Coordinator(made, initial.plan, initial.base.clone(), Scheduled(Average()), plans=initial.plans)
     heads = [Head(worker, made, n, dtype=torch.float64) for n in range(3)]
     for head in heads:
         head.start(0, initial.base)
@@ -131,7 +131,7 @@ def test_a_contribution_of_another_heads_size_is_refused() -> None:
     """The coordinator knows each head's own layout."""
     worker, made = Tiny(), settings()
     initial = prepare(worker, made, torch.float64)
-    coordinator = Coordinator(made, initial.plan, initial.base.clone(), Average(), plans=initial.plans)
+    coordinator = Coordinator(made, initial.plan, initial.base.clone(), Scheduled(Average()), plans=initial.plans)
     head = Head(worker, made, 1, dtype=torch.float64)
     head.start(0, initial.base)
     contribution = head.train_round()
@@ -216,7 +216,7 @@ class Convolutional(Tiny):
 def written(directory: RunDirectory, worker: Tiny, made: Settings, *, old: bool) -> tuple[Manifest, list[Head], Tensor]:
     """A checkpoint after one merge, as it is written now, or as it was: without the new settings, cursor and scaler."""
     initial = prepare(worker, made, torch.float64)
-    coordinator = Coordinator(made, initial.plan, initial.base.clone(), Average(), plans=initial.plans)
+    coordinator = Coordinator(made, initial.plan, initial.base.clone(), Scheduled(Average()), plans=initial.plans)
     heads = [Head(worker, made, n, dtype=torch.float64) for n in range(made.lte.num_heads)]
     for head in heads:
         head.start(0, initial.base)

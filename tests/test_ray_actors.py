@@ -20,11 +20,11 @@ from lte_ray.engine.group import HeadGroup
 from lte_ray.engine.initial import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError
-from lte_ray.merging import Average
+from lte_ray.merging.registry import make_policy
 from lte_ray.metrics import Silent
 from lte_ray.runtime.common import Common
 from lte_ray.runtime.package import Package
-from lte_ray.runtime.placement import Placement, from_scaling_config, hosted, reserve, resolve
+from lte_ray.runtime.placement import Placement, from_scaling_config, groups_of, hosted, reserve, resolve
 from lte_ray.runtime.session import Actors, Session
 from lte_ray.runtime.transport import ObjectStore
 from lte_ray.storage import RUN, RunDirectory
@@ -40,12 +40,15 @@ def actors(path: Path, placement: Placement, **train: Any) -> Iterator[Actors]:
     config = Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"])
     directory = RunDirectory.of(str(path), "r")
     directory.create()
-    common = Common(Package.of(Regression()), config, directory, ObjectStore())
-    directory.write(RUN, b"")
     initial = prepare(Regression(), config)
-    session = Session(common, initial, Package.of(Average()), placement, "auto", None, Silent(), export=lambda base: None)
+    groups = groups_of(config.merge, initial.plans, 1)
+    common = Common(Package.of(Regression()), config, directory, ObjectStore(), groups)
+    directory.write(RUN, b"")
+    session = Session(
+        common, initial, Package.of(make_policy(config.merge)), placement, "auto", None, Silent(), export=lambda base: None
+    )
     hosts = hosted(placement, config.lte.num_heads)
-    with reserve(placement, len(hosts)) as strategies, session._actors(hosts, strategies) as made:
+    with reserve(placement, len(hosts)) as (strategies, _), session._actors(hosts, strategies) as made:
         yield made
 
 

@@ -1,4 +1,4 @@
-"""The flags of ``lte-ray train``, made from the settings classes: one definition for flags, TOML file and Python."""
+"""The flags of ``lte-ray train`` and ``simulate``, made from the settings classes, which also serve TOML and Python."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import dataclasses
 import inspect
 import tomllib
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from lte_ray.cli.policy import TABLE, check_names, chosen_policy, given_arguments, policy_arguments, policy_section
 from lte_ray.config import (
     SECTIONS,
     LTEConfig,
@@ -23,7 +25,7 @@ from lte_ray.config import (
 )
 from lte_ray.errors import ConfigError, WorkerError
 
-TITLES = {
+TITLES: Mapping[type, str] = {
     LTEConfig: "heads",
     MergeConfig: "merging",
     TrainConfig: "training",
@@ -54,31 +56,56 @@ def parse(worker: type | None, program: str, arguments: list[str]) -> Parsed:
         ConfigError: a value is out of range, or the TOML file is missing, malformed or has unknown keys.
         WorkerError: the worker's constructor has parameters that can't be flags, or raised.
     """
+    made, own = parse_sections(worker, program, arguments, TRAIN)
+    parts = (LTEConfig, MergeConfig, TrainConfig, PlacementConfig, StorageConfig)
+    lte, merge, train, placement, storage = (made[kind] for kind in parts)
+    return Parsed(lte, merge, train, placement, storage, own)
+
+
+@dataclasses.dataclass(frozen=True)
+class Face:
+    """A subcommand that has settings: its name, what ``--help`` says first, and its settings classes with their titles."""
+
+    command: str
+    about: str
+    titles: Mapping[type, str]
+
+
+def parse_sections(worker: type | None, program: str, arguments: list[str], face: Face) -> tuple[dict[type, Any], Any]:
+    """The settings of each of a subcommand's classes, and the worker, or None if it has no settings of its own.
+
+    As `parse`, which it does the work of. What the TOML file says of other classes' settings is left aside.
+    """
     config, rest = _take_config(arguments)
-    preset = _toml_arguments(config, worker) if config else []
+    content = _toml(config) if config else {}
+    policy = chosen_policy(rest, content)
+    preset = _toml_arguments(config, content, worker, policy, face) if config else []
+    made_of = _flags_class(worker, policy, face)
     try:
-        flags: Any = tyro.cli(_flags_class(worker), prog=f"lte-ray train {program}", args=[*preset, *rest], description=_ABOUT)
+        flags: Any = tyro.cli(made_of, prog=f"lte-ray {face.command} {program}", args=[*preset, *rest], description=face.about)
     except tyro.constructors.UnsupportedTypeAnnotationError as error:
         raise WorkerError(f"{program}: the constructor's parameters can't all be flags; annotate them: {error}") from error
     except ConfigError:
         raise
     except Exception as error:
         raise WorkerError(f"{program} could not be made: {type(error).__name__}: {error}") from error
-    made = {title: _plain(kind, getattr(flags, title)) for kind, title in TITLES.items()}
-    return Parsed(
-        made["heads"], made["merging"], made["training"], made["resources"], made["run"], getattr(flags, "worker", None)
-    )
+    own: dict[type, dict[str, Any]] = {MergeConfig: {TABLE: given_arguments(flags)}}
+    made = {kind: _plain(kind, getattr(flags, title), own.get(kind, {})) for kind, title in face.titles.items()}
+    return made, getattr(flags, "worker", None)
 
 
 _ABOUT = (
     "Trains WORKER with LoRA heads that are Ray actors. Flags may also stand in a TOML file, under the same names with "
-    "underscores (num_heads = 4) and the worker's own in a table [worker]: --config FILE.toml. Flags win over the file."
+    "underscores (num_heads = 4), the worker's own in a table [worker] and the merge policy's own in a table [policy_args]: "
+    "--config FILE.toml. Flags win over the file."
 )
 
+TRAIN = Face("train", _ABOUT, TITLES)
 
-def _flags_class(worker: type | None) -> type:
+
+def _flags_class(worker: type | None, policy: str, face: Face) -> type:
     sections: list[tuple[str, Any]] = []
-    for kind in SECTIONS:
+    for kind, title in face.titles.items():
         hints = typing.get_type_hints(kind)
         fields = [
             (
@@ -87,17 +114,21 @@ def _flags_class(worker: type | None) -> type:
                 dataclasses.field(default=f.default),
             )
             for f in dataclasses.fields(kind)
+            if f.name != TABLE
         ]
         section = dataclasses.make_dataclass(f"{kind.__name__}Flags", fields)
         section.__doc__ = (kind.__doc__ or "").split("``")[0].strip()
-        sections.append((TITLES[kind], Annotated[section, tyro.conf.arg(name="")]))
+        sections.append((title, Annotated[section, tyro.conf.arg(name="")]))
+    own = policy_section(policy)
+    if own is not None:
+        sections.append(own)
     if worker is not None and inspect.signature(worker).parameters:
         sections.append(("worker", worker))
     return tyro.conf.configure(tyro.conf.FlagCreatePairsOff)(dataclasses.make_dataclass("Flags", sections))
 
 
-def _plain(kind: type, section: Any) -> Any:
-    return kind(**{f.name: getattr(section, f.name) for f in dataclasses.fields(kind)})
+def _plain(kind: type, section: Any, own: dict[str, Any]) -> Any:
+    return kind(**own | {f.name: getattr(section, f.name) for f in dataclasses.fields(kind) if f.name not in own})
 
 
 def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
@@ -115,8 +146,7 @@ def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
     return (Path(config) if config is not None else None), rest
 
 
-def _toml_arguments(path: Path, worker: type | None) -> list[str]:
-    """The file's settings as flags, so that they are checked just like flags."""
+def _toml(path: Path) -> dict[str, Any]:
     try:
         content = tomllib.loads(path.read_text())
     except OSError as error:
@@ -125,13 +155,23 @@ def _toml_arguments(path: Path, worker: type | None) -> list[str]:
         raise ConfigError(f"--config {path} isn't valid TOML: {error}.") from error
     if content.pop("program", None) is not None:  # a run.toml: its settings for another run
         content.pop("name", None)
+    return content
+
+
+def _toml_arguments(path: Path, content: dict[str, Any], worker: type | None, policy: str, face: Face) -> list[str]:
+    """The file's settings as flags, so that they are checked just like flags."""
+    of_policy = check_names(content.pop(TABLE, {}), policy, f"--config {path}")
     own = content.pop("worker", {})
     if not isinstance(own, dict):
         raise ConfigError(f"--config {path}: worker must be a table [worker] of the worker's own settings.")
-    known = {f.name: f.default for kind in SECTIONS for f in dataclasses.fields(kind)}
+    known = {f.name: f.default for kind in face.titles for f in dataclasses.fields(kind) if f.name != TABLE}
+    elsewhere = {f.name for kind in SECTIONS for f in dataclasses.fields(kind)} - set(known)
+    content = {name: value for name, value in content.items() if name not in elsewhere}
+    theirs_of_policy = {name: a.default for name, a in policy_arguments(policy).items()}
     theirs = {name: p.default for name, p in inspect.signature(worker).parameters.items()} if worker else {}
     arguments: list[str] = []
-    for prefix, values, names in (("", content, known), ("worker.", own, theirs)):
+    tables = (("", content, known), ("policy.", of_policy, theirs_of_policy), ("worker.", own, theirs))
+    for prefix, values, names in tables:
         for name, value in values.items():
             if name not in names:
                 hint = near(name, names) or f" Known are: {', '.join(sorted(names)) or 'none'}."

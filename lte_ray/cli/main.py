@@ -22,6 +22,7 @@ lte-ray: train networks with many parallel LoRA heads on Ray
 
 usage: lte-ray train WORKER [flags]
        lte-ray export RUN OUT --to FORMAT [flags]
+       lte-ray simulate [WORKER] [flags]
 
   WORKER   what to train: package.module:Class or path/to/file.py:Class
   RUN      the directory of a run, as train prints it at the end
@@ -33,6 +34,7 @@ examples:
   lte-ray train workers.gpt:GPT --num-heads 2
   lte-ray train my/file.py:Net --num-heads 4 --merge-iter 10 --steps 200 --worker.lr 0.001
   lte-ray train my/file.py:Net --config settings.toml --name second-try
+  lte-ray simulate --num-heads 4 --speeds 1 1 1 4 --when arrival --no-wait
   lte-ray export ~/ray_results/second-try second-try.safetensors --to safetensors
 """
 
@@ -72,6 +74,12 @@ def _export(arguments: list[str]) -> None:
     export(arguments)
 
 
+def _simulate(arguments: list[str]) -> None:
+    from lte_ray.cli.simulate import simulate
+
+    simulate(arguments)
+
+
 class Command(NamedTuple):
     """A subcommand: what it runs, its arguments for messages, and what to say when it is interrupted."""
 
@@ -83,6 +91,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(_train, "WORKER [flags]", "Complete checkpoints are kept; go on from the last with --resume."),
     "export": Command(_export, "RUN OUT --to FORMAT [flags]", "Nothing was written."),
+    "simulate": Command(_simulate, "[WORKER] [flags]", "Nothing was written."),
 }
 
 

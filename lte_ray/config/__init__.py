@@ -7,7 +7,8 @@ One definition serves four places: the Python API, the flags of ``lte-ray train`
 from lte_ray.config.fields import flag, near
 from lte_ray.config.heads import LTEConfig, Resolved
 from lte_ray.config.layers import BASE_DTYPES, BIASES, KINDS, LayerConfig, Rule
-from lte_ray.config.run import MergeConfig, PlacementConfig, StorageConfig, TrainConfig, check_run_name
+from lte_ray.config.merge import MergeConfig
+from lte_ray.config.run import PlacementConfig, StorageConfig, TrainConfig, check_run_name
 
 SECTIONS: tuple[type, ...] = (LTEConfig, MergeConfig, TrainConfig, PlacementConfig, StorageConfig)
 """Every settings class, in the order in which ``--help`` and ``run.toml`` list them. No field name occurs twice."""

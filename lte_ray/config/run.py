@@ -1,9 +1,9 @@
-"""The settings of merging, training, resources and storage."""
+"""The settings of training, resources and storage."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from lte_ray.config.fields import at_least, integers, names_of, setting, switches, words
 from lte_ray.errors import ConfigError
@@ -12,26 +12,15 @@ PRECISIONS = ("fp32", "bf16-mixed", "fp16-mixed")
 
 
 @dataclass(frozen=True)
-class MergeConfig:
-    """When and how the heads' contributions are merged."""
-
-    merge_iter: int = setting(10, "Local steps that a head takes between two contributions.")
-    policy: Any = setting(
-        "average", "Merge policy: a built-in name (average), or your own as module:Class or path/to/file.py:Class."
-    )
-    merge_threads: int = setting(0, "Threads that the coordinator merges with; 0: one per 10^9 operations, up to its cores.")
-
-    def __post_init__(self) -> None:
-        integers(self, "merge_iter", "merge_threads")
-        at_least(self, 1, "merge_iter")
-        at_least(self, 0, "merge_threads")
-
-
-@dataclass(frozen=True)
 class TrainConfig:
     """The length of the run, its seed, and how often it is evaluated and saved."""
 
-    steps: int = setting(700, "Local steps of each head.")
+    steps: int = setting(700, "Local steps of each head; on average, where heads share them (--budget).")
+    budget: Literal["auto", "each", "shared"] = setting(
+        "auto",
+        "Who takes the steps: each head --steps, or all heads together --steps times --num-heads, whoever is faster more; "
+        "auto: each where heads wait and take equally many, else shared.",
+    )
     seed: int = setting(0, "Seed of the initial weights, every head's A, the data order and the random number generators.")
     eval_every: int = setting(10, "Evaluate the merged weights every so many merges, and at both ends; 0: at the end only.")
     checkpoint_every: int = setting(20, "Write a checkpoint every so many merges, and at the end; 0: at the end only.")
@@ -55,6 +44,7 @@ class TrainConfig:
         at_least(self, 1, "steps", "accumulate")
         at_least(self, 0, "seed", "eval_every", "checkpoint_every", "threads_per_head", "clip_norm")
         words(self, "precision", PRECISIONS)
+        words(self, "budget", ("auto", "each", "shared"))
         names_of(self, "checkpoint_activations")
         switches(self, "compile")
 
@@ -65,8 +55,8 @@ class PlacementConfig:
 
     heads_per_actor: int = setting(
         1,
-        "Heads that one actor hosts (virtual heads). They share what it gets, and one copy of the main weights (on CPUs one for "
-        "each head that trains at the same time).",
+        "Heads that one actor hosts (virtual heads). They share what it gets, and one copy of the main weights (on CPUs one "
+        "for each head that trains at the same time).",
     )
     stack_heads: Literal["auto", "always", "never"] = setting(
         "auto",

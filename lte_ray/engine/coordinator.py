@@ -7,20 +7,24 @@ how tensors travel.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import insort
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lte_ray.engine.budget import Budget
+from lte_ray.engine.master import Master, Operation
+from lte_ray.engine.pace import Pace
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import PolicyError
 from lte_ray.layout import Plan
-from lte_ray.merging.policy import Decision, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Wait
-from lte_ray.merging.products import Share, add_contributions, dense_change, new_reference
-from lte_ray.messages import Contribution, MergeRecord, Verdict
+from lte_ray.merging.policy import Decision, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Try, Wait
+from lte_ray.merging.products import Share, new_reference
+from lte_ray.messages import Contribution, MergeRecord, Order, Verdict
 
 ABSURD = 1e30
 """Bound on s times a contribution's sum of squares, and so on every element of s B A: far beyond any weight that trains,
@@ -28,6 +32,15 @@ and far below what overflows float32, so that a merge that has begun can't make 
 
 MOST_WEIGHT = 1e6
 """Bound on the weight that a policy may give a contribution."""
+
+
+@dataclass(frozen=True)
+class _Received:
+    """A contribution that isn't decided yet, when it came, and what it would add to the base at weight 1."""
+
+    contribution: Contribution
+    at: float
+    share: Share
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,8 @@ class Coordinator:
         plans: each head's, where they differ from `plan` in their ranks.
         version: of `base`.
         references: the factors that `base` holds of each head, flat.
+        taken: local steps that heads have taken before.
+        clock: gives seconds; policies see it.
     """
 
     def __init__(
@@ -62,25 +77,54 @@ class Coordinator:
         plans: Sequence[Plan] | None = None,
         version: int = 0,
         references: dict[int, Tensor] | None = None,
+        taken: dict[int, int] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.settings, self.plan, self.base, self.policy = settings, plan, base, policy
-        self.version = version
+        self.settings, self.plan, self.policy = settings, plan, policy
+        self.master = Master(base, version, references or {})
         self.live = set(range(settings.lte.num_heads))
         self.waiting_for = ""
+        self.wakes_at: float | None = None
+        self.pace = Pace(settings.merge)
+        self.budget = Budget(settings, self.pace, taken or {})
         self.plans = tuple(plans or [plan] * settings.lte.num_heads)
+        self._clock, self._dtype = clock, base.dtype
         self._largest_scaling = max([1.0, *(abs(a.scaling) for each in set(self.plans) for a in each.adapted)])
         self._references: dict[int, Tensor | None] = dict(references or {})
-        self._pending: dict[int, tuple[Contribution, Tensor]] = {}
+        self.accepted: dict[int, Verdict] = {}
+        """The last verdict on each head's contributions that were merged."""
+        self._pending: dict[int, _Received] = {}
         self._newest: dict[int, tuple[int, int]] = {}  # head -> incarnation and sequence last received
+        self._shown: list[
+            Pending
+        ] = []  # what the policy sees of them, by head: with 10,000 heads too much to make anew each time
+        self._trial: tuple[Try, Tensor] | None = None  # and the base that is tried
+
+    @property
+    def version(self) -> int:
+        """The newest, which counts merges."""
+        return self.master.version
+
+    @property
+    def base(self) -> Tensor:
+        """The newest version's main weights and replicas, flat: the coordinator's own, to be read only."""
+        return self.master.catch_up()
 
     @property
     def pending(self) -> list[int]:
         """The heads whose contribution waits for a decision."""
         return sorted(self._pending)
 
+    def reference(self, head: int) -> Tensor | None:
+        """The factors that the newest version holds of this head, flat; None where B' = 0."""
+        return self._references.get(head)
+
+    def order(self, head: int) -> Order:
+        """What a head is to do next."""
+        return self.budget.order(head, self.live)
+
     def receive(self, contribution: Contribution, buffer: Tensor) -> Outcome:
-        """A contribution arrived; `buffer` is flat, in the contribution layout; it is only read,
-        and kept until the decision.
+        """A contribution arrived; `buffer` is flat, in the contribution layout; it is only read, and kept until it is merged.
 
         A contribution that can't be merged is refused with a reason, and nothing else is touched.
 
@@ -90,8 +134,13 @@ class Coordinator:
         reason = self._refusal(contribution, buffer)
         if reason:
             return Outcome((Verdict(contribution.head, contribution.sequence, False, self.version, reason),), ())
-        self._newest[contribution.head] = (contribution.incarnation, contribution.sequence)
-        self._pending[contribution.head] = (contribution, buffer)
+        head = contribution.head
+        self._newest[head] = (contribution.incarnation, contribution.sequence)
+        self.pace.note(head, contribution.steps, contribution.seconds)
+        self.budget.note(head, contribution.step)
+        share = Share(1.0, self.plans[head], buffer, self._references.get(head))
+        self._pending[head] = _Received(contribution, self._clock(), share)
+        insort(self._shown, self._show(head), key=lambda p: p.head)
         return self._decide()
 
     def leave(self, head: int) -> Outcome:
@@ -102,6 +151,42 @@ class Coordinator:
         """
         self.live.discard(head)
         return self._decide()
+
+    def join(self, head: int, incarnation: int) -> None:
+        """A head that had left is back, started anew with B = 0; nothing of its predecessor's may be pending.
+
+        From now on the base holds its predecessor's factors as its own weights, and only this incarnation is heard.
+        """
+        assert head not in self._pending
+        self.live.add(head)
+        self._references.pop(head, None)
+        self._newest[head] = (incarnation, 0)
+
+    def tick(self) -> Outcome:
+        """`wakes_at` has come: the policy is asked again.
+
+        Raises:
+            PolicyError: as `receive`.
+        """
+        return self._decide()
+
+    @property
+    def candidate(self) -> Tensor | None:
+        """The base that a policy tries: to be evaluated, and the values to be given to `judged`. None if there is no trial."""
+        return None if self._trial is None else self._trial[1]
+
+    def judged(self, values: Mapping[str, float]) -> Outcome:
+        """The evaluation of `candidate`.
+
+        Raises:
+            PolicyError: as `receive`; or the policy's judgement is neither the merge that was tried nor a discard.
+        """
+        assert self._trial is not None
+        tried, self._trial = self._trial[0], None
+        decision = self._guarded(lambda: tried.judge(values))
+        if decision is not tried.merge and not isinstance(decision, Discard):
+            raise PolicyError(f"{self._policy_name} judged {decision!r}; it must give the merge that was tried, or a Discard.")
+        return self._decide(decision)
 
     def _refusal(self, c: Contribution, buffer: Tensor) -> str:
         if c.run != self.settings.run:
@@ -115,8 +200,8 @@ class Coordinator:
         if c.version > self.version:
             return f"it was trained on version {c.version}, but the newest is {self.version}"
         size = self.plans[c.head].contribution.size
-        if buffer.shape != (size,) or buffer.dtype != self.base.dtype:
-            expected = f"{size} of {self.base.dtype}"
+        if buffer.shape != (size,) or buffer.dtype != self._dtype:
+            expected = f"{size} of {self._dtype}"
             return f"it has {buffer.numel()} elements of {buffer.dtype}, expected {expected}"
         # One pass finds NaN and infinity, and bounds each element of s B A by s times the sum of squares.
         squares = self._largest_scaling * float(torch.dot(buffer, buffer))
@@ -124,52 +209,70 @@ class Coordinator:
             return f"it holds values that are NaN, infinite or absurdly large (s times the sum of squares: {squares:g})"
         return ""
 
-    def _decide(self) -> Outcome:
+    def _decide(self, decision: Decision | None = None) -> Outcome:
+        """Asks the policy and does what it says, until it waits."""
         verdicts: list[Verdict] = []
         merges: list[MergeRecord] = []
-        while True:  # each turn but the last settles at least one contribution
-            decision = self._ask()
+        while self._trial is None:  # each turn but the last settles at least one contribution
+            decision = decision or self._ask()
             if isinstance(decision, Wait):
-                self.waiting_for = decision.reason
-                return Outcome(tuple(verdicts), tuple(merges))
+                self.waiting_for, self.wakes_at = decision.reason, decision.until
+                break
+            self.wakes_at = None
+            if isinstance(decision, Try):
+                self._settled(decision.merge)
+                self._trial = (decision, self._tried(decision.merge))
+                self.waiting_for = "for the evaluation of what it tries"
+                break
             heads = self._settled(decision)
             if isinstance(decision, Discard):
                 reason = f"the policy discarded it: {decision.reason}"
-                verdicts += [self._verdict(h, False, reason) for h in heads]
+                verdicts += [replace(self._verdict(h, False, reason), discarded=True) for h in heads]
             else:
                 merges.append(self._merge(decision, heads))
-                verdicts += [self._verdict(h, True, "") for h in heads]
+                accepted = {h: self._verdict(h, True, "") for h in heads}
+                self.accepted.update(accepted)
+                verdicts += accepted.values()
             for head in heads:
                 del self._pending[head]
+            self._shown = [self._show(head) for head in self.pending]  # their lags have changed
+            decision = None
+        return Outcome(tuple(verdicts), tuple(merges))
+
+    def _show(self, head: int) -> Pending:
+        received = self._pending[head]
+        c = received.contribution
+        return Pending(
+            head=head,
+            version=c.version,
+            lag=self.version - c.version,
+            steps=c.steps,
+            samples=c.samples,
+            loss=c.loss,
+            arrived=received.at,
+            share=received.share,
+        )
 
     def _ask(self) -> Decision:
-        pending = [
-            Pending(
-                head=head,
-                version=c.version,
-                lag=self.version - c.version,
-                steps=c.steps,
-                samples=c.samples,
-                loss=c.loss,
-                change=lambda head=head: dense_change(self._share(head, 1.0)),  # type: ignore[misc]
-            )
-            for head, (c, _) in sorted(self._pending.items())
-        ]
-        roster = Roster(self.settings.lte.num_heads, frozenset(self.live), self.version)
-        try:
-            decision = self.policy.decide(pending, roster)
-        except Exception as error:
-            raise PolicyError(f"{self._policy_name} raised {type(error).__name__}: {error}") from error
-        if not isinstance(decision, Wait | Merge | MergeChange | Discard):
+        pending = list(self._shown)
+        roster = Roster(self.settings.lte.num_heads, frozenset(self.live), self.version, self._clock(), self.plan.base)
+        decision = self._guarded(lambda: self.policy.decide(pending, roster))
+        if not isinstance(decision, Wait | Merge | MergeChange | Discard | Try):
             raise PolicyError(
-                f"{self._policy_name} decided {decision!r}; a decision is one of Wait, Merge, MergeChange and Discard."
+                f"{self._policy_name} decided {decision!r}; a decision is one of Wait, Merge, MergeChange, Discard and Try."
             )
-        if isinstance(decision, Wait) and pending and self.live <= {p.head for p in pending}:
+        if isinstance(decision, Wait) and decision.until is None and pending and self.live <= self._pending.keys():
             raise PolicyError(
                 f"{self._policy_name} waits {decision.reason or 'for something'}, but every live head {sorted(self.live)} "
                 "has contributed and waits for it: the run could never go on."
             )
         return decision
+
+    def _guarded(self, ask: Callable[[], Any]) -> Any:
+        try:
+            return ask()
+        except Exception as error:
+            raise PolicyError(f"{self._policy_name} raised {type(error).__name__}: {error}") from error
 
     def _settled(self, decision: Merge | MergeChange | Discard) -> list[int]:
         heads: Any = decision.weights if isinstance(decision, Merge) else decision.heads
@@ -185,16 +288,11 @@ class Coordinator:
         return sorted(named)
 
     def _merge(self, decision: Merge | MergeChange, heads: list[int]) -> MergeRecord:
-        begun = time.perf_counter()
-        if isinstance(decision, Merge):
-            add_contributions(self.base, [self._share(h, self._weight(decision, h)) for h in heads])
-        else:
-            self.base += self._change(decision)
-        for head in heads:
-            old, buffer = self._references.get(head), self._pending[head][1]
-            self._references[head] = new_reference(self.plans[head], buffer, self.settings.lte.reset, old)
-        self.version += 1
-        merged = [self._pending[h][0] for h in heads]
+        references = {head: new_reference(self._pending[head].share, self.settings.lte.reset) for head in heads}
+        operation = replace(self._operation(decision, heads), references=references)
+        self.master.queue(operation)
+        self._references.update(references)
+        merged = [self._pending[h].contribution for h in heads]
         return MergeRecord(
             version=self.version,
             at=time.time(),
@@ -204,10 +302,23 @@ class Coordinator:
             samples=sum(c.samples for c in merged),
             losses={c.head: c.loss for c in merged},
             base_error=max(c.base_error for c in merged),
-            merge_seconds=time.perf_counter() - begun,
-            bytes_up=sum(self._pending[h][1].nbytes for h in heads),
-            bytes_down=self.base.nbytes * len(heads),
+            bytes_up=sum(self._pending[h].share.contribution.nbytes for h in heads),
+            bytes_down=self.plan.base.size * self._dtype.itemsize * len(heads),
+            weights={h: s.weight for h, s in zip(heads, operation.shares, strict=True)} if operation.change is None else {},
+            lags={c.head: operation.version - 1 - c.version for c in merged},
+            stalls={c.head: c.stall for c in merged},
         )
+
+    def _operation(self, decision: Merge | MergeChange, heads: list[int]) -> Operation:
+        if isinstance(decision, MergeChange):
+            return Operation(self.version + 1, (), self._change(decision))
+        shares = [replace(self._pending[h].share, weight=self._weight(decision, h)) for h in heads]
+        return Operation(self.version + 1, shares)
+
+    def _tried(self, decision: Merge | MergeChange) -> Tensor:
+        base = self.base.clone()
+        self._operation(decision, self._settled(decision)).apply(base)
+        return base
 
     def _weight(self, decision: Merge, head: int) -> float:
         weight: Any = decision.weights[head]
@@ -219,23 +330,20 @@ class Coordinator:
 
     def _change(self, decision: MergeChange) -> Tensor:
         given: Any = decision.change
-        if not isinstance(given, Tensor) or given.shape != self.base.shape:
+        if not isinstance(given, Tensor) or given.shape != (self.plan.base.size,):
             shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
             raise PolicyError(
-                f"{self._policy_name} gave a change of shape {shape}; it must be finite and flat, {tuple(self.base.shape)}, "
-                "in the base layout."
+                f"{self._policy_name} gave a change of shape {shape}; it must be finite and flat, "
+                f"{(self.plan.base.size,)}, in the base layout."
             )
-        change: Tensor = given.to(self.base.dtype)
+        change: Tensor = given.to(self._dtype)
         if not bool(torch.isfinite(change).all()):
             raise PolicyError(f"{self._policy_name} gave a change that holds NaN or infinity; it must be finite.")
         return change
 
-    def _share(self, head: int, weight: float) -> Share:
-        return Share(weight, self.plans[head], self._pending[head][1], self._references.get(head))
-
     def _verdict(self, head: int, accepted: bool, reason: str) -> Verdict:
-        return Verdict(head, self._pending[head][0].sequence, accepted, self.version, reason)
+        return Verdict(head, self._pending[head].contribution.sequence, accepted, self.version, reason)
 
     @property
     def _policy_name(self) -> str:
-        return f"The merge policy {type(self.policy).__name__}"
+        return f"The merge policy {getattr(self.policy, 'name', None) or type(self.policy).__name__}"

@@ -6,7 +6,7 @@ They train in turns, in lanes that run at the same time, or all at once as one s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -80,23 +80,41 @@ class HeadGroup:
         return all(head.done for head in self.heads)
 
     def train_round(self) -> list[Contribution]:
-        """The local steps until the next contribution of every head that isn't done, and the contributions.
+        """`merge_iter` local steps of every head that isn't done (fewer at the end), and their contributions.
+
+        Raises:
+            WorkerFailed: the worker's code raised; names the head and the step.
+        """
+        active = [head for head in self.heads if not head.done]
+        self.train({head.head: head.settings.merge.merge_iter for head in active})
+        return [head.contribute() for head in active]
+
+    def train(self, steps: Mapping[int, int]) -> None:
+        """Takes each named head's local steps, fewer at the end of the run.
 
         Raises:
             WorkerFailed: the worker's code raised; names the head and the step.
         """
         for head in self.heads:
             head.catch_up()
-        if self._stack is None or len({head.step for head in self.heads}) > 1:
-            return self._lanes.train_round() if self._lanes else [head.train_round() for head in self.heads if not head.done]
-        first = self.heads[0]
-        total = torch.zeros(len(self.heads), device=first.device, dtype=torch.float64)
-        todo = max([head.begin_round() for head in self.heads])  # the same for all
-        with first.timed("train"):
-            for _ in range(todo):
-                total += self._train_step()
-            losses = (total / max(todo, 1)).tolist()
-        return [head.contribute(loss) for head, loss in zip(self.heads, losses, strict=True)]
+        active = {head: min(steps.get(head.head, 0), head.left) for head in self.heads}
+        active = {head: todo for head, todo in active.items() if todo}
+        if self._stack is None or len(active) < len(self.heads) or len(set(active.values())) > 1:
+            self._one_by_one(active)
+            return
+        for head in self.heads:
+            head.begin()
+        with self.heads[0].timed("train"):
+            for _ in range(active[self.heads[0]]):
+                for head, loss in zip(self.heads, self._train_step(), strict=True):
+                    head.add_loss(loss)
+
+    def _one_by_one(self, todo: Mapping[Head, int]) -> None:
+        if self._lanes is not None:
+            self._lanes.train(todo)
+            return
+        for head, steps in todo.items():
+            head.train(steps)
 
     def _train_step(self) -> Tensor:
         """One local step of all heads; gives their losses."""

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,8 +27,11 @@ from lte_ray.engine.settings import Settings
 from lte_ray.engine.state import optimizer_state, restore_optimizer, user_buffers
 from lte_ray.errors import LTEError, WorkerFailed
 from lte_ray.merging.flat import base_replicas, factor_views, factors_part, gather, replica_part, replica_views, views
-from lte_ray.messages import Contribution, HeadStatus, HeadTimes, Verdict
+from lte_ray.messages import Contribution, HeadStatus, HeadTimes, Order, Verdict
 from lte_ray.worker import Batch, Worker, batch_samples, build_model, endless_batches, to_device
+
+if TYPE_CHECKING:
+    from lte_ray.merging.transfer import Codec
 
 
 def _fingerprint(tensor: Tensor) -> Tensor:
@@ -86,10 +89,13 @@ class Head:
         self.device, self.dtype = torch.device(device), dtype
         self.version = self.step = self.samples = self.sequence = 0
         self.draws = False  # whether the loss drew from the global generators in the first round here
-        self._watched = False
+        self._watched = self._unwanted = False
         self._taken = 0  # batches
         self._worker = worker
-        self._since = (0, 0)  # steps and samples at the last accepted contribution
+        self._since = self._offered = (0, 0)  # steps and samples at the last accepted contribution, and at the last one
+        self._limit, self._final, self._rate = settings.train.steps, True, 1.0
+        self._noted = (0.0, 0.0)  # seconds trained and stalled until the last contribution
+        self._losses: list[Tensor] = []  # of the steps since the last contribution
         self._loss = float("nan")
         self._state, self._times = "starting", HeadTimes()
         self._first_step_at: float | None = None
@@ -141,16 +147,29 @@ class Head:
     @property
     def done(self) -> bool:
         """Whether all local steps were taken."""
-        return self.step >= self.settings.train.steps
+        return self._final and self.left == 0
 
-    def train_round(
-        self, reading: Callable[[Head], AbstractContextManager[None]] | None = None, share: float = 1.0
-    ) -> Contribution:
+    def follow(self, order: Order) -> None:
+        """Takes the coordinator's word on how many steps there are, and where the learning-rate schedule stands."""
+        self._limit, self._final, self._rate = order.limit, order.final, order.rate
+        self.update.reach(order.progress)
+
+    def train_round(self) -> Contribution:
         """Takes `merge_iter` local steps (fewer at the end of the run) and makes the contribution.
 
-        Its `buffer` is a flat tensor on the head's device that is never written again.
+        Raises:
+            WorkerFailed: the worker's code raised; names the head and the step.
+        """
+        self.train(self.settings.merge.merge_iter)
+        return self.contribute()
+
+    def train(
+        self, steps: int, reading: Callable[[Head], AbstractContextManager[None]] | None = None, share: float = 1.0
+    ) -> None:
+        """Takes local steps, fewer at the end of the run.
 
         Args:
+            steps: how many.
             reading: where heads train at the same time: what each batch is read in, this head's generators included, which
                 are otherwise swapped in for the whole round.
             share: of the time that is counted as this head's.
@@ -158,21 +177,26 @@ class Head:
         Raises:
             WorkerFailed: the worker's code raised; names the head and the step.
         """
-        todo = self.begin_round()
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        self.begin()
         with nullcontext() if reading else self.rng.swapped_in(), self.timed("train", share):
-            for _ in range(todo):
-                total += self._train_step(reading)
-            loss = float(total) / max(todo, 1)  # waits for the device
-        return self.contribute(loss)
+            for _ in range(min(steps, self.left)):
+                self.add_loss(self._train_step(reading))
 
-    def begin_round(self) -> int:
-        """The local steps until the next contribution: `merge_iter`, or fewer at the end of the run."""
+    def begin(self) -> None:
+        """Before steps are taken: puts this head's main weights in place, where heads share them."""
         if self._takes_turns:
             self._load_main_weights()
         self._frozen = self._frozen or {name: _fingerprint(p) for name, p in self.converted.frozen.items()}
         self._state = "training"
-        return min(self.settings.merge.merge_iter, self.settings.train.steps - self.step)
+
+    @property
+    def left(self) -> int:
+        """Local steps that it may take."""
+        return max(0, self._limit - self.step)
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Counts a step's loss towards the next contribution's mean."""
+        self._losses.append(loss)
 
     def _train_step(self, reading: Callable[[Head], AbstractContextManager[None]] | None) -> Tensor:
         losses = []
@@ -212,23 +236,47 @@ class Head:
 
     def finish_step(self) -> None:
         """Takes the optimizer's and the schedule's step with the gradients that are there."""
-        self.update.apply()
+        self.update.apply(self._rate)
         self.step += 1
         self._last_step_at = time.time()
         if self._first_step_at is None:
             self._first_step_at = self._last_step_at
 
-    def contribute(self, loss: float) -> Contribution:
-        """Makes the contribution of the steps taken, whose mean training loss was `loss`."""
-        self._loss = loss
+    @property
+    def since_offered(self) -> int:
+        """Local steps since the last contribution was made."""
+        return self.step - self._offered[0]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all local steps were taken, and merged unless the policy discarded the last of them."""
+        return self.done and self._outstanding is None and (self._since[0] == self.step or self._unwanted)
+
+    @property
+    def outstanding(self) -> bool:
+        """Whether a contribution was made that isn't answered yet."""
+        return self._outstanding is not None
+
+    def contribute(self) -> Contribution:
+        """Makes the contribution of the steps taken since the last one.
+
+        Its `buffer` is a flat tensor on the head's device that is never written again; `encode` makes of it what travels.
+        """
+        assert self._outstanding is None, "a head has at most one contribution outstanding"
+        with self.timed("train"):  # until now the device may be at work
+            if self._losses:
+                self._loss = float(torch.stack(self._losses).double().mean())
+        self._losses = []
         self._watched = True
         if self.sequence == 0:
             self._check_frozen()
-        assert self._outstanding is None, "a head has at most one contribution outstanding"
         with self.timed("publish"):
             parts = {**self._factors, **self._replica_change()}
             self._outstanding = gather(self.plan.contribution, parts, self.dtype, self.device)
+        self._offered = (self.step, self.samples)
         self.sequence += 1
+        trained, stalled = self._noted
+        self._noted = (self._times.train, self._times.stalled)
         return Contribution(
             run=self.settings.run,
             head=self.head,
@@ -240,8 +288,20 @@ class Head:
             samples=self.samples - self._since[1],
             loss=self._loss,
             base_error=self._shared.error,
+            seconds=self._noted[0] - trained,
+            stall=self._noted[1] - stalled,
             buffer=self._outstanding,
         )
+
+    def encode(self, contribution: Contribution, codec: Codec) -> Contribution:
+        """The contribution as it travels: `buffer` is then one buffer for each group of layers, in the transfer format.
+
+        From here on what the receivers will decode counts as contributed, so that what rounding left out rides in the next.
+        May run beside training, in another thread.
+        """
+        assert self._outstanding is not None
+        buffers, self._outstanding = codec.encode(self._outstanding, self._reference)
+        return replace(contribution, buffer=buffers)
 
     def _check_frozen(self) -> None:
         """Raises WorkerFailed if the model writes to parameters that don't train: they are neither merged nor saved."""
@@ -261,24 +321,29 @@ class Head:
 
     # -- rebasing ------------------------------------------------------------------------------------------------
 
-    def adopt(self, verdict: Verdict, version: int, base: Tensor | None) -> None:
+    def adopt(self, verdict: Verdict | None, version: int, base: Tensor | None) -> None:
         """Takes the answer to the outstanding contribution and rebases onto `base`, losing no step (DESIGN 3.4, 3.6).
+
+        At any time between two steps; steps taken since the contribution stay in the factors and replicas.
 
         Accepted: the reference becomes the contributed factors, A', B' := A^c, B^c. Refused: the reference stays, so
         that the progress rides in the next contribution. Then W~ := W_v - s B' A' and p := P_v + (p - what v holds).
 
         Args:
-            verdict: of the outstanding contribution.
+            verdict: of the outstanding contribution; None if `base` is newer but doesn't settle it, or there is none.
             version: of `base`.
             base: flat, in the base layout; None if the head has that version already. Heads that take turns keep it until
                 the next, so nobody may write to it.
         """
         with self.timed("rebase"):
-            offered, self._outstanding = self._outstanding, None
-            contained = offered if verdict.accepted else None
-            if verdict.accepted:
-                assert offered is not None and verdict.sequence == self.sequence and base is not None
-                self._since = (self.step, self.samples)
+            contained = None
+            if verdict is not None:
+                assert verdict.sequence == self.sequence and self._outstanding is not None
+                offered, self._outstanding = self._outstanding, None
+                self._unwanted = verdict.discarded
+                if verdict.accepted:
+                    assert base is not None
+                    contained, self._since = offered, self._offered
             if base is not None:
                 self._rebase(version, base, contained)
 
@@ -398,6 +463,7 @@ class Head:
             "since": list(self._since),
             "sequence": self.sequence,
             "loss": self._loss,
+            "position": self.update.position,
             "optimizer": optimizer_meta,
             "rng": rng_meta,
         }
@@ -408,6 +474,7 @@ class Head:
         self.step, self.samples, self.sequence = meta["step"], meta["samples"], meta["sequence"]
         self._taken = meta.get("batches", self.step)  # an older release took one a step
         self._since, self._loss = (meta["since"][0], meta["since"][1]), meta["loss"]
+        self._offered = self._since
         self._reference = tensors["reference"].to(self.device) if "reference" in tensors else None
         self.start(meta["version"], base)
         with torch.no_grad():
@@ -419,6 +486,7 @@ class Head:
                 buffer.copy_(tensors[f"buffer.{name}"])
         restore_optimizer(self.optimizer, self.schedule, tensors, meta["optimizer"])
         self.update.scaler.load_state_dict(meta["optimizer"].get("scaler") or self.update.scaler.state_dict())
+        self.update.position = meta.get("position", float(self.step))
         self.rng.load_state(tensors, meta["rng"])
 
     def _buffers(self) -> list[tuple[str, Tensor]]:

@@ -82,11 +82,17 @@ def build_optimizer(
     return optimizer, schedule(optimizer, total_steps) if schedule else None
 
 
+ROUNDING = 1e-6
+"""Of a step, that sums of rates may lack."""
+
+
 class Update:
     """Turns the gradients of `accumulate` batches into one step of optimizer and schedule."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: Any, train: TrainConfig, device: torch.device) -> None:
         self._optimizer, self._schedule, self._train = optimizer, schedule, train
+        self.position = 0.0
+        """Where the schedule stands, in steps of `TrainConfig.steps`."""
         self.scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16-mixed")
 
     def scaled(self, loss: Tensor) -> Tensor:
@@ -95,8 +101,15 @@ class Update:
         scaled: Tensor = self.scaler.scale(share)
         return scaled
 
-    def apply(self) -> None:
-        """Clips, steps, and forgets the gradients. A step whose fp16 gradients overflowed is left out, as torch does."""
+    def reach(self, progress: float) -> None:
+        """The schedule stands at this share of the run, or further."""
+        self._advance(progress * self._train.steps - self.position)
+
+    def apply(self, rate: float = 1.0) -> None:
+        """Clips, steps, and forgets the gradients; advances the schedule by `rate` steps.
+
+        A step whose fp16 gradients overflowed is left out, as torch does.
+        """
         if self._train.clip_norm:
             self.scaler.unscale_(self._optimizer)
             parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -104,5 +117,11 @@ class Update:
         self.scaler.step(self._optimizer)
         self.scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
+        self._advance(rate)
+
+    def _advance(self, by: float) -> None:
+        before = int(self.position + ROUNDING)
+        self.position = min(max(self.position, self.position + by), float(max(before, self._train.steps)))
         if self._schedule is not None:
-            self._schedule.step()
+            for _ in range(int(self.position + ROUNDING) - before):
+                self._schedule.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 from lte_ray.engine.coordinator import Coordinator, Outcome
 from lte_ray.engine.group import HeadGroup
 from lte_ray.engine.head import Head
-from lte_ray.engine.initial import prepare
+from lte_ray.engine.initial import Initial, load_base, prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.threads import head_threads, merge_threads, torch_threads
+from lte_ray.engine.transit import Transit
 from lte_ray.layout import Plan
 from lte_ray.merging.registry import make_policy
 from lte_ray.messages import MergeRecord
@@ -41,16 +43,19 @@ def simulate(
 ) -> Simulated:
     """Runs all heads to the end, each group of `heads_per_actor` a round at a time in the order of their numbers.
 
-    With a policy that waits for all heads the result is that of the same run on Ray, bit for bit on one machine.
+    With a policy that waits for all heads the result is that of the same run on Ray, bit for bit on one machine. Heads wait
+    for their merges whatever `wait` says, and time stands still but where the policy waits for it: `engine.virtual` keeps time.
 
     Raises:
         WorkerFailed, PolicyError: as on Ray.
         Unstackable: as `HeadGroup`.
     """
     initial = prepare(worker, settings, dtype)
+    now = 0.0
     coordinator = Coordinator(
-        settings, initial.plan, initial.base.clone(), make_policy(settings.merge.policy), plans=initial.plans
+        settings, initial.plan, initial.base.clone(), make_policy(settings.merge), plans=initial.plans, clock=lambda: now
     )
+    transit = Transit(initial.plans, settings.merge, coordinator, dtype)
     _, threads = head_threads(settings.train.threads_per_head, 1)
     merging = merge_threads(settings.merge.merge_threads, initial.plan, settings.lte.num_heads)
     numbers = range(settings.lte.num_heads)
@@ -69,12 +74,18 @@ def simulate(
             waiting.discard(verdict.head)
             base = published if coordinator.version != heads[verdict.head].version else None
             heads[verdict.head].adopt(verdict, coordinator.version, base)
+        if coordinator.candidate is not None:
+            settle(coordinator.judged(evaluated(worker, initial, coordinator.candidate)))
 
     def ready(group: HeadGroup) -> bool:
         numbers = {head.head for head in group.heads}
         return not numbers & waiting and bool(numbers & coordinator.live)
 
-    while training := [group for group in groups if ready(group)]:
+    while (training := [group for group in groups if ready(group)]) or coordinator.wakes_at is not None:
+        if not training:
+            assert coordinator.wakes_at is not None
+            now = max(now, coordinator.wakes_at)
+            settle(coordinator.tick())
         for group in training:
             for head in group.heads:
                 if head.done and head.head in coordinator.live:
@@ -87,5 +98,16 @@ def simulate(
             waiting.update(c.head for c in contributions)
             for contribution in contributions:
                 with torch_threads(merging):
-                    settle(coordinator.receive(contribution, contribution.buffer))
+                    sent = transit(heads[contribution.head], contribution)
+                    settle(coordinator.receive(sent, sent.buffer))
     return Simulated(initial.plan, coordinator.base, tuple(merges), tuple(heads), coordinator)
+
+
+def evaluated(worker: Worker, initial: Initial, base: Tensor) -> Mapping[str, float]:
+    """The worker's judgement of a base, by the unconverted model in eval mode."""
+    load_base(initial.model, initial.plan, base)
+    initial.model.eval()
+    with torch.no_grad():
+        values = worker.evaluate(initial.model)
+    initial.model.train()
+    return values

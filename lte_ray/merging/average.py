@@ -1,20 +1,22 @@
-"""The paper's merge: wait for all live heads, then average their products."""
+"""The paper's merge: the mean of the heads' products."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lte_ray.merging.policy import Decision, Merge, Pending, Roster, Wait
+from lte_ray.merging.policy import Merge, Pending, Roster
 
 
 class Average:
-    """W_{v+1} = W_v + 1/N sum_n s (B_n A_n - B'_n A'_n) over all N heads (LTE, eq. 7; reset-less, appendix).
+    """W_{v+1} = W_v + 1/N sum_n s (B_n A_n - B'_n A'_n) (LTE, eq. 7; reset-less, appendix).
 
-    Each head counts 1/N with N the number of heads configured, so that N single arrivals equal one merge of all.
+    Each contribution counts 1/N with N the number of heads configured, so that N single arrivals equal one merge of all.
     """
 
-    def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
-        missing = roster.live - {p.head for p in pending}
-        if missing or not pending:
-            return Wait(f"for heads {sorted(missing)}")
-        return Merge({p.head: 1 / roster.num_heads for p in pending})
+    def merge(self, pending: Sequence[Pending], roster: Roster) -> Merge:
+        return Merge(average_weights(pending, roster))
+
+
+def average_weights(pending: Sequence[Pending], roster: Roster) -> dict[int, float]:
+    """1/N for each contribution, N the number of heads configured."""
+    return {p.head: 1 / roster.num_heads for p in pending}

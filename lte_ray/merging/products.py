@@ -87,12 +87,37 @@ def dense_change(share: Share) -> Tensor:
     return change
 
 
-def new_reference(plan: Plan, contribution: Tensor, reset: str, old: Tensor | None = None) -> Tensor | None:
-    """The reference after a merge: the contributed factors, or None where B is reset to zero (3.4, 3.7).
+def dense_part(share: Share, name: str) -> Tensor:
+    """The change of one entry of the base layout, dense, in its stored shape (a new tensor).
 
-    A copy, into the memory of the `old` reference if there is one.
+    Raises:
+        KeyError: the base has no such entry.
     """
-    if reset == "B":
-        return None
-    factors = factors_part(plan, contribution)
-    return factors.clone() if old is None else old.copy_(factors)
+    part = views(share.plan.contribution, share.contribution)
+    for spec in share.plan.adapted:
+        if spec.name == name:
+            change = torch.mm(part[spec.b], part[spec.a]).mul_(spec.scaling)
+            if share.reference is not None:
+                old = factor_views(share.plan, share.reference)
+                change.addmm_(old[spec.b], old[spec.a], alpha=-spec.scaling)
+            return as_stored(spec, change)
+    return part[name].clone()
+
+
+def squared_norm(share: Share) -> float:
+    """The sum of squares of the whole change, from the r x r products of the factors: |B A|^2 = <B^T B, A A^T>."""
+    part = views(share.plan.contribution, share.contribution)
+    old = None if share.reference is None else factor_views(share.plan, share.reference)
+    total = replica_part(share.plan, share.contribution).double().square().sum()
+    for spec in share.plan.adapted:
+        b, a = [part[spec.b].double()], [part[spec.a].double()]
+        if old is not None:
+            b, a = [*b, -old[spec.b].double()], [*a, old[spec.a].double()]
+        left, right = torch.cat(b, dim=1), torch.cat(a)
+        total += spec.scaling**2 * ((left.t() @ left) * (right @ right.t())).sum()
+    return max(0.0, float(total))
+
+
+def new_reference(share: Share, reset: str) -> Tensor | None:
+    """The reference after a merge: a copy of the contributed factors, or None where B is reset to zero (3.4, 3.7)."""
+    return None if reset == "B" else factors_part(share.plan, share.contribution).clone()

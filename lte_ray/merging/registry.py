@@ -1,45 +1,158 @@
-"""The built-in merge policies by name, and how a user's own is found."""
+"""The built-in merge policies by name, how a user's own is found, and how *when* and *how* become one policy."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
-from lte_ray.config import near
+from lte_ray.config import MergeConfig, near
 from lte_ray.errors import ConfigError
 from lte_ray.loading import load_object, looks_like_object
+from lte_ray.merging.adam import Adam
+from lte_ray.merging.arguments import REQUIRED, arguments_of, checked
 from lte_ray.merging.average import Average
+from lte_ray.merging.clip import Clip
+from lte_ray.merging.dare import Dare
+from lte_ray.merging.delayed_nesterov import DelayedNesterov
+from lte_ray.merging.gated import Gated
+from lte_ray.merging.krum import Krum
+from lte_ray.merging.median import Median
+from lte_ray.merging.momentum import Momentum
+from lte_ray.merging.nesterov import Nesterov
 from lte_ray.merging.policy import MergePolicy
+from lte_ray.merging.samples import Samples
+from lte_ray.merging.scheduled import Scheduled
+from lte_ray.merging.stale import Stale
+from lte_ray.merging.ties import Ties
+from lte_ray.merging.trimmed_mean import TrimmedMean
+from lte_ray.merging.when import make_when
 
-POLICIES: dict[str, type[MergePolicy]] = {
+POLICIES: dict[str, type] = {
     "average": Average,
+    "samples": Samples,
+    "stale": Stale,
+    "momentum": Momentum,
+    "nesterov": Nesterov,
+    "delayed_nesterov": DelayedNesterov,
+    "adam": Adam,
+    "median": Median,
+    "trimmed_mean": TrimmedMean,
+    "clip": Clip,
+    "krum": Krum,
+    "ties": Ties,
+    "dare": Dare,
+    "gated": Gated,
 }
 
 
-def make_policy(policy: Any) -> MergePolicy:
-    """The policy object that `MergeConfig.policy` means: a built-in name, ``module:Class``, ``file.py:Class``, or itself.
+def make_policy(merge: MergeConfig) -> MergePolicy:
+    """The policy that the settings mean: `policy` with its `policy_args`, and `when` unless it decides that itself.
 
     Raises:
-        ConfigError: the name is unknown, the class can't be found or made, or the object has no `decide` method.
+        ConfigError: the policy can't be found or made, isn't one, or contradicts `when`.
     """
-    found: Any = policy
-    if isinstance(policy, str):
-        if policy in POLICIES:
-            found = POLICIES[policy]
-        elif looks_like_object(policy):
-            found = load_object(policy, what="--policy", error=ConfigError)
-        else:
+    rule = make_rule(merge.policy, merge.policy_args or {})
+    if callable(getattr(rule, "decide", None)):
+        if merge.when != "barrier":
             raise ConfigError(
-                f"--policy is {policy!r}, but the built-in policies are: {', '.join(sorted(POLICIES))}."
-                f"{near(policy, POLICIES)} Give your own as module:Class or path/to/file.py:Class."
+                f"--policy {_called(merge.policy)} has a decide method, so it decides itself when to merge, and --when "
+                f"{merge.when} contradicts it. Leave --when out, or give the policy a merge method instead of decide."
             )
+        return rule  # type: ignore[no-any-return]
+    return Scheduled(rule, make_when(merge), _called(merge.policy))
+
+
+def make_rule(policy: Any, arguments: Mapping[str, Any] | None = None) -> Any:
+    """What `MergeConfig.policy` names, made with its arguments: an object with a `merge` or `decide` method, or a function.
+
+    Args:
+        policy: a built-in name, ``module:Class``, ``file.py:Class`` (or a function or object there), a class, a function
+            ``f(pending, roster)``, or a policy object.
+        arguments: of the class's constructor, or keywords of the function.
+
+    Raises:
+        ConfigError: as `make_policy`.
+    """
+    found, called, arguments = find_policy(policy), _called(policy), arguments or {}
     if isinstance(found, type):
+        if not _methods(found):
+            raise ConfigError(_lacks_methods(called, found.__name__))
+        values = checked(found, arguments, called)
         try:
-            found = found()
+            return found(**values)
+        except ConfigError:
+            raise
         except Exception as error:
-            raise ConfigError(f"--policy {policy}: {found.__name__}() raised {type(error).__name__}: {error}") from error
-    if not callable(getattr(found, "decide", None)):
+            raise ConfigError(f"--policy {called}: {found.__name__}() raised {type(error).__name__}: {error}") from error
+    if inspect.isroutine(found):
+        _check_two_arguments(found, called)
+        values = checked(found, arguments, called)
+        return functools.partial(found, **values) if values else found
+    if not _methods(found) and not (isinstance(found, functools.partial) and callable(found)):
+        raise ConfigError(_lacks_methods(called, type(found).__name__))
+    if arguments:
         raise ConfigError(
-            f"--policy {policy!r} is a {type(found).__name__} without a decide(pending, roster) method; "
-            "a merge policy needs one (lte_ray.MergePolicy)."
+            f"--policy {called} is a policy object already, so policy_args can't be given to it: {dict(arguments)}."
         )
-    return found  # type: ignore[no-any-return]
+    return found
+
+
+def recorded_arguments(merge: MergeConfig) -> dict[str, Any]:
+    """The policy's arguments as the run has them, defaults included, for ``run.toml``; what isn't plain, as text.
+
+    Of a policy object, what it keeps in attributes of its constructor's names.
+    """
+    found, given = find_policy(merge.policy), merge.policy_args or {}
+    if isinstance(found, type) or inspect.isroutine(found):
+        defaults = {name: a.default for name, a in arguments_of(found).items() if a.default is not REQUIRED}
+        return {name: _plain(value) for name, value in {**defaults, **given}.items()}
+    return {name: _plain(getattr(found, name)) for name in arguments_of(type(found)) if hasattr(found, name)}
+
+
+def find_policy(policy: Any) -> Any:
+    """The class, function or object that `policy` means; what is no text is itself.
+
+    Raises:
+        ConfigError: there is no policy of that name.
+    """
+    if not isinstance(policy, str):
+        return policy
+    if policy in POLICIES:
+        return POLICIES[policy]
+    if looks_like_object(policy):
+        return load_object(policy, what="--policy", error=ConfigError)
+    raise ConfigError(
+        f"--policy is {policy!r}, but the built-in policies are: {', '.join(sorted(POLICIES))}."
+        f"{near(policy, POLICIES)} Give your own as module:Class or path/to/file.py:Class."
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_plain(each) for each in value)
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+
+def _methods(found: Any) -> bool:
+    return callable(getattr(found, "decide", None)) or callable(getattr(found, "merge", None))
+
+
+def _check_two_arguments(function: Any, called: str) -> None:
+    try:
+        inspect.signature(function).bind_partial(None, None)
+    except (TypeError, ValueError):
+        raise ConfigError(_lacks_methods(called, "function of other arguments")) from None
+
+
+def _lacks_methods(called: str, kind: str) -> str:
+    return (
+        f"--policy {called} is a {kind} without a merge(pending, roster) or decide(pending, roster) method; a merge policy "
+        "needs one of them (lte_ray.MergePolicy), or is a function f(pending, roster)."
+    )
+
+
+def _called(policy: Any) -> str:
+    """How messages call it."""
+    return policy if isinstance(policy, str) else getattr(policy, "__name__", None) or type(policy).__name__

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
 import torch
+from torch import Tensor
 
 from lte_ray import checkpoint
 from lte_ray.engine.group import HeadGroup
 from lte_ray.engine.head import Head
 from lte_ray.engine.memory import keep_freed_memory, release_freed_memory
 from lte_ray.engine.stack import Unstackable
-from lte_ray.errors import ContributionRefused, CoordinatorLost, LTEError, WorkerError, WorkerFailed
-from lte_ray.messages import HeadStatus, Update
+from lte_ray.errors import ContributionRefused, WorkerError, WorkerFailed
+from lte_ray.layout import Plan
+from lte_ray.messages import HeadStatus, Update, Verdict
 from lte_ray.runtime.common import Common
+from lte_ray.runtime.courier import Arrived, Courier, asking
 from lte_ray.storage import RUN
 
 MOST_REFUSALS = 3
@@ -39,11 +42,13 @@ class Host:
 class HeadActor:
     """Hosts one head or several. `run` trains to the end; `status` answers meanwhile, from another thread."""
 
-    def __init__(self, common: Common, numbers: tuple[int, ...], host: Host) -> None:
-        self._common, self._numbers, self._host = common, numbers, host
+    def __init__(self, common: Common, plans: tuple[Plan, ...], numbers: tuple[int, ...], host: Host) -> None:
+        self._common, self._plans, self._numbers, self._host = common, plans, numbers, host
         self._device = "cuda:0" if host.gpu else "cpu"  # Ray shows each actor its own GPUs only, counted from 0
         self._group: HeadGroup | None = None
         self._left: set[int] = set()
+        self._every = dict.fromkeys(numbers, common.settings.merge.merge_iter)  # local steps of a round
+        self._refusals = dict.fromkeys(numbers, 0)  # in a row
 
     def run(self, coordinator: Any) -> tuple[HeadStatus, ...]:
         """Trains all local steps of its heads, contributing and rebasing on the way.
@@ -56,21 +61,18 @@ class HeadActor:
         """
         torch.set_num_threads(self._host.lanes * self._host.threads)
         keep_freed_memory()
-        group = self._group = self._start(coordinator)
-        refusals = dict.fromkeys(self._numbers, 0)
+        courier = self._courier = Courier(self._common, self._plans, self._numbers, coordinator)
+        group = self._group = self._start(courier)
         self._leave(group, coordinator)
-        while not group.done:
-            for head, update in self._round(group, coordinator):
-                refusals[head.head] = 0 if update.verdict.accepted else refusals[head.head] + 1
-                if refusals[head.head] >= MOST_REFUSALS:
-                    raise ContributionRefused(
-                        f"Head {head.head} had {MOST_REFUSALS} contributions refused in a row, the last at step {head.step}: "
-                        f"{update.verdict.reason}. If the loss diverged, lower the learning rate or --lora-alpha."
-                    )
+        while not all(head.finished for head in group.heads):
+            if self._common.settings.merge.wait:
+                self._round(group, courier, coordinator)
+            else:
+                self._steps(group, courier, coordinator)
             self._leave(group, coordinator)
         return tuple(head.status() for head in group.heads)
 
-    def _start(self, coordinator: Any) -> HeadGroup:
+    def _start(self, courier: Courier) -> HeadGroup:
         common, first = self._common, self._numbers[0]
         if self._device != "cpu" and not torch.cuda.is_available():
             reason = "Ray gave this head a GPU, but the torch installed on its node can't use it (no CUDA)."
@@ -98,48 +100,107 @@ class HeadActor:
             )
         except Unstackable as error:
             raise WorkerFailed(f"head {first}", None, str(error)) from error
+        arrived = courier.join({head.head: head.plan for head in group.heads})
+        assert arrived.base is not None
+        base, version = self._own(group, arrived.base), arrived.update.version
         for head in group.heads:
-            with _asking():
-                update = ray.get(coordinator.join.remote(head.head, head.plan))
-            base = common.transport.fetch(update.base)
             if common.resume is not None and head.head in common.resume.heads:
                 head.load_state(*checkpoint.read_head(common.directory, common.resume, head.head), base)
             else:
-                head.start(update.version, base)
+                head.start(version, base)
+        courier.adopted()
+        self._take_orders(group, arrived.update)
         release_freed_memory()
         return group
 
     def _leave(self, group: HeadGroup, coordinator: Any) -> None:
-        """Heads that have taken all their steps leave, so that nobody waits for them."""
-        leaving = [head for head in group.heads if head.done and head.head not in self._left]
-        with _asking():
+        """Heads that have taken all their steps, and whose steps are all merged, leave, so that nobody waits for them."""
+        leaving = [head for head in group.heads if head.finished and head.head not in self._left]
+        with asking():
             ray.get([coordinator.leave.remote(head.head) for head in leaving])
         for head in leaving:
             self._left.add(head.head)
             head.end()
 
-    def _round(self, group: HeadGroup, coordinator: Any) -> list[tuple[Head, Update]]:
+    def _round(self, group: HeadGroup, courier: Courier, coordinator: Any) -> None:
         """Trains, contributes, waits for the merges, rebases."""
-        transport, asked = self._common.transport, {}
-        heads = {head.head: head for head in group.heads}
-        for contribution in group.train_round():
-            with heads[contribution.head].timed("publish"):
-                handle = transport.publish(contribution.buffer)
-            asked[contribution.head] = coordinator.submit.remote(replace(contribution, buffer=handle))
-        with ExitStack() as waiting, _asking():
-            for number in asked:  # they wait together: the actor's time counts once
-                waiting.enter_context(heads[number].timed("wait", 1 / len(asked)))
-            updates: list[Update] = ray.get(list(asked.values()))
-        answered = [(heads[number], update) for number, update in zip(asked, updates, strict=True)]
-        for head, update in answered:
+        active = {head.head: head for head in group.heads if not head.finished}
+        group.train(self._every)
+        asked = []
+        for head in active.values():
+            contribution = head.contribute()
+            with head.timed("publish"):
+                asked.append(courier.offer(head, contribution))
+        with ExitStack() as waiting, asking():
+            for head in active.values():  # they wait together: the actor's time counts once
+                waiting.enter_context(head.timed("wait", 1 / len(active)))
+            updates: list[Update] = ray.get(asked)
+        for head, update in sorted(zip(active.values(), updates, strict=True), key=lambda answered: answered[1].version):
             with head.timed("fetch"):
-                base = None if update.version == head.version else transport.fetch(update.base)
-            head.adopt(update.verdict, update.version, base)
-            if update.checkpoint:
-                with head.timed("checkpoint"):
-                    entry = checkpoint.write_head(self._common.directory, update.version, head.head, *head.state())
-                coordinator.saved.remote(update.version, head.head, entry)
-        return answered
+                arrived = courier.take(update)
+            self._adopt(group, courier, arrived, coordinator)
+
+    def _steps(self, group: HeadGroup, courier: Courier, coordinator: Any) -> None:
+        """Trains, and hands over contributions and adopts what comes between two steps, without waiting."""
+        merge = self._common.settings.merge
+        for arrived in courier.arrived():
+            self._adopt(group, courier, arrived, coordinator)
+        alone = len(group.heads) == 1  # several take turns on the same main weights, so they change rounds, not steps
+        group.train({number: 1 if alone else every for number, every in self._every.items()})
+        courier.watch(group.heads[0].version + merge.max_lag)
+        for head in group.heads:
+            due = head.since_offered >= self._every[head.head] or (head.left == 0 and not head.finished)
+            if due and not head.outstanding:
+                courier.send(head, head.contribute())
+        stuck = [head for head in group.heads if head.left == 0 and not head.finished]
+        if len(stuck) == len([head for head in group.heads if not head.finished]) > 0:  # nothing is left but to wait
+            with stuck[0].timed("wait"):
+                waited = courier.arrived(patience=1.0)
+            for arrived in waited:
+                self._adopt(group, courier, arrived, coordinator)
+
+    def _adopt(self, group: HeadGroup, courier: Courier, arrived: Arrived, coordinator: Any) -> None:
+        """Takes an update: all heads here follow its version, each with what that holds of its own."""
+        update, base = arrived.update, arrived.base
+        self._take_orders(group, update)
+        if update.verdict is not None:
+            self._judge({head.head: head for head in group.heads}[update.verdict.head], update.verdict)
+        if base is not None:
+            base = self._own(group, base)
+            for head in group.heads:
+                accepted = head.outstanding and update.accepted.get(head.head) == head.sequence
+                verdict = Verdict(head.head, head.sequence, True, update.version) if accepted else None
+                head.adopt(verdict, update.version, base)
+            courier.adopted()
+        if update.checkpoint and update.verdict is not None:
+            head = {head.head: head for head in group.heads}[update.verdict.head]
+            with head.timed("checkpoint"):
+                entry = checkpoint.write_head(self._common.directory, update.version, head.head, *head.state())
+            coordinator.saved.remote(update.version, head.head, entry)
+
+    def _take_orders(self, group: HeadGroup, update: Update) -> None:
+        for head in group.heads:
+            head.follow(update.orders[head.head])
+            self._every[head.head] = update.orders[head.head].steps
+
+    def _judge(self, head: Head, verdict: Verdict) -> None:
+        """A refused contribution is settled: what it held rides in the next one."""
+        if verdict.accepted:
+            self._refusals[head.head] = 0
+            return
+        head.adopt(verdict, head.version, None)
+        if verdict.discarded:  # as the policy wants it
+            return
+        self._refusals[head.head] += 1
+        if self._refusals[head.head] >= MOST_REFUSALS:
+            raise ContributionRefused(
+                f"Head {head.head} had {MOST_REFUSALS} contributions refused in a row, the last at step {head.step}: "
+                f"{verdict.reason}. If the loss diverged, lower the learning rate or --lora-alpha."
+            )
+
+    def _own(self, group: HeadGroup, base: Tensor) -> Tensor:
+        """The base as the heads may keep it: heads that take turns do, and the mirror writes to its own."""
+        return base.clone() if len(group.heads) > 1 and any(g.by_factors for g in self._common.groups) else base
 
     @ray.method(concurrency_group="ctl")
     def status(self) -> tuple[HeadStatus, ...]:
@@ -152,14 +213,3 @@ class HeadActor:
     def inspect(self, function: Callable[[HeadGroup], T]) -> T | None:
         """What `function` says of the engine's heads (for tests and debugging); None before there are any."""
         return None if self._group is None else function(self._group)
-
-
-@contextmanager
-def _asking() -> Iterator[None]:
-    """Turns Ray's errors about the coordinator into ours."""
-    try:
-        yield
-    except ray.exceptions.RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, LTEError) else error) from None
-    except ray.exceptions.RayActorError as error:
-        raise CoordinatorLost(f"The coordinator's process died: {error}") from error

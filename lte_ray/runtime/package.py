@@ -26,14 +26,14 @@ class Package:
 
     @classmethod
     def of(cls, thing: Any) -> Package:
-        """Packs an object. One whose class was loaded from a file is sent by value, as no other process can import it.
+        """Packs an object. What of it was loaded from a file is sent by value, as no other process can import it.
 
         Raises:
             WorkerError: it can't be pickled.
         """
-        module = sys.modules.get(type(thing).__module__)
-        if module is not None and module.__name__.startswith(FILE_MODULE_PREFIX):
-            ray.cloudpickle.register_pickle_by_value(module)
+        for name, module in list(sys.modules.items()):  # a policy of the user's may lie inside one of ours
+            if name.startswith(FILE_MODULE_PREFIX):
+                ray.cloudpickle.register_pickle_by_value(module)
         try:
             pickled = ray.cloudpickle.dumps(thing)
         except Exception as error:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from lte_ray.config import PlacementConfig
+from lte_ray.config import MergeConfig, PlacementConfig
 from lte_ray.errors import ConfigError, ResourceError
+from lte_ray.layout import Plan
+from lte_ray.merging.transfer import Group, groups
 
 LEAST_SHARE = 0.25
 """CPUs that a head gets at least when heads share cores by default."""
@@ -111,9 +113,18 @@ def _lacks(placement: Placement, actors: int, short: dict[str, float], has: Mapp
     )
 
 
+def groups_of(merge: MergeConfig, plans: Sequence[Plan], nodes: int) -> tuple[Group, ...]:
+    """The groups in which layers travel.
+
+    On one node shared memory carries the base, which is then copied and not sent. That is cheaper for the heads than redoing
+    merges from factors, so "auto" takes it.
+    """
+    return groups(plans, replace(merge, send_down="dense") if nodes == 1 and merge.send_down == "auto" else merge)
+
+
 @contextlib.contextmanager
-def reserve(placement: Placement, actors: int) -> Iterator[list[PlacementGroupSchedulingStrategy]]:
-    """Reserves one bundle an actor for the length of the block; gives each actor's scheduling strategy.
+def reserve(placement: Placement, actors: int) -> Iterator[tuple[list[PlacementGroupSchedulingStrategy], int]]:
+    """Reserves one bundle an actor for the block; gives each actor's scheduling strategy, and the number of nodes.
 
     Raises:
         ResourceError: the resources didn't become free in time.
@@ -128,6 +139,7 @@ def reserve(placement: Placement, actors: int) -> Iterator[list[PlacementGroupSc
                 f"{actors} actors of {placement.bundle} each couldn't be placed within {patience:g} s; free now: {shown}. "
                 "Others use the cluster, or no node is large enough for a head. Wait, ask for less, or give --resource-timeout."
             )
-        yield [PlacementGroupSchedulingStrategy(group, index) for index in range(actors)]
+        nodes = len(set(placement_group_table(group)["bundles_to_node_id"].values()))
+        yield [PlacementGroupSchedulingStrategy(group, index) for index in range(actors)], nodes
     finally:
         remove_placement_group(group)

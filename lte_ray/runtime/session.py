@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lte_ray import checkpoint
 from lte_ray.engine.initial import Initial
+from lte_ray.engine.budget import is_shared
 from lte_ray.engine.threads import cores, head_threads
 from lte_ray.errors import CoordinatorLost, HeadLost, LTEError, RunError, UserError, WorkerFailed
 from lte_ray.messages import HeadStatus, MergeRecord
@@ -129,8 +130,9 @@ class Session:
             resources = {k: v for k, v in placement.bundle.items() if k not in ("CPU", "GPU")}
             options = {"num_cpus": placement.bundle.get("CPU", 0), "num_gpus": placement.gpus, "resources": resources}
             host = Host(threads, lanes, placement.gpus > 0, self.stack)
+            plans = self.initial.plans
             heads = [
-                (start(HeadActor, {**options, "scheduling_strategy": strategy}, common, numbers, host), numbers)
+                (start(HeadActor, {**options, "scheduling_strategy": strategy}, common, plans, numbers, host), numbers)
                 for numbers, strategy in zip(hosted, strategies, strict=True)
             ]
             base = self.initial.base.numpy()
@@ -175,7 +177,10 @@ class Session:
         for ref in answered:
             try:
                 if ref == coordinator:
-                    self._take(ray.get(ref))
+                    status = ray.get(ref)
+                    self._take(status)
+                    if status.needs_evaluator:
+                        actors.coordinator.use_evaluator.remote(actors.evaluator)
                 else:
                     self._note(ray.get(ref))
             except ray.exceptions.RayActorError:
@@ -232,9 +237,12 @@ class Session:
         train = self.common.settings.train
         statuses = tuple(self.statuses[n] for n in sorted(self.statuses))
         step = min((s.step for s in statuses), default=0)
+        if is_shared(self.common.settings):
+            step = sum(s.step for s in statuses) // self.common.settings.lte.num_heads
         rate = throughput(self.merges)
         recent = self.merges[-10:]
-        per_step = (recent[-1].at - recent[0].at) / max(1, recent[-1].step - recent[0].step) if len(recent) > 1 else None
+        taken = sum(m.steps for m in recent[1:]) / len(statuses or (0,))
+        per_step = (recent[-1].at - recent[0].at) / max(1, taken) if len(recent) > 1 else None
         return Progress(
             run=self.common.settings.run,
             step=step,

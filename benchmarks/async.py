@@ -1,0 +1,149 @@
+"""Useful local steps/s of 4 heads, one of them 4 times slower, over what they take without any communication.
+
+All train `workers.gpt:GPT` on small batches, and sleep after each step, so that they don't compete for the cores: what is lost
+is lost to merging. Useful are steps that were merged, counted over the middle of the run. The limit is taken by 4 bare processes
+with the same heads that never merge. The kinds alternate. Stall is the time for which a merge keeps a head from training.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.report import report, spread
+from lte_ray import LTEConfig, LTETrainer, MergeConfig, Shard, TrainConfig
+from lte_ray.config import PlacementConfig, StorageConfig
+from lte_ray.engine.head import Head
+from lte_ray.engine.initial import prepare
+from lte_ray.engine.memory import keep_freed_memory
+from lte_ray.engine.settings import Settings
+from lte_ray.metrics import Silent
+from workers.gpt import GPT
+
+HEADS, STEPS, RUNS, MERGE_ITER = 4, 100, 3, 10
+SLEEP, SLOWER, SLOW_HEAD = 0.08, 4, 3
+NICENESS = 15  # at which Ray runs its workers
+KINDS = {
+    "async": MergeConfig(merge_iter=MERGE_ITER, when="arrival", wait=False),
+    "quorum": MergeConfig(merge_iter=MERGE_ITER, when="quorum", quorum=2, wait=False),
+    "quorum, waiting": MergeConfig(merge_iter=MERGE_ITER, when="quorum", quorum=2),
+    "barrier": MergeConfig(merge_iter=MERGE_ITER),
+}
+
+
+class Throttled(GPT):
+    """GPT on two windows of 64 bytes; sleeps in each step, and head 3 so long that its steps take four times as long."""
+
+    def __init__(self) -> None:
+        super().__init__(context=64, batch_size=2)
+
+    def train_batches(self, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
+        begun = time.perf_counter()
+        for batch in super().train_batches(shard):
+            slower = SLOWER if shard.head == SLOW_HEAD else 1
+            yield batch
+            computed = time.perf_counter() - begun
+            time.sleep(slower * SLEEP + (slower - 1) * computed)
+            begun = time.perf_counter()
+
+
+def under_ray(merge: MergeConfig) -> dict[str, Any]:
+    """Merged steps/s of all heads together in the middle half of the run, and the median stall of a merge over a step."""
+    with tempfile.TemporaryDirectory() as storage:
+        result = LTETrainer(
+            Throttled(),
+            lte=LTEConfig(num_heads=HEADS),
+            merge=merge,
+            train=TrainConfig(steps=STEPS, eval_every=0, checkpoint_every=0, threads_per_head=1, budget="shared"),
+            scaling_config=PlacementConfig(cpus_per_head=0.5),
+            run_config=StorageConfig(name="run", storage=storage),
+            reporter=Silent(),
+        ).fit()
+        rows = [json.loads(line) for line in (Path(storage) / "run" / "metrics.jsonl").read_text().splitlines()]
+    merges = [row for row in rows if row["kind"] == "merge"]
+    first, last = merges[0]["at"], merges[-1]["at"]
+    low, high = first + (last - first) * 0.2, first + (last - first) * 0.7
+    middle = [row for row in merges if low <= row["at"] <= high]
+    stalls = [stall for row in middle for stall in row["stall_seconds"].values()]
+    assert result.metrics is not None
+    times = result.metrics["times"]
+    return {
+        "rate": sum(row["steps"] for row in middle[1:]) / (middle[-1]["at"] - middle[0]["at"]),
+        "stall": statistics.median(stalls),
+        "times": {name: round(spent / sum(times.values()), 5) for name, spent in times.items()},
+    }
+
+
+def _bare_head(number: int, start: Barrier, rates: Any) -> None:
+    torch.set_num_threads(1)
+    keep_freed_memory()  # as in the heads' actors
+    os.nice(NICENESS)
+    steps = STEPS // 4 if number == SLOW_HEAD else STEPS
+    settings = Settings("bare", LTEConfig(num_heads=HEADS), MergeConfig(merge_iter=steps), TrainConfig(steps=steps))
+    worker = Throttled()
+    head = Head(worker, settings, number)
+    head.start(0, prepare(worker, settings).base)
+    start.wait()
+    head.train_round()
+    status = head.status()
+    assert status.last_step_at is not None
+    assert status.first_step_at is not None
+    rates.put((steps - 1) / (status.last_step_at - status.first_step_at))
+
+
+def bare() -> float:
+    """Steps/s of as many processes together, which only train."""
+    context = multiprocessing.get_context("spawn")
+    start, rates = context.Barrier(HEADS), context.Queue()
+    processes = [context.Process(target=_bare_head, args=(n, start, rates)) for n in range(HEADS)]
+    for process in processes:
+        process.start()
+    total = sum(rates.get(timeout=300) for _ in processes)
+    for process in processes:
+        process.join()
+    return total
+
+
+def main() -> None:
+    runs = [({name: under_ray(merge) for name, merge in KINDS.items()}, bare()) for _ in range(RUNS)]
+    useful = {name: spread([ours[name]["rate"] / limit for ours, limit in runs]) for name in KINDS}
+    step = HEADS / statistics.median([limit for _, limit in runs])  # the harmonic mean of the heads' step times
+    stall = spread([ours["async"]["stall"] for ours, _ in runs])
+    over_round = stall["median"] / (step * MERGE_ITER)
+    report(
+        "async",
+        limits={
+            "async": "merged steps/s over the no-communication limit, median >= 0.97",
+            "quorum": "two contributions, heads don't wait: median >= 0.9",
+            "stall": "a head's stall at a merge over its 10 steps' time, median <= 0.02",
+        },
+        met={
+            "async": useful["async"]["median"] >= 0.97,
+            "quorum": useful["quorum"]["median"] >= 0.9,
+            "stall": over_round <= 0.02,
+        },
+        figures={
+            "useful_over_limit": useful,
+            "steps_per_second": {name: spread([ours[name]["rate"] for ours, _ in runs]) for name in KINDS},
+            "limit_steps_per_second": spread([limit for _, limit in runs]),
+            "stall_seconds": stall,
+            "stall_over_one_step": round(stall["median"] / step, 4),
+            "stall_over_a_round": round(over_round, 5),
+            "times_async": runs[0][0]["async"]["times"],
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

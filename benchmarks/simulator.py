@@ -1,0 +1,164 @@
+"""Does the simulator tell what a real run does? Utilisation under Ray over the simulator's, heads throttled on purpose.
+
+Four heads whose every local step sleeps: 20 ms, the last one 80 ms, so that two cores suffice. The simulator is told those
+times and nothing else of the run: its other settings are its defaults for a small model on one machine. Utilisation under Ray
+is taken from what contributions say of their stalls (metrics.jsonl), between each head's second merge and its last, so that
+neither the start nor the end of the run counts.
+
+Also: whole merges on GPT-2-124M's shapes beside what the simulator's constants (`merge_flops`, `merge_memory`) make of them,
+and the engine's time for a message.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.report import report, spread
+from lte_ray import LTEConfig, LTETrainer, MergeConfig, Shard, TrainConfig
+from lte_ray.config import PlacementConfig, StorageConfig
+from lte_ray.config.cluster import ClusterModel
+from lte_ray.engine.coordinator import Coordinator
+from lte_ray.engine.settings import Settings
+from lte_ray.engine.virtual.entry import keep_time
+from lte_ray.engine.virtual.heads import TINY_PLAN, TimedHead
+from lte_ray.engine.virtual.sizes import Sizes, named_plan
+from lte_ray.layout import Plan
+from lte_ray.merging.registry import make_policy
+from lte_ray.messages import Contribution
+from lte_ray.metrics import Silent
+from workers.regression import Regression
+
+PAUSES = (0.02, 0.02, 0.02, 0.08)
+STEPS, MERGE_ITER = 160, 10
+LOCAL = ClusterModel(step_seconds=PAUSES[0], speeds=tuple(p / PAUSES[0] for p in PAUSES), bandwidth=0, share_steps="never")
+"""The simulated cluster: one machine, so links cost their latency only."""
+
+WAYS = {
+    "barrier": MergeConfig(merge_iter=MERGE_ITER),
+    "quorum": MergeConfig(merge_iter=MERGE_ITER, when="quorum", quorum=2),
+    "no wait": MergeConfig(merge_iter=MERGE_ITER, when="arrival", wait=False),
+}
+
+
+@dataclasses.dataclass
+class Throttled(Regression):
+    """Regression on one thread, with a pause in every step of each head."""
+
+    def train_batches(self, shard: Shard) -> Any:
+        for inputs, targets in super().train_batches(shard):
+            yield inputs, targets, PAUSES[shard.head]
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, float]) -> Tensor:
+        inputs, targets, pause = batch
+        time.sleep(pause)
+        return super().loss(model, (inputs, targets))
+
+
+def under_ray(merge: MergeConfig) -> list[float]:
+    """Each head's utilisation."""
+    with tempfile.TemporaryDirectory() as storage:
+        LTETrainer(
+            Throttled(),
+            lte=LTEConfig(num_heads=len(PAUSES)),
+            merge=merge,
+            train=TrainConfig(steps=STEPS, eval_every=0, checkpoint_every=0, threads_per_head=1),
+            scaling_config=PlacementConfig(cpus_per_head=0.25),
+            run_config=StorageConfig(name="run", storage=storage),
+            reporter=Silent(),
+        ).fit()
+        rows = [json.loads(line) for line in (Path(storage) / "run" / "metrics.jsonl").read_text().splitlines()]
+    merged: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        for head, stall in row.get("stall_seconds", {}).items():
+            merged[int(head)].append((row["at"], stall))
+    return [1 - sum(stall for _, stall in of[2:]) / (of[-1][0] - of[1][0]) for _, of in sorted(merged.items())]
+
+
+def simulated(merge: MergeConfig) -> list[float]:
+    """The same by the simulator, which knows the steps' times."""
+    settings = Settings("simulated", LTEConfig(num_heads=len(PAUSES)), merge, TrainConfig(steps=STEPS))
+    return [head.utilisation for head in keep_time([named_plan("gpt2-124m", 1, 1.0)], settings, _free(LOCAL)).heads]
+
+
+def _free(cluster: ClusterModel) -> ClusterModel:
+    """Products and copies of a model as small as Regression's take no time to speak of."""
+    return dataclasses.replace(cluster, merge_flops=0, merge_memory=0)
+
+
+def coordinator_constants() -> dict[str, Any]:
+    """What `ClusterModel` says of the coordinator, measured: whole merges on GPT-2-124M's shapes, and a message's decision."""
+    plan = named_plan("gpt2-124m", 32, 64.0)
+    merges = {}
+    for heads in (2, 8):
+        took = [_merge_seconds(plan, heads) for _ in range(3)]
+        modelled = Sizes([plan] * heads, MergeConfig()).merge_seconds(ClusterModel(), heads)
+        merges[f"{heads} heads"] = {"measured": spread(took), "modelled": round(modelled, 4)}
+    operations = sum(2 * a.matrix[0] * a.matrix[1] * 2 * a.rank for a in plan.adapted)
+    left, right, weight = torch.randn(3072, 512), torch.randn(512, 768), torch.zeros(3072, 768)
+    weight.addmm_(left, right)
+    begun = time.perf_counter()
+    for _ in range(20):
+        weight.addmm_(left, right)
+    flops = 20 * 2 * 3072 * 512 * 768 / (time.perf_counter() - begun)
+    many = 64
+    settings = Settings("messages", LTEConfig(num_heads=many), MergeConfig(), TrainConfig())
+    coordinator = Coordinator(settings, TINY_PLAN, torch.zeros(1), make_policy(settings.merge))
+    contributions = [TimedHead("messages", head).contribute() for head in range(many)]
+    begun = time.perf_counter()
+    for contribution in contributions[:-1]:
+        coordinator.receive(contribution, contribution.buffer)
+    return {
+        "threads": torch.get_num_threads(),
+        "flops_of_products": round(flops),
+        "operations_of_a_contribution": operations,
+        "seconds_of_a_merge": merges,
+        "seconds_of_a_message_without_ray": (time.perf_counter() - begun) / (many - 1),
+    }
+
+
+def _merge_seconds(plan: Plan, heads: int) -> float:
+    """From the contributions in hand to a copy of the new base, as `benchmarks.merge` takes it."""
+    settings = Settings("merge", LTEConfig(num_heads=heads), MergeConfig(), TrainConfig())
+    buffers = [torch.zeros(plan.contribution.size).fill_(1e-3) for _ in range(heads)]
+    references = {head: buffer[: plan.factors_size].clone() for head, buffer in enumerate(buffers)}
+    base = torch.zeros(plan.base.size)
+    coordinator = Coordinator(settings, plan, base, make_policy(settings.merge), references=references)
+    messages = [
+        Contribution("merge", head, incarnation=0, sequence=1, version=0, step=1, steps=1, samples=1, loss=0.0)
+        for head in range(heads)
+    ]
+    begun = time.perf_counter()
+    for message, buffer in zip(messages, buffers, strict=True):
+        coordinator.receive(message, buffer)
+    coordinator.base.clone()
+    return time.perf_counter() - begun
+
+
+def main() -> None:
+    figures: dict[str, Any] = {"pauses": PAUSES, "constants": coordinator_constants()}
+    met = {}
+    for name, merge in WAYS.items():
+        real, virtual = under_ray(merge), simulated(merge)
+        ratio = sum(real) / sum(virtual)
+        met[name] = 0.9 <= ratio <= 1.1
+        figures[name] = {
+            "utilisation_under_ray": [round(value, 4) for value in real],
+            "utilisation_simulated": [round(value, 4) for value in virtual],
+            "ratio": round(ratio, 4),
+            "ratio_by_head": spread([a / b for a, b in zip(real, virtual, strict=True)]),
+        }
+    limits = {name: f"utilisation under Ray over simulated, {name}: 0.9 to 1.1" for name in WAYS}
+    report("simulator", limits=limits, met=met, figures=figures)
+
+
+if __name__ == "__main__":
+    main()

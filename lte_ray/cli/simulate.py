@@ -1,0 +1,180 @@
+"""``lte-ray simulate``: what a run would do on a cluster, under a virtual clock. Starts no Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from lte_ray.cli.flags import TITLES, Face, parse_sections
+from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
+from lte_ray.config.cluster import ClusterModel
+from lte_ray.config.fields import setting, switches, words
+from lte_ray.engine.virtual.record import KINDS, VirtualRun
+from lte_ray.errors import ConfigError, WorkerError
+from lte_ray.loading import load_object
+
+SHAPES = ("gpt2-124m", "gpt2-355m", "gpt2-774m", "gpt2-1558m")
+WIDEST = 110
+"""Columns of the picture on a terminal, at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What is simulated, and where its record goes."""
+
+    shapes: str = setting("gpt2-124m", f"Without a WORKER, the shapes that heads would train: {', '.join(SHAPES)}.")
+    time_only: bool = setting(False, "With a WORKER: keep time only, and train nothing. Without one it is always so.")
+    json: str = setting("", "File that the whole record is written to.")
+    picture: str = setting("", "File that the timeline is drawn to, as SVG.")
+
+    def __post_init__(self) -> None:
+        words(self, "shapes", SHAPES)
+        switches(self, "time_only")
+        for name in ("json", "picture"):
+            file = getattr(self, name)
+            if file and not Path(file).parent.is_dir():
+                raise ConfigError(f"--{name} is {file}, but there is no folder {Path(file).parent}.")
+
+
+FACE = Face(
+    "simulate",
+    "Simulates a run on a cluster with heads of given speeds, links and faults. With a WORKER the gradient steps are real and "
+    "the time is virtual; without, or with --time-only, only time is kept, for up to 10,000 heads. Nothing needs a cluster. "
+    "Flags may also stand in a TOML file, as for train: --config FILE.toml.",
+    {
+        **{kind: title for kind, title in TITLES.items() if kind in (LTEConfig, MergeConfig, TrainConfig)},
+        ClusterModel: "cluster",
+        Output: "output",
+    },
+)
+
+
+def simulate(arguments: list[str]) -> None:
+    """Runs the subcommand with the arguments behind ``simulate``.
+
+    Raises:
+        LTEError: as a run's, for what doesn't fit together, and for files that can't be written.
+    """
+    named = bool(arguments) and not arguments[0].startswith("-")
+    program, rest = (arguments[0], arguments[1:]) if named else ("", arguments)
+    kind = load_object(program, what="WORKER", error=WorkerError) if named else None
+    if kind is not None and not inspect.isclass(kind):
+        raise WorkerError(f"WORKER {program!r} is a {type(kind).__name__}, not a class.")
+    made, worker = parse_sections(kind, program or "[WORKER]", rest, FACE)
+    if kind is not None and worker is None:
+        worker = _made(program, kind)
+    begun = time.perf_counter()
+    run = _run(worker, made)
+    took = time.perf_counter() - begun
+    output: Output = made[Output]
+    if output.json:
+        what = {
+            "program": program or output.shapes,
+            "settings": {k.__name__: _plain(s) for k, s in made.items() if k is not Output},
+        }
+        _write(output.json, json.dumps(run.to_json(**what), allow_nan=False) + "\n")
+    if output.picture:
+        from lte_ray.cli.svg import svg
+
+        _write(output.picture, svg(run, _title(program or output.shapes, made)))
+    _show(run, _title(program or output.shapes, made), took, worker is not None)
+
+
+def _run(worker: Any, made: dict[type, Any]) -> VirtualRun:
+    from lte_ray.engine.initial import prepare
+    from lte_ray.engine.settings import Settings
+    from lte_ray.engine.virtual import entry
+    from lte_ray.engine.virtual.sizes import named_plan
+
+    lte, output, cluster = made[LTEConfig], made[Output], made[ClusterModel]
+    settings = Settings("simulated", lte, made[MergeConfig], made[TrainConfig])
+    if worker is None:
+        return entry.keep_time([named_plan(output.shapes, lte.lora_r, lte.lora_alpha)], settings, cluster)
+    if output.time_only:
+        return entry.keep_time(list(prepare(worker, settings).plans), settings, cluster)
+    return entry.train(worker, settings, cluster).record
+
+
+def _made(program: str, kind: type) -> Any:
+    try:
+        return kind()
+    except Exception as error:
+        raise WorkerError(f"{program} could not be made: {type(error).__name__}: {error}") from error
+
+
+def _plain(section: Any) -> dict[str, Any]:
+    """A settings class as JSON values; what is no plain value by its text."""
+    return json.loads(json.dumps(dataclasses.asdict(section), default=str))  # type: ignore[no-any-return]
+
+
+def _write(file: str, content: str) -> None:
+    try:
+        Path(file).write_text(content)
+    except OSError as error:
+        raise ConfigError(f"{file} can't be written: {error.strerror}.") from error
+
+
+def _title(what: str, made: dict[type, Any]) -> str:
+    merge: MergeConfig = made[MergeConfig]
+    every = f"every {merge.merge_every}" if merge.merge_every else f"every {merge.merge_iter} steps"
+    waiting = "" if merge.wait else ", no waiting"
+    policy = merge.policy if isinstance(merge.policy, str) else type(merge.policy).__name__
+    return f"{what}: {policy}, {merge.when}{waiting}, {every}"
+
+
+def _show(run: VirtualRun, title: str, took: float, with_samples: bool) -> None:
+    """The summary and the timeline."""
+    from lte_ray.cli.timeline import timeline
+
+    console = Console(highlight=False)
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", justify="right")
+    grid.add_column()
+    for name, value in run.evaluation.items():
+        grid.add_row(Text(name.replace("_", " ")), Text(f"{value:.4g}", style="bold green"))
+    for name, text in _lines(run, took, with_samples):
+        grid.add_row(name, text)
+    console.print(Panel(grid, title=Text(title), title_align="left", expand=False))
+    fancy = (console.encoding or "").lower().startswith("utf")
+    console.print(timeline(run, min(WIDEST, console.width), unicode=fancy), soft_wrap=True)
+
+
+def _lines(run: VirtualRun, took: float, with_samples: bool) -> Iterator[tuple[str, str]]:
+    if with_samples and run.merges and math.isfinite(run.merges[-1].loss):
+        yield "train loss", f"{run.merges[-1].loss:.4g}, from {run.merges[0].loss:.4g} in the first merge"
+    each = [head.utilisation for head in run.heads]
+    yield "utilisation", f"{run.utilisation:.1%} of a head's time; {min(each):.1%} to {max(each):.1%}"
+    yield "heads' time", ", ".join(f"{kind} {run.share(kind):.1%}" for kind in KINDS if run.share(kind) >= 0.0005)
+    yield "took", f"{run.seconds:,.4g} s, simulated in {took:.1f} s"
+    samples = f", {run.samples:,} samples" if with_samples else ""
+    lost = f"; {run.lost_steps:,} more were lost" if run.lost_steps else ""
+    yield "trained", f"{run.steps:,} local steps{samples}{lost}"
+    rate = f"{run.versions / run.seconds:.3g} a second" if run.seconds else "at once"
+    yield "merges", f"{run.versions:,}, {rate}; of {run.arrivals:,} contributions"
+    yield "staleness", f"{run.mean_lag:.2f} versions on average, {run.max_lag} at most"
+    of = max(1, run.arrivals)
+    yield "bytes", f"{_bytes(run.bytes_up / of)} up and {_bytes(run.bytes_down / of)} down for each contribution"
+    yield "in all", f"{_bytes(run.bytes_up)} up and {_bytes(run.bytes_down)} down"
+    yield (
+        "coordinator",
+        (f"busy {run.coordinator_busy:.1%} of the time, its link {run.link_in_busy:.1%} in, {run.link_out_busy:.1%} out"),
+    )
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            return f"{size:,.3g} {unit}" if unit != "TB" else f"{size:,.1f} TB"
+        size /= 1000
+    raise AssertionError

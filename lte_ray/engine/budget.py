@@ -1,0 +1,56 @@
+"""Who takes the local steps of a run: each head its own, or all heads together, the faster ones more."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from lte_ray.engine.pace import Pace
+from lte_ray.engine.settings import Settings
+from lte_ray.messages import Order
+
+AHEAD = 2
+"""Rounds that a head may be granted at once: one whose contribution is on its way, and one that it trains meanwhile."""
+
+
+def is_shared(settings: Settings) -> bool:
+    """Whether the heads share `steps` x `num_heads` local steps, so that a slow head doesn't train on alone at the end."""
+    merge, budget = settings.merge, settings.train.budget
+    if budget == "auto":
+        return not merge.wait or merge.match_speed or bool(merge.merge_every)
+    return budget == "shared"
+
+
+class Budget:
+    """Grants local steps, a round or two at a time where they are shared; all together heads take exactly what there is.
+
+    Args:
+        settings: of the run.
+        pace: knows the heads' speeds.
+        taken: steps that heads have taken before (a resumed run).
+    """
+
+    def __init__(self, settings: Settings, pace: Pace, taken: dict[int, int]) -> None:
+        self.shared = is_shared(settings)
+        self._steps, self._pace = settings.train.steps, pace
+        self._total = settings.train.steps * settings.lte.num_heads
+        self._taken = dict.fromkeys(range(settings.lte.num_heads), 0) | taken
+        self._granted = dict(self._taken)
+
+    @property
+    def progress(self) -> float:
+        """The share of all steps that the contributions hold."""
+        return sum(self._taken.values()) / self._total
+
+    def note(self, head: int, step: int) -> None:
+        """A head has taken `step` local steps in all."""
+        self._taken[head] = max(step, self._taken[head])
+
+    def order(self, head: int, live: Collection[int]) -> Order:
+        """What a head is to do next."""
+        steps = self._pace.steps(head, live)
+        if not self.shared:
+            return Order(steps, self._steps)
+        left = max(0, self._total - sum(self._granted.values()))
+        grant = min(left, max(0, self._taken[head] + AHEAD * steps - self._granted[head]))
+        self._granted[head] += grant
+        return Order(steps, self._granted[head], left == grant, self._pace.rate(head, live), self.progress)

@@ -1,0 +1,140 @@
+"""A head process's own copy of the newest base, which it keeps by redoing the merges from their factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lte_ray.engine.downlink import CHECK_EVERY
+from lte_ray.merging.flat import views
+from lte_ray.merging.products import Share, add_contributions, new_reference
+from lte_ray.merging.transfer import Codec, checksum
+from lte_ray.messages import Merged, Update
+
+
+@dataclass
+class _Part:
+    """A group's part of the base, flat, and each head's reference in it."""
+
+    base: Tensor
+    references: dict[int, Tensor | None]
+
+
+class OutOfReach(Exception):
+    """The merges of an update don't follow the version that this process has: it needs the whole base."""
+
+
+class Mirror:
+    """Follows the coordinator's base version by version.
+
+    Groups that travel by factors are redone here: the same products in the same order as the coordinator's. The rest is
+    copied from what it publishes.
+
+    Args:
+        codecs: each head's; all have the same groups.
+        reset: as `LTEConfig.reset`.
+        fetch: gives the buffer behind a handle.
+    """
+
+    def __init__(self, codecs: Sequence[Codec], reset: str, fetch: Callable[[Any], Tensor]) -> None:
+        self._codecs, self._reset, self._fetch = codecs, reset, fetch
+        self._parts: dict[int, _Part] = {}
+        self._base: Tensor | None = None
+        self._sums: dict[int, int] = {}  # checksum by version
+        self._turn = Lock()
+        self.version = -1
+        self.bytes = 0  # fetched
+        self.resyncs = 0
+        """How often the copy had drifted from the coordinator's, and was fetched anew."""
+
+    @property
+    def have(self) -> int:
+        """The version to ask from: -1 where the whole base is to be sent."""
+        return self.version if self._parts else -1
+
+    def take(self, update: Update) -> Tensor | None:
+        """Follows to the update's version and gives that base, flat; None if this process has it or a newer one.
+
+        The base is the mirror's own, to be read only, and stays as it is until `release`, which has to follow: whoever comes
+        meanwhile waits.
+
+        Raises:
+            OutOfReach: merges are missing between this process's version and the update's.
+        """
+        self._turn.acquire()
+        try:
+            base = self._follow(update) if update.version > self.version else None
+        except BaseException:
+            self._turn.release()
+            raise
+        if base is None:
+            self._turn.release()
+            return None
+        self._base, self.version = base, update.version
+        return base
+
+    def release(self) -> None:
+        """The base that `take` gave isn't needed any more."""
+        self._turn.release()
+
+    def _follow(self, update: Update) -> Tensor:
+        groups = self._codecs[0].groups
+        if len(groups) == 1 and not groups[0].by_factors:
+            return self._get(update.base[0])
+        plan, base = self._codecs[0].plan, self._base
+        chain = [merged for merged in update.chain if merged.version > self.version]
+        whole = update.base.keys() >= {i for i, group in enumerate(groups) if group.by_factors}
+        if not whole and (not self._parts or self.version + len(chain) != update.version):
+            raise OutOfReach
+        for index, handle in update.base.items():
+            part = self._get(handle)
+            base = torch.empty(plan.base.size, dtype=part.dtype) if base is None else base
+            if groups[index].by_factors:
+                self._parts[index] = _Part(part.clone(), {})
+            else:
+                self._copy(base, index, part)
+        for head, handle in update.references.items():
+            factors = self._get(handle)
+            for index, part_ in self._parts.items():
+                part_.references[head] = self._codecs[head].take_factors(index, factors).clone()
+        for merged in chain:
+            self._redo(merged)
+        assert base is not None
+        for index, part_ in self._parts.items():
+            self._copy(base, index, part_.base)
+        self._compare(update)
+        return base
+
+    def _redo(self, merged: Merged) -> None:
+        for index, part in self._parts.items():
+            shares = []
+            for head, weight in merged.weights.items():
+                codec, old = self._codecs[head], part.references.get(head)
+                flat = codec.decode_group(index, self._get(merged.buffers[head][index]), old)
+                shares.append((head, Share(weight, codec.parts[index], flat, old)))
+            add_contributions(part.base, [share for _, share in shares])
+            for head, share in shares:
+                part.references[head] = new_reference(share, self._reset)
+        if merged.version % CHECK_EVERY == 0:
+            self._sums = {merged.version: sum(checksum(part.base) for part in self._parts.values()) % 2**64}
+
+    def _compare(self, update: Update) -> None:
+        """Forgets the copy if it isn't the coordinator's any more; the next update then brings the whole base."""
+        if update.checksum is not None and self._sums.get(update.checksum[0], update.checksum[1]) != update.checksum[1]:
+            self._parts, self._sums = {}, {}
+            self.resyncs += 1
+
+    def _copy(self, base: Tensor, index: int, part: Tensor) -> None:
+        into = views(self._codecs[0].plan.base, base)
+        for name, value in views(self._codecs[0].parts[index].base, part).items():
+            into[name].copy_(value)
+
+    def _get(self, handle: Any) -> Tensor:
+        buffer = self._fetch(handle)
+        self.bytes += buffer.nbytes
+        return buffer

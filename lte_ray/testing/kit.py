@@ -1,0 +1,100 @@
+"""The conformance kit of merge policies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
+
+import torch
+
+from lte_ray.config import MergeConfig
+from lte_ray.merging.policy import MergePolicy
+from lte_ray.merging.registry import make_policy
+from lte_ray.merging.scheduled import Scheduled
+from lte_ray.testing.scene import Scene
+from lte_ray.testing.watched import Violation
+
+SHOWN = 30
+"""Events of the trace that a failure shows, the last ones."""
+
+
+def check_policy(
+    make: Callable[[], Any],
+    *,
+    when: Sequence[str] | None = None,
+    heads: Iterable[int] = (1, 2, 5),
+    seeds: Iterable[int] = range(8),
+    events: int = 40,
+) -> None:
+    """Runs a policy through the engine with heads that contribute, fall behind, leave and send rubbish at random, in float64.
+
+    It must hold that
+
+    - every decision can be carried out: it is about pending heads, with finite weights or a finite change in the base layout;
+    - what is decided is what is merged: W_v - W_0 is the sum of all that was decided, and contributions are references then;
+    - no contribution waits for ever: where all live heads wait, something is decided, or at a time that comes;
+    - `pending` isn't changed, nor is a change once it is given: merges are carried out later;
+    - the same events lead to the same decisions, bit for bit;
+    - `state` and `load_state` hold all that the policy remembers: one that goes on from a checkpoint decides as the one that
+      never stopped. A policy without them remembers nothing.
+
+    Args:
+        make: makes the policy anew: a class, or a function that gives a policy object, a function ``f(pending, roster)`` or
+            a built-in name.
+        when: the `MergeConfig.when` to run with; by default all of them, and for a policy with a `decide` method its own.
+        heads: numbers of heads.
+        seeds: one run each.
+        events: in each run.
+
+    Raises:
+        AssertionError: it doesn't hold; names the policy and shows the events that led there.
+        ConfigError: it is no policy.
+    """
+    decides_itself = not isinstance(_policy(make, "barrier"), Scheduled)
+    for moment in when or (("barrier",) if decides_itself else ("barrier", "quorum", "arrival")):
+        for num_heads in heads:
+            for seed in seeds:
+                _check(make, moment, num_heads, seed, events)
+
+
+def _policy(make: Callable[[], Any], when: str) -> MergePolicy:
+    deadline = 1.5 if when == "quorum" else 0.0  # so that some merges are made by the clock
+    return make_policy(MergeConfig(policy=make(), when=when, deadline=deadline))  # type: ignore[arg-type]  # checks the word
+
+
+def _check(make: Callable[[], Any], when: str, num_heads: int, seed: int, events: int) -> None:
+    policy = _policy(make, when)
+    name = getattr(policy, "name", None) or type(policy).__name__
+    setting = f"seed {seed}, {num_heads} heads, {events} events, when={when!r}"
+
+    def run(policy: MergePolicy, resumed_at: int | None = None) -> Scene:
+        scene = Scene(policy, lambda: _policy(make, when), num_heads, seed, resumed_at)
+        try:
+            scene.run(events)
+        except Violation as violation:
+            _fail(name, setting, str(violation), scene.trace, violation)
+        return scene
+
+    first, again = run(policy), run(_policy(make, when))
+    if first.trace != again.trace or not torch.equal(first.base, again.base):
+        _fail(name, setting, "the same events led to other decisions: " + _difference(first, again), again.trace)
+    resumed = run(_policy(make, when), resumed_at=events // 2)
+    if first.trace != resumed.trace or not torch.equal(first.base, resumed.base):
+        what = (
+            f"resumed from its state after event {events // 2} it decided otherwise than without a break; state() must hold "
+            "all that it remembers, and load_state() take it over: "
+        )
+        _fail(name, setting, what + _difference(first, resumed), resumed.trace)
+
+
+def _difference(first: Scene, other: Scene) -> str:
+    for one, two in zip(first.trace, other.trace, strict=False):
+        if one != two:
+            return f"first «{one}», then «{two}»"
+    return "the merged weights differ"
+
+
+def _fail(name: str, setting: str, what: str, trace: list[str], cause: Exception | None = None) -> NoReturn:
+    events = "\n".join(f"  {line}" for line in trace[-SHOWN:])
+    more = f" (the last {SHOWN} of {len(trace)})" if len(trace) > SHOWN else ""
+    raise AssertionError(f"The merge policy {name} fails with {setting}: {what}\nEvents{more}:\n{events}") from cause
