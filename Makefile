@@ -35,13 +35,19 @@ format: $(VENV)/.installed-dev  ## Format the code and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-dev  ## Run the benchmarks and write benchmarks/results (about 40 minutes)
+bench: $(VENV)/.installed-dev  ## Run the benchmarks and write benchmarks/results (about two hours)
 	$(BIN)/python -m benchmarks.merge
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.efficiency
 	$(BIN)/python -m benchmarks.modes
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.quantized
+	$(BIN)/python -m benchmarks.async
+	$(BIN)/python -m benchmarks.bytes
+	$(BIN)/python -m benchmarks.merge_scale
+	$(BIN)/python -m benchmarks.simulator
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.async_quality
 
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -39,8 +39,8 @@ from workers.regression import Regression
 
 PAUSES = (0.02, 0.02, 0.02, 0.08)
 STEPS, MERGE_ITER = 160, 10
-LOCAL = ClusterModel(step_seconds=PAUSES[0], speeds=tuple(p / PAUSES[0] for p in PAUSES), bandwidth=0, share_steps="never")
-"""The simulated cluster: one machine, so links cost their latency only."""
+LOCAL = ClusterModel(step_seconds=PAUSES[0], speeds=tuple(p / PAUSES[0] for p in PAUSES), bandwidth=0, jitter=0.02)
+"""The simulated cluster: one machine, so links cost their latency only; without jitter ties would be broken by number."""
 
 WAYS = {
     "barrier": MergeConfig(merge_iter=MERGE_ITER),
@@ -70,7 +70,7 @@ def under_ray(merge: MergeConfig) -> list[float]:
             Throttled(),
             lte=LTEConfig(num_heads=len(PAUSES)),
             merge=merge,
-            train=TrainConfig(steps=STEPS, eval_every=0, checkpoint_every=0, threads_per_head=1),
+            train=TrainConfig(steps=STEPS, budget="each", eval_every=0, checkpoint_every=0, threads_per_head=1),
             scaling_config=PlacementConfig(cpus_per_head=0.25),
             run_config=StorageConfig(name="run", storage=storage),
             reporter=Silent(),
@@ -85,7 +85,7 @@ def under_ray(merge: MergeConfig) -> list[float]:
 
 def simulated(merge: MergeConfig) -> list[float]:
     """The same by the simulator, which knows the steps' times."""
-    settings = Settings("simulated", LTEConfig(num_heads=len(PAUSES)), merge, TrainConfig(steps=STEPS))
+    settings = Settings("simulated", LTEConfig(num_heads=len(PAUSES)), merge, TrainConfig(steps=STEPS, budget="each"))
     return [head.utilisation for head in keep_time([named_plan("gpt2-124m", 1, 1.0)], settings, _free(LOCAL)).heads]
 
 

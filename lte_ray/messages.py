@@ -102,9 +102,9 @@ class MergeRecord:
     """One merge, as the coordinator saw it. Times in seconds, `at` in Unix time.
 
     By head: `weights` are those of the contributions (empty where the policy made the change itself), `lags` the versions that
-    they were behind, `stalls` the seconds for which merging kept heads from training since their contributions before. `bytes_up` and `bytes_down` are what these
-    contributions cost until all heads have them; `bytes_instead` what other ways would have sent in their place
-    (`engine.downlink.bytes_instead`).
+    they were behind, `stalls` the seconds for which merging kept heads from training since their contributions before.
+    `bytes_up` and `bytes_down` are what these contributions cost until all heads have them; `bytes_instead` is what other ways
+    would have sent in their place (`engine.downlink.bytes_instead`).
     """
 
     version: int
@@ -144,7 +144,11 @@ class HeadTimes:
 
 @dataclass(frozen=True)
 class HeadStatus:
-    """A head's progress: answered at any time, also in the middle of a step."""
+    """A head's progress: answered at any time, also in the middle of a step.
+
+    `bytes_up` are those of its contributions; `bytes_down` are what its process fetched for all its heads, in equal parts.
+    `resyncs` is how often its process's copy of the base had drifted and was fetched anew; `note` says what is unusual.
+    """
 
     head: int
     step: int = 0
@@ -156,3 +160,7 @@ class HeadStatus:
     times: HeadTimes = HeadTimes()
     first_step_at: float | None = None
     last_step_at: float | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
+    resyncs: int = 0
+    note: str = ""

@@ -63,7 +63,7 @@ class LTETrainer:
 
         Returns:
             `metrics` (the last evaluation's figures, also under "evaluation"; train_loss, step, samples,
-            samples_per_second, version, seconds, and `times`, where the heads' time went), `checkpoint` (the last one), and
+            samples_per_second, version, seconds, `times`, where the heads' time went, all heads' bytes), `checkpoint`, and
             `path` (the run directory, which holds ``model.safetensors``).
 
         Raises:
@@ -152,6 +152,10 @@ def _result(session: Session, directory: RunDirectory) -> ray.train.Result:
         "seconds": progress.seconds,
         "times": {f.name: sum(getattr(t, f.name) for t in times) / len(times) for f in dataclasses.fields(HeadTimes)},
         "merge_seconds": sum(m.merge_seconds for m in session.merges),
+        "bytes_up": sum(status.bytes_up for status in session.statuses.values()),
+        "bytes_down": sum(status.bytes_down for status in session.statuses.values()),
+        "bytes_ddp": sum(merge.bytes_instead.get("ddp", 0) for merge in session.merges),
+        "resyncs": sum(status.resyncs for status in session.statuses.values()),
     }
     if session.sample is not None:
         metrics["sample"] = session.sample

@@ -6,24 +6,29 @@ import dataclasses
 from collections.abc import Sequence
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from helpers import Tiny, assert_near, make_settings
+from hypothesis import given
 from hypothesis import settings as profile
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
 from lte_ray.config import MergeConfig
+from lte_ray.engine.budget import Budget
 from lte_ray.engine.coordinator import Coordinator, Outcome
 from lte_ray.engine.head import Head
 from lte_ray.engine.initial import prepare
+from lte_ray.engine.pace import Pace
 from lte_ray.engine.settings import Settings
+from lte_ray.errors import ConfigError
 from lte_ray.merging import Decision, Discard, Merge, Pending, Roster, Wait
 from lte_ray.merging.flat import as_matrix, base_replicas, factor_views, replica_views, views
 from lte_ray.merging.groups import groups
 from lte_ray.merging.products import Share, dense_change
 from lte_ray.merging.registry import make_policy
 from lte_ray.merging.transfer import Codec
-from lte_ray.messages import Contribution, Verdict
+from lte_ray.messages import Contribution, Order, Verdict
 
 HEADS = 3
 
@@ -110,11 +115,17 @@ class Schedules(RuleBasedStateMachine):
         self.settle(self.coordinator.tick())
 
     @precondition(lambda self: self.answers)
-    @rule(data=st.data())
-    def answer(self, data: st.DataObject) -> None:
-        head = data.draw(st.sampled_from(sorted(self.answers)))
-        verdict, version, base = self.answers.pop(head)
-        self.heads[head].adopt(verdict, version, base if version > self.heads[head].version else None)
+    @rule(data=st.data(), ahead=st.booleans(), steps=st.integers(0, 2))
+    def answer(self, data: st.DataObject, ahead: bool, steps: int) -> None:
+        """Perhaps computed ahead, while the head takes further steps."""
+        head = self.heads[data.draw(st.sampled_from(sorted(self.answers)))]
+        verdict, version, base = self.answers.pop(head.head)
+        if version <= head.version:
+            head.adopt(verdict, version, None)
+            return
+        staged = head.stage(base, verdict.accepted) if ahead else {}
+        head.train(steps)
+        head.adopt(verdict, version, base, staged)
 
     @rule(head=st.integers(0, HEADS - 1))
     def hear_of_a_newer_version(self, head: int) -> None:
@@ -199,3 +210,100 @@ def test_steps_in_flight_ride_in_the_next_contribution() -> None:
     own = replica_views(coordinator.plan, base_replicas(coordinator.plan, coordinator.base))
     for name, value in own.items():
         assert_near(value, dict(head.model.named_parameters())[name].detach(), 1e-13)
+
+
+def test_settings_that_contradict_each_other_are_errors() -> None:
+    """Before anything starts: the reset variant can't train on, and a quorum is no more than there are heads."""
+    plain = make_settings(reset="B")
+    with pytest.raises(ConfigError, match="--reset B and --no-wait contradict each other"):
+        dataclasses.replace(plain, merge=MergeConfig(wait=False))
+    with pytest.raises(ConfigError, match="--quorum is 3, but there are 2 heads: choose at most as many"):
+        dataclasses.replace(make_settings(), merge=MergeConfig(when="quorum", quorum=3))
+
+
+@pytest.mark.parametrize(("text", "expected"), [("", 0.0), ("30s", 30.0), ("1.5m", 90.0), ("2h", 7200.0)])
+def test_times_are_read_with_their_unit(text: str, expected: float) -> None:
+    """`merge_every`; without a unit, or of nothing, it is an error that says how to write it."""
+    assert MergeConfig(merge_every=text).every_seconds == expected
+    for wrong in ("30", "0s", "s", "-1s", "1 day"):
+        with pytest.raises(ConfigError, match=r"--merge-every is .* must be a time such as 30s, 5m or 1h"):
+            MergeConfig(merge_every=wrong)
+
+
+def test_the_pace_follows_the_slowest_or_the_clock() -> None:
+    """Steps of a round: all the same until speeds are known, then those that fit the slowest head's, or the time."""
+    matched, timed, plain = (Pace(m) for m in (MergeConfig(match_speed=True), MergeConfig(merge_every="2s"), MergeConfig()))
+    for pace in (matched, timed, plain):
+        assert pace.steps(0, {0, 1}) == 10
+        pace.note(0, 10, 1.0)
+        pace.note(1, 10, 4.0)
+    assert [matched.steps(n, {0, 1}) for n in (0, 1)] == [40, 10]
+    assert matched.steps(0, {0}) == 10  # the slow one has left
+    assert [timed.steps(n, {0, 1}) for n in (0, 1)] == [20, 5]
+    assert [plain.steps(n, {0, 1}) for n in (0, 1)] == [10, 10]
+    assert [plain.rate(n, {0, 1}) for n in (0, 1)] == pytest.approx([0.625, 2.5])
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 12), st.floats(0.01, 4)), max_size=80), st.booleans())
+def test_a_shared_budget_is_used_up_exactly(rounds: list[tuple[int, int, float]], match: bool) -> None:
+    """Whoever comes when: nobody is granted more than there is, and heads that go on until the last grant take all of it."""
+    plain = make_settings(heads=4, steps=17)
+    settings = dataclasses.replace(plain, merge=MergeConfig(merge_iter=5, wait=False, match_speed=match))
+    pace = Pace(settings.merge)
+    budget = Budget(settings, pace, {})
+    orders = {head: budget.order(head, range(4)) for head in range(4)}
+    taken = dict.fromkeys(range(4), 0)
+    for head, steps, seconds in [*rounds, *((head, 99, 1.0) for _ in range(40) for head in range(4))]:
+        now = min(steps, orders[head].limit - taken[head])
+        taken[head] += now
+        pace.note(head, now, seconds)
+        budget.note(head, taken[head])
+        orders[head] = budget.order(head, range(4))
+        assert sum(order.limit for order in orders.values()) <= 4 * 17
+    assert all(order.final for order in orders.values())
+    assert sum(taken.values()) == 4 * 17
+    assert budget.progress == 1.0
+
+
+def test_a_schedule_follows_the_whole_run_where_steps_are_shared() -> None:
+    """A head that takes half the steps goes twice as fast through its schedule, and never backwards; at rate 1, a step each."""
+
+    class Scheduled(Tiny):
+        def build_schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> object:
+            return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total_steps)
+
+    (head,) = [Head(Scheduled(), make_settings(heads=1, steps=20), 0, dtype=torch.float64)]
+    head.start(0, prepare(Scheduled(), make_settings(heads=1, steps=20), torch.float64).base)
+    rates = []
+    for order in (Order(5, 20), Order(5, 20, rate=2.5), Order(5, 20, rate=0.5, progress=0.7), Order(5, 20, progress=0.1)):
+        head.follow(order)
+        head.train(2)
+        rates.append(head.optimizer.param_groups[0]["lr"] / 0.01)
+    assert rates == pytest.approx([0.9, 0.65, 0.25, 0.15])
+
+
+def test_a_head_offers_again_what_was_discarded_unless_that_was_all() -> None:
+    """A contribution that a policy discards after the head took its last steps: these are still to be offered."""
+    settings, (head,), coordinator = started(1)
+    head.train(5)
+    first = head.contribute()
+    head.train(99)
+    assert head.done
+    discarded = Verdict(0, first.sequence, False, 0, "", discarded=True)
+    head.adopt(discarded, 0, None)
+    assert not head.finished
+    second = head.contribute()
+    assert (second.steps, second.step) == (12, 12)
+    head.adopt(dataclasses.replace(discarded, sequence=second.sequence), 0, None)
+    assert head.finished  # the policy wants none of it
+
+
+@pytest.mark.parametrize(("heads", "steps", "merge_iter"), [(8, 1, 10), (4, 30, 40), (3, 700, 10)])
+def test_a_shared_budget_leaves_something_for_everybody(heads: int, steps: int, merge_iter: int) -> None:
+    """The first to come don't take all, however few steps there are."""
+    plain = make_settings(heads=heads, steps=steps)
+    settings = dataclasses.replace(plain, merge=MergeConfig(merge_iter=merge_iter, wait=False))
+    budget = Budget(settings, Pace(settings.merge), {})
+    limits = [budget.order(head, range(heads)).limit for head in range(heads)]
+    assert limits[0] <= max(2 * merge_iter, 1, heads * steps / 3)
+    assert sum(limit > 0 for limit in limits) >= heads / 2

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lte_ray.display import LineDisplay, LiveDisplay, automatic_display, clock, line, table
+from lte_ray.display import LineDisplay, LiveDisplay, automatic_display, clock, line, table, volume
 from lte_ray.messages import HeadStatus, MergeRecord
 from lte_ray.metrics import METRICS, Evaluation, MetricsLog, Progress, throughput
 from lte_ray.storage import RunDirectory
@@ -79,7 +79,7 @@ def test_clock_counts_minutes_and_hours() -> None:
 
 
 def record(version: int, at: float) -> MergeRecord:
-    return MergeRecord(version, at, (0, 1), 20, 640, {0: 1.0, 1: 2.0}, 0.01, 100, 200, step=10 * version)
+    return MergeRecord(version, at, (0, 1), 20, 640, {0: 1.0, 1: 2.0}, 100, 200, step=10 * version)
 
 
 def test_throughput_is_samples_over_the_time_between_merges() -> None:
@@ -109,6 +109,18 @@ def test_metrics_are_appended_and_a_resumed_run_drops_what_it_repeats(tmp_path: 
         ("evaluation", 2),
     ]
     assert rows[0]["train_loss"] == {"0": 1.0, "1": 2.0}
+
+
+def test_bytes_are_shown_in_their_unit() -> None:
+    """Three digits, in powers of 1000."""
+    assert [volume(n) for n in (0, 999, 1000, 12_345_678, 4.2e9, 5e15)] == [
+        "0 B",
+        "999 B",
+        "1 kB",
+        "12.3 MB",
+        "4.2 GB",
+        "5,000.0 TB",
+    ]
 
 
 def test_many_heads_are_summed_up() -> None:

@@ -14,7 +14,7 @@ from helpers import Tiny, assert_near, make_settings
 from torch import Tensor, nn
 
 from lte_ray.adapters.stand_in import computing
-from lte_ray.config import LTEConfig, TrainConfig
+from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.data import Shard
 from lte_ray.engine.coordinator import Coordinator
 from lte_ray.engine.group import HeadGroup
@@ -321,3 +321,14 @@ def test_heads_of_one_actor_may_be_at_different_steps() -> None:
             head._outstanding = None
         (alone,) = group.train_round()
         assert (alone.head, alone.step, alone.steps) == (1, 6, 6)
+
+
+@pytest.mark.parametrize("stack", ["never", "always"])
+@pytest.mark.parametrize("quorum", [1, 2])
+def test_heads_of_one_actor_go_on_when_their_own_contribution_is_merged(stack: str, quorum: int) -> None:
+    """With a quorum some of them are answered and others not: nobody waits for ever, and all steps are merged."""
+    plain = make_settings(heads=3, steps=12)
+    settings = dataclasses.replace(plain, merge=MergeConfig(merge_iter=3, when="quorum", quorum=quorum))
+    together = simulate(Tiny(), settings, torch.float64, heads_per_actor=3, stack=stack)
+    assert sum(merge.steps for merge in together.merges) == 3 * 12
+    assert all(head.finished for head in together.heads)

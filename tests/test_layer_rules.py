@@ -476,6 +476,7 @@ EVERYTHING = (
     ),
     TrainConfig(
         steps=7,
+        budget="shared",
         seed=3,
         eval_every=0,
         checkpoint_every=0,

@@ -64,7 +64,9 @@ def test_heads_that_do_not_wait_train_all_the_time() -> None:
 
 def test_the_same_budget_each_lets_the_slow_head_finish_alone() -> None:
     """With a budget of its own, each head takes its 40 steps: the fast ones leave after 40 seconds, the slow one after 160."""
-    run = timed(4, dataclasses.replace(FREE, speeds=(1, 1, 1, 4), share_steps="never"), wait=False, when="arrival")
+    own = settings(4, wait=False, when="arrival")
+    own = dataclasses.replace(own, train=dataclasses.replace(own.train, budget="each"))
+    run = keep_time([PLAN], own, dataclasses.replace(FREE, speeds=(1, 1, 1, 4)))
     assert [head.ended for head in run.heads] == [40, 40, 40, 160]
     assert run.versions == 16
 
@@ -327,7 +329,6 @@ def test_a_policy_that_evaluates_needs_a_model() -> None:
         ({"speeds": (1, -1)}, r"--speeds \[1, -1\], but they must be above 0"),
         ({"latency": -1}, "--latency is -1, but it must be at least 0"),
         ({"straggler_rate": 1.5}, "--straggler-rate is 1.5, but it is a probability"),
-        ({"share_steps": "all"}, "--share-steps is 'all', but it must be one of: auto, always, never"),
     ],
 )
 def test_an_impossible_cluster_is_refused(values: dict[str, object], message: str) -> None:

@@ -57,6 +57,28 @@ class MainWeight:
             self.factors.set_reference(*(reference or (None, None)))
         return error
 
+    @torch.no_grad()
+    def stage(self, base: Tensor, reference: tuple[Tensor, Tensor] | None, into: Tensor | None) -> Tensor | None:
+        """What `load` would make of the weight, in another tensor; None where it is quantised or held, and only `load` can.
+
+        Args:
+            into: an earlier weight, which isn't in use any more, to be written to.
+        """
+        if isinstance(self.stored, Quantized) or self.held:
+            return None
+        staged = torch.empty_like(self.stored) if into is None else into
+        if reference is None:
+            staged.copy_(base)
+        else:
+            fold_reference(self.spec, staged, base.to(staged.device), reference[1], reference[0])
+        return staged
+
+    def swap(self, staged: Tensor) -> Tensor:
+        """Takes a staged weight in the place of the one in use, and gives that."""
+        assert isinstance(self.stored, nn.Parameter)
+        before, self.stored.data = self.stored.data, staged
+        return before
+
 
 @dataclass(frozen=True)
 class Converted:

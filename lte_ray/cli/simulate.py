@@ -20,6 +20,7 @@ from lte_ray.cli.flags import TITLES, Face, parse_sections
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.config.cluster import ClusterModel
 from lte_ray.config.fields import setting, switches, words
+from lte_ray.display import volume
 from lte_ray.engine.virtual.record import KINDS, VirtualRun
 from lte_ray.errors import ConfigError, WorkerError
 from lte_ray.loading import load_object
@@ -164,17 +165,9 @@ def _lines(run: VirtualRun, took: float, with_samples: bool) -> Iterator[tuple[s
     yield "merges", f"{run.versions:,}, {rate}; of {run.arrivals:,} contributions"
     yield "staleness", f"{run.mean_lag:.2f} versions on average, {run.max_lag} at most"
     of = max(1, run.arrivals)
-    yield "bytes", f"{_bytes(run.bytes_up / of)} up and {_bytes(run.bytes_down / of)} down for each contribution"
-    yield "in all", f"{_bytes(run.bytes_up)} up and {_bytes(run.bytes_down)} down"
+    yield "bytes", f"{volume(run.bytes_up / of)} up and {volume(run.bytes_down / of)} down for each contribution"
+    yield "in all", f"{volume(run.bytes_up)} up and {volume(run.bytes_down)} down"
     yield (
         "coordinator",
         (f"busy {run.coordinator_busy:.1%} of the time, its link {run.link_in_busy:.1%} in, {run.link_out_busy:.1%} out"),
     )
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            return f"{size:,.3g} {unit}" if unit != "TB" else f"{size:,.1f} TB"
-        size /= 1000
-    raise AssertionError

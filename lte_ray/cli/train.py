@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lte_ray.cli.flags import Parsed, parse
+from lte_ray.display import volume
 from lte_ray.errors import WorkerError
 from lte_ray.loading import load_object
 
@@ -78,6 +79,8 @@ def _show(result: ray.train.Result) -> None:
     total = sum(m["times"].values()) or 1.0
     shares = ", ".join(f"{name} {100 * spent / total:.1f}%" for name, spent in m["times"].items() if spent / total >= 0.0005)
     grid.add_row("heads' time", shares)
+    up, down, ddp = (volume(m[name]) for name in ("bytes_up", "bytes_down", "bytes_ddp"))
+    grid.add_row("traffic", f"{up} up, {down} down; DDP at every step: {ddp}")
     grid.add_row("took", f"{m['seconds']:.0f} s")
     grid.add_row("run", Text(str(result.path)))
     console.print(Panel(grid, title="done", title_align="left", expand=False))

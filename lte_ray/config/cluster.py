@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from lte_ray.config.fields import at_least, setting, words
-from lte_ray.config.merge import MergeConfig
+from lte_ray.config.fields import at_least, setting
 from lte_ray.errors import ConfigError
 
 
@@ -29,23 +27,17 @@ class ClusterModel:
     message_seconds: float = setting(0.0005, "Seconds of the coordinator for each message that it gets.")
     merge_flops: float = setting(2e11, "Floating-point operations per second of the coordinator's products; 0: no limit.")
     merge_memory: float = setting(
-        2.5e10, "Bytes per second at which the coordinator goes over contributions and weights beside the products; 0: no limit."
+        2.5e10, "Bytes per second at which the coordinator goes over contributions and weights; 0: no limit."
     )
     rebase_seconds: float = setting(0.0, "Seconds that a head stands still to adopt a newer base.")
     evaluate_seconds: float = setting(0.0, "Seconds of an evaluation that a policy asks for.")
     faults_per_hour: float = setting(0.0, "How often a head dies, on average; the times between are exponential.")
     restart_seconds: float = setting(30.0, "Seconds until a head that died asks for the base again.")
-    share_steps: Literal["auto", "always", "never"] = setting(
-        "auto",
-        "Whether the heads share their local steps: --steps times --num-heads in all, whoever is faster takes more; else each "
-        "takes --steps. auto: unless they wait and take equally many from one contribution to the next.",
-    )
 
     def __post_init__(self) -> None:
         at_least(self, 0, "jitter", "straggler_rate", "bandwidth", "coordinator_bandwidth", "latency", "message_seconds")
         at_least(self, 0, "step_seconds", "merge_flops", "merge_memory", "rebase_seconds", "evaluate_seconds")
         at_least(self, 0, "faults_per_hour", "restart_seconds", "straggler_factor")
-        words(self, "share_steps", ("auto", "always", "never"))
         object.__setattr__(self, "speeds", tuple(self.speeds))
         if self.step_seconds <= 0 or not all(isinstance(s, int | float) and 0 < s < float("inf") for s in self.speeds):
             raise ConfigError(
@@ -57,9 +49,3 @@ class ClusterModel:
     def speed(self, head: int) -> float:
         """How many times slower than nominal this head is."""
         return float(self.speeds[head % len(self.speeds)]) if self.speeds else 1.0
-
-    def shared(self, merge: MergeConfig) -> bool:
-        """Whether the heads share their local steps: whoever is faster takes more."""
-        if self.share_steps == "auto":
-            return not merge.wait or merge.match_speed or bool(merge.merge_every)
-        return self.share_steps == "always"

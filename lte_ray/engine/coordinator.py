@@ -1,7 +1,7 @@
 """The coordinator: owns the main weights, the heads' references and the version; asks the policy and carries it out.
 
 It is driven by events and never waits: `receive` and `leave` return what was decided by them. It knows neither Ray nor
-how tensors travel.
+how tensors travel. Where they are in shards (`engine.shard`), it decides by numbers alone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lte_ray.engine.budget import Budget
+from lte_ray.engine.elsewhere import Elsewhere, Measured, NeedsTensors
 from lte_ray.engine.master import Master, Operation
 from lte_ray.engine.pace import Pace
 from lte_ray.engine.settings import Settings
@@ -58,7 +59,8 @@ class Coordinator:
         settings: the run's settings.
         plan: what is trained.
         base: the main weights and replicas, flat in the base layout. Taken over and changed in place; its type is the
-            type of all merging.
+            type of all merging. None where they are in shards: then contributions are `Measured`, whoever drives this tells
+            the shards of the merges, and the policy must decide by weights.
         policy: decides what is merged.
         plans: each head's, where they differ from `plan` in their ranks.
         version: of `base`.
@@ -71,7 +73,7 @@ class Coordinator:
         self,
         settings: Settings,
         plan: Plan,
-        base: Tensor,
+        base: Tensor | None,
         policy: MergePolicy,
         *,
         plans: Sequence[Plan] | None = None,
@@ -81,14 +83,15 @@ class Coordinator:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings, self.plan, self.policy = settings, plan, policy
-        self.master = Master(base, version, references or {})
+        self.version = version  # the newest, which counts merges
+        self._master = None if base is None else Master(base, version, references or {})
         self.live = set(range(settings.lte.num_heads))
         self.waiting_for = ""
         self.wakes_at: float | None = None
         self.pace = Pace(settings.merge)
         self.budget = Budget(settings, self.pace, taken or {})
         self.plans = tuple(plans or [plan] * settings.lte.num_heads)
-        self._clock, self._dtype = clock, base.dtype
+        self._clock, self._dtype = clock, torch.float32 if base is None else base.dtype
         self._largest_scaling = max([1.0, *(abs(a.scaling) for each in set(self.plans) for a in each.adapted)])
         self._references: dict[int, Tensor | None] = dict(references or {})
         self.accepted: dict[int, Verdict] = {}
@@ -101,9 +104,10 @@ class Coordinator:
         self._trial: tuple[Try, Tensor] | None = None  # and the base that is tried
 
     @property
-    def version(self) -> int:
-        """The newest, which counts merges."""
-        return self.master.version
+    def master(self) -> Master:
+        """The main weights, where they aren't in shards."""
+        assert self._master is not None
+        return self._master
 
     @property
     def base(self) -> Tensor:
@@ -123,23 +127,24 @@ class Coordinator:
         """What a head is to do next."""
         return self.budget.order(head, self.live)
 
-    def receive(self, contribution: Contribution, buffer: Tensor) -> Outcome:
+    def receive(self, contribution: Contribution, buffer: Tensor | Measured) -> Outcome:
         """A contribution arrived; `buffer` is flat, in the contribution layout; it is only read, and kept until it is merged.
+
+        Where tensors are in shards, it is what they have measured.
 
         A contribution that can't be merged is refused with a reason, and nothing else is touched.
 
         Raises:
             PolicyError: the policy raised or decided something impossible.
         """
-        reason = self._refusal(contribution, buffer)
+        reason = self.refusal(contribution) or self._unfit(contribution.head, buffer)
         if reason:
-            return Outcome((Verdict(contribution.head, contribution.sequence, False, self.version, reason),), ())
+            return self.refused(contribution, reason)
         head = contribution.head
         self._newest[head] = (contribution.incarnation, contribution.sequence)
         self.pace.note(head, contribution.steps, contribution.seconds)
         self.budget.note(head, contribution.step)
-        share = Share(1.0, self.plans[head], buffer, self._references.get(head))
-        self._pending[head] = _Received(contribution, self._clock(), share)
+        self._pending[head] = _Received(contribution, self._clock(), self._share(head, buffer))
         insort(self._shown, self._show(head), key=lambda p: p.head)
         return self._decide()
 
@@ -188,7 +193,12 @@ class Coordinator:
             raise PolicyError(f"{self._policy_name} judged {decision!r}; it must give the merge that was tried, or a Discard.")
         return self._decide(decision)
 
-    def _refusal(self, c: Contribution, buffer: Tensor) -> str:
+    def refused(self, contribution: Contribution, reason: str) -> Outcome:
+        """The verdict on a contribution that can't be merged, which changes nothing."""
+        return Outcome((Verdict(contribution.head, contribution.sequence, False, self.version, reason),), ())
+
+    def refusal(self, c: Contribution) -> str:
+        """Why a contribution can't be merged, as far as its numbers say; empty if they say nothing."""
         if c.run != self.settings.run:
             return f"it belongs to run {c.run!r}, not {self.settings.run!r}"
         if c.head not in self.live:
@@ -199,15 +209,26 @@ class Coordinator:
             return f"head {c.head} has a contribution that isn't decided yet"
         if c.version > self.version:
             return f"it was trained on version {c.version}, but the newest is {self.version}"
-        size = self.plans[c.head].contribution.size
-        if buffer.shape != (size,) or buffer.dtype != self._dtype:
-            expected = f"{size} of {self._dtype}"
-            return f"it has {buffer.numel()} elements of {buffer.dtype}, expected {expected}"
+        return ""
+
+    def _unfit(self, head: int, buffer: Tensor | Measured) -> str:
+        """Why it can't be merged, as its tensors say; shards have checked their size when they decoded them."""
+        if isinstance(buffer, Tensor):
+            size = self.plans[head].contribution.size
+            if buffer.shape != (size,) or buffer.dtype != self._dtype:
+                expected = f"{size} of {self._dtype}"
+                return f"it has {buffer.numel()} elements of {buffer.dtype}, expected {expected}"
+            buffer = Measured(float(torch.dot(buffer, buffer)))
         # One pass finds NaN and infinity, and bounds each element of s B A by s times the sum of squares.
-        squares = self._largest_scaling * float(torch.dot(buffer, buffer))
+        squares = self._largest_scaling * buffer.squares
         if not squares < ABSURD:
             return f"it holds values that are NaN, infinite or absurdly large (s times the sum of squares: {squares:g})"
         return ""
+
+    def _share(self, head: int, buffer: Tensor | Measured) -> Share:
+        if isinstance(buffer, Measured):
+            return Elsewhere()
+        return Share(1.0, self.plans[head], buffer, self._references.get(head))
 
     def _decide(self, decision: Decision | None = None) -> Outcome:
         """Asks the policy and does what it says, until it waits."""
@@ -261,6 +282,8 @@ class Coordinator:
             raise PolicyError(
                 f"{self._policy_name} decided {decision!r}; a decision is one of Wait, Merge, MergeChange, Discard and Try."
             )
+        if self._master is None and isinstance(decision, MergeChange | Try):
+            raise self._needs_tensors(f"decided a {type(decision).__name__}")
         if isinstance(decision, Wait) and decision.until is None and pending and self.live <= self._pending.keys():
             raise PolicyError(
                 f"{self._policy_name} waits {decision.reason or 'for something'}, but every live head {sorted(self.live)} "
@@ -271,8 +294,16 @@ class Coordinator:
     def _guarded(self, ask: Callable[[], Any]) -> Any:
         try:
             return ask()
+        except NeedsTensors:
+            raise self._needs_tensors("looked at the tensors of a contribution") from None
         except Exception as error:
             raise PolicyError(f"{self._policy_name} raised {type(error).__name__}: {error}") from error
+
+    def _needs_tensors(self, what: str) -> PolicyError:
+        return PolicyError(
+            f"{self._policy_name} {what}, which needs --shards 1, but --shards is {self.settings.merge.shards}: the tensors "
+            "are then in other processes, and a policy can only give weights."
+        )
 
     def _settled(self, decision: Merge | MergeChange | Discard) -> list[int]:
         heads: Any = decision.weights if isinstance(decision, Merge) else decision.heads
@@ -288,10 +319,12 @@ class Coordinator:
         return sorted(named)
 
     def _merge(self, decision: Merge | MergeChange, heads: list[int]) -> MergeRecord:
-        references = {head: new_reference(self._pending[head].share, self.settings.lte.reset) for head in heads}
-        operation = replace(self._operation(decision, heads), references=references)
-        self.master.queue(operation)
-        self._references.update(references)
+        weights = self._weights(decision, heads)
+        if self._master is not None:
+            references = {head: new_reference(self._pending[head].share, self.settings.lte.reset) for head in heads}
+            self._master.queue(replace(self._operation(decision, weights), references=references))
+            self._references.update(references)
+        self.version += 1
         merged = [self._pending[h].contribution for h in heads]
         return MergeRecord(
             version=self.version,
@@ -302,23 +335,26 @@ class Coordinator:
             samples=sum(c.samples for c in merged),
             losses={c.head: c.loss for c in merged},
             base_error=max(c.base_error for c in merged),
-            bytes_up=sum(self._pending[h].share.contribution.nbytes for h in heads),
+            bytes_up=sum(self.plans[h].contribution.size for h in heads) * self._dtype.itemsize,
             bytes_down=self.plan.base.size * self._dtype.itemsize * len(heads),
-            weights={h: s.weight for h, s in zip(heads, operation.shares, strict=True)} if operation.change is None else {},
-            lags={c.head: operation.version - 1 - c.version for c in merged},
+            weights=weights,
+            lags={c.head: self.version - 1 - c.version for c in merged},
             stalls={c.head: c.stall for c in merged},
         )
 
-    def _operation(self, decision: Merge | MergeChange, heads: list[int]) -> Operation:
+    def _operation(self, decision: Merge | MergeChange, weights: Mapping[int, float]) -> Operation:
         if isinstance(decision, MergeChange):
             return Operation(self.version + 1, (), self._change(decision))
-        shares = [replace(self._pending[h].share, weight=self._weight(decision, h)) for h in heads]
+        shares = [replace(self._pending[head].share, weight=weight) for head, weight in weights.items()]
         return Operation(self.version + 1, shares)
 
     def _tried(self, decision: Merge | MergeChange) -> Tensor:
         base = self.base.clone()
-        self._operation(decision, self._settled(decision)).apply(base)
+        self._operation(decision, self._weights(decision, self._settled(decision))).apply(base)
         return base
+
+    def _weights(self, decision: Merge | MergeChange, heads: Sequence[int]) -> dict[int, float]:
+        return {} if isinstance(decision, MergeChange) else {head: self._weight(decision, head) for head in heads}
 
     def _weight(self, decision: Merge, head: int) -> float:
         weight: Any = decision.weights[head]

@@ -6,7 +6,7 @@ They train in turns, in lanes that run at the same time, or all at once as one s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -79,13 +79,16 @@ class HeadGroup:
         """Whether all local steps were taken."""
         return all(head.done for head in self.heads)
 
-    def train_round(self) -> list[Contribution]:
+    def train_round(self, waiting: Collection[int] = ()) -> list[Contribution]:
         """`merge_iter` local steps of every head that isn't done (fewer at the end), and their contributions.
+
+        Args:
+            waiting: heads that don't train, since their last contribution isn't answered.
 
         Raises:
             WorkerFailed: the worker's code raised; names the head and the step.
         """
-        active = [head for head in self.heads if not head.done]
+        active = [head for head in self.heads if not head.done and head.head not in waiting]
         self.train({head.head: head.settings.merge.merge_iter for head in active})
         return [head.contribute() for head in active]
 
@@ -95,10 +98,10 @@ class HeadGroup:
         Raises:
             WorkerFailed: the worker's code raised; names the head and the step.
         """
-        for head in self.heads:
-            head.catch_up()
         active = {head: min(steps.get(head.head, 0), head.left) for head in self.heads}
         active = {head: todo for head, todo in active.items() if todo}
+        for head in active:
+            head.catch_up()
         if self._stack is None or len(active) < len(self.heads) or len(set(active.values())) > 1:
             self._one_by_one(active)
             return

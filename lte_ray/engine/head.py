@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,8 +25,9 @@ from lte_ray.engine.optimize import Update, autocast, build_optimizer, checked_l
 from lte_ray.engine.rng import Generators, drawn, head_seed
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.state import optimizer_state, restore_optimizer, user_buffers
+from lte_ray.engine.weights import MainWeights
 from lte_ray.errors import LTEError, WorkerFailed
-from lte_ray.merging.flat import base_replicas, factor_views, factors_part, gather, replica_part, replica_views, views
+from lte_ray.merging.flat import base_replicas, factors_part, gather, replica_part, replica_views
 from lte_ray.messages import Contribution, HeadStatus, HeadTimes, Order, Verdict
 from lte_ray.worker import Batch, Worker, batch_samples, build_model, endless_batches, to_device
 
@@ -38,19 +39,6 @@ def _fingerprint(tensor: Tensor) -> Tensor:
     """Two numbers that any change of a tensor is all but sure to change."""
     exact = tensor.detach().double()
     return torch.stack([exact.sum(), exact.square().sum()])
-
-
-@dataclass
-class _Shared:
-    """What heads of one process have in common: the base version that they adopted last, and its quantisation error.
-
-    `loaded` is the version that the main weights hold, where they hold W_v itself.
-    """
-
-    version: int = -1
-    base: Tensor | None = None
-    loaded: int = -1
-    error: float = 0.0
 
 
 class Head:
@@ -83,8 +71,6 @@ class Head:
         share: Head | None = None,
         alone: bool = True,
     ) -> None:
-        self._shared: _Shared = share._shared if share is not None else _Shared()
-        self._takes_turns = share is not None or not alone
         self.head, self.settings, self.incarnation = head, settings, incarnation
         self.device, self.dtype = torch.device(device), dtype
         self.version = self.step = self.samples = self.sequence = 0
@@ -115,6 +101,7 @@ class Head:
                 check_format(base_dtype, self.device)  # the driver has tried it on its CPU
             if share is not None:
                 share_frozen(self.converted, share.converted)
+            self._weights: MainWeights = MainWeights(self.converted, None if share is None else share._weights, alone)
             checkpoint_activations(self.model, settings.train.checkpoint_activations)
             if settings.train.compile:
                 self.model.compile()
@@ -184,8 +171,8 @@ class Head:
 
     def begin(self) -> None:
         """Before steps are taken: puts this head's main weights in place, where heads share them."""
-        if self._takes_turns:
-            self._load_main_weights()
+        if self._weights.takes_turns:
+            self._weights.load(self._reference, {})
         self._frozen = self._frozen or {name: _fingerprint(p) for name, p in self.converted.frozen.items()}
         self._state = "training"
 
@@ -250,7 +237,8 @@ class Head:
     @property
     def finished(self) -> bool:
         """Whether all local steps were taken, and merged unless the policy discarded the last of them."""
-        return self.done and self._outstanding is None and (self._since[0] == self.step or self._unwanted)
+        settled = self._since[0] == self.step or (self._unwanted and self._offered[0] == self.step)
+        return self.done and self._outstanding is None and settled
 
     @property
     def outstanding(self) -> bool:
@@ -287,7 +275,7 @@ class Head:
             steps=self.step - self._since[0],
             samples=self.samples - self._since[1],
             loss=self._loss,
-            base_error=self._shared.error,
+            base_error=self._weights.error,
             seconds=self._noted[0] - trained,
             stall=self._noted[1] - stalled,
             buffer=self._outstanding,
@@ -321,7 +309,9 @@ class Head:
 
     # -- rebasing ------------------------------------------------------------------------------------------------
 
-    def adopt(self, verdict: Verdict | None, version: int, base: Tensor | None) -> None:
+    def adopt(
+        self, verdict: Verdict | None, version: int, base: Tensor | None, staged: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Takes the answer to the outstanding contribution and rebases onto `base`, losing no step (DESIGN 3.4, 3.6).
 
         At any time between two steps; steps taken since the contribution stay in the factors and replicas.
@@ -334,6 +324,7 @@ class Head:
             version: of `base`.
             base: flat, in the base layout; None if the head has that version already. Heads that take turns keep it until
                 the next, so nobody may write to it.
+            staged: what `stage` made of it.
         """
         with self.timed("rebase"):
             contained = None
@@ -345,24 +336,40 @@ class Head:
                     assert base is not None
                     contained, self._since = offered, self._offered
             if base is not None:
-                self._rebase(version, base, contained)
+                self._rebase(version, base, contained, staged or {})
+
+    def stage(self, base: Tensor, accepted: bool) -> dict[str, Tensor]:
+        """The main weights that `adopt` will put in place, computed ahead; may run beside training, in another thread.
+
+        Args:
+            base: that is to be adopted.
+            accepted: whether it holds the outstanding contribution.
+
+        Returns:
+            Weights by name; none for those that are quantised, or shared with other heads of the process.
+        """
+        reference = self._reference
+        if accepted:
+            assert self._outstanding is not None
+            reference = factors_part(self.plan, self._outstanding)
+        return self._weights.stage(base, reference)
 
     def catch_up(self) -> None:
         """Rebases onto the newest version that a head which shares the main weights has adopted meanwhile."""
-        if self.version < self._shared.version:
-            assert self._shared.base is not None and self._outstanding is None
+        newest, base = self._weights.newest
+        if self.version < newest:
+            assert base is not None and self._outstanding is None
             with self.timed("rebase"):
-                self._rebase(self._shared.version, self._shared.base, contained=None)
+                self._rebase(newest, base, contained=None)
 
     @torch.no_grad()
-    def _rebase(self, version: int, base: Tensor, contained: Tensor | None) -> None:
+    def _rebase(self, version: int, base: Tensor, contained: Tensor | None, staged: Mapping[str, Tensor] | None = None) -> None:
         ahead = self._steps_beyond(contained)
         if contained is not None:
             self._take_reference(contained)
-        if version > self._shared.version:  # else a head that shares the main weights has brought this one or a newer one
-            self._shared.version, self._shared.base = version, base
-        if not self._takes_turns:
-            self._load_main_weights()
+        self._weights.bring(version, base)
+        if not self._weights.takes_turns:
+            self._weights.load(self._reference, staged or {})
         self._replica_reference = base_replicas(self.plan, base).to(self.device, copy=True)
         before = replica_views(self.plan, self._replica_reference)
         for name, tensor in self._replicas.items():
@@ -370,26 +377,6 @@ class Head:
             if tensor.dtype != base.dtype:  # p' is what this head really adopted, rounded; else every merge counts the rounding
                 before[name].copy_(tensor.to(base.dtype) - ahead[name] if ahead else tensor)
         self.version = version
-
-    @torch.no_grad()
-    def _load_main_weights(self) -> None:
-        """W~ := W_v - s B' A', or W~ := W_v and the reference beside it where the main weights are held."""
-        shared = self._shared
-        there = shared.loaded == shared.version
-        new = None if shared.base is None else views(self.plan.base, shared.base)
-        old = None if self._reference is None else factor_views(self.plan, self._reference)
-        errors = []
-        for name, main in self.converted.mains.items():
-            reference = None if old is None else (old[main.spec.a], old[main.spec.b])
-            if there and main.held:
-                main.load(None, reference)
-            else:
-                assert new is not None
-                errors.append(main.load(new[name], reference))
-        if not there:
-            shared.loaded, shared.error = shared.version, max(errors)
-        if not self._takes_turns or all(main.held for main in self.converted.mains.values()):
-            shared.base = None  # nobody needs it again
 
     def _steps_beyond(self, contained: Tensor | None) -> dict[str, Tensor]:
         """Replica changes that the new base doesn't hold: p - p', less what was contributed; empty before the start."""

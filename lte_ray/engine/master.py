@@ -16,6 +16,9 @@ from lte_ray.merging.products import Share, add_contributions
 
 T = TypeVar("T")
 
+Use = Callable[[int, Tensor, Mapping[int, Tensor | None]], T]
+"""What is made of a version's number, its base and the references that it holds, which nothing changes meanwhile."""
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -52,8 +55,7 @@ class Master:
     def __init__(self, base: Tensor, version: int, references: Mapping[int, Tensor | None]) -> None:
         self._base, self._references = base, dict(references)
         self._done = self.version = version  # computed, and queued
-        self._queue: deque[Operation] = deque()
-        self._uses: dict[int, list[tuple[Callable[[Tensor], Any], Future[Any]]]] = {}
+        self._queue: deque[Operation | tuple[Use[Any], Future[Any]]] = deque()
         self._seconds: dict[int, float] = {}
         self._lock = Lock()
 
@@ -68,17 +70,17 @@ class Master:
         with self._lock:
             return self._catch_up()
 
-    def read(self, use: Callable[[int, Tensor, Mapping[int, Tensor | None]], T]) -> T:
-        """What `use` makes of the newest version's number, base and references, which nothing changes meanwhile."""
-        with self._lock:
-            base = self._catch_up()
-            return use(self._done, base, self._references)
-
-    def at(self, version: int, use: Callable[[Tensor], T]) -> Future[T]:
-        """What `use` will make of the base at a version whose operation was just queued; called when it is carried out."""
+    def at(self, use: Use[T]) -> Future[T]:
+        """What `use` will make of the version that is the newest now, whatever is queued after it; once it is carried out."""
         result: Future[T] = Future()
-        self._uses.setdefault(version, []).append((use, result))
+        self._queue.append((use, result))
         return result
+
+    def read(self, use: Use[T]) -> T:
+        """As `at`, at once."""
+        result = self.at(use)
+        self.catch_up()
+        return result.result()
 
     def seconds(self, version: int) -> float:
         """How long a version's operation took, which is forgotten here; 0 before it was carried out."""
@@ -86,11 +88,19 @@ class Master:
 
     def _catch_up(self) -> Tensor:
         while self._queue:
-            operation, begun = self._queue.popleft(), time.perf_counter()
-            operation.apply(self._base)
-            self._references.update(operation.references)
-            self._done = operation.version
-            self._seconds[self._done] = time.perf_counter() - begun
-            for use, result in self._uses.pop(self._done, ()):
-                result.set_result(use(self._base))
+            step = self._queue.popleft()
+            if isinstance(step, Operation):
+                begun = time.perf_counter()
+                step.apply(self._base)
+                self._references.update(step.references)
+                self._done = step.version
+                self._seconds[self._done] = time.perf_counter() - begun
+            else:
+                self._give(*step)
         return self._base
+
+    def _give(self, use: Use[Any], result: Future[Any]) -> None:
+        try:
+            result.set_result(use(self._done, self._base, self._references))
+        except Exception as error:  # it is the asker's, not that of whoever catches up
+            result.set_exception(error)

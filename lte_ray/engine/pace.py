@@ -30,6 +30,13 @@ class Pace:
             new, old = seconds / steps, self._seconds.get(head)
             self._seconds[head] = new if old is None else KEPT * old + (1 - KEPT) * new
 
+    def share(self, head: int, live: Collection[int]) -> float:
+        """This head's part of the steps that the live heads take together in any time; equal parts until speeds are known."""
+        everyone = {*live, head}
+        if not everyone <= self._seconds.keys():
+            return 1 / len(everyone)
+        return 1 / (self._seconds[head] * sum(1 / self._seconds[other] for other in everyone))
+
     def rate(self, head: int, live: Collection[int]) -> float:
         """The mean step rate of the live heads over this head's: the share of a step that all take while it takes one."""
         known = {other: self._seconds[other] for other in {*live, head} if other in self._seconds}

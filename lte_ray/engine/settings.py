@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
+from lte_ray.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -15,3 +16,14 @@ class Settings:
     lte: LTEConfig
     merge: MergeConfig
     train: TrainConfig
+
+    def __post_init__(self) -> None:
+        if self.lte.reset == "B" and not self.merge.wait:
+            raise ConfigError(
+                "--reset B and --no-wait contradict each other: B is set to zero at a merge, and with it the steps that a head "
+                "took meanwhile. Leave one of them out; reset-less heads lose nothing."
+            )
+        if self.merge.quorum > self.lte.num_heads:
+            raise ConfigError(
+                f"--quorum is {self.merge.quorum}, but there are {self.lte.num_heads} heads: choose at most as many."
+            )

@@ -78,8 +78,7 @@ def simulate(
             settle(coordinator.judged(evaluated(worker, initial, coordinator.candidate)))
 
     def ready(group: HeadGroup) -> bool:
-        numbers = {head.head for head in group.heads}
-        return not numbers & waiting and bool(numbers & coordinator.live)
+        return any(head.head in coordinator.live and head.head not in waiting for head in group.heads)
 
     while (training := [group for group in groups if ready(group)]) or coordinator.wakes_at is not None:
         if not training:
@@ -88,13 +87,11 @@ def simulate(
             settle(coordinator.tick())
         for group in training:
             for head in group.heads:
-                if head.done and head.head in coordinator.live:
+                if head.done and head.head in coordinator.live and head.head not in waiting:
                     with torch_threads(merging):
                         settle(coordinator.leave(head.head))
-            if group.done:
-                continue
             with torch_threads(threads):
-                contributions = group.train_round()
+                contributions = group.train_round(waiting)
             waiting.update(c.head for c in contributions)
             for contribution in contributions:
                 with torch_threads(merging):

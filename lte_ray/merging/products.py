@@ -14,18 +14,30 @@ from torch import Tensor
 from lte_ray.layout import Adapted, Plan
 from lte_ray.merging.flat import as_matrix, as_stored, base_replicas, factor_views, factors_part, replica_part, views
 
+MOST_INNER = 2048
+"""Inner size of one product: more terms are added in several, whose concatenated factors need a bounded amount of memory."""
+
 
 def add_products(weight: Tensor, terms: Sequence[tuple[float, Tensor, Tensor]]) -> None:
-    """weight += sum_k c_k B_k A_k, in place, as one matrix product of inner size sum_k r_k.
+    """weight += sum_k c_k B_k A_k, in place, in one matrix product of inner size sum_k r_k; in several above `MOST_INNER`.
 
     Args:
         weight: (out, in).
         terms: (c, B (out, r), A (r, in)) each; ranks may differ.
     """
-    if not terms:
-        return
-    left = torch.cat([b if c == 1.0 else c * b for c, b, _ in terms], dim=1)
-    weight.addmm_(left, torch.cat([a for _, _, a in terms], dim=0))
+    tall = weight.shape[0] > weight.shape[1]  # of B and A, the smaller takes the factor c
+    left: list[Tensor] = []
+    right: list[Tensor] = []
+    inner = 0
+    for c, b, a in terms:
+        if left and inner + b.shape[1] > MOST_INNER:
+            weight.addmm_(torch.cat(left, dim=1), torch.cat(right))
+            left, right, inner = [], [], 0
+        left.append(b if tall or c == 1.0 else c * b)
+        right.append(c * a if tall and c != 1.0 else a)
+        inner += b.shape[1]
+    if left:
+        weight.addmm_(torch.cat(left, dim=1), torch.cat(right))
 
 
 def fold_reference(spec: Adapted, weight: Tensor, base: Tensor, b: Tensor, a: Tensor) -> None:

@@ -46,14 +46,22 @@ POLICIES: dict[str, type] = {
     "gated": Gated,
 }
 
+BY_WEIGHTS = ("average", "samples", "stale")
+"""Those that look at no tensors, and so can decide where these are in shards."""
+
 
 def make_policy(merge: MergeConfig) -> MergePolicy:
     """The policy that the settings mean: `policy` with its `policy_args`, and `when` unless it decides that itself.
 
     Raises:
-        ConfigError: the policy can't be found or made, isn't one, or contradicts `when`.
+        ConfigError: the policy can't be found or made, isn't one, or contradicts `when` or `shards`.
     """
     rule = make_rule(merge.policy, merge.policy_args or {})
+    if merge.shards > 1 and type(rule) in [kind for name, kind in POLICIES.items() if name not in BY_WEIGHTS]:
+        raise ConfigError(
+            f"--policy {_called(merge.policy)} looks at the heads' tensors in one process, so it needs --shards 1, but "
+            f"--shards is {merge.shards}. Leave --shards out, or choose a policy that gives weights: {', '.join(BY_WEIGHTS)}."
+        )
     if callable(getattr(rule, "decide", None)):
         if merge.when != "barrier":
             raise ConfigError(

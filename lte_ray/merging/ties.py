@@ -33,6 +33,5 @@ class Ties:
 
 def _elected_mean(values: Tensor) -> Tensor:
     """(k, n) -> (n): the mean of the values that have the sign of their sum, 0 where there are none."""
-    agreeing = values.sign() == values.sum(dim=0).sign()
-    agreeing &= values != 0
+    agreeing = values.sign() == values.sum(dim=0).sign()  # zeros agree with a sum of zero, and add nothing
     return (values * agreeing).sum(dim=0) / agreeing.sum(dim=0).clamp(min=1)

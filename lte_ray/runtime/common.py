@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lte_ray.checkpoint import Manifest
+from torch import Tensor
+
+from lte_ray.checkpoint import Manifest, read_head
 from lte_ray.engine.settings import Settings
-from lte_ray.merging.transfer import Group
+from lte_ray.layout import Plan
+from lte_ray.merging.transfer import Codec, Group
 from lte_ray.runtime.package import Package
 from lte_ray.runtime.transport import Transport
 from lte_ray.storage import RunDirectory
@@ -22,3 +26,16 @@ class Common:
     transport: Transport
     groups: tuple[Group, ...]
     resume: Manifest | None = None
+
+    def codecs(self, plans: Sequence[Plan]) -> list[Codec]:
+        """Each head's codec; heads with equal plans share one."""
+        made = {plan: Codec(plan, self.groups, self.settings.merge) for plan in set(plans)}
+        return [made[plan] for plan in plans]
+
+    def saved_heads(self) -> Iterator[tuple[int, int, Tensor | None]]:
+        """Of each head in the checkpoint to go on from: its number, its local steps, and its factors that the base holds."""
+        if self.resume is None:
+            return
+        for head in self.resume.heads:
+            tensors, meta = read_head(self.directory, self.resume, head)
+            yield head, meta["step"], tensors.get("reference")

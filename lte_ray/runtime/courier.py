@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -23,10 +23,14 @@ from lte_ray.runtime.common import Common
 
 @dataclass(frozen=True)
 class Arrived:
-    """An update that has come, and the base that it led to (flat), if that is newer than what this process had."""
+    """An update that has come, and the base that it led to (flat), if that is newer than what this process had.
+
+    `staged` is what the process's only head makes of that base (`Head.stage`).
+    """
 
     update: Update
     base: Tensor | None
+    staged: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Courier:
@@ -44,10 +48,12 @@ class Courier:
         self._transport, self._coordinator, self._numbers = common.transport, coordinator, tuple(numbers)
         self._codecs = [Codec(plan, common.groups, merge) for plan in plans]
         self.mirror = Mirror(self._codecs, common.settings.lte.reset, common.transport.fetch)
+        self.bytes_up = dict.fromkeys(numbers, 0)
         self._pool = ThreadPoolExecutor(len(numbers) + 1, "courier")
-        self._sent: set[Future[Arrived]] = set()
+        self._sent: dict[Future[Arrived], int] = {}  # by whose head
         self._watching: Future[Arrived] | None = None
         self._stream: torch.cuda.Stream | None = None
+        self._swapped: torch.cuda.Event | None = None
 
     def join(self, plans: Mapping[int, Plan]) -> Arrived:
         """The base to start from; `plans` are those of the models that were built here."""
@@ -57,6 +63,7 @@ class Courier:
     def offer(self, head: Head, contribution: Contribution) -> Any:
         """Sends a contribution; gives Ray's reference to the answer."""
         encoded = head.encode(contribution, self._codecs[head.head])
+        self.bytes_up[head.head] += sum(buffer.nbytes for buffer in encoded.buffer)
         handles = tuple(self._transport.publish(buffer) for buffer in encoded.buffer)
         return self._coordinator.submit.remote(replace(encoded, buffer=handles), self._numbers, self.mirror.have)
 
@@ -69,8 +76,11 @@ class Courier:
                 whole = ray.get(self._coordinator.newer.remote(self._numbers, update.version - 1, -1))
             return self.take(replace(whole, verdict=update.verdict, checkpoint=update.checkpoint))
 
-    def adopted(self) -> None:
+    def adopted(self, head: Head) -> None:
         """The base that came last isn't needed any more."""
+        if head.device.type == "cuda":
+            self._swapped = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._swapped.record(torch.cuda.current_stream(head.device))
         self.mirror.release()
 
     # -- beside training ---------------------------------------------------------------------------------------------
@@ -80,18 +90,23 @@ class Courier:
         ready = torch.cuda.Event() if head.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         if ready is not None:
             ready.record(torch.cuda.current_stream(head.device))
-        self._sent.add(self._pool.submit(self._carry, head, contribution, ready))
+        self._sent[self._pool.submit(self._carry, head, contribution, ready)] = head.head
 
-    def watch(self, version: int) -> None:
+    def carries(self, head: Head) -> bool:
+        """Whether the answer to this head's last contribution is still to come, even if its verdict is known by another."""
+        return head.head in self._sent.values()
+
+    def watch(self, head: Head, version: int) -> None:
         """Asks to be told of a version newer than `version`, whatever becomes of contributions; one question at a time."""
         if self._watching is None:
-            self._watching = self._pool.submit(self._look_out, version)
+            self._watching = self._pool.submit(self._look_out, head, version)
 
     def arrived(self, patience: float = 0) -> list[Arrived]:
         """What has come since the last call, after up to `patience` seconds if there is nothing."""
-        waiting = self._sent | ({self._watching} if self._watching else set())
+        waiting = {*self._sent, *([self._watching] if self._watching else [])}
         done, _ = wait(waiting, patience, FIRST_COMPLETED) if waiting else (set(), None)
-        self._sent -= done
+        for future in done:
+            self._sent.pop(future, None)
         if self._watching in done:
             self._watching = None
         return sorted((future.result() for future in done), key=lambda arrived: arrived.update.version)
@@ -100,18 +115,35 @@ class Courier:
         if ready is None:
             reference = self.offer(head, contribution)
         else:
-            self._stream = self._stream or torch.cuda.Stream(head.device)  # type: ignore[no-untyped-call]
-            with torch.cuda.stream(self._stream):  # so that copying out doesn't wait for the steps that follow
-                self._stream.wait_event(ready)
+            with torch.cuda.stream(self._side(head)):  # so that copying out doesn't wait for the steps that follow
+                self._side(head).wait_event(ready)
                 reference = self.offer(head, contribution)
         with asking():
             update = ray.get(reference)
-        return self.take(update)
+        return self._staged(head, self.take(update))
 
-    def _look_out(self, version: int) -> Arrived:
+    def _look_out(self, head: Head, version: int) -> Arrived:
         with asking():
             update = ray.get(self._coordinator.newer.remote(self._numbers, version, self.mirror.have))
-        return self.take(update)
+        return self._staged(head, self.take(update))
+
+    def _staged(self, head: Head, arrived: Arrived) -> Arrived:
+        """Computes what the head will adopt, so that it stands still only to put it in place."""
+        if arrived.base is None or len(self._numbers) > 1:
+            return arrived
+        accepted = head.outstanding and arrived.update.accepted.get(head.head) == head.sequence
+        if head.device.type != "cuda":
+            return replace(arrived, staged=head.stage(arrived.base, accepted))
+        with torch.cuda.stream(self._side(head)):
+            if self._swapped is not None:  # until then kernels that were queued before may read the weights to be written to
+                self._side(head).wait_event(self._swapped)
+            staged = head.stage(arrived.base, accepted)
+            self._side(head).synchronize()
+        return replace(arrived, staged=staged)
+
+    def _side(self, head: Head) -> torch.cuda.Stream:
+        self._stream = self._stream or torch.cuda.Stream(head.device)  # type: ignore[no-untyped-call]
+        return self._stream
 
 
 @contextmanager

@@ -7,12 +7,11 @@ import dataclasses
 import time
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from lte_ray import checkpoint
 from lte_ray.layout import Plan
 from lte_ray.messages import MergeRecord
 from lte_ray.runtime.common import Common
+from lte_ray.runtime.transport import Handle
 
 
 @dataclass
@@ -55,9 +54,10 @@ class Cuts:
         """Storage failed: none of them will be whole."""
         self._open.clear()
 
-    async def write_base(self, version: int, base: Tensor) -> None:
-        """Writes the coordinator's part."""
-        entry = await asyncio.to_thread(checkpoint.write_base, self._common.directory, version, self._plan, base)
+    async def write_base(self, version: int, base: Handle) -> None:
+        """Writes the coordinator's part: the whole base."""
+        flat = await self._common.transport.arrive(base)
+        entry = await asyncio.to_thread(checkpoint.write_base, self._common.directory, version, self._plan, flat)
         await self.add(version, entry)
 
     async def add(self, version: int, entry: checkpoint.FileEntry) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import ray
@@ -15,6 +15,7 @@ from lte_ray import checkpoint
 from lte_ray.engine.group import HeadGroup
 from lte_ray.engine.head import Head
 from lte_ray.engine.memory import keep_freed_memory, release_freed_memory
+from lte_ray.engine.mirror import Mirror
 from lte_ray.engine.stack import Unstackable
 from lte_ray.errors import ContributionRefused, WorkerError, WorkerFailed
 from lte_ray.layout import Plan
@@ -46,7 +47,9 @@ class HeadActor:
         self._common, self._plans, self._numbers, self._host = common, plans, numbers, host
         self._device = "cuda:0" if host.gpu else "cpu"  # Ray shows each actor its own GPUs only, counted from 0
         self._group: HeadGroup | None = None
+        self._courier: Courier | None = None
         self._left: set[int] = set()
+        self._asked: dict[int, Any] = {}  # heads that wait for an answer
         self._every = dict.fromkeys(numbers, common.settings.merge.merge_iter)  # local steps of a round
         self._refusals = dict.fromkeys(numbers, 0)  # in a row
 
@@ -70,7 +73,20 @@ class HeadActor:
             else:
                 self._steps(group, courier, coordinator)
             self._leave(group, coordinator)
-        return tuple(head.status() for head in group.heads)
+        return self._statuses(group, courier)
+
+    def _statuses(self, group: HeadGroup, courier: Courier) -> tuple[HeadStatus, ...]:
+        count, mirror = len(group.heads), courier.mirror
+        return tuple(
+            replace(
+                head.status(),
+                bytes_up=courier.bytes_up[head.head],
+                bytes_down=mirror.bytes // count,
+                resyncs=mirror.resyncs,
+                note=group.note,
+            )
+            for head in group.heads
+        )
 
     def _start(self, courier: Courier) -> HeadGroup:
         common, first = self._common, self._numbers[0]
@@ -108,7 +124,7 @@ class HeadActor:
                 head.load_state(*checkpoint.read_head(common.directory, common.resume, head.head), base)
             else:
                 head.start(version, base)
-        courier.adopted()
+        courier.adopted(group.heads[0])
         self._take_orders(group, arrived.update)
         release_freed_memory()
         return group
@@ -123,20 +139,24 @@ class HeadActor:
             head.end()
 
     def _round(self, group: HeadGroup, courier: Courier, coordinator: Any) -> None:
-        """Trains, contributes, waits for the merges, rebases."""
-        active = {head.head: head for head in group.heads if not head.finished}
-        group.train(self._every)
-        asked = []
-        for head in active.values():
+        """Trains the heads that don't wait, contributes, and waits until some head's contribution is answered."""
+        ready = {head.head: head for head in group.heads if not head.finished and head.head not in self._asked}
+        group.train({number: self._every[number] for number in ready})
+        for number, head in ready.items():
             contribution = head.contribute()
             with head.timed("publish"):
-                asked.append(courier.offer(head, contribution))
+                self._asked[number] = courier.offer(head, contribution)
+        heads = {head.head: head for head in group.heads}
         with ExitStack() as waiting, asking():
-            for head in active.values():  # they wait together: the actor's time counts once
-                waiting.enter_context(head.timed("wait", 1 / len(active)))
-            updates: list[Update] = ray.get(asked)
-        for head, update in sorted(zip(active.values(), updates, strict=True), key=lambda answered: answered[1].version):
-            with head.timed("fetch"):
+            for number in self._asked:  # they wait together: the actor's time counts once
+                waiting.enter_context(heads[number].timed("wait", 1 / len(self._asked)))
+            first: Update = ray.get(ray.wait(list(self._asked.values()))[0][0])
+            merged = [n for n in self._asked if first.accepted.get(n) == heads[n].sequence]  # theirs come at once
+            answered = {n: ref for n, ref in self._asked.items() if n in merged or ray.wait([ref], timeout=0)[0]}
+            updates: dict[int, Update] = dict(zip(answered, ray.get(list(answered.values())), strict=True))
+        for number, update in sorted(updates.items(), key=lambda answered: answered[1].version):
+            del self._asked[number]
+            with heads[number].timed("fetch"):
                 arrived = courier.take(update)
             self._adopt(group, courier, arrived, coordinator)
 
@@ -147,10 +167,10 @@ class HeadActor:
             self._adopt(group, courier, arrived, coordinator)
         alone = len(group.heads) == 1  # several take turns on the same main weights, so they change rounds, not steps
         group.train({number: 1 if alone else every for number, every in self._every.items()})
-        courier.watch(group.heads[0].version + merge.max_lag)
+        courier.watch(group.heads[0], group.heads[0].version + merge.max_lag)
         for head in group.heads:
             due = head.since_offered >= self._every[head.head] or (head.left == 0 and not head.finished)
-            if due and not head.outstanding:
+            if due and not head.outstanding and not courier.carries(head):
                 courier.send(head, head.contribute())
         stuck = [head for head in group.heads if head.left == 0 and not head.finished]
         if len(stuck) == len([head for head in group.heads if not head.finished]) > 0:  # nothing is left but to wait
@@ -170,8 +190,8 @@ class HeadActor:
             for head in group.heads:
                 accepted = head.outstanding and update.accepted.get(head.head) == head.sequence
                 verdict = Verdict(head.head, head.sequence, True, update.version) if accepted else None
-                head.adopt(verdict, update.version, base)
-            courier.adopted()
+                head.adopt(verdict, update.version, base, arrived.staged)
+            courier.adopted(group.heads[0])
         if update.checkpoint and update.verdict is not None:
             head = {head.head: head for head in group.heads}[update.verdict.head]
             with head.timed("checkpoint"):
@@ -205,11 +225,16 @@ class HeadActor:
     @ray.method(concurrency_group="ctl")
     def status(self) -> tuple[HeadStatus, ...]:
         """The heads' progress, at any time."""
-        if self._group is None:
+        if self._group is None or self._courier is None:
             return tuple(HeadStatus(head=number, device=self._device) for number in self._numbers)
-        return tuple(head.status() for head in self._group.heads)
+        return self._statuses(self._group, self._courier)
 
     @ray.method(concurrency_group="ctl")
     def inspect(self, function: Callable[[HeadGroup], T]) -> T | None:
         """What `function` says of the engine's heads (for tests and debugging); None before there are any."""
         return None if self._group is None else function(self._group)
+
+    @ray.method(concurrency_group="ctl")
+    def inspect_mirror(self, function: Callable[[Mirror], T]) -> T | None:
+        """As `inspect`, of the process's copy of the base."""
+        return None if self._courier is None else function(self._courier.mirror)

@@ -1,20 +1,16 @@
-"""Publishes the newest base, or the parts of it that heads need, once a version."""
+"""Where the main weights are, as the coordinator's process sees it; and their parts for heads, published once a version."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 from torch import Tensor
 
-from lte_ray.engine.master import Master
-from lte_ray.engine.threads import torch_threads
-from lte_ray.merging.flat import gather, views
-from lte_ray.merging.transfer import Codec
-from lte_ray.runtime.transport import Handle, Transport
+from lte_ray.engine.elsewhere import Measured
+from lte_ray.runtime.transport import Handle
 
 
 @dataclass(frozen=True)
@@ -26,20 +22,55 @@ class Published:
     references: dict[int, Handle] = field(default_factory=dict)
 
 
-class Publisher:
-    """Copies out of the master in a thread beside the event loop, where the merges are computed, too.
+class Masters(Protocol):
+    """The tensors of merging, in this process (`OwnMaster`) or in shards (`Shards`).
 
-    Args:
-        transport: where to.
-        codec: any head's: the parts of a base are the same for all.
-        master: what is published.
-        beside: the thread.
-        threads: that torch uses in it.
+    What a method gives is of the version that is the newest when it is called, whatever is merged until the result comes. All
+    are called on one event loop.
     """
 
-    def __init__(self, transport: Transport, codec: Codec, master: Master, beside: Executor, threads: int) -> None:
-        self._transport, self._codec, self._master = transport, codec, master
-        self._beside, self._threads = beside, threads
+    def receive(self, ticket: int, head: int, handles: Sequence[Handle]) -> Awaitable[Tensor | Measured]:
+        """Fetches and decodes a contribution: for `engine.Coordinator.receive`.
+
+        Raises:
+            ValueError: it can't be decoded.
+        """
+        ...
+
+    def forget(self, ticket: int) -> None:
+        """The contribution won't be merged."""
+        ...
+
+    def merged(self, version: int, weights: Mapping[int, float]) -> Awaitable[float]:
+        """The engine has decided the next version, of these tickets by weight (none where the policy made the change itself).
+
+        Gives the seconds that its products took, once they are computed.
+        """
+        ...
+
+    def parts(self, groups: Sequence[int], references: bool) -> Awaitable[Published]:
+        """Publishes these groups' parts, and all references if they are wanted."""
+        ...
+
+    def whole(self) -> Awaitable[Handle]:
+        """Publishes the whole base, flat."""
+        ...
+
+    def checksum(self) -> Awaitable[int]:
+        """Of the groups that heads redo from factors, together."""
+        ...
+
+
+class Publisher:
+    """Publishes what heads ask for, each version at most once.
+
+    Args:
+        masters: what is published.
+        version: gives the newest.
+    """
+
+    def __init__(self, masters: Masters, version: Callable[[], int]) -> None:
+        self._masters, self._version = masters, version
         self._last: dict[tuple[int, ...], Published] = {}
         self._turn = asyncio.Lock()
 
@@ -47,31 +78,10 @@ class Publisher:
         """These groups' parts of the newest version, and all references if they are wanted."""
         key = (*groups, -1) if references else tuple(groups)
         if not key:
-            return Published(self._master.version)
+            return Published(self._version())
         async with self._turn:  # whoever comes meanwhile gets what is published now, or waits for what comes next
             last = self._last.get(key)
-            if last is None or last.version < self._master.version:
-                last = await asyncio.get_running_loop().run_in_executor(self._beside, self._copy_out, groups, references)
+            if last is None or last.version < self._version():
+                last = await self._masters.parts(groups, references)
                 self._last[key] = last
         return last
-
-    def whole(self, base: Tensor) -> Handle:
-        """A whole base, flat."""
-        return self._transport.publish(base)
-
-    def _copy_out(self, groups: Sequence[int], references: bool) -> Published:
-        def use(version: int, base: Tensor, held: Mapping[int, Tensor | None]) -> Published:
-            there: dict[int, Any] = {head: factors for head, factors in held.items() if factors is not None}
-            return Published(
-                version,
-                {index: self._transport.publish(self._part(index, base)) for index in groups},
-                {head: self._transport.publish(factors) for head, factors in there.items()} if references else {},
-            )
-
-        with torch_threads(self._threads):
-            return self._master.read(use)
-
-    def _part(self, index: int, base: Tensor) -> Tensor:
-        if len(self._codec.parts) == 1:
-            return base
-        return gather(self._codec.parts[index].base, views(self._codec.plan.base, base), base.dtype)

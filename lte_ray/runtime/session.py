@@ -18,8 +18,8 @@ import ray
 from torch import Tensor
 
 from lte_ray import checkpoint
-from lte_ray.engine.initial import Initial
 from lte_ray.engine.budget import is_shared
+from lte_ray.engine.initial import Initial
 from lte_ray.engine.threads import cores, head_threads
 from lte_ray.errors import CoordinatorLost, HeadLost, LTEError, RunError, UserError, WorkerFailed
 from lte_ray.messages import HeadStatus, MergeRecord
@@ -30,6 +30,7 @@ from lte_ray.runtime.evaluator import EvaluatorActor
 from lte_ray.runtime.head import HeadActor, Host
 from lte_ray.runtime.package import Package
 from lte_ray.runtime.placement import Placement
+from lte_ray.runtime.shard import ShardActor, base_parts
 
 POLL = 1.0
 """Seconds between two looks at the actors."""
@@ -135,10 +136,14 @@ class Session:
                 (start(HeadActor, {**options, "scheduling_strategy": strategy}, common, plans, numbers, host), numbers)
                 for numbers, strategy in zip(hosted, strategies, strict=True)
             ]
-            base = self.initial.base.numpy()
             beside = {"num_cpus": 0, "scheduling_strategy": "DEFAULT"}
-            first = (self.initial.plans, self.policy, base, self.version)
-            coordinator = start(CoordinatorActor, beside, common, *first, self.keep)
+            shards = [
+                start(ShardActor, {**beside, "scheduling_strategy": "SPREAD"}, common, plans, parts, self.version)
+                for parts in base_parts(common, self.initial.plan, self.initial.base)
+            ]
+            base = None if shards else self.initial.base.numpy()
+            first = (plans, self.policy, base, self.version)
+            coordinator = start(CoordinatorActor, beside, common, *first, self.keep, shards)
 
             def start_evaluator() -> Any:
                 gpus, spare = self._spare_gpus(), cores() - lanes * threads * len(hosted)
@@ -255,7 +260,7 @@ class Session:
             seconds=time.time() - self._begun,
             remaining=None if per_step is None else per_step * (train.steps - step),
             checkpoint=self.checkpoint,
-            note=note,
+            note=note or next((status.note for status in statuses if status.note), ""),
         )
 
 

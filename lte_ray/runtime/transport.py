@@ -5,7 +5,10 @@ One small interface, so that a faster way than Ray's object store can take its p
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,17 +42,59 @@ class Stored:
     reference: Any
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """A flat buffer of `size` elements whose pieces were published apart: each one's handle, and where it lies in the whole.
+
+    A piece may lie there in several places: [begin, end) each, in its own order.
+    """
+
+    size: int
+    pieces: tuple[tuple[Handle, tuple[tuple[int, int], ...]], ...]
+
+    def assemble(self, pieces: Sequence[Tensor]) -> Tensor:
+        """The whole, from the pieces in their order."""
+        whole = torch.empty(self.size, dtype=pieces[0].dtype)
+        for piece, (_, places) in zip(pieces, self.pieces, strict=True):
+            taken = 0
+            for begin, end in places:
+                whole[begin:end] = piece[taken : taken + end - begin]
+                taken += end - begin
+        return whole
+
+
 class ObjectStore:
     """Ray's object store. Buffers travel as flat numpy arrays, which it hands out without a copy (0.3-0.6 ms)."""
 
     def publish(self, buffer: Tensor) -> Handle:
-        return Stored(ray.put(buffer.detach().cpu().numpy()))
+        return Stored(ray.put(_on_host(buffer.detach()).numpy()))
 
     def fetch(self, handle: Handle) -> Tensor:
+        if isinstance(handle, Pieces):
+            return handle.assemble([self.fetch(piece) for piece, _ in handle.pieces])
         return _read_only(ray.get(handle.reference))
 
     async def arrive(self, handle: Handle) -> Tensor:
+        if isinstance(handle, Pieces):
+            pieces = [await self.arrive(piece) for piece, _ in handle.pieces]
+            return await asyncio.to_thread(handle.assemble, pieces)
         return _read_only(await handle.reference)
+
+
+_staging = threading.local()
+
+
+def _on_host(buffer: Tensor) -> Tensor:
+    """The buffer on the CPU. From a GPU through page-locked memory, which is used again and again: each thread has its own."""
+    if buffer.device.type != "cuda":
+        return buffer.cpu()
+    kept: dict[tuple[int, torch.dtype], Tensor] = _staging.__dict__.setdefault("kept", {})
+    key = (buffer.numel(), buffer.dtype)
+    if key not in kept:
+        kept[key] = torch.empty(buffer.numel(), dtype=buffer.dtype, pin_memory=True)
+    kept[key].copy_(buffer, non_blocking=True)
+    torch.cuda.current_stream(buffer.device).synchronize()  # of this thread, not of the one that trains
+    return kept[key]
 
 
 def _read_only(array: Any) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lte_ray.config.cluster import ClusterModel
+from lte_ray.engine.budget import is_shared
 from lte_ray.engine.coordinator import Coordinator
 from lte_ray.engine.head import Head
 from lte_ray.engine.initial import Initial, prepare
@@ -23,7 +24,7 @@ from lte_ray.engine.virtual.run import Simulation
 from lte_ray.engine.virtual.sizes import Sizes
 from lte_ray.layout import Plan
 from lte_ray.merging.registry import make_policy
-from lte_ray.messages import Contribution
+from lte_ray.messages import Contribution, Order
 from lte_ray.worker import Worker
 
 
@@ -101,7 +102,7 @@ class _Trainees:
         merge, heads = settings.merge, settings.lte.num_heads
         self._transit = Transit(initial.plans, merge, coordinator, dtype)
         self._steps = [settings.train.steps] * heads
-        self._shared = cluster.shared(settings.merge)
+        self._shared = is_shared(settings)
         if self._shared:  # a head's learning rate follows the share of the steps that it will take by its speed
             rates = [1 / cluster.speed(n) for n in range(heads)]
             self._steps = [max(1, round(settings.train.steps * heads * rate / sum(rates))) for rate in rates]
@@ -113,7 +114,7 @@ class _Trainees:
         head.transit = self._transit
         if self._shared:  # the whole budget, not its expected share, says when it ends
             every = self._settings.train.steps * self._settings.lte.num_heads
-            head.settings = replace(settings, train=replace(settings.train, steps=every))
+            head.follow(Order(self._settings.merge.merge_iter, every))
         return head
 
     def evaluate(self, base: Tensor) -> Mapping[str, float]:

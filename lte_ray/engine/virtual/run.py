@@ -13,6 +13,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from lte_ray.config.cluster import ClusterModel
+from lte_ray.engine.budget import is_shared
 from lte_ray.engine.coordinator import Coordinator
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.virtual.chance import Chance
@@ -54,7 +55,7 @@ class Simulation:
         self._merge, self._cluster, self._make = settings.merge, cluster, make
         self._clock, self._coordinator = clock, coordinator
         steps, heads = settings.train.steps, range(settings.lte.num_heads)
-        self._shared = cluster.shared(settings.merge)
+        self._shared = is_shared(settings)
         self._pool = steps * len(heads)
         self._whole_rounds = self._merge.wait and not self._shared  # nothing can happen to a head in the middle of one
         self._chance = Chance(cluster, settings.train.seed, len(heads))

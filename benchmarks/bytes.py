@@ -1,0 +1,159 @@
+"""Bytes that merging sends: over the fewest that arithmetic allows, and over DDP's; and what the formats cost in loss.
+
+GPT-2-124M's shapes, 4 heads of r = 32, embeddings adapted too (they are tied: one weight), one barrier merge after the other.
+
+Up: the buffers that `Codec.encode` makes of a head's contribution, and its pickled message. Their minimum is `least_bytes`:
+each value that travels in its format, without int8's scales. Down: what a head's `Mirror` fetches to follow the coordinator's
+base, bit for bit, and the pickled update; what the head contributed itself doesn't cross the network and isn't counted. Its
+minimum is, for each weight, the three others' factors in the format or the dense weight in fp32, and for each replica the
+others' changes or the dense values, whichever are fewer.
+
+DDP: a head sends 2 (N - 1) / N of all gradients in fp32 at every step, in a ring (what it gets, as much again, isn't
+counted); ours: up and down of a merge together, over 64 steps. Both train the same samples a step. Beside it the same with
+embeddings as replicas, which the default settings make of them; then most of what travels are replica changes, so that
+`replica_topk` tells.
+
+Loss: `benchmarks.formats`.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.formats import HEADS, MERGE_ITER, WIRES, WORKER, Wire, losses
+from benchmarks.report import report
+from benchmarks.shapes import RANK, gpt2_plan
+from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
+from lte_ray.engine.coordinator import Coordinator
+from lte_ray.engine.downlink import Downlink
+from lte_ray.engine.mirror import Mirror
+from lte_ray.engine.settings import Settings
+from lte_ray.layout import Plan
+from lte_ray.merging.flat import gather, views
+from lte_ray.merging.registry import make_policy
+from lte_ray.merging.transfer import Codec, groups, least_bytes
+from lte_ray.messages import Contribution, Merged, Update
+
+MERGES = 2
+WIDTH = {"fp32": 4, "bf16": 2, "int8": 1}
+
+
+def least_down(plan: Plan, merge: MergeConfig, heads: int) -> int:
+    """The fewest bytes that bring a head up to date that has its own contribution: of each entry others' changes or dense."""
+    width, others = WIDTH[merge.transfer], heads - 1
+    weights = sum(min(others * a.rank * sum(a.matrix) * width, math.prod(a.shape) * 4) for a in plan.adapted)
+    replicas = plan.contribution.size - plan.factors_size
+    changes = least_bytes(plan, merge) - width * plan.factors_size
+    return weights + min(others * changes, replicas * 4)
+
+
+class Link:
+    """Fetches for one head, and counts the bytes that aren't its own. A handle says who made the tensor."""
+
+    def __init__(self, head: int) -> None:
+        self.head, self.bytes = head, 0
+
+    def __call__(self, handle: tuple[int | None, Tensor]) -> Tensor:
+        maker, tensor = handle
+        self.bytes += tensor.nbytes if maker != self.head else 0
+        return tensor
+
+
+def measured(plan: Plan, merge: MergeConfig, heads: int = HEADS, merges: int = MERGES) -> dict[str, int]:
+    """Bytes up and down of one head and merge, the mean of some merges that its mirror follows."""
+    settings = Settings("bytes", LTEConfig(num_heads=heads, lora_r=RANK), merge, TrainConfig())
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(plan.base.size, generator=generator).mul_(0.02)
+    parts = groups([plan] * heads, merge)
+    codec = Codec(plan, parts, merge)
+    coordinator = Coordinator(settings, plan, base, make_policy(merge))
+    downlink = Downlink(parts, [4 * part.base.size for part in codec.parts], [codec.sizes] * heads, 0)
+    link = Link(0)
+    mirror = Mirror([codec] * heads, "none", link)
+
+    def handle(index: int) -> tuple[None, Tensor]:
+        return None, gather(codec.parts[index].base, views(plan.base, coordinator.base))
+
+    mirror.take(Update(None, 0, {index: handle(index) for index in range(len(parts))}))
+    mirror.release()
+    up = down = 0
+    for number in range(1, merges + 1):
+        buffers = {}
+        for head in range(heads):
+            flat = torch.randn(plan.contribution.size, generator=generator).mul_(0.02)
+            buffers[head], decoded = codec.encode(flat, coordinator.reference(head))
+            message = Contribution("bytes", head, 0, number, number - 1, 64 * number, 64, 512, 3.0)
+            outcome = coordinator.receive(message, decoded)
+            up += sum(buffer.nbytes for buffer in buffers[head]) + len(pickle.dumps(message))
+        (record,) = outcome.merges
+        downlink.add(Merged(number, record.weights, {h: tuple((h, b) for b in buffers[h]) for h in record.heads}))
+        chain = downlink.chain(mirror.have)
+        assert chain is not None
+        update = Update(None, number, {index: handle(index) for index in downlink.dense}, chain)
+        before = link.bytes
+        followed = mirror.take(update)
+        assert followed is not None
+        assert torch.equal(followed, coordinator.base), "a mirror that doesn't follow needs no bytes"
+        mirror.release()
+        bare = replace(update, base={}, chain=tuple(replace(merged, buffers={}) for merged in chain))
+        down += link.bytes - before + len(pickle.dumps(bare))
+    return {"up": round(up / (merges * heads)), "down": round(down / merges)}
+
+
+def ddp_bytes(plan: Plan, heads: int, steps: int) -> float:
+    """What a head sends in a ring all-reduce of fp32 gradients at each of these steps; it gets as much."""
+    return 2 * (heads - 1) / heads * plan.base.size * 4 * steps
+
+
+def sizes(wire: Wire) -> dict[str, Any]:
+    """A format's bytes and their ratios."""
+    plan = gpt2_plan(wire.embeddings)
+    found = measured(plan, wire.merge)
+    least = {"up": least_bytes(plan, wire.merge), "down": least_down(plan, wire.merge, HEADS)}
+    ddp = ddp_bytes(plan, HEADS, MERGE_ITER)
+    return {
+        "bytes": found,
+        "least": least,
+        "up_over_least": round(found["up"] / least["up"], 5),
+        "down_over_least": round(found["down"] / least["down"], 5),
+        "times_fewer_than_ddp": round(ddp / (found["up"] + found["down"]), 1),
+    }
+
+
+def main() -> None:
+    tables = {name: sizes(wire) for name, wire in WIRES.items()}
+    for name, of_losses in losses(WORKER, WIRES).items():
+        tables[name]["loss"] = of_losses
+    merging = [tables[name] for name in ("fp32", "bf16", "int8")]
+    report(
+        "bytes",
+        limits={
+            "up": "bytes of a contribution over the fewest, in each format <= 1.02",
+            "down": "bytes that bring a head up to date over the fewest, in each format <= 1.05",
+            "ddp": "int8, merge_iter=64: bytes that DDP sends over those up and down together >= 400",
+            "loss": "int8: validation loss over fp32 transfer's, worst seed <= 1.01",
+        },
+        met={
+            "up": all(table["up_over_least"] <= 1.02 for table in merging),
+            "down": all(table["down_over_least"] <= 1.05 for table in merging),
+            "ddp": tables["int8"]["times_fewer_than_ddp"] >= 400,
+            "loss": tables["int8"]["loss"]["over_fp32"]["max"] <= 1.01,
+        },
+        figures={
+            "parameters": gpt2_plan(True).base.size,
+            "heads": HEADS,
+            "rank": RANK,
+            "merge_iter": MERGE_ITER,
+            "formats": tables,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The formats that `benchmarks.bytes` compares, and what they cost in loss.
+
+`workers.gpt:GPT` (2 blocks of 64, windows of 64 bytes, peak learning rate 2e-3) on 4 heads of r = 32, 384 steps each, merged
+every 64: validation loss of the merged weights at the end with the format over that with fp32, for each seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.report import spread
+from benchmarks.shapes import ALPHA, RANK
+from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
+from lte_ray.engine.initial import prepare
+from lte_ray.engine.settings import Settings
+from lte_ray.engine.simulate import evaluated, simulate
+from lte_ray.worker import Worker
+from workers.gpt import GPT
+
+HEADS, MERGE_ITER, STEPS, SEEDS = 4, 64, 384, (0, 1)
+EVERYTHING = ("linear", "attention", "conv", "embedding")
+WORKER = GPT(width=64, depth=2, context=64, batch_size=8, lr=2e-3)
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What travels, and in which format."""
+
+    merge: MergeConfig
+    embeddings: bool = True
+    """Whether they have factors."""
+
+
+WIRES = {
+    "fp32": Wire(MergeConfig(merge_iter=MERGE_ITER)),
+    "bf16": Wire(MergeConfig(merge_iter=MERGE_ITER, transfer="bf16")),
+    "int8": Wire(MergeConfig(merge_iter=MERGE_ITER, transfer="int8")),
+    "fp32, embeddings as replicas": Wire(MergeConfig(merge_iter=MERGE_ITER), embeddings=False),
+    "int8, embeddings as replicas": Wire(MergeConfig(merge_iter=MERGE_ITER, transfer="int8"), embeddings=False),
+    "int8, embeddings as replicas, a tenth of them": Wire(
+        MergeConfig(merge_iter=MERGE_ITER, transfer="int8", replica_topk=0.1), embeddings=False
+    ),
+}
+
+
+def loss(worker: Worker, wire: Wire, seed: int, steps: int = STEPS) -> float:
+    """Validation bits per byte of a run that merges in this format."""
+    adapt = EVERYTHING if wire.embeddings else EVERYTHING[:-1]
+    lte = LTEConfig(num_heads=HEADS, lora_r=RANK, lora_alpha=ALPHA, adapt=adapt)  # type: ignore[arg-type]
+    settings = Settings("bytes", lte, wire.merge, TrainConfig(steps=steps, seed=seed))
+    run = simulate(worker, settings)
+    return evaluated(worker, prepare(worker, settings), run.base)["bits_per_byte"]
+
+
+def losses(worker: Worker, wires: Mapping[str, Wire], steps: int = STEPS) -> dict[str, dict[str, Any]]:
+    """Each format's validation losses, and over fp32's of the same seed."""
+    found = {}
+    for name, wire in wires.items():
+        found[name] = [loss(worker, wire, seed, steps) for seed in SEEDS]
+        print(f"{name}: {found[name]} bits per byte", flush=True)
+    result = {}
+    for name, values in found.items():
+        exact = found["fp32" if wires[name].embeddings else "fp32, embeddings as replicas"]
+        ratios = [a / b for a, b in zip(values, exact, strict=True)]
+        result[name] = {"bits_per_byte": [round(v, 4) for v in values], "over_fp32": spread(ratios)}
+    return result

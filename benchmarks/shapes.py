@@ -1,0 +1,55 @@
+"""GPT-2-124M's shapes, and contributions of random numbers, for benchmarks of merging without a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lte_ray.engine.virtual.sizes import named_plan
+from lte_ray.layout import Adapted, Plan
+
+RANK, ALPHA = 32, 64.0
+DISTINCT = 16
+"""Contributions that differ; of more heads several hold the same."""
+
+
+def gpt2_plan(embeddings: bool) -> Plan:
+    """What conversion makes of GPT-2 124M, with or without factors on its embeddings."""
+    plan = named_plan("gpt2-124m", RANK, ALPHA)
+    if not embeddings:
+        return plan
+    tables = [r for r in plan.replicas if r.name in ("wte.weight", "wpe.weight")]
+    adapted = [Adapted(r.name, r.shape, RANK, ALPHA / RANK) for r in tables]
+    return Plan((*adapted, *plan.adapted), tuple(r for r in plan.replicas if r not in tables))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the plan: its base before the merge, and what heads contribute to it. Head n's is number n modulo how many."""
+
+    plan: Plan
+    start: Tensor
+    buffers: list[Tensor]
+    references: list[Tensor]
+
+    @classmethod
+    def of(cls, plan: Plan, heads: int) -> Piece:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(size: int) -> Tensor:
+            return torch.randn(size, generator=generator).mul_(0.02)
+
+        count = range(min(heads, DISTINCT))
+        references = [random(plan.factors_size) for _ in count]
+        return cls(plan, random(plan.base.size), [random(plan.contribution.size) for _ in count], references)
+
+    def held(self, heads: int) -> dict[int, Tensor]:
+        """Every head's reference."""
+        return {head: self.references[head % DISTINCT] for head in range(heads)}
+
+    def difference(self, base: Tensor, other: Tensor) -> float:
+        """How far two new bases' weights are apart, over how far they are from the old ones."""
+        size = sum(entry.size for entry in self.plan.base.entries[: len(self.plan.adapted)])
+        return float((base - other)[:size].norm() / (other - self.start)[:size].norm())

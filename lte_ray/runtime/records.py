@@ -1,0 +1,122 @@
+"""What follows a merge, beside the answers: its products, the record of it, its evaluation and its checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import replace
+
+from lte_ray.engine.coordinator import Coordinator
+from lte_ray.engine.downlink import CHECK_EVERY, Downlink, bytes_instead
+from lte_ray.messages import Merged, MergeRecord
+from lte_ray.runtime.common import Common
+from lte_ray.runtime.cuts import Cuts
+from lte_ray.runtime.publisher import Masters
+from lte_ray.runtime.transport import Handle
+from lte_ray.runtime.waiters import Waiters
+
+
+def due(every: int, before: int, after: int) -> bool:
+    """Whether a multiple of `every` lies in (before, after]; never if `every` is 0."""
+    return every > 0 and after // every > before // every
+
+
+class Records:
+    """Makes merges known: to heads that redo them, to the driver, the evaluator and checkpoints. Lives on one event loop.
+
+    Args:
+        common: as every actor.
+        engine: decided the merges.
+        masters: computes them.
+        downlink: what heads get of them.
+        cuts: the checkpoints that are being written.
+        sizes: bytes of a contribution, by head.
+        waiters: of this process.
+    """
+
+    def __init__(
+        self,
+        common: Common,
+        engine: Coordinator,
+        masters: Masters,
+        downlink: Downlink,
+        cuts: Cuts,
+        sizes: Sequence[int],
+        waiters: Waiters,
+    ) -> None:
+        self._train, self._engine, self._masters, self._downlink = common.settings.train, engine, masters, downlink
+        self._cuts, self._sizes, self._waiters = cuts, sizes, waiters
+        self._in_order = asyncio.Lock()
+        self._unseen: tuple[MergeRecord, ...] = ()
+        self._seen = engine.version
+        self.last: MergeRecord | None = None
+        self.checksum: tuple[int, int] | None = None
+        """Of the groups that heads redo from factors, and its version."""
+
+    def note(
+        self, merges: Sequence[MergeRecord], buffers: Mapping[int, tuple[Handle, ...]], tickets: Mapping[int, int]
+    ) -> tuple[int, ...]:
+        """Makes the merges of one event known; gives the heads that are to save their state.
+
+        Args:
+            merges: in order; at least one.
+            buffers: handles of the merged contributions, by head.
+            tickets: their tickets.
+        """
+        saving: tuple[int, ...] = ()
+        before, newest = merges[0].version - 1, merges[-1].version
+        for merge in merges:
+            version, engine = merge.version, self._engine
+            redone = Merged(version, merge.weights, {head: buffers[head] for head in merge.heads})
+            self._downlink.add(redone if merge.weights else None)
+            seconds = self._masters.merged(version, {tickets[head]: weight for head, weight in merge.weights.items()})
+            record = self.last = replace(
+                merge,
+                bytes_up=sum(self._sizes[head] for head in merge.heads),
+                bytes_down=self._downlink.bytes_down(merge.heads, len(engine.live)),
+                bytes_instead=bytes_instead(engine.plan.base.size, len(engine.plans), len(merge.heads), merge.steps),
+            )
+            # Of several merges in one event, only the last one's base is ever seen.
+            shows = version == newest and due(self._train.eval_every, before, version)
+            saves = version == newest and self._saves(record, before)
+            if saves:
+                # Only heads that have all adopted this version give a state to go on from; else the base alone is saved.
+                saving = record.heads if set(record.heads) >= engine.live else ()
+                self._cuts.begin(record, saving)
+            base = self._masters.whole() if shows or saves else None
+            checked = version == newest and self._downlink.factored and version % CHECK_EVERY == 0
+            total = self._masters.checksum() if checked else None
+            self._waiters.background(self._settle(record, seconds, total, base, shows, saves))
+        return saving
+
+    def after(self, seen: int) -> tuple[MergeRecord, ...]:
+        """The merges after version `seen`, which are forgotten once they are seen.
+
+        May be called in another thread: it only reads what the loop replaces as a whole.
+        """
+        self._seen = seen
+        return tuple(m for m in self._unseen if m.version > seen)
+
+    def _saves(self, record: MergeRecord, before: int) -> bool:
+        ends = record.step >= self._train.steps and not self._engine.budget.shared
+        return ends or due(self._train.checkpoint_every, before, record.version)
+
+    async def _settle(
+        self,
+        record: MergeRecord,
+        seconds: Awaitable[float],
+        total: Awaitable[int] | None,
+        base: Awaitable[Handle] | None,
+        shows: bool,
+        saves: bool,
+    ) -> None:
+        async with self._in_order:  # the driver asks for what comes after the version that it saw last
+            record = replace(record, merge_seconds=await seconds)
+            if total is not None:
+                self.checksum = (record.version, await total)
+            if base is not None:
+                handle = await base
+                record = replace(record, base=handle) if shows else record
+                if saves:
+                    self._waiters.background(self._cuts.write_base(record.version, handle))
+            self._unseen = (*(m for m in self._unseen if m.version > self._seen), record)
