@@ -26,6 +26,7 @@ T = TypeVar("T")
 FORMAT = 1
 FOLDER = "checkpoints"
 BASE = "base.safetensors"
+POLICY = "policy.safetensors"
 MANIFEST = "manifest.json"
 
 
@@ -65,6 +66,23 @@ def write_base(directory: RunDirectory, version: int, plan: Plan, base: Tensor) 
 def write_head(directory: RunDirectory, version: int, head: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> FileEntry:
     """Writes one head's state (`Head.state`)."""
     return _write(directory, version, head_file(head), tensors, {"state": json.dumps(meta)})
+
+
+def write_policy(directory: RunDirectory, version: int, name: str, tensors: dict[str, Tensor]) -> FileEntry:
+    """Writes what the merge policy `name` keeps from one merge to the next."""
+    return _write(directory, version, POLICY, tensors, {"policy": name})
+
+
+def read_policy(directory: RunDirectory, manifest: Manifest, name: str) -> dict[str, Tensor]:
+    """What `write_policy` wrote; empty if that was nothing, or another policy's.
+
+    Raises:
+        StorageError: the file is damaged.
+    """
+    if all(file.name != POLICY for file in manifest.files):
+        return {}
+    tensors, metadata = _read(directory, manifest, POLICY)
+    return tensors if metadata.get("policy") == name else {}
 
 
 def commit(

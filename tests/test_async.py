@@ -284,7 +284,7 @@ def test_a_schedule_follows_the_whole_run_where_steps_are_shared() -> None:
 
 def test_a_head_offers_again_what_was_discarded_unless_that_was_all() -> None:
     """A contribution that a policy discards after the head took its last steps: these are still to be offered."""
-    settings, (head,), coordinator = started(1)
+    _, (head,), _ = started(1)
     head.train(5)
     first = head.contribute()
     head.train(99)

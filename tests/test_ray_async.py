@@ -179,12 +179,31 @@ def test_int8_and_topk_lose_little(local_ray: None, tmp_path: Path) -> None:
     assert small.metrics["validation_loss"] < 1.5 * exact.metrics["validation_loss"] + 0.005
 
 
-@pytest.mark.parametrize("merge", [{"when": "quorum", "quorum": 1}, {"when": "arrival"}, {"wait": False, "max_lag": 0}])
+@pytest.mark.parametrize(
+    "merge", [{"when": "quorum", "quorum": 1}, {"when": "arrival"}, {"wait": False, "max_lag": 0}, {"wait": False}]
+)
 def test_virtual_heads_are_merged_one_by_one_and_saved(local_ray: None, tmp_path: Path, merge: dict[str, Any]) -> None:
     """Heads of one actor whose contributions are answered at different times; a checkpoint at every merge holds nobody up."""
-    kwargs = settings(30, eval_every=0, checkpoint_every=1)
+    kwargs = settings(30, eval_every=0, checkpoint_every=1, budget="each")
     kwargs["merge"] = MergeConfig(merge_iter=5, merge_threads=1, **merge)
     placement = PlacementConfig(heads_per_actor=2, stack_heads="never")
     result = LTETrainer(Regression(), run_config=storage(tmp_path, "r"), scaling_config=placement, **kwargs).fit()
     assert sum(row["steps"] for row in merges(result)) == 2 * 30
     assert result.checkpoint is not None
+
+
+def test_a_resumed_run_goes_on_with_the_policys_momentum(local_ray: None, tmp_path: Path) -> None:
+    """Bitwise the run that never stopped: the checkpoint holds what the policy keeps."""
+    merge = MergeConfig(merge_iter=5, merge_threads=1, policy="nesterov", policy_args={"lr": 0.3})
+
+    def run(name: str, steps: int, **more: Any) -> ray.train.Result:
+        return LTETrainer(
+            Regression(), run_config=storage(tmp_path, name, **more), **(settings(steps) | {"merge": merge})
+        ).fit()
+
+    whole = run("whole", 30)
+    run("parts", 15)
+    resumed = run("parts", 30, resume=True)
+    assert_same_model(resumed, load_file(Path(whole.path) / "model.safetensors"))
+    names = {path.name for path in (Path(resumed.path) / "checkpoints" / "000006").iterdir()}
+    assert "policy.safetensors" in names

@@ -22,6 +22,7 @@ from lte_ray.engine.downlink import Downlink
 from lte_ray.engine.threads import merge_threads
 from lte_ray.errors import StorageError, WorkerFailed
 from lte_ray.layout import Plan
+from lte_ray.merging.scheduled import load_state_of, state_of
 from lte_ray.messages import Contribution, MergeRecord, Update
 from lte_ray.runtime.common import Common
 from lte_ray.runtime.cuts import Cuts
@@ -90,6 +91,10 @@ class CoordinatorActor:
             references=references,
             taken=taken,
         )
+        if common.resume is not None:
+            kept = checkpoint.read_policy(common.directory, common.resume, settings.merge.policy)
+            if kept:
+                load_state_of(self._engine.policy, kept)
         codecs = common.codecs(plans)
         self._masters: Masters = Shards(shards, codecs, version) if shards else OwnMaster(common, self._engine, codecs, threads)
         self._cuts = Cuts(common, plans[0], keep)
@@ -162,7 +167,9 @@ class CoordinatorActor:
         version, cuts, waiters = self._engine.version, self._cuts, self._waiters
         base = await self._masters.whole()
         if self._records.last is not None and cuts.saved != version and version not in cuts:
-            cuts.begin(self._records.last, ())  # the policy left heads out of the last merge: the base alone
+            cuts.begin(
+                self._records.last, (), state_of(self._engine.policy)
+            )  # the policy left heads out of the last merge: the base alone
             waiters.background(cuts.write_base(version, base))
         end = time.monotonic() + PATIENCE
         while (waiters.busy or cuts.unfinished) and waiters.failure is None and time.monotonic() < end:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from lte_ray import checkpoint
 from lte_ray.layout import Plan
@@ -16,11 +19,12 @@ from lte_ray.runtime.transport import Handle
 
 @dataclass
 class _Cut:
-    """A checkpoint in the making: the merge it follows, the heads that write a part, and the files there are."""
+    """A checkpoint in the making: the merge it follows, the heads that write a part, and the files there are and will be."""
 
     record: MergeRecord
     heads: tuple[int, ...]
     files: list[checkpoint.FileEntry]
+    expected: int
 
 
 class Cuts:
@@ -35,12 +39,15 @@ class Cuts:
     def __init__(self, common: Common, plan: Plan, keep: int | None) -> None:
         self._common, self._plan, self._keep = common, plan, keep
         self._open: dict[int, _Cut] = {}
+        self._kept: dict[int, dict[str, Tensor]] = {}  # by version, until it is written
         self.saved: int | None = common.resume.version if common.resume else None
         """The newest complete one."""
 
-    def begin(self, record: MergeRecord, heads: tuple[int, ...]) -> None:
-        """A checkpoint of the merge's version, to which `heads` write a part each."""
-        self._open[record.version] = _Cut(record, heads, [])
+    def begin(self, record: MergeRecord, heads: tuple[int, ...], policy: Mapping[str, Tensor]) -> None:
+        """A checkpoint of the merge's version, to which `heads` write a part each; `policy` is what the policy keeps."""
+        kept = {name: tensor.clone() for name, tensor in policy.items()}  # which goes on changing its own
+        self._open[record.version] = _Cut(record, heads, [], len(heads) + 1 + bool(kept))
+        self._kept[record.version] = kept
 
     def __contains__(self, version: object) -> bool:
         return version in self._open
@@ -53,12 +60,17 @@ class Cuts:
     def abandon(self) -> None:
         """Storage failed: none of them will be whole."""
         self._open.clear()
+        self._kept.clear()
 
     async def write_base(self, version: int, base: Handle) -> None:
-        """Writes the coordinator's part: the whole base."""
+        """Writes the coordinator's part: the whole base, and what the policy keeps."""
         flat = await self._common.transport.arrive(base)
-        entry = await asyncio.to_thread(checkpoint.write_base, self._common.directory, version, self._plan, flat)
+        directory, kept = self._common.directory, self._kept.pop(version, {})
+        entry = await asyncio.to_thread(checkpoint.write_base, directory, version, self._plan, flat)
         await self.add(version, entry)
+        if kept:
+            name = self._common.settings.merge.policy
+            await self.add(version, await asyncio.to_thread(checkpoint.write_policy, directory, version, name, kept))
 
     async def add(self, version: int, entry: checkpoint.FileEntry) -> None:
         """Adds a file that was written, and commits the checkpoint if it was the last one missing."""
@@ -66,7 +78,7 @@ class Cuts:
         if cut is None:  # storage failed for another part of it
             return
         cut.files.append(entry)
-        if len(cut.files) < len(cut.heads) + 1:
+        if len(cut.files) < cut.expected:
             return
         directory, record, settings = self._common.directory, cut.record, self._common.settings
         facts = {

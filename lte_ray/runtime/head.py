@@ -67,7 +67,7 @@ class HeadActor:
         courier = self._courier = Courier(self._common, self._plans, self._numbers, coordinator)
         group = self._group = self._start(courier)
         self._leave(group, coordinator)
-        while not all(head.finished for head in group.heads):
+        while any(not head.finished or head.head in self._asked or courier.carries(head) for head in group.heads):
             if self._common.settings.merge.wait:
                 self._round(group, courier, coordinator)
             else:
@@ -172,9 +172,8 @@ class HeadActor:
             due = head.since_offered >= self._every[head.head] or (head.left == 0 and not head.finished)
             if due and not head.outstanding and not courier.carries(head):
                 courier.send(head, head.contribute())
-        stuck = [head for head in group.heads if head.left == 0 and not head.finished]
-        if len(stuck) == len([head for head in group.heads if not head.finished]) > 0:  # nothing is left but to wait
-            with stuck[0].timed("wait"):
+        if all(head.left == 0 for head in group.heads) and any(courier.carries(head) for head in group.heads):
+            with group.heads[0].timed("wait"):  # nothing is left but to wait
                 waited = courier.arrived(patience=1.0)
             for arrived in waited:
                 self._adopt(group, courier, arrived, coordinator)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from lte_ray.engine.coordinator import Coordinator
 from lte_ray.engine.downlink import CHECK_EVERY, Downlink, bytes_instead
+from lte_ray.merging.scheduled import state_of
 from lte_ray.messages import Merged, MergeRecord
 from lte_ray.runtime.common import Common
 from lte_ray.runtime.cuts import Cuts
@@ -82,7 +83,7 @@ class Records:
             if saves:
                 # Only heads that have all adopted this version give a state to go on from; else the base alone is saved.
                 saving = record.heads if set(record.heads) >= engine.live else ()
-                self._cuts.begin(record, saving)
+                self._cuts.begin(record, saving, state_of(engine.policy))
             base = self._masters.whole() if shows or saves else None
             checked = version == newest and self._downlink.factored and version % CHECK_EVERY == 0
             total = self._masters.checksum() if checked else None

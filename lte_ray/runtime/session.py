@@ -137,13 +137,21 @@ class Session:
                 for numbers, strategy in zip(hosted, strategies, strict=True)
             ]
             beside = {"num_cpus": 0, "scheduling_strategy": "DEFAULT"}
+            calls = max(1000, 3 * len(plans))  # heads that wait must not fill up the coordinator
             shards = [
-                start(ShardActor, {**beside, "scheduling_strategy": "SPREAD"}, common, plans, parts, self.version)
+                start(
+                    ShardActor,
+                    {**beside, "scheduling_strategy": "SPREAD", "max_concurrency": calls},
+                    common,
+                    plans,
+                    parts,
+                    self.version,
+                )
                 for parts in base_parts(common, self.initial.plan, self.initial.base)
             ]
             base = None if shards else self.initial.base.numpy()
             first = (plans, self.policy, base, self.version)
-            coordinator = start(CoordinatorActor, beside, common, *first, self.keep, shards)
+            coordinator = start(CoordinatorActor, {**beside, "max_concurrency": calls}, common, *first, self.keep, shards)
 
             def start_evaluator() -> Any:
                 gpus, spare = self._spare_gpus(), cores() - lanes * threads * len(hosted)
