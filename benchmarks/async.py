@@ -1,8 +1,8 @@
 """Useful local steps/s of 4 heads, one of them 4 times slower, over what they take without any communication.
 
-All train `workers.gpt:GPT` on small batches, and sleep after each step, so that they don't compete for the cores: what is lost
-is lost to merging. Useful are steps that were merged, counted over the middle of the run. The limit is taken by 4 bare
-processes with the same heads that never merge. The kinds alternate. Stall is the time for which a merge keeps a head from training.
+All train `workers.gpt:GPT` on small batches, and sleep after each step, so that they don't compete for the cores: what is
+lost is lost to merging. Useful are steps that were merged, counted over the middle of the run. The limit is taken by 4 bare
+processes with the same heads that never merge. The kinds alternate. Stall is for how long a merge keeps a head from training.
 """
 
 from __future__ import annotations

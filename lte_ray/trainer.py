@@ -15,7 +15,7 @@ from lte_ray.display import automatic_display
 from lte_ray.engine.initial import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.stack import check_stackable
-from lte_ray.merging.registry import make_policy, recorded_arguments
+from lte_ray.merging.registry import gives_weights, make_policy, recorded_arguments
 from lte_ray.messages import HeadTimes
 from lte_ray.metrics import Progress, Reporter
 from lte_ray.storage import RunDirectory
@@ -103,7 +103,7 @@ class LTETrainer:
             reporter.update(Progress.starting(name, self.train.steps, "starting the heads"))
             hosted = placing.hosted(placement, self.lte.num_heads)
             with placing.reserve(placement, len(hosted)) as (strategies, nodes):
-                groups = placing.groups_of(settings.merge, initial.plans, nodes)
+                groups = placing.groups_of(settings.merge, initial.plans, nodes, gives_weights(policy))
                 record = runs.record(self.worker, self.program, settings, asked, storage)
                 runs.create(directory, record, storage)
                 session = Session(

@@ -31,7 +31,7 @@ from lte_ray.merging import (
     Wait,
     make_policy,
 )
-from lte_ray.merging.registry import make_rule, recorded_arguments
+from lte_ray.merging.registry import gives_weights, make_rule, recorded_arguments
 
 
 def make(policy: Any, when: Any = "barrier", **arguments: Any) -> MergePolicy:
@@ -316,3 +316,12 @@ def test_what_a_run_records_of_its_policy_makes_it_again(policy: Any, arguments:
     if isinstance(policy, str):
         again = make_rule(policy, recorded)
         assert recorded_arguments(MergeConfig(policy=again)) == recorded
+
+
+def test_policies_that_make_their_own_change_are_known() -> None:
+    """Heads can't redo their merges from factors; of a user's own policy nothing is known."""
+    for name in POLICIES:
+        dense = name in ("momentum", "nesterov", "delayed_nesterov", "adam", "median", "trimmed_mean", "ties", "dare")
+        assert gives_weights(make_policy(MergeConfig(policy=name))) != dense
+    assert not gives_weights(make_policy(MergeConfig(policy="gated", policy_args={"policy": "nesterov"})))
+    assert gives_weights(make_policy(MergeConfig(policy=lambda pending, roster: {})))

@@ -53,7 +53,7 @@ class Budget:
             return Order(steps, self._steps)
         left = max(0, self._total - sum(self._granted.values()))
         # What is left is shared by speed, so that all end together; but rounds shouldn't become ever smaller.
-        fair = max(math.ceil(left * self._pace.share(head, live)), steps // 4)
+        fair = max(math.ceil(left * self._pace.share(head, live)), min(steps, self._steps) // 4)
         grant = min(left, fair, max(0, self._taken[head] + AHEAD * steps - self._granted[head]))
         self._granted[head] += grant
         return Order(steps, self._granted[head], left == grant, self._pace.rate(head, live), self.progress)

@@ -56,9 +56,15 @@ class Downlink:
         return chain if have >= 0 and have + len(chain) == self._version else None
 
     def bytes_down(self, heads: Collection[int], live: int) -> int:
-        """Bytes that a merge of these heads costs until all have it: their dense parts, and their factors to all others."""
+        """Bytes that the newest merge, of these heads, costs until all have it.
+
+        Dense parts go to those that were merged, and their factors to all others; where heads can't redo it, those that were
+        merged get the whole base.
+        """
         if not self._factored:
             return self._dense_size * len(heads)
+        if not self._chain:
+            return (self._dense_size + self._base_size) * len(heads)
         return self._dense_size * len(heads) + sum(self._sizes[h] * max(0, live - 1) for h in heads)
 
     def _cost(self, chain: Collection[Merged]) -> int:

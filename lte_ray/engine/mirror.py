@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -39,16 +39,17 @@ class Mirror:
         codecs: each head's; all have the same groups.
         reset: as `LTEConfig.reset`.
         fetch: gives the buffer behind a handle.
+        own: the heads of this process, whose contributions don't come from elsewhere.
     """
 
-    def __init__(self, codecs: Sequence[Codec], reset: str, fetch: Callable[[Any], Tensor]) -> None:
-        self._codecs, self._reset, self._fetch = codecs, reset, fetch
+    def __init__(self, codecs: Sequence[Codec], reset: str, fetch: Callable[[Any], Tensor], own: Collection[int] = ()) -> None:
+        self._codecs, self._reset, self._fetch, self._own = codecs, reset, fetch, frozenset(own)
         self._parts: dict[int, _Part] = {}
         self._base: Tensor | None = None
         self._sums: dict[int, int] = {}  # checksum by version
         self._turn = Lock()
         self.version = -1
-        self.bytes = 0  # fetched
+        self.bytes = 0  # fetched from elsewhere
         self.resyncs = 0
         """How often the copy had drifted from the coordinator's, and was fetched anew."""
 
@@ -115,7 +116,9 @@ class Mirror:
             shares = []
             for head, weight in merged.weights.items():
                 codec, old = self._codecs[head], part.references.get(head)
-                flat = codec.decode_group(index, self._get(merged.buffers[head][index]), old)
+                handle = merged.buffers[head][index]
+                buffer = self._fetch(handle) if head in self._own else self._get(handle)
+                flat = codec.decode_group(index, buffer, old)
                 shares.append((head, Share(weight, codec.parts[index], flat, old)))
             add_contributions(part.base, [share for _, share in shares])
             for head, share in shares:

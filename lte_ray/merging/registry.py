@@ -49,6 +49,15 @@ POLICIES: dict[str, type] = {
 BY_WEIGHTS = ("average", "samples", "stale")
 """Those that look at no tensors, and so can decide where these are in shards."""
 
+DENSE = (Momentum, Nesterov, DelayedNesterov, Adam, Median, TrimmedMean, Ties, Dare)
+"""Those that make a change of their own, which heads can't redo from factors."""
+
+
+def gives_weights(policy: MergePolicy) -> bool:
+    """Whether its merges may be weights of contributions; only of built-in policies is it known that they never are."""
+    rule: Any = getattr(policy, "how", policy)
+    return not isinstance(rule.inner if isinstance(rule, Gated) else rule, DENSE)
+
 
 def make_policy(merge: MergeConfig) -> MergePolicy:
     """The policy that the settings mean: `policy` with its `policy_args`, and `when` unless it decides that itself.

@@ -113,13 +113,14 @@ def _lacks(placement: Placement, actors: int, short: dict[str, float], has: Mapp
     )
 
 
-def groups_of(merge: MergeConfig, plans: Sequence[Plan], nodes: int) -> tuple[Group, ...]:
+def groups_of(merge: MergeConfig, plans: Sequence[Plan], nodes: int, redoable: bool = True) -> tuple[Group, ...]:
     """The groups in which layers travel.
 
     On one node shared memory carries the base, which is then copied and not sent. That is cheaper for the heads than redoing
-    merges from factors, so "auto" takes it.
+    merges from factors, so "auto" takes it. So it does where the policy's merges can't be redone from factors.
     """
-    return groups(plans, replace(merge, send_down="dense") if nodes == 1 and merge.send_down == "auto" else merge)
+    dense = merge.send_down == "auto" and (nodes == 1 or not redoable)
+    return groups(plans, replace(merge, send_down="dense") if dense else merge)
 
 
 @contextlib.contextmanager
