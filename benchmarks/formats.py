@@ -1,7 +1,8 @@
 """The formats that `benchmarks.bytes` compares, and what they cost in loss.
 
-`workers.gpt:GPT` (2 blocks of 64, windows of 64 bytes, peak learning rate 2e-3) on 4 heads of r = 32, 384 steps each, merged
-every 64: validation loss of the merged weights at the end with the format over that with fp32, for each seed.
+`workers.gpt:GPT` (2 blocks of 64, windows of 64 bytes, peak learning rate 1e-3, gradients clipped to 1) on 4 heads of r = 32,
+384 steps each, merged every 64: validation loss of the merged weights at the end with the format over that with fp32, for
+each seed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from workers.gpt import GPT
 
 HEADS, MERGE_ITER, STEPS, SEEDS = 4, 64, 384, (0, 1)
 EVERYTHING = ("linear", "attention", "conv", "embedding")
-WORKER = GPT(width=64, depth=2, context=64, batch_size=8, lr=2e-3)
+WORKER = GPT(width=64, depth=2, context=64, batch_size=8, lr=1e-3)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def loss(worker: Worker, wire: Wire, seed: int, steps: int = STEPS) -> float:
     """Validation bits per byte of a run that merges in this format."""
     adapt = EVERYTHING if wire.embeddings else EVERYTHING[:-1]
     lte = LTEConfig(num_heads=HEADS, lora_r=RANK, lora_alpha=ALPHA, adapt=adapt)  # type: ignore[arg-type]
-    settings = Settings("bytes", lte, wire.merge, TrainConfig(steps=steps, seed=seed))
+    settings = Settings("bytes", lte, wire.merge, TrainConfig(steps=steps, seed=seed, clip_norm=1.0))
     run = simulate(worker, settings)
     return evaluated(worker, prepare(worker, settings), run.base)["bits_per_byte"]
 

@@ -1,11 +1,11 @@
 """One merge of 2 to 256 heads, r = 32, on GPT-2-124M's shapes, over 1 to 8 shards, over the bare matrix products.
 
 Ours is everything from the contributions in hand to the decision and the new base: checks, the policy, products, replicas and
-new references; by the engine's coordinator, or by its shards and a coordinator that sees numbers alone. Bare are the products
-alone: for each weight the concatenated factors and one product with the contributions, one with the references, and nothing
-else; concatenation counts, for no way does without. Each shard has one thread, as it has a process of its own; they are
-measured one after the other here, and the slowest is the latency, ours (with the decision) and the bare one's. Seconds are
-the process's own, which is the latency on a free core: nothing waits.
+new references; by the engine's coordinator, or by its shards and a coordinator that sees numbers alone (without processes:
+what messages between them take isn't in it). Bare are the products alone: for each weight the concatenated factors of
+contributions and references, one product, and nothing else; concatenation counts, for no way does without. Each shard has one
+thread, as it has a process of its own; they are measured one after the other here, and the slowest is the latency, ours (with
+the decision) and the bare one's. Seconds are the process's own, which is the latency on a free core: nothing waits.
 
 Embeddings have factors (they are tied: one weight); it alone is a third of the work, so that 8 shards aren't faster than 4.
 Of more than 16 heads several hold the same tensors, so that they fit into memory: each is checked, multiplied and kept as if
@@ -98,9 +98,10 @@ def bare(piece: Piece, base: Tensor, heads: int, merged: int) -> float:
     weights = views(plan.base, base)
     for spec in plan.adapted:
         weight = as_matrix(spec, weights[spec.name])
-        for factors, sign in ((new, 1), (old, -1)):
-            left = torch.cat([f[spec.b] for f in factors], dim=1)
-            weight.addmm_(left, torch.cat([f[spec.a] for f in factors]), alpha=sign * spec.scaling / heads)
+        left = torch.cat([f[spec.b] for f in (*new, *old)], dim=1)
+        right = torch.cat([f[spec.a] for f in (*new, *old)])
+        right[right.shape[0] // 2 :].neg_()
+        weight.addmm_(left, right, alpha=spec.scaling / heads)
     return time.process_time() - begun
 
 

@@ -117,9 +117,31 @@ def remove_incomplete(directory: RunDirectory) -> None:
             directory.delete(folder(version))
 
 
+def has_all_heads(manifest: Manifest) -> bool:
+    """Whether a run can go on from it: it holds every head's state."""
+    return len(manifest.heads) >= int(manifest.facts["lte"]["num_heads"])
+
+
+def newest_with_all_heads(directory: RunDirectory) -> Manifest | None:
+    """The newest complete checkpoint that a run can go on from; damaged ones are passed over."""
+    for version in reversed(complete(directory)):
+        with contextlib.suppress(StorageError, KeyError, TypeError, ValueError):
+            manifest = read_manifest(directory, version)
+            if has_all_heads(manifest):
+                return manifest
+    return None
+
+
 def prune(directory: RunDirectory, keep: int | None) -> None:
-    """Removes all but the newest `keep` complete checkpoints, manifest first, so that none is ever half there."""
-    for version in complete(directory)[:-keep] if keep else []:
+    """Removes all but the newest `keep` complete checkpoints, manifest first, so that none is ever half there.
+
+    The newest that a run can go on from stays in any case.
+    """
+    old = complete(directory)[:-keep] if keep else []
+    needed = newest_with_all_heads(directory) if old else None
+    for version in old:
+        if needed is not None and version == needed.version:
+            continue
         with contextlib.suppress(OSError):  # an old one that can't be removed is no reason to end a run
             directory.delete(f"{folder(version)}/{MANIFEST}")
             directory.delete(folder(version))

@@ -85,11 +85,15 @@ class Adapted:
 
 @dataclass(frozen=True)
 class Replica:
-    """A parameter that trains without LoRA: each head trains a copy, merges average the changes."""
+    """A parameter that trains without LoRA: each head trains a copy, merges average the changes.
+
+    Or a `buffer` that training changes, as BatchNorm's running statistics.
+    """
 
     name: str
     shape: tuple[int, ...]
     lr: float = 1.0
+    buffer: bool = False
 
 
 @dataclass(frozen=True)

@@ -48,11 +48,13 @@ def check_start(directory: RunDirectory, storage: StorageConfig, settings: Setti
     versions = checkpoint.complete(directory)
     if not versions:
         raise StorageError(f"--resume finds no complete checkpoint in {place}. Start the run without --resume.")
-    manifest = checkpoint.read_manifest(directory, versions[-1])
-    if len(manifest.heads) < settings.lte.num_heads:
+    newest = checkpoint.read_manifest(directory, versions[-1])
+    manifest = newest if checkpoint.has_all_heads(newest) else checkpoint.newest_with_all_heads(directory)
+    if manifest is None:
+        which = f"the state of heads {list(newest.heads)} only" if newest.heads else "the main weights alone"
         raise StorageError(
-            f"The newest checkpoint in {place} holds the state of heads {list(manifest.heads)} only, since the policy "
-            "merged no others at that version. Such a run can't be resumed without losing or repeating steps."
+            f"The newest checkpoint in {place} holds {which}, since not all heads were merged at its version, and so do those "
+            "before. Such a run can't be resumed without losing or repeating steps."
         )
     before, asked = manifest.facts["lte"], json.loads(json.dumps(dataclasses.asdict(settings.lte)))
     # For settings that there weren't when the run was begun; `checkpoint.check_factors` finds out whether --adapt fits.

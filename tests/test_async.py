@@ -22,6 +22,7 @@ from lte_ray.engine.initial import prepare
 from lte_ray.engine.pace import Pace
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError
+from lte_ray.layout import Plan, Replica
 from lte_ray.merging import Decision, Discard, Merge, Pending, Roster, Wait
 from lte_ray.merging.flat import as_matrix, base_replicas, factor_views, replica_views, views
 from lte_ray.merging.groups import groups
@@ -307,3 +308,17 @@ def test_a_shared_budget_leaves_something_for_everybody(heads: int, steps: int, 
     limits = [budget.order(head, range(heads)).limit for head in range(heads)]
     assert limits[0] <= max(2 * merge_iter, 1, heads * steps / 3)
     assert sum(limit > 0 for limit in limits) >= heads / 2
+
+
+def test_running_statistics_are_averaged_whatever_a_policy_makes_of_them() -> None:
+    """An outer optimizer extrapolates; a variance must not become negative by that."""
+    plan = Plan((), (Replica("weight", (2,)), Replica("running_var", (2,), buffer=True)))
+    settings = dataclasses.replace(make_settings(heads=2), merge=MergeConfig(policy="nesterov"))
+    coordinator = Coordinator(settings, plan, torch.ones(4, dtype=torch.float64), make_policy(settings.merge))
+    for sequence in (1, 2, 3):
+        for head in (0, 1):
+            contribution = Contribution("test", head, 0, sequence, sequence - 1, 1, 1, 1, 0.5)
+            coordinator.receive(contribution, torch.full((4,), -0.25 - 0.1 * head, dtype=torch.float64))
+        mean = -(0.25 + 0.35) / 2
+        assert coordinator.base[2:].tolist() == pytest.approx([1 + sequence * mean] * 2)
+    assert float(coordinator.base[0]) < 1 + 3 * mean  # while the weights go further

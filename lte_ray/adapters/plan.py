@@ -245,7 +245,7 @@ def _running_statistics(model: nn.Module) -> Iterator[Replica]:
                 name = f"{layer}.{kind}".lstrip(".")
                 if name in buffers:
                     _check_shape(name, buffers[name])
-                    yield Replica(name, tuple(buffers[name].shape))
+                    yield Replica(name, tuple(buffers[name].shape), buffer=True)
 
 
 def _check_shape(name: str, tensor: torch.Tensor) -> None:

@@ -23,8 +23,9 @@ from lte_ray.engine.pace import Pace
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import PolicyError
 from lte_ray.layout import Plan
+from lte_ray.merging.flat import views
 from lte_ray.merging.policy import Decision, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Try, Wait
-from lte_ray.merging.products import Share, new_reference
+from lte_ray.merging.products import Share, dense_part, new_reference
 from lte_ray.messages import Contribution, MergeRecord, Order, Verdict
 
 ABSURD = 1e30
@@ -344,9 +345,21 @@ class Coordinator:
 
     def _operation(self, decision: Merge | MergeChange, weights: Mapping[int, float]) -> Operation:
         if isinstance(decision, MergeChange):
-            return Operation(self.version + 1, (), self._change(decision))
+            return Operation(self.version + 1, (), self._with_mean_buffers(self._change(decision), self._settled(decision)))
         shares = [replace(self._pending[head].share, weight=weight) for head, weight in weights.items()]
         return Operation(self.version + 1, shares)
+
+    def _with_mean_buffers(self, change: Tensor, heads: list[int]) -> Tensor:
+        """Running statistics are averages and no direction: an extrapolated variance may be negative. So they are averaged."""
+        names = {replica.name for replica in self.plan.replicas if replica.buffer}
+        if not names:
+            return change
+        change = change.clone()
+        for name, part in views(self.plan.base, change).items():
+            if name in names:
+                parts = [dense_part(self._pending[head].share, name) for head in heads]
+                part.copy_(torch.stack(parts).sum(0) / self.settings.lte.num_heads)
+        return change
 
     def _tried(self, decision: Merge | MergeChange) -> Tensor:
         base = self.base.clone()

@@ -80,7 +80,7 @@ class Head:
         self._worker = worker
         self._since = self._offered = (0, 0)  # steps and samples at the last accepted contribution, and at the last one
         self._limit, self._final, self._rate = settings.train.steps, True, 1.0
-        self._noted = (0.0, 0.0)  # seconds trained and stalled until the last contribution
+        self._noted = (time.perf_counter(), 0.0)  # when the last contribution was made, and the seconds stalled until then
         self._losses: list[Tensor] = []  # of the steps since the last contribution
         self._loss = float("nan")
         self._state, self._times = "starting", HeadTimes()
@@ -126,6 +126,7 @@ class Head:
         """Adopts the first base (flat, in the plan's base layout) before any step is taken."""
         self._rebase(version, base, contained=None)
         self._state = "training"
+        self._noted = (time.perf_counter(), self._times.stalled)
 
     def end(self) -> None:
         """Notes that this head won't train any more."""
@@ -258,13 +259,13 @@ class Head:
         self._watched = True
         if self.sequence == 0:
             self._check_frozen()
+        self.sequence += 1  # before it is outstanding: another thread may ask whether this one was accepted
         with self.timed("publish"):
             parts = {**self._factors, **self._replica_change()}
             self._outstanding = gather(self.plan.contribution, parts, self.dtype, self.device)
         self._offered = (self.step, self.samples)
-        self.sequence += 1
-        trained, stalled = self._noted
-        self._noted = (self._times.train, self._times.stalled)
+        before, stalled = self._noted
+        self._noted = (time.perf_counter(), self._times.stalled)
         return Contribution(
             run=self.settings.run,
             head=self.head,
@@ -276,7 +277,7 @@ class Head:
             samples=self.samples - self._since[1],
             loss=self._loss,
             base_error=self._weights.error,
-            seconds=self._noted[0] - trained,
+            seconds=max(0.0, self._noted[0] - before - (self._noted[1] - stalled)),
             stall=self._noted[1] - stalled,
             buffer=self._outstanding,
         )

@@ -103,7 +103,10 @@ class Merge:
 
 @dataclass(frozen=True)
 class MergeChange:
-    """Merge `change` (flat, in the base layout), which stands for the contributions of `heads`."""
+    """Merge `change` (flat, in the base layout), which stands for the contributions of `heads`.
+
+    Running statistics (BatchNorm's) are averaged whatever it says of them.
+    """
 
     change: Tensor = field(repr=False)
     heads: Collection[int]

@@ -95,6 +95,8 @@ class CoordinatorActor:
             kept = checkpoint.read_policy(common.directory, common.resume, settings.merge.policy)
             if kept:
                 load_state_of(self._engine.policy, kept)
+        self._joined: set[int] = set()
+        self._all_joined = asyncio.Event()
         codecs = common.codecs(plans)
         self._masters: Masters = Shards(shards, codecs, version) if shards else OwnMaster(common, self._engine, codecs, threads)
         self._cuts = Cuts(common, plans[0], keep)
@@ -122,6 +124,11 @@ class CoordinatorActor:
                 differing = sorted(str(e) for e in {*plan.base.entries} ^ {*ours.base.entries})[:4]
                 reason = f"build_model() gives another model here than in the driver; they differ in {differing}."
                 raise WorkerFailed(f"head {head}", None, reason)
+        self._joined |= plans.keys()
+        if self._joined >= self._engine.live:
+            self._all_joined.set()
+        if self._engine.budget.shared:  # else whoever comes first takes the steps of those who are still starting
+            await self._all_joined.wait()
         return await self._updates.since(tuple(plans), -1)
 
     async def submit(self, contribution: Contribution, numbers: tuple[int, ...], have: int) -> Update:

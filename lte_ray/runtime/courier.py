@@ -25,11 +25,12 @@ from lte_ray.runtime.common import Common
 class Arrived:
     """An update that has come, and the base that it led to (flat), if that is newer than what this process had.
 
-    `staged` is what the process's only head makes of that base (`Head.stage`).
+    `staged` is what the process's only head makes of that base (`Head.stage`), with its contribution or without (`accepted`).
     """
 
     update: Update
     base: Tensor | None
+    accepted: bool = False
     staged: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -133,13 +134,13 @@ class Courier:
             return arrived
         accepted = head.outstanding and arrived.update.accepted.get(head.head) == head.sequence
         if head.device.type != "cuda":
-            return replace(arrived, staged=head.stage(arrived.base, accepted))
+            return replace(arrived, accepted=accepted, staged=head.stage(arrived.base, accepted))
         with torch.cuda.stream(self._side(head)):
             if self._swapped is not None:  # until then kernels that were queued before may read the weights to be written to
                 self._side(head).wait_event(self._swapped)
             staged = head.stage(arrived.base, accepted)
             self._side(head).synchronize()
-        return replace(arrived, staged=staged)
+        return replace(arrived, accepted=accepted, staged=staged)
 
     def _side(self, head: Head) -> torch.cuda.Stream:
         self._stream = self._stream or torch.cuda.Stream(head.device)  # type: ignore[no-untyped-call]

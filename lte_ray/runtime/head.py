@@ -189,7 +189,7 @@ class HeadActor:
             for head in group.heads:
                 accepted = head.outstanding and update.accepted.get(head.head) == head.sequence
                 verdict = Verdict(head.head, head.sequence, True, update.version) if accepted else None
-                head.adopt(verdict, update.version, base, arrived.staged)
+                head.adopt(verdict, update.version, base, arrived.staged if accepted == arrived.accepted else None)
             courier.adopted(group.heads[0])
         if update.checkpoint and update.verdict is not None:
             head = {head.head: head for head in group.heads}[update.verdict.head]
@@ -219,7 +219,8 @@ class HeadActor:
 
     def _own(self, group: HeadGroup, base: Tensor) -> Tensor:
         """The base as the heads may keep it: heads that take turns do, and the mirror writes to its own."""
-        return base.clone() if len(group.heads) > 1 and any(g.by_factors for g in self._common.groups) else base
+        groups = self._common.groups
+        return base.clone() if len(group.heads) > 1 and (len(groups) > 1 or groups[0].by_factors) else base
 
     @ray.method(concurrency_group="ctl")
     def status(self) -> tuple[HeadStatus, ...]:
