@@ -19,6 +19,9 @@ T = TypeVar("T")
 Use = Callable[[int, Tensor, Mapping[int, Tensor | None]], T]
 """What is made of a version's number, its base and the references that it holds, which nothing changes meanwhile."""
 
+KEPT = 1000
+"""Versions whose time is remembered."""
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -95,6 +98,7 @@ class Master:
                 self._references.update(step.references)
                 self._done = step.version
                 self._seconds[self._done] = time.perf_counter() - begun
+            self._seconds.pop(self._done - KEPT, None)  # which nobody asked for
             else:
                 self._give(*step)
         return self._base
