@@ -98,7 +98,7 @@ class Master:
                 self._references.update(step.references)
                 self._done = step.version
                 self._seconds[self._done] = time.perf_counter() - begun
-            self._seconds.pop(self._done - KEPT, None)  # which nobody asked for
+                self._seconds.pop(self._done - KEPT, None)  # which nobody asked for
             else:
                 self._give(*step)
         return self._base
