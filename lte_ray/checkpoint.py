@@ -132,6 +132,14 @@ def newest_with_all_heads(directory: RunDirectory) -> Manifest | None:
     return None
 
 
+def remove_after(directory: RunDirectory, version: int) -> None:
+    """Removes the checkpoints of later versions, manifest first."""
+    for later in [v for v in _versions(directory) if v > version]:
+        if directory.exists(f"{folder(later)}/{MANIFEST}"):
+            directory.delete(f"{folder(later)}/{MANIFEST}")
+        directory.delete(folder(later))
+
+
 def prune(directory: RunDirectory, keep: int | None) -> None:
     """Removes all but the newest `keep` complete checkpoints, manifest first, so that none is ever half there.
 

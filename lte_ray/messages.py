@@ -101,6 +101,7 @@ class Update:
 class MergeRecord:
     """One merge, as the coordinator saw it. Times in seconds, `at` in Unix time.
 
+    `step` is the furthest of the merged heads', `taken` the local steps of all heads that contributions have told of.
     By head: `weights` are those of the contributions (empty where the policy made the change itself), `lags` the versions that
     they were behind, `stalls` the seconds for which merging kept heads from training since their contributions before.
     `bytes_up` and `bytes_down` are what these contributions cost until all heads have them; `bytes_instead` is what other ways
@@ -116,6 +117,7 @@ class MergeRecord:
     bytes_up: int
     bytes_down: int
     step: int
+    taken: int = 0
     merge_seconds: float = 0.0
     base_error: float = 0.0
     weights: dict[int, float] = field(default_factory=dict)

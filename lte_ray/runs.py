@@ -64,14 +64,20 @@ def check_start(directory: RunDirectory, storage: StorageConfig, settings: Setti
     if differing:
         said = ", ".join(f"{flag(name)} was {before[name]} and is {asked[name]}" for name in differing)
         raise StorageError(f"{place} can't be continued with other heads: {said}. Give the settings as they were.")
-    if manifest.facts["step"] >= settings.train.steps:
-        raise StorageError(f"{place} has taken all {manifest.facts['step']} local steps already. Raise --steps to continue it.")
+    heads = settings.lte.num_heads
+    taken = manifest.facts.get("taken", manifest.facts["step"] * heads)  # which an older release didn't note
+    if taken >= settings.train.steps * heads:
+        raise StorageError(f"{place} has taken all {taken // heads} local steps a head already. Raise --steps to continue it.")
     checkpoint.verify(directory, manifest)
     return manifest
 
 
-def create(directory: RunDirectory, record: dict[str, Any], storage: StorageConfig) -> None:
+def create(
+    directory: RunDirectory, record: dict[str, Any], storage: StorageConfig, resume: checkpoint.Manifest | None = None
+) -> None:
     """Makes the run directory with its ``run.toml``: the first thing that a run writes, once it can start.
+
+    Checkpoints after the one that it goes on from are of steps that will be taken again: they are removed.
 
     Raises:
         StorageError: it can't be written, or another run has taken the name meanwhile.
@@ -79,6 +85,8 @@ def create(directory: RunDirectory, record: dict[str, Any], storage: StorageConf
     if storage.overwrite and directory.exists():
         directory.delete()
     directory.create(exclusive=not storage.resume)
+    if resume is not None:
+        checkpoint.remove_after(directory, resume.version)
     directory.write(RUN, tomli_w.dumps(_plain(record)).encode())
 
 

@@ -105,7 +105,7 @@ class LTETrainer:
             with placing.reserve(placement, len(hosted)) as (strategies, nodes):
                 groups = placing.groups_of(settings.merge, initial.plans, nodes, gives_weights(policy))
                 record = runs.record(self.worker, self.program, settings, asked, storage)
-                runs.create(directory, record, storage)
+                runs.create(directory, record, storage, resume)
                 session = Session(
                     common=Common(worker, settings, directory, ObjectStore(), groups, resume),
                     initial=dataclasses.replace(initial, base=base),

@@ -21,7 +21,7 @@ from lte_ray.engine.head import Head
 from lte_ray.engine.initial import prepare
 from lte_ray.engine.pace import Pace
 from lte_ray.engine.settings import Settings
-from lte_ray.errors import ConfigError
+from lte_ray.errors import ConfigError, PolicyError
 from lte_ray.layout import Plan, Replica
 from lte_ray.merging import Decision, Discard, Merge, Pending, Roster, Wait
 from lte_ray.merging.flat import as_matrix, base_replicas, factor_views, replica_views, views
@@ -322,3 +322,31 @@ def test_running_statistics_are_averaged_whatever_a_policy_makes_of_them() -> No
         mean = -(0.25 + 0.35) / 2
         assert coordinator.base[2:].tolist() == pytest.approx([1 + sequence * mean] * 2)
     assert float(coordinator.base[0]) < 1 + 3 * mean  # while the weights go further
+
+
+def test_a_policy_that_asks_to_be_woken_for_ever_is_named() -> None:
+    """Every live head waits for it, and each time it wants some more time: an error, and no silent stall."""
+
+    class Sleepy:
+        def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
+            return Wait("for better times", until=roster.now + 1)
+
+    settings, (head,), _ = started(1)
+    coordinator = Coordinator(settings, head.plan, prepare(Tiny(), settings, torch.float64).base, Sleepy())
+    contribution = head.train_round()
+    coordinator.receive(contribution, contribution.buffer)
+    woken = (coordinator.tick() for _ in range(100))
+    with pytest.raises(PolicyError, match="Sleepy waits for better times, but every live head"):
+        list(woken)
+
+
+def test_an_older_order_takes_nothing_back() -> None:
+    """Answers may come in another order than they were given: what was granted stays granted."""
+    _, (head,), _ = started(1)
+    head.follow(Order(5, 9, final=False))
+    head.follow(Order(5, 4, final=False))
+    assert head.left == 9
+    head.follow(Order(5, 9, final=True))
+    head.train(99)
+    assert head.done
+    assert head.step == 9

@@ -38,9 +38,14 @@ class Budget:
         self._granted = dict(self._taken)
 
     @property
+    def taken(self) -> int:
+        """Local steps of all heads that contributions have told of."""
+        return sum(self._taken.values())
+
+    @property
     def progress(self) -> float:
         """The share of all steps that the contributions hold."""
-        return sum(self._taken.values()) / self._total
+        return self.taken / self._total
 
     def note(self, head: int, step: int) -> None:
         """A head has taken `step` local steps in all."""

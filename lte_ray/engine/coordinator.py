@@ -32,6 +32,9 @@ ABSURD = 1e30
 """Bound on s times a contribution's sum of squares, and so on every element of s B A: far beyond any weight that trains,
 and far below what overflows float32, so that a merge that has begun can't make the base infinite."""
 
+PATIENCE = 20
+"""How often a policy may ask to be woken once every live head has contributed."""
+
 MOST_WEIGHT = 1e6
 """Bound on the weight that a policy may give a contribution."""
 
@@ -88,6 +91,7 @@ class Coordinator:
         self._master = None if base is None else Master(base, version, references or {})
         self.live = set(range(settings.lte.num_heads))
         self.waiting_for = ""
+        self._asked = 0  # how often in a row the policy waited though nobody else was to come
         self.wakes_at: float | None = None
         self.pace = Pace(settings.merge)
         self.budget = Budget(settings, self.pace, taken or {})
@@ -285,7 +289,9 @@ class Coordinator:
             )
         if self._master is None and isinstance(decision, MergeChange | Try):
             raise self._needs_tensors(f"decided a {type(decision).__name__}")
-        if isinstance(decision, Wait) and decision.until is None and pending and self.live <= self._pending.keys():
+        stuck = isinstance(decision, Wait) and bool(pending) and self.live <= self._pending.keys()
+        self._asked = self._asked + 1 if stuck else 0
+        if isinstance(decision, Wait) and stuck and (decision.until is None or self._asked > PATIENCE):
             raise PolicyError(
                 f"{self._policy_name} waits {decision.reason or 'for something'}, but every live head {sorted(self.live)} "
                 "has contributed and waits for it: the run could never go on."
@@ -332,6 +338,7 @@ class Coordinator:
             at=time.time(),
             heads=tuple(heads),
             step=max(c.step for c in merged),
+            taken=self.budget.taken,
             steps=sum(c.steps for c in merged),
             samples=sum(c.samples for c in merged),
             losses={c.head: c.loss for c in merged},

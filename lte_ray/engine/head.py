@@ -80,6 +80,7 @@ class Head:
         self._worker = worker
         self._since = self._offered = (0, 0)  # steps and samples at the last accepted contribution, and at the last one
         self._limit, self._final, self._rate = settings.train.steps, True, 1.0
+        self._granted = 0  # the highest limit that the coordinator has given
         self._noted = (time.perf_counter(), 0.0)  # when the last contribution was made, and the seconds stalled until then
         self._losses: list[Tensor] = []  # of the steps since the last contribution
         self._loss = float("nan")
@@ -139,7 +140,9 @@ class Head:
 
     def follow(self, order: Order) -> None:
         """Takes the coordinator's word on how many steps there are, and where the learning-rate schedule stands."""
-        self._limit, self._final, self._rate = order.limit, order.final, order.rate
+        if order.limit >= self._granted:  # else it is an older one, overtaken by another answer
+            self._limit, self._final, self._granted = order.limit, order.final, order.limit
+        self._rate = order.rate
         self.update.reach(order.progress)
 
     def train_round(self) -> Contribution:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lte_ray.engine.downlink import CHECK_EVERY
+from lte_ray.engine.threads import torch_threads
 from lte_ray.merging.flat import views
 from lte_ray.merging.products import Share, add_contributions, new_reference
 from lte_ray.merging.transfer import Codec, checksum
@@ -40,14 +41,17 @@ class Mirror:
         reset: as `LTEConfig.reset`.
         fetch: gives the buffer behind a handle.
         own: the heads of this process, whose contributions don't come from elsewhere.
+        threads: that torch redoes merges with; as many as the coordinator merges with, since results depend on it.
     """
 
-    def __init__(self, codecs: Sequence[Codec], reset: str, fetch: Callable[[Any], Tensor], own: Collection[int] = ()) -> None:
+    def __init__(
+        self, codecs: Sequence[Codec], reset: str, fetch: Callable[[Any], Tensor], own: Collection[int] = (), threads: int = 1
+    ) -> None:
         self._codecs, self._reset, self._fetch, self._own = codecs, reset, fetch, frozenset(own)
         self._parts: dict[int, _Part] = {}
         self._base: Tensor | None = None
         self._sums: dict[int, int] = {}  # checksum by version
-        self._turn = Lock()
+        self._turn, self._threads = Lock(), threads
         self.version = -1
         self.bytes = 0  # fetched from elsewhere
         self.resyncs = 0
@@ -120,7 +124,8 @@ class Mirror:
                 buffer = self._fetch(handle) if head in self._own else self._get(handle)
                 flat = codec.decode_group(index, buffer, old)
                 shares.append((head, Share(weight, codec.parts[index], flat, old)))
-            add_contributions(part.base, [share for _, share in shares])
+            with torch_threads(self._threads):
+                add_contributions(part.base, [share for _, share in shares])
             for head, share in shares:
                 part.references[head] = new_reference(share, self._reset)
         if merged.version % CHECK_EVERY == 0:

@@ -11,6 +11,9 @@ import torch
 
 from lte_ray.layout import Plan
 
+MOST_REDOING = 4
+"""Threads that a process uses at most to redo a merge beside training."""
+
 
 def cores() -> int:
     """Cores that this process may use."""
@@ -25,8 +28,16 @@ def merge_threads(configured: int, plan: Plan, num_heads: int) -> int:
     """
     if configured:
         return configured
-    operations = sum(2 * math.prod(a.shape) * 2 * a.rank * num_heads for a in plan.adapted)
-    return max(1, min(cores(), operations // 10**9))
+    return max(1, min(cores(), _operations(plan, num_heads) // 10**9))
+
+
+def _operations(plan: Plan, num_heads: int) -> int:
+    return sum(2 * math.prod(a.shape) * 2 * a.rank * num_heads for a in plan.adapted)
+
+
+def redo_threads(configured: int, plan: Plan, num_heads: int) -> int:
+    """As `merge_threads`, where heads redo merges: the same on every machine, since results depend on it in the last bits."""
+    return configured or max(1, min(MOST_REDOING, _operations(plan, num_heads) // 10**9))
 
 
 def head_threads(configured: int, cpus: float, heads: int = 1) -> tuple[int, int]:

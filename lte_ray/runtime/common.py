@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lte_ray.checkpoint import Manifest, read_head
 from lte_ray.engine.settings import Settings
+from lte_ray.engine.threads import merge_threads, redo_threads
 from lte_ray.layout import Plan
 from lte_ray.merging.transfer import Codec, Group
 from lte_ray.runtime.package import Package
@@ -26,6 +27,13 @@ class Common:
     transport: Transport
     groups: tuple[Group, ...]
     resume: Manifest | None = None
+
+    def threads(self, part: Plan, whole: Plan) -> int:
+        """Threads to merge `part` of the `whole` plan with; where heads redo merges, the same everywhere."""
+        configured, heads = self.settings.merge.merge_threads, self.settings.lte.num_heads
+        if any(group.by_factors for group in self.groups):
+            return redo_threads(configured, whole, heads)
+        return merge_threads(configured, part, heads)
 
     def codecs(self, plans: Sequence[Plan]) -> list[Codec]:
         """Each head's codec; heads with equal plans share one."""

@@ -19,7 +19,6 @@ from torch import Tensor
 from lte_ray import checkpoint
 from lte_ray.engine.coordinator import Coordinator
 from lte_ray.engine.downlink import Downlink
-from lte_ray.engine.threads import merge_threads
 from lte_ray.errors import StorageError, WorkerFailed
 from lte_ray.layout import Plan
 from lte_ray.merging.scheduled import load_state_of, state_of
@@ -74,7 +73,7 @@ class CoordinatorActor:
         shards: Sequence[Any] = (),
     ) -> None:
         self._common, settings = common, common.settings
-        threads = merge_threads(settings.merge.merge_threads, plans[0], settings.lte.num_heads)
+        threads = common.threads(plans[0], plans[0])
         references: dict[int, Tensor] = {}
         taken = {}
         for head, step, factors in common.saved_heads():

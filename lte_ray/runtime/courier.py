@@ -48,7 +48,9 @@ class Courier:
         merge = common.settings.merge
         self._transport, self._coordinator, self._numbers = common.transport, coordinator, tuple(numbers)
         self._codecs = [Codec(plan, common.groups, merge) for plan in plans]
-        self.mirror = Mirror(self._codecs, common.settings.lte.reset, common.transport.fetch, numbers)
+        self.mirror = Mirror(
+            self._codecs, common.settings.lte.reset, common.transport.fetch, numbers, common.threads(plans[0], plans[0])
+        )
         self.bytes_up = dict.fromkeys(numbers, 0)
         self._pool = ThreadPoolExecutor(len(numbers) + 1, "courier")
         self._sent: dict[Future[Arrived], int] = {}  # by whose head

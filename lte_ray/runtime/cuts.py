@@ -84,6 +84,7 @@ class Cuts:
         facts = {
             "run": settings.run,
             "step": record.step,
+            "taken": record.taken,
             "lte": dataclasses.asdict(settings.lte),
             "losses": record.losses,
         }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lte_ray.engine.shard import Shard
-from lte_ray.engine.threads import merge_threads, torch_threads
+from lte_ray.engine.threads import torch_threads
 from lte_ray.layout import Plan
 from lte_ray.merging.flat import gather, views
 from lte_ray.merging.transfer import checksum, part
@@ -80,7 +80,7 @@ class ShardActor:
         self._shard = Shard(codecs, masters, settings.lte.reset, version=version, references=references)
         mine = [codecs[0].parts[index] for index in parts]
         own = Plan(tuple(a for each in mine for a in each.adapted), ())
-        self._threads = merge_threads(settings.merge.merge_threads, own, settings.lte.num_heads)
+        self._threads = common.threads(own, plans[0])
         self._beside = ThreadPoolExecutor(1, "merge")
         self._turns = Turns()
 
