@@ -11,9 +11,11 @@ barrier of the same seed, so that both began with the same weights; the figure i
 
 Two ways are called naive. `naive, weight 1`: each contribution is added whole when it arrives. `naive, momentum`: the outer
 optimizer of synchronous training (DiLoCo's Nesterov with its own values) moved by every arrival. The other outer optimizers
-have lr = 1 - momentum, so that each change counts once in all; nothing else was tuned on the seeds that are reported.
+have lr = 1 - momentum, so that each change counts once in all; nothing else was tuned. The learning rate and the clipping
+were chosen after a first attempt on seeds 0 to 2 (twice the learning rate, no clipping), in which the default's median was
+1.011, above the limit, with ratios of 0.987, 1.026 and 1.011; the seeds that are reported are others.
 
-    python -m benchmarks.async_quality [--log FILE] [--seeds 0 1 2] [NAME ...]
+    python -m benchmarks.async_quality [--log FILE] [--seeds 3 4 5] [NAME ...]
 
 NAMEs pick ways, and nothing is written to the results then. Runs found in FILE aren't repeated, and new ones are added to it.
 """
@@ -40,7 +42,7 @@ from workers.gpt import GPT
 
 HEADS, STEPS, MERGE_ITER = 4, 400, 10
 CLUSTER = ClusterModel(speeds=(1.0, 1.0, 1.0, 4.0), jitter=0.1)
-SEEDS = (0, 1, 2)
+SEEDS = (3, 4, 5)
 WORKER = GPT(width=64, depth=2, context=64, batch_size=8, lr=1e-3)
 DEFAULT = "average"
 """The documented default for asynchronous runs: the way that the limit is about."""

@@ -195,8 +195,8 @@ def test_a_misbehaving_policy_ends_the_run_with_an_error_that_names_it(policy: t
 
 KIT_FAULTS = [
     *FAULTS,
-    (PutsOff, "it never decides about heads"),
-    (Hurries, "it was asked 100 times within .* seconds, each time as it wanted, and never decided"),
+    (PutsOff, "waits a little longer, but every live head"),
+    (Hurries, "waits for yesterday, but every live head"),
     (ForgetsThoseWhoLeft, "The merge policy ForgetsThoseWhoLeft waits for the living, but every live head"),
     (Mutates, "it changed the tensors of head 0's contribution, which are only lent to it"),
     (Sorts, "it changed the list of pending contributions"),

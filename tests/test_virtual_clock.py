@@ -305,7 +305,7 @@ class Sulking:
         return Wait("for nothing")
 
 
-@pytest.mark.parametrize(("policy", "message"), [(Patient(), "Patient asked 10000 times"), (Sulking(), "Sulking waits")])
+@pytest.mark.parametrize(("policy", "message"), [(Patient(), "Patient waits for better times"), (Sulking(), "Sulking waits")])
 def test_a_policy_that_never_decides_is_named(policy: object, message: str) -> None:
     """One error, instead of a simulation that never ends."""
     with pytest.raises(PolicyError, match=message):
