@@ -1,8 +1,10 @@
 """Useful local steps/s of 4 heads, one of them 4 times slower, over what they take without any communication.
 
 All train `workers.gpt:GPT` on small batches, and sleep after each step, so that they don't compete for the cores: what is
-lost is lost to merging. Useful are steps that were merged, counted over the middle of the run. The limit is taken by 4 bare
-processes with the same heads that never merge. The kinds alternate. Stall is for how long a merge keeps a head from training.
+lost is lost to merging. Useful are steps that were merged: of each head, those of its contributions after the first until
+the last but one (the run's last steps are shared out in smaller pieces), over the time between these two. The limit is
+taken by 4 bare processes with the same heads that never merge. The kinds alternate. Stall is for how long a merge keeps a
+head from training.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class Throttled(GPT):
 
 
 def under_ray(merge: MergeConfig) -> dict[str, Any]:
-    """Merged steps/s of all heads together in the middle half of the run, and the median stall of a merge over a step."""
+    """Merged steps/s, the sum over the heads, and the median stall of a merge in seconds."""
     with tempfile.TemporaryDirectory() as storage:
         result = LTETrainer(
             Throttled(),
@@ -72,14 +74,15 @@ def under_ray(merge: MergeConfig) -> dict[str, Any]:
         ).fit()
         rows = [json.loads(line) for line in (Path(storage) / "run" / "metrics.jsonl").read_text().splitlines()]
     merges = [row for row in rows if row["kind"] == "merge"]
-    first, last = merges[0]["at"], merges[-1]["at"]
-    low, high = first + (last - first) * 0.2, first + (last - first) * 0.7
-    middle = [row for row in merges if low <= row["at"] <= high]
-    stalls = [stall for row in middle for stall in row["stall_seconds"].values()]
+    rate = 0.0
+    for head in range(HEADS):
+        own = [row for row in merges if head in row["heads"]][:-1]
+        rate += sum(row["head_steps"][str(head)] for row in own[1:]) / (own[-1]["at"] - own[0]["at"])
+    stalls = [stall for row in merges[HEADS:] for stall in row["stall_seconds"].values()]
     assert result.metrics is not None
     times = result.metrics["times"]
     return {
-        "rate": sum(row["steps"] for row in middle[1:]) / (middle[-1]["at"] - middle[0]["at"]),
+        "rate": rate,
         "stall": statistics.median(stalls),
         "times": {name: round(spent / sum(times.values()), 5) for name, spent in times.items()},
     }

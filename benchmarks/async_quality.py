@@ -12,8 +12,9 @@ barrier of the same seed, so that both began with the same weights; the figure i
 Two ways are called naive. `naive, weight 1`: each contribution is added whole when it arrives. `naive, momentum`: the outer
 optimizer of synchronous training (DiLoCo's Nesterov with its own values) moved by every arrival. The other outer optimizers
 have lr = 1 - momentum, so that each change counts once in all; nothing else was tuned. The learning rate and the clipping
-were chosen after a first attempt on seeds 0 to 2 (twice the learning rate, no clipping), in which the default's median was
-1.011, above the limit, with ratios of 0.987, 1.026 and 1.011; the seeds that are reported are others.
+were chosen after a first attempt on seeds 0 to 2 (twice the learning rate, no clipping), in which plain `average` had ratios
+of 0.987, 1.026 and 1.011, a median above the limit; the seeds that are reported are others. The way that is advised was chosen
+by its figures here.
 
     python -m benchmarks.async_quality [--log FILE] [--seeds 3 4 5] [NAME ...]
 
@@ -44,8 +45,8 @@ HEADS, STEPS, MERGE_ITER = 4, 400, 10
 CLUSTER = ClusterModel(speeds=(1.0, 1.0, 1.0, 4.0), jitter=0.1)
 SEEDS = (3, 4, 5)
 WORKER = GPT(width=64, depth=2, context=64, batch_size=8, lr=1e-3)
-DEFAULT = "average"
-"""The documented default for asynchronous runs: the way that the limit is about."""
+RECOMMENDED, PLAIN = "samples, speed-matched", "average"
+"""What the documentation advises for heads that don't wait, and what they get by saying nothing else."""
 
 
 def whole(pending: Sequence[Pending], roster: Roster) -> dict[int, float]:
@@ -158,8 +159,10 @@ def main() -> None:
     assert len({row["samples"] for row in found.values()}) == 1, "all ways must see equally many samples"
     report(
         "async_quality",
-        limits={DEFAULT: "validation loss over the barrier's, equal samples, speeds 1:1:1:4, median of 3 seeds <= 1.01"},
-        met={DEFAULT: found[DEFAULT]["over_barrier"]["median"] <= 1.01},
+        limits=dict.fromkeys(
+            (RECOMMENDED, PLAIN), "validation loss over the barrier's, equal samples, speeds 1:1:1:4, median of 3 seeds <= 1.01"
+        ),
+        met={name: found[name]["over_barrier"]["median"] <= 1.01 for name in (RECOMMENDED, PLAIN)},
         figures={"heads": HEADS, "steps_a_head": STEPS, "merge_iter": MERGE_ITER, "speeds": CLUSTER.speeds, "ways": found},
     )
 

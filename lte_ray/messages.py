@@ -103,7 +103,8 @@ class MergeRecord:
 
     `step` is the furthest of the merged heads', `taken` the local steps of all heads that contributions have told of.
     By head: `weights` are those of the contributions (empty where the policy made the change itself), `lags` the versions that
-    they were behind, `stalls` the seconds for which merging kept heads from training since their contributions before.
+    they were behind, `head_steps` the local steps that they hold, `stalls` the seconds for which merging kept heads from
+    training since their contributions before.
     `bytes_up` and `bytes_down` are what these contributions cost until all heads have them; `bytes_instead` is what other ways
     would have sent in their place (`engine.downlink.bytes_instead`).
     """
@@ -122,6 +123,7 @@ class MergeRecord:
     base_error: float = 0.0
     weights: dict[int, float] = field(default_factory=dict)
     lags: dict[int, int] = field(default_factory=dict)
+    head_steps: dict[int, int] = field(default_factory=dict)
     stalls: dict[int, float] = field(default_factory=dict)
     bytes_instead: dict[str, int] = field(default_factory=dict)
     base: Any = field(default=None, repr=False, compare=False)

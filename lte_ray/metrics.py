@@ -102,6 +102,7 @@ class MetricsLog:
             bytes_down=record.bytes_down,
             base_error=record.base_error,
             lag=_by_head(record.lags),
+            head_steps=_by_head(record.head_steps),
             weight=_by_head(record.weights),
             stall_seconds=_by_head(record.stalls),
             bytes_instead=record.bytes_instead,

@@ -347,6 +347,7 @@ class Coordinator:
             bytes_down=self.plan.base.size * self._dtype.itemsize * len(heads),
             weights=weights,
             lags={c.head: self.version - 1 - c.version for c in merged},
+            head_steps={c.head: c.steps for c in merged},
             stalls={c.head: c.stall for c in merged},
         )
 
