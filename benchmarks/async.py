@@ -10,32 +10,24 @@ head from training.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from benchmarks.bare import steps_per_second
 from benchmarks.report import report, spread
 from lte_ray import LTEConfig, LTETrainer, MergeConfig, Shard, TrainConfig
 from lte_ray.config import PlacementConfig, StorageConfig
-from lte_ray.engine.head import Head
-from lte_ray.engine.initial import prepare
-from lte_ray.engine.memory import keep_freed_memory
-from lte_ray.engine.settings import Settings
 from lte_ray.metrics import Silent
 from workers.gpt import GPT
 
 HEADS, STEPS, RUNS, MERGE_ITER = 4, 100, 3, 10
 SLEEP, SLOWER, SLOW_HEAD = 0.08, 4, 3
-NICENESS = 15  # at which Ray runs its workers
 KINDS = {
     "async": MergeConfig(merge_iter=MERGE_ITER, when="arrival", wait=False),
     "quorum": MergeConfig(merge_iter=MERGE_ITER, when="quorum", quorum=2, wait=False),
@@ -88,38 +80,11 @@ def under_ray(merge: MergeConfig) -> dict[str, Any]:
     }
 
 
-def _bare_head(number: int, start: Barrier, rates: Any) -> None:
-    torch.set_num_threads(1)
-    keep_freed_memory()  # as in the heads' actors
-    os.nice(NICENESS)
-    steps = STEPS // 4 if number == SLOW_HEAD else STEPS
-    settings = Settings("bare", LTEConfig(num_heads=HEADS), MergeConfig(merge_iter=steps), TrainConfig(steps=steps))
-    worker = Throttled()
-    head = Head(worker, settings, number)
-    head.start(0, prepare(worker, settings).base)
-    start.wait()
-    head.train_round()
-    status = head.status()
-    assert status.last_step_at is not None
-    assert status.first_step_at is not None
-    rates.put((steps - 1) / (status.last_step_at - status.first_step_at))
-
-
-def bare() -> float:
-    """Steps/s of as many processes together, which only train."""
-    context = multiprocessing.get_context("spawn")
-    start, rates = context.Barrier(HEADS), context.Queue()
-    processes = [context.Process(target=_bare_head, args=(n, start, rates)) for n in range(HEADS)]
-    for process in processes:
-        process.start()
-    total = sum(rates.get(timeout=300) for _ in processes)
-    for process in processes:
-        process.join()
-    return total
-
-
 def main() -> None:
-    runs = [({name: under_ray(merge) for name, merge in KINDS.items()}, bare()) for _ in range(RUNS)]
+    alone = [STEPS // SLOWER if head == SLOW_HEAD else STEPS for head in range(HEADS)]
+    runs = [
+        ({name: under_ray(merge) for name, merge in KINDS.items()}, steps_per_second(Throttled(), alone)) for _ in range(RUNS)
+    ]
     useful = {name: spread([ours[name]["rate"] / limit for ours, limit in runs]) for name in KINDS}
     step = HEADS / statistics.median([limit for _, limit in runs])  # the harmonic mean of the heads' step times
     stall = spread([ours["async"]["stall"] for ours, _ in runs])

@@ -9,27 +9,17 @@ at the niceness that Ray gives to its workers.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import tempfile
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Any
 
-import torch
-
+from benchmarks.bare import steps_per_second
 from benchmarks.report import report, spread
 from lte_ray import LTEConfig, LTETrainer, MergeConfig, TrainConfig
 from lte_ray.config import PlacementConfig, StorageConfig
-from lte_ray.engine.head import Head
-from lte_ray.engine.initial import prepare
-from lte_ray.engine.memory import keep_freed_memory
-from lte_ray.engine.settings import Settings
 from lte_ray.metrics import Silent
 from workers.gpt import GPT
 
 RUNS, STEPS, HEADS = 5, 160, 2
-NICENESS = 15  # at which Ray runs its workers
 
 
 def under_ray() -> tuple[float, dict[str, float]]:
@@ -54,37 +44,9 @@ def under_ray() -> tuple[float, dict[str, float]]:
     return rate, shares
 
 
-def _bare_head(number: int, start: Barrier, rates: Any) -> None:
-    torch.set_num_threads(1)
-    keep_freed_memory()  # as in the heads' actors
-    os.nice(NICENESS)
-    settings = Settings("bare", LTEConfig(num_heads=HEADS), MergeConfig(merge_iter=STEPS), TrainConfig(steps=STEPS))
-    worker = GPT()
-    head = Head(worker, settings, number)
-    head.start(0, prepare(worker, settings).base)
-    start.wait()
-    head.train_round()
-    status = head.status()
-    assert status.last_step_at is not None
-    assert status.first_step_at is not None
-    rates.put(worker.batch_size * (STEPS - 1) / (status.last_step_at - status.first_step_at))
-
-
-def bare() -> float:
-    """Samples/s of as many processes together, which only train."""
-    context = multiprocessing.get_context("spawn")
-    start, rates = context.Barrier(HEADS), context.Queue()
-    processes = [context.Process(target=_bare_head, args=(n, start, rates)) for n in range(HEADS)]
-    for process in processes:
-        process.start()
-    total = sum(rates.get(timeout=300) for _ in processes)
-    for process in processes:
-        process.join()
-    return total
-
-
 def main() -> None:
-    pairs = [(under_ray(), bare()) for _ in range(RUNS)]
+    worker = GPT()
+    pairs = [(under_ray(), worker.batch_size * steps_per_second(worker, [STEPS] * HEADS)) for _ in range(RUNS)]
     ratio = spread([rate / other for (rate, _), other in pairs])
     middle = sorted(pairs, key=lambda pair: pair[0][0] / pair[1])[RUNS // 2]
     report(

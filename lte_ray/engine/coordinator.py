@@ -103,9 +103,8 @@ class Coordinator:
         """The last verdict on each head's contributions that were merged."""
         self._pending: dict[int, _Received] = {}
         self._newest: dict[int, tuple[int, int]] = {}  # head -> incarnation and sequence last received
-        self._shown: list[
-            Pending
-        ] = []  # what the policy sees of them, by head: with 10,000 heads too much to make anew each time
+        # What the policy sees of them, by head: with 10,000 heads too much to make anew each time.
+        self._shown: list[Pending] = []
         self._trial: tuple[Try, Tensor] | None = None  # and the base that is tried
 
     @property
@@ -246,8 +245,7 @@ class Coordinator:
                 break
             self.wakes_at = None
             if isinstance(decision, Try):
-                self._settled(decision.merge)
-                self._trial = (decision, self._tried(decision.merge))
+                self._trial = (decision, self._tried(decision.merge, self._settled(decision.merge)))
                 self.waiting_for = "for the evaluation of what it tries"
                 break
             heads = self._settled(decision)
@@ -329,7 +327,7 @@ class Coordinator:
         weights = self._weights(decision, heads)
         if self._master is not None:
             references = {head: new_reference(self._pending[head].share, self.settings.lte.reset) for head in heads}
-            self._master.queue(replace(self._operation(decision, weights), references=references))
+            self._master.queue(replace(self._operation(decision, heads, weights), references=references))
             self._references.update(references)
         self.version += 1
         merged = [self._pending[h].contribution for h in heads]
@@ -351,9 +349,9 @@ class Coordinator:
             stalls={c.head: c.stall for c in merged},
         )
 
-    def _operation(self, decision: Merge | MergeChange, weights: Mapping[int, float]) -> Operation:
+    def _operation(self, decision: Merge | MergeChange, heads: list[int], weights: Mapping[int, float]) -> Operation:
         if isinstance(decision, MergeChange):
-            return Operation(self.version + 1, (), self._with_mean_buffers(self._change(decision), self._settled(decision)))
+            return Operation(self.version + 1, (), self._with_mean_buffers(self._change(decision), heads))
         shares = [replace(self._pending[head].share, weight=weight) for head, weight in weights.items()]
         return Operation(self.version + 1, shares)
 
@@ -369,9 +367,9 @@ class Coordinator:
                 part.copy_(torch.stack(parts).sum(0) / self.settings.lte.num_heads)
         return change
 
-    def _tried(self, decision: Merge | MergeChange) -> Tensor:
+    def _tried(self, decision: Merge | MergeChange, heads: list[int]) -> Tensor:
         base = self.base.clone()
-        self._operation(decision, self._weights(decision, self._settled(decision))).apply(base)
+        self._operation(decision, heads, self._weights(decision, heads)).apply(base)
         return base
 
     def _weights(self, decision: Merge | MergeChange, heads: Sequence[int]) -> dict[int, float]:

@@ -79,6 +79,10 @@ class HeadGroup:
         """Whether all local steps were taken."""
         return all(head.done for head in self.heads)
 
+    def of(self, number: int) -> Head:
+        """The head with this number."""
+        return next(head for head in self.heads if head.head == number)
+
     def train_round(self, waiting: Collection[int] = ()) -> list[Contribution]:
         """`merge_iter` local steps of every head that isn't done (fewer at the end), and their contributions.
 

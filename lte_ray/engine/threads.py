@@ -12,7 +12,7 @@ import torch
 from lte_ray.layout import Plan
 
 MOST_REDOING = 4
-"""Threads that a process uses at most to redo a merge beside training."""
+"""Threads that merge at most where heads redo merges: the same on every machine, as results depend on it in the last bits."""
 
 
 def cores() -> int:
@@ -20,24 +20,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def merge_threads(configured: int, plan: Plan, num_heads: int) -> int:
-    """Threads to merge with: as configured, or one for every 10^9 operations of a merge, up to one per core.
+def merge_threads(configured: int, plan: Plan, num_heads: int, most: int = 0) -> int:
+    """Threads to merge with: as configured, or one for every 10^9 operations of a merge, up to `most` (0: one per core).
 
     A small merge is over before a second thread pays; what that thread then costs the heads, by waiting actively for more
     work, is more than the whole merge (measured: a local step of a small model took 1.4 times as long).
     """
     if configured:
         return configured
-    return max(1, min(cores(), _operations(plan, num_heads) // 10**9))
-
-
-def _operations(plan: Plan, num_heads: int) -> int:
-    return sum(2 * math.prod(a.shape) * 2 * a.rank * num_heads for a in plan.adapted)
-
-
-def redo_threads(configured: int, plan: Plan, num_heads: int) -> int:
-    """As `merge_threads`, where heads redo merges: the same on every machine, since results depend on it in the last bits."""
-    return configured or max(1, min(MOST_REDOING, _operations(plan, num_heads) // 10**9))
+    operations = sum(2 * math.prod(a.shape) * 2 * a.rank * num_heads for a in plan.adapted)
+    return max(1, min(most or cores(), operations // 10**9))
 
 
 def head_threads(configured: int, cpus: float, heads: int = 1) -> tuple[int, int]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
-from lte_ray.merging.arguments import within
 from lte_ray.merging.average import average_weights
+from lte_ray.merging.momentum import Momentum
 from lte_ray.merging.policy import MergeChange, Pending, Roster, combine
 
 
-class Nesterov:
+class Nesterov(Momentum):
     """m := beta m + D, W += lr (D + beta m), with D = 1/N sum of the merge's changes (DiLoCo, arXiv 2311.08105).
 
     It is torch.optim.SGD(nesterov=True) on the gradient -D; the defaults are DiLoCo's, whose workers train hundreds of steps
@@ -26,18 +24,9 @@ class Nesterov:
     """
 
     def __init__(self, *, lr: float = 0.7, momentum: float = 0.9) -> None:
-        within("lr", lr, 0, above=True)
-        within("momentum", momentum, 0, 1, below=True)
-        self.lr, self.momentum = lr, momentum
-        self._m: Tensor | None = None
+        super().__init__(lr=lr, momentum=momentum)
 
     def merge(self, pending: Sequence[Pending], roster: Roster) -> MergeChange:
         change = combine(pending, average_weights(pending, roster))
         self._m = change.clone() if self._m is None else self._m.mul_(self.momentum).add_(change)
         return MergeChange(change.add_(self._m, alpha=self.momentum).mul_(self.lr), [p.head for p in pending])
-
-    def state(self) -> dict[str, Tensor]:
-        return {} if self._m is None else {"momentum": self._m}
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        self._m = tensors["momentum"].clone() if tensors else None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lte_ray.checkpoint import Manifest, read_head
 from lte_ray.engine.settings import Settings
-from lte_ray.engine.threads import merge_threads, redo_threads
+from lte_ray.engine.threads import MOST_REDOING, merge_threads
 from lte_ray.layout import Plan
 from lte_ray.merging.transfer import Codec, Group
 from lte_ray.runtime.package import Package
@@ -32,7 +32,7 @@ class Common:
         """Threads to merge `part` of the `whole` plan with; where heads redo merges, the same everywhere."""
         configured, heads = self.settings.merge.merge_threads, self.settings.lte.num_heads
         if any(group.by_factors for group in self.groups):
-            return redo_threads(configured, whole, heads)
+            return merge_threads(configured, whole, heads, MOST_REDOING)
         return merge_threads(configured, part, heads)
 
     def codecs(self, plans: Sequence[Plan]) -> list[Codec]:

@@ -15,7 +15,6 @@ from lte_ray import checkpoint
 from lte_ray.engine.group import HeadGroup
 from lte_ray.engine.head import Head
 from lte_ray.engine.memory import keep_freed_memory, release_freed_memory
-from lte_ray.engine.mirror import Mirror
 from lte_ray.engine.stack import Unstackable
 from lte_ray.errors import ContributionRefused, WorkerError, WorkerFailed
 from lte_ray.layout import Plan
@@ -146,17 +145,16 @@ class HeadActor:
             contribution = head.contribute()
             with head.timed("publish"):
                 self._asked[number] = courier.offer(head, contribution)
-        heads = {head.head: head for head in group.heads}
         with ExitStack() as waiting, asking():
             for number in self._asked:  # they wait together: the actor's time counts once
-                waiting.enter_context(heads[number].timed("wait", 1 / len(self._asked)))
+                waiting.enter_context(group.of(number).timed("wait", 1 / len(self._asked)))
             first: Update = ray.get(ray.wait(list(self._asked.values()))[0][0])
-            merged = [n for n in self._asked if first.accepted.get(n) == heads[n].sequence]  # theirs come at once
+            merged = [n for n in self._asked if first.accepted.get(n) == group.of(n).sequence]  # theirs come at once
             answered = {n: ref for n, ref in self._asked.items() if n in merged or ray.wait([ref], timeout=0)[0]}
             updates: dict[int, Update] = dict(zip(answered, ray.get(list(answered.values())), strict=True))
         for number, update in sorted(updates.items(), key=lambda answered: answered[1].version):
             del self._asked[number]
-            with heads[number].timed("fetch"):
+            with group.of(number).timed("fetch"):
                 arrived = courier.take(update)
             self._adopt(group, courier, arrived, coordinator)
 
@@ -183,7 +181,7 @@ class HeadActor:
         update, base = arrived.update, arrived.base
         self._take_orders(group, update)
         if update.verdict is not None:
-            self._judge({head.head: head for head in group.heads}[update.verdict.head], update.verdict)
+            self._judge(group.of(update.verdict.head), update.verdict)
         if base is not None:
             base = self._own(group, base)
             for head in group.heads:
@@ -192,7 +190,7 @@ class HeadActor:
                 head.adopt(verdict, update.version, base, arrived.staged if accepted == arrived.accepted else None)
             courier.adopted(group.heads[0])
         if update.checkpoint and update.verdict is not None:
-            head = {head.head: head for head in group.heads}[update.verdict.head]
+            head = group.of(update.verdict.head)
             with head.timed("checkpoint"):
                 entry = checkpoint.write_head(self._common.directory, update.version, head.head, *head.state())
             coordinator.saved.remote(update.version, head.head, entry)
@@ -233,8 +231,3 @@ class HeadActor:
     def inspect(self, function: Callable[[HeadGroup], T]) -> T | None:
         """What `function` says of the engine's heads (for tests and debugging); None before there are any."""
         return None if self._group is None else function(self._group)
-
-    @ray.method(concurrency_group="ctl")
-    def inspect_mirror(self, function: Callable[[Mirror], T]) -> T | None:
-        """As `inspect`, of the process's copy of the base."""
-        return None if self._courier is None else function(self._courier.mirror)
