@@ -81,8 +81,8 @@ class Records:
             shows = version == newest and due(self._train.eval_every, before, version)
             saves = version == newest and self._saves(record, before)
             if saves:
-                # Only heads that have all adopted this version give a state to go on from; else the base alone is saved.
-                saving = record.heads if set(record.heads) >= engine.live else ()
+                # A run goes on from the states of all its heads at one version; without them the base alone is saved.
+                saving = record.heads if len(record.heads) == len(engine.plans) else ()
                 self._cuts.begin(record, saving, state_of(engine.policy))
             base = self._masters.whole() if shows or saves else None
             checked = version == newest and self._downlink.factored and version % CHECK_EVERY == 0
