@@ -15,16 +15,21 @@ The tree::
         ├── ContributionRefused   a head's contributions were refused again and again
         └── PolicyError           a merge policy raised, or decided something impossible
 
-Each survives pickling, so it can cross a process.
+Each survives pickling, so it can cross a process. Whatever URI a message quotes, its text shows it without credentials.
 """
 
 from __future__ import annotations
+
+from lte_ray.redact import scrub
 
 
 class LTEError(Exception):
     """Root of every error that lte-ray raises on purpose."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return scrub(super().__str__())
 
 
 class UserError(LTEError):
@@ -68,7 +73,7 @@ class WorkerFailed(RunError):
 
     def __str__(self) -> str:
         at = "" if self.step is None else f" at local step {self.step}"
-        return f"The worker failed in {self.where}{at}:\n\n{self.traceback.rstrip()}"
+        return scrub(f"The worker failed in {self.where}{at}:\n\n{self.traceback.rstrip()}")
 
 
 class HeadLost(RunError):

@@ -5,6 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+Lanes = tuple[tuple[int, int], ...]
+"""Parts of the data order: each the batches `next`, `next` + `stride`, ... (`data.lanes`)."""
+
+
+@dataclass(frozen=True)
+class Grant:
+    """Lanes that a head is given, or gives away, under a number that makes repeats harmless."""
+
+    id: int
+    lanes: Lanes
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a version of the base holds of one head: where its last merged contribution, made at `version` or before, left it.
+
+    `batches` and `lanes` are the data position: whatever the head trains after it is in no base yet.
+    """
+
+    incarnation: int = 0
+    sequence: int = 0
+    version: int = 0
+    step: int = 0
+    samples: int = 0
+    batches: int = 0
+    lanes: Lanes = ()
+
 
 @dataclass(frozen=True)
 class Contribution:
@@ -17,6 +44,9 @@ class Contribution:
     `base_error` is the relative error that quantising the base of `version` made in this head's main weights, the largest
     over the layers. `seconds` is the time that the steps since its last contribution took, and `stall` the time for which
     merging kept the head from training meanwhile.
+
+    `batches` and `lanes` are the head's data position, `grant` is the newest grant of lanes that it took and `released` what it
+    gave away; `seals` are checksums of the buffers as they were sent.
     """
 
     run: str
@@ -31,12 +61,21 @@ class Contribution:
     base_error: float = 0.0
     seconds: float = 0.0
     stall: float = 0.0
+    batches: int = 0
+    lanes: Lanes = ()
+    grant: int = 0
+    released: Grant | None = None
+    seals: tuple[int, ...] = ()
     buffer: Any = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one contribution: merged into `version`, or refused with a `reason`; `discarded` by the policy."""
+    """What became of one contribution: merged into `version`, or refused with a `reason`.
+
+    `discarded` by the policy: what it held rides in the next one. `poison`: the head drops what it held and goes on from its
+    last merged contribution. `quarantined`: that happened too often in a row, and the head trains no more.
+    """
 
     head: int
     sequence: int
@@ -44,6 +83,16 @@ class Verdict:
     version: int
     reason: str = ""
     discarded: bool = False
+    poison: bool = False
+    quarantined: bool = False
+
+
+@dataclass(frozen=True)
+class Save:
+    """A checkpoint of `version`, into which heads write their state as it follows their contribution `sequences[head]`."""
+
+    version: int
+    sequences: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -52,6 +101,7 @@ class Order:
 
     Where heads share their steps, more may be granted unless the limit is `final`; the head's learning-rate schedule
     then advances by `rate` a step, and at least to `progress`, the share of all heads' steps that are done.
+    `grants` are lanes of data that the head is to take over; `release` asks it to give half of its own away, under that number.
     """
 
     steps: int
@@ -59,6 +109,22 @@ class Order:
     final: bool = True
     rate: float = 1.0
     progress: float = 0.0
+    grants: tuple[Grant, ...] = ()
+    release: int = 0
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Where a head starts: at what the base holds of it.
+
+    `reference` refers to its factors there (None where B' = 0). `saved` is a checkpoint that holds its state: with `exact` all of
+    it is taken over, else what the base doesn't say (the optimizer's state).
+    """
+
+    standing: Standing
+    reference: Any = field(default=None, repr=False, compare=False)
+    saved: int | None = None
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,8 +146,10 @@ class Update:
         base: by group, its part of that version's base; for groups that aren't here, `chain` says what to redo.
         chain: the merges since the version that the head's process has.
         references: the factors that `version` holds of each head, where the whole base is sent.
-        accepted: the newest sequence number of each head of the asking process that `version` holds.
-        checkpoint: whether the head writes its state into this version's checkpoint right after it has rebased.
+        held: what `version` holds of every head.
+        ledger: whose which batches are, at `version` (`engine.ledger`).
+        saves: checkpoints into which the asking heads are to write their states, before they rebase.
+        begins: of heads that join, where they start.
         orders: what each of these heads is to do next.
         checksum: of the groups that travel by factors, at a version.
     """
@@ -91,10 +159,44 @@ class Update:
     base: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
     chain: tuple[Merged, ...] = ()
     references: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
-    accepted: dict[int, int] = field(default_factory=dict)
-    checkpoint: bool = False
+    held: dict[int, Standing] = field(default_factory=dict)
+    ledger: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    saves: tuple[Save, ...] = ()
+    begins: dict[int, Begin] = field(default_factory=dict)
     orders: dict[int, Order] = field(default_factory=dict)
     checksum: tuple[int, int] | None = None
+
+    def holds(self, head: int, sequence: int) -> bool:
+        """Whether `version` holds the head's contribution of this number as its last."""
+        return head in self.held and self.held[head].sequence == sequence
+
+
+@dataclass(frozen=True)
+class HeadReport:
+    """Of one head: its step, up to which step it may go, and its newest grant and release.
+
+    `factors` are those that a base may hold of it, by the number of the contribution that they follow: None where B' = 0.
+    """
+
+    step: int
+    limit: int
+    grant: int = 0
+    released: int = 0
+    factors: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one process of heads knows of the run when the coordinator is lost: the newest version that came to it.
+
+    `base` is None, and `version` -1, where none has come.
+    """
+
+    version: int
+    base: Any = field(repr=False, compare=False)
+    held: dict[int, Standing]
+    ledger: dict[str, Any] = field(repr=False, compare=False)
+    heads: dict[int, HeadReport]
 
 
 @dataclass(frozen=True)
@@ -104,7 +206,7 @@ class MergeRecord:
     `step` is the furthest of the merged heads', `taken` the local steps of all heads that contributions have told of.
     By head: `weights` are those of the contributions (empty where the policy made the change itself), `lags` the versions that
     they were behind, `head_steps` the local steps that they hold, `stalls` the seconds for which merging kept heads from
-    training since their contributions before.
+    training since their contributions before, `held` what the new version holds of them.
     `bytes_up` and `bytes_down` are what these contributions cost until all heads have them; `bytes_instead` is what other ways
     would have sent in their place (`engine.downlink.bytes_instead`).
     """
@@ -126,6 +228,7 @@ class MergeRecord:
     head_steps: dict[int, int] = field(default_factory=dict)
     stalls: dict[int, float] = field(default_factory=dict)
     bytes_instead: dict[str, int] = field(default_factory=dict)
+    held: dict[int, Standing] = field(default_factory=dict)
     base: Any = field(default=None, repr=False, compare=False)
 
 
@@ -151,7 +254,7 @@ class HeadStatus:
     """A head's progress: answered at any time, also in the middle of a step.
 
     `bytes_up` are those of its contributions; `bytes_down` are what its process fetched for all its heads, in equal parts.
-    `resyncs` is how often its process's copy of the base had drifted and was fetched anew; `note` says what is unusual.
+    `refused` counts its contributions that couldn't be merged. `resyncs` is how often its process's copy of the base had drifted and was fetched anew; `note` says what is unusual.
     """
 
     head: int
@@ -167,4 +270,5 @@ class HeadStatus:
     bytes_up: int = 0
     bytes_down: int = 0
     resyncs: int = 0
+    refused: int = 0
     note: str = ""

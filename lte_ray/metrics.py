@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -73,7 +74,7 @@ class Silent:
 
 
 class MetricsLog:
-    """Rows of ``metrics.jsonl``: one for every merge (kind "merge") and evaluation (kind "evaluation")."""
+    """Rows of ``metrics.jsonl``: one for every merge (kind "merge"), evaluation and event."""
 
     def __init__(self, directory: RunDirectory) -> None:
         self._directory = directory
@@ -84,7 +85,7 @@ class MetricsLog:
         """Drops the rows after `version`, which a resumed run writes again."""
         if self._directory.exists(METRICS):
             rows = self._directory.read(METRICS).decode().splitlines(keepends=True)
-            kept = [row for row in rows if _version(row) <= version]
+            kept = [row for row in rows if _version(row) <= version or _is_event(row)]
             self._directory.write(METRICS, "".join(kept).encode())
 
     def merge(self, record: MergeRecord) -> None:
@@ -106,10 +107,15 @@ class MetricsLog:
             weight=_by_head(record.weights),
             stall_seconds=_by_head(record.stalls),
             bytes_instead=record.bytes_instead,
+            held={str(head): dataclasses.asdict(held) for head, held in record.held.items()},
         )
 
     def evaluation(self, evaluation: Evaluation) -> None:
         self._row("evaluation", at=time.time(), version=evaluation.version, step=evaluation.step, values=evaluation.values)
+
+    def event(self, name: str, **values: Any) -> None:
+        """Something that happened to the run, beside merges: a process that died, one that came back, ..."""
+        self._row("event", at=time.time(), event=name, **values)
 
     def flush(self, *, now: bool = False) -> None:
         """Writes the rows since the last flush; on object stores, which write the whole file anew, only now and then."""
@@ -140,6 +146,13 @@ def _version(row: str) -> float:
         return float(json.loads(row)["version"])
     except (ValueError, KeyError, TypeError):
         return math.inf
+
+
+def _is_event(row: str) -> bool:
+    try:
+        return bool(json.loads(row)["kind"] == "event")
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def throughput(merges: list[MergeRecord], window: int = 10) -> float | None:

@@ -14,11 +14,13 @@ import tomli_w
 from torch import Tensor
 
 from lte_ray import checkpoint
-from lte_ray.config import LTEConfig, PlacementConfig, StorageConfig, flag
+from lte_ray.config import FailureConfig, LTEConfig, PlacementConfig, StorageConfig, flag
+from lte_ray.config.fields import is_integer
 from lte_ray.engine.initial import Initial, merged_state_dict
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
 from lte_ray.loading import absolute
+from lte_ray.redact import OMITTED, scrub, split, without_credentials
 from lte_ray.storage import RUN, RunDirectory
 from lte_ray.worker import worker_settings
 
@@ -48,7 +50,7 @@ def check_start(directory: RunDirectory, storage: StorageConfig, settings: Setti
     versions = checkpoint.complete(directory)
     if not versions:
         raise StorageError(f"--resume finds no complete checkpoint in {place}. Start the run without --resume.")
-    newest = checkpoint.read_manifest(directory, versions[-1])
+    newest = _with_facts(directory, checkpoint.read_manifest(directory, versions[-1]))
     manifest = newest if checkpoint.has_all_heads(newest) else checkpoint.newest_with_all_heads(directory)
     if manifest is None:
         which = f"the state of heads {list(newest.heads)} only" if newest.heads else "the main weights alone"
@@ -72,6 +74,19 @@ def check_start(directory: RunDirectory, storage: StorageConfig, settings: Setti
     return manifest
 
 
+def _with_facts(directory: RunDirectory, manifest: checkpoint.Manifest) -> checkpoint.Manifest:
+    """The manifest, if its facts are those that a run goes on from; whoever wrote it may have left them out."""
+    facts = manifest.facts
+    lte = facts.get("lte")
+    numbers = [facts.get("step"), facts.get("taken", 0), lte.get("num_heads") if isinstance(lte, dict) else None]
+    if not all(is_integer(number) and number >= 0 for number in numbers):
+        raise StorageError(
+            f"{directory.at(checkpoint.folder(manifest.version))}/{checkpoint.MANIFEST} is damaged: it doesn't say how far "
+            "the run was and which heads it had (step, taken, lte)."
+        )
+    return manifest
+
+
 def create(
     directory: RunDirectory, record: dict[str, Any], storage: StorageConfig, resume: checkpoint.Manifest | None = None
 ) -> None:
@@ -91,19 +106,31 @@ def create(
 
 
 def record(
-    worker: Any, program: str | None, settings: Settings, placement: PlacementConfig, storage: StorageConfig
+    worker: Any,
+    program: str | None,
+    settings: Settings,
+    placement: PlacementConfig,
+    storage: StorageConfig,
+    failure: FailureConfig,
 ) -> dict[str, Any]:
-    """All settings as run, flat, as ``--config run.toml`` takes them; the worker's own under "worker"."""
-    place = storage.storage if storage.storage is None or "://" in storage.storage else os.path.abspath(storage.storage)
+    """All settings as run, flat, as ``--config run.toml`` takes them; the worker's own under "worker".
+
+    Secrets (`lte_ray.redact`) aren't in it: "omitted" lists those that must be given again, and the storage's URI has none.
+    """
+    place = without_credentials(storage.storage) if storage.storage else None
+    place = os.path.abspath(place) if place and "://" not in place else place
     storage = dataclasses.replace(storage, name=settings.run, storage=place, resume=False, overwrite=False)
     flat: dict[str, Any] = {"program": absolute(program or object_name(type(worker)))}
-    for section in (settings.lte, settings.merge, settings.train, placement, storage):
+    for section in (settings.lte, settings.merge, settings.train, placement, failure, storage):
         flat |= {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
     if storage.keep_checkpoints is None:
         flat["keep_checkpoints"] = NONE
-    own = _named(worker_settings(worker))
-    flat |= {"policy": absolute(object_name(settings.merge.policy)), "policy_args": _named(settings.merge.policy_args or {})}
-    return {**flat, "worker": own}
+    own, ours = split(worker_settings(worker), _defaults(type(worker)))
+    of_policy, theirs = split(settings.merge.policy_args or {}, {})
+    if ours or theirs:
+        flat[OMITTED] = [*(f"worker.{name}" for name in ours), *(f"policy.{name}" for name in theirs)]
+    flat |= {"policy": absolute(object_name(settings.merge.policy)), "policy_args": _named(of_policy)}
+    return {**flat, "worker": _named(own)}
 
 
 def export(directory: RunDirectory, initial: Initial, base: Tensor) -> None:
@@ -120,6 +147,10 @@ def object_name(thing: Any) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
+def _defaults(kind: type) -> dict[str, Any]:
+    return {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
+
+
 def _named(values: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments by name, None as flags say it."""
     return {name: NONE if value is None else value for name, value in values.items()}
@@ -132,7 +163,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             plain[key] = _plain(value)
         elif isinstance(value, list | tuple):
-            plain[key] = [v if isinstance(v, str | int | float | bool) else str(v) for v in value]
+            plain[key] = [v if isinstance(v, str | int | float | bool) else scrub(str(v)) for v in value]
         elif value is not None:
-            plain[key] = value if isinstance(value, str | int | float | bool) else str(value)
+            plain[key] = value if isinstance(value, str | int | float | bool) else scrub(str(value))
     return plain

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import secrets
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lte_ray import checkpoint, runs
-from lte_ray.config import LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig, check_run_name
+from lte_ray import checkpoint, points, runs
+from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig, check_run_name
 from lte_ray.display import automatic_display
-from lte_ray.engine.initial import prepare
+from lte_ray.engine.initial import prepare, with_room
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.stack import check_stackable
 from lte_ray.merging.registry import gives_weights, make_policy, recorded_arguments
@@ -41,6 +42,8 @@ class LTETrainer:
             a GPU each where the cluster has one for every head, else a CPU each.
         run_config: name, storage and checkpoints to keep, as `ray.train.RunConfig` or `lte_ray.config.StorageConfig`
             (which can also resume or overwrite a run).
+        failure: what happens when processes die, and between how many heads the run may have; by default what Ray's
+            `RunConfig` says (`FailureConfig(max_failures=...)`), else ours.
         reporter: shows progress; by default a live display on a terminal, else lines.
         program: how ``run.toml`` names the worker; by default its module and class.
     """
@@ -51,6 +54,7 @@ class LTETrainer:
     train: TrainConfig = field(default_factory=TrainConfig)
     scaling_config: ray.train.ScalingConfig | PlacementConfig | None = None
     run_config: ray.train.RunConfig | StorageConfig | None = None
+    failure: FailureConfig | None = None
     reporter: Reporter | None = None
     program: str | None = None
 
@@ -72,29 +76,33 @@ class LTETrainer:
         """
         policy = make_policy(self.merge)
         storage, filesystem = _storage(self.run_config)
+        failure = self.failure or _failure(self.run_config)
         name = storage.name or f"{type(self.worker).__name__.lower()}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         # Actors get the policy's name only: the object goes to the coordinator alone.
         merge = dataclasses.replace(
             self.merge, policy=runs.object_name(self.merge.policy), policy_args=recorded_arguments(self.merge) or None
         )
         settings = Settings(name, self.lte, merge, self.train)
-        initial = prepare(self.worker, settings)
-        directory = RunDirectory.of(storage.storage or _default_storage(), name, filesystem)
+        failure.check_heads(self.lte.num_heads)
+        initial = with_room(prepare(self.worker, settings), failure.max_heads)
+        directory = RunDirectory.of(storage.storage or _default_storage(), name, filesystem, patience=storage.storage_patience)
         resume = runs.check_start(directory, storage, settings)
 
         from lte_ray.runtime import placement as placing
-        from lte_ray.runtime.common import Common
+        from lte_ray.runtime.common import Common, Keep
         from lte_ray.runtime.connect import connected
         from lte_ray.runtime.package import Package
+        from lte_ray.runtime.resuming import resumed
         from lte_ray.runtime.session import Session
+        from lte_ray.runtime.start import Start
         from lte_ray.runtime.transport import ObjectStore
 
         asked, more = placing.from_scaling_config(self.scaling_config, self.lte.num_heads)
         if asked.stack_heads == "always" and asked.heads_per_actor > 1:
             check_stackable(self.train, initial.plans)
         worker, packed = Package.of(self.worker), Package.of(policy)
-        base = checkpoint.read_base(directory, resume, initial.plan) if resume else initial.base
         if resume:
+            checkpoint.read_base(directory, resume, initial.plan)
             checkpoint.check_factors(directory, resume, initial.plans)
         reporter = self.reporter or automatic_display()
         reporter.update(Progress.starting(name, self.train.steps, "starting Ray"))
@@ -102,21 +110,36 @@ class LTETrainer:
             placement = placing.resolve(asked, self.lte.num_heads, **more)
             reporter.update(Progress.starting(name, self.train.steps, "starting the heads"))
             hosted = placing.hosted(placement, self.lte.num_heads)
-            with placing.reserve(placement, len(hosted)) as (strategies, nodes):
-                groups = placing.groups_of(settings.merge, initial.plans, nodes, gives_weights(policy))
-                record = runs.record(self.worker, self.program, settings, asked, storage)
+            with placing.reserve(placement, hosted) as places:
+                groups = placing.groups_of(settings.merge, initial.plans, places.nodes, gives_weights(policy))
+                record = runs.record(self.worker, self.program, settings, asked, storage, failure)
                 runs.create(directory, record, storage, resume)
+                common = Common(
+                    worker,
+                    settings,
+                    directory,
+                    ObjectStore(),
+                    groups,
+                    Keep(storage.keep_checkpoints, storage.keep_best, storage.best_by),
+                    failure.rejoin,
+                    os.environ.get(points.VARIABLE),
+                )
+                if resume:
+                    start = resumed(common, initial, resume.version, self.lte.num_heads)
+                else:
+                    start = Start(0, common.transport.publish(initial.base))
                 session = Session(
-                    common=Common(worker, settings, directory, ObjectStore(), groups, resume),
-                    initial=dataclasses.replace(initial, base=base),
+                    common=common,
+                    initial=initial,
+                    start=start,
                     policy=packed,
                     placement=placement,
+                    failure=failure,
                     stack=asked.stack_heads,
-                    keep=storage.keep_checkpoints,
                     reporter=reporter,
                     export=lambda final: runs.export(directory, initial, final),
                 )
-                session.run(hosted, strategies)
+                session.run(places)
         return _result(session, directory)
 
 
@@ -125,8 +148,25 @@ def _storage(config: Any) -> tuple[StorageConfig, Any]:
     if config is None or isinstance(config, StorageConfig):
         return config or StorageConfig(), None
     check_run_name(config.name)
-    keep = config.checkpoint_config.num_to_keep if config.checkpoint_config else None
-    return StorageConfig(name=config.name, storage=config.storage_path, keep_checkpoints=keep), config.storage_filesystem
+    keep: dict[str, Any] = {"keep_checkpoints": None}
+    if config.checkpoint_config:
+        keep = _kept(config.checkpoint_config)
+    return StorageConfig(name=config.name, storage=config.storage_path, **keep), config.storage_filesystem
+
+
+def _kept(config: ray.train.CheckpointConfig) -> dict[str, Any]:
+    """Ray's rule as ours: with a score the best `num_to_keep`, and the newest in any case; else the newest `num_to_keep`."""
+    number, figure = config.num_to_keep, config.checkpoint_score_attribute
+    if number is None or figure is None:
+        return {"keep_checkpoints": number}
+    best_by = figure if config.checkpoint_score_order == "min" else f"-{figure}"
+    return {"keep_checkpoints": 1, "keep_best": number, "best_by": best_by}
+
+
+def _failure(config: Any) -> FailureConfig:
+    """What Ray's RunConfig says of failures; ours, if it says nothing."""
+    said = getattr(config, "failure_config", None)
+    return FailureConfig() if said is None else FailureConfig(max_failures=said.max_failures)
 
 
 def _default_storage() -> str:

@@ -115,7 +115,7 @@ def complaint(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: st
         ([GOOD, "--policy", "avrage"], "Did you mean average?"),
         ([GOOD, "--name", "../up"], "--name is '../up'"),
         ([GOOD, "--worker.widht", "3"], "--worker.width"),
-        ([GOOD, "--worker.samples", "100"], "100 samples can't fill a batch of 64 for each of 2 heads"),
+        ([GOOD, "--worker.samples", "60"], "60 samples can't fill a batch of 64; use more data, or a smaller batch"),
         ([GOOD, "--gpus-per-head", "1.5"], "--gpus-per-head is 1.5, but above 1 it must be a whole number"),
         ([GOOD, "--resume"], "--resume needs --name"),
         ([GOOD, "--resume", "--overwrite", "--name", "a"], "contradict"),

@@ -27,6 +27,8 @@ INVALID = [
     (LTEConfig, "reset", ["A", "", None]),
     (MergeConfig, "merge_iter", [0, -1]),
     (MergeConfig, "merge_threads", [-1]),
+    (MergeConfig, "max_norm_z", [-1.0, 0.5, NAN, INF]),
+    (MergeConfig, "rollback_z", [-1.0, 0.5, NAN, INF]),
     (TrainConfig, "steps", [0, -1]),
     (TrainConfig, "seed", [-1]),
     (TrainConfig, "eval_every", [-1]),
@@ -103,7 +105,7 @@ def test_scaling_is_alpha_over_r() -> None:
     assert LTEConfig(lora_r=32, lora_alpha=4096).resolve("linear", ()).scaling == 128.0
 
 
-@pytest.mark.parametrize("name", [None, "a", "vit-2024", "second try", "ünïcode", "a.b", "-"])
+@pytest.mark.parametrize("name", [None, "a", "vit-2024", "second try", "ünïcode", "a.b", "a-b"])
 def test_run_names_are_any_one_folder_name(name: str | None) -> None:
     """Whatever is a plain folder name (or None) is a run name."""
     check_run_name(name)

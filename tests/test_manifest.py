@@ -112,3 +112,58 @@ def test_a_file_entry_of_a_wrong_type_gives_no_other_error(
     """The same for each part of a file's entry."""
     first, *rest = intact["files"]
     read(directory, json.dumps(intact | {"files": [first | {key: value}, *rest]}).encode())
+
+
+@given(st.data())
+def test_an_edited_manifest_is_noticed(directory: RunDirectory, intact: dict[str, Any], data: st.DataObject) -> None:
+    """Any other value in the place of any part: it says that it was torn or edited, or what is wrong with the part."""
+    key = data.draw(st.sampled_from(sorted(set(intact) - {"format"})))
+    value = data.draw(values.filter(lambda v: json.dumps(v) != json.dumps(intact[key])))
+    directory.write(PATH, json.dumps(intact | {key: value}).encode())
+    with pytest.raises(StorageError, match=r"manifest\.json is damaged"):
+        checkpoint.read_manifest(directory, 7)
+
+
+def test_a_fact_that_was_edited_is_noticed(directory: RunDirectory, intact: dict[str, Any]) -> None:
+    """Nothing else is wrong with it; written anew by `seal` it is taken."""
+    edited = intact | {"facts": {"step": 4}}
+    directory.write(PATH, json.dumps(edited).encode())
+    with pytest.raises(
+        StorageError, match="damaged: ValueError: its content isn't what its checksum says; it was torn or edited"
+    ):
+        checkpoint.read_manifest(directory, 7)
+    directory.write(PATH, checkpoint.seal(edited))
+    assert checkpoint.read_manifest(directory, 7).facts == {"step": 4}
+
+
+facts = st.dictionaries(st.text(max_size=5) | st.integers(), values, max_size=4)
+
+
+@given(facts)
+def test_any_facts_are_read_back(directory: RunDirectory, facts: dict[Any, Any]) -> None:
+    """As JSON has them: heads' numbers become text, and `commit` gives what reading gives."""
+    manifest = checkpoint.commit(directory, 8, (), [], facts)
+    assert repr(checkpoint.read_manifest(directory, 8)) == repr(manifest)  # NaN equals nothing, but is written the same
+    assert repr(manifest.facts) == repr(json.loads(json.dumps(facts)))
+
+
+@pytest.mark.parametrize(
+    "name", ["../base.safetensors", "/etc/passwd", "a/b.safetensors", "manifest.json", "", "a.0.safetensors"]
+)
+def test_files_elsewhere_can_not_be_listed(directory: RunDirectory, intact: dict[str, Any], name: str) -> None:
+    """Only plain names of safetensors files, also with a checksum that fits."""
+    first, *rest = intact["files"]
+    directory.write(PATH, checkpoint.seal(intact | {"files": [first | {"name": name}, *rest]}))
+    with pytest.raises(StorageError, match=r"manifest\.json is damaged: ValueError: it lists"):
+        checkpoint.read_manifest(directory, 7)
+
+
+def test_nothing_can_be_listed_twice(directory: RunDirectory, intact: dict[str, Any]) -> None:
+    """No file, whatever number its name has, and no head."""
+    first = intact["files"][0]
+    stem = first["name"].removesuffix(".safetensors")
+    twice = {"files": [*intact["files"], first | {"name": f"{stem}.1.safetensors"}]}
+    for change in (twice, {"heads": [0, 0]}, {"heads": [-1]}):
+        directory.write(PATH, checkpoint.seal(intact | change))
+        with pytest.raises(StorageError, match="damaged: ValueError: it lists a file or a head twice, or a head that can't"):
+            checkpoint.read_manifest(directory, 7)

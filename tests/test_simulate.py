@@ -211,8 +211,9 @@ def test_prepare_finds_a_worker_that_fails_before_anything_starts(monkeypatch: p
     with pytest.raises(WorkerError, match=r"(?s)Tiny.train_batches\(\) raised, for head 2:.*ZeroDivisionError"):
         prepare(Tiny(), make_settings(heads=3))
     monkeypatch.undo()
-    with pytest.raises(WorkerError, match=r"(?s)raised, for head 0:.*can't fill a batch of 4 for each of 25 heads"):
-        prepare(Tiny(), make_settings(heads=25))
+    monkeypatch.setattr("helpers.SAMPLES", 3)
+    with pytest.raises(WorkerError, match=r"(?s)raised, for head 0:.*3 samples can't fill a batch of 4; use more data"):
+        prepare(Tiny(), make_settings())
 
 
 def test_batch_statistics_are_merged_with_the_weights() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import posixpath
 import uuid
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lte_ray.errors import StorageError
 from lte_ray.storage import RunDirectory
@@ -139,3 +142,60 @@ def test_a_filesystem_of_ones_own_is_used_as_given(tmp_path: Path) -> None:
     sub = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
     RunDirectory.of("runs", NAME, sub).write("a", b"x")
     assert (tmp_path / "runs" / NAME / "a").read_bytes() == b"x"
+
+
+ESCAPES = ["../x", "..", "a/../../x", "/etc/passwd", "a//b", "a/", "./a", "a/.", "a\0b", "a\\..\\b", "\0"]
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_no_name_leads_out_of_the_run_directory(directory: RunDirectory, name: str) -> None:
+    """Whatever is done with it is refused before storage sees it."""
+    directory.create()
+    for act in (directory.read, directory.exists, directory.names, directory.delete, directory.size, directory.at):
+        with pytest.raises(StorageError, match="isn't a path inside the run directory"):
+            act(name)
+    for write in (directory.write, directory.append):
+        with pytest.raises(StorageError, match="isn't a path inside the run directory"):
+            write(name, b"x")
+    assert directory.names() == []
+
+
+@given(st.text(max_size=12))
+def test_any_name_is_inside_or_refused(name: str) -> None:
+    """Joined and normalised, what `at` gives begins with the run's path."""
+    directory = RunDirectory.of("/storage", "run")
+    try:
+        path = directory.at(name)
+    except StorageError:
+        return
+    assert posixpath.normpath(path) == path
+    assert path == "/storage/run" or path.startswith("/storage/run/")
+
+
+def test_sizes_are_those_of_files(directory: RunDirectory) -> None:
+    """A folder and what isn't there have none."""
+    directory.write("a/b", b"12345")
+    assert [directory.size(name) for name in ("a/b", "a", "c")] == [5, None, None]
+
+
+def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    """Files and folders of others stay."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "file").write_bytes(b"x")
+    directory = RunDirectory.of(str(tmp_path), NAME)
+    directory.create()
+    (tmp_path / NAME / "folder").symlink_to(other)
+    (tmp_path / NAME / "file").symlink_to(other / "file")
+    (tmp_path / NAME / "nowhere").symlink_to(tmp_path / "nothing")
+    for name in ("folder", "file", "nowhere"):
+        assert directory.is_link(name)
+        directory.delete(name)
+    assert (directory.names(), (other / "file").read_bytes()) == ([], b"x")
+
+
+def test_patience_goes_along(tmp_path: Path) -> None:
+    """It is part of the directory that other processes get; a minute by default."""
+    assert RunDirectory.of(str(tmp_path), NAME).patience == 60
+    directory = RunDirectory.of(str(tmp_path), NAME, patience=3)
+    assert pickle.loads(pickle.dumps(directory)).patience == 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import tomllib
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,17 +11,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from lte_ray.cli.policy import TABLE, check_names, chosen_policy, given_arguments, policy_arguments, policy_section
-from lte_ray.config import (
-    SECTIONS,
-    LTEConfig,
-    MergeConfig,
-    PlacementConfig,
-    StorageConfig,
-    TrainConfig,
-    flag,
-    near,
-)
+from lte_ray.cli import settings_file
+from lte_ray.cli.policy import TABLE, chosen_policy, given_arguments, policy_section
+from lte_ray.config import SECTIONS, FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
 from lte_ray.errors import ConfigError, WorkerError
 
 TITLES: Mapping[type, str] = {
@@ -30,6 +21,7 @@ TITLES: Mapping[type, str] = {
     MergeConfig: "merging",
     TrainConfig: "training",
     PlacementConfig: "resources",
+    FailureConfig: "failures",
     StorageConfig: "run",
 }
 
@@ -42,6 +34,7 @@ class Parsed:
     merge: MergeConfig
     train: TrainConfig
     placement: PlacementConfig
+    failure: FailureConfig
     storage: StorageConfig
     worker: Any
 
@@ -57,9 +50,8 @@ def parse(worker: type | None, program: str, arguments: list[str]) -> Parsed:
         WorkerError: the worker's constructor has parameters that can't be flags, or raised.
     """
     made, own = parse_sections(worker, program, arguments, TRAIN)
-    parts = (LTEConfig, MergeConfig, TrainConfig, PlacementConfig, StorageConfig)
-    lte, merge, train, placement, storage = (made[kind] for kind in parts)
-    return Parsed(lte, merge, train, placement, storage, own)
+    lte, merge, train, placement, failure, storage = (made[kind] for kind in SECTIONS)
+    return Parsed(lte, merge, train, placement, failure, storage, own)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +69,9 @@ def parse_sections(worker: type | None, program: str, arguments: list[str], face
     As `parse`, which it does the work of. What the TOML file says of other classes' settings is left aside.
     """
     config, rest = _take_config(arguments)
-    content = _toml(config) if config else {}
+    content = settings_file.read(config) if config else {}
     policy = chosen_policy(rest, content)
-    preset = _toml_arguments(config, content, worker, policy, face) if config else []
+    preset = settings_file.as_arguments(config, content, worker, policy, face.titles, rest) if config else []
     made_of = _flags_class(worker, policy, face)
     try:
         flags: Any = tyro.cli(made_of, prog=f"lte-ray {face.command} {program}", args=[*preset, *rest], description=face.about)
@@ -137,52 +129,10 @@ def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
     for argument in remaining:
         if argument == "--config":
             config = next(remaining, None)
-            if config is None:
+            if config is None or config.startswith("--"):
                 raise ConfigError("--config needs a file: --config FILE.toml.")
         elif argument.startswith("--config="):
             config = argument.removeprefix("--config=")
         else:
             rest.append(argument)
     return (Path(config) if config is not None else None), rest
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    try:
-        content = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"--config {path} can't be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} isn't valid TOML: {error}.") from error
-    if content.pop("program", None) is not None:  # a run.toml: its settings for another run
-        content.pop("name", None)
-    return content
-
-
-def _toml_arguments(path: Path, content: dict[str, Any], worker: type | None, policy: str, face: Face) -> list[str]:
-    """The file's settings as flags, so that they are checked just like flags."""
-    of_policy = check_names(content.pop(TABLE, {}), policy, f"--config {path}")
-    own = content.pop("worker", {})
-    if not isinstance(own, dict):
-        raise ConfigError(f"--config {path}: worker must be a table [worker] of the worker's own settings.")
-    known = {f.name: f.default for kind in face.titles for f in dataclasses.fields(kind) if f.name != TABLE}
-    elsewhere = {f.name for kind in SECTIONS for f in dataclasses.fields(kind)} - set(known)
-    content = {name: value for name, value in content.items() if name not in elsewhere}
-    theirs_of_policy = {name: a.default for name, a in policy_arguments(policy).items()}
-    theirs = {name: p.default for name, p in inspect.signature(worker).parameters.items()} if worker else {}
-    arguments: list[str] = []
-    tables = (("", content, known), ("policy.", of_policy, theirs_of_policy), ("worker.", own, theirs))
-    for prefix, values, names in tables:
-        for name, value in values.items():
-            if name not in names:
-                hint = near(name, names) or f" Known are: {', '.join(sorted(names)) or 'none'}."
-                raise ConfigError(f"--config {path} has an unknown setting {prefix}{name}.{hint}")
-            arguments += _as_arguments("--" + prefix, flag(name)[2:], value, names[name])
-    return arguments
-
-
-def _as_arguments(prefix: str, name: str, value: Any, default: Any) -> list[str]:
-    if isinstance(value, bool) and isinstance(default, bool):
-        return [] if value == default else [prefix + name if value else f"{prefix}no-{name}"]
-    if isinstance(value, list):
-        return [prefix + name, *map(str, value)] if value or default else []
-    return [prefix + name, str(value)]

@@ -15,6 +15,7 @@ from lte_ray.cli.flags import Parsed, parse
 from lte_ray.display import volume
 from lte_ray.errors import WorkerError
 from lte_ray.loading import load_object
+from lte_ray.redact import without_credentials
 
 if TYPE_CHECKING:
     import ray.train
@@ -50,6 +51,7 @@ def _fit(program: str, kind: type, parsed: Parsed) -> ray.train.Result:
         merge=parsed.merge,
         train=parsed.train,
         scaling_config=parsed.placement,
+        failure=parsed.failure,
         run_config=parsed.storage,
         program=program,
     )
@@ -82,7 +84,7 @@ def _show(result: ray.train.Result) -> None:
     up, down, ddp = (volume(m[name]) for name in ("bytes_up", "bytes_down", "bytes_ddp"))
     grid.add_row("traffic", f"{up} up, {down} down; DDP at every step: {ddp}")
     grid.add_row("took", f"{m['seconds']:.0f} s")
-    grid.add_row("run", Text(str(result.path)))
+    grid.add_row("run", Text(without_credentials(str(result.path))))
     console.print(Panel(grid, title="done", title_align="left", expand=False))
     if "sample" in m:
         console.print(Panel(Text(m["sample"]), title="sample", title_align="left", expand=False))

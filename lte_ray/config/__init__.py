@@ -4,13 +4,15 @@ One definition serves four places: the Python API, the flags of ``lte-ray train`
 ``run.toml``. A field's help text is its documentation in all of them. No file here knows torch or Ray.
 """
 
+from lte_ray.config.failure import FailureConfig
 from lte_ray.config.fields import flag, near
 from lte_ray.config.heads import LTEConfig, Resolved
 from lte_ray.config.layers import BASE_DTYPES, BIASES, KINDS, LayerConfig, Rule
 from lte_ray.config.merge import MergeConfig
-from lte_ray.config.run import PlacementConfig, StorageConfig, TrainConfig, check_run_name
+from lte_ray.config.names import check_run_name
+from lte_ray.config.run import PlacementConfig, StorageConfig, TrainConfig
 
-SECTIONS: tuple[type, ...] = (LTEConfig, MergeConfig, TrainConfig, PlacementConfig, StorageConfig)
+SECTIONS: tuple[type, ...] = (LTEConfig, MergeConfig, TrainConfig, PlacementConfig, FailureConfig, StorageConfig)
 """Every settings class, in the order in which ``--help`` and ``run.toml`` list them. No field name occurs twice."""
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "BIASES",
     "KINDS",
     "SECTIONS",
+    "FailureConfig",
     "LTEConfig",
     "LayerConfig",
     "MergeConfig",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lte_ray.config.fields import at_least, integers, setting, switches, words
+from lte_ray.config.fields import at_least, flag, integers, setting, switches, words
 from lte_ray.errors import ConfigError
 
 
@@ -45,6 +45,12 @@ class MergeConfig:
     )
     shards: int = setting(1, "Processes that merging is spread over, by layer, for big models.")
     merge_threads: int = setting(0, "Threads that the coordinator merges with; 0: one per 10^9 operations, up to its cores.")
+    max_norm_z: float = setting(
+        8.0, "Refuse contributions whose norm is so many robust standard deviations (of its log) above recent ones'; 0: never."
+    )
+    rollback_z: float = setting(
+        0.0, "Go back to an earlier base when the loss is so many robust standard deviations above recent merges'; 0: never."
+    )
 
     def __post_init__(self) -> None:
         integers(self, "merge_iter", "merge_threads", "quorum", "max_lag", "shards")
@@ -56,7 +62,13 @@ class MergeConfig:
         words(self, "send_down", ("auto", "dense", "factors"))
         self._check_policy()
         seconds(self.merge_every)
-        at_least(self, 0, "replica_topk")
+        at_least(self, 0, "replica_topk", "max_norm_z", "rollback_z")
+        for name in ("max_norm_z", "rollback_z"):
+            if 0 < getattr(self, name) < 1:
+                raise ConfigError(
+                    f"{flag(name)} is {getattr(self, name)}, but it must be 0 (off) or at least 1: half of all that is well lies "
+                    "two thirds of a standard deviation or more from the median."
+                )
         if not 0 < self.replica_topk <= 1:
             raise ConfigError(f"--replica-topk is {self.replica_topk}, but it must be above 0 and at most 1.")
         if self.merge_every and self.match_speed:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lte_ray.config.fields import at_least, integers, names_of, setting, switches, words
+from lte_ray.config.names import check_run_name
 from lte_ray.errors import ConfigError
 
 PRECISIONS = ("fp32", "bf16-mixed", "fp16-mixed")
@@ -96,6 +97,13 @@ class StorageConfig:
         None, "Folder or URI (s3://, gs://, file://) that holds run directories; by default Ray's own, ~/ray_results."
     )
     keep_checkpoints: int | None = setting(2, "Checkpoints kept, newest first; older ones are removed. 'None' keeps all.")
+    keep_best: int = setting(0, "Checkpoints kept beside the newest: those with the best evaluations. 0: none.")
+    best_by: str = setting(
+        "", "Figure of the evaluation that --keep-best goes by, lowest best; '-accuracy': highest best. By default its first."
+    )
+    storage_patience: float = setting(
+        60.0, "Seconds for which an operation on a storage that fails (full, slow, cut off) is tried again; 0: not at all."
+    )
     resume: bool = setting(False, "Continue the run of this name from its newest complete checkpoint.")
     overwrite: bool = setting(False, "Replace the run of this name if there is one.")
 
@@ -105,13 +113,11 @@ class StorageConfig:
         if self.keep_checkpoints is not None:
             integers(self, "keep_checkpoints")
             at_least(self, 1, "keep_checkpoints")
+        integers(self, "keep_best")
+        at_least(self, 0, "keep_best", "storage_patience")
+        if not isinstance(self.best_by, str):
+            raise ConfigError(f"--best-by is {self.best_by!r}, but it must be the name of a figure.")
         if self.resume and self.overwrite:
             raise ConfigError("--resume and --overwrite contradict each other: give one of them.")
         if self.resume and not self.name:
             raise ConfigError("--resume needs --name, the run to continue.")
-
-
-def check_run_name(name: str | None) -> None:
-    """Raises ConfigError unless `name` is None or one plain folder name that can't leave the storage root."""
-    if name is not None and (not name or name.startswith(".") or any(c in name for c in "/\\\0")):
-        raise ConfigError(f"--name is {name!r}, but it must be one folder name, without slashes or a leading dot.")

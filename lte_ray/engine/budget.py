@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from lte_ray.engine.pace import Pace
 from lte_ray.engine.settings import Settings
@@ -28,14 +28,17 @@ class Budget:
         settings: of the run.
         pace: knows the heads' speeds.
         taken: steps that heads have taken before (a resumed run).
+        granted: up to which step they may go, where they know already.
     """
 
-    def __init__(self, settings: Settings, pace: Pace, taken: dict[int, int]) -> None:
+    def __init__(
+        self, settings: Settings, pace: Pace, taken: Mapping[int, int], granted: Mapping[int, int] | None = None
+    ) -> None:
         self.shared = is_shared(settings)
         self._steps, self._pace = settings.train.steps, pace
         self._total = settings.train.steps * settings.lte.num_heads
-        self._taken = dict.fromkeys(range(settings.lte.num_heads), 0) | taken
-        self._granted = dict(self._taken)
+        self._taken = dict.fromkeys(range(settings.lte.num_heads), 0) | dict(taken)
+        self._granted = dict(self._taken) | dict(granted or {})
 
     @property
     def taken(self) -> int:
@@ -50,6 +53,14 @@ class Budget:
     def note(self, head: int, step: int) -> None:
         """A head has taken `step` local steps in all."""
         self._taken[head] = max(step, self._taken[head])
+
+    def admit(self, head: int, step: int) -> None:
+        """A head is new to the run; it counts as if it had taken `step` steps, so that it ends with the others."""
+        self._taken[head] = self._granted[head] = step if not self.shared else 0
+
+    def lose(self, head: int, step: int) -> None:
+        """A head's process is gone, and what it has contributed ends at `step`: what it was granted beyond is free again."""
+        self._taken[head] = self._granted[head] = step
 
     def order(self, head: int, live: Collection[int]) -> Order:
         """What a head is to do next."""

@@ -6,6 +6,7 @@ how tensors travel. Where they are in shards (`engine.shard`), it decides by num
 
 from __future__ import annotations
 
+import math
 import time
 from bisect import insort
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lte_ray.data.lanes import initial
+from lte_ray.engine.admission import misshapen, poisonous, squares, stale
 from lte_ray.engine.budget import Budget
 from lte_ray.engine.elsewhere import Elsewhere, Measured, NeedsTensors
+from lte_ray.engine.guard import Guard
+from lte_ray.engine.ledger import DataLedger
 from lte_ray.engine.master import Master, Operation
 from lte_ray.engine.pace import Pace
 from lte_ray.engine.settings import Settings
@@ -26,11 +31,7 @@ from lte_ray.layout import Plan
 from lte_ray.merging.flat import views
 from lte_ray.merging.policy import Decision, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Try, Wait
 from lte_ray.merging.products import Share, dense_part, new_reference
-from lte_ray.messages import Contribution, MergeRecord, Order, Verdict
-
-ABSURD = 1e30
-"""Bound on s times a contribution's sum of squares, and so on every element of s B A: far beyond any weight that trains,
-and far below what overflows float32, so that a merge that has begun can't make the base infinite."""
+from lte_ray.messages import Contribution, MergeRecord, Order, Standing, Verdict
 
 PATIENCE = 20
 """How often a policy may ask to be woken once every live head has contributed."""
@@ -46,6 +47,7 @@ class _Received:
     contribution: Contribution
     at: float
     share: Share
+    norm: float
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ class Coordinator:
         plans: each head's, where they differ from `plan` in their ranks.
         version: of `base`.
         references: the factors that `base` holds of each head, flat.
-        taken: local steps that heads have taken before.
+        taken, granted: local steps that heads have taken before, and up to which they may.
+        standings: what `base` holds of each head.
+        data: whose which batches are.
         clock: gives seconds; policies see it.
     """
 
@@ -83,7 +87,10 @@ class Coordinator:
         plans: Sequence[Plan] | None = None,
         version: int = 0,
         references: dict[int, Tensor] | None = None,
-        taken: dict[int, int] | None = None,
+        taken: Mapping[int, int] | None = None,
+        granted: Mapping[int, int] | None = None,
+        standings: Mapping[int, Standing] | None = None,
+        data: DataLedger | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings, self.plan, self.policy = settings, plan, policy
@@ -94,15 +101,21 @@ class Coordinator:
         self._asked = 0  # how often in a row the policy waited though nobody else was to come
         self.wakes_at: float | None = None
         self.pace = Pace(settings.merge)
-        self.budget = Budget(settings, self.pace, taken or {})
+        self.budget = Budget(settings, self.pace, taken or {}, granted or {})
         self.plans = tuple(plans or [plan] * settings.lte.num_heads)
         self._clock, self._dtype = clock, torch.float32 if base is None else base.dtype
         self._largest_scaling = max([1.0, *(abs(a.scaling) for each in set(self.plans) for a in each.adapted)])
         self._references: dict[int, Tensor | None] = dict(references or {})
-        self.accepted: dict[int, Verdict] = {}
-        """The last verdict on each head's contributions that were merged."""
+        self.members = set(range(settings.lte.num_heads))
+        """Heads that belong to the run: each contribution counts 1/N, with N their number."""
+        lanes = {n: initial(n, settings.lte.num_heads) for n in self.members}
+        self.standings = {n: Standing(lanes=lanes[n]) for n in self.members} | dict(standings or {})
+        """What the newest version holds of each head."""
+        self.data = data or DataLedger(lanes)
+        self.guard = Guard(settings.merge)
         self._pending: dict[int, _Received] = {}
-        self._newest: dict[int, tuple[int, int]] = {}  # head -> incarnation and sequence last received
+        # Incarnation and sequence last received, by head.
+        self._newest = {n: (held.incarnation, held.sequence) for n, held in self.standings.items() if held.sequence}
         # What the policy sees of them, by head: with 10,000 heads too much to make anew each time.
         self._shown: list[Pending] = []
         self._trial: tuple[Try, Tensor] | None = None  # and the base that is tried
@@ -129,7 +142,8 @@ class Coordinator:
 
     def order(self, head: int) -> Order:
         """What a head is to do next."""
-        return self.budget.order(head, self.live)
+        grants, release = self.data.orders(head, self.live)
+        return replace(self.budget.order(head, self.live), grants=grants, release=release)
 
     def receive(self, contribution: Contribution, buffer: Tensor | Measured) -> Outcome:
         """A contribution arrived; `buffer` is flat, in the contribution layout; it is only read, and kept until it is merged.
@@ -141,14 +155,21 @@ class Coordinator:
         Raises:
             PolicyError: the policy raised or decided something impossible.
         """
-        reason = self.refusal(contribution) or self._unfit(contribution.head, buffer)
+        head = contribution.head
+        reason = self.refusal(contribution)
         if reason:
             return self.refused(contribution, reason)
-        head = contribution.head
+        wrong = misshapen(buffer, self.plans[head].contribution.size, self._dtype)
+        total = 0.0 if wrong else squares(buffer)
+        norm = math.sqrt(total)
+        poison = poisonous(total, self._largest_scaling) or self.guard.judge(head, norm, contribution.steps)
+        wrong = wrong or self._out_of_place(contribution)
+        if wrong or poison:
+            return self.unfit(contribution, wrong or poison, poison=bool(poison))
         self._newest[head] = (contribution.incarnation, contribution.sequence)
         self.pace.note(head, contribution.steps, contribution.seconds)
         self.budget.note(head, contribution.step)
-        self._pending[head] = _Received(contribution, self._clock(), self._share(head, buffer))
+        self._pending[head] = _Received(contribution, self._clock(), self._share(head, buffer), norm)
         insort(self._shown, self._show(head), key=lambda p: p.head)
         return self._decide()
 
@@ -161,15 +182,61 @@ class Coordinator:
         self.live.discard(head)
         return self._decide()
 
-    def join(self, head: int, incarnation: int) -> None:
-        """A head that had left is back, started anew with B = 0; nothing of its predecessor's may be pending.
+    def lose(self, head: int) -> Outcome:
+        """A head's process is gone, and may come back; nobody waits for it. What it has contributed is still merged.
 
-        From now on the base holds its predecessor's factors as its own weights, and only this incarnation is heard.
+        Raises:
+            PolicyError: as `receive`.
+        """
+        pending = self._pending.get(head)
+        self.budget.lose(head, pending.contribution.step if pending else self.standings[head].step)
+        return self.leave(head)
+
+    def join(self, head: int, incarnation: int, fresh: bool = False) -> None:
+        """A head (re)starts; nothing of its predecessor's may be pending. Only this incarnation is heard from now on.
+
+        It goes on from what the base holds of it (`standings`); or, if `fresh`, with B = 0, and its predecessor's factors stay in
+        the base as weights of its own. A head that is new to the run waits for lanes of data until `ready`.
         """
         assert head not in self._pending
+        if head not in self.members:
+            steps = [self.standings[other].step for other in self.live]
+            self.standings[head] = Standing(step=min(steps, default=0), version=self.version)
+            self.members.add(head)
+            self.budget.admit(head, self.standings[head].step)
+            self.data.admit(head, self.live)
         self.live.add(head)
-        self._references.pop(head, None)
-        self._newest[head] = (incarnation, 0)
+        if fresh:
+            self._references.pop(head, None)
+        self._newest[head] = (incarnation, 0 if fresh else self.standings[head].sequence)
+
+    def ready(self, head: int) -> bool:
+        """Whether a head that has joined owns data to train on."""
+        return self.data.ready(head)
+
+    def start(self, head: int) -> Standing:
+        """What a head that begins now goes on from; batches that it has trained and not contributed are its to train again."""
+        self.standings[head] = replace(self.standings[head], lanes=self.data.lanes(head))
+        return self.standings[head]
+
+    def drop(self, head: int) -> Outcome:
+        """A head is gone for good: its data go to others, and every contribution counts 1/N of those that are left.
+
+        Raises:
+            PolicyError: as `receive`.
+        """
+        verdicts: tuple[Verdict, ...] = ()
+        if head in self._pending:  # its data are trained by others
+            verdicts = (self._verdict(head, False, f"head {head} has left the run"),)
+            del self._pending[head]
+            self._shown = [self._show(other) for other in self.pending]
+        self.live.discard(head)
+        self.budget.lose(head, self.standings[head].step)
+        if head in self.members and len(self.members) > 1:
+            self.members.discard(head)
+            self.data.drop(head)
+        outcome = self._decide()
+        return Outcome((*verdicts, *outcome.verdicts), outcome.merges)
 
     def tick(self) -> Outcome:
         """`wakes_at` has come: the policy is asked again.
@@ -197,37 +264,39 @@ class Coordinator:
             raise PolicyError(f"{self._policy_name} judged {decision!r}; it must give the merge that was tried, or a Discard.")
         return self._decide(decision)
 
+    def settled(self, c: Contribution) -> Verdict | None:
+        """The verdict on a contribution that was merged before: whoever sends it again hasn't heard it."""
+        held = self.standings.get(c.head)
+        if held is None or c.run != self.settings.run or (c.incarnation, c.sequence) != (held.incarnation, held.sequence):
+            return None
+        return Verdict(c.head, c.sequence, True, held.version)
+
+    def refusal(self, c: Contribution) -> str:
+        """Why a contribution can't be merged, as far as its numbers say; empty if they say nothing."""
+        if c.head not in self.live:
+            return f"head {c.head} isn't one of the live heads {sorted(self.live)}"
+        reason = stale(c, self.settings.run, self._newest.get(c.head, (-1, -1)), self.version)
+        if not reason and c.head in self._pending:
+            reason = f"head {c.head} has a contribution that isn't decided yet"
+        return reason
+
     def refused(self, contribution: Contribution, reason: str) -> Outcome:
         """The verdict on a contribution that can't be merged, which changes nothing."""
         return Outcome((Verdict(contribution.head, contribution.sequence, False, self.version, reason),), ())
 
-    def refusal(self, c: Contribution) -> str:
-        """Why a contribution can't be merged, as far as its numbers say; empty if they say nothing."""
-        if c.run != self.settings.run:
-            return f"it belongs to run {c.run!r}, not {self.settings.run!r}"
-        if c.head not in self.live:
-            return f"head {c.head} isn't one of the live heads {sorted(self.live)}"
-        if (c.incarnation, c.sequence) <= self._newest.get(c.head, (-1, -1)):
-            return f"incarnation {c.incarnation} sequence {c.sequence} of head {c.head} was received before, or is older"
-        if c.head in self._pending:
-            return f"head {c.head} has a contribution that isn't decided yet"
-        if c.version > self.version:
-            return f"it was trained on version {c.version}, but the newest is {self.version}"
-        return ""
+    def unfit(self, c: Contribution, reason: str, poison: bool = True) -> Outcome:
+        """The verdict on a contribution whose content can't be merged: if it is poison, its head drops what it held.
 
-    def _unfit(self, head: int, buffer: Tensor | Measured) -> str:
-        """Why it can't be merged, as its tensors say; shards have checked their size when they decoded them."""
-        if isinstance(buffer, Tensor):
-            size = self.plans[head].contribution.size
-            if buffer.shape != (size,) or buffer.dtype != self._dtype:
-                expected = f"{size} of {self._dtype}"
-                return f"it has {buffer.numel()} elements of {buffer.dtype}, expected {expected}"
-            buffer = Measured(float(torch.dot(buffer, buffer)))
-        # One pass finds NaN and infinity, and bounds each element of s B A by s times the sum of squares.
-        squares = self._largest_scaling * buffer.squares
-        if not squares < ABSURD:
-            return f"it holds values that are NaN, infinite or absurdly large (s times the sum of squares: {squares:g})"
-        return ""
+        After the third in a row the head is quarantined: it leaves the run, and its data go to others.
+        """
+        self._newest[c.head] = (c.incarnation, c.sequence)
+        quarantined = self.guard.refused(c.head)
+        verdict = Verdict(c.head, c.sequence, False, self.version, reason, poison=poison, quarantined=quarantined)
+        later = self.drop(c.head) if quarantined else Outcome((), ())
+        return Outcome((verdict, *later.verdicts), later.merges)
+
+    def _out_of_place(self, c: Contribution) -> str:
+        return self.data.check(c.head, c.lanes, c.grant, c.released) if c.lanes else ""
 
     def _share(self, head: int, buffer: Tensor | Measured) -> Share:
         if isinstance(buffer, Measured):
@@ -254,9 +323,7 @@ class Coordinator:
                 verdicts += [replace(self._verdict(h, False, reason), discarded=True) for h in heads]
             else:
                 merges.append(self._merge(decision, heads))
-                accepted = {h: self._verdict(h, True, "") for h in heads}
-                self.accepted.update(accepted)
-                verdicts += accepted.values()
+                verdicts += [self._verdict(h, True, "") for h in heads]
             for head in heads:
                 del self._pending[head]
             self._shown = [self._show(head) for head in self.pending]  # their lags have changed
@@ -279,7 +346,7 @@ class Coordinator:
 
     def _ask(self) -> Decision:
         pending = list(self._shown)
-        roster = Roster(self.settings.lte.num_heads, frozenset(self.live), self.version, self._clock(), self.plan.base)
+        roster = Roster(len(self.members), frozenset(self.live), self.version, self._clock(), self.plan.base)
         decision = self._guarded(lambda: self.policy.decide(pending, roster))
         if not isinstance(decision, Wait | Merge | MergeChange | Discard | Try):
             raise PolicyError(
@@ -331,6 +398,8 @@ class Coordinator:
             self._references.update(references)
         self.version += 1
         merged = [self._pending[h].contribution for h in heads]
+        for c in merged:
+            self._settle(c)
         return MergeRecord(
             version=self.version,
             at=time.time(),
@@ -347,7 +416,18 @@ class Coordinator:
             lags={c.head: self.version - 1 - c.version for c in merged},
             head_steps={c.head: c.steps for c in merged},
             stalls={c.head: c.stall for c in merged},
+            held={c.head: self.standings[c.head] for c in merged},
         )
+
+    def _settle(self, c: Contribution) -> None:
+        """The newest version holds this contribution: what its head has trained until then is done."""
+        head = c.head
+        before = self.standings[head]
+        step, samples = max(c.step, before.step), before.samples + c.samples
+        self.standings[head] = Standing(c.incarnation, c.sequence, self.version, step, samples, c.batches, c.lanes)
+        if c.lanes:
+            self.data.merged(head, c.lanes, c.grant, c.released)
+        self.guard.merged(head, self._pending[head].norm, c.steps)
 
     def _operation(self, decision: Merge | MergeChange, heads: list[int], weights: Mapping[int, float]) -> Operation:
         if isinstance(decision, MergeChange):
@@ -364,7 +444,7 @@ class Coordinator:
         for name, part in views(self.plan.base, change).items():
             if name in names:
                 parts = [dense_part(self._pending[head].share, name) for head in heads]
-                part.copy_(torch.stack(parts).sum(0) / self.settings.lte.num_heads)
+                part.copy_(torch.stack(parts).sum(0) / len(self.members))
         return change
 
     def _tried(self, decision: Merge | MergeChange, heads: list[int]) -> Tensor:

@@ -29,6 +29,7 @@ class HeadGroup:
             don't, and a head's own activations fit the cache.
         lanes: heads that may train at the same time on CPUs (see `Lanes`), each lane with a copy of the main weights.
         threads: that torch uses in each lane.
+        incarnation: how often these heads were started before.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class HeadGroup:
         stack: str = "auto",
         lanes: int = 1,
         threads: int = 1,
+        incarnation: int = 0,
     ) -> None:
         several, insist = len(numbers) > 1, stack == "always"
         together = several and (insist or (stack == "auto" and torch.device(device).type == "cuda"))
@@ -52,7 +54,17 @@ class HeadGroup:
             share = self.heads[index % lanes] if index >= lanes else None
             alone = index + lanes >= len(numbers) and share is None
             self.heads.append(
-                Head(worker, settings, number, device=device, dtype=dtype, hold=together, share=share, alone=alone)
+                Head(
+                    worker,
+                    settings,
+                    number,
+                    device=device,
+                    dtype=dtype,
+                    incarnation=incarnation,
+                    hold=together,
+                    share=share,
+                    alone=alone,
+                )
             )
         self._note = ""
         self._lanes = Lanes([self.heads[n::lanes] for n in range(lanes)], threads) if lanes > 1 else None
@@ -113,6 +125,8 @@ class HeadGroup:
             head.begin()
         with self.heads[0].timed("train"):
             for _ in range(active[self.heads[0]]):
+                if self.heads[0].interrupted():
+                    break
                 for head, loss in zip(self.heads, self._train_step(), strict=True):
                     head.add_loss(loss)
 

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,17 +19,17 @@ from torch import Tensor
 from lte_ray.adapters.convert import convert, share_frozen
 from lte_ray.adapters.quantize import check_format
 from lte_ray.adapters.stand_in import computing
-from lte_ray.data.shard import Shard
 from lte_ray.engine.activations import checkpoint_activations
+from lte_ray.engine.feed import Feed
 from lte_ray.engine.optimize import Update, autocast, build_optimizer, checked_loss
 from lte_ray.engine.rng import Generators, drawn, head_seed
 from lte_ray.engine.settings import Settings
-from lte_ray.engine.state import optimizer_state, restore_optimizer, user_buffers
+from lte_ray.engine.state import user_buffers
 from lte_ray.engine.weights import MainWeights
 from lte_ray.errors import LTEError, WorkerFailed
-from lte_ray.merging.flat import base_replicas, factors_part, gather, replica_part, replica_views
-from lte_ray.messages import Contribution, HeadStatus, HeadTimes, Order, Verdict
-from lte_ray.worker import Batch, Worker, batch_samples, build_model, endless_batches, to_device
+from lte_ray.merging.flat import base_replicas, factor_views, factors_part, gather, replica_part, replica_views
+from lte_ray.messages import Contribution, HeadStatus, HeadTimes, Order, Standing, Verdict
+from lte_ray.worker import Batch, Worker, batch_samples, build_model, to_device
 
 if TYPE_CHECKING:
     from lte_ray.merging.transfer import Codec
@@ -76,9 +76,11 @@ class Head:
         self.version = self.step = self.samples = self.sequence = 0
         self.draws = False  # whether the loss drew from the global generators in the first round here
         self._watched = self._unwanted = False
-        self._taken = 0  # batches
+        self.interrupted: Callable[[], bool] = lambda: False
+        """Asked before every step of a round; whether to leave the rest of it for later."""
         self._worker = worker
-        self._since = self._offered = (0, 0)  # steps and samples at the last accepted contribution, and at the last one
+        self.feed = Feed(worker, head, settings.lte.num_heads, settings.train.seed)
+        self._since = self._offered = Standing(incarnation, lanes=self.feed.lanes)  # at the last merged, and the last made
         self._limit, self._final, self._rate = settings.train.steps, True, 1.0
         self._granted = 0  # the highest limit that the coordinator has given
         self._noted = (time.perf_counter(), 0.0)  # when the last contribution was made, and the seconds stalled until then
@@ -106,7 +108,7 @@ class Head:
             checkpoint_activations(self.model, settings.train.checkpoint_activations)
             if settings.train.compile:
                 self.model.compile()
-        self.rng = Generators(head_seed(settings.train.seed, head), self.device)
+        self.rng = Generators(head_seed(settings.train.seed, head, incarnation), self.device)
         tensors = self.converted.tensors()
         self._factors = self.converted.factors
         self._replicas = {r.name: tensors[r.name] for r in self.plan.replicas}
@@ -118,7 +120,6 @@ class Head:
                 worker, self.plan, {**self._factors, **self._replicas}, settings.train.steps
             )
         self.update = Update(self.optimizer, self.schedule, settings.train, self.device)
-        self._batches: Iterator[Batch] | None = None
         self._frozen: dict[str, Tensor] = {}
 
     # -- training ------------------------------------------------------------------------------------------------
@@ -144,6 +145,7 @@ class Head:
             self._limit, self._final, self._granted = order.limit, order.final, order.limit
         self._rate = order.rate
         self.update.reach(order.progress)
+        self.feed.follow(order.grants, order.release)
 
     def train_round(self) -> Contribution:
         """Takes `merge_iter` local steps (fewer at the end of the run) and makes the contribution.
@@ -171,6 +173,8 @@ class Head:
         self.begin()
         with nullcontext() if reading else self.rng.swapped_in(), self.timed("train", share):
             for _ in range(min(steps, self.left)):
+                if self.interrupted():
+                    break
                 self.add_loss(self._train_step(reading))
 
     def begin(self) -> None:
@@ -201,12 +205,7 @@ class Head:
 
     def next_batch(self) -> Batch:
         """The next batch of this head's shard, on its device."""
-        if self._batches is None:
-            s = self.settings
-            shard = Shard(self.head, s.lte.num_heads, s.train.seed, cursor=self._taken)
-            self._batches = endless_batches(self._worker, shard)
-        batch = to_device(next(self._batches), self.device)
-        self._taken += 1
+        batch = to_device(self.feed.next(), self.device)
         self.samples += batch_samples(batch)
         return batch
 
@@ -236,12 +235,39 @@ class Head:
     @property
     def since_offered(self) -> int:
         """Local steps since the last contribution was made."""
-        return self.step - self._offered[0]
+        return self.step - self._offered.step
+
+    @property
+    def position(self) -> Standing:
+        """Where the head is: what it would stand at, if all were merged that it has trained."""
+        feed = self.feed
+        return Standing(self.incarnation, self.sequence, self.version, self.step, self.samples, feed.taken, feed.lanes)
+
+    @property
+    def offer(self) -> Tensor:
+        """What receivers make of the outstanding contribution, flat; never written to."""
+        assert self._outstanding is not None
+        return self._outstanding
+
+    @property
+    def reference(self) -> Tensor | None:
+        """The factors that the adopted base holds of this head, flat; None where B' = 0."""
+        return self._reference
+
+    @property
+    def limit(self) -> int:
+        """The step up to which it may go."""
+        return self._limit
+
+    @property
+    def merged(self) -> Standing:
+        """Where the last merged contribution, of which this head knows, has left it."""
+        return self._since
 
     @property
     def finished(self) -> bool:
         """Whether all local steps were taken, and merged unless the policy discarded the last of them."""
-        settled = self._since[0] == self.step or (self._unwanted and self._offered[0] == self.step)
+        settled = self._since.step == self.step or (self._unwanted and self._offered.step == self.step)
         return self.done and self._outstanding is None and settled
 
     @property
@@ -266,7 +292,7 @@ class Head:
         with self.timed("publish"):
             parts = {**self._factors, **self._replica_change()}
             self._outstanding = gather(self.plan.contribution, parts, self.dtype, self.device)
-        self._offered = (self.step, self.samples)
+        self._offered = self.position
         before, stalled = self._noted
         self._noted = (time.perf_counter(), self._times.stalled)
         return Contribution(
@@ -276,12 +302,16 @@ class Head:
             sequence=self.sequence,
             version=self.version,
             step=self.step,
-            steps=self.step - self._since[0],
-            samples=self.samples - self._since[1],
+            steps=self.step - self._since.step,
+            samples=self.samples - self._since.samples,
             loss=self._loss,
             base_error=self._weights.error,
             seconds=max(0.0, self._noted[0] - before - (self._noted[1] - stalled)),
             stall=self._noted[1] - stalled,
+            batches=self.feed.taken,
+            lanes=self.feed.lanes,
+            grant=self.feed.grant,
+            released=self.feed.released,
             buffer=self._outstanding,
         )
 
@@ -375,12 +405,18 @@ class Head:
         if not self._weights.takes_turns:
             self._weights.load(self._reference, staged or {})
         self._replica_reference = base_replicas(self.plan, base).to(self.device, copy=True)
+        self.move_replicas(ahead)
+        self.version = version
+
+    @torch.no_grad()
+    def move_replicas(self, ahead: Mapping[str, Tensor]) -> None:
+        """p := p' + what the base doesn't hold of it (nothing if `ahead` is empty)."""
+        assert self._replica_reference is not None
         before = replica_views(self.plan, self._replica_reference)
         for name, tensor in self._replicas.items():
             tensor.copy_(before[name] + ahead[name] if ahead else before[name])
-            if tensor.dtype != base.dtype:  # p' is what this head really adopted, rounded; else every merge counts the rounding
-                before[name].copy_(tensor.to(base.dtype) - ahead[name] if ahead else tensor)
-        self.version = version
+            if tensor.dtype != self.dtype:  # p' is what this head really adopted, rounded; else every merge counts the rounding
+                before[name].copy_(tensor.to(self.dtype) - ahead[name] if ahead else tensor)
 
     def _steps_beyond(self, contained: Tensor | None) -> dict[str, Tensor]:
         """Replica changes that the new base doesn't hold: p - p', less what was contributed; empty before the start."""
@@ -429,58 +465,41 @@ class Head:
             spent = getattr(self._times, part) + share * (time.perf_counter() - begun)
             self._times = replace(self._times, **{part: spent})
 
-    # -- state -------------------------------------------------------------------------------------------------------
+    # -- from elsewhere ----------------------------------------------------------------------------------------------
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that the head needs to go on from here beside the base, as named CPU tensors and JSON values.
+    def resume(self, standing: Standing, reference: Tensor | None) -> None:
+        """Before `start`: takes over what a base holds of this head, as its position and as its factors.
 
-        To be taken with no contribution outstanding.
+        What it contributes from there on is what it trains from there on. Without a reference B is zero.
         """
-        assert self._outstanding is None
-        tensors = {f"factor.{name}": p.detach().cpu() for name, p in self._factors.items()}
-        tensors |= {f"replica.{name}": p.detach().cpu() for name, p in self._replicas.items()}
-        tensors |= {f"buffer.{name}": b.detach().cpu() for name, b in self._buffers()}
+        self.step, self.samples, self.sequence = standing.step, standing.samples, standing.sequence
+        self._since = self._offered = replace(standing, incarnation=self.incarnation)
+        self.update.position = float(standing.step)
+        self._reference = None if reference is None else reference.to(self.device)
+        self._reset_factors()
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        """Drops all that was trained since the last merged contribution, the optimizer's state included; the data goes on."""
+        assert self._outstanding is None and self._replica_reference is not None
+        self._reset_factors()
+        for name, value in replica_views(self.plan, self._replica_reference).items():
+            self._replicas[name].copy_(value)
+        self.optimizer.state.clear()
+        self._losses = []
+        self._since = self._offered = replace(self.position, sequence=self._since.sequence)
+
+    @torch.no_grad()
+    def _reset_factors(self) -> None:
+        """A, B := A', B'; without a reference B := 0, and A stays."""
         if self._reference is not None:
-            tensors["reference"] = self._reference.cpu()
-        optimizer_tensors, optimizer_meta = optimizer_state(self.optimizer, self.schedule)
-        optimizer_meta["scaler"] = self.update.scaler.state_dict()
-        rng_tensors, rng_meta = self.rng.state()
-        meta = {
-            "head": self.head,
-            "version": self.version,
-            "step": self.step,
-            "batches": self._taken,
-            "samples": self.samples,
-            "since": list(self._since),
-            "sequence": self.sequence,
-            "loss": self._loss,
-            "position": self.update.position,
-            "optimizer": optimizer_meta,
-            "rng": rng_meta,
-        }
-        return {**tensors, **optimizer_tensors, **rng_tensors}, meta
+            for name, value in factor_views(self.plan, self._reference).items():
+                self._factors[name].copy_(value)
+            return
+        for spec in self.plan.adapted:
+            self._factors[spec.b].zero_()
 
-    def load_state(self, tensors: dict[str, Tensor], meta: dict[str, Any], base: Tensor) -> None:
-        """Takes over what `state` gave, on the base of that version (flat)."""
-        self.step, self.samples, self.sequence = meta["step"], meta["samples"], meta["sequence"]
-        self._taken = meta.get("batches", self.step)  # an older release took one a step
-        self._since, self._loss = (meta["since"][0], meta["since"][1]), meta["loss"]
-        self._offered = self._since
-        self._reference = tensors["reference"].to(self.device) if "reference" in tensors else None
-        self.start(meta["version"], base)
-        with torch.no_grad():
-            for name, parameter in self._factors.items():
-                parameter.copy_(tensors[f"factor.{name}"])
-            for name, replica in self._replicas.items():
-                replica.copy_(tensors[f"replica.{name}"])
-            for name, buffer in self._buffers():
-                buffer.copy_(tensors[f"buffer.{name}"])
-        restore_optimizer(self.optimizer, self.schedule, tensors, meta["optimizer"])
-        self.update.scaler.load_state_dict(meta["optimizer"].get("scaler") or self.update.scaler.state_dict())
-        self.update.position = meta.get("position", float(self.step))
-        self.rng.load_state(tensors, meta["rng"])
-
-    def _buffers(self) -> list[tuple[str, Tensor]]:
+    def buffers(self) -> list[tuple[str, Tensor]]:
         """The model's own buffers that aren't merged."""
         return [(name, b) for name, b in user_buffers(self.model) if name not in self._replicas]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from lte_ray.engine.activations import matching
 from lte_ray.engine.optimize import build_optimizer, check_precision
 from lte_ray.engine.rng import preserved
 from lte_ray.engine.settings import Settings
-from lte_ray.errors import UserError, WorkerError
+from lte_ray.errors import ConfigError, UserError, WorkerError
 from lte_ray.layout import Plan
 from lte_ray.merging.flat import gather, views
 from lte_ray.worker import Worker, build_model, check_worker, endless_batches
@@ -78,6 +78,22 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
         except Exception as error:
             raise WorkerError(f"{name}.train_batches() raised, for head {head}:\n\n{traceback.format_exc()}") from error
     return Initial(model, plans, gather(plans[0].base, tensors, dtype))
+
+
+def with_room(initial: Initial, heads: int) -> Initial:
+    """The same for a run that may grow to so many heads: further ones are as the last.
+
+    Raises:
+        ConfigError: heads differ, and nobody said what further ones are like.
+    """
+    more = heads - len(initial.plans)
+    if more <= 0:
+        return initial
+    if len(set(initial.plans)) > 1:
+        raise ConfigError(
+            f"--max-heads is {heads}, but ranks or alphas are given for each of {len(initial.plans)} heads. Give one number for all."
+        )
+    return replace(initial, plans=initial.plans + initial.plans[-1:] * more)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

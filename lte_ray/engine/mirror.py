@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from lte_ray.merging.flat import views
 from lte_ray.merging.products import Share, add_contributions, new_reference
 from lte_ray.merging.transfer import Codec, checksum
 from lte_ray.messages import Merged, Update
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Mirror:
         self._parts: dict[int, _Part] = {}
         self._base: Tensor | None = None
         self._sums: dict[int, int] = {}  # checksum by version
-        self._turn, self._threads = Lock(), threads
+        self._turn, self._writing, self._threads = Lock(), Lock(), threads
         self.version = -1
         self.bytes = 0  # fetched from elsewhere
         self.resyncs = 0
@@ -62,26 +64,40 @@ class Mirror:
         """The version to ask from: -1 where the whole base is to be sent."""
         return self.version if self._parts else -1
 
-    def take(self, update: Update) -> Tensor | None:
+    def take(self, update: Update, note: Callable[[], object] = lambda: None) -> Tensor | None:
         """Follows to the update's version and gives that base, flat; None if this process has it or a newer one.
 
         The base is the mirror's own, to be read only, and stays as it is until `release`, which has to follow: whoever comes
         meanwhile waits.
 
+        Args:
+            update: from the coordinator.
+            note: called when the base is here; if it raises, the update doesn't count.
+
         Raises:
             OutOfReach: merges are missing between this process's version and the update's.
         """
         self._turn.acquire()
+        before, taken = self.version, False
         try:
-            base = self._follow(update) if update.version > self.version else None
+            with self._writing:
+                base = self._follow(update) if update.version > before else None
+                note()
+                if base is not None:
+                    self._base, self.version, taken = base, update.version, True
         except BaseException:
-            self._turn.release()
+            if self._parts:  # they may be half done, and what was made of them: the next update brings all
+                self._parts, self._base = {}, None
             raise
-        if base is None:
-            self._turn.release()
-            return None
-        self._base, self.version = base, update.version
+        finally:
+            if not taken:
+                self._turn.release()
         return base
+
+    def read(self, use: Callable[[Tensor | None], T]) -> T:
+        """What `use` makes of the newest base, which nobody writes to meanwhile; None before there is one."""
+        with self._writing:
+            return use(self._base)
 
     def release(self) -> None:
         """The base that `take` gave isn't needed any more."""

@@ -15,9 +15,10 @@ from torch import Tensor
 from lte_ray.worker import seed_everything
 
 
-def head_seed(seed: int, head: int) -> int:
-    """A seed of one head's generators that differs from head to head, below 2**63."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{head}/rng".encode()).digest()[:8], "little") >> 1
+def head_seed(seed: int, head: int, incarnation: int = 0) -> int:
+    """A seed of one head's generators that differs from head to head and restart to restart, below 2**63."""
+    again = f"/{incarnation}" if incarnation else ""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{head}/rng{again}".encode()).digest()[:8], "little") >> 1
 
 
 class Generators:

@@ -27,7 +27,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, schedule: Any) -> tuple[di
         plain[str(index)] = {}
         for key, value in entries.items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{key}"] = value.detach().cpu()
+                tensors[f"optimizer.{index}.{key}"] = value.detach()
             else:
                 plain[str(index)][key] = value
     groups = [{k: v.item() if isinstance(v, Tensor) else v for k, v in group.items()} for group in full["param_groups"]]

@@ -10,6 +10,7 @@ from typing import Any
 
 from lte_ray.errors import WorkerError
 from lte_ray.loading import load_object
+from lte_ray.redact import OMITTED, masked
 from lte_ray.runs import NONE
 from lte_ray.storage import RUN
 from lte_ray.worker import check_worker
@@ -38,20 +39,30 @@ def make_worker(record: dict[str, Any], given: Any = None) -> Any:
     else:
         kind = program
     check_worker(kind)  # before anything of it is called: whoever wrote run.toml chose the name
-    return _make(kind, record.get("worker", {})) if inspect.isclass(kind) else kind
+    return _make(kind, record.get("worker", {}), record.get(OMITTED, [])) if inspect.isclass(kind) else kind
 
 
-def _make(kind: type, settings: dict[str, Any]) -> Any:
+def _make(kind: type, settings: Any, left_out: Any) -> Any:
+    if not isinstance(settings, dict):
+        raise WorkerError(f"The table [worker] of {RUN} is {settings!r:.80}, not a table of the worker's settings.")
     try:
         hints = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__)  # type: ignore[misc]
     except Exception:  # annotations that can't be resolved say nothing
         hints = {}
     known = inspect.signature(kind).parameters
+    named = [str(name).removeprefix("worker.") for name in left_out] if isinstance(left_out, list) else []
+    omitted = [name for name in named if name in known]
     try:
         return kind(**{name: _typed(hints.get(name), value) for name, value in settings.items() if name in known})
     except Exception as error:
+        lacking = [name for name in omitted if known[name].default is inspect.Parameter.empty]
+        if lacking:
+            raise WorkerError(
+                f"{kind.__name__} needs {', '.join(lacking)}, which {RUN} leaves out since it holds no secrets. Make the "
+                f"worker in Python and give it: worker={kind.__name__}({lacking[0]}=..., ...)."
+            ) from error
         raise WorkerError(
-            f"{kind.__name__} can't be made with the settings in {RUN}, {settings}: {type(error).__name__}: {error}"
+            f"{kind.__name__} can't be made with the settings in {RUN}, {masked(settings)}: {type(error).__name__}: {error}"
         ) from error
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from lte_ray import checkpoint
 from lte_ray.adapters.plan import make_plans
 from lte_ray.checkpoint import Manifest
-from lte_ray.config import LTEConfig, TrainConfig
+from lte_ray.config import LTEConfig, TrainConfig, toml
 from lte_ray.engine.initial import tensors_of
 from lte_ray.engine.rng import preserved
 from lte_ray.errors import ConfigError, StorageError, UserError, WorkerError
@@ -157,8 +156,8 @@ def read(run: str | os.PathLike[str], version: int | None = None, worker: Any = 
 def read_record(directory: RunDirectory) -> dict[str, Any]:
     """What ``run.toml`` says. Raises StorageError if it can't be read."""
     try:
-        return tomllib.loads(directory.read(RUN).decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return toml.parse(directory.read(RUN))
+    except ValueError as error:
         raise StorageError(f"{directory.at(RUN)} is damaged: {error}.") from error
 
 

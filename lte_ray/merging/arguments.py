@@ -12,6 +12,7 @@ from typing import Any
 
 from lte_ray.config import near
 from lte_ray.errors import ConfigError
+from lte_ray.redact import MASK, hides
 
 REQUIRED = inspect.Parameter.empty
 
@@ -62,7 +63,8 @@ def checked(policy: Any, given: Mapping[str, Any], called: str) -> dict[str, Any
             raise ConfigError(f"The policy {called} has no argument {policy_flag(name)}.{near(name, known)} {has}")
         if not _fits(value, known[name].annotation):
             wanted = _called(known[name].annotation)
-            raise ConfigError(f"{policy_flag(name)} is {value!r}, but the policy {called} takes {wanted} there.")
+            shown = MASK if hides(name, value) else repr(value)
+            raise ConfigError(f"{policy_flag(name)} is {shown}, but the policy {called} takes {wanted} there.")
     missing = [policy_flag(n) for n, a in known.items() if a.default is REQUIRED and n not in given]
     if missing:
         raise ConfigError(f"The policy {called} needs {', '.join(missing)}.")

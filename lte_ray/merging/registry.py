@@ -28,6 +28,7 @@ from lte_ray.merging.stale import Stale
 from lte_ray.merging.ties import Ties
 from lte_ray.merging.trimmed_mean import TrimmedMean
 from lte_ray.merging.when import make_when
+from lte_ray.redact import masked
 
 POLICIES: dict[str, type] = {
     "average": Average,
@@ -111,7 +112,7 @@ def make_rule(policy: Any, arguments: Mapping[str, Any] | None = None) -> Any:
         raise ConfigError(_lacks_methods(called, type(found).__name__))
     if arguments:
         raise ConfigError(
-            f"--policy {called} is a policy object already, so policy_args can't be given to it: {dict(arguments)}."
+            f"--policy {called} is a policy object already, so policy_args can't be given to it: {masked(arguments)}."
         )
     return found
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from lte_ray.checkpoint import Manifest, read_head
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.threads import MOST_REDOING, merge_threads
 from lte_ray.layout import Plan
@@ -18,15 +15,30 @@ from lte_ray.storage import RunDirectory
 
 
 @dataclass(frozen=True)
+class Keep:
+    """Checkpoints that are kept: the `last` (None: all), and the `best` by an evaluation's figure."""
+
+    last: int | None = None
+    best: int = 0
+    best_by: str = ""
+
+
+@dataclass(frozen=True)
 class Common:
-    """The run's worker, settings and folder, the way tensors travel and in which groups, and the checkpoint to go on from."""
+    """The run's worker, settings and folder, the way tensors travel and in which groups, and which checkpoints are kept.
+
+    `rejoin` says how a head that died begins; `faults` names a script
+    of faults (`points`).
+    """
 
     worker: Package
     settings: Settings
     directory: RunDirectory
     transport: Transport
     groups: tuple[Group, ...]
-    resume: Manifest | None = None
+    keep: Keep = Keep()
+    rejoin: str = "merged"
+    faults: str | None = None
 
     def threads(self, part: Plan, whole: Plan) -> int:
         """Threads to merge `part` of the `whole` plan with; where heads redo merges, the same everywhere."""
@@ -39,11 +51,3 @@ class Common:
         """Each head's codec; heads with equal plans share one."""
         made = {plan: Codec(plan, self.groups, self.settings.merge) for plan in set(plans)}
         return [made[plan] for plan in plans]
-
-    def saved_heads(self) -> Iterator[tuple[int, int, Tensor | None]]:
-        """Of each head in the checkpoint to go on from: its number, its local steps, and its factors that the base holds."""
-        if self.resume is None:
-            return
-        for head in self.resume.heads:
-            tensors, meta = read_head(self.directory, self.resume, head)
-            yield head, meta["step"], tensors.get("reference")

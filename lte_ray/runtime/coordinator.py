@@ -1,28 +1,30 @@
 """The coordinator's process: a thin shell around `engine.Coordinator`, as an asyncio actor.
 
 No head's call blocks another's: each waits for its own future. The loop decides by numbers; products are computed in a thread
-beside it, or in shards. `status` runs on a loop of its own. `ray.remote` is applied in `session`.
+beside it, or in shards. `status` runs on a loop of its own. `ray.remote` is applied in `hub`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 import torch
-from torch import Tensor
 
-from lte_ray import checkpoint
-from lte_ray.engine.coordinator import Coordinator
+from lte_ray import checkpoint, points, storage
+from lte_ray.engine.coordinator import Coordinator, Outcome
 from lte_ray.engine.downlink import Downlink
-from lte_ray.errors import StorageError, WorkerFailed
+from lte_ray.engine.ledger import DataLedger
+from lte_ray.errors import WorkerFailed
 from lte_ray.layout import Plan
-from lte_ray.merging.scheduled import load_state_of, state_of
-from lte_ray.messages import Contribution, MergeRecord, Update
+from lte_ray.merging.scheduled import load_state_of
+from lte_ray.messages import Begin, Contribution, MergeRecord, Save, Update
+from lte_ray.points import reached
 from lte_ray.runtime.common import Common
 from lte_ray.runtime.cuts import Cuts
 from lte_ray.runtime.merging import Merging
@@ -31,6 +33,7 @@ from lte_ray.runtime.package import Package
 from lte_ray.runtime.publisher import Masters
 from lte_ray.runtime.records import Records
 from lte_ray.runtime.shards import Shards
+from lte_ray.runtime.start import Start
 from lte_ray.runtime.transport import Handle
 from lte_ray.runtime.updates import Updates
 from lte_ray.runtime.waiters import Waiters
@@ -38,16 +41,24 @@ from lte_ray.runtime.waiters import Waiters
 PATIENCE = 600.0
 """Seconds to wait at the end of a run for checkpoints that are being written."""
 
+LOOK = 0.01
+"""Seconds between two looks at what a head that joins waits for."""
+
 
 @dataclass(frozen=True)
 class CoordinatorStatus:
-    """The merges since the driver last asked, the newest checkpoint, and whether the policy needs the evaluator."""
+    """The merges since the driver last asked, the newest checkpoint, and whether the policy needs the evaluator.
+
+    `members` are the heads of the run; `trouble` says what is wrong with storage.
+    """
 
     version: int
     waiting_for: str
     merges: tuple[MergeRecord, ...]
     checkpoint: int | None
     needs_evaluator: bool = False
+    members: tuple[int, ...] = ()
+    trouble: str = ""
 
 
 class CoordinatorActor:
@@ -57,78 +68,92 @@ class CoordinatorActor:
         common: as every actor.
         plans: each head's, of the model that the driver built.
         policy: the merge policy.
-        base: version `version` of the base, flat (a numpy array); None where it is in `shards`.
-        keep: how many checkpoints to keep.
+        start: from where.
         shards: the `ShardActor`s by their number, where merging is spread over several.
     """
 
     def __init__(
-        self,
-        common: Common,
-        plans: tuple[Plan, ...],
-        policy: Package,
-        base: Any,
-        version: int,
-        keep: int | None,
-        shards: Sequence[Any] = (),
+        self, common: Common, plans: tuple[Plan, ...], policy: Package, start: Start, shards: Sequence[Any] = ()
     ) -> None:
-        self._common, settings = common, common.settings
+        points.arm(common.faults)
+        self._common, self._start, settings = common, start, common.settings
         threads = common.threads(plans[0], plans[0])
-        references: dict[int, Tensor] = {}
-        taken = {}
-        for head, step, factors in common.saved_heads():
-            taken[head] = step
-            if factors is not None and not shards:
-                references[head] = factors
+        fetch = common.transport.fetch
+        with ThreadPoolExecutor(1) as beside:  # this is an event loop already, which mustn't be blocked
+            base = None if shards else beside.submit(fetch, start.base).result().clone()  # what came in is shared and read-only
+            references = {head: beside.submit(fetch, factors).result().clone() for head, factors in start.references.items()}
         self._engine = Coordinator(
             settings,
             plans[0],
-            None if shards else torch.tensor(base),  # a copy: what came in is shared and read-only
+            base,
             policy.open(),
             plans=plans,
-            version=version,
-            references=references,
-            taken=taken,
+            version=start.version,
+            references={} if shards else references,
+            taken=start.taken,
+            granted=start.granted,
+            standings=start.standings,
+            data=DataLedger.from_state(start.ledger) if start.ledger else None,
         )
-        if common.resume is not None:
-            kept = checkpoint.read_policy(common.directory, common.resume, settings.merge.policy)
+        if start.guard:
+            self._engine.guard.load_state(start.guard)
+        if start.saved is not None:
+            manifest = checkpoint.read_manifest(common.directory, start.saved)
+            kept = checkpoint.read_policy(common.directory, manifest, settings.merge.policy)
             if kept:
                 load_state_of(self._engine.policy, kept)
         self._joined: set[int] = set()
-        self._all_joined = asyncio.Event()
+        # All start together where whoever comes first would take the others' steps, or leave the version of their states.
+        self._together = start.epoch == 0 and (self._engine.budget.shared or bool(start.exact))
         codecs = common.codecs(plans)
-        self._masters: Masters = Shards(shards, codecs, version) if shards else OwnMaster(common, self._engine, codecs, threads)
-        self._cuts = Cuts(common, plans[0], keep)
+        self._masters: Masters = (
+            Shards(shards, codecs, start.version) if shards else OwnMaster(common, self._engine, codecs, threads)
+        )
+        self._cuts = Cuts(common, plans[0], start.saved, start.states)
         self._waiters = Waiters(self._cuts.abandon)
         parts = [part.base.size * torch.float32.itemsize for part in codecs[0].parts]
         sizes = [codec.sizes for codec in codecs]
-        downlink = Downlink(common.groups, parts, sizes, version)
+        downlink = Downlink(common.groups, parts, sizes, start.version)
         self._records = Records(
             common, self._engine, self._masters, downlink, self._cuts, [sum(each) for each in sizes], self._waiters
         )
-        self._updates = Updates(self._engine, self._masters, downlink, self._records, len(common.groups))
+        self._records.present |= start.granted.keys()  # heads that an earlier coordinator had
+        self._updates = Updates(self._engine, self._masters, downlink, self._records, self._cuts, len(common.groups))
         self._merging = Merging(self._engine, self._masters, self._records, self._waiters, common.transport, threads)
 
     # -- heads -----------------------------------------------------------------------------------------------------
 
-    async def join(self, plans: Mapping[int, Plan]) -> Update:
-        """Heads ask for the base to start from; `plans` are those of the models that they built.
+    async def join(self, plans: Mapping[int, Plan], incarnation: int) -> Update:
+        """Heads ask where to start; `plans` are those of the models that they built.
 
         Raises:
             WorkerFailed: one isn't the model that the driver built.
         """
+        engine, start = self._engine, self._start
         for head, plan in plans.items():
-            ours = self._engine.plans[head]
+            ours = engine.plans[head]
             if plan != ours:
                 differing = sorted(str(e) for e in {*plan.base.entries} ^ {*ours.base.entries})[:4]
                 reason = f"build_model() gives another model here than in the driver; they differ in {differing}."
                 raise WorkerFailed(f"head {head}", None, reason)
+        await self._until(lambda: not set(plans) & set(engine.pending))  # of a predecessor's: it is still merged
+        for head in plans:
+            engine.join(head, incarnation, fresh=incarnation > 0 and self._common.rejoin == "fresh")
         self._joined |= plans.keys()
-        if self._joined >= self._engine.live:
-            self._all_joined.set()
-        if self._engine.budget.shared:  # else whoever comes first takes the steps of those who are still starting
-            await self._all_joined.wait()
-        return await self._updates.since(tuple(plans), -1)
+        await self._until(lambda: not self._together or self._joined >= engine.live)
+        self._together = False
+        await self._until(lambda: all(engine.ready(head) for head in plans))
+        begins = {}
+        for head in plans:
+            if incarnation == 0 and start.epoch == 0 and head in start.exact:
+                begins[head] = Begin(engine.standings[head], saved=start.saved, exact=True)
+            else:
+                saved = self._cuts.saved if head in self._cuts.states else None
+                standing = engine.start(head)
+                reference = await self._updates.reference(head) if standing.sequence else None
+                begins[head] = Begin(standing, reference, saved)
+        self._records.present |= plans.keys()
+        return replace(await self._updates.since(tuple(plans), -1), begins=begins)
 
     async def submit(self, contribution: Contribution, numbers: tuple[int, ...], have: int) -> Update:
         """A head's contribution; answered when it is merged or refused.
@@ -141,8 +166,9 @@ class CoordinatorActor:
         Raises:
             PolicyError: the merge policy failed; every waiting head is told.
         """
-        verdict, checkpoints = await self._merging.contribute(contribution)
-        return replace(await self._updates.since(numbers, have), verdict=verdict, checkpoint=checkpoints)
+        verdict = await self._merging.contribute(contribution)
+        reached("answers", version=self._engine.version)
+        return replace(await self._updates.since(numbers, have), verdict=verdict)
 
     async def newer(self, numbers: tuple[int, ...], version: int, have: int) -> Update:
         """Answered as soon as there is a version newer than `version`, whatever becomes of the heads' contributions."""
@@ -151,53 +177,88 @@ class CoordinatorActor:
 
     async def leave(self, head: int) -> None:
         """A head has ended."""
-        self._merging.leave(head)
+        self._merging.handle(lambda: self._engine.leave(head))
+
+    async def lose(self, numbers: Sequence[int], drop: bool) -> None:
+        """The process of these heads is gone; for good, if they are dropped."""
+        for head in numbers:
+            self._records.present.discard(head)
+            away: Callable[[int], Outcome] = self._engine.drop if drop else self._engine.lose
+            self._merging.handle(lambda head=head, away=away: away(head))  # type: ignore[misc]
+            await self._cuts.lost(head)
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
-    async def saved(self, version: int, head: int, entry: checkpoint.FileEntry) -> None:
-        """A head has written its part of a checkpoint."""
-        self._waiters.background(self._cuts.add(version, entry))
+    async def saved(self, version: int, head: int, entry: checkpoint.FileEntry | None) -> None:
+        """A head has written its part of a checkpoint, or can't."""
+        self._waiters.background(self._cuts.add(version, head, entry))
 
     async def use_evaluator(self, evaluator: Any) -> None:
         """The run's evaluator, which the driver starts when it is needed."""
         self._merging.use_evaluator(evaluator)
 
-    async def finish(self) -> tuple[int, Handle]:
-        """Called when all heads have ended: waits for the last checkpoint, and gives the final version and its base.
+    async def freeze(self, early: bool) -> Save | None:
+        """Nothing is merged any more, and heads wait where they are. Gives the checkpoint of the last version, into which the
+        driver has the heads write, whatever they are doing; None if none is to be written, or it is being written.
+
+        Args:
+            early: whether heads are on their way, so that their states differ from those in a checkpoint of that version.
+        """
+        self._merging.closing = True
+        version, cuts, last = self._engine.version, self._cuts, self._records.last
+        there = cuts.saved == version and not early and cuts.states >= self._records.present
+        if last is None or there or version in cuts or self._waiters.failure is not None:
+            return None
+        save = self._records.save(last)
+        cuts.wanted(tuple(save.sequences))
+        self._waiters.background(cuts.write_own(version, await self._masters.whole(references=True)))
+        return save
+
+    async def complete(self, limit: float) -> bool:
+        """Waits up to `limit` seconds for checkpoints that are being written; whether all are whole."""
+        return await self._cuts.complete(limit)
+
+    async def finish(self) -> tuple[int, Handle, str]:
+        """Called when all heads have ended: waits for the last checkpoint; gives the final version, its base, and what was
+        wrong with the last checkpoint.
 
         Raises:
-            StorageError: a checkpoint couldn't be completed.
             PolicyError: the merge policy failed.
         """
         version, cuts, waiters = self._engine.version, self._cuts, self._waiters
-        base = await self._masters.whole()
-        if self._records.last is not None and cuts.saved != version and version not in cuts:
-            cuts.begin(
-                self._records.last, (), state_of(self._engine.policy)
-            )  # the policy left heads out of the last merge: the base alone
-            waiters.background(cuts.write_base(version, base))
+        base = (await self._masters.whole()).parts[-1]
         end = time.monotonic() + PATIENCE
         while (waiters.busy or cuts.unfinished) and waiters.failure is None and time.monotonic() < end:
-            await asyncio.sleep(0.005)
-        if cuts.unfinished and waiters.failure is None:
-            raise StorageError(
-                f"The checkpoints of versions {cuts.unfinished} weren't complete within {PATIENCE:g} s: a head's part is "
-                f"missing, or {self._common.directory.display} is too slow."
-            )
+            await asyncio.sleep(LOOK)
         if waiters.failure is not None:
             raise waiters.failure
-        return version, base
+        if cuts.unfinished:
+            return (
+                version,
+                base,
+                (
+                    f"The checkpoints of versions {cuts.unfinished} weren't complete within {PATIENCE:g} s: a head's part is "
+                    f"missing, or {self._common.directory.display} is too slow."
+                ),
+            )
+        return version, base, cuts.trouble
 
-    async def close(self, limit: float) -> None:
-        """The run ends early: nothing is merged any more, and heads wait where they are, so that none writes while it is
-        killed. Checkpoints that are being written get up to `limit` seconds."""
-        self._merging.closing = True
-        await self._cuts.complete(limit)
+    async def _until(self, true: Callable[[], bool]) -> None:
+        while not true():
+            if self._waiters.failure is not None:
+                raise self._waiters.failure
+            await asyncio.sleep(LOOK)
 
     @ray.method(concurrency_group="ctl")
     async def status(self, seen: int) -> CoordinatorStatus:
         """The merges after version `seen`, which are forgotten here once they are seen."""
         engine, merges = self._engine, self._records.after(seen)  # runs beside the default loop, so it only reads
-        needs = self._merging.needs_evaluator
-        return CoordinatorStatus(engine.version, engine.waiting_for, merges, self._cuts.saved, needs)
+        return CoordinatorStatus(
+            engine.version,
+            engine.waiting_for,
+            merges,
+            self._cuts.saved,
+            self._merging.needs_evaluator,
+            tuple(engine.members),
+            storage.trouble() or self._cuts.trouble,
+        )

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from functools import partial
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import ray
 import torch
 from torch import Tensor
 
 from lte_ray.engine.head import Head
 from lte_ray.engine.mirror import Mirror, OutOfReach
-from lte_ray.errors import CoordinatorLost, LTEError
 from lte_ray.layout import Plan
-from lte_ray.merging.transfer import Codec
-from lte_ray.messages import Contribution, Update
+from lte_ray.merging.transfer import Codec, seal
+from lte_ray.messages import Contribution, HeadReport, Report, Update
+from lte_ray.points import reached
 from lte_ray.runtime.common import Common
+from lte_ray.runtime.knowledge import Knowledge
+from lte_ray.runtime.line import Cut, Line
+from lte_ray.runtime.transport import Gone
 
 
 @dataclass(frozen=True)
@@ -41,16 +44,19 @@ class Courier:
         common: as every actor.
         plans: all heads'.
         numbers: of the heads here.
-        coordinator: its handle.
+        line: to the coordinator.
+        beside: whether contributions are made ready and sent while the heads train on.
     """
 
-    def __init__(self, common: Common, plans: Sequence[Plan], numbers: Sequence[int], coordinator: Any) -> None:
+    def __init__(self, common: Common, plans: Sequence[Plan], numbers: Sequence[int], line: Line, beside: bool) -> None:
         merge = common.settings.merge
-        self._transport, self._coordinator, self._numbers = common.transport, coordinator, tuple(numbers)
+        self._transport, self._line, self._numbers, self._beside = common.transport, line, tuple(numbers), beside
         self._codecs = [Codec(plan, common.groups, merge) for plan in plans]
         self.mirror = Mirror(
             self._codecs, common.settings.lte.reset, common.transport.fetch, numbers, common.threads(plans[0], plans[0])
         )
+        self._knowledge = Knowledge({number: plans[number] for number in numbers}, common.settings.lte.reset)
+        self._fence = threading.Lock()  # between what comes from a coordinator and the end of its time
         self.bytes_up = dict.fromkeys(numbers, 0)
         self._pool = ThreadPoolExecutor(len(numbers) + 1, "courier")
         self._sent: dict[Future[Arrived], int] = {}  # by whose head
@@ -58,26 +64,22 @@ class Courier:
         self._stream: torch.cuda.Stream | None = None
         self._swapped: torch.cuda.Event | None = None
 
-    def join(self, plans: Mapping[int, Plan]) -> Arrived:
+    def join(self, plans: Mapping[int, Plan], incarnation: int) -> Arrived:
         """The base to start from; `plans` are those of the models that were built here."""
-        with asking():
-            return self.take(ray.get(self._coordinator.join.remote(plans)))
+        while True:
+            epoch, update = self._line.call("join", plans, incarnation)
+            try:
+                return self._take(update, epoch)
+            except Cut:
+                continue
 
-    def offer(self, head: Head, contribution: Contribution) -> Any:
-        """Sends a contribution; gives Ray's reference to the answer."""
-        encoded = head.encode(contribution, self._codecs[head.head])
-        self.bytes_up[head.head] += sum(buffer.nbytes for buffer in encoded.buffer)
-        handles = tuple(self._transport.publish(buffer) for buffer in encoded.buffer)
-        return self._coordinator.submit.remote(replace(encoded, buffer=handles), self._numbers, self.mirror.have)
+    def begins(self, head: Head, reference: Tensor | None) -> None:
+        """A head here has started with this reference."""
+        self._knowledge.begins(head.head, head.merged.sequence, reference)
 
-    def take(self, update: Update) -> Arrived:
-        """Fetches what an update leads to. If there is a base, `adopted` has to follow."""
-        try:
-            return Arrived(update, self.mirror.take(update))
-        except OutOfReach:
-            with asking():
-                whole = ray.get(self._coordinator.newer.remote(self._numbers, update.version - 1, -1))
-            return self.take(replace(whole, verdict=update.verdict, checkpoint=update.checkpoint))
+    def leave(self, head: int) -> None:
+        """A head has ended."""
+        self._line.call("leave", head)
 
     def adopted(self, head: Head) -> None:
         """The base that came last isn't needed any more."""
@@ -86,10 +88,24 @@ class Courier:
             self._swapped.record(torch.cuda.current_stream(head.device))
         self.mirror.release()
 
-    # -- beside training ---------------------------------------------------------------------------------------------
+    def report(self, positions: Mapping[int, HeadReport], epoch: int) -> Report:
+        """What this process knows, for the coordinator of that number; what earlier ones have sent doesn't count any more."""
+        with self._fence:
+            self._line.cut(epoch)
+        return self.mirror.read(lambda base: self._report(base, positions))
+
+    def _report(self, base: Tensor | None, positions: Mapping[int, HeadReport]) -> Report:
+        with self._fence:  # always after the mirror's own lock
+            return self._knowledge.report(base, positions, self._transport)
+
+    # -- contributions and answers -----------------------------------------------------------------------------------
 
     def send(self, head: Head, contribution: Contribution) -> None:
-        """Sends a contribution and fetches what the answer leads to, in another thread."""
+        """Sends a contribution and fetches what the answer leads to; in another thread, what needn't keep the head."""
+        if not self._beside:
+            encoded = self._publish(head, contribution)
+            self._sent[self._pool.submit(self._ask, head, encoded)] = head.head
+            return
         ready = torch.cuda.Event() if head.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         if ready is not None:
             ready.record(torch.cuda.current_stream(head.device))
@@ -104,6 +120,14 @@ class Courier:
         if self._watching is None:
             self._watching = self._pool.submit(self._look_out, head, version)
 
+    def beside(self, work: Callable[[], None]) -> None:
+        """Does something in another thread."""
+        self._pool.submit(work)
+
+    def tell(self, method: str, *args: Any) -> None:
+        """Tells the coordinator something."""
+        self._line.call(method, *args)
+
     def arrived(self, patience: float = 0) -> list[Arrived]:
         """What has come since the last call, after up to `patience` seconds if there is nothing."""
         waiting = {*self._sent, *([self._watching] if self._watching else [])}
@@ -114,27 +138,74 @@ class Courier:
             self._watching = None
         return sorted((future.result() for future in done), key=lambda arrived: arrived.update.version)
 
+    def _publish(self, head: Head, contribution: Contribution) -> Contribution:
+        encoded = head.encode(contribution, self._codecs[head.head])
+        self.bytes_up[head.head] += sum(buffer.nbytes for buffer in encoded.buffer)
+        sealed = replace(
+            encoded, seals=tuple(seal([b]) for b in encoded.buffer), buffer=tuple(map(self._transport.publish, encoded.buffer))
+        )
+        with self._fence:
+            self._knowledge.offered(sealed, head.offer)
+        return sealed
+
     def _carry(self, head: Head, contribution: Contribution, ready: Any) -> Arrived:
         if ready is None:
-            reference = self.offer(head, contribution)
-        else:
-            with torch.cuda.stream(self._side(head)):  # so that copying out doesn't wait for the steps that follow
-                self._side(head).wait_event(ready)
-                reference = self.offer(head, contribution)
-        with asking():
-            update = ray.get(reference)
-        return self._staged(head, self.take(update))
+            return self._ask(head, self._publish(head, contribution))
+        with torch.cuda.stream(self._side(head)):  # so that copying out doesn't wait for the steps that follow
+            self._side(head).wait_event(ready)
+            encoded = self._publish(head, contribution)
+        return self._ask(head, encoded)
+
+    def _ask(self, head: Head, encoded: Contribution) -> Arrived:
+        """The answer to a contribution, of whatever coordinator is there to give it."""
+        while True:
+            reached("sent", head=encoded.head, step=encoded.step)
+            epoch, update = self._line.call("submit", encoded, self._numbers, self.mirror.have)
+            reached("answered", head=encoded.head, step=encoded.step)
+            try:
+                return self._staged(head, self._take(update, epoch))
+            except Cut:
+                continue
 
     def _look_out(self, head: Head, version: int) -> Arrived:
-        with asking():
-            update = ray.get(self._coordinator.newer.remote(self._numbers, version, self.mirror.have))
-        return self._staged(head, self.take(update))
+        while True:
+            epoch, update = self._line.call("newer", self._numbers, version, self.mirror.have)
+            try:
+                return self._staged(head, self._take(update, epoch))
+            except Cut:
+                continue
+
+    def _take(self, update: Update, epoch: int) -> Arrived:
+        """Fetches what an update leads to. If there is a base, `adopted` has to follow.
+
+        Raises:
+            Cut: the coordinator that sent it is gone, and with it what it has merged.
+        """
+        while True:
+            try:
+                base = self.mirror.take(update, partial(self._note, update, epoch))
+            except (OutOfReach, Gone):
+                if self._line.epoch != epoch:
+                    raise Cut from None
+                now, whole = self._line.call("newer", self._numbers, -1, -1)
+                if now != epoch:
+                    raise Cut from None
+                update = replace(whole, verdict=update.verdict, saves=(*update.saves, *whole.saves))
+            else:
+                return Arrived(update, base)
+
+    def _note(self, update: Update, epoch: int) -> None:
+        """An update was fetched; if it still counts, it's known from now on."""
+        with self._fence:
+            if self._line.epoch != epoch:
+                raise Cut
+            self._knowledge.learned(update)
 
     def _staged(self, head: Head, arrived: Arrived) -> Arrived:
         """Computes what the head will adopt, so that it stands still only to put it in place."""
-        if arrived.base is None or len(self._numbers) > 1:
+        if arrived.base is None or len(self._numbers) > 1 or not self._beside:
             return arrived
-        accepted = head.outstanding and arrived.update.accepted.get(head.head) == head.sequence
+        accepted = head.outstanding and arrived.update.holds(head.head, head.sequence)
         if head.device.type != "cuda":
             return replace(arrived, accepted=accepted, staged=head.stage(arrived.base, accepted))
         with torch.cuda.stream(self._side(head)):
@@ -147,14 +218,3 @@ class Courier:
     def _side(self, head: Head) -> torch.cuda.Stream:
         self._stream = self._stream or torch.cuda.Stream(head.device)  # type: ignore[no-untyped-call]
         return self._stream
-
-
-@contextmanager
-def asking() -> Iterator[None]:
-    """Turns Ray's errors about the coordinator into ours."""
-    try:
-        yield
-    except ray.exceptions.RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, LTEError) else error) from None
-    except ray.exceptions.RayActorError as error:
-        raise CoordinatorLost(f"The coordinator's process died: {error}") from error

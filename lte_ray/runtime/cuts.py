@@ -1,53 +1,84 @@
-"""Checkpoints while they are being written: one file from the coordinator, one from each head, then the manifest."""
+"""Checkpoints while they are being written: the coordinator's files, one from each head, then the manifest."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from lte_ray import checkpoint
+from lte_ray.errors import StorageError
 from lte_ray.layout import Plan
-from lte_ray.messages import MergeRecord
+from lte_ray.messages import MergeRecord, Save
+from lte_ray.points import reached
 from lte_ray.runtime.common import Common
-from lte_ray.runtime.transport import Handle
+from lte_ray.runtime.publisher import Published
+
+MOST_OPEN = 3
+"""Checkpoints that may be in the making; while there are as many, storage is too slow, and none is begun."""
 
 
 @dataclass
 class _Cut:
-    """A checkpoint in the making: the merge it follows, the heads that write a part, and the files there are and will be."""
+    """A checkpoint in the making.
 
-    record: MergeRecord
-    heads: tuple[int, ...]
-    files: list[checkpoint.FileEntry]
-    expected: int
+    Attributes:
+        facts: for the manifest.
+        save: what heads are asked for; `untold`: those that haven't been asked yet; `missing`: those whose part isn't here.
+        policy: what the policy keeps.
+        own: whether the coordinator's own files are written.
+    """
+
+    facts: dict[str, Any]
+    save: Save
+    untold: set[int]
+    missing: set[int]
+    policy: dict[str, Tensor]
+    files: list[checkpoint.FileEntry] = field(default_factory=list)
+    heads: list[int] = field(default_factory=list)
+    own: bool = False
 
 
 class Cuts:
     """Collects the parts of checkpoints and commits each when it is whole. Lives on one event loop.
 
+    A head whose process is gone, or that can't write its part, is done without: it would go on from what the base holds of it.
+    Storage that fails costs a checkpoint and not the run: `trouble` says so.
+
     Args:
         common: as every actor.
         plan: of the base.
-        keep: how many checkpoints to keep.
+        saved: the newest complete one; `states`: the heads whose states it holds.
     """
 
-    def __init__(self, common: Common, plan: Plan, keep: int | None) -> None:
-        self._common, self._plan, self._keep = common, plan, keep
+    def __init__(self, common: Common, plan: Plan, saved: int | None, states: Collection[int]) -> None:
+        self._common, self._plan = common, plan
         self._open: dict[int, _Cut] = {}
-        self._kept: dict[int, dict[str, Tensor]] = {}  # by version, until it is written
-        self.saved: int | None = common.resume.version if common.resume else None
-        """The newest complete one."""
+        self.saved, self.states = saved, frozenset(states)
+        self.failed = 0
+        self.trouble = ""
+        """Why the last one couldn't be written; empty if it could."""
 
-    def begin(self, record: MergeRecord, heads: tuple[int, ...], policy: Mapping[str, Tensor]) -> None:
-        """A checkpoint of the merge's version, to which `heads` write a part each; `policy` is what the policy keeps."""
+    def begin(self, record: MergeRecord, save: Save, facts: Mapping[str, Any], policy: Mapping[str, Tensor]) -> None:
+        """A checkpoint of the merge's version, to which heads write a part each; `policy` is what the policy keeps."""
+        settings = self._common.settings
+        whole = {
+            "run": settings.run,
+            "step": record.step,
+            "taken": record.taken,
+            "lte": dataclasses.asdict(settings.lte),
+            "losses": {str(head): loss for head, loss in record.losses.items()},
+            **json.loads(json.dumps(facts)),
+        }
         kept = {name: tensor.clone() for name, tensor in policy.items()}  # which goes on changing its own
-        self._open[record.version] = _Cut(record, heads, [], len(heads) + 1 + bool(kept))
-        self._kept[record.version] = kept
+        heads = set(save.sequences)
+        self._open[save.version] = _Cut(whole, save, set(heads), heads, kept)
 
     def __contains__(self, version: object) -> bool:
         return version in self._open
@@ -57,41 +88,86 @@ class Cuts:
         """Versions of those that aren't whole."""
         return sorted(self._open)
 
-    def abandon(self) -> None:
-        """Storage failed: none of them will be whole."""
-        self._open.clear()
-        self._kept.clear()
+    @property
+    def busy(self) -> bool:
+        """Whether another one had better not be begun."""
+        return len(self._open) >= MOST_OPEN
 
-    async def write_base(self, version: int, base: Handle) -> None:
-        """Writes the coordinator's part: the whole base, and what the policy keeps."""
-        flat = await self._common.transport.arrive(base)
-        directory, kept = self._common.directory, self._kept.pop(version, {})
-        entry = await asyncio.to_thread(checkpoint.write_base, directory, version, self._plan, flat)
-        await self.add(version, entry)
-        if kept:
-            name = self._common.settings.merge.policy
-            await self.add(version, await asyncio.to_thread(checkpoint.write_policy, directory, version, name, kept))
+    def wanted(self, numbers: Collection[int]) -> tuple[Save, ...]:
+        """The checkpoints to which these heads haven't been asked to write yet: now they are."""
+        found = []
+        for version in self.unfinished:
+            cut = self._open[version]
+            if cut.untold & set(numbers):
+                cut.untold -= set(numbers)
+                found.append(cut.save)
+        return tuple(found)
 
-    async def add(self, version: int, entry: checkpoint.FileEntry) -> None:
-        """Adds a file that was written, and commits the checkpoint if it was the last one missing."""
+    async def write_own(self, version: int, published: Published) -> None:
+        """Writes the coordinator's part: the whole base, the references, and what the policy keeps."""
+        cut, directory = self._open.get(version), self._common.directory
+        if cut is None:
+            return
+        try:
+            base = await self._common.transport.arrive(published.parts[-1])
+            references = {head: await self._common.transport.arrive(h) for head, h in published.references.items()}
+            cut.files.append(await asyncio.to_thread(checkpoint.write_base, directory, version, self._plan, base))
+            reached("base written", version=version)
+            if references:
+                cut.files.append(await asyncio.to_thread(checkpoint.write_references, directory, version, references))
+            if cut.policy:
+                name = self._common.settings.merge.policy
+                cut.files.append(await asyncio.to_thread(checkpoint.write_policy, directory, version, name, cut.policy))
+        except StorageError as error:
+            self._abandon(version, error)
+            return
+        cut.own = True
+        await self._commit(version)
+
+    async def add(self, version: int, head: int, entry: checkpoint.FileEntry | None) -> None:
+        """A head has written its file, or can't."""
         cut = self._open.get(version)
-        if cut is None:  # storage failed for another part of it
+        if cut is None or head not in cut.missing:
             return
-        cut.files.append(entry)
-        if len(cut.files) < cut.expected:
+        cut.missing.discard(head)
+        if entry is not None:
+            cut.files.append(entry)
+            cut.heads.append(head)
+        await self._commit(version)
+
+    async def lost(self, head: int) -> None:
+        """A head's process is gone."""
+        for version in self.unfinished:
+            await self.add(version, head, None)
+
+    async def _commit(self, version: int) -> None:
+        cut, directory = self._open.get(version), self._common.directory
+        if cut is None or cut.missing or not cut.own:
             return
-        directory, record, settings = self._common.directory, cut.record, self._common.settings
-        facts = {
-            "run": settings.run,
-            "step": record.step,
-            "taken": record.taken,
-            "lte": dataclasses.asdict(settings.lte),
-            "losses": record.losses,
-        }
-        await asyncio.to_thread(checkpoint.commit, directory, version, cut.heads, cut.files, facts)
-        await asyncio.to_thread(checkpoint.prune, directory, self._keep)
-        self.saved = max(version, self.saved or 0)
-        del self._open[version]
+        try:
+            reached("commits", version=version)
+            await asyncio.to_thread(checkpoint.commit, directory, version, cut.heads, cut.files, cut.facts)
+            reached("committed", version=version)
+        except StorageError as error:
+            self._abandon(version, error)
+            return
+        if self.saved is None or version > self.saved:
+            self.saved, self.states = version, frozenset(cut.heads)
+        self.trouble = ""
+        self._open.pop(version, None)
+        for older in [v for v in self._open if v < version and self._open[v].missing]:
+            self._open.pop(older)  # an answer that asked for a part was lost: a newer one is whole
+        keep = self._common.keep
+        await asyncio.to_thread(checkpoint.prune, directory, keep.last, keep.best, keep.best_by)
+
+    def _abandon(self, version: int, error: StorageError) -> None:
+        self._open.pop(version, None)
+        self.failed += 1
+        self.trouble = f"checkpoint {version} couldn't be written: {error}"
+
+    def abandon(self) -> None:
+        """The run has failed: none of them will be whole."""
+        self._open.clear()
 
     async def complete(self, limit: float) -> bool:
         """Waits up to `limit` seconds; whether all are whole."""

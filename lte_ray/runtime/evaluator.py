@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import ray
 import torch
 from torch import nn
 
+from lte_ray import points
 from lte_ray.engine.initial import load_base
 from lte_ray.errors import LTEError, WorkerFailed
 from lte_ray.layout import Plan
@@ -22,6 +24,7 @@ class EvaluatorActor:
     """Holds one unconverted model in eval mode and loads one base after another into it."""
 
     def __init__(self, common: Common, plan: Plan, threads: int, gpu: bool) -> None:
+        points.arm(common.faults)
         self._common, self._plan, self._threads = common, plan, threads
         self._device = torch.device("cuda:0" if gpu else "cpu")
         self._model: nn.Module | None = None
@@ -39,6 +42,11 @@ class EvaluatorActor:
                 return {str(name): float(value) for name, value in values.items()}
             except (AttributeError, TypeError, ValueError):
                 raise TypeError(f"evaluate() must return a dict of names and numbers, but returned {values!r}") from None
+
+    @ray.method(concurrency_group="ctl")
+    def alive(self) -> bool:
+        """Answers, also while a model is being judged."""
+        return True
 
     def sample(self, base: Handle) -> str | None:
         """What the worker's optional `sample` makes of the merged weights."""
@@ -59,6 +67,7 @@ class EvaluatorActor:
             if self._model is None:
                 self._model = build_model(self._open(), self._common.settings.train.seed).to(self._device)
             load_base(self._model, self._plan, self._common.transport.fetch(base))
+            points.reached("evaluates")
             with torch.no_grad():
                 yield self._model.eval()
         except LTEError:

@@ -15,20 +15,24 @@ from lte_ray.engine.coordinator import Coordinator, Outcome
 from lte_ray.engine.threads import torch_threads
 from lte_ray.errors import LTEError
 from lte_ray.messages import Contribution, Verdict
+from lte_ray.points import reached
 from lte_ray.runtime.publisher import Masters
 from lte_ray.runtime.records import Records
-from lte_ray.runtime.transport import Handle, Transport
+from lte_ray.runtime.transport import Gone, Handle, Transport
 from lte_ray.runtime.waiters import Waiters
+
+AGAIN = 0.05
+"""Seconds between two looks whether a contribution that was sent twice has arrived."""
 
 
 @dataclass(eq=False)
 class _Submission:
-    """A contribution that a head waits to hear of: its ticket, its buffers, and the verdict with whether the head saves."""
+    """A contribution that a head waits to hear of: its ticket, its buffers, and the verdict."""
 
     ticket: int
     contribution: Contribution
     handles: tuple[Handle, ...]
-    answer: asyncio.Future[tuple[Verdict, bool]]
+    answer: asyncio.Future[Verdict]
 
 
 class Merging:
@@ -56,6 +60,7 @@ class Merging:
         self._transport, self._threads = transport, threads
         self._tickets = 0
         self._undecided: dict[int, _Submission] = {}  # by head
+        self._arriving: dict[int, tuple[int, int]] = {}  # by head, the incarnation and sequence of what is being fetched
         self._behind: list[tuple[int, asyncio.Future[None]]] = []  # who waits for a version
         self._evaluator: Any = None
         self._evaluator_there = asyncio.Event()
@@ -64,30 +69,45 @@ class Merging:
         self.closing = False
         """Nothing is decided any more, and whoever waits waits on."""
 
-    async def contribute(self, contribution: Contribution) -> tuple[Verdict, bool]:
-        """The verdict on a contribution (`buffer` holds a handle for each group), and whether its head saves its state.
+    async def contribute(self, contribution: Contribution) -> Verdict:
+        """The verdict on a contribution (`buffer` holds a handle for each group); one that is sent again is merged once.
 
         Raises:
             PolicyError: the merge policy failed; every waiting head is told.
         """
+        c = contribution
+        while (c.incarnation, c.sequence) == self._arriving.get(c.head):  # the same, sent before its answer was lost
+            await asyncio.sleep(AGAIN)
+        before = self._undecided.get(c.head)
+        if before is not None and (before.contribution.incarnation, before.contribution.sequence) == (
+            c.incarnation,
+            c.sequence,
+        ):
+            return await asyncio.shield(before.answer)
+        settled = self._engine.settled(c)
+        if settled is not None:
+            return settled
         self._tickets += 1
         own = _Submission(self._tickets, contribution, contribution.buffer, self._waiters.wait())
         reason = self._engine.refusal(contribution)
         if reason:  # it needn't be fetched, and who else holds that number must not be harmed
             self.handle(lambda: self._engine.refused(contribution, reason), own)
             return await own.answer
+        self._arriving[c.head] = (c.incarnation, c.sequence)
         try:
-            arrived = await self._masters.receive(own.ticket, contribution.head, own.handles)
+            arrived = await self._masters.receive(own.ticket, contribution.head, own.handles, contribution.seals)
+            reached("arrived", version=self._engine.version)
         except ValueError as error:
             reason = f"it can't be decoded: {error}"
+            self.handle(lambda: self._engine.unfit(contribution, reason, poison=False), own)
+        except Gone as error:  # its head has died
+            reason = f"it can't be fetched: {error}"
             self.handle(lambda: self._engine.refused(contribution, reason), own)
         else:
             self.handle(lambda: self._engine.receive(contribution, arrived), own)
+        finally:
+            self._arriving.pop(c.head, None)
         return await own.answer
-
-    def leave(self, head: int) -> None:
-        """A head has ended."""
-        self.handle(lambda: self._engine.leave(head))
 
     async def newer(self, version: int) -> None:
         """Waits for a version newer than that."""
@@ -109,6 +129,7 @@ class Merging:
                 raise self._waiters.failure
             with torch_threads(self._threads):
                 outcome = event()
+            reached("decided", version=self._engine.version)
             self._carry_out(outcome, own)
             self._wake()
         except Exception as error:
@@ -119,25 +140,26 @@ class Merging:
         if own is not None:
             if refused:
                 self._masters.forget(own.ticket)
-                own.answer.set_result((refused[0], False))
-                return
-            self._undecided[own.contribution.head] = own
-        decided = [(verdict, self._undecided.pop(verdict.head)) for verdict in outcome.verdicts]
-        saving = self._note(outcome, [submission for _, submission in decided]) if outcome.merges else ()
+                own.answer.set_result(refused[0])
+            else:
+                self._undecided[own.contribution.head] = own
+        settled = [verdict for verdict in outcome.verdicts if verdict not in refused]
+        decided = [(verdict, self._undecided.pop(verdict.head)) for verdict in settled]
+        if outcome.merges:
+            self._note(outcome, [submission for _, submission in decided])
         for verdict, submission in decided:
             if not verdict.accepted:
                 self._masters.forget(submission.ticket)
             if not submission.answer.done():  # else the run has failed
-                submission.answer.set_result((verdict, verdict.accepted and verdict.head in saving))
+                submission.answer.set_result(verdict)
 
-    def _note(self, outcome: Outcome, decided: Sequence[_Submission]) -> tuple[int, ...]:
+    def _note(self, outcome: Outcome, decided: Sequence[_Submission]) -> None:
         buffers = {s.contribution.head: s.handles for s in decided}
-        saving = self._records.note(outcome.merges, buffers, {s.contribution.head: s.ticket for s in decided})
+        self._records.note(outcome.merges, buffers, {s.contribution.head: s.ticket for s in decided})
         for version, waiting in self._behind:
             if version < self._engine.version and not waiting.done():
                 waiting.set_result(None)
         self._behind = [(version, waiting) for version, waiting in self._behind if not waiting.done()]
-        return saving
 
     # -- what the policy waits for -----------------------------------------------------------------------------------
 
@@ -171,5 +193,10 @@ class Merging:
             values = await self._evaluator.evaluate.remote(handle)
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, LTEError) else error) from None
+        except ray.exceptions.RayActorError:  # the driver starts another
+            self._evaluator = None
+            self._evaluator_there.clear()
+            await self._try(candidate)
+            return
         self._trying = False
         self.handle(lambda: self._engine.judged(values))

@@ -12,7 +12,7 @@ from torch import Tensor
 from lte_ray.engine.coordinator import Coordinator
 from lte_ray.engine.threads import torch_threads
 from lte_ray.merging.flat import gather, views
-from lte_ray.merging.transfer import Codec, checksum
+from lte_ray.merging.transfer import Codec, check_seals, checksum
 from lte_ray.runtime.common import Common
 from lte_ray.runtime.publisher import Published
 from lte_ray.runtime.transport import Handle
@@ -34,8 +34,9 @@ class OwnMaster:
         self._transport, self._engine, self._codecs, self._threads = common.transport, engine, codecs, threads
         self._beside = ThreadPoolExecutor(1, "merge")
 
-    async def receive(self, ticket: int, head: int, handles: Sequence[Handle]) -> Tensor:
+    async def receive(self, ticket: int, head: int, handles: Sequence[Handle], seals: Sequence[int]) -> Tensor:
         buffers = [await self._transport.arrive(handle) for handle in handles]
+        check_seals(buffers, seals)
         # Nobody changes the reference meanwhile: it is this head's, which has nothing else outstanding.
         return self._codecs[head].decode(dict(enumerate(buffers)), self._engine.reference(head))
 
@@ -56,8 +57,14 @@ class OwnMaster:
 
         return self._after(self._engine.master.at(publish))
 
-    def whole(self) -> Coroutine[Any, Any, Handle]:
-        return self._after(self._engine.master.at(lambda version, base, held: self._transport.publish(base)))
+    def whole(self, references: bool = False) -> Coroutine[Any, Any, Published]:
+        def publish(version: int, base: Tensor, held: Mapping[int, Tensor | None]) -> Published:
+            known = {h: f for h, f in held.items() if f is not None} if references else {}
+            return Published(
+                version, {-1: self._transport.publish(base)}, {h: self._transport.publish(f) for h, f in known.items()}
+            )
+
+        return self._after(self._engine.master.at(publish))
 
     def checksum(self) -> Coroutine[Any, Any, int]:
         return self._after(self._engine.master.at(lambda version, base, held: self._sum(base)))

@@ -123,14 +123,55 @@ def groups_of(merge: MergeConfig, plans: Sequence[Plan], nodes: int, redoable: b
     return groups(plans, replace(merge, send_down="dense") if dense else merge)
 
 
+@dataclass
+class Places:
+    """Reserved bundles, one for each actor, and those that are added while the run is on.
+
+    A node that is lost takes its bundles with it; Ray reserves them anew as soon as there is room.
+    """
+
+    placement: Placement
+    hosted: list[tuple[int, ...]]
+    group: Any
+    _added: list[Any] = field(default_factory=list)
+
+    @property
+    def nodes(self) -> int:
+        """On how many nodes they lie."""
+        return len(set(placement_group_table(self.group)["bundles_to_node_id"].values()))
+
+    def all(self) -> list[tuple[tuple[int, ...], Any]]:
+        """Each actor's heads, and its scheduling strategy."""
+        return [(numbers, PlacementGroupSchedulingStrategy(self.group, i)) for i, numbers in enumerate(self.hosted)]
+
+    def more(self) -> Any:
+        """The scheduling strategy of one more actor; None if the cluster has no room now."""
+        free = ray.available_resources()
+        if any(amount > free.get(name, 0.0) + 1e-6 for name, amount in self.placement.bundle.items()):
+            return None
+        group = placement_group([self.placement.bundle])
+        if not group.wait(1.0):
+            remove_placement_group(group)
+            return None
+        self._added.append(group)
+        return PlacementGroupSchedulingStrategy(group, 0)
+
+    def free(self) -> None:
+        """Gives all of it back."""
+        for group in [self.group, *self._added]:
+            remove_placement_group(group)
+
+
 @contextlib.contextmanager
-def reserve(placement: Placement, actors: int) -> Iterator[tuple[list[PlacementGroupSchedulingStrategy], int]]:
-    """Reserves one bundle an actor for the block; gives each actor's scheduling strategy, and the number of nodes.
+def reserve(placement: Placement, hosted: list[tuple[int, ...]]) -> Iterator[Places]:
+    """Reserves one bundle for each actor of `hosted` (head numbers), for the block.
 
     Raises:
         ResourceError: the resources didn't become free in time.
     """
+    actors = len(hosted)
     group = placement_group([placement.bundle] * actors, strategy=placement.strategy)
+    places = Places(placement, hosted, group)
     try:
         patience = max(placement.timeout, PATIENCE)
         if not group.wait(patience):
@@ -140,7 +181,6 @@ def reserve(placement: Placement, actors: int) -> Iterator[tuple[list[PlacementG
                 f"{actors} actors of {placement.bundle} each couldn't be placed within {patience:g} s; free now: {shown}. "
                 "Others use the cluster, or no node is large enough for a head. Wait, ask for less, or give --resource-timeout."
             )
-        nodes = len(set(placement_group_table(group)["bundles_to_node_id"].values()))
-        yield [PlacementGroupSchedulingStrategy(group, index) for index in range(actors)], nodes
+        yield places
     finally:
-        remove_placement_group(group)
+        places.free()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import replace
 
 from lte_ray.engine.coordinator import Coordinator
 from lte_ray.engine.downlink import CHECK_EVERY, Downlink, bytes_instead
 from lte_ray.merging.scheduled import state_of
-from lte_ray.messages import Merged, MergeRecord
+from lte_ray.messages import Merged, MergeRecord, Save
 from lte_ray.runtime.common import Common
 from lte_ray.runtime.cuts import Cuts
-from lte_ray.runtime.publisher import Masters
+from lte_ray.runtime.publisher import Masters, Published
 from lte_ray.runtime.transport import Handle
 from lte_ray.runtime.waiters import Waiters
 
@@ -50,21 +51,23 @@ class Records:
         self._in_order = asyncio.Lock()
         self._unseen: tuple[MergeRecord, ...] = ()
         self._seen = engine.version
+        self._best = common.keep.best > 0  # then each that is saved is evaluated
         self.last: MergeRecord | None = None
+        self.present: set[int] = set()
+        """Heads that have joined, and whose process isn't gone: they can write their state."""
         self.checksum: tuple[int, int] | None = None
         """Of the groups that heads redo from factors, and its version."""
 
     def note(
         self, merges: Sequence[MergeRecord], buffers: Mapping[int, tuple[Handle, ...]], tickets: Mapping[int, int]
-    ) -> tuple[int, ...]:
-        """Makes the merges of one event known; gives the heads that are to save their state.
+    ) -> None:
+        """Makes the merges of one event known.
 
         Args:
             merges: in order; at least one.
             buffers: handles of the merged contributions, by head.
             tickets: their tickets.
         """
-        saving: tuple[int, ...] = ()
         before, newest = merges[0].version - 1, merges[-1].version
         for merge in merges:
             version, engine = merge.version, self._engine
@@ -75,20 +78,27 @@ class Records:
                 merge,
                 bytes_up=sum(self._sizes[head] for head in merge.heads),
                 bytes_down=self._downlink.bytes_down(merge.heads, len(engine.live)),
-                bytes_instead=bytes_instead(engine.plan.base.size, len(engine.plans), len(merge.heads), merge.steps),
+                bytes_instead=bytes_instead(engine.plan.base.size, len(engine.members), len(merge.heads), merge.steps),
             )
             # Of several merges in one event, only the last one's base is ever seen.
             shows = version == newest and due(self._train.eval_every, before, version)
-            saves = version == newest and self._saves(record, before)
+            saves = version == newest and due(self._train.checkpoint_every, before, version) and not self._cuts.busy
             if saves:
-                # A run goes on from the states of all its heads at one version; without them the base alone is saved.
-                saving = record.heads if len(record.heads) == len(engine.plans) else ()
-                self._cuts.begin(record, saving, state_of(engine.policy))
-            base = self._masters.whole() if shows or saves else None
+                self.save(record)
+            shows = shows or (saves and self._best)
+            base = self._masters.whole(references=saves) if shows or saves else None
             checked = version == newest and self._downlink.factored and version % CHECK_EVERY == 0
             total = self._masters.checksum() if checked else None
             self._waiters.background(self._settle(record, seconds, total, base, shows, saves))
-        return saving
+
+    def save(self, record: MergeRecord) -> Save:
+        """Begins a checkpoint of the newest version; gives what heads are to be asked."""
+        engine = self._engine
+        save = Save(engine.version, {head: engine.standings[head].sequence for head in sorted(self.present & engine.members)})
+        standings = {str(head): dataclasses.asdict(held) for head, held in engine.standings.items() if head in engine.members}
+        facts = {"standings": standings, "ledger": engine.data.state(), "guard": engine.guard.state()}
+        self._cuts.begin(record, save, facts, state_of(engine.policy))
+        return save
 
     def after(self, seen: int) -> tuple[MergeRecord, ...]:
         """The merges after version `seen`, which are forgotten once they are seen.
@@ -98,16 +108,12 @@ class Records:
         self._seen = seen
         return tuple(m for m in self._unseen if m.version > seen)
 
-    def _saves(self, record: MergeRecord, before: int) -> bool:
-        ends = record.step >= self._train.steps and not self._engine.budget.shared
-        return ends or due(self._train.checkpoint_every, before, record.version)
-
     async def _settle(
         self,
         record: MergeRecord,
         seconds: Awaitable[float],
         total: Awaitable[int] | None,
-        base: Awaitable[Handle] | None,
+        base: Awaitable[Published] | None,
         shows: bool,
         saves: bool,
     ) -> None:
@@ -116,8 +122,8 @@ class Records:
             if total is not None:
                 self.checksum = (record.version, await total)
             if base is not None:
-                handle = await base
-                record = replace(record, base=handle) if shows else record
+                published = await base
+                record = replace(record, base=published.parts[-1]) if shows else record
                 if saves:
-                    self._waiters.background(self._cuts.write_base(record.version, handle))
+                    self._waiters.background(self._cuts.write_own(record.version, published))
             self._unseen = (*(m for m in self._unseen if m.version > self._seen), record)

@@ -1,4 +1,4 @@
-"""One run on Ray, seen from the driver: starts the actors, watches them, and takes all of it down again.
+"""One run on Ray, seen from the driver: starts the actors, watches and replaces them, and takes all of it down again.
 
 The driver owns coordinator, heads and evaluator as siblings, so that none dies with another. It moves no tensors: it
 watches, has versions evaluated, and keeps the metrics.
@@ -7,53 +7,51 @@ watches, has versions evaluated, and keeps the metrics.
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import ray
 from torch import Tensor
 
-from lte_ray import checkpoint
+from lte_ray import checkpoint, storage
+from lte_ray.config import FailureConfig
 from lte_ray.engine.budget import is_shared
+from lte_ray.engine.failures import Failures
 from lte_ray.engine.initial import Initial
 from lte_ray.engine.threads import cores, head_threads
-from lte_ray.errors import CoordinatorLost, HeadLost, LTEError, RunError, UserError, WorkerFailed
+from lte_ray.errors import ContributionRefused, LTEError, RunError, StorageError, UserError, WorkerFailed
 from lte_ray.messages import HeadStatus, MergeRecord
 from lte_ray.metrics import Evaluation, MetricsLog, Progress, Reporter, throughput
 from lte_ray.runtime.common import Common
-from lte_ray.runtime.coordinator import CoordinatorActor, CoordinatorStatus
+from lte_ray.runtime.coordinator import CoordinatorStatus
+from lte_ray.runtime.crew import Crew
 from lte_ray.runtime.evaluator import EvaluatorActor
 from lte_ray.runtime.head import HeadActor, Host
+from lte_ray.runtime.hub import BESIDE, Hub
+from lte_ray.runtime.mending import Mending
 from lte_ray.runtime.package import Package
-from lte_ray.runtime.placement import Placement
-from lte_ray.runtime.shard import ShardActor, base_parts
+from lte_ray.runtime.placement import Placement, Places
+from lte_ray.runtime.start import Start
+from lte_ray.runtime.told import got
 
-POLL = 1.0
+POLL = 0.5
 """Seconds between two looks at the actors."""
-
-GRACE = 1.5
-"""Seconds that a run which ends early gives to a checkpoint that is being written; a stopped job is killed after 3."""
 
 MOST_WAITING = 2
 """Versions that may wait for evaluation; of more, those in the middle are left out, so that memory stays bounded."""
 
+QUIET = 30.0
+"""Seconds without a step or a merge after which the run says what it waits for."""
 
-@dataclass
-class Actors:
-    """The handles of a run's actors; `heads` are those that host heads, with the numbers of the heads."""
+JOB_STOP = 3.0
+"""Seconds that Ray gives a stopped job by default (RAY_JOB_STOP_WAIT_TIME_S) before it kills it."""
 
-    coordinator: Any
-    heads: list[tuple[Any, tuple[int, ...]]]
-    start_evaluator: Callable[[], Any]
-
-    @cached_property
-    def evaluator(self) -> Any:
-        """Started when it is first needed, so that it doesn't keep the heads from starting."""
-        return self.start_evaluator()
+log = logging.getLogger("lte_ray")
 
 
 @dataclass
@@ -62,21 +60,23 @@ class Session:
 
     Args:
         common: as every actor.
-        initial: model, plan and base to start from (of `version`).
+        initial: model, plans and the first base.
+        start: from where the run starts or goes on.
         policy: the merge policy.
         placement: what each actor reserves.
+        failure: what happens when processes die.
         stack: whether an actor's heads are computed as one batch.
-        keep: checkpoints to keep.
         reporter: shows progress.
         export: what is done with the final base (flat), as soon as it is there.
     """
 
     common: Common
     initial: Initial
+    start: Start
     policy: Package
     placement: Placement
+    failure: FailureConfig
     stack: str
-    keep: int | None
     reporter: Reporter
     export: Callable[[Tensor], None]
     merges: list[MergeRecord] = field(default_factory=list)
@@ -87,163 +87,273 @@ class Session:
 
     def __post_init__(self) -> None:
         self._begun = time.time()
-        self.version = self.common.resume.version if self.common.resume else 0
-        self._log = MetricsLog(self.common.directory)
-        self._log.rewind(self.version)
+        self.version = self.start.version
+        self.checkpoint = self.start.saved
+        self.log = MetricsLog(self.common.directory)
+        self.log.rewind(self.version)
+        self.failures = Failures(self.failure)
+        self.note = ""
+        self._trouble = ""
+        self._alive: list[Any] = []
         self._to_evaluate: deque[tuple[int, int, Any]] = deque()
         self._evaluating: tuple[int, int, Any] | None = None
+        self._evaluator: Any = None
+        self._moved = (time.monotonic(), (0, 0))
+        self._quiet_said = 0.0
+        self.hub = Hub(self.common, self.initial, self.policy, self._launch, self._end)
+        self.crew = Crew(self.hub, self._launch_heads, self._end)
 
-    def run(self, hosted: list[tuple[int, ...]], strategies: list[Any]) -> None:
-        """Runs to the end, with one actor for each of `hosted` (head numbers), under its scheduling strategy.
+    def run(self, places: Places) -> None:
+        """Runs to the end, with the actors in these places.
 
         Raises:
             RunError: it ended early. All actors are gone, and complete checkpoints remain.
         """
         try:
-            with self._actors(hosted, strategies) as actors:
+            with self._actors(places) as mending:
                 try:
-                    self._watch(actors)
-                    self._finish(actors)
-                except BaseException:
-                    with contextlib.suppress(ray.exceptions.RayError):
-                        ray.get(actors.coordinator.close.remote(GRACE), timeout=GRACE + 0.5)
-                        self._take(ray.get(actors.coordinator.status.remote(self._seen), timeout=0.5))
+                    self._watch(mending)
+                    self._finish()
+                except BaseException as error:
+                    self._save(error)
                     raise
         except UserError as error:  # whatever it is, the run had begun
             raise RunError(str(error)) from error
         finally:
             with contextlib.suppress(LTEError, OSError):  # must not hide what ended the run
-                self._log.flush(now=True)
+                self.log.flush(now=True)
                 checkpoint.remove_incomplete(self.common.directory)
 
+    # -- actors --------------------------------------------------------------------------------------------------------
+
     @contextlib.contextmanager
-    def _actors(self, hosted: list[tuple[int, ...]], strategies: list[Any]) -> Iterator[Actors]:
-        common, placement, settings = self.common, self.placement, self.common.settings
-        with contextlib.ExitStack() as started:
+    def _actors(self, places: Places) -> Iterator[Mending]:
+        try:
+            self.crew.launch_all(places.all())
+            self.hub.begin(self.start)
+            for member in self.crew.members:
+                self.crew.start(member)
+            if self.common.settings.train.eval_every and self.version == 0:
+                self._to_evaluate.append((0, 0, self.start.base))
+            yield Mending(self, places)
+        finally:
+            for actor in self._alive:
+                ray.kill(actor)
 
-            def start(kind: type, options: dict[str, Any], *args: Any) -> Any:
-                # Every actor answers status calls in a group of its own while it works.
-                handle = ray.remote(concurrency_groups={"ctl": 2})(kind).options(max_restarts=0, **options).remote(*args)
-                started.callback(ray.kill, handle)
-                return handle
+    def _launch(self, kind: type, options: dict[str, Any], *args: Any) -> Any:
+        # Every actor answers status calls in a group of its own while it works.
+        handle = ray.remote(concurrency_groups={"ctl": 4})(kind).options(max_restarts=0, **options).remote(*args)
+        self._alive.append(handle)
+        return handle
 
-            lanes, threads = head_threads(settings.train.threads_per_head, placement.cpus, placement.heads)
-            resources = {k: v for k, v in placement.bundle.items() if k not in ("CPU", "GPU")}
-            options = {"num_cpus": placement.bundle.get("CPU", 0), "num_gpus": placement.gpus, "resources": resources}
-            host = Host(threads, lanes, placement.gpus > 0, self.stack)
-            plans = self.initial.plans
-            heads = [
-                (start(HeadActor, {**options, "scheduling_strategy": strategy}, common, plans, numbers, host), numbers)
-                for numbers, strategy in zip(hosted, strategies, strict=True)
-            ]
-            beside = {"num_cpus": 0, "scheduling_strategy": "DEFAULT"}
-            calls = max(1000, 3 * len(plans))  # heads that wait must not fill up the coordinator
-            shards = [
-                start(
-                    ShardActor,
-                    {**beside, "scheduling_strategy": "SPREAD", "max_concurrency": calls},
-                    common,
-                    plans,
-                    parts,
-                    self.version,
-                )
-                for parts in base_parts(common, self.initial.plan, self.initial.base)
-            ]
-            base = None if shards else self.initial.base.numpy()
-            first = (plans, self.policy, base, self.version)
-            coordinator = start(CoordinatorActor, {**beside, "max_concurrency": calls}, common, *first, self.keep, shards)
+    def _end(self, actor: Any) -> None:
+        if actor in self._alive:
+            self._alive.remove(actor)
+            ray.kill(actor)
 
-            def start_evaluator() -> Any:
-                gpus, spare = self._spare_gpus(), cores() - lanes * threads * len(hosted)
-                options = {**beside, "num_gpus": gpus}
-                return start(EvaluatorActor, options, common, self.initial.plan, max(1, spare), gpus > 0)
-
-            if settings.train.eval_every and self.version == 0:
-                self._to_evaluate.append((0, 0, common.transport.publish(self.initial.base)))
-            yield Actors(coordinator, heads, start_evaluator)
-
-    def _spare_gpus(self) -> float:
-        """The evaluator computes on a GPU if the heads do and leave one."""
-        wanted = self.placement.gpus
-        return wanted if 0 < wanted <= ray.available_resources().get("GPU", 0) else 0
-
-    def _watch(self, actors: Actors) -> None:
-        """Until all heads have ended: polls, evaluates, reports."""
-        training = {actor.run.remote(actors.coordinator): (actor, numbers) for actor, numbers in actors.heads}
-        while training:
-            ended, _ = ray.wait(list(training), timeout=POLL)
-            for ref in ended:
-                _, numbers = training.pop(ref)
-                self._note(_get(ref, _name(numbers), self.statuses.get(numbers[0])))
-            self._look(actors, [actor for actor, _ in training.values()])
-            if all(n in self.statuses and self.statuses[n].step for _, numbers in actors.heads for n in numbers):
-                self._evaluate(actors)
-            self.reporter.update(self.progress())
-
-    def _note(self, statuses: tuple[HeadStatus, ...]) -> None:
-        self.statuses.update({status.head: status for status in statuses})
-
-    def _look(self, actors: Actors, training: list[Any]) -> None:
-        asked = [actor.status.remote() for actor in training]
-        coordinator = actors.coordinator.status.remote(self._seen)
-        answered, _ = ray.wait([*asked, coordinator], num_returns=len(asked) + 1, timeout=POLL)
-        for ref in answered:
-            try:
-                if ref == coordinator:
-                    status = ray.get(ref)
-                    self._take(status)
-                    if status.needs_evaluator:
-                        actors.coordinator.use_evaluator.remote(actors.evaluator)
-                else:
-                    self._note(ray.get(ref))
-            except ray.exceptions.RayActorError:
-                pass  # `run` of the same actor says it better; the coordinator's end, each head's `run`
-        self._log.flush()
+    def _launch_heads(self, numbers: tuple[int, ...], strategy: Any, incarnation: int) -> Any:
+        placement, train = self.placement, self.common.settings.train
+        lanes, threads = head_threads(train.threads_per_head, placement.cpus, placement.heads)
+        resources = {k: v for k, v in placement.bundle.items() if k not in ("CPU", "GPU")}
+        options = {"num_cpus": placement.bundle.get("CPU", 0), "num_gpus": placement.gpus, "resources": resources}
+        options["scheduling_strategy"] = strategy
+        host = Host(threads, lanes, placement.gpus > 0, self.stack)
+        return self._launch(HeadActor, options, self.common, self.initial.plans, numbers, host, incarnation)
 
     @property
-    def _seen(self) -> int:
+    def evaluator(self) -> Any:
+        """Started when it is first needed, so that it doesn't keep the heads from starting."""
+        if self._evaluator is None:
+            lanes, threads = head_threads(
+                self.common.settings.train.threads_per_head, self.placement.cpus, self.placement.heads
+            )
+            wanted = self.placement.gpus
+            gpus = wanted if 0 < wanted <= ray.available_resources().get("GPU", 0) else 0  # if the heads leave one
+            spare = max(1, cores() - lanes * threads * len(self.crew.members))
+            options = {**BESIDE, "num_gpus": gpus}
+            self._evaluator = self._launch(EvaluatorActor, options, self.common, self.initial.plan, spare, gpus > 0)
+        return self._evaluator
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def _watch(self, mending: Mending) -> None:
+        """Until all heads have ended: polls, replaces what has died, evaluates, reports."""
+        while self.crew.busy:
+            for member in self.crew.ended(POLL):
+                try:
+                    statuses = got(member.run, member.name, self.statuses.get(member.numbers[0]))
+                except LTEError as error:
+                    mending.head_ended(member, error)
+                else:
+                    self._note(statuses)
+                    member.run, member.over = None, True
+                    mending.check_quarantined(member)
+            self._note(self.crew.look())
+            mending.look()
+            self.log.flush()
+            if all(n in self.statuses and self.statuses[n].step for member in self.crew.members for n in member.numbers):
+                self._evaluate()
+            self._watchdog()
+            self.reporter.update(self.progress())
+
+    def _note(self, statuses: Any) -> None:
+        self.statuses.update({status.head: status for status in statuses})
+
+    @property
+    def seen(self) -> int:
+        """The newest version that the driver knows of."""
         return self.merges[-1].version if self.merges else self.version
 
-    def _take(self, status: CoordinatorStatus) -> None:
-        self.checkpoint = status.checkpoint
+    def take(self, status: CoordinatorStatus) -> None:
+        """What the coordinator says."""
+        if status.checkpoint is not None and status.checkpoint != self.checkpoint:
+            self.checkpoint = status.checkpoint
+        if status.trouble and status.trouble != self._trouble:
+            self.log.event("storage", why=status.trouble)
+            log.warning("%s", status.trouble)
+        self._trouble = status.trouble
         for record in status.merges:
             if record.base is not None:
                 self._to_evaluate.append((record.version, record.step, record.base))
-            self._log.merge(record)
+            self.log.merge(record)
             self.merges.append(replace(record, base=None))  # a base that is held stays in memory
         while len(self._to_evaluate) > MOST_WAITING:
             del self._to_evaluate[1]  # the first one may be version 0, where everything is measured from
+        if status.needs_evaluator:
+            self.hub.coordinator.use_evaluator.remote(self.evaluator)
 
-    def _evaluate(self, actors: Actors, patience: float = 0) -> None:
+    def rewind(self, version: int) -> None:
+        """The run goes on from an earlier version than was seen: what came after it is made again."""
+        self.merges = [merge for merge in self.merges if merge.version <= version]
+        self.evaluations = [each for each in self.evaluations if each.version <= version]
+        self._to_evaluate.clear()
+        self._evaluating = None
+        self.version = min(version, self.version) if not self.merges else self.version
+        self.log.flush(now=True)
+        self.log.rewind(version)
+
+    def _evaluate(self, patience: float = 0) -> None:
         """Takes an evaluation's result if there is one, and starts the next."""
         if self._evaluating is not None:
             version, step, ref = self._evaluating
             if not ray.wait([ref], timeout=patience)[0]:
                 return
             self._evaluating = None
-            evaluation = Evaluation(version, step, _get(ref, "the evaluator"))
+            try:
+                values = got(ref, "the evaluator")
+            except (WorkerFailed, UserError):
+                raise
+            except LTEError as error:
+                self._evaluator_died(str(error))
+                return
+            evaluation = Evaluation(version, step, values)
             self.evaluations.append(evaluation)
-            self._log.evaluation(evaluation)
+            self.log.evaluation(evaluation)
+            if self.common.keep.best and version in checkpoint.complete(self.common.directory):
+                with contextlib.suppress(StorageError):
+                    checkpoint.write_evaluation(self.common.directory, version, values)
         if self._to_evaluate:
             version, step, base = self._to_evaluate.popleft()
-            self._evaluating = (version, step, actors.evaluator.evaluate.remote(base))
+            self._evaluating = (version, step, self.evaluator.evaluate.remote(base))
 
-    def _finish(self, actors: Actors) -> None:
+    def _evaluator_died(self, why: str) -> None:
+        """One evaluation is missing; the next is made by another process."""
+        remedy = self.failures.other()
+        self.log.event("evaluator_lost", why=why)
+        if remedy.action == "stop":
+            raise RunError(f"{why} ({remedy.why})" if remedy.why else why)
+        if self._evaluator is not None:
+            self._end(self._evaluator)
+            self._evaluator = None
+
+    def _watchdog(self) -> None:
+        """Says what the run waits for, when nothing has moved for long."""
+        now, where = time.monotonic(), (sum(s.step for s in self.statuses.values()), self.seen)
+        if where != self._moved[1]:
+            self._moved, self._quiet_said, self.note = (now, where), 0.0, ""
+            return
+        still = now - self._moved[0]
+        if still < QUIET:
+            return
+        self.note = f"nothing has moved for {still:.0f} s: {self._explained()}"
+        if still - self._quiet_said >= QUIET:
+            self._quiet_said = still
+            log.warning("%s", self.note)
+            self.log.event("still", seconds=round(still), why=self._explained())
+
+    def _explained(self) -> str:
+        reasons = []
+        for member in self.crew.members:
+            if member.run is None and not member.over:
+                reasons.append(f"{member.name} is to be started again")
+            elif member.pulse.answered is None and not member.over:
+                reasons.append(f"{member.name} is starting, or waits for resources of the cluster")
+        reasons += [f"head {s.head} is {s.state}" + (f" ({s.note})" if s.note else "") for s in self.statuses.values()]
+        own = storage.trouble()
+        return "; ".join([*reasons, *([own] if own else []), *([self._trouble] if self._trouble else [])]) or "unknown"
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def _save(self, why: BaseException) -> None:
+        """The run ends early: its heads write their states into a checkpoint of the last version, as far as time allows."""
+        limit = self.failure.grace or max(1.0, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", JOB_STOP)) - 0.5)
+        end = time.monotonic() + limit
+        self.log.event("ended_early", why=f"{type(why).__name__}: {why}"[:500])
+        with contextlib.suppress(ray.exceptions.RayError, LTEError):
+            self._write_last(limit, early=True)
+            left = max(0.1, end - time.monotonic())
+            ray.get(self.hub.coordinator.complete.remote(left), timeout=left + 0.5)
+            self.take(ray.get(self.hub.coordinator.status.remote(self.seen), timeout=0.5))
+
+    def _write_last(self, limit: float, early: bool) -> None:
+        """Has a checkpoint of the last version written, unless there is one."""
+        coordinator = self.hub.coordinator
+        save = ray.get(coordinator.freeze.remote(early), timeout=limit)
+        if save is None:
+            return
+        asked = {}
+        for member in self.crew.members:
+            if member.actor is not None:
+                asked[member.actor.save.remote(save)] = member
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=limit / 2) if asked else ([], [])
+        there = set()
+        for ref in answered:
+            with contextlib.suppress(ray.exceptions.RayError):
+                there |= set(asked[ref].numbers) if ray.get(ref) else set()
+        for head in save.sequences.keys() - there:
+            coordinator.saved.remote(save.version, head, None)
+
+    def _finish(self) -> None:
         """The last checkpoint, the export, the last evaluation and the sample."""
-        version, base = _get(actors.coordinator.finish.remote(), "the coordinator")
-        self._take(_get(actors.coordinator.status.remote(self._seen), "the coordinator"))
+        self._write_last(limit=60.0, early=False)
+        version, base, trouble = got(self.hub.coordinator.finish.remote(), "the coordinator")
+        self.take(got(self.hub.coordinator.status.remote(self.seen), "the coordinator"))
         self.export(self.common.transport.fetch(base).clone())  # first: what follows is the worker's code, and may fail
+        if trouble:
+            raise StorageError(f"{trouble} The merged weights were exported.")
         step = max((s.step for s in self.statuses.values()), default=0)
         waiting = [self._evaluating and self._evaluating[0], *(v for v, _, _ in self._to_evaluate)]
         if version not in [*waiting, *(e.version for e in self.evaluations)]:
             self._to_evaluate.append((version, step, base))
         while self._evaluating or self._to_evaluate:
-            self._evaluate(actors, patience=POLL)
+            self._evaluate(patience=POLL)
             self.reporter.update(self.progress("evaluating the merged weights"))
         try:
-            self.sample = _get(actors.evaluator.sample.remote(base), "the evaluator")
+            self.sample = got(self.evaluator.sample.remote(base), "the evaluator")
         except WorkerFailed as error:  # a sample is for show: no reason to call the run failed
             self.sample = f"sample() raised: {error.traceback.strip().splitlines()[-1]}"
+        except LTEError as error:
+            self.sample = f"sample() gave nothing: {error}"
+
+    def check_heads(self) -> None:
+        """Raises ContributionRefused if every head of the run is quarantined."""
+        numbers = [n for member in self.crew.members for n in member.numbers]
+        out = [self.statuses[n] for n in numbers if n in self.statuses and self.statuses[n].state == "quarantined"]
+        if numbers and len(out) == len(numbers):
+            raise ContributionRefused(
+                f"Head {out[0].head} was {out[0].note}, and so were all others. If the loss diverged, lower the learning rate "
+                "or --lora-alpha."
+            )
 
     def progress(self, note: str = "") -> Progress:
         """The run as it is now."""
@@ -262,37 +372,11 @@ class Session:
             steps=train.steps,
             samples=sum(s.samples for s in statuses),
             samples_per_second=rate,
-            version=self._seen,
+            version=self.seen,
             heads=statuses,
             evaluation=self.evaluations[-1] if self.evaluations else None,
             seconds=time.time() - self._begun,
             remaining=None if per_step is None else per_step * (train.steps - step),
             checkpoint=self.checkpoint,
-            note=note or next((status.note for status in statuses if status.note), ""),
+            note=note or self.note or self._trouble or next((status.note for status in statuses if status.note), ""),
         )
-
-
-def _name(numbers: tuple[int, ...]) -> str:
-    return f"head {numbers[0]}" if len(numbers) == 1 else f"heads {numbers[0]}-{numbers[-1]}"
-
-
-def _get(ref: Any, who: str, status: HeadStatus | None = None) -> Any:
-    """The result of a call to `who`; errors are raised as ours."""
-    try:
-        return ray.get(ref)
-    except ray.exceptions.RayError as error:
-        raise _translated(error, who, status) from error
-
-
-def _translated(error: Exception, who: str, status: HeadStatus | None) -> LTEError:
-    """Ray's error as ours: the one that was raised inside the actor, or that its process is gone."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, UserError):
-        return RunError(f"{who}: {cause}")
-    if isinstance(cause, LTEError):
-        return cause
-    if isinstance(error, ray.exceptions.RayActorError):
-        at = f" at local step {status.step}" if status is not None and status.step else ""
-        kind = CoordinatorLost if who == "the coordinator" else HeadLost
-        return kind(f"The process of {who} died{at}: {error}")
-    return RunError(f"{who} failed: {error}")

@@ -7,30 +7,26 @@ Contributions are fetched beside each other; what depends on the version is done
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import ray
 import torch
 from torch import Tensor
 
+from lte_ray import points
 from lte_ray.engine.shard import Shard
 from lte_ray.engine.threads import torch_threads
 from lte_ray.layout import Plan
 from lte_ray.merging.flat import gather, views
-from lte_ray.merging.transfer import checksum, part
+from lte_ray.merging.transfer import check_seals, checksum, part
+from lte_ray.points import reached
 from lte_ray.runtime.common import Common
+from lte_ray.runtime.start import Start
 from lte_ray.runtime.transport import Handle
 
 T = TypeVar("T")
-
-
-def base_parts(common: Common, plan: Plan, base: Tensor) -> Iterator[dict[int, Any]]:
-    """Each shard's groups' parts of a base, by the group's number, as flat numpy arrays; nothing where nothing is sharded."""
-    entries, shards = views(plan.base, base), common.settings.merge.shards
-    for shard in range(shards) if shards > 1 else ():
-        mine = {index: part(plan, group.names) for index, group in enumerate(common.groups) if group.shard == shard}
-        yield {index: gather(own.base, entries, base.dtype).numpy() for index, own in mine.items()}
 
 
 class Turns:
@@ -64,31 +60,36 @@ class ShardActor:
     Args:
         common: as every actor.
         plans: each head's.
-        parts: this shard's groups' parts of the base, by the group's number, flat (numpy arrays).
-        version: of the base.
+        number: of this shard.
+        start: the base, and the references in it.
     """
 
-    def __init__(self, common: Common, plans: tuple[Plan, ...], parts: Mapping[int, Any], version: int) -> None:
+    def __init__(self, common: Common, plans: tuple[Plan, ...], number: int, start: Start) -> None:
+        points.arm(common.faults)
         self._transport, settings = common.transport, common.settings
-        codecs = common.codecs(plans)
-        references: dict[int, dict[int, Tensor]] = {index: {} for index in parts}
-        for head, _, factors in common.saved_heads():
-            if factors is not None:
-                for index in parts:
-                    references[index][head] = codecs[head].take_factors(index, factors).clone()
-        masters = {index: torch.tensor(values) for index, values in parts.items()}  # copies: these are shared and read-only
-        self._shard = Shard(codecs, masters, settings.lte.reset, version=version, references=references)
-        mine = [codecs[0].parts[index] for index in parts]
+        codecs, plan = common.codecs(plans), plans[0]
+        groups = {index: part(plan, group.names) for index, group in enumerate(common.groups) if group.shard == number}
+        entries = views(plan.base, common.transport.fetch(start.base))
+        masters = {index: gather(own.base, entries, torch.float32) for index, own in groups.items()}
+        references: dict[int, dict[int, Tensor]] = {index: {} for index in groups}
+        for head, handle in start.references.items():
+            factors = common.transport.fetch(handle)
+            for index in groups:
+                references[index][head] = codecs[head].take_factors(index, factors).clone()
+        self._shard = Shard(codecs, masters, settings.lte.reset, version=start.version, references=references)
+        mine = [codecs[0].parts[index] for index in groups]
         own = Plan(tuple(a for each in mine for a in each.adapted), ())
         self._threads = common.threads(own, plans[0])
         self._beside = ThreadPoolExecutor(1, "merge")
         self._turns = Turns()
 
-    async def receive(self, turn: int, ticket: int, head: int, handles: Mapping[int, Handle]) -> float | str:
+    async def receive(self, turn: int, ticket: int, head: int, sent: Mapping[int, tuple[Handle, int]]) -> float | str:
         """The sum of squares of this shard's part of a contribution, or why it can't be decoded."""
-        buffers = {index: await self._transport.arrive(handle) for index, handle in handles.items()}
+        reached("shard receives", head=head)
+        buffers = {index: await self._transport.arrive(handle) for index, (handle, _) in sent.items()}
         await self._turns.reach(turn)  # the reference changes with the merges before it
         try:
+            check_seals(list(buffers.values()), [seal for _, seal in sent.values()])
             with torch_threads(self._threads):
                 return self._shard.receive(ticket, head, buffers)
         except ValueError as error:
@@ -130,6 +131,11 @@ class ShardActor:
         found = await self._turns.take(turn, lambda: [self._shard.at(index, use) for index in self._shard.factored])
         await self._caught_up()
         return sum(future.result() for future in found) % 2**64
+
+    @ray.method(concurrency_group="ctl")
+    async def alive(self) -> bool:
+        """Answers."""
+        return True
 
     async def _caught_up(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._beside, self._catch_up)

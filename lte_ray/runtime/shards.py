@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -48,12 +48,12 @@ class Shards:
             for number, actor in enumerate(actors)
         ]
 
-    async def receive(self, ticket: int, head: int, handles: Sequence[Handle]) -> Measured:
+    async def receive(self, ticket: int, head: int, handles: Sequence[Handle], seals: Sequence[int]) -> Measured:
         count = len(self._codecs[head].groups)
         if len(handles) != count:
             raise ValueError(f"expected the buffers of groups 0 to {count - 1}, found {list(range(len(handles)))}")
         found = await self._all(
-            (shard, shard.actor.receive.remote(shard.turn, ticket, head, {i: handles[i] for i in shard.groups}))
+            (shard, shard.actor.receive.remote(shard.turn, ticket, head, {i: (handles[i], seals[i]) for i in shard.groups}))
             for shard in self._shards
         )
         reasons = [reason for reason in found if isinstance(reason, str)]
@@ -78,8 +78,8 @@ class Shards:
                 asked.append((shard, shard.actor.publish.remote(shard.next_turn(), mine, references)))
         return self._published(self._version, asked)
 
-    def whole(self) -> Coroutine[Any, Any, Handle]:
-        return self._assembled(self.parts(range(len(self._codecs[0].groups)), references=False))
+    def whole(self, references: bool = False) -> Coroutine[Any, Any, Published]:
+        return self._assembled(self.parts(range(len(self._codecs[0].groups)), references))
 
     def checksum(self) -> Coroutine[Any, Any, int]:
         return self._sum([(shard, shard.actor.checksum.remote(shard.next_turn())) for shard in self._shards])
@@ -101,10 +101,11 @@ class Shards:
         references = {head: self._factors(head, pieces) for head, pieces in held.items()}
         return Published(version, parts, references)
 
-    async def _assembled(self, published: Awaitable[Published]) -> Pieces:
-        parts, codec = (await published).parts, self._codecs[0]
-        pieces = [(handle, _places(codec.plan.base, codec.parts[index].base)) for index, handle in sorted(parts.items())]
-        return Pieces(codec.plan.base.size, tuple(pieces))
+    async def _assembled(self, publishing: Awaitable[Published]) -> Published:
+        published, codec = await publishing, self._codecs[0]
+        parts = sorted(published.parts.items())
+        pieces = [(handle, _places(codec.plan.base, codec.parts[index].base)) for index, handle in parts]
+        return replace(published, parts={-1: Pieces(codec.plan.base.size, tuple(pieces))})
 
     def _factors(self, head: int, pieces: Sequence[tuple[int, Handle]]) -> Pieces:
         codec = self._codecs[head]

@@ -16,7 +16,13 @@ import ray
 import torch
 from torch import Tensor
 
+from lte_ray.errors import LTEError
+
 Handle = Any
+
+
+class Gone(LTEError):
+    """A published buffer can't be had any more: the process that held it is gone."""
 
 
 class Transport(Protocol):
@@ -27,7 +33,11 @@ class Transport(Protocol):
         ...
 
     def fetch(self, handle: Handle) -> Tensor:
-        """The published buffer on the CPU: read-only, and to be let go soon, since it pins shared memory."""
+        """The published buffer on the CPU: read-only, and to be let go soon, since it pins shared memory.
+
+        Raises:
+            Gone: its owner has died.
+        """
         ...
 
     async def arrive(self, handle: Handle) -> Tensor:
@@ -72,14 +82,23 @@ class ObjectStore:
     def fetch(self, handle: Handle) -> Tensor:
         if isinstance(handle, Pieces):
             return handle.assemble([self.fetch(piece) for piece, _ in handle.pieces])
-        return _read_only(ray.get(handle.reference))
+        try:
+            return _read_only(ray.get(handle.reference))
+        except LOST as error:
+            raise Gone(f"{type(error).__name__}: {error}") from None
 
     async def arrive(self, handle: Handle) -> Tensor:
         if isinstance(handle, Pieces):
             pieces = [await self.arrive(piece) for piece, _ in handle.pieces]
             return await asyncio.to_thread(handle.assemble, pieces)
-        return _read_only(await handle.reference)
+        try:
+            return _read_only(await handle.reference)
+        except LOST as error:
+            raise Gone(f"{type(error).__name__}: {error}") from None
 
+
+LOST = (ray.exceptions.ObjectLostError, ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)
+"""What Ray raises for an object whose owner has died; ObjectLostError is the root of several."""
 
 _staging = threading.local()
 

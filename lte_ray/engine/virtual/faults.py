@@ -55,7 +55,7 @@ class Faults:
         seat.epoch += 1
         seat.time.enter("dead", now)
         latency = self._cluster.latency
-        self._clock.after(latency, self._desk.put, lambda: self._desk.coordinator.leave(seat.number))
+        self._clock.after(latency, self._desk.put, lambda: self._desk.coordinator.lose(seat.number))
         self._clock.after(latency + self._cluster.restart_seconds, self._desk.put, lambda: self._join(seat))
 
     def _undelivered(self, seat: Seat, answer: Answer) -> None:
@@ -71,7 +71,7 @@ class Faults:
         """The new incarnation asks for the base; it gets it as soon as nothing of its predecessor's is pending."""
         self._asking.add(seat.number)
         if seat.number not in self._desk.coordinator.pending:
-            self._desk.coordinator.join(seat.number, seat.epoch)
+            self._desk.coordinator.join(seat.number, seat.epoch, fresh=True)
             self._post.whole(Answer(seat.number, seat.epoch, None, self._desk.coordinator.version, self._desk.base))
         return Outcome((), ())
 

@@ -1,0 +1,180 @@
+"""Bad settings, workers and policies, for `benchmarks.rejected`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from benchmarks.rejected import Ran, Row
+
+GOOD = "workers.regression:Regression"
+
+SETTINGS = [
+    "--num-heads 0",
+    "--num-heads many",
+    "--num-heads 1.5",
+    "--num-heads -1",
+    "--num-heds 2",
+    "--steps 0",
+    "--merge-iter 0",
+    "--lora-r 0",
+    "--lora-alpha nan",
+    "--lora-alpha -1",
+    "--seed -1",
+    "--precision fp8",
+    "--transfer int3",
+    "--when sometimes",
+    "--quorum 9",
+    "--reset B --no-wait",
+    "--exclude 9",
+    "--gpus-per-head 1.5",
+    "--cpus-per-head inf",
+    "--keep-checkpoints 0",
+    "--resume",
+    "--resume --overwrite --name a",
+    "--config missing.toml",
+]
+
+FILES = [
+    "steps = ",
+    "stepz = 5",
+    "steps = 'many'",
+    "steps = true",
+    "steps = [1, 2]",
+    "steps = 18446744073709551616",
+    "lora_alpha = inf",
+    "exclude = ['a', '--overwrite']",
+    "exclude = [['a']]",
+    "name = '../up'",
+    "policy = 5",
+    "worker = 5",
+    "policy_args = 5",
+    "omitted = ['worker.lr']",
+    "[name]\na = 1",
+]
+
+BINARY = {
+    "bytes that are no text": b"\xff\xfe\x00",
+    "arrays nested 50,000 deep": b"a = " + b"[" * 50_000 + b"]" * 50_000,
+    "a number of 5,000 digits": b"steps = " + b"9" * 5_000,
+    "2 MB": b"#" * 2_000_000,
+}
+
+WORKERS = '''
+import torch
+from torch import nn
+
+class Net:
+    def __init__(self, size: int = 8):
+        self.size = size
+    def build_model(self):
+        return nn.Linear(8, 8)
+    def train_batches(self, shard):
+        while True:
+            yield torch.randn(4, 8)
+    def loss(self, model, batch):
+        return model(batch).square().mean()
+    def evaluate(self, model):
+        return {}
+
+class NoLoss(Net):
+    loss = None
+
+class NoBatches(Net):
+    def train_batches(self, shard):
+        yield from ()
+
+class NoModel(Net):
+    def build_model(self):
+        return 5
+
+class NothingToAdapt(Net):
+    def build_model(self):
+        return nn.LayerNorm(8)
+
+class Raises(Net):
+    def build_model(self):
+        raise RuntimeError("weights are missing")
+
+class Refuses(Net):
+    def __init__(self, size: int = 8):
+        raise ValueError("size must be 4")
+
+class Untyped(Net):
+    def __init__(self, size):
+        pass
+
+def function(): ...
+
+class Empty:
+    """A policy without a method."""
+
+class Broken:
+    def __init__(self, rate: float = 1.0):
+        raise ValueError("rate must be 2")
+    def merge(self, pending, roster): ...
+
+def three(pending, roster, more): ...
+'''
+
+
+def settings(run: Ran, folder: Path) -> Iterator[Row]:
+    """Flags, and files given to --config."""
+    for flags in SETTINGS:
+        yield Row(flags, *run("train", GOOD, *flags.split(), "--storage", str(folder / "runs")))
+    for text, data in [*((text, text.encode()) for text in FILES), *BINARY.items()]:
+        file = folder / "x.toml"
+        file.write_bytes(data)
+        yield Row(f"--config x.toml: {text}", *run("train", GOOD, "--config", str(file), "--storage", str(folder / "runs")))
+    yield Row("--config", *run("train", GOOD, "--config"))
+    yield Row("--config --name a", *run("train", GOOD, "--config", "--name", "a"))
+    yield Row("--config FOLDER", *run("train", GOOD, "--config", str(folder)))
+    yield Row("trian", *run("trian"))
+    (folder / "run.toml").write_text('program = "a:B"\nomitted = ["worker.lr"]')
+    yield Row("--config run.toml that leaves out a secret", *run("train", GOOD, "--config", str(folder / "run.toml")))
+    yield Row("RAY_ADDRESS=127.0.0.1:1", *run("train", GOOD, "--storage", str(folder / "runs")))
+
+
+def workers(run: Ran, folder: Path) -> Iterator[Row]:
+    """What stands in the place of WORKER."""
+    (folder / "net.py").write_text(WORKERS)
+    (folder / "broken.py").write_text("import nothing_of_this_name")
+    yield Row("no WORKER", *run("train"))
+    for name in (
+        "nowhere:Net",
+        "workers.regression",
+        "workers.regression:Regresion",
+        "no/file.py:Net",
+        "os:system",
+        "json:loads",
+    ):
+        yield Row(name, *run("train", name))
+    yield Row("broken.py:Net", *run("train", f"{folder}/broken.py:Net"))
+    for name in ("NoLoss", "NoBatches", "NoModel", "NothingToAdapt", "Raises", "Refuses", "Untyped", "function", "Nett"):
+        yield Row(
+            f"net.py:{name}", *run("train", f"{folder}/net.py:{name}", "--lora-r", "4", "--storage", str(folder / "runs"))
+        )
+    for flags in ("--worker.widht 3", "--worker.width wide", "--worker.samples 1"):
+        yield Row(f"{GOOD} {flags}", *run("train", GOOD, *flags.split(), "--storage", str(folder / "runs")))
+
+
+def policies(run: Ran, folder: Path) -> Iterator[Row]:
+    """Merge policies that aren't, and arguments that they don't have."""
+    (folder / "mine.py").write_text(WORKERS)
+    given = [
+        "--policy avrage",
+        "--policy nowhere:Policy",
+        f"--policy {folder}/mine.py:Empty",
+        f"--policy {folder}/mine.py:Broken",
+        f"--policy {folder}/mine.py:three",
+        "--policy momentum --policy.momentum 2",
+        "--policy momentum --policy.speed 2",
+        "--policy krum --policy.faulty -1",
+        "--policy trimmed_mean --policy.trim 0.6",
+    ]
+    for flags in given:
+        shown = flags.replace(f"{folder}/", "")
+        yield Row(shown, *run("train", GOOD, *flags.split(), "--storage", str(folder / "runs")))
+
+
+CATEGORIES: dict[str, Callable[[Ran, Path], Iterator[Row]]] = {"Settings": settings, "Workers": workers, "Policies": policies}

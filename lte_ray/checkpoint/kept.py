@@ -1,0 +1,88 @@
+"""Which checkpoints there are, and which of them are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+from lte_ray.checkpoint.evaluation import best
+from lte_ray.checkpoint.manifest import FOLDER, MANIFEST, Manifest, folder, has_all_heads, read_manifest
+from lte_ray.errors import StorageError
+from lte_ray.storage import RunDirectory
+
+TIDYING = 5.0
+"""Seconds of patience with a storage that won't remove what isn't needed any more."""
+
+
+def complete(directory: RunDirectory) -> list[int]:
+    """Versions of the complete checkpoints, oldest first."""
+    return [version for version in _versions(directory) if _is_complete(directory, version)]
+
+
+def incomplete(directory: RunDirectory) -> list[int]:
+    """Versions of those that were begun and have no manifest, oldest first."""
+    return [version for version in _versions(directory) if not _is_complete(directory, version)]
+
+
+def remove_incomplete(directory: RunDirectory) -> None:
+    """Removes the folders of checkpoints that were never completed."""
+    for version in incomplete(directory):
+        with contextlib.suppress(StorageError):  # left for the next time
+            directory.delete(folder(version))
+
+
+def remove_after(directory: RunDirectory, version: int) -> None:
+    """Removes the checkpoints of later versions, manifest first."""
+    for later in [v for v in _versions(directory) if v > version]:
+        _remove(directory, later)
+
+
+def newest_with_all_heads(directory: RunDirectory) -> Manifest | None:
+    """The newest complete checkpoint that a run can go on from; those with damaged manifests are passed over."""
+    for version in reversed(complete(directory)):
+        with contextlib.suppress(StorageError):
+            manifest = read_manifest(directory, version)
+            if has_all_heads(manifest):
+                return manifest
+    return None
+
+
+def prune(directory: RunDirectory, keep: int | None, keep_best: int = 0, best_by: str = "") -> None:
+    """Removes complete checkpoints, manifest first, so that none is ever half there. One that can't be removed is left.
+
+    Args:
+        keep: how many of the newest stay; None: all.
+        keep_best: how many of the best stay beside them; only those with a readable evaluation count.
+        best_by: the figure to go by, "-name" if higher is better, "" for the first one (`best`).
+
+    The newest that a run can go on from stays in any case: of format 1, which can need an older one.
+    """
+    directory = dataclasses.replace(directory, patience=min(directory.patience, TIDYING))
+    with contextlib.suppress(StorageError):  # no reason to end a run
+        versions = complete(directory)
+        old = versions[:-keep] if keep else []
+        if not old:
+            return
+        needed = newest_with_all_heads(directory)
+        staying = {*best(directory, versions, keep_best, best_by), needed.version if needed else None}
+        for version in old:
+            if version not in staying:
+                with contextlib.suppress(StorageError):
+                    _remove(directory, version)
+
+
+def _remove(directory: RunDirectory, version: int) -> None:
+    path = folder(version)
+    if not directory.is_link(path):  # what a link leads to isn't ours
+        directory.delete(f"{path}/{MANIFEST}")
+    directory.delete(path)
+
+
+def _is_complete(directory: RunDirectory, version: int) -> bool:
+    return directory.exists(f"{folder(version)}/{MANIFEST}")
+
+
+def _versions(directory: RunDirectory) -> list[int]:
+    """Versions of all folders whose names `folder` gives."""
+    numbers = [name for name in directory.names(FOLDER) if name.isascii() and name.isdigit() and len(name) < 19]
+    return sorted(int(name) for name in numbers if f"{FOLDER}/{name}" == folder(int(name)))

@@ -1,0 +1,84 @@
+"""When a process counts as hung: by how long it took to answer and to move before, not by settings that a user must guess."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+ANSWER = 10.0
+"""Seconds without an answer that are never called hung: a busy machine may take as long to schedule a thread."""
+
+PROGRESS = 30.0
+"""Seconds without a step that are never called hung."""
+
+STARTING = 900.0
+"""Seconds for a first step: building the model, reading the data, compiling."""
+
+TIMES = 20.0
+"""A process is hung if it takes so many times as long as anything like it took before."""
+
+
+@dataclass
+class Pulse:
+    """One process's signs of life. Times in seconds, on any clock.
+
+    Attributes:
+        answered: when it answered last; None before it did.
+        moved: when `position` changed last.
+    """
+
+    answered: float | None = None
+    moved: float = 0.0
+    position: Hashable = None
+    stepped: bool = False
+
+
+class Deadlines:
+    """What is normal in this run: the longest that any process of a kind took to answer, and from one step to the next."""
+
+    def __init__(self) -> None:
+        self.answer = self.step = 0.0
+
+    @property
+    def silence(self) -> float:
+        """Seconds without an answer after which a process is hung."""
+        return max(ANSWER, TIMES * self.answer)
+
+    @property
+    def standstill(self) -> float:
+        """Seconds without a step after which a head that trains is hung."""
+        return max(PROGRESS, TIMES * self.step)
+
+    def note(self, pulse: Pulse, now: float, took: float, position: Hashable, idle: bool, stepped: bool) -> None:
+        """A process has answered.
+
+        Args:
+            pulse: its own.
+            took: seconds that the answer took.
+            position: changes whenever the process does something.
+            idle: whether it waits for others, and so needn't move.
+            stepped: whether it has taken a step since it started.
+        """
+        pulse.answered = now
+        self.answer = max(self.answer, took)
+        if position != pulse.position or idle:
+            if pulse.stepped and not idle:
+                self.step = max(self.step, now - pulse.moved)
+            pulse.moved, pulse.position = now, position
+        pulse.stepped = pulse.stepped or stepped
+
+    def hung(self, pulse: Pulse, now: float, asked: float | None) -> str:
+        """Why a process counts as hung; empty if it doesn't.
+
+        Args:
+            asked: since when it owes an answer; None if it doesn't.
+        """
+        if pulse.answered is None:
+            return ""
+        if asked is not None and now - asked > self.silence:
+            return f"it hasn't answered for {now - asked:.0f} s (others took at most {self.answer:.1f} s)"
+        limit = self.standstill if pulse.stepped else STARTING
+        if now - pulse.moved > limit:
+            usual = f"; a step took at most {self.step:.1f} s" if pulse.stepped else ""
+            return f"it answers, but hasn't moved for {now - pulse.moved:.0f} s{usual}"
+        return ""

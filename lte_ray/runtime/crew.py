@@ -1,0 +1,150 @@
+"""The head actors of a run, seen from the driver: started, watched, and started again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from lte_ray.engine.deadlines import Deadlines, Pulse
+from lte_ray.messages import HeadStatus
+from lte_ray.runtime.hub import Hub
+
+
+@dataclass(eq=False)
+class Member:
+    """One actor's place: its heads, and the process that is there now, if one is.
+
+    Attributes:
+        numbers: of its heads.
+        strategy: where it is scheduled.
+        actor, run: the process, and the call that trains; None while there is none.
+        incarnation: how many there were before.
+        due: when the next one is to start (monotonic), where one is.
+        asked: the status call that isn't answered yet, and since when.
+        lost: when the last one died; None once the next has taken a step.
+    """
+
+    numbers: tuple[int, ...]
+    strategy: Any
+    actor: Any = None
+    run: Any = None
+    incarnation: int = 0
+    due: float | None = None
+    asked: tuple[Any, float] | None = None
+    lost: float | None = None
+    pulse: Pulse = field(default_factory=Pulse)
+    over: bool = False
+
+    @property
+    def name(self) -> str:
+        """As people read it."""
+        first, last = self.numbers[0], self.numbers[-1]
+        return f"head {first}" if first == last else f"heads {first}-{last}"
+
+
+class Crew:
+    """Starts the processes of heads and keeps track of them.
+
+    Args:
+        hub: whom they contribute to.
+        launch: starts an actor for these heads under this scheduling strategy and incarnation.
+        end: ends one.
+    """
+
+    def __init__(self, hub: Hub, launch: Callable[[tuple[int, ...], Any, int], Any], end: Callable[[Any], None]) -> None:
+        self._hub, self._launch, self._end = hub, launch, end
+        self.members: list[Member] = []
+        self.deadlines = Deadlines()
+
+    def add(self, numbers: tuple[int, ...], strategy: Any) -> Member:
+        """A new place, with its first process."""
+        member = Member(numbers, strategy)
+        self.members.append(member)
+        self.start(member)
+        return member
+
+    def launch_all(self, places: Sequence[tuple[tuple[int, ...], Any]]) -> None:
+        """The first processes; they begin to train when the coordinator is there."""
+        for numbers, strategy in places:
+            member = Member(numbers, strategy)
+            member.actor = self._launch(numbers, strategy, 0)
+            self.members.append(member)
+
+    def start(self, member: Member) -> None:
+        """Starts the process that this place lacks, and has it train."""
+        if member.actor is None:
+            member.actor = self._launch(member.numbers, member.strategy, member.incarnation)
+        member.run = member.actor.run.remote(self._hub.coordinator, self._hub.epoch)
+        member.due, member.asked, member.pulse = None, None, Pulse()
+
+    def clear(self, member: Member) -> None:
+        """What was there is gone, or is ended now."""
+        if member.actor is not None:
+            self._end(member.actor)
+        member.actor = member.run = member.asked = None
+        member.incarnation += 1
+        member.lost = time.monotonic()
+
+    def drop(self, member: Member) -> None:
+        """The place is given up."""
+        self.members.remove(member)
+
+    @property
+    def training(self) -> list[Member]:
+        """Those whose process trains."""
+        return [member for member in self.members if member.run is not None]
+
+    @property
+    def busy(self) -> bool:
+        """Whether anybody trains, or is to start again."""
+        return any(not member.over for member in self.members)
+
+    def ended(self, patience: float) -> list[Member]:
+        """Those whose `run` has ended, after up to `patience` seconds."""
+        running = {member.run: member for member in self.training}
+        if not running:
+            time.sleep(patience)
+            return []
+        done, _ = ray.wait(list(running), num_returns=1, timeout=patience)
+        more, _ = ray.wait(list(running), num_returns=len(running), timeout=0)
+        return [running[ref] for ref in {*done, *more}]
+
+    def look(self) -> list[HeadStatus]:
+        """Asks those that train how they are; what has been answered since the last look."""
+        found: list[HeadStatus] = []
+        for member in self.training:
+            if member.asked is None:
+                member.asked = (member.actor.status.remote(), time.monotonic())
+        waiting = {member.asked[0]: member for member in self.training if member.asked is not None}
+        answered, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0.2) if waiting else ([], [])
+        now = time.monotonic()
+        for ref in answered:
+            member = waiting[ref]
+            assert member.asked is not None
+            asked, member.asked = member.asked[1], None
+            try:
+                statuses: tuple[HeadStatus, ...] = ray.get(ref)
+            except ray.exceptions.RayError:
+                continue  # `run` of the same actor says it better
+            first = member.pulse.answered is None
+            position = tuple((s.step, s.version, s.state) for s in statuses)
+            idle = all(s.state in ("waiting", "done", "quarantined") for s in statuses)
+            stepped = any(s.first_step_at is not None for s in statuses)
+            self.deadlines.note(member.pulse, now, 0.0 if first else now - asked, position, idle, stepped)
+            if stepped:
+                member.lost = None
+            found += statuses
+        return found
+
+    def hung(self) -> list[tuple[Member, str]]:
+        """Those that have stopped, and how one knows."""
+        now, found = time.monotonic(), []
+        for member in self.training:
+            why = self.deadlines.hung(member.pulse, now, member.asked[1] if member.asked is not None else None)
+            if why:
+                found.append((member, why))
+        return found

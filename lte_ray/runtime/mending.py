@@ -1,0 +1,252 @@
+"""What the driver does about processes that die or hang, so that the others needn't notice."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from lte_ray import checkpoint
+from lte_ray.engine.deadlines import Pulse
+from lte_ray.engine.recovery import recover
+from lte_ray.errors import CoordinatorLost, HeadLost, LTEError, StorageError, WorkerFailed
+from lte_ray.messages import Report
+from lte_ray.runtime.crew import Member
+from lte_ray.runtime.placement import Places
+from lte_ray.runtime.resuming import resumed
+from lte_ray.runtime.start import Start
+from lte_ray.runtime.told import translated
+
+if TYPE_CHECKING:
+    from lte_ray.runtime.session import Session
+
+ANSWER = 10.0
+"""Seconds that heads have to say what they know when the coordinator is lost; who doesn't is started anew."""
+
+GROW = 15.0
+"""Seconds between two looks whether the cluster has room for another head."""
+
+
+class Mending:
+    """Restarts heads and the coordinator of one session.
+
+    Args:
+        session: whose processes they are.
+        places: where heads are.
+    """
+
+    def __init__(self, session: Session, places: Places) -> None:
+        self._session, self._places = session, places
+        self._asked: tuple[Any, float] | None = None  # the coordinator's status that isn't answered yet, and since when
+        self._pulse = Pulse()
+        self._grown = time.monotonic()
+
+    def look(self) -> None:
+        """Looks after all of it once: the coordinator first, since heads go on from what it says."""
+        session = self._session
+        why = self._coordinator_trouble() or session.hub.sick_shard(session.crew.deadlines.silence)
+        if why:
+            self._recover(why)
+        for member, hung in session.crew.hung():
+            self._head_lost(member, HeadLost(f"The process of {member.name} hangs: {hung}"), event="head_hung")
+        now = time.monotonic()
+        for member in session.crew.members:
+            if member.due is not None and member.due <= now:
+                session.crew.start(member)
+                session.log.event("head_restarts", heads=list(member.numbers), incarnation=member.incarnation)
+        self._grow(now)
+
+    def _coordinator_trouble(self) -> str:
+        """Why the coordinator doesn't answer; empty if it does, or may still."""
+        session, deadlines, now = self._session, self._session.crew.deadlines, time.monotonic()
+        if self._asked is None:
+            self._asked = (session.hub.coordinator.status.remote(session.seen), now)
+        ref, asked = self._asked
+        if not ray.wait([ref], timeout=0.2)[0]:
+            return deadlines.hung(self._pulse, time.monotonic(), asked) if self._pulse.answered is not None else ""
+        self._asked = None
+        try:
+            status = ray.get(ref)
+        except ray.exceptions.RayActorError as error:
+            return str(translated(error, "the coordinator"))
+        except ray.exceptions.RayTaskError as error:
+            raise translated(error, "the coordinator") from error
+        first = self._pulse.answered is None
+        deadlines.note(self._pulse, time.monotonic(), 0.0 if first else time.monotonic() - asked, status.version, True, False)
+        session.take(status)
+        return ""
+
+    # -- heads ---------------------------------------------------------------------------------------------------------
+
+    def head_ended(self, member: Member, error: LTEError) -> None:
+        """A process of heads has ended with this error.
+
+        Raises:
+            LTEError: the run can't, or mustn't, go on.
+        """
+        if isinstance(error, CoordinatorLost):
+            self._recover(str(error))
+        if not isinstance(error, WorkerFailed | HeadLost | CoordinatorLost):
+            raise error  # the policy's, or the coordinator's own: all heads say the same
+        self._head_lost(member, error)
+
+    def check_quarantined(self, member: Member) -> None:
+        """A process has ended its work; says so if that is since its contributions were refused."""
+        session = self._session
+        for number in member.numbers:
+            status = session.statuses[number]
+            if status.state == "quarantined":
+                session.log.event("head_quarantined", head=number, why=status.note)
+        session.check_heads()
+
+    def _head_lost(self, member: Member, error: LTEError, event: str = "head_lost") -> None:
+        session, crew = self._session, self._session.crew
+        statuses = [session.statuses[n] for n in member.numbers if n in session.statuses]
+        step = max((s.step for s in statuses), default=0)
+        merged = sum(n in record.heads for record in session.merges for n in member.numbers)
+        raised = error.traceback.strip().splitlines()[-1] if isinstance(error, WorkerFailed) else ""
+        cause = error.__cause__
+        remedy = session.failures.head(
+            member.numbers,
+            merged,
+            error.step or step if isinstance(error, WorkerFailed) else step,
+            others=sum(len(other.numbers) for other in crew.members if other is not member),
+            raised=raised,
+            preempted=bool(getattr(cause, "preempted", False)),
+            ever_trained=any(s.step for s in session.statuses.values()),
+        )
+        why = str(error).strip().splitlines()
+        session.log.event(
+            event,
+            heads=list(member.numbers),
+            incarnation=member.incarnation,
+            step=step,
+            why=f"{why[0]} {raised}".strip()[:300],
+            remedy=remedy.action,
+            delay=remedy.delay,
+        )
+        crew.clear(member)
+        with contextlib.suppress(ray.exceptions.RayError):  # the next coordinator learns it otherwise
+            ray.get(session.hub.coordinator.lose.remote(member.numbers, remedy.action == "drop"), timeout=ANSWER)
+        if remedy.action == "stop":
+            if remedy.why and isinstance(error, HeadLost):
+                raise HeadLost(f"{error} ({remedy.why})") from error
+            raise error
+        if remedy.action == "drop":
+            crew.drop(member)
+            for number in member.numbers:
+                session.statuses.pop(number, None)
+            session.log.event("head_dropped", heads=list(member.numbers), why=remedy.why)
+            return
+        member.due = time.monotonic() + remedy.delay
+
+    def _grow(self, now: float) -> None:
+        """Adds a head where the run may have more and the cluster has room."""
+        session, most = self._session, self._session.failure.max_heads
+        count = sum(len(member.numbers) for member in session.crew.members)
+        if not most or count >= most or now - self._grown < GROW or any(m.over or m.due for m in session.crew.members):
+            return
+        self._grown = now
+        number = max(n for member in session.crew.members for n in member.numbers) + 1
+        if number >= len(session.initial.plans):
+            return
+        strategy = self._places.more()
+        if strategy is not None:
+            session.crew.add((number,), strategy)
+            session.log.event("head_added", head=number)
+
+    # -- the coordinator -----------------------------------------------------------------------------------------------
+
+    def _recover(self, why: str) -> None:
+        """Another coordinator goes on from what the heads know.
+
+        Raises:
+            RunError: it died too often.
+        """
+        session, hub, crew = self._session, self._session.hub, self._session.crew
+        remedy = session.failures.other()
+        session.log.event("coordinator_lost", why=why.splitlines()[0][:300], version=session.seen, remedy=remedy.action)
+        hub.stop()
+        self._asked, self._pulse = None, Pulse()
+        if remedy.action == "stop":
+            raise CoordinatorLost(f"{why} ({remedy.why})" if remedy.why else why)
+        epoch = hub.epoch + 1
+        reports = self._reports(epoch)
+        start, astray = self._start(reports, epoch)
+        session.rewind(start.version)
+        hub.begin(start)
+        for member in [m for m in crew.training if set(m.numbers) & astray]:
+            crew.clear(member)
+            member.due = time.monotonic()
+        for member in crew.training:
+            member.actor.connect.remote(hub.coordinator, epoch)
+        gone = [n for m in crew.members if m.run is None and not m.over for n in m.numbers]
+        hub.coordinator.lose.remote(gone, False)
+        for member in crew.members:
+            for number in member.numbers if member.over else ():
+                hub.coordinator.leave.remote(number)
+        session.log.event("coordinator_restarts", epoch=epoch, version=start.version, reports=len(reports))
+
+    def _reports(self, epoch: int) -> list[Report]:
+        """What the heads' processes know; those that don't answer are ended, so that they can't go on with the old one."""
+        crew = self._session.crew
+        there = [member for member in crew.members if member.actor is not None]
+        asked = {member.actor.report.remote(epoch): member for member in there}
+        answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER) if asked else ([], [])
+        reports = []
+        for ref in answered:
+            try:
+                report = ray.get(ref)
+            except ray.exceptions.RayError:
+                continue  # its `run` says it, too
+            if report is not None:
+                reports.append(report)
+        for ref in silent:
+            member = asked[ref]
+            if member.pulse.answered is not None and not member.over:
+                self._head_lost(member, HeadLost(f"The process of {member.name} didn't say what it knows within {ANSWER:g} s"))
+        return reports
+
+    def _start(self, reports: list[Report], epoch: int) -> tuple[Start, frozenset[int]]:
+        """From where to go on, and the heads that must start anew."""
+        session = self._session
+        saved = session.checkpoint
+        found = recover(reports)
+        if found is None or (saved is not None and saved > found.version):
+            if saved is None or saved == session.start.version:
+                return _again(session.start, epoch), frozenset()
+            start = resumed(session.common, session.initial, saved, session.common.settings.lte.num_heads)
+            return _again(start, epoch), frozenset(n for report in reports for n in report.heads)
+        references = dict(found.references)
+        states: frozenset[int] = frozenset()
+        if saved is not None:
+            with contextlib.suppress(StorageError, KeyError, ValueError):
+                manifest = checkpoint.read_manifest(session.common.directory, saved)
+                states = frozenset(manifest.heads)
+                standings = manifest.facts.get("standings", {})
+                for head, factors in checkpoint.read_references(session.common.directory, manifest).items():
+                    held = found.held.get(head)
+                    same = held is not None and standings.get(str(head), {}).get("sequence") == held.sequence
+                    if head in found.unknown and same:
+                        references[head] = session.common.transport.publish(factors)
+        start = Start(
+            version=found.version,
+            base=found.base,
+            references=references,
+            standings=found.held,
+            ledger=found.ledger,
+            taken={head: held.step for head, held in found.held.items()},
+            granted=found.granted,
+            saved=saved,
+            exact=session.start.exact - found.granted.keys() if found.version == session.start.version else frozenset(),
+            states=states,
+            epoch=epoch,
+        )
+        return start, found.astray
+
+
+def _again(start: Start, epoch: int) -> Start:
+    return replace(start, epoch=epoch)

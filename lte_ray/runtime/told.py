@@ -1,0 +1,32 @@
+"""What a call to an actor gave: its result, or Ray's error as one of ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+
+from lte_ray.errors import CoordinatorLost, HeadLost, LTEError, RunError, UserError
+from lte_ray.messages import HeadStatus
+
+
+def got(ref: Any, who: str, status: HeadStatus | None = None) -> Any:
+    """The result of a call to `who`; errors are raised as ours."""
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayError as error:
+        raise translated(error, who, status) from error
+
+
+def translated(error: Exception, who: str, status: HeadStatus | None = None) -> LTEError:
+    """Ray's error as ours: the one that was raised inside the actor, or that its process is gone."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, UserError):
+        return RunError(f"{who}: {cause}")
+    if isinstance(cause, LTEError):
+        return cause
+    if isinstance(error, ray.exceptions.RayActorError | ray.exceptions.OutOfMemoryError):
+        at = f" at local step {status.step}" if status is not None and status.step else ""
+        kind = CoordinatorLost if who == "the coordinator" else HeadLost
+        return kind(f"The process of {who} died{at}: {error}")
+    return RunError(f"{who} failed: {error}")

@@ -1,0 +1,9 @@
+"""A run's folder, on any filesystem that pyarrow or fsspec knows, and patience with storage that fails for a while."""
+
+from __future__ import annotations
+
+from lte_ray.storage.directory import RUN, RunDirectory
+from lte_ray.storage.patience import trouble
+from lte_ray.storage.tries import PART
+
+__all__ = ["PART", "RUN", "RunDirectory", "trouble"]

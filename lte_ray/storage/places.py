@@ -1,0 +1,51 @@
+"""Where a storage is, and what can be said of filesystems in general."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from lte_ray.errors import StorageError
+
+WHOLE = ("s3", "gcs", "abfs")
+"""pyarrow's object stores: a file is there when it is complete, so it needs no other name until then."""
+
+
+def open_place(storage: str) -> tuple[Any, str]:
+    """The filesystem of a folder or URI, and the path on it. Raises whatever it can't be opened with."""
+    if "://" not in storage:
+        return pafs.LocalFileSystem(), str(Path(storage).expanduser().absolute())
+    try:
+        filesystem, path = pafs.FileSystem.from_uri(storage)
+    except pa.ArrowInvalid:  # a scheme of fsspec's
+        import fsspec
+
+        other, path = fsspec.core.url_to_fs(storage)
+        filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(other))
+    return filesystem, path
+
+
+def check_inside(relative: str) -> None:
+    """Raises StorageError unless a relative path stays inside the folder that it is relative to."""
+    parts = relative.split("/") if isinstance(relative, str) else [".."]
+    if any(part in ("", ".", "..") or "\0" in part or "\\" in part for part in parts):
+        raise StorageError(
+            f"{repr(relative)[:80]} isn't a path inside the run directory: it must be relative, made of plain names, "
+            "without '..', backslashes and NUL."
+        )
+
+
+def replace_file(filesystem: Any, first: str, path: str) -> None:
+    """Gives a complete file its name, in place of one that has it."""
+    try:
+        filesystem.move(first, path)
+    except Exception as error:
+        # HDFS and the like don't replace: the old one goes first.
+        refuses = isinstance(error, FileExistsError) or filesystem.type_name == "hdfs"
+        if not refuses or filesystem.get_file_info(path).type != pafs.FileType.File:
+            raise
+        filesystem.delete_file(path)
+        filesystem.move(first, path)

@@ -1,0 +1,92 @@
+"""Single tries of what a run directory does. Each may be made again after it failed, and then does what is left to do."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import posixpath
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from lte_ray.storage.places import WHOLE, replace_file
+
+PART = ".part"
+"""End of the name of a file that isn't complete."""
+
+
+def write(filesystem: Any, path: str, data: bytes) -> None:
+    """Writes a file under another name, and gives it its own when all bytes have arrived; leaves nothing if it fails."""
+    first = path if filesystem.type_name in WHOLE else path + PART
+    filesystem.create_dir(posixpath.dirname(path), recursive=True)
+    try:
+        with filesystem.open_output_stream(first) as stream:
+            stream.write(data)
+        check(filesystem, first, len(data))
+        if first != path:
+            replace_file(filesystem, first, path)
+    except BaseException:
+        if first != path:
+            with contextlib.suppress(Exception):
+                filesystem.delete_file(first)
+        raise
+
+
+def check(filesystem: Any, path: str, expected: int) -> None:
+    """Raises OSError if storage took less than it was given without saying so."""
+    found = filesystem.get_file_info(path).size
+    if found is not None and found != expected:
+        raise OSError(errno.EIO, f"{found} of {expected} bytes have arrived")
+
+
+def read(filesystem: Any, path: str, limit: int | None) -> bytes:
+    """The bytes of a regular file, at most `limit`."""
+    info = filesystem.get_file_info(path)
+    if info.type == pafs.FileType.Directory:
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    if info.type == pafs.FileType.Unknown:  # a pipe would never end
+        raise IsADirectoryError(errno.EISDIR, "it isn't a regular file")
+    if limit is not None and info.size is not None and info.size > limit:
+        raise ValueError(f"it has {info.size} bytes where at most {limit} are expected")
+    with filesystem.open_input_stream(path) as stream:
+        return bytes(stream.readall())
+
+
+def delete(filesystem: Any, path: str) -> None:
+    """Removes a file, a link (never what it leads to) or a folder, or does nothing."""
+    if filesystem.type_name == "local" and os.path.islink(path):
+        os.unlink(path)
+        return
+    kind = filesystem.get_file_info(path).type
+    if kind == pafs.FileType.NotFound:
+        return
+    try:
+        (filesystem.delete_dir if kind == pafs.FileType.Directory else filesystem.delete_file)(path)
+    except FileNotFoundError as error:  # somebody else removes it, too
+        if filesystem.get_file_info(path).type != pafs.FileType.NotFound:
+            raise OSError(errno.EBUSY, "others remove parts of it at the same time") from error
+
+
+class Append:
+    """Adds to the end of a local file that nobody else writes. What a failed try has added is cut off before the next."""
+
+    def __init__(self, filesystem: Any, path: str, data: bytes) -> None:
+        self._filesystem, self._path, self._data = filesystem, path, data
+        self._before: int | None = None
+
+    def __call__(self) -> None:
+        """One try."""
+        before = self.undo()
+        self._before = before
+        with self._filesystem.open_append_stream(self._path) as stream:
+            stream.write(self._data)
+        check(self._filesystem, self._path, before + len(self._data))
+
+    def undo(self) -> int:
+        """Cuts off what was added; gives the bytes that are there."""
+        found = int(self._filesystem.get_file_info(self._path).size or 0)
+        if self._before is None or found <= self._before:
+            return found
+        os.truncate(self._path, self._before)
+        return self._before

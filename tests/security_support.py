@@ -1,0 +1,21 @@
+"""What a file given to --config comes to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lte_ray.cli.flags import Parsed, parse
+from lte_ray.errors import UserError
+from workers.regression import Regression
+
+GOOD = "workers.regression:Regression"
+
+
+def outcome(path: Path, *flags: str, worker: type | None = Regression) -> Parsed | UserError | int:
+    """Settings, one of our errors, or the exit code where a flag doesn't parse; anything else is raised."""
+    try:
+        return parse(worker, GOOD, ["--config", str(path), *flags])
+    except UserError as error:
+        return error
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else -1

@@ -1,0 +1,94 @@
+"""Secrets stay out of run.toml and of messages, and are asked for again where they are needed."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from security_support import GOOD, outcome
+
+from lte_ray import runs
+from lte_ray.cli.flags import Parsed
+from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
+from lte_ray.engine.settings import Settings
+from lte_ray.errors import ConfigError, UserError, WorkerError
+from lte_ray.export.rebuild import make_worker
+from lte_ray.storage import RunDirectory
+from workers.regression import Regression
+
+
+class Needy:
+    """A worker that takes secrets."""
+
+    def __init__(self, api_token: str, password: str = "", tokens: int = 5, source: str = "/data") -> None:
+        self.api_token, self.password, self.tokens, self.source = api_token, password, tokens, source
+
+    def build_model(self) -> None: ...
+    def train_batches(self) -> None: ...
+    def loss(self) -> None: ...
+    def evaluate(self) -> None: ...
+
+
+def recorded(worker: Any, storage: StorageConfig, path: Path, merge: MergeConfig | None = None) -> str:
+    """The text of ``run.toml`` as a run writes it."""
+    lte, train = LTEConfig(), TrainConfig()
+    made = Settings("a", lte, merge or MergeConfig(), train)
+    directory = RunDirectory.of(str(path / "runs"), "a")
+    runs.create(directory, runs.record(worker, GOOD, made, PlacementConfig(), storage, FailureConfig()), storage)
+    return (path / "runs" / "a" / "run.toml").read_text()
+
+
+def test_secrets_are_not_written_and_asked_for_again(tmp_path: Path) -> None:
+    """run.toml says which are left out; --config refuses to go on without them, and takes them as flags."""
+    worker = Needy("SECRET", "hunter2", source="s3://KEY:SECRET@bucket/data")
+    text = recorded(worker, StorageConfig(storage="s3://KEY:SECRET@bucket/runs?region=eu"), tmp_path)
+    assert not {s for s in ("SECRET", "hunter2", "KEY") if s in text}
+    record = tomllib.loads(text)
+    assert record["omitted"] == ["worker.api_token", "worker.password", "worker.source"]
+    assert record["worker"] == {"tokens": 5}
+    assert record["storage"] == "s3://bucket/runs?region=eu"
+    file = tmp_path / "runs" / "a" / "run.toml"
+    found = outcome(file, worker=Needy)
+    assert isinstance(found, ConfigError)
+    assert "leaves out --worker.api-token, --worker.password, --worker.source" in str(found)
+    given = ("--worker.api-token", "again", "--worker.password=x", "--worker.source", "/d")
+    parsed = outcome(file, *given, worker=Needy)
+    assert isinstance(parsed, Parsed)
+    assert (parsed.worker.api_token, parsed.worker.password, parsed.worker.tokens) == ("again", "x", 5)
+    assert isinstance(outcome(file), ConfigError | Parsed)  # another worker has other arguments
+
+
+def test_a_run_without_secrets_omits_nothing(tmp_path: Path) -> None:
+    """The key is there only if something is left out; a secret that has its default isn't asked for."""
+    assert "omitted" not in recorded(Regression(), StorageConfig(), tmp_path)
+
+
+def test_an_export_says_which_secret_is_missing(tmp_path: Path) -> None:
+    """The worker can't be made again without; the message says how to give it."""
+    record = tomllib.loads(recorded(Needy("SECRET"), StorageConfig(), tmp_path))
+    with pytest.raises(WorkerError, match=r"needs api_token, which run.toml leaves out .* worker=Needy\(api_token=\.\.\."):
+        make_worker(record | {"program": f"{__file__}:Needy"})
+
+
+def test_a_policys_secrets_are_not_written(tmp_path: Path) -> None:
+    """Its arguments are treated as the worker's."""
+    (tmp_path / "mine.py").write_text("def mine(pending, roster, *, hub_token='', rate=1.0): ...")
+    merge = MergeConfig(policy=f"{tmp_path / 'mine.py'}:mine", policy_args={"hub_token": "SECRET", "rate": 2.0})
+    text = recorded(Regression(), StorageConfig(), tmp_path, merge)
+    assert "SECRET" not in text
+    assert tomllib.loads(text)["omitted"] == ["policy.hub_token"]
+    found = outcome(tmp_path / "runs" / "a" / "run.toml")
+    assert isinstance(found, ConfigError)
+    assert "--policy.hub-token" in str(found)
+
+
+def test_storage_errors_hide_credentials() -> None:
+    """Also what pyarrow and fsspec say of a URI that they can't open."""
+    for uri in ("s3://KEY:SEC/RET@bucket/x?what=1", "s3://b/x?secret_key=SECRET", "nowhere://me:SECRET@host/x"):
+        with pytest.raises(UserError) as raised:
+            RunDirectory.of(uri, "a")
+        assert "SEC" not in str(raised.value)
+        assert "RET" not in str(raised.value)
+    assert RunDirectory.of("memory://KEY:SECRET@bucket/x", "a").display == "memory://bucket/x/a"
