@@ -46,7 +46,8 @@ class Contribution:
     merging kept the head from training meanwhile.
 
     `batches` and `lanes` are the head's data position, `grant` is the newest grant of lanes that it took and `released` what it
-    gave away; `seals` are checksums of the buffers as they were sent.
+    gave away; `seals` are checksums of the buffers as they were sent, and `norm` is that of the whole change, where the
+    head has computed it.
     """
 
     run: str
@@ -66,6 +67,7 @@ class Contribution:
     grant: int = 0
     released: Grant | None = None
     seals: tuple[int, ...] = ()
+    norm: float | None = None
     buffer: Any = field(default=None, repr=False, compare=False)
 
 
@@ -117,8 +119,8 @@ class Order:
 class Begin:
     """Where a head starts: at what the base holds of it.
 
-    `reference` refers to its factors there (None where B' = 0). `saved` is a checkpoint that holds its state: with `exact` all of
-    it is taken over, else what the base doesn't say (the optimizer's state).
+    `reference` refers to its factors there (None where B' = 0). `saved` is a checkpoint that holds its state: with `exact` all
+    of it is taken over, else what the base doesn't say (the optimizer's state).
     """
 
     standing: Standing
@@ -254,7 +256,8 @@ class HeadStatus:
     """A head's progress: answered at any time, also in the middle of a step.
 
     `bytes_up` are those of its contributions; `bytes_down` are what its process fetched for all its heads, in equal parts.
-    `refused` counts its contributions that couldn't be merged. `resyncs` is how often its process's copy of the base had drifted and was fetched anew; `note` says what is unusual.
+    `refused` counts its contributions that couldn't be merged. `resyncs` is how often its process's copy of the base had
+    drifted and was fetched anew; `note` says what is unusual.
     """
 
     head: int

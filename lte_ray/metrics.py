@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from lte_ray.errors import StorageError
 from lte_ray.messages import HeadStatus, MergeRecord
 from lte_ray.storage import RunDirectory
 
@@ -77,9 +78,11 @@ class MetricsLog:
     """Rows of ``metrics.jsonl``: one for every merge (kind "merge"), evaluation and event."""
 
     def __init__(self, directory: RunDirectory) -> None:
-        self._directory = directory
+        self._directory = dataclasses.replace(directory, patience=0.0)  # it is tried again soon, and nobody waits for it
         self._rows: list[str] = []
         self._flushed = time.monotonic()
+        self.trouble = ""
+        """Why the rows can't be written; empty if they can."""
 
     def rewind(self, version: int) -> None:
         """Drops the rows after `version`, which a resumed run writes again."""
@@ -122,8 +125,12 @@ class MetricsLog:
         due = now or self._directory.is_local or time.monotonic() - self._flushed >= REMOTE_EVERY
         if self._rows and due:
             self._flushed = time.monotonic()
-            self._directory.append(METRICS, ("\n".join(self._rows) + "\n").encode())
-            self._rows = []
+            try:
+                self._directory.append(METRICS, ("\n".join(self._rows) + "\n").encode())
+            except StorageError as error:
+                self.trouble = f"{METRICS} can't be written: {error}"  # the rows wait
+                return
+            self._rows, self.trouble = [], ""
 
     def _row(self, kind: str, **values: Any) -> None:
         self._rows.append(json.dumps(_finite({"kind": kind, **values}), allow_nan=False))

@@ -1,8 +1,8 @@
 """Points of the protocol at which a process can be made to die or stop, by a script: how faults are tested.
 
 Without a script `reached` does nothing. A script is a folder of files, one a fault: JSON with the `point`, what it must be
-reached with (`head`, `step`, `version`, ...: a number, reached when the value is that or more), and the `signal` that the process sends itself.
-A file is used once: it is renamed first, so that whoever takes the process's place doesn't meet it again.
+reached with (`head`, and `step`, `version`, ... that are at least the number given), and the `signal` that the process sends
+itself. A file is used once: it is renamed first, so that whoever takes the process's place doesn't meet it again.
 """
 
 from __future__ import annotations

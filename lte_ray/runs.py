@@ -14,7 +14,7 @@ import tomli_w
 from torch import Tensor
 
 from lte_ray import checkpoint
-from lte_ray.config import FailureConfig, LTEConfig, PlacementConfig, StorageConfig, flag
+from lte_ray.config import SECTIONS, FailureConfig, LTEConfig, PlacementConfig, StorageConfig, flag, toml
 from lte_ray.config.fields import is_integer
 from lte_ray.engine.initial import Initial, merged_state_dict
 from lte_ray.engine.settings import Settings
@@ -30,11 +30,16 @@ NONE = "None"
 """TOML has no such value; flags do."""
 
 
-def check_start(directory: RunDirectory, storage: StorageConfig, settings: Settings) -> checkpoint.Manifest | None:
-    """Whether the run may start there; gives the checkpoint to go on from, if it is to.
+def check_start(
+    directory: RunDirectory, storage: StorageConfig, settings: Settings
+) -> tuple[checkpoint.Manifest | None, list[str]]:
+    """Whether the run may start there.
+
+    Returns:
+        The checkpoint to go on from, if it is to and there is one, else None; and what the user should know, in lines.
 
     Raises:
-        StorageError: the name is taken, there is nothing to resume or overwrite, or the heads are others than before.
+        StorageError: the name is taken, what there is to resume is damaged or has other heads, or it isn't a run.
     """
     place = directory.display
     there = directory.exists()
@@ -46,32 +51,31 @@ def check_start(directory: RunDirectory, storage: StorageConfig, settings: Setti
     if there and storage.overwrite and not directory.exists(RUN):
         raise StorageError(f"{place} has no {RUN}, so it isn't a run of lte-ray; --overwrite won't remove it.")
     if not storage.resume:
-        return None
-    versions = checkpoint.complete(directory)
-    if not versions:
-        raise StorageError(f"--resume finds no complete checkpoint in {place}. Start the run without --resume.")
-    newest = _with_facts(directory, checkpoint.read_manifest(directory, versions[-1]))
-    manifest = newest if checkpoint.has_all_heads(newest) else checkpoint.newest_with_all_heads(directory)
-    if manifest is None:
-        which = f"the state of heads {list(newest.heads)} only" if newest.heads else "the main weights alone"
-        raise StorageError(
-            f"The newest checkpoint in {place} holds {which}, since not all heads were merged at its version, and so do those "
-            "before. Such a run can't be resumed without losing or repeating steps."
-        )
+        return None, []
+    if not there or not checkpoint.complete(directory):
+        if there and directory.names() and not directory.exists(RUN):
+            raise StorageError(f"{place} has no {RUN}, so it isn't a run of lte-ray; --resume won't write there.")
+        what = "has no complete checkpoint" if there else "isn't there"
+        return None, [f"{place} {what}: nothing to resume, the run starts from the beginning."]
+    manifest, notes = checkpoint.read_newest_intact(directory)
+    manifest = _with_facts(directory, manifest)
     before, asked = manifest.facts["lte"], json.loads(json.dumps(dataclasses.asdict(settings.lte)))
     # For settings that there weren't when the run was begun; `checkpoint.check_factors` finds out whether --adapt fits.
     default = json.loads(json.dumps(dataclasses.asdict(LTEConfig()))) | {"adapt": asked["adapt"]}
     before = {name: before.get(name, default[name]) for name in asked}
-    differing = [name for name in asked if asked[name] != before[name] and name != "strict"]  # which changes no head
+    same = ("strict", "num_heads")  # which change no head
+    differing = [name for name in asked if asked[name] != before[name] and name not in same]
     if differing:
         said = ", ".join(f"{flag(name)} was {before[name]} and is {asked[name]}" for name in differing)
         raise StorageError(f"{place} can't be continued with other heads: {said}. Give the settings as they were.")
-    heads = settings.lte.num_heads
+    heads = before["num_heads"]
     taken = manifest.facts.get("taken", manifest.facts["step"] * heads)  # which an older release didn't note
     if taken >= settings.train.steps * heads:
         raise StorageError(f"{place} has taken all {taken // heads} local steps a head already. Raise --steps to continue it.")
-    checkpoint.verify(directory, manifest)
-    return manifest
+    if heads != settings.lte.num_heads:
+        now = settings.lte.num_heads
+        notes.append(f"The run goes on with {now} heads in the place of {heads}; the data is dealt out anew.")
+    return manifest, notes
 
 
 def _with_facts(directory: RunDirectory, manifest: checkpoint.Manifest) -> checkpoint.Manifest:
@@ -131,6 +135,47 @@ def record(
         flat[OMITTED] = [*(f"worker.{name}" for name in ours), *(f"policy.{name}" for name in theirs)]
     flat |= {"policy": absolute(object_name(settings.merge.policy)), "policy_args": _named(of_policy)}
     return {**flat, "worker": _named(own)}
+
+
+def read_record(directory: RunDirectory) -> dict[str, Any]:
+    """What ``run.toml`` says.
+
+    Raises:
+        StorageError: there is none, or it is damaged.
+    """
+    if not directory.exists(RUN):
+        raise StorageError(f"There is no run in {directory.display}: it has no {RUN}. Correct --storage or the name.")
+    try:
+        return toml.parse(directory.read(RUN))
+    except ValueError as error:
+        raise StorageError(f"{directory.at(RUN)} is damaged: {error}.") from error
+
+
+def read_program(directory: RunDirectory) -> str:
+    """The worker that ``run.toml`` names. Raises StorageError as `read_record`, and if it names none."""
+    program = read_record(directory).get("program")
+    if not isinstance(program, str) or not program:
+        raise StorageError(f"{directory.at(RUN)} is damaged: it names no worker (program).")
+    return program
+
+
+def restored(directory: RunDirectory) -> dict[type, Any]:
+    """The settings that ``run.toml`` says, by their class.
+
+    Raises:
+        StorageError: it is damaged.
+        ConfigError: a setting is out of range.
+    """
+    content = read_record(directory)
+    made = {}
+    for kind in SECTIONS:
+        given = {f.name: content[f.name] for f in dataclasses.fields(kind) if f.name in content}
+        values = {n: None if v == NONE else tuple(v) if isinstance(v, list) else v for n, v in given.items()}
+        try:
+            made[kind] = kind(**values)
+        except TypeError as error:
+            raise StorageError(f"{directory.at(RUN)} is damaged: {error}.") from error
+    return made
 
 
 def export(directory: RunDirectory, initial: Initial, base: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import secrets
 import time
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     import ray.train
 
     from lte_ray.runtime.session import Session
+
+
+log = logging.getLogger("lte_ray")
 
 
 @dataclass
@@ -62,6 +66,39 @@ class LTETrainer:
         if isinstance(self.worker, type):
             self.worker = self.worker()
 
+    @classmethod
+    def restore(cls, path: str | os.PathLike[str], worker: Any = None, **changed: Any) -> LTETrainer:
+        """A trainer that goes on with the run in `path` (its directory, as ``Result.path`` has it, or a URI) from its newest
+        whole checkpoint, with the settings in its ``run.toml``; `fit` starts it.
+
+        The worker that ``run.toml`` names is imported: restore only runs of people whom you trust.
+
+        Args:
+            path: the run's directory.
+            worker: instead of the one that ``run.toml`` names: needed where that can't be imported, or holds a secret.
+            changed: arguments of `LTETrainer` in the place of those that the run had, e.g. `train` with more steps.
+
+        Raises:
+            StorageError: there is no run, or ``run.toml`` is damaged.
+            WorkerError: the worker can't be made.
+        """
+        from lte_ray.export.rebuild import make_worker
+
+        place, _, name = os.fspath(path).rstrip("/").rpartition("/")
+        check_run_name(name, "path")
+        directory = RunDirectory.of(place or "/", name)
+        record, said = runs.read_record(directory), runs.restored(directory)
+        given = {
+            "lte": said[LTEConfig],
+            "merge": said[MergeConfig],
+            "train": said[TrainConfig],
+            "scaling_config": said[PlacementConfig],
+            "failure": said[FailureConfig],
+            "program": record.get("program"),
+        }
+        storage = dataclasses.replace(said[StorageConfig], name=name, storage=place or "/", resume=True)
+        return cls(make_worker(record, worker), **{**given, "run_config": storage, **changed})
+
     def fit(self) -> ray.train.Result:
         """Runs the training to its end.
 
@@ -85,8 +122,10 @@ class LTETrainer:
         settings = Settings(name, self.lte, merge, self.train)
         failure.check_heads(self.lte.num_heads)
         initial = with_room(prepare(self.worker, settings), failure.max_heads)
-        directory = RunDirectory.of(storage.storage or _default_storage(), name, filesystem, patience=storage.storage_patience)
-        resume = runs.check_start(directory, storage, settings)
+        directory = RunDirectory.of(storage.storage or default_storage(), name, filesystem, patience=storage.storage_patience)
+        resume, notes = runs.check_start(directory, storage, settings)
+        for line in notes:
+            log.warning("%s", line)
 
         from lte_ray.runtime import placement as placing
         from lte_ray.runtime.common import Common, Keep
@@ -169,7 +208,8 @@ def _failure(config: Any) -> FailureConfig:
     return FailureConfig() if said is None else FailureConfig(max_failures=said.max_failures)
 
 
-def _default_storage() -> str:
+def default_storage() -> str:
+    """Where runs are kept if nobody says: Ray's own folder."""
     import ray.train
 
     return str(ray.train.RunConfig().storage_path)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lte_ray import checkpoint, runs
-from lte_ray.config import LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
+from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
 from lte_ray.data import Shard
 from lte_ray.engine.initial import prepare
 from lte_ray.engine.settings import Settings
@@ -314,7 +314,9 @@ def save_run(
     worker = worker or Models(kind)
     directory = RunDirectory.of(str(root), name)
     storage = StorageConfig(name=name, storage=str(root))
-    record = runs.record(worker, "export_support:Models", dataclasses.replace(given, run=name), PlacementConfig(), storage)
+    record = runs.record(
+        worker, "export_support:Models", dataclasses.replace(given, run=name), PlacementConfig(), storage, FailureConfig()
+    )
     runs.create(directory, record, storage)
     done = simulate(worker, given)
     if ahead:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,8 +16,9 @@ from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.data import Shard
 from lte_ray.engine.head import Head
 from lte_ray.engine.settings import Settings
+from lte_ray.engine.snapshot import State, snapshot
 from lte_ray.layout import Adapted, Plan, Replica
-from lte_ray.messages import Contribution
+from lte_ray.messages import Contribution, Save
 from lte_ray.worker import build_model, endless_batches
 
 WORDS, WIDTH, SAMPLES, BATCH = 7, 6, 96, 4
@@ -161,6 +164,17 @@ def dense_by_hand(plan: Plan, contribution: Tensor, reference: Tensor | None) ->
 
 def random_flat(size: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def state_of(head: Head) -> State:
+    """The head's state at the version that it has adopted, which holds all that it has heard was merged."""
+    return snapshot(head, Save(head.version, {head.head: head.merged.sequence}))
+
+
+def through_a_file(state: State) -> State:
+    """The state as a checkpoint keeps it: safetensors and JSON."""
+    tensors, meta = state
+    return safetensors.torch.load(safetensors.torch.save(tensors)), json.loads(json.dumps(meta))
 
 
 def offer(head: int, sequence: int = 1, **changes: object) -> Contribution:

@@ -11,7 +11,7 @@ import tomli_w
 from lte_ray import runs
 from lte_ray.cli.flags import parse
 from lte_ray.cli.main import main
-from lte_ray.config import SECTIONS, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig, flag
+from lte_ray.config import SECTIONS, FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig, flag
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError, StorageError
 from lte_ray.storage import RunDirectory
@@ -265,7 +265,9 @@ def test_a_runs_own_record_runs_it_again(tmp_path: Path) -> None:
     storage = StorageConfig(name="first", storage="relative", keep_checkpoints=None)
     settings = Settings("first", LTEConfig(exclude=("3",)), MergeConfig(merge_iter=3), TrainConfig(steps=7))
     directory = RunDirectory.of(str(tmp_path), "first")
-    runs.create(directory, runs.record(Regression(lr=0.5), GOOD, settings, PlacementConfig(), storage), storage)
+    runs.create(
+        directory, runs.record(Regression(lr=0.5), GOOD, settings, PlacementConfig(), storage, FailureConfig()), storage
+    )
     parsed = parse(Regression, GOOD, ["--config", str(tmp_path / "first" / "run.toml")])
     assert (parsed.lte, parsed.merge, parsed.train) == (settings.lte, settings.merge, settings.train)
     assert parsed.worker == Regression(lr=0.5)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Tiny, assert_near, make_settings
+from helpers import Tiny, assert_near, make_settings, state_of
 from torch import Tensor, nn
 
 from lte_ray.adapters.stand_in import computing
@@ -22,6 +22,7 @@ from lte_ray.engine.head import Head
 from lte_ray.engine.initial import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.simulate import Simulated, simulate
+from lte_ray.engine.snapshot import restore
 from lte_ray.engine.stack import Unstackable
 from lte_ray.errors import WorkerFailed
 from lte_ray.merging import Average, Decision, Merge, Pending, Roster, Scheduled, Wait
@@ -79,7 +80,7 @@ def assert_same_run(together: Simulated, apart: Simulated, tolerance: float) -> 
     """The bases and every head's factors, replicas and losses agree."""
     assert_near(together.base, apart.base, tolerance)
     for one, other in zip(together.heads, apart.heads, strict=True):
-        (tensors, _), (others, _) = one.state(), other.state()
+        (tensors, _), (others, _) = state_of(one), state_of(other)
         assert tensors.keys() == others.keys()
         for name in tensors:
             if not name.startswith("rng."):
@@ -245,7 +246,7 @@ def test_stacked_heads_go_on_from_a_saved_state() -> None:
     group = HeadGroup(Tiny(), settings, range(3), dtype=torch.float64, stack="always")
     base = half.base.clone()
     for head, saved in zip(group.heads, half.heads, strict=True):
-        head.load_state(*saved.state(), base)
+        restore(head, state_of(saved), base)
     contributions = group.train_round()
     assert [c.sequence for c in contributions] == [3, 3, 3]
     assert contributions[1].loss == pytest.approx(whole.merges[2].losses[1], rel=1e-12)

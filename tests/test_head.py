@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import pytest
-import safetensors.torch
 import torch
-from helpers import EPS32, DenseHead, Tiny, assert_near, make_settings
+from helpers import EPS32, DenseHead, Tiny, assert_near, make_settings, state_of, through_a_file
 from torch import Tensor, nn
 
 from lte_ray.adapters import LTELinear
 from lte_ray.engine.head import Head
 from lte_ray.engine.initial import prepare
+from lte_ray.engine.snapshot import restore
 from lte_ray.layout import Plan
 from lte_ray.merging.flat import base_replicas, replica_part, views
 from lte_ray.messages import Contribution, Verdict
@@ -202,10 +201,9 @@ def test_a_restored_head_goes_on_bitwise_the_same(optimizer: str, reset: str) ->
     head, base = make_head(worker, reset=reset)
     one = base + 0.1
     accept(head, head.train_round(), 1, one)
-    tensors, meta = head.state()
-    stored = safetensors.torch.load(safetensors.torch.save(tensors)), json.loads(json.dumps(meta))
+    tensors, meta = state_of(head)
     restored = Head(worker, head.settings, 0, dtype=torch.float64, incarnation=1)
-    restored.load_state(*stored, one)
+    restore(restored, through_a_file((tensors, meta)), one)
     for sequence in (2, 3):
         expected, found = head.train_round(), restored.train_round()
         assert torch.equal(found.buffer, expected.buffer)

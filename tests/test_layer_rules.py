@@ -20,6 +20,7 @@ from lte_ray.config import (
     BASE_DTYPES,
     BIASES,
     KINDS,
+    FailureConfig,
     LayerConfig,
     LTEConfig,
     MergeConfig,
@@ -455,7 +456,7 @@ def test_flags_of_the_wrong_type_leave_with_two(arguments: list[str], capsys: py
 def round_trip(path: Path, lte: LTEConfig, train: TrainConfig, placement: PlacementConfig, merge: MergeConfig) -> Parsed:
     """What the run.toml of such a run gives for another run."""
     storage = StorageConfig(name="r", storage=str(path))
-    record = runs.record(Regression(width=4), PROGRAM, Settings("r", lte, merge, train), placement, storage)
+    record = runs.record(Regression(width=4), PROGRAM, Settings("r", lte, merge, train), placement, storage, FailureConfig())
     (path / "run.toml").write_bytes(tomli_w.dumps(runs._plain(record)).encode())
     return parsed("--config", str(path / "run.toml"))
 

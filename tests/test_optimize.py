@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
-from helpers import BATCH, EPS32, SAMPLES, WORDS, Net, Tiny, assert_near, make_settings
+from helpers import BATCH, EPS32, SAMPLES, WORDS, Net, Tiny, assert_near, make_settings, state_of, through_a_file
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -25,6 +23,7 @@ from lte_ray.engine.initial import prepare
 from lte_ray.engine.optimize import Update, build_optimizer
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.simulate import simulate
+from lte_ray.engine.snapshot import restore
 from lte_ray.errors import ConfigError, WorkerFailed
 from lte_ray.layout import Adapted, Plan, Replica
 from lte_ray.messages import Verdict
@@ -49,10 +48,10 @@ def started(worker: Any, made: Settings, head: int = 0, dtype: torch.dtype = tor
 
 def restored(head: Head, worker: Any, made: Settings) -> Head:
     """Another head that goes on from this one's state, through safetensors and JSON."""
-    tensors, meta = head.state()
+    tensors, meta = state_of(head)
     other = Head(worker, made, head.head, dtype=head.dtype, incarnation=1)
     base = prepare(worker, made, head.dtype).base
-    other.load_state(safetensors.torch.load(safetensors.torch.save(tensors)), json.loads(json.dumps(meta)), base)
+    restore(other, through_a_file((tensors, meta)), base)
     return other
 
 
@@ -232,10 +231,10 @@ def test_the_loss_scale_survives_a_checkpoint() -> None:
     assert torch.equal(other.train_round().buffer, head.train_round().buffer)
     plain = started(worker, settings(), dtype=torch.float32)
     assert restored(plain, worker, made).update.scaler.get_scale() == 65536.0
-    tensors, meta = plain.state()
+    tensors, meta = state_of(plain)
     del meta["optimizer"]["scaler"]
     other = Head(worker, made, 0)
-    other.load_state(tensors, meta, prepare(worker, made).base)
+    restore(other, (tensors, meta), prepare(worker, made).base)
     assert other.update.scaler.get_scale() == 65536.0
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
-from helpers import EPS64, Net, Tiny, assert_near, dense_by_hand, make_settings
+from helpers import EPS64, Net, Tiny, assert_near, dense_by_hand, make_settings, state_of, through_a_file
 from torch import Tensor, nn
 
 from lte_ray import checkpoint
@@ -20,6 +19,7 @@ from lte_ray.engine.head import Head
 from lte_ray.engine.initial import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.simulate import simulate
+from lte_ray.engine.snapshot import restore
 from lte_ray.merging import Average, Scheduled
 from lte_ray.merging.flat import as_matrix, as_stored, views
 from lte_ray.messages import Verdict
@@ -232,9 +232,9 @@ def test_a_restored_head_goes_on_bitwise_the_same(form: str, worker: Tiny, lte: 
     head, base = started(worker, made)
     head.train_round()
     head.adopt(Verdict(0, 1, True, 1), 1, base + 0.1)
-    tensors, meta = head.state()
+    tensors, meta = state_of(head)
     other = Head(worker, made, 0, dtype=torch.float64, incarnation=1)
-    other.load_state(safetensors.torch.load(safetensors.torch.save(tensors)), json.loads(json.dumps(meta)), base + 0.1)
+    restore(other, through_a_file((tensors, meta)), base + 0.1)
     for sequence in (2, 3):
         expected, found = head.train_round(), other.train_round()
         assert torch.equal(found.buffer, expected.buffer)
@@ -261,7 +261,7 @@ def test_checkpoints_hold_no_codes(form: str, tmp_path: Path) -> None:
     head, base = started(Many(), settings(form, **EVERYTHING))
     head.train_round()
     head.adopt(Verdict(0, 1, True, 1), 1, base + 0.1)
-    tensors, meta = head.state()
+    tensors, meta = state_of(head)
     kinds = {name.partition(".")[0] for name in tensors}
     assert kinds == {"factor", "reference", "optimizer", "rng"}  # everything has factors here: no replicas
     assert {n for n in tensors if n.startswith("factor.")} == {f"factor.{n}" for n in head.converted.factors}
@@ -293,8 +293,8 @@ def test_users_own_buffers_are_kept_beside_the_codes(form: str) -> None:
     head, base = started(Counting(), settings(form))
     head.train_round()
     head.adopt(Verdict(0, 1, True, 1), 1, base)
-    tensors, meta = head.state()
+    tensors, meta = state_of(head)
     assert {n for n in tensors if n.startswith("buffer.")} == {"buffer.count", "buffer.up.seen"}
     other = Head(Counting(), head.settings, 0, dtype=torch.float64)
-    other.load_state(tensors, meta, base)
+    restore(other, (tensors, meta), base)
     assert other.model.count == 3.0

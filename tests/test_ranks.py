@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import random
 from collections.abc import Sequence
@@ -11,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
-from helpers import Net, Tiny, assert_near, dense_by_hand, make_settings, offer, random_flat
+from helpers import Net, Tiny, assert_near, dense_by_hand, make_settings, offer, random_flat, state_of, through_a_file
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -27,6 +25,7 @@ from lte_ray.engine.head import Head
 from lte_ray.engine.initial import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.simulate import simulate
+from lte_ray.engine.snapshot import restore
 from lte_ray.errors import StorageError
 from lte_ray.layout import Plan
 from lte_ray.merging import Average, Merge, Pending, Roster, Scheduled, Wait
@@ -180,12 +179,12 @@ def test_a_restored_head_of_any_rank_goes_on_bitwise_the_same(head: int, reset: 
     one.start(0, base)
     one.train_round()
     one.adopt(Verdict(head, 1, True, 1), 1, base + 0.1)
-    tensors, meta = one.state()
+    tensors, meta = state_of(one)
     assert ("reference" in tensors) == (reset == "none")
     if reset == "none":
         assert tensors["reference"].shape == (one.plan.factors_size,)
     other = Head(worker, made, head, dtype=torch.float64, incarnation=1)
-    other.load_state(safetensors.torch.load(safetensors.torch.save(tensors)), json.loads(json.dumps(meta)), base + 0.1)
+    restore(other, through_a_file((tensors, meta)), base + 0.1)
     for sequence in (2, 3):
         expected, found = one.train_round(), other.train_round()
         assert torch.equal(found.buffer, expected.buffer)
@@ -226,9 +225,11 @@ def written(directory: RunDirectory, worker: Tiny, made: Settings, *, old: bool)
     for verdict in outcome.verdicts:
         head = heads[verdict.head]
         head.adopt(verdict, 1, coordinator.base.clone())
-        tensors, meta = head.state()
+        tensors, meta = state_of(head)
         if old:
-            del meta["batches"], meta["optimizer"]["scaler"]
+            for new in ("batches", "lanes", "grant", "released", "offered", "position"):
+                del meta[new]
+            del meta["optimizer"]["scaler"]
         files.append(checkpoint.write_head(directory, 1, head.head, tensors, meta))
     lte = dataclasses.asdict(made.lte)
     facts = {"run": made.run, "step": 3, "lte": {name: lte[name] for name in OLD} if old else lte}
@@ -250,14 +251,14 @@ def test_a_checkpoint_of_before_and_of_now_is_resumed_bitwise(directory: RunDire
     worker = Tiny(dropout=0.3, optimizer="adamw")
     made = make_settings() if old else settings()
     _, heads, base = written(directory, worker, made, old=old)
-    manifest = runs.check_start(directory, RESUME, made)
+    manifest, _ = runs.check_start(directory, RESUME, made)
     assert manifest is not None
     initial = prepare(worker, made, torch.float64)
     checkpoint.check_factors(directory, manifest, initial.plans)
     assert torch.equal(checkpoint.read_base(directory, manifest, initial.plan), base)
     for head in heads:
         other = Head(worker, made, head.head, dtype=torch.float64, incarnation=1)
-        other.load_state(*checkpoint.read_head(directory, manifest, head.head), base)
+        restore(other, checkpoint.read_head(directory, manifest, head.head), base)
         assert torch.equal(other.train_round().buffer, head.train_round().buffer)
 
 
@@ -294,15 +295,15 @@ def test_a_run_of_before_whose_convolutions_had_no_factors_says_how_to_go_on(dir
     worker, made = Convolutional(), make_settings()
     linear = dataclasses.replace(made, lte=dataclasses.replace(made.lte, adapt=("linear",)))
     _, heads, base = written(directory, worker, linear, old=True)
-    manifest = runs.check_start(directory, RESUME, made)
+    manifest, _ = runs.check_start(directory, RESUME, made)
     assert manifest is not None
     with pytest.raises(StorageError, match=r"other factors; they differ in conv.weight. .* --adapt linear"):
         checkpoint.check_factors(directory, manifest, prepare(worker, made, torch.float64).plans)
-    manifest = runs.check_start(directory, RESUME, linear)
+    manifest, _ = runs.check_start(directory, RESUME, linear)
     assert manifest is not None
     checkpoint.check_factors(directory, manifest, prepare(worker, linear, torch.float64).plans)
     other = Head(worker, linear, 1, dtype=torch.float64)
-    other.load_state(*checkpoint.read_head(directory, manifest, 1), base)
+    restore(other, checkpoint.read_head(directory, manifest, 1), base)
     assert torch.equal(other.train_round().buffer, heads[1].train_round().buffer)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transfer_support import FORMATS, large
 
-from lte_ray.merging.transfer import seal
+from lte_ray.merging.transfer import check_seals, seal
 
 TYPES = [torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -37,7 +37,7 @@ def test_a_seal_sees_any_flipped_bit(sizes: list[int], which: int, dtype: torch.
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_a_seal_sees_order_ends_and_types(dtype: torch.dtype) -> None:
-    """Swapped or missing buffers, elements that change places, a shorter or longer one, bytes moved over a boundary, another type."""
+    """Swapped or missing buffers, elements that change places, shorter and longer ones, another boundary or type."""
     a, b = filled(100, dtype, 1), filled(100, dtype, 2)
     others = [
         [b, a],
@@ -78,6 +78,22 @@ def test_sealed_contributions_in_every_format(transfer: str, topk: float) -> Non
         changed = [buffer.clone() for buffer in buffers]
         changed[index][-1] ^= 1
         assert seal(changed) != before
+
+
+def test_each_buffer_is_compared_with_its_own_seal() -> None:
+    """Equal ones pass; the first that was changed or swapped is named."""
+    buffers = [filled(50, torch.uint8, seed) for seed in range(3)]
+    seals = [seal([buffer]) for buffer in buffers]
+    check_seals(buffers, seals)
+    check_seals([], [])
+    changed = buffers[1].clone()
+    changed[7] ^= 16
+    told = rf"buffer 1 didn't arrive as it was sent \(checksum {seal([changed]):08x}, expected {seals[1]:08x}\)"
+    with pytest.raises(ValueError, match=told):
+        check_seals([buffers[0], changed, buffers[2]], seals)
+    with pytest.raises(ValueError, match="buffer 0 didn't arrive"):
+        check_seals([buffers[1], buffers[0], buffers[2]], seals)
+    check_seals([changed], [])  # of a sender that makes none
 
 
 @pytest.mark.gpu

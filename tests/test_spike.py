@@ -53,7 +53,7 @@ def test_single_spikes_pass() -> None:
 
 @given(st.lists(st.floats(-1, 1), min_size=20, max_size=200), st.floats(0.9, 1.0))
 def test_a_loss_that_falls_or_wavers_is_no_spike(noise: list[float], fall: float) -> None:
-    """l_t = l_0 fall^t (1 +- 12 %): 12 % over a median that may itself be 12 % low is z = 1.12 / 0.88 / 0.05 at the most, below 6."""
+    """l_t = l_0 fall^t (1 +- 12 %): at the most z = (1.12 / 0.88 - 1) / 0.05 = 5.5."""
     watch = SpikeWatch(16, 6.0, patience=1)
     assert not any(watch.add(5 * fall**turn * (1 + 0.12 * each)) for turn, each in enumerate(noise))
 

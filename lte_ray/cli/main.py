@@ -23,6 +23,7 @@ lte-ray: train networks with many parallel LoRA heads on Ray
 usage: lte-ray train WORKER [flags]
        lte-ray export RUN OUT --to FORMAT [flags]
        lte-ray simulate [WORKER] [flags]
+       lte-ray audit RUN
 
   WORKER   what to train: package.module:Class or path/to/file.py:Class
   RUN      the directory of a run, as train prints it at the end
@@ -36,6 +37,7 @@ examples:
   lte-ray train my/file.py:Net --config settings.toml --name second-try
   lte-ray simulate --num-heads 4 --speeds 1 1 1 4 --when arrival --no-wait
   lte-ray export ~/ray_results/second-try second-try.safetensors --to safetensors
+  lte-ray audit ~/ray_results/second-try
 """
 
 
@@ -80,6 +82,12 @@ def _simulate(arguments: list[str]) -> None:
     simulate(arguments)
 
 
+def _audit(arguments: list[str]) -> None:
+    from lte_ray.cli.audit import audit
+
+    audit(arguments)
+
+
 class Command(NamedTuple):
     """A subcommand: what it runs, its arguments for messages, and what to say when it is interrupted."""
 
@@ -92,6 +100,7 @@ COMMANDS = {
     "train": Command(_train, "WORKER [flags]", "Complete checkpoints are kept; go on from the last with --resume."),
     "export": Command(_export, "RUN OUT --to FORMAT [flags]", "Nothing was written."),
     "simulate": Command(_simulate, "[WORKER] [flags]", "Nothing was written."),
+    "audit": Command(_audit, "RUN", "Nothing was written."),
 }
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import tempfile
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -12,10 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from lte_ray.cli.flags import Parsed, parse
+from lte_ray.config import check_run_name
 from lte_ray.display import volume
 from lte_ray.errors import WorkerError
 from lte_ray.loading import load_object
 from lte_ray.redact import without_credentials
+from lte_ray.storage import RunDirectory
 
 if TYPE_CHECKING:
     import ray.train
@@ -27,6 +32,10 @@ def train(arguments: list[str]) -> None:
     Raises:
         LTEError: as `LTETrainer.fit`, and for a worker that can't be loaded.
     """
+    named = _named_run(arguments)
+    if named is not None:
+        _show(_restored(*named))
+        return
     program, rest = (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else (None, arguments)
     if program is None:
         if not {"-h", "--help"} & set(rest):
@@ -40,6 +49,41 @@ def train(arguments: list[str]) -> None:
         raise WorkerError(f"WORKER {program!r} is a {type(kind).__name__}, not a class.")
     parsed = parse(kind, program, rest)
     _show(_fit(program, kind, parsed))
+
+
+def _named_run(arguments: list[str]) -> tuple[str, list[str]] | None:
+    """The run that ``--resume NAME`` names, and the other flags; None where a WORKER comes first and it is a switch."""
+    if not arguments or not arguments[0].startswith("-") or "--resume" not in arguments:
+        return None
+    at = arguments.index("--resume")
+    if at + 1 == len(arguments) or arguments[at + 1].startswith("-"):
+        return None
+    return arguments[at + 1], arguments[:at] + arguments[at + 2 :]
+
+
+def _restored(name: str, rest: list[str]) -> ray.train.Result:
+    """Goes on with a run as its ``run.toml`` says; flags win over it."""
+    from lte_ray import runs
+    from lte_ray.storage import RUN
+    from lte_ray.trainer import default_storage
+
+    check_run_name(name, "--resume")
+    place = next((value for flag, value in pairwise([*rest, ""]) if flag == "--storage"), None)
+    place = place or next((f.partition("=")[2] for f in rest if f.startswith("--storage=")), None) or default_storage()
+    directory = RunDirectory.of(place, name)
+    program = runs.read_program(directory)
+    console = Console(stderr=True, highlight=False)
+    console.print(Text(f"{directory.display} goes on with {program}, as its {RUN} says."))
+    kind = load_object(program, what=f"The worker that {RUN} names,", error=WorkerError)
+    if not inspect.isclass(kind):
+        raise WorkerError(f"{program!r}, which {RUN} names, is a {type(kind).__name__}, not a class.")
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Path(folder) / RUN
+        settings.write_bytes(directory.read(RUN))
+        if not any(f == "--storage" or f.startswith("--storage=") for f in rest):
+            rest = [*rest, "--storage", place]
+        parsed = parse(kind, program, ["--config", str(settings), *rest, "--name", name, "--resume"])
+    return _fit(program, kind, parsed)
 
 
 def _fit(program: str, kind: type, parsed: Parsed) -> ray.train.Result:

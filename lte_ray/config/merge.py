@@ -66,8 +66,8 @@ class MergeConfig:
         for name in ("max_norm_z", "rollback_z"):
             if 0 < getattr(self, name) < 1:
                 raise ConfigError(
-                    f"{flag(name)} is {getattr(self, name)}, but it must be 0 (off) or at least 1: half of all that is well lies "
-                    "two thirds of a standard deviation or more from the median."
+                    f"{flag(name)} is {getattr(self, name)}, but it must be 0 (off) or at least 1: what is well lies up to "
+                    "two or three standard deviations above the median."
                 )
         if not 0 < self.replica_topk <= 1:
             raise ConfigError(f"--replica-topk is {self.replica_topk}, but it must be above 0 and at most 1.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from bisect import insort
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -30,7 +30,7 @@ from lte_ray.errors import PolicyError
 from lte_ray.layout import Plan
 from lte_ray.merging.flat import views
 from lte_ray.merging.policy import Decision, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Try, Wait
-from lte_ray.merging.products import Share, dense_part, new_reference
+from lte_ray.merging.products import Share, dense_part, new_reference, squared_norm
 from lte_ray.messages import Contribution, MergeRecord, Order, Standing, Verdict
 
 PATIENCE = 20
@@ -47,7 +47,7 @@ class _Received:
     contribution: Contribution
     at: float
     share: Share
-    norm: float
+    norm: float | None
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Coordinator:
         references: the factors that `base` holds of each head, flat.
         taken, granted: local steps that heads have taken before, and up to which they may.
         standings: what `base` holds of each head.
+        members: the heads of the run, where some have left it or come to it since its start; the data of others are free.
         data: whose which batches are.
         clock: gives seconds; policies see it.
     """
@@ -90,13 +91,13 @@ class Coordinator:
         taken: Mapping[int, int] | None = None,
         granted: Mapping[int, int] | None = None,
         standings: Mapping[int, Standing] | None = None,
+        members: Collection[int] | None = None,
         data: DataLedger | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings, self.plan, self.policy = settings, plan, policy
         self.version = version  # the newest, which counts merges
         self._master = None if base is None else Master(base, version, references or {})
-        self.live = set(range(settings.lte.num_heads))
         self.waiting_for = ""
         self._asked = 0  # how often in a row the policy waited though nobody else was to come
         self.wakes_at: float | None = None
@@ -106,12 +107,17 @@ class Coordinator:
         self._clock, self._dtype = clock, torch.float32 if base is None else base.dtype
         self._largest_scaling = max([1.0, *(abs(a.scaling) for each in set(self.plans) for a in each.adapted)])
         self._references: dict[int, Tensor | None] = dict(references or {})
-        self.members = set(range(settings.lte.num_heads))
+        first = range(settings.lte.num_heads)
+        self.members = set(first if members is None else members) & {*first, *(standings or {})}
         """Heads that belong to the run: each contribution counts 1/N, with N their number."""
-        lanes = {n: initial(n, settings.lte.num_heads) for n in self.members}
-        self.standings = {n: Standing(lanes=lanes[n]) for n in self.members} | dict(standings or {})
+        lanes = {n: initial(n, settings.lte.num_heads) for n in first}
+        self.standings = {n: Standing(lanes=lanes[n]) for n in first} | dict(standings or {})
         """What the newest version holds of each head."""
         self.data = data or DataLedger(lanes)
+        for gone in self.data.heads - self.members:
+            self.data.drop(gone)
+        self.live = {n for n in self.members if self.data.ready(n)}
+        """Heads that train, and that others may have to wait for."""
         self.guard = Guard(settings.merge)
         self._pending: dict[int, _Received] = {}
         # Incarnation and sequence last received, by head.
@@ -160,16 +166,20 @@ class Coordinator:
         if reason:
             return self.refused(contribution, reason)
         wrong = misshapen(buffer, self.plans[head].contribution.size, self._dtype)
-        total = 0.0 if wrong else squares(buffer)
-        norm = math.sqrt(total)
-        poison = poisonous(total, self._largest_scaling) or self.guard.judge(head, norm, contribution.steps)
+        poison = "" if wrong else poisonous(squares(buffer), self._largest_scaling)
+        share = Elsewhere() if wrong or poison else self._share(head, buffer)
+        norm = contribution.norm
+        if norm is None and self.settings.merge.max_norm_z and not isinstance(share, Elsewhere):
+            norm = math.sqrt(squared_norm(share))
+        if norm is not None and not (wrong or poison):
+            poison = self.guard.judge(head, norm, contribution.steps)
         wrong = wrong or self._out_of_place(contribution)
         if wrong or poison:
             return self.unfit(contribution, wrong or poison, poison=bool(poison))
         self._newest[head] = (contribution.incarnation, contribution.sequence)
         self.pace.note(head, contribution.steps, contribution.seconds)
         self.budget.note(head, contribution.step)
-        self._pending[head] = _Received(contribution, self._clock(), self._share(head, buffer), norm)
+        self._pending[head] = _Received(contribution, self._clock(), share, norm)
         insort(self._shown, self._show(head), key=lambda p: p.head)
         return self._decide()
 
@@ -188,6 +198,8 @@ class Coordinator:
         Raises:
             PolicyError: as `receive`.
         """
+        if head not in self.members:  # it was new, and hadn't joined
+            return Outcome((), ())
         pending = self._pending.get(head)
         self.budget.lose(head, pending.contribution.step if pending else self.standings[head].step)
         return self.leave(head)
@@ -195,8 +207,8 @@ class Coordinator:
     def join(self, head: int, incarnation: int, fresh: bool = False) -> None:
         """A head (re)starts; nothing of its predecessor's may be pending. Only this incarnation is heard from now on.
 
-        It goes on from what the base holds of it (`standings`); or, if `fresh`, with B = 0, and its predecessor's factors stay in
-        the base as weights of its own. A head that is new to the run waits for lanes of data until `ready`.
+        It goes on from what the base holds of it (`standings`); or, if `fresh`, with B = 0, and its predecessor's factors stay
+        in the base as weights of its own. A head that is new to the run waits for lanes of data until `ready`.
         """
         assert head not in self._pending
         if head not in self.members:
@@ -205,9 +217,13 @@ class Coordinator:
             self.members.add(head)
             self.budget.admit(head, self.standings[head].step)
             self.data.admit(head, self.live)
-        self.live.add(head)
+            fresh = True  # whatever the base holds of one that had this number before isn't this one's
+        if self.data.ready(head):  # else nobody may wait for it: those that are to give it lanes do so when they are merged
+            self.live.add(head)
         if fresh:
             self._references.pop(head, None)
+            if self._master is not None:
+                self._master.forget(head)
         self._newest[head] = (incarnation, 0 if fresh else self.standings[head].sequence)
 
     def ready(self, head: int) -> bool:
@@ -216,6 +232,7 @@ class Coordinator:
 
     def start(self, head: int) -> Standing:
         """What a head that begins now goes on from; batches that it has trained and not contributed are its to train again."""
+        self.live.add(head)
         self.standings[head] = replace(self.standings[head], lanes=self.data.lanes(head))
         return self.standings[head]
 
@@ -225,6 +242,8 @@ class Coordinator:
         Raises:
             PolicyError: as `receive`.
         """
+        if head not in self.members:
+            return Outcome((), ())
         verdicts: tuple[Verdict, ...] = ()
         if head in self._pending:  # its data are trained by others
             verdicts = (self._verdict(head, False, f"head {head} has left the run"),)
@@ -232,9 +251,8 @@ class Coordinator:
             self._shown = [self._show(other) for other in self.pending]
         self.live.discard(head)
         self.budget.lose(head, self.standings[head].step)
-        if head in self.members and len(self.members) > 1:
-            self.members.discard(head)
-            self.data.drop(head)
+        self.members.discard(head)
+        self.data.drop(head)
         outcome = self._decide()
         return Outcome((*verdicts, *outcome.verdicts), outcome.merges)
 
@@ -290,6 +308,7 @@ class Coordinator:
         After the third in a row the head is quarantined: it leaves the run, and its data go to others.
         """
         self._newest[c.head] = (c.incarnation, c.sequence)
+        self.budget.note(c.head, c.step)  # they were taken, whatever became of them
         quarantined = self.guard.refused(c.head)
         verdict = Verdict(c.head, c.sequence, False, self.version, reason, poison=poison, quarantined=quarantined)
         later = self.drop(c.head) if quarantined else Outcome((), ())
@@ -346,7 +365,7 @@ class Coordinator:
 
     def _ask(self) -> Decision:
         pending = list(self._shown)
-        roster = Roster(len(self.members), frozenset(self.live), self.version, self._clock(), self.plan.base)
+        roster = Roster(max(1, len(self.members)), frozenset(self.live), self.version, self._clock(), self.plan.base)
         decision = self._guarded(lambda: self.policy.decide(pending, roster))
         if not isinstance(decision, Wait | Merge | MergeChange | Discard | Try):
             raise PolicyError(
@@ -427,7 +446,9 @@ class Coordinator:
         self.standings[head] = Standing(c.incarnation, c.sequence, self.version, step, samples, c.batches, c.lanes)
         if c.lanes:
             self.data.merged(head, c.lanes, c.grant, c.released)
-        self.guard.merged(head, self._pending[head].norm, c.steps)
+        norm = self._pending[head].norm
+        if norm is not None and c.steps:  # one that holds nothing doesn't show that its head is well again
+            self.guard.merged(head, norm, c.steps)
 
     def _operation(self, decision: Merge | MergeChange, heads: list[int], weights: Mapping[int, float]) -> Operation:
         if isinstance(decision, MergeChange):

@@ -11,8 +11,8 @@ from typing import Any
 from lte_ray.config import MergeConfig
 
 WINDOW = 32
-"""Merged contributions, of all heads, that a new one is compared with. Norms fall while a run trains: over 64 the median lies so
-far above the newest that a hundred times the newest passed in 29 % of 4378 places of 24 runs, over 32 in 6 %."""
+"""Merged contributions, of all heads, that a new one is compared with. Norms fall while a run trains: over 64 of them the
+median lies so far above the newest that a hundred times the newest passed in 29 % of 4378 places (24 runs); over 32, in 6 %."""
 
 ENOUGH = 16
 """Merged contributions without which nothing is judged: a median of fewer tells little."""
@@ -32,8 +32,8 @@ through. Norms that fall by orders of magnitude within the window spread widely 
 extraordinary; above 1.75 their deviation would let through what is 1.75^8 = 88 times the median."""
 
 GROWTH = 0.75
-"""Norms are compared after division by steps^GROWTH: k steps that agree move weights by k, steps of noise by sqrt(k). Heads that
-contributed after ten times the others' steps had norms of 10^0.5 to 10^1.07 times theirs, in the median 10^0.7 to 10^0.9."""
+"""Norms are compared after division by steps^GROWTH: k steps that agree move weights by k, steps of noise by sqrt(k). Heads
+that contributed after ten times the others' steps had norms of 10^0.5 to 10^1.07 times theirs, mostly 10^0.7 to 10^0.9."""
 
 
 class Guard:
@@ -47,11 +47,11 @@ class Guard:
     of the window may be outliers. Only z > `max_norm_z` is refused: a small contribution harms nothing.
 
     What is refused isn't merged, so the median alone would hold on to a level that has passed: where the learning rate is
-    raised a hundredfold, or warm-up begins at almost nothing, all heads would be refused for ever. So heads are witnesses: once the
-    newest contributions of more than half of the heads (of those in the last `WITNESSES` judgements), and at least two
-    contributions, were high and within `max_norm_z` times NARROWEST of the newest, it is the level that has changed. It is let
-    through, and the window begins anew with what these witnesses sent; nothing is judged until it holds `ENOUGH`. A faulty
-    minority is never let through; a faulty majority, and a lone head's second in a row, can't be told from a change.
+    raised a hundredfold, or warm-up begins at almost nothing, all heads would be refused for ever. So heads are witnesses:
+    once the newest contributions of more than half of the heads (of those in the last `WITNESSES` judgements), and at least
+    two contributions, were high and within `max_norm_z` times NARROWEST of the newest, it is the level that has changed. It
+    is let through, and the window begins anew with what these witnesses sent; nothing is judged until it holds `ENOUGH`. A
+    faulty minority is never let through; a faulty majority, and a lone head's second in a row, can't be told from a change.
 
     Args:
         settings: `max_norm_z` is read.

@@ -6,6 +6,7 @@ neither Ray nor other heads; whoever drives it carries contributions and bases t
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,7 @@ from lte_ray.engine.state import user_buffers
 from lte_ray.engine.weights import MainWeights
 from lte_ray.errors import LTEError, WorkerFailed
 from lte_ray.merging.flat import base_replicas, factor_views, factors_part, gather, replica_part, replica_views
+from lte_ray.merging.products import Share, squared_norm
 from lte_ray.messages import Contribution, HeadStatus, HeadTimes, Order, Standing, Verdict
 from lte_ray.worker import Batch, Worker, batch_samples, build_model, to_device
 
@@ -124,9 +126,15 @@ class Head:
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def start(self, version: int, base: Tensor) -> None:
-        """Adopts the first base (flat, in the plan's base layout) before any step is taken."""
-        self._rebase(version, base, contained=None)
+    def start(self, version: int, base: Tensor, ahead: Mapping[str, Tensor] | None = None) -> None:
+        """Adopts the first base (flat, in the plan's base layout) before any step is taken.
+
+        Args:
+            version: of `base`.
+            base: the main weights and replicas.
+            ahead: what the head has trained of its replicas that the base doesn't hold, where it goes on from elsewhere.
+        """
+        self._rebase(version, base, contained=None, ahead=ahead)
         self._state = "training"
         self._noted = (time.perf_counter(), self._times.stalled)
 
@@ -323,7 +331,10 @@ class Head:
         """
         assert self._outstanding is not None
         buffers, self._outstanding = codec.encode(self._outstanding, self._reference)
-        return replace(contribution, buffer=buffers)
+        norm = None
+        if self.settings.merge.max_norm_z:  # computed here, where it costs the coordinator nothing
+            norm = math.sqrt(squared_norm(Share(1.0, self.plan, self._outstanding, self._reference)))
+        return replace(contribution, buffer=buffers, norm=norm)
 
     def _check_frozen(self) -> None:
         """Raises WorkerFailed if the model writes to parameters that don't train: they are neither merged nor saved."""
@@ -397,19 +408,26 @@ class Head:
                 self._rebase(newest, base, contained=None)
 
     @torch.no_grad()
-    def _rebase(self, version: int, base: Tensor, contained: Tensor | None, staged: Mapping[str, Tensor] | None = None) -> None:
-        ahead = self._steps_beyond(contained)
+    def _rebase(
+        self,
+        version: int,
+        base: Tensor,
+        contained: Tensor | None,
+        staged: Mapping[str, Tensor] | None = None,
+        ahead: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        ahead = self._steps_beyond(contained) if ahead is None else ahead
         if contained is not None:
             self._take_reference(contained)
         self._weights.bring(version, base)
         if not self._weights.takes_turns:
             self._weights.load(self._reference, staged or {})
         self._replica_reference = base_replicas(self.plan, base).to(self.device, copy=True)
-        self.move_replicas(ahead)
+        self._move_replicas(ahead)
         self.version = version
 
     @torch.no_grad()
-    def move_replicas(self, ahead: Mapping[str, Tensor]) -> None:
+    def _move_replicas(self, ahead: Mapping[str, Tensor]) -> None:
         """p := p' + what the base doesn't hold of it (nothing if `ahead` is empty)."""
         assert self._replica_reference is not None
         before = replica_views(self.plan, self._replica_reference)

@@ -91,7 +91,8 @@ def with_room(initial: Initial, heads: int) -> Initial:
         return initial
     if len(set(initial.plans)) > 1:
         raise ConfigError(
-            f"--max-heads is {heads}, but ranks or alphas are given for each of {len(initial.plans)} heads. Give one number for all."
+            f"--max-heads is {heads}, but ranks or alphas are given for each of {len(initial.plans)} heads. Give one number "
+            "for all."
         )
     return replace(initial, plans=initial.plans + initial.plans[-1:] * more)
 

@@ -83,7 +83,8 @@ class DataLedger:
         a = self._accounts
         if found := joined(a.owned(head)):
             a.merged[head] = found
-            a.grants.pop(head, None)
+            if applied := a.grants.pop(head, ()):  # its next contributions say so, for whoever falls back to an earlier state
+                a.grants[head] = (Grant(applied[-1].id, ()),)
         return found
 
     def ready(self, head: int) -> bool:
@@ -135,6 +136,12 @@ class DataLedger:
                 self._grant(head, a.free[:taken])
                 a.free = a.free[taken:]
         return a.grants.get(head, ()), a.asked.get(head, 0)
+
+    @property
+    def heads(self) -> set[int]:
+        """The heads that own lanes, or wait for some."""
+        a = self._accounts
+        return {*a.merged, *a.grants, *a.waiting}
 
     @property
     def free(self) -> Lanes:

@@ -68,6 +68,10 @@ class Master:
         self._queue.append(operation)
         self.version = operation.version
 
+    def forget(self, head: int) -> None:
+        """From here on no version holds factors of this head: what the base has of them is weights like any other."""
+        self.at(lambda version, base, references: self._references.pop(head, None))
+
     def catch_up(self) -> Tensor:
         """Carries out all that is queued and gives the base, which stays the master's own."""
         with self._lock:

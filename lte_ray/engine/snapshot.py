@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lte_ray.data.lanes import ordered
 from lte_ray.engine.state import optimizer_state, restore_optimizer
 from lte_ray.errors import StorageError
 from lte_ray.merging.flat import factors_part, replica_part, replica_views
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """Named CPU tensors, and JSON values."""
+
+
+UNUSABLE = (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, OverflowError)
+"""What comes of a saved state that isn't what it should be."""
 
 
 class Missed(Exception):
@@ -53,6 +58,8 @@ def snapshot(head: Head, save: Save) -> State:
         tensors |= {f"ahead.{name}": change for name, change in ahead.items()}
     else:  # as they are: adding the difference to the base again would round
         tensors |= {f"replica.{name}": p for name, p in head._replicas.items()}
+        adopted = replica_views(head.plan, head._replica_reference) if head._replica_reference is not None else {}
+        tensors |= {f"adopted.{name}": p for name, p in adopted.items() if head._replicas[name].dtype != head.dtype}
     tensors |= {f"buffer.{name}": b for name, b in head.buffers()}
     if head._losses:
         tensors["losses"] = torch.stack(head._losses)
@@ -90,38 +97,55 @@ def restore(head: Head, state: State, base: Tensor) -> None:
     tensors, meta = state
     try:
         _restore(head, tensors, meta, base)
-    except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
+    except UNUSABLE as error:
         raise StorageError(f"The saved state of head {head.head} can't be used: {type(error).__name__}: {error}.") from error
 
 
 @torch.no_grad()
 def _restore(head: Head, tensors: dict[str, Tensor], meta: dict[str, Any], base: Tensor) -> None:
-    step, samples = meta["since"]
-    standing = Standing(head.incarnation, meta["sequence"], meta["version"], step, samples)
+    step, samples = map(_count, meta["since"])
+    standing = Standing(head.incarnation, _count(meta["sequence"]), _count(meta["version"]), step, samples)
     head.resume(standing, tensors.get("reference"))
-    head.start(meta["version"], base)
+    direct = all(f"replica.{name}" in tensors for name in head._replicas)
+    ahead = None if direct else {name: tensors[f"ahead.{name}"].to(head.device) for name in head._replicas}
+    head.start(standing.version, base, ahead)
     for name, parameter in head._factors.items():
-        parameter.copy_(tensors[f"factor.{name}"])
-    if all(f"replica.{name}" in tensors for name in head._replicas):
+        _copy(parameter, tensors[f"factor.{name}"])
+    if direct:
+        assert head._replica_reference is not None
+        adopted = replica_views(head.plan, head._replica_reference)
         for name, replica in head._replicas.items():
-            replica.copy_(tensors[f"replica.{name}"])
-    else:
-        head.move_replicas({name: tensors[f"ahead.{name}"].to(head.device) for name in head._replicas})
+            _copy(replica, tensors[f"replica.{name}"])
+            if f"adopted.{name}" in tensors:
+                _copy(adopted[name], tensors[f"adopted.{name}"])
     for name, buffer in head.buffers():
-        buffer.copy_(tensors[f"buffer.{name}"])
-    head.step, head.samples, head._loss = meta["step"], meta["samples"], meta["loss"]
-    head._offered = Standing(head.incarnation, meta["sequence"], step=meta.get("offered", step))
+        _copy(buffer, tensors[f"buffer.{name}"])
+    head.step, head.samples, head._loss = _count(meta["step"]), _count(meta["samples"]), float(meta["loss"])
+    head._offered = Standing(head.incarnation, standing.sequence, step=_count(meta.get("offered", step)))
     head._losses = [loss.to(head.device) for loss in tensors["losses"]] if "losses" in tensors else []
     # An older release took one batch a step, and knew no lanes.
-    taken = meta.get("batches", meta["step"])
-    lanes: Lanes = tuple((n, s) for n, s in meta["lanes"]) if "lanes" in meta else head.feed.after(taken)
-    head.feed.move(taken, lanes, meta.get("grant", 0))
+    taken = _count(meta.get("batches", head.step))
+    lanes: Lanes = ordered(meta["lanes"]) if "lanes" in meta else head.feed.after(taken)
+    head.feed.move(taken, lanes, _count(meta.get("grant", 0)))
     released = meta.get("released")
     if released is not None:
-        head.feed.released = Grant(released[0], tuple((n, s) for n, s in released[1:]))
+        head.feed.released = Grant(_count(released[0]), ordered(released[1:]))
     restore_learning(head, state=(tensors, meta))
-    head.update.position = meta.get("position", float(head.step))
     head.rng.load_state(tensors, meta["rng"])
+    with head.rng.swapped_in():  # now, rather than in the first step, if the generators can't take it
+        pass
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} where a whole number, at least 0, is expected")
+    return value
+
+
+def _copy(into: Tensor, saved: Tensor) -> None:
+    if saved.shape != into.shape:  # `copy_` would spread a smaller one
+        raise ValueError(f"expected the shape {tuple(into.shape)}, found {tuple(saved.shape)}")
+    into.copy_(saved)
 
 
 def restore_learning(head: Head, state: State) -> None:
@@ -129,7 +153,7 @@ def restore_learning(head: Head, state: State) -> None:
     tensors, meta = state
     restore_optimizer(head.optimizer, head.schedule, tensors, meta["optimizer"])
     head.update.scaler.load_state_dict(meta["optimizer"].get("scaler") or head.update.scaler.state_dict())
-    head.update.position = meta.get("position", float(meta["step"]))
+    head.update.position = float(meta.get("position", meta["step"]))
 
 
 def rejoin(head: Head, standing: Standing, reference: Tensor | None, version: int, base: Tensor, saved: State | None) -> str:
@@ -148,11 +172,11 @@ def rejoin(head: Head, standing: Standing, reference: Tensor | None, version: in
             tensors, _ = saved
             with torch.no_grad():
                 for name, buffer in head.buffers():
-                    buffer.copy_(tensors[f"buffer.{name}"])
+                    _copy(buffer, tensors[f"buffer.{name}"])
                 if reference is None and head.settings.lte.reset == "B":
                     for spec in head.plan.adapted:
-                        head._factors[spec.a].copy_(tensors[f"factor.{spec.a}"])
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+                        _copy(head._factors[spec.a], tensors[f"factor.{spec.a}"])
+        except UNUSABLE as error:
             lacks = f"its saved optimizer state can't be used ({type(error).__name__}: {error})"
             head.optimizer.state.clear()
     position = head.update.position

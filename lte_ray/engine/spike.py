@@ -24,9 +24,9 @@ class SpikeWatch:
         z = (l - median(l_i)) / max(1.4826 median|l_i - median(l_i)|, NARROWEST |median(l_i)|).
 
     It is a spike once z was above the threshold, or the loss not finite, for `patience` merges in a row: a single bad batch
-    passes by itself. Suspicious losses don't enter the window, so a run that has blown up isn't what later merges are compared
-    with. A spike is told once. If nobody goes back (`reset`), the loss may come down by itself; once it has been high, and finite,
-    for as many merges as the window holds, its level is the run's own (other data, another phase), and is compared with.
+    passes by itself. Suspicious losses don't enter the window, so a run that has blown up isn't what later merges are
+    compared with. A spike is told once. If nobody goes back (`reset`), the loss may come down by itself; once it has been
+    high, and finite, for as many merges as the window holds, its level is the run's own (other data, another phase).
 
     Args:
         window: merges that are compared with.

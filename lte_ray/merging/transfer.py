@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from lte_ray.config.merge import MergeConfig
 from lte_ray.layout import Plan
 from lte_ray.merging.groups import Group, groups, part
 from lte_ray.merging.packing import Packing, kept, where_bytes
+from lte_ray.merging.seal import check_seals, seal
 
 __all__ = ["Codec", "Group", "check_seals", "checksum", "groups", "least_bytes", "part", "seal"]
 
@@ -166,32 +166,6 @@ def checksum(flat: Tensor) -> int:
         mixed ^= mixed << 13  # one to one too; not linear, so that two small changes don't cancel
         total += int(mixed.sum(dtype=torch.int64))
     return total % 2**64
-
-
-def seal(buffers: Sequence[Tensor]) -> int:
-    """A number of 32 bits that says whether a contribution's buffers arrived as they were sent: the CRC-32 of their bytes.
-
-    Sees every error within 32 bits in a row, and any other, swapped and shortened buffers among them, but for one in 2^32:
-    each buffer's type and length are counted with its bytes. It finds accidents; anyone who changes bytes on purpose can make
-    it fit.
-
-    Args:
-        buffers: of any type, packed uint8 among them; those on a GPU are copied to the CPU.
-    """
-    value = 0
-    for buffer in buffers:
-        value = crc32(f"{buffer.dtype} {tuple(buffer.shape)}".encode(), value)
-        flat = buffer.detach().contiguous().reshape(-1)
-        value = crc32(memoryview(flat.view(torch.uint8).cpu().numpy()), value)
-    return value
-
-
-def check_seals(buffers: Sequence[Tensor], seals: Sequence[int]) -> None:
-    """Raises ValueError unless each buffer arrived as it was sealed; without seals nothing is checked."""
-    for index, (buffer, sent) in enumerate(zip(buffers, seals, strict=False)):
-        found = seal([buffer])
-        if found != sent:
-            raise ValueError(f"its buffer {index} didn't arrive as it was sent (checksum {found:08x}, expected {sent:08x})")
 
 
 def _places(whole: Plan, own: Plan) -> tuple[slice, ...]:

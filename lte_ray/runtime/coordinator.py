@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,7 +33,7 @@ from lte_ray.runtime.publisher import Masters
 from lte_ray.runtime.records import Records
 from lte_ray.runtime.shards import Shards
 from lte_ray.runtime.start import Start
-from lte_ray.runtime.transport import Handle
+from lte_ray.runtime.transport import Handle, at_construction
 from lte_ray.runtime.updates import Updates
 from lte_ray.runtime.waiters import Waiters
 
@@ -49,7 +48,8 @@ LOOK = 0.01
 class CoordinatorStatus:
     """The merges since the driver last asked, the newest checkpoint, and whether the policy needs the evaluator.
 
-    `members` are the heads of the run; `trouble` says what is wrong with storage.
+    `members` are the heads of the run; `trouble` says what is wrong with storage; `saves` is what heads that have left, and so
+    hear nothing any more, are to write.
     """
 
     version: int
@@ -59,6 +59,7 @@ class CoordinatorStatus:
     needs_evaluator: bool = False
     members: tuple[int, ...] = ()
     trouble: str = ""
+    saves: tuple[Save, ...] = ()
 
 
 class CoordinatorActor:
@@ -79,9 +80,9 @@ class CoordinatorActor:
         self._common, self._start, settings = common, start, common.settings
         threads = common.threads(plans[0], plans[0])
         fetch = common.transport.fetch
-        with ThreadPoolExecutor(1) as beside:  # this is an event loop already, which mustn't be blocked
-            base = None if shards else beside.submit(fetch, start.base).result().clone()  # what came in is shared and read-only
-            references = {head: beside.submit(fetch, factors).result().clone() for head, factors in start.references.items()}
+        with at_construction():  # copies: what came in is shared and read-only
+            base = None if shards else fetch(start.base).clone()
+            references = {head: fetch(factors).clone() for head, factors in start.references.items()}
         self._engine = Coordinator(
             settings,
             plans[0],
@@ -197,9 +198,10 @@ class CoordinatorActor:
         """The run's evaluator, which the driver starts when it is needed."""
         self._merging.use_evaluator(evaluator)
 
-    async def freeze(self, early: bool) -> Save | None:
-        """Nothing is merged any more, and heads wait where they are. Gives the checkpoint of the last version, into which the
-        driver has the heads write, whatever they are doing; None if none is to be written, or it is being written.
+    async def freeze(self, early: bool) -> tuple[Save, ...]:
+        """Nothing is merged any more, and heads wait where they are.
+
+        Gives the checkpoints, that of the last version among them, into which the driver has heads write, whatever they do.
 
         Args:
             early: whether heads are on their way, so that their states differ from those in a checkpoint of that version.
@@ -207,12 +209,14 @@ class CoordinatorActor:
         self._merging.closing = True
         version, cuts, last = self._engine.version, self._cuts, self._records.last
         there = cuts.saved == version and not early and cuts.states >= self._records.present
-        if last is None or there or version in cuts or self._waiters.failure is not None:
-            return None
-        save = self._records.save(last)
-        cuts.wanted(tuple(save.sequences))
-        self._waiters.background(cuts.write_own(version, await self._masters.whole(references=True)))
-        return save
+        if self._waiters.failure is not None:
+            return ()
+        if not (last is None or there or version in cuts):
+            self._records.save(last)
+            self._waiters.background(cuts.write_own(version, await self._masters.whole(references=True)))
+        asked = cuts.untold(self._records.present)
+        cuts.wanted(tuple(self._records.present))
+        return asked
 
     async def complete(self, limit: float) -> bool:
         """Waits up to `limit` seconds for checkpoints that are being written; whether all are whole."""
@@ -261,4 +265,5 @@ class CoordinatorActor:
             self._merging.needs_evaluator,
             tuple(engine.members),
             storage.trouble() or self._cuts.trouble,
+            self._cuts.untold(self._records.present - engine.live),
         )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from functools import partial
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,6 +59,7 @@ class Courier:
         self._fence = threading.Lock()  # between what comes from a coordinator and the end of its time
         self.bytes_up = dict.fromkeys(numbers, 0)
         self._pool = ThreadPoolExecutor(len(numbers) + 1, "courier")
+        self._aside = ThreadPoolExecutor(1, "aside")  # the others may be waiting for answers
         self._sent: dict[Future[Arrived], int] = {}  # by whose head
         self._watching: Future[Arrived] | None = None
         self._stream: torch.cuda.Stream | None = None
@@ -122,7 +123,7 @@ class Courier:
 
     def beside(self, work: Callable[[], None]) -> None:
         """Does something in another thread."""
-        self._pool.submit(work)
+        self._aside.submit(work)
 
     def tell(self, method: str, *args: Any) -> None:
         """Tells the coordinator something."""

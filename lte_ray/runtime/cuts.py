@@ -103,6 +103,15 @@ class Cuts:
                 found.append(cut.save)
         return tuple(found)
 
+    def untold(self, heads: Collection[int]) -> tuple[Save, ...]:
+        """What these of the heads that haven't been asked yet are to write; changes nothing, so that any thread may ask."""
+        found = []
+        for cut in list(self._open.values()):
+            sequences = {head: cut.save.sequences[head] for head in cut.untold & set(heads)}
+            if sequences:
+                found.append(Save(cut.save.version, sequences))
+        return tuple(found)
+
     async def write_own(self, version: int, published: Published) -> None:
         """Writes the coordinator's part: the whole base, the references, and what the policy keeps."""
         cut, directory = self._open.get(version), self._common.directory

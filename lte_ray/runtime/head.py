@@ -274,7 +274,7 @@ class HeadActor:
 
     @ray.method(concurrency_group="ctl")
     def report(self, epoch: int) -> Report | None:
-        """What this process knows of the run; None if it knows nothing yet. Coordinators before `epoch` don't count any more."""
+        """What this process knows of the run; None if that is nothing. Coordinators before `epoch` don't count any more."""
         group, courier = self._group, self._courier
         if courier is None:
             if self._line is not None:

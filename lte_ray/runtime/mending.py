@@ -227,7 +227,8 @@ class Mending:
                 manifest = checkpoint.read_manifest(session.common.directory, saved)
                 states = frozenset(manifest.heads)
                 standings = manifest.facts.get("standings", {})
-                for head, factors in checkpoint.read_references(session.common.directory, manifest).items():
+                known = checkpoint.read_references(session.common.directory, manifest, session.initial.plans)
+                for head, factors in known.items():
                     held = found.held.get(head)
                     same = held is not None and standings.get(str(head), {}).get("sequence") == held.sequence
                     if head in found.unknown and same:

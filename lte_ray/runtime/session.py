@@ -25,7 +25,7 @@ from lte_ray.engine.failures import Failures
 from lte_ray.engine.initial import Initial
 from lte_ray.engine.threads import cores, head_threads
 from lte_ray.errors import ContributionRefused, LTEError, RunError, StorageError, UserError, WorkerFailed
-from lte_ray.messages import HeadStatus, MergeRecord
+from lte_ray.messages import HeadStatus, MergeRecord, Save
 from lte_ray.metrics import Evaluation, MetricsLog, Progress, Reporter, throughput
 from lte_ray.runtime.common import Common
 from lte_ray.runtime.coordinator import CoordinatorStatus
@@ -94,6 +94,7 @@ class Session:
         self.failures = Failures(self.failure)
         self.note = ""
         self._trouble = ""
+        self._told: set[tuple[int, int, int]] = set()  # epoch, version and head of checkpoints that heads were asked to write
         self._alive: list[Any] = []
         self._to_evaluate: deque[tuple[int, int, Any]] = deque()
         self._evaluating: tuple[int, int, Any] | None = None
@@ -219,6 +220,11 @@ class Session:
             self.merges.append(replace(record, base=None))  # a base that is held stays in memory
         while len(self._to_evaluate) > MOST_WAITING:
             del self._to_evaluate[1]  # the first one may be version 0, where everything is measured from
+        for save in status.saves:
+            new = {head: n for head, n in save.sequences.items() if (self.hub.epoch, save.version, head) not in self._told}
+            self._told |= {(self.hub.epoch, save.version, head) for head in new}
+            if new:
+                self._ask_to_write(Save(save.version, new), limit=1.0)
         if status.needs_evaluator:
             self.hub.coordinator.use_evaluator.remote(self.evaluator)
 
@@ -308,20 +314,22 @@ class Session:
     def _write_last(self, limit: float, early: bool) -> None:
         """Has a checkpoint of the last version written, unless there is one."""
         coordinator = self.hub.coordinator
-        save = ray.get(coordinator.freeze.remote(early), timeout=limit)
-        if save is None:
-            return
+        for save in ray.get(coordinator.freeze.remote(early), timeout=limit):
+            self._ask_to_write(save, limit / 2)
+
+    def _ask_to_write(self, save: Save, limit: float) -> None:
+        """Has heads write their states into a checkpoint; it does without those that can't."""
         asked = {}
         for member in self.crew.members:
-            if member.actor is not None:
+            if member.actor is not None and set(member.numbers) & save.sequences.keys():
                 asked[member.actor.save.remote(save)] = member
-        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=limit / 2) if asked else ([], [])
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=limit) if asked else ([], [])
         there = set()
         for ref in answered:
             with contextlib.suppress(ray.exceptions.RayError):
                 there |= set(asked[ref].numbers) if ray.get(ref) else set()
         for head in save.sequences.keys() - there:
-            coordinator.saved.remote(save.version, head, None)
+            self.hub.coordinator.saved.remote(save.version, head, None)
 
     def _finish(self) -> None:
         """The last checkpoint, the export, the last evaluation and the sample."""
@@ -378,5 +386,5 @@ class Session:
             seconds=time.time() - self._begun,
             remaining=None if per_step is None else per_step * (train.steps - step),
             checkpoint=self.checkpoint,
-            note=note or self.note or self._trouble or next((status.note for status in statuses if status.note), ""),
+            note=next((n for n in (note, self.note, self.log.trouble, self._trouble, *(s.note for s in statuses)) if n), ""),
         )

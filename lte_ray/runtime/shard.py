@@ -24,7 +24,7 @@ from lte_ray.merging.transfer import check_seals, checksum, part
 from lte_ray.points import reached
 from lte_ray.runtime.common import Common
 from lte_ray.runtime.start import Start
-from lte_ray.runtime.transport import Handle
+from lte_ray.runtime.transport import Handle, at_construction
 
 T = TypeVar("T")
 
@@ -69,11 +69,13 @@ class ShardActor:
         self._transport, settings = common.transport, common.settings
         codecs, plan = common.codecs(plans), plans[0]
         groups = {index: part(plan, group.names) for index, group in enumerate(common.groups) if group.shard == number}
-        entries = views(plan.base, common.transport.fetch(start.base))
+        with at_construction():
+            whole = common.transport.fetch(start.base)
+            factors_of = {head: common.transport.fetch(handle) for head, handle in start.references.items()}
+        entries = views(plan.base, whole)
         masters = {index: gather(own.base, entries, torch.float32) for index, own in groups.items()}
         references: dict[int, dict[int, Tensor]] = {index: {} for index in groups}
-        for head, handle in start.references.items():
-            factors = common.transport.fetch(handle)
+        for head, factors in factors_of.items():
             for index in groups:
                 references[index][head] = codecs[head].take_factors(index, factors).clone()
         self._shard = Shard(codecs, masters, settings.lte.reset, version=start.version, references=references)

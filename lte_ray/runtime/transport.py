@@ -6,9 +6,11 @@ One small interface, so that a faster way than Ray's object store can take its p
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -99,6 +101,19 @@ class ObjectStore:
 
 LOST = (ray.exceptions.ObjectLostError, ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)
 """What Ray raises for an object whose owner has died; ObjectLostError is the root of several."""
+
+
+@contextlib.contextmanager
+def at_construction() -> Iterator[None]:
+    """Within the block an asyncio actor's constructor may fetch: Ray warns of it, but nothing else runs on its loop yet."""
+    logger = logging.getLogger("ray._private.worker")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
 
 _staging = threading.local()
 

@@ -1,0 +1,70 @@
+"""Rows of ``metrics.jsonl``, read for an audit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lte_ray.data.lanes import Lanes, ordered
+
+
+@dataclass(frozen=True)
+class Stand:
+    """Where the merge of one version left one head (`messages.Standing`); `steps` are those of its contribution."""
+
+    version: int
+    head: int
+    incarnation: int
+    sequence: int
+    step: int
+    samples: int
+    batches: int
+    lanes: Lanes
+    steps: int
+
+
+def read_rows(text: str) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``; the last one is left out if it is torn.
+
+    Raises:
+        ValueError: another one can't be read.
+    """
+    rows, lines = [], text.splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise TypeError(f"it is a {type(row).__name__}")
+        except (TypeError, ValueError) as error:
+            if number < len(lines):
+                raise ValueError(f"row {number} can't be read: {error}") from error
+            break
+        rows.append(row)
+    return rows
+
+
+def stands(row: Mapping[str, Any]) -> list[Stand]:
+    """Where a row of kind "merge" says that its heads are left.
+
+    Raises:
+        KeyError, TypeError, ValueError: it doesn't say.
+    """
+    version, held = int(row["version"]), row["held"]
+    if not row["heads"] or {str(head) for head in row["heads"]} != set(held):
+        raise ValueError(f"version {version} merges heads {row['heads']}, but says where it left heads {sorted(held)}")
+    return [
+        Stand(
+            version=version,
+            head=int(head),
+            incarnation=int(of["incarnation"]),
+            sequence=int(of["sequence"]),
+            step=int(of["step"]),
+            samples=int(of["samples"]),
+            batches=int(of["batches"]),
+            lanes=ordered(of["lanes"]),
+            steps=int(row["head_steps"][head]),
+        )
+        for head, of in held.items()
+    ]

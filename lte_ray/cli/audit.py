@@ -1,0 +1,52 @@
+"""``lte-ray audit``: was each contribution, and each batch of the data, merged exactly once? Starts no Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from lte_ray.errors import RunError, StorageError
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Reads a run's metrics.jsonl and says whether each contribution, and each batch of the data, was merged exactly once."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help="The run directory, a path or URI.")]
+
+
+def audit(arguments: list[str]) -> None:
+    """Runs the subcommand with the arguments behind ``audit``.
+
+    Raises:
+        StorageError: there is no such run, or its metrics can't be read.
+        RunError: something was lost or merged twice.
+    """
+    flags = tyro.cli(Flags, prog="lte-ray audit", args=arguments)
+    from lte_ray import audit as auditing
+    from lte_ray.export.saved import open_run
+    from lte_ray.metrics import METRICS
+
+    directory = open_run(flags.run)
+    if not directory.exists(METRICS):
+        raise StorageError(f"{directory.display} has no {METRICS}: nothing was merged there yet.")
+    try:
+        found = auditing.audit(auditing.read_rows(directory.read(METRICS).decode()))
+    except ValueError as error:
+        raise StorageError(f"{directory.display}/{METRICS} is damaged: {error}.") from error
+    console = Console(highlight=False)
+    lines = [
+        f"{found.contributions:,} contributions in {found.merges:,} merges; the newest version holds {found.samples:,} samples "
+        f"in {found.batches:,} batches.",
+        f"{found.lost:,} batches lost, {found.doubled:,} merged twice; {found.reissued:,} local steps that died with their "
+        "heads were taken again.",
+    ]
+    if found.unlogged:
+        lines.append(f"The rows of {found.unlogged:,} merges died with the driver; the merges after them account for them.")
+    for line in [*lines, *found.said]:
+        console.print(line, markup=False, soft_wrap=True)
+    if not found.clean:
+        raise RunError(f"{directory.display} doesn't hold each contribution exactly once.")

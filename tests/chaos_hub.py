@@ -1,0 +1,268 @@
+"""The coordinator's process in the chaos world: what `runtime.coordinator` and its parts do around the real engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from chaos_account import Account, Broken, Track
+from chaos_parts import Call, Disk, Kept, Mode, as_json, copied
+from torch import Tensor
+
+from lte_ray.engine.coordinator import Coordinator, Outcome
+from lte_ray.engine.initial import Initial
+from lte_ray.engine.ledger import DataLedger
+from lte_ray.engine.settings import Settings
+from lte_ray.merging.registry import make_policy
+from lte_ray.merging.scheduled import load_state_of, state_of
+from lte_ray.messages import Begin, Contribution, Save, Standing, Update, Verdict
+from lte_ray.runtime.start import Start
+
+MOST_OPEN = 3
+"""As `runtime.cuts.MOST_OPEN`."""
+
+
+@dataclass(eq=False)
+class Submission:
+    """A contribution that is here, and the calls that wait to hear of it."""
+
+    contribution: Contribution
+    calls: list[Call]
+    track: Track
+
+
+@dataclass(eq=False)
+class Joining:
+    """A call of `join`, and how far it has come: `asked`, then `joined`."""
+
+    call: Call
+    stage: str = "asked"
+
+
+@dataclass
+class Hub:
+    """One coordinator, from its start to its death.
+
+    Args:
+        mode, settings, initial: of the run.
+        start: from where.
+        account: told of every merge.
+        disk: where checkpoints go.
+        members: the heads of the run.
+    """
+
+    mode: Mode
+    settings: Settings
+    initial: Initial
+    start: Start
+    account: Account
+    disk: Disk
+    members: set[int] | None = None
+    undecided: dict[int, Submission] = field(default_factory=dict)
+    arriving: dict[int, Submission] = field(default_factory=dict)
+    decided: list[tuple[Call, Verdict]] = field(default_factory=list)
+    behind: list[Call] = field(default_factory=list)
+    joins: list[Joining] = field(default_factory=list)
+    cuts: dict[int, Kept] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        start, plans = self.start, self.initial.plans
+        self.engine = Coordinator(
+            self.settings,
+            plans[0],
+            start.base.clone(),
+            make_policy(self.settings.merge),
+            plans=plans,
+            version=start.version,
+            references={head: factors.clone() for head, factors in start.references.items()},
+            taken=start.taken,
+            granted=start.granted,
+            standings=start.standings,
+            members=self.members,
+            data=DataLedger.from_state(start.ledger) if start.ledger else None,
+            clock=lambda: 0.0,
+        )
+        if start.guard:
+            self.engine.guard.load_state(start.guard)
+        if start.saved is not None and self.disk.kept[start.saved].policy:
+            load_state_of(self.engine.policy, self.disk.kept[start.saved].policy)
+        self.joined: set[int] = set()
+        self.together = start.epoch == 0 and (self.engine.budget.shared or bool(start.exact))
+        self.present = set(start.granted)
+        self.saved, self.states = start.saved, start.states
+        self._published: dict[int, tuple[dict[int, Standing], dict[str, Any]]] = {}
+
+    # -- contributions ---------------------------------------------------------------------------------------------
+
+    def submit(self, call: Call) -> None:
+        """A contribution has come; `Merging.contribute` until it is fetched."""
+        c: Contribution = call.payload
+        key = (c.incarnation, c.sequence)
+        for here in (self.arriving.get(c.head), self.undecided.get(c.head)):
+            if here is not None and (here.contribution.incarnation, here.contribution.sequence) == key:
+                here.calls.append(call)
+                return
+        settled = self.engine.settled(c)
+        if settled is not None:
+            self.decided.append((call, settled))
+            return
+        own = Submission(c, [call], call.process.track)
+        reason = self.engine.refusal(c)
+        if reason:
+            self._handle(lambda: self.engine.refused(c, reason), own)
+        else:
+            self.arriving[c.head] = own
+
+    def fetched(self, head: int) -> None:
+        """The contribution that was being fetched is here: the engine gets it."""
+        own = self.arriving.pop(head)
+        self._handle(lambda: self.engine.receive(own.contribution, own.contribution.buffer), own)
+
+    def _handle(self, event: Callable[[], Outcome], own: Submission | None = None) -> None:
+        """`Merging.handle`: the outcome goes to whom it concerns."""
+        outcome = event()
+        refused = [v for v in outcome.verdicts if not (v.accepted or v.discarded)]
+        for verdict in refused:
+            if "its own" in verdict.reason:
+                raise Broken(verdict.reason)
+        if own is not None:
+            if refused:
+                self.decided += [(call, refused[0]) for call in own.calls]
+            else:
+                self.undecided[own.contribution.head] = own
+        settled = [(v, self.undecided.pop(v.head)) for v in outcome.verdicts if v not in refused]
+        tracks = {verdict.head: submission.track for verdict, submission in settled}
+        for merge in outcome.merges:
+            self.account.merge(merge, tracks, len(self.engine.members))
+        for verdict, submission in settled:
+            self.decided += [(call, verdict) for call in submission.calls]
+
+    def leave(self, head: int) -> None:
+        self._handle(lambda: self.engine.leave(head))
+
+    def lose(self, head: int, drop: bool) -> None:
+        """`CoordinatorActor.lose`."""
+        self.present.discard(head)
+        self.joins = [join for join in self.joins if join.call.process.number != head]
+        self._handle(lambda: (self.engine.drop if drop else self.engine.lose)(head))
+        for version in list(self.cuts):
+            self.add(version, head, None)
+
+    # -- answers ---------------------------------------------------------------------------------------------------
+
+    def answer(self, index: int) -> None:
+        """Makes the answer to a contribution that is decided, from what is the newest now."""
+        call, verdict = self.decided.pop(index)
+        self._send(call, replace(self.since(call.process.number), verdict=verdict))
+
+    def tell_newer(self) -> None:
+        """Answers those that wait for a version that is there."""
+        for call in [call for call in self.behind if call.payload < self.engine.version]:
+            self.behind.remove(call)
+            self._send(call, self.since(call.process.number))
+
+    def since(self, head: int) -> Update:
+        """`Updates.since`, dense."""
+        engine = self.engine
+        known = (dict(engine.standings), engine.data.state())
+        if self.mode.cached:
+            known = self._published.setdefault(engine.version, known)
+        saves = [kept.save for kept in self.cuts.values() if head in kept.untold]
+        for kept in self.cuts.values():
+            kept.untold.discard(head)
+        return Update(
+            None,
+            engine.version,
+            {0: engine.base.clone()},
+            held=known[0],
+            ledger=known[1],
+            saves=tuple(saves),
+            orders={head: engine.order(head)},
+        )
+
+    def _send(self, call: Call, update: Update) -> None:
+        if call.process.alive and call in call.process.calls:
+            call.answers.append((self.start.epoch, copied(update)))
+
+    def joining(self, join: Joining) -> bool:
+        """`CoordinatorActor.join`, as far as it can go now; whether it went on."""
+        head, incarnation, engine = join.call.process.number, join.call.process.incarnation, self.engine
+        if join.stage == "asked":
+            if head in engine.pending:
+                return False
+            engine.join(head, incarnation, fresh=incarnation > 0 and self.mode.rejoin == "fresh")
+            self.joined.add(head)
+            join.stage = "joined"
+            return True
+        if (self.together and not self.joined >= engine.live) or not engine.ready(head):
+            return False
+        self.together = False
+        self.joins.remove(join)
+        if incarnation == 0 and self.start.epoch == 0 and head in self.start.exact:
+            begin = Begin(engine.standings[head], saved=self.start.saved, exact=True)
+        else:
+            standing = engine.start(head)
+            held = engine.master.read(lambda version, base, held: dict(held)).get(head) if standing.sequence else None
+            begin = Begin(standing, None if held is None else held.clone(), self.saved if head in self.states else None)
+        self.present.add(head)
+        self._send(join.call, replace(self.since(head), begins={head: begin}))
+        return True
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def cut(self) -> None:
+        """Begins a checkpoint of the newest version; `Records.save` and `Cuts.begin`."""
+        engine = self.engine
+        save = Save(engine.version, {h: engine.standings[h].sequence for h in sorted(self.present & engine.members)})
+        standings = {str(h): dataclasses.asdict(held) for h, held in engine.standings.items() if h in engine.members}
+        facts = {
+            "lte": {"num_heads": self.settings.lte.num_heads},
+            "standings": standings,
+            "ledger": engine.data.state(),
+            "guard": engine.guard.state(),
+        }
+        base, held = engine.master.read(lambda version, base, held: (base.clone(), _cloned(held)))
+        policy = _cloned(state_of(engine.policy))
+        heads = set(save.sequences)
+        self.cuts[save.version] = Kept(
+            save.version, as_json(facts), base, held, policy, self.account.copy(), save, set(heads), heads
+        )
+
+    @property
+    def may_cut(self) -> bool:
+        """Whether a checkpoint may be begun now."""
+        return self.engine.version not in (*self.cuts, self.saved, self.start.version) and len(self.cuts) < MOST_OPEN
+
+    def freeze(self) -> None:
+        """The run ends: nothing is merged any more, and the last version is saved; `CoordinatorActor.freeze`."""
+        there = self.saved == self.engine.version and self.states >= self.present
+        if self.engine.version > self.start.version and not there and self.engine.version not in self.cuts:
+            self.cut()
+
+    def add(self, version: int, head: int, part: Any) -> None:
+        """A head's part of a checkpoint has come, or won't; `Cuts.add`."""
+        kept = self.cuts.get(version)
+        if kept is None or head not in kept.missing:
+            return
+        kept.missing.discard(head)
+        if part is not None:
+            kept.parts[head] = part
+        self.commit(version)
+
+    def commit(self, version: int) -> None:
+        """`Cuts._commit`."""
+        kept = self.cuts.get(version)
+        if kept is None or kept.missing or not kept.own:
+            return
+        self.disk.commit(kept)
+        if self.saved is None or version > self.saved:
+            self.saved, self.states = version, frozenset(kept.parts)
+        del self.cuts[version]
+        for older in [v for v in self.cuts if v < version and self.cuts[v].missing]:
+            del self.cuts[older]
+
+
+def _cloned(tensors: Mapping[Any, Tensor | None]) -> dict[Any, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}

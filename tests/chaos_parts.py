@@ -1,0 +1,191 @@
+"""What the chaos world is made of: a tiny worker that notes its batches, runs' settings, and what travels or is kept."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
+from lte_ray.data import Shard
+from lte_ray.engine.settings import Settings
+from lte_ray.messages import Save, Update
+
+MOST_HEADS = 5
+"""Heads up to which a world grows."""
+
+
+class Fit:
+    """Learns a linear map; batch g is a function of its slot g alone. `trained` lists the slots whose loss was asked for."""
+
+    def __init__(self) -> None:
+        self.trained: list[int] = []
+
+    def build_model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 2)).double()
+
+    def train_batches(self, shard: Shard) -> Iterator[tuple[Tensor, Tensor, int]]:
+        for slot in shard.slots():
+            inputs = torch.sin((slot + 1) * torch.tensor([[1.3, 2.1, 0.7]], dtype=torch.float64))
+            yield inputs, torch.cos(inputs[:, :2] + inputs[:, 2:]), slot
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, int]) -> Tensor:
+        inputs, targets, slot = batch
+        self.trained.append(slot)
+        return F.mse_loss(model(inputs), targets)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        return {}
+
+    def build_optimizer(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=0.02, momentum=0.5)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a world merges. `rejoin` as `FailureConfig.rejoin`; `cached`: answers say what they hold as of a version's first one."""
+
+    when: str = "barrier"
+    wait: bool = True
+    policy: str = "average"
+    heads: int = 3
+    steps: int = 6
+    merge_iter: int = 2
+    quorum: int = 0
+    reset: str = "none"
+    rejoin: str = "merged"
+    cached: bool = True
+    max_lag: int = 1
+
+    def settings(self, heads: int | None = None) -> Settings:
+        heads = heads or self.heads
+        merge = MergeConfig(
+            self.merge_iter,
+            policy=self.policy,
+            when=self.when,  # type: ignore[arg-type]
+            quorum=min(self.quorum, heads),
+            wait=self.wait,
+            max_lag=self.max_lag,
+        )
+        lte = LTEConfig(num_heads=heads, lora_r=1, lora_alpha=2.0, reset=self.reset)  # type: ignore[arg-type]
+        return Settings("chaos", lte, merge, TrainConfig(steps=self.steps, seed=1))
+
+
+MODES = {
+    "barrier": Mode(),
+    "barrier momentum": Mode(policy="momentum", cached=False),
+    "barrier reset": Mode(reset="B", heads=2),
+    "barrier fresh": Mode(rejoin="fresh"),
+    "quorum": Mode(when="quorum", quorum=2),
+    "quorum no-wait": Mode(when="quorum", quorum=2, wait=False, cached=False),
+    "arrival": Mode(when="arrival", cached=False),
+    "arrival no-wait": Mode(when="arrival", wait=False),
+    "arrival momentum no-wait": Mode(when="arrival", policy="momentum", wait=False, heads=2),
+}
+
+
+@dataclass(eq=False)
+class Call:
+    """A call of a head's process, made again until it is answered.
+
+    Attributes:
+        process: who calls; None: nobody waits for the answer any more.
+        kind: submit, newer, join, leave or saved; `payload` is its argument.
+        place: `wire`: on its way to the coordinator (again); `held`: there.
+        answers: on their way back, with the number of the coordinator that gave them.
+    """
+
+    process: Any
+    kind: str
+    payload: Any = None
+    place: str = "wire"
+    answers: list[tuple[int, Update]] = field(default_factory=list)
+
+
+@dataclass
+class Part:
+    """A head's part of a checkpoint, and what the accounts say that it carries beyond the version."""
+
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+    carried: Tensor
+    slots: list[tuple[int, bool]]
+
+
+@dataclass
+class Kept:
+    """A checkpoint as values; `missing` are the heads whose parts aren't there yet; `account` as it was then."""
+
+    version: int
+    facts: dict[str, Any]
+    base: Tensor
+    references: dict[int, Tensor]
+    policy: dict[str, Tensor]
+    account: Any
+    save: Save
+    untold: set[int]
+    missing: set[int]
+    own: bool = False
+    parts: dict[int, Part] = field(default_factory=dict)
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Whose states it holds."""
+        return tuple(sorted(self.parts))
+
+
+class Disk:
+    """Complete checkpoints by version; it stands for `lte_ray.checkpoint` as `runtime.resuming` reads it."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, Kept] = {}
+
+    def commit(self, kept: Kept) -> None:
+        self.kept[kept.version] = kept
+
+    def read_manifest(self, directory: Any, version: int) -> Kept:
+        return self.kept[version]
+
+    def read_head(self, directory: Any, kept: Kept, head: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        part = kept.parts[head]
+        return {name: t.clone() for name, t in part.tensors.items()}, json.loads(json.dumps(part.meta))
+
+    def read_base(self, directory: Any, kept: Kept, plan: Any) -> Tensor:
+        return kept.base.clone()
+
+    def read_references(self, directory: Any, kept: Kept) -> dict[int, Tensor]:
+        return {head: factors.clone() for head, factors in kept.references.items()}
+
+    def folder(self, version: int) -> str:
+        return f"{version:06d}"
+
+
+class Here:
+    """A transport within one process: handles are copies."""
+
+    def publish(self, buffer: Tensor) -> Tensor:
+        return buffer.detach().clone()
+
+    def fetch(self, handle: Tensor) -> Tensor:
+        return handle
+
+    def at(self, name: str) -> str:
+        """As a directory: where something lies, for errors."""
+        return name
+
+
+def as_json(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The value as JSON brings it back."""
+    made: dict[str, Any] = json.loads(json.dumps(value))
+    return made
+
+
+def copied(update: Update) -> Update:
+    """An update as another process gets it: nothing in it changes any more."""
+    return copy.deepcopy(update)
