@@ -159,7 +159,7 @@ class Disk:
     def read_base(self, directory: Any, kept: Kept, plan: Any) -> Tensor:
         return kept.base.clone()
 
-    def read_references(self, directory: Any, kept: Kept) -> dict[int, Tensor]:
+    def read_references(self, directory: Any, kept: Kept, *shape: Any) -> dict[int, Tensor]:
         return {head: factors.clone() for head, factors in kept.references.items()}
 
     def folder(self, version: int) -> str:

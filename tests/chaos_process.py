@@ -88,7 +88,7 @@ class Process:
     def report(self, epoch: int) -> Report:
         """What it knows; earlier coordinators' answers don't count any more; `HeadActor.report`."""
         self.epoch = epoch
-        head, positions = self.head, {}
+        head, positions = self.head, dict[int, HeadReport]()
         if head is not None:
             released = head.feed.released
             positions[self.number] = HeadReport(head.step, head.limit, head.feed.grant, released.id if released else 0)
@@ -145,7 +145,7 @@ class Process:
     def train(self, steps: int) -> bool:
         """Takes up to so many steps; whether it took any."""
         head, merge = self.head, self.settings.merge
-        if head is None or self.over or self.track is None:
+        if head is None or self.over or self.ended or self.track is None:
             return False
         if merge.wait and (head.outstanding or self.carries()):
             return False
@@ -160,7 +160,7 @@ class Process:
     def due(self) -> bool:
         """Whether a contribution is to be made now."""
         head = self.head
-        if head is None or self.over or head.outstanding or self.carries():
+        if head is None or self.over or self.ended or head.outstanding or self.carries():
             return False
         return head.since_offered >= self.every or (head.left == 0 and not head.finished)
 

@@ -6,7 +6,6 @@ The heads, the coordinator, snapshots and recovery are the real ones; what carri
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -177,7 +176,7 @@ class World:
 
     def on_adopt(self, pick: int, amount: int) -> bool:
         """A process takes what has been fetched; the first thing is where it begins."""
-        process = _one([p for p in self.processes if p.arrived], pick)
+        process = _one([p for p in self.processes if p.arrived and not p.ended], pick)
         if process is not None:
             process.adopt() if process.head is not None else process.begin()
         return process is not None
@@ -228,7 +227,8 @@ class World:
             return False
         process = member.process
         process.alive = False
-        self.ghosts += [call for call in process.calls if call.kind == "submit" and call.place == "wire"]
+        if self.hub is not None:
+            self.ghosts += [call for call in process.calls if call.kind == "submit" and call.place == "wire"]
         process.calls.clear()
         member.process = None
         return True
@@ -277,15 +277,15 @@ class World:
 
     def on_turn_away(self, pick: int, amount: int) -> bool:
         """A head that waits for data, and comes too late, since all others have ended, is given up."""
-        for number, member in sorted(self.members.items()):
-            others = [other for other in self.members.values() if other is not member]
-            waits = member.process is not None and member.process.head is None and not member.process.arrived
-            if others and all(other.over for other in others) and waits and self.hub is not None:
-                if number in self.hub.joined and not self.hub.engine.ready(number):
-                    self._lost(number, member, drop=True)
-                    del self.members[number]
-                    return True
-        return False
+        late = [(n, m) for n, m in sorted(self.members.items()) if not m.over]
+        if self.hub is None or not late or len(late) == len(self.members):
+            return False
+        if any(n not in self.hub.joined or self.hub.engine.ready(n) for n, _ in late):
+            return False
+        for number, member in late:
+            self._lost(number, member, drop=True)
+            del self.members[number]
+        return True
 
     def on_end(self, pick: int, amount: int) -> bool:
         """The driver sees that a process has ended its work."""
@@ -302,6 +302,7 @@ class World:
         if self.hub is None:
             return False
         self.hub = None
+        self.ghosts = []  # they were on their way to it
         for process in self.processes:
             process.cut()
         return True
@@ -313,8 +314,7 @@ class World:
         self.epoch += 1
         reports: list[Report] = []
         for process in self.processes:
-            with contextlib.suppress(KeyError):  # as in the runtime, where the call fails
-                reports.append(process.report(self.epoch))
+            reports.append(process.report(self.epoch))
         start, astray = self._start(reports)
         self._rollback(start)
         out = {n for n, m in self.members.items() if m.over and m.process is not None and m.process.quarantined}
@@ -431,7 +431,7 @@ class World:
             return  # all are quarantined, so the run ends with an error
         if hub.engine.members != set(sound):
             raise Broken(f"the members are {hub.engine.members}, but the driver has {set(sound)}")
-        steps = {number: hub.engine.standings[number].step for number in sound}
+        steps = {number: process.head.step for number, process in sound.items() if process.head is not None}
         if not hub.engine.budget.shared and set(steps.values()) - {self.settings.train.steps}:
             raise Broken(f"not all heads have taken {self.settings.train.steps} steps: {steps}")
         if hub.cuts:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from helpers import state_of
 from torch import Tensor, nn
 
 from lte_ray import checkpoint, runs
@@ -331,7 +332,7 @@ def save_run(
 def write_checkpoint(directory: RunDirectory, given: Settings, done: Simulated, heads: tuple[int, ...] = (0, 1)) -> None:
     version = done.coordinator.version
     files = [checkpoint.write_base(directory, version, done.plan, done.base)]
-    files += [checkpoint.write_head(directory, version, head, *done.heads[head].state()) for head in heads]
+    files += [checkpoint.write_head(directory, version, head, *state_of(done.heads[head])) for head in heads]
     facts = {"run": "run", "step": given.train.steps, "lte": dataclasses.asdict(given.lte), "losses": {}}
     checkpoint.commit(directory, version, heads, files, facts)
 

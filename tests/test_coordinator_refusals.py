@@ -10,6 +10,7 @@ import torch
 from helpers import make_plan_of, make_settings, offer, random_flat
 from torch import Tensor
 
+from lte_ray.data.lanes import initial
 from lte_ray.engine.coordinator import Coordinator
 from lte_ray.errors import PolicyError
 from lte_ray.merging import Average, Decision, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Scheduled, Wait
@@ -47,11 +48,16 @@ REFUSED: dict[str, tuple[Contribution, Tensor, str]] = {
     "infinite": (offer(1), holding(float("-inf")), "NaN, infinite or absurdly large"),
     "absurdly large": (offer(1), holding(1e200), "NaN, infinite or absurdly large"),
 }
+POISON = ("NaN in a factor", "NaN in a replica", "infinite", "absurdly large")
+UNFIT = ("too short", "too long", "not flat", "another type", *POISON)
 
 
 @pytest.mark.parametrize("case", list(REFUSED))
 def test_a_bad_contribution_is_refused_and_nothing_else_is_touched(case: str) -> None:
-    """The verdict carries a readable reason; base, version and what is pending stay, and the next good one is taken."""
+    """The verdict carries a readable reason; base, version and what is pending stay, and the next good one is taken.
+
+    What can't be merged because of its content is settled by that: its head sends another, under the next number.
+    """
     contribution, buffer, reason = REFUSED[case]
     coordinator, base = make(Scheduled(Average()))
     coordinator.receive(offer(0), GOOD)
@@ -63,7 +69,12 @@ def test_a_bad_contribution_is_refused_and_nothing_else_is_touched(case: str) ->
     assert outcome.merges == ()
     assert torch.equal(coordinator.base, base)
     assert (coordinator.version, coordinator.pending, coordinator.live) == (0, [0], {0, 1, 2})
-    coordinator.receive(offer(1), GOOD)
+    unfit = case in UNFIT
+    assert verdict.poison == (case in POISON)
+    if unfit:
+        (again,) = coordinator.receive(offer(1), GOOD).verdicts
+        assert "was received before" in again.reason
+    coordinator.receive(offer(1, 2 if unfit else 1), GOOD)
     assert coordinator.pending == [0, 1]
 
 
@@ -77,6 +88,32 @@ def test_an_older_incarnation_is_refused_and_a_newer_one_counts_anew() -> None:
     assert torch.equal(coordinator.base, base)
     assert coordinator.receive(offer(0, 2, incarnation=1), GOOD).verdicts == ()
     assert coordinator.pending == [0]
+
+
+def test_the_third_unfit_contribution_in_a_row_quarantines_its_head() -> None:
+    """It leaves the run, and its data are free for others; a repeat doesn't count."""
+    coordinator, base = make(Scripted(*[Wait()] * 9))
+    bad = holding(float("nan"))
+    for sequence in (1, 2):
+        assert not coordinator.receive(offer(1, sequence), bad).verdicts[0].quarantined
+        assert not coordinator.receive(offer(1, sequence), bad).verdicts[0].quarantined  # a repeat
+    (third,) = coordinator.receive(offer(1, 3), bad).verdicts
+    assert (third.poison, third.quarantined) == (True, True)
+    assert coordinator.live == coordinator.members == {0, 2}
+    assert coordinator.receive(offer(1, 4), GOOD).verdicts[0].reason == "head 1 isn't one of the live heads [0, 2]"
+    assert torch.equal(coordinator.base, base)
+    assert coordinator.data.free == initial(1, 3)
+
+
+def test_a_merge_ends_the_count_of_unfit_contributions() -> None:
+    """Two bad ones, a merged one, two bad ones: the head stays."""
+    coordinator, _ = make(Scripted(Merge({1: 0.1}), *[Wait()] * 9))
+    for sequence in (1, 2, 4, 5):
+        if sequence == 4:
+            assert coordinator.receive(offer(1, 3), GOOD).verdicts[0].accepted
+        (verdict,) = coordinator.receive(offer(1, sequence), holding(float("nan"))).verdicts
+        assert (verdict.poison, verdict.quarantined) == (True, False)
+    assert coordinator.live == {0, 1, 2}
 
 
 def test_a_head_that_has_left_can_contribute_no_more() -> None:

@@ -16,14 +16,17 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from export_support import built, inputs, logits, save_run, settings, write_checkpoint
+from export_support import built, finish, inputs, logits, save_run, settings, write_checkpoint
 from torch import Tensor, nn
 
 from lte_ray import checkpoint, export
+from lte_ray.engine.snapshot import snapshot
 from lte_ray.errors import ConfigError, UserError
 from lte_ray.export.change import average
 from lte_ray.export.saved import open_run, read
 from lte_ray.merging.policy import Decision, Merge, Wait
+from lte_ray.messages import Save
+from lte_ray.storage import RunDirectory
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -111,6 +114,34 @@ def test_a_heads_on_the_merged_model_is_the_head(tmp_path: Path, kind: str, lte:
     assert largest(logits(adapted(kind, whole(kind, run), tmp_path / "adapter"), x), expected) < near
     assert "what head 1 has trained beyond the merged weights of version 3" in written.summary
     assert config(tmp_path / "adapter")["base_model_name_or_path"] == ""
+
+
+def test_a_head_that_had_not_heard_of_its_merge_is_the_head_that_adopts_it(tmp_path: Path) -> None:
+    """Its state is cut while it trains on beyond the contribution that the version holds, as in any run that doesn't stop."""
+    run, done = save_run(tmp_path, "gpt2", settings())
+    sent = []
+    for head in done.heads:
+        done.coordinator.join(head.head, 0)
+        finish(head)
+        sent.append(head.contribute())
+    for contribution in sent:
+        verdicts = done.coordinator.receive(contribution, contribution.buffer).verdicts
+    finish(done.heads[1])
+    directory, base = RunDirectory.of(str(tmp_path), "run"), done.coordinator.base.clone()
+    states = [snapshot(head, Save(4, {head.head: head.sequence})) for head in done.heads]
+    files = [checkpoint.write_head(directory, 4, number, *state) for number, state in enumerate(states)]
+    files.append(checkpoint.write_base(directory, 4, done.plan, base))
+    checkpoint.commit(directory, 4, (0, 1), files, checkpoint.read_manifest(directory, 3).facts)
+    assert {name.partition(".")[0] for name in states[1][0]} >= {"ahead", "reference"}
+    done.heads[1].adopt(verdicts[1], 4, base)
+    export.peft_adapter(run, tmp_path / "adapter", head=1, version=4)
+    export.safetensors(run, tmp_path / "merged.safetensors", version=4)
+    model, x = built("gpt2"), inputs("gpt2", 9)
+    model.load_state_dict(safetensors.torch.load_file(tmp_path / "merged.safetensors"))
+    with torch.no_grad():
+        expected = logits(done.heads[1].model.eval(), x)
+        assert largest(logits(model, x), expected) > 2 * CLOSE
+        assert largest(logits(adapted("gpt2", model, tmp_path / "adapter"), x), expected) < CLOSE
 
 
 @torch.no_grad()

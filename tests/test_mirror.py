@@ -188,6 +188,34 @@ def test_an_update_that_lacks_merges_is_not_taken() -> None:
     assert follow(mirror, side.update(-1)) is not None
 
 
+@pytest.mark.parametrize("down", ["factors", "dense"])
+def test_an_update_that_does_not_count_changes_nothing(down: str) -> None:
+    """Who sent it is gone, or a buffer is: the process still has the version before, whole, and follows the next."""
+    side = Side(MergeConfig(send_down=down), plans_of([2, 2, 2]))  # type: ignore[arg-type]
+    mirror = side.mirror()
+    follow(mirror, side.update(-1))
+    side.contribute(0)
+    follow(mirror, side.update(mirror.have))
+    before = mirror.read(lambda base: base.clone())  # type: ignore[union-attr]
+    side.contribute(1)
+    update = side.update(mirror.have)
+
+    def gone(*_: object) -> None:
+        raise KeyError("gone")
+
+    fetch, noted = mirror._fetch, list[int]()
+    for _ in range(2):  # and nothing stays locked
+        with pytest.raises(KeyError):
+            mirror.take(update, gone)
+        mirror._fetch = gone  # type: ignore[assignment]
+        with pytest.raises(KeyError):
+            mirror.take(update, lambda: noted.append(0))
+        mirror._fetch = fetch
+        assert (mirror.version, mirror.have, noted) == (1, 1 if down == "factors" else -1, [])
+        assert torch.equal(mirror.read(lambda base: base.clone()), before)  # type: ignore[union-attr]
+    assert torch.equal(follow(mirror, update), side.coordinator.base)  # type: ignore[arg-type]
+
+
 def test_an_older_update_changes_nothing() -> None:
     """Answers may come in another order than they were given."""
     side = Side(MergeConfig(send_down="factors"), plans_of([2, 2, 2]))

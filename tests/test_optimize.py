@@ -311,7 +311,7 @@ def test_multipliers_hold_under_a_schedule_and_in_a_resumed_run() -> None:
             other = restored(head, Scheduled(), made)
         if sequence > 2:
             assert torch.equal(other.train_round().buffer, contribution.buffer)
-            other.adopt(Verdict(0, sequence, False, 0, "a test"), 0, None)
+            other.adopt(Verdict(0, other.sequence, False, 0, "a test"), 0, None)
     assert multipliers(other) == multipliers(head)
 
 

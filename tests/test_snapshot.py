@@ -144,7 +144,7 @@ def test_a_cut_between_two_merges(case: str, extra: int) -> None:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("extra", [0, 1, 4])
 def test_a_cut_whose_version_holds_what_is_outstanding(case: str, extra: int) -> None:
-    """The head hasn't heard yet that version 3 holds its contribution, and has trained on: only what it trained since rides on."""
+    """The head hasn't heard yet that version 3 holds its contribution: only what it has trained since rides in the next."""
     run = Run.of(case)
     head = started(run)
     head.train(3)

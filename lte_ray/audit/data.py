@@ -13,18 +13,17 @@ Where classes go from head to head meanwhile, a merge alone doesn't say who trai
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from lte_ray.audit.found import Audit
 from lte_ray.audit.rows import Stand
-from lte_ray.data.lanes import Lanes, density, disjoint
+from lte_ray.data.lanes import Lanes
 
 MOST_CLASSES = 2**20
 """Of more, the batches aren't followed."""
-
-NEARLY_ALL = 0.9
-"""The share of merges that must agree on how many samples a batch has, for it to count as a fact of the run."""
 
 
 def check_data(found: Audit, flat: Sequence[Stand]) -> None:
@@ -35,9 +34,10 @@ def check_data(found: Audit, flat: Sequence[Stand]) -> None:
         why = f"their strides {sorted(strides)[:8]} have no small common multiple" if strides else "no row says whose which are"
         found.problems.append(f"the batches of the data can't be followed: {why}")
         return
-    size, per_step = _samples_of_a_batch(flat), _batches_of_a_step(flat)
+    sizes = _Sizes.of(flat)
     reached: dict[int, int] = {}  # by class, the first batch that isn't merged
-    owners: dict[int, int] = {}
+    owners: dict[int, int] = {}  # by class, the head that moved it last
+    owned: dict[int, set[int]] = {}  # by head, the classes that its last merge left it
     last: dict[int, Stand] = {}
     loose = 0  # batches by which classes that changed hands were moved, less those that were trained
     for stand in flat:
@@ -50,21 +50,25 @@ def check_data(found: Audit, flat: Sequence[Stand]) -> None:
                 found.problems.append(f"version {stand.version} takes head {stand.head} back by {-moved} batches, to {first}")
             taken += max(0, moved)
             reached[place] = first
-        trained = _trained(stand, before, size, per_step)
-        if trained is not None and _keeps(stand, before, now, owners):
+        trained = sizes.trained(stand, before)
+        if trained is not None and _keeps(stand.head, now, owned.get(stand.head), owners):
             _compare(found, stand, taken, trained)
         elif trained is not None:
             loose += taken - trained
+        strangers = {owners[place] for place in owned.get(stand.head, set()) & now.keys()} - {stand.head}
+        if strangers:
+            found.problems.append(f"version {stand.version}: heads {stand.head} and {min(strangers)} own the same batches")
         owners |= dict.fromkeys(now, stand.head)
+        owned[stand.head] = set(now)
         last[stand.head] = stand
-    _check_end(found, last, loose)
+    _check_loose(found, owned, owners, loose)
 
 
-def _keeps(stand: Stand, before: Stand | None, now: Mapping[int, int], owners: Mapping[int, int]) -> bool:
+def _keeps(head: int, now: Mapping[int, int], before: set[int] | None, owners: Mapping[int, int]) -> bool:
     """Whether the head has exactly the classes that it had, so that it alone has moved them."""
-    if before is None:  # its first merge: whether the classes are those of the start
-        return not owners.keys() & now.keys() and len(stand.lanes) == 1 and min(now) == stand.head
-    return len(now) == sum(owner == stand.head for owner in owners.values()) and all(owners.get(c) == stand.head for c in now)
+    if before is None:  # its first merge: whether they are those of the start, every N-th from the head's number on
+        return min(now, default=-1) == head and not owners.keys() & now.keys()
+    return before == now.keys() and all(owners[place] == head for place in now)
 
 
 def _compare(found: Audit, stand: Stand, taken: int, trained: int) -> None:
@@ -77,50 +81,51 @@ def _compare(found: Audit, stand: Stand, taken: int, trained: int) -> None:
         found.problems.append(f"{where}: {trained - taken} were merged before")
 
 
-def _check_end(found: Audit, last: Mapping[int, Stand], loose: int) -> None:
-    lanes = [lane for stand in last.values() for lane in stand.lanes]
-    if not disjoint(lanes):
-        found.problems.append("two heads own the same batches at the end")
-    elif density(lanes) == 1 and loose:  # whatever changed hands has been merged by its new owner
+def _check_loose(found: Audit, owned: Mapping[int, set[int]], owners: Mapping[int, int], loose: int) -> None:
+    """Sums over the classes that changed hands, once each of them was merged by its new owner."""
+    if loose and all(place in owned[head] for place, head in owners.items()):
         found.lost, found.doubled = found.lost + max(0, loose), found.doubled + max(0, -loose)
         what = "are in no merge" if loose > 0 else "were merged twice"
         found.problems.append(f"of the batches whose lanes went from head to head {abs(loose)} {what}")
 
 
-def _trained(stand: Stand, before: Stand | None, size: int | None, per_step: int) -> int | None:
-    """Batches of the head that were merged since `before`; None if the rows don't say."""
-    if size is not None:  # samples are counted through versions that are in no row, too
-        return (stand.samples - (before.samples if before else 0)) // size
-    follows = stand.sequence == (before.sequence if before else 0) + 1
-    return stand.steps * per_step if follows else None
+@dataclass(frozen=True)
+class _Sizes:
+    """What a local step takes: `batches` (--accumulate), and `samples` of each batch where all have equally many."""
 
+    batches: int
+    samples: int | None
+    versions: Sequence[int]
 
-def _samples_of_a_batch(flat: Sequence[Stand]) -> int | None:
-    """Samples of one batch; None where batches differ."""
-    sizes: Counter[int] = Counter()
-    last: dict[int, Stand] = {}
-    for stand in flat:
-        before = last.get(stand.head)
-        batches = stand.batches - (before.batches if before else 0)
-        samples = stand.samples - (before.samples if before else 0)
-        if batches > 0 and samples > 0:
-            sizes[samples // batches if samples % batches == 0 else 0] += 1
-        last[stand.head] = stand
-    size, count = sizes.most_common(1)[0] if sizes else (0, 0)
-    return size if size and count >= NEARLY_ALL * sizes.total() else None
+    @classmethod
+    def of(cls, flat: Sequence[Stand]) -> _Sizes:
+        """By most contributions that follow their head's last one in the rows."""
+        made = cls(1, None, sorted({stand.version for stand in flat}))
+        last: dict[int, Stand] = {}
+        known: list[tuple[int, int, int]] = []  # steps, batches, samples
+        for stand in flat:
+            before = last.get(stand.head)
+            batches = stand.batches - (before.batches if before else 0)
+            if made.follows(stand, before) and stand.steps > 0 and batches > 0:
+                known.append((stand.steps, batches, stand.samples - (before.samples if before else 0)))
+            last[stand.head] = stand
+        counts = Counter(batches // steps for steps, batches, _ in known if batches % steps == 0)
+        usual = counts.most_common(1)[0][0] if counts else 1
+        sizes = {samples / batches for steps, batches, samples in known if batches == steps * usual}
+        size = int(sizes.pop()) if len(sizes) == 1 else None
+        return cls(usual, size, made.versions)
 
+    def follows(self, stand: Stand, before: Stand | None) -> bool:
+        """Whether the rows hold every version between two merges of a head."""
+        first, last = before.version if before else 0, stand.version
+        return bisect_left(self.versions, last) - bisect_left(self.versions, first + 1) == last - first - 1
 
-def _batches_of_a_step(flat: Sequence[Stand]) -> int:
-    """Batches of one local step (--accumulate), by most contributions that follow the head's last one in the rows."""
-    counts: Counter[int] = Counter()
-    last: dict[int, Stand] = {}
-    for stand in flat:
-        before = last.get(stand.head)
-        batches = stand.batches - (before.batches if before else 0)
-        if stand.steps > 0 and batches > 0 and batches % stand.steps == 0:
-            counts[batches // stand.steps] += 1
-        last[stand.head] = stand
-    return counts.most_common(1)[0][0] if counts else 1
+    def trained(self, stand: Stand, before: Stand | None) -> int | None:
+        """Batches of the head that were merged since `before`; None if the rows don't say."""
+        if self.follows(stand, before):
+            return stand.steps * self.batches
+        # samples are counted through versions that are in no row, too
+        return None if not self.samples else (stand.samples - (before.samples if before else 0)) // self.samples
 
 
 def _classes(lanes: Lanes, modulus: int) -> dict[int, int]:

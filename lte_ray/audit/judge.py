@@ -54,7 +54,7 @@ def _check_numbers(found: Audit, flat: Iterable[Stand]) -> None:
         if before is not None and stand.sequence <= before.sequence and stand.incarnation <= before.incarnation:
             now, then = (f"{s.sequence} (incarnation {s.incarnation})" for s in (stand, before))
             found.problems.append(
-                f"version {stand.version} merges contribution {now} of head {stand.head}, but version {before.version} held {then}"
+                f"version {stand.version} merges contribution {now} of head {stand.head}, but {before.version} held {then}"
             )
         last[stand.head] = stand
 

@@ -13,6 +13,9 @@ from lte_ray.config import SECTIONS, flag, near, toml
 from lte_ray.errors import ConfigError
 from lte_ray.redact import OMITTED
 
+EACH_HEADS = ("lora_r", "lora_alpha")
+"""Settings that are one number, or one for each head."""
+
 
 def read(path: Path) -> dict[str, Any]:
     """What the file says; of a ``run.toml``, its settings for another run, under another name.
@@ -82,7 +85,7 @@ def _flags(where: str, prefix: str, name: str, value: Any, default: Any) -> list
             shape = "a table" if isinstance(one, dict) else "a list of lists"
             raise ConfigError(f"{where}: {prefix}{name} is {shape}, which no setting is. Give a plain value or a list of them.")
     if isinstance(value, list):
-        if isinstance(default, str | int | float):
+        if isinstance(default, str | int | float) and not (not prefix and name in EACH_HEADS):
             raise ConfigError(f"{where}: {prefix}{name} is a list, but it must be one value, as {default!r}.")
         flags = [text for text in map(str, value) if text.startswith("-") and not _is_number(text)]
         if flags:

@@ -71,5 +71,7 @@ class Budget:
         # What is left is shared by speed, so that all end together; but rounds shouldn't become ever smaller.
         fair = max(math.ceil(left * self._pace.share(head, live)), min(steps, self._steps) // 4)
         grant = min(left, fair, max(0, self._taken[head] + AHEAD * steps - self._granted[head]))
+        if head not in live:  # it has left, and may hear this all the same: what is free again is for others
+            return Order(steps, self._granted[head], True, self._pace.rate(head, live), self.progress)
         self._granted[head] += grant
         return Order(steps, self._granted[head], left == grant, self._pace.rate(head, live), self.progress)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -18,6 +18,15 @@ from lte_ray.merging.transfer import Codec, checksum
 from lte_ray.messages import Merged, Update
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """What an update refers to: parts of a base by group, references by head, merges with their buffers by group and head."""
+
+    parts: dict[int, Tensor]
+    references: dict[int, Tensor] = field(default_factory=dict)
+    chain: list[tuple[Merged, dict[int, dict[int, Tensor]]]] = field(default_factory=list)
 
 
 @dataclass
@@ -78,15 +87,18 @@ class Mirror:
             OutOfReach: merges are missing between this process's version and the update's.
         """
         self._turn.acquire()
-        before, taken = self.version, False
+        taken = changing = False
         try:
+            fetched = self._fetched(update) if update.version > self.version else None
+            base = None
             with self._writing:
-                base = self._follow(update) if update.version > before else None
-                note()
-                if base is not None:
+                note()  # before anything is changed: if it raises, this process still has the version that it had
+                if fetched is not None:
+                    changing = True
+                    base = self._follow(update, fetched)
                     self._base, self.version, taken = base, update.version, True
         except BaseException:
-            if self._parts:  # they may be half done, and what was made of them: the next update brings all
+            if changing:  # parts may be half done, and what was made of them: the next update brings all
                 self._parts, self._base = {}, None
             raise
         finally:
@@ -103,42 +115,57 @@ class Mirror:
         """The base that `take` gave isn't needed any more."""
         self._turn.release()
 
-    def _follow(self, update: Update) -> Tensor:
+    def _fetched(self, update: Update) -> _Fetched:
+        """All that an update refers to, so that what follows can't be cut off."""
         groups = self._codecs[0].groups
         if len(groups) == 1 and not groups[0].by_factors:
-            return self._get(update.base[0])
-        plan, base = self._codecs[0].plan, self._base
+            return _Fetched({0: self._get(update.base[0])})
         chain = [merged for merged in update.chain if merged.version > self.version]
         whole = update.base.keys() >= {i for i, group in enumerate(groups) if group.by_factors}
         if not whole and (not self._parts or self.version + len(chain) != update.version):
             raise OutOfReach
-        for index, handle in update.base.items():
-            part = self._get(handle)
+        indices = update.base.keys() if whole else self._parts.keys()
+        factored = [i for i in indices if groups[i].by_factors]
+        return _Fetched(
+            {index: self._get(handle) for index, handle in update.base.items()},
+            {head: self._get(handle) for head, handle in update.references.items()},
+            [
+                (merged, {i: {h: self._buffer(h, merged.buffers[h][i]) for h in merged.weights} for i in factored})
+                for merged in chain
+            ],
+        )
+
+    def _buffer(self, head: int, handle: Any) -> Tensor:
+        return self._fetch(handle) if head in self._own else self._get(handle)
+
+    def _follow(self, update: Update, fetched: _Fetched) -> Tensor:
+        groups = self._codecs[0].groups
+        if len(groups) == 1 and not groups[0].by_factors:
+            return fetched.parts[0]
+        plan, base = self._codecs[0].plan, self._base
+        for index, part in fetched.parts.items():
             base = torch.empty(plan.base.size, dtype=part.dtype) if base is None else base
             if groups[index].by_factors:
                 self._parts[index] = _Part(part.clone(), {})
             else:
                 self._copy(base, index, part)
-        for head, handle in update.references.items():
-            factors = self._get(handle)
+        for head, factors in fetched.references.items():
             for index, part_ in self._parts.items():
                 part_.references[head] = self._codecs[head].take_factors(index, factors).clone()
-        for merged in chain:
-            self._redo(merged)
+        for merged, buffers in fetched.chain:
+            self._redo(merged, buffers)
         assert base is not None
         for index, part_ in self._parts.items():
             self._copy(base, index, part_.base)
         self._compare(update)
         return base
 
-    def _redo(self, merged: Merged) -> None:
+    def _redo(self, merged: Merged, buffers: Mapping[int, Mapping[int, Tensor]]) -> None:
         for index, part in self._parts.items():
             shares = []
             for head, weight in merged.weights.items():
                 codec, old = self._codecs[head], part.references.get(head)
-                handle = merged.buffers[head][index]
-                buffer = self._fetch(handle) if head in self._own else self._get(handle)
-                flat = codec.decode_group(index, buffer, old)
+                flat = codec.decode_group(index, buffers[index][head], old)
                 shares.append((head, Share(weight, codec.parts[index], flat, old)))
             with torch_threads(self._threads):
                 add_contributions(part.base, [share for _, share in shares])

@@ -17,7 +17,8 @@ from lte_ray.messages import Report, Standing
 class Recovered:
     """The version to go on from, with handles to its base and to the factors that it holds of each head.
 
-    `astray` are heads that have taken over, or given away, data by orders that are forgotten: they must start anew.
+    `astray` are heads that have taken over, or given away, data by orders that are forgotten, and those that are about to begin
+    from a version that may be forgotten: they must start anew.
     `unknown` are heads of whose factors nobody knows: they start with B = 0, and what was merged stays in the base.
     """
 
@@ -55,7 +56,8 @@ def recover(reports: Sequence[Report]) -> Recovered | None:
         held=newest.held,
         ledger=newest.ledger,
         references=references,
-        granted={head: own.limit for head, own in heads.items()},
-        astray=frozenset(head for head, own in heads.items() if max(own.grant, own.released) > latest),
+        granted={head: own.limit for head, own in heads.items() if own.step >= 0},
+        astray=frozenset(head for head, own in heads.items() if own.step < 0 or max(own.grant, own.released) > latest)
+        & {head for report in known for head in report.heads},
         unknown=frozenset(unknown),
     )

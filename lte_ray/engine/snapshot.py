@@ -153,7 +153,7 @@ def restore_learning(head: Head, state: State) -> None:
     tensors, meta = state
     restore_optimizer(head.optimizer, head.schedule, tensors, meta["optimizer"])
     head.update.scaler.load_state_dict(meta["optimizer"].get("scaler") or head.update.scaler.state_dict())
-    head.update.position = float(meta.get("position", meta["step"]))
+    head.update.position = float(meta["position"] if "position" in meta else meta["step"])
 
 
 def rejoin(head: Head, standing: Standing, reference: Tensor | None, version: int, base: Tensor, saved: State | None) -> str:

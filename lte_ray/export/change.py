@@ -74,7 +74,10 @@ def of_head(saved: Saved, head: int, rank: int | None = None) -> Change:
         if len(spec.shape) > 1:
             change.factors[spec.name] = tally.add(delta, b, a, rank)
     for name, value in replica_views(plan, base_replicas(plan, change.final)).items():
-        value.copy_(tensors[f"replica.{name}"])
+        if f"ahead.{name}" in tensors:  # where the version was merged while the head trained on
+            value.add_(tensors[f"ahead.{name}"])
+        else:
+            value.copy_(tensors[f"replica.{name}"])
     built = dict(saved.model.named_buffers())
     for name, value in tensors.items():
         own = name.removeprefix("buffer.")

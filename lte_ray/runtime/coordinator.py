@@ -22,7 +22,7 @@ from lte_ray.engine.ledger import DataLedger
 from lte_ray.errors import WorkerFailed
 from lte_ray.layout import Plan
 from lte_ray.merging.scheduled import load_state_of
-from lte_ray.messages import Begin, Contribution, MergeRecord, Save, Update
+from lte_ray.messages import Begin, Contribution, MergeRecord, Save, Standing, Update
 from lte_ray.points import reached
 from lte_ray.runtime.common import Common
 from lte_ray.runtime.cuts import Cuts
@@ -49,7 +49,7 @@ class CoordinatorStatus:
     """The merges since the driver last asked, the newest checkpoint, and whether the policy needs the evaluator.
 
     `members` are the heads of the run; `trouble` says what is wrong with storage; `saves` is what heads that have left, and so
-    hear nothing any more, are to write.
+    hear nothing any more, are to write; `spike` says that the loss has spiked, and the last version before it did.
     """
 
     version: int
@@ -60,6 +60,7 @@ class CoordinatorStatus:
     members: tuple[int, ...] = ()
     trouble: str = ""
     saves: tuple[Save, ...] = ()
+    spike: tuple[str, int] | None = None
 
 
 class CoordinatorActor:
@@ -218,6 +219,10 @@ class CoordinatorActor:
         cuts.wanted(tuple(self._records.present))
         return asked
 
+    async def positions(self) -> tuple[dict[int, Standing], dict[str, Any]]:
+        """Where the data is: what is merged of each head, and whose which batches are."""
+        return dict(self._engine.standings), self._engine.data.state()
+
     async def complete(self, limit: float) -> bool:
         """Waits up to `limit` seconds for checkpoints that are being written; whether all are whole."""
         return await self._cuts.complete(limit)
@@ -266,4 +271,5 @@ class CoordinatorActor:
             tuple(engine.members),
             storage.trouble() or self._cuts.trouble,
             self._cuts.untold(self._records.present - engine.live),
+            self._records.spike,
         )

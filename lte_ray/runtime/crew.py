@@ -59,10 +59,11 @@ class Crew:
         self._hub, self._launch, self._end = hub, launch, end
         self.members: list[Member] = []
         self.deadlines = Deadlines()
+        self._given_up: dict[int, int] = {}  # by head, the next incarnation
 
-    def add(self, numbers: tuple[int, ...], strategy: Any) -> Member:
-        """A new place, with its first process."""
-        member = Member(numbers, strategy)
+    def add(self, number: int, strategy: Any) -> Member:
+        """A new place for a head, with its first process; its number may be that of one that was given up."""
+        member = Member((number,), strategy, incarnation=self._given_up.get(number, 0))
         self.members.append(member)
         self.start(member)
         return member
@@ -92,6 +93,7 @@ class Crew:
     def drop(self, member: Member) -> None:
         """The place is given up."""
         self.members.remove(member)
+        self._given_up |= dict.fromkeys(member.numbers, member.incarnation)  # of which nobody's contributions count any more
 
     @property
     def training(self) -> list[Member]:

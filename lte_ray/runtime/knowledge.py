@@ -14,12 +14,20 @@ from lte_ray.messages import Contribution, HeadReport, Report, Standing, Update
 from lte_ray.runtime.transport import Transport
 
 
+NOWHERE = HeadReport(-1, 0)
+"""Of a head that hasn't begun."""
+
+
 @dataclass
 class _Own:
-    """Of a head here: its factors by the contribution that they follow (None where B' = 0), and what isn't answered yet."""
+    """Of a head here: its factors by the contribution that they follow (None where B' = 0), and what isn't answered yet.
+
+    `ordered` is what orders say that came here, whether the head has taken them or is about to.
+    """
 
     factors: dict[int, Tensor | None] = field(default_factory=dict)
     outstanding: Contribution | None = None
+    ordered: HeadReport = NOWHERE
 
 
 class Knowledge:
@@ -50,6 +58,11 @@ class Knowledge:
         """An update has come, and its base is here."""
         if update.verdict is not None and not update.verdict.accepted:
             self._settle(update.verdict.head, update.verdict.sequence, accepted=False)
+        for head in self._own.keys() & update.orders.keys():
+            own, order = self._own[head], update.orders[head]
+            grant = max([own.ordered.grant, *(grant.id for grant in order.grants)])
+            released = max(own.ordered.released, order.release)
+            own.ordered = HeadReport(-1, max(own.ordered.limit, order.limit), grant, released)
         if update.version <= self.version:
             return
         self.version, self.held, self.ledger = update.version, update.held, update.ledger
@@ -65,9 +78,11 @@ class Knowledge:
         own.factors = {s: f for s, f in own.factors.items() if (s == sequence) == accepted}
 
     def report(self, base: Tensor | None, positions: Mapping[int, HeadReport], transport: Transport) -> Report:
-        """All of it, published."""
+        """All of it, published; `positions` are those of the heads that have begun."""
         heads = {}
         for head, own in self._own.items():
             known = {s: None if f is None else transport.publish(f) for s, f in own.factors.items()}
-            heads[head] = HeadReport(**{**vars(positions[head]), "factors": known})
+            at, said = positions.get(head, NOWHERE), own.ordered
+            limit, grant, released = (max(getattr(at, f), getattr(said, f)) for f in ("limit", "grant", "released"))
+            heads[head] = HeadReport(at.step, limit, grant, released, known)
         return Report(self.version, None if base is None else transport.publish(base), self.held, self.ledger, heads)

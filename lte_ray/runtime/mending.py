@@ -12,7 +12,7 @@ import ray
 from lte_ray import checkpoint
 from lte_ray.engine.deadlines import Pulse
 from lte_ray.engine.recovery import recover
-from lte_ray.errors import CoordinatorLost, HeadLost, LTEError, StorageError, WorkerFailed
+from lte_ray.errors import CoordinatorLost, HeadLost, LTEError, RunError, StorageError, WorkerFailed
 from lte_ray.messages import Report
 from lte_ray.runtime.crew import Member
 from lte_ray.runtime.placement import Places
@@ -43,6 +43,7 @@ class Mending:
         self._asked: tuple[Any, float] | None = None  # the coordinator's status that isn't answered yet, and since when
         self._pulse = Pulse()
         self._grown = time.monotonic()
+        self._rolled: set[int] = set()  # versions that the run has gone back to
 
     def look(self) -> None:
         """Looks after all of it once: the coordinator first, since heads go on from what it says."""
@@ -77,6 +78,8 @@ class Mending:
         first = self._pulse.answered is None
         deadlines.note(self._pulse, time.monotonic(), 0.0 if first else time.monotonic() - asked, status.version, True, False)
         session.take(status)
+        if status.spike is not None:
+            self._roll_back(*status.spike)
         return ""
 
     # -- heads ---------------------------------------------------------------------------------------------------------
@@ -150,12 +153,11 @@ class Mending:
         if not most or count >= most or now - self._grown < GROW or any(m.over or m.due for m in session.crew.members):
             return
         self._grown = now
-        number = max(n for member in session.crew.members for n in member.numbers) + 1
-        if number >= len(session.initial.plans):
-            return
-        strategy = self._places.more()
-        if strategy is not None:
-            session.crew.add((number,), strategy)
+        taken = {n for member in session.crew.members for n in member.numbers}
+        number = next((n for n in range(len(session.initial.plans)) if n not in taken), None)
+        strategy = None if number is None else self._places.more()
+        if number is not None and strategy is not None:
+            session.crew.add(number, strategy)
             session.log.event("head_added", head=number)
 
     # -- the coordinator -----------------------------------------------------------------------------------------------
@@ -183,12 +185,55 @@ class Mending:
             member.due = time.monotonic()
         for member in crew.training:
             member.actor.connect.remote(hub.coordinator, epoch)
+            member.asked, member.pulse = None, Pulse()  # they have just answered, and what was asked before is old
         gone = [n for m in crew.members if m.run is None and not m.over for n in m.numbers]
         hub.coordinator.lose.remote(gone, False)
         for member in crew.members:
             for number in member.numbers if member.over else ():
                 hub.coordinator.leave.remote(number)
         session.log.event("coordinator_restarts", epoch=epoch, version=start.version, reports=len(reports))
+
+    def _roll_back(self, why: str, good: int) -> None:
+        """The loss has spiked: all heads start again from the newest checkpoint until `good`, with the data that comes next.
+
+        Raises:
+            RunError: from there it has spiked before.
+        """
+        session, hub, crew = self._session, self._session.hub, self._session.crew
+        directory = session.common.directory
+        found = [version for version in checkpoint.complete(directory) if version <= good]
+        if not found and -1 in self._rolled:
+            return
+        if not found:
+            session.log.event("spike", why=why, remedy="none: there is no checkpoint from before")
+            self._rolled.add(-1)
+            return
+        if found[-1] in self._rolled:
+            raise RunError(
+                f"The loss spiked again after the run had gone back to version {found[-1]}: {why}. Lower the learning rate or "
+                "--lora-alpha, or raise --rollback-z."
+            )
+        self._rolled.add(found[-1])
+        ray.get(hub.coordinator.freeze.remote(False), timeout=ANSWER)
+        standings, ledger = ray.get(hub.coordinator.positions.remote(), timeout=ANSWER)
+        hub.stop()
+        self._asked, self._pulse = None, Pulse()
+        for member in crew.members:
+            crew.clear(member)
+            member.over, member.due = False, time.monotonic()
+        before = resumed(session.common, session.initial, found[-1], session.common.settings.lte.num_heads)
+        skipped = sum(held.batches - before.standings[h].batches for h, held in standings.items() if h in before.standings)
+        now = {
+            head: replace(held, batches=standings[head].batches, lanes=standings[head].lanes)
+            for head, held in before.standings.items()
+            if head in standings
+        }
+        start = replace(before, standings=now, ledger=ledger, exact=frozenset(), epoch=hub.epoch + 1)
+        checkpoint.remove_after(directory, start.version)
+        session.rewind(start.version)
+        session.checkpoint = start.version
+        hub.begin(start)
+        session.log.event("rolled_back", why=why, version=start.version, skipped_batches=skipped)
 
     def _reports(self, epoch: int) -> list[Report]:
         """What the heads' processes know; those that don't answer are ended, so that they can't go on with the old one."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from lte_ray.engine.coordinator import Coordinator
 from lte_ray.engine.downlink import CHECK_EVERY, Downlink, bytes_instead
+from lte_ray.engine.spike import SpikeWatch
 from lte_ray.merging.scheduled import state_of
 from lte_ray.messages import Merged, MergeRecord, Save
 from lte_ray.runtime.common import Common
@@ -16,6 +17,9 @@ from lte_ray.runtime.cuts import Cuts
 from lte_ray.runtime.publisher import Masters, Published
 from lte_ray.runtime.transport import Handle
 from lte_ray.runtime.waiters import Waiters
+
+SPIKE_WINDOW = 32
+"""Merges whose losses a new one's is compared with."""
 
 
 def due(every: int, before: int, after: int) -> bool:
@@ -53,6 +57,10 @@ class Records:
         self._seen = engine.version
         self._best = common.keep.best > 0  # then each that is saved is evaluated
         self.last: MergeRecord | None = None
+        most = common.settings.merge.rollback_z
+        self._spikes = SpikeWatch(SPIKE_WINDOW, most) if most else None
+        self.spike: tuple[str, int] | None = None
+        """Why the loss counts as having spiked, and the last version before it did."""
         self.present: set[int] = set()
         """Heads that have joined, and whose process isn't gone: they can write their state."""
         self.checksum: tuple[int, int] | None = None
@@ -85,6 +93,10 @@ class Records:
             saves = version == newest and due(self._train.checkpoint_every, before, version) and not self._cuts.busy
             if saves:
                 self.save(record)
+            if self._spikes is not None and merge.losses:
+                why = self._spikes.add(sum(merge.losses.values()) / len(merge.losses))
+                if why:
+                    self.spike = (why, version - self._spikes.since)
             shows = shows or (saves and self._best)
             base = self._masters.whole(references=saves) if shows or saves else None
             checked = version == newest and self._downlink.factored and version % CHECK_EVERY == 0

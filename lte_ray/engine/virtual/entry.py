@@ -15,6 +15,7 @@ from lte_ray.engine.head import Head
 from lte_ray.engine.initial import Initial, prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.simulate import evaluated
+from lte_ray.engine.snapshot import rejoin
 from lte_ray.engine.threads import head_threads, torch_threads
 from lte_ray.engine.transit import Transit
 from lte_ray.engine.virtual.events import Clock
@@ -24,7 +25,7 @@ from lte_ray.engine.virtual.run import Simulation
 from lte_ray.engine.virtual.sizes import Sizes
 from lte_ray.layout import Plan
 from lte_ray.merging.registry import make_policy
-from lte_ray.messages import Contribution, Order
+from lte_ray.messages import Contribution, Order, Standing
 from lte_ray.worker import Worker
 
 
@@ -107,7 +108,7 @@ class _Trainees:
             rates = [1 / cluster.speed(n) for n in range(heads)]
             self._steps = [max(1, round(settings.train.steps * heads * rate / sum(rates))) for rate in rates]
 
-    def make(self, number: int, incarnation: int) -> Head:
+    def make(self, number: int, incarnation: int) -> _SendingHead:
         """Head `number`; what it contributes has been through the transfer format."""
         settings = replace(self._settings, train=replace(self._settings.train, steps=self._steps[number]))
         head = _SendingHead(self._worker, settings, number, dtype=self._dtype, incarnation=incarnation)
@@ -126,6 +127,9 @@ class _SendingHead(Head):
     """A head whose contributions come out as the coordinator gets them."""
 
     transit: Transit
+
+    def rejoin(self, standing: Standing, version: int, base: Tensor) -> None:
+        rejoin(self, standing, None, version, base, None)
 
     def contribute(self) -> Contribution:
         return self.transit(self, super().contribute())

@@ -71,8 +71,10 @@ class Faults:
         """The new incarnation asks for the base; it gets it as soon as nothing of its predecessor's is pending."""
         self._asking.add(seat.number)
         if seat.number not in self._desk.coordinator.pending:
-            self._desk.coordinator.join(seat.number, seat.epoch, fresh=True)
-            self._post.whole(Answer(seat.number, seat.epoch, None, self._desk.coordinator.version, self._desk.base))
+            coordinator = self._desk.coordinator
+            coordinator.join(seat.number, seat.epoch, fresh=True)
+            standing = coordinator.start(seat.number)
+            self._post.whole(Answer(seat.number, seat.epoch, None, coordinator.version, self._desk.base, standing))
         return Outcome((), ())
 
     def _returns(self, seat: Seat, answer: Answer) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lte_ray.layout import Plan, Replica
-from lte_ray.messages import Contribution, Verdict
+from lte_ray.messages import Contribution, Standing, Verdict
 
 TINY_PLAN = Plan((), (Replica("nothing", (1,)),))
 """What heads that only keep time contribute: one number."""
@@ -24,6 +24,10 @@ class Trainee(Protocol):
 
     def start(self, version: int, base: Tensor) -> None:
         """Adopts the first base."""
+        ...
+
+    def rejoin(self, standing: Standing, version: int, base: Tensor) -> None:
+        """In the place of `start`: goes on behind what was merged of its predecessor, with B = 0."""
         ...
 
     def train(self, steps: int) -> None:
@@ -50,6 +54,10 @@ class TimedHead:
 
     def start(self, version: int, base: Tensor) -> None:
         self.version = version
+
+    def rejoin(self, standing: Standing, version: int, base: Tensor) -> None:
+        self.step = self.samples = self._accepted = self._offered = standing.step
+        self._sequence, self.version = standing.sequence, version
 
     def train(self, steps: int) -> None:
         self.step += steps

@@ -89,6 +89,9 @@ class Simulation:
 
     def _start(self, seat: Seat, version: int, base: Tensor) -> None:
         seat.head.start(version, base)
+        self._begin(seat)
+
+    def _begin(self, seat: Seat) -> None:
         self.post.adopted(seat)
         self._plan(seat)
         self._faults.threaten(seat)
@@ -201,5 +204,8 @@ class Simulation:
         self._pool += steps
 
     def _restart(self, seat: Seat, answer: Answer) -> None:
+        assert answer.standing is not None
         seat.head = self._make(seat.number, seat.epoch)
-        self._start(seat, answer.version, answer.base)
+        seat.head.rejoin(answer.standing, answer.version, answer.base)
+        seat.samples -= seat.head.samples  # its predecessor's, which were counted when that died
+        self._begin(seat)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lte_ray.engine.virtual.heads import Trainee
 from lte_ray.engine.virtual.record import KINDS, HeadRecord, Row, Span
-from lte_ray.messages import Verdict
+from lte_ray.messages import Standing, Verdict
 
 MOST_SPANS = 4000
 """Spans of a row that are kept to be drawn."""
@@ -16,13 +16,17 @@ MOST_SPANS = 4000
 
 @dataclass(frozen=True)
 class Answer:
-    """What the coordinator sends to a head: a verdict on its contribution or None, and the newest base."""
+    """What the coordinator sends to a head: a verdict on its contribution or None, and the newest base.
+
+    A new incarnation is told where its predecessor was merged up to (`standing`).
+    """
 
     head: int
     incarnation: int
     verdict: Verdict | None
     version: int
     base: Tensor = field(repr=False, compare=False)
+    standing: Standing | None = None
 
 
 @dataclass
