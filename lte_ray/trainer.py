@@ -203,9 +203,9 @@ def _kept(config: ray.train.CheckpointConfig) -> dict[str, Any]:
 
 
 def _failure(config: Any) -> FailureConfig:
-    """What Ray's RunConfig says of failures; ours, if it says nothing."""
-    said = getattr(config, "failure_config", None)
-    return FailureConfig() if said is None else FailureConfig(max_failures=said.max_failures)
+    """What Ray's RunConfig says of failures. Its default, 0, says nothing: a run shouldn't end since a machine does."""
+    said = getattr(getattr(config, "failure_config", None), "max_failures", 0)
+    return FailureConfig(max_failures=said) if said else FailureConfig()
 
 
 def default_storage() -> str:

@@ -2,47 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from chaos_account import Account, Broken, Track
-from chaos_parts import Call, Disk, Kept, Mode, as_json, copied
-from torch import Tensor
+from chaos_account import Account, Broken
+from chaos_cuts import Cuts
+from chaos_line import Joining, Submission
+from chaos_parts import Call, Disk, Kept, Mode, copied
 
 from lte_ray.engine.coordinator import Coordinator, Outcome
 from lte_ray.engine.initial import Initial
 from lte_ray.engine.ledger import DataLedger
 from lte_ray.engine.settings import Settings
 from lte_ray.merging.registry import make_policy
-from lte_ray.merging.scheduled import load_state_of, state_of
-from lte_ray.messages import Begin, Contribution, Save, Standing, Update, Verdict
+from lte_ray.merging.scheduled import load_state_of
+from lte_ray.messages import Begin, Contribution, Standing, Update, Verdict
 from lte_ray.runtime.start import Start
-
-MOST_OPEN = 3
-"""As `runtime.cuts.MOST_OPEN`."""
-
-
-@dataclass(eq=False)
-class Submission:
-    """A contribution that is here, and the calls that wait to hear of it."""
-
-    contribution: Contribution
-    calls: list[Call]
-    track: Track
-
-
-@dataclass(eq=False)
-class Joining:
-    """A call of `join`, and how far it has come: `asked`, then `joined`."""
-
-    call: Call
-    stage: str = "asked"
 
 
 @dataclass
-class Hub:
+class Hub(Cuts):
     """One coordinator, from its start to its death.
 
     Args:
@@ -50,7 +30,6 @@ class Hub:
         start: from where.
         account: told of every merge.
         disk: where checkpoints go.
-        members: the heads of the run.
     """
 
     mode: Mode
@@ -59,7 +38,6 @@ class Hub:
     start: Start
     account: Account
     disk: Disk
-    members: set[int] | None = None
     undecided: dict[int, Submission] = field(default_factory=dict)
     arriving: dict[int, Submission] = field(default_factory=dict)
     decided: list[tuple[Call, Verdict]] = field(default_factory=list)
@@ -80,7 +58,7 @@ class Hub:
             taken=start.taken,
             granted=start.granted,
             standings=start.standings,
-            members=self.members,
+            members=start.members,
             data=DataLedger.from_state(start.ledger) if start.ledger else None,
             clock=lambda: 0.0,
         )
@@ -209,60 +187,3 @@ class Hub:
         self.present.add(head)
         self._send(join.call, replace(self.since(head), begins={head: begin}))
         return True
-
-    # -- checkpoints -----------------------------------------------------------------------------------------------
-
-    def cut(self) -> None:
-        """Begins a checkpoint of the newest version; `Records.save` and `Cuts.begin`."""
-        engine = self.engine
-        save = Save(engine.version, {h: engine.standings[h].sequence for h in sorted(self.present & engine.members)})
-        standings = {str(h): dataclasses.asdict(held) for h, held in engine.standings.items() if h in engine.members}
-        facts = {
-            "lte": {"num_heads": self.settings.lte.num_heads},
-            "standings": standings,
-            "ledger": engine.data.state(),
-            "guard": engine.guard.state(),
-        }
-        base, held = engine.master.read(lambda version, base, held: (base.clone(), _cloned(held)))
-        policy = _cloned(state_of(engine.policy))
-        heads = set(save.sequences)
-        self.cuts[save.version] = Kept(
-            save.version, as_json(facts), base, held, policy, self.account.copy(), save, set(heads), heads
-        )
-
-    @property
-    def may_cut(self) -> bool:
-        """Whether a checkpoint may be begun now."""
-        return self.engine.version not in (*self.cuts, self.saved, self.start.version) and len(self.cuts) < MOST_OPEN
-
-    def freeze(self) -> None:
-        """The run ends: nothing is merged any more, and the last version is saved; `CoordinatorActor.freeze`."""
-        there = self.saved == self.engine.version and self.states >= self.present
-        if self.engine.version > self.start.version and not there and self.engine.version not in self.cuts:
-            self.cut()
-
-    def add(self, version: int, head: int, part: Any) -> None:
-        """A head's part of a checkpoint has come, or won't; `Cuts.add`."""
-        kept = self.cuts.get(version)
-        if kept is None or head not in kept.missing:
-            return
-        kept.missing.discard(head)
-        if part is not None:
-            kept.parts[head] = part
-        self.commit(version)
-
-    def commit(self, version: int) -> None:
-        """`Cuts._commit`."""
-        kept = self.cuts.get(version)
-        if kept is None or kept.missing or not kept.own:
-            return
-        self.disk.commit(kept)
-        if self.saved is None or version > self.saved:
-            self.saved, self.states = version, frozenset(kept.parts)
-        del self.cuts[version]
-        for older in [v for v in self.cuts if v < version and self.cuts[v].missing]:
-            del self.cuts[older]
-
-
-def _cloned(tensors: Mapping[Any, Tensor | None]) -> dict[Any, Tensor]:
-    return {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}

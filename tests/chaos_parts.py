@@ -49,7 +49,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Mode:
-    """How a world merges. `rejoin` as `FailureConfig.rejoin`; `cached`: answers say what they hold as of a version's first one."""
+    """How a world merges. `cached`: what answers say that a version holds is as of the first answer with that version."""
 
     when: str = "barrier"
     wait: bool = True
@@ -120,7 +120,10 @@ class Part:
 
 @dataclass
 class Kept:
-    """A checkpoint as values; `missing` are the heads whose parts aren't there yet; `account` as it was then."""
+    """A checkpoint as values.
+
+    `missing` are the heads whose parts aren't there yet, `told` those that the driver asked for them; `account` as it was then.
+    """
 
     version: int
     facts: dict[str, Any]
@@ -132,6 +135,7 @@ class Kept:
     untold: set[int]
     missing: set[int]
     own: bool = False
+    told: set[int] = field(default_factory=set)
     parts: dict[int, Part] = field(default_factory=dict)
 
     @property

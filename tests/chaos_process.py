@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from chaos_account import Broken, Track, near, trained_weights
-from chaos_parts import Call, Fit, Here, Part
-from torch import Tensor
+from chaos_line import Arrived, Line
+from chaos_parts import Call, Fit, Part
 
 from lte_ray.engine.head import Head
 from lte_ray.engine.initial import Initial
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.snapshot import Missed, rejoin, restore, snapshot
-from lte_ray.messages import HeadReport, Report, Save, Update, Verdict
+from lte_ray.messages import Save, Update, Verdict
 from lte_ray.runtime.knowledge import Knowledge
 
 if TYPE_CHECKING:
     from chaos_parts import Disk
 
 
-@dataclass
-class Arrived:
-    """An update that was fetched, and its base where that is newer than what the process had."""
-
-    update: Update
-    base: Tensor | None
-
-
-class Process:
+class Process(Line):
     """One head's process: it builds, joins, trains, contributes, adopts and leaves.
 
     Args:
@@ -53,54 +45,7 @@ class Process:
         self.every = settings.merge.merge_iter
         self._watching = False
 
-    head: Head | None
     track: Track | None
-    base: Tensor | None
-
-    # -- the line to the coordinator -------------------------------------------------------------------------------
-
-    def call(self, kind: str, payload: object = None) -> None:
-        self.calls.append(Call(self, kind, payload))
-
-    def carries(self) -> bool:
-        """Whether the answer to its contribution is still to come."""
-        return any(call.kind == "submit" for call in self.calls)
-
-    def fetch(self, call: Call) -> bool:
-        """Takes the first answer to a call, unless one is here that isn't adopted yet; `Courier._take`."""
-        epoch, update = call.answers[0]
-        if epoch != self.epoch:  # Cut: what it says doesn't count, so the call is made again
-            call.answers.clear()
-            call.place = "wire"
-            return True
-        if any(arrived.base is not None for arrived in self.arrived):
-            return False  # the mirror is taken
-        base = update.base[0] if update.version > self.version else None
-        self.knowledge.learned(update)
-        if base is not None:
-            self.version, self.base = update.version, base
-        self.calls.remove(call)
-        self.arrived.append(Arrived(update, base))
-        if call.kind == "newer":
-            self._watching = False
-        return True
-
-    def report(self, epoch: int) -> Report:
-        """What it knows; earlier coordinators' answers don't count any more; `HeadActor.report`."""
-        self.epoch = epoch
-        head, positions = self.head, dict[int, HeadReport]()
-        if head is not None:
-            released = head.feed.released
-            positions[self.number] = HeadReport(head.step, head.limit, head.feed.grant, released.id if released else 0)
-        return self.knowledge.report(self.base, positions, Here())
-
-    def cut(self) -> None:
-        """The coordinator is gone: calls that were there are made again."""
-        for call in self.calls:
-            if call.place == "held":
-                call.place = "wire"
-
-    # -- the training thread ---------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """Starts the head as the answer to `join` says; `Saves.begin`."""

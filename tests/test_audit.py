@@ -58,6 +58,7 @@ class Run:
     def leaves(self, head: int, to: int) -> None:
         """The head is dropped; another one gets its lanes."""
         self.lanes[to] = joined((*self.lanes[to], *self.lanes.pop(head)))
+        self.rows.append({"kind": "event", "at": float(self.version), "event": "head_dropped", "heads": [head]})
         del self.held[head]
 
 
@@ -163,12 +164,12 @@ def taken_over(rows: Any, merges: Any) -> None:
 @pytest.mark.parametrize(
     ("forge", "lost", "doubled", "says"),
     [
-        (skip, 2, 0, "2 are in no merge"),
-        (again, 0, 2, "2 were merged before"),
+        (skip, 2, 0, "2 batches more than were trained"),
+        (again, 0, 2, "2 batches fewer than were trained"),
         (back, 0, 9, "takes head 1 back"),
         (twice, 0, 4, "contribution 4 (incarnation 1) of head 1"),
         (same_version, 0, 0, "version 6 comes after version 6"),
-        (unpaid, 2, 0, "2 are in no merge"),
+        (unpaid, 2, 0, "up to version 5, the merge of head 1, by 2 batches more"),
         (taken_over, None, None, "heads 1 and 2 own the same batches"),
     ],
 )

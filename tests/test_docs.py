@@ -21,7 +21,7 @@ def test_the_readmes_worker_and_policy_run(local_ray: None, tmp_path: Path, monk
     """The worker trains by the command as printed, and the Python program as printed runs to its end."""
     worker, program = BLOCKS
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lte_ray.trainer._default_storage", lambda: str(tmp_path / "ray_results"))
+    monkeypatch.setattr("lte_ray.trainer.default_storage", lambda: str(tmp_path / "ray_results"))
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "mine.py").write_text(worker)
     command = re.search(r"^lte-ray (train mine\.py:Net .*--steps 200)$", README, flags=re.MULTILINE)

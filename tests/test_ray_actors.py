@@ -15,17 +15,19 @@ import torch
 from ray.util import placement_group_table
 from ray_support import Regression, settings
 
-from lte_ray.config import PlacementConfig
+from lte_ray.config import FailureConfig, PlacementConfig
 from lte_ray.engine.group import HeadGroup
 from lte_ray.engine.initial import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError
 from lte_ray.merging.registry import make_policy
+from lte_ray.messages import HeadStatus
 from lte_ray.metrics import Silent
 from lte_ray.runtime.common import Common
 from lte_ray.runtime.package import Package
 from lte_ray.runtime.placement import Placement, from_scaling_config, groups_of, hosted, reserve, resolve
-from lte_ray.runtime.session import Actors, Session
+from lte_ray.runtime.session import Session
+from lte_ray.runtime.start import Start
 from lte_ray.runtime.transport import ObjectStore
 from lte_ray.storage import RUN, RunDirectory
 
@@ -34,8 +36,8 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # for the funct
 
 
 @contextlib.contextmanager
-def actors(path: Path, placement: Placement, **train: Any) -> Iterator[Actors]:
-    """The actors of a run, without anybody who watches them."""
+def actors(path: Path, placement: Placement, **train: Any) -> Iterator[Session]:
+    """The actors of a run, which train without anybody who watches them."""
     kwargs = settings(**train)
     config = Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"])
     directory = RunDirectory.of(str(path), "r")
@@ -45,11 +47,22 @@ def actors(path: Path, placement: Placement, **train: Any) -> Iterator[Actors]:
     common = Common(Package.of(Regression()), config, directory, ObjectStore(), groups)
     directory.write(RUN, b"")
     session = Session(
-        common, initial, Package.of(make_policy(config.merge)), placement, "auto", None, Silent(), export=lambda base: None
+        common=common,
+        initial=initial,
+        start=Start(0, common.transport.publish(initial.base)),
+        policy=Package.of(make_policy(config.merge)),
+        placement=placement,
+        failure=FailureConfig(max_failures=0),
+        stack="auto",
+        reporter=Silent(),
+        export=lambda base: None,
     )
-    hosts = hosted(placement, config.lte.num_heads)
-    with reserve(placement, len(hosts)) as (strategies, _), session._actors(hosts, strategies) as made:
-        yield made
+    with reserve(placement, hosted(placement, config.lte.num_heads)) as places, session._actors(places):
+        yield session
+
+
+def to_the_end(run: Session) -> list[tuple[HeadStatus, ...]]:
+    return ray.get([member.run for member in run.crew.members])
 
 
 def first_weight(group: HeadGroup) -> torch.Tensor:
@@ -68,12 +81,12 @@ def torch_threads(group: HeadGroup) -> int:
 def test_each_head_holds_its_own_copy_of_the_main_weights(local_ray: None, tmp_path: Path) -> None:
     """One head's base is perturbed; the other head's and the coordinator's stay as they were."""
     with actors(tmp_path, Placement(cpus=1, gpus=0), steps=5) as run:
-        ray.get([head.run.remote(run.coordinator) for head, _ in run.heads])
-        before = ray.get([head.inspect.remote(first_weight) for head, _ in run.heads])
-        _, published = ray.get(run.coordinator.finish.remote())
+        to_the_end(run)
+        before = ray.get([member.actor.inspect.remote(first_weight) for member in run.crew.members])
+        _, published, _ = ray.get(run.hub.coordinator.finish.remote())
         base = ObjectStore().fetch(published).clone()
-        ray.get(run.heads[0][0].inspect.remote(perturb))
-        after = ray.get([head.inspect.remote(first_weight) for head, _ in run.heads])
+        ray.get(run.crew.members[0].actor.inspect.remote(perturb))
+        after = ray.get([member.actor.inspect.remote(first_weight) for member in run.crew.members])
         assert torch.equal(after[0], before[0] + 1.0)
         assert torch.equal(after[1], before[1])
         assert torch.equal(ObjectStore().fetch(published), base)
@@ -82,21 +95,21 @@ def test_each_head_holds_its_own_copy_of_the_main_weights(local_ray: None, tmp_p
 def test_heads_reserve_what_was_asked_and_compute_with_as_many_threads(local_ray: None, tmp_path: Path) -> None:
     """Two heads of 2 CPUs hold a bundle of 2 CPUs each, and torch uses 2 threads in each."""
     with actors(tmp_path, Placement(cpus=2, gpus=0), steps=5) as run:
-        ray.get([head.run.remote(run.coordinator) for head, _ in run.heads])
+        to_the_end(run)
         held = [group["bundles"] for group in placement_group_table().values() if group["state"] == "CREATED"]
         assert held == [{0: {"CPU": 2.0}, 1: {"CPU": 2.0}}]
-        assert ray.get(run.heads[0][0].status.remote())[0].step == 5
+        assert ray.get(run.crew.members[0].actor.status.remote())[0].step == 5
         # the thread count is set where the head trains, so it is read there
-        assert ray.get(run.heads[1][0].inspect.remote(torch_threads)) == 2
+        assert ray.get(run.crew.members[1].actor.inspect.remote(torch_threads)) == 2
 
 
 def test_status_answers_while_a_head_trains(local_ray: None, tmp_path: Path) -> None:
     """A head that trains for long still says where it is."""
     with actors(tmp_path, Placement(cpus=1, gpus=0), steps=100_000) as run:
-        runs = [head.run.remote(run.coordinator) for head, _ in run.heads]
-        while ray.get(run.heads[0][0].status.remote(), timeout=10)[0].step < 5:
+        runs = [member.run for member in run.crew.members]
+        while ray.get(run.crew.members[0].actor.status.remote(), timeout=10)[0].step < 5:
             assert not ray.wait(runs, timeout=0.05)[0]
-        assert ray.get(run.coordinator.status.remote(0)).version >= 0
+        assert ray.get(run.hub.coordinator.status.remote(0)).version >= 0
 
 
 def test_heads_share_cores_by_default_and_gpus_need_a_gpu_each(local_ray: None) -> None:
@@ -130,5 +143,4 @@ def test_a_head_with_a_gpu_trains_on_its_first_device(tmp_path: Path) -> None:
     with ray.init(address="local", num_cpus=2, include_dashboard=False):
         share = 1.0 if torch.cuda.device_count() > 1 else 0.5
         with actors(tmp_path, Placement(cpus=1, gpus=share), steps=5) as run:
-            statuses = ray.get([head.run.remote(run.coordinator) for head, _ in run.heads])
-            assert [s.device for (s,) in statuses] == ["cuda:0", "cuda:0"]
+            assert [s.device for (s,) in to_the_end(run)] == ["cuda:0", "cuda:0"]

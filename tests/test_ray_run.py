@@ -19,7 +19,7 @@ from ray_support import Dropping, Failing, Regression, lte_actors, settings, sto
 from torch import nn
 
 from lte_ray import Discard, LTEConfig, LTETrainer, Merge, MergeConfig, Pending, Roster, Wait, checkpoint
-from lte_ray.config import PlacementConfig
+from lte_ray.config import FailureConfig, PlacementConfig
 from lte_ray.engine.initial import load_base, prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.simulate import simulate
@@ -28,6 +28,9 @@ from lte_ray.metrics import Progress
 from lte_ray.storage import RunDirectory
 
 pytestmark = pytest.mark.ray
+
+FIRST_ENDS = FailureConfig(max_failures=0)
+"""The first death ends the run."""
 
 
 def model_of(path: str) -> dict[str, torch.Tensor]:
@@ -61,6 +64,7 @@ def test_the_result_holds_metrics_a_checkpoint_and_a_complete_run_directory(loca
     with result.checkpoint.as_directory() as saved:
         assert saved == str(directory / "checkpoints" / "000006")
         files = {"base.safetensors", "head-0000.safetensors", "head-0001.safetensors", "manifest.json"}
+        files |= {"references.safetensors"}
         assert {p.name for p in Path(saved).iterdir()} == files
     assert tomllib.loads((directory / "run.toml").read_text())["merge_iter"] == 5
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -135,15 +139,19 @@ def assert_clean(path: Path) -> None:
 
 
 def test_a_worker_that_raises_ends_the_run_and_leaves_the_last_checkpoint(local_ray: None, tmp_path: Path) -> None:
-    """The error names the head and the step and carries the worker's traceback; checkpoints stay, actors go."""
-    trainer = LTETrainer(Failing(), run_config=storage(tmp_path, "r"), **settings(checkpoint_every=1))
+    """The error names the head and the step and carries the worker's traceback; actors go, the others' states are saved."""
+    run = {"run_config": storage(tmp_path, "r"), "failure": FIRST_ENDS}
+    trainer = LTETrainer(Failing(), **run, **settings(checkpoint_every=1))
     with pytest.raises(WorkerFailed, match=r"head 1 at local step 13") as caught:
         trainer.fit()
     assert "ZeroDivisionError: the disk of the data is gone" in str(caught.value)
     assert "train_batches" in str(caught.value)
     directory = RunDirectory.of(str(tmp_path), "r")
-    assert checkpoint.complete(directory) == [1, 2]
-    assert checkpoint.read_manifest(directory, 2).facts["step"] == 10
+    newest, passed = checkpoint.read_newest_intact(directory)
+    assert newest.version >= 2
+    assert newest.facts["standings"]["1"]["step"] == 10
+    assert 0 in newest.heads
+    assert passed == []
     assert not (tmp_path / "r" / "model.safetensors").exists()
     assert_clean(tmp_path)
 
@@ -188,9 +196,9 @@ class Deadly(Regression):
 
 
 def test_a_killed_head_ends_the_run_with_its_number(local_ray: None, tmp_path: Path) -> None:
-    """A real SIGKILL: the error says which head's process died."""
+    """A real SIGKILL, where no failure is allowed: the error says which head's process died."""
     with pytest.raises(HeadLost, match="head 1"):
-        LTETrainer(Deadly(), run_config=storage(tmp_path, "r"), **settings()).fit()
+        LTETrainer(Deadly(), run_config=storage(tmp_path, "r"), failure=FIRST_ENDS, **settings()).fit()
     assert_clean(tmp_path)
 
 
@@ -202,7 +210,7 @@ class Diverging(Regression):
 
 
 def test_a_diverged_head_is_refused_and_ends_the_run(local_ray: None, tmp_path: Path) -> None:
-    """NaN never reaches the base: three refusals in a row end the run, and the message says why and what to try."""
+    """NaN never reaches the base: three refusals in a row quarantine each head, and with the last the run ends and says why."""
     with pytest.raises(ContributionRefused, match=r"NaN, infinite[\s\S]*lower the learning rate"):
         LTETrainer(Diverging(), run_config=storage(tmp_path, "r"), **settings()).fit()
     assert_clean(tmp_path)
@@ -329,28 +337,46 @@ class OnlyHeadOne:
         return Merge({1: 1.0})
 
 
-def test_a_checkpoint_without_every_heads_state_is_not_resumed(local_ray: None, tmp_path: Path) -> None:
-    """Heads whose state is missing would repeat their steps on a base that holds them: refused, with the reason."""
+def test_a_run_whose_policy_leaves_a_head_out_is_resumed_with_what_that_head_trained(local_ray: None, tmp_path: Path) -> None:
+    """A head that was never merged carries all its steps, and they are in its state: nothing is lost at the resume."""
     kwargs = settings(steps=10) | {"merge": MergeConfig(merge_iter=5, policy=OnlyHeadOne())}
     LTETrainer(Regression(), run_config=storage(tmp_path, "r"), **kwargs).fit()
     kwargs |= {"train": dataclasses.replace(kwargs["train"], steps=20)}
-    with pytest.raises(StorageError, match="holds the main weights alone"):
-        LTETrainer(Regression(), run_config=storage(tmp_path, "r", resume=True), **kwargs).fit()
+    resumed = LTETrainer(Regression(), run_config=storage(tmp_path, "r", resume=True), **kwargs).fit()
+    assert (resumed.metrics["step"], resumed.metrics["samples"]) == (20, 2 * 20 * 64)
+    newest, _ = checkpoint.read_newest_intact(RunDirectory.of(str(tmp_path), "r"))
+    assert {head: held["step"] for head, held in newest.facts["standings"].items()} == {"0": 0, "1": 20}
 
 
-def test_a_damaged_checkpoint_is_named_before_anything_starts(local_ray: None, tmp_path: Path) -> None:
-    """One altered byte in a head's file: the file is named, and the run directory stays as it was."""
-    LTETrainer(Regression(), run_config=storage(tmp_path, "r"), **settings(steps=5)).fit()
-    damaged = tmp_path / "r" / "checkpoints" / "000001" / "head-0001.safetensors"
-    content = bytearray(damaged.read_bytes())
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    local_ray: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One altered byte in a head's file: the file is named, and the run is bitwise the one that never stopped all the same.
+
+    With none left that is whole, nothing starts.
+    """
+    whole = LTETrainer(Dropping(), run_config=storage(tmp_path, "whole"), **settings(steps=20)).fit()
+    LTETrainer(Dropping(), run_config=storage(tmp_path, "r"), **settings(steps=10, checkpoint_every=1)).fit()
+    _alter(tmp_path / "r" / "checkpoints" / "000002" / "head-0001.safetensors")
+    resumed = LTETrainer(Dropping(), run_config=storage(tmp_path, "r", resume=True), **settings(steps=20)).fit()
+    assert "head-0001.safetensors is damaged" in caplog.text
+    assert "using 000001 instead" in caplog.text
+    a, b = model_of(whole.path), model_of(resumed.path)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for file in (tmp_path / "r" / "checkpoints").glob("*/base.safetensors"):
+        _alter(file)
+    with pytest.raises(StorageError, match=r"base\.safetensors is damaged"):
+        LTETrainer(Dropping(), run_config=storage(tmp_path, "r", resume=True), **settings(steps=30)).fit()
+
+
+def _alter(file: Path) -> None:
+    content = bytearray(file.read_bytes())
     content[-1] ^= 1
-    damaged.write_bytes(content)
-    with pytest.raises(StorageError, match=r"head-0001\.safetensors is damaged"):
-        LTETrainer(Regression(), run_config=storage(tmp_path, "r", resume=True), **settings(steps=10)).fit()
+    file.write_bytes(content)
 
 
 def test_resume_refuses_what_it_cannot_continue(local_ray: None, tmp_path: Path) -> None:
-    """Other heads, no checkpoint, or nothing left to do: one clear error each."""
+    """Other heads, or nothing left to do: one clear error each. Where there is nothing to resume, the run begins."""
     LTETrainer(Regression(), run_config=storage(tmp_path, "r"), **settings(steps=5)).fit()
     again = storage(tmp_path, "r", resume=True)
     with pytest.raises(StorageError, match="Raise --steps"):
@@ -358,8 +384,8 @@ def test_resume_refuses_what_it_cannot_continue(local_ray: None, tmp_path: Path)
     kwargs = settings(steps=50)
     with pytest.raises(StorageError, match="--lora-r was 8 and is 4"):
         LTETrainer(Regression(), run_config=again, **kwargs | {"lte": dataclasses.replace(kwargs["lte"], lora_r=4)}).fit()
-    with pytest.raises(StorageError, match="no complete checkpoint"):
-        LTETrainer(Regression(), run_config=storage(tmp_path, "new", resume=True), **kwargs).fit()
+    begun = LTETrainer(Regression(), run_config=storage(tmp_path, "new", resume=True), **settings(steps=5)).fit()
+    assert begun.metrics["step"] == 5
 
 
 def test_rebuilding_gives_the_driver_and_heads_the_same_start(tmp_path: Path) -> None:

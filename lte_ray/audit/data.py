@@ -7,7 +7,8 @@ each class how far it is merged. A merge must move its head's classes by as many
     more than it trained:   some are in no merge (lost)
     fewer:                  some are in two (doubled)
 
-Where classes go from head to head meanwhile, a merge alone doesn't say who trained which: there the sums are compared.
+Where classes go from head to head, a merge alone doesn't say who trained which: there the sums are compared, whenever
+all classes have been merged by the heads that have them.
 """
 
 from __future__ import annotations
@@ -26,8 +27,14 @@ MOST_CLASSES = 2**20
 """Of more, the batches aren't followed."""
 
 
-def check_data(found: Audit, flat: Sequence[Stand]) -> None:
-    """Follows the batches through these contributions, in the order of their merges, and adds what is wrong to `found`."""
+def check_data(found: Audit, flat: Sequence[Stand], gone: Mapping[int, int]) -> None:
+    """Follows the batches through these contributions, in the order of their merges, and adds what is wrong to `found`.
+
+    Args:
+        found: the result so far.
+        flat: what the merges say of their heads.
+        gone: heads that were dropped, and the version after which; others have their lanes.
+    """
     strides = {lane.stride for stand in flat for lane in stand.lanes}
     modulus = math.lcm(*strides)
     if flat and (modulus > MOST_CLASSES or not strides):
@@ -39,54 +46,43 @@ def check_data(found: Audit, flat: Sequence[Stand]) -> None:
     owners: dict[int, int] = {}  # by class, the head that moved it last
     owned: dict[int, set[int]] = {}  # by head, the classes that its last merge left it
     last: dict[int, Stand] = {}
-    loose = 0  # batches by which classes that changed hands were moved, less those that were trained
+    balance, settled = 0, 0  # batches by which classes were moved, less those that were trained; what of it was reported
     for stand in flat:
-        now, before = _classes(stand.lanes, modulus), last.get(stand.head)
+        now, head = _classes(stand.lanes, modulus), stand.head
         taken = 0
         for place, first in now.items():
             moved = (first - reached.get(place, place)) // modulus
             if moved < 0:
                 found.doubled -= moved
-                found.problems.append(f"version {stand.version} takes head {stand.head} back by {-moved} batches, to {first}")
+                found.problems.append(f"version {stand.version} takes head {head} back by {-moved} batches, to {first}")
             taken += max(0, moved)
             reached[place] = first
-        trained = sizes.trained(stand, before)
-        if trained is not None and _keeps(stand.head, now, owned.get(stand.head), owners):
-            _compare(found, stand, taken, trained)
-        elif trained is not None:
-            loose += taken - trained
-        strangers = {owners[place] for place in owned.get(stand.head, set()) & now.keys()} - {stand.head}
+        strangers = {owners[place] for place in owned.get(head, set()) & now.keys()} - {head}
         if strangers:
-            found.problems.append(f"version {stand.version}: heads {stand.head} and {min(strangers)} own the same batches")
-        owners |= dict.fromkeys(now, stand.head)
-        owned[stand.head] = set(now)
-        last[stand.head] = stand
-    _check_loose(found, owned, owners, loose)
+            found.problems.append(f"version {stand.version}: heads {head} and {min(strangers)} own the same batches")
+        owners |= dict.fromkeys(now, head)
+        trained = sizes.trained(stand, last.get(head))
+        balance += 0 if trained is None else taken - trained
+        owned[head], last[head] = set(now), stand
+        for dropped in [d for d, version in gone.items() if version < stand.version]:
+            owned.pop(dropped, None)
+        if balance != settled and _resolved(owners, owned, modulus):
+            _tell(found, stand, balance - settled)
+            settled = balance
 
 
-def _keeps(head: int, now: Mapping[int, int], before: set[int] | None, owners: Mapping[int, int]) -> bool:
-    """Whether the head has exactly the classes that it had, so that it alone has moved them."""
-    if before is None:  # its first merge: whether they are those of the start, every N-th from the head's number on
-        return min(now, default=-1) == head and not owners.keys() & now.keys()
-    return before == now.keys() and all(owners[place] == head for place in now)
+def _resolved(owners: Mapping[int, int], owned: Mapping[int, set[int]], modulus: int) -> bool:
+    """Whether all classes were merged by the heads that have them now, so that the sums must agree."""
+    return len(owners) == modulus and all(place in owned.get(head, ()) for place, head in owners.items())
 
 
-def _compare(found: Audit, stand: Stand, taken: int, trained: int) -> None:
-    where = f"version {stand.version} moves head {stand.head} by {taken} batches, but its contribution trained {trained}"
-    if taken > trained:
-        found.lost += taken - trained
-        found.problems.append(f"{where}: {taken - trained} are in no merge (lost, or refused as poison)")
-    elif taken < trained:
-        found.doubled += trained - taken
-        found.problems.append(f"{where}: {trained - taken} were merged before")
-
-
-def _check_loose(found: Audit, owned: Mapping[int, set[int]], owners: Mapping[int, int], loose: int) -> None:
-    """Sums over the classes that changed hands, once each of them was merged by its new owner."""
-    if loose and all(place in owned[head] for place, head in owners.items()):
-        found.lost, found.doubled = found.lost + max(0, loose), found.doubled + max(0, -loose)
-        what = "are in no merge" if loose > 0 else "were merged twice"
-        found.problems.append(f"of the batches whose lanes went from head to head {abs(loose)} {what}")
+def _tell(found: Audit, stand: Stand, more: int) -> None:
+    """The merges moved the data on by so many batches more than were trained."""
+    found.lost, found.doubled = found.lost + max(0, more), found.doubled + max(0, -more)
+    what = f"{more} batches more than were trained: they are in no merge (lost, or refused as poison)"
+    if more < 0:
+        what = f"{-more} batches fewer than were trained: these were merged before"
+    found.problems.append(f"the data moved on up to version {stand.version}, the merge of head {stand.head}, by {what}")
 
 
 @dataclass(frozen=True)

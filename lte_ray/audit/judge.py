@@ -18,8 +18,13 @@ def audit(rows: Sequence[Mapping[str, Any]]) -> Audit:
     Returns:
         What was found; rows that lack what is needed are problems, too.
     """
-    found, merges = Audit(), []
+    found = Audit()
+    merges: list[list[Stand]] = []
+    gone: dict[int, int] = {}  # by head that was dropped, the version then
     for row in rows:
+        if row.get("event") in ("head_dropped", "head_quarantined"):
+            version = merges[-1][0].version if merges else 0
+            gone |= {int(head): version for head in row.get("heads", [row.get("head", -1)])}
         if row.get("kind") == "merge":
             try:
                 merges.append(stands(row))
@@ -30,7 +35,7 @@ def audit(rows: Sequence[Mapping[str, Any]]) -> Audit:
     flat = [stand for each in merges for stand in each]
     found.merges, found.contributions = len(merges), len(flat)
     _check_numbers(found, flat)
-    check_data(found, flat)
+    check_data(found, flat, gone)
     newest = {stand.head: stand for stand in flat}.values()
     found.samples, found.batches = sum(stand.samples for stand in newest), sum(stand.batches for stand in newest)
     found.reissued = _reissued(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -103,7 +104,11 @@ class Update:
 
     def reach(self, progress: float) -> None:
         """The schedule stands at this share of the run, or further."""
-        self._advance(progress * self._train.steps - self.position)
+        by = progress * self._train.steps - self.position
+        if by > 0:
+            with warnings.catch_warnings():  # a head that joins later is ahead of its optimizer's first step
+                warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step", UserWarning)
+                self._advance(by)
 
     def apply(self, rate: float = 1.0) -> None:
         """Clips, steps, and forgets the gradients; advances the schedule by `rate` steps.

@@ -22,7 +22,7 @@ from lte_ray.engine.ledger import DataLedger
 from lte_ray.errors import WorkerFailed
 from lte_ray.layout import Plan
 from lte_ray.merging.scheduled import load_state_of
-from lte_ray.messages import Begin, Contribution, MergeRecord, Save, Standing, Update
+from lte_ray.messages import Begin, Contribution, MergeRecord, Save, Standing, Update, Verdict
 from lte_ray.points import reached
 from lte_ray.runtime.common import Common
 from lte_ray.runtime.cuts import Cuts
@@ -49,7 +49,8 @@ class CoordinatorStatus:
     """The merges since the driver last asked, the newest checkpoint, and whether the policy needs the evaluator.
 
     `members` are the heads of the run; `trouble` says what is wrong with storage; `saves` is what heads that have left, and so
-    hear nothing any more, are to write; `spike` says that the loss has spiked, and the last version before it did.
+    hear nothing any more, are to write; `spike` says that the loss has spiked, and the last version before it did;
+    `refusals` are the newest contributions that couldn't be merged, numbered.
     """
 
     version: int
@@ -61,6 +62,7 @@ class CoordinatorStatus:
     trouble: str = ""
     saves: tuple[Save, ...] = ()
     spike: tuple[str, int] | None = None
+    refusals: tuple[tuple[int, Verdict], ...] = ()
 
 
 class CoordinatorActor:
@@ -95,6 +97,7 @@ class CoordinatorActor:
             taken=start.taken,
             granted=start.granted,
             standings=start.standings,
+            members=start.members,
             data=DataLedger.from_state(start.ledger) if start.ledger else None,
         )
         if start.guard:
@@ -215,7 +218,7 @@ class CoordinatorActor:
         if not (last is None or there or version in cuts):
             self._records.save(last)
             self._waiters.background(cuts.write_own(version, await self._masters.whole(references=True)))
-        asked = cuts.untold(self._records.present)
+        asked = cuts.lacking(self._records.present)
         cuts.wanted(tuple(self._records.present))
         return asked
 
@@ -235,6 +238,7 @@ class CoordinatorActor:
             PolicyError: the merge policy failed.
         """
         version, cuts, waiters = self._engine.version, self._cuts, self._waiters
+        reached("finishes", version=version)
         base = (await self._masters.whole()).parts[-1]
         end = time.monotonic() + PATIENCE
         while (waiters.busy or cuts.unfinished) and waiters.failure is None and time.monotonic() < end:
@@ -270,6 +274,7 @@ class CoordinatorActor:
             self._merging.needs_evaluator,
             tuple(engine.members),
             storage.trouble() or self._cuts.trouble,
-            self._cuts.untold(self._records.present - engine.live),
+            self._cuts.lacking(self._records.present - engine.live),
             self._records.spike,
+            tuple(self._records.refusals),
         )

@@ -103,11 +103,14 @@ class Cuts:
                 found.append(cut.save)
         return tuple(found)
 
-    def untold(self, heads: Collection[int]) -> tuple[Save, ...]:
-        """What these of the heads that haven't been asked yet are to write; changes nothing, so that any thread may ask."""
+    def lacking(self, heads: Collection[int]) -> tuple[Save, ...]:
+        """What of these heads is missing, even where they were asked, for that may not have come to them.
+
+        Changes nothing, so that any thread may ask.
+        """
         found = []
         for cut in list(self._open.values()):
-            sequences = {head: cut.save.sequences[head] for head in cut.untold & set(heads)}
+            sequences = {head: cut.save.sequences[head] for head in cut.missing & set(heads)}
             if sequences:
                 found.append(Save(cut.save.version, sequences))
         return tuple(found)

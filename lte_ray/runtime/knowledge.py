@@ -13,7 +13,6 @@ from lte_ray.merging.flat import factors_part
 from lte_ray.messages import Contribution, HeadReport, Report, Standing, Update
 from lte_ray.runtime.transport import Transport
 
-
 NOWHERE = HeadReport(-1, 0)
 """Of a head that hasn't begun."""
 

@@ -50,7 +50,7 @@ class Mending:
         session = self._session
         why = self._coordinator_trouble() or session.hub.sick_shard(session.crew.deadlines.silence)
         if why:
-            self._recover(why)
+            self.recover(why)
         for member, hung in session.crew.hung():
             self._head_lost(member, HeadLost(f"The process of {member.name} hangs: {hung}"), event="head_hung")
         now = time.monotonic()
@@ -91,7 +91,7 @@ class Mending:
             LTEError: the run can't, or mustn't, go on.
         """
         if isinstance(error, CoordinatorLost):
-            self._recover(str(error))
+            self.recover(str(error))
         if not isinstance(error, WorkerFailed | HeadLost | CoordinatorLost):
             raise error  # the policy's, or the coordinator's own: all heads say the same
         self._head_lost(member, error)
@@ -162,7 +162,7 @@ class Mending:
 
     # -- the coordinator -----------------------------------------------------------------------------------------------
 
-    def _recover(self, why: str) -> None:
+    def recover(self, why: str) -> None:
         """Another coordinator goes on from what the heads know.
 
         Raises:
@@ -178,12 +178,13 @@ class Mending:
         epoch = hub.epoch + 1
         reports = self._reports(epoch)
         start, astray = self._start(reports, epoch)
+        start = replace(start, members=self._members())
         session.rewind(start.version)
         hub.begin(start)
         for member in [m for m in crew.training if set(m.numbers) & astray]:
             crew.clear(member)
             member.due = time.monotonic()
-        for member in crew.training:
+        for member in [m for m in crew.members if m.actor is not None]:
             member.actor.connect.remote(hub.coordinator, epoch)
             member.asked, member.pulse = None, Pulse()  # they have just answered, and what was asked before is old
         gone = [n for m in crew.members if m.run is None and not m.over for n in m.numbers]
@@ -229,11 +230,19 @@ class Mending:
             if head in standings
         }
         start = replace(before, standings=now, ledger=ledger, exact=frozenset(), epoch=hub.epoch + 1)
+        start = replace(start, members=self._members())
         checkpoint.remove_after(directory, start.version)
         session.rewind(start.version)
         session.checkpoint = start.version
         hub.begin(start)
         session.log.event("rolled_back", why=why, version=start.version, skipped_batches=skipped)
+
+    def _members(self) -> frozenset[int]:
+        """The heads that belong to the run, whatever an earlier version says: not those that were dropped or quarantined."""
+        session = self._session
+        numbers = {(number, member.over) for member in session.crew.members for number in member.numbers}
+        out = {number for number, status in session.statuses.items() if status.state == "quarantined"}
+        return frozenset(number for number, over in numbers if not (over and number in out))
 
     def _reports(self, epoch: int) -> list[Report]:
         """What the heads' processes know; those that don't answer are ended, so that they can't go on with the old one."""

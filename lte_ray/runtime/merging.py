@@ -141,6 +141,7 @@ class Merging:
             if refused:
                 self._masters.forget(own.ticket)
                 own.answer.set_result(refused[0])
+                self._records.refused(refused[0])
             else:
                 self._undecided[own.contribution.head] = own
         settled = [verdict for verdict in outcome.verdicts if verdict not in refused]

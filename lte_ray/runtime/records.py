@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections import deque
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import replace
 
@@ -11,12 +12,15 @@ from lte_ray.engine.coordinator import Coordinator
 from lte_ray.engine.downlink import CHECK_EVERY, Downlink, bytes_instead
 from lte_ray.engine.spike import SpikeWatch
 from lte_ray.merging.scheduled import state_of
-from lte_ray.messages import Merged, MergeRecord, Save
+from lte_ray.messages import Merged, MergeRecord, Save, Verdict
 from lte_ray.runtime.common import Common
 from lte_ray.runtime.cuts import Cuts
 from lte_ray.runtime.publisher import Masters, Published
 from lte_ray.runtime.transport import Handle
 from lte_ray.runtime.waiters import Waiters
+
+MOST_REFUSALS = 100
+"""Refused contributions that are kept until the driver asks for them."""
 
 SPIKE_WINDOW = 32
 """Merges whose losses a new one's is compared with."""
@@ -61,6 +65,8 @@ class Records:
         self._spikes = SpikeWatch(SPIKE_WINDOW, most) if most else None
         self.spike: tuple[str, int] | None = None
         """Why the loss counts as having spiked, and the last version before it did."""
+        self.refusals: deque[tuple[int, Verdict]] = deque(maxlen=MOST_REFUSALS)
+        """The newest refused contributions, numbered from 1."""
         self.present: set[int] = set()
         """Heads that have joined, and whose process isn't gone: they can write their state."""
         self.checksum: tuple[int, int] | None = None
@@ -102,6 +108,11 @@ class Records:
             checked = version == newest and self._downlink.factored and version % CHECK_EVERY == 0
             total = self._masters.checksum() if checked else None
             self._waiters.background(self._settle(record, seconds, total, base, shows, saves))
+
+    def refused(self, verdict: Verdict) -> None:
+        """A contribution couldn't be merged."""
+        number = self.refusals[-1][0] + 1 if self.refusals else 1
+        self.refusals.append((number, verdict))
 
     def save(self, record: MergeRecord) -> Save:
         """Begins a checkpoint of the newest version; gives what heads are to be asked."""

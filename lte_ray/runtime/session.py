@@ -24,7 +24,7 @@ from lte_ray.engine.budget import is_shared
 from lte_ray.engine.failures import Failures
 from lte_ray.engine.initial import Initial
 from lte_ray.engine.threads import cores, head_threads
-from lte_ray.errors import ContributionRefused, LTEError, RunError, StorageError, UserError, WorkerFailed
+from lte_ray.errors import ContributionRefused, CoordinatorLost, LTEError, RunError, StorageError, UserError, WorkerFailed
 from lte_ray.messages import HeadStatus, MergeRecord, Save
 from lte_ray.metrics import Evaluation, MetricsLog, Progress, Reporter, throughput
 from lte_ray.runtime.common import Common
@@ -38,6 +38,7 @@ from lte_ray.runtime.package import Package
 from lte_ray.runtime.placement import Placement, Places
 from lte_ray.runtime.start import Start
 from lte_ray.runtime.told import got
+from lte_ray.runtime.transport import Gone
 
 POLL = 0.5
 """Seconds between two looks at the actors."""
@@ -47,6 +48,9 @@ MOST_WAITING = 2
 
 QUIET = 30.0
 """Seconds without a step or a merge after which the run says what it waits for."""
+
+STARTING = 120.0
+"""Seconds within which the evaluator answers at first: it imports torch and the worker's module."""
 
 JOB_STOP = 3.0
 """Seconds that Ray gives a stopped job by default (RAY_JOB_STOP_WAIT_TIME_S) before it kills it."""
@@ -95,6 +99,8 @@ class Session:
         self.note = ""
         self._trouble = ""
         self._told: set[tuple[int, int, int]] = set()  # epoch, version and head of checkpoints that heads were asked to write
+        self._refused = (0, 0)  # epoch and number of the newest refusal that was noted
+        self._pinged: tuple[Any, float] | None = None  # the evaluator's sign of life that hasn't come yet, and since when
         self._alive: list[Any] = []
         self._to_evaluate: deque[tuple[int, int, Any]] = deque()
         self._evaluating: tuple[int, int, Any] | None = None
@@ -114,7 +120,7 @@ class Session:
             with self._actors(places) as mending:
                 try:
                     self._watch(mending)
-                    self._finish()
+                    self._finish(mending)
                 except BaseException as error:
                     self._save(error)
                     raise
@@ -213,6 +219,12 @@ class Session:
             self.log.event("storage", why=status.trouble)
             log.warning("%s", status.trouble)
         self._trouble = status.trouble
+        for number, verdict in status.refusals:
+            if (self.hub.epoch, number) > self._refused:
+                self._refused = (self.hub.epoch, number)
+                self.log.event(
+                    "refused", head=verdict.head, sequence=verdict.sequence, why=verdict.reason, poison=verdict.poison
+                )
         for record in status.merges:
             if record.base is not None:
                 self._to_evaluate.append((record.version, record.step, record.base))
@@ -243,6 +255,7 @@ class Session:
         if self._evaluating is not None:
             version, step, ref = self._evaluating
             if not ray.wait([ref], timeout=patience)[0]:
+                self._check_evaluator()
                 return
             self._evaluating = None
             try:
@@ -262,6 +275,16 @@ class Session:
             version, step, base = self._to_evaluate.popleft()
             self._evaluating = (version, step, self.evaluator.evaluate.remote(base))
 
+    def _check_evaluator(self) -> None:
+        """An evaluation may take any time; but its process answers meanwhile, unless it hangs."""
+        now = time.monotonic()
+        self._pinged = self._pinged or (self.evaluator.alive.remote(), now)
+        if ray.wait([self._pinged[0]], timeout=0)[0]:
+            self._pinged = None
+        elif now - self._pinged[1] > max(STARTING, self.crew.deadlines.silence):
+            self._evaluating = None
+            self._evaluator_died(f"The process of the evaluator hasn't answered for {now - self._pinged[1]:.0f} s.")
+
     def _evaluator_died(self, why: str) -> None:
         """One evaluation is missing; the next is made by another process."""
         remedy = self.failures.other()
@@ -270,7 +293,7 @@ class Session:
             raise RunError(f"{why} ({remedy.why})" if remedy.why else why)
         if self._evaluator is not None:
             self._end(self._evaluator)
-            self._evaluator = None
+            self._evaluator = self._pinged = None
 
     def _watchdog(self) -> None:
         """Says what the run waits for, when nothing has moved for long."""
@@ -331,12 +354,19 @@ class Session:
         for head in save.sequences.keys() - there:
             self.hub.coordinator.saved.remote(save.version, head, None)
 
-    def _finish(self) -> None:
+    def _finish(self, mending: Mending) -> None:
         """The last checkpoint, the export, the last evaluation and the sample."""
-        self._write_last(limit=60.0, early=False)
-        version, base, trouble = got(self.hub.coordinator.finish.remote(), "the coordinator")
-        self.take(got(self.hub.coordinator.status.remote(self.seen), "the coordinator"))
-        self.export(self.common.transport.fetch(base).clone())  # first: what follows is the worker's code, and may fail
+        while True:
+            try:
+                self._write_last(limit=60.0, early=False)
+                version, base, trouble = got(self.hub.coordinator.finish.remote(), "the coordinator")
+                self.take(got(self.hub.coordinator.status.remote(self.seen), "the coordinator"))
+                final = self.common.transport.fetch(base).clone()
+                break
+            except (CoordinatorLost, Gone, ray.exceptions.RayActorError) as error:
+                mending.recover(str(error))
+        base = self.common.transport.publish(final)  # the driver's own from here on
+        self.export(final)  # first: what follows is the worker's code, and may fail
         if trouble:
             raise StorageError(f"{trouble} The merged weights were exported.")
         step = max((s.step for s in self.statuses.values()), default=0)
@@ -345,6 +375,7 @@ class Session:
             self._to_evaluate.append((version, step, base))
         while self._evaluating or self._to_evaluate:
             self._evaluate(patience=POLL)
+            self._watchdog()
             self.reporter.update(self.progress("evaluating the merged weights"))
         try:
             self.sample = got(self.evaluator.sample.remote(base), "the evaluator")

@@ -25,6 +25,7 @@ class Start:
         exact: heads that go on exactly from their states in it.
         states: heads whose states it holds.
         guard: what the guard has seen.
+        members: the heads of the run, where some have left it or come to it since its start.
         epoch: how many coordinators there were before.
     """
 
@@ -39,4 +40,5 @@ class Start:
     exact: frozenset[int] = frozenset()
     states: frozenset[int] = frozenset()
     guard: Mapping[str, Any] = field(default_factory=dict)
+    members: frozenset[int] | None = None
     epoch: int = 0

@@ -1,0 +1,48 @@
+"""The whole protocol under chaos: whatever dies, is late, repeated, lost or poisoned, nothing is lost and nothing counts twice.
+
+`python -m benchmarks.chaos --schedules 5000` explores more of the same.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from chaos_parts import MODES
+from chaos_traffic import CALM
+from chaos_world import KINDS, World
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+Schedule = list[tuple[str, int, int]]
+
+
+def schedules(kinds: tuple[str, ...], amount: int = 6) -> st.SearchStrategy[Schedule]:
+    """Schedules of events of these kinds."""
+    return st.lists(st.tuples(st.sampled_from(kinds), st.integers(0, 63), st.integers(1, amount)), max_size=40)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@settings(max_examples=25)
+@given(events=schedules(KINDS))
+def test_nothing_is_lost_or_counted_twice(mode: str, events: Schedule) -> None:
+    """After every event the ledgers of weights and of batches hold; without further faults the run ends, all of it merged."""
+    world = World(MODES[mode])
+    for event in events:
+        world.do(*event)
+    world.settle()
+
+
+@pytest.mark.parametrize("mode", ["barrier", "barrier momentum", "barrier reset"])
+@settings(max_examples=40)
+@given(events=schedules((*CALM, "cut", "cut", "ask", "ask", "crash", *["go"] * 6), amount=4))
+def test_a_barrier_run_that_is_killed_and_resumed_ends_bit_for_bit_as_one_that_is_not(mode: str, events: Schedule) -> None:
+    """Killed at any points, also with a checkpoint in mid-round: the same base and the same batches."""
+    calm, killed = World(MODES[mode]), World(MODES[mode])
+    for event in events:
+        killed.do(*event)
+    for world in (calm, killed):
+        world.settle()
+    assert calm.hub is not None
+    assert killed.hub is not None
+    assert torch.equal(killed.hub.engine.base, calm.hub.engine.base)
+    assert killed.account.merged.keys() == calm.account.merged.keys()
