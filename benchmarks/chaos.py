@@ -22,7 +22,20 @@ from benchmarks.report import report
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from chaos_parts import MODES
-from chaos_world import KINDS, World
+from chaos_traffic import CALM
+from chaos_world import World
+
+FAULTS = (
+    ("kill", "notice", "restart"),
+    ("kill", "drop"),
+    ("admit",),
+    ("kill_hub", "recover"),
+    ("crash", "cut", "cut", "ask"),
+    ("cut", "ask"),
+    ("lose_answer", "repeat", "echo"),
+    ("poison",),
+)
+"""What may go wrong, or is asked for meanwhile: kinds of events that belong together."""
 
 LONGEST = 60
 """Events of a schedule at most, `go` counting as one."""
@@ -34,10 +47,11 @@ Schedule = list[tuple[str, int, int]]
 
 
 def drawn(number: int) -> tuple[str, Schedule]:
-    """The mode and the events of schedule `number`. Every fifth has few faults, so that it comes far; others, many."""
+    """The mode and the events of schedule `number`: some kinds of faults, each time others, so that each meets all others."""
     rng = random.Random(number)
     mode = sorted(MODES)[number % len(MODES)]
-    kinds = (*KINDS, *["go"] * 30) if number % 5 == 0 else KINDS
+    faults = [kind for group in FAULTS if rng.random() < 0.4 for kind in group]
+    kinds = (*CALM, *faults * 2, *["go"] * rng.choice((4, 12, 24)))
     return mode, [(rng.choice(kinds), rng.randrange(64), rng.randint(1, 6)) for _ in range(rng.randint(5, LONGEST))]
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.soak --minutes 30 --faults-per-hour 125 --heads 4
 
 A run of ``lte-ray train`` without faults comes first, a third as long. Then the same command runs under faults: their gaps are
-exponential, their kinds drawn by `KINDS`, both seeded. When the driver dies, the same command is given again, and `--resume` goes on.
+exponential, their kinds drawn by `KINDS`, both seeded. When the driver dies, the same command is given again, with `--resume`.
 Each head's step is mostly sleep, for a step on a GPU of its own (`benchmarks.soak_worker`).
 """
 
@@ -83,7 +83,7 @@ class Soak:
     def again(self) -> None:
         """The command has ended: what it left behind is noted and ended, and it is given again."""
         self.watch.look()
-        self.strays += self.driver.sweep()
+        self.strays += self.driver.sweep(patience=2.0)  # Ray's agents may outlive a driver that was killed by a minute
         self.start()
 
     def full(self, since: float) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -148,8 +147,3 @@ def _union(spans: Sequence[Span]) -> list[Span]:
         else:
             merged.append((begin, end))
     return merged
-
-
-def pairs(times: Iterable[float]) -> list[Span]:
-    """Each time with the one after it."""
-    return list(itertools.pairwise(times))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.report import report
-from benchmarks.soak_account import Fault, Span, back, fit, name_heads, next_merge, quantiles, rate, stretches
+from benchmarks.soak_account import Fault, back, fit, name_heads, next_merge, quantiles, rate, stretches
 from benchmarks.soak_processes import Driver
 from benchmarks.soak_watch import Watch
 from lte_ray.audit import audit, read_rows
@@ -164,8 +163,3 @@ def _table(figures: dict[str, Any]) -> None:
 
 def _short(values: dict[str, Any] | None) -> str:
     return f"{values['median']:g} (max {values['max']:g})" if values and values["number"] else "-"
-
-
-def windows(faults: Sequence[Fault], returns: Sequence[float | None]) -> list[Span]:
-    """From each fault until the run was at full strength again."""
-    return [(fault.at, end) for fault, end in zip(faults, returns, strict=True) if end is not None]

@@ -83,6 +83,8 @@ class Deaths(Traffic):
         if member is None:
             return False
         member.over = True
-        if member.process.quarantined and self.hub is not None:
+        if self.hub is not None and member.process.quarantined:
             self.hub.lose(member.process.number, drop=True)
+        elif self.hub is not None:
+            self.hub.leave(member.process.number)  # again: one that began meanwhile doesn't know
         return True

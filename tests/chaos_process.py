@@ -156,6 +156,8 @@ class Process(Line):
                     assert self.track is not None
                     self.track.drop(head.merged.sequence)
                     head.rewind()
+                    if not self.sound:
+                        raise Broken(f"head {self.number} has dropped poison, and some is left")
                 self.quarantined = self.quarantined or verdict.quarantined
         if base is not None:
             accepted = head.outstanding and update.holds(self.number, head.sequence)

@@ -25,7 +25,7 @@ class Recovery(Deaths):
         if self.hub is None:
             return False
         self.hub = None
-        self.ghosts = []  # they were on their way to it
+        self.ghosts, self.echoes = [], []  # they were on their way to it
         for process in self.processes:
             process.cut()
         return True
@@ -96,10 +96,12 @@ class Recovery(Deaths):
 
     def on_crash(self, pick: int, amount: int) -> bool:
         """Everything dies; the run is resumed from the newest checkpoint, with another number of heads if `amount` > 4."""
+        if not self.disk.kept and pick % 4:
+            return False  # to begin at the start again and again shows little
         heads = self.settings.lte.num_heads
         if amount > 4:
             heads = 1 + (heads + pick) % 4
-        self.ghosts, self.epoch = [], 0
+        self.ghosts, self.echoes, self.epoch = [], [], 0
         self.settings = self.mode.settings(heads)
         self.saved = max(self.disk.kept, default=None)
         if self.saved is None:

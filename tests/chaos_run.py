@@ -44,6 +44,7 @@ class Run:
         self.disk, self.epoch = Disk(), 0
         self.begin, self.saved = Start(0, self.initial.base), None
         self.ghosts: list[Call] = []
+        self.echoes: list[Call] = []  # contributions that were answered
         self.happened: Counter[str] = Counter()
         self.launch()
 

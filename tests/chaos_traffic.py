@@ -97,7 +97,19 @@ class Traffic(Run):
     def on_fetch(self, pick: int, amount: int) -> bool:
         """An answer reaches its process."""
         call = one([call for p in self.processes for call in p.calls if call.answers], pick)
-        return call is not None and call.process.fetch(call)
+        if call is None or not call.process.fetch(call):
+            return False
+        if call.kind == "submit" and call not in call.process.calls:
+            self.echoes.append(call)
+        return True
+
+    def on_echo(self, pick: int, amount: int) -> bool:
+        """A contribution that was answered long ago reaches the coordinator once more."""
+        call = one(self.echoes, pick)
+        if call is None or self.hub is None:
+            return False
+        self.hub.submit(call)
+        return True
 
     def on_adopt(self, pick: int, amount: int) -> bool:
         """A process takes what has been fetched; the first thing is where it begins."""

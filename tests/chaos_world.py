@@ -15,10 +15,23 @@ from chaos_traffic import CALM
 FAIR = ("recover", "notice", "restart", "ask", *dict.fromkeys(CALM), "turn_away")
 """What happens in a run that is left alone; the driver's part included."""
 
-FAULTS = ("kill", "notice", "restart", "drop", "admit", "kill_hub", "recover", "crash", "lose_answer", "repeat", "poison")
+FAULTS = (
+    "kill",
+    "notice",
+    "restart",
+    "drop",
+    "admit",
+    "kill_hub",
+    "recover",
+    "crash",
+    "lose_answer",
+    "repeat",
+    "echo",
+    "poison",
+)
 """What may go wrong, and the driver's answers to it."""
 
-KINDS = (*CALM, *FAULTS, "cut", "cut", "ask", *["go"] * 12)
+KINDS = (*CALM, *FAULTS, "poison", "cut", "cut", "ask", *["go"] * 12)
 """Of events in a schedule, by how often they are drawn."""
 
 ROUNDS = 400
@@ -71,6 +84,8 @@ class World(Recovery):
             return  # all are quarantined, so the run ends with an error
         if hub.engine.members != set(sound):
             raise Broken(f"the members are {hub.engine.members}, but the driver has {set(sound)}")
+        if hub.engine.data.heads - set(sound):
+            raise Broken(f"heads {hub.engine.data.heads - set(sound)} own batches, and have left the run")
         steps = {number: process.head.step for number, process in sound.items() if process.head is not None}
         if not hub.engine.budget.shared and set(steps.values()) - {self.settings.train.steps}:
             raise Broken(f"not all heads have taken {self.settings.train.steps} steps: {steps}")

@@ -117,6 +117,8 @@ class Head:
         self._reference: Tensor | None = None  # factors that the base already holds of this head; None where B' = 0
         self._replica_reference: Tensor | None = None  # replica parameters of the adopted base
         self._outstanding: Tensor | None = None  # what was offered and not yet answered
+        # Each A as it was merged last, or begun with, where no reference says so: to go back to when A is poisoned.
+        self._sound = {spec.a: self._factors[spec.a].detach().to("cpu", copy=True) for spec in self.plan.adapted}
         with self.blame(None):
             self.optimizer, self.schedule = build_optimizer(
                 worker, self.plan, {**self._factors, **self._replicas}, settings.train.steps
@@ -449,11 +451,12 @@ class Head:
     def _take_reference(self, contained: Tensor) -> None:
         """A', B' := A^c, B^c, or B := 0 in the reset variant (which needs that no step was taken meanwhile)."""
         if self.settings.lte.reset == "B":
-            self._reference = None
+            self._reference, merged = None, factor_views(self.plan, factors_part(self.plan, contained))
             for spec in self.plan.adapted:
                 self._factors[spec.b].zero_()
+                self._sound[spec.a] = merged[spec.a]
         else:
-            self._reference = factors_part(self.plan, contained)
+            self._reference, self._sound = factors_part(self.plan, contained), {}
 
     # -- what others may ask ---------------------------------------------------------------------------------------
 
@@ -501,6 +504,8 @@ class Head:
         """Drops all that was trained since the last merged contribution, the optimizer's state included; the data goes on."""
         assert self._outstanding is None and self._replica_reference is not None
         self._reset_factors()
+        for name, value in self._sound.items() if self._reference is None else ():
+            self._factors[name].copy_(value)
         for name, value in replica_views(self.plan, self._replica_reference).items():
             self._replicas[name].copy_(value)
         self.optimizer.state.clear()

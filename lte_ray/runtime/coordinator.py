@@ -211,7 +211,7 @@ class CoordinatorActor:
             early: whether heads are on their way, so that their states differ from those in a checkpoint of that version.
         """
         self._merging.closing = True
-        version, cuts, last = self._engine.version, self._cuts, self._records.last
+        version, cuts, last = self._engine.version, self._cuts, self._records.last or self._first()
         there = cuts.saved == version and not early and cuts.states >= self._records.present
         if self._waiters.failure is not None:
             return ()
@@ -221,6 +221,14 @@ class CoordinatorActor:
         asked = cuts.lacking(self._records.present)
         cuts.wanted(tuple(self._records.present))
         return asked
+
+    def _first(self) -> MergeRecord | None:
+        """The merge that led to the version from which this coordinator started, as far as it is known; None at version 0."""
+        start, steps = self._start, [held.step for held in self._engine.standings.values()]
+        if not start.version:
+            return None
+        taken = self._engine.budget.taken
+        return MergeRecord(start.version, time.time(), (), 0, 0, {}, 0, 0, step=max(steps, default=0), taken=taken)
 
     async def positions(self) -> tuple[dict[int, Standing], dict[str, Any]]:
         """Where the data is: what is merged of each head, and whose which batches are."""

@@ -97,12 +97,18 @@ class Mending:
         self._head_lost(member, error)
 
     def check_quarantined(self, member: Member) -> None:
-        """A process has ended its work; says so if that is since its contributions were refused."""
+        """A process has ended its work; says so if that is since its contributions were refused.
+
+        A coordinator that began meanwhile, from an earlier version, doesn't know that yet: it mustn't wait for these heads.
+        """
         session = self._session
         for number in member.numbers:
-            status = session.statuses[number]
+            status, coordinator = session.statuses[number], session.hub.coordinator
             if status.state == "quarantined":
                 session.log.event("head_quarantined", head=number, why=status.note)
+                coordinator.lose.remote((number,), True)
+            else:
+                coordinator.leave.remote(number)
         session.check_heads()
 
     def _head_lost(self, member: Member, error: LTEError, event: str = "head_lost") -> None:

@@ -288,7 +288,7 @@ class Session:
     def _evaluator_died(self, why: str) -> None:
         """One evaluation is missing; the next is made by another process."""
         remedy = self.failures.other()
-        self.log.event("evaluator_lost", why=why)
+        self.log.event("evaluator_lost", why=why.splitlines()[0][:300])
         if remedy.action == "stop":
             raise RunError(f"{why} ({remedy.why})" if remedy.why else why)
         if self._evaluator is not None:
