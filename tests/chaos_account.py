@@ -92,14 +92,14 @@ class Account:
     Attributes:
         weights: by version, flat in the base layout.
         held: by version and head, whose last merged contribution it was, and its number.
-        keys: by version, what was merged into it: head, incarnation and number.
+        keys: by version, what was merged into it: the process, and the number of its contribution.
         merged, dropped: by slot, the version whose merge held it, or skipped it as poison.
         momentum: by version, the outer momentum behind it, where the policy has one.
     """
 
     weights: dict[int, Tensor]
     held: dict[int, dict[int, tuple[Track | None, int]]]
-    keys: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
+    keys: dict[int, list[tuple[Track, int]]] = field(default_factory=dict)
     merged: dict[int, int] = field(default_factory=dict)
     dropped: dict[int, int] = field(default_factory=dict)
     momentum: Tensor | None = None
@@ -117,7 +117,7 @@ class Account:
         total, held = torch.zeros_like(self.weights[version - 1]), dict(before)
         for head in record.heads:
             standing, track = record.held[head], tracks[head]
-            self._once(head, standing)
+            self._once(track, standing, head)
             start, end = self.start(head, track, version - 1), track.at[standing.sequence]
             total += (end[0] - start[0]) / members
             held[head] = (track, standing.sequence)
@@ -125,7 +125,7 @@ class Account:
                 if slot in self.merged or slot in self.dropped:
                     raise Broken(f"batch {slot} of head {head} is merged twice: {self.merged.get(slot)} and {version}")
                 (self.dropped if poison else self.merged)[slot] = version
-            self.keys.setdefault(version, []).append((head, standing.incarnation, standing.sequence))
+            self.keys.setdefault(version, []).append((track, standing.sequence))
             if record.weights and abs(record.weights[head] - 1 / members) > 0:
                 raise Broken(f"head {head} counts {record.weights[head]} in a run of {members}")
         if not record.weights:
@@ -138,10 +138,9 @@ class Account:
         of, sequence = self.held[version].get(head, (None, 0))
         return track.at[sequence] if of is track else (torch.zeros_like(track.total), 0)
 
-    def _once(self, head: int, standing: Standing) -> None:
-        key = (head, standing.incarnation, standing.sequence)
-        if any(key in keys for keys in self.keys.values()):
-            raise Broken(f"contribution {key} is merged twice")
+    def _once(self, track: Track, standing: Standing, head: int) -> None:
+        if any(of is track and number == standing.sequence for keys in self.keys.values() for of, number in keys):
+            raise Broken(f"contribution {standing.incarnation}.{standing.sequence} of head {head} is merged twice")
 
     def rollback(self, version: int, momentum: Tensor | None) -> None:
         """The run goes on from that version: what came after it never was."""

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lte_ray import LTETrainer, Merge, MergeConfig, Pending, Roster
+from lte_ray.config import FailureConfig
 from lte_ray.errors import ConfigError, CoordinatorLost, PolicyError
 from lte_ray.metrics import Progress
 from workers.regression import Regression
@@ -136,8 +137,14 @@ class Killer:
 
 
 def test_a_shard_that_dies_ends_the_run_by_its_number(local_ray: None, tmp_path: Path) -> None:
-    """No head waits for ever."""
+    """Where a run is to survive no death; no head waits for ever."""
     kwargs = settings(100_000) | {"merge": MergeConfig(merge_iter=5, merge_threads=1, shards=2)}
     with pytest.raises(CoordinatorLost, match=r"The process of coordinator shard [01] died"):
-        LTETrainer(Regression(), run_config=storage(tmp_path, "r"), reporter=Killer(), **kwargs).fit()
+        LTETrainer(
+            Regression(),
+            run_config=storage(tmp_path, "r"),
+            failure=FailureConfig(max_failures=0),
+            reporter=Killer(),
+            **kwargs,
+        ).fit()
     assert_gone()

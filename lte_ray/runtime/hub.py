@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from lte_ray.engine.deadlines import STARTING
 from lte_ray.engine.initial import Initial
 from lte_ray.runtime.common import Common
 from lte_ray.runtime.coordinator import CoordinatorActor
@@ -43,6 +44,8 @@ class Hub:
     _shards: list[Any] = field(default_factory=list)
     _pings: dict[int, tuple[Any, float]] = field(default_factory=dict)  # what isn't answered yet, and since when
 
+    _answered: set[int] = field(default_factory=set)  # shards that have, so that their silence means something
+
     def begin(self, start: Start) -> None:
         """A new coordinator, with shards if there are any, goes on from there."""
         plans, count = self.initial.plans, self.common.settings.merge.shards
@@ -59,7 +62,7 @@ class Hub:
         for actor in [self.coordinator, *self._shards]:
             if actor is not None:
                 self.end(actor)
-        self._pings = {}
+        self._pings, self._answered = {}, set()
 
     def sick_shard(self, silence: float) -> str:
         """Why merging can't go on: a shard's process is gone, or hasn't answered for `silence` seconds; empty if none."""
@@ -68,10 +71,11 @@ class Hub:
             ref, since = self._pings.setdefault(number, (shard.alive.remote(), now))
             if ray.wait([ref], timeout=0)[0]:
                 del self._pings[number]
+                self._answered.add(number)
                 try:
                     ray.get(ref)
                 except ray.exceptions.RayActorError:
                     return f"the process of coordinator shard {number} died"
-            elif now - since > silence:
+            elif now - since > (silence if number in self._answered else max(silence, STARTING)):
                 return f"the process of coordinator shard {number} hasn't answered for {now - since:.0f} s"
         return ""
