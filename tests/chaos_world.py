@@ -89,6 +89,9 @@ class World(Recovery):
         steps = {number: process.head.step for number, process in sound.items() if process.head is not None}
         if not hub.engine.budget.shared and set(steps.values()) - {self.settings.train.steps}:
             raise Broken(f"not all heads have taken {self.settings.train.steps} steps: {steps}")
+        budget, out = hub.engine.budget, len(sound) < len(self.members)
+        if budget.shared and not out and sum(budget._granted.values()) < budget._total:
+            raise Broken(f"of {budget._total} steps only {budget._granted} were granted")
         if hub.cuts:
             raise Broken(f"checkpoints {sorted(hub.cuts)} aren't whole")
 

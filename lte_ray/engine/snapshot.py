@@ -79,7 +79,8 @@ def snapshot(head: Head, save: Save) -> State:
         "incarnation": head.incarnation,
         "sequence": sequence,
         "since": [since.step, since.samples],
-        "offered": head._offered.step,
+        # What is on its way and not in this version is contributed anew, at once.
+        "offered": head._offered.step if outstanding is None or contained is not None else since.step,
         "loss": head._loss,
         "position": head.update.position,
         "optimizer": optimizer_meta,
