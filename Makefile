@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
-.PHONY: help train smoke test lint types floors unit format bench soak clean
+.PHONY: help train smoke test lint types floors unit format bench chaos soak clean
 
 help:  ## Show these targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,10 @@ bench: $(VENV)/.installed-dev  ## Run the benchmarks and write benchmarks/result
 	$(BIN)/python -m benchmarks.simulator
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.async_quality
+
+chaos: $(VENV)/.installed-dev  ## Kill every kind of process at every point, cut off nodes, and explore thousands of schedules (about 20 minutes)
+	LTE_RAY_LONG=1 $(BIN)/python -m pytest tests/test_ray_chaos.py tests/test_ray_nodes.py tests/test_ray_resume.py
+	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 soak: $(VENV)/.installed-dev  ## Kill and stop processes of a run for half an hour, and report (ARGS="--minutes 3")
 	$(BIN)/python -m benchmarks.soak $(ARGS)

@@ -23,13 +23,13 @@ from benchmarks.soak_report import Soaked, tell
 from benchmarks.soak_watch import Watch
 
 KINDS = {
-    "head SIGKILL": 44,
+    "head SIGKILL": 48,
     "head SIGSTOP": 8,
-    "coordinator SIGKILL": 16,
+    "coordinator SIGKILL": 18,
     "coordinator SIGSTOP": 6,
     "evaluator SIGKILL": 10,
-    "driver SIGKILL": 8,
-    "driver SIGTERM": 8,
+    "driver SIGKILL": 5,
+    "driver SIGTERM": 5,
 }
 """Kinds of faults, and how many of a hundred each is."""
 

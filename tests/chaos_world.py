@@ -90,8 +90,9 @@ class World(Recovery):
         if not hub.engine.budget.shared and set(steps.values()) - {self.settings.train.steps}:
             raise Broken(f"not all heads have taken {self.settings.train.steps} steps: {steps}")
         budget, out = hub.engine.budget, len(sound) < len(self.members)
-        if budget.shared and not out and sum(budget._granted.values()) < budget._total:
-            raise Broken(f"of {budget._total} steps only {budget._granted} were granted")
+        taken = {n: budget._granted[n] if n in sound else step for n, step in budget._taken.items()}  # who left took no more
+        if budget.shared and not out and sum(taken.values()) < budget._total:
+            raise Broken(f"of {budget._total} steps only {taken} were taken")
         if hub.cuts:
             raise Broken(f"checkpoints {sorted(hub.cuts)} aren't whole")
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from torch import Tensor, nn
 
 from lte_ray import LTEConfig, MergeConfig, Shard, TrainConfig
@@ -14,6 +15,9 @@ from lte_ray.config import StorageConfig
 from workers.regression import Regression
 
 ROOT = Path(__file__).resolve().parents[1]
+
+LONG = pytest.mark.skipif(os.environ.get("LTE_RAY_LONG") != "1", reason="takes long: make chaos runs it")
+"""For what ordinary test runs have no time for."""
 
 
 @dataclass

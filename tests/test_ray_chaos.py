@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from ray.util import placement_group_table
-from ray_support import Dropping, lte_actors, storage
+from ray_support import LONG, Dropping, lte_actors, storage
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -136,7 +136,7 @@ AT_THE_COORDINATOR = [
 ]
 
 
-@pytest.mark.parametrize("merge", [{}, NOT_WAITING], ids=["barrier", "async"])
+@pytest.mark.parametrize("merge", [{}, pytest.param(NOT_WAITING, marks=LONG)], ids=["barrier", "async"])
 def test_heads_killed_at_every_point(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merge: dict[str, Any]
 ) -> None:
@@ -162,6 +162,7 @@ def test_a_coordinator_killed_at_every_point_changes_no_bit_of_a_barrier_run(
     assert all(torch.equal(chaos.model[name], value) for name, value in expected.items())
 
 
+@LONG
 def test_a_coordinator_killed_at_every_point_while_heads_go_on(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

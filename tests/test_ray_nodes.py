@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ray_support import LONG
 
 from lte_ray.audit import audit
 
-LONG = pytest.mark.skipif(os.environ.get("LTE_RAY_LONG") != "1", reason="takes a minute: make chaos")
-
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(280), LONG]
 
 
-@pytest.mark.parametrize("what", ["lose", pytest.param("cut", marks=LONG)])
+@pytest.mark.parametrize("what", ["lose", "cut"])
 def test_a_run_survives_the_loss_of_a_node(tmp_path: Path, what: str) -> None:
     """Two of four heads are on the node that is lost, or cut off: all steps are taken, and each batch is merged once."""
     script = Path(__file__).parent / "node_loss.py"

@@ -12,7 +12,7 @@ import pytest
 import ray.train
 import safetensors.torch
 import torch
-from ray_support import Dropping, settings, storage
+from ray_support import LONG, Dropping, settings, storage
 from torch import nn
 
 from lte_ray import LTETrainer, MergeConfig, checkpoint
@@ -63,7 +63,7 @@ def interrupted(path: Path, step: int, kwargs: dict[str, Any]) -> None:
     assert len(newest.heads) == kwargs["lte"].num_heads
 
 
-@pytest.mark.parametrize("step", [1, 12, 24])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=LONG), 12, pytest.param(24, marks=LONG)])
 def test_a_barrier_run_interrupted_anywhere_is_bitwise_the_run_that_never_stopped(
     local_ray: None, tmp_path: Path, step: int
 ) -> None:
@@ -81,7 +81,7 @@ def test_a_barrier_run_interrupted_anywhere_is_bitwise_the_run_that_never_stoppe
     assert audit(rows_of(tmp_path / "r")).clean
 
 
-@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("heads", [pytest.param(1, marks=LONG), 3])
 def test_an_asynchronous_run_goes_on_with_other_heads_and_merges_each_batch_once(
     local_ray: None, tmp_path: Path, heads: int
 ) -> None:

@@ -11,6 +11,7 @@ import ray
 
 from lte_ray import checkpoint
 from lte_ray.engine.deadlines import Pulse
+from lte_ray.engine.failures import LONGEST
 from lte_ray.engine.recovery import recover
 from lte_ray.errors import CoordinatorLost, HeadLost, LTEError, RunError, StorageError, WorkerFailed
 from lte_ray.messages import Report
@@ -43,6 +44,7 @@ class Mending:
         self._asked: tuple[Any, float] | None = None  # the coordinator's status that isn't answered yet, and since when
         self._pulse = Pulse()
         self._grown = time.monotonic()
+        self._began, self._stuck = -1, 0  # the version from which the last coordinator began, and how often in a row
         self._rolled: set[int] = set()  # versions that the run has gone back to
 
     def look(self) -> None:
@@ -185,6 +187,7 @@ class Mending:
         reports = self._reports(epoch)
         start, astray = self._start(reports, epoch)
         start = replace(start, members=self._members())
+        self._check_progress(start.version, why)
         session.rewind(start.version)
         hub.begin(start)
         for member in [m for m in crew.training if set(m.numbers) & astray]:
@@ -242,6 +245,20 @@ class Mending:
         session.checkpoint = start.version
         hub.begin(start)
         session.log.event("rolled_back", why=why, version=start.version, skipped_batches=skipped)
+
+    def _check_progress(self, version: int, why: str) -> None:
+        """Waits, longer each time, where the last coordinator died before it merged anything.
+
+        Raises:
+            CoordinatorLost: so did those before it.
+        """
+        config = self._session.failures.config
+        self._stuck = self._stuck + 1 if version == self._began else 0
+        self._began = version
+        if 0 <= config.head_failures < self._stuck:
+            raise CoordinatorLost(f"{why} (it died {self._stuck + 1} times without a merge in between)")
+        if self._stuck > 1:
+            time.sleep(min(LONGEST, config.backoff * 2.0 ** (self._stuck - 2)))
 
     def _members(self) -> frozenset[int]:
         """The heads that belong to the run, whatever an earlier version says: not those that were dropped or quarantined."""
