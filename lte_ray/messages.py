@@ -91,10 +91,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Save:
-    """A checkpoint of `version`, into which heads write their state as it follows their contribution `sequences[head]`."""
+    """A checkpoint of `version`, into which heads write their state as it follows their contribution `sequences[head]`.
+
+    `cut` tells checkpoints of one version apart: a head that is asked twice writes once.
+    """
 
     version: int
     sequences: dict[int, int]
+    cut: int = 0
 
 
 @dataclass(frozen=True)

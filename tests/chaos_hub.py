@@ -68,6 +68,7 @@ class Hub(Cuts):
             load_state_of(self.engine.policy, self.disk.kept[start.saved].policy)
         self.joined: set[int] = set()
         self.together = start.epoch == 0 and (self.engine.budget.shared or bool(start.exact))
+        self.exact = set(start.exact) if start.epoch == 0 else set[int]()
         self.present = set(start.granted)
         self.saved, self.states = start.saved, start.states
         self._published: dict[int, tuple[dict[int, Standing], dict[str, Any]]] = {}
@@ -176,8 +177,13 @@ class Hub(Cuts):
             return True
         if (self.together and not self.joined >= engine.live) or not engine.ready(head):
             return False
+        if join.answer is not None:
+            if self.exact & engine.live:
+                return False
+            self.joins.remove(join)
+            self._send(join.call, join.answer)
+            return True
         self.together = False
-        self.joins.remove(join)
         if incarnation == 0 and self.start.epoch == 0 and head in self.start.exact:
             begin = Begin(engine.standings[head], saved=self.start.saved, exact=True)
         else:
@@ -185,5 +191,6 @@ class Hub(Cuts):
             held = engine.master.read(lambda version, base, held: dict(held)).get(head) if standing.sequence else None
             begin = Begin(standing, None if held is None else held.clone(), self.saved if head in self.states else None)
         self.present.add(head)
-        self._send(join.call, replace(self.since(head), begins={head: begin}))
+        join.answer = replace(self.since(head), begins={head: begin})
+        self.exact.discard(head)
         return True

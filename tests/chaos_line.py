@@ -32,10 +32,11 @@ class Submission:
 
 @dataclass(eq=False)
 class Joining:
-    """A call of `join`, and how far it has come: `asked`, then `joined`."""
+    """A call of `join`, and how far it has come: `asked`, then `joined`; then its `answer` is there."""
 
     call: Call
     stage: str = "asked"
+    answer: Update | None = None
 
 
 class Line:

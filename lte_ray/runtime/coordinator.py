@@ -110,6 +110,8 @@ class CoordinatorActor:
         self._joined: set[int] = set()
         # All start together where whoever comes first would take the others' steps, or leave the version of their states.
         self._together = start.epoch == 0 and (self._engine.budget.shared or bool(start.exact))
+        # Exact states go with the version that they were saved at: nobody trains until all of these have its base.
+        self._exact = set(start.exact) if start.epoch == 0 else set()
         codecs = common.codecs(plans)
         self._masters: Masters = (
             Shards(shards, codecs, start.version) if shards else OwnMaster(common, self._engine, codecs, threads)
@@ -158,7 +160,10 @@ class CoordinatorActor:
                 reference = await self._updates.reference(head) if standing.sequence else None
                 begins[head] = Begin(standing, reference, saved)
         self._records.present |= plans.keys()
-        return replace(await self._updates.since(tuple(plans), -1), begins=begins)
+        update = replace(await self._updates.since(tuple(plans), -1), begins=begins)
+        self._exact -= plans.keys()
+        await self._until(lambda: not self._exact & engine.live)
+        return update
 
     async def submit(self, contribution: Contribution, numbers: tuple[int, ...], have: int) -> Update:
         """A head's contribution; answered when it is merged or refused.

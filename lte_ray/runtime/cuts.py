@@ -112,7 +112,7 @@ class Cuts:
         for cut in list(self._open.values()):
             sequences = {head: cut.save.sequences[head] for head in cut.missing & set(heads)}
             if sequences:
-                found.append(Save(cut.save.version, sequences))
+                found.append(dataclasses.replace(cut.save, sequences=sequences))
         return tuple(found)
 
     async def write_own(self, version: int, published: Published) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections import deque
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import replace
@@ -117,7 +118,8 @@ class Records:
     def save(self, record: MergeRecord) -> Save:
         """Begins a checkpoint of the newest version; gives what heads are to be asked."""
         engine = self._engine
-        save = Save(engine.version, {head: engine.standings[head].sequence for head in sorted(self.present & engine.members)})
+        sequences = {head: engine.standings[head].sequence for head in sorted(self.present & engine.members)}
+        save = Save(engine.version, sequences, cut=time.time_ns())
         standings = {str(head): dataclasses.asdict(held) for head, held in engine.standings.items() if head in engine.members}
         facts = {"standings": standings, "ledger": engine.data.state(), "guard": engine.guard.state()}
         self._cuts.begin(record, save, facts, state_of(engine.policy))

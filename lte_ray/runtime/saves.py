@@ -31,6 +31,7 @@ class Saves:
         self._asked: list[Save] = []
         self._lock = threading.Lock()
         self._idle = False
+        self._taken: set[tuple[int, int]] = set()  # cuts and heads: who is asked twice would write another state over the first
 
     @property
     def asked(self) -> bool:
@@ -61,8 +62,9 @@ class Saves:
     def take(self, group: HeadGroup, courier: Courier, save: Save) -> None:
         """Copies the state of the heads that are to write it; writing follows in another thread."""
         for head in group.heads:
-            if head.head not in save.sequences:
+            if head.head not in save.sequences or (save.cut, head.head) in self._taken:
                 continue
+            self._taken.add((save.cut, head.head))
             with head.timed("checkpoint"):
                 try:
                     state: State | None = snapshot(head, save)

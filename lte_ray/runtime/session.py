@@ -236,7 +236,7 @@ class Session:
             new = {head: n for head, n in save.sequences.items() if (self.hub.epoch, save.version, head) not in self._told}
             self._told |= {(self.hub.epoch, save.version, head) for head in new}
             if new:
-                self._ask_to_write(Save(save.version, new), limit=1.0)
+                self._ask_to_write(replace(save, sequences=new), limit=1.0)
         if status.needs_evaluator:
             self.hub.coordinator.use_evaluator.remote(self.evaluator)
 
