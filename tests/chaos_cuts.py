@@ -32,10 +32,11 @@ class Cuts:
     cuts: dict[int, Kept]
     saved: int | None
     states: frozenset[int]
+    cuts_next: bool
 
     def cut(self) -> None:
         """Begins a checkpoint of the newest version; `Records.save` and `Cuts.begin`."""
-        engine = self.engine
+        engine, self.cuts_next = self.engine, False
         save = Save(engine.version, {h: engine.standings[h].sequence for h in sorted(self.present & engine.members)})
         standings = {str(h): dataclasses.asdict(held) for h, held in engine.standings.items() if h in engine.members}
         facts = {

@@ -44,6 +44,7 @@ class Hub(Cuts):
     behind: list[Call] = field(default_factory=list)
     joins: list[Joining] = field(default_factory=list)
     cuts: dict[int, Kept] = field(default_factory=dict)
+    cuts_next: bool = False
 
     def __post_init__(self) -> None:
         start, plans = self.start, self.initial.plans
@@ -115,6 +116,8 @@ class Hub(Cuts):
         tracks = {verdict.head: submission.track for verdict, submission in settled}
         for merge in outcome.merges:
             self.account.merge(merge, tracks, len(self.engine.members))
+        if outcome.merges and self.cuts_next and self.may_cut:
+            self.cut()
         for verdict, submission in settled:
             self.decided += [(call, verdict) for call in submission.calls]
 

@@ -35,7 +35,6 @@ class Process(Line):
     def __init__(self, settings: Settings, initial: Initial, number: int, incarnation: int, epoch: int, disk: Disk) -> None:
         self.settings, self.number, self.incarnation, self.epoch, self.disk = settings, number, incarnation, epoch, disk
         self.alive, self.left, self.quarantined = True, False, False
-        self.refused = 0
         self.worker, self.head, self.track = Fit(), None, None
         self._initial = initial
         self.knowledge = Knowledge({number: initial.plans[number]}, settings.lte.reset)
@@ -122,7 +121,7 @@ class Process(Line):
         head = self.head
         if head is None:
             return
-        if self.over and not self.left:
+        if self.over and not self.left and not self.carries():
             self.left = True
             self.call("leave")
         if not self.settings.merge.wait and not self._watching and not self.over:
@@ -151,7 +150,6 @@ class Process(Line):
         if verdict is not None and not verdict.accepted and head.outstanding and verdict.sequence == head.sequence:
             head.adopt(verdict, head.version, None)
             if not verdict.discarded:
-                self.refused += 1
                 if verdict.poison:
                     assert self.track is not None
                     self.track.drop(head.merged.sequence)
@@ -165,9 +163,9 @@ class Process(Line):
 
     def _take_orders(self, update: Update) -> None:
         assert self.head is not None
-        order = update.orders[self.number]
-        self.head.follow(order)
-        self.every = order.steps
+        if not self.left:
+            self.head.follow(update.orders[self.number])
+            self.every = update.orders[self.number].steps
 
     def _save(self, head: Head, save: Save) -> None:
         assert self.track is not None

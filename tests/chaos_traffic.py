@@ -125,10 +125,12 @@ class Traffic(Run):
         return process is not None
 
     def on_cut(self, pick: int, amount: int) -> bool:
-        """A checkpoint of the newest version is begun."""
-        if self.hub is None or not self.hub.may_cut:
+        """A checkpoint of the newest version is begun; or, where there is one, of the next as soon as it is merged."""
+        if self.hub is None:
             return False
-        self.hub.cut()
+        self.hub.cuts_next = not self.hub.may_cut
+        if self.hub.may_cut:
+            self.hub.cut()
         return True
 
     def on_ask(self, pick: int, amount: int) -> bool:
@@ -152,7 +154,7 @@ class Traffic(Run):
     def on_go(self, pick: int, amount: int) -> bool:
         """Several things that aren't faults happen, in an order that `pick` gives."""
         moved = False
-        for turn in range(6 * amount):
+        for turn in range(12 * amount):
             pick = (pick * 1103515245 + 12345) % 2**31
             moved = self.do(CALM[(pick >> 16) % len(CALM)], pick >> 20, 1 + turn % 3) or moved
         return moved

@@ -161,7 +161,7 @@ class HeadActor:
     def _leave(self, group: HeadGroup, courier: Courier) -> None:
         """Heads that have taken all their steps, and whose steps are all merged, leave, so that nobody waits for them."""
         for head in group.heads:
-            if self._over(head) and head.head not in self._left:
+            if self._over(head) and head.head not in self._left and not courier.carries(head):
                 reached("leaving", head=head.head)
                 courier.leave(head.head)
                 self._left.add(head.head)
@@ -232,6 +232,8 @@ class HeadActor:
 
     def _take_orders(self, group: HeadGroup, update: Update) -> None:
         for head in group.heads:
+            if head.head in self._left:  # nobody takes anything of it any more
+                continue
             head.follow(update.orders[head.head])
             self._every[head.head] = update.orders[head.head].steps
 
