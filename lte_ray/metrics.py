@@ -88,7 +88,7 @@ class MetricsLog:
         """Drops the rows after `version`, which a resumed run writes again."""
         if self._directory.exists(METRICS):
             rows = self._directory.read(METRICS).decode().splitlines(keepends=True)
-            kept = [row for row in rows if _version(row) <= version or _is_event(row)]
+            kept = [row for row in rows if _stays(row, version)]
             self._directory.write(METRICS, "".join(kept).encode())
 
     def merge(self, record: MergeRecord) -> None:
@@ -147,18 +147,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _version(row: str) -> float:
-    """A row's version; infinity for a row that a dying process left torn."""
+def _stays(row: str, version: int) -> bool:
+    """Whether a row is an event, or of this version or an earlier one; one that a dying process left torn is neither."""
     try:
-        return float(json.loads(row)["version"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
-def _is_event(row: str) -> bool:
-    try:
-        return bool(json.loads(row)["kind"] == "event")
-    except (ValueError, KeyError, TypeError):
+        content = json.loads(row)
+        return content.get("kind") == "event" or float(content["version"]) <= version
+    except (ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

@@ -6,8 +6,8 @@ import dataclasses
 import inspect
 import json
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import safetensors.torch
 import tomli_w
@@ -23,6 +23,8 @@ from lte_ray.loading import absolute
 from lte_ray.redact import OMITTED, scrub, split, without_credentials
 from lte_ray.storage import RUN, RunDirectory
 from lte_ray.worker import worker_settings
+
+T = TypeVar("T")
 
 MODEL = "model.safetensors"
 
@@ -167,15 +169,21 @@ def restored(directory: RunDirectory) -> dict[type, Any]:
         ConfigError: a setting is out of range.
     """
     content = read_record(directory)
-    made = {}
-    for kind in SECTIONS:
-        given = {f.name: content[f.name] for f in dataclasses.fields(kind) if f.name in content}
-        values = {n: None if v == NONE else tuple(v) if isinstance(v, list) else v for n, v in given.items()}
-        try:
-            made[kind] = kind(**values)
-        except TypeError as error:
-            raise StorageError(f"{directory.at(RUN)} is damaged: {error}.") from error
-    return made
+    return {kind: section(directory, kind, content) for kind in SECTIONS}
+
+
+def section(directory: RunDirectory, kind: Callable[..., T], content: Mapping[str, Any]) -> T:
+    """The settings of one class, from what ``run.toml`` says; those that it doesn't know have their defaults.
+
+    Raises:
+        StorageError: it is damaged.
+        ConfigError: a setting is out of range.
+    """
+    given = {f.name: content[f.name] for f in dataclasses.fields(kind) if f.name in content}  # type: ignore[arg-type]
+    try:
+        return kind(**{n: None if v == NONE else tuple(v) if isinstance(v, list) else v for n, v in given.items()})
+    except TypeError as error:
+        raise StorageError(f"{directory.at(RUN)} is damaged: {error}.") from error
 
 
 def export(directory: RunDirectory, initial: Initial, base: Tensor) -> None:

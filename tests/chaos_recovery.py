@@ -11,7 +11,7 @@ from unittest.mock import patch
 from chaos_deaths import Deaths
 from chaos_parts import Here
 
-from lte_ray.engine.recovery import recover
+from lte_ray.engine.recovery import fitting, recover
 from lte_ray.messages import Report
 from lte_ray.runtime import resuming
 from lte_ray.runtime.start import Start
@@ -65,25 +65,10 @@ class Recovery(Deaths):
         if saved is not None:
             kept = self.disk.kept[saved]
             states = frozenset(kept.parts)
-            for head, factors in kept.references.items():
-                held = found.held.get(head)
-                same = held is not None and kept.facts["standings"].get(str(head), {}).get("sequence") == held.sequence
-                if head in found.unknown and same:
-                    references[head] = factors.clone()
-        start = Start(
-            version=found.version,
-            base=found.base,
-            references=references,
-            standings=found.held,
-            ledger=found.ledger,
-            taken={head: held.step for head, held in found.held.items()},
-            granted=found.granted,
-            saved=saved,
-            exact=self.begin.exact - found.granted.keys() if found.version == self.begin.version else frozenset(),
-            states=states,
-            epoch=self.epoch,
-        )
-        return start, found.astray
+            fit = fitting(found, kept.facts["standings"])
+            references |= {head: factors.clone() for head, factors in kept.references.items() if head in fit}
+        exact = self.begin.exact - found.granted.keys() if found.version == self.begin.version else frozenset()
+        return Start.after(found, references, saved=saved, exact=exact, states=states, epoch=self.epoch), found.astray
 
     def _resumed(self, version: int, heads: int) -> Start:
         """What the runtime makes of a checkpoint."""

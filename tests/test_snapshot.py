@@ -141,10 +141,8 @@ def test_a_cut_between_two_merges(case: str, extra: int) -> None:
     assert_go_on_alike(run, head, restored(run, state, 2), 2)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("extra", [0, 1, 4])
-def test_a_cut_whose_version_holds_what_is_outstanding(case: str, extra: int) -> None:
-    """The head hasn't heard yet that version 3 holds its contribution: only what it has trained since rides in the next."""
+def on_its_way(case: str, extra: int) -> tuple[Run, Head, Contribution]:
+    """A head whose second contribution isn't answered, and that has trained `extra` steps since."""
     run = Run.of(case)
     head = started(run)
     head.train(3)
@@ -153,6 +151,14 @@ def test_a_cut_whose_version_holds_what_is_outstanding(case: str, extra: int) ->
     head.train(3)
     sent = run.contribute(head)
     head.train(extra)
+    return run, head, sent
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("extra", [0, 1, 4])
+def test_a_cut_whose_version_holds_what_is_outstanding(case: str, extra: int) -> None:
+    """The head hasn't heard yet that version 3 holds its contribution: only what it has trained since rides in the next."""
+    run, head, sent = on_its_way(case, extra)
     state = snapshot(head, Save(3, {1: 2}))
     settle(head, True, 3, run.base(3))
     other = restored(run, state, 3)
@@ -164,14 +170,7 @@ def test_a_cut_whose_version_holds_what_is_outstanding(case: str, extra: int) ->
 @pytest.mark.parametrize("extra", [0, 1, 4])
 def test_a_cut_whose_version_lacks_what_is_outstanding(case: str, extra: int) -> None:
     """All since the last merged contribution rides in the next one, as if the outstanding one were refused."""
-    run = Run.of(case)
-    head = started(run)
-    head.train(3)
-    run.contribute(head)
-    settle(head, True, 1, run.base(1))
-    head.train(3)
-    run.contribute(head)
-    head.train(extra)
+    run, head, _ = on_its_way(case, extra)
     state = snapshot(head, Save(3, {1: 1}))
     settle(head, False, 3, run.base(3))
     other = restored(run, state, 3)

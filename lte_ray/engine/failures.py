@@ -19,6 +19,10 @@ class Remedy:
     delay: float = 0.0
     why: str = ""
 
+    def said(self, what: str) -> str:
+        """What has happened, with the reason for the remedy if there is one."""
+        return f"{what} ({self.why})" if self.why else what
+
 
 @dataclass
 class _History:
@@ -73,18 +77,22 @@ class Failures:
         if again:
             return self._exhausted(others, "it failed twice in the same way at the same step")
         if 0 <= self.config.max_failures < self.total:
-            return Remedy("stop", why=f"--max-failures is {self.config.max_failures}" if self.config.max_failures else "")
+            return self._too_many()
         if 0 <= self.config.head_failures < history.in_a_row:
             return self._exhausted(others, f"it died {history.in_a_row} times without a merged contribution in between")
-        delay = 0.0 if history.in_a_row == 1 else min(LONGEST, self.config.backoff * 2.0 ** (history.in_a_row - 2))
-        return Remedy("restart", delay)
+        return Remedy("restart", self.delay(history.in_a_row))
+
+    def delay(self, in_a_row: int) -> float:
+        """Seconds before a restart, where it is the last of so many in a row: none before the first."""
+        return 0.0 if in_a_row <= 1 else min(LONGEST, self.config.backoff * 2.0 ** (in_a_row - 2))
 
     def other(self) -> Remedy:
         """The coordinator or the evaluator has died."""
         self.total += 1
-        if 0 <= self.config.max_failures < self.total:
-            return Remedy("stop", why=f"--max-failures is {self.config.max_failures}" if self.config.max_failures else "")
-        return Remedy("restart")
+        return self._too_many() if 0 <= self.config.max_failures < self.total else Remedy("restart")
+
+    def _too_many(self) -> Remedy:
+        return Remedy("stop", why=f"--max-failures is {self.config.max_failures}" if self.config.max_failures else "")
 
     def _exhausted(self, others: int, why: str) -> Remedy:
         enough = others >= max(1, self.config.min_heads)

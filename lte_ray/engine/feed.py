@@ -41,10 +41,9 @@ class Feed:
         self.lanes = advance(self.lanes, 1)
         return batch
 
-    def move(self, taken: int, lanes: Lanes, grant: int | None = None) -> None:
+    def move(self, taken: int, lanes: Lanes, grant: int = 0) -> None:
         """Goes on from another position; what was given away and isn't merged stays this head's."""
-        self.taken, self.lanes, self._batches, self.released = taken, lanes, None, None
-        self.grant = self.grant if grant is None else grant
+        self.taken, self.lanes, self.grant, self._batches, self.released = taken, lanes, grant, None, None
 
     def after(self, taken: int) -> Lanes:
         """The lanes of a head that has taken so many batches, and had no others than at the start."""

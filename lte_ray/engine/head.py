@@ -495,7 +495,6 @@ class Head:
         """
         self.step, self.samples, self.sequence = standing.step, standing.samples, standing.sequence
         self._since = self._offered = replace(standing, incarnation=self.incarnation)
-        self.update.position = float(standing.step)
         self._reference = None if reference is None else reference.to(self.device)
         self._reset_factors()
 

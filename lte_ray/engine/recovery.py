@@ -61,3 +61,10 @@ def recover(reports: Sequence[Report]) -> Recovered | None:
         & {head for report in known for head in report.heads},
         unknown=frozenset(unknown),
     )
+
+
+def fitting(found: Recovered, standings: Mapping[str, Mapping[str, Any]]) -> frozenset[int]:
+    """Heads of whose factors nobody knows, but a checkpoint with these standings holds what the version does."""
+    return frozenset(
+        head for head in found.unknown if standings.get(str(head), {}).get("sequence") == found.held[head].sequence
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 from lte_ray.data.lanes import ordered
 from lte_ray.engine.state import optimizer_state, restore_optimizer
 from lte_ray.errors import StorageError
-from lte_ray.merging.flat import factors_part, replica_part, replica_views
+from lte_ray.merging.flat import factors_part, replica_views
 from lte_ray.messages import Grant, Lanes, Save, Standing
 
 if TYPE_CHECKING:
@@ -51,11 +51,7 @@ def snapshot(head: Head, save: Save) -> State:
     if reference is not None and head.settings.lte.reset == "none":
         tensors["reference"] = reference
     if contained is not None or head.version != save.version:
-        ahead = head._replica_change()
-        if contained is not None:
-            for name, held in replica_views(head.plan, replica_part(head.plan, contained)).items():
-                ahead[name] -= held
-        tensors |= {f"ahead.{name}": change for name, change in ahead.items()}
+        tensors |= {f"ahead.{name}": change for name, change in head._steps_beyond(contained).items()}
     else:  # as they are: adding the difference to the base again would round
         tensors |= {f"replica.{name}": p for name, p in head._replicas.items()}
         adopted = replica_views(head.plan, head._replica_reference) if head._replica_reference is not None else {}
@@ -180,9 +176,7 @@ def rejoin(head: Head, standing: Standing, reference: Tensor | None, version: in
         except UNUSABLE as error:
             lacks = f"its saved optimizer state can't be used ({type(error).__name__}: {error})"
             head.optimizer.state.clear()
-    position = head.update.position
     head.resume(standing, reference)
-    head.update.position = position
     head.update.reach(standing.step / head.settings.train.steps)
     head.feed.move(standing.batches, standing.lanes)
     head.start(version, base)

@@ -5,11 +5,10 @@ Nothing here writes, and nothing starts Ray.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +16,16 @@ from torch import Tensor, nn
 from lte_ray import checkpoint
 from lte_ray.adapters.plan import make_plans
 from lte_ray.checkpoint import Manifest
-from lte_ray.config import LTEConfig, TrainConfig, toml
+from lte_ray.config import LTEConfig, TrainConfig
 from lte_ray.engine.initial import tensors_of
 from lte_ray.engine.rng import preserved
 from lte_ray.errors import ConfigError, StorageError, UserError, WorkerError
 from lte_ray.export.rebuild import make_worker
 from lte_ray.layout import Plan
 from lte_ray.merging.flat import gather
+from lte_ray.runs import read_record, section
 from lte_ray.storage import RUN, RunDirectory
 from lte_ray.worker import build_model
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ def read(run: str | os.PathLike[str], version: int | None = None, worker: Any = 
     """
     directory = open_run(run)
     manifest, record = choose(directory, version), read_record(directory)
-    lte, train = _section(LTEConfig, record), _section(TrainConfig, record)
+    lte, train = section(directory, LTEConfig, record), section(directory, TrainConfig, record)
     made = make_worker(record, worker)
     with preserved(torch.device("cpu")):  # the caller's random numbers are its own
         try:
@@ -151,17 +149,3 @@ def read(run: str | os.PathLike[str], version: int | None = None, worker: Any = 
     plans = make_plans(model, lte)
     base = checkpoint.read_base(directory, manifest, plans[0])
     return Saved(directory, manifest, record, model, plans, gather(plans[0].base, tensors_of(model), base.dtype), base)
-
-
-def read_record(directory: RunDirectory) -> dict[str, Any]:
-    """What ``run.toml`` says. Raises StorageError if it can't be read."""
-    try:
-        return toml.parse(directory.read(RUN))
-    except ValueError as error:
-        raise StorageError(f"{directory.at(RUN)} is damaged: {error}.") from error
-
-
-def _section(kind: type[T], record: dict[str, Any]) -> T:
-    """Settings of one kind; those that the record doesn't know have their defaults."""
-    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in record.items() if name in names})

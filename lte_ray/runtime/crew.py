@@ -25,7 +25,6 @@ class Member:
         incarnation: how many there were before.
         due: when the next one is to start (monotonic), where one is.
         asked: the status call that isn't answered yet, and since when.
-        lost: when the last one died; None once the next has taken a step.
     """
 
     numbers: tuple[int, ...]
@@ -35,7 +34,6 @@ class Member:
     incarnation: int = 0
     due: float | None = None
     asked: tuple[Any, float] | None = None
-    lost: float | None = None
     pulse: Pulse = field(default_factory=Pulse)
     over: bool = False
 
@@ -88,7 +86,6 @@ class Crew:
             self._end(member.actor)
         member.actor = member.run = member.asked = None
         member.incarnation += 1
-        member.lost = time.monotonic()
 
     def drop(self, member: Member) -> None:
         """The place is given up."""
@@ -111,9 +108,9 @@ class Crew:
         if not running:
             time.sleep(patience)
             return []
-        done, _ = ray.wait(list(running), num_returns=1, timeout=patience)
-        more, _ = ray.wait(list(running), num_returns=len(running), timeout=0)
-        return [running[ref] for ref in {*done, *more}]
+        ray.wait(list(running), num_returns=1, timeout=patience)
+        done, _ = ray.wait(list(running), num_returns=len(running), timeout=0)
+        return [running[ref] for ref in done]
 
     def look(self) -> list[HeadStatus]:
         """Asks those that train how they are; what has been answered since the last look."""
@@ -137,8 +134,6 @@ class Crew:
             idle = all(s.state in ("waiting", "done", "quarantined") for s in statuses)
             stepped = any(s.first_step_at is not None for s in statuses)
             self.deadlines.note(member.pulse, now, 0.0 if first else now - asked, position, idle, stepped)
-            if stepped:
-                member.lost = None
             found += statuses
         return found
 

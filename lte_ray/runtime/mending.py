@@ -11,8 +11,7 @@ import ray
 
 from lte_ray import checkpoint
 from lte_ray.engine.deadlines import Pulse
-from lte_ray.engine.failures import LONGEST
-from lte_ray.engine.recovery import recover
+from lte_ray.engine.recovery import fitting, recover
 from lte_ray.errors import CoordinatorLost, HeadLost, LTEError, RunError, StorageError, WorkerFailed
 from lte_ray.messages import Report
 from lte_ray.runtime.crew import Member
@@ -144,7 +143,7 @@ class Mending:
             ray.get(session.hub.coordinator.lose.remote(member.numbers, remedy.action == "drop"), timeout=ANSWER)
         if remedy.action == "stop":
             if remedy.why and isinstance(error, HeadLost):
-                raise HeadLost(f"{error} ({remedy.why})") from error
+                raise HeadLost(remedy.said(str(error))) from error
             raise error
         if remedy.action == "drop":
             crew.drop(member)
@@ -179,17 +178,14 @@ class Mending:
         session, hub, crew = self._session, self._session.hub, self._session.crew
         remedy = session.failures.other()
         session.log.event("coordinator_lost", why=why.splitlines()[0][:300], version=session.seen, remedy=remedy.action)
-        hub.stop()
-        self._asked, self._pulse = None, Pulse()
+        self._stop()
         if remedy.action == "stop":
-            raise CoordinatorLost(f"{why} ({remedy.why})" if remedy.why else why)
+            raise CoordinatorLost(remedy.said(why))
         epoch = hub.epoch + 1
         reports = self._reports(epoch)
         start, astray = self._start(reports, epoch)
-        start = replace(start, members=self._members())
         self._check_progress(start.version, why)
-        session.rewind(start.version)
-        hub.begin(start)
+        self._begin(start)
         for member in [m for m in crew.training if set(m.numbers) & astray]:
             crew.clear(member)
             member.due = time.monotonic()
@@ -226,8 +222,7 @@ class Mending:
         self._rolled.add(found[-1])
         ray.get(hub.coordinator.freeze.remote(False), timeout=ANSWER)
         standings, ledger = ray.get(hub.coordinator.positions.remote(), timeout=ANSWER)
-        hub.stop()
-        self._asked, self._pulse = None, Pulse()
+        self._stop()
         for member in crew.members:
             crew.clear(member)
             member.over, member.due = False, time.monotonic()
@@ -239,12 +234,20 @@ class Mending:
             if head in standings
         }
         start = replace(before, standings=now, ledger=ledger, exact=frozenset(), epoch=hub.epoch + 1)
-        start = replace(start, members=self._members())
         checkpoint.remove_after(directory, start.version)
-        session.rewind(start.version)
         session.checkpoint = start.version
-        hub.begin(start)
+        self._begin(start)
         session.log.event("rolled_back", why=why, version=start.version, skipped_batches=skipped)
+
+    def _stop(self) -> None:
+        """Ends what is left of the coordinator: what was asked of it won't be answered."""
+        self._session.hub.stop()
+        self._asked, self._pulse = None, Pulse()
+
+    def _begin(self, start: Start) -> None:
+        """Another coordinator begins there, with the heads that the run has now."""
+        self._session.rewind(start.version)
+        self._session.hub.begin(replace(start, members=self._members()))
 
     def _check_progress(self, version: int, why: str) -> None:
         """Waits, longer each time, where the last coordinator died before it merged anything.
@@ -252,13 +255,12 @@ class Mending:
         Raises:
             CoordinatorLost: so did those before it.
         """
-        config = self._session.failures.config
+        failures = self._session.failures
         self._stuck = self._stuck + 1 if version == self._began else 0
         self._began = version
-        if 0 <= config.head_failures < self._stuck:
+        if 0 <= failures.config.head_failures < self._stuck:
             raise CoordinatorLost(f"{why} (it died {self._stuck + 1} times without a merge in between)")
-        if self._stuck > 1:
-            time.sleep(min(LONGEST, config.backoff * 2.0 ** (self._stuck - 2)))
+        time.sleep(failures.delay(self._stuck))
 
     def _members(self) -> frozenset[int]:
         """The heads that belong to the run, whatever an earlier version says: not those that were dropped or quarantined."""
@@ -294,37 +296,17 @@ class Mending:
         found = recover(reports)
         if found is None or (saved is not None and saved > found.version):
             if saved is None or saved == session.start.version:
-                return _again(session.start, epoch), frozenset()
+                return replace(session.start, epoch=epoch), frozenset()
             start = resumed(session.common, session.initial, saved, session.common.settings.lte.num_heads)
-            return _again(start, epoch), frozenset(n for report in reports for n in report.heads)
+            return replace(start, epoch=epoch), frozenset(n for report in reports for n in report.heads)
         references = dict(found.references)
         states: frozenset[int] = frozenset()
         if saved is not None:
             with contextlib.suppress(StorageError, KeyError, ValueError):
                 manifest = checkpoint.read_manifest(session.common.directory, saved)
                 states = frozenset(manifest.heads)
-                standings = manifest.facts.get("standings", {})
+                fit = fitting(found, manifest.facts.get("standings", {}))
                 known = checkpoint.read_references(session.common.directory, manifest, session.initial.plans)
-                for head, factors in known.items():
-                    held = found.held.get(head)
-                    same = held is not None and standings.get(str(head), {}).get("sequence") == held.sequence
-                    if head in found.unknown and same:
-                        references[head] = session.common.transport.publish(factors)
-        start = Start(
-            version=found.version,
-            base=found.base,
-            references=references,
-            standings=found.held,
-            ledger=found.ledger,
-            taken={head: held.step for head, held in found.held.items()},
-            granted=found.granted,
-            saved=saved,
-            exact=session.start.exact - found.granted.keys() if found.version == session.start.version else frozenset(),
-            states=states,
-            epoch=epoch,
-        )
-        return start, found.astray
-
-
-def _again(start: Start, epoch: int) -> Start:
-    return replace(start, epoch=epoch)
+                references |= {h: session.common.transport.publish(factors) for h, factors in known.items() if h in fit}
+        exact = session.start.exact - found.granted.keys() if found.version == session.start.version else frozenset()
+        return Start.after(found, references, saved=saved, exact=exact, states=states, epoch=epoch), found.astray

@@ -98,7 +98,7 @@ class Session:
         self.failures = Failures(self.failure)
         self.note = ""
         self._trouble = ""
-        self._told: set[tuple[int, int, int]] = set()  # epoch, version and head of checkpoints that heads were asked to write
+        self._told: set[tuple[int, int]] = set()  # cuts that heads were asked to write to, and the heads
         self._refused = (0, 0)  # epoch and number of the newest refusal that was noted
         self._pinged: tuple[Any, float] | None = None  # the evaluator's sign of life that hasn't come yet, and since when
         self._alive: list[Any] = []
@@ -159,8 +159,7 @@ class Session:
             ray.kill(actor)
 
     def _launch_heads(self, numbers: tuple[int, ...], strategy: Any, incarnation: int) -> Any:
-        placement, train = self.placement, self.common.settings.train
-        lanes, threads = head_threads(train.threads_per_head, placement.cpus, placement.heads)
+        placement, (lanes, threads) = self.placement, self._computing
         resources = {k: v for k, v in placement.bundle.items() if k not in ("CPU", "GPU")}
         options = {"num_cpus": placement.bundle.get("CPU", 0), "num_gpus": placement.gpus, "resources": resources}
         options["scheduling_strategy"] = strategy
@@ -168,12 +167,15 @@ class Session:
         return self._launch(HeadActor, options, self.common, self.initial.plans, numbers, host, incarnation)
 
     @property
+    def _computing(self) -> tuple[int, int]:
+        """Lanes of an actor of heads, and torch's threads in each."""
+        return head_threads(self.common.settings.train.threads_per_head, self.placement.cpus, self.placement.heads)
+
+    @property
     def evaluator(self) -> Any:
         """Started when it is first needed, so that it doesn't keep the heads from starting."""
         if self._evaluator is None:
-            lanes, threads = head_threads(
-                self.common.settings.train.threads_per_head, self.placement.cpus, self.placement.heads
-            )
+            lanes, threads = self._computing
             wanted = self.placement.gpus
             gpus = wanted if 0 < wanted <= ray.available_resources().get("GPU", 0) else 0  # if the heads leave one
             spare = max(1, cores() - lanes * threads * len(self.crew.members))
@@ -233,8 +235,8 @@ class Session:
         while len(self._to_evaluate) > MOST_WAITING:
             del self._to_evaluate[1]  # the first one may be version 0, where everything is measured from
         for save in status.saves:
-            new = {head: n for head, n in save.sequences.items() if (self.hub.epoch, save.version, head) not in self._told}
-            self._told |= {(self.hub.epoch, save.version, head) for head in new}
+            new = {head: n for head, n in save.sequences.items() if (save.cut, head) not in self._told}
+            self._told |= {(save.cut, head) for head in new}
             if new:
                 self._ask_to_write(replace(save, sequences=new), limit=1.0)
         if status.needs_evaluator:
@@ -290,7 +292,7 @@ class Session:
         remedy = self.failures.other()
         self.log.event("evaluator_lost", why=why.splitlines()[0][:300])
         if remedy.action == "stop":
-            raise RunError(f"{why} ({remedy.why})" if remedy.why else why)
+            raise RunError(remedy.said(why))
         if self._evaluator is not None:
             self._end(self._evaluator)
             self._evaluator = self._pinged = None

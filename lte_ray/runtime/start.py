@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lte_ray.engine.recovery import Recovered
 from lte_ray.messages import Standing
 from lte_ray.runtime.transport import Handle
 
@@ -42,3 +43,17 @@ class Start:
     guard: Mapping[str, Any] = field(default_factory=dict)
     members: frozenset[int] | None = None
     epoch: int = 0
+
+    @classmethod
+    def after(cls, found: Recovered, references: Mapping[int, Handle], **more: Any) -> Start:
+        """What the heads know, with the factors of those that are alive and of others (`references`)."""
+        return cls(
+            version=found.version,
+            base=found.base,
+            references=references,
+            standings=found.held,
+            ledger=found.ledger,
+            taken={head: held.step for head, held in found.held.items()},
+            granted=found.granted,
+            **more,
+        )
