@@ -28,6 +28,7 @@ from chaos_world import World
 FAULTS = (
     ("kill", "notice", "restart"),
     ("kill", "drop"),
+    ("kill_ended",),
     ("admit",),
     ("kill_hub", "recover"),
     ("crash", "cut", "cut", "ask"),

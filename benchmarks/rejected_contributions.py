@@ -57,6 +57,8 @@ REFUSED: dict[str, tuple[Contribution, Tensor]] = {
     "of a head that there isn't": (offer(HEADS), sound()),
     "of head -1": (offer(-1), sound()),
     "received before": (offer(0), sound()),
+    "of sequence 0": (offer(1, 0), sound()),
+    "of sequence -1": (offer(1, -1), sound()),
     "the next, while one isn't decided": (offer(0, 2), sound()),
 }
 """Contributions that come after a sound one of head 0; the coordinator waits for two more heads."""

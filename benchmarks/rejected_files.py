@@ -33,8 +33,8 @@ NAMES = {
 
 PLACES = {
     "--storage nowhere://bucket": "nowhere://bucket",
-    "--storage s3://KEY:SECRET/WITH/SLASHES@bucket?what=1": "s3://KEY:SECRET/WITH/SLASHES@bucket?what=1",
-    "--storage s3://bucket?secret_key=SECRET": "s3://bucket?secret_key=SECRET",
+    "--storage s3://KEY:HIDDEN/WITH/SLASHES@bucket?what=1": "s3://KEY:HIDDEN/WITH/SLASHES@bucket?what=1",
+    "--storage s3://bucket?secret_key=HIDDEN": "s3://bucket?secret_key=HIDDEN",
 }
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lte_ray.adapters.layer import LTELayer as LTELayer
+    from lte_ray.config import FailureConfig as FailureConfig
     from lte_ray.config import LTEConfig as LTEConfig
     from lte_ray.config import MergeConfig as MergeConfig
     from lte_ray.config import TrainConfig as TrainConfig
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Discard": "lte_ray.merging.policy",
+    "FailureConfig": "lte_ray.config",
     "LTEConfig": "lte_ray.config",
     "LTEError": "lte_ray.errors",
     "LTELayer": "lte_ray.adapters.layer",
@@ -55,6 +57,7 @@ _HOMES = {
 
 __all__ = [
     "Discard",
+    "FailureConfig",
     "LTEConfig",
     "LTEError",
     "LTELayer",

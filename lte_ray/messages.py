@@ -135,11 +135,15 @@ class Begin:
 
 @dataclass(frozen=True)
 class Merged:
-    """One merge, as heads redo it from factors: each contribution's weight, in order, and its buffers, one for each group."""
+    """One merge, as heads redo it from factors: each contribution's weight, in order, and its buffers, one for each group.
+
+    `fresh` are those of its heads whose factors count from B' = 0, whatever earlier versions held of that number.
+    """
 
     version: int
     weights: dict[int, float]
     buffers: dict[int, tuple[Any, ...]] = field(repr=False, compare=False)
+    fresh: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -214,7 +218,7 @@ class MergeRecord:
     they were behind, `head_steps` the local steps that they hold, `stalls` the seconds for which merging kept heads from
     training since their contributions before, `held` what the new version holds of them.
     `bytes_up` and `bytes_down` are what these contributions cost until all heads have them; `bytes_instead` is what other ways
-    would have sent in their place (`engine.downlink.bytes_instead`).
+    would have sent in their place (`engine.downlink.bytes_instead`). `fresh` are those whose factors count from B' = 0.
     """
 
     version: int
@@ -235,6 +239,7 @@ class MergeRecord:
     stalls: dict[int, float] = field(default_factory=dict)
     bytes_instead: dict[str, int] = field(default_factory=dict)
     held: dict[int, Standing] = field(default_factory=dict)
+    fresh: tuple[int, ...] = ()
     base: Any = field(default=None, repr=False, compare=False)
 
 

@@ -23,9 +23,20 @@ class Deaths(Traffic):
         member.process = None
         return True
 
+    def on_kill_ended(self, pick: int, amount: int) -> bool:
+        """The process of a head that has ended dies, which nobody notices."""
+        ended = [m for _, m in sorted(self.members.items()) if m.over and m.process is not None and not m.process.quarantined]
+        member = one(ended, pick)
+        if member is None or member.process is None:
+            return False
+        member.process.alive = False
+        member.process.calls.clear()
+        member.process = None
+        return True
+
     def on_notice(self, pick: int, amount: int) -> bool:
         """The driver sees that a process is gone, and tells the coordinator."""
-        found = one([(n, m) for n, m in sorted(self.members.items()) if m.process is None and not m.gone], pick)
+        found = one([(n, m) for n, m in sorted(self.members.items()) if m.process is None and not m.gone and not m.over], pick)
         if found is None:
             return False
         self._lost(*found)
@@ -48,7 +59,8 @@ class Deaths(Traffic):
 
     def on_drop(self, pick: int, amount: int) -> bool:
         """The driver gives up a head that has died."""
-        found = one([(n, m) for n, m in sorted(self.members.items()) if m.process is None and not m.gone], pick)
+        here = sorted(self.members.items())
+        found = one([(n, m) for n, m in here if m.process is None and not m.gone and not m.over], pick)
         if found is None or sum(not m.over for m in self.members.values()) < 2:
             return False
         self._lost(*found, drop=True)
@@ -82,7 +94,7 @@ class Deaths(Traffic):
         member = one([m for m in self.members.values() if m.process is not None and not m.over and m.process.ended], pick)
         if member is None:
             return False
-        member.over = True
+        member.over, member.end = True, member.process.head.step
         if self.hub is not None and member.process.quarantined:
             self.hub.lose(member.process.number, drop=True)
         elif self.hub is not None:

@@ -18,6 +18,7 @@ from lte_ray.engine.settings import Settings
 from lte_ray.merging.registry import make_policy
 from lte_ray.merging.scheduled import load_state_of
 from lte_ray.messages import Begin, Contribution, Standing, Update, Verdict
+from lte_ray.runtime.merging import _refuses
 from lte_ray.runtime.start import Start
 
 
@@ -103,17 +104,22 @@ class Hub(Cuts):
     def _handle(self, event: Callable[[], Outcome], own: Submission | None = None) -> None:
         """`Merging.handle`: the outcome goes to whom it concerns."""
         outcome = event()
-        refused = [v for v in outcome.verdicts if not (v.accepted or v.discarded)]
-        for verdict in refused:
-            if "its own" in verdict.reason:
-                raise Broken(verdict.reason)
+        verdicts = list(outcome.verdicts)
         if own is not None:
-            if refused:
-                self.decided += [(call, refused[0]) for call in own.calls]
-            else:
+            refused = next((verdict for verdict in verdicts if _refuses(verdict, own.contribution)), None)
+            if refused is None:
                 self.undecided[own.contribution.head] = own
-        settled = [(v, self.undecided.pop(v.head)) for v in outcome.verdicts if v not in refused]
+            else:
+                verdicts.remove(refused)
+                self.decided += [(call, refused) for call in own.calls]
+                if "its own" in refused.reason:
+                    raise Broken(refused.reason)
+        settled = [(verdict, self.undecided.pop(verdict.head)) for verdict in verdicts]
         tracks = {verdict.head: submission.track for verdict, submission in settled}
+        if self.undecided.keys() != set(self.engine.pending):
+            raise Broken(
+                f"heads {sorted(self.undecided)} wait for a verdict, but those of {self.engine.pending} are to be decided"
+            )
         for merge in outcome.merges:
             self.account.merge(merge, tracks, len(self.engine.members))
         if outcome.merges and self.cuts_next and self.may_cut:

@@ -153,7 +153,6 @@ class Process(Line):
                 if verdict.poison:
                     assert self.track is not None
                     self.track.drop(head.merged.sequence)
-                    head.rewind()
                     if not self.sound:
                         raise Broken(f"head {self.number} has dropped poison, and some is left")
                 self.quarantined = self.quarantined or verdict.quarantined

@@ -12,7 +12,7 @@ from chaos_deaths import Deaths
 from chaos_parts import Here
 
 from lte_ray.engine.recovery import fitting, recover
-from lte_ray.messages import Report
+from lte_ray.messages import Report, Standing
 from lte_ray.runtime import resuming
 from lte_ray.runtime.start import Start
 
@@ -40,7 +40,12 @@ class Recovery(Deaths):
         self._rollback(start)
         out = {n for n, m in self.members.items() if m.over and m.process is not None and m.process.quarantined}
         self.hub = self.new_hub(replace(start, members=frozenset(set(self.members) - out)))
+        reporting = {number for report in reports for number in report.heads}
         for number, member in self.members.items():
+            held = start.standings.get(number, Standing())
+            if member.over and number not in reporting and held.step < member.end:  # `Mending._undone`
+                member.over, member.gone = False, True
+                member.incarnation += 1
             if number in astray and member.process is not None and not member.over:
                 member.process.alive = False
                 member.process, member.gone = None, True

@@ -18,12 +18,13 @@ from lte_ray.runtime.start import Start
 
 @dataclass(eq=False)
 class Member:
-    """A head's place, as the driver sees it; `gone`: it knows that the process is."""
+    """A head's place, as the driver sees it; `gone`: it knows that the process is. `end`: the step at which it was over."""
 
     process: Process | None
     incarnation: int = 0
     gone: bool = False
     over: bool = False
+    end: int = 0
 
 
 class Run:

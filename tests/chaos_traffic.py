@@ -138,6 +138,9 @@ class Traffic(Run):
         if self.hub is None:
             return False
         self.saved = self.hub.saved
+        for version, kept in list(self.hub.cuts.items()):
+            for number in [n for n in kept.missing if n in self.members and self.members[n].process is None]:
+                self.hub.add(version, number, None)  # it can't
         return sum(self._ask(process) for process in self.processes if process.left) > 0
 
     def _ask(self, process: Process) -> bool:

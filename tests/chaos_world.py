@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from chaos_account import Broken, effective_weights, near
+from chaos_hub import Hub
 from chaos_recovery import Recovery
 from chaos_traffic import CALM
 
@@ -17,6 +18,7 @@ FAIR = ("recover", "notice", "restart", "ask", *dict.fromkeys(CALM), "turn_away"
 
 FAULTS = (
     "kill",
+    "kill_ended",
     "notice",
     "restart",
     "drop",
@@ -68,6 +70,7 @@ class World(Recovery):
         hub = self.hub
         assert hub is not None
         hub.freeze()
+        self.on_ask(0, 1)
         for process in self.processes:
             while self._ask(process):
                 pass
@@ -80,22 +83,31 @@ class World(Recovery):
             near(carried, torch.zeros_like(carried), f"head {number} has ended with something that isn't merged")
             if not all(poison for _, poison in slots):
                 raise Broken(f"head {number} has ended, and batches {slots} aren't merged")
-        if not sound:
+        there = {*sound, *(number for number, member in self.members.items() if member.process is None)}
+        if not there:
             return  # all are quarantined, so the run ends with an error
-        if hub.engine.members != set(sound):
-            raise Broken(f"the members are {hub.engine.members}, but the driver has {set(sound)}")
-        if hub.engine.data.heads - set(sound):
-            raise Broken(f"heads {hub.engine.data.heads - set(sound)} own batches, and have left the run")
+        self._check_members(hub, there)
+        ends = {n: (held.step, self.members[n].end) for n, held in hub.engine.standings.items() if n in there - set(sound)}
+        if any(merged < end for merged, end in ends.values()) and not self.happened["poison"]:  # whose steps are dropped
+            raise Broken(f"heads ended and died, and not all of their steps are merged: {ends}")
         steps = {number: process.head.step for number, process in sound.items() if process.head is not None}
         if not hub.engine.budget.shared and set(steps.values()) - {self.settings.train.steps}:
             raise Broken(f"not all heads have taken {self.settings.train.steps} steps: {steps}")
-        budget, out = hub.engine.budget, len(sound) < len(self.members)
-        taken = {n: budget._granted[n] if n in sound else step for n, step in budget._taken.items()}  # who left took no more
+        budget, out = hub.engine.budget, len(there) < len(self.members)
+        taken = {n: budget._granted[n] if n in there else step for n, step in budget._taken.items()}  # who left took no more
         out = out or self.happened["drop"] > 0  # what one frees when the others have been told that they end is taken by nobody
         if budget.shared and not out and sum(taken.values()) < budget._total:
             raise Broken(f"of {budget._total} steps only {taken} were taken")
         if hub.cuts:
             raise Broken(f"checkpoints {sorted(hub.cuts)} aren't whole")
+
+    def _check_members(self, hub: Hub, there: set[int]) -> None:
+        dead = {number for number in there if self.members[number].process is None}
+        idle = dead - hub.engine.standings.keys()  # they came, did nothing, and nobody else knew of them
+        if hub.engine.members != there - idle:
+            raise Broken(f"the members are {hub.engine.members}, but the driver has {there}")
+        if hub.engine.data.heads - there:
+            raise Broken(f"heads {hub.engine.data.heads - there} own batches, and have left the run")
 
     def explained(self) -> str:
         """Where everything stands, for people."""

@@ -88,6 +88,22 @@ class Tiny:
         return torch.optim.AdamW(params, lr=0.01)
 
 
+@dataclass
+class Poisoned(Tiny):
+    """The loss of these batches of a head, counted from 0, is NaN; or of all that it has."""
+
+    head: int = 1
+    bad: tuple[int, ...] | None = None
+
+    def train_batches(self, shard: Shard) -> Iterator[tuple[Tensor, ...]]:
+        for number, batch in enumerate(super().train_batches(shard), shard.cursor):
+            poison = shard.head == self.head and (self.bad is None or number in self.bad)
+            yield (*batch, torch.tensor(float("nan") if poison else 1.0))
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        return super().loss(model, batch[:2]) * batch[2]
+
+
 def make_settings(
     *,
     heads: int = 2,

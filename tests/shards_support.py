@@ -75,6 +75,12 @@ class Spread:
                 self.forget(tickets[verdict.head])
         return outcome
 
+    def begin_afresh(self, head: int, incarnation: int) -> None:
+        """Another process of this head begins with B = 0, and the shards hear of it."""
+        assert self.coordinator.join(head, incarnation, fresh=True)
+        for shard in self.shards:
+            shard.renew(head)
+
     def forget(self, ticket: int) -> None:
         for shard in self.shards:
             shard.forget(ticket)

@@ -25,41 +25,80 @@ class Run:
 
     def __init__(self, heads: int) -> None:
         self.lanes: dict[int, Lanes] = {head: initial(head, heads) for head in range(heads)}
-        self.held = {head: {"incarnation": 0, "sequence": 0, "step": 0, "samples": 0, "batches": 0} for head in range(heads)}
-        self.known = set(self.lanes)
+        self.held = {head: new_head() for head in range(heads)}
+        self.merged = {head: (self.lanes[head], new_head()) for head in range(heads)}
+        self.saved = {0: {head: new_head() for head in range(heads)}}
         self.rows: list[dict[str, Any]] = []
         self.version = 0
 
     def trains(self, head: int, batches: int, gives_to: int | None = None) -> None:
         """The head takes batches and contributes them; before that it may give half of its lanes away."""
-        self.lanes[head], held = advance(self.lanes[head], batches), self.held[head]
+        self.takes(head, batches)
+        held = self.held[head]
         if gives_to is not None:
             self.lanes[head], self.lanes[gives_to] = split(self.lanes[head])
-        held["sequence"] += 1
-        for name, more in (("step", batches), ("batches", batches), ("samples", SIZE * batches)):
-            held[name] += more
+        held["samples"] += SIZE * batches
         self.version += 1
+        self.merged[head] = (self.lanes[head], dict(held))
+        self.saved[self.version] = {number: dict(merged) for number, (_, merged) in self.merged.items()}
         row = {"kind": "merge", "at": float(self.version), "version": self.version, "heads": [head]}
         stand = {**held, "version": self.version, "lanes": [list(lane) for lane in self.lanes[head]]}
         self.rows.append({**row, "samples": SIZE * batches, "head_steps": {str(head): batches}, "held": {str(head): stand}})
 
+    def takes(self, head: int, batches: int) -> None:
+        """The head trains, and makes a contribution."""
+        self.lanes[head] = advance(self.lanes[head], batches)
+        self.held[head]["sequence"] += 1
+        for name in ("step", "batches"):
+            self.held[head][name] += batches
+
+    def is_refused(self, head: int, batches: int) -> None:
+        """The head's contribution is poison: it goes on behind it."""
+        self.takes(head, batches)
+        self.tells("refused", head=head, sequence=self.held[head]["sequence"], why="", poison=True)
+
+    def tells(self, event: str, **values: Any) -> None:
+        """An event's row."""
+        self.rows.append({"kind": "event", "at": float(self.version), "event": event, **values})
+
     def dies(self, head: int, unmerged: int) -> None:
         """Its process is lost after so many steps that were in no contribution; the next goes on from what was merged."""
-        step = self.held[head]["step"] + unmerged
-        self.rows.append({"kind": "event", "at": float(self.version), "event": "head_lost", "heads": [head], "step": step})
-        self.held[head]["incarnation"] += 1
+        self.tells("head_lost", heads=[head], step=self.held[head]["step"] + unmerged)
+        incarnation = self.held[head]["incarnation"] + 1
+        self.lanes[head], self.held[head] = self.merged[head][0], {**self.merged[head][1], "incarnation": incarnation}
 
     def joins(self, head: int, giver: int, before: int) -> None:
         """A new head gets half of another's lanes, which that splits after `before` more batches."""
+        self.held[head] = new_head()
+        self.merged[head] = ((), new_head())
         self.trains(giver, before, gives_to=head)
-        self.known.add(head)
-        self.held[head] = {"incarnation": 0, "sequence": 0, "step": 0, "samples": 0, "batches": 0}
+        self.merged[head] = (self.lanes[head], new_head())
 
     def leaves(self, head: int, to: int) -> None:
-        """The head is dropped; another one gets its lanes."""
-        self.lanes[to] = joined((*self.lanes[to], *self.lanes.pop(head)))
-        self.rows.append({"kind": "event", "at": float(self.version), "event": "head_dropped", "heads": [head]})
-        del self.held[head]
+        """The head is dropped; another one gets its lanes, from where they were merged."""
+        given = self.merged[head][0]
+        self.lanes[to] = joined((*self.lanes[to], *given))
+        self.merged[to] = (joined((*self.merged[to][0], *given)), self.merged[to][1])
+        self.tells("head_dropped", heads=[head])
+        del self.lanes[head], self.held[head]
+
+    def goes_back(self, version: int) -> int:
+        """All heads start again from a version's weights, with the data that come next; how many batches that skips."""
+        before, self.version = self.saved[version], version
+        skipped = sum(held["batches"] - before.get(head, new_head())["batches"] for head, (_, held) in self.merged.items())
+        self.rows = [row for row in self.rows if row["kind"] == "event" or row["version"] <= version]
+        self.tells("rolled_back", why="", version=version, skipped_batches=skipped)
+        for head in self.held:
+            lanes, held = self.merged[head]
+            incarnation = self.held[head]["incarnation"] + 1
+            self.held[head] = {**before[head], "batches": held["batches"], "incarnation": incarnation}
+            self.lanes[head], self.merged[head] = lanes, (lanes, dict(self.held[head]))
+        return skipped
+
+
+def new_head() -> dict[str, int]:
+    """What a head has done that has only just come."""
+    return {"incarnation": 0, "sequence": 0, "step": 0, "samples": 0, "batches": 0}
 
 
 def usual() -> Run:
@@ -81,25 +120,147 @@ def test_a_run_whose_head_was_restarted_is_clean() -> None:
     assert found.reissued == 2
 
 
-@given(st.lists(st.tuples(st.sampled_from("ttttdjl"), st.integers(0, 7), st.integers(1, 6)), max_size=40))
+@given(st.lists(st.tuples(st.sampled_from("ttttdjlprb"), st.integers(0, 7), st.integers(1, 6)), max_size=40))
 def test_runs_whose_heads_come_and_go_are_clean(happens: list[tuple[str, int, int]]) -> None:
-    """Lanes that are split and handed over neither repeat a batch nor leave one out."""
-    run = Run(2)
+    """Lanes that are split and handed over neither repeat a batch nor leave one out; nor do poison and loss spikes, unsaid."""
+    run, known = Run(2), {0, 1}
     for what, who, batches in happens:
-        heads = sorted(run.lanes)
+        heads = sorted(run.held)
         head = heads[who % len(heads)]
         if what == "t":
             run.trains(head, batches)
         elif what == "d":
             run.dies(head, batches)
         elif what == "j" and len(heads) < 6:
-            run.joins(max(run.known) + 1, head, batches)
+            run.joins(max(known) + 1, head, batches)
+            known.add(max(known) + 1)
         elif what == "l" and len(heads) > 1:
             run.leaves(head, heads[who % len(heads) - 1])
-    for head in run.lanes:
+        elif what == "p":
+            run.is_refused(head, batches)
+        elif what == "b" and run.held.keys() <= run.saved[max(0, run.version - batches)].keys():
+            run.goes_back(max(0, run.version - batches))
+    for head in run.held:
         run.trains(head, 1)
     found = audit(run.rows)
     assert found.clean, found.problems
+    assert found.batches == sum(row["samples"] for row in run.rows if row["kind"] == "merge") // SIZE
+
+
+def test_batches_of_refused_contributions_are_dropped_and_not_lost() -> None:
+    """Those that the head went on behind; what died with it, or with its place, is trained again."""
+    run = usual()
+    for batches in (3, 2):
+        run.is_refused(1, batches)
+    run.trains(1, 4)
+    run.is_refused(1, 3)
+    run.dies(1, 0)
+    run.trains(1, 4)
+    found = audit(run.rows)
+    assert found.clean, found.problems
+    assert (found.dropped, found.skipped, found.batches) == (5, 0, 49)
+
+
+def unsaid(rows: list[dict[str, Any]], event: dict[str, Any]) -> None:
+    rows.remove(event)
+
+
+def of_another(rows: list[dict[str, Any]], event: dict[str, Any]) -> None:
+    event["head"] = 0
+
+
+def before_the_last_merge(rows: list[dict[str, Any]], event: dict[str, Any]) -> None:
+    event["sequence"] -= 1
+
+
+def harmless(rows: list[dict[str, Any]], event: dict[str, Any]) -> None:
+    event["poison"] = False
+
+
+def too_far(rows: list[dict[str, Any]], event: dict[str, Any]) -> None:
+    """The head went on eight batches further than its steps say."""
+    rows[-1]["held"]["1"]["batches"] += 8
+    rows[-1]["held"]["1"]["lanes"] = [[first + 24, stride] for first, stride in rows[-1]["held"]["1"]["lanes"]]
+
+
+@pytest.mark.parametrize(
+    ("forge", "lost", "dropped"),
+    [(unsaid, 3, 0), (of_another, 3, 0), (before_the_last_merge, 3, 0), (harmless, 3, 0), (too_far, 8, 3)],
+)
+def test_what_no_refusal_accounts_for_is_lost(forge: Any, lost: int, dropped: int) -> None:
+    """Only this head's, since its last merge, and only as many as it has trained."""
+    run = usual()
+    run.is_refused(1, 3)
+    run.trains(1, 4)
+    forge(run.rows, run.rows[-2])
+    found = audit(run.rows)
+    assert (found.lost, found.dropped, found.doubled) == (lost, dropped, 0), found.problems
+    assert not found.clean
+
+
+def went_back() -> Run:
+    """Two heads; versions 3 to 6 are undone, which skips 14 batches, and of these versions 5 and 6 a second time."""
+    run = Run(2)
+    for head, batches in ((0, 5), (1, 4), (0, 3), (1, 5), (0, 4), (1, 2)):
+        run.trains(head, batches)
+    assert run.goes_back(2) == 14
+    for head, batches in ((0, 5), (1, 4)):
+        run.trains(head, batches)
+    return run
+
+
+def test_batches_that_were_skipped_after_a_spike_are_not_lost() -> None:
+    """What was merged after the version that the run went back to; also if it goes back again, further or not as far."""
+    run = went_back()
+    found = audit(run.rows)
+    assert found.clean, found.problems
+    assert (found.skipped, found.dropped, found.batches) == (14, 0, 18)
+    assert run.goes_back(3) == 4
+    run.is_refused(1, 3)
+    for head, batches in ((0, 5), (1, 4)):
+        run.trains(head, batches)
+    found = audit(run.rows)
+    assert found.clean, found.problems
+    assert (found.skipped, found.dropped, found.batches) == (18, 3, 23)
+    assert run.goes_back(1) == 14 + 4 + 4 + 3 + 5 + 4 + 5
+    for head, batches in ((0, 5), (1, 4)):
+        run.trains(head, batches)
+    found = audit(run.rows)
+    assert found.clean, found.problems
+    assert (found.skipped, found.dropped, found.batches) == (39, 0, 14)
+
+
+def test_the_lanes_of_a_head_that_left_after_the_run_went_back_are_followed() -> None:
+    """Its skipped batches show where another head goes on with its lanes."""
+    run = went_back()
+    assert run.goes_back(2) == 14 + 9
+    run.leaves(1, to=0)
+    run.trains(0, 5)
+    found = audit(run.rows)
+    assert found.clean, found.problems
+    assert (found.skipped, found.batches) == (23, 14)
+
+
+def test_more_than_the_run_says_it_skipped_is_lost() -> None:
+    """Whether the event says too little, or a head goes on too far; and what it says too much excuses nothing later."""
+    for said, lost, skipped in ((12, 2, 12), (0, 14, 0), (14, 0, 14), (99, 0, 14)):
+        run = went_back()
+        event = next(row for row in run.rows if row.get("event") == "rolled_back")
+        event["skipped_batches"] = said
+        assert (audit(run.rows).lost, audit(run.rows).skipped) == (lost, skipped)
+        run.lanes[0] = advance(run.lanes[0], 2)
+        run.trains(0, 1)
+        assert (audit(run.rows).lost, audit(run.rows).skipped) == (lost + 2, skipped)
+
+
+def test_an_event_that_says_too_little_is_a_problem() -> None:
+    """It may bear on what is lost."""
+    for row in (
+        {"event": "refused", "poison": True, "head": 1},
+        {"event": "rolled_back", "version": 3},
+        {"event": "head_dropped"},
+    ):
+        assert f"the row of the event {row['event']} lacks what an audit needs" in audit([{"kind": "event", **row}]).problems[0]
 
 
 def test_versions_without_rows_are_judged_by_those_after_them() -> None:
@@ -227,12 +388,22 @@ def test_the_command_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "run.toml").write_text("")
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in usual().rows))
     assert main(["audit", str(tmp_path)]) == 0
-    assert "9 contributions in 9 merges" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "9 contributions in 9 merges" in said
+    assert "dropped" not in said
+    run = went_back()
+    run.is_refused(1, 3)
+    run.trains(1, 4)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.rows))
+    assert main(["audit", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "0 batches lost" in said
+    assert "\n3 batches dropped with refused contributions, 14 skipped when the run went back.\n" in said
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in forged(skip)))
     assert main(["audit", str(tmp_path)]) == 1
-    said = capsys.readouterr()
-    assert "2 batches lost" in said.out
-    assert "doesn't hold each contribution exactly once" in said.err
+    out, err = capsys.readouterr()
+    assert "2 batches lost" in out
+    assert "doesn't hold each contribution exactly once" in err
     (tmp_path / "metrics.jsonl").write_text("{\n{}\n")
     assert main(["audit", str(tmp_path)]) == 2
     assert "row 1 can't be read" in capsys.readouterr().err

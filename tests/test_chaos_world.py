@@ -46,3 +46,20 @@ def test_a_barrier_run_that_is_killed_and_resumed_ends_bit_for_bit_as_one_that_i
     assert killed.hub is not None
     assert torch.equal(killed.hub.engine.base, calm.hub.engine.base)
     assert killed.account.merged.keys() == calm.account.merged.keys()
+
+
+def test_a_run_that_dropped_a_head_resumes_with_as_many_as_before() -> None:
+    """The new head of that number begins with B = 0: what the checkpoint knows of the old one isn't its reference."""
+    world = World(MODES["barrier"])
+    for version, faults in ((1, ("kill", "drop")), (2, ("cut",))):
+        for turn in range(200):
+            if world.hub is not None and world.hub.engine.version >= version:
+                break
+            world.do("go", turn, 1)
+        assert all(world.do(kind, 0) for kind in faults)
+    for turn in range(200):
+        world.do("go", turn, 1)
+        world.do("ask")
+    assert world.disk.kept
+    assert world.do("crash", 2 * world.settings.lte.num_heads, 1)
+    world.settle()

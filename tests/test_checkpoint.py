@@ -126,6 +126,15 @@ def test_prune_keeps_the_newest(directory: RunDirectory, keep: int | None, left:
     assert directory.exists("checkpoints/2000000")
 
 
+@pytest.mark.parametrize(("good", "left"), [(3, [3, 5]), (4, [3, 5]), (5, [5]), (0, [5]), (None, [5])])
+def test_prune_keeps_where_a_run_goes_back_to(directory: RunDirectory, good: int | None, left: list[int]) -> None:
+    """The newest checkpoint until the last good version, however many were written since."""
+    for version in (1, 3, 5):
+        checkpoint.commit(directory, version, (), [], {})
+    checkpoint.prune(directory, 1, good=good)
+    assert checkpoint.complete(directory) == left
+
+
 @given(st.sampled_from(["base.safetensors", "head-0001.safetensors"]), st.integers(0), st.integers(1, 255))
 def test_one_altered_byte_is_named_as_damage(shared: RunDirectory, name: str, at: int, change: int) -> None:
     """Whichever byte of a file is another, reading it is a StorageError that names the file."""

@@ -31,6 +31,11 @@ def holding(value: float, at: int = -1) -> Tensor:
     return flat
 
 
+def expected(shape: str, kind: str) -> str:
+    """What is said of this shape and type, as a pattern."""
+    return re.escape(f"it has the shape {shape} and the type torch.{kind}, expected ({SIZE},) and torch.float64")
+
+
 GOOD = random_flat(SIZE, 1)
 REFUSED: dict[str, tuple[Contribution, Tensor, str]] = {
     "another run": (offer(1, run="other"), GOOD, "it belongs to run 'other', not 'test'"),
@@ -39,10 +44,12 @@ REFUSED: dict[str, tuple[Contribution, Tensor, str]] = {
     "repeat": (offer(0), GOOD, "incarnation 0 sequence 1 of head 0 was received before, or is older"),
     "undecided": (offer(0, 2), GOOD, "head 0 has a contribution that isn't decided yet"),
     "too new": (offer(1, version=1), GOOD, "it was trained on version 1, but the newest is 0"),
-    "too short": (offer(1), GOOD[:-1], f"it has {SIZE - 1} elements of torch.float64, expected {SIZE} of torch.float64"),
-    "too long": (offer(1), random_flat(SIZE + 1, 1), f"it has {SIZE + 1} elements"),
-    "not flat": (offer(1), GOOD.view(1, -1), "elements"),
-    "another type": (offer(1), GOOD.float(), f"it has {SIZE} elements of torch.float32, expected {SIZE} of torch.float64"),
+    "sequence 0": (offer(1, 0), GOOD, "its sequence is 0, but a head counts its contributions from 1"),
+    "negative sequence": (offer(1, -1, incarnation=1), GOOD, "its sequence is -1"),
+    "too short": (offer(1), GOOD[:-1], expected(f"({SIZE - 1},)", "float64")),
+    "too long": (offer(1), random_flat(SIZE + 1, 1), expected(f"({SIZE + 1},)", "float64")),
+    "not flat": (offer(1), GOOD.view(1, -1), expected(f"(1, {SIZE})", "float64")),
+    "another type": (offer(1), GOOD.float(), expected(f"({SIZE},)", "float32")),
     "NaN in a factor": (offer(1), holding(float("nan"), 0), "NaN, infinite or absurdly large"),
     "NaN in a replica": (offer(1), holding(float("nan")), "NaN, infinite or absurdly large"),
     "infinite": (offer(1), holding(float("-inf")), "NaN, infinite or absurdly large"),

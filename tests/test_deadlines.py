@@ -5,16 +5,30 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lte_ray.engine.deadlines import ANSWER, PROGRESS, STARTING, TIMES, Deadlines, Pulse
+from lte_ray.engine.deadlines import ANSWER, FIRST, PROGRESS, STARTING, TIMES, TIMES_FIRST, Deadlines, Pulse
 
 
 def beat(deadlines: Deadlines, pulse: Pulse, now: float, position: int, took: float = 0.01, idle: bool = False) -> None:
-    deadlines.note(pulse, now, took, position, idle, stepped=position > 0)
+    deadlines.note(pulse, now, now - took, position, idle, stepped=position > 0)
 
 
-def test_a_process_that_never_answered_is_starting() -> None:
-    """Whoever starts it waits for it; that isn't judged here."""
+def test_a_process_that_waits_for_a_place_is_not_hung() -> None:
+    """However long it takes until there is room for it."""
     assert Deadlines().hung(Pulse(), now=1e9, asked=0.0) == ""
+
+
+def test_a_process_that_stops_before_its_first_answer_is_found() -> None:
+    """A quarter of an hour while nobody has started; then five times as long as anybody took, 90 s at least."""
+    deadlines = Deadlines()
+    assert deadlines.hung(Pulse(begun=0.0), now=STARTING, asked=0.0) == ""
+    assert deadlines.hung(Pulse(begun=0.0), STARTING + 1, 0.0) == "it hasn't answered for 901 s, since it was started"
+    beat(deadlines, Pulse(begun=1.0), 3.0, 0)
+    assert deadlines.hung(Pulse(begun=0.0), FIRST, asked=None) == ""
+    told = "it hasn't answered for 91 s, since it was started (others took at most 2.0 s)"
+    assert deadlines.hung(Pulse(begun=0.0), FIRST + 1, asked=None) == told
+    beat(deadlines, Pulse(begun=3.0), 43.0, 0)
+    assert deadlines.starting == 40 * TIMES_FIRST
+    assert deadlines.answer == 0.0  # starting isn't answering
 
 
 def test_silence_is_judged_by_the_longest_answer() -> None:
@@ -24,7 +38,7 @@ def test_silence_is_judged_by_the_longest_answer() -> None:
     assert deadlines.hung(pulse, ANSWER, asked=0.0) == ""
     assert deadlines.hung(pulse, ANSWER + 1, asked=0.0) == "it hasn't answered for 11 s (others took at most 0.0 s)"
     assert deadlines.hung(pulse, ANSWER + 1, asked=None) == ""
-    beat(deadlines, Pulse(), 1.0, 1, took=2.0)  # another process has taken long: so may this one
+    beat(deadlines, Pulse(answered=0.0), 1.0, 1, took=2.0)  # another process has taken long: so may this one
     assert deadlines.silence == 2 * TIMES
     assert deadlines.hung(pulse, 25.0, asked=0.0) == ""
     beat(deadlines, pulse, 100.0, 2)

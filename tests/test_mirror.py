@@ -53,15 +53,23 @@ class Side:
         self.downlink = Downlink(self.groups, sizes, [codec.sizes for codec in self.codecs], 0)
         self.buffers: dict[int, tuple[Tensor, ...]] = {}
         self.sequence = 0
+        self.incarnations = [0] * len(plans)
+
+    def begin_afresh(self, head: int) -> None:
+        """Another process of this head begins with B = 0; what the others keep of the one before isn't its reference."""
+        self.incarnations[head] += 1
+        assert self.coordinator.join(head, self.incarnations[head], fresh=True)
 
     def contribute(self, head: int, what: str = "merge") -> None:
         plan, self.sequence = self.coordinator.plans[head], self.sequence + 1
         self.policy.what = what
         flat, reference = random_flat(plan.contribution.size, self.sequence).float(), self.coordinator.reference(head)
         self.buffers[head], decoded = self.codecs[head].encode(flat, reference)
-        contribution = Contribution("test", head, 0, self.sequence, self.coordinator.version, 1, 1, 1, 0.5)
+        contribution = Contribution(
+            "test", head, self.incarnations[head], self.sequence, self.coordinator.version, 1, 1, 1, 0.5
+        )
         for record in self.coordinator.receive(contribution, decoded).merges:
-            merged = Merged(record.version, record.weights, {h: self.buffers[h] for h in record.heads})
+            merged = Merged(record.version, record.weights, {h: self.buffers[h] for h in record.heads}, record.fresh)
             self.downlink.add(merged if record.weights else None)
 
     def update(self, have: int, checked: bool = True) -> Update:
@@ -92,7 +100,7 @@ def plans_of(ranks: Sequence[int]) -> list[Plan]:
 
 
 events = st.lists(
-    st.tuples(st.integers(0, HEADS - 1), st.sampled_from(["merge", "merge", "merge", "wait", "change"])), max_size=30
+    st.tuples(st.integers(0, HEADS - 1), st.sampled_from(["merge", "merge", "merge", "wait", "change", "fresh"])), max_size=30
 )
 
 
@@ -115,6 +123,9 @@ def test_a_mirror_has_the_coordinators_bits(
     for (head, what), look in zip(events, looks, strict=False):
         if head in waiting:
             continue
+        if what == "fresh":
+            side.begin_afresh(head)
+            continue
         waiting.add(head)
         side.contribute(head, what)
         waiting = set(side.coordinator.pending)
@@ -122,6 +133,22 @@ def test_a_mirror_has_the_coordinators_bits(
             base = follow(mirror, side.update(mirror.have))
             assert base is not None
             assert torch.equal(base, side.coordinator.base)
+    assert mirror.resyncs == 0
+
+
+@pytest.mark.parametrize("transfer", ["fp32", "int8"])
+def test_a_head_that_began_afresh_is_redone_without_the_reference_of_the_one_before(transfer: str) -> None:
+    """Others keep the factors of the head that had its number: they don't count from then on."""
+    side = Side(MergeConfig(send_down="factors", transfer=transfer), plans_of([2, 3, 1]))  # type: ignore[arg-type]
+    mirror = side.mirror()
+    follow(mirror, side.update(-1))
+    for afresh in (False, True, False):
+        if afresh:
+            side.begin_afresh(0)
+        side.contribute(0)
+        base = follow(mirror, side.update(mirror.have))
+        assert base is not None
+        assert torch.equal(base, side.coordinator.base)
     assert mirror.resyncs == 0
 
 

@@ -19,6 +19,11 @@ def test_all_is_sorted_and_can_be_got() -> None:
     assert set(lte_ray.__all__) <= set(dir(lte_ray))
 
 
+def test_the_settings_that_a_trainer_takes_are_public() -> None:
+    """A run's settings are written with names of `lte_ray` alone; what replaces Ray's own classes is in `lte_ray.config`."""
+    assert {"LTEConfig", "MergeConfig", "TrainConfig", "FailureConfig"} <= set(lte_ray.__all__)
+
+
 def test_nothing_else_is_public() -> None:
     """Names without an underscore are those of `__all__`, submodules, or what the file itself imports."""
     own = "import lte_ray; print(*(n for n in dir(lte_ray) if not n.startswith('_')))"

@@ -136,7 +136,7 @@ def test_a_contribution_of_another_heads_size_is_refused() -> None:
     contribution = head.train_round()
     (verdict,) = coordinator.receive(dataclasses.replace(contribution, head=2), contribution.buffer).verdicts
     assert not verdict.accepted
-    assert f"expected {initial.plans[2].contribution.size} of" in verdict.reason
+    assert f"expected ({initial.plans[2].contribution.size},) and" in verdict.reason
     assert coordinator.receive(contribution, contribution.buffer).verdicts == ()
 
 

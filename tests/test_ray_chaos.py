@@ -27,6 +27,7 @@ from lte_ray.config import FailureConfig, PlacementConfig
 from lte_ray.engine.initial import load_base
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.simulate import simulate
+from lte_ray.metrics import Reporter, Silent
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 
@@ -65,15 +66,16 @@ class Chaos:
         self.merge = MergeConfig(**{"merge_iter": 5, "merge_threads": 1, **merge})
         self.train = TrainConfig(steps=STEPS, seed=3, budget="each", eval_every=4, checkpoint_every=2)
 
-    def run(self) -> None:
+    def run(self, worker: type[Patient] = Patient, reporter: Reporter | None = None, **failure: Any) -> None:
         """Trains to the end, and asserts what must hold however many processes died."""
         result = LTETrainer(
-            Patient(script=str(self.script)),
+            worker(script=str(self.script)),
             lte=self.lte,
             merge=self.merge,
             train=self.train,
             scaling_config=PlacementConfig(cpus_per_head=0.5),
-            failure=FailureConfig(head_failures=-1, backoff=0.1),
+            failure=FailureConfig(head_failures=-1, backoff=0.1, **failure),
+            reporter=reporter or Silent(),
             run_config=storage(self.path, "r"),
         ).fit()
         self.model = load_file(Path(result.path) / "model.safetensors")

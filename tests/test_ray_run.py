@@ -7,6 +7,7 @@ import json
 import threading
 import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from ray.util import placement_group_table
 from ray_support import Dropping, Failing, Regression, lte_actors, settings, storage
 from torch import nn
 
-from lte_ray import Discard, LTEConfig, LTETrainer, Merge, MergeConfig, Pending, Roster, Wait, checkpoint
+from lte_ray import Discard, LTEConfig, LTETrainer, Merge, MergeConfig, Pending, Roster, Shard, Wait, checkpoint
+from lte_ray.audit import audit, read_rows
 from lte_ray.config import FailureConfig, PlacementConfig
 from lte_ray.engine.initial import load_base, prepare
 from lte_ray.engine.settings import Settings
@@ -214,6 +216,37 @@ def test_a_diverged_head_is_refused_and_ends_the_run(local_ray: None, tmp_path: 
     with pytest.raises(ContributionRefused, match=r"NaN, infinite[\s\S]*lower the learning rate"):
         LTETrainer(Diverging(), run_config=storage(tmp_path, "r"), **settings()).fit()
     assert_clean(tmp_path)
+
+
+@dataclasses.dataclass
+class Poisoned(Regression):
+    """The loss of head 1's batches from `first` to `last` is NaN."""
+
+    first: int = 7
+    last: int = 12
+
+    def train_batches(self, shard: Shard) -> Iterator[tuple[torch.Tensor, ...]]:
+        for number, batch in enumerate(super().train_batches(shard), shard.cursor):
+            poison = shard.head == 1 and self.first <= number <= self.last
+            yield (*batch, torch.tensor(float("nan") if poison else 1.0))
+
+    def loss(self, model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return super().loss(model, batch[:2]) * batch[2]
+
+
+@pytest.mark.parametrize(("last", "dropped"), [(12, 10), (99, 0)], ids=["two rounds", "for ever"])
+def test_poison_costs_what_it_held_and_nothing_else(local_ray: None, tmp_path: Path, last: int, dropped: int) -> None:
+    """Bitwise the simulation, whether the head recovers or is quarantined; to the audit it is dropped, not lost."""
+    kwargs, worker = settings(), Poisoned(last=last)
+    result = LTETrainer(worker, run_config=storage(tmp_path, "r"), **kwargs).fit()
+    simulated = simulate(worker, Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"]))
+    model = worker.build_model()
+    load_base(model, simulated.plan, simulated.base)
+    merged = model_of(result.path)
+    assert all(torch.equal(merged[name], value) for name, value in model.state_dict().items())
+    found = audit(read_rows((tmp_path / "r" / "metrics.jsonl").read_text()))
+    assert found.clean, found.problems
+    assert (found.dropped, found.batches) == (dropped, sum(merge.steps for merge in simulated.merges))
 
 
 def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(local_ray: None, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def test_bad_input_is_rejected_with_a_line_that_says_why(title: str) -> None:
     for row in rows:
         assert row.end in ("1", "2", "refused"), row
         assert len(row.saw) > 15, row
-        assert "SECRET" not in row.saw
+        assert "HIDDEN" not in row.saw
         assert str(Path(rejected.ROOT)) not in row.saw
 
 

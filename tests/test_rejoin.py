@@ -125,7 +125,7 @@ def test_a_head_that_rejoins_has_the_optimizer_of_its_last_checkpoint() -> None:
         assert not head.converted.factors[spec.b].any()
 
 
-@pytest.mark.parametrize("missing", ["optimizer", "groups", "factor"])
+@pytest.mark.parametrize("missing", ["optimizer", "groups", "factor", "shape"])
 def test_a_head_rejoins_without_a_saved_state_that_cannot_be_used(missing: str) -> None:
     """It says what it had to do without, starts with a new optimizer, and donates nothing that it hasn't trained."""
     dead, settings, bases, (tensors, meta) = trained("float64", "B")
@@ -133,12 +133,15 @@ def test_a_head_rejoins_without_a_saved_state_that_cannot_be_used(missing: str) 
         meta = {name: value for name, value in meta.items() if name != missing}
     elif missing == "factor":
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("factor.")}
+    elif missing == "shape":
+        tensors = tensors | {"optimizer.1.momentum_buffer": torch.zeros(3, dtype=torch.float64)}
     else:
         meta = meta | {"optimizer": meta["optimizer"] | {"param_groups": []}}
     head = Head(Falling(), settings, 1, dtype=torch.float64, incarnation=1)
     lacks = rejoin(head, merged(dead), None, 2, bases[1], (tensors, meta))
-    error = "ValueError" if missing == "groups" else "KeyError"
+    error = "ValueError" if missing in ("groups", "shape") else "KeyError"
     assert lacks.startswith(f"its saved optimizer state can't be used ({error}: ")
+    assert ("momentum_buffer of up.weight" in lacks and "the shape (3,), expected (8, 2)" in lacks) == (missing == "shape")
     assert not head.optimizer.state
     head.train(1)
     assert head.contribute().steps == 1

@@ -13,7 +13,7 @@ from lte_ray import runs
 from lte_ray.cli.flags import Parsed
 from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
 from lte_ray.engine.settings import Settings
-from lte_ray.errors import ConfigError, UserError, WorkerError
+from lte_ray.errors import ConfigError, StorageError, UserError, WorkerError
 from lte_ray.export.rebuild import make_worker
 from lte_ray.storage import RunDirectory
 from workers.regression import Regression
@@ -84,11 +84,46 @@ def test_a_policys_secrets_are_not_written(tmp_path: Path) -> None:
     assert "--policy.hub-token" in str(found)
 
 
+@pytest.mark.parametrize(
+    ("uri", "shown", "found", "change"),
+    [
+        (
+            "s3://b/x?secret_key=HIDDEN",
+            "s3://b/x",
+            "S3 URI: 'secret_key'",
+            "AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        ),
+        ("s3://b/x?secret_key=abc", "s3://b/x", "S3 URI: 'secret_key'", "AWS_PROFILE"),
+        ("s3://K:HIDDEN/S@b/x", "s3://b/x", "Cannot parse URI", "AWS_PROFILE"),
+        ("gs://b?token=HIDDEN", "gs://b", "GCS URI: 'token'", "(GOOGLE_APPLICATION_CREDENTIALS), or the machine's role."),
+        ("nowhere://me:HIDDEN@host/x", "nowhere://host/x", "Protocol not known", "by the environment, or the machine's role."),
+    ],
+)
+def test_credentials_in_a_uri_that_cannot_be_opened_are_said_to_belong_elsewhere(
+    uri: str, shown: str, found: str, change: str
+) -> None:
+    """What pyarrow finds wrong is told, not that another library may be lacking; and the variables that take credentials."""
+    with pytest.raises(StorageError) as raised:
+        RunDirectory.of(uri, "a")
+    said = str(raised.value)
+    assert said.startswith(f"--storage is '{shown}', which can't be opened: ")
+    assert found in said
+    assert "Credentials don't belong in a URI: give them by the environment" in said
+    assert change in said
+    assert not any(word in said for word in ("HIDDEN", "abc", "s3fs"))
+
+
+def test_a_uri_without_credentials_is_told_nothing_of_them() -> None:
+    """Only what is wrong with it."""
+    with pytest.raises(StorageError, match=r"Unexpected query parameter in S3 URI: 'what'\.$"):
+        RunDirectory.of("s3://b/x?what=1", "a")
+
+
 def test_storage_errors_hide_credentials() -> None:
     """Also what pyarrow and fsspec say of a URI that they can't open."""
-    for uri in ("s3://KEY:SEC/RET@bucket/x?what=1", "s3://b/x?secret_key=SECRET", "nowhere://me:SECRET@host/x"):
+    for uri in ("s3://KEY:HID/DEN@bucket/x?what=1", "s3://b/x?secret_key=HIDDEN", "nowhere://me:HIDDEN@host/x"):
         with pytest.raises(UserError) as raised:
             RunDirectory.of(uri, "a")
-        assert "SEC" not in str(raised.value)
-        assert "RET" not in str(raised.value)
+        assert "HID" not in str(raised.value)
+        assert "DEN" not in str(raised.value)
     assert RunDirectory.of("memory://KEY:SECRET@bucket/x", "a").display == "memory://bucket/x/a"

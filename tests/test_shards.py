@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis.strategies as st
@@ -17,7 +18,10 @@ from lte_ray.merging.registry import BY_WEIGHTS, make_policy
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, HEADS - 1), st.sampled_from(["merge", "merge", "wait", "discard", "nan"])), max_size=25),
+    st.lists(
+        st.tuples(st.integers(0, HEADS - 1), st.sampled_from(["merge", "merge", "wait", "discard", "nan", "fresh"])),
+        max_size=25,
+    ),
     st.sampled_from(["fp32", "bf16", "int8"]),
     st.sampled_from([1.0, 0.3]),
     st.sampled_from(["auto", "factors", "dense"]),
@@ -30,14 +34,21 @@ def test_spread_merging_has_the_bits_of_merging_in_one_place(
     """Any schedule, format and number of shards, unequal ranks: base, references, verdicts and records are equal."""
     merge = MergeConfig(transfer=transfer, replica_topk=topk, send_down=down, shards=shards)  # type: ignore[arg-type]
     one, spread = both(merge, [2, 3, 1], reset, Whims)
+    incarnations = [0] * HEADS
     for sequence, (head, what) in enumerate(events, 1):
+        if what == "fresh":
+            if head not in one.pending:
+                incarnations[head] += 1
+                assert one.join(head, incarnations[head], fresh=True)
+                spread.begin_afresh(head, incarnations[head])
+            continue
         one.policy.what = spread.coordinator.policy.what = what  # type: ignore[attr-defined]
         codec, plan = spread.codecs[head], one.plans[head]
         flat, reference = random_flat(plan.contribution.size, sequence).float(), one.reference(head)
         if what == "nan":
             flat[0] = float("nan")
         buffers, decoded = codec.encode(flat, reference)
-        contribution = offer(head, sequence, version=one.version)
+        contribution = dataclasses.replace(offer(head, sequence, version=one.version), incarnation=incarnations[head])
         same(one.receive(contribution, decoded), spread.receive(contribution, buffers))
         assert torch.equal(one.base, spread.base())
     for index in range(len(spread.codecs[0].groups)):
@@ -47,6 +58,22 @@ def test_spread_merging_has_the_bits_of_merging_in_one_place(
             if whole is not None and held is not None:
                 assert torch.equal(held, spread.codecs[head].take_factors(index, whole))
     assert [shard.undecided for shard in spread.shards] == [len(one.pending)] * shards
+
+
+def test_shards_forget_the_reference_of_a_head_that_begins_afresh() -> None:
+    """Its contribution counts from B = 0 there too: the bits of merging in one place."""
+    one, spread = both(MergeConfig(shards=2), [2, 3, 1], "none", Whims)
+    for sequence, incarnation in ((1, 0), (2, 1), (3, 1)):
+        if sequence == 2:
+            assert one.join(0, incarnation, fresh=True)
+            spread.begin_afresh(0, incarnation)
+            assert all(spread.reference(index, 0) is None for index in range(len(spread.codecs[0].groups)))
+        buffers, decoded = spread.codecs[0].encode(
+            random_flat(one.plans[0].contribution.size, sequence).float(), one.reference(0)
+        )
+        contribution = dataclasses.replace(offer(0, sequence, version=one.version), incarnation=incarnation)
+        same(one.receive(contribution, decoded), spread.receive(contribution, buffers))
+        assert torch.equal(one.base, spread.base())
 
 
 @pytest.mark.parametrize("name", BY_WEIGHTS)

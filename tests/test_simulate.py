@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from helpers import DenseHead, Tiny, assert_near, make_settings
+from helpers import DenseHead, Poisoned, Tiny, assert_near, make_settings
 from torch import nn
 
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
+from lte_ray.data.lanes import density, disjoint
 from lte_ray.engine.head import Head
 from lte_ray.engine.initial import load_base, merged_state_dict, prepare
 from lte_ray.engine.settings import Settings
@@ -129,6 +130,30 @@ def test_what_was_discarded_rides_in_the_next_merge() -> None:
     result = run(policy=Fickle())
     assert [m.steps for m in result.merges if m.heads == (0,)] == [3, 3, 3, 3]
     assert [m.steps for m in result.merges if m.heads == (1,)] == [6, 6]
+
+
+@pytest.mark.parametrize("heads_per_actor", [1, 2])
+def test_a_poisoned_head_goes_on_from_its_last_merge_without_what_it_held(heads_per_actor: int) -> None:
+    """Its second round is dropped, with the optimizer's state; all the others are merged."""
+    worker = Poisoned(bad=(4,), optimizer="adamw")
+    result = simulate(worker, make_settings(), torch.float64, heads_per_actor=heads_per_actor)
+    held = [(m.head_steps[1], m.held[1].step, m.held[1].batches) for m in result.merges if 1 in m.heads]
+    assert held == [(3, 3, 3), (3, 9, 9), (3, 12, 12)]
+    assert sum(m.head_steps.get(0, 0) for m in result.merges) == 12
+    assert bool(result.base.isfinite().all())
+    assert {int(each["step"]) for each in result.heads[1].optimizer.state.values()} == {6}
+    assert result.coordinator.live == set()
+
+
+@pytest.mark.parametrize("heads_per_actor", [1, 3])
+def test_a_head_whose_every_round_is_poison_leaves_and_others_take_its_data(heads_per_actor: int) -> None:
+    """After the third; then each of the others' contributions counts a half, and no batch is left out."""
+    result = simulate(Poisoned(), make_settings(heads=3), torch.float64, heads_per_actor=heads_per_actor)
+    assert [head.step for head in result.heads] == [12, 9, 12]
+    assert [m.heads for m in result.merges] == [(0, 2)] * 4
+    assert {weight for m in result.merges for weight in m.weights.values()} == {1 / 2}
+    left = [lane for n in (0, 2) for lane in result.coordinator.standings[n].lanes]
+    assert (disjoint(left), density(left)) == (True, 1)
 
 
 class Typed(Tiny):

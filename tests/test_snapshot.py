@@ -294,6 +294,8 @@ HOSTILE: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], State]] = {
     "a factor of another shape": lambda t, m: (t | {next(n for n in t if n.startswith("factor.")): torch.zeros(5, 5)}, m),
     "a reference of another size": lambda t, m: (t | {"reference": torch.zeros(3, dtype=torch.float64)}, m),
     "a generator of another size": lambda t, m: (t | {"rng.torch": torch.zeros(3, dtype=torch.uint8)}, m),
+    "momentum of another shape": lambda t, m: (t | {"optimizer.0.momentum_buffer": torch.zeros(1)}, m),
+    "momentum of another parameter": lambda t, m: (t | {"optimizer.99.momentum_buffer": torch.zeros(1)}, m),
     "words for numbers": lambda t, m: (t, m | {"step": "many"}),
     "lanes that are none": lambda t, m: (t, m | {"lanes": 7}),
     "lanes of three numbers": lambda t, m: (t, m | {"lanes": [[1, 2, 3]]}),
@@ -314,3 +316,21 @@ def test_a_state_that_cannot_be_used_is_an_error(damage: Callable[[dict[str, Ten
     state = through_a_file(snapshot(head, Save(1, {1: 1})))
     with pytest.raises(StorageError, match=r"The saved state of head 1 can't be used: .+"):
         restore(run.head(), damage(*state), run.base(1))
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "expected"), [("exp_avg_sq", (3, 3), "(2, 6)"), ("exp_avg", (), "(2, 6)"), ("step", (2,), "()")]
+)
+def test_an_optimizer_state_of_another_shape_is_refused_by_name(key: str, shape: tuple[int, ...], expected: str) -> None:
+    """Also one that torch would spread over the parameter: head, parameter and both shapes are named."""
+    run = Run.of("dropout, AdamW")
+    head = started(run)
+    head.train(3)
+    tensors, meta = through_a_file(snapshot(head, Save(0, {1: 0})))
+    with pytest.raises(StorageError) as raised:
+        restore(run.head(), (tensors | {f"optimizer.0.{key}": torch.zeros(shape)}, meta), run.base(0))
+    name = head.plan.adapted[0].a
+    assert str(raised.value) == (
+        f"The saved state of head 1 can't be used: ValueError: the optimizer's {key} of {name} has the shape {shape}, "
+        f"expected {expected}."
+    )

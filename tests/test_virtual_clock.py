@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from helpers import Tiny, assert_near, make_settings
+from helpers import Poisoned, Tiny, assert_near, make_settings
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -258,6 +258,24 @@ def test_one_head_that_does_not_wait_is_the_barrier_bit_for_bit_where_nothing_ta
     free = dataclasses.replace(s, merge=dataclasses.replace(s.merge, when="arrival", wait=False))
     run = train(Tiny(), free, FREE, torch.float64)
     assert torch.equal(run.base, simulate(Tiny(), s, torch.float64).base)
+
+
+def test_a_poisoned_head_goes_on_as_it_does_in_the_barrier() -> None:
+    """One of its rounds is dropped; all else is as in `simulate`, bit for bit."""
+    worker, same = Poisoned(bad=(4,)), make_settings()
+    run, reference = train(worker, same, FREE, torch.float64), simulate(worker, same, torch.float64)
+    assert [head.refused for head in run.record.heads] == [0, 1]
+    assert torch.equal(run.base, reference.base)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_head_that_is_quarantined_leaves(wait: bool) -> None:
+    """Its third contribution is its last; where heads share their steps, others take those that it hasn't begun."""
+    made = dataclasses.replace(make_settings(heads=3), merge=MergeConfig(3, wait=wait))
+    run = train(Poisoned(), made, FREE, torch.float64).record
+    assert [(head.contributions, head.refused) for head in run.heads][1] == (3, 3)
+    assert [head.refused for head in run.heads] == [0, 3, 0]
+    assert sum(merge.steps for merge in run.merges) == (24 if wait else 36 - run.heads[1].steps)
 
 
 def test_asynchronous_training_loses_no_step_and_learns() -> None:

@@ -18,6 +18,8 @@ class Audit:
         contributions: in the merges that are in the file.
         samples, batches: that the newest version holds, of all heads.
         lost, doubled: batches that are in no merge though later ones of their lane are, and batches that are in two.
+        dropped, skipped: batches that are in no merge on purpose: their contribution was refused as poison, and the run went
+            back after a loss spike. Only as far as the rows bear it out; what they don't is lost.
         reissued: local steps that heads had taken when their processes were lost, and that no merge holds: their
             successors, or who got their data, took them again. As the driver saw them, up to a second before.
         problems: everything that is wrong, in words.
@@ -30,12 +32,14 @@ class Audit:
     batches: int = 0
     lost: int = 0
     doubled: int = 0
+    dropped: int = 0
+    skipped: int = 0
     reissued: int = 0
     problems: list[str] = field(default_factory=list)
 
     @property
     def clean(self) -> bool:
-        """Whether each contribution and each batch was merged exactly once."""
+        """Whether each contribution and each batch was merged exactly once, but for what was left out on purpose."""
         return not (self.lost or self.doubled or self.problems)
 
     @property

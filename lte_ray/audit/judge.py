@@ -7,7 +7,7 @@ from typing import Any
 
 from lte_ray.audit.data import check_data
 from lte_ray.audit.found import Audit
-from lte_ray.audit.rows import Stand, stands
+from lte_ray.audit.rows import Happening, Stand, happenings
 
 
 def audit(rows: Sequence[Mapping[str, Any]]) -> Audit:
@@ -19,25 +19,23 @@ def audit(rows: Sequence[Mapping[str, Any]]) -> Audit:
         What was found; rows that lack what is needed are problems, too.
     """
     found = Audit()
-    merges: list[list[Stand]] = []
-    gone: dict[int, int] = {}  # by head that was dropped, the version then
+    history: list[Happening] = []
+    versions: list[int] = []
     for row in rows:
-        if row.get("event") in ("head_dropped", "head_quarantined"):
-            version = merges[-1][0].version if merges else 0
-            gone |= {int(head): version for head in row.get("heads", [row.get("head", -1)])}
-        if row.get("kind") == "merge":
-            try:
-                merges.append(stands(row))
-            except (KeyError, TypeError, ValueError) as error:
-                said = f"the row of version {row.get('version')} lacks what an audit needs ({type(error).__name__}: {error})"
-                found.problems.append(said)
-    _check_versions(found, [each[0].version for each in merges])
-    flat = [stand for each in merges for stand in each]
-    found.merges, found.contributions = len(merges), len(flat)
+        try:
+            history += happenings(row)
+            if row.get("kind") == "merge":
+                versions.append(int(row["version"]))
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"version {row.get('version')}" if row.get("kind") == "merge" else f"the event {row.get('event')}"
+            found.problems.append(f"the row of {what} lacks what an audit needs ({type(error).__name__}: {error})")
+    _check_versions(found, versions)
+    flat = [each for each in history if isinstance(each, Stand)]
+    found.merges, found.contributions = len(versions), len(flat)
     _check_numbers(found, flat)
-    check_data(found, flat, gone)
     newest = {stand.head: stand for stand in flat}.values()
     found.samples, found.batches = sum(stand.samples for stand in newest), sum(stand.batches for stand in newest)
+    check_data(found, history)
     found.reissued = _reissued(rows)
     return found
 

@@ -25,6 +25,33 @@ class Stand:
     steps: int
 
 
+@dataclass(frozen=True)
+class Gone:
+    """Heads that were dropped or quarantined: others have their lanes from then on."""
+
+    heads: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A contribution that was refused as poison: its head drops what it has trained since its last merge."""
+
+    head: int
+    sequence: int
+
+
+@dataclass(frozen=True)
+class Back:
+    """The run went back to `version`, and skips the batches that were merged after it."""
+
+    version: int
+    skipped: int
+
+
+Happening = Stand | Gone | Refused | Back
+"""What rows say that bears on who has trained which batches."""
+
+
 def read_rows(text: str) -> list[dict[str, Any]]:
     """The rows of a ``metrics.jsonl``; the last one is left out if it is torn.
 
@@ -43,6 +70,24 @@ def read_rows(text: str) -> list[dict[str, Any]]:
             break
         rows.append(row)
     return rows
+
+
+def happenings(row: Mapping[str, Any]) -> list[Happening]:
+    """What a row says of batches; nothing if it is of another kind.
+
+    Raises:
+        KeyError, TypeError, ValueError: it lacks what such a row must say.
+    """
+    event = row.get("event")
+    if row.get("kind") == "merge":
+        return [*stands(row)]
+    if event in ("head_dropped", "head_quarantined"):
+        return [Gone(tuple(map(int, row["heads"] if "heads" in row else [row["head"]])))]
+    if event == "refused" and row.get("poison"):
+        return [Refused(int(row["head"]), int(row["sequence"]))]
+    if event == "rolled_back":
+        return [Back(int(row["version"]), int(row["skipped_batches"]))]
+    return []
 
 
 def stands(row: Mapping[str, Any]) -> list[Stand]:

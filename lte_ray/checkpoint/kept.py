@@ -47,13 +47,14 @@ def newest_with_all_heads(directory: RunDirectory) -> Manifest | None:
     return None
 
 
-def prune(directory: RunDirectory, keep: int | None, keep_best: int = 0, best_by: str = "") -> None:
+def prune(directory: RunDirectory, keep: int | None, keep_best: int = 0, best_by: str = "", good: int | None = None) -> None:
     """Removes complete checkpoints, manifest first, so that none is ever half there. One that can't be removed is left.
 
     Args:
         keep: how many of the newest stay; None: all.
         keep_best: how many of the best stay beside them; only those with a readable evaluation count.
         best_by: the figure to go by, "-name" if higher is better, "" for the first one (`best`).
+        good: the newest until this version stays, too: a run whose loss has spiked since goes back to it. None: no such.
 
     The newest that a run can go on from stays in any case: of format 1, which can need an older one.
     """
@@ -65,6 +66,7 @@ def prune(directory: RunDirectory, keep: int | None, keep_best: int = 0, best_by
             return
         needed = newest_with_all_heads(directory)
         staying = {*best(directory, versions, keep_best, best_by), needed.version if needed else None}
+        staying |= set([version for version in versions if good is not None and version <= good][-1:])
         for version in old:
             if version not in staying:
                 with contextlib.suppress(StorageError):

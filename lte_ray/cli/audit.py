@@ -44,6 +44,10 @@ def audit(arguments: list[str]) -> None:
         f"{found.lost:,} batches lost, {found.doubled:,} merged twice; {found.reissued:,} local steps that died with their "
         "heads were taken again.",
     ]
+    if found.dropped or found.skipped:
+        lines.append(
+            f"{found.dropped:,} batches dropped with refused contributions, {found.skipped:,} skipped when the run went back."
+        )
     if found.unlogged:
         lines.append(f"The rows of {found.unlogged:,} merges died with the driver; the merges after them account for them.")
     for line in [*lines, *found.said]:

@@ -22,6 +22,8 @@ def stale(c: Contribution, run: str, newest: tuple[int, int], version: int) -> s
     """
     if c.run != run:
         return f"it belongs to run {c.run!r}, not {run!r}"
+    if c.sequence < 1:
+        return f"its sequence is {c.sequence}, but a head counts its contributions from 1"
     if (c.incarnation, c.sequence) <= newest or c.incarnation < newest[0]:
         return f"incarnation {c.incarnation} sequence {c.sequence} of head {c.head} was received before, or is older"
     if c.version > version:
@@ -33,7 +35,7 @@ def misshapen(buffer: Tensor | Measured, size: int, dtype: torch.dtype) -> str:
     """Why it isn't a flat contribution of the head's plan; shards have checked their parts' sizes when they decoded them."""
     if isinstance(buffer, Measured) or (buffer.shape == (size,) and buffer.dtype == dtype):
         return ""
-    return f"it has {buffer.numel()} elements of {buffer.dtype}, expected {size} of {dtype}"
+    return f"it has the shape {tuple(buffer.shape)} and the type {buffer.dtype}, expected {(size,)} and {dtype}"
 
 
 def squares(buffer: Tensor | Measured) -> float:

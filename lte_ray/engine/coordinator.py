@@ -119,6 +119,7 @@ class Coordinator:
         self.live = {n for n in self.members if self.data.ready(n)}
         """Heads that train, and that others may have to wait for."""
         self.guard = Guard(settings.merge)
+        self._fresh: set[int] = set()  # heads that have begun with B = 0, and weren't merged since
         self._pending: dict[int, _Received] = {}
         # Incarnation and sequence last received, by head.
         self._newest = {n: (held.incarnation, held.sequence) for n, held in self.standings.items() if held.sequence}
@@ -204,11 +205,14 @@ class Coordinator:
         self.budget.lose(head, pending.contribution.step if pending else self.standings[head].step)
         return self.leave(head)
 
-    def join(self, head: int, incarnation: int, fresh: bool = False) -> None:
+    def join(self, head: int, incarnation: int, fresh: bool = False) -> bool:
         """A head (re)starts; nothing of its predecessor's may be pending. Only this incarnation is heard from now on.
 
         It goes on from what the base holds of it (`standings`); or, if `fresh`, with B = 0, and its predecessor's factors stay
         in the base as weights of its own. A head that is new to the run waits for lanes of data until `ready`.
+
+        Returns:
+            Whether it begins with B = 0: nothing that anybody keeps of an earlier head of this number is its reference.
         """
         assert head not in self._pending
         if head not in self.members:
@@ -221,10 +225,16 @@ class Coordinator:
         if self.data.ready(head):  # else nobody may wait for it: those that are to give it lanes do so when they are merged
             self.live.add(head)
         if fresh:
-            self._references.pop(head, None)
-            if self._master is not None:
-                self._master.forget(head)
+            self._forget(head)
+            self._fresh.add(head)
         self._newest[head] = (incarnation, 0 if fresh else self.standings[head].sequence)
+        return fresh
+
+    def _forget(self, head: int) -> None:
+        """What the base holds of a head stays in it as weights like any other."""
+        self._references.pop(head, None)
+        if self._master is not None:
+            self._master.forget(head)
 
     def ready(self, head: int) -> bool:
         """Whether a head that has joined owns data to train on."""
@@ -252,6 +262,7 @@ class Coordinator:
         self.live.discard(head)
         self.budget.lose(head, self.standings[head].step)
         self.members.discard(head)
+        self._forget(head)
         self.data.drop(head)
         outcome = self._decide()
         return Outcome((*verdicts, *outcome.verdicts), outcome.merges)
@@ -285,7 +296,12 @@ class Coordinator:
     def settled(self, c: Contribution) -> Verdict | None:
         """The verdict on a contribution that was merged before: whoever sends it again hasn't heard it."""
         held = self.standings.get(c.head)
-        if held is None or c.run != self.settings.run or (c.incarnation, c.sequence) != (held.incarnation, held.sequence):
+        if (
+            held is None
+            or not held.sequence
+            or c.run != self.settings.run
+            or (c.incarnation, c.sequence) != (held.incarnation, held.sequence)
+        ):
             return None
         return Verdict(c.head, c.sequence, True, held.version)
 
@@ -436,7 +452,14 @@ class Coordinator:
             head_steps={c.head: c.steps for c in merged},
             stalls={c.head: c.stall for c in merged},
             held={c.head: self.standings[c.head] for c in merged},
+            fresh=self._begun_since(heads),
         )
+
+    def _begun_since(self, heads: Collection[int]) -> tuple[int, ...]:
+        """Those of the heads just merged that had begun with B = 0; from now on the version holds their factors."""
+        found = self._fresh & set(heads)
+        self._fresh -= found
+        return tuple(sorted(found))
 
     def _settle(self, c: Contribution) -> None:
         """The newest version holds this contribution: what its head has trained until then is done."""

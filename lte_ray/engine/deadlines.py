@@ -12,10 +12,16 @@ PROGRESS = 30.0
 """Seconds without a step that are never called hung."""
 
 STARTING = 900.0
-"""Seconds for a first step: building the model, reading the data, compiling."""
+"""Seconds for a first step: building the model, reading the data, compiling. Also for the first answer of all."""
+
+FIRST = 90.0
+"""Seconds until a first answer that are never called hung, though others have given theirs: importing torch takes some."""
 
 TIMES = 20.0
-"""A process is hung if it takes so many times as long as anything like it took before."""
+"""A process is hung if it takes so many times as long as anything like it took before, to answer or for a step."""
+
+TIMES_FIRST = 5.0
+"""As much for its first answer: that takes seconds, which differ less than fractions of one."""
 
 
 @dataclass
@@ -24,20 +30,27 @@ class Pulse:
 
     Attributes:
         answered: when it answered last; None before it did.
+        begun: since when it could have answered for the first time; None while nobody knows (it may wait for a place).
         moved: when `position` changed last.
     """
 
     answered: float | None = None
+    begun: float | None = None
     moved: float = 0.0
     position: Hashable = None
     stepped: bool = False
 
 
 class Deadlines:
-    """What is normal in this run: the longest that any process of a kind took to answer, and from one step to the next."""
+    """What is normal in this run: the longest that any process took to start, to answer, and from one step to the next."""
 
     def __init__(self) -> None:
-        self.answer = self.step = 0.0
+        self.start = self.answer = self.step = 0.0
+
+    @property
+    def starting(self) -> float:
+        """Seconds until its first answer after which a process that has begun is hung."""
+        return max(FIRST, TIMES_FIRST * self.start) if self.start else STARTING
 
     @property
     def silence(self) -> float:
@@ -49,18 +62,21 @@ class Deadlines:
         """Seconds without a step after which a head that trains is hung."""
         return max(PROGRESS, TIMES * self.step)
 
-    def note(self, pulse: Pulse, now: float, took: float, position: Hashable, idle: bool, stepped: bool) -> None:
+    def note(self, pulse: Pulse, now: float, asked: float, position: Hashable, idle: bool, stepped: bool) -> None:
         """A process has answered.
 
         Args:
             pulse: its own.
-            took: seconds that the answer took.
+            asked: when it was asked. Its first answer says how long it took to start; the others, how long to answer.
             position: changes whenever the process does something.
             idle: whether it waits for others, and so needn't move.
             stepped: whether it has taken a step since it started.
         """
+        if pulse.answered is not None:
+            self.answer = max(self.answer, now - asked)
+        elif pulse.begun is not None:
+            self.start = max(self.start, now - pulse.begun)
         pulse.answered = now
-        self.answer = max(self.answer, took)
         if position != pulse.position or idle:
             if pulse.stepped and not idle:
                 self.step = max(self.step, now - pulse.moved)
@@ -74,7 +90,10 @@ class Deadlines:
             asked: since when it owes an answer; None if it doesn't.
         """
         if pulse.answered is None:
-            return ""
+            if pulse.begun is None or now - pulse.begun <= self.starting:
+                return ""
+            others = f" (others took at most {self.start:.1f} s)" if self.start else ""
+            return f"it hasn't answered for {now - pulse.begun:.0f} s, since it was started{others}"
         if asked is not None and now - asked > self.silence:
             return f"it hasn't answered for {now - asked:.0f} s (others took at most {self.answer:.1f} s)"
         limit = self.standstill if pulse.stepped else STARTING

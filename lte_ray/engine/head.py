@@ -364,7 +364,8 @@ class Head:
         At any time between two steps; steps taken since the contribution stay in the factors and replicas.
 
         Accepted: the reference becomes the contributed factors, A', B' := A^c, B^c. Refused: the reference stays, so
-        that the progress rides in the next contribution. Then W~ := W_v - s B' A' and p := P_v + (p - what v holds).
+        that the progress rides in the next contribution; or it is dropped if it was poison (`rewind`). Then
+        W~ := W_v - s B' A' and p := P_v + (p - what v holds).
 
         Args:
             verdict: of the outstanding contribution; None if `base` is newer but doesn't settle it, or there is none.
@@ -382,6 +383,8 @@ class Head:
                 if verdict.accepted:
                     assert base is not None
                     contained, self._since = offered, self._offered
+                if verdict.poison:
+                    self.rewind()
             if base is not None:
                 self._rebase(version, base, contained, staged or {})
 

@@ -164,7 +164,7 @@ class Mirror:
         for index, part in self._parts.items():
             shares = []
             for head, weight in merged.weights.items():
-                codec, old = self._codecs[head], part.references.get(head)
+                codec, old = self._codecs[head], None if head in merged.fresh else part.references.get(head)
                 flat = codec.decode_group(index, buffers[index][head], old)
                 shares.append((head, Share(weight, codec.parts[index], flat, old)))
             with torch_threads(self._threads):

@@ -87,6 +87,12 @@ class Shard:
         """A contribution was refused, here or elsewhere, or discarded: its head's reference stays as it is."""
         self._received.pop(ticket, None)
 
+    def renew(self, head: int) -> None:
+        """A head begins with B = 0: from here on no version holds factors of that number."""
+        for index, master in self._masters.items():
+            self._held[index].pop(head, None)
+            master.forget(head)
+
     def merge(self, version: int, weights: Mapping[int, float]) -> None:
         """The next version: base += sum of weight x change over these tickets, in their order; computed by `catch_up`."""
         for index, master in self._masters.items():

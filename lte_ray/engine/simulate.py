@@ -74,6 +74,7 @@ def simulate(
             waiting.discard(verdict.head)
             base = published if coordinator.version != heads[verdict.head].version else None
             heads[verdict.head].adopt(verdict, coordinator.version, base)
+            heads[verdict.head].feed.follow(*coordinator.data.orders(verdict.head, coordinator.live))  # of one that has left
         if coordinator.candidate is not None:
             settle(coordinator.judged(evaluated(worker, initial, coordinator.candidate)))
 
@@ -91,7 +92,7 @@ def simulate(
                     with torch_threads(merging):
                         settle(coordinator.leave(head.head))
             with torch_threads(threads):
-                contributions = group.train_round(waiting)
+                contributions = group.train_round(waiting | set(numbers) - coordinator.live)
             waiting.update(c.head for c in contributions)
             for contribution in contributions:
                 with torch_threads(merging):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lte_ray.data.lanes import ordered
-from lte_ray.engine.state import optimizer_state, restore_optimizer
+from lte_ray.engine.state import check_shapes, optimizer_state, restore_optimizer
 from lte_ray.errors import StorageError
 from lte_ray.merging.flat import factors_part, replica_views
 from lte_ray.messages import Grant, Lanes, Save, Standing
@@ -148,6 +148,7 @@ def _copy(into: Tensor, saved: Tensor) -> None:
 def restore_learning(head: Head, state: State) -> None:
     """The optimizer's state and the schedule's."""
     tensors, meta = state
+    check_shapes(head.optimizer, tensors, {id(p): name for name, p in (*head._factors.items(), *head._replicas.items())})
     restore_optimizer(head.optimizer, head.schedule, tensors, meta["optimizer"])
     head.update.scaler.load_state_dict(meta["optimizer"].get("scaler") or head.update.scaler.state_dict())
     head.update.position = float(meta["position"] if "position" in meta else meta["step"])

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
 from lte_ray.adapters.factors import Factors
 from lte_ray.adapters.quantize import Quantized
 from lte_ray.errors import WorkerError
+
+ELEMENTWISE = (
+    optim.Adadelta, optim.Adagrad, optim.Adam, optim.Adamax, optim.AdamW, optim.ASGD, optim.NAdam, optim.RAdam, optim.RMSprop,
+    optim.Rprop, optim.SGD,
+)  # fmt: skip
+"""Optimizers that keep a number for each element of a parameter, beside `SINGLE` ones. Others may keep what they like."""
+
+SINGLE = {"eta", "mu", "mu_product", "step"}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, schedule: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -38,20 +47,51 @@ def optimizer_state(optimizer: torch.optim.Optimizer, schedule: Any) -> tuple[di
         raise WorkerError(f"The optimizer's or schedule's state can't be saved without pickle: {error}.") from error
 
 
+def check_shapes(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
+    """Whether what `optimizer_state` gave fits the parameters: a wrong shape would fail, or be spread, only in the next step.
+
+    Args:
+        names: of the parameters, by their ids.
+
+    Raises:
+        ValueError: it doesn't; names the parameter and both shapes.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, entries in _entries(tensors).items():
+        if index >= len(parameters):
+            raise ValueError(f"it has a state of the optimizer's parameter {index}, but there are {len(parameters)}")
+        parameter = parameters[index]
+        for key, tensor in entries.items() if isinstance(optimizer, ELEMENTWISE) else ():
+            shape = torch.Size() if key in SINGLE else parameter.shape
+            if tensor.shape != shape:
+                raise ValueError(
+                    f"the optimizer's {key} of {names.get(id(parameter), f'parameter {index}')} has the shape "
+                    f"{tuple(tensor.shape)}, expected {tuple(shape)}"
+                )
+
+
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, schedule: Any, tensors: dict[str, Tensor], meta: dict[str, Any]
 ) -> None:
     """Takes over what `optimizer_state` gave; the parameters are those of the same order."""
     state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in meta["state"].items()}
-    for name, tensor in tensors.items():
-        kind, _, rest = name.partition(".")
-        if kind == "optimizer":
-            index, _, key = rest.partition(".")
-            state.setdefault(int(index), {})[key] = tensor.clone()
+    for index, entries in _entries(tensors).items():
+        state.setdefault(index, {}).update({key: tensor.clone() for key, tensor in entries.items()})
     groups = _as_before(optimizer.state_dict()["param_groups"], meta["param_groups"])
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     if schedule is not None and meta["schedule"] is not None:
         schedule.load_state_dict(_as_before(schedule.state_dict(), meta["schedule"]))
+
+
+def _entries(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """The optimizer's tensors by its parameters' indices, and by key."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "optimizer":
+            index, _, key = rest.partition(".")
+            found.setdefault(int(index), {})[key] = tensor
+    return found
 
 
 def user_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:

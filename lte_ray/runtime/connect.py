@@ -20,7 +20,7 @@ def connected() -> Iterator[None]:
     """Ray is connected within the block: as it was before, or to RAY_ADDRESS, or to a new local Ray that ends with it.
 
     Raises:
-        ResourceError: RAY_ADDRESS is set, but no cluster answers there.
+        ResourceError: RAY_ADDRESS is set, but no cluster answers there, or it wants a token that isn't here.
     """
     if ray.is_initialized():
         yield
@@ -39,15 +39,31 @@ def connected() -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):  # Ray's own handler of SIGTERM exits, and nothing must stay half-started
         ray.shutdown()
         raise KeyboardInterrupt from None
+    except ray.exceptions.AuthenticationError as error:
+        raise ResourceError(f"No connection to {_place(address)}: {error.args[0]}. {_token()}") from error
     except (ConnectionError, RuntimeError, ValueError) as error:
-        where = f"the cluster at RAY_ADDRESS={address}" if address else "a local Ray"
-        raise ResourceError(f"No connection to {where}: {error}. Correct or unset RAY_ADDRESS.") from error
+        change = f"Correct or unset RAY_ADDRESS. If that cluster wants a token: {_token()}" if address else ""
+        raise ResourceError(f"No connection to {_place(address)}: {error}. {change}".strip()) from error
     if callable(terminate) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminate)  # Ray has put its own there, which ends the process at once
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _place(address: str | None) -> str:
+    return f"the cluster at RAY_ADDRESS={address}" if address else "a local Ray"
+
+
+def _token() -> str:
+    """What this process would show a cluster that wants a token, never the token itself; and what to change."""
+    mode = os.environ.get("RAY_AUTH_MODE", "unset")
+    given = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)]
+    return (
+        f"RAY_AUTH_MODE is {mode} here, and the token comes from {given[0] if given else '~/.ray/auth_token, if it is there'}. "
+        "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's token, or RAY_AUTH_TOKEN_PATH to a file that holds it."
+    )
 
 
 def _probe(address: str) -> None:

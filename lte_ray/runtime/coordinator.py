@@ -19,7 +19,7 @@ from lte_ray import checkpoint, points, storage
 from lte_ray.engine.coordinator import Coordinator, Outcome
 from lte_ray.engine.downlink import Downlink
 from lte_ray.engine.ledger import DataLedger
-from lte_ray.errors import WorkerFailed
+from lte_ray.errors import HeadLost, WorkerFailed
 from lte_ray.layout import Plan
 from lte_ray.merging.scheduled import load_state_of
 from lte_ray.messages import Begin, Contribution, MergeRecord, Save, Standing, Update, Verdict
@@ -48,9 +48,9 @@ LOOK = 0.01
 class CoordinatorStatus:
     """The merges since the driver last asked, the newest checkpoint, and whether the policy needs the evaluator.
 
-    `members` are the heads of the run; `trouble` says what is wrong with storage; `saves` is what heads that have left, and so
-    hear nothing any more, are to write; `spike` says that the loss has spiked, and the last version before it did;
-    `refusals` are the newest contributions that couldn't be merged, numbered.
+    `members` are the heads of the run; `without_data` those of them that have joined and wait for data; `trouble` says what is
+    wrong with storage; `saves` is what heads are to write that may not have heard of it; `spike` says that the loss has spiked,
+    and the last version before it did; `refusals` are the newest contributions that couldn't be merged, numbered.
     """
 
     version: int
@@ -59,6 +59,7 @@ class CoordinatorStatus:
     checkpoint: int | None
     needs_evaluator: bool = False
     members: tuple[int, ...] = ()
+    without_data: tuple[int, ...] = ()
     trouble: str = ""
     saves: tuple[Save, ...] = ()
     spike: tuple[str, int] | None = None
@@ -80,6 +81,7 @@ class CoordinatorActor:
         self, common: Common, plans: tuple[Plan, ...], policy: Package, start: Start, shards: Sequence[Any] = ()
     ) -> None:
         points.arm(common.faults)
+        reached("coordinator begins", epoch=start.epoch)
         self._common, self._start, settings = common, start, common.settings
         threads = common.threads(plans[0], plans[0])
         fetch = common.transport.fetch
@@ -108,6 +110,7 @@ class CoordinatorActor:
             if kept:
                 load_state_of(self._engine.policy, kept)
         self._joined: set[int] = set()
+        self._joining: dict[int, object] = {}  # by head, whose call it is: that of a process that is gone mustn't go on
         # All start together where whoever comes first would take the others' steps, or leave the version of their states.
         self._together = start.epoch == 0 and (self._engine.budget.shared or bool(start.exact))
         # Exact states go with the version that they were saved at: nobody trains until all of these have its base.
@@ -143,13 +146,22 @@ class CoordinatorActor:
                 differing = sorted(str(e) for e in {*plan.base.entries} ^ {*ours.base.entries})[:4]
                 reason = f"build_model() gives another model here than in the driver; they differ in {differing}."
                 raise WorkerFailed(f"head {head}", None, reason)
-        await self._until(lambda: not set(plans) & set(engine.pending))  # of a predecessor's: it is still merged
+        call = object()
+        self._joining |= dict.fromkeys(plans, call)
+
+        async def until(true: Callable[[], bool]) -> None:
+            await self._until(lambda: true() or any(self._joining.get(head) is not call for head in plans))
+            if any(self._joining.get(head) is not call for head in plans):
+                raise HeadLost(f"The process of head {min(plans)} was given up while it joined")
+
+        await until(lambda: not set(plans) & set(engine.pending))  # of a predecessor's: it is still merged
         for head in plans:
-            engine.join(head, incarnation, fresh=incarnation > 0 and self._common.rejoin == "fresh")
+            if engine.join(head, incarnation, fresh=incarnation > 0 and self._common.rejoin == "fresh"):
+                self._masters.renew(head)
         self._joined |= plans.keys()
-        await self._until(lambda: not self._together or self._joined >= engine.live)
+        await until(lambda: not self._together or self._joined >= engine.live)
         self._together = False
-        await self._until(lambda: all(engine.ready(head) for head in plans))
+        await until(lambda: all(engine.ready(head) for head in plans))
         begins = {}
         for head in plans:
             if incarnation == 0 and start.epoch == 0 and head in start.exact:
@@ -162,7 +174,7 @@ class CoordinatorActor:
         self._records.present |= plans.keys()
         update = replace(await self._updates.since(tuple(plans), -1), begins=begins)
         self._exact -= plans.keys()
-        await self._until(lambda: not self._exact & engine.live)
+        await until(lambda: not self._exact & engine.live)
         return update
 
     async def submit(self, contribution: Contribution, numbers: tuple[int, ...], have: int) -> Update:
@@ -193,8 +205,11 @@ class CoordinatorActor:
         """The process of these heads is gone; for good, if they are dropped."""
         for head in numbers:
             self._records.present.discard(head)
+            self._joining.pop(head, None)
             away: Callable[[int], Outcome] = self._engine.drop if drop else self._engine.lose
             self._merging.handle(lambda head=head, away=away: away(head))  # type: ignore[misc]
+            if drop:
+                self._masters.renew(head)
             await self._cuts.lost(head)
 
     # -- the run ---------------------------------------------------------------------------------------------------
@@ -286,8 +301,9 @@ class CoordinatorActor:
             self._cuts.saved,
             self._merging.needs_evaluator,
             tuple(engine.members),
+            tuple(head for head in tuple(self._joined) if head in engine.members and not engine.ready(head)),
             storage.trouble() or self._cuts.trouble,
-            self._cuts.lacking(self._records.present - engine.live),
+            self._cuts.lacking(self._records.present - engine.live, self._records.present),
             self._records.spike,
             tuple(self._records.refusals),
         )

@@ -12,6 +12,7 @@ import ray
 from lte_ray.engine.deadlines import Deadlines, Pulse
 from lte_ray.messages import HeadStatus
 from lte_ray.runtime.hub import Hub
+from lte_ray.runtime.placement import placed
 
 
 @dataclass(eq=False)
@@ -129,11 +130,10 @@ class Crew:
                 statuses: tuple[HeadStatus, ...] = ray.get(ref)
             except ray.exceptions.RayError:
                 continue  # `run` of the same actor says it better
-            first = member.pulse.answered is None
             position = tuple((s.step, s.version, s.state) for s in statuses)
             idle = all(s.state in ("waiting", "done", "quarantined") for s in statuses)
             stepped = any(s.first_step_at is not None for s in statuses)
-            self.deadlines.note(member.pulse, now, 0.0 if first else now - asked, position, idle, stepped)
+            self.deadlines.note(member.pulse, now, asked, position, idle, stepped)
             found += statuses
         return found
 
@@ -141,6 +141,8 @@ class Crew:
         """Those that have stopped, and how one knows."""
         now, found = time.monotonic(), []
         for member in self.training:
+            if member.pulse.answered is None:  # a process that waits for a place isn't hung
+                member.pulse.begun = (member.pulse.begun or now) if placed(member.strategy) else None
             why = self.deadlines.hung(member.pulse, now, member.asked[1] if member.asked is not None else None)
             if why:
                 found.append((member, why))

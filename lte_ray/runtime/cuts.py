@@ -20,6 +20,9 @@ from lte_ray.points import reached
 from lte_ray.runtime.common import Common
 from lte_ray.runtime.publisher import Published
 
+LATE = 30.0
+"""Seconds after which heads are asked again for their parts: an answer that asked them may have been lost on its way."""
+
 MOST_OPEN = 3
 """Checkpoints that may be in the making; while there are as many, storage is too slow, and none is begun."""
 
@@ -33,6 +36,7 @@ class _Cut:
         save: what heads are asked for; `untold`: those that haven't been asked yet; `missing`: those whose part isn't here.
         policy: what the policy keeps.
         own: whether the coordinator's own files are written.
+        begun: when it was begun, in monotonic seconds.
     """
 
     facts: dict[str, Any]
@@ -43,6 +47,7 @@ class _Cut:
     files: list[checkpoint.FileEntry] = field(default_factory=list)
     heads: list[int] = field(default_factory=list)
     own: bool = False
+    begun: float = field(default_factory=time.monotonic)
 
 
 class Cuts:
@@ -64,6 +69,8 @@ class Cuts:
         self.failed = 0
         self.trouble = ""
         """Why the last one couldn't be written; empty if it could."""
+        self.good: int | None = None
+        """The last version before the loss rose, where the run goes back after a spike: a checkpoint from before it stays."""
 
     def begin(self, record: MergeRecord, save: Save, facts: Mapping[str, Any], policy: Mapping[str, Tensor]) -> None:
         """A checkpoint of the merge's version, to which heads write a part each; `policy` is what the policy keeps."""
@@ -103,14 +110,19 @@ class Cuts:
                 found.append(cut.save)
         return tuple(found)
 
-    def lacking(self, heads: Collection[int]) -> tuple[Save, ...]:
+    def lacking(self, heads: Collection[int], late: Collection[int] = ()) -> tuple[Save, ...]:
         """What of these heads is missing, even where they were asked, for that may not have come to them.
 
         Changes nothing, so that any thread may ask.
+
+        Args:
+            heads: whose part is asked for at once.
+            late: whose part is asked for where it has been missing for long.
         """
-        found = []
+        found, now = [], time.monotonic()
         for cut in list(self._open.values()):
-            sequences = {head: cut.save.sequences[head] for head in cut.missing & set(heads)}
+            asked = set(heads) | (set(late) if now - cut.begun > LATE else set())
+            sequences = {head: cut.save.sequences[head] for head in cut.missing & asked}
             if sequences:
                 found.append(dataclasses.replace(cut.save, sequences=sequences))
         return tuple(found)
@@ -170,7 +182,7 @@ class Cuts:
         for older in [v for v in self._open if v < version and self._open[v].missing]:
             self._open.pop(older)  # an answer that asked for a part was lost: a newer one is whole
         keep = self._common.keep
-        await asyncio.to_thread(checkpoint.prune, directory, keep.last, keep.best, keep.best_by)
+        await asyncio.to_thread(checkpoint.prune, directory, keep.last, keep.best, keep.best_by, self.good)
 
     def _abandon(self, version: int, error: StorageError) -> None:
         self._open.pop(version, None)

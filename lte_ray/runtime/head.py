@@ -57,6 +57,7 @@ class HeadActor:
         self, common: Common, plans: tuple[Plan, ...], numbers: tuple[int, ...], host: Host, incarnation: int = 0
     ) -> None:
         points.arm(common.faults)
+        reached("begins", head=numbers[0], incarnation=incarnation)
         self._common, self._plans, self._numbers, self._host = common, plans, numbers, host
         self._incarnation = incarnation
         self._device = "cuda:0" if host.gpu else "cpu"  # Ray shows each actor its own GPUs only, counted from 0
@@ -238,15 +239,13 @@ class HeadActor:
             self._every[head.head] = update.orders[head.head].steps
 
     def _judge(self, head: Head, verdict: Verdict) -> None:
-        """A refused contribution is settled: what it held rides in the next one, or is dropped if it was poison."""
+        """A refused contribution is settled: what it held rides in the next one, or the head has dropped it."""
         if verdict.accepted or not head.outstanding or verdict.sequence != head.sequence:
             return
         head.adopt(verdict, head.version, None)
         if verdict.discarded:  # as the policy wants it
             return
         self._refused[head.head] += 1
-        if verdict.poison:
-            head.rewind()
         if verdict.quarantined:
             self._quarantined[head.head] = (
                 f"quarantined, since its contributions were refused again and again: {verdict.reason}"

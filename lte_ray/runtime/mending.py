@@ -13,7 +13,7 @@ from lte_ray import checkpoint
 from lte_ray.engine.deadlines import Pulse
 from lte_ray.engine.recovery import fitting, recover
 from lte_ray.errors import CoordinatorLost, HeadLost, LTEError, RunError, StorageError, WorkerFailed
-from lte_ray.messages import Report
+from lte_ray.messages import Report, Standing
 from lte_ray.runtime.crew import Member
 from lte_ray.runtime.placement import Places
 from lte_ray.runtime.resuming import resumed
@@ -64,11 +64,12 @@ class Mending:
     def _coordinator_trouble(self) -> str:
         """Why the coordinator doesn't answer; empty if it does, or may still."""
         session, deadlines, now = self._session, self._session.crew.deadlines, time.monotonic()
+        self._pulse.begun = self._pulse.begun or now  # it reserves nothing, so it needn't wait for a place
         if self._asked is None:
             self._asked = (session.hub.coordinator.status.remote(session.seen), now)
         ref, asked = self._asked
         if not ray.wait([ref], timeout=0.2)[0]:
-            return deadlines.hung(self._pulse, time.monotonic(), asked) if self._pulse.answered is not None else ""
+            return deadlines.hung(self._pulse, time.monotonic(), asked)
         self._asked = None
         try:
             status = ray.get(ref)
@@ -76,9 +77,9 @@ class Mending:
             return str(translated(error, "the coordinator"))
         except ray.exceptions.RayTaskError as error:
             raise translated(error, "the coordinator") from error
-        first = self._pulse.answered is None
-        deadlines.note(self._pulse, time.monotonic(), 0.0 if first else time.monotonic() - asked, status.version, True, False)
+        deadlines.note(self._pulse, time.monotonic(), asked, status.version, True, False)
         session.take(status)
+        self._turn_away(set(status.without_data))
         if status.spike is not None:
             self._roll_back(*status.spike)
         return ""
@@ -146,12 +147,27 @@ class Mending:
                 raise HeadLost(remedy.said(str(error))) from error
             raise error
         if remedy.action == "drop":
-            crew.drop(member)
-            for number in member.numbers:
-                session.statuses.pop(number, None)
+            self._given_up(member)
             session.log.event("head_dropped", heads=list(member.numbers), why=remedy.why)
             return
         member.due = time.monotonic() + remedy.delay
+
+    def _turn_away(self, waiting: set[int]) -> None:
+        """Heads that wait for data are given up where all others have ended: nobody is left to give them any."""
+        session, crew = self._session, self._session.crew
+        late = [member for member in crew.members if not member.over]
+        if not late or len(late) == len(crew.members) or not all(set(member.numbers) <= waiting for member in late):
+            return
+        for member in late:
+            session.log.event("head_turned_away", heads=list(member.numbers), why="all others had ended when it came")
+            crew.clear(member)
+            session.hub.coordinator.lose.remote(member.numbers, True)
+            self._given_up(member)
+
+    def _given_up(self, member: Member) -> None:
+        self._session.crew.drop(member)
+        for number in member.numbers:
+            self._session.statuses.pop(number, None)
 
     def _grow(self, now: float) -> None:
         """Adds a head where the run may have more and the cluster has room."""
@@ -186,9 +202,10 @@ class Mending:
         start, astray = self._start(reports, epoch)
         self._check_progress(start.version, why)
         self._begin(start)
-        for member in [m for m in crew.training if set(m.numbers) & astray]:
+        again = [member for member in crew.members if self._undone(member, start, reports)]
+        for member in [*again, *(m for m in crew.training if set(m.numbers) & astray)]:
             crew.clear(member)
-            member.due = time.monotonic()
+            member.over, member.due = False, time.monotonic()
         for member in [m for m in crew.members if m.actor is not None]:
             member.actor.connect.remote(hub.coordinator, epoch)
             member.asked, member.pulse = None, Pulse()  # they have just answered, and what was asked before is old
@@ -198,6 +215,14 @@ class Mending:
             for number in member.numbers if member.over else ():
                 hub.coordinator.leave.remote(number)
         session.log.event("coordinator_restarts", epoch=epoch, version=start.version, reports=len(reports))
+
+    def _undone(self, member: Member, start: Start, reports: list[Report]) -> bool:
+        """Whether these heads had ended, and died with the coordinator, so that nobody has the merges of their last steps."""
+        if not member.over or set(member.numbers) & {number for report in reports for number in report.heads}:
+            return False
+        ends = {number: self._session.statuses[number] for number in member.numbers}
+        merged = {number: start.standings.get(number, Standing()).step for number in member.numbers}
+        return any(end.state != "quarantined" and merged[number] < end.step for number, end in ends.items())
 
     def _roll_back(self, why: str, good: int) -> None:
         """The loss has spiked: all heads start again from the newest checkpoint until `good`, with the data that comes next.
@@ -227,7 +252,7 @@ class Mending:
             crew.clear(member)
             member.over, member.due = False, time.monotonic()
         before = resumed(session.common, session.initial, found[-1], session.common.settings.lte.num_heads)
-        skipped = sum(held.batches - before.standings[h].batches for h, held in standings.items() if h in before.standings)
+        skipped = sum(held.batches - before.standings.get(head, Standing()).batches for head, held in standings.items())
         now = {
             head: replace(held, batches=standings[head].batches, lanes=standings[head].lanes)
             for head, held in before.standings.items()

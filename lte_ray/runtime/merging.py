@@ -35,6 +35,11 @@ class _Submission:
     answer: asyncio.Future[Verdict]
 
 
+def _refuses(verdict: Verdict, c: Contribution) -> bool:
+    """Whether this is the verdict on that contribution, which has just come, and can't be merged."""
+    return not (verdict.accepted or verdict.discarded) and (verdict.head, verdict.sequence) == (c.head, c.sequence)
+
+
 class Merging:
     """Drives the engine's coordinator on one event loop, where nobody's event waits for anybody else's.
 
@@ -136,15 +141,16 @@ class Merging:
             self._waiters.fail(error)
 
     def _carry_out(self, outcome: Outcome, own: _Submission | None) -> None:
-        refused = [v for v in outcome.verdicts if not (v.accepted or v.discarded)]  # the event's own contribution, alone
+        settled = list(outcome.verdicts)
         if own is not None:
-            if refused:
-                self._masters.forget(own.ticket)
-                own.answer.set_result(refused[0])
-                self._records.refused(refused[0])
-            else:
+            refused = next((verdict for verdict in settled if _refuses(verdict, own.contribution)), None)
+            if refused is None:
                 self._undecided[own.contribution.head] = own
-        settled = [verdict for verdict in outcome.verdicts if verdict not in refused]
+            else:
+                settled.remove(refused)
+                self._masters.forget(own.ticket)
+                own.answer.set_result(refused)
+                self._records.refused(refused)
         decided = [(verdict, self._undecided.pop(verdict.head)) for verdict in settled]
         if outcome.merges:
             self._note(outcome, [submission for _, submission in decided])

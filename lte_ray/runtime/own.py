@@ -43,6 +43,9 @@ class OwnMaster:
     def forget(self, ticket: int) -> None:
         """The engine keeps what isn't decided."""
 
+    def renew(self, head: int) -> None:
+        """The engine has forgotten what it held of it."""
+
     async def merged(self, version: int, weights: Mapping[int, float]) -> float:
         await self._caught_up()
         return self._engine.master.seconds(version)

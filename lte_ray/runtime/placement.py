@@ -123,6 +123,11 @@ def groups_of(merge: MergeConfig, plans: Sequence[Plan], nodes: int, redoable: b
     return groups(plans, replace(merge, send_down="dense") if dense else merge)
 
 
+def placed(strategy: PlacementGroupSchedulingStrategy) -> bool:
+    """Whether the bundles of that group are reserved, so that an actor in one of them can start."""
+    return bool(placement_group_table(strategy.placement_group)["state"] == "CREATED")
+
+
 @dataclass
 class Places:
     """Reserved bundles, one for each actor, and those that are added while the run is on.

@@ -49,6 +49,10 @@ class Masters(Protocol):
         """The contribution won't be merged."""
         ...
 
+    def renew(self, head: int) -> None:
+        """A head begins with B = 0, or has left: nothing that is held of this number is anybody's reference from here on."""
+        ...
+
     def merged(self, version: int, weights: Mapping[int, float]) -> Awaitable[float]:
         """The engine has decided the next version, of these tickets by weight (none where the policy made the change itself).
 

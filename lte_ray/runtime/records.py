@@ -86,7 +86,7 @@ class Records:
         before, newest = merges[0].version - 1, merges[-1].version
         for merge in merges:
             version, engine = merge.version, self._engine
-            redone = Merged(version, merge.weights, {head: buffers[head] for head in merge.heads})
+            redone = Merged(version, merge.weights, {head: buffers[head] for head in merge.heads}, merge.fresh)
             self._downlink.add(redone if merge.weights else None)
             seconds = self._masters.merged(version, {tickets[head]: weight for head, weight in merge.weights.items()})
             record = self.last = replace(
@@ -102,8 +102,9 @@ class Records:
                 self.save(record)
             if self._spikes is not None and merge.losses:
                 why = self._spikes.add(sum(merge.losses.values()) / len(merge.losses))
+                self._cuts.good = version - self._spikes.since
                 if why:
-                    self.spike = (why, version - self._spikes.since)
+                    self.spike = (why, self._cuts.good)
             shows = shows or (saves and self._best)
             base = self._masters.whole(references=saves) if shows or saves else None
             checked = version == newest and self._downlink.factored and version % CHECK_EVERY == 0

@@ -42,7 +42,8 @@ def resumed(common: Common, initial: Initial, version: int, num_heads: int) -> S
         where = directory.at(checkpoint.folder(version))
         raise StorageError(f"{where} can't be continued: {type(error).__name__}: {error}.") from error
     base = checkpoint.read_base(directory, manifest, initial.plan)
-    references = {h: f for h, f in checkpoint.read_references(directory, manifest, initial.plans).items() if h in standings}
+    factors = checkpoint.read_references(directory, manifest, initial.plans)
+    references = {h: f for h, f in factors.items() if h in standings and standings[h].sequence}  # not of one before a new head
     exact = frozenset(states) if same else frozenset()
     return Start(
         version=version,

@@ -186,7 +186,7 @@ class Session:
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def _watch(self, mending: Mending) -> None:
-        """Until all heads have ended: polls, replaces what has died, evaluates, reports."""
+        """Until all heads have ended: polls, replaces what has died, evaluates, reports. May be called again."""
         while self.crew.busy:
             for member in self.crew.ended(POLL):
                 try:
@@ -367,6 +367,7 @@ class Session:
                 break
             except (CoordinatorLost, Gone, ray.exceptions.RayActorError) as error:
                 mending.recover(str(error))
+                self._watch(mending)  # heads that died together with it have something to do again
         base = self.common.transport.publish(final)  # the driver's own from here on
         self.export(final)  # first: what follows is the worker's code, and may fail
         if trouble:

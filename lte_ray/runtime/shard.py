@@ -101,6 +101,10 @@ class ShardActor:
         """The contribution won't be merged."""
         self._shard.forget(ticket)
 
+    async def renew(self, turn: int, head: int) -> None:
+        """A head begins with B = 0."""
+        await self._turns.take(turn, lambda: self._shard.renew(head))
+
     async def merge(self, turn: int, version: int, weights: Mapping[int, float]) -> float:
         """The next version, from these tickets by weight; gives the seconds that its products took."""
 

@@ -66,6 +66,10 @@ class Shards:
         for shard in self._shards:
             shard.actor.forget.remote(ticket)
 
+    def renew(self, head: int) -> None:
+        for shard in self._shards:
+            shard.actor.renew.remote(shard.next_turn(), head)
+
     def merged(self, version: int, weights: Mapping[int, float]) -> Coroutine[Any, Any, float]:
         self._version = version
         return self._slowest([(shard, shard.actor.merge.remote(shard.next_turn(), version, weights)) for shard in self._shards])

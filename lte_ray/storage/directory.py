@@ -16,7 +16,7 @@ from lte_ray.errors import StorageError
 from lte_ray.redact import scrub, without_credentials
 from lte_ray.storage import tries
 from lte_ray.storage.patience import PATIENCE, persist
-from lte_ray.storage.places import check_inside, open_place
+from lte_ray.storage.places import advice, check_inside, open_place
 
 T = TypeVar("T")
 
@@ -47,8 +47,8 @@ class RunDirectory:
         try:
             filesystem, root = open_place(storage) if filesystem is None else (filesystem, storage)
         except Exception as error:
-            said = scrub(f"--storage is {storage!r}, which can't be opened: {type(error).__name__}: {error}", storage)
-            raise StorageError(said) from error
+            said = f"--storage is {storage!r}, which can't be opened: {type(error).__name__}: {str(error).rstrip('.')}."
+            raise StorageError(scrub(said, storage) + advice(storage)) from error
         place, mark, query = without_credentials(storage).partition("?")
         uri = f"{place.rstrip('/')}/{name}{mark}{query}" if "://" in storage else None
         return cls(filesystem, posixpath.join(root, name), uri, patience)

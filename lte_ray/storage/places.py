@@ -9,9 +9,23 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from lte_ray.errors import StorageError
+from lte_ray.redact import without_credentials
 
 WHOLE = ("s3", "gcs", "abfs")
 """pyarrow's object stores: a file is there when it is complete, so it needs no other name until then."""
+
+
+OWN = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "file")
+"""Schemes that pyarrow opens itself: what it says of such a URI is what is wrong with it."""
+
+BY_ENVIRONMENT = {
+    "s3": "AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "gcs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "abfs": "AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET",
+    "abfss": "AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET",
+}
+"""Variables that give a store its credentials, by scheme."""
 
 
 def open_place(storage: str) -> tuple[Any, str]:
@@ -20,12 +34,27 @@ def open_place(storage: str) -> tuple[Any, str]:
         return pafs.LocalFileSystem(), str(Path(storage).expanduser().absolute())
     try:
         filesystem, path = pafs.FileSystem.from_uri(storage)
-    except pa.ArrowInvalid:  # a scheme of fsspec's
-        import fsspec
+    except pa.ArrowInvalid:
+        if _scheme(storage) in OWN:
+            raise
+        import fsspec  # the scheme is one of fsspec's
 
         other, path = fsspec.core.url_to_fs(storage)
         filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(other))
     return filesystem, path
+
+
+def advice(storage: str) -> str:
+    """Where credentials belong, if this URI holds some; else empty."""
+    if without_credentials(storage) == storage:
+        return ""
+    variables = BY_ENVIRONMENT.get(_scheme(storage))
+    given = f" ({variables})" if variables else ""
+    return f" Credentials don't belong in a URI: give them by the environment{given}, or the machine's role."
+
+
+def _scheme(storage: str) -> str:
+    return storage.partition("://")[0].lower()
 
 
 def check_inside(relative: str) -> None:

@@ -111,7 +111,7 @@ class Simulation:
 
     def _go_on(self, seat: Seat, epoch: int) -> None:
         """The head is between two steps: contributes, ends, or takes the next."""
-        if seat.epoch != epoch:
+        if seat.epoch != epoch or seat.ended:
             return
         over = self._pool <= 0 if self._shared else seat.left <= 0
         if not seat.outstanding and seat.since and (over or seat.since >= seat.planned):
@@ -137,7 +137,7 @@ class Simulation:
 
     def _stepped(self, seat: Seat, epoch: int) -> None:
         """The steps that were under way have ended; what came meanwhile is adopted."""
-        if seat.epoch != epoch:
+        if seat.epoch != epoch or seat.ended:
             return
         steps, seat.under_way = seat.under_way[0], (0, 0.0, 0.0)
         seat.head.train(steps)
@@ -178,6 +178,8 @@ class Simulation:
         if answer.verdict is not None:
             seat.outstanding = False
             seat.planned = self._steps(seat)
+            if answer.verdict.quarantined:
+                self._leave(seat)
         if news:
             seat.time.mark(self._clock.now)
         self.post.adopted(seat)
@@ -193,6 +195,7 @@ class Simulation:
     def _leave(self, seat: Seat) -> None:
         seat.ended, seat.ended_at = True, self._clock.now
         self._ended += 1
+        self._pool += seat.under_way[0]  # what one that is quarantined has just begun is for others
         seat.time.enter("idle", self._clock.now)
         self._clock.after(self._cluster.latency, self.desk.put, lambda: self._coordinator.leave(seat.number))
 
