@@ -96,7 +96,8 @@ def table(p: Progress) -> RenderableType:
         heads.add_column(title, justify="left" if title in ("state", "device") else "right")
     for h in p.heads[:FEW]:
         loss = "-" if math.isnan(h.loss) else f"{h.loss:.4f}"
-        heads.add_row(str(h.head), str(h.step), f"{h.samples:,}", loss, f"v{h.version}", h.state, h.device)
+        state = f"{h.state}, {h.refused} refused" if h.refused else h.state
+        heads.add_row(str(h.head), str(h.step), f"{h.samples:,}", loss, f"v{h.version}", state, h.device)
     if len(p.heads) > FEW:
         rest = p.heads[FEW:]
         losses = [h.loss for h in rest if not math.isnan(h.loss)]

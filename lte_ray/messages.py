@@ -265,8 +265,9 @@ class HeadStatus:
     """A head's progress: answered at any time, also in the middle of a step.
 
     `bytes_up` are those of its contributions; `bytes_down` are what its process fetched for all its heads, in equal parts.
-    `refused` counts its contributions that couldn't be merged. `resyncs` is how often its process's copy of the base had
-    drifted and was fetched anew; `note` says what is unusual.
+    `refused` counts its contributions that couldn't be merged; `dropped` are the newest that were poison: how many coordinators
+    there were before the one that said so, and their sequence numbers. `resyncs` is how often its process's copy of the base
+    had drifted and was fetched anew; `note` says what is unusual.
     """
 
     head: int
@@ -283,4 +284,5 @@ class HeadStatus:
     bytes_down: int = 0
     resyncs: int = 0
     refused: int = 0
+    dropped: tuple[tuple[int, int], ...] = ()
     note: str = ""

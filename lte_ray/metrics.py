@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from lte_ray.errors import StorageError
 from lte_ray.messages import HeadStatus, MergeRecord
+from lte_ray.redact import scrub
 from lte_ray.storage import RunDirectory
 
 METRICS = "metrics.jsonl"
@@ -81,15 +82,15 @@ class MetricsLog:
         self._directory = dataclasses.replace(directory, patience=0.0)  # it is tried again soon, and nobody waits for it
         self._rows: list[str] = []
         self._flushed = time.monotonic()
+        self._back: int | None = None  # a version after which no rows are to stay in the file, where they still are
         self.trouble = ""
         """Why the rows can't be written; empty if they can."""
 
     def rewind(self, version: int) -> None:
-        """Drops the rows after `version`, which a resumed run writes again."""
-        if self._directory.exists(METRICS):
-            rows = self._directory.read(METRICS).decode().splitlines(keepends=True)
-            kept = [row for row in rows if _stays(row, version)]
-            self._directory.write(METRICS, "".join(kept).encode())
+        """Drops the rows after `version`, which a resumed run writes again; as soon as storage lets it."""
+        self._rows = [row for row in self._rows if _stays(row, version)]
+        self._back = version if self._back is None else min(self._back, version)
+        self.flush(now=True)
 
     def merge(self, record: MergeRecord) -> None:
         self._row(
@@ -123,27 +124,39 @@ class MetricsLog:
     def flush(self, *, now: bool = False) -> None:
         """Writes the rows since the last flush; on object stores, which write the whole file anew, only now and then."""
         due = now or self._directory.is_local or time.monotonic() - self._flushed >= REMOTE_EVERY
-        if self._rows and due:
+        if due and (self._rows or self._back is not None):
             self._flushed = time.monotonic()
             try:
+                self._go_back()
+                if not self._rows:
+                    return
                 self._directory.append(METRICS, ("\n".join(self._rows) + "\n").encode())
             except StorageError as error:
                 self.trouble = f"{METRICS} can't be written: {error}"  # the rows wait
                 return
             self._rows, self.trouble = [], ""
 
+    def _go_back(self) -> None:
+        if self._back is not None and self._directory.exists(METRICS):
+            rows = self._directory.read(METRICS).decode().splitlines(keepends=True)
+            kept = [row for row in rows if _stays(row, self._back)]
+            self._directory.write(METRICS, "".join(kept).encode())
+        self._back = None
+
     def _row(self, kind: str, **values: Any) -> None:
-        self._rows.append(json.dumps(_finite({"kind": kind, **values}), allow_nan=False))
+        self._rows.append(json.dumps(_writable({"kind": kind, **values}), allow_nan=False))
 
 
 def _by_head(values: Mapping[int, float]) -> dict[str, float]:
     return {str(head): value for head, value in values.items()}
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they are written as null."""
+def _writable(value: Any) -> Any:
+    """As JSON has it, without NaN and infinity, which are written as null, and without credentials, which errors may quote."""
     if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
+        return {name: _writable(inner) for name, inner in value.items()}
+    if isinstance(value, str):
+        return scrub(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

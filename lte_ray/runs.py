@@ -21,7 +21,7 @@ from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
 from lte_ray.loading import absolute
 from lte_ray.redact import OMITTED, scrub, split, without_credentials
-from lte_ray.storage import RUN, RunDirectory
+from lte_ray.storage import RUN, RunDirectory, check_alone
 from lte_ray.worker import worker_settings
 
 T = TypeVar("T")
@@ -44,6 +44,7 @@ def check_start(
         StorageError: the name is taken, what there is to resume is damaged or has other heads, or it isn't a run.
     """
     place = directory.display
+    check_alone(directory)
     there = directory.exists()
     if there and not (storage.resume or storage.overwrite):
         raise StorageError(
@@ -95,8 +96,8 @@ def _with_facts(directory: RunDirectory, manifest: checkpoint.Manifest) -> check
 
 def create(
     directory: RunDirectory, record: dict[str, Any], storage: StorageConfig, resume: checkpoint.Manifest | None = None
-) -> None:
-    """Makes the run directory with its ``run.toml``: the first thing that a run writes, once it can start.
+) -> str:
+    """Makes the run directory with its ``run.toml``, the first thing that a run writes, once it can start; gives its text.
 
     Checkpoints after the one that it goes on from are of steps that will be taken again: they are removed.
 
@@ -108,7 +109,9 @@ def create(
     directory.create(exclusive=not storage.resume)
     if resume is not None:
         checkpoint.remove_after(directory, resume.version)
-    directory.write(RUN, tomli_w.dumps(_plain(record)).encode())
+    text = tomli_w.dumps(_plain(record))
+    directory.write(RUN, text.encode())
+    return text
 
 
 def record(

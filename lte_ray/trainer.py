@@ -20,7 +20,7 @@ from lte_ray.engine.stack import check_stackable
 from lte_ray.merging.registry import gives_weights, make_policy, recorded_arguments
 from lte_ray.messages import HeadTimes
 from lte_ray.metrics import Progress, Reporter
-from lte_ray.storage import RunDirectory
+from lte_ray.storage import RunDirectory, alone
 
 if TYPE_CHECKING:
     import ray.train
@@ -152,7 +152,7 @@ class LTETrainer:
             with placing.reserve(placement, hosted) as places:
                 groups = placing.groups_of(settings.merge, initial.plans, places.nodes, gives_weights(policy))
                 record = runs.record(self.worker, self.program, settings, asked, storage, failure)
-                runs.create(directory, record, storage, resume)
+                config = runs.create(directory, record, storage, resume)
                 common = Common(
                     worker,
                     settings,
@@ -162,6 +162,7 @@ class LTETrainer:
                     Keep(storage.keep_checkpoints, storage.keep_best, storage.best_by),
                     failure.rejoin,
                     os.environ.get(points.VARIABLE),
+                    config,
                 )
                 if resume:
                     start = resumed(common, initial, resume.version, self.lte.num_heads)
@@ -178,7 +179,8 @@ class LTETrainer:
                     reporter=reporter,
                     export=lambda final: runs.export(directory, initial, final),
                 )
-                session.run(places)
+                with alone(directory):
+                    session.run(places)
         return _result(session, directory)
 
 

@@ -29,6 +29,10 @@ def test_a_process_that_stops_before_its_first_answer_is_found() -> None:
     beat(deadlines, Pulse(begun=3.0), 43.0, 0)
     assert deadlines.starting == 40 * TIMES_FIRST
     assert deadlines.answer == 0.0  # starting isn't answering
+    deadlines.note(Pulse(begun=3.0), 903.0, 903.0, 0, idle=True, stepped=False, head=False)  # nor is it a head's start
+    assert deadlines.starting == 40 * TIMES_FIRST
+    deadlines.several = True  # a new node may have to be set up
+    assert deadlines.starting == STARTING
 
 
 def test_silence_is_judged_by_the_longest_answer() -> None:

@@ -152,6 +152,34 @@ def test_a_head_that_began_afresh_is_redone_without_the_reference_of_the_one_bef
     assert mirror.resyncs == 0
 
 
+def test_a_mirror_that_outlives_its_coordinator_redoes_what_the_next_one_merges() -> None:
+    """Where the next one has lost a head's factors, that head begins with B = 0, and those that the mirror kept don't count."""
+    side = Side(MergeConfig(send_down="factors"), plans_of([2, 3, 1]))
+    mirror = side.mirror()
+    follow(mirror, side.update(-1))
+    side.contribute(0)
+    side.contribute(1)
+    follow(mirror, side.update(mirror.have))
+    kept = {1: side.coordinator.reference(1)}
+    side.coordinator = Coordinator(
+        side.settings,
+        side.coordinator.plans[0],
+        side.coordinator.base.clone(),
+        side.policy,
+        plans=side.coordinator.plans,
+        version=2,
+        references={head: factors.clone() for head, factors in kept.items() if factors is not None},
+        fresh={0, 2},
+    )
+    side.downlink = Downlink(side.groups, [c.base.size * 4 for c in side.codecs[0].parts], [c.sizes for c in side.codecs], 2)
+    for head in (0, 1, 0, 2):
+        side.contribute(head)
+        base = follow(mirror, side.update(mirror.have))
+        assert base is not None
+        assert torch.equal(base, side.coordinator.base)
+    assert mirror.resyncs == 0
+
+
 def test_drift_is_found_at_a_checksum_and_mended_by_the_whole_base() -> None:
     """One flipped bit in a head's copy: found when the checksum comes, and gone with the next update."""
     side = Side(MergeConfig(send_down="factors"), plans_of([2, 2, 2]))

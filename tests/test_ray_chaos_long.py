@@ -37,6 +37,17 @@ def test_a_head_and_a_coordinator_that_hang_before_their_first_answer(
     assert any("since it was started" in row.get("why", "") for row in chaos.rows if row["kind"] == "event")
 
 
+def test_a_coordinator_that_hangs_at_the_end_and_a_head_that_dies_while_it_saves(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last checkpoint does without that head; another coordinator ends the run."""
+    faults = [fault("snapshot", head=1, step=STEPS), fault("finishes", "SIGSTOP")]
+    chaos = Chaos(tmp_path, monkeypatch, faults)
+    chaos.run()
+    assert chaos.events["coordinator_lost"] == 1
+    assert chaos.events["head_lost"] >= 1
+
+
 class Watching:
     """Keeps the newest progress."""
 

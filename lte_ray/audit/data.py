@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lte_ray.audit.found import Audit
-from lte_ray.audit.rows import Back, Gone, Happening, Refused, Stand
+from lte_ray.audit.rows import Back, Gone, Happening, Refused, Resumed, Stand
 from lte_ray.data.lanes import Lanes
 
 MOST_CLASSES = 2**20
@@ -50,6 +50,8 @@ def check_data(found: Audit, history: Sequence[Happening]) -> None:
                 walk.merged(each)
             case Gone():
                 walk.gone(each)
+            case Resumed():
+                walk.resumed(each)
             case Refused():
                 walk.refused[each.head].append(each.sequence)
             case Back():
@@ -109,6 +111,14 @@ class _Walk:
             self._owned.pop(head, None)
             self.refused.pop(head, None)
             self._gone.add(head)
+
+    def resumed(self, resumed: Resumed) -> None:
+        """Heads begin anew, with data that were others' until then."""
+        for head in resumed.anew:
+            self._owned.pop(head, None)
+            self._last.pop(head, None)
+            self.refused.pop(head, None)
+            self._gone.discard(head)
 
     def merged(self, stand: Stand) -> None:
         """A version holds another contribution of a head."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from lte_ray.audit.data import check_data
 from lte_ray.audit.found import Audit
-from lte_ray.audit.rows import Happening, Stand, happenings
+from lte_ray.audit.rows import Happening, Resumed, Stand, happenings
 
 
 def audit(rows: Sequence[Mapping[str, Any]]) -> Audit:
@@ -32,7 +32,7 @@ def audit(rows: Sequence[Mapping[str, Any]]) -> Audit:
     _check_versions(found, versions)
     flat = [each for each in history if isinstance(each, Stand)]
     found.merges, found.contributions = len(versions), len(flat)
-    _check_numbers(found, flat)
+    _check_numbers(found, history)
     newest = {stand.head: stand for stand in flat}.values()
     found.samples, found.batches = sum(stand.samples for stand in newest), sum(stand.batches for stand in newest)
     check_data(found, history)
@@ -49,10 +49,15 @@ def _check_versions(found: Audit, versions: Sequence[int]) -> None:
         before = max(before, version)
 
 
-def _check_numbers(found: Audit, flat: Iterable[Stand]) -> None:
+def _check_numbers(found: Audit, history: Iterable[Happening]) -> None:
     """A head's contributions are numbered upward through all its processes, but from 1 where one starts with fresh factors."""
     last: dict[int, Stand] = {}
-    for stand in flat:
+    for stand in history:
+        if isinstance(stand, Resumed):
+            for head in stand.anew:
+                last.pop(head, None)
+        if not isinstance(stand, Stand):
+            continue
         before = last.get(stand.head)
         if before is not None and stand.sequence <= before.sequence and stand.incarnation <= before.incarnation:
             now, then = (f"{s.sequence} (incarnation {s.incarnation})" for s in (stand, before))

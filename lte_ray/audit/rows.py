@@ -33,6 +33,13 @@ class Gone:
 
 
 @dataclass(frozen=True)
+class Resumed:
+    """The run goes on from a checkpoint. These heads begin anew, though others may have had their numbers before."""
+
+    anew: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Refused:
     """A contribution that was refused as poison: its head drops what it has trained since its last merge."""
 
@@ -48,7 +55,7 @@ class Back:
     skipped: int
 
 
-Happening = Stand | Gone | Refused | Back
+Happening = Stand | Gone | Resumed | Refused | Back
 """What rows say that bears on who has trained which batches."""
 
 
@@ -83,6 +90,8 @@ def happenings(row: Mapping[str, Any]) -> list[Happening]:
         return [*stands(row)]
     if event in ("head_dropped", "head_quarantined"):
         return [Gone(tuple(map(int, row["heads"] if "heads" in row else [row["head"]])))]
+    if event == "resumed":
+        return [Resumed(tuple(map(int, row["anew"])))]
     if event == "refused" and row.get("poison"):
         return [Refused(int(row["head"]), int(row["sequence"]))]
     if event == "rolled_back":

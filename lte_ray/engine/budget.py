@@ -12,6 +12,12 @@ from lte_ray.messages import Order
 AHEAD = 2
 """Rounds that a head may be granted at once: one whose contribution is on its way, and one that it trains meanwhile."""
 
+AWAY = 60.0
+"""Seconds that a head may go on while nobody grants it more: another coordinator takes some to be there."""
+
+SLICE = 10
+"""For that it is granted this part of what is left for it, at most, so that all heads end together as before."""
+
 
 def is_shared(settings: Settings) -> bool:
     """Whether the heads share `steps` x `num_heads` local steps, so that a slow head doesn't train on alone at the end."""
@@ -54,9 +60,14 @@ class Budget:
         """A head has taken `step` local steps in all."""
         self._taken[head] = max(step, self._taken[head])
 
-    def admit(self, head: int, step: int) -> None:
-        """A head is new to the run; it counts as if it had taken `step` steps, so that it ends with the others."""
-        self._taken[head] = self._granted[head] = step if not self.shared else 0
+    def admit(self, head: int, step: int) -> int:
+        """A head is new to the run. Gives the step that it begins at: `step`, so that it ends with the others.
+
+        Where heads share the steps, it is what one that had its number before has taken.
+        """
+        begins = self._taken.get(head, 0) if self.shared else step
+        self._taken[head] = self._granted[head] = begins
+        return begins
 
     def lose(self, head: int, step: int) -> None:
         """A head's process is gone, and what it has contributed ends at `step`: what it was granted beyond is free again."""
@@ -70,7 +81,8 @@ class Budget:
         left = max(0, self._total - sum(self._granted.values()))
         # What is left is shared by speed, so that all end together; but rounds shouldn't become ever smaller.
         fair = max(math.ceil(left * self._pace.share(head, live)), min(steps, self._steps) // 4)
-        grant = min(left, fair, max(0, self._taken[head] + AHEAD * steps - self._granted[head]))
+        ahead = max(AHEAD * steps, min(self._pace.fitting(head, AWAY), fair // SLICE))
+        grant = min(left, fair, max(0, self._taken[head] + ahead - self._granted[head]))
         if head not in live:  # it has left, and may hear this all the same: what is free again is for others
             return Order(steps, self._granted[head], True, self._pace.rate(head, live), self.progress)
         self._granted[head] += grant

@@ -73,6 +73,7 @@ class Coordinator:
         references: the factors that `base` holds of each head, flat.
         taken, granted: local steps that heads have taken before, and up to which they may.
         standings: what `base` holds of each head.
+        fresh: heads whose factors count from B' = 0; heads' processes may still keep others of an earlier coordinator's time.
         members: the heads of the run, where some have left it or come to it since its start; the data of others are free.
         data: whose which batches are.
         clock: gives seconds; policies see it.
@@ -91,6 +92,7 @@ class Coordinator:
         taken: Mapping[int, int] | None = None,
         granted: Mapping[int, int] | None = None,
         standings: Mapping[int, Standing] | None = None,
+        fresh: Collection[int] = (),
         members: Collection[int] | None = None,
         data: DataLedger | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -119,13 +121,14 @@ class Coordinator:
         self.live = {n for n in self.members if self.data.ready(n)}
         """Heads that train, and that others may have to wait for."""
         self.guard = Guard(settings.merge)
-        self._fresh: set[int] = set()  # heads that have begun with B = 0, and weren't merged since
+        self._fresh = set(fresh)  # heads that have begun with B = 0, and weren't merged since
         self._pending: dict[int, _Received] = {}
         # Incarnation and sequence last received, by head.
         self._newest = {n: (held.incarnation, held.sequence) for n, held in self.standings.items() if held.sequence}
         # What the policy sees of them, by head: with 10,000 heads too much to make anew each time.
         self._shown: list[Pending] = []
         self._trial: tuple[Try, Tensor] | None = None  # and the base that is tried
+        self._void = False  # a head whose contribution is tried has left
 
     @property
     def master(self) -> Master:
@@ -215,11 +218,11 @@ class Coordinator:
             Whether it begins with B = 0: nothing that anybody keeps of an earlier head of this number is its reference.
         """
         assert head not in self._pending
-        if head not in self.members:
+        if head not in self.members or head not in self.data.heads:  # or one that came before, and no version says so
             steps = [self.standings[other].step for other in self.live]
-            self.standings[head] = Standing(step=min(steps, default=0), version=self.version)
+            step = self.budget.admit(head, min(steps, default=0))
+            self.standings[head] = Standing(step=step, version=self.version)
             self.members.add(head)
-            self.budget.admit(head, self.standings[head].step)
             self.data.admit(head, self.live)
             fresh = True  # whatever the base holds of one that had this number before isn't this one's
         if self.data.ready(head):  # else nobody may wait for it: those that are to give it lanes do so when they are merged
@@ -258,6 +261,7 @@ class Coordinator:
         if head in self._pending:  # its data are trained by others
             verdicts = (self._verdict(head, False, f"head {head} has left the run"),)
             del self._pending[head]
+            self._void = self._trial is not None
             self._shown = [self._show(other) for other in self.pending]
         self.live.discard(head)
         self.budget.lose(head, self.standings[head].step)
@@ -288,6 +292,9 @@ class Coordinator:
         """
         assert self._trial is not None
         tried, self._trial = self._trial[0], None
+        if self._void:
+            self._void = False
+            return self._decide()
         decision = self._guarded(lambda: tried.judge(values))
         if decision is not tried.merge and not isinstance(decision, Discard):
             raise PolicyError(f"{self._policy_name} judged {decision!r}; it must give the merge that was tried, or a Discard.")

@@ -15,7 +15,8 @@ STARTING = 900.0
 """Seconds for a first step: building the model, reading the data, compiling. Also for the first answer of all."""
 
 FIRST = 90.0
-"""Seconds until a first answer that are never called hung, though others have given theirs: importing torch takes some."""
+"""Seconds until a first answer that are never called hung, though others have given theirs: importing torch takes some. On
+several nodes it is `STARTING`, since a node that is new to the cluster may have to be set up."""
 
 TIMES = 20.0
 """A process is hung if it takes so many times as long as anything like it took before, to answer or for a step."""
@@ -46,11 +47,13 @@ class Deadlines:
 
     def __init__(self) -> None:
         self.start = self.answer = self.step = 0.0
+        self.several = False
+        """Whether processes are on several nodes."""
 
     @property
     def starting(self) -> float:
         """Seconds until its first answer after which a process that has begun is hung."""
-        return max(FIRST, TIMES_FIRST * self.start) if self.start else STARTING
+        return max(FIRST, TIMES_FIRST * self.start) if self.start and not self.several else STARTING
 
     @property
     def silence(self) -> float:
@@ -62,7 +65,9 @@ class Deadlines:
         """Seconds without a step after which a head that trains is hung."""
         return max(PROGRESS, TIMES * self.step)
 
-    def note(self, pulse: Pulse, now: float, asked: float, position: Hashable, idle: bool, stepped: bool) -> None:
+    def note(
+        self, pulse: Pulse, now: float, asked: float, position: Hashable, idle: bool, stepped: bool, head: bool = True
+    ) -> None:
         """A process has answered.
 
         Args:
@@ -71,10 +76,11 @@ class Deadlines:
             position: changes whenever the process does something.
             idle: whether it waits for others, and so needn't move.
             stepped: whether it has taken a step since it started.
+            head: whether it is one of heads, which start in their own way.
         """
         if pulse.answered is not None:
             self.answer = max(self.answer, now - asked)
-        elif pulse.begun is not None:
+        elif pulse.begun is not None and head:
             self.start = max(self.start, now - pulse.begun)
         pulse.answered = now
         if position != pulse.position or idle:

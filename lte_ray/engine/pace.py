@@ -44,6 +44,10 @@ class Pace:
             return 1.0
         return sum(known[head] / seconds for seconds in known.values()) / len(known)
 
+    def fitting(self, head: int, seconds: float) -> int:
+        """The steps that this head takes in so many seconds; 0 until its speed is known."""
+        return int(seconds / self._seconds[head]) if head in self._seconds else 0
+
     def steps(self, head: int, live: Collection[int]) -> int:
         """The steps of this head's next round, at least 1; `merge_iter` until its speed is known."""
         own, merge = self._seconds.get(head), self._merge

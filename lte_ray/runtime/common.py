@@ -27,8 +27,7 @@ class Keep:
 class Common:
     """The run's worker, settings and folder, the way tensors travel and in which groups, and which checkpoints are kept.
 
-    `rejoin` says how a head that died begins; `faults` names a script
-    of faults (`points`).
+    `rejoin` says how a head that died begins; `faults` names a script of faults (`points`); `config` is what ``run.toml`` says.
     """
 
     worker: Package
@@ -39,6 +38,7 @@ class Common:
     keep: Keep = Keep()
     rejoin: str = "merged"
     faults: str | None = None
+    config: str = ""
 
     def threads(self, part: Plan, whole: Plan) -> int:
         """Threads to merge `part` of the `whole` plan with; where heads redo merges, the same everywhere."""

@@ -99,6 +99,7 @@ class CoordinatorActor:
             taken=start.taken,
             granted=start.granted,
             standings=start.standings,
+            fresh=set(range(len(plans))) - start.references.keys(),
             members=start.members,
             data=DataLedger.from_state(start.ledger) if start.ledger else None,
         )
@@ -110,7 +111,8 @@ class CoordinatorActor:
             if kept:
                 load_state_of(self._engine.policy, kept)
         self._joined: set[int] = set()
-        self._joining: dict[int, object] = {}  # by head, whose call it is: that of a process that is gone mustn't go on
+        # By head, the incarnation that joins, and its call: that of a process that is gone mustn't go on.
+        self._joining: dict[int, tuple[int, object]] = {}
         # All start together where whoever comes first would take the others' steps, or leave the version of their states.
         self._together = start.epoch == 0 and (self._engine.budget.shared or bool(start.exact))
         # Exact states go with the version that they were saved at: nobody trains until all of these have its base.
@@ -146,12 +148,15 @@ class CoordinatorActor:
                 differing = sorted(str(e) for e in {*plan.base.entries} ^ {*ours.base.entries})[:4]
                 reason = f"build_model() gives another model here than in the driver; they differ in {differing}."
                 raise WorkerFailed(f"head {head}", None, reason)
-        call = object()
+        call = (incarnation, object())
         self._joining |= dict.fromkeys(plans, call)
 
+        def given_up() -> bool:
+            return any(self._joining.get(head) is not call for head in plans)
+
         async def until(true: Callable[[], bool]) -> None:
-            await self._until(lambda: true() or any(self._joining.get(head) is not call for head in plans))
-            if any(self._joining.get(head) is not call for head in plans):
+            await self._until(lambda: true() or given_up())
+            if given_up():
                 raise HeadLost(f"The process of head {min(plans)} was given up while it joined")
 
         await until(lambda: not set(plans) & set(engine.pending))  # of a predecessor's: it is still merged
@@ -162,15 +167,14 @@ class CoordinatorActor:
         await until(lambda: not self._together or self._joined >= engine.live)
         self._together = False
         await until(lambda: all(engine.ready(head) for head in plans))
-        begins = {}
-        for head in plans:
-            if incarnation == 0 and start.epoch == 0 and head in start.exact:
-                begins[head] = Begin(engine.standings[head], saved=start.saved, exact=True)
-            else:
-                saved = self._cuts.saved if head in self._cuts.states else None
-                standing = engine.start(head)
-                reference = await self._updates.reference(head) if standing.sequence else None
-                begins[head] = Begin(standing, reference, saved)
+        exact = {head for head in plans if incarnation == 0 and start.epoch == 0 and head in start.exact}
+        starts = {head: engine.standings[head] if head in exact else engine.start(head) for head in plans}
+        saved = {head: self._cuts.saved for head in plans if head in self._cuts.states}
+        begins = {head: Begin(starts[head], saved=start.saved, exact=True) for head in exact}
+        for head in plans.keys() - exact:
+            reference = await self._updates.reference(head) if starts[head].sequence else None
+            begins[head] = Begin(starts[head], reference, saved.get(head))
+        await until(lambda: True)
         self._records.present |= plans.keys()
         update = replace(await self._updates.since(tuple(plans), -1), begins=begins)
         self._exact -= plans.keys()
@@ -201,16 +205,21 @@ class CoordinatorActor:
         """A head has ended."""
         self._merging.handle(lambda: self._engine.leave(head))
 
-    async def lose(self, numbers: Sequence[int], drop: bool) -> None:
-        """The process of these heads is gone; for good, if they are dropped."""
-        for head in numbers:
+    async def lose(self, nexts: Mapping[int, int], drop: bool) -> None:
+        """Processes of heads are gone, for good if they are dropped: those before the next incarnation, which is given.
+
+        If that has joined already, this comes too late to matter.
+        """
+        gone = [head for head, following in nexts.items() if self._joining.get(head, (-1, None))[0] < following]
+        for head in gone:
             self._records.present.discard(head)
             self._joining.pop(head, None)
             away: Callable[[int], Outcome] = self._engine.drop if drop else self._engine.lose
             self._merging.handle(lambda head=head, away=away: away(head))  # type: ignore[misc]
             if drop:
                 self._masters.renew(head)
-            await self._cuts.lost(head)
+        for head in gone:
+            self._waiters.background(self._cuts.lost(head))
 
     # -- the run ---------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import ray
 from lte_ray.engine.deadlines import Deadlines, Pulse
 from lte_ray.messages import HeadStatus
 from lte_ray.runtime.hub import Hub
-from lte_ray.runtime.placement import placed
+from lte_ray.runtime.placement import placed, several_nodes
 
 
 @dataclass(eq=False)
@@ -58,6 +58,7 @@ class Crew:
         self._hub, self._launch, self._end = hub, launch, end
         self.members: list[Member] = []
         self.deadlines = Deadlines()
+        self.changed = 0.0  # when a place was given up, or its heads ended, for the last time
         self._given_up: dict[int, int] = {}  # by head, the next incarnation
 
     def add(self, number: int, strategy: Any) -> Member:
@@ -90,8 +91,14 @@ class Crew:
 
     def drop(self, member: Member) -> None:
         """The place is given up."""
+        self.changed = time.monotonic()
         self.members.remove(member)
         self._given_up |= dict.fromkeys(member.numbers, member.incarnation)  # of which nobody's contributions count any more
+
+    def over(self, member: Member) -> None:
+        """The work of these heads is done; their process may still have to write its state."""
+        member.run, member.over = None, True
+        self.changed = time.monotonic()
 
     @property
     def training(self) -> list[Member]:
@@ -137,12 +144,29 @@ class Crew:
             found += statuses
         return found
 
+    def gone(self) -> list[Member]:
+        """Those that have ended their work and whose process, which may still have to write its state, is gone or hangs."""
+        now, found = time.monotonic(), []
+        for member in [member for member in self.members if member.over and member.actor is not None]:
+            ref, asked = member.asked = member.asked or (member.actor.status.remote(), now)
+            if not ray.wait([ref], timeout=0)[0]:
+                if now - asked > self.deadlines.silence:
+                    found.append(member)
+                continue
+            member.asked = None
+            try:
+                ray.get(ref)
+            except ray.exceptions.RayError:
+                found.append(member)
+        return found
+
     def hung(self) -> list[tuple[Member, str]]:
         """Those that have stopped, and how one knows."""
         now, found = time.monotonic(), []
         for member in self.training:
             if member.pulse.answered is None:  # a process that waits for a place isn't hung
                 member.pulse.begun = (member.pulse.begun or now) if placed(member.strategy) else None
+                self.deadlines.several = self.deadlines.several or several_nodes()
             why = self.deadlines.hung(member.pulse, now, member.asked[1] if member.asked is not None else None)
             if why:
                 found.append((member, why))

@@ -80,6 +80,7 @@ class Cuts:
             "step": record.step,
             "taken": record.taken,
             "lte": dataclasses.asdict(settings.lte),
+            "config": self._common.config,
             "losses": {str(head): loss for head, loss in record.losses.items()},
             **json.loads(json.dumps(facts)),
         }

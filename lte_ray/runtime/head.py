@@ -28,6 +28,9 @@ from lte_ray.storage import RUN
 
 T = TypeVar("T")
 
+MOST_DROPPED = 8
+"""Contributions that were dropped as poison, of which a head's status tells."""
+
 LOOK = 0.2
 """Seconds after which a head that waits looks whether it is asked for anything."""
 
@@ -64,11 +67,13 @@ class HeadActor:
         self._group: HeadGroup | None = None
         self._courier: Courier | None = None
         self._line: Line | None = None
+        self._newest: tuple[Any, int] | None = None  # the coordinator that answers, and how many there were before it
         self._saves = Saves(common.directory)
         self._left: set[int] = set()
         self._quarantined: dict[int, str] = {}  # and why
         self._every = dict.fromkeys(numbers, common.settings.merge.merge_iter)  # local steps of a round
         self._refused = dict.fromkeys(numbers, 0)
+        self._dropped: dict[int, tuple[tuple[int, int], ...]] = dict.fromkeys(numbers, ())
         self._lacks = ""
 
     def run(self, coordinator: Any, epoch: int = 0) -> tuple[HeadStatus, ...]:
@@ -86,6 +91,8 @@ class HeadActor:
         keep_freed_memory()
         wait = self._common.settings.merge.wait
         self._line = line = Line(coordinator, epoch)
+        if self._newest is not None and self._newest[1] > epoch:  # it was connected before this began
+            line.connect(*self._newest)
         courier = self._courier = Courier(self._common, self._plans, self._numbers, line, beside=not wait)
         group = self._group = self._start(courier)
         self._leave(group, courier)
@@ -110,6 +117,7 @@ class HeadActor:
                 bytes_down=mirror.bytes // count,
                 resyncs=mirror.resyncs,
                 refused=self._refused[head.head],
+                dropped=self._dropped[head.head],
                 note=self._quarantined.get(head.head) or note,
             )
             for head in group.heads
@@ -246,6 +254,8 @@ class HeadActor:
         if verdict.discarded:  # as the policy wants it
             return
         self._refused[head.head] += 1
+        if verdict.poison and self._line is not None:
+            self._dropped[head.head] = (*self._dropped[head.head], (self._line.epoch, verdict.sequence))[-MOST_DROPPED:]
         if verdict.quarantined:
             self._quarantined[head.head] = (
                 f"quarantined, since its contributions were refused again and again: {verdict.reason}"
@@ -290,6 +300,7 @@ class HeadActor:
     @ray.method(concurrency_group="ctl")
     def connect(self, coordinator: Any, epoch: int) -> None:
         """Another coordinator answers from now on."""
+        self._newest = (coordinator, epoch)
         if self._line is not None:
             self._line.connect(coordinator, epoch)
 

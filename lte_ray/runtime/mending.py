@@ -42,6 +42,8 @@ class Mending:
         self._session, self._places = session, places
         self._asked: tuple[Any, float] | None = None  # the coordinator's status that isn't answered yet, and since when
         self._pulse = Pulse()
+        self._late: tuple[set[int], float] = (set(), 0.0)  # heads that wait for data, as the coordinator said when it was asked
+        self._spike: tuple[str, int] | None = None  # and whether the loss has spiked
         self._grown = time.monotonic()
         self._began, self._stuck = -1, 0  # the version from which the last coordinator began, and how often in a row
         self._rolled: set[int] = set()  # versions that the run has gone back to
@@ -52,6 +54,9 @@ class Mending:
         why = self._coordinator_trouble() or session.hub.sick_shard(session.crew.deadlines.silence)
         if why:
             self.recover(why)
+        self._turn_away(*self._late)
+        if self._spike is not None:
+            self._roll_back(*self._spike)
         for member, hung in session.crew.hung():
             self._head_lost(member, HeadLost(f"The process of {member.name} hangs: {hung}"), event="head_hung")
         now = time.monotonic()
@@ -60,6 +65,21 @@ class Mending:
                 session.crew.start(member)
                 session.log.event("head_restarts", heads=list(member.numbers), incarnation=member.incarnation)
         self._grow(now)
+
+    def look_at_end(self) -> None:
+        """Looks after those that have ended their work, while the last version is saved.
+
+        Raises:
+            CoordinatorLost: the coordinator or a shard of it died, or hangs.
+        """
+        session = self._session
+        why = self._coordinator_trouble() or session.hub.sick_shard(session.crew.deadlines.silence)
+        if why:
+            raise CoordinatorLost(why)
+        for member in session.crew.gone():
+            session.log.event("head_lost", heads=list(member.numbers), why="it had ended", remedy="none")
+            session.crew.clear(member)
+            self._lose([member], drop=False)  # the checkpoint does without it
 
     def _coordinator_trouble(self) -> str:
         """Why the coordinator doesn't answer; empty if it does, or may still."""
@@ -77,11 +97,9 @@ class Mending:
             return str(translated(error, "the coordinator"))
         except ray.exceptions.RayTaskError as error:
             raise translated(error, "the coordinator") from error
-        deadlines.note(self._pulse, time.monotonic(), asked, status.version, True, False)
+        deadlines.note(self._pulse, time.monotonic(), asked, status.version, idle=True, stepped=False, head=False)
         session.take(status)
-        self._turn_away(set(status.without_data))
-        if status.spike is not None:
-            self._roll_back(*status.spike)
+        self._late, self._spike = (set(status.without_data), asked), status.spike
         return ""
 
     # -- heads ---------------------------------------------------------------------------------------------------------
@@ -108,7 +126,7 @@ class Mending:
             status, coordinator = session.statuses[number], session.hub.coordinator
             if status.state == "quarantined":
                 session.log.event("head_quarantined", head=number, why=status.note)
-                coordinator.lose.remote((number,), True)
+                coordinator.lose.remote({number: member.incarnation + 1}, True)
             else:
                 coordinator.leave.remote(number)
         session.check_heads()
@@ -141,7 +159,7 @@ class Mending:
         )
         crew.clear(member)
         with contextlib.suppress(ray.exceptions.RayError):  # the next coordinator learns it otherwise
-            ray.get(session.hub.coordinator.lose.remote(member.numbers, remedy.action == "drop"), timeout=ANSWER)
+            ray.get(self._lose([member], remedy.action == "drop"), timeout=ANSWER)
         if remedy.action == "stop":
             if remedy.why and isinstance(error, HeadLost):
                 raise HeadLost(remedy.said(str(error))) from error
@@ -152,17 +170,30 @@ class Mending:
             return
         member.due = time.monotonic() + remedy.delay
 
-    def _turn_away(self, waiting: set[int]) -> None:
-        """Heads that wait for data are given up where all others have ended: nobody is left to give them any."""
+    def _turn_away(self, waiting: set[int], asked: float) -> None:
+        """Heads that wait for data are given up where all others have ended: nobody is left to give them any.
+
+        Those that ended last may have given them some: what was asked before says nothing.
+        """
         session, crew = self._session, self._session.crew
         late = [member for member in crew.members if not member.over]
-        if not late or len(late) == len(crew.members) or not all(set(member.numbers) <= waiting for member in late):
+        if (
+            asked <= crew.changed
+            or not late
+            or len(late) == len(crew.members)
+            or not all(set(member.numbers) <= waiting for member in late)
+        ):
             return
         for member in late:
             session.log.event("head_turned_away", heads=list(member.numbers), why="all others had ended when it came")
             crew.clear(member)
-            session.hub.coordinator.lose.remote(member.numbers, True)
+            self._lose([member], drop=True)
             self._given_up(member)
+
+    def _lose(self, members: list[Member], drop: bool) -> Any:
+        """Tells the coordinator that what was at these places is gone."""
+        nexts = {number: member.incarnation for member in members for number in member.numbers}
+        return self._session.hub.coordinator.lose.remote(nexts, drop)
 
     def _given_up(self, member: Member) -> None:
         self._session.crew.drop(member)
@@ -208,9 +239,10 @@ class Mending:
             member.over, member.due = False, time.monotonic()
         for member in [m for m in crew.members if m.actor is not None]:
             member.actor.connect.remote(hub.coordinator, epoch)
-            member.asked, member.pulse = None, Pulse()  # they have just answered, and what was asked before is old
-        gone = [n for m in crew.members if m.run is None and not m.over for n in m.numbers]
-        hub.coordinator.lose.remote(gone, False)
+            member.asked, now = None, time.monotonic()  # they have just answered, and what was asked before is old
+            if member.pulse.answered is not None:
+                member.pulse.answered = member.pulse.moved = now
+        self._lose([member for member in crew.members if member.run is None and not member.over], drop=False)
         for member in crew.members:
             for number in member.numbers if member.over else ():
                 hub.coordinator.leave.remote(number)
@@ -244,14 +276,20 @@ class Mending:
                 f"The loss spiked again after the run had gone back to version {found[-1]}: {why}. Lower the learning rate or "
                 "--lora-alpha, or raise --rollback-z."
             )
+        before = self._from_checkpoint(found)
+        try:
+            ray.get(hub.coordinator.freeze.remote(False), timeout=ANSWER)
+            standings, ledger = ray.get(hub.coordinator.positions.remote(), timeout=ANSWER)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            self.recover(  # the next coordinator sees the spike, too, if it doesn't pass
+                f"The process of the coordinator died or hung while the run went back: {error}"
+            )
+            return
         self._rolled.add(found[-1])
-        ray.get(hub.coordinator.freeze.remote(False), timeout=ANSWER)
-        standings, ledger = ray.get(hub.coordinator.positions.remote(), timeout=ANSWER)
         self._stop()
         for member in crew.members:
             crew.clear(member)
             member.over, member.due = False, time.monotonic()
-        before = resumed(session.common, session.initial, found[-1], session.common.settings.lte.num_heads)
         skipped = sum(held.batches - before.standings.get(head, Standing()).batches for head, held in standings.items())
         now = {
             head: replace(held, batches=standings[head].batches, lanes=standings[head].lanes)
@@ -264,10 +302,26 @@ class Mending:
         self._begin(start)
         session.log.event("rolled_back", why=why, version=start.version, skipped_batches=skipped)
 
+    def _from_checkpoint(self, versions: list[int]) -> Start:
+        """The newest of these checkpoints that isn't damaged.
+
+        Raises:
+            StorageError: all are.
+        """
+        session = self._session
+        for version in sorted(versions, reverse=True):
+            try:
+                return resumed(session.common, session.initial, version, session.common.settings.lte.num_heads)
+            except StorageError as error:
+                session.log.event("storage", why=str(error))
+                if version == min(versions):
+                    raise
+        raise AssertionError("at least one was asked for")
+
     def _stop(self) -> None:
         """Ends what is left of the coordinator: what was asked of it won't be answered."""
         self._session.hub.stop()
-        self._asked, self._pulse = None, Pulse()
+        self._asked, self._pulse, self._late, self._spike = None, Pulse(), (set(), 0.0), None
 
     def _begin(self, start: Start) -> None:
         """Another coordinator begins there, with the heads that the run has now."""
@@ -322,16 +376,18 @@ class Mending:
         if found is None or (saved is not None and saved > found.version):
             if saved is None or saved == session.start.version:
                 return replace(session.start, epoch=epoch), frozenset()
-            start = resumed(session.common, session.initial, saved, session.common.settings.lte.num_heads)
+            start = self._from_checkpoint([v for v in checkpoint.complete(session.common.directory) if v <= saved] or [saved])
             return replace(start, epoch=epoch), frozenset(n for report in reports for n in report.heads)
         references = dict(found.references)
         states: frozenset[int] = frozenset()
+        guard: dict[str, Any] = {}
         if saved is not None:
             with contextlib.suppress(StorageError, KeyError, ValueError):
                 manifest = checkpoint.read_manifest(session.common.directory, saved)
-                states = frozenset(manifest.heads)
+                states, guard = frozenset(manifest.heads), manifest.facts.get("guard") or {}
                 fit = fitting(found, manifest.facts.get("standings", {}))
                 known = checkpoint.read_references(session.common.directory, manifest, session.initial.plans)
                 references |= {h: session.common.transport.publish(factors) for h, factors in known.items() if h in fit}
         exact = session.start.exact - found.granted.keys() if found.version == session.start.version else frozenset()
-        return Start.after(found, references, saved=saved, exact=exact, states=states, epoch=epoch), found.astray
+        start = Start.after(found, references, saved=saved, exact=exact, states=states, guard=guard, epoch=epoch)
+        return start, found.astray

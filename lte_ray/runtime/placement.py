@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,8 @@ LEAST_SHARE = 0.25
 
 PATIENCE = 30.0
 """Seconds to wait for resources that the cluster has but others may be using."""
+
+log = logging.getLogger("lte_ray")
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ def resolve(config: PlacementConfig, num_heads: int, **more: Any) -> Placement:
     gpus = config.gpus_per_head
     if gpus is None:
         gpus = 1.0 if has.get("GPU", 0) >= actors else 0.0
+        if not gpus and has.get("GPU", 0):
+            log.warning("%s", _unused(has["GPU"], actors))
     cpus = config.cpus_per_head
     if cpus is None:
         share = has.get("CPU", 0) / actors
@@ -97,6 +102,14 @@ def resolve(config: PlacementConfig, num_heads: int, **more: Any) -> Placement:
 def hosted(placement: Placement, num_heads: int) -> list[tuple[int, ...]]:
     """The numbers of each actor's heads."""
     return [tuple(range(n, min(n + placement.heads, num_heads))) for n in range(0, num_heads, placement.heads)]
+
+
+def _unused(gpus: float, actors: int) -> str:
+    each = math.ceil(actors / gpus)  # on one GPU: a process can't have parts of two
+    return (
+        f"The cluster has {gpus:g} GPU for {actors} processes of heads, so all of them train on CPUs. To use it, give each a "
+        f"part of one (--gpus-per-head {math.floor(100 / each) / 100:g}) or several heads a process (--heads-per-actor {each})."
+    )
 
 
 def _lacks(placement: Placement, actors: int, short: dict[str, float], has: Mapping[str, float]) -> str:
@@ -124,8 +137,17 @@ def groups_of(merge: MergeConfig, plans: Sequence[Plan], nodes: int, redoable: b
 
 
 def placed(strategy: PlacementGroupSchedulingStrategy) -> bool:
-    """Whether the bundles of that group are reserved, so that an actor in one of them can start."""
-    return bool(placement_group_table(strategy.placement_group)["state"] == "CREATED")
+    """Whether its bundle is reserved on a node that is there, so that an actor in it can start."""
+    table = placement_group_table(strategy.placement_group)
+    if table["state"] == "CREATED":
+        return True
+    node = table.get("bundles_to_node_id", {}).get(strategy.placement_group_bundle_index)
+    return node in [each["NodeID"] for each in ray.nodes() if each["Alive"]]
+
+
+def several_nodes() -> bool:
+    """Whether the cluster has more than one node."""
+    return len([each for each in ray.nodes() if each["Alive"]]) > 1
 
 
 @dataclass

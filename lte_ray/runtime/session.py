@@ -25,7 +25,7 @@ from lte_ray.engine.failures import Failures
 from lte_ray.engine.initial import Initial
 from lte_ray.engine.threads import cores, head_threads
 from lte_ray.errors import ContributionRefused, CoordinatorLost, LTEError, RunError, StorageError, UserError, WorkerFailed
-from lte_ray.messages import HeadStatus, MergeRecord, Save
+from lte_ray.messages import HeadStatus, MergeRecord, Save, Standing
 from lte_ray.metrics import Evaluation, MetricsLog, Progress, Reporter, throughput
 from lte_ray.runtime.common import Common
 from lte_ray.runtime.coordinator import CoordinatorStatus
@@ -95,11 +95,15 @@ class Session:
         self.checkpoint = self.start.saved
         self.log = MetricsLog(self.common.directory)
         self.log.rewind(self.version)
+        if self.version:
+            anew = [head for head in range(self.common.settings.lte.num_heads) if not self._stands(head).sequence]
+            self.log.event("resumed", version=self.version, heads=self.common.settings.lte.num_heads, anew=anew)
         self.failures = Failures(self.failure)
         self.note = ""
-        self._trouble = ""
+        self._trouble = self._merging = ""
         self._told: set[tuple[int, int]] = set()  # cuts that heads were asked to write to, and the heads
         self._refused = (0, 0)  # epoch and number of the newest refusal that was noted
+        self._poison: set[tuple[int, int, int]] = set()  # head, epoch and sequence of those that were poison
         self._pinged: tuple[Any, float] | None = None  # the evaluator's sign of life that hasn't come yet, and since when
         self._alive: list[Any] = []
         self._to_evaluate: deque[tuple[int, int, Any]] = deque()
@@ -109,6 +113,9 @@ class Session:
         self._quiet_said = 0.0
         self.hub = Hub(self.common, self.initial, self.policy, self._launch, self._end)
         self.crew = Crew(self.hub, self._launch_heads, self._end)
+
+    def _stands(self, head: int) -> Standing:
+        return self.start.standings.get(head, Standing())
 
     def run(self, places: Places) -> None:
         """Runs to the end, with the actors in these places.
@@ -195,7 +202,7 @@ class Session:
                     mending.head_ended(member, error)
                 else:
                     self._note(statuses)
-                    member.run, member.over = None, True
+                    self.crew.over(member)
                     mending.check_quarantined(member)
             self._note(self.crew.look())
             mending.look()
@@ -207,6 +214,12 @@ class Session:
 
     def _note(self, statuses: Any) -> None:
         self.statuses.update({status.head: status for status in statuses})
+        for status in statuses:  # what a coordinator that is gone can't tell any more, its heads do
+            for epoch, sequence in status.dropped:
+                if epoch < self.hub.epoch and (status.head, epoch, sequence) not in self._poison:
+                    self._poison.add((status.head, epoch, sequence))
+                    why = "poison, as the coordinator said before it was lost"
+                    self.log.event("refused", head=status.head, sequence=sequence, why=why, poison=True)
 
     @property
     def seen(self) -> int:
@@ -220,14 +233,16 @@ class Session:
         if status.trouble and status.trouble != self._trouble:
             self.log.event("storage", why=status.trouble)
             log.warning("%s", status.trouble)
-        self._trouble = status.trouble
+        self._trouble, self._merging = status.trouble, status.waiting_for
         for number, verdict in status.refusals:
             if (self.hub.epoch, number) > self._refused:
                 self._refused = (self.hub.epoch, number)
+                if verdict.poison:
+                    self._poison.add((verdict.head, self.hub.epoch, verdict.sequence))
                 self.log.event(
                     "refused", head=verdict.head, sequence=verdict.sequence, why=verdict.reason, poison=verdict.poison
                 )
-        for record in status.merges:
+        for record in [record for record in status.merges if record.version > self.seen]:  # two answers may tell of one
             if record.base is not None:
                 self._to_evaluate.append((record.version, record.step, record.base))
             self.log.merge(record)
@@ -249,7 +264,6 @@ class Session:
         self._to_evaluate.clear()
         self._evaluating = None
         self.version = min(version, self.version) if not self.merges else self.version
-        self.log.flush(now=True)
         self.log.rewind(version)
 
     def _evaluate(self, patience: float = 0) -> None:
@@ -270,8 +284,8 @@ class Session:
             evaluation = Evaluation(version, step, values)
             self.evaluations.append(evaluation)
             self.log.evaluation(evaluation)
-            if self.common.keep.best and version in checkpoint.complete(self.common.directory):
-                with contextlib.suppress(StorageError):
+            with contextlib.suppress(StorageError):
+                if self.common.keep.best and version in checkpoint.complete(self.common.directory):
                     checkpoint.write_evaluation(self.common.directory, version, values)
         if self._to_evaluate:
             version, step, base = self._to_evaluate.popleft()
@@ -320,6 +334,8 @@ class Session:
             elif member.pulse.answered is None and not member.over:
                 reasons.append(f"{member.name} is starting, or waits for resources of the cluster")
         reasons += [f"head {s.head} is {s.state}" + (f" ({s.note})" if s.note else "") for s in self.statuses.values()]
+        if self._merging:
+            reasons.append(f"the coordinator waits {self._merging}")
         own = storage.trouble()
         return "; ".join([*reasons, *([own] if own else []), *([self._trouble] if self._trouble else [])]) or "unknown"
 
@@ -361,11 +377,11 @@ class Session:
         while True:
             try:
                 self._write_last(limit=60.0, early=False)
-                version, base, trouble = got(self.hub.coordinator.finish.remote(), "the coordinator")
-                self.take(got(self.hub.coordinator.status.remote(self.seen), "the coordinator"))
+                version, base, trouble = self._when_there(mending, self.hub.coordinator.finish.remote())
+                self.take(self._when_there(mending, self.hub.coordinator.status.remote(self.seen)))
                 final = self.common.transport.fetch(base).clone()
                 break
-            except (CoordinatorLost, Gone, ray.exceptions.RayActorError) as error:
+            except (CoordinatorLost, Gone, ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
                 mending.recover(str(error))
                 self._watch(mending)  # heads that died together with it have something to do again
         base = self.common.transport.publish(final)  # the driver's own from here on
@@ -381,11 +397,26 @@ class Session:
             self._watchdog()
             self.reporter.update(self.progress("evaluating the merged weights"))
         try:
-            self.sample = got(self.evaluator.sample.remote(base), "the evaluator")
+            sampling = self.evaluator.sample.remote(base)
+            while self._evaluator is not None and not ray.wait([sampling], timeout=POLL)[0]:
+                self._check_evaluator()
+            self.sample = got(sampling, "the evaluator")
         except WorkerFailed as error:  # a sample is for show: no reason to call the run failed
             self.sample = f"sample() raised: {error.traceback.strip().splitlines()[-1]}"
         except LTEError as error:
             self.sample = f"sample() gave nothing: {error}"
+
+    def _when_there(self, mending: Mending, answer: Any) -> Any:
+        """The coordinator's answer, while others write their parts of the last checkpoint.
+
+        Raises:
+            CoordinatorLost: its process died, or hangs.
+        """
+        while not ray.wait([answer], timeout=POLL)[0]:
+            mending.look_at_end()
+            self._watchdog()
+            self.reporter.update(self.progress("saving the last version"))
+        return got(answer, "the coordinator")
 
     def check_heads(self) -> None:
         """Raises ContributionRefused if every head of the run is quarantined."""
