@@ -50,7 +50,7 @@ bench: $(VENV)/.installed-dev  ## Run the benchmarks and write benchmarks/result
 	$(BIN)/python -m benchmarks.async_quality
 
 chaos: $(VENV)/.installed-dev  ## Kill every kind of process at every point, cut off nodes, and explore thousands of schedules (about 20 minutes)
-	LTE_RAY_LONG=1 $(BIN)/python -m pytest tests/test_ray_chaos.py tests/test_ray_chaos_long.py tests/test_ray_heads_long.py tests/test_ray_driver.py tests/test_ray_nodes.py tests/test_ray_resume.py
+	LTE_RAY_LONG=1 $(BIN)/python -m pytest tests/test_ray_chaos.py tests/test_ray_chaos_long.py tests/test_ray_heads_long.py tests/test_ray_driver.py tests/test_ray_nodes.py tests/test_ray_resume.py tests/test_ray_run.py
 	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 soak: $(VENV)/.installed-dev  ## Kill and stop processes of a run for half an hour, and report (ARGS="--minutes 3")

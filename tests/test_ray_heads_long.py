@@ -76,10 +76,12 @@ def test_a_head_that_dies_again_and_again_is_dropped(local_ray: None, tmp_path: 
     """The others take its data, and end; each batch of theirs is merged once."""
     failure = FailureConfig(head_failures=1, exhausted="drop", backoff=0.1)
     rows, found = run(tmp_path, Marked(kills=(1, 12)), 3, failure, **merge)
-    assert [row["heads"] for row in events(rows, "head_dropped")] == [[1]]
-    assert len(events(rows, "head_lost")) == 2
+    (dropped,) = events(rows, "head_dropped")
+    assert dropped["heads"] == [1]
+    assert len(events(rows, "head_lost")) in (2, 3)  # the driver may hear of the merge before the first one after it
     assert found.clean, found.problems
-    assert {head for row in rows if row["kind"] == "merge" and row["version"] > 8 for head in row["heads"]} == {0, 2}
+    later = [row for row in rows if row["kind"] == "merge" and row["at"] > dropped["at"]]
+    assert {head for row in later for head in row["heads"]} == {0, 2}
 
 
 @pytest.mark.parametrize("merge", [{}, {"when": "arrival", "wait": False}], ids=["barrier", "async"])
