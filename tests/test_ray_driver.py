@@ -87,6 +87,7 @@ def test_a_barrier_run_whose_driver_was_killed_is_bitwise_the_run_that_never_sto
     assert audit([json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]).clean
 
 
+@LONG
 def test_two_processes_do_not_train_one_run(local_ray: None, tmp_path: Path) -> None:
     """The second is told who does, and touches nothing; the first goes on to its end."""
     first = command(tmp_path)

@@ -381,7 +381,9 @@ def test_activations_computed_again_change_nothing(name: str, pattern: str) -> N
 def test_mixed_precision(name: str, lora: dict[str, Any]) -> None:
     """Under bfloat16 autocast the float32 model learns as well, and the master is float32."""
     worker = dataclasses.replace(MODELS[name], dtype=torch.float32)
-    settings = make(lora, precision="bf16-mixed")
+    settings = make(
+        lora, precision="bf16-mixed", steps=12
+    )  # on CPUs without bfloat16 units six hardly learn more than rounding
     initial = prepare(worker, settings)
     before = outputs(worker, initial.model)["loss"]
     result = simulate(worker, settings)

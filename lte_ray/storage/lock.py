@@ -31,18 +31,22 @@ def alone(directory: RunDirectory) -> Iterator[None]:
     if fcntl is None or not directory.is_local:
         yield
         return
-    with Path(directory.at(LOCK)).open("a+", encoding="utf-8") as file:
+    path = Path(directory.at(LOCK))
+    with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StorageError(_taken(directory, file.name)) from None
+            raise StorageError(_taken(directory, path)) from None
         except OSError:
             yield
             return
         file.truncate(0)
         file.write(f"{os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def check_alone(directory: RunDirectory) -> None:
@@ -52,8 +56,8 @@ def check_alone(directory: RunDirectory) -> None:
             pass
 
 
-def _taken(directory: RunDirectory, path: str) -> str:
-    who = Path(path).read_text(encoding="utf-8", errors="replace").strip()
+def _taken(directory: RunDirectory, path: Path) -> str:
+    who = path.read_text(encoding="utf-8", errors="replace").strip()
     return (
         f"The run in {directory.display} is being trained by process {who or 'of another program'}. Wait until it ends, stop "
         "it, or give another --name."
