@@ -89,3 +89,15 @@ def test_a_head_that_no_version_knows_of_is_new_to_the_next_coordinator() -> Non
     assert 1 in after.data.heads
     grants = after.order(0).release or after.data.ready(1)
     assert grants  # head 0 is asked for half of its data, or it has been given what was free
+
+
+@pytest.mark.parametrize(("steps", "limit"), [(10_000, 600), (100, 10), (12, 6)])
+def test_heads_that_share_steps_are_granted_what_they_take_while_a_coordinator_is_away(steps: int, limit: int) -> None:
+    """A minute of a head's own steps, a tenth of what is left for it, and two rounds: the first if it isn't more than the
+    second, the last at least."""
+    settings = make_settings(heads=2, steps=steps, merge_iter=3)
+    settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, budget="shared"))
+    coordinator = make(Each(), settings)
+    for head in (0, 1):
+        coordinator.pace.note(head, 10, 1.0)
+    assert coordinator.order(0).limit == limit

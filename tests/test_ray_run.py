@@ -234,7 +234,8 @@ class Poisoned(Regression):
         return super().loss(model, batch[:2]) * batch[2]
 
 
-@pytest.mark.parametrize(("last", "dropped"), [(12, 10), pytest.param(99, 0, marks=LONG)], ids=["two rounds", "for ever"])
+@LONG
+@pytest.mark.parametrize(("last", "dropped"), [(12, 10), (99, 0)], ids=["two rounds", "for ever"])
 def test_poison_costs_what_it_held_and_nothing_else(local_ray: None, tmp_path: Path, last: int, dropped: int) -> None:
     """Bitwise the simulation, whether the head recovers or is quarantined; to the audit it is dropped, not lost."""
     kwargs, worker = settings(), Poisoned(last=last)
