@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.soak_account import Fault
-from benchmarks.soak_processes import Driver, actors, adopt_orphans, reap
+from benchmarks.soak_processes import CLASSES, Driver, actors, adopt_orphans, reap
 from benchmarks.soak_report import Soaked, tell
 from benchmarks.soak_watch import Watch
 
@@ -33,7 +33,6 @@ KINDS = {
 }
 """Kinds of faults, and how many of a hundred each is."""
 
-CLASSES = {"head": "HeadActor", "coordinator": "CoordinatorActor", "evaluator": "EvaluatorActor"}
 LOOK = 0.1
 """Seconds between two looks at the run."""
 PATIENCE = 180.0

@@ -67,6 +67,9 @@ def below(root: int) -> list[Process]:
     return [found[pid] for pid in sorted(inside - {root}) if pid in found]
 
 
+CLASSES = {"head": "HeadActor", "coordinator": "CoordinatorActor", "evaluator": "EvaluatorActor"}
+
+
 def actors(kind: str) -> list[Process]:
     """Living actors of lte-ray whose class has this name, below this process."""
     return [process for process in below(os.getpid()) if process.line.startswith("ray::") and kind in process.line]

@@ -9,12 +9,11 @@ from typing import Any
 
 from benchmarks.report import report
 from benchmarks.soak_account import Fault, back, fit, name_heads, next_merge, quantiles, rate, stretches
-from benchmarks.soak_processes import Driver
+from benchmarks.soak_processes import CLASSES, Driver
 from benchmarks.soak_watch import Watch
 from lte_ray.audit import audit, read_rows
 
 MIB = 2**20
-ACTORS = ("HeadActor", "CoordinatorActor", "EvaluatorActor")
 WARM = 20.0
 """Seconds after which a coordinator's memory counts: before, it still loads what it needs."""
 FLAT = 0.05
@@ -135,7 +134,7 @@ def _flat(memory: dict[str, float]) -> bool:
 
 def _limits(figures: dict[str, Any]) -> tuple[dict[str, str], dict[str, bool]]:
     contributions, left, memory = figures["contributions"], figures["left_over"], figures["memory_MiB"]["faults"]
-    ours = [name for name in left["ended_for_dead_drivers"] if any(kind in name for kind in ACTORS)]
+    ours = [name for name in left["ended_for_dead_drivers"] if any(kind in name for kind in CLASSES.values())]
     flat = f"growth over the run, by a straight line, at most 4 MiB or {FLAT:.0%}"
     checks = {
         "survivors": ("samples/s of heads that live while another is away, over fault-free: >= 0.977",

@@ -12,7 +12,7 @@ from chaos_deaths import Deaths
 from chaos_parts import Here
 
 from lte_ray.engine.recovery import fitting, recover
-from lte_ray.messages import Report, Standing
+from lte_ray.messages import Report
 from lte_ray.runtime import resuming
 from lte_ray.runtime.start import Start
 
@@ -42,7 +42,7 @@ class Recovery(Deaths):
         self.hub = self.new_hub(replace(start, members=frozenset(set(self.members) - out)))
         reporting = {number for report in reports for number in report.heads}
         for number, member in self.members.items():
-            held = start.standings.get(number, Standing())
+            held = start.standing(number)
             if member.over and number not in reporting and held.step < member.end:  # `Mending._undone`
                 member.over, member.gone = False, True
                 member.incarnation += 1

@@ -13,7 +13,7 @@ from lte_ray import checkpoint
 from lte_ray.engine.deadlines import Pulse
 from lte_ray.engine.recovery import fitting, recover
 from lte_ray.errors import CoordinatorLost, HeadLost, LTEError, RunError, StorageError, WorkerFailed
-from lte_ray.messages import Report, Standing
+from lte_ray.messages import Report
 from lte_ray.runtime.crew import Member
 from lte_ray.runtime.placement import Places
 from lte_ray.runtime.resuming import resumed
@@ -253,7 +253,7 @@ class Mending:
         if not member.over or set(member.numbers) & {number for report in reports for number in report.heads}:
             return False
         ends = {number: self._session.statuses[number] for number in member.numbers}
-        merged = {number: start.standings.get(number, Standing()).step for number in member.numbers}
+        merged = {number: start.standing(number).step for number in member.numbers}
         return any(end.state != "quarantined" and merged[number] < end.step for number, end in ends.items())
 
     def _roll_back(self, why: str, good: int) -> None:
@@ -290,7 +290,7 @@ class Mending:
         for member in crew.members:
             crew.clear(member)
             member.over, member.due = False, time.monotonic()
-        skipped = sum(held.batches - before.standings.get(head, Standing()).batches for head, held in standings.items())
+        skipped = sum(held.batches - before.standing(head).batches for head, held in standings.items())
         now = {
             head: replace(held, batches=standings[head].batches, lanes=standings[head].lanes)
             for head, held in before.standings.items()

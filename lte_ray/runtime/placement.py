@@ -142,12 +142,17 @@ def placed(strategy: PlacementGroupSchedulingStrategy) -> bool:
     if table["state"] == "CREATED":
         return True
     node = table.get("bundles_to_node_id", {}).get(strategy.placement_group_bundle_index)
-    return node in [each["NodeID"] for each in ray.nodes() if each["Alive"]]
+    return node in _nodes()
 
 
 def several_nodes() -> bool:
     """Whether the cluster has more than one node."""
-    return len([each for each in ray.nodes() if each["Alive"]]) > 1
+    return len(_nodes()) > 1
+
+
+def _nodes() -> list[str]:
+    """The ids of the nodes that are there."""
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"]]
 
 
 @dataclass

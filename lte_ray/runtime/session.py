@@ -25,7 +25,7 @@ from lte_ray.engine.failures import Failures
 from lte_ray.engine.initial import Initial
 from lte_ray.engine.threads import cores, head_threads
 from lte_ray.errors import ContributionRefused, CoordinatorLost, LTEError, RunError, StorageError, UserError, WorkerFailed
-from lte_ray.messages import HeadStatus, MergeRecord, Save, Standing
+from lte_ray.messages import HeadStatus, MergeRecord, Save
 from lte_ray.metrics import Evaluation, MetricsLog, Progress, Reporter, throughput
 from lte_ray.runtime.common import Common
 from lte_ray.runtime.coordinator import CoordinatorStatus
@@ -96,7 +96,7 @@ class Session:
         self.log = MetricsLog(self.common.directory)
         self.log.rewind(self.version)
         if self.version:
-            anew = [head for head in range(self.common.settings.lte.num_heads) if not self._stands(head).sequence]
+            anew = [head for head in range(self.common.settings.lte.num_heads) if not self.start.standing(head).sequence]
             self.log.event("resumed", version=self.version, heads=self.common.settings.lte.num_heads, anew=anew)
         self.failures = Failures(self.failure)
         self.note = ""
@@ -113,9 +113,6 @@ class Session:
         self._quiet_said = 0.0
         self.hub = Hub(self.common, self.initial, self.policy, self._launch, self._end)
         self.crew = Crew(self.hub, self._launch_heads, self._end)
-
-    def _stands(self, head: int) -> Standing:
-        return self.start.standings.get(head, Standing())
 
     def run(self, places: Places) -> None:
         """Runs to the end, with the actors in these places.
@@ -336,8 +333,8 @@ class Session:
         reasons += [f"head {s.head} is {s.state}" + (f" ({s.note})" if s.note else "") for s in self.statuses.values()]
         if self._merging:
             reasons.append(f"the coordinator waits {self._merging}")
-        own = storage.trouble()
-        return "; ".join([*reasons, *([own] if own else []), *([self._trouble] if self._trouble else [])]) or "unknown"
+        reasons += [trouble for trouble in (storage.trouble(), self._trouble) if trouble]
+        return "; ".join(reasons) or "unknown"
 
     # -- the end -------------------------------------------------------------------------------------------------------
 

@@ -44,6 +44,10 @@ class Start:
     members: frozenset[int] | None = None
     epoch: int = 0
 
+    def standing(self, head: int) -> Standing:
+        """What it holds of a head; nothing if it doesn't know of it."""
+        return self.standings.get(head, Standing())
+
     @classmethod
     def after(cls, found: Recovered, references: Mapping[int, Handle], **more: Any) -> Start:
         """What the heads know, with the factors of those that are alive and of others (`references`)."""

@@ -50,7 +50,7 @@ def alone(directory: RunDirectory) -> Iterator[None]:
 
 
 def check_alone(directory: RunDirectory) -> None:
-    """Raises StorageError if another process trains the run; changes nothing."""
+    """Raises StorageError if another process trains the run; takes nothing for longer than that."""
     if directory.is_local and os.path.exists(directory.at(LOCK)):
         with alone(directory):
             pass
