@@ -28,8 +28,9 @@ types: $(VENV)/.installed-dev  ## Check types
 floors: $(VENV)/.installed-dev  ## Check that imports go downward only
 	$(BIN)/lint-imports --no-logo
 
-unit: $(VENV)/.installed-dev  ## Run the tests (ARGS="-k merge" to pick some)
-	$(BIN)/python -m pytest $(ARGS)
+unit: $(VENV)/.installed-dev  ## Run the tests: on all cores what starts no Ray, then what does (ARGS="-k merge" to pick some)
+	$(BIN)/python -m pytest -m "not ray" -n auto --dist loadscope $(ARGS)
+	$(BIN)/python -m pytest -m ray $(ARGS)
 
 format: $(VENV)/.installed-dev  ## Format the code and mend what can be mended
 	$(BIN)/ruff check --fix .
@@ -49,8 +50,8 @@ bench: $(VENV)/.installed-dev  ## Run the benchmarks and write benchmarks/result
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.async_quality
 
-chaos: $(VENV)/.installed-dev  ## Kill every kind of process at every point, cut off nodes, and explore thousands of schedules (about 20 minutes)
-	LTE_RAY_LONG=1 $(BIN)/python -m pytest tests/test_ray_chaos.py tests/test_ray_chaos_long.py tests/test_ray_heads_long.py tests/test_ray_driver.py tests/test_ray_nodes.py tests/test_ray_resume.py tests/test_ray_run.py
+chaos: $(VENV)/.installed-dev  ## Run all tests on Ray, the long ones too: kill every kind of process at every point, cut off nodes; then explore thousands of schedules (about an hour)
+	LTE_RAY_LONG=1 $(BIN)/python -m pytest -m ray
 	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 soak: $(VENV)/.installed-dev  ## Kill and stop processes of a run for half an hour, and report (ARGS="--minutes 3")

@@ -37,3 +37,9 @@ def shared_ray() -> Iterator[None]:
 @pytest.fixture
 def local_ray(shared_ray: None) -> None:
     """The shared Ray; started with the first test that asks for it."""
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """`make unit` runs the tests in two parts; that one of them has none of those that ARGS picks is no failure."""
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and session.config.option.markexpr:
+        session.exitstatus = pytest.ExitCode.OK

@@ -1,6 +1,7 @@
 """A run on three nodes of which one is lost, or cut off for a while: a program of its own, since it needs a cluster of its own.
 
-Usage: python node_loss.py FOLDER lose|cut. Prints the result's figures and exits with 0 if the run came to its end.
+Usage: python node_loss.py FOLDER lose|cut|leave. Prints the result's figures and exits with 0 if the run came to its end.
+lose: another node comes at once; leave: only when the run has given up the heads that have no place.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from ray.cluster_utils import Cluster  # noqa: E402
 from ray_support import descendants, settings, storage  # noqa: E402
 from torch import nn  # noqa: E402
 
-from lte_ray import LTEConfig, LTETrainer, MergeConfig  # noqa: E402
+from lte_ray import FailureConfig, LTEConfig, LTETrainer, MergeConfig  # noqa: E402
 from lte_ray.config import PlacementConfig  # noqa: E402
+from lte_ray.runtime import mending, placement  # noqa: E402
 from workers.regression import Regression  # noqa: E402
 
 CUT = 20.0
@@ -39,10 +41,10 @@ class Slow(Regression):
         return super().loss(model, batch)
 
 
-def merges(folder: Path) -> int:
-    """How many merges the run has noted."""
+def noted(folder: Path, what: str) -> int:
+    """How many rows of the run's metrics hold this."""
     try:
-        return (folder / "r" / "metrics.jsonl").read_text().count('"kind": "merge"')
+        return (folder / "r" / "metrics.jsonl").read_text().count(what)
     except OSError:
         return 0
 
@@ -53,19 +55,24 @@ def main(folder: Path, what: str) -> int:
     cluster.add_node(num_cpus=2)
     other = cluster.add_node(num_cpus=2)
     ray.init(address=cluster.address, logging_level="error", log_to_driver=False)
-    config = settings(300) | {
+    if what == "leave":
+        placement.PATIENCE, mending.GROW = 5.0, 1.0
+    config = settings(600 if what == "leave" else 300) | {
         "lte": LTEConfig(num_heads=4, lora_r=8, lora_alpha=16),
         "merge": MergeConfig(merge_iter=5, merge_threads=1, when="arrival", wait=False),
     }
     placed = PlacementConfig(cpus_per_head=1.0)
-    trainer = LTETrainer(Slow(), run_config=storage(folder, "r"), scaling_config=placed, **config)
+    failure = FailureConfig(exhausted="drop" if what == "leave" else "stop")
+    trainer = LTETrainer(Slow(), run_config=storage(folder, "r"), scaling_config=placed, failure=failure, **config)
     found: list[Any] = []
     thread = threading.Thread(target=lambda: found.append(trainer.fit().metrics), daemon=True)
     thread.start()
-    while merges(folder) < 20 and thread.is_alive():
+    while noted(folder, '"kind": "merge"') < 20 and thread.is_alive():
         time.sleep(0.1)
-    if what == "lose":
+    if what in ("lose", "leave"):
         cluster.remove_node(other, allow_graceful=False)
+        while what == "leave" and noted(folder, '"head_dropped"') < 2 and thread.is_alive():
+            time.sleep(0.1)
         cluster.add_node(num_cpus=2)
     else:
         raylet = other.all_processes["raylet"][0].process.pid

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -207,6 +210,16 @@ def test_help_explains_every_field_and_the_workers_own(capsys: pytest.CaptureFix
             assert " ".join(field.metadata["help"].split()[:4]) in shown
     assert "--worker.batch-size INT" in shown
     assert "Samples of one head's batch." in shown
+
+
+def test_help_that_nobody_reads_to_its_end_ends_without_a_word() -> None:
+    """As in `lte-ray train --help | head`: the exit code of a broken pipe, and nothing on stderr."""
+    command = [Path(sys.executable).parent / "lte-ray", "train", "--help"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_a_toml_file_gives_settings_and_flags_win(tmp_path: Path) -> None:

@@ -37,6 +37,18 @@ def test_a_head_that_died_too_often_in_a_row_ends_the_run(most: int, merges: lis
 
 
 @pytest.mark.parametrize(
+    ("exhausted", "others", "action"), [("drop", 2, "drop"), ("drop", 1, "restart"), ("stop", 2, "restart")]
+)
+def test_a_head_without_a_place_is_waited_for_unless_the_run_may_do_without(exhausted: str, others: int, action: str) -> None:
+    """Lack of room ends no run: it drops the head where that is allowed and enough are left, and else waits on."""
+    failures = Failures(FailureConfig(exhausted=exhausted, min_heads=2))  # type: ignore[arg-type]
+    remedy = failures.no_place(others, 31.0)
+    assert remedy.action == action
+    assert remedy.why == ("the cluster has had no place for it for 31 s" if action == "drop" else "")
+    assert failures.total == 0
+
+
+@pytest.mark.parametrize(
     ("exhausted", "others", "least", "action"),
     [("drop", 2, 1, "drop"), ("drop", 2, 2, "drop"), ("drop", 1, 2, "stop"), ("drop", 0, 1, "stop"), ("stop", 2, 1, "stop")],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -13,7 +14,10 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-from ray_support import ROOT, descendants
+import torch
+from ray_support import LONG, ROOT, descendants
+
+from lte_ray.audit import audit
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -87,6 +91,7 @@ def test_a_users_own_file_trains_with_four_heads(users_file: Path, tmp_path: Pat
     assert set(safetensors.torch.load_file(run / "model.safetensors")) == {"0.weight", "0.bias", "2.weight", "2.bias"}
 
 
+@LONG
 def test_a_worker_that_raises_gives_exit_code_1_and_its_traceback(users_file: Path, tmp_path: Path) -> None:
     """The user's own line is in the message, with the head and the step; the last checkpoint stays."""
     flags = "--lora-r 1 --merge-iter 5 --checkpoint-every 1 --worker.fail-at 14 --name a --storage runs"
@@ -201,3 +206,32 @@ def test_a_failing_worker_fails_its_job_with_the_real_traceback(cluster: str, us
     assert "failed" in said
     assert re.search(r"failed in head [01] at local step 7", said)
     assert 'raise OSError("the data server hung up")' in said
+
+
+@LONG
+def test_a_stopped_job_goes_on_when_it_is_submitted_again(cluster: str, users_file: Path, tmp_path: Path) -> None:
+    """`ray job stop` saves all heads' states; the same submission goes on from there, to the weights of an undisturbed run."""
+    flags = "--num-heads 2 --lora-r 4 --lora-alpha 8 --merge-iter 5 --merge-threads 1 --steps 400 --seed 3 --eval-every 0"
+    where = f"--checkpoint-every 1000 --resume --storage {tmp_path}/runs"
+    program = f"{BIN}/lte-ray train file.py:Net --cpus-per-head 1 {flags} {where}".split()
+    slow = users_file.read_text().replace("        return F.mse", "        import time; time.sleep(0.02)\n        return F.mse")
+    users_file.write_text(slow)
+    submission = ["--working-dir", str(users_file.parent), "--submission-id"]
+    first = job("submit", "--no-wait", *submission, "first", "--", *program, "--name", "stopped", address=cluster)
+    assert first.returncode == 0, first.stdout + first.stderr
+    metrics = tmp_path / "runs" / "stopped" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count('"kind": "merge"') >= 3)
+    stopped = job("stop", "first", address=cluster)
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    (saved,) = (tmp_path / "runs" / "stopped" / "checkpoints").iterdir()
+    assert 3 <= int(saved.name) < 80
+    again = job("submit", *submission, "again", "--", *program, "--name", "stopped", address=cluster)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "step 400/400" in again.stdout
+    whole = job("submit", *submission, "whole", "--", *program, "--name", "whole", address=cluster)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    merged, expected = (safetensors.torch.load_file(tmp_path / "runs" / n / "model.safetensors") for n in ("stopped", "whole"))
+    assert all(torch.equal(merged[name], value) for name, value in expected.items())
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [row["version"] for row in rows if row.get("event") == "resumed"] == [int(saved.name)]
+    assert audit(rows).clean

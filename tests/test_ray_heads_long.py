@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ import torch
 from ray_support import LONG, Dropping, storage
 from torch import Tensor
 
-from lte_ray import FailureConfig, LTEConfig, LTETrainer, MergeConfig, Shard, TrainConfig
+from lte_ray import FailureConfig, LTEConfig, LTETrainer, MergeConfig, Shard, TrainConfig, points
 from lte_ray.audit import Audit, audit
 from lte_ray.config import PlacementConfig
+from lte_ray.errors import CoordinatorLost
 from lte_ray.metrics import Silent
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), LONG]
@@ -133,3 +135,49 @@ def test_a_run_goes_back_after_a_spike(local_ray: None, tmp_path: Path) -> None:
     losses = [loss for row in rows if row["kind"] == "merge" for loss in row["train_loss"].values()]
     assert max(losses[-4:]) < 5.0
     assert torch.isfinite(torch.tensor(losses)).all()
+
+
+def test_a_loader_that_stands_still_is_said_and_replaced(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its head answers, but takes no step: the watchdog says who waits for what, then the head is killed and started again."""
+    monkeypatch.setattr("lte_ray.runtime.session.QUIET", 1.0)
+    monkeypatch.setattr("lte_ray.engine.deadlines.PROGRESS", 4.0)
+
+    class Stuck(Marked):
+        """Its loader waits for ever in step 23 of head 1, the first time."""
+
+        def train_batches(self, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
+            for step, batch in enumerate(super().train_batches(shard), shard.cursor + 1):
+                if (shard.head, step) == (1, 23) and not Path(self.marks, "stuck").exists():
+                    Path(self.marks, "stuck").touch()
+                    threading.Event().wait()
+                yield batch
+
+    rows, found = run(tmp_path, Stuck(marks=str(tmp_path)), 2, FailureConfig())
+    (hung,) = events(rows, "head_hung")
+    assert hung["heads"] == [1]
+    assert "it answers, but hasn't moved for" in hung["why"]
+    said = [row["why"] for row in events(rows, "still") if row["at"] < hung["at"]]
+    assert any("head 0 is waiting" in why and "head 1 is training" in why for why in said), said
+    assert [row["heads"] for row in events(rows, "head_restarts")] == [[1]]
+    assert found.clean, found.problems
+    assert found.samples == 2 * 60 * Dropping().batch_size
+
+
+def test_a_coordinator_that_dies_without_a_merge_in_between_ends_the_run(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time before it merges anything: as often as a head may, then the run says so, and saves what there is."""
+    script = tmp_path / "script"
+    script.mkdir()
+    for number in range(5):
+        fault = {"point": "decided", "version": 5, "signal": "SIGKILL"}
+        (script / f"{number}.json").write_text(json.dumps(fault))
+    monkeypatch.setenv(points.VARIABLE, str(script))
+    with pytest.raises(CoordinatorLost, match=r"it died 3 times without a merge in between"):
+        run(tmp_path, Marked(), 2, FailureConfig(head_failures=1, backoff=0.1))
+    rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert len(events(rows, "coordinator_lost")) == 3
+    assert [row["version"] for row in rows if row["kind"] == "merge"] == [1, 2, 3, 4]
+    assert audit(rows).clean

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray_support import LONG
@@ -15,16 +16,38 @@ from lte_ray.audit import audit
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280), LONG]
 
 
+def run(path: Path, what: str, steps: int) -> list[Any]:
+    """The rows of a run that has come to its end though that happened to one of its nodes."""
+    script = Path(__file__).parent / "node_loss.py"
+    done = subprocess.run([sys.executable, script, path, what], capture_output=True, text=True, timeout=270, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["step"] == steps
+    return [json.loads(line) for line in (path / "r" / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.parametrize("what", ["lose", "cut"])
 def test_a_run_survives_the_loss_of_a_node(tmp_path: Path, what: str) -> None:
     """Two of four heads are on the node that is lost, or cut off: all steps are taken, and each batch is merged once."""
-    script = Path(__file__).parent / "node_loss.py"
-    done = subprocess.run([sys.executable, script, tmp_path, what], capture_output=True, text=True, timeout=270, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["step"] == 300
-    rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    rows = run(tmp_path, what, 300)
     lost = {head for row in rows if row.get("event") in ("head_lost", "head_hung") for head in row["heads"]}
     assert len(lost) >= 2 or (what == "cut" and any(row.get("event") == "coordinator_lost" for row in rows))
     found = audit(rows)
     assert (found.samples, found.lost, found.doubled, found.problems) == (4 * 300 * 64, 0, 0, [])
+
+
+def test_heads_that_no_node_has_a_place_for_are_done_without_until_there_is_room(tmp_path: Path) -> None:
+    """With --exhausted drop: the two that are left go on with all data; when a node joins, the two come back."""
+    rows = run(tmp_path, "leave", 600)
+    events = [row for row in rows if row["kind"] == "event"]
+    dropped = [row for row in events if row["event"] == "head_dropped"]
+    assert len({head for row in dropped for head in row["heads"]}) == len(dropped) == 2
+    assert all("the cluster has had no place for it" in row["why"] for row in dropped)
+    back = [row for row in events if row["event"] == "head_added"]
+    assert {row["head"] for row in back} == {head for row in dropped for head in row["heads"]}
+    assert any(
+        set(row["heads"]) & {row["head"] for row in back}
+        for row in rows
+        if row["kind"] == "merge" and row["at"] > back[-1]["at"]
+    )
+    found = audit(rows)
+    assert (found.lost, found.doubled, found.problems) == (0, 0, [])

@@ -9,6 +9,7 @@ import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import ray
@@ -39,28 +40,66 @@ def model_of(path: str) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(Path(path) / "model.safetensors")
 
 
-def test_a_barrier_run_is_bitwise_the_same_simulated_and_twice_on_ray(local_ray: None, tmp_path: Path) -> None:
+class Collect:
+    """A reporter that keeps what it is shown."""
+
+    def __init__(self) -> None:
+        self.seen: list[Progress] = []
+        self.closed = False
+
+    def update(self, progress: Progress) -> None:
+        self.seen.append(progress)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Usual(NamedTuple):
+    """A run of two heads to its end, which several tests look at."""
+
+    path: Path
+    result: ray.train.Result
+    reporter: Collect
+
+
+@pytest.fixture(scope="module")
+def usual(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Usual:
+    """Dropout included; evaluated and saved at every second merge; named by Ray's own RunConfig."""
+    path, reporter = tmp_path_factory.mktemp("usual"), Collect()
+    run_config = ray.train.RunConfig(name="r", storage_path=str(path))
+    kwargs = settings(eval_every=2, checkpoint_every=2)
+    return Usual(path, LTETrainer(Dropping(), run_config=run_config, reporter=reporter, **kwargs).fit(), reporter)
+
+
+def simulated(worker: Regression, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The merged model of a run with these settings, all in this process."""
+    done = simulate(worker, Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"]))
+    model = worker.build_model()
+    load_base(model, done.plan, done.base)
+    return dict(model.state_dict())
+
+
+def assert_same_model(path: str, expected: dict[str, torch.Tensor]) -> None:
+    merged = model_of(path)
+    assert merged.keys() >= expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(merged[name], value), name
+
+
+def test_a_barrier_run_is_bitwise_the_same_simulated_and_on_ray(usual: Usual) -> None:
     """Same seed, same weights, whether the heads are actors or objects in one process; dropout included."""
-    kwargs = settings(steps=23)
-    simulated = simulate(Dropping(), Settings("a", kwargs["lte"], kwargs["merge"], kwargs["train"]))
-    model = Dropping().build_model()
-    load_base(model, simulated.plan, simulated.base)
-    runs = [model_of(LTETrainer(Dropping(), run_config=storage(tmp_path, n), **kwargs).fit().path) for n in ("a", "b")]
-    for name, value in model.state_dict().items():
-        assert torch.equal(runs[0][name], value), name
-        assert torch.equal(runs[1][name], value), name
+    assert_same_model(usual.result.path, simulated(Dropping(), settings()))
 
 
-def test_the_result_holds_metrics_a_checkpoint_and_a_complete_run_directory(local_ray: None, tmp_path: Path) -> None:
+def test_the_result_holds_metrics_a_checkpoint_and_a_complete_run_directory(usual: Usual) -> None:
     """`fit` gives Ray's Result; the run directory has what the README says."""
-    run_config = ray.train.RunConfig(name="r", storage_path=str(tmp_path))
-    result = LTETrainer(Regression(), run_config=run_config, **settings(eval_every=2, checkpoint_every=2)).fit()
+    result = usual.result
     assert isinstance(result, ray.train.Result)
     assert result.metrics["step"] == 30
     assert result.metrics["version"] == 6
     assert result.metrics["samples"] == 2 * 30 * 64
     assert result.metrics["validation_loss"] < 0.6
-    directory = tmp_path / "r"
+    directory = usual.path / "r"
     assert result.path == str(directory)
     assert sorted(p.name for p in directory.iterdir()) == ["checkpoints", "metrics.jsonl", "model.safetensors", "run.toml"]
     with result.checkpoint.as_directory() as saved:
@@ -74,14 +113,22 @@ def test_the_result_holds_metrics_a_checkpoint_and_a_complete_run_directory(loca
     assert {row["version"] for row in rows if row["kind"] == "evaluation"} >= {0, 6}
 
 
-def test_the_model_file_loads_strictly_and_gives_the_evaluators_figures(local_ray: None, tmp_path: Path) -> None:
+def test_the_model_file_loads_strictly_and_gives_the_evaluators_figures(usual: Usual) -> None:
     """model.safetensors has the unconverted model's names, and its logits are those that were evaluated."""
-    worker = Regression()
-    result = LTETrainer(worker, run_config=storage(tmp_path, "r"), **settings()).fit()
+    worker = Dropping()
     model = worker.build_model()
-    model.load_state_dict(model_of(result.path), strict=True)
+    model.load_state_dict(model_of(usual.result.path), strict=True)
     with torch.no_grad():
-        assert worker.evaluate(model.eval())["validation_loss"] == result.metrics["validation_loss"]
+        assert worker.evaluate(model.eval())["validation_loss"] == usual.result.metrics["validation_loss"]
+
+
+def test_a_reporter_sees_every_head_and_nothing_is_left_behind(usual: Usual) -> None:
+    """After a run no actor and no placement group of it exists, and no partial file."""
+    assert usual.reporter.closed
+    last = usual.reporter.seen[-1]
+    assert (last.step, last.version, [h.head for h in last.heads]) == (30, 6, [0, 1])
+    assert all(h.state == "done" for h in last.heads)
+    assert_clean(usual.path)
 
 
 class HalfOfHeadOne:
@@ -97,38 +144,10 @@ def test_a_policy_object_is_what_merges(local_ray: None, tmp_path: Path) -> None
     """The weights after a real run are those that the user's policy says, to the last bit of its simulation."""
     kwargs = settings(steps=10) | {"merge": MergeConfig(merge_iter=5, merge_threads=1, policy=HalfOfHeadOne())}
     result = LTETrainer(Regression(), run_config=storage(tmp_path, "r"), **kwargs).fit()
-    ours = simulate(Regression(), Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"]))
-    average = simulate(Regression(), Settings("r", kwargs["lte"], MergeConfig(merge_iter=5, merge_threads=1), kwargs["train"]))
-    model = Regression().build_model()
-    load_base(model, ours.plan, ours.base)
-    merged = model_of(result.path)
-    assert all(torch.equal(merged[name], value) for name, value in model.state_dict().items())
-    assert not torch.equal(ours.base, average.base)
-
-
-class Collect:
-    """A reporter that keeps what it is shown."""
-
-    def __init__(self) -> None:
-        self.seen: list[Progress] = []
-        self.closed = False
-
-    def update(self, progress: Progress) -> None:
-        self.seen.append(progress)
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def test_a_reporter_sees_every_head_and_nothing_is_left_behind(local_ray: None, tmp_path: Path) -> None:
-    """After a run no actor and no placement group of it exists, and no partial file."""
-    reporter = Collect()
-    LTETrainer(Regression(), run_config=storage(tmp_path, "r"), reporter=reporter, **settings()).fit()
-    assert reporter.closed
-    last = reporter.seen[-1]
-    assert (last.step, last.version, [h.head for h in last.heads]) == (30, 6, [0, 1])
-    assert all(h.state == "done" for h in last.heads)
-    assert_clean(tmp_path)
+    ours = simulated(Regression(), kwargs)
+    assert_same_model(result.path, ours)
+    average = simulated(Regression(), settings(steps=10))
+    assert any(not torch.equal(ours[name], value) for name, value in average.items())
 
 
 def assert_clean(path: Path) -> None:
@@ -240,30 +259,14 @@ def test_poison_costs_what_it_held_and_nothing_else(local_ray: None, tmp_path: P
     """Bitwise the simulation, whether the head recovers or is quarantined; to the audit it is dropped, not lost."""
     kwargs, worker = settings(), Poisoned(last=last)
     result = LTETrainer(worker, run_config=storage(tmp_path, "r"), **kwargs).fit()
-    simulated = simulate(worker, Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"]))
-    model = worker.build_model()
-    load_base(model, simulated.plan, simulated.base)
-    merged = model_of(result.path)
-    assert all(torch.equal(merged[name], value) for name, value in model.state_dict().items())
+    done = simulate(worker, Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"]))
+    assert_same_model(result.path, simulated(worker, kwargs))
     found = audit(read_rows((tmp_path / "r" / "metrics.jsonl").read_text()))
     assert found.clean, found.problems
-    assert (found.dropped, found.batches) == (dropped, sum(merge.steps for merge in simulated.merges))
+    assert (found.dropped, found.batches) == (dropped, sum(merge.steps for merge in done.merges))
 
 
-def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(local_ray: None, tmp_path: Path) -> None:
-    """20 steps, then 20 more from the checkpoint: the same weights as 40 at once; optimizer, data and dropout go on."""
-    whole = LTETrainer(Dropping(), run_config=storage(tmp_path, "whole"), **settings(steps=40)).fit()
-    LTETrainer(Dropping(), run_config=storage(tmp_path, "parts"), **settings(steps=20)).fit()
-    resumed = LTETrainer(Dropping(), run_config=storage(tmp_path, "parts", resume=True), **settings(steps=40)).fit()
-    a, b = model_of(whole.path), model_of(resumed.path)
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert resumed.metrics["step"] == 40
-    assert resumed.metrics["version"] == 8
-    rows = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["version"] for row in rows if row["kind"] == "merge"] == list(range(1, 9))
-
-
-class Normed(Regression):
+class Normed(Dropping):
     """With batch normalisation, whose running statistics are merged, and a buffer that overlaps another."""
 
     def build_model(self) -> nn.Module:
@@ -273,6 +276,22 @@ class Normed(Regression):
         return model
 
 
+def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(local_ray: None, tmp_path: Path) -> None:
+    """20 steps, then 20 more from the checkpoint: the same weights as 40 at once.
+
+    Optimizer, data, dropout and running statistics go on.
+    """
+    LTETrainer(Normed(), run_config=storage(tmp_path, "parts"), **settings(steps=20)).fit()
+    resumed = LTETrainer(Normed(), run_config=storage(tmp_path, "parts", resume=True), **settings(steps=40)).fit()
+    expected = simulated(Normed(), settings(steps=40))
+    assert_same_model(resumed.path, expected)
+    assert float((expected["0.running_var"] - 1).abs().max()) > 0.001
+    assert resumed.metrics["step"] == 40
+    assert resumed.metrics["version"] == 8
+    rows = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["version"] for row in rows if row["kind"] == "merge"] == list(range(1, 9))
+
+
 @pytest.mark.parametrize(
     ("stack", "worker", "apart", "tolerance"),
     [
@@ -280,7 +299,7 @@ class Normed(Regression):
         ("always", Dropping(), False, 0.0),
         # Stacked sums have another order: float32's 1e-7, magnified by 20 steps of Adam, which takes steps of 3e-3 however
         # small the gradient; heads that got each other's gradients, data or state would be off by about that.
-        ("always", Regression(), True, 1e-4),
+        pytest.param("always", Regression(), True, 1e-4, marks=LONG),
     ],
     ids=["never", "always, as simulated", "always, as apart"],
 )
@@ -304,16 +323,6 @@ def test_virtual_heads_are_the_heads_of_as_many_actors_and_resume(
         assert torch.allclose(merged[name], value, rtol=0.0, atol=tolerance), name
         assert float((value - start[name]).abs().max()) > 0.01, name  # far more than the tolerance
     assert result.metrics["samples"] == 5 * 20 * 64
-
-
-def test_running_statistics_are_saved_merged_and_resumed(local_ray: None, tmp_path: Path) -> None:
-    """A model with BatchNorm runs through checkpoints, and its resumed run is bitwise the uninterrupted one."""
-    whole = LTETrainer(Normed(), run_config=storage(tmp_path, "whole"), **settings(steps=20)).fit()
-    LTETrainer(Normed(), run_config=storage(tmp_path, "parts"), **settings(steps=10)).fit()
-    resumed = LTETrainer(Normed(), run_config=storage(tmp_path, "parts", resume=True), **settings(steps=20)).fit()
-    a, b = model_of(whole.path), model_of(resumed.path)
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert float((a["0.running_var"] - 1).abs().max()) > 0.001
 
 
 class OddOnes(Regression):
@@ -371,6 +380,7 @@ class OnlyHeadOne:
         return Merge({1: 1.0})
 
 
+@LONG
 def test_a_run_whose_policy_leaves_a_head_out_is_resumed_with_what_that_head_trained(local_ray: None, tmp_path: Path) -> None:
     """A head that was never merged carries all its steps, and they are in its state: nothing is lost at the resume."""
     kwargs = settings(steps=10) | {"merge": MergeConfig(merge_iter=5, policy=OnlyHeadOne())}
@@ -389,14 +399,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 
     With none left that is whole, nothing starts.
     """
-    whole = LTETrainer(Dropping(), run_config=storage(tmp_path, "whole"), **settings(steps=20)).fit()
     LTETrainer(Dropping(), run_config=storage(tmp_path, "r"), **settings(steps=10, checkpoint_every=1)).fit()
     _alter(tmp_path / "r" / "checkpoints" / "000002" / "head-0001.safetensors")
     resumed = LTETrainer(Dropping(), run_config=storage(tmp_path, "r", resume=True), **settings(steps=20)).fit()
     assert "head-0001.safetensors is damaged" in caplog.text
     assert "using 000001 instead" in caplog.text
-    a, b = model_of(whole.path), model_of(resumed.path)
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert_same_model(resumed.path, simulated(Dropping(), settings(steps=20)))
     for file in (tmp_path / "r" / "checkpoints").glob("*/base.safetensors"):
         _alter(file)
     with pytest.raises(StorageError, match=r"base\.safetensors is damaged"):
@@ -410,7 +418,7 @@ def _alter(file: Path) -> None:
 
 
 def test_resume_refuses_what_it_cannot_continue(local_ray: None, tmp_path: Path) -> None:
-    """Other heads, or nothing left to do: one clear error each. Where there is nothing to resume, the run begins."""
+    """Other heads, or nothing left to do: one clear error each."""
     LTETrainer(Regression(), run_config=storage(tmp_path, "r"), **settings(steps=5)).fit()
     again = storage(tmp_path, "r", resume=True)
     with pytest.raises(StorageError, match="Raise --steps"):
@@ -418,8 +426,6 @@ def test_resume_refuses_what_it_cannot_continue(local_ray: None, tmp_path: Path)
     kwargs = settings(steps=50)
     with pytest.raises(StorageError, match="--lora-r was 8 and is 4"):
         LTETrainer(Regression(), run_config=again, **kwargs | {"lte": dataclasses.replace(kwargs["lte"], lora_r=4)}).fit()
-    begun = LTETrainer(Regression(), run_config=storage(tmp_path, "new", resume=True), **settings(steps=5)).fit()
-    assert begun.metrics["step"] == 5
 
 
 def test_rebuilding_gives_the_driver_and_heads_the_same_start(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray.train
 import torch
-from ray_support import Dropping, descendants, lte_actors, settings, storage
+from ray_support import LONG, Dropping, descendants, lte_actors, settings, storage
 from safetensors.torch import load_file
 from torch import nn
 
@@ -67,7 +67,11 @@ def assert_gone() -> None:
     assert (shards(), lte_actors()) == ([], [])
 
 
-@pytest.mark.parametrize("merge", [{}, {"send_down": "factors", "transfer": "int8"}], ids=["dense", "factors in int8"])
+@pytest.mark.parametrize(
+    "merge",
+    [pytest.param({}, marks=LONG), {"send_down": "factors", "transfer": "int8"}],
+    ids=["dense", "factors in int8"],
+)
 def test_a_run_with_shards_is_bitwise_the_one_without(local_ray: None, tmp_path: Path, merge: dict[str, Any]) -> None:
     """Weights, evaluations, checkpoints and bytes are the same, and no process is left."""
     one, three = fit(tmp_path, "one", **merge), fit(tmp_path, "three", shards=3, **merge)
@@ -81,7 +85,7 @@ def test_a_run_with_shards_is_bitwise_the_one_without(local_ray: None, tmp_path:
     assert_gone()
 
 
-@pytest.mark.parametrize("down", ["dense", "factors"])
+@pytest.mark.parametrize("down", [pytest.param("dense", marks=LONG), "factors"])
 def test_heads_that_never_wait_lose_no_step_with_shards(local_ray: None, tmp_path: Path, down: str) -> None:
     """Every step is merged once, evaluations and checkpoints are made on the way, and the loss falls."""
     result = fit(tmp_path, "r", 60, Regression(), when="arrival", wait=False, shards=2, send_down=down)
@@ -92,6 +96,7 @@ def test_heads_that_never_wait_lose_no_step_with_shards(local_ray: None, tmp_pat
     assert_gone()
 
 
+@LONG
 def test_a_resumed_run_with_shards_is_bitwise_the_run_that_never_stopped(local_ray: None, tmp_path: Path) -> None:
     """The shards take up the references from the heads' parts of the checkpoint, and hand them to the heads."""
     merge = {"shards": 2, "send_down": "factors", "transfer": "int8"}

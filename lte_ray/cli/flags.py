@@ -77,13 +77,25 @@ def parse_sections(worker: type | None, program: str, arguments: list[str], face
         flags: Any = tyro.cli(made_of, prog=f"lte-ray {face.command} {program}", args=[*preset, *rest], description=face.about)
     except tyro.constructors.UnsupportedTypeAnnotationError as error:
         raise WorkerError(f"{program}: the constructor's parameters can't all be flags; annotate them: {error}") from error
-    except ConfigError:
+    except (ConfigError, BrokenPipeError):  # the latter: nobody reads the help to its end
         raise
     except Exception as error:
-        raise WorkerError(f"{program} could not be made: {type(error).__name__}: {error}") from error
+        raise _not_made(program, error) from error
     own: dict[type, dict[str, Any]] = {MergeConfig: {TABLE: given_arguments(flags)}}
     made = {kind: _plain(kind, getattr(flags, title), own.get(kind, {})) for kind, title in face.titles.items()}
     return made, getattr(flags, "worker", None)
+
+
+def without_settings(program: str, kind: type) -> Any:
+    """The worker that has no settings of its own. Raises WorkerError if it can't be made."""
+    try:
+        return kind()
+    except Exception as error:
+        raise _not_made(program, error) from error
+
+
+def _not_made(program: str, error: Exception) -> WorkerError:
+    return WorkerError(f"{program} could not be made: {type(error).__name__}: {error}")
 
 
 _ABOUT = (

@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 the run ended early; 2 bad input, nothing was started; 130
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -118,5 +119,13 @@ def _complain(message: str, code: int) -> int:
 
 
 def entry() -> None:
-    """What the console script calls."""
-    sys.exit(main())
+    """What the console script calls. Where nobody reads on (`lte-ray train --help | head`), it ends without a word."""
+    try:
+        try:
+            code = main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)

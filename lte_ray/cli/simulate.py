@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lte_ray.cli.flags import TITLES, Face, parse_sections
+from lte_ray.cli.flags import TITLES, Face, parse_sections, without_settings
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.config.cluster import ClusterModel
 from lte_ray.config.fields import setting, switches, words
@@ -74,7 +74,7 @@ def simulate(arguments: list[str]) -> None:
         raise WorkerError(f"WORKER {program!r} is a {type(kind).__name__}, not a class.")
     made, worker = parse_sections(kind, program or "[WORKER]", rest, FACE)
     if kind is not None and worker is None:
-        worker = _made(program, kind)
+        worker = without_settings(program, kind)
     begun = time.perf_counter()
     run = _run(worker, made)
     took = time.perf_counter() - begun
@@ -105,13 +105,6 @@ def _run(worker: Any, made: dict[type, Any]) -> VirtualRun:
     if output.time_only:
         return entry.keep_time(list(prepare(worker, settings).plans), settings, cluster)
     return entry.train(worker, settings, cluster).record
-
-
-def _made(program: str, kind: type) -> Any:
-    try:
-        return kind()
-    except Exception as error:
-        raise WorkerError(f"{program} could not be made: {type(error).__name__}: {error}") from error
 
 
 def _plain(section: Any) -> dict[str, Any]:

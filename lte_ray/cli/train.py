@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lte_ray.cli.flags import Parsed, parse
+from lte_ray.cli.flags import Parsed, parse, without_settings
 from lte_ray.config import check_run_name
 from lte_ray.display import volume
 from lte_ray.errors import WorkerError
@@ -90,7 +90,7 @@ def _fit(program: str, kind: type, parsed: Parsed) -> ray.train.Result:
     from lte_ray.trainer import LTETrainer
 
     trainer = LTETrainer(
-        parsed.worker if parsed.worker is not None else _made(program, kind),
+        parsed.worker if parsed.worker is not None else without_settings(program, kind),
         lte=parsed.lte,
         merge=parsed.merge,
         train=parsed.train,
@@ -100,13 +100,6 @@ def _fit(program: str, kind: type, parsed: Parsed) -> ray.train.Result:
         program=program,
     )
     return trainer.fit()
-
-
-def _made(program: str, kind: type) -> Any:
-    try:
-        return kind()
-    except Exception as error:
-        raise WorkerError(f"{program} could not be made: {type(error).__name__}: {error}") from error
 
 
 def _show(result: ray.train.Result) -> None:

@@ -20,7 +20,9 @@ class FailureConfig:
         3, "Deaths of one head in a row, without a merged contribution in between, that it survives; -1: any number."
     )
     exhausted: Literal["stop", "drop"] = setting(
-        "stop", "What happens to a head that died too often: stop ends the run, drop goes on without it; others take its data."
+        "stop",
+        "What happens to a head that died too often: stop ends the run, drop goes on without it; others take its data. "
+        "With drop a run also goes on without heads that the cluster has no room for, until it has some.",
     )
     backoff: float = setting(
         1.0, "Seconds before a head's second restart in a row; they double up to a minute. The first is at once."

@@ -82,6 +82,11 @@ class Failures:
             return self._exhausted(others, f"it died {history.in_a_row} times without a merged contribution in between")
         return Remedy("restart", self.delay(history.in_a_row))
 
+    def no_place(self, others: int, seconds: float) -> Remedy:
+        """The cluster has had no place for a process of heads for so long: whether those that have one go on alone."""
+        remedy = self._exhausted(others, f"the cluster has had no place for it for {seconds:.0f} s")
+        return remedy if remedy.action == "drop" else Remedy("restart")  # it waits on
+
     def delay(self, in_a_row: int) -> float:
         """Seconds before a restart, where it is the last of so many in a row: none before the first."""
         return 0.0 if in_a_row <= 1 else min(LONGEST, self.config.backoff * 2.0 ** (in_a_row - 2))

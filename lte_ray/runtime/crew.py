@@ -24,7 +24,8 @@ class Member:
         strategy: where it is scheduled.
         actor, run: the process, and the call that trains; None while there is none.
         incarnation: how many there were before.
-        due: when the next one is to start (monotonic), where one is.
+        started: when the process was (monotonic).
+        due: when the next one is to start, where one is.
         asked: the status call that isn't answered yet, and since when.
     """
 
@@ -33,6 +34,7 @@ class Member:
     actor: Any = None
     run: Any = None
     incarnation: int = 0
+    started: float = 0.0
     due: float | None = None
     asked: tuple[Any, float] | None = None
     pulse: Pulse = field(default_factory=Pulse)
@@ -80,7 +82,7 @@ class Crew:
         if member.actor is None:
             member.actor = self._launch(member.numbers, member.strategy, member.incarnation)
         member.run = member.actor.run.remote(self._hub.coordinator, self._hub.epoch)
-        member.due, member.asked, member.pulse = None, None, Pulse()
+        member.started, member.due, member.asked, member.pulse = time.monotonic(), None, None, Pulse()
 
     def clear(self, member: Member) -> None:
         """What was there is gone, or is ended now."""
@@ -159,6 +161,12 @@ class Crew:
             except ray.exceptions.RayError:
                 found.append(member)
         return found
+
+    def without_place(self, patience: float) -> list[tuple[Member, float]]:
+        """Those for whose process the cluster has had no place for longer than `patience`, and for how many seconds."""
+        now = time.monotonic()
+        waits = [(m, now - m.started) for m in self.training if m.pulse.answered is None and m.pulse.begun is None]
+        return [(member, seconds) for member, seconds in waits if seconds > patience]
 
     def hung(self) -> list[tuple[Member, str]]:
         """Those that have stopped, and how one knows."""

@@ -46,6 +46,7 @@ class Mending:
         self._spike: tuple[str, int] | None = None  # and whether the loss has spiked
         self._grown = time.monotonic()
         self._began, self._stuck = -1, 0  # the version from which the last coordinator began, and how often in a row
+        self._without_place: set[int] = set()  # heads that were dropped since the cluster had no place for them
         self._rolled: set[int] = set()  # versions that the run has gone back to
 
     def look(self) -> None:
@@ -59,6 +60,8 @@ class Mending:
             self._roll_back(*self._spike)
         for member, hung in session.crew.hung():
             self._head_lost(member, HeadLost(f"The process of {member.name} hangs: {hung}"), event="head_hung")
+        for member, seconds in session.crew.without_place(self._places.patience):
+            self._do_without(member, seconds)
         now = time.monotonic()
         for member in session.crew.members:
             if member.due is not None and member.due <= now:
@@ -190,6 +193,19 @@ class Mending:
             self._lose([member], drop=True)
             self._given_up(member)
 
+    def _do_without(self, member: Member, seconds: float) -> None:
+        """The cluster has no place for a process; those that have one may go on without it, until there is room again."""
+        session = self._session
+        others = sum(len(other.numbers) for other in session.crew.members if other.pulse.answered is not None)
+        remedy = session.failures.no_place(others, seconds)
+        if remedy.action != "drop":
+            return
+        session.crew.clear(member)
+        self._lose([member], drop=True)
+        self._given_up(member)
+        self._without_place |= set(member.numbers)
+        session.log.event("head_dropped", heads=list(member.numbers), why=remedy.why)
+
     def _lose(self, members: list[Member], drop: bool) -> Any:
         """Tells the coordinator that what was at these places is gone."""
         nexts = {number: member.incarnation for member in members for number in member.numbers}
@@ -197,20 +213,23 @@ class Mending:
 
     def _given_up(self, member: Member) -> None:
         self._session.crew.drop(member)
+        self._places.spare(member.strategy)
         for number in member.numbers:
             self._session.statuses.pop(number, None)
 
     def _grow(self, now: float) -> None:
-        """Adds a head where the run may have more and the cluster has room."""
-        session, most = self._session, self._session.failure.max_heads
-        count = sum(len(member.numbers) for member in session.crew.members)
-        if not most or count >= most or now - self._grown < GROW or any(m.over or m.due for m in session.crew.members):
+        """Adds a head where the run may have more, or did without one for lack of a place, and the cluster has room."""
+        session = self._session
+        taken = {n for member in session.crew.members for n in member.numbers}
+        may = len(taken) < session.failure.max_heads or self._without_place
+        if not may or now - self._grown < GROW or any(m.over or m.due for m in session.crew.members):
             return
         self._grown = now
-        taken = {n for member in session.crew.members for n in member.numbers}
-        number = next((n for n in range(len(session.initial.plans)) if n not in taken), None)
+        wanted = [*sorted(self._without_place), *range(len(session.initial.plans))]
+        number = next((n for n in wanted if n not in taken), None)
         strategy = None if number is None else self._places.more()
         if number is not None and strategy is not None:
+            self._without_place.discard(number)
             session.crew.add(number, strategy)
             session.log.event("head_added", head=number)
 

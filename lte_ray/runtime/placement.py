@@ -166,6 +166,12 @@ class Places:
     hosted: list[tuple[int, ...]]
     group: Any
     _added: list[Any] = field(default_factory=list)
+    _spare: list[Any] = field(default_factory=list)
+
+    @property
+    def patience(self) -> float:
+        """Seconds to wait for a place."""
+        return max(self.placement.timeout, PATIENCE)
 
     @property
     def nodes(self) -> int:
@@ -178,6 +184,10 @@ class Places:
 
     def more(self) -> Any:
         """The scheduling strategy of one more actor; None if the cluster has no room now."""
+        if self._spare:
+            found = next((strategy for strategy in self._spare if placed(strategy)), None)
+            self._spare = [strategy for strategy in self._spare if strategy is not found]
+            return found
         free = ray.available_resources()
         if any(amount > free.get(name, 0.0) + 1e-6 for name, amount in self.placement.bundle.items()):
             return None
@@ -187,6 +197,10 @@ class Places:
             return None
         self._added.append(group)
         return PlacementGroupSchedulingStrategy(group, 0)
+
+    def spare(self, strategy: Any) -> None:
+        """The actor there is given up: its bundle, which Ray reserves as soon as there is room, is for the next one."""
+        self._spare.append(strategy)
 
     def free(self) -> None:
         """Gives all of it back."""
@@ -205,13 +219,13 @@ def reserve(placement: Placement, hosted: list[tuple[int, ...]]) -> Iterator[Pla
     group = placement_group([placement.bundle] * actors, strategy=placement.strategy)
     places = Places(placement, hosted, group)
     try:
-        patience = max(placement.timeout, PATIENCE)
-        if not group.wait(patience):
+        if not group.wait(places.patience):
             free = ray.available_resources()
             shown = ", ".join(f"{free.get(name, 0):g} {name}" for name in placement.bundle)
             raise ResourceError(
-                f"{actors} actors of {placement.bundle} each couldn't be placed within {patience:g} s; free now: {shown}. "
-                "Others use the cluster, or no node is large enough for a head. Wait, ask for less, or give --resource-timeout."
+                f"{actors} actors of {placement.bundle} each couldn't be placed within {places.patience:g} s; free now: "
+                f"{shown}. Others use the cluster, or no node is large enough for a head. Wait, ask for less, or give "
+                "--resource-timeout."
             )
         yield places
     finally:

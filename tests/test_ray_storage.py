@@ -1,0 +1,134 @@
+"""Runs whose storage fails on the way, on a real Ray: nothing is lost, and somebody says so. `make chaos` runs these."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+import pytest
+import ray.train
+import torch
+from faulty_storage import FaultyHandler, Script, fail
+from ray_support import LONG, Dropping
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lte_ray import LTEConfig, LTETrainer, MergeConfig, RunError, Shard, TrainConfig, checkpoint
+from lte_ray.audit import audit
+from lte_ray.config import PlacementConfig, StorageConfig
+from lte_ray.metrics import Progress, Silent
+from lte_ray.storage import RunDirectory
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(200), LONG]
+
+
+@dataclass
+class Slow(Dropping):
+    """Steps of 30 ms, so that storage fails while it trains."""
+
+    def train_batches(self, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in super().train_batches(shard):
+            time.sleep(0.03)
+            yield batch
+
+
+class At(Silent):
+    """Has the storage fail from a version on, for some seconds; remembers what people were told."""
+
+    def __init__(self, script: Script, faults: list[dict[str, Any]], version: int, seconds: float) -> None:
+        self.script, self.faults, self.version, self.seconds = script, faults, version, seconds
+        self.since: float | None = None
+        self.notes: set[str] = set()
+
+    def update(self, progress: Progress) -> None:
+        self.notes.add(progress.note)
+        if self.since is None and progress.version >= self.version:
+            self.since = time.monotonic()
+            self.script.write(*self.faults)
+        elif self.since is not None and time.monotonic() - self.since > self.seconds:
+            self.script.write()
+            self.seconds = float("inf")
+
+
+def trainer(path: Path, reporter: At, steps: int = 120, **more: Any) -> LTETrainer:
+    return LTETrainer(
+        Slow(),
+        lte=LTEConfig(num_heads=2, lora_r=8, lora_alpha=16),
+        merge=MergeConfig(merge_iter=5, merge_threads=1),
+        train=TrainConfig(steps=steps, seed=3, eval_every=0, checkpoint_every=2),
+        scaling_config=PlacementConfig(cpus_per_head=0.5),
+        reporter=reporter,
+        run_config=ray.train.RunConfig(
+            name="r", storage_path=str(path), storage_filesystem=pafs.PyFileSystem(FaultyHandler(reporter.script.path))
+        ),
+        **more,
+    )
+
+
+def rows(path: Path) -> list[Any]:
+    return [json.loads(line) for line in (path / "r" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        ([fail(errno="ENOSPC"), fail(op="append", errno="ENOSPC")], "No space left on device"),
+        ([fail(op="*", errno="ETIMEDOUT")], "Connection timed out"),
+        ([fail("slow", seconds=0.5), fail("slow", op="append", seconds=0.5)], ""),
+        ([fail("tear", errno="EIO")], "Input/output error"),
+        ([fail("swallow")], "bytes have arrived"),
+    ],
+    ids=["full disk", "cut off", "slow", "torn", "swallowing"],
+)
+def test_a_run_waits_for_storage_that_fails_for_a_while(
+    local_ray: None, tmp_path: Path, faults: list[dict[str, Any]], said: str
+) -> None:
+    """Training goes on, what failed is tried again, and the run ends whole: its last checkpoint, all rows, the model."""
+    script = Script(str(tmp_path / "script.json"))
+    script.write()
+    reporter = At(script, faults, version=5, seconds=4.0)
+    result = trainer(tmp_path, reporter).fit()
+    assert reporter.seconds == float("inf"), "storage never failed"
+    assert result.metrics is not None
+    assert result.metrics["step"] == 120
+    found = rows(tmp_path)
+    assert [row["version"] for row in found if row["kind"] == "merge"] == list(range(1, 25))
+    assert audit(found).clean
+    assert any(said in note for note in reporter.notes), reporter.notes
+    assert checkpoint.complete(RunDirectory.of(str(tmp_path), "r"))[-1] == 24
+    assert (tmp_path / "r" / "model.safetensors").exists()
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_run_whose_storage_never_comes_back_ends_with_the_weights_exported(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No checkpoint can be written from some version on: the run trains to its end, exports, and says what is missing.
+
+    The next driver goes on from the last whole checkpoint, and comes to the same weights, bit by bit.
+    """
+    script = Script(str(tmp_path / "script.json"))
+    script.write()
+    reporter = At(script, [fail(match="*/checkpoints/*", errno="ENOSPC")], version=5, seconds=float("inf"))
+    broken = trainer(tmp_path, reporter)
+    patience = StorageConfig(name="r", storage=str(tmp_path), storage_patience=2.0)
+    monkeypatch.setattr("lte_ray.trainer._storage", lambda config: (patience, config.storage_filesystem))
+    with pytest.raises(RunError, match=r"No space left on device.*The merged weights were exported"):
+        broken.fit()
+    monkeypatch.undo()
+    last = checkpoint.complete(RunDirectory.of(str(tmp_path), "r"))[-1]
+    assert 4 <= last < 24
+    assert audit(rows(tmp_path)).clean
+    assert any("No space left on device" in row["why"] for row in rows(tmp_path) if row.get("event") == "storage")
+    exported = load_file(tmp_path / "r" / "model.safetensors")
+    again = trainer(tmp_path, reporter)
+    again.run_config = StorageConfig(name="r", storage=str(tmp_path), resume=True)
+    again.fit()
+    merged = load_file(tmp_path / "r" / "model.safetensors")
+    assert all(torch.equal(merged[name], value) for name, value in exported.items())
+    assert audit(rows(tmp_path)).clean
