@@ -49,9 +49,11 @@ bench: $(VENV)/.installed-dev  ## Run the benchmarks and write benchmarks/result
 	$(BIN)/python -m benchmarks.simulator
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.async_quality
+	$(BIN)/python -m benchmarks.checkpoints
 
 chaos: $(VENV)/.installed-dev  ## Run all tests on Ray, the long ones too: kill every kind of process at every point, cut off nodes; then explore thousands of schedules (about an hour)
 	LTE_RAY_LONG=1 $(BIN)/python -m pytest -m ray
+	LTE_RAY_LONG=1 $(BIN)/python -m pytest -n auto tests/test_chaos_world.py
 	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 soak: $(VENV)/.installed-dev  ## Kill and stop processes of a run for half an hour, and report (ARGS="--minutes 3")

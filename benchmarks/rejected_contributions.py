@@ -16,6 +16,7 @@ from lte_ray.engine.settings import Settings
 from lte_ray.errors import PolicyError
 from lte_ray.layout import Adapted, Plan, Replica
 from lte_ray.merging import Average, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Scheduled, Wait
+from lte_ray.merging.transfer import check_seals, checksum
 from lte_ray.messages import Contribution
 
 PLAN = Plan((Adapted("w", (6, 5), 2, 2.0),), (Replica("p", (4,)),))
@@ -80,6 +81,13 @@ def contributions(run: Ran, folder: Path) -> Iterator[Row]:
     for sequence in range(1, 21):
         engine.receive(offer(0, sequence), sound() * sequence)
     yield verdict("1,000 times as large as the 20 before it", engine, offer(0, 21), sound() * 20_000)
+    lanes = engine.data.lanes(0)
+    engine = coordinator(Scheduled(Average()), heads=2)
+    yield verdict("trained on another head's data", engine, offer(1, lanes=lanes, batches=3), sound())
+    try:
+        check_seals([sound()], [checksum(sound()) ^ 1])
+    except ValueError as error:  # what the runtime refuses it with
+        yield Row("a checksum that doesn't match", "refused", str(error))
 
 
 def verdict(given: str, engine: Coordinator, contribution: Contribution, buffer: Tensor) -> Row:

@@ -33,6 +33,20 @@ SETTINGS = [
     "--resume",
     "--resume --overwrite --name a",
     "--config missing.toml",
+    "--min-heads 0",
+    "--min-heads 9",
+    "--max-heads 1",
+    "--exhausted maybe",
+    "--rejoin never",
+    "--max-failures many",
+    "--head-failures -2",
+    "--backoff -1",
+    "--grace -1",
+    "--grace nan",
+    "--max-norm-z -1",
+    "--rollback-z -1",
+    "--storage-patience -1",
+    "--keep-best -1",
 ]
 
 FILES = [
@@ -177,4 +191,25 @@ def policies(run: Ran, folder: Path) -> Iterator[Row]:
         yield Row(shown, *run("train", GOOD, *flags.split(), "--storage", str(folder / "runs")))
 
 
-CATEGORIES: dict[str, Callable[[Ran, Path], Iterator[Row]]] = {"Settings": settings, "Workers": workers, "Policies": policies}
+def audits(run: Ran, folder: Path) -> Iterator[Row]:
+    """What `lte-ray audit` is pointed at."""
+    yield Row("no RUN", *run("audit"))
+    yield Row("a folder that isn't there", *run("audit", str(folder / "nowhere")))
+    (folder / "empty").mkdir()
+    yield Row("a folder that is no run", *run("audit", str(folder / "empty")))
+    merge = '{"kind": "merge", "version": 1}'
+    files = {"rows that are no JSON": "{\n{}", "a row that is a list": "[1]\n{}", "a merge without figures": merge}
+    for name, text in files.items():
+        place = folder / name.replace(" ", "-")
+        place.mkdir()
+        (place / "run.toml").write_text("")
+        (place / "metrics.jsonl").write_text(text + "\n")
+        yield Row(name, *run("audit", str(place)))
+
+
+CATEGORIES: dict[str, Callable[[Ran, Path], Iterator[Row]]] = {
+    "Settings": settings,
+    "Workers": workers,
+    "Policies": policies,
+    "Audits": audits,
+}

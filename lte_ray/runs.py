@@ -1,10 +1,9 @@
-"""The run directory as a whole: whether a run may start there, what is written first (``run.toml``) and last (the model)."""
+"""The run directory as a whole: what is written first (``run.toml``) and last (the model), and read again."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -13,15 +12,13 @@ import safetensors.torch
 import tomli_w
 from torch import Tensor
 
-from lte_ray import checkpoint
-from lte_ray.config import SECTIONS, FailureConfig, LTEConfig, PlacementConfig, StorageConfig, flag, toml
-from lte_ray.config.fields import is_integer
+from lte_ray.config import SECTIONS, FailureConfig, PlacementConfig, StorageConfig, toml
 from lte_ray.engine.initial import Initial, merged_state_dict
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
 from lte_ray.loading import absolute
 from lte_ray.redact import OMITTED, scrub, split, without_credentials
-from lte_ray.storage import RUN, RunDirectory, check_alone
+from lte_ray.storage import RUN, RunDirectory
 from lte_ray.worker import worker_settings
 
 T = TypeVar("T")
@@ -30,88 +27,6 @@ MODEL = "model.safetensors"
 
 NONE = "None"
 """TOML has no such value; flags do."""
-
-
-def check_start(
-    directory: RunDirectory, storage: StorageConfig, settings: Settings
-) -> tuple[checkpoint.Manifest | None, list[str]]:
-    """Whether the run may start there.
-
-    Returns:
-        The checkpoint to go on from, if it is to and there is one, else None; and what the user should know, in lines.
-
-    Raises:
-        StorageError: the name is taken, what there is to resume is damaged or has other heads, or it isn't a run.
-    """
-    place = directory.display
-    check_alone(directory)
-    there = directory.exists()
-    if there and not (storage.resume or storage.overwrite):
-        raise StorageError(
-            f"A run named {settings.run!r} is already in {place}. Choose another --name, continue it with --resume, "
-            "or replace it with --overwrite."
-        )
-    if there and storage.overwrite and not directory.exists(RUN):
-        raise StorageError(f"{place} has no {RUN}, so it isn't a run of lte-ray; --overwrite won't remove it.")
-    if not storage.resume:
-        return None, []
-    if not there or not checkpoint.complete(directory):
-        if there and directory.names() and not directory.exists(RUN):
-            raise StorageError(f"{place} has no {RUN}, so it isn't a run of lte-ray; --resume won't write there.")
-        what = "has no complete checkpoint" if there else "isn't there"
-        return None, [f"{place} {what}: nothing to resume, the run starts from the beginning."]
-    manifest, notes = checkpoint.read_newest_intact(directory)
-    manifest = _with_facts(directory, manifest)
-    before, asked = manifest.facts["lte"], json.loads(json.dumps(dataclasses.asdict(settings.lte)))
-    # For settings that there weren't when the run was begun; `checkpoint.check_factors` finds out whether --adapt fits.
-    default = json.loads(json.dumps(dataclasses.asdict(LTEConfig()))) | {"adapt": asked["adapt"]}
-    before = {name: before.get(name, default[name]) for name in asked}
-    same = ("strict", "num_heads")  # which change no head
-    differing = [name for name in asked if asked[name] != before[name] and name not in same]
-    if differing:
-        said = ", ".join(f"{flag(name)} was {before[name]} and is {asked[name]}" for name in differing)
-        raise StorageError(f"{place} can't be continued with other heads: {said}. Give the settings as they were.")
-    heads = before["num_heads"]
-    taken = manifest.facts.get("taken", manifest.facts["step"] * heads)  # which an older release didn't note
-    if taken >= settings.train.steps * heads:
-        raise StorageError(f"{place} has taken all {taken // heads} local steps a head already. Raise --steps to continue it.")
-    if heads != settings.lte.num_heads:
-        now = settings.lte.num_heads
-        notes.append(f"The run goes on with {now} heads in the place of {heads}; the data is dealt out anew.")
-    return manifest, notes
-
-
-def _with_facts(directory: RunDirectory, manifest: checkpoint.Manifest) -> checkpoint.Manifest:
-    """The manifest, if its facts are those that a run goes on from; whoever wrote it may have left them out."""
-    facts = manifest.facts
-    lte = facts.get("lte")
-    numbers = [facts.get("step"), facts.get("taken", 0), lte.get("num_heads") if isinstance(lte, dict) else None]
-    if not all(is_integer(number) and number >= 0 for number in numbers):
-        raise StorageError(
-            f"{directory.at(checkpoint.folder(manifest.version))}/{checkpoint.MANIFEST} is damaged: it doesn't say how far "
-            "the run was and which heads it had (step, taken, lte)."
-        )
-    return manifest
-
-
-def create(
-    directory: RunDirectory, record: dict[str, Any], storage: StorageConfig, resume: checkpoint.Manifest | None = None
-) -> str:
-    """Makes the run directory with its ``run.toml``, the first thing that a run writes, once it can start; gives its text.
-
-    Checkpoints after the one that it goes on from are of steps that will be taken again: they are removed.
-
-    Raises:
-        StorageError: it can't be written, or another run has taken the name meanwhile.
-    """
-    if storage.overwrite and directory.exists():
-        directory.delete()
-    directory.create(exclusive=not storage.resume)
-    if resume is not None:
-        checkpoint.remove_after(directory, resume.version)
-    text = tomli_w.dumps(_plain(record))
-    directory.write(RUN, text.encode())
-    return text
 
 
 def record(
@@ -210,6 +125,11 @@ def _defaults(kind: type) -> dict[str, Any]:
 def _named(values: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments by name, None as flags say it."""
     return {name: NONE if value is None else value for name, value in values.items()}
+
+
+def as_toml(record: dict[str, Any]) -> str:
+    """The text of ``run.toml``."""
+    return tomli_w.dumps(_plain(record))
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

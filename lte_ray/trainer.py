@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lte_ray import checkpoint, points, runs
+from lte_ray.claim import Claim
 from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig, check_run_name
 from lte_ray.display import automatic_display
 from lte_ray.engine.initial import prepare, with_room
@@ -20,7 +21,7 @@ from lte_ray.engine.stack import check_stackable
 from lte_ray.merging.registry import gives_weights, make_policy, recorded_arguments
 from lte_ray.messages import HeadTimes
 from lte_ray.metrics import Progress, Reporter
-from lte_ray.storage import RunDirectory, alone
+from lte_ray.storage import RunDirectory
 
 if TYPE_CHECKING:
     import ray.train
@@ -123,9 +124,7 @@ class LTETrainer:
         failure.check_heads(self.lte.num_heads)
         initial = with_room(prepare(self.worker, settings), failure.max_heads)
         directory = RunDirectory.of(storage.storage or default_storage(), name, filesystem, patience=storage.storage_patience)
-        resume, notes = runs.check_start(directory, storage, settings)
-        for line in notes:
-            log.warning("%s", line)
+        claim = Claim(directory, storage, settings, initial)
 
         from lte_ray.runtime import placement as placing
         from lte_ray.runtime.common import Common, Keep
@@ -140,19 +139,15 @@ class LTETrainer:
         if asked.stack_heads == "always" and asked.heads_per_actor > 1:
             check_stackable(self.train, initial.plans)
         worker, packed = Package.of(self.worker), Package.of(policy)
-        if resume:
-            checkpoint.read_base(directory, resume, initial.plan)
-            checkpoint.check_factors(directory, resume, initial.plans)
         reporter = self.reporter or automatic_display()
         reporter.update(Progress.starting(name, self.train.steps, "starting Ray"))
         with contextlib.closing(reporter), connected():
             placement = placing.resolve(asked, self.lte.num_heads, **more)
             reporter.update(Progress.starting(name, self.train.steps, "starting the heads"))
             hosted = placing.hosted(placement, self.lte.num_heads)
-            with placing.reserve(placement, hosted) as places:
+            record = runs.record(self.worker, self.program, settings, asked, storage, failure)
+            with placing.reserve(placement, hosted) as places, claim.taken(record) as (config, resume):
                 groups = placing.groups_of(settings.merge, initial.plans, places.nodes, gives_weights(policy))
-                record = runs.record(self.worker, self.program, settings, asked, storage, failure)
-                config = runs.create(directory, record, storage, resume)
                 common = Common(
                     worker,
                     settings,
@@ -179,8 +174,7 @@ class LTETrainer:
                     reporter=reporter,
                     export=lambda final: runs.export(directory, initial, final),
                 )
-                with alone(directory):
-                    session.run(places)
+                session.run(places)
         return _result(session, directory)
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from helpers import state_of
 from torch import Tensor, nn
 
-from lte_ray import checkpoint, runs
+from lte_ray import checkpoint, claim, runs
 from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
 from lte_ray.data import Shard
 from lte_ray.engine.initial import prepare
@@ -318,7 +318,7 @@ def save_run(
     record = runs.record(
         worker, "export_support:Models", dataclasses.replace(given, run=name), PlacementConfig(), storage, FailureConfig()
     )
-    runs.create(directory, record, storage)
+    claim.create(directory, record, storage)
     done = simulate(worker, given)
     if ahead:
         for head in done.heads:

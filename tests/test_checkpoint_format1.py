@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from ray_support import LONG
 
-from lte_ray import LTEConfig, MergeConfig, TrainConfig, checkpoint
+from lte_ray import LTEConfig, LTETrainer, MergeConfig, TrainConfig, checkpoint
+from lte_ray.config import StorageConfig
 from lte_ray.engine.initial import Initial, prepare
 from lte_ray.engine.settings import Settings
+from lte_ray.engine.simulate import simulate
 from lte_ray.errors import StorageError
 from lte_ray.layout import Plan
 from lte_ray.merging.flat import factor_views
@@ -125,3 +128,23 @@ def test_a_new_one_can_not_pass_for_an_old_one(directory: RunDirectory) -> None:
     edit(directory, sha256="0" * 64)
     with pytest.raises(StorageError, match=r"000002/manifest.json is damaged: .*torn or edited"):
         checkpoint.read_manifest(directory, 2)
+
+
+@pytest.mark.ray
+@LONG
+def test_a_run_goes_on_from_it(local_ray: None, directory: RunDirectory) -> None:
+    """Its heads take the steps that are left, with the momentum that it kept, and the next checkpoint is of today's format."""
+    root, name = str(Path(directory.path).parent), "checkpoint-1"
+    result = LTETrainer(
+        WORKER,
+        lte=SETTINGS.lte,
+        merge=SETTINGS.merge,
+        train=SETTINGS.train,
+        run_config=StorageConfig(name=name, storage=root, resume=True),
+    ).fit()
+    assert result.metrics is not None
+    assert (result.metrics["version"], result.metrics["step"], result.metrics["samples"]) == (4, 8, 2 * 8 * 4)
+    assert checkpoint.read_manifest(directory, 4).format == 2
+    expected = simulate(WORKER, SETTINGS)
+    merged = checkpoint.read_base(directory, checkpoint.read_manifest(directory, 4), expected.plan)
+    assert torch.allclose(merged, expected.base, rtol=0.0, atol=1e-6)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from lte_ray import runs
+from lte_ray import claim, runs
 from lte_ray.cli.flags import parse
 from lte_ray.cli.main import main
 from lte_ray.config import SECTIONS, FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig, flag
@@ -277,7 +277,7 @@ def test_a_runs_own_record_runs_it_again(tmp_path: Path) -> None:
     storage = StorageConfig(name="first", storage="relative", keep_checkpoints=None)
     settings = Settings("first", LTEConfig(exclude=("3",)), MergeConfig(merge_iter=3), TrainConfig(steps=7))
     directory = RunDirectory.of(str(tmp_path), "first")
-    runs.create(
+    claim.create(
         directory, runs.record(Regression(lr=0.5), GOOD, settings, PlacementConfig(), storage, FailureConfig()), storage
     )
     parsed = parse(Regression, GOOD, ["--config", str(tmp_path / "first" / "run.toml")])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from lte_ray import runs
+from lte_ray import claim, runs
 from lte_ray.cli.flags import parse
 from lte_ray.cli.main import main
 from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
@@ -195,7 +195,7 @@ def test_a_runs_record_gives_its_policy_again(tmp_path: Path, mine: str, merge: 
     merge = dataclasses.replace(merge, policy_args=recorded_arguments(merge) or None)  # as the trainer does
     settings, storage = Settings("first", LTEConfig(), merge, TrainConfig()), StorageConfig(name="first", storage=str(tmp_path))
     directory = RunDirectory.of(str(tmp_path), "first")
-    runs.create(directory, runs.record(Regression(), GOOD, settings, PlacementConfig(), storage, FailureConfig()), storage)
+    claim.create(directory, runs.record(Regression(), GOOD, settings, PlacementConfig(), storage, FailureConfig()), storage)
     record = tmp_path / "first" / "run.toml"
     assert merge_of("--config", str(record)) == merge
     assert bool(re.search(r"^\[policy_args\]$", record.read_text(), flags=re.MULTILINE)) or merge.policy_args is None

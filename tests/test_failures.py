@@ -44,7 +44,7 @@ def test_a_head_without_a_place_is_waited_for_unless_the_run_may_do_without(exha
     failures = Failures(FailureConfig(exhausted=exhausted, min_heads=2))  # type: ignore[arg-type]
     remedy = failures.no_place(others, 31.0)
     assert remedy.action == action
-    assert remedy.why == ("the cluster has had no place for it for 31 s" if action == "drop" else "")
+    assert remedy.why == "the cluster has had no place for it for 31 s"
     assert failures.total == 0
 
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lte_ray import checkpoint, runs
+from lte_ray import checkpoint, claim
 from lte_ray.adapters.plan import make_plans
 from lte_ray.checkpoint import Manifest
 from lte_ray.config import LTEConfig, StorageConfig
@@ -251,7 +251,7 @@ def test_a_checkpoint_of_before_and_of_now_is_resumed_bitwise(directory: RunDire
     worker = Tiny(dropout=0.3, optimizer="adamw")
     made = make_settings() if old else settings()
     _, heads, base = written(directory, worker, made, old=old)
-    manifest, _ = runs.check_start(directory, RESUME, made)
+    manifest, _ = claim.check_start(directory, RESUME, made)
     assert manifest is not None
     initial = prepare(worker, made, torch.float64)
     checkpoint.check_factors(directory, manifest, initial.plans)
@@ -278,7 +278,7 @@ def test_a_run_is_not_continued_with_other_heads(directory: RunDirectory, change
     """What differs is named, as it was and as it is."""
     written(directory, Tiny(), settings(), old=False)
     with pytest.raises(StorageError, match=says):
-        runs.check_start(directory, RESUME, settings(**changes))
+        claim.check_start(directory, RESUME, settings(**changes))
 
 
 def test_settings_that_came_later_are_compared_with_their_defaults(directory: RunDirectory) -> None:
@@ -287,7 +287,7 @@ def test_settings_that_came_later_are_compared_with_their_defaults(directory: Ru
     made = make_settings()
     for changes in ({"rslora": True}, {"lora_bias": "frozen"}, {"base_dtype": "int8"}, {"layers": ("up: lr=2",)}):
         with pytest.raises(StorageError, match=r"was .* and is"):
-            runs.check_start(directory, RESUME, dataclasses.replace(made, lte=dataclasses.replace(made.lte, **changes)))
+            claim.check_start(directory, RESUME, dataclasses.replace(made, lte=dataclasses.replace(made.lte, **changes)))
 
 
 def test_a_run_of_before_whose_convolutions_had_no_factors_says_how_to_go_on(directory: RunDirectory) -> None:
@@ -295,11 +295,11 @@ def test_a_run_of_before_whose_convolutions_had_no_factors_says_how_to_go_on(dir
     worker, made = Convolutional(), make_settings()
     linear = dataclasses.replace(made, lte=dataclasses.replace(made.lte, adapt=("linear",)))
     _, heads, base = written(directory, worker, linear, old=True)
-    manifest, _ = runs.check_start(directory, RESUME, made)
+    manifest, _ = claim.check_start(directory, RESUME, made)
     assert manifest is not None
     with pytest.raises(StorageError, match=r"other factors; they differ in conv.weight. .* --adapt linear"):
         checkpoint.check_factors(directory, manifest, prepare(worker, made, torch.float64).plans)
-    manifest, _ = runs.check_start(directory, RESUME, linear)
+    manifest, _ = claim.check_start(directory, RESUME, linear)
     assert manifest is not None
     checkpoint.check_factors(directory, manifest, prepare(worker, linear, torch.float64).plans)
     other = Head(worker, linear, 1, dtype=torch.float64)

@@ -21,17 +21,23 @@ from ray_support import LONG, Dropping, lte_actors, storage
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lte_ray import LTEConfig, LTETrainer, MergeConfig, Shard, TrainConfig, points
+from lte_ray import LTEConfig, LTETrainer, MergeConfig, Shard, TrainConfig, checkpoint, points
 from lte_ray.audit import audit
 from lte_ray.config import FailureConfig, PlacementConfig
-from lte_ray.engine.initial import load_base
+from lte_ray.engine.initial import load_base, prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.simulate import simulate
+from lte_ray.layout import Layout
+from lte_ray.merging.flat import views
 from lte_ray.metrics import Reporter, Silent
+from lte_ray.storage import RunDirectory
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 
 STEPS = 100
+LAST = ("leaving.json", "finishes.json")
+"""Names of faults that come at the end."""
+
 HEADS = 3
 NOT_WAITING: dict[str, Any] = {"when": "arrival", "wait": False}
 
@@ -44,7 +50,7 @@ class Patient(Dropping):
 
     def train_batches(self, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
         for step, batch in enumerate(super().train_batches(shard), shard.cursor + 1):
-            if self.script and any("leaving" not in path.name for path in Path(self.script).glob("*.json")):
+            if self.script and any(not path.name.endswith(LAST) for path in Path(self.script).glob("*.json")):
                 time.sleep(0.1 if step < STEPS - 20 else 1.0)
             yield batch
 
@@ -90,6 +96,23 @@ class Chaos:
         assert found.samples == HEADS * STEPS * Dropping().batch_size
         self.assert_nothing_left()
 
+    def assert_ledger(self) -> None:
+        """W = W_0 + sum_n s/N B'_n A'_n (DESIGN 3.2): the last version is what it holds of each head, and no more."""
+        directory = RunDirectory.of(str(self.path), "r")
+        manifest, _ = checkpoint.read_newest_intact(directory)
+        initial = prepare(Dropping(), Settings("r", self.lte, self.merge, self.train))
+        plan = initial.plan
+        first, last = views(plan.base, initial.base), views(plan.base, checkpoint.read_base(directory, manifest, plan))
+        references = checkpoint.read_references(directory, manifest, initial.plans)
+        assert references.keys() == set(range(HEADS))
+        layout = Layout(plan.contribution.entries[: 2 * len(plan.adapted)])
+        factors = [views(layout, reference.double()) for reference in references.values()]
+        for spec in plan.adapted:
+            held = sum(spec.scaling / HEADS * own[spec.b] @ own[spec.a] for own in factors)
+            change = (last[spec.name] - first[spec.name]).double()
+            assert float(change.abs().max()) > 0.05
+            assert torch.allclose(change, held, rtol=0.0, atol=2e-5), spec.name  # float32, some dozens of sums
+
     def assert_nothing_left(self) -> None:
         """No actors, no placement groups, no half-written files, no checkpoint without a manifest."""
         assert all(group["state"] == "REMOVED" for group in placement_group_table().values())
@@ -128,6 +151,7 @@ AT_HEADS = [
     fault("leaving", head=0),
     fault("evaluates"),
 ]
+MORE_AT_HEADS = [fault("begins", head=1, incarnation=2)]
 AT_THE_COORDINATOR = [
     fault("arrived", version=1),
     fault("decided", version=2),
@@ -136,6 +160,7 @@ AT_THE_COORDINATOR = [
     fault("commits", version=8),
     fault("committed", version=10),
 ]
+MORE_AT_THE_COORDINATOR = [fault("coordinator begins", epoch=3), fault("finishes")]
 
 
 @pytest.mark.parametrize("merge", [{}, pytest.param(NOT_WAITING, marks=LONG)], ids=["barrier", "async"])
@@ -143,12 +168,13 @@ def test_heads_killed_at_every_point(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merge: dict[str, Any]
 ) -> None:
     """Each comes back and takes its steps; the evaluator dies, too. Where heads wait, they don't wait for one that is gone."""
-    chaos = Chaos(tmp_path, monkeypatch, AT_HEADS, **merge)
+    chaos = Chaos(tmp_path, monkeypatch, AT_HEADS + (MORE_AT_HEADS if merge else []), **merge)
     chaos.run()
     assert chaos.events["head_lost"] >= chaos.count() - chaos.count("evaluates")
     assert chaos.events["head_restarts"] == chaos.events["head_lost"]
     assert chaos.events["evaluator_lost"] == 1
     assert chaos.events["coordinator_lost"] == 0
+    chaos.assert_ledger()
 
 
 def test_a_coordinator_killed_at_every_point_changes_no_bit_of_a_barrier_run(
@@ -169,9 +195,10 @@ def test_a_coordinator_killed_at_every_point_while_heads_go_on(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The heads train on without it, and each contribution is merged once."""
-    chaos = Chaos(tmp_path, monkeypatch, AT_THE_COORDINATOR, **NOT_WAITING)
+    chaos = Chaos(tmp_path, monkeypatch, AT_THE_COORDINATOR + MORE_AT_THE_COORDINATOR, **NOT_WAITING)
     chaos.run()
     assert chaos.events["coordinator_lost"] == chaos.events["coordinator_restarts"] == chaos.count()
+    chaos.assert_ledger()
 
 
 def test_a_shard_of_the_coordinator_killed_and_a_head_with_it(

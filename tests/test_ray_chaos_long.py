@@ -116,3 +116,13 @@ def test_a_head_that_has_ended_and_dies_with_the_coordinator_loses_nothing(
     assert killer.done
     assert chaos.events["coordinator_lost"] == 1
     assert max(row["step"] for row in chaos.rows if row["kind"] == "merge" and 0 in row["heads"]) == STEPS
+
+
+def test_a_shard_and_an_evaluator_that_hang(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are found by their silence: the merging side begins anew, and the next evaluation is another process's."""
+    monkeypatch.setattr("lte_ray.runtime.session.STARTING", 20.0)
+    faults = [fault("shard receives", "SIGSTOP", head=1), fault("evaluates", "SIGSTOP")]
+    chaos = Chaos(tmp_path, monkeypatch, faults, shards=2, **NOT_WAITING)
+    chaos.run()
+    assert chaos.events["coordinator_lost"] == chaos.events["evaluator_lost"] == 1
+    assert any("hasn't answered for" in row["why"] for row in chaos.rows if row.get("event") == "coordinator_lost")

@@ -108,9 +108,10 @@ def test_a_worker_that_raises_gives_exit_code_1_and_its_traceback(users_file: Pa
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_takes_everything_down(tmp_path: Path, number: signal.Signals) -> None:
-    """Ctrl-C (or `ray job stop`) in the middle: exit code 130, no process of the run is left, checkpoints stay."""
+    """Ctrl-C (or `ray job stop`) in the middle: exit code 130, no process of the run is left, and all of it is saved."""
     storage = tmp_path / "runs"
-    command = f"train workers.regression:Regression --steps 1000000 --checkpoint-every 1 --name a --storage {storage}"
+    flags = "--steps 1000000 --checkpoint-every 1000000 --grace 20"
+    command = f"train workers.regression:Regression {flags} --name a --storage {storage}"
     run = subprocess.Popen(
         [BIN / "lte-ray", *command.split()],
         cwd=ROOT,
@@ -122,8 +123,8 @@ def test_an_interrupted_run_takes_everything_down(tmp_path: Path, number: signal
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  # background jobs ignore it
     )
     try:
-        manifests = storage / "a" / "checkpoints"  # the third may be pruned already when it is looked for
-        wait_for(lambda: any(int(m.parent.name) >= 3 for m in manifests.glob("*/manifest.json")) or run.poll() is not None)
+        metrics = storage / "a" / "metrics.jsonl"
+        wait_for(lambda: (metrics.exists() and '"version": 3' in metrics.read_text()) or run.poll() is not None)
         assert run.poll() is None, run.communicate()
         started = descendants(run.pid)
         assert any("HeadActor" in line for line in started.values())
@@ -138,9 +139,10 @@ def test_an_interrupted_run_takes_everything_down(tmp_path: Path, number: signal
     assert "--resume" in output
     assert "Traceback" not in output
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
-    saved = sorted((storage / "a" / "checkpoints").iterdir())
-    assert saved
-    assert all((folder / "manifest.json").exists() for folder in saved)
+    (saved,) = (storage / "a" / "checkpoints").iterdir()
+    manifest = json.loads((saved / "manifest.json").read_text())
+    assert int(saved.name) >= 3
+    assert {"head-0000.safetensors", "head-0001.safetensors"} <= {file.name for file in saved.iterdir()}, manifest
     assert not list(storage.rglob("*.part"))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from security_support import GOOD, outcome
 
-from lte_ray import runs
+from lte_ray import claim, runs
 from lte_ray.cli.flags import Parsed
 from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
 from lte_ray.engine.settings import Settings
@@ -36,7 +36,7 @@ def recorded(worker: Any, storage: StorageConfig, path: Path, merge: MergeConfig
     lte, train = LTEConfig(), TrainConfig()
     made = Settings("a", lte, merge or MergeConfig(), train)
     directory = RunDirectory.of(str(path / "runs"), "a")
-    runs.create(directory, runs.record(worker, GOOD, made, PlacementConfig(), storage, FailureConfig()), storage)
+    claim.create(directory, runs.record(worker, GOOD, made, PlacementConfig(), storage, FailureConfig()), storage)
     return (path / "runs" / "a" / "run.toml").read_text()
 
 

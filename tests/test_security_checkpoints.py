@@ -13,7 +13,7 @@ from checkpoint_damage import AT, checked, copied, snapshot, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lte_ray import checkpoint, runs
+from lte_ray import checkpoint, claim
 from lte_ray.config import LTEConfig, MergeConfig, StorageConfig, TrainConfig
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
@@ -165,4 +165,4 @@ def test_any_facts_are_gone_on_from_or_one_error(intact: Path, tmp_path: Path, d
     file.write_bytes(checkpoint.seal(replaced(manifest, place, new)))
     asked = Settings("run", LTEConfig(num_heads=2, lora_r=2), MergeConfig(), TrainConfig(steps=100))
     with contextlib.suppress(StorageError):
-        runs.check_start(directory, StorageConfig(name="run", resume=True), asked)
+        claim.check_start(directory, StorageConfig(name="run", resume=True), asked)

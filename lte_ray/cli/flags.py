@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import select
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,13 +78,22 @@ def parse_sections(worker: type | None, program: str, arguments: list[str], face
         flags: Any = tyro.cli(made_of, prog=f"lte-ray {face.command} {program}", args=[*preset, *rest], description=face.about)
     except tyro.constructors.UnsupportedTypeAnnotationError as error:
         raise WorkerError(f"{program}: the constructor's parameters can't all be flags; annotate them: {error}") from error
-    except (ConfigError, BrokenPipeError):  # the latter: nobody reads the help to its end
+    except ConfigError:
         raise
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads():  # the help to its end
+            raise
         raise _not_made(program, error) from error
     own: dict[type, dict[str, Any]] = {MergeConfig: {TABLE: given_arguments(flags)}}
     made = {kind: _plain(kind, getattr(flags, title), own.get(kind, {})) for kind, title in face.titles.items()}
     return made, getattr(flags, "worker", None)
+
+
+def nobody_reads() -> bool:
+    """Whether standard output leads to a process that has ended, as in `lte-ray train --help | head`."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def without_settings(program: str, kind: type) -> Any:

@@ -126,6 +126,10 @@ def entry() -> None:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
+        from lte_ray.cli.flags import nobody_reads
+
+        if not nobody_reads():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
         code = 128 + signal.SIGPIPE
     sys.exit(code)

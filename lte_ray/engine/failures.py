@@ -85,7 +85,7 @@ class Failures:
     def no_place(self, others: int, seconds: float) -> Remedy:
         """The cluster has had no place for a process of heads for so long: whether those that have one go on alone."""
         remedy = self._exhausted(others, f"the cluster has had no place for it for {seconds:.0f} s")
-        return remedy if remedy.action == "drop" else Remedy("restart")  # it waits on
+        return remedy if remedy.action == "drop" else Remedy("restart", why=remedy.why)  # it waits on
 
     def delay(self, in_a_row: int) -> float:
         """Seconds before a restart, where it is the last of so many in a row: none before the first."""

@@ -172,8 +172,9 @@ class CoordinatorActor:
         saved = {head: self._cuts.saved for head in plans if head in self._cuts.states}
         begins = {head: Begin(starts[head], saved=start.saved, exact=True) for head in exact}
         for head in plans.keys() - exact:
-            reference = await self._updates.reference(head) if starts[head].sequence else None
-            begins[head] = Begin(starts[head], reference, saved.get(head))
+            merged = bool(starts[head].sequence)  # else it begins afresh, with all that belongs to it
+            reference = await self._updates.reference(head) if merged else None
+            begins[head] = Begin(starts[head], reference, saved.get(head) if merged else None)
         await until(lambda: True)
         self._records.present |= plans.keys()
         update = replace(await self._updates.since(tuple(plans), -1), begins=begins)

@@ -14,6 +14,9 @@ from lte_ray.messages import HeadStatus
 from lte_ray.runtime.hub import Hub
 from lte_ray.runtime.placement import placed, several_nodes
 
+BLIND = 2.0
+"""Seconds between two looks at the heads from which on this process was busy itself, or stopped."""
+
 
 @dataclass(eq=False)
 class Member:
@@ -27,6 +30,7 @@ class Member:
         started: when the process was (monotonic).
         due: when the next one is to start, where one is.
         asked: the status call that isn't answered yet, and since when.
+        said: whether people were told that the cluster has no place for it.
     """
 
     numbers: tuple[int, ...]
@@ -39,6 +43,7 @@ class Member:
     asked: tuple[Any, float] | None = None
     pulse: Pulse = field(default_factory=Pulse)
     over: bool = False
+    said: bool = False
 
     @property
     def name(self) -> str:
@@ -61,11 +66,12 @@ class Crew:
         self.members: list[Member] = []
         self.deadlines = Deadlines()
         self.changed = 0.0  # when a place was given up, or its heads ended, for the last time
+        self._looked: float | None = None
         self._given_up: dict[int, int] = {}  # by head, the next incarnation
 
-    def add(self, number: int, strategy: Any) -> Member:
-        """A new place for a head, with its first process; its number may be that of one that was given up."""
-        member = Member((number,), strategy, incarnation=self._given_up.get(number, 0))
+    def add(self, numbers: tuple[int, ...], strategy: Any) -> Member:
+        """A new place for heads, with their first process; their numbers may be those of heads that were given up."""
+        member = Member(numbers, strategy, incarnation=max(self._given_up.get(number, 0) for number in numbers))
         self.members.append(member)
         self.start(member)
         return member
@@ -82,7 +88,8 @@ class Crew:
         if member.actor is None:
             member.actor = self._launch(member.numbers, member.strategy, member.incarnation)
         member.run = member.actor.run.remote(self._hub.coordinator, self._hub.epoch)
-        member.started, member.due, member.asked, member.pulse = time.monotonic(), None, None, Pulse()
+        member.started, member.said = time.monotonic(), False
+        member.due, member.asked, member.pulse = None, None, Pulse()
 
     def clear(self, member: Member) -> None:
         """What was there is gone, or is ended now."""
@@ -125,6 +132,7 @@ class Crew:
     def look(self) -> list[HeadStatus]:
         """Asks those that train how they are; what has been answered since the last look."""
         found: list[HeadStatus] = []
+        self._overlook()
         for member in self.training:
             if member.asked is None:
                 member.asked = (member.actor.status.remote(), time.monotonic())
@@ -144,7 +152,17 @@ class Crew:
             stepped = any(s.first_step_at is not None for s in statuses)
             self.deadlines.note(member.pulse, now, asked, position, idle, stepped)
             found += statuses
+        self._looked = time.monotonic()
         return found
+
+    def _overlook(self) -> None:
+        """What this process was busy with since it looked last says nothing of how long others took."""
+        blind = time.monotonic() - (self._looked or time.monotonic())
+        if blind > BLIND:
+            for member in self.training:
+                member.pulse.moved += blind
+                if member.asked is not None:
+                    member.asked = (member.asked[0], member.asked[1] + blind)
 
     def gone(self) -> list[Member]:
         """Those that have ended their work and whose process, which may still have to write its state, is gone or hangs."""

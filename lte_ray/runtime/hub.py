@@ -16,6 +16,7 @@ from lte_ray.runtime.coordinator import CoordinatorActor
 from lte_ray.runtime.package import Package
 from lte_ray.runtime.shard import ShardActor
 from lte_ray.runtime.start import Start
+from lte_ray.runtime.told import DEAD
 
 BESIDE = {"num_cpus": 0, "scheduling_strategy": "DEFAULT"}
 """Ray's options of actors that reserve nothing."""
@@ -74,7 +75,7 @@ class Hub:
                 self._answered.add(number)
                 try:
                     ray.get(ref)
-                except ray.exceptions.RayActorError:
+                except DEAD:
                     return f"the process of coordinator shard {number} died"
             elif now - since > (silence if number in self._answered else max(silence, STARTING)):
                 return f"the process of coordinator shard {number} hasn't answered for {now - since:.0f} s"

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from lte_ray.errors import CoordinatorLost, LTEError
+from lte_ray.runtime.told import DEAD
 from lte_ray.runtime.transport import Gone
 
 AGAIN = 0.5
@@ -71,7 +72,7 @@ class Line:
                     self._await_another(epoch)
                     continue
                 raise (error.cause if isinstance(error.cause, LTEError) else error) from None
-            except ray.exceptions.RayActorError as error:
+            except DEAD as error:
                 if isinstance(error, ray.exceptions.ActorUnavailableError):
                     with self._changed:
                         self._waiting = self._waiting or time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from lte_ray.runtime.crew import Member
 from lte_ray.runtime.placement import Places
 from lte_ray.runtime.resuming import resumed
 from lte_ray.runtime.start import Start
-from lte_ray.runtime.told import translated
+from lte_ray.runtime.told import DEAD, translated
 
 if TYPE_CHECKING:
     from lte_ray.runtime.session import Session
@@ -26,8 +27,14 @@ if TYPE_CHECKING:
 ANSWER = 10.0
 """Seconds that heads have to say what they know when the coordinator is lost; who doesn't is started anew."""
 
+STARTED = 0.5
+"""Seconds that those have beside that which haven't answered yet at all: they may be there, or still wait for a place."""
+
 GROW = 15.0
 """Seconds between two looks whether the cluster has room for another head."""
+
+
+log = logging.getLogger("lte_ray")
 
 
 class Mending:
@@ -46,7 +53,8 @@ class Mending:
         self._spike: tuple[str, int] | None = None  # and whether the loss has spiked
         self._grown = time.monotonic()
         self._began, self._stuck = -1, 0  # the version from which the last coordinator began, and how often in a row
-        self._without_place: set[int] = set()  # heads that were dropped since the cluster had no place for them
+        self._without_place: list[tuple[int, ...]] = []  # heads of processes that were dropped since they had no place
+        self._given_up: set[int] = set()  # heads that were dropped since they died too often: they don't come again
         self._rolled: set[int] = set()  # versions that the run has gone back to
 
     def look(self) -> None:
@@ -96,7 +104,7 @@ class Mending:
         self._asked = None
         try:
             status = ray.get(ref)
-        except ray.exceptions.RayActorError as error:
+        except DEAD as error:
             return str(translated(error, "the coordinator"))
         except ray.exceptions.RayTaskError as error:
             raise translated(error, "the coordinator") from error
@@ -161,6 +169,7 @@ class Mending:
             delay=remedy.delay,
         )
         crew.clear(member)
+        session.is_now(member.numbers, "lost")
         with contextlib.suppress(ray.exceptions.RayError):  # the next coordinator learns it otherwise
             ray.get(self._lose([member], remedy.action == "drop"), timeout=ANSWER)
         if remedy.action == "stop":
@@ -168,7 +177,8 @@ class Mending:
                 raise HeadLost(remedy.said(str(error))) from error
             raise error
         if remedy.action == "drop":
-            self._given_up(member)
+            self._leave(member)
+            self._given_up |= set(member.numbers)
             session.log.event("head_dropped", heads=list(member.numbers), why=remedy.why)
             return
         member.due = time.monotonic() + remedy.delay
@@ -191,19 +201,24 @@ class Mending:
             session.log.event("head_turned_away", heads=list(member.numbers), why="all others had ended when it came")
             crew.clear(member)
             self._lose([member], drop=True)
-            self._given_up(member)
+            self._leave(member)
 
     def _do_without(self, member: Member, seconds: float) -> None:
         """The cluster has no place for a process; those that have one may go on without it, until there is room again."""
         session = self._session
-        others = sum(len(other.numbers) for other in session.crew.members if other.pulse.answered is not None)
+        others = sum(len(other.numbers) for other in session.crew.training if other.pulse.answered is not None)
         remedy = session.failures.no_place(others, seconds)
         if remedy.action != "drop":
+            if not member.said:
+                session.log.event("waits_for_place", heads=list(member.numbers), why=remedy.why)
+                log.warning("%s waits: %s. The others go on.", member.name, remedy.why)
+                session.is_now(member.numbers, "without a place")
+            member.said = True
             return
         session.crew.clear(member)
         self._lose([member], drop=True)
-        self._given_up(member)
-        self._without_place |= set(member.numbers)
+        self._leave(member)
+        self._without_place.append(member.numbers)
         session.log.event("head_dropped", heads=list(member.numbers), why=remedy.why)
 
     def _lose(self, members: list[Member], drop: bool) -> Any:
@@ -211,27 +226,39 @@ class Mending:
         nexts = {number: member.incarnation for member in members for number in member.numbers}
         return self._session.hub.coordinator.lose.remote(nexts, drop)
 
-    def _given_up(self, member: Member) -> None:
+    def _leave(self, member: Member) -> None:
+        """The place is free."""
         self._session.crew.drop(member)
         self._places.spare(member.strategy)
         for number in member.numbers:
             self._session.statuses.pop(number, None)
 
     def _grow(self, now: float) -> None:
-        """Adds a head where the run may have more, or did without one for lack of a place, and the cluster has room."""
+        """Takes back heads that had no place, or adds one where the run may have more, once the cluster has room.
+
+        Not when some are about to start again, or have taken all their steps: then the run is at its end.
+        """
         session = self._session
-        taken = {n for member in session.crew.members for n in member.numbers}
-        may = len(taken) < session.failure.max_heads or self._without_place
-        if not may or now - self._grown < GROW or any(m.over or m.due for m in session.crew.members):
+        if now - self._grown < GROW or any(m.due or (m.over and not self._quarantined(m)) for m in session.crew.members):
+            return
+        taken = {n for member in session.crew.members for n in member.numbers} | self._given_up
+        free = [n for n in range(len(session.initial.plans)) if n not in taken]
+        numbers = self._without_place[0] if self._without_place else tuple(free[:1])
+        may = self._without_place or len(taken - self._given_up) < session.failure.max_heads
+        if not numbers or not may:
             return
         self._grown = now
-        wanted = [*sorted(self._without_place), *range(len(session.initial.plans))]
-        number = next((n for n in wanted if n not in taken), None)
-        strategy = None if number is None else self._places.more()
-        if number is not None and strategy is not None:
-            self._without_place.discard(number)
-            session.crew.add(number, strategy)
+        strategy = self._places.more()
+        if strategy is None:
+            return
+        self._without_place = self._without_place[1:]
+        session.crew.add(numbers, strategy)
+        for number in numbers:
             session.log.event("head_added", head=number)
+
+    def _quarantined(self, member: Member) -> bool:
+        statuses = self._session.statuses
+        return all(n in statuses and statuses[n].state == "quarantined" for n in member.numbers)
 
     # -- the coordinator -----------------------------------------------------------------------------------------------
 
@@ -299,7 +326,7 @@ class Mending:
         try:
             ray.get(hub.coordinator.freeze.remote(False), timeout=ANSWER)
             standings, ledger = ray.get(hub.coordinator.positions.remote(), timeout=ANSWER)
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+        except (*DEAD, ray.exceptions.GetTimeoutError) as error:
             self.recover(  # the next coordinator sees the spike, too, if it doesn't pass
                 f"The process of the coordinator died or hung while the run went back: {error}"
             )
@@ -372,7 +399,10 @@ class Mending:
         crew = self._session.crew
         there = [member for member in crew.members if member.actor is not None]
         asked = {member.actor.report.remote(epoch): member for member in there}
-        answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER) if asked else ([], [])
+        known = [ref for ref, member in asked.items() if member.pulse.answered is not None]
+        if known:
+            ray.wait(known, num_returns=len(known), timeout=ANSWER)
+        answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=STARTED) if asked else ([], [])
         reports = []
         for ref in answered:
             try:

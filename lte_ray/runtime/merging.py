@@ -18,6 +18,7 @@ from lte_ray.messages import Contribution, Verdict
 from lte_ray.points import reached
 from lte_ray.runtime.publisher import Masters
 from lte_ray.runtime.records import Records
+from lte_ray.runtime.told import DEAD
 from lte_ray.runtime.transport import Gone, Handle, Transport
 from lte_ray.runtime.waiters import Waiters
 
@@ -200,7 +201,7 @@ class Merging:
             values = await self._evaluator.evaluate.remote(handle)
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, LTEError) else error) from None
-        except ray.exceptions.RayActorError:  # the driver starts another
+        except DEAD:  # the driver starts another
             self._evaluator = None
             self._evaluator_there.clear()
             await self._try(candidate)

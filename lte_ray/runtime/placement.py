@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +24,9 @@ LEAST_SHARE = 0.25
 
 PATIENCE = 30.0
 """Seconds to wait for resources that the cluster has but others may be using."""
+
+SAY = 10.0
+"""Seconds after which a start says that it waits for resources, again and again."""
 
 log = logging.getLogger("lte_ray")
 
@@ -184,10 +188,10 @@ class Places:
 
     def more(self) -> Any:
         """The scheduling strategy of one more actor; None if the cluster has no room now."""
-        if self._spare:
-            found = next((strategy for strategy in self._spare if placed(strategy)), None)
-            self._spare = [strategy for strategy in self._spare if strategy is not found]
-            return found
+        for strategy in self._spare:
+            if placed(strategy):
+                self._spare.remove(strategy)
+                return strategy
         free = ray.available_resources()
         if any(amount > free.get(name, 0.0) + 1e-6 for name, amount in self.placement.bundle.items()):
             return None
@@ -219,9 +223,16 @@ def reserve(placement: Placement, hosted: list[tuple[int, ...]]) -> Iterator[Pla
     group = placement_group([placement.bundle] * actors, strategy=placement.strategy)
     places = Places(placement, hosted, group)
     try:
-        if not group.wait(places.patience):
+        end = time.monotonic() + places.patience
+        while not group.wait(max(0.1, min(SAY, end - time.monotonic()))):
             free = ray.available_resources()
             shown = ", ".join(f"{free.get(name, 0):g} {name}" for name in placement.bundle)
+            left = end - time.monotonic()
+            if left > 0:
+                log.warning(
+                    "%d actors of %s each wait for room; free now: %s. %.0f s more.", actors, placement.bundle, shown, left
+                )
+                continue
             raise ResourceError(
                 f"{actors} actors of {placement.bundle} each couldn't be placed within {places.patience:g} s; free now: "
                 f"{shown}. Others use the cluster, or no node is large enough for a head. Wait, ask for less, or give "

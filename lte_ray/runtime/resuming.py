@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from lte_ray import checkpoint
+from lte_ray.config.fields import is_integer
 from lte_ray.data.lanes import advance
 from lte_ray.data.lanes import initial as first_lanes
 from lte_ray.engine.initial import Initial
@@ -29,16 +30,19 @@ def resumed(common: Common, initial: Initial, version: int, num_heads: int) -> S
     directory = common.directory
     manifest = checkpoint.read_manifest(directory, version)
     states = {head: checkpoint.read_head(directory, manifest, head)[1] for head in manifest.heads}
-    before = int(manifest.facts["lte"]["num_heads"])
     try:
+        before = int(manifest.facts["lte"]["num_heads"])
         standings = _standings(manifest, states, before)
+        stepped = {head: int(state["step"]) for head, state in states.items()}
         ledger = dict(manifest.facts.get("ledger") or DataLedger({h: s.lanes for h, s in standings.items()}).state())
+        DataLedger.from_state(ledger)  # so that what is wrong with it is said here
+        guard = dict(manifest.facts.get("guard") or {})
         same = set(standings) == set(range(num_heads))
         if not same:
             ledger = reshard(ledger, num_heads).state()
             mean = round(sum(held.step for held in standings.values()) / max(1, len(standings)))
             standings = {h: _at(standings.get(h), mean, version) for h in range(num_heads)}
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:  # whoever wrote it, it isn't what a run writes
         where = directory.at(checkpoint.folder(version))
         raise StorageError(f"{where} can't be continued: {type(error).__name__}: {error}.") from error
     base = checkpoint.read_base(directory, manifest, initial.plan)
@@ -51,11 +55,11 @@ def resumed(common: Common, initial: Initial, version: int, num_heads: int) -> S
         references={head: common.transport.publish(factors) for head, factors in references.items()},
         standings=standings,
         ledger=ledger,
-        taken={head: int(states[head]["step"]) if head in exact else held.step for head, held in standings.items()},
+        taken={head: stepped[head] if head in exact else held.step for head, held in standings.items()},
         saved=version,
         exact=exact,
         states=frozenset(head for head in states if head in standings),
-        guard=manifest.facts.get("guard") or {},
+        guard=guard,
     )
 
 
@@ -63,7 +67,7 @@ def _standings(manifest: checkpoint.Manifest, states: dict[int, dict[str, Any]],
     """What the base holds of each head. An older release noted it in the heads' states alone."""
     noted = manifest.facts.get("standings")
     if noted is not None:
-        return {int(h): Standing(**{**held, "lanes": tuple((n, s) for n, s in held["lanes"])}) for h, held in noted.items()}
+        return {int(head): _standing(held) for head, held in noted.items()}
     found = {}
     for head, meta in states.items():
         batches = meta.get("batches", meta["step"])
@@ -71,6 +75,16 @@ def _standings(manifest: checkpoint.Manifest, states: dict[int, dict[str, Any]],
         lanes = advance(first_lanes(head, before), batches)
         found[head] = Standing(0, meta["sequence"], manifest.version, step, samples, batches, lanes)
     return found
+
+
+def _standing(noted: dict[str, Any]) -> Standing:
+    """As a manifest notes it. Raises KeyError, ValueError or TypeError if that isn't what a run writes."""
+    held = Standing(**{**noted, "lanes": tuple((n, s) for n, s in noted["lanes"])})
+    numbers = {f.name: getattr(held, f.name) for f in fields(held) if f.name != "lanes"}
+    wrong = {name: number for name, number in numbers.items() if not is_integer(number) or number < 0}
+    if wrong:
+        raise ValueError(f"the standing of a head has {wrong!r:.80}")
+    return held
 
 
 def _at(held: Standing | None, step: int, version: int) -> Standing:

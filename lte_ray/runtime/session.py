@@ -37,7 +37,7 @@ from lte_ray.runtime.mending import Mending
 from lte_ray.runtime.package import Package
 from lte_ray.runtime.placement import Placement, Places
 from lte_ray.runtime.start import Start
-from lte_ray.runtime.told import got
+from lte_ray.runtime.told import DEAD, got
 from lte_ray.runtime.transport import Gone
 
 POLL = 0.5
@@ -218,6 +218,10 @@ class Session:
                     why = "poison, as the coordinator said before it was lost"
                     self.log.event("refused", head=status.head, sequence=sequence, why=why, poison=True)
 
+    def is_now(self, heads: tuple[int, ...], state: str) -> None:
+        """What becomes of heads whose process can't say so itself."""
+        self.statuses |= {n: replace(self.statuses[n], state=state, note="") for n in heads if n in self.statuses}
+
     @property
     def seen(self) -> int:
         """The newest version that the driver knows of."""
@@ -344,16 +348,16 @@ class Session:
         end = time.monotonic() + limit
         self.log.event("ended_early", why=f"{type(why).__name__}: {why}"[:500])
         with contextlib.suppress(ray.exceptions.RayError, LTEError):
-            self._write_last(limit, early=True)
+            self._write_last(end, early=True)
             left = max(0.1, end - time.monotonic())
             ray.get(self.hub.coordinator.complete.remote(left), timeout=left + 0.5)
             self.take(ray.get(self.hub.coordinator.status.remote(self.seen), timeout=0.5))
 
-    def _write_last(self, limit: float, early: bool) -> None:
-        """Has a checkpoint of the last version written, unless there is one."""
+    def _write_last(self, end: float, early: bool) -> None:
+        """Has a checkpoint of the last version written, unless there is one, until `end` (monotonic)."""
         coordinator = self.hub.coordinator
-        for save in ray.get(coordinator.freeze.remote(early), timeout=limit):
-            self._ask_to_write(save, limit / 2)
+        for save in ray.get(coordinator.freeze.remote(early), timeout=max(0.1, end - time.monotonic())):
+            self._ask_to_write(save, max(0.1, (end - time.monotonic()) / 2))
 
     def _ask_to_write(self, save: Save, limit: float) -> None:
         """Has heads write their states into a checkpoint; it does without those that can't."""
@@ -373,12 +377,12 @@ class Session:
         """The last checkpoint, the export, the last evaluation and the sample."""
         while True:
             try:
-                self._write_last(limit=60.0, early=False)
+                self._write_last(time.monotonic() + 60.0, early=False)
                 version, base, trouble = self._when_there(mending, self.hub.coordinator.finish.remote())
                 self.take(self._when_there(mending, self.hub.coordinator.status.remote(self.seen)))
                 final = self.common.transport.fetch(base).clone()
                 break
-            except (CoordinatorLost, Gone, ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            except (*DEAD, CoordinatorLost, Gone, ray.exceptions.GetTimeoutError) as error:
                 mending.recover(str(error))
                 self._watch(mending)  # heads that died together with it have something to do again
         base = self.common.transport.publish(final)  # the driver's own from here on

@@ -7,13 +7,12 @@ from collections.abc import Awaitable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import ray
-
 from lte_ray.engine.elsewhere import Measured
 from lte_ray.errors import CoordinatorLost
 from lte_ray.layout import Layout
 from lte_ray.merging.transfer import Codec
 from lte_ray.runtime.publisher import Published
+from lte_ray.runtime.told import DEAD
 from lte_ray.runtime.transport import Handle, Pieces
 
 
@@ -133,7 +132,7 @@ class Shards:
 async def _answer(number: int, reference: Any) -> Any:
     try:
         return await reference
-    except ray.exceptions.RayActorError as error:
+    except DEAD as error:
         raise CoordinatorLost(f"The process of coordinator shard {number} died: {error}") from error
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lte_ray.errors import LTEError
+from lte_ray.runtime.told import DEAD
 
 Handle = Any
 
@@ -99,7 +100,7 @@ class ObjectStore:
             raise Gone(f"{type(error).__name__}: {error}") from None
 
 
-LOST = (ray.exceptions.ObjectLostError, ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)
+LOST = (*DEAD, ray.exceptions.ObjectLostError, ray.exceptions.WorkerCrashedError)
 """What Ray raises for an object whose owner has died; ObjectLostError is the root of several."""
 
 

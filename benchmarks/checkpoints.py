@@ -1,0 +1,73 @@
+"""What checkpoints cost the heads: a run that writes one at every merge, over the same run that writes none.
+
+Two heads of `workers.gpt:GPT` on one thread each, which don't wait for each other and contribute every 10 steps; the kinds
+alternate. The stall is for how long a head stands still for a checkpoint: it copies its state between two steps, and its
+process writes the copy while it trains on (`times.checkpoint` of the result). Samples/s are taken from the first merge to the
+last; as both heads have a core of the machine, and there are no others here, what writes takes its time from them.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import report, spread
+from lte_ray import LTEConfig, LTETrainer, MergeConfig, TrainConfig
+from lte_ray.config import PlacementConfig, StorageConfig
+from lte_ray.metrics import Silent
+from workers.gpt import GPT
+
+RUNS, STEPS, HEADS, MERGE_ITER = 3, 120, 2, 10
+
+
+def run(every: int) -> dict[str, Any]:
+    """Samples/s, and of the checkpoints: how many, their bytes, and the seconds for which each kept a head from training."""
+    with tempfile.TemporaryDirectory() as storage:
+        result = LTETrainer(
+            GPT(),
+            lte=LTEConfig(num_heads=HEADS),
+            merge=MergeConfig(merge_iter=MERGE_ITER, when="arrival", wait=False),
+            train=TrainConfig(steps=STEPS, eval_every=0, checkpoint_every=every, threads_per_head=1),
+            scaling_config=PlacementConfig(cpus_per_head=1),
+            run_config=StorageConfig(name="run", storage=storage, keep_checkpoints=None),
+            reporter=Silent(),
+        ).fit()
+        folder = Path(storage) / "run"
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        saved = [path.parent for path in folder.glob("checkpoints/*/manifest.json")]
+        sizes = [sum(file.stat().st_size for file in version.iterdir()) for version in saved]
+    merges = [row for row in rows if row["kind"] == "merge"]
+    assert result.metrics is not None
+    times = result.metrics["times"]
+    return {
+        "rate": sum(row["samples"] for row in merges[1:]) / (merges[-1]["at"] - merges[0]["at"]),
+        "checkpoints": len(saved),
+        "mebibytes": max(sizes) / 2**20,
+        "stall": times["checkpoint"] / len(saved),
+        "round": MERGE_ITER * times["train"] / STEPS,
+    }
+
+
+def main() -> None:
+    pairs = [(run(1), run(0)) for _ in range(RUNS)]
+    stall = spread([often["stall"] for often, _ in pairs])
+    share = spread([often["stall"] / often["round"] for often, _ in pairs])
+    ratio = spread([often["rate"] / never["rate"] for often, never in pairs])
+    report(
+        "checkpoints",
+        limits={"stall": "for how long a checkpoint keeps a head from training, over a round's 10 steps: median <= 0.02"},
+        met={"stall": share["median"] <= 0.02},
+        figures={
+            "stall_seconds_of_a_checkpoint": stall,
+            "stall_over_a_round": share,
+            "checkpoints": [often["checkpoints"] for often, _ in pairs],
+            "mebibytes_of_a_checkpoint": round(pairs[0][0]["mebibytes"], 1),
+            "samples_per_second_over_no_checkpoints": ratio,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
