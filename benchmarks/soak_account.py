@@ -11,6 +11,10 @@ Row = dict[str, Any]
 Span = tuple[float, float]
 
 
+LONG = 2.0
+"""Times the median of a head's stretches from which on one counts as long."""
+
+
 @dataclass
 class Fault:
     """One fault: when it was sent (Unix time), of which kind, and the head that the driver then missed, if it was one's."""
@@ -38,8 +42,13 @@ class Stretch:
 
 
 def stretches(merges: Sequence[Row], starts: Sequence[float]) -> list[Stretch]:
-    """When one process of a head was at work, from merge to merge; `starts` are those of drivers (Unix time)."""
-    found, last = [], {}
+    """When one process of a head was at work, from merge to merge; `starts` are those of drivers (Unix time).
+
+    While there is no coordinator a head's contribution waits, and what it trains meanwhile comes with the one behind it: a
+    stretch that is much longer than most is one with the next.
+    """
+    found: list[Stretch] = []
+    last: dict[str, tuple[float, Row]] = {}
     for row in merges:
         for head, held in row["held"].items():
             before = last.get(head)
@@ -49,7 +58,24 @@ def stretches(merges: Sequence[Row], starts: Sequence[float]) -> list[Stretch]:
             if any(before[0] < start <= row["at"] for start in starts) or held["samples"] <= before[1]["samples"]:
                 continue
             found.append(Stretch(int(head), before[0], row["at"], held["samples"] - before[1]["samples"]))
-    return found
+    return [
+        piece for head in sorted({piece.head for piece in found}) for piece in _joined([p for p in found if p.head == head])
+    ]
+
+
+def _joined(pieces: Sequence[Stretch]) -> list[Stretch]:
+    """Those of one head, in order."""
+    long = LONG * statistics.median(piece.end - piece.begin for piece in pieces)
+    made: list[Stretch] = []
+    waited: Stretch | None = None  # one that is long, and was followed by nothing yet
+    for piece in pieces:
+        if waited is not None and waited.end == piece.begin:
+            made[-1] = Stretch(piece.head, waited.begin, piece.end, waited.samples + piece.samples)
+            waited = None
+        else:
+            made.append(piece)
+            waited = piece if piece.end - piece.begin > long else None
+    return made
 
 
 def rate(pieces: Iterable[Stretch], spans: Sequence[Span], but: Sequence[int | None] = ()) -> tuple[float, float]:

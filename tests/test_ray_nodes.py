@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from ray_support import LONG
 
 from lte_ray.audit import audit
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(280), LONG]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(420), LONG]
 
 
 def run(path: Path, what: str, steps: int) -> list[Any]:
@@ -51,3 +52,27 @@ def test_heads_that_no_node_has_a_place_for_are_done_without_until_there_is_room
     )
     found = audit(rows)
     assert (found.lost, found.doubled, found.problems) == (0, 0, [])
+
+
+def may_make_networks() -> bool:
+    """Whether this process may make network namespaces, and join them."""
+    tools = all(shutil.which(tool) for tool in ("unshare", "nsenter", "ip"))
+    command = ["unshare", "--net", "ip", "link", "add", "type", "veth"]
+    return tools and subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("seconds", [20, 60])
+def test_a_run_survives_a_cut_network(tmp_path: Path, seconds: int) -> None:
+    """Packets between two nodes vanish for a while, and no connection is closed: each batch is merged once all the same."""
+    if not may_make_networks():
+        pytest.skip("needs the right to make network namespaces")
+    script = Path(__file__).parent / "network_cut.py"
+    command = ["unshare", "--net", sys.executable, script, tmp_path, str(seconds)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["step"] == 300
+    rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    noticed = {row["event"] for row in rows if row["kind"] == "event"}
+    assert noticed & {"head_hung", "head_lost", "coordinator_lost"}
+    found = audit(rows)
+    assert (found.samples, found.lost, found.doubled, found.problems) == (4 * 300 * 64, 0, 0, [])

@@ -41,6 +41,16 @@ def test_a_survivor_that_stalls_shows() -> None:
     assert rate(stretches(rows, []), [(5, 15)]) == (7.5, 10)
 
 
+def test_what_waited_for_a_coordinator_is_no_stall_but_standing_still_is() -> None:
+    """No merge from 10 to 15: the contribution that waited comes first, then all that was trained meanwhile, or nothing."""
+    before, after = steady(0, 0, 11), steady(0, 16, 26, start=150)
+    caught_up = [*before, merge(15, 0, 120), merge(15.1, 0, 161), *after]
+    assert rate(stretches(caught_up, []), [(11, 14)])[0] == pytest.approx(10.0)
+    assert (0, 10.0, 15.1, 51) in [(p.head, p.begin, p.end, p.samples) for p in stretches(caught_up, [])]
+    stood = [*before, merge(15, 0, 120), merge(16, 0, 130)]
+    assert rate(stretches(stood, []), [(11, 14)])[0] == pytest.approx(20 / 6)
+
+
 def test_heads_are_named_by_the_driver_and_come_back() -> None:
     """A kill is matched with a loss that the driver tells of, a stop with a hang; until that head's next process merges."""
     faults = [Fault(10.5, "head SIGKILL"), Fault(11.0, "head SIGSTOP"), Fault(30.5, "driver SIGKILL")]
