@@ -146,8 +146,10 @@ class LTETrainer:
             reporter.update(Progress.starting(name, self.train.steps, "starting the heads"))
             hosted = placing.hosted(placement, self.lte.num_heads)
             record = runs.record(self.worker, self.program, settings, asked, storage, failure)
-            with placing.reserve(placement, hosted) as places, claim.taken(record) as (config, resume):
+            with contextlib.ExitStack() as held:
+                places = held.enter_context(placing.reserve(placement, hosted))
                 groups = placing.groups_of(settings.merge, initial.plans, places.nodes, gives_weights(policy))
+                config, resume = held.enter_context(claim.taken(record))
                 common = Common(
                     worker,
                     settings,

@@ -1,4 +1,4 @@
-"""Shared by all tests: the repository root is importable, torch uses one thread, hypothesis knows no chance or clock."""
+"""Shared by all tests: the repository root is importable, torch uses one thread, and nothing knows any chance or clock."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ settings.load_profile("lte-ray")
 def one_torch_thread() -> None:
     """Results depend on the thread count in their last bits, and small tensors are fastest with one."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws is the same alone, in any order, and in any of several processes."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,7 @@ def test_a_barrier_run_by_factors_is_bitwise_the_one_by_bases(local_ray: None, t
     assert result.metrics["resyncs"] == 0
 
 
-@pytest.mark.parametrize("down", ["dense", "factors"])
+@pytest.mark.parametrize("down", [pytest.param("dense", marks=LONG), "factors"])
 def test_heads_that_never_wait_lose_no_step(local_ray: None, tmp_path: Path, down: str) -> None:
     """All steps are merged, exactly as many as there are; the faster head takes more of them, and the loss falls."""
     result = fit(tmp_path, Slow(), 60, when="arrival", wait=False, send_down=down)
@@ -117,6 +117,7 @@ def test_virtual_heads_need_not_wait(local_ray: None, tmp_path: Path, down: str)
     assert result.metrics["validation_loss"] < 0.3  # 0.67 before
 
 
+@LONG
 def test_a_deadline_ends_the_wait_for_a_quorum(local_ray: None, tmp_path: Path) -> None:
     """A quorum of both would wait for the slow head; after the deadline the fast one is merged alone."""
     result = fit(tmp_path, Slow(seconds=0.005, slow_seconds=0.3), 20, when="quorum", quorum=2, deadline=0.2, wait=False)
@@ -124,6 +125,7 @@ def test_a_deadline_ends_the_wait_for_a_quorum(local_ray: None, tmp_path: Path) 
     assert sum(row["steps"] for row in merges(result)) == 2 * 20
 
 
+@LONG
 def test_heads_of_different_speed_contribute_together(local_ray: None, tmp_path: Path) -> None:
     """With match_speed the fast head takes more steps a round, so that it hardly waits for the slow one."""
     result = fit(tmp_path, Slow(seconds=0.02, slow_seconds=0.08), 60, match_speed=True)
@@ -181,7 +183,7 @@ def test_int8_and_topk_lose_little(local_ray: None, tmp_path: Path) -> None:
         pytest.param({"when": "quorum", "quorum": 1}, marks=LONG),
         {"when": "arrival"},
         pytest.param({"wait": False, "max_lag": 0}, marks=LONG),
-        {"wait": False},
+        pytest.param({"wait": False}, marks=LONG),
     ],
 )
 def test_virtual_heads_are_merged_one_by_one_and_saved(local_ray: None, tmp_path: Path, merge: dict[str, Any]) -> None:

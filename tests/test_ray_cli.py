@@ -106,7 +106,7 @@ def test_a_worker_that_raises_gives_exit_code_1_and_its_traceback(users_file: Pa
     assert sorted(p.name for p in (tmp_path / "runs" / "a" / "checkpoints").iterdir()) == ["000001", "000002"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=LONG), signal.SIGTERM])
 def test_an_interrupted_run_takes_everything_down(tmp_path: Path, number: signal.Signals) -> None:
     """Ctrl-C (or `ray job stop`) in the middle: exit code 130, no process of the run is left, and all of it is saved."""
     storage = tmp_path / "runs"

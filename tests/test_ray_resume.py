@@ -63,7 +63,7 @@ def interrupted(path: Path, step: int, kwargs: dict[str, Any]) -> None:
     assert len(newest.heads) == kwargs["lte"].num_heads
 
 
-@pytest.mark.parametrize("step", [pytest.param(1, marks=LONG), 12, pytest.param(24, marks=LONG)])
+@pytest.mark.parametrize("step", [pytest.param(step, marks=LONG) for step in (1, 12, 24)])
 def test_a_barrier_run_interrupted_anywhere_is_bitwise_the_run_that_never_stopped(
     local_ray: None, tmp_path: Path, step: int
 ) -> None:

@@ -216,6 +216,7 @@ class Deadly(Regression):
             yield batch
 
 
+@LONG
 def test_a_killed_head_ends_the_run_with_its_number(local_ray: None, tmp_path: Path) -> None:
     """A real SIGKILL, where no failure is allowed: the error says which head's process died."""
     with pytest.raises(HeadLost, match="head 1"):
@@ -296,7 +297,7 @@ def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(local_ray: None, tm
     ("stack", "worker", "apart", "tolerance"),
     [
         ("never", Dropping(), True, 0.0),
-        ("always", Dropping(), False, 0.0),
+        pytest.param("always", Dropping(), False, 0.0, marks=LONG),
         # Stacked sums have another order: float32's 1e-7, magnified by 20 steps of Adam, which takes steps of 3e-3 however
         # small the gradient; heads that got each other's gradients, data or state would be off by about that.
         pytest.param("always", Regression(), True, 1e-4, marks=LONG),

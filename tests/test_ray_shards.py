@@ -85,7 +85,8 @@ def test_a_run_with_shards_is_bitwise_the_one_without(local_ray: None, tmp_path:
     assert_gone()
 
 
-@pytest.mark.parametrize("down", [pytest.param("dense", marks=LONG), "factors"])
+@pytest.mark.parametrize("down", ["dense", "factors"])
+@LONG
 def test_heads_that_never_wait_lose_no_step_with_shards(local_ray: None, tmp_path: Path, down: str) -> None:
     """Every step is merged once, evaluations and checkpoints are made on the way, and the loss falls."""
     result = fit(tmp_path, "r", 60, Regression(), when="arrival", wait=False, shards=2, send_down=down)

@@ -18,9 +18,10 @@ from ray_support import LONG, Dropping
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lte_ray import LTEConfig, LTETrainer, MergeConfig, RunError, Shard, TrainConfig, checkpoint
+from lte_ray import LTEConfig, LTETrainer, MergeConfig, Shard, TrainConfig, checkpoint
 from lte_ray.audit import audit
 from lte_ray.config import PlacementConfig, StorageConfig
+from lte_ray.errors import RunError
 from lte_ray.metrics import Progress, Silent
 from lte_ray.storage import RunDirectory
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from ray_support import settings, storage
+from ray_support import LONG, settings, storage
 
 from lte_ray import LTETrainer, checkpoint
 from lte_ray.errors import StorageError
@@ -38,7 +38,7 @@ def test_a_lock_that_a_dead_process_left_behind_holds_nobody_up(tmp_path: Path) 
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("steps", [20, 10], ids=["more to do", "nothing left"])
+@pytest.mark.parametrize("steps", [pytest.param(20, marks=LONG), 10], ids=["more to do", "nothing left"])
 def test_what_others_trained_while_a_driver_waited_for_the_cluster_stays(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
