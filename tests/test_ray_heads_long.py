@@ -179,5 +179,6 @@ def test_a_coordinator_that_dies_without_a_merge_in_between_ends_the_run(
         run(tmp_path, Marked(), 2, FailureConfig(head_failures=1, backoff=0.1))
     rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     assert len(events(rows, "coordinator_lost")) == 3
-    assert [row["version"] for row in rows if row["kind"] == "merge"] == [1, 2, 3, 4]
+    merged = [row["version"] for row in rows if row["kind"] == "merge"]
+    assert merged in ([1, 2, 3], [1, 2, 3, 4])  # of the last one the driver may not have heard
     assert audit(rows).clean

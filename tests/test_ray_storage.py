@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import faulty_storage
 import pyarrow.fs as pafs
 import pytest
+import ray
 import ray.train
 import torch
 from faulty_storage import FaultyHandler, Script, fail
@@ -24,6 +26,8 @@ from lte_ray.config import PlacementConfig, StorageConfig
 from lte_ray.errors import RunError
 from lte_ray.metrics import Progress, Silent
 from lte_ray.storage import RunDirectory
+
+ray.cloudpickle.register_pickle_by_value(faulty_storage)  # actors don't find the tests' modules
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(200), LONG]
 

@@ -106,7 +106,7 @@ def test_a_run_is_trained_stopped_resumed_and_audited_there(storage: str, tmp_pa
     directory = RunDirectory.of(storage, "third")
     assert checkpoint.complete(directory)[-1] == 4
     place, _, query = storage.partition("?")
-    assert "nothing lost" in lte_ray("audit", f"{place}/third?{query}").lower()
+    assert "0 batches lost, 0 merged twice" in lte_ray("audit", f"{place}/third?{query}")
     lte, merge = LTEConfig(num_heads=2, lora_r=8, lora_alpha=16), MergeConfig(merge_iter=5, merge_threads=1)
     whole = simulate(Regression(), Settings("third", lte, merge, TrainConfig(steps=20, seed=3)))
     model = Regression().build_model()
