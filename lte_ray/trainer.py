@@ -21,7 +21,7 @@ from lte_ray.engine.stack import check_stackable
 from lte_ray.merging.registry import gives_weights, make_policy, recorded_arguments
 from lte_ray.messages import HeadTimes
 from lte_ray.metrics import Progress, Reporter
-from lte_ray.storage import RunDirectory
+from lte_ray.storage import RunDirectory, parted
 
 if TYPE_CHECKING:
     import ray.train
@@ -85,9 +85,9 @@ class LTETrainer:
         """
         from lte_ray.export.rebuild import make_worker
 
-        place, _, name = os.fspath(path).rstrip("/").rpartition("/")
+        place, name = parted(os.fspath(path))
         check_run_name(name, "path")
-        directory = RunDirectory.of(place or "/", name)
+        directory = RunDirectory.of(place, name)
         record, said = runs.read_record(directory), runs.restored(directory)
         given = {
             "lte": said[LTEConfig],
@@ -97,7 +97,7 @@ class LTETrainer:
             "failure": said[FailureConfig],
             "program": record.get("program"),
         }
-        storage = dataclasses.replace(said[StorageConfig], name=name, storage=place or "/", resume=True)
+        storage = dataclasses.replace(said[StorageConfig], name=name, storage=place, resume=True)
         return cls(make_worker(record, worker), **{**given, "run_config": storage, **changed})
 
     def fit(self) -> ray.train.Result:

@@ -30,6 +30,8 @@ class Run:
         self.saved = {0: {head: new_head() for head in range(heads)}}
         self.rows: list[dict[str, Any]] = []
         self.version = 0
+        self.unheard: list[dict[str, Any]] = []
+        self.versions: dict[int, int] = {}  # by head, of its last merge
 
     def trains(self, head: int, batches: int, gives_to: int | None = None) -> None:
         """The head takes batches and contributes them; before that it may give half of its lanes away."""
@@ -39,7 +41,7 @@ class Run:
             self.lanes[head], self.lanes[gives_to] = split(self.lanes[head])
         held["samples"] += SIZE * batches
         self.version += 1
-        self.merged[head] = (self.lanes[head], dict(held))
+        self.merged[head], self.versions[head] = (self.lanes[head], dict(held)), self.version
         self.saved[self.version] = {number: dict(merged) for number, (_, merged) in self.merged.items()}
         row = {"kind": "merge", "at": float(self.version), "version": self.version, "heads": [head]}
         stand = {**held, "version": self.version, "lanes": [list(lane) for lane in self.lanes[head]]}
@@ -60,6 +62,18 @@ class Run:
     def tells(self, event: str, **values: Any) -> None:
         """An event's row."""
         self.rows.append({"kind": "event", "at": float(self.version), "event": event, **values})
+
+    def loses_its_coordinator(self, unheard: int) -> None:
+        """The rows of the last merges die with it: the driver hadn't heard of them. The next says what its version holds."""
+        for _ in range(unheard):
+            if self.rows and self.rows[-1]["kind"] == "merge":
+                self.unheard += [self.rows.pop()]
+        held = {
+            str(head): {**self.merged[head][1], "version": self.versions[head], "lanes": self.merged[head][0]}
+            for head in self.held
+            if self.merged[head][1]["sequence"]
+        }
+        self.tells("coordinator_restarts", epoch=1, version=self.version, reports=len(self.held), held=held)
 
     def dies(self, head: int, unmerged: int) -> None:
         """Its process is lost after so many steps that were in no contribution; the next goes on from what was merged."""
@@ -87,6 +101,7 @@ class Run:
         before, self.version = self.saved[version], version
         skipped = sum(held["batches"] - before.get(head, new_head())["batches"] for head, (_, held) in self.merged.items())
         self.rows = [row for row in self.rows if row["kind"] == "event" or row["version"] <= version]
+        self.unheard = [row for row in self.unheard if row["version"] <= version]
         self.tells("rolled_back", why="", version=version, skipped_batches=skipped)
         for head in self.held:
             lanes, held = self.merged[head]
@@ -120,7 +135,23 @@ def test_a_run_whose_head_was_restarted_is_clean() -> None:
     assert found.reissued == 2
 
 
-@given(st.lists(st.tuples(st.sampled_from("ttttdjlprb"), st.integers(0, 7), st.integers(1, 6)), max_size=40))
+def test_rows_that_died_with_the_coordinator_lose_nothing_though_their_heads_are_dropped() -> None:
+    """Head 0 is dropped, and so never says again where its last merges had left it: the next coordinator did."""
+    run = usual()
+    run.trains(0, 5)
+    run.trains(0, 4)
+    run.loses_its_coordinator(2)
+    run.leaves(0, to=1)
+    for head, batches in ((1, 9), (2, 5), (1, 6), (2, 6)):
+        run.trains(head, batches)
+    found = audit(run.rows)
+    assert found.clean, found.problems
+    assert (found.unlogged, found.contributions, found.batches) == (2, 13, 41 + 9 + 26)
+    silent = [row | {"held": {}} if row.get("event") == "coordinator_restarts" else row for row in run.rows]
+    assert not audit(silent).clean
+
+
+@given(st.lists(st.tuples(st.sampled_from("ttttdjlprbu"), st.integers(0, 7), st.integers(1, 6)), max_size=40))
 def test_runs_whose_heads_come_and_go_are_clean(happens: list[tuple[str, int, int]]) -> None:
     """Lanes that are split and handed over neither repeat a batch nor leave one out; nor do poison and loss spikes, unsaid."""
     run, known = Run(2), {0, 1}
@@ -138,13 +169,15 @@ def test_runs_whose_heads_come_and_go_are_clean(happens: list[tuple[str, int, in
             run.leaves(head, heads[who % len(heads) - 1])
         elif what == "p":
             run.is_refused(head, batches)
+        elif what == "u":
+            run.loses_its_coordinator(batches % 3)
         elif what == "b" and run.held.keys() <= run.saved[max(0, run.version - batches)].keys():
             run.goes_back(max(0, run.version - batches))
     for head in run.held:
         run.trains(head, 1)
     found = audit(run.rows)
     assert found.clean, found.problems
-    assert found.batches == sum(row["samples"] for row in run.rows if row["kind"] == "merge") // SIZE
+    assert found.batches == sum(row["samples"] for row in [*run.rows, *run.unheard] if row["kind"] == "merge") // SIZE
 
 
 def test_batches_of_refused_contributions_are_dropped_and_not_lost() -> None:

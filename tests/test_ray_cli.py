@@ -216,8 +216,8 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(cluster: str, users_fi
     flags = "--num-heads 2 --lora-r 4 --lora-alpha 8 --merge-iter 5 --merge-threads 1 --steps 400 --seed 3 --eval-every 0"
     where = f"--checkpoint-every 1000 --resume --storage {tmp_path}/runs"
     program = f"{BIN}/lte-ray train file.py:Net --cpus-per-head 1 {flags} {where}".split()
-    slow = users_file.read_text().replace("        return F.mse", "        import time; time.sleep(0.02)\n        return F.mse")
-    users_file.write_text(slow)
+    text = users_file.read_text().replace("return F.mse", "import time; time.sleep(0.02); return F.mse")
+    users_file.write_text(text.replace("generator=generator", "generator=generator.manual_seed(1000 * step + shard.head)"))
     submission = ["--working-dir", str(users_file.parent), "--submission-id"]
     first = job("submit", "--no-wait", *submission, "first", "--", *program, "--name", "stopped", address=cluster)
     assert first.returncode == 0, first.stdout + first.stderr

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lte_ray.errors import StorageError
-from lte_ray.storage import RunDirectory
+from lte_ray.storage import RunDirectory, parted
 
 NAME = "a run"
 
@@ -199,3 +199,22 @@ def test_patience_goes_along(tmp_path: Path) -> None:
     assert RunDirectory.of(str(tmp_path), NAME).patience == 60
     directory = RunDirectory.of(str(tmp_path), NAME, patience=3)
     assert pickle.loads(pickle.dumps(directory)).patience == 3
+
+
+@pytest.mark.parametrize(
+    ("run", "storage", "name"),
+    [
+        ("/data/runs/a", "/data/runs", "a"),
+        ("/data/runs/what?", "/data/runs", "what?"),
+        ("/a/", "/", "a"),
+        ("s3://bucket/runs/a", "s3://bucket/runs", "a"),
+        (
+            "s3://bucket/runs/a/?endpoint_override=10.0.0.1:9000&scheme=http",
+            "s3://bucket/runs?endpoint_override=10.0.0.1:9000&scheme=http",
+            "a",
+        ),
+    ],
+)
+def test_a_runs_directory_is_a_storage_and_a_name(run: str, storage: str, name: str) -> None:
+    """The parameters of a URI stay with the storage, where they are given."""
+    assert parted(run) == (storage, name)

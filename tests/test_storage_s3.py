@@ -14,7 +14,7 @@ import torch
 from checkpoint_damage import PLAN, write
 from ray_support import LONG, ROOT
 
-from lte_ray import LTEConfig, MergeConfig, TrainConfig, checkpoint
+from lte_ray import LTEConfig, LTETrainer, MergeConfig, TrainConfig, checkpoint
 from lte_ray.engine.initial import load_base
 from lte_ray.engine.settings import Settings
 from lte_ray.engine.simulate import simulate
@@ -106,6 +106,7 @@ def test_a_run_is_trained_stopped_resumed_and_audited_there(storage: str, tmp_pa
     directory = RunDirectory.of(storage, "third")
     assert checkpoint.complete(directory)[-1] == 4
     place, _, query = storage.partition("?")
+    assert LTETrainer.restore(f"{place}/third?{query}").run_config.storage == storage
     assert "0 batches lost, 0 merged twice" in lte_ray("audit", f"{place}/third?{query}")
     lte, merge = LTEConfig(num_heads=2, lora_r=8, lora_alpha=16), MergeConfig(merge_iter=5, merge_threads=1)
     whole = simulate(Regression(), Settings("third", lte, merge, TrainConfig(steps=20, seed=3)))

@@ -208,7 +208,7 @@ class _Sizes:
             before = last.get(each.head)
             batches = each.batches - (before.batches if before else 0)
             whole = each.step - (before.step if before else 0) == each.steps and each.head not in skipped
-            if whole and made.follows(each, before) and each.steps > 0 and batches > 0:
+            if whole and made.follows(each, before) and each.steps and batches > 0:
                 known.append((each.steps, batches, each.samples - (before.samples if before else 0)))
             last[each.head] = each
             skipped.discard(each.head)
@@ -225,7 +225,7 @@ class _Sizes:
 
     def trained(self, stand: Stand, before: Stand | None) -> int | None:
         """Batches of the head that were merged since `before`; None if the rows don't say."""
-        if self.follows(stand, before):
+        if stand.steps is not None and self.follows(stand, before):
             return stand.steps * self.batches
         # samples are counted through versions that are in no row, too
         return None if not self.samples else (stand.samples - (before.samples if before else 0)) // self.samples

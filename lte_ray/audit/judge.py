@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lte_ray.audit.data import check_data
 from lte_ray.audit.found import Audit
 from lte_ray.audit.rows import Happening, Resumed, Stand, happenings
+from lte_ray.config.fields import is_integer
 
 
 def audit(rows: Sequence[Mapping[str, Any]]) -> Audit:
@@ -20,10 +22,17 @@ def audit(rows: Sequence[Mapping[str, Any]]) -> Audit:
     """
     found = Audit()
     history: list[Happening] = []
+    known: dict[int, tuple[int, int]] = {}  # by head, incarnation and sequence of what was merged last
     versions: list[int] = []
-    for row in rows:
+    for row, stays in zip(rows, _undone_after(rows), strict=True):
         try:
-            history += happenings(row)
+            for each in happenings(row):
+                if isinstance(each, Stand):
+                    said = known.get(each.head) == (each.incarnation, each.sequence) or each.version > stays
+                    if each.steps is None and said:
+                        continue  # by a row; or it was undone later, as rows of merges are then removed
+                    known[each.head] = each.incarnation, each.sequence
+                history.append(each)
             if row.get("kind") == "merge":
                 versions.append(int(row["version"]))
         except (KeyError, TypeError, ValueError) as error:
@@ -31,13 +40,26 @@ def audit(rows: Sequence[Mapping[str, Any]]) -> Audit:
             found.problems.append(f"the row of {what} lacks what an audit needs ({type(error).__name__}: {error})")
     _check_versions(found, versions)
     flat = [each for each in history if isinstance(each, Stand)]
-    found.merges, found.contributions = len(versions), len(flat)
+    found.merges, found.contributions = len(versions), sum(stand.steps is not None for stand in flat)
     _check_numbers(found, history)
     newest = {stand.head: stand for stand in flat}.values()
     found.samples, found.batches = sum(stand.samples for stand in newest), sum(stand.batches for stand in newest)
     check_data(found, history)
     found.reissued = _reissued(rows)
     return found
+
+
+def _undone_after(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """For each row the version after which everything was undone later: the run went on, or back, from there."""
+    found, least = [], math.inf
+    for row in reversed(rows):
+        found.append(least)
+        if is_integer(row.get("version")):
+            if row.get("event") in ("resumed", "rolled_back", "coordinator_restarts"):
+                least = min(least, row["version"])
+            elif row.get("kind") == "merge":
+                least = min(least, row["version"] - 1)
+    return found[::-1]
 
 
 def _check_versions(found: Audit, versions: Sequence[int]) -> None:

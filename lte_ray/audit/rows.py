@@ -12,7 +12,10 @@ from lte_ray.data.lanes import Lanes, ordered
 
 @dataclass(frozen=True)
 class Stand:
-    """Where the merge of one version left one head (`messages.Standing`); `steps` are those of its contribution."""
+    """Where the merge of one version left one head (`messages.Standing`); `steps` are those of its contribution.
+
+    None where the row of that merge died with the coordinator: the next one said where it had left the head.
+    """
 
     version: int
     head: int
@@ -22,7 +25,7 @@ class Stand:
     samples: int
     batches: int
     lanes: Lanes
-    steps: int
+    steps: int | None
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,8 @@ def happenings(row: Mapping[str, Any]) -> list[Happening]:
         return [*stands(row)]
     if event in ("head_dropped", "head_quarantined"):
         return [Gone(tuple(map(int, row["heads"] if "heads" in row else [row["head"]])))]
+    if event == "coordinator_restarts":  # an older release didn't say
+        return [_stand(head, of, int(of["version"]), None) for head, of in row.get("held", {}).items()]
     if event == "resumed":
         return [Resumed(tuple(map(int, row["anew"])))]
     if event == "refused" and row.get("poison"):
@@ -108,17 +113,18 @@ def stands(row: Mapping[str, Any]) -> list[Stand]:
     version, held = int(row["version"]), row["held"]
     if not row["heads"] or {str(head) for head in row["heads"]} != set(held):
         raise ValueError(f"version {version} merges heads {row['heads']}, but says where it left heads {sorted(held)}")
-    return [
-        Stand(
-            version=version,
-            head=int(head),
-            incarnation=int(of["incarnation"]),
-            sequence=int(of["sequence"]),
-            step=int(of["step"]),
-            samples=int(of["samples"]),
-            batches=int(of["batches"]),
-            lanes=ordered(of["lanes"]),
-            steps=int(row["head_steps"][head]),
-        )
-        for head, of in held.items()
-    ]
+    return [_stand(head, of, version, int(row["head_steps"][head])) for head, of in held.items()]
+
+
+def _stand(head: str, of: Mapping[str, Any], version: int, steps: int | None) -> Stand:
+    return Stand(
+        version=version,
+        head=int(head),
+        incarnation=int(of["incarnation"]),
+        sequence=int(of["sequence"]),
+        step=int(of["step"]),
+        samples=int(of["samples"]),
+        batches=int(of["batches"]),
+        lanes=ordered(of["lanes"]),
+        steps=steps,
+    )

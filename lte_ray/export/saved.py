@@ -24,7 +24,7 @@ from lte_ray.export.rebuild import make_worker
 from lte_ray.layout import Plan
 from lte_ray.merging.flat import gather
 from lte_ray.runs import read_record, section
-from lte_ray.storage import RUN, RunDirectory
+from lte_ray.storage import RUN, RunDirectory, parted
 from lte_ray.worker import build_model
 
 
@@ -93,9 +93,8 @@ def open_run(run: str | os.PathLike[str]) -> RunDirectory:
     place = os.fspath(run).rstrip("/") or "/"
     if "://" not in place:
         place = str(Path(place).expanduser().absolute())
-    root, _, name = place.rpartition("/")
     try:
-        directory = RunDirectory.of(root or "/", name)
+        directory = RunDirectory.of(*parted(place))
         there, started = directory.exists(), directory.exists(RUN)
     except Exception as error:
         raise StorageError(f"RUN is {place!r}, which can't be opened: {error.__cause__ or error}") from error

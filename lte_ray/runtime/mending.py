@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -292,7 +292,9 @@ class Mending:
         for member in crew.members:
             for number in member.numbers if member.over else ():
                 hub.coordinator.leave.remote(number)
-        session.log.event("coordinator_restarts", epoch=epoch, version=start.version, reports=len(reports))
+        members = self._members()
+        held = {str(h): asdict(standing) for h, standing in start.standings.items() if standing.sequence and h in members}
+        session.log.event("coordinator_restarts", epoch=epoch, version=start.version, reports=len(reports), held=held)
 
     def _undone(self, member: Member, start: Start, reports: list[Report]) -> bool:
         """Whether these heads had ended, and died with the coordinator, so that nobody has the merges of their last steps."""

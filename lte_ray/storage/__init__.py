@@ -5,6 +5,7 @@ from __future__ import annotations
 from lte_ray.storage.directory import RUN, RunDirectory
 from lte_ray.storage.lock import alone, check_alone
 from lte_ray.storage.patience import trouble
+from lte_ray.storage.places import parted
 from lte_ray.storage.tries import PART
 
-__all__ = ["PART", "RUN", "RunDirectory", "alone", "check_alone", "trouble"]
+__all__ = ["PART", "RUN", "RunDirectory", "alone", "check_alone", "parted", "trouble"]

@@ -44,6 +44,13 @@ def open_place(storage: str) -> tuple[Any, str]:
     return filesystem, path
 
 
+def parted(run: str) -> tuple[str, str]:
+    """The storage that a run's directory is in, and its name. A URI's parameters (``?endpoint_override=...``) are of the storage."""
+    place, mark, query = run.partition("?") if "://" in run else (run, "", "")
+    root, _, name = place.rstrip("/").rpartition("/")
+    return (root or "/") + mark + query, name
+
+
 def advice(storage: str) -> str:
     """Where credentials belong, if this URI holds some; else empty."""
     if without_credentials(storage) == storage:
