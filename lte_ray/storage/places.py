@@ -45,7 +45,7 @@ def open_place(storage: str) -> tuple[Any, str]:
 
 
 def parted(run: str) -> tuple[str, str]:
-    """The storage that a run's directory is in, and its name. A URI's parameters (``?endpoint_override=...``) are of the storage."""
+    """The storage that a run is in, and its name. A URI's parameters (``?endpoint_override=...``) are of the storage."""
     place, mark, query = run.partition("?") if "://" in run else (run, "", "")
     root, _, name = place.rstrip("/").rpartition("/")
     return (root or "/") + mark + query, name
