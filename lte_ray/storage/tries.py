@@ -37,7 +37,7 @@ def check(filesystem: Any, path: str, expected: int) -> None:
     """Raises OSError if storage took less than it was given without saying so."""
     found = filesystem.get_file_info(path).size
     if found is not None and found != expected:
-        raise OSError(errno.EIO, f"{found} of {expected} bytes have arrived")
+        raise OSError(f"{found} of {expected} bytes have arrived")
 
 
 def read(filesystem: Any, path: str, limit: int | None) -> bytes:
