@@ -16,7 +16,7 @@ from lte_ray.config.fields import is_integer
 from lte_ray.engine.initial import Initial
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
-from lte_ray.storage import RUN, RunDirectory, alone, check_alone
+from lte_ray.storage import LOCK, RUN, RunDirectory, alone, check_alone
 
 log = logging.getLogger("lte_ray")
 
@@ -55,16 +55,17 @@ class Claim:
     @contextlib.contextmanager
     def taken(self, record: dict[str, Any]) -> Iterator[tuple[str, checkpoint.Manifest | None]]:
         """For the block the directory is this process's alone, with its ``run.toml``; gives that, and what to go on from."""
-        directory, goes_on = self.directory, self.storage.resume and self.directory.exists()
+        directory = self.directory
+        if self.storage.overwrite and directory.is_link(""):
+            directory.delete()  # the link, not what it leads to
+        there = directory.exists()
         with contextlib.ExitStack() as held:
-            if goes_on:
+            if there:
                 held.enter_context(alone(directory))
-            else:
-                check_alone(directory)
             if self._versions() != self._seen:  # others have trained it while this waited for the cluster
                 self._resume = self._checked()
             config = create(directory, record, self.storage, self._resume)
-            if not goes_on:
+            if not there:
                 held.enter_context(alone(directory))
             yield config, self._resume
 
@@ -140,9 +141,12 @@ def create(
     Raises:
         StorageError: it can't be written, or another run has taken the name meanwhile.
     """
-    if storage.overwrite and directory.exists():
-        directory.delete()
-    directory.create(exclusive=not storage.resume)
+    there = directory.exists()
+    if storage.overwrite:
+        for name in directory.names():
+            if name != LOCK:  # which is held meanwhile
+                directory.delete(name)
+    directory.create(exclusive=not storage.resume and not (storage.overwrite and there))
     if resume is not None:
         checkpoint.remove_after(directory, resume.version)
     text = runs.as_toml(record)

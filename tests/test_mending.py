@@ -158,8 +158,8 @@ def test_what_the_driver_was_busy_with_says_nothing_of_the_heads() -> None:
     now = time.monotonic()
     member.asked, member.pulse.moved, crew._looked = ("status", now - 60.0), now - 61.0, now - 60.0
     crew._overlook()
-    assert now - member.pulse.moved == pytest.approx(1.0, abs=0.5)
-    assert now - member.asked[1] == pytest.approx(0.0, abs=0.5)
+    assert now - member.pulse.moved == pytest.approx(3.0, abs=0.5)
+    assert now - member.asked[1] == pytest.approx(2.0, abs=0.5)
     crew._looked = time.monotonic() - 1.0
     before = member.pulse.moved
     crew._overlook()

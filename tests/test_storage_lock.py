@@ -9,6 +9,9 @@ import pytest
 from ray_support import LONG, settings, storage
 
 from lte_ray import LTETrainer, checkpoint
+from lte_ray.claim import Claim
+from lte_ray.engine.initial import prepare
+from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
 from lte_ray.runtime import placement
 from lte_ray.storage import RunDirectory, alone, check_alone
@@ -35,6 +38,46 @@ def test_a_lock_that_a_dead_process_left_behind_holds_nobody_up(tmp_path: Path) 
     check_alone(directory)
     with alone(directory):
         assert (tmp_path / "r" / ".lock").read_text().startswith(f"{os.getpid()} on ")
+
+
+def claim_of(path: Path, **more: bool) -> Claim:
+    kwargs = settings()
+    made = Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"])  # type: ignore[arg-type]
+    return Claim(RunDirectory.of(str(path), "r"), storage(path, "r", **more), made, prepare(Regression(), made))
+
+
+def test_what_is_overwritten_is_locked_before_it_is_removed(tmp_path: Path) -> None:
+    """Another that waits to overwrite it, too, finds who was faster; the folder itself stays."""
+    with claim_of(tmp_path).taken({"old": 1}):
+        (tmp_path / "r" / "checkpoints").mkdir()
+    first, second = claim_of(tmp_path, overwrite=True), claim_of(tmp_path, overwrite=True)
+    with first.taken({"new": 1}) as (config, resume):
+        assert (config, resume) == ("new = 1\n", None)
+        assert sorted(file.name for file in (tmp_path / "r").iterdir()) == [".lock", "run.toml"]
+        with pytest.raises(StorageError, match="is being trained by process"), second.taken({"late": 1}):
+            pass
+        assert (tmp_path / "r" / "run.toml").read_text() == "new = 1\n"
+    assert [file.name for file in (tmp_path / "r").iterdir()] == ["run.toml"]
+
+
+def test_a_link_to_a_run_is_overwritten_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    """The other run stays whole."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "run.toml").write_text("precious = 1")
+    (tmp_path / "r").symlink_to(other)
+    with claim_of(tmp_path, overwrite=True).taken({"new": 1}):
+        assert not (tmp_path / "r").is_symlink()
+    assert (other / "run.toml").read_text() == "precious = 1"
+
+
+def test_a_run_that_cannot_be_locked_is_one_error(tmp_path: Path) -> None:
+    """As where the folder is another user's: here something else has the lock's name."""
+    directory = RunDirectory.of(str(tmp_path), "r")
+    directory.create()
+    (tmp_path / "r" / ".lock").mkdir()
+    with pytest.raises(StorageError, match=r"can't be written: .*correct its permissions"):
+        check_alone(directory)
 
 
 @pytest.mark.ray

@@ -94,7 +94,8 @@ def happenings(row: Mapping[str, Any]) -> list[Happening]:
     if event in ("head_dropped", "head_quarantined"):
         return [Gone(tuple(map(int, row["heads"] if "heads" in row else [row["head"]])))]
     if event == "coordinator_restarts":  # an older release didn't say
-        return [_stand(head, of, int(of["version"]), None) for head, of in row.get("held", {}).items()]
+        found = [_stand(head, of, int(of["version"]), None) for head, of in row.get("held", {}).items()]
+        return [*sorted(found, key=lambda stand: (stand.version, stand.head))]
     if event == "resumed":
         return [Resumed(tuple(map(int, row["anew"])))]
     if event == "refused" and row.get("poison"):

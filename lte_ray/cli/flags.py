@@ -91,6 +91,8 @@ def parse_sections(worker: type | None, program: str, arguments: list[str], face
 
 def nobody_reads() -> bool:
     """Whether standard output leads to a process that has ended, as in `lte-ray train --help | head`."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
     poll = select.poll()
     poll.register(1, 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

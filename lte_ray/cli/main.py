@@ -131,5 +131,5 @@ def entry() -> None:
         if not nobody_reads():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
-        code = 128 + signal.SIGPIPE
+        code = 141  # what a shell says of a process that SIGPIPE ended
     sys.exit(code)

@@ -160,21 +160,21 @@ class CoordinatorActor:
                 raise HeadLost(f"The process of head {min(plans)} was given up while it joined")
 
         await until(lambda: not set(plans) & set(engine.pending))  # of a predecessor's: it is still merged
-        for head in plans:
-            if engine.join(head, incarnation, fresh=incarnation > 0 and self._common.rejoin == "fresh"):
-                self._masters.renew(head)
+        fresh = incarnation > 0 and self._common.rejoin == "fresh"
+        afresh = {head for head in plans if engine.join(head, incarnation, fresh)}
+        for head in afresh:
+            self._masters.renew(head)
         self._joined |= plans.keys()
         await until(lambda: not self._together or self._joined >= engine.live)
         self._together = False
         await until(lambda: all(engine.ready(head) for head in plans))
         exact = {head for head in plans if incarnation == 0 and start.epoch == 0 and head in start.exact}
         starts = {head: engine.standings[head] if head in exact else engine.start(head) for head in plans}
-        saved = {head: self._cuts.saved for head in plans if head in self._cuts.states}
+        saved = {head: self._cuts.saved for head in plans.keys() - afresh if head in self._cuts.states}
         begins = {head: Begin(starts[head], saved=start.saved, exact=True) for head in exact}
         for head in plans.keys() - exact:
-            merged = bool(starts[head].sequence)  # else it begins afresh, with all that belongs to it
-            reference = await self._updates.reference(head) if merged else None
-            begins[head] = Begin(starts[head], reference, saved.get(head) if merged else None)
+            reference = await self._updates.reference(head) if starts[head].sequence else None
+            begins[head] = Begin(starts[head], reference, saved.get(head))
         await until(lambda: True)
         self._records.present |= plans.keys()
         update = replace(await self._updates.since(tuple(plans), -1), begins=begins)

@@ -15,7 +15,7 @@ from lte_ray.runtime.hub import Hub
 from lte_ray.runtime.placement import placed, several_nodes
 
 BLIND = 2.0
-"""Seconds between two looks at the heads from which on this process was busy itself, or stopped."""
+"""Seconds between two looks at the heads; if there are more, this process was busy itself, or stopped."""
 
 
 @dataclass(eq=False)
@@ -156,9 +156,12 @@ class Crew:
         return found
 
     def _overlook(self) -> None:
-        """What this process was busy with since it looked last says nothing of how long others took."""
-        blind = time.monotonic() - (self._looked or time.monotonic())
-        if blind > BLIND:
+        """What this process was busy with since it looked last says nothing of how long others took.
+
+        But for `BLIND` of it: so one that is always busy finds those that hang, too, if later.
+        """
+        blind = time.monotonic() - (self._looked or time.monotonic()) - BLIND
+        if blind > 0:
             for member in self.training:
                 member.pulse.moved += blind
                 if member.asked is not None:

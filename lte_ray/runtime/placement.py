@@ -25,7 +25,7 @@ LEAST_SHARE = 0.25
 PATIENCE = 30.0
 """Seconds to wait for resources that the cluster has but others may be using."""
 
-SAY = 10.0
+SAY = 10
 """Seconds after which a start says that it waits for resources, again and again."""
 
 log = logging.getLogger("lte_ray")
@@ -224,7 +224,7 @@ def reserve(placement: Placement, hosted: list[tuple[int, ...]]) -> Iterator[Pla
     places = Places(placement, hosted, group)
     try:
         end = time.monotonic() + places.patience
-        while not group.wait(max(0.1, min(SAY, end - time.monotonic()))):
+        while not group.wait(max(1, min(SAY, math.ceil(end - time.monotonic())))):  # it takes whole seconds
             free = ray.available_resources()
             shown = ", ".join(f"{free.get(name, 0):g} {name}" for name in placement.bundle)
             left = end - time.monotonic()

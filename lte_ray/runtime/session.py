@@ -353,11 +353,14 @@ class Session:
             ray.get(self.hub.coordinator.complete.remote(left), timeout=left + 0.5)
             self.take(ray.get(self.hub.coordinator.status.remote(self.seen), timeout=0.5))
 
-    def _write_last(self, end: float, early: bool) -> None:
-        """Has a checkpoint of the last version written, unless there is one, until `end` (monotonic)."""
+    def _write_last(self, end: float, early: bool, least: float = 0.1) -> None:
+        """Has a checkpoint of the last version written, unless there is one, until `end` (monotonic).
+
+        For each that is in the making heads have half of what is left, or `least` seconds.
+        """
         coordinator = self.hub.coordinator
         for save in ray.get(coordinator.freeze.remote(early), timeout=max(0.1, end - time.monotonic())):
-            self._ask_to_write(save, max(0.1, (end - time.monotonic()) / 2))
+            self._ask_to_write(save, max(least, (end - time.monotonic()) / 2))
 
     def _ask_to_write(self, save: Save, limit: float) -> None:
         """Has heads write their states into a checkpoint; it does without those that can't."""
@@ -377,7 +380,7 @@ class Session:
         """The last checkpoint, the export, the last evaluation and the sample."""
         while True:
             try:
-                self._write_last(time.monotonic() + 60.0, early=False)
+                self._write_last(time.monotonic() + 60.0, early=False, least=30.0)
                 version, base, trouble = self._when_there(mending, self.hub.coordinator.finish.remote())
                 self.take(self._when_there(mending, self.hub.coordinator.status.remote(self.seen)))
                 final = self.common.transport.fetch(base).clone()

@@ -32,7 +32,14 @@ def alone(directory: RunDirectory) -> Iterator[None]:
         yield
         return
     path = Path(directory.at(LOCK))
-    with path.open("a+", encoding="utf-8") as file:
+    try:
+        opened = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise StorageError(
+            f"The run directory {directory.display} can't be written: {error}. Give another place with --storage, or correct "
+            "its permissions."
+        ) from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -40,9 +47,10 @@ def alone(directory: RunDirectory) -> Iterator[None]:
         except OSError:
             yield
             return
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk: then nobody is told who it is
+            file.truncate(0)
+            file.write(f"{os.getpid()} on {socket.gethostname()}")
+            file.flush()
         try:
             yield
         finally:
