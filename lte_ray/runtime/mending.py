@@ -54,7 +54,7 @@ class Mending:
         self._grown = time.monotonic()
         self._began, self._stuck = -1, 0  # the version from which the last coordinator began, and how often in a row
         self._without_place: list[tuple[int, ...]] = []  # heads of processes that were dropped since they had no place
-        self._given_up: set[int] = set()  # heads that were dropped since they died too often: they don't come again
+        self._failed: set[int] = set()  # heads that were dropped since they died too often: they don't come again
         self._rolled: set[int] = set()  # versions that the run has gone back to
 
     def look(self) -> None:
@@ -178,7 +178,7 @@ class Mending:
             raise error
         if remedy.action == "drop":
             self._leave(member)
-            self._given_up |= set(member.numbers)
+            self._failed |= set(member.numbers)
             session.log.event("head_dropped", heads=list(member.numbers), why=remedy.why)
             return
         member.due = time.monotonic() + remedy.delay
@@ -199,9 +199,7 @@ class Mending:
             return
         for member in late:
             session.log.event("head_turned_away", heads=list(member.numbers), why="all others had ended when it came")
-            crew.clear(member)
-            self._lose([member], drop=True)
-            self._leave(member)
+            self._drop(member)
 
     def _do_without(self, member: Member, seconds: float) -> None:
         """The cluster has no place for a process; those that have one may go on without it, until there is room again."""
@@ -215,9 +213,7 @@ class Mending:
                 session.is_now(member.numbers, "without a place")
             member.said = True
             return
-        session.crew.clear(member)
-        self._lose([member], drop=True)
-        self._leave(member)
+        self._drop(member)
         self._without_place.append(member.numbers)
         session.log.event("head_dropped", heads=list(member.numbers), why=remedy.why)
 
@@ -225,6 +221,12 @@ class Mending:
         """Tells the coordinator that what was at these places is gone."""
         nexts = {number: member.incarnation for member in members for number in member.numbers}
         return self._session.hub.coordinator.lose.remote(nexts, drop)
+
+    def _drop(self, member: Member) -> None:
+        """What is there, or was to be, is ended, and others get its data."""
+        self._session.crew.clear(member)
+        self._lose([member], drop=True)
+        self._leave(member)
 
     def _leave(self, member: Member) -> None:
         """The place is free."""
@@ -241,10 +243,10 @@ class Mending:
         session = self._session
         if now - self._grown < GROW or any(m.due or (m.over and not self._quarantined(m)) for m in session.crew.members):
             return
-        taken = {n for member in session.crew.members for n in member.numbers} | self._given_up
+        taken = {n for member in session.crew.members for n in member.numbers} | self._failed
         free = [n for n in range(len(session.initial.plans)) if n not in taken]
         numbers = self._without_place[0] if self._without_place else tuple(free[:1])
-        may = self._without_place or len(taken - self._given_up) < session.failure.max_heads
+        may = self._without_place or len(taken - self._failed) < session.failure.max_heads
         if not numbers or not may:
             return
         self._grown = now

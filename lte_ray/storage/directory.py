@@ -85,10 +85,14 @@ class RunDirectory:
             self.write(".writable", b"")
             self.delete(".writable")
         except (OSError, StorageError) as error:
-            raise StorageError(
-                f"The run directory {self.display} can't be written: {error} Give another place with --storage, or correct "
-                "its permissions."
-            ) from error
+            raise self.unwritable(error) from error
+
+    def unwritable(self, why: Exception) -> StorageError:
+        """The error of a run that can't write into its directory at all."""
+        return StorageError(
+            f"The run directory {self.display} can't be written: {str(why).rstrip('.')}. Give another place with --storage, or "
+            "correct its permissions."
+        )
 
     def write(self, relative: str, data: bytes) -> None:
         """Writes a file, whole or not at all; folders are made as needed. Raises StorageError if it can't be written."""

@@ -35,10 +35,7 @@ def alone(directory: RunDirectory) -> Iterator[None]:
     try:
         opened = path.open("a+", encoding="utf-8")
     except OSError as error:
-        raise StorageError(
-            f"The run directory {directory.display} can't be written: {error}. Give another place with --storage, or correct "
-            "its permissions."
-        ) from error
+        raise directory.unwritable(error) from error
     with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
