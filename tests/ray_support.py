@@ -6,12 +6,18 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lte_ray import LTEConfig, MergeConfig, Shard, TrainConfig
 from lte_ray.config import StorageConfig
+from lte_ray.engine.initial import load_base
+from lte_ray.engine.settings import Settings
+from lte_ray.engine.simulate import simulate
 from workers.regression import Regression
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,6 +65,22 @@ def settings(steps: int = 30, **train: object) -> dict[str, object]:
 
 def storage(path: Path, name: str, **more: object) -> StorageConfig:
     return StorageConfig(name=name, storage=str(path), **more)  # type: ignore[arg-type]
+
+
+def simulated(worker: Any, lte: LTEConfig, merge: MergeConfig, train: TrainConfig) -> dict[str, Tensor]:
+    """The merged model of a run with these settings, all in this process."""
+    done = simulate(worker, Settings("r", lte, merge, train))
+    model = worker.build_model()
+    load_base(model, done.plan, done.base)
+    return dict(model.state_dict())
+
+
+def assert_same_model(run: str | Path, expected: dict[str, Tensor]) -> None:
+    """The model that a run left in its directory is this one, bit by bit."""
+    merged = load_file(Path(run) / "model.safetensors")
+    assert merged.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(merged[name], value), name
 
 
 def descendants(root: int) -> dict[int, str]:

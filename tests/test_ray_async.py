@@ -11,16 +11,11 @@ from typing import Any
 
 import pytest
 import ray.train
-import torch
-from ray_support import LONG, Dropping, settings, storage
-from safetensors.torch import load_file
+from ray_support import LONG, Dropping, assert_same_model, settings, simulated, storage
 from torch import Tensor
 
 from lte_ray import LTETrainer, MergeConfig, Shard
 from lte_ray.config import PlacementConfig
-from lte_ray.engine.initial import load_base
-from lte_ray.engine.settings import Settings
-from lte_ray.engine.simulate import simulate
 from workers.regression import Regression
 
 pytestmark = pytest.mark.ray
@@ -52,25 +47,15 @@ def merges(result: ray.train.Result) -> list[dict[str, Any]]:
     return [row for row in rows if row["kind"] == "merge"]
 
 
-def simulated(worker: Any, steps: int, **merge: Any) -> dict[str, Tensor]:
+def expected(worker: Any, steps: int, **merge: Any) -> dict[str, Tensor]:
     """The merged model of the same run without Ray."""
-    kwargs = settings(steps)
-    done = simulate(worker, Settings("r", kwargs["lte"], MergeConfig(merge_iter=5, merge_threads=1, **merge), kwargs["train"]))
-    model = worker.build_model()
-    load_base(model, done.plan, done.base)
-    return dict(model.state_dict())
-
-
-def assert_same_model(result: ray.train.Result, expected: dict[str, Tensor]) -> None:
-    merged = load_file(Path(result.path) / "model.safetensors")
-    assert merged.keys() == expected.keys()
-    assert all(torch.equal(merged[name], value) for name, value in expected.items())
+    return simulated(worker, **(settings(steps) | {"merge": MergeConfig(merge_iter=5, merge_threads=1, **merge)}))
 
 
 def test_a_barrier_run_by_factors_is_bitwise_the_one_by_bases(local_ray: None, tmp_path: Path) -> None:
     """Heads that redo merges from each other's factors train on the same bits, dropout included."""
     result = fit(tmp_path, Dropping(), 30, send_down="factors")
-    assert_same_model(result, simulated(Dropping(), 30))
+    assert_same_model(result.path, expected(Dropping(), 30))
     assert result.metrics["resyncs"] == 0
 
 
@@ -207,6 +192,6 @@ def test_a_resumed_run_goes_on_with_the_policys_momentum(local_ray: None, tmp_pa
 
     run("parts", 15)
     resumed = run("parts", 30, resume=True)
-    assert_same_model(resumed, simulated(Regression(), 30, policy="nesterov", policy_args={"lr": 0.3}))
+    assert_same_model(resumed.path, expected(Regression(), 30, policy="nesterov", policy_args={"lr": 0.3}))
     names = {path.name for path in (Path(resumed.path) / "checkpoints" / "000006").iterdir()}
     assert "policy.safetensors" in names

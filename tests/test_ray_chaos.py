@@ -17,16 +17,15 @@ from typing import Any
 import pytest
 import torch
 from ray.util import placement_group_table
-from ray_support import LONG, Dropping, lte_actors, storage
+from ray_support import LONG, Dropping, lte_actors, simulated, storage
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lte_ray import LTEConfig, LTETrainer, MergeConfig, Shard, TrainConfig, checkpoint, points
 from lte_ray.audit import audit
 from lte_ray.config import FailureConfig, PlacementConfig
-from lte_ray.engine.initial import load_base, prepare
+from lte_ray.engine.initial import prepare
 from lte_ray.engine.settings import Settings
-from lte_ray.engine.simulate import simulate
 from lte_ray.layout import Layout
 from lte_ray.merging.flat import views
 from lte_ray.metrics import Reporter, Silent
@@ -131,10 +130,7 @@ class Chaos:
 
     def undisturbed(self) -> dict[str, Tensor]:
         """The merged model of the same run without faults, without Ray."""
-        done = simulate(Dropping(), Settings("r", self.lte, self.merge, self.train))
-        model = Dropping().build_model()
-        load_base(model, done.plan, done.base)
-        return dict(model.state_dict())
+        return simulated(Dropping(), self.lte, self.merge, self.train)
 
 
 AT_HEADS = [

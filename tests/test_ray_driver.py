@@ -12,15 +12,10 @@ from pathlib import Path
 
 import pytest
 import ray
-import safetensors.torch
-import torch
-from ray_support import LONG, ROOT, Dropping
+from ray_support import LONG, ROOT, Dropping, assert_same_model, simulated
 
 from lte_ray import LTEConfig, MergeConfig, TrainConfig, checkpoint
 from lte_ray.audit import audit
-from lte_ray.engine.initial import load_base
-from lte_ray.engine.settings import Settings
-from lte_ray.engine.simulate import simulate
 from lte_ray.storage import RunDirectory
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(200)]
@@ -79,11 +74,7 @@ def test_a_barrier_run_whose_driver_was_killed_is_bitwise_the_run_that_never_sto
     said, _ = again.communicate(timeout=120)
     assert again.returncode == 0, said
     lte, merge = LTEConfig(num_heads=2, lora_r=8, lora_alpha=16), MergeConfig(merge_iter=5, merge_threads=1)
-    whole = simulate(Dropping(), Settings("r", lte, merge, TrainConfig(steps=60, seed=3)))
-    model = Dropping().build_model()
-    load_base(model, whole.plan, whole.base)
-    merged = safetensors.torch.load_file(tmp_path / "r" / "model.safetensors")
-    assert all(torch.equal(merged[name], value) for name, value in model.state_dict().items())
+    assert_same_model(tmp_path / "r", simulated(Dropping(), lte, merge, TrainConfig(steps=60, seed=3)))
     assert audit([json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]).clean
 
 

@@ -10,17 +10,13 @@ from typing import Any
 
 import pytest
 import ray.train
-import safetensors.torch
 import torch
-from ray_support import LONG, Dropping, settings, storage
+from ray_support import LONG, Dropping, assert_same_model, settings, simulated, storage
 from torch import nn
 
 from lte_ray import LTETrainer, MergeConfig, checkpoint
 from lte_ray.audit import audit
 from lte_ray.cli.main import main
-from lte_ray.engine.initial import load_base
-from lte_ray.engine.settings import Settings
-from lte_ray.engine.simulate import simulate
 from lte_ray.errors import StorageError
 from lte_ray.metrics import Progress
 from lte_ray.storage import RunDirectory
@@ -73,11 +69,7 @@ def test_a_barrier_run_interrupted_anywhere_is_bitwise_the_run_that_never_stoppe
         kwargs["merge"] = MergeConfig(merge_iter=2, merge_threads=1)
     interrupted(tmp_path, max(step, 3), kwargs)
     result = LTETrainer(Slow(), run_config=storage(tmp_path, "r", resume=True), **kwargs).fit()
-    whole = simulate(Dropping(), Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"]))
-    model = Dropping().build_model()
-    load_base(model, whole.plan, whole.base)
-    merged = safetensors.torch.load_file(Path(result.path) / "model.safetensors")
-    assert all(torch.equal(merged[name], value) for name, value in model.state_dict().items())
+    assert_same_model(result.path, simulated(Dropping(), **kwargs))
     assert audit(rows_of(tmp_path / "r")).clean
 
 

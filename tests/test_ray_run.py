@@ -9,7 +9,7 @@ import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import ray
@@ -17,7 +17,17 @@ import ray.train
 import safetensors.torch
 import torch
 from ray.util import placement_group_table
-from ray_support import LONG, Dropping, Failing, Regression, lte_actors, settings, storage
+from ray_support import (
+    LONG,
+    Dropping,
+    Failing,
+    Regression,
+    assert_same_model,
+    lte_actors,
+    settings,
+    simulated,
+    storage,
+)
 from torch import nn
 
 from lte_ray import Discard, LTEConfig, LTETrainer, Merge, MergeConfig, Pending, Roster, Shard, Wait, checkpoint
@@ -71,24 +81,9 @@ def usual(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Usual:
     return Usual(path, LTETrainer(Dropping(), run_config=run_config, reporter=reporter, **kwargs).fit(), reporter)
 
 
-def simulated(worker: Regression, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The merged model of a run with these settings, all in this process."""
-    done = simulate(worker, Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"]))
-    model = worker.build_model()
-    load_base(model, done.plan, done.base)
-    return dict(model.state_dict())
-
-
-def assert_same_model(path: str, expected: dict[str, torch.Tensor]) -> None:
-    merged = model_of(path)
-    assert merged.keys() >= expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(merged[name], value), name
-
-
 def test_a_barrier_run_is_bitwise_the_same_simulated_and_on_ray(usual: Usual) -> None:
     """Same seed, same weights, whether the heads are actors or objects in one process; dropout included."""
-    assert_same_model(usual.result.path, simulated(Dropping(), settings()))
+    assert_same_model(usual.result.path, simulated(Dropping(), **settings()))
 
 
 def test_the_result_holds_metrics_a_checkpoint_and_a_complete_run_directory(usual: Usual) -> None:
@@ -144,9 +139,9 @@ def test_a_policy_object_is_what_merges(local_ray: None, tmp_path: Path) -> None
     """The weights after a real run are those that the user's policy says, to the last bit of its simulation."""
     kwargs = settings(steps=10) | {"merge": MergeConfig(merge_iter=5, merge_threads=1, policy=HalfOfHeadOne())}
     result = LTETrainer(Regression(), run_config=storage(tmp_path, "r"), **kwargs).fit()
-    ours = simulated(Regression(), kwargs)
+    ours = simulated(Regression(), **kwargs)
     assert_same_model(result.path, ours)
-    average = simulated(Regression(), settings(steps=10))
+    average = simulated(Regression(), **settings(steps=10))
     assert any(not torch.equal(ours[name], value) for name, value in average.items())
 
 
@@ -261,7 +256,7 @@ def test_poison_costs_what_it_held_and_nothing_else(local_ray: None, tmp_path: P
     kwargs, worker = settings(), Poisoned(last=last)
     result = LTETrainer(worker, run_config=storage(tmp_path, "r"), **kwargs).fit()
     done = simulate(worker, Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"]))
-    assert_same_model(result.path, simulated(worker, kwargs))
+    assert_same_model(result.path, simulated(worker, **kwargs))
     found = audit(read_rows((tmp_path / "r" / "metrics.jsonl").read_text()))
     assert found.clean, found.problems
     assert (found.dropped, found.batches) == (dropped, sum(merge.steps for merge in done.merges))
@@ -284,7 +279,7 @@ def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(local_ray: None, tm
     """
     LTETrainer(Normed(), run_config=storage(tmp_path, "parts"), **settings(steps=20)).fit()
     resumed = LTETrainer(Normed(), run_config=storage(tmp_path, "parts", resume=True), **settings(steps=40)).fit()
-    expected = simulated(Normed(), settings(steps=40))
+    expected = simulated(Normed(), **settings(steps=40))
     assert_same_model(resumed.path, expected)
     assert float((expected["0.running_var"] - 1).abs().max()) > 0.001
     assert resumed.metrics["step"] == 40
@@ -405,7 +400,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     resumed = LTETrainer(Dropping(), run_config=storage(tmp_path, "r", resume=True), **settings(steps=20)).fit()
     assert "head-0001.safetensors is damaged" in caplog.text
     assert "using 000001 instead" in caplog.text
-    assert_same_model(resumed.path, simulated(Dropping(), settings(steps=20)))
+    assert_same_model(resumed.path, simulated(Dropping(), **settings(steps=20)))
     for file in (tmp_path / "r" / "checkpoints").glob("*/base.safetensors"):
         _alter(file)
     with pytest.raises(StorageError, match=r"base\.safetensors is damaged"):

@@ -9,15 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from checkpoint_damage import PLAN, write
-from ray_support import LONG, ROOT
+from ray_support import LONG, ROOT, assert_same_model, simulated
 
 from lte_ray import LTEConfig, LTETrainer, MergeConfig, TrainConfig, checkpoint
-from lte_ray.engine.initial import load_base
-from lte_ray.engine.settings import Settings
-from lte_ray.engine.simulate import simulate
 from lte_ray.errors import StorageError
 from lte_ray.storage import PART, RunDirectory
 from workers.regression import Regression
@@ -109,10 +105,5 @@ def test_a_run_is_trained_stopped_resumed_and_audited_there(storage: str, tmp_pa
     assert LTETrainer.restore(f"{place}/third?{query}").run_config.storage == storage
     assert "0 batches lost, 0 merged twice" in lte_ray("audit", f"{place}/third?{query}")
     lte, merge = LTEConfig(num_heads=2, lora_r=8, lora_alpha=16), MergeConfig(merge_iter=5, merge_threads=1)
-    whole = simulate(Regression(), Settings("third", lte, merge, TrainConfig(steps=20, seed=3)))
-    model = Regression().build_model()
-    load_base(model, whole.plan, whole.base)
-    (tmp_path / "m").write_bytes(directory.read("model.safetensors"))
-
-    merged = safetensors.torch.load_file(tmp_path / "m")
-    assert all(torch.equal(merged[name], value) for name, value in model.state_dict().items())
+    (tmp_path / "model.safetensors").write_bytes(directory.read("model.safetensors"))
+    assert_same_model(tmp_path, simulated(Regression(), lte, merge, TrainConfig(steps=20, seed=3)))
