@@ -54,6 +54,16 @@ class Dropping(Regression):
         return nn.Sequential(*super().build_model(), nn.Dropout(0.1))
 
 
+class Normed(Dropping):
+    """With batch normalisation, whose running statistics are merged, and a buffer that overlaps another."""
+
+    def build_model(self) -> nn.Module:
+        model = nn.Sequential(nn.BatchNorm1d(self.width), *super().build_model())
+        model.register_buffer("table", torch.arange(8.0))
+        model.register_buffer("part", model.table[:4])
+        return model
+
+
 def settings(steps: int = 30, **train: object) -> dict[str, object]:
     """Small runs whose merging uses one thread, as a bitwise comparison needs."""
     return {

@@ -157,7 +157,7 @@ class Schedules(RuleBasedStateMachine):
 
 
 TestSchedules = Schedules.TestCase
-TestSchedules.settings = profile(max_examples=60, stateful_step_count=40, deadline=None)
+TestSchedules.settings = profile(max_examples=30, stateful_step_count=40, deadline=None)
 
 
 def started(count: int) -> tuple[Settings, list[Head], Coordinator]:

@@ -15,7 +15,7 @@ from chaos_world import KINDS, World
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-MANY = 12 if os.environ.get("LTE_RAY_LONG") == "1" else 1
+MANY = 20 if os.environ.get("LTE_RAY_LONG") == "1" else 1
 """How many times as many schedules `make chaos` tries: some thousands."""
 
 pytestmark = pytest.mark.timeout(1200)
@@ -29,7 +29,7 @@ def schedules(kinds: tuple[str, ...], amount: int = 6) -> st.SearchStrategy[Sche
 
 
 @pytest.mark.parametrize("mode", MODES)
-@settings(max_examples=25 * MANY)
+@settings(max_examples=15 * MANY)
 @given(events=schedules(KINDS))
 def test_nothing_is_lost_or_counted_twice(mode: str, events: Schedule) -> None:
     """After every event the ledgers of weights and of batches hold; without further faults the run ends, all of it merged."""
@@ -40,7 +40,7 @@ def test_nothing_is_lost_or_counted_twice(mode: str, events: Schedule) -> None:
 
 
 @pytest.mark.parametrize("mode", ["barrier", "barrier momentum", "barrier reset"])
-@settings(max_examples=20 * MANY)
+@settings(max_examples=12 * MANY)
 @given(events=schedules((*CALM, "cut", "cut", "ask", "ask", "crash", *["go"] * 6), amount=4))
 def test_a_barrier_run_that_is_killed_and_resumed_ends_bit_for_bit_as_one_that_is_not(mode: str, events: Schedule) -> None:
     """Killed at any points, also with a checkpoint in mid-round: the same base and the same batches."""

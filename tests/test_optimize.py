@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import BATCH, EPS32, SAMPLES, WORDS, Net, Tiny, assert_near, make_settings, state_of, through_a_file
+from ray_support import LONG
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -528,9 +529,11 @@ def test_a_loss_that_is_no_scalar_names_what_it_is(loss: Callable[[], Any], foun
         started(Bad(), settings()).train_round()
 
 
-@pytest.mark.slow
-def test_a_compiled_run_is_the_eager_run() -> None:
-    """torch.compile orders float32 sums otherwise, and nothing more."""
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=LONG)])
+def test_a_compiled_run_is_the_eager_run(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """torch.compile orders float32 sums otherwise, and nothing more: traced, and with its compiler, which takes long."""
+    traced = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda model: traced(model, backend=backend))
     worker = Single()
     eager, compiled = (simulate(worker, settings({"compile": on}, steps=6, heads=1)) for on in (False, True))
     # Some hundred roundings in each of 6 steps of SGD with rate 0.01.

@@ -181,6 +181,7 @@ def test_virtual_heads_are_merged_one_by_one_and_saved(local_ray: None, tmp_path
     assert result.checkpoint is not None
 
 
+@LONG
 def test_a_resumed_run_goes_on_with_the_policys_momentum(local_ray: None, tmp_path: Path) -> None:
     """Bitwise the run that never stopped: the checkpoint holds what the policy keeps."""
     merge = MergeConfig(merge_iter=5, merge_threads=1, policy="nesterov", policy_args={"lr": 0.3})

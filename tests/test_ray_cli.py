@@ -72,6 +72,7 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "COLUMNS": "200", **more}
 
 
+@LONG
 def test_a_users_own_file_trains_with_four_heads(users_file: Path, tmp_path: Path) -> None:
     """The issue's command, as is, from the user's folder; four heads share two cores, and a sibling file is imported."""
     command = "train my/file.py:Net --num-heads 4 --merge-iter 10 --steps 200 --exclude 2 --name first --storage runs"
@@ -199,6 +200,7 @@ def test_a_submitted_job_succeeds_and_shows_its_progress(cluster: str, users_fil
     assert {p.name for p in (storage / "job").iterdir()} == {"checkpoints", "metrics.jsonl", "model.safetensors", "run.toml"}
 
 
+@LONG
 def test_a_failing_worker_fails_its_job_with_the_real_traceback(cluster: str, users_file: Path, tmp_path: Path) -> None:
     """`ray job submit` returns 1, and the log has the user's own line."""
     program = f"{BIN}/lte-ray train file.py:Net --exclude 2 --worker.fail-at 7 --name bad --storage {tmp_path}/runs"

@@ -92,7 +92,7 @@ def test_an_asynchronous_run_goes_on_with_other_heads_and_merges_each_batch_once
 
 def test_a_run_is_resumed_by_its_name_alone(local_ray: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """``--resume NAME`` takes worker and settings from run.toml; flags win; another name is one clear error."""
-    flags = ["--num-heads", "2", "--lora-r", "4", "--merge-iter", "5", "--name", "r", "--storage", str(tmp_path)]
+    flags = ["--num-heads", "1", "--lora-r", "4", "--merge-iter", "5", "--name", "r", "--storage", str(tmp_path)]
     assert main(["train", "workers.regression:Regression", *flags, "--steps", "10", "--worker.width", "12"]) == 0
     assert main(["train", "--resume", "r", "--storage", str(tmp_path), "--steps", "20"]) == 0
     assert "goes on with workers.regression:Regression" in " ".join(capfd.readouterr().err.split())

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray.train
 import torch
-from ray_support import LONG, Dropping, descendants, lte_actors, settings, storage
+from ray_support import LONG, Dropping, assert_same_model, descendants, lte_actors, settings, simulated, storage
 from safetensors.torch import load_file
 from torch import nn
 
@@ -31,6 +31,9 @@ class Deep(Dropping):
     def build_model(self) -> nn.Module:
         more = [nn.Sequential(nn.Linear(self.width, k), nn.Tanh(), nn.Linear(k, self.width)) for k in (48, 16)]
         return nn.Sequential(*more, *list(super().build_model())[:-2], nn.Linear(2 * self.width, self.width), nn.Dropout(0.1))
+
+
+ROUNDED: dict[str, Any] = {"send_down": "factors", "transfer": "int8"}
 
 
 def fit(path: Path, name: str, steps: int = 20, worker: Any = None, resume: bool = False, **merge: Any) -> ray.train.Result:
@@ -67,11 +70,17 @@ def assert_gone() -> None:
     assert (shards(), lte_actors()) == ([], [])
 
 
-@pytest.mark.parametrize(
-    "merge",
-    [pytest.param({}, marks=LONG), {"send_down": "factors", "transfer": "int8"}],
-    ids=["dense", "factors in int8"],
-)
+def test_a_run_with_shards_is_bitwise_the_simulated_one(local_ray: None, tmp_path: Path) -> None:
+    """Heads that redo merges from rounded factors, whose parts lie on three shards; no process is left."""
+    result = fit(tmp_path, "r", shards=3, **ROUNDED)
+    merge = MergeConfig(merge_iter=5, merge_threads=1, **ROUNDED)
+    assert_same_model(result.path, simulated(Deep(), **settings(20) | {"merge": merge}))
+    assert result.metrics["resyncs"] == 0
+    assert_gone()
+
+
+@LONG
+@pytest.mark.parametrize("merge", [{}, ROUNDED], ids=["dense", "factors in int8"])
 def test_a_run_with_shards_is_bitwise_the_one_without(local_ray: None, tmp_path: Path, merge: dict[str, Any]) -> None:
     """Weights, evaluations, checkpoints and bytes are the same, and no process is left."""
     one, three = fit(tmp_path, "one", **merge), fit(tmp_path, "three", shards=3, **merge)
@@ -100,7 +109,7 @@ def test_heads_that_never_wait_lose_no_step_with_shards(local_ray: None, tmp_pat
 @LONG
 def test_a_resumed_run_with_shards_is_bitwise_the_run_that_never_stopped(local_ray: None, tmp_path: Path) -> None:
     """The shards take up the references from the heads' parts of the checkpoint, and hand them to the heads."""
-    merge = {"shards": 2, "send_down": "factors", "transfer": "int8"}
+    merge = {"shards": 2, **ROUNDED}
     whole = fit(tmp_path, "whole", 30, **merge)
     fit(tmp_path, "parts", 20, **merge)
     assert_equal(whole, fit(tmp_path, "parts", 30, resume=True, **merge))
