@@ -18,6 +18,13 @@ settings.register_profile("lte-ray", deadline=None, max_examples=25, derandomize
 settings.load_profile("lte-ray")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """For the tests on Ray alone, files that have none aren't imported: what they import takes half a minute."""
+    if config.option.markexpr == "ray" and collection_path.suffix == ".py":
+        return "mark.ray" not in collection_path.read_text() or None
+    return None
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_torch_thread() -> None:
     """Results depend on the thread count in their last bits, and small tensors are fastest with one."""

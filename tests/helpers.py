@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,6 +21,9 @@ from lte_ray.engine.snapshot import State, snapshot
 from lte_ray.layout import Adapted, Plan, Replica
 from lte_ray.messages import Contribution, Save
 from lte_ray.worker import build_model, endless_batches
+
+LONG_RUN = os.environ.get("LTE_RAY_LONG") == "1"
+"""`make chaos`, which has time for more."""
 
 WORDS, WIDTH, SAMPLES, BATCH = 7, 6, 96, 4
 EPS64 = torch.finfo(torch.float64).eps

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import LONG_RUN
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from workers.regression import Regression
 
 ROOT = Path(__file__).resolve().parents[1]
 
-LONG = pytest.mark.skipif(os.environ.get("LTE_RAY_LONG") != "1", reason="takes long: make chaos runs it")
+LONG = pytest.mark.skipif(not LONG_RUN, reason="takes long: make chaos runs it")
 """For what ordinary test runs have no time for."""
 
 

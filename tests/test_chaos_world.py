@@ -5,17 +5,16 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from chaos_parts import MODES
 from chaos_traffic import CALM
 from chaos_world import KINDS, World
+from helpers import LONG_RUN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-MANY = 20 if os.environ.get("LTE_RAY_LONG") == "1" else 1
+MANY = 20 if LONG_RUN else 1
 """How many times as many schedules `make chaos` tries: some thousands."""
 
 pytestmark = pytest.mark.timeout(1200)

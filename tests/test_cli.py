@@ -162,6 +162,7 @@ def test_a_missing_worker_and_an_unknown_command_are_errors(capsys: pytest.Captu
     assert "lte-ray train WORKER" in capsys.readouterr().err
 
 
+@pytest.mark.ray
 def test_storage_that_cannot_be_written_is_an_error(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, local_ray: None
 ) -> None:

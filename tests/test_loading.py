@@ -128,7 +128,7 @@ def test_a_module_that_raises(folder: Path, place: str) -> None:
     error = error_of(f"{place}:Net")
     assert f"importing {place} raised ValueError: boom" in str(error)
     assert isinstance(error.__cause__, ValueError)
-    file.write_text("class Net: mended = True")
+    file.write_text("class Net:\n    mended = True\n")  # of another size: Python looks at that and at the second
     assert load(f"{place}:Net").mended  # type: ignore[attr-defined]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import assert_near
+from helpers import LONG_RUN, assert_near
 from torch import Tensor, nn
 
 from lte_ray.adapters import convert
@@ -17,7 +17,7 @@ from lte_ray.merging.products import Share, add_contributions, new_reference
 from lte_ray.misc import MergeCondition
 from lte_ray.modes import merged_state_dict, prepare_model_for_lte
 
-HEADS, SEED, STEPS, MERGE = 2, 3, 100, 5
+HEADS, SEED, STEPS, MERGE = 2, 3, 100 if LONG_RUN else 40, 5
 LTE = LTEConfig(
     num_heads=HEADS, lora_r=(2, 1), lora_alpha=(4.0, 3.0), adapt=("linear", "attention", "conv", "embedding", "norm")
 )
@@ -149,7 +149,7 @@ def train_mode(kind: str, lte: LTEConfig, mode: str, chunk: str = "layer") -> nn
 @pytest.mark.parametrize("reset", ["none", "B"])
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_modes_train_as_ray_heads_do(kind: str, reset: str) -> None:
-    """Over 100 steps of Adam and 20 merges: merged weights, and every head's outputs in training, in ddp and in dmp."""
+    """Over 40 steps of Adam and 8 merges, or 100 and 20: merged weights, and heads' outputs in training, in ddp and in dmp."""
     lte = dataclasses.replace(LTE, reset=reset)
     if kind == "tied":
         lte = dataclasses.replace(lte, adapt=("linear",))

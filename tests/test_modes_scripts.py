@@ -127,7 +127,7 @@ def test_the_authors_example(mode: str, only_linear: bool) -> None:
     count = sum(isinstance(m, lte.LTELayer) for m in model.modules())
     assert count == (10 if only_linear else 8)
     scheduler = lte.misc.merge.MergeCondition(model, merge_steps=5, method="step")
-    train(model, scheduler.step, steps=60, size=64, lr=3e-4)
+    train(model, scheduler.step, steps=30, size=64, lr=6e-4)
 
 
 def test_the_authors_example_left_parameters_out() -> None:

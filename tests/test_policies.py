@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Tiny, assert_near, make_settings, offer, random_flat
+from helpers import LONG_RUN, Tiny, assert_near, make_settings, offer, random_flat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_support import PLAN, change_of, coordinator_of, dense, pending_of, roster_of, stacked
@@ -55,7 +55,7 @@ def test_every_built_in_policy_conforms(name: str, when: str, heads: int, seed: 
 @pytest.mark.parametrize("inner", ["nesterov", "delayed_nesterov", "adam", "stale", "clip"])
 def test_gating_a_policy_that_remembers_conforms(inner: str) -> None:
     """Gated takes the inner policy's memory back with a merge that isn't kept, and saves it."""
-    check_policy(lambda: POLICIES["gated"](policy=inner), seeds=range(6))
+    check_policy(lambda: POLICIES["gated"](policy=inner), seeds=range(6 if LONG_RUN else 3))
 
 
 def test_every_policy_is_neutral_or_known_not_to_be() -> None:
