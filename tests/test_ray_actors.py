@@ -78,10 +78,18 @@ def torch_threads(group: HeadGroup) -> int:
     return torch.get_num_threads()
 
 
-def test_each_head_holds_its_own_copy_of_the_main_weights(local_ray: None, tmp_path: Path) -> None:
-    """One head's base is perturbed; the other head's and the coordinator's stay as they were."""
-    with actors(tmp_path, Placement(cpus=1, gpus=0), steps=5) as run:
+def test_heads_reserve_what_was_asked_and_hold_their_own_copies_of_the_main_weights(local_ray: None, tmp_path: Path) -> None:
+    """Two heads of 2 CPUs hold a bundle of 2 CPUs each, and torch uses 2 threads in each.
+
+    One head's base is perturbed; the other head's and the coordinator's stay as they were.
+    """
+    with actors(tmp_path, Placement(cpus=2, gpus=0), steps=5) as run:
         to_the_end(run)
+        held = [group["bundles"] for group in placement_group_table().values() if group["state"] == "CREATED"]
+        assert held == [{0: {"CPU": 2.0}, 1: {"CPU": 2.0}}]
+        assert ray.get(run.crew.members[0].actor.status.remote())[0].step == 5
+        # the thread count is set where the head trains, so it is read there
+        assert ray.get(run.crew.members[1].actor.inspect.remote(torch_threads)) == 2
         before = ray.get([member.actor.inspect.remote(first_weight) for member in run.crew.members])
         _, published, _ = ray.get(run.hub.coordinator.finish.remote())
         base = ObjectStore().fetch(published).clone()
@@ -90,17 +98,6 @@ def test_each_head_holds_its_own_copy_of_the_main_weights(local_ray: None, tmp_p
         assert torch.equal(after[0], before[0] + 1.0)
         assert torch.equal(after[1], before[1])
         assert torch.equal(ObjectStore().fetch(published), base)
-
-
-def test_heads_reserve_what_was_asked_and_compute_with_as_many_threads(local_ray: None, tmp_path: Path) -> None:
-    """Two heads of 2 CPUs hold a bundle of 2 CPUs each, and torch uses 2 threads in each."""
-    with actors(tmp_path, Placement(cpus=2, gpus=0), steps=5) as run:
-        to_the_end(run)
-        held = [group["bundles"] for group in placement_group_table().values() if group["state"] == "CREATED"]
-        assert held == [{0: {"CPU": 2.0}, 1: {"CPU": 2.0}}]
-        assert ray.get(run.crew.members[0].actor.status.remote())[0].step == 5
-        # the thread count is set where the head trains, so it is read there
-        assert ray.get(run.crew.members[1].actor.inspect.remote(torch_threads)) == 2
 
 
 def test_status_answers_while_a_head_trains(local_ray: None, tmp_path: Path) -> None:

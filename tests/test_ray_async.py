@@ -52,6 +52,7 @@ def expected(worker: Any, steps: int, **merge: Any) -> dict[str, Tensor]:
     return simulated(worker, **(settings(steps) | {"merge": MergeConfig(merge_iter=5, merge_threads=1, **merge)}))
 
 
+@LONG
 def test_a_barrier_run_by_factors_is_bitwise_the_one_by_bases(local_ray: None, tmp_path: Path) -> None:
     """Heads that redo merges from each other's factors train on the same bits, dropout included."""
     result = fit(tmp_path, Dropping(), 30, send_down="factors")
@@ -162,14 +163,9 @@ def test_int8_and_topk_lose_little(local_ray: None, tmp_path: Path) -> None:
     assert small.metrics["validation_loss"] < 1.5 * exact.metrics["validation_loss"] + 0.005
 
 
+@LONG
 @pytest.mark.parametrize(
-    "merge",
-    [
-        pytest.param({"when": "quorum", "quorum": 1}, marks=LONG),
-        {"when": "arrival"},
-        pytest.param({"wait": False, "max_lag": 0}, marks=LONG),
-        pytest.param({"wait": False}, marks=LONG),
-    ],
+    "merge", [{"when": "quorum", "quorum": 1}, {"when": "arrival"}, {"wait": False, "max_lag": 0}, {"wait": False}]
 )
 def test_virtual_heads_are_merged_one_by_one_and_saved(local_ray: None, tmp_path: Path, merge: dict[str, Any]) -> None:
     """Heads of one actor whose contributions are answered at different times; a checkpoint at every merge holds nobody up."""

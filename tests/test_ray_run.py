@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import threading
 import time
 import tomllib
@@ -136,6 +137,7 @@ class HalfOfHeadOne:
         return Merge({0: 0.0, 1: 0.5})
 
 
+@LONG
 def test_a_policy_object_is_what_merges(local_ray: None, tmp_path: Path) -> None:
     """The weights after a real run are those that the user's policy says, to the last bit of its simulation."""
     kwargs = settings(steps=10) | {"merge": MergeConfig(merge_iter=5, merge_threads=1, policy=HalfOfHeadOne())}
@@ -325,6 +327,7 @@ class OddOnes(Regression):
         raise ZeroDivisionError("nothing to show")
 
 
+@LONG
 def test_names_of_an_evaluation_and_a_failing_sample_break_nothing(local_ray: None, tmp_path: Path) -> None:
     """The figures are kept apart from ours; the model is there all the same; JSON has null for NaN."""
     result = LTETrainer(OddOnes(), run_config=storage(tmp_path, "r"), **settings(steps=10)).fit()
@@ -347,9 +350,9 @@ class Locked:
         return Wait()
 
 
-def test_an_overwrite_that_cannot_start_leaves_the_old_run(local_ray: None, tmp_path: Path) -> None:
+def test_an_overwrite_that_cannot_start_leaves_the_old_run(usual: Usual, tmp_path: Path) -> None:
     """What is there goes only when the new run can start; a failed start leaves no folder that blocks the name."""
-    LTETrainer(Regression(), run_config=storage(tmp_path, "r"), **settings(steps=5)).fit()
+    shutil.copytree(usual.path / "r", tmp_path / "r")
     kwargs = settings() | {"merge": MergeConfig(policy=Locked())}
     with pytest.raises(WorkerError, match="Locked can't be sent"):
         LTETrainer(Regression(), run_config=storage(tmp_path, "r", overwrite=True), **kwargs).fit()
@@ -408,15 +411,15 @@ def _alter(file: Path) -> None:
     file.write_bytes(content)
 
 
-def test_resume_refuses_what_it_cannot_continue(local_ray: None, tmp_path: Path) -> None:
+def test_resume_refuses_what_it_cannot_continue(usual: Usual, tmp_path: Path) -> None:
     """Other heads, or nothing left to do: one clear error each."""
-    LTETrainer(Regression(), run_config=storage(tmp_path, "r"), **settings(steps=5)).fit()
+    shutil.copytree(usual.path / "r", tmp_path / "r")
     again = storage(tmp_path, "r", resume=True)
     with pytest.raises(StorageError, match="Raise --steps"):
-        LTETrainer(Regression(), run_config=again, **settings(steps=5)).fit()
+        LTETrainer(Dropping(), run_config=again, **settings()).fit()
     kwargs = settings(steps=50)
     with pytest.raises(StorageError, match="--lora-r was 8 and is 4"):
-        LTETrainer(Regression(), run_config=again, **kwargs | {"lte": dataclasses.replace(kwargs["lte"], lora_r=4)}).fit()
+        LTETrainer(Dropping(), run_config=again, **kwargs | {"lte": dataclasses.replace(kwargs["lte"], lora_r=4)}).fit()
 
 
 def test_rebuilding_gives_the_driver_and_heads_the_same_start(tmp_path: Path) -> None:

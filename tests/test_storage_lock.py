@@ -81,7 +81,8 @@ def test_a_run_that_cannot_be_locked_is_one_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("steps", [pytest.param(20, marks=LONG), 10], ids=["more to do", "nothing left"])
+@LONG
+@pytest.mark.parametrize("steps", [20, 10], ids=["more to do", "nothing left"])
 def test_what_others_trained_while_a_driver_waited_for_the_cluster_stays(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
