@@ -193,7 +193,8 @@ class Hub(Cuts):
             self._send(join.call, join.answer)
             return True
         self.together = False
-        if incarnation == 0 and self.start.epoch == 0 and head in self.start.exact:
+        exact = incarnation == 0 and self.start.epoch == 0 and head in self.start.exact
+        if exact and engine.version == self.start.version:
             begin = Begin(engine.standings[head], saved=self.start.saved, exact=True)
         else:
             standing = engine.start(head)

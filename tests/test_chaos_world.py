@@ -54,6 +54,19 @@ def test_a_barrier_run_that_is_killed_and_resumed_ends_bit_for_bit_as_one_that_i
     assert killed.account.merged.keys() == calm.account.merged.keys()
 
 
+def test_a_head_whose_first_answer_after_a_resume_was_lost_begins_on_the_base_that_it_gets() -> None:
+    """Others have merged meanwhile: its saved state goes with the base of the checkpoint, which isn't there any more."""
+    world = World(MODES["arrival no-wait"])
+    begun = [("go", 37, 6), ("fetch", 24, 3), ("cut", 6, 2), ("go", 49, 3), ("cut", 59, 6), ("go", 59, 1), ("go", 53, 6)]
+    resumed = [("go", 3, 5), ("crash", 42, 4), ("go", 20, 3), ("go", 8, 1), ("go", 12, 2), ("go", 1, 1), ("lose_answer", 38, 5)]
+    for event in begun + resumed:
+        world.do(*event)
+    assert world.hub is not None
+    assert world.hub.engine.version > world.begin.version
+    assert [call.kind for process in world.processes for call in process.calls if call.place == "wire"] == ["join"]
+    world.settle()
+
+
 def test_a_run_that_dropped_a_head_resumes_with_as_many_as_before() -> None:
     """The new head of that number begins with B = 0: what the checkpoint knows of the old one isn't its reference."""
     world = World(MODES["barrier"])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ray_support import ROOT
+from ray_support import LONG, ROOT
 
 from lte_ray.cli.main import main
 
@@ -16,21 +17,32 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.mark.ray
-def test_the_readmes_worker_and_policy_run(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worker trains by the command as printed, and the Python program as printed runs to its end."""
-    worker, program = BLOCKS
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The README's mine.py, in the current folder."""
+    (tmp_path / "mine.py").write_text(BLOCKS[0])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lte_ray.trainer.default_storage", lambda: str(tmp_path / "ray_results"))
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "mine.py").write_text(worker)
+    yield
+    sys.modules.pop("mine", None)
+
+
+@pytest.mark.ray
+def test_the_readmes_worker_runs(mine: None, local_ray: None, tmp_path: Path) -> None:
+    """It trains by the command as printed."""
     command = re.search(r"^lte-ray (train mine\.py:Net .*--steps 200)$", README, flags=re.MULTILINE)
     assert command is not None
     assert main([*command[1].split(), "--storage", "runs", "--name", "readme"]) == 0
     assert (tmp_path / "runs" / "readme" / "model.safetensors").exists()
+
+
+@LONG
+@pytest.mark.ray
+def test_the_readmes_program_runs(mine: None, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its policy, as printed and to its end."""
+    monkeypatch.setattr("lte_ray.trainer.default_storage", lambda: str(tmp_path / "ray_results"))
     names: dict[str, Any] = {}
-    exec(program, names)
-    sys.modules.pop("mine", None)
+    exec(BLOCKS[1], names)
     assert Path(names["result"].path).parent == tmp_path / "ray_results"
     assert (Path(names["result"].path) / "model.safetensors").exists()
 

@@ -122,11 +122,16 @@ class Curious:
         return Merge({p.head: 1 / roster.num_heads if roster.version < 1 else p.norm() for p in pending})
 
 
-def test_a_policy_that_needs_tensors_ends_a_run_with_shards(local_ray: None, tmp_path: Path) -> None:
-    """A built-in one before anything starts, the user's own when it asks for them; nothing is left."""
+def test_a_built_in_policy_that_needs_tensors_is_refused(local_ray: None, tmp_path: Path) -> None:
+    """Before anything starts."""
     with pytest.raises(ConfigError, match=r"--policy nesterov .*needs --shards 1, but --shards is 2"):
         fit(tmp_path, "r", policy="nesterov", shards=2)
     assert not (tmp_path / "r").exists()
+
+
+@LONG
+def test_a_policy_that_needs_tensors_ends_a_run_with_shards(local_ray: None, tmp_path: Path) -> None:
+    """The user's own, when it asks for them; nothing is left."""
     with pytest.raises(PolicyError, match="Curious looked at the tensors of a contribution, which needs --shards 1"):
         fit(tmp_path, "r", policy=Curious(), shards=2)
     assert_gone()
@@ -151,6 +156,7 @@ class Killer:
         """It shows nothing."""
 
 
+@LONG
 def test_a_shard_that_dies_ends_the_run_by_its_number(local_ray: None, tmp_path: Path) -> None:
     """Where a run is to survive no death; no head waits for ever."""
     kwargs = settings(100_000) | {"merge": MergeConfig(merge_iter=5, merge_threads=1, shards=2)}

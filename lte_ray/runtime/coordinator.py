@@ -168,7 +168,10 @@ class CoordinatorActor:
         await until(lambda: not self._together or self._joined >= engine.live)
         self._together = False
         await until(lambda: all(engine.ready(head) for head in plans))
-        exact = {head for head in plans if incarnation == 0 and start.epoch == 0 and head in start.exact}
+        # What a checkpoint holds of a head goes with that version's base: who asks again, for the answer was lost, after others
+        # have gone on begins from what the base holds of it.
+        first = incarnation == 0 and start.epoch == 0 and engine.version == start.version
+        exact = {head for head in plans if first and head in start.exact}
         starts = {head: engine.standings[head] if head in exact else engine.start(head) for head in plans}
         saved = {head: self._cuts.saved for head in plans.keys() - afresh if head in self._cuts.states}
         begins = {head: Begin(starts[head], saved=start.saved, exact=True) for head in exact}
@@ -178,6 +181,8 @@ class CoordinatorActor:
         await until(lambda: True)
         self._records.present |= plans.keys()
         update = replace(await self._updates.since(tuple(plans), -1), begins=begins)
+        if exact and update.version != start.version:
+            return await self.join(plans, incarnation)
         self._exact -= plans.keys()
         await until(lambda: not self._exact & engine.live)
         return update
