@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import hypothesis.strategies as st
 import pytest
 import torch
-from helpers import Tiny, assert_near, make_settings
+from helpers import LONG_RUN, Tiny, assert_near, make_settings
 from hypothesis import given
 from hypothesis import settings as profile
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -157,7 +157,7 @@ class Schedules(RuleBasedStateMachine):
 
 
 TestSchedules = Schedules.TestCase
-TestSchedules.settings = profile(max_examples=30, stateful_step_count=40, deadline=None)
+TestSchedules.settings = profile(max_examples=60 if LONG_RUN else 30, stateful_step_count=40, deadline=None)
 
 
 def started(count: int) -> tuple[Settings, list[Head], Coordinator]:
