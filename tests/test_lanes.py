@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import Tiny, make_settings
+from helpers import LONG_RUN, Tiny, make_settings
 from torch import Tensor, nn
 
 from lte_ray.data import Shard
@@ -51,7 +51,9 @@ class Failing(Tiny):
         return super().loss(model, batch)
 
 
-@pytest.mark.parametrize(("heads", "reset"), [(2, "none"), (3, "none"), (5, "none"), (3, "B")])
+@pytest.mark.parametrize(
+    ("heads", "reset"), [(2, "none"), (3, "none"), (5, "none"), (3, "B"), *([(2, "B"), (5, "B")] if LONG_RUN else [])]
+)
 @pytest.mark.parametrize(
     "worker", [Tiny(optimizer="adamw"), Shuffled(), Tiny(dropout=0.3)], ids=["plain", "shuffled", "dropout"]
 )

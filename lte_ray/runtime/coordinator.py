@@ -181,7 +181,7 @@ class CoordinatorActor:
         await until(lambda: True)
         self._records.present |= plans.keys()
         update = replace(await self._updates.since(tuple(plans), -1), begins=begins)
-        if exact and update.version != start.version:
+        if exact and update.version != start.version:  # they went on just now
             return await self.join(plans, incarnation)
         self._exact -= plans.keys()
         await until(lambda: not self._exact & engine.live)
