@@ -364,6 +364,32 @@ def test_an_optimizer_that_drops_the_groups_is_an_error_if_there_are_multipliers
         started(worker, settings(lte={"layers": RULES}))
 
 
+class OneCycle(Tiny):
+    """A schedule that replaces the rates which the groups had."""
+
+    def build_schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> lr_scheduler.LRScheduler:
+        return lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=total_steps)
+
+
+class OwnCycles(Tiny):
+    """The same, with each group's own rate as its highest."""
+
+    def build_schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> lr_scheduler.LRScheduler:
+        highest = [group["lr"] for group in optimizer.param_groups]
+        return lr_scheduler.OneCycleLR(optimizer, max_lr=highest, total_steps=total_steps)
+
+
+def test_a_schedule_that_forgets_the_multipliers_is_an_error_that_says_how_to_keep_them() -> None:
+    """OneCycleLR with one rate for all is refused if there are multipliers, and only then; with a rate for each, they hold."""
+    started(OneCycle(), settings()).train_round()
+    with pytest.raises(WorkerFailed, match=r"(?s)build_schedule\(\).*one rate \(0.0004\).*max_lr=\[g\['lr'\]"):
+        started(OneCycle(), settings(lte={"layers": RULES}))
+    found = multipliers(started(OwnCycles(), settings(lte={"layers": RULES})))
+    assert found["up.bias"] == pytest.approx(2 * found["down.weight.lora_A"])
+    assert found["scale"] == pytest.approx(0.1 * found["down.weight.lora_A"])
+    assert found["down.bias"] == 0.0
+
+
 def test_an_optimizer_may_split_the_groups_that_it_is_given() -> None:
     """Each parameter keeps its multiplier."""
     found = multipliers(started(Splitting(), settings(lte={"layers": RULES})))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -55,7 +55,8 @@ def build_optimizer(
         tensors: factors and replicas by their names in the contribution layout; buffers among them aren't optimized.
 
     Raises:
-        ConfigError: there are multipliers, but the optimizer doesn't keep the groups that it was given.
+        ConfigError: there are multipliers, but the optimizer doesn't keep the groups that it was given, or the schedule
+            doesn't begin from their rates.
     """
     groups: dict[tuple[str, float], list[Tensor]] = {}
     for spec in plan.adapted:
@@ -80,7 +81,26 @@ def build_optimizer(
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * group.get("lr_multiplier", 1.0)
     schedule = getattr(worker, "build_schedule", None)
-    return optimizer, schedule(optimizer, total_steps) if schedule else None
+    return optimizer, schedule_of(schedule, optimizer, total_steps, several) if schedule else None
+
+
+def schedule_of(build: Callable[..., Any], optimizer: torch.optim.Optimizer, total_steps: int, several: bool) -> Any:
+    """What `build` makes for the optimizer; if there are several multipliers, groups must begin at rates of their own.
+
+    Raises:
+        ConfigError: groups of different rates begin at the same one, as with one rate for all in `OneCycleLR`.
+    """
+    before = [group["lr"] for group in optimizer.param_groups]
+    schedule = build(optimizer, total_steps)
+    now = {lr: group["lr"] for lr, group in zip(before, optimizer.param_groups, strict=True)}
+    moving = [lr for lr in now.values() if lr]  # all may be 0 as a warm-up begins
+    if several and len(set(moving)) < len(moving):
+        raise ConfigError(
+            "--layers gives learning-rate multipliers (lr=...), but build_schedule() begins at one rate "
+            f"({max(moving, key=moving.count):g}) for groups that had {', '.join(f'{lr:g}' for lr in now)}. Let it "
+            "begin from each group's own, as in OneCycleLR(optimizer, max_lr=[g['lr'] for g in optimizer.param_groups], ...)."
+        )
+    return schedule
 
 
 ROUNDING = 1e-6
