@@ -5,20 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lte_ray.errors import StorageError
 from lte_ray.messages import HeadStatus, MergeRecord
 from lte_ray.redact import scrub
-from lte_ray.storage import RunDirectory
+from lte_ray.storage import RunDirectory, beside, trouble
 
 METRICS = "metrics.jsonl"
 
 REMOTE_EVERY = 20.0
 """Seconds between two writes of the metrics on an object store."""
+
+BRIEF = 0.5
+"""Seconds that the run waits for its metrics to be written, before it goes on with what it has to do."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +81,17 @@ class Silent:
 
 
 class MetricsLog:
-    """Rows of ``metrics.jsonl``: one for every merge (kind "merge"), evaluation and event."""
+    """Rows of ``metrics.jsonl``: one for every merge (kind "merge"), evaluation and event.
+
+    They are written in another thread: who adds rows never waits long for storage, however that hangs.
+    """
 
     def __init__(self, directory: RunDirectory) -> None:
         self._directory = dataclasses.replace(directory, patience=0.0)  # it is tried again soon, and nobody waits for it
+        self._patience = directory.patience
         self._rows: list[str] = []
+        self._lock = threading.Lock()  # around the rows, never around storage
+        self._writing: Future[None] | None = None
         self._flushed = time.monotonic()
         self._back: int | None = None  # a version after which no rows are to stay in the file, where they still are
         self.trouble = ""
@@ -88,8 +99,9 @@ class MetricsLog:
 
     def rewind(self, version: int) -> None:
         """Drops the rows after `version`, which a resumed run writes again; as soon as storage lets it."""
-        self._rows = [row for row in self._rows if _stays(row, version)]
-        self._back = version if self._back is None else min(self._back, version)
+        with self._lock:
+            self._rows = [row for row in self._rows if _stays(row, version)]
+            self._back = _earlier(self._back, version)
         self.flush(now=True)
 
     def merge(self, record: MergeRecord) -> None:
@@ -122,29 +134,49 @@ class MetricsLog:
         self._row("event", at=time.time(), event=name, **values)
 
     def flush(self, *, now: bool = False) -> None:
-        """Writes the rows since the last flush; on object stores, which write the whole file anew, only now and then."""
-        due = now or self._directory.is_local or time.monotonic() - self._flushed >= REMOTE_EVERY
-        if due and (self._rows or self._back is not None):
-            self._flushed = time.monotonic()
-            try:
-                self._go_back()
-                if not self._rows:
-                    return
-                self._directory.append(METRICS, ("\n".join(self._rows) + "\n").encode())
-            except StorageError as error:
-                self.trouble = f"{METRICS} can't be written: {error}"  # the rows wait
-                return
-            self._rows, self.trouble = [], ""
+        """Has the rows since the last flush written; on object stores, which write the whole file anew, only now and then.
 
-    def _go_back(self) -> None:
-        if self._back is not None and self._directory.exists(METRICS):
+        Args:
+            now: at once, and this waits until they are, as long as storage is waited for; else the time of a blink.
+        """
+        due = now or self._directory.is_local or time.monotonic() - self._flushed >= REMOTE_EVERY
+        end = time.monotonic() + (max(BRIEF, self._patience) if now else BRIEF)
+        while due and (self._rows or self._back is not None or self._writing is not None):
+            if self._writing is None:
+                self._flushed = time.monotonic()
+                self._writing, due = beside(self._write), False
+            if wait([self._writing], max(0.0, end - time.monotonic())).not_done:
+                self.trouble = trouble()
+                return
+            self._writing.result()
+            self._writing = None
+
+    def _write(self) -> None:
+        """Writes the rows that there are. What can't be written waits for the next time."""
+        with self._lock:
+            rows, self._rows, back, self._back = self._rows, [], self._back, None
+        try:
+            self._go_back(back)
+            if rows:
+                self._directory.append(METRICS, ("\n".join(rows) + "\n").encode())
+        except StorageError as error:
+            with self._lock:  # the run may have gone back meanwhile
+                waiting = rows if self._back is None else [row for row in rows if _stays(row, self._back)]
+                self._rows, self._back = waiting + self._rows, _earlier(back, self._back)
+            self.trouble = f"{METRICS} can't be written: {error}"
+        else:
+            self.trouble = ""
+
+    def _go_back(self, version: int | None) -> None:
+        if version is not None and self._directory.exists(METRICS):
             rows = self._directory.read(METRICS).decode().splitlines(keepends=True)
-            kept = [row for row in rows if _stays(row, self._back)]
+            kept = [row for row in rows if _stays(row, version)]
             self._directory.write(METRICS, "".join(kept).encode())
-        self._back = None
 
     def _row(self, kind: str, **values: Any) -> None:
-        self._rows.append(json.dumps(_writable({"kind": kind, **values}), allow_nan=False))
+        row = json.dumps(_writable({"kind": kind, **values}), allow_nan=False)
+        with self._lock:
+            self._rows.append(row)
 
 
 def _by_head(values: Mapping[int, float]) -> dict[str, float]:
@@ -158,6 +190,11 @@ def _writable(value: Any) -> Any:
     if isinstance(value, str):
         return scrub(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _earlier(one: int | None, other: int | None) -> int | None:
+    """The earlier of two versions, of which there may be none."""
+    return min((version for version in (one, other) if version is not None), default=None)
 
 
 def _stays(row: str, version: int) -> bool:

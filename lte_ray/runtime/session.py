@@ -12,6 +12,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +27,7 @@ from lte_ray.engine.initial import Initial
 from lte_ray.engine.threads import cores, head_threads
 from lte_ray.errors import ContributionRefused, CoordinatorLost, LTEError, RunError, StorageError, UserError, WorkerFailed
 from lte_ray.messages import HeadStatus, MergeRecord, Save
-from lte_ray.metrics import Evaluation, MetricsLog, Progress, Reporter, throughput
+from lte_ray.metrics import BRIEF, Evaluation, MetricsLog, Progress, Reporter, throughput
 from lte_ray.runtime.common import Common
 from lte_ray.runtime.coordinator import CoordinatorStatus
 from lte_ray.runtime.crew import Crew
@@ -109,6 +110,7 @@ class Session:
         self._to_evaluate: deque[tuple[int, int, Any]] = deque()
         self._evaluating: tuple[int, int, Any] | None = None
         self._evaluator: Any = None
+        self._judging: list[Future[None]] = []  # evaluations that are being written
         self._moved = (time.monotonic(), (0, 0))
         self._quiet_said = 0.0
         self.hub = Hub(self.common, self.initial, self.policy, self._launch, self._end)
@@ -285,12 +287,19 @@ class Session:
             evaluation = Evaluation(version, step, values)
             self.evaluations.append(evaluation)
             self.log.evaluation(evaluation)
-            with contextlib.suppress(StorageError):
-                if self.common.keep.best and version in checkpoint.complete(self.common.directory):
-                    checkpoint.write_evaluation(self.common.directory, version, values)
+            if self.common.keep.best:
+                running = [judging for judging in self._judging if not judging.done()]
+                self._judging = [*running, storage.beside(lambda: self._judge(evaluation))]
+                wait(self._judging[-1:], BRIEF)
         if self._to_evaluate:
             version, step, base = self._to_evaluate.popleft()
             self._evaluating = (version, step, self.evaluator.evaluate.remote(base))
+
+    def _judge(self, evaluation: Evaluation) -> None:
+        """Writes an evaluation beside its checkpoint, if there is one."""
+        with contextlib.suppress(StorageError):
+            if evaluation.version in checkpoint.complete(self.common.directory):
+                checkpoint.write_evaluation(self.common.directory, evaluation.version, evaluation.values)
 
     def _check_evaluator(self) -> None:
         """An evaluation may take any time; but its process answers meanwhile, unless it hangs."""
@@ -400,6 +409,7 @@ class Session:
             self._evaluate(patience=POLL)
             self._watchdog()
             self.reporter.update(self.progress("evaluating the merged weights"))
+        wait(self._judging, self.common.directory.patience)
         try:
             sampling = self.evaluator.sample.remote(base)
             while self._evaluator is not None and not ray.wait([sampling], timeout=POLL)[0]:

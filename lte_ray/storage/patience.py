@@ -11,11 +11,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import TypeVar
 
 from lte_ray.errors import StorageError
 from lte_ray.redact import scrub
+from lte_ray.storage.beside import beside
 from lte_ray.storage.permanent import PROGRAM, is_permanent, reason
 
 T = TypeVar("T")
@@ -28,6 +30,9 @@ FIRST_WAIT, LONGEST_WAIT = 0.1, 5.0
 
 LONG = 10.0
 """Seconds after which an operation that goes on is worth a word."""
+
+SAID_AGAIN = 30.0
+"""Seconds between two words on it, where nobody else says them: to the main thread, which can't do anything else meanwhile."""
 
 MOST = 3
 """Operations that `trouble` names; the others are counted."""
@@ -93,6 +98,8 @@ def trouble() -> str:
 def persist(attempt: Callable[[], T], what: str, impossible: str, patience: float) -> T:
     """What `attempt` gives, as soon as it doesn't fail; it must be harmless to try it again.
 
+    The main thread is never inside the filesystem's code, where it would hear no signal: it waits, and says so if that is long.
+
     Args:
         attempt: the operation.
         what: it in words, "writing PATH".
@@ -117,7 +124,7 @@ def _until_it_works(attempt: Callable[[], T], operation: _Operation, impossible:
     while True:
         operation.trying = clock()
         try:
-            result = attempt()
+            result = _made(attempt, operation)
         except PROGRAM:
             raise
         except Exception as error:
@@ -137,6 +144,17 @@ def _until_it_works(attempt: Callable[[], T], operation: _Operation, impossible:
             if operation.failures:
                 log.warning("%s %s, and has worked now.", operation.what, operation.history())
             return result
+
+
+def _made(attempt: Callable[[], T], operation: _Operation) -> T:
+    """One try."""
+    if threading.current_thread() is not threading.main_thread():
+        return attempt()
+    trying, limit = beside(attempt), LONG
+    while wait([trying], limit).not_done:
+        log.warning("%s.", operation.sentence() or f"{operation.what} takes long")
+        limit = SAID_AGAIN
+    return trying.result()
 
 
 def _ending(error: Exception, operation: _Operation) -> str:
