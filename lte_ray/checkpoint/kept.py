@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Collection
 
 from lte_ray.checkpoint.evaluation import best
 from lte_ray.checkpoint.manifest import FOLDER, MANIFEST, Manifest, folder, has_all_heads, read_manifest
@@ -24,9 +25,10 @@ def incomplete(directory: RunDirectory) -> list[int]:
     return [version for version in _versions(directory) if not _is_complete(directory, version)]
 
 
-def remove_incomplete(directory: RunDirectory) -> None:
-    """Removes the folders of checkpoints that were never completed."""
-    for version in incomplete(directory):
+def remove_incomplete(directory: RunDirectory, only: Collection[int] | None = None) -> None:
+    """Removes the folders of checkpoints that were never completed, of these versions or of all; as far as storage lets it."""
+    directory = dataclasses.replace(directory, patience=min(directory.patience, TIDYING))
+    for version in [version for version in incomplete(directory) if only is None or version in only]:
         with contextlib.suppress(StorageError):  # left for the next time
             directory.delete(folder(version))
 

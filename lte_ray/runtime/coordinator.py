@@ -229,9 +229,9 @@ class CoordinatorActor:
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
-    async def saved(self, version: int, head: int, entry: checkpoint.FileEntry | None) -> None:
-        """A head has written its part of a checkpoint, or can't."""
-        self._waiters.background(self._cuts.add(version, head, entry))
+    async def saved(self, version: int, head: int, entry: checkpoint.FileEntry | None, why: str = "") -> None:
+        """A head has written its part of a checkpoint; or has none to write; or can't, and says why."""
+        self._waiters.background(self._cuts.add(version, head, entry, why))
 
     async def use_evaluator(self, evaluator: Any) -> None:
         """The run's evaluator, which the driver starts when it is needed."""

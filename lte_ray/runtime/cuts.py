@@ -53,8 +53,9 @@ class _Cut:
 class Cuts:
     """Collects the parts of checkpoints and commits each when it is whole. Lives on one event loop.
 
-    A head whose process is gone, or that can't write its part, is done without: it would go on from what the base holds of it.
-    Storage that fails costs a checkpoint and not the run: `trouble` says so.
+    A head whose process is gone, or that has moved on, is done without: it would go on from what the base holds of it.
+    Storage that fails, for a head as for the coordinator, costs a checkpoint and not the run: `trouble` says so, and older
+    checkpoints stay.
 
     Args:
         common: as every actor.
@@ -67,6 +68,7 @@ class Cuts:
         self._open: dict[int, _Cut] = {}
         self.saved, self.states = saved, frozenset(states)
         self.failed = 0
+        self._left: set[int] = set()  # versions that were given up, whose files still take room
         self.trouble = ""
         """Why the last one couldn't be written; empty if it could."""
         self.good: int | None = None
@@ -134,6 +136,7 @@ class Cuts:
         if cut is None:
             return
         try:
+            await self._make_room()
             base = await self._common.transport.arrive(published.parts[-1])
             references = {head: await self._common.transport.arrive(h) for head, h in published.references.items()}
             cut.files.append(await asyncio.to_thread(checkpoint.write_base, directory, version, self._plan, base))
@@ -149,10 +152,13 @@ class Cuts:
         cut.own = True
         await self._commit(version)
 
-    async def add(self, version: int, head: int, entry: checkpoint.FileEntry | None) -> None:
-        """A head has written its file, or can't."""
+    async def add(self, version: int, head: int, entry: checkpoint.FileEntry | None, why: str = "") -> None:
+        """A head has written its file, or has none to write; with `why`, it can't."""
         cut = self._open.get(version)
         if cut is None or head not in cut.missing:
+            return
+        if why:
+            self._abandon(version, why)
             return
         cut.missing.discard(head)
         if entry is not None:
@@ -182,11 +188,20 @@ class Cuts:
         self._open.pop(version, None)
         for older in [v for v in self._open if v < version and self._open[v].missing]:
             self._open.pop(older)  # an answer that asked for a part was lost: a newer one is whole
+            self._left.add(older)
         keep = self._common.keep
         await asyncio.to_thread(checkpoint.prune, directory, keep.last, keep.best, keep.best_by, self.good)
 
-    def _abandon(self, version: int, error: StorageError) -> None:
+    async def _make_room(self) -> None:
+        """Removes what those have left that were given up. Not at once: heads may still write to them."""
+        directory, left = self._common.directory, self._left - self._open.keys()
+        self._left -= left
+        if left:
+            await asyncio.to_thread(checkpoint.remove_incomplete, directory, left)
+
+    def _abandon(self, version: int, error: StorageError | str) -> None:
         self._open.pop(version, None)
+        self._left.add(version)
         self.failed += 1
         self.trouble = f"checkpoint {version} couldn't be written: {error}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 
 from torch import Tensor
@@ -74,12 +73,15 @@ class Saves:
             courier.beside(lambda number=head.head, state=state: self._write(courier, save.version, number, state))  # type: ignore[misc]
 
     def _write(self, courier: Courier, version: int, number: int, state: State | None) -> None:
-        entry = None
+        entry, why = None, ""
         if state is not None:
-            with contextlib.suppress(StorageError):  # storage has said what is wrong; the checkpoint does without this state
+            try:
                 entry = checkpoint.write_head(self._directory, version, number, *state)
+            except Exception as error:  # whatever it is: the coordinator waits for an answer
+                said = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
+                why = f"the state of head {number}: {said}"
             reached("saved", head=number, version=version)
-        courier.tell("saved", version, number, entry)
+        courier.tell("saved", version, number, entry, why)
 
     def begin(self, head: Head, update: Update, base: Tensor, common: Common) -> str:
         """Starts a head as the coordinator says. Gives what it had to do without, in words.
