@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lte_ray import checkpoint, runs
-from lte_ray.config import LTEConfig, StorageConfig, flag
+from lte_ray.config import LTEConfig, StorageConfig, flag, toml
 from lte_ray.config.fields import is_integer
 from lte_ray.engine.initial import Initial
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
-from lte_ray.storage import LOCK, RUN, RunDirectory, alone, check_alone
+from lte_ray.storage import LOCK, PART, PROBE, RUN, RunDirectory, alone, check_alone
 
 log = logging.getLogger("lte_ray")
 
@@ -64,6 +64,12 @@ class Claim:
                 held.enter_context(alone(directory))
             if self._versions() != self._seen:  # others have trained it while this waited for the cluster
                 self._resume = self._checked()
+            if self._resume and (differing := changed_data(self._resume, record)):
+                log.warning(
+                    "%s goes on, but %s. Where that changes the batches, samples of this epoch are repeated or left out.",
+                    directory.display,
+                    ", ".join(differing),
+                )
             config = create(directory, record, self.storage, self._resume)
             if not there:
                 held.enter_context(alone(directory))
@@ -88,12 +94,12 @@ def check_start(
             f"A run named {settings.run!r} is already in {place}. Choose another --name, continue it with --resume, "
             "or replace it with --overwrite."
         )
-    if there and storage.overwrite and not directory.exists(RUN):
+    if there and storage.overwrite and not _is_run(directory):
         raise StorageError(f"{place} has no {RUN}, so it isn't a run of lte-ray; --overwrite won't remove it.")
     if not storage.resume:
         return None, []
     if not there or not checkpoint.complete(directory):
-        if there and directory.names() and not directory.exists(RUN):
+        if there and not _is_run(directory):
             raise StorageError(f"{place} has no {RUN}, so it isn't a run of lte-ray; --resume won't write there.")
         what = "has no complete checkpoint" if there else "isn't there"
         return None, [f"{place} {what}: nothing to resume, the run starts from the beginning."]
@@ -110,12 +116,40 @@ def check_start(
         raise StorageError(f"{place} can't be continued with other heads: {said}. Give the settings as they were.")
     heads = before["num_heads"]
     taken = manifest.facts.get("taken", manifest.facts["step"] * heads)  # which an older release didn't note
-    if taken >= settings.train.steps * heads:
+    wanted = settings.train.steps * heads
+    if taken > wanted or (taken == wanted and heads != settings.lte.num_heads):
         raise StorageError(f"{place} has taken all {taken // heads} local steps a head already. Raise --steps to continue it.")
+    if taken == wanted:  # the driver may have died just before its end: the same submission again ends the run
+        notes.append(
+            f"{place} has taken all {taken // heads} local steps a head already: only its model is written and evaluated "
+            "again. Raise --steps to train on."
+        )
     if heads != settings.lte.num_heads:
         now = settings.lte.num_heads
         notes.append(f"The run goes on with {now} heads in the place of {heads}; the data is dealt out anew.")
     return manifest, notes
+
+
+def changed_data(resume: checkpoint.Manifest, record: dict[str, Any]) -> list[str]:
+    """What differs of the settings that batches depend on, the seed and the worker's own: "--seed was 0 and is 1"."""
+    try:
+        before = toml.parse(str(resume.facts["config"]).encode())
+    except (KeyError, ValueError):  # of an older release, or of somebody else: nobody can say
+        return []
+    old, new = (_data_settings(said) for said in (before, toml.parse(runs.as_toml(record).encode())))
+    return [f"{flag(n)} was {old[n]} and is {new[n]}" for n in sorted(old.keys() & new.keys()) if old[n] != new[n]]
+
+
+def _data_settings(record: dict[str, Any]) -> dict[str, Any]:
+    """Those that batches depend on, of what ``run.toml`` says."""
+    worker = record.get("worker")
+    own = {f"worker.{name}": value for name, value in worker.items()} if isinstance(worker, dict) else {}
+    return {**{name: record[name] for name in ("seed",) if name in record}, **own}
+
+
+def _is_run(directory: RunDirectory) -> bool:
+    """Whether it is a run's, or was being made into one when its process died, or is empty."""
+    return directory.exists(RUN) or set(directory.names()) <= {LOCK, PROBE, RUN + PART}
 
 
 def _with_facts(directory: RunDirectory, manifest: checkpoint.Manifest) -> checkpoint.Manifest:

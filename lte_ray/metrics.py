@@ -136,15 +136,20 @@ class MetricsLog:
     def flush(self, *, now: bool = False) -> None:
         """Has the rows since the last flush written; on object stores, which write the whole file anew, only now and then.
 
-        Args:
-            now: at once, and this waits until they are, as long as storage is waited for; else the time of a blink.
+        This waits for that no longer than the time of a blink. With `now` none is left for later.
         """
-        due = now or self._directory.is_local or time.monotonic() - self._flushed >= REMOTE_EVERY
-        end = time.monotonic() + (max(BRIEF, self._patience) if now else BRIEF)
-        while due and (self._rows or self._back is not None or self._writing is not None):
+        if now or self._directory.is_local or time.monotonic() - self._flushed >= REMOTE_EVERY:
+            self._flush(BRIEF)
+
+    def close(self) -> None:
+        """Has all rows written, and waits until they are, as long as storage is waited for."""
+        self._flush(max(BRIEF, self._patience))
+
+    def _flush(self, limit: float) -> None:
+        end, begun = time.monotonic() + limit, False
+        while self._writing is not None or (not begun and (self._rows or self._back is not None)):
             if self._writing is None:
-                self._flushed = time.monotonic()
-                self._writing, due = beside(self._write), False
+                self._writing, self._flushed, begun = beside(self._write), time.monotonic(), True
             if wait([self._writing], max(0.0, end - time.monotonic())).not_done:
                 self.trouble = trouble()
                 return

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
+from lte_ray import metrics
 from lte_ray.display import LineDisplay, LiveDisplay, automatic_display, clock, line, table, volume
+from lte_ray.errors import StorageError
 from lte_ray.messages import HeadStatus, MergeRecord
 from lte_ray.metrics import METRICS, Evaluation, MetricsLog, Progress, throughput
 from lte_ray.storage import RunDirectory
@@ -87,6 +91,43 @@ def test_throughput_is_samples_over_the_time_between_merges() -> None:
     assert throughput([record(1, 10.0)]) is None
     assert throughput([record(1, 10.0), record(2, 12.0), record(3, 14.0)]) == 320.0
     assert throughput([record(k, 2.0 * k) for k in range(30)], window=4) == 320.0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_metrics_do_not_wait_for_storage_that_hangs_and_lose_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Rows come while a write hangs, and the run goes back to an earlier version; at last storage fails, or works."""
+    directory = RunDirectory.of(str(tmp_path), "r")
+    directory.create()
+    append, go_on, hangs = RunDirectory.append, threading.Event(), [True]
+
+    def late(self: RunDirectory, name: str, data: bytes) -> None:
+        if hangs:
+            hangs.clear()
+            assert go_on.wait(60)
+            if fails:
+                raise StorageError("no")
+        append(self, name, data)
+
+    monkeypatch.setattr(metrics, "BRIEF", 0.01)
+    monkeypatch.setattr(RunDirectory, "append", late)
+    log = MetricsLog(directory)
+    for version in (1, 2, 3):
+        log.merge(record(version, float(version)))
+        log.flush()
+    log.rewind(1)
+    log.merge(record(2, 5.0))
+    log.event("still")
+    log.flush()
+    assert not directory.exists(METRICS)
+    go_on.set()
+    log.close()
+    log.close()  # what failed is tried again
+    rows = [json.loads(row) for row in directory.read(METRICS).decode().splitlines()]
+    assert [(row["version"], row["at"]) for row in rows if row["kind"] == "merge"] == [(1, 1.0), (2, 5.0)]
+    assert rows[-1]["event"] == "still"
+    assert log.trouble == ""
 
 
 def test_metrics_are_appended_and_a_resumed_run_drops_what_it_repeats(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_the_error_of_quantising_is_reported_with_each_contribution_and_merge(fo
     log = MetricsLog(directory)
     for record in result.merges:
         log.merge(record)
-    log.flush(now=True)
+    log.close()
     rows = [json.loads(line) for line in directory.read("metrics.jsonl").decode().splitlines()]
     assert [row["base_error"] for row in rows] == [m.base_error for m in result.merges]
     assert len({row["base_error"] for row in rows}) == 4

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -174,6 +175,42 @@ def test_an_operation_that_does_not_come_back_is_told_of(tmp_path: Path, monkeyp
         go_on.set()
         thread.join()
         assert storage.trouble() == ""
+
+
+class Stopped(BaseException):
+    """What a signal's handler raises."""
+
+
+def test_the_main_thread_hears_signals_and_says_what_it_waits_for_while_storage_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A call that doesn't come back is named, again and again, and SIGTERM ends the wait."""
+    assert threading.current_thread() is threading.main_thread()
+    go_on, warned, said = threading.Event(), threading.Semaphore(0), list[str]()
+    monkeypatch.setattr(patience, "LONG", 0.0)
+    monkeypatch.setattr(patience, "SAID_AGAIN", 0.01)
+    monkeypatch.setattr(patience.log, "warning", lambda *words: (said.append(words[0] % words[1:]), warned.release()))
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    def ends_it() -> None:
+        assert warned.acquire(timeout=60)
+        assert warned.acquire(timeout=60)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)  # type: ignore[arg-type]
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    ender = threading.Thread(target=ends_it)
+    try:
+        ender.start()
+        with pytest.raises(Stopped):
+            patience.persist(lambda: go_on.wait(60), "writing X", "X can't be written", 60)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        go_on.set()
+        ender.join()
+    assert all(text.startswith("writing X has been going on for 0 s") for text in said)
+    assert storage.trouble() == ""
 
 
 def test_trouble_names_a_few_and_counts_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray_support import LONG, settings, storage
 
 from lte_ray import LTETrainer, checkpoint
-from lte_ray.claim import Claim
+from lte_ray.claim import Claim, changed_data
 from lte_ray.engine.initial import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
+from lte_ray.runs import as_toml
 from lte_ray.runtime import placement
-from lte_ray.storage import RunDirectory, alone, check_alone
+from lte_ray.storage import RunDirectory, alone, check_alone, lock
 from workers.regression import Regression
 
 
@@ -38,6 +40,39 @@ def test_a_lock_that_a_dead_process_left_behind_holds_nobody_up(tmp_path: Path) 
     check_alone(directory)
     with alone(directory):
         assert (tmp_path / "r" / ".lock").read_text().startswith(f"{os.getpid()} on ")
+
+
+def test_a_lock_is_never_written_through_a_link(tmp_path: Path) -> None:
+    """Whoever may write the storage could have a file elsewhere emptied."""
+    directory = RunDirectory.of(str(tmp_path), "r")
+    directory.create()
+    (tmp_path / "victim").write_text("mine")
+    for name in (".lock", "run.toml.part"):
+        (tmp_path / "r" / name).symlink_to(tmp_path / "victim")
+    with alone(directory):
+        directory.write("run.toml", b"x = 1")
+        with pytest.raises(StorageError, match="being trained by process"):
+            check_alone(directory)
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert (tmp_path / "r" / "run.toml").read_text() == "x = 1"
+    assert not (tmp_path / "r" / "run.toml").is_symlink()
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its holder ends between another's opening the file and locking it: a third must not get a lock of its own beside that."""
+    directory = RunDirectory.of(str(tmp_path), "r")
+    directory.create()
+    flock, ending = lock.fcntl.flock, [(tmp_path / "r" / ".lock").unlink]
+
+    def late(*args: Any) -> None:
+        if ending:
+            ending.pop()()
+        flock(*args)
+
+    monkeypatch.setattr(lock.fcntl, "flock", late)
+    with alone(directory), pytest.raises(StorageError, match="being trained by process"):
+        check_alone(directory)
+    assert directory.names() == []
 
 
 def claim_of(path: Path, **more: bool) -> Claim:
@@ -82,11 +117,40 @@ def test_a_run_that_cannot_be_locked_is_one_error(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @LONG
+@pytest.mark.parametrize("left", [(".writable",), (".lock", "run.toml.part"), ()])
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_a_run_whose_driver_died_while_it_was_made_is_started_by_the_same_command(
+    tmp_path: Path, left: tuple[str, ...], how: str
+) -> None:
+    """There is no run.toml yet, and nothing else that anybody might miss; with anything else, it isn't ours."""
+    (tmp_path / "r").mkdir()
+    for name in left:
+        (tmp_path / "r" / name).touch()
+    with claim_of(tmp_path, **{how: True}).taken({"x": 1}) as (config, resume):
+        assert (config, resume) == ("x = 1\n", None)
+    (tmp_path / "r" / "run.toml").unlink()
+    (tmp_path / "r" / "thesis.tex").touch()
+    with pytest.raises(StorageError, match="isn't a run of lte-ray"):
+        claim_of(tmp_path, **{how: True})
+
+
+def test_what_batches_depend_on_is_compared_when_a_run_goes_on() -> None:
+    """Seed and the worker's arguments; nothing is said where the checkpoint doesn't know, or one of them was left out."""
+    worker = {"batch_size": 64, "rate": 0.1, "token": "x"}
+    before = {"seed": 0, "steps": 10, "worker": worker}
+    now = {"seed": 1, "steps": 20, "worker": {"batch_size": 32, "rate": 0.1}}
+    manifest = checkpoint.Manifest(2, (), (), {"config": as_toml(before)})
+    assert changed_data(manifest, now) == ["--seed was 0 and is 1", "--worker.batch-size was 64 and is 32"]
+    assert changed_data(manifest, before) == []
+    for facts in ({}, {"config": "= broken"}, {"config": "worker = 3"}):
+        assert changed_data(checkpoint.Manifest(2, (), (), facts), now) == []
+
+
 @pytest.mark.parametrize("steps", [20, 10], ids=["more to do", "nothing left"])
 def test_what_others_trained_while_a_driver_waited_for_the_cluster_stays(
-    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, steps: int
 ) -> None:
-    """The same run is started twice: the one that gets its resources later goes on from what the other has made, or says so."""
+    """The same run is started twice: the one that gets its resources later goes on from what the other has made."""
     run = {"run_config": storage(tmp_path, "r", resume=True)}
     reserve, others = placement.reserve, [lambda: LTETrainer(Regression(), **run, **settings(steps=10)).fit()]
 
@@ -96,12 +160,9 @@ def test_what_others_trained_while_a_driver_waited_for_the_cluster_stays(
         return reserve(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(placement, "reserve", waits)
-    late = LTETrainer(Regression(), **run, **settings(steps=steps))
-    if steps == 10:
-        with pytest.raises(StorageError, match="has taken all 10 local steps a head already"):
-            late.fit()
-    else:
-        assert late.fit().metrics["version"] == 4
+    result = LTETrainer(Regression(), **run, **settings(steps=steps)).fit()
+    assert result.metrics["version"] == steps // 5
+    assert ("has taken all 10 local steps a head already: only its model" in caplog.text) == (steps == 10)
     directory = RunDirectory.of(str(tmp_path), "r")
     assert 2 in checkpoint.complete(directory)
     rows = (tmp_path / "r" / "metrics.jsonl").read_text()

@@ -117,7 +117,8 @@ def _show(result: ray.train.Result) -> None:
     grid.add_row("trained", f"{m['step']} local steps a head, {m['samples']:,} samples{rate}, {m['version']} merges")
     total = sum(m["times"].values()) or 1.0
     shares = ", ".join(f"{name} {100 * spent / total:.1f}%" for name, spent in m["times"].items() if spent / total >= 0.0005)
-    grid.add_row("heads' time", shares)
+    if shares:  # none if all steps were taken before
+        grid.add_row("heads' time", shares)
     up, down, ddp = (volume(m[name]) for name in ("bytes_up", "bytes_down", "bytes_ddp"))
     grid.add_row("traffic", f"{up} up, {down} down; DDP at every step: {ddp}")
     grid.add_row("took", f"{m['seconds']:.0f} s")

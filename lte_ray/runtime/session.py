@@ -134,7 +134,7 @@ class Session:
             raise RunError(str(error)) from error
         finally:
             with contextlib.suppress(LTEError, OSError):  # must not hide what ended the run
-                self.log.flush(now=True)
+                self.log.close()
                 checkpoint.remove_incomplete(self.common.directory)
 
     # -- actors --------------------------------------------------------------------------------------------------------

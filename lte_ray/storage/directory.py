@@ -23,6 +23,9 @@ T = TypeVar("T")
 RUN = "run.toml"
 """The first file of a run: all its settings."""
 
+PROBE = ".writable"
+"""A file that is written and removed, to see whether one can be."""
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -82,8 +85,8 @@ class RunDirectory:
             if exclusive and self.is_local:
                 Path(self.path).mkdir()
             self._make(self.path)
-            self.write(".writable", b"")
-            self.delete(".writable")
+            self.write(PROBE, b"")
+            self.delete(PROBE)
         except (OSError, StorageError) as error:
             raise self.unwritable(error) from error
 

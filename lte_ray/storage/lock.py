@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from lte_ray.errors import StorageError
 from lte_ray.storage.directory import RunDirectory
@@ -32,17 +33,17 @@ def alone(directory: RunDirectory) -> Iterator[None]:
         yield
         return
     path = Path(directory.at(LOCK))
-    try:
-        opened = path.open("a+", encoding="utf-8")
-    except OSError as error:
-        raise directory.unwritable(error) from error
-    with opened as file:
+    with _opened(directory, path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StorageError(_taken(directory, path)) from None
         except OSError:
             yield
+            return
+        if not _is_there(path, file):  # its holder has just removed it; others may hold a new one
+            with alone(directory):
+                yield
             return
         with contextlib.suppress(OSError):  # a full disk: then nobody is told who it is
             file.truncate(0)
@@ -54,6 +55,23 @@ def alone(directory: RunDirectory) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def _opened(directory: RunDirectory, path: Path) -> TextIO:
+    """The file to lock, never one elsewhere that a link leads to: it is written to."""
+    try:
+        if path.is_symlink():
+            path.unlink()
+        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a+", encoding="utf-8")
+    except OSError as error:
+        raise directory.unwritable(error) from error
+
+
+def _is_there(path: Path, file: TextIO) -> bool:
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
 def check_alone(directory: RunDirectory) -> None:
     """Raises StorageError if another process trains the run; takes nothing for longer than that."""
     if directory.is_local and os.path.exists(directory.at(LOCK)):
@@ -62,7 +80,9 @@ def check_alone(directory: RunDirectory) -> None:
 
 
 def _taken(directory: RunDirectory, path: Path) -> str:
-    who = path.read_text(encoding="utf-8", errors="replace").strip()
+    who = ""
+    with contextlib.suppress(OSError):  # it may end just now
+        who = path.read_text(encoding="utf-8", errors="replace").strip()
     return (
         f"The run in {directory.display} is being trained by process {who or 'of another program'}. Wait until it ends, stop "
         "it, or give another --name."

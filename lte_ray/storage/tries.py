@@ -20,6 +20,8 @@ def write(filesystem: Any, path: str, data: bytes) -> None:
     """Writes a file under another name, and gives it its own when all bytes have arrived; leaves nothing if it fails."""
     first = path if filesystem.type_name in WHOLE else path + PART
     filesystem.create_dir(posixpath.dirname(path), recursive=True)
+    if filesystem.type_name == "local" and os.path.islink(first):
+        os.unlink(first)  # never write where it leads to
     try:
         with filesystem.open_output_stream(first) as stream:
             stream.write(data)
