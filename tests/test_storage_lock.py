@@ -115,8 +115,6 @@ def test_a_run_that_cannot_be_locked_is_one_error(tmp_path: Path) -> None:
         check_alone(directory)
 
 
-@pytest.mark.ray
-@LONG
 @pytest.mark.parametrize("left", [(".writable",), (".lock", "run.toml.part"), ()])
 @pytest.mark.parametrize("how", ["resume", "overwrite"])
 def test_a_run_whose_driver_died_while_it_was_made_is_started_by_the_same_command(
@@ -146,6 +144,8 @@ def test_what_batches_depend_on_is_compared_when_a_run_goes_on() -> None:
         assert changed_data(checkpoint.Manifest(2, (), (), facts), now) == []
 
 
+@pytest.mark.ray
+@LONG
 @pytest.mark.parametrize("steps", [20, 10], ids=["more to do", "nothing left"])
 def test_what_others_trained_while_a_driver_waited_for_the_cluster_stays(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, steps: int
