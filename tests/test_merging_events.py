@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from checkpoint_damage import FACTS, PLAN, write
 from helpers import make_plan_of, make_settings, offer, random_flat
 from torch import Tensor
 
+from lte_ray import checkpoint
 from lte_ray.engine.coordinator import Coordinator
 from lte_ray.merging import Decision, Merge, Pending, Roster, Wait
 from lte_ray.messages import MergeRecord, Save, Verdict
 from lte_ray.runtime import cuts
+from lte_ray.runtime.common import Keep
 from lte_ray.runtime.merging import Merging
+from lte_ray.runtime.publisher import Published
+from lte_ray.runtime.transport import Handle
 from lte_ray.runtime.waiters import Waiters
+from lte_ray.storage import RunDirectory
 
 
 class Patient:
@@ -82,3 +91,32 @@ def test_a_part_that_is_missing_for_long_is_asked_for_again(monkeypatch: pytest.
     now = cut.begun + cuts.LATE + 1
     monkeypatch.setattr(cuts.time, "monotonic", lambda: now)
     assert writer.lacking((), {0, 1}) == (Save(4, {0: 2, 1: 3}),)
+
+
+def test_a_head_that_cannot_write_its_part_costs_that_checkpoint_and_no_other(tmp_path: Path) -> None:
+    """It isn't committed without the part, as it is if the head's process is gone; what it leaves makes room for the next."""
+    directory = RunDirectory.of(str(tmp_path), "r")
+    write(directory, 2)
+    base = random_flat(PLAN.base.size, 1).float()
+
+    async def arrive(handle: Handle) -> Tensor:
+        return base
+
+    common = SimpleNamespace(directory=directory, keep=Keep(1), transport=SimpleNamespace(arrive=arrive))
+    writer = cuts.Cuts(common, PLAN, 2, (0, 1))  # type: ignore[arg-type]
+    here = Published(4, {-1: None})  # type: ignore[dict-item]
+
+    async def run() -> None:
+        for version, why in ((4, "the state of head 1: No space left on device"), (6, "")):
+            writer._open[version] = cuts._Cut(FACTS, Save(version, {0: 1, 1: 1}), set(), {0, 1}, {})
+            await writer.write_own(version, here)
+            state, meta = {"reference": torch.zeros(3)}, {"step": 4}
+            await writer.add(version, 0, checkpoint.write_head(directory, version, 0, state, meta))
+            assert (4 in checkpoint.incomplete(directory)) == (version == 4)
+            await writer.add(version, 1, None, why)
+            assert checkpoint.complete(directory) == ([2] if why else [6])
+            assert writer.trouble == (f"checkpoint 4 couldn't be written: {why}" if why else "")
+            assert writer.unfinished == []
+
+    asyncio.run(run())
+    assert checkpoint.read_manifest(directory, 6).heads == (0,)

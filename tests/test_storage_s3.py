@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -107,3 +109,22 @@ def test_a_run_is_trained_stopped_resumed_and_audited_there(storage: str, tmp_pa
     lte, merge = LTEConfig(num_heads=2, lora_r=8, lora_alpha=16), MergeConfig(merge_iter=5, merge_threads=1)
     (tmp_path / "model.safetensors").write_bytes(directory.read("model.safetensors"))
     assert_same_model(tmp_path, simulated(Regression(), lte, merge, TrainConfig(steps=20, seed=3)))
+
+
+def test_sigterm_is_heard_while_a_store_does_not_answer() -> None:
+    """A server takes the connection and says nothing: the command ends all the same, and says what one may do next."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(60)
+        place = f"s3://b/x?endpoint_override=127.0.0.1:{server.getsockname()[1]}&scheme=http&region=us-east-1"
+        arguments = ["train", "workers.regression:Regression", "--storage", place, "--name", "r"]
+        command = [sys.executable, "-c", "from lte_ray.cli.main import entry; entry()", *arguments]
+        driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **KEYS})
+        try:
+            held, _ = server.accept()
+            driver.send_signal(signal.SIGTERM)
+            said = driver.communicate(timeout=30)[1]
+        finally:
+            driver.kill()
+        held.close()
+    assert driver.returncode == 130, said
+    assert "Interrupted" in said

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from lte_ray.checkpoint.evaluation import EVALUATION, read_evaluation, write_evaluation
 from lte_ray.checkpoint.files import BASE, POLICY, REFERENCES, head_file
-from lte_ray.checkpoint.kept import complete, newest_with_all_heads, prune, remove_after, remove_incomplete
+from lte_ray.checkpoint.kept import complete, incomplete, newest_with_all_heads, prune, remove_after, remove_incomplete
 from lte_ray.checkpoint.manifest import (
     FOLDER,
     FORMAT,
@@ -67,6 +67,7 @@ __all__ = [
     "folder",
     "has_all_heads",
     "head_file",
+    "incomplete",
     "newest_with_all_heads",
     "prune",
     "read_base",

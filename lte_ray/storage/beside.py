@@ -9,6 +9,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+NAME = "storage"
+"""Of the threads."""
+
 
 def beside(call: Callable[[], T]) -> Future[T]:
     """Makes the call in a thread that doesn't keep the process from ending; gives what will be its result, or its error."""
@@ -20,5 +23,10 @@ def beside(call: Callable[[], T]) -> Future[T]:
         except BaseException as error:  # whoever asks for the result gets it
             future.set_exception(error)
 
-    threading.Thread(target=run, name="storage", daemon=True).start()
+    threading.Thread(target=run, name=NAME, daemon=True).start()
     return future
+
+
+def hanging() -> bool:
+    """Whether calls haven't come back. Libraries wait for theirs when the process ends, some for ever."""
+    return any(thread.name == NAME for thread in threading.enumerate())

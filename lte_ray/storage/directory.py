@@ -15,7 +15,7 @@ import pyarrow.fs as pafs
 from lte_ray.errors import StorageError
 from lte_ray.redact import scrub, without_credentials
 from lte_ray.storage import tries
-from lte_ray.storage.patience import PATIENCE, persist
+from lte_ray.storage.patience import PATIENCE, once, persist
 from lte_ray.storage.places import advice, check_inside, open_place
 
 T = TypeVar("T")
@@ -48,7 +48,8 @@ class RunDirectory:
             StorageError: nothing here can open such a URI.
         """
         try:
-            filesystem, root = open_place(storage) if filesystem is None else (filesystem, storage)
+            opening = f"opening {without_credentials(storage)}"
+            filesystem, root = once(lambda: open_place(storage), opening) if filesystem is None else (filesystem, storage)
         except Exception as error:
             said = f"--storage is {storage!r}, which can't be opened: {type(error).__name__}: {str(error).rstrip('.')}."
             raise StorageError(scrub(said, storage) + advice(storage)) from error

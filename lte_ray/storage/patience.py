@@ -146,6 +146,11 @@ def _until_it_works(attempt: Callable[[], T], operation: _Operation, impossible:
             return result
 
 
+def once(call: Callable[[], T], what: str) -> T:
+    """What `call` gives, or raises; `what` is it in words. The main thread waits for it as in `persist`."""
+    return _made(call, _Operation(scrub(what), 0.0, clock()))
+
+
 def _made(attempt: Callable[[], T], operation: _Operation) -> T:
     """One try."""
     if threading.current_thread() is not threading.main_thread():
