@@ -174,9 +174,8 @@ class MetricsLog:
 
     def _go_back(self, version: int | None) -> None:
         if version is not None and self._directory.exists(METRICS):
-            rows = self._directory.read(METRICS).decode().splitlines(keepends=True)
-            kept = [row for row in rows if _stays(row, version)]
-            self._directory.write(METRICS, "".join(kept).encode())
+            rows = self._directory.read(METRICS).splitlines(keepends=True)
+            self._directory.write(METRICS, b"".join(row for row in rows if _stays(row, version)))
 
     def _row(self, kind: str, **values: Any) -> None:
         row = json.dumps(_writable({"kind": kind, **values}), allow_nan=False)
@@ -202,12 +201,12 @@ def _earlier(one: int | None, other: int | None) -> int | None:
     return min((version for version in (one, other) if version is not None), default=None)
 
 
-def _stays(row: str, version: int) -> bool:
-    """Whether a row is an event, or of this version or an earlier one; one that a dying process left torn is neither."""
+def _stays(row: str | bytes, version: int) -> bool:
+    """Whether a row is an event, or of this version or an earlier one; one that is torn, or no JSON in UTF-8, is neither."""
     try:
-        content = json.loads(row)
+        content = json.loads(row if isinstance(row, str) else row.decode())
         return content.get("kind") == "event" or float(content["version"]) <= version
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 

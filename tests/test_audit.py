@@ -416,6 +416,16 @@ def test_a_torn_last_row_is_left_out_and_another_is_an_error() -> None:
         read_rows("[1]\n{}\n")
 
 
+def test_a_row_that_is_no_utf8_is_damage_like_any_other_and_left_out_where_it_is_the_last() -> None:
+    """The error names the row; a last one may be torn in the middle of a character."""
+    good = b'{"kind": "event"}\n'
+    assert read_rows(good + '{"kind": "é'.encode()[:-1]) == [{"kind": "event"}]
+    with pytest.raises(ValueError, match="row 2 can't be read: 'utf-8' codec can't decode byte 0xff in position 0"):
+        read_rows(good + b"\xff\xfe garbage\n" + good)
+    with pytest.raises(ValueError, match="row 1 can't be read: "):
+        read_rows(b"[" * 100_000 + b"\n" + good)
+
+
 def test_the_command_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 0 for a clean run, 1 for one that isn't, 2 where there is no run."""
     (tmp_path / "run.toml").write_text("")
@@ -440,4 +450,7 @@ def test_the_command_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "metrics.jsonl").write_text("{\n{}\n")
     assert main(["audit", str(tmp_path)]) == 2
     assert "row 1 can't be read" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_bytes("".join(json.dumps(row) + "\n" for row in usual().rows).encode() + b"\xff\xfe\n")
+    assert main(["audit", str(tmp_path)]) == 0  # the last row may be torn
+    assert "9 contributions in 9 merges" in capsys.readouterr().out
     assert main(["audit", str(tmp_path / "absent")]) == 2

@@ -152,6 +152,20 @@ def test_metrics_are_appended_and_a_resumed_run_drops_what_it_repeats(tmp_path: 
     assert rows[0]["train_loss"] == {"0": 1.0, "1": 2.0}
 
 
+def test_rows_that_a_disk_has_spoilt_are_dropped_and_the_others_stay_byte_for_byte(tmp_path: Path) -> None:
+    """Bytes that are no UTF-8, UTF-16 and brackets without end are no rows, wherever they are; good ones keep their spaces."""
+    directory = RunDirectory.of(str(tmp_path), "r")
+    good = [b'{"kind":"merge",  "version": 1}\n', '{"kind": "event", "event": "déjà vu\\u2028"}\r\n'.encode()]
+    bad = [b"\xff\xfe garbage\n", '{"kind": "event"}'.encode("utf-16") + b"\n", b"[" * 100_000 + b"\n"]
+    directory.write(METRICS, good[0] + b"".join(bad) + good[1] + bad[0])
+    log = MetricsLog(directory)
+    log.rewind(2)
+    log.merge(record(2, 2.0))
+    log.close()
+    assert log.trouble == ""
+    assert directory.read(METRICS).startswith(b"".join(good) + b'{"kind": "merge", "at": 2.0')
+
+
 def test_bytes_are_shown_in_their_unit() -> None:
     """Three digits, in powers of 1000."""
     assert [volume(n) for n in (0, 999, 1000, 12_345_678, 4.2e9, 5e15)] == [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,19 +62,20 @@ Happening = Stand | Gone | Resumed | Refused | Back
 """What rows say that bears on who has trained which batches."""
 
 
-def read_rows(text: str) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; the last one is left out if it is torn.
+def read_rows(text: str | bytes) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``; the last one is left out if it is torn, wherever a character of it was cut.
 
     Raises:
         ValueError: another one can't be read.
     """
-    rows, lines = [], text.splitlines()
+    rows = []
+    lines: Sequence[str | bytes] = text.splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = json.loads(line if isinstance(line, str) else line.decode())
             if not isinstance(row, dict):
                 raise TypeError(f"it is a {type(row).__name__}")
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             if number < len(lines):
                 raise ValueError(f"row {number} can't be read: {error}") from error
             break

@@ -34,7 +34,7 @@ def audit(arguments: list[str]) -> None:
     if not directory.exists(METRICS):
         raise StorageError(f"{directory.display} has no {METRICS}: nothing was merged there yet.")
     try:
-        found = auditing.audit(auditing.read_rows(directory.read(METRICS).decode()))
+        found = auditing.audit(auditing.read_rows(directory.read(METRICS)))
     except ValueError as error:
         raise StorageError(f"{directory.display}/{METRICS} is damaged: {error}.") from error
     console = Console(highlight=False)
