@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -62,11 +63,22 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "empty": lambda path: path.write_bytes(b""),
     "gone": Path.unlink,
     "a folder": lambda path: (path.unlink(), path.mkdir())[0],
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path))[0],
+    "a link to nothing": lambda path: linked(path, "nothing"),
+    "a link to itself": lambda path: linked(path, path.name),
+    "a link to a name too long": lambda path: linked(path, 300 * "x"),
 }
 
 
+def linked(path: Path, to: str) -> None:
+    path.unlink()
+    path.symlink_to(to)
+
+
 FILES = ["base.safetensors", "head-0001.safetensors", "references.safetensors", "manifest.json"]
-CASES = [(name, how) for name in FILES for how in DAMAGE if (name, how) != ("manifest.json", "gone")]  # that would be none
+NONE = {"gone", "a link to nothing", "a link to itself", "a link to a name too long"}
+"""What makes a manifest one that isn't there: then there is no checkpoint to be named."""
+CASES = [(name, how) for name in FILES for how in DAMAGE if name != "manifest.json" or how not in NONE]
 
 
 @pytest.mark.parametrize(("name", "how"), CASES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import re
@@ -146,7 +147,7 @@ def has_all_heads(manifest: Manifest) -> bool:
 
 
 def read_file(directory: RunDirectory, path: str, limit: int) -> bytes:
-    """A file of a checkpoint; Damaged if it isn't there, isn't a file or has more than `limit` bytes."""
+    """A file of a checkpoint; Damaged if it isn't there, isn't a file, has more than `limit` bytes or is a link to nothing."""
     try:
         return directory.read(path, limit)
     except StorageError as error:
@@ -155,6 +156,8 @@ def read_file(directory: RunDirectory, path: str, limit: int) -> bytes:
             raise Damaged(f"{directory.at(path)} can't be read: it isn't there.") from error
         if isinstance(cause, IsADirectoryError | NotADirectoryError):
             raise Damaged(str(error)) from error
+        if getattr(cause, "errno", None) in (errno.ELOOP, errno.ENAMETOOLONG):  # names in it are plain: it is a link
+            raise Damaged(f"{directory.at(path)} can't be read: it is a link that leads nowhere.") from error
         if isinstance(cause, ValueError):
             raise Damaged(f"{directory.at(path)} is damaged: {short(cause)}.") from error
         raise
