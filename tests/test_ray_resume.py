@@ -102,10 +102,13 @@ def test_a_run_is_resumed_by_its_name_alone(local_ray: None, tmp_path: Path, cap
     assert "There is no run in" in capfd.readouterr().err
 
 
-def test_what_cannot_be_restored_is_one_clear_error(tmp_path: Path) -> None:
-    """No run there, a name that leads elsewhere, or a damaged run.toml."""
+def test_what_cannot_be_restored_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run there, a name alone, which is looked for in the current folder, or a damaged run.toml."""
     with pytest.raises(StorageError, match="There is no run in"):
         LTETrainer.restore(tmp_path / "nothing")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StorageError, match=f"There is no run in {tmp_path}/nothing: "):
+        LTETrainer.restore("nothing")
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "run.toml").write_text("steps = [")
     with pytest.raises(StorageError, match=r"run\.toml is damaged"):

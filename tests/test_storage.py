@@ -207,6 +207,13 @@ def test_patience_goes_along(tmp_path: Path) -> None:
         ("/data/runs/a", "/data/runs", "a"),
         ("/data/runs/what?", "/data/runs", "what?"),
         ("/a/", "/", "a"),
+        ("/a", "/", "a"),
+        ("a", ".", "a"),
+        ("a/", ".", "a"),
+        ("./a", ".", "a"),
+        ("runs/a", "runs", "a"),
+        ("/", "/", ""),
+        ("what?", ".", "what?"),
         ("s3://bucket/runs/a", "s3://bucket/runs", "a"),
         (
             "s3://bucket/runs/a/?endpoint_override=10.0.0.1:9000&scheme=http",
@@ -216,5 +223,5 @@ def test_patience_goes_along(tmp_path: Path) -> None:
     ],
 )
 def test_a_runs_directory_is_a_storage_and_a_name(run: str, storage: str, name: str) -> None:
-    """The parameters of a URI stay with the storage, where they are given."""
+    """A name alone is in the current folder. The parameters of a URI stay with the storage, where they are given."""
     assert parted(run) == (storage, name)

@@ -45,10 +45,13 @@ def open_place(storage: str) -> tuple[Any, str]:
 
 
 def parted(run: str) -> tuple[str, str]:
-    """The storage that a run is in, and its name. A URI's parameters (``?endpoint_override=...``) are of the storage."""
+    """The storage that a run is in, and its name. A URI's parameters (``?endpoint_override=...``) are of the storage.
+
+    A name alone is in the current folder.
+    """
     place, mark, query = run.partition("?") if "://" in run else (run, "", "")
-    root, _, name = place.rstrip("/").rpartition("/")
-    return (root or "/") + mark + query, name
+    root, slash, name = place.rstrip("/").rpartition("/")
+    return (root or ("/" if slash or not name else ".")) + mark + query, name
 
 
 def advice(storage: str) -> str:
