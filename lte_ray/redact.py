@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
+import types
+from collections import deque
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
@@ -69,7 +72,7 @@ def hides(name: str, value: Any, depth: int = 4) -> bool:
 
     True, False, None and empty text are no secrets under any name. Looks `depth` levels into tables and objects.
     """
-    if value is None or isinstance(value, bool) or value == "":
+    if value is None or isinstance(value, bool) or (isinstance(value, str) and not value):
         return False
     return is_secret(name) or (depth > 0 and any(hides(inner, each, depth - 1) for inner, each in _inside(value)))
 
@@ -110,10 +113,29 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
             yield "password", MASK
     elif isinstance(value, Mapping):
         yield from ((str(key), each) for key, each in value.items())
-    elif isinstance(value, list | tuple | set | frozenset):
+    elif isinstance(value, list | tuple | set | frozenset | deque):
         yield from (("", each) for each in value)
+        yield from filter(_is_pair, value)
+        if isinstance(value, tuple):
+            yield from zip(getattr(value, "_fields", ()), value, strict=False)
     elif not isinstance(value, type) and not inspect.isroutine(value) and not inspect.ismodule(value):
-        yield from getattr(value, "__dict__", {}).items()
+        yield from _attributes(value)
+
+
+def _is_pair(value: Any) -> bool:
+    """Whether something in a list can be a name and its value."""
+    return isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], str)
+
+
+def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    """What an object keeps in its ``__dict__`` and slots; nothing of the object's own is called to get it."""
+    with contextlib.suppress(AttributeError):
+        yield from object.__getattribute__(value, "__dict__").items()
+    for kind in type(value).__mro__:
+        for name, slot in vars(kind).items():
+            if type(slot) is types.MemberDescriptorType:
+                with contextlib.suppress(AttributeError):  # it is empty
+                    yield name, slot.__get__(value)
 
 
 def _same(value: Any, default: Any) -> bool:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pickle
+from collections import deque
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -123,6 +127,108 @@ class Loop:
 
     def __init__(self) -> None:
         self.me = self
+
+
+@dataclass(slots=True)
+class Slotted:
+    """A setting without a ``__dict__``."""
+
+    user: str
+    password: str | None
+
+
+@dataclass(slots=True)
+class Inherited(Slotted):
+    """Its slots are its parent's."""
+
+    port: int = 80
+
+
+class Named(NamedTuple):
+    """A setting that is a tuple, too."""
+
+    user: str
+    password: str | None
+
+
+class Private:
+    """A slot whose name Python changes."""
+
+    __slots__ = ("__secret",)
+
+    def __init__(self, secret: str | None = None) -> None:
+        if secret is not None:
+            self.__secret = secret
+
+
+class Touchy:
+    """An object that runs code when it is looked at."""
+
+    __slots__ = ("me",)
+
+    def __init__(self) -> None:
+        self.me = self
+
+    def __getattr__(self, name: str) -> None:
+        raise RuntimeError(name)
+
+    @property
+    def password(self) -> str:
+        raise RuntimeError("password")
+
+
+def looped() -> list[object]:
+    """A list with a pair whose value is the list."""
+    made: list[object] = []
+    made.append(("me", made))
+    return made
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Slotted("me", "x"),
+        Inherited("me", "x"),
+        Named("me", "x"),
+        Private("x"),
+        partial(print, password="x"),
+        [("password", "x")],
+        (("user", "me"), ("password", "x")),
+        {("password", "x")},
+        [["password", "x"]],
+        deque([("password", "x")]),
+        [[("password", "x")]],
+        {"login": [Named("me", "x")]},
+        [("login", Slotted("me", "x"))],
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_secrets_are_found_in_slots_named_tuples_and_lists_of_pairs(value: object) -> None:
+    """A pair in a list is a name and its value."""
+    assert hides("options", value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Slotted("me", None),
+        Named("me", ""),
+        Private(),
+        Touchy(),
+        looped(),
+        [("user", "me")],
+        [("token", "")],
+        ["password", "x"],
+        [("password", "token", "x")],
+        [(1, "password")],
+        np.arange(3),
+        slice(3),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_has_no_secret_inside_is_looked_at_without_running_it(value: object) -> None:
+    """No property or ``__getattr__`` is called, empty slots and loops are no trouble, and a list of words has no values."""
+    assert not hides("options", value)
 
 
 def test_values_with_a_secret_inside_are_hidden_whole() -> None:
