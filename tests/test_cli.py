@@ -273,6 +273,23 @@ def test_toml_says_yes_no_and_nothing(tmp_path: Path, on: bool, off: bool, names
     assert parse(Switches, "x:Switches", ["--config", str(path)]).worker == Switches(on, off, tuple(names))
 
 
+@pytest.mark.parametrize("on", [True, False])
+def test_a_flag_turns_every_switch_of_a_file_round(tmp_path: Path, on: bool) -> None:
+    """The settings' own and the worker's, whatever the default and the file say; of two flags the last counts."""
+    path = tmp_path / "settings.toml"
+    switches = [f.name for kind in SECTIONS for f in dataclasses.fields(kind) if isinstance(f.default, bool)]
+    ours = [name for name in switches if name not in ("resume", "overwrite")]  # they contradict each other
+    path.write_text(tomli_w.dumps(dict.fromkeys(ours, on) | {"worker": {"on": on, "off": on}}))
+    flags = [flag(name).replace("--", "--no-") if on else flag(name) for name in ours]
+    flags += [f"--worker.{'no-' if on else ''}{name}" for name in ("on", "off")]
+    parsed = parse(Switches, "x:Switches", ["--config", str(path), *flags])
+    values = {k: v for part in (parsed.lte, parsed.merge, parsed.train) for k, v in vars(part).items()}
+    assert {"wait", "strict", "compile", "rslora", "match_speed"} == set(ours)
+    assert [values[name] for name in ours] == [not on] * len(ours)
+    assert parsed.worker == Switches(not on, not on)
+    assert parse(Switches, "x:Switches", ["--wait", "--no-wait", "--resume", "--no-resume"]).merge.wait is False
+
+
 def test_a_runs_own_record_runs_it_again(tmp_path: Path) -> None:
     """`--config run.toml` gives the settings of that run, except for its name; None included."""
     storage = StorageConfig(name="first", storage="relative", keep_checkpoints=None)

@@ -140,7 +140,7 @@ def _flags_class(worker: type | None, policy: str, face: Face) -> type:
         sections.append(own)
     if worker is not None and inspect.signature(worker).parameters:
         sections.append(("worker", worker))
-    return tyro.conf.configure(tyro.conf.FlagCreatePairsOff)(dataclasses.make_dataclass("Flags", sections))
+    return dataclasses.make_dataclass("Flags", sections)
 
 
 def _plain(kind: type, section: Any, own: dict[str, Any]) -> Any:
