@@ -6,6 +6,8 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Mapping
+from enum import Enum
+from pathlib import Path
 from typing import Any, TypeVar
 
 import safetensors.torch
@@ -13,6 +15,7 @@ import tomli_w
 from torch import Tensor
 
 from lte_ray.config import SECTIONS, FailureConfig, PlacementConfig, StorageConfig, toml
+from lte_ray.config.toml import NONE
 from lte_ray.engine.initial import Initial, merged_state_dict
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
@@ -24,9 +27,6 @@ from lte_ray.worker import worker_settings
 T = TypeVar("T")
 
 MODEL = "model.safetensors"
-
-NONE = "None"
-"""TOML has no such value; flags do."""
 
 
 def record(
@@ -49,7 +49,7 @@ def record(
         flat |= {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
     if storage.keep_checkpoints is None:
         flat["keep_checkpoints"] = NONE
-    own, ours = split(worker_settings(worker), _defaults(type(worker)))
+    own, ours = split(_said(type(worker), worker_settings(worker)), _defaults(type(worker)))
     of_policy, theirs = split(settings.merge.policy_args or {}, {})
     if ours or theirs:
         flat[OMITTED] = [*(f"worker.{name}" for name in ours), *(f"policy.{name}" for name in theirs)]
@@ -99,9 +99,16 @@ def section(directory: RunDirectory, kind: Callable[..., T], content: Mapping[st
     """
     given = {f.name: content[f.name] for f in dataclasses.fields(kind) if f.name in content}  # type: ignore[arg-type]
     try:
-        return kind(**{n: None if v == NONE else tuple(v) if isinstance(v, list) else v for n, v in given.items()})
+        return kind(**{name: _from_toml(value) for name, value in given.items()})
     except TypeError as error:
         raise StorageError(f"{directory.at(RUN)} is damaged: {error}.") from error
+
+
+def _from_toml(value: Any) -> Any:
+    """A setting's value, or a table of a policy's arguments."""
+    if isinstance(value, dict):
+        return {name: None if each == NONE else each for name, each in value.items()}
+    return None if value == NONE else tuple(value) if isinstance(value, list) else value
 
 
 def export(directory: RunDirectory, initial: Initial, base: Tensor) -> None:
@@ -122,9 +129,42 @@ def _defaults(kind: type) -> dict[str, Any]:
     return {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
 
 
+def _said(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments without those that have a default which TOML can't say (a function, a type, a table ...).
+
+    No flag could say it again, and none needs to.
+    """
+    return {name: value for name, value in values.items() if _is_plain(value) or not _is_default(kind, name, value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(isinstance(each, str | int | float | Path) for each in value)
+    return value is None or (isinstance(value, str | int | float | Path) and not isinstance(value, Enum))
+
+
+def _is_default(kind: type, name: str, value: Any) -> bool:
+    default = _defaults(kind).get(name)
+    made = getattr(kind, "__dataclass_fields__", {}).get(name)
+    try:
+        if made is not None and made.default_factory is not dataclasses.MISSING:
+            default = made.default_factory()
+        return value is default or (type(value) is type(default) and bool(value == default))
+    except Exception:  # it is the worker's own affair, and may be of any kind
+        return False
+
+
 def _named(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by name, None as flags say it."""
-    return {name: NONE if value is None else value for name, value in values.items()}
+    """Arguments by name, as flags say them: None, members of an Enum, and sets, which TOML has as lists."""
+    return {name: _as_flags(value) for name, value in values.items()}
+
+
+def _as_flags(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        value = sorted(value, key=str)
+    if isinstance(value, list | tuple):
+        return [_as_flags(each) if isinstance(each, Enum) else each for each in value]
+    return NONE if value is None else value.name if isinstance(value, Enum) else value
 
 
 def as_toml(record: dict[str, Any]) -> str:

@@ -79,6 +79,8 @@ def _flags(where: str, prefix: str, name: str, value: Any, default: Any) -> list
     called = "--" + prefix + flag(name)[2:]
     if isinstance(value, bool) and isinstance(default, bool):
         return [] if value == default else [called if value else f"--{prefix}no-{flag(name)[2:]}"]
+    if _is_default(value, default):  # also of those that no flag can say
+        return []
     each = value if isinstance(value, list) else [value]
     for one in each:
         if isinstance(one, dict | list):
@@ -94,6 +96,12 @@ def _flags(where: str, prefix: str, name: str, value: Any, default: Any) -> list
             )
         return [called, *map(str, value)] if value or default else []
     return [f"{called}={value}"]
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    if default is None:
+        return bool(value == toml.NONE)
+    return isinstance(value, str | int | float) and type(value) is type(default) and value == default
 
 
 def _is_number(text: str) -> bool:

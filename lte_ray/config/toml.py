@@ -5,6 +5,9 @@ from __future__ import annotations
 import tomllib
 from typing import Any
 
+NONE = "None"
+"""TOML has no such value; flags do."""
+
 LARGEST = 1 << 20
 """Bytes of such a file, at most: many times what settings need."""
 

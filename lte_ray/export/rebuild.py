@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from lte_ray.config.toml import NONE
 from lte_ray.errors import WorkerError
 from lte_ray.loading import load_object
 from lte_ray.redact import OMITTED, masked
-from lte_ray.runs import NONE
 from lte_ray.storage import RUN
 from lte_ray.worker import check_worker
 
@@ -53,7 +54,7 @@ def _make(kind: type, settings: Any, left_out: Any) -> Any:
     named = [str(name).removeprefix("worker.") for name in left_out] if isinstance(left_out, list) else []
     omitted = [name for name in named if name in known]
     try:
-        return kind(**{name: _typed(hints.get(name), value) for name, value in settings.items() if name in known})
+        return kind(**{n: _typed(hints.get(n), v, known[n].default) for n, v in settings.items() if n in known})
     except Exception as error:
         lacking = [name for name in omitted if known[name].default is inspect.Parameter.empty]
         if lacking:
@@ -66,11 +67,25 @@ def _make(kind: type, settings: Any, left_out: Any) -> Any:
         ) from error
 
 
-def _typed(hint: Any, value: Any) -> Any:
-    """A value from TOML, which knows neither tuples nor paths, as the worker's constructor has it."""
-    options = [hint, *typing.get_args(hint)]
-    if value == NONE and type(None) in options:
+def _typed(hint: Any, value: Any, default: Any) -> Any:
+    """A value from TOML, which knows neither None, tuples, sets, paths nor Enums, as the worker's constructor has it."""
+    options = _options(hint)
+    if value == NONE and (default is None or type(None) in options):
         return None
-    if isinstance(value, list) and any(option is tuple or typing.get_origin(option) is tuple for option in options):
-        return tuple(value)
+    if not isinstance(value, list):
+        return _one(options, value)
+    kinds = [typing.get_origin(option) or option for option in options]
+    made = [_one(options, each) for each in value]
+    return next((kind(made) for kind in kinds if kind in (list, tuple, set, frozenset)), made)
+
+
+def _options(hint: Any) -> list[Any]:
+    """An annotation and all that stands in it, from outside to inside."""
+    return [hint, *(option for inner in typing.get_args(hint) for option in _options(inner))]
+
+
+def _one(options: list[Any], value: Any) -> Any:
+    for option in options:
+        if isinstance(option, type) and issubclass(option, Enum) and str(value) in option.__members__:
+            return option[str(value)]
     return Path(value) if isinstance(value, str) and Path in options and str not in options else value
