@@ -20,7 +20,7 @@ from ray_support import LONG, Dropping
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lte_ray import LTEConfig, LTETrainer, MergeConfig, Shard, TrainConfig, checkpoint
+from lte_ray import LTEConfig, LTETrainer, MergeConfig, Shard, TrainConfig, checkpoint, metrics, points
 from lte_ray.audit import audit
 from lte_ray.config import PlacementConfig, StorageConfig
 from lte_ray.errors import RunError
@@ -30,6 +30,10 @@ from lte_ray.storage import RunDirectory
 ray.cloudpickle.register_pickle_by_value(faulty_storage)  # actors don't find the tests' modules
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(200), LONG]
+
+
+HANGS = 40.0
+"""Seconds."""
 
 
 @dataclass
@@ -110,6 +114,57 @@ def test_a_run_waits_for_storage_that_fails_for_a_while(
     assert checkpoint.complete(RunDirectory.of(str(tmp_path), "r"))[-1] == 24
     assert (tmp_path / "r" / "model.safetensors").exists()
     assert not list(tmp_path.rglob("*.part"))
+
+
+class Watched(At):
+    """Remembers the longest time without a word of the driver, and when it had last heard of a version."""
+
+    longest, last = 0.0, float("inf")
+
+    def update(self, progress: Progress) -> None:
+        self.longest, self.last = max(self.longest, time.monotonic() - self.last), time.monotonic()
+        super().update(progress)
+
+
+def test_storage_that_hangs_keeps_no_dead_head_from_being_replaced(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing the metrics doesn't come back for longer than the run takes; a head dies meanwhile, and nothing is lost."""
+    script = Script(str(tmp_path / "script.json"))
+    script.write()
+    faults = tmp_path / "faults"
+    faults.mkdir()
+    (faults / "00.json").write_text(json.dumps({"point": "stepped", "head": 1, "step": 80, "signal": "SIGKILL"}))
+    monkeypatch.setenv(points.VARIABLE, str(faults))
+    monkeypatch.setattr(metrics, "REMOTE_EVERY", 0.0)
+    reporter = Watched(script, [fail("slow", match="*metrics.jsonl*", seconds=HANGS)], version=5, seconds=2.0)
+    result = trainer(tmp_path, reporter).fit()
+    assert reporter.met > 0, "storage never hung"
+    assert reporter.longest < HANGS / 2
+    assert result.metrics is not None
+    assert result.metrics["step"] == 120
+    found = rows(tmp_path)
+    assert [row["event"] for row in found if row["kind"] == "event"][:2] == ["head_lost", "head_restarts"]
+    versions = [row["version"] for row in found if row["kind"] == "merge"]  # the other head goes on alone for a while
+    assert versions == list(range(1, len(versions) + 1))
+    assert audit(found).clean
+
+
+def test_a_checkpoint_without_a_part_that_could_not_be_written_is_none(local_ray: None, tmp_path: Path) -> None:
+    """One head's files can't be written for a while: each checkpoint that there is has all heads' states; the run says why."""
+    script = Script(str(tmp_path / "script.json"))
+    script.write()
+    reporter = At(script, [fail(match="*/head-0001*", errno="EACCES")], version=5, seconds=2.0)
+    run = trainer(tmp_path, reporter, steps=200)
+    run.run_config.checkpoint_config = ray.train.CheckpointConfig(num_to_keep=None)
+    run.fit()
+    assert reporter.met > 0, "storage never failed"
+    directory = RunDirectory.of(str(tmp_path), "r")
+    assert {checkpoint.read_manifest(directory, version).heads for version in checkpoint.complete(directory)} == {(0, 1)}
+    said = [row["why"] for row in rows(tmp_path) if row.get("event") == "storage"]
+    assert any("couldn't be written: the state of head 1: " in why for why in said), said
+    assert checkpoint.complete(directory)[-1] == 40
+    assert checkpoint.incomplete(directory) == []
 
 
 def test_a_run_whose_storage_never_comes_back_ends_with_the_weights_exported(
