@@ -412,14 +412,32 @@ def _alter(file: Path) -> None:
 
 
 def test_resume_refuses_what_it_cannot_continue(usual: Usual, tmp_path: Path) -> None:
-    """Other heads, or nothing left to do: one clear error each."""
+    """Other heads, fewer steps than were taken, or more heads for none: one clear error each."""
     shutil.copytree(usual.path / "r", tmp_path / "r")
     again = storage(tmp_path, "r", resume=True)
+    with pytest.raises(StorageError, match=r"has taken all 30 local steps a head already\. Raise --steps"):
+        LTETrainer(Dropping(), run_config=again, **settings(steps=25)).fit()
+    more = settings()
     with pytest.raises(StorageError, match="Raise --steps"):
-        LTETrainer(Dropping(), run_config=again, **settings()).fit()
+        LTETrainer(Dropping(), run_config=again, **more | {"lte": dataclasses.replace(more["lte"], num_heads=3)}).fit()
     kwargs = settings(steps=50)
     with pytest.raises(StorageError, match="--lora-r was 8 and is 4"):
         LTETrainer(Dropping(), run_config=again, **kwargs | {"lte": dataclasses.replace(kwargs["lte"], lora_r=4)}).fit()
+
+
+def test_a_run_whose_driver_died_just_before_its_end_is_ended_by_the_same_call(usual: Usual, tmp_path: Path) -> None:
+    """All steps are taken and merged, the model isn't written yet: no step is taken again, the same weights are exported."""
+    shutil.copytree(usual.path / "r", tmp_path / "r")
+    model, rows = tmp_path / "r" / "model.safetensors", tmp_path / "r" / "metrics.jsonl"
+    exported, before = model.read_bytes(), rows.read_text().count('"merge"')
+    model.unlink()
+    result = LTETrainer(Dropping(), run_config=storage(tmp_path, "r", resume=True), **settings()).fit()
+    assert model.read_bytes() == exported
+    assert rows.read_text().count('"merge"') == before
+    assert result.metrics is not None
+    assert usual.result.metrics is not None
+    for name in ("validation_loss", "step", "version"):
+        assert result.metrics[name] == usual.result.metrics[name], name
 
 
 def test_rebuilding_gives_the_driver_and_heads_the_same_start(tmp_path: Path) -> None:
