@@ -64,13 +64,13 @@ class Claim:
                 held.enter_context(alone(directory))
             if self._versions() != self._seen:  # others have trained it while this waited for the cluster
                 self._resume = self._checked()
-            if self._resume and (differing := changed_data(self._resume, record)):
+            config = create(directory, record, self.storage, self._resume)
+            if self._resume and (differing := changed_data(self._resume, config)):
                 log.warning(
                     "%s goes on, but %s. Where that changes the batches, samples of this epoch are repeated or left out.",
                     directory.display,
                     ", ".join(differing),
                 )
-            config = create(directory, record, self.storage, self._resume)
             if not there:
                 held.enter_context(alone(directory))
             yield config, self._resume
@@ -130,13 +130,12 @@ def check_start(
     return manifest, notes
 
 
-def changed_data(resume: checkpoint.Manifest, record: dict[str, Any]) -> list[str]:
+def changed_data(resume: checkpoint.Manifest, config: str) -> list[str]:
     """What differs of the settings that batches depend on, the seed and the worker's own: "--seed was 0 and is 1"."""
     try:
-        before = toml.parse(str(resume.facts["config"]).encode())
+        old, new = (_data_settings(toml.parse(str(text).encode())) for text in (resume.facts["config"], config))
     except (KeyError, ValueError):  # of an older release, or of somebody else: nobody can say
         return []
-    old, new = (_data_settings(said) for said in (before, toml.parse(runs.as_toml(record).encode())))
     return [f"{flag(n)} was {old[n]} and is {new[n]}" for n in sorted(old.keys() & new.keys()) if old[n] != new[n]]
 
 
@@ -144,7 +143,7 @@ def _data_settings(record: dict[str, Any]) -> dict[str, Any]:
     """Those that batches depend on, of what ``run.toml`` says."""
     worker = record.get("worker")
     own = {f"worker.{name}": value for name, value in worker.items()} if isinstance(worker, dict) else {}
-    return {**{name: record[name] for name in ("seed",) if name in record}, **own}
+    return {"seed": record["seed"], **own} if "seed" in record else own
 
 
 def _is_run(directory: RunDirectory) -> bool:

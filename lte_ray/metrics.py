@@ -102,7 +102,7 @@ class MetricsLog:
         with self._lock:
             self._rows = [row for row in self._rows if _stays(row, version)]
             self._back = _earlier(self._back, version)
-        self.flush(now=True)
+        self._flush(BRIEF)
 
     def merge(self, record: MergeRecord) -> None:
         self._row(
@@ -133,12 +133,12 @@ class MetricsLog:
         """Something that happened to the run, beside merges: a process that died, one that came back, ..."""
         self._row("event", at=time.time(), event=name, **values)
 
-    def flush(self, *, now: bool = False) -> None:
+    def flush(self) -> None:
         """Has the rows since the last flush written; on object stores, which write the whole file anew, only now and then.
 
-        This waits for that no longer than the time of a blink. With `now` none is left for later.
+        This waits for that no longer than the time of a blink.
         """
-        if now or self._directory.is_local or time.monotonic() - self._flushed >= REMOTE_EVERY:
+        if self._directory.is_local or time.monotonic() - self._flushed >= REMOTE_EVERY:
             self._flush(BRIEF)
 
     def close(self) -> None:

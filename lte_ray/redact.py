@@ -84,7 +84,7 @@ def split(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[dict[
     """
     kept = {name: value for name, value in values.items() if not hides(name, value)}
     gone = [name for name in values if name not in kept]
-    return kept, [name for name in gone if not _same(values[name], defaults.get(name, _same))]
+    return kept, [name for name in gone if not same(values[name], defaults.get(name, same))]
 
 
 def masked(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,7 +138,8 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
                     yield name, slot.__get__(value)
 
 
-def _same(value: Any, default: Any) -> bool:
+def same(value: Any, default: Any) -> bool:
+    """Whether two plain values are equal and of one type; nothing of an object's own is called to compare it."""
     return type(value) is type(default) and isinstance(value, str | int | float) and value == default
 
 

@@ -136,10 +136,10 @@ def test_what_batches_depend_on_is_compared_when_a_run_goes_on() -> None:
     """Seed and the worker's arguments; nothing is said where the checkpoint doesn't know, or one of them was left out."""
     worker = {"batch_size": 64, "rate": 0.1, "token": "x"}
     before = {"seed": 0, "steps": 10, "worker": worker}
-    now = {"seed": 1, "steps": 20, "worker": {"batch_size": 32, "rate": 0.1}}
+    now = as_toml({"seed": 1, "steps": 20, "worker": {"batch_size": 32, "rate": 0.1}})
     manifest = checkpoint.Manifest(2, (), (), {"config": as_toml(before)})
     assert changed_data(manifest, now) == ["--seed was 0 and is 1", "--worker.batch-size was 64 and is 32"]
-    assert changed_data(manifest, before) == []
+    assert changed_data(manifest, as_toml(before)) == []
     for facts in ({}, {"config": "= broken"}, {"config": "worker = 3"}):
         assert changed_data(checkpoint.Manifest(2, (), (), facts), now) == []
 

@@ -27,7 +27,7 @@ def incomplete(directory: RunDirectory) -> list[int]:
 
 def remove_incomplete(directory: RunDirectory, only: Collection[int] | None = None) -> None:
     """Removes the folders of checkpoints that were never completed, of these versions or of all; as far as storage lets it."""
-    directory = dataclasses.replace(directory, patience=min(directory.patience, TIDYING))
+    directory = _impatient(directory)
     for version in [version for version in incomplete(directory) if only is None or version in only]:
         with contextlib.suppress(StorageError):  # left for the next time
             directory.delete(folder(version))
@@ -60,7 +60,7 @@ def prune(directory: RunDirectory, keep: int | None, keep_best: int = 0, best_by
 
     The newest that a run can go on from stays in any case: of format 1, which can need an older one.
     """
-    directory = dataclasses.replace(directory, patience=min(directory.patience, TIDYING))
+    directory = _impatient(directory)
     with contextlib.suppress(StorageError):  # no reason to end a run
         versions = complete(directory)
         old = versions[:-keep] if keep else []
@@ -73,6 +73,11 @@ def prune(directory: RunDirectory, keep: int | None, keep_best: int = 0, best_by
             if version not in staying:
                 with contextlib.suppress(StorageError):
                     _remove(directory, version)
+
+
+def _impatient(directory: RunDirectory) -> RunDirectory:
+    """The same place, with little patience."""
+    return dataclasses.replace(directory, patience=min(directory.patience, TIDYING))
 
 
 def _remove(directory: RunDirectory, version: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from lte_ray.cli.policy import TABLE, check_names, policy_arguments
 from lte_ray.config import SECTIONS, flag, near, toml
 from lte_ray.errors import ConfigError
-from lte_ray.redact import OMITTED
+from lte_ray.redact import OMITTED, same
 
 EACH_HEADS = ("lora_r", "lora_alpha")
 """Settings that are one number, or one for each head."""
@@ -79,7 +79,7 @@ def _flags(where: str, prefix: str, name: str, value: Any, default: Any) -> list
     called = "--" + prefix + flag(name)[2:]
     if isinstance(value, bool) and isinstance(default, bool):
         return [] if value == default else [called if value else f"--{prefix}no-{flag(name)[2:]}"]
-    if _is_default(value, default):  # also of those that no flag can say
+    if value == toml.NONE if default is None else same(value, default):  # also of those that no flag can say
         return []
     each = value if isinstance(value, list) else [value]
     for one in each:
@@ -96,12 +96,6 @@ def _flags(where: str, prefix: str, name: str, value: Any, default: Any) -> list
             )
         return [called, *map(str, value)] if value or default else []
     return [f"{called}={value}"]
-
-
-def _is_default(value: Any, default: Any) -> bool:
-    if default is None:
-        return bool(value == toml.NONE)
-    return isinstance(value, str | int | float) and type(value) is type(default) and value == default
 
 
 def _is_number(text: str) -> bool:
