@@ -23,7 +23,7 @@ from benchmarks.bare import steps_per_second
 from benchmarks.report import report, spread
 from lte_ray import LTEConfig, LTETrainer, MergeConfig, Shard, TrainConfig
 from lte_ray.config import PlacementConfig, StorageConfig
-from lte_ray.metrics import Silent
+from lte_ray.run.metrics import Silent
 from workers.gpt import GPT
 
 HEADS, STEPS, RUNS, MERGE_ITER = 4, 100, 3, 10

@@ -34,10 +34,10 @@ from typing import Any
 
 from benchmarks.report import report, spread
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
-from lte_ray.config.cluster import ClusterModel
+from lte_ray.config.cluster_model import ClusterModel
 from lte_ray.engine.settings import Settings
-from lte_ray.engine.virtual.entry import train
 from lte_ray.merging import Pending, Roster
+from lte_ray.simulation.api import train
 from lte_ray.worker import Worker
 from workers.gpt import GPT
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from lte_ray import LTEConfig, MergeConfig, TrainConfig
-from lte_ray.engine.head import Head
-from lte_ray.engine.initial import prepare
-from lte_ray.engine.memory import keep_freed_memory
+from lte_ray.engine.head.head import Head
+from lte_ray.engine.prepare import prepare
+from lte_ray.engine.process_tuning import keep_freed_memory
 from lte_ray.engine.settings import Settings
 
 NICENESS = 15  # at which Ray runs its workers

@@ -30,15 +30,16 @@ from benchmarks.formats import HEADS, MERGE_ITER, WIRES, WORKER, Wire, losses
 from benchmarks.report import report
 from benchmarks.shapes import RANK, gpt2_plan
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
-from lte_ray.engine.coordinator import Coordinator
-from lte_ray.engine.downlink import Downlink
-from lte_ray.engine.mirror import Mirror
+from lte_ray.engine.coordinator.broadcast_log import Downlink
+from lte_ray.engine.coordinator.coordinator import Coordinator
+from lte_ray.engine.head.base_replica import Mirror
 from lte_ray.engine.settings import Settings
 from lte_ray.layout import Plan
-from lte_ray.merging.flat import gather, views
+from lte_ray.merging.flat_buffer import gather, views
 from lte_ray.merging.registry import make_policy
-from lte_ray.merging.transfer import Codec, groups, least_bytes
 from lte_ray.messages import Contribution, Merged, Update
+from lte_ray.transfer.codec import Codec, least_bytes
+from lte_ray.transfer.groups import groups
 
 MERGES = 2
 WIDTH = {"fp32": 4, "bf16": 2, "int8": 1}

@@ -1,6 +1,6 @@
 """Thousands of schedules of faults in one process, without Ray: is anything lost, merged twice, or does a run stand still?
 
-The world is that of `tests/chaos_world.py`: real heads, coordinator, snapshots and recovery in float64; deaths, late, lost and
+The world is that of `tests/chaos/world.py`: real heads, coordinator, snapshots and recovery in float64; deaths, late, lost and
 repeated messages, poison, checkpoints, resumes with another number of heads, heads that come and go. Every schedule is drawn
 from its number, so that one that breaks something can be run again alone (`--first`).
 """
@@ -12,18 +12,14 @@ import random
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.report import report
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-from chaos_parts import MODES
-from chaos_traffic import CALM
-from chaos_world import World
+from tests.chaos.parts import MODES
+from tests.chaos.traffic import CALM
+from tests.chaos.world import World
 
 FAULTS = (
     ("kill", "notice", "restart"),

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.report import report, spread
 from lte_ray import LTEConfig, LTETrainer, MergeConfig, TrainConfig
 from lte_ray.config import PlacementConfig, StorageConfig
-from lte_ray.metrics import Silent
+from lte_ray.run.metrics import Silent
 from workers.gpt import GPT
 
 RUNS, STEPS, HEADS, MERGE_ITER = 3, 120, 2, 10

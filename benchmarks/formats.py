@@ -14,9 +14,9 @@ from typing import Any
 from benchmarks.report import spread
 from benchmarks.shapes import ALPHA, RANK
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
-from lte_ray.engine.initial import prepare
+from lte_ray.engine.in_process import evaluated, simulate
+from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
-from lte_ray.engine.simulate import evaluated, simulate
 from lte_ray.worker import Worker
 from workers.gpt import GPT
 

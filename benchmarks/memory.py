@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import report, spread
-from lte_ray.adapters.quantize import Quantized
+from lte_ray.adapters.quantization import Quantized
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
-from lte_ray.engine.head import Head
-from lte_ray.engine.initial import prepare
-from lte_ray.engine.memory import keep_freed_memory, release_freed_memory
+from lte_ray.engine.head.head import Head
+from lte_ray.engine.prepare import prepare
+from lte_ray.engine.process_tuning import keep_freed_memory, release_freed_memory
 from lte_ray.engine.settings import Settings
 from lte_ray.messages import Verdict
 from workers.gpt import GPT

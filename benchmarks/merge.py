@@ -17,11 +17,11 @@ from torch import Tensor
 
 from benchmarks.report import report, spread
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
-from lte_ray.engine.coordinator import Coordinator
+from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.settings import Settings
 from lte_ray.layout import Adapted, Plan, Replica
 from lte_ray.merging import Average, Scheduled
-from lte_ray.merging.flat import factor_views, factors_part, replica_part, views
+from lte_ray.merging.flat_buffer import factor_views, factors_part, replica_part, views
 from lte_ray.messages import Contribution
 
 HEADS, RANK, ALPHA, RUNS = 8, 64, 128.0, 5

@@ -28,16 +28,16 @@ from torch import Tensor
 from benchmarks.report import report, spread
 from benchmarks.shapes import ALPHA, DISTINCT, RANK, Piece, gpt2_plan
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
-from lte_ray.engine.coordinator import Coordinator
-from lte_ray.engine.elsewhere import Measured
+from lte_ray.engine.coordinator.aggregator import Measured, Shard
+from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.settings import Settings
-from lte_ray.engine.shard import Shard
 from lte_ray.layout import Plan
 from lte_ray.merging import Average, Scheduled
-from lte_ray.merging.flat import as_matrix, factor_views, views
-from lte_ray.merging.transfer import Codec, groups
-from lte_ray.merging.when import Arrival, Barrier
+from lte_ray.merging.flat_buffer import as_matrix, factor_views, views
+from lte_ray.merging.policies.trigger import Arrival, Barrier
 from lte_ray.messages import Contribution
+from lte_ray.transfer.codec import Codec
+from lte_ray.transfer.groups import groups
 
 HEADS = (2, 8, 32, 128, 256)
 SHARDS = (1, 2, 4, 8)

@@ -19,7 +19,7 @@ import lte_ray
 from benchmarks import virtual
 from benchmarks.report import report, spread
 from lte_ray.adapters import convert
-from lte_ray.engine.memory import keep_freed_memory
+from lte_ray.engine.process_tuning import keep_freed_memory
 from workers.gpt import Block
 
 HEADS, RANK, WIDTH, DEPTH, LENGTH, BATCH, CLASSES = 8, 16, 256, 4, 64, 64, 256

@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.report import report, spread
 from lte_ray import LTEConfig, LTETrainer, TrainConfig
 from lte_ray.config import StorageConfig
-from lte_ray.metrics import Silent
+from lte_ray.run.metrics import Silent
 from workers.gpt import GPT
 
 SEEDS = (0, 1, 2)

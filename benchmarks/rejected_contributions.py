@@ -11,13 +11,13 @@ from torch import Tensor
 
 from benchmarks.rejected import TAKEN, Ran, Row
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
-from lte_ray.engine.coordinator import Coordinator
+from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import PolicyError
 from lte_ray.layout import Adapted, Plan, Replica
 from lte_ray.merging import Average, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Scheduled, Wait
-from lte_ray.merging.transfer import check_seals, checksum
 from lte_ray.messages import Contribution
+from lte_ray.transfer.checksum import check_seals, checksum
 
 PLAN = Plan((Adapted("w", (6, 5), 2, 2.0),), (Replica("p", (4,)),))
 SIZE = PLAN.contribution.size

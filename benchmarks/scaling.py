@@ -11,11 +11,11 @@ from typing import Any
 
 from benchmarks.report import report
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
-from lte_ray.config.cluster import ClusterModel
+from lte_ray.config.cluster_model import ClusterModel
 from lte_ray.engine.settings import Settings
-from lte_ray.engine.virtual.entry import keep_time
-from lte_ray.engine.virtual.record import VirtualRun
-from lte_ray.engine.virtual.sizes import named_plan
+from lte_ray.simulation.api import keep_time
+from lte_ray.simulation.cost_model import named_plan
+from lte_ray.simulation.record import VirtualRun
 
 HEADS, SHARDS = (4, 16, 64, 256, 1000, 10_000), (1, 8)
 RANK, STEPS, ROUNDS = 32, 100, 5

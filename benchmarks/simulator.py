@@ -25,16 +25,16 @@ from torch import Tensor, nn
 from benchmarks.report import report, spread
 from lte_ray import LTEConfig, LTETrainer, MergeConfig, Shard, TrainConfig
 from lte_ray.config import PlacementConfig, StorageConfig
-from lte_ray.config.cluster import ClusterModel
-from lte_ray.engine.coordinator import Coordinator
+from lte_ray.config.cluster_model import ClusterModel
+from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.settings import Settings
-from lte_ray.engine.virtual.entry import keep_time
-from lte_ray.engine.virtual.heads import TINY_PLAN, TimedHead
-from lte_ray.engine.virtual.sizes import Sizes, named_plan
 from lte_ray.layout import Plan
 from lte_ray.merging.registry import make_policy
 from lte_ray.messages import Contribution
-from lte_ray.metrics import Silent
+from lte_ray.run.metrics import Silent
+from lte_ray.simulation.api import keep_time
+from lte_ray.simulation.cost_model import Sizes, named_plan
+from lte_ray.simulation.head import TINY_PLAN, TimedHead
 from workers.regression import Regression
 
 PAUSES = (0.02, 0.02, 0.02, 0.08)

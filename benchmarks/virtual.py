@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lte_ray import LTEConfig, LTETrainer, MergeConfig, TrainConfig
 from lte_ray.config import PlacementConfig, StorageConfig
-from lte_ray.metrics import Silent
+from lte_ray.run.metrics import Silent
 from workers.gpt import GPT
 
 STEPS, HEADS, CPUS, TRIAL = 80, 8, 2, 3

@@ -20,7 +20,7 @@ Each survives pickling, so it can cross a process. Whatever URI a message quotes
 
 from __future__ import annotations
 
-from lte_ray.redact import scrub
+from lte_ray.redaction import scrub
 
 
 class LTEError(Exception):

@@ -11,22 +11,23 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lte_ray import checkpoint, points, runs
-from lte_ray.claim import Claim
+from lte_ray import checkpoint, fault_injection
 from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig, check_run_name
-from lte_ray.display import automatic_display
-from lte_ray.engine.initial import prepare, with_room
+from lte_ray.engine.head.virtual import check_stackable
+from lte_ray.engine.prepare import prepare, with_room
 from lte_ray.engine.settings import Settings
-from lte_ray.engine.stack import check_stackable
 from lte_ray.merging.registry import gives_weights, make_policy, recorded_arguments
 from lte_ray.messages import HeadTimes
-from lte_ray.metrics import Progress, Reporter
+from lte_ray.run import record as run_record
+from lte_ray.run.display import automatic_display
+from lte_ray.run.metrics import Progress, Reporter
+from lte_ray.run.start import Claim
 from lte_ray.storage import RunDirectory, parted
 
 if TYPE_CHECKING:
     import ray.train
 
-    from lte_ray.runtime.session import Session
+    from lte_ray.runtime.controller.controller import Session
 
 
 log = logging.getLogger("lte_ray")
@@ -83,12 +84,12 @@ class LTETrainer:
             StorageError: there is no run, or ``run.toml`` is damaged.
             WorkerError: the worker can't be made.
         """
-        from lte_ray.export.rebuild import make_worker
+        from lte_ray.export.worker_factory import make_worker
 
         place, name = parted(os.fspath(path))
         check_run_name(name, "path")
         directory = RunDirectory.of(place, name)
-        record, said = runs.read_record(directory), runs.restored(directory)
+        record, said = run_record.read_record(directory), run_record.restored(directory)
         given = {
             "lte": said[LTEConfig],
             "merge": said[MergeConfig],
@@ -118,7 +119,7 @@ class LTETrainer:
         name = storage.name or f"{type(self.worker).__name__.lower()}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         # Actors get the policy's name only: the object goes to the coordinator alone.
         merge = dataclasses.replace(
-            self.merge, policy=runs.object_name(self.merge.policy), policy_args=recorded_arguments(self.merge) or None
+            self.merge, policy=run_record.object_name(self.merge.policy), policy_args=recorded_arguments(self.merge) or None
         )
         settings = Settings(name, self.lte, merge, self.train)
         failure.check_heads(self.lte.num_heads)
@@ -127,13 +128,11 @@ class LTETrainer:
         claim = Claim(directory, storage, settings, initial)
 
         from lte_ray.runtime import placement as placing
-        from lte_ray.runtime.common import Common, Keep
-        from lte_ray.runtime.connect import connected
-        from lte_ray.runtime.package import Package
-        from lte_ray.runtime.resuming import resumed
-        from lte_ray.runtime.session import Session
-        from lte_ray.runtime.start import Start
-        from lte_ray.runtime.transport import ObjectStore
+        from lte_ray.runtime.cluster import connected
+        from lte_ray.runtime.context import Common, Keep, Package
+        from lte_ray.runtime.controller.controller import Session
+        from lte_ray.runtime.coordinator_state import Start, resumed
+        from lte_ray.runtime.object_store import ObjectStore
 
         asked, more = placing.from_scaling_config(self.scaling_config, self.lte.num_heads)
         if asked.stack_heads == "always" and asked.heads_per_actor > 1:
@@ -145,7 +144,7 @@ class LTETrainer:
             placement = placing.resolve(asked, self.lte.num_heads, **more)
             reporter.update(Progress.starting(name, self.train.steps, "starting the heads"))
             hosted = placing.hosted(placement, self.lte.num_heads)
-            record = runs.record(self.worker, self.program, settings, asked, storage, failure)
+            record = run_record.record(self.worker, self.program, settings, asked, storage, failure)
             with contextlib.ExitStack() as held:
                 places = held.enter_context(placing.reserve(placement, hosted))
                 groups = placing.groups_of(settings.merge, initial.plans, places.nodes, gives_weights(policy))
@@ -158,7 +157,7 @@ class LTETrainer:
                     groups,
                     Keep(storage.keep_checkpoints, storage.keep_best, storage.best_by),
                     failure.rejoin,
-                    os.environ.get(points.VARIABLE),
+                    os.environ.get(fault_injection.VARIABLE),
                     config,
                 )
                 if resume:
@@ -174,7 +173,7 @@ class LTETrainer:
                     failure=failure,
                     stack=asked.stack_heads,
                     reporter=reporter,
-                    export=lambda final: runs.export(directory, initial, final),
+                    export=lambda final: run_record.export(directory, initial, final),
                 )
                 session.run(places)
         return _result(session, directory)

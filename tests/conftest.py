@@ -1,18 +1,13 @@
-"""Shared by all tests: the repository root is importable, torch uses one thread, and nothing knows any chance or clock."""
+"""Shared by all tests: torch uses one thread, and nothing knows any chance or clock."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
-
-ROOT = str(Path(__file__).resolve().parent.parent)
-if ROOT not in sys.path:  # so that `workers` can be imported however pytest was started
-    sys.path.insert(0, ROOT)
 
 settings.register_profile("lte-ray", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("lte-ray")

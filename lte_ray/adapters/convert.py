@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from lte_ray.adapters.factors import Factors, draw_a
-from lte_ray.adapters.kinds import kind_of
 from lte_ray.adapters.layer import HeadLayer, LTELayer, adopt, quantize_weight
+from lte_ray.adapters.layer_kinds import kind_of
 from lte_ray.adapters.plan import make_plan
-from lte_ray.adapters.quantize import Quantized
+from lte_ray.adapters.quantization import Quantized
 from lte_ray.config import LTEConfig
 from lte_ray.layout import Adapted, Plan
-from lte_ray.merging.flat import as_matrix
-from lte_ray.merging.products import fold_reference
+from lte_ray.merging.flat_buffer import as_matrix
+from lte_ray.merging.low_rank import fold_reference
 from lte_ray.misc.attention import MultiheadAttention
 from lte_ray.misc.convert import leave_fast_path
 

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lte_ray.adapters.effective_parameter import COMPUTING, computing, stand_in
 from lte_ray.adapters.factors import Factors
-from lte_ray.adapters.kinds import TORCH_KINDS, TRANSPOSED_LINEAR, Kind, kind_of
-from lte_ray.adapters.quantize import Quantized
-from lte_ray.adapters.quantize import linear as quantized_linear
-from lte_ray.adapters.stand_in import COMPUTING, computing, stand_in
+from lte_ray.adapters.layer_kinds import TORCH_KINDS, TRANSPOSED_LINEAR, Kind, kind_of
+from lte_ray.adapters.quantization import Quantized
+from lte_ray.adapters.quantization import linear as quantized_linear
 
 
 class LTELayer(nn.Module):

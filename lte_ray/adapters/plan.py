@@ -9,9 +9,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from lte_ray.adapters.kinds import NORM, kind_of
+from lte_ray.adapters.layer_kinds import NORM, kind_of
 from lte_ray.config import LTEConfig, Resolved, flag, near
-from lte_ray.config.layers import rules
+from lte_ray.config.layer_rules import rules
 from lte_ray.errors import ConfigError, WorkerError
 from lte_ray.layout import Adapted, Plan, Replica
 

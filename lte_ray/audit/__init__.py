@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lte_ray.audit.found import Audit
-from lte_ray.audit.judge import audit
-from lte_ray.audit.rows import read_rows
+from lte_ray.audit.checks import audit
+from lte_ray.audit.reader import Audit, read_rows
 
 __all__ = ["Audit", "audit", "read_rows"]

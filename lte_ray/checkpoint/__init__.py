@@ -19,9 +19,24 @@ gone on from only with all heads' files; it is still read.
 
 from __future__ import annotations
 
-from lte_ray.checkpoint.evaluation import EVALUATION, read_evaluation, write_evaluation
-from lte_ray.checkpoint.files import BASE, POLICY, REFERENCES, head_file
-from lte_ray.checkpoint.kept import complete, incomplete, newest_with_all_heads, prune, remove_after, remove_incomplete
+from lte_ray.checkpoint.files import (
+    BASE,
+    EVALUATION,
+    POLICY,
+    REFERENCES,
+    check_factors,
+    head_file,
+    read_base,
+    read_evaluation,
+    read_head,
+    read_policy,
+    read_references,
+    write_base,
+    write_evaluation,
+    write_head,
+    write_policy,
+    write_references,
+)
 from lte_ray.checkpoint.manifest import (
     FOLDER,
     FORMAT,
@@ -36,17 +51,15 @@ from lte_ray.checkpoint.manifest import (
     read_manifest,
     seal,
 )
-from lte_ray.checkpoint.newest import read_newest_intact, verify
-from lte_ray.checkpoint.parts import (
-    check_factors,
-    read_base,
-    read_head,
-    read_policy,
-    read_references,
-    write_base,
-    write_head,
-    write_policy,
-    write_references,
+from lte_ray.checkpoint.retention import (
+    complete,
+    incomplete,
+    newest_with_all_heads,
+    prune,
+    read_newest_intact,
+    remove_after,
+    remove_incomplete,
+    verify,
 )
 
 __all__ = [

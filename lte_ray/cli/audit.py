@@ -27,8 +27,8 @@ def audit(arguments: list[str]) -> None:
     """
     flags = tyro.cli(Flags, prog="lte-ray audit", args=arguments)
     from lte_ray import audit as auditing
-    from lte_ray.export.saved import open_run
-    from lte_ray.metrics import METRICS
+    from lte_ray.export.run_reader import open_run
+    from lte_ray.run.metrics import METRICS
 
     directory = open_run(flags.run)
     if not directory.exists(METRICS):

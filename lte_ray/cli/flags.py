@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from lte_ray.cli import settings_file
-from lte_ray.cli.policy import TABLE, chosen_policy, given_arguments, policy_section
+from lte_ray.cli import toml_config
+from lte_ray.cli.policy_flags import TABLE, chosen_policy, given_arguments, policy_section
 from lte_ray.config import SECTIONS, FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
 from lte_ray.errors import ConfigError, WorkerError
 
@@ -70,9 +70,9 @@ def parse_sections(worker: type | None, program: str, arguments: list[str], face
     As `parse`, which it does the work of. What the TOML file says of other classes' settings is left aside.
     """
     config, rest = _take_config(arguments)
-    content = settings_file.read(config) if config else {}
+    content = toml_config.read(config) if config else {}
     policy = chosen_policy(rest, content)
-    preset = settings_file.as_arguments(config, content, worker, policy, face.titles, rest) if config else []
+    preset = toml_config.as_arguments(config, content, worker, policy, face.titles, rest) if config else []
     made_of = _flags_class(worker, policy, face)
     try:
         flags: Any = tyro.cli(made_of, prog=f"lte-ray {face.command} {program}", args=[*preset, *rest], description=face.about)

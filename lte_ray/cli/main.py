@@ -132,7 +132,7 @@ def entry() -> None:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
         code = 141  # what a shell says of a process that SIGPIPE ended
-    beside = sys.modules.get("lte_ray.storage.beside")
+    beside = sys.modules.get("lte_ray.storage.background")
     if beside is not None and beside.hanging():  # all is said and done, but pyarrow would wait for its calls
         sys.stdout.flush()
         sys.stderr.flush()

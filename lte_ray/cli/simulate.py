@@ -18,12 +18,12 @@ from rich.text import Text
 
 from lte_ray.cli.flags import TITLES, Face, parse_sections, without_settings
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
-from lte_ray.config.cluster import ClusterModel
-from lte_ray.config.fields import setting, switches, words
-from lte_ray.display import volume
-from lte_ray.engine.virtual.record import KINDS, VirtualRun
+from lte_ray.config.cluster_model import ClusterModel
+from lte_ray.config.validation import setting, switches, words
 from lte_ray.errors import ConfigError, WorkerError
-from lte_ray.loading import load_object
+from lte_ray.import_object import load_object
+from lte_ray.run.display import volume
+from lte_ray.simulation.record import KINDS, VirtualRun
 
 SHAPES = ("gpt2-124m", "gpt2-355m", "gpt2-774m", "gpt2-1558m")
 WIDEST = 110
@@ -86,25 +86,25 @@ def simulate(arguments: list[str]) -> None:
         }
         _write(output.json, json.dumps(run.to_json(**what), allow_nan=False) + "\n")
     if output.picture:
-        from lte_ray.cli.svg import svg
+        from lte_ray.cli.timeline import svg
 
         _write(output.picture, svg(run, _title(program or output.shapes, made)))
     _show(run, _title(program or output.shapes, made), took, worker is not None)
 
 
 def _run(worker: Any, made: dict[type, Any]) -> VirtualRun:
-    from lte_ray.engine.initial import prepare
+    from lte_ray.engine.prepare import prepare
     from lte_ray.engine.settings import Settings
-    from lte_ray.engine.virtual import entry
-    from lte_ray.engine.virtual.sizes import named_plan
+    from lte_ray.simulation import api
+    from lte_ray.simulation.cost_model import named_plan
 
     lte, output, cluster = made[LTEConfig], made[Output], made[ClusterModel]
     settings = Settings("simulated", lte, made[MergeConfig], made[TrainConfig])
     if worker is None:
-        return entry.keep_time([named_plan(output.shapes, lte.lora_r, lte.lora_alpha)], settings, cluster)
+        return api.keep_time([named_plan(output.shapes, lte.lora_r, lte.lora_alpha)], settings, cluster)
     if output.time_only:
-        return entry.keep_time(list(prepare(worker, settings).plans), settings, cluster)
-    return entry.train(worker, settings, cluster).record
+        return api.keep_time(list(prepare(worker, settings).plans), settings, cluster)
+    return api.train(worker, settings, cluster).record
 
 
 def _plain(section: Any) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from rich.text import Text
 
 from lte_ray.cli.flags import Parsed, parse, without_settings
 from lte_ray.config import check_run_name
-from lte_ray.display import volume
 from lte_ray.errors import WorkerError
-from lte_ray.loading import load_object
-from lte_ray.redact import without_credentials
+from lte_ray.import_object import load_object
+from lte_ray.redaction import without_credentials
+from lte_ray.run.display import volume
 from lte_ray.storage import RunDirectory
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _named_run(arguments: list[str]) -> tuple[str, list[str]] | None:
 
 def _restored(name: str, rest: list[str]) -> ray.train.Result:
     """Goes on with a run as its ``run.toml`` says; flags win over it."""
-    from lte_ray import runs
+    from lte_ray.run import record as run_record
     from lte_ray.storage import RUN
     from lte_ray.trainer import default_storage
 
@@ -71,7 +71,7 @@ def _restored(name: str, rest: list[str]) -> ray.train.Result:
     place = next((value for flag, value in pairwise([*rest, ""]) if flag == "--storage"), None)
     place = place or next((f.partition("=")[2] for f in rest if f.startswith("--storage=")), None) or default_storage()
     directory = RunDirectory.of(place, name)
-    program = runs.read_program(directory)
+    program = run_record.read_program(directory)
     console = Console(stderr=True, highlight=False)
     console.print(Text(f"{directory.display} goes on with {program}, as its {RUN} says."))
     kind = load_object(program, what=f"The worker that {RUN} names,", error=WorkerError)

@@ -5,12 +5,11 @@ One definition serves four places: the Python API, the flags of ``lte-ray train`
 """
 
 from lte_ray.config.failure import FailureConfig
-from lte_ray.config.fields import flag, near
-from lte_ray.config.heads import LTEConfig, Resolved
-from lte_ray.config.layers import BASE_DTYPES, BIASES, KINDS, LayerConfig, Rule
+from lte_ray.config.layer_rules import BASE_DTYPES, BIASES, KINDS, LayerConfig, Rule
+from lte_ray.config.lora import LTEConfig, Resolved
 from lte_ray.config.merge import MergeConfig
-from lte_ray.config.names import check_run_name
 from lte_ray.config.run import PlacementConfig, StorageConfig, TrainConfig
+from lte_ray.config.validation import check_run_name, flag, near
 
 SECTIONS: tuple[type, ...] = (LTEConfig, MergeConfig, TrainConfig, PlacementConfig, FailureConfig, StorageConfig)
 """Every settings class, in the order in which ``--help`` and ``run.toml`` list them. No field name occurs twice."""

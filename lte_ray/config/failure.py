@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lte_ray.config.fields import at_least, integers, setting, words
+from lte_ray.config.validation import at_least, integers, setting, words
 from lte_ray.errors import ConfigError
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lte_ray.config.fields import at_least, flag, integers, setting, switches, words
+from lte_ray.config.validation import at_least, flag, integers, setting, switches, words
 from lte_ray.errors import ConfigError
 
 

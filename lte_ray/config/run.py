@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lte_ray.config.fields import at_least, integers, names_of, setting, switches, words
-from lte_ray.config.names import check_run_name
+from lte_ray.config.validation import at_least, check_run_name, integers, names_of, setting, switches, words
 from lte_ray.errors import ConfigError
 
 PRECISIONS = ("fp32", "bf16-mixed", "fp16-mixed")

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from lte_ray.data.lanes import advance, initial, ordered, slots
+from lte_ray.data.partition import advance, initial, ordered, slots
 from lte_ray.messages import Lanes
 
 
@@ -19,7 +19,7 @@ class Shard:
 
     The data order is one endless row of batches for all heads, numbered 0, 1, 2, ... (slots). At the start head h of N takes
     the slots h, h + N, h + 2N, ...; when heads leave or join, a run hands slots that aren't taken yet from head to head
-    (`lte_ray.data.lanes`), so that none is trained twice and none left out.
+    (`lte_ray.data.partition`), so that none is trained twice and none left out.
 
     Attributes:
         head: the head's number.

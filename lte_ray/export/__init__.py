@@ -19,12 +19,12 @@ from typing import Any
 
 from safetensors.torch import save
 
-from lte_ray.engine.initial import merged_state_dict
+from lte_ray.engine.prepare import merged_state_dict
 from lte_ray.errors import StorageError
 from lte_ray.export import peft as _peft
 from lte_ray.export import pretrained as _pretrained
-from lte_ray.export.saved import Written, choose, open_run, read
-from lte_ray.runs import MODEL
+from lte_ray.export.run_reader import Written, choose, open_run, read
+from lte_ray.run.record import MODEL
 
 __all__ = ["Written", "peft_adapter", "safetensors", "save_pretrained"]
 

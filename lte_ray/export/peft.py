@@ -18,17 +18,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lte_ray.adapters.kinds import TRANSPOSED_LINEAR, kind_of
-from lte_ray.engine.initial import load_base, tensors_of
+from lte_ray.adapters.layer_kinds import TRANSPOSED_LINEAR, kind_of
+from lte_ray.engine.prepare import load_base, tensors_of
 from lte_ray.errors import ConfigError, UserError
-from lte_ray.export import change as changes
-from lte_ray.export.change import Change
-from lte_ray.export.lowrank import dense_factors
-from lte_ray.export.placement import ELSE, Placement, place, places, targets
+from lte_ray.export import delta as changes
+from lte_ray.export.delta import Change, dense_factors
+from lte_ray.export.peft_targets import ELSE, Placement, place, places, targets
 from lte_ray.export.pretrained import beside, need, pretrained_part
-from lte_ray.export.saved import Saved, Written
+from lte_ray.export.run_reader import Saved, Written
 from lte_ray.layout import Plan
-from lte_ray.merging.flat import views
+from lte_ray.merging.flat_buffer import views
 
 ADAPTER = "default"
 """PEFT's own name for an adapter that has no other."""

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from lte_ray.engine.initial import load_base, tensors_of
+from lte_ray.engine.prepare import load_base, tensors_of
 from lte_ray.errors import UserError
-from lte_ray.export.saved import Saved, Written
+from lte_ray.export.run_reader import Saved, Written
 
 
 def write(saved: Saved, folder: Path) -> Written:

@@ -3,24 +3,14 @@
 A policy is *when* (`when.py`) and *how* (one file each), put together by `scheduled.py`; `registry.py` lists them.
 """
 
-from lte_ray.merging.adam import Adam
-from lte_ray.merging.average import Average
-from lte_ray.merging.clip import Clip
-from lte_ray.merging.dare import Dare
-from lte_ray.merging.delayed_nesterov import DelayedNesterov
-from lte_ray.merging.gated import Gated
-from lte_ray.merging.krum import Krum
-from lte_ray.merging.median import Median
-from lte_ray.merging.momentum import Momentum
-from lte_ray.merging.nesterov import Nesterov
+from lte_ray.merging.policies.gated import Gated
+from lte_ray.merging.policies.outer_optimizers import Adam, DelayedNesterov, Momentum, Nesterov
+from lte_ray.merging.policies.robust import Clip, Krum, Median, TrimmedMean
+from lte_ray.merging.policies.sparse import Dare, Ties
+from lte_ray.merging.policies.trigger import Arrival, Barrier, MergeRule, Quorum, Scheduled, When
+from lte_ray.merging.policies.weighted import Average, Samples, Stale
 from lte_ray.merging.policy import Decision, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Try, Wait, combine
 from lte_ray.merging.registry import POLICIES, make_policy
-from lte_ray.merging.samples import Samples
-from lte_ray.merging.scheduled import MergeRule, Scheduled
-from lte_ray.merging.stale import Stale
-from lte_ray.merging.ties import Ties
-from lte_ray.merging.trimmed_mean import TrimmedMean
-from lte_ray.merging.when import Arrival, Barrier, Quorum, When
 
 __all__ = [
     "POLICIES",

@@ -9,7 +9,7 @@ A policy is any object with a `decide` method. The shortest useful one::
             return Merge({p.head: 1 / roster.num_heads for p in pending})
 
 Most policies only say *how* to merge: an object with a `merge` method, or a plain function, of the same two arguments. When
-to merge is then the run's `--merge-when` (see `lte_ray.merging.when`).
+to merge is then the run's `--merge-when` (see `lte_ray.merging.policies.trigger`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from lte_ray.layout import Layout
-from lte_ray.merging.products import Share, add_contributions, dense_change, dense_part, squared_norm
+from lte_ray.merging.low_rank import Share, add_contributions, dense_change, dense_part, squared_norm
 
 
 @dataclass(frozen=True)

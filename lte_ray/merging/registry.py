@@ -9,26 +9,16 @@ from typing import Any
 
 from lte_ray.config import MergeConfig, near
 from lte_ray.errors import ConfigError
-from lte_ray.loading import load_object, looks_like_object
-from lte_ray.merging.adam import Adam
-from lte_ray.merging.arguments import REQUIRED, arguments_of, checked
-from lte_ray.merging.average import Average
-from lte_ray.merging.clip import Clip
-from lte_ray.merging.dare import Dare
-from lte_ray.merging.delayed_nesterov import DelayedNesterov
-from lte_ray.merging.gated import Gated
-from lte_ray.merging.krum import Krum
-from lte_ray.merging.median import Median
-from lte_ray.merging.momentum import Momentum
-from lte_ray.merging.nesterov import Nesterov
+from lte_ray.import_object import load_object, looks_like_object
+from lte_ray.merging.policies.gated import Gated
+from lte_ray.merging.policies.outer_optimizers import Adam, DelayedNesterov, Momentum, Nesterov
+from lte_ray.merging.policies.robust import Clip, Krum, Median, TrimmedMean
+from lte_ray.merging.policies.sparse import Dare, Ties
+from lte_ray.merging.policies.trigger import Scheduled, make_when
+from lte_ray.merging.policies.weighted import Average, Samples, Stale
 from lte_ray.merging.policy import MergePolicy
-from lte_ray.merging.samples import Samples
-from lte_ray.merging.scheduled import Scheduled
-from lte_ray.merging.stale import Stale
-from lte_ray.merging.ties import Ties
-from lte_ray.merging.trimmed_mean import TrimmedMean
-from lte_ray.merging.when import make_when
-from lte_ray.redact import masked
+from lte_ray.merging.policy_args import REQUIRED, arguments_of, checked
+from lte_ray.redaction import masked
 
 POLICIES: dict[str, type] = {
     "average": Average,

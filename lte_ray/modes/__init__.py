@@ -2,7 +2,7 @@
 
 from lte_ray.modes.ddp import DDPLayer
 from lte_ray.modes.dmp import DMPLayer
-from lte_ray.modes.merged import merged_state_dict
+from lte_ray.modes.merged_state_dict import merged_state_dict
 from lte_ray.modes.mhlora import MHLoRALayer
 from lte_ray.modes.prepare import prepare_model_for_lte
 from lte_ray.modes.replica import MultiheadReplicaLayer, ReplicaLayer

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lte_ray.adapters.kinds import TORCH_KINDS, TRANSPOSED_LINEAR, Kind
+from lte_ray.adapters.effective_parameter import stand_in
 from lte_ray.adapters.layer import LTELayer, make_class
-from lte_ray.adapters.stand_in import stand_in
+from lte_ray.adapters.layer_kinds import TORCH_KINDS, TRANSPOSED_LINEAR, Kind
 from lte_ray.layout import Adapted
-from lte_ray.modes.chunks import HEAD, check_not_recomputed, recomputing
-from lte_ray.modes.guard import CALLED, refuse
-from lte_ray.modes.stack import Stack, on_the_wire, processes
+from lte_ray.modes.batch_split import HEAD, check_not_recomputed, recomputing
+from lte_ray.modes.parameter_guard import CALLED, refuse
+from lte_ray.modes.stacked_factors import Stack, on_the_wire, processes
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lte_ray.errors import ConfigError
-from lte_ray.merging.flat import as_stored
-from lte_ray.modes.authors import DDPNames
+from lte_ray.merging.flat_buffer import as_stored
 from lte_ray.modes.base import ModeLayer, StackedLayer
-from lte_ray.modes.chunks import HEAD, check_batch, check_indices, check_not_recomputed
+from lte_ray.modes.batch_split import HEAD, check_batch, check_indices, check_not_recomputed
+from lte_ray.modes.state_dict_compat import DDPNames
 
 
 def check_input(layer: ModeLayer, x: Tensor) -> None:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lte_ray.layout import Adapted
-from lte_ray.merging.flat import as_stored
-from lte_ray.merging.products import fold_reference
-from lte_ray.modes.authors import DMPNames
+from lte_ray.merging.flat_buffer import as_stored
+from lte_ray.merging.low_rank import fold_reference
 from lte_ray.modes.base import STATISTICS
-from lte_ray.modes.chunks import HEAD
+from lte_ray.modes.batch_split import HEAD
 from lte_ray.modes.ddp import check_input
-from lte_ray.modes.stack import Draws, drawn, exactly, merge_terms, same
+from lte_ray.modes.stacked_factors import Draws, drawn, exactly, merge_terms, same
+from lte_ray.modes.state_dict_compat import DMPNames
 
 
 def device_of(head: int, home: torch.device) -> torch.device:

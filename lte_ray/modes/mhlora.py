@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lte_ray.merging.flat import as_stored
-from lte_ray.modes.authors import MHLoRANames
+from lte_ray.merging.flat_buffer import as_stored
 from lte_ray.modes.base import StackedLayer
-from lte_ray.modes.stack import Stack, averaged
+from lte_ray.modes.stacked_factors import Stack, averaged
+from lte_ray.modes.state_dict_compat import MHLoRANames
 
 
 class MHLoRALayer(MHLoRANames, StackedLayer):

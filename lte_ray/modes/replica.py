@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lte_ray.adapters.stand_in import stand_in
+from lte_ray.adapters.effective_parameter import stand_in
 from lte_ray.errors import ConfigError
-from lte_ray.modes.authors import ReplicaNames
 from lte_ray.modes.base import average
-from lte_ray.modes.chunks import HEAD, each_head, moved, recomputing, refuse_recomputed
+from lte_ray.modes.batch_split import HEAD, each_head, moved, recomputing, refuse_recomputed
 from lte_ray.modes.dmp import device_of
-from lte_ray.modes.guard import CALLED, check_not_merged, refuse
+from lte_ray.modes.parameter_guard import CALLED, check_not_merged, refuse
+from lte_ray.modes.state_dict_compat import ReplicaNames
 
 
 class HeadParameters:

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from lte_ray.config import MergeConfig, PlacementConfig
 from lte_ray.errors import ConfigError, ResourceError
 from lte_ray.layout import Plan
-from lte_ray.merging.transfer import Group, groups
+from lte_ray.transfer.groups import Group, groups
 
 LEAST_SHARE = 0.25
 """CPUs that a head gets at least when heads share cores by default."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from lte_ray.storage.beside import beside
-from lte_ray.storage.directory import PROBE, RUN, RunDirectory
+from lte_ray.storage.background import beside
+from lte_ray.storage.filesystem import PART, parted
 from lte_ray.storage.lock import LOCK, alone, check_alone
-from lte_ray.storage.patience import trouble
-from lte_ray.storage.places import parted
-from lte_ray.storage.tries import PART
+from lte_ray.storage.retry import trouble
+from lte_ray.storage.run_directory import PROBE, RUN, RunDirectory
 
 __all__ = ["LOCK", "PART", "PROBE", "RUN", "RunDirectory", "alone", "beside", "check_alone", "parted", "trouble"]

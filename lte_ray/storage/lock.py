@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from lte_ray.errors import StorageError
-from lte_ray.storage.directory import RunDirectory
+from lte_ray.storage.run_directory import RunDirectory
 
 try:
     import fcntl

@@ -8,9 +8,9 @@ from typing import Any, NoReturn
 import torch
 
 from lte_ray.config import MergeConfig
+from lte_ray.merging.policies.trigger import Scheduled
 from lte_ray.merging.policy import MergePolicy
 from lte_ray.merging.registry import make_policy
-from lte_ray.merging.scheduled import Scheduled
 from lte_ray.testing.scene import Scene
 from lte_ray.testing.watched import Violation
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
-from lte_ray.engine.coordinator import Coordinator, Outcome
+from lte_ray.engine.coordinator.coordinator import Coordinator, Outcome
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import PolicyError
+from lte_ray.merging.policies.trigger import load_state_of, state_of
 from lte_ray.merging.policy import MergePolicy
-from lte_ray.merging.scheduled import load_state_of, state_of
 from lte_ray.messages import Contribution
 from lte_ray.testing.heads import WalkingHead, plan_of
 from lte_ray.testing.watched import Violation, Watched

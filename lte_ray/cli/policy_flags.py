@@ -1,0 +1,120 @@
+"""The flags of the chosen merge policy's own arguments, ``--policy.NAME VALUE``."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Annotated, Any
+
+import tyro
+
+from lte_ray.config import MergeConfig, near
+from lte_ray.errors import ConfigError
+from lte_ray.merging.policy_args import REQUIRED, Argument, arguments_of, policy_flag
+from lte_ray.merging.registry import find_policy
+
+TABLE = "policy_args"
+"""The table of these arguments in TOML files, and the settings' field: not a flag itself."""
+
+
+def chosen_policy(arguments: list[str], content: dict[str, Any]) -> str:
+    """The policy that the run will have: of the last ``--policy``, else of the TOML file, else the default.
+
+    The file's table of arguments is removed from `content` if its policy isn't the chosen one, whose arguments are others.
+    """
+    in_file = content.get("policy", MergeConfig().policy)
+    chosen = in_file
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        if argument == "--policy":
+            chosen = following
+        elif argument.startswith("--policy="):
+            chosen = argument.removeprefix("--policy=")
+    if chosen != in_file:
+        content.pop(TABLE, None)
+    return str(chosen)
+
+
+def policy_arguments(policy: str) -> dict[str, Argument]:
+    """The chosen policy's arguments by name; none if it is an object that is made already.
+
+    Raises:
+        ConfigError: there is no such policy.
+    """
+    found = find_policy(policy)
+    return arguments_of(found) if isinstance(found, type) or hasattr(found, "__code__") else {}
+
+
+def policy_section(policy: str) -> tuple[str, Any] | None:
+    """The section of flags, as (field name, annotation) for a dataclass of sections; None if the policy has no arguments.
+
+    Raises:
+        ConfigError: there is no such policy, or it needs an argument that no flag can say.
+    """
+    known = [a for a in policy_arguments(policy).values() if _is_flag(a, policy)]
+    if not known:
+        return None
+    fields = [(a.name, Annotated[_typed(a), tyro.conf.arg(help=a.help)], dataclasses.field(**_default(a))) for a in known]
+    section = dataclasses.make_dataclass("PolicyFlags", fields, kw_only=True)
+    section.__doc__ = f"Arguments of the merge policy {policy}."
+    return TABLE, Annotated[section, tyro.conf.arg(name="policy")]
+
+
+def given_arguments(flags: Any) -> dict[str, Any] | None:
+    """The policy's arguments as parsed; None if it has none."""
+    section = getattr(flags, TABLE, None)
+    return None if section is None else {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+
+
+def check_names(table: Any, policy: str, place: str) -> dict[str, Any]:
+    """The file's table, whose names are those of the policy's arguments.
+
+    Raises:
+        ConfigError: it isn't a table, or has an unknown name.
+    """
+    if not isinstance(table, dict):
+        raise ConfigError(f"{place}: {TABLE} must be a table [{TABLE}] of the merge policy's own arguments.")
+    known = policy_arguments(policy)
+    for name in table:
+        if name not in known:
+            has = f"It has: {', '.join(known)}." if known else "It has none."
+            hint = near(name, known)
+            raise ConfigError(f"{place}: the policy {policy} has no argument {name} ({policy_flag(name)}).{hint} {has}")
+    return table
+
+
+def _is_flag(argument: Argument, policy: str) -> bool:
+    """Whether a flag can say it; an argument with a default that can't is left to Python."""
+    if _is_plain(_typed(argument)):
+        return True
+    if argument.default is REQUIRED:
+        raise ConfigError(
+            f"The policy {policy} needs {argument.name}, which can't be a flag: annotate it as int, float, str, bool, a "
+            "Literal or a tuple of them, or give it a default."
+        )
+    return False
+
+
+def _is_plain(annotation: Any) -> bool:
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType, tuple, list):
+        return all(_is_plain(each) for each in inner if each is not Ellipsis)
+    return origin is typing.Literal or annotation in (int, float, str, bool, type(None))
+
+
+def _typed(argument: Argument) -> Any:
+    """The annotation, or the default's type where there is none."""
+    if argument.annotation is not Any:
+        return argument.annotation
+    if argument.default is None:
+        return str | None
+    return str if argument.default is REQUIRED else type(argument.default)
+
+
+def _default(argument: Argument) -> dict[str, Any]:
+    if argument.default is REQUIRED:
+        return {}
+    value = argument.default
+    if isinstance(value, list | dict | set):  # a dataclass takes no mutable default as it is
+        return {"default_factory": lambda: value}
+    return {"default": value}

@@ -1,0 +1,192 @@
+"""Settings of single layers: rules of a name pattern and what differs there.
+
+A rule is written ``PATTERN: key=value ...``, the same on the command line, in TOML and in Python, for example
+``blocks.*.attn: lora_r=8 lora_bias=frozen``. A pattern names layers, with wildcards, and all that lies below them;
+``@conv`` names all layers of a kind. Where several rules match, the later one wins, setting by setting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lte_ray.config.validation import is_integer, near
+from lte_ray.errors import ConfigError
+
+KINDS = ("linear", "attention", "conv", "embedding", "norm")
+"""Kinds of layers that can have factors."""
+
+BIASES = ("replica", "frozen", "lora")
+BASE_DTYPES = ("fp32", "bf16", "int8", "nf4")
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What differs for some layers; None leaves a setting as it is for all.
+
+    Attributes:
+        lora_r, lora_alpha: rank and alpha, one number or one for each head.
+        lora_bias: "replica", "frozen" or "lora".
+        lr: multiplier of the learning rate.
+        base_dtype: format of the main weight in the heads.
+        adapt: whether the layer gets factors; if not, it trains as a replica.
+    """
+
+    lora_r: int | tuple[int, ...] | None = None
+    lora_alpha: float | tuple[float, ...] | None = None
+    lora_bias: str | None = None
+    lr: float | None = None
+    base_dtype: str | None = None
+    adapt: bool | None = None
+
+    def __str__(self) -> str:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return " ".join(f"{name}={_text(value)}" for name, value in values.items() if value is not None)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule: for the layers that `pattern` names, `settings`."""
+
+    pattern: str
+    settings: LayerConfig
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of layers that the rule is for, if it is for a kind."""
+        return self.pattern.removeprefix("@") if self.pattern.startswith("@") else None
+
+
+def written(layers: Any) -> tuple[str, ...]:
+    """Rules as strings, from strings or from a mapping of patterns to LayerConfig or dict.
+
+    Raises:
+        ConfigError: it is something else, or a rule can't be read.
+    """
+    if isinstance(layers, Mapping):
+        texts = []
+        for pattern, given in layers.items():
+            unknown = [name for name in given if name not in _FIELDS] if isinstance(given, Mapping) else []
+            if unknown:
+                raise ConfigError(_unknown(unknown[0], f"{pattern}: {dict(given)}"))
+            settings = LayerConfig(**given) if isinstance(given, Mapping) else given
+            if not isinstance(settings, LayerConfig):
+                raise ConfigError(f"--layers {pattern!r}: {settings!r} is neither a LayerConfig nor a dict of its settings.")
+            texts.append(f"{pattern}: {settings}")
+        layers = texts
+    kept = list(layers) if isinstance(layers, Iterable) else []
+    if isinstance(layers, str) or not isinstance(layers, Iterable) or not all(isinstance(rule, str) for rule in kept):
+        raise ConfigError(f"--layers is {layers!r}, but it must be a list of rules, 'PATTERN: key=value ...'.")
+    rules(tuple(kept))
+    return tuple(kept)
+
+
+@functools.lru_cache
+def rules(texts: tuple[str, ...]) -> tuple[Rule, ...]:
+    """Reads rules. Raises ConfigError for one that can't be read."""
+    return tuple(_rule(text) for text in texts)
+
+
+def per_head(value: Any, head: int) -> Any:
+    """The value for one head of a setting that is one number, or one for each head."""
+    return value[head] if isinstance(value, tuple) else value
+
+
+def check_rank(name: str, value: Any, num_heads: int) -> None:
+    """Raises ConfigError unless it is a whole number above 0, or one for each head."""
+    _check_each(name, value, num_heads, lambda v: is_integer(v) and v > 0, "a whole number, at least 1")
+
+
+def check_alpha(name: str, value: Any, num_heads: int) -> None:
+    """Raises ConfigError unless it is a number above 0, or one for each head."""
+    _check_each(name, value, num_heads, lambda v: _is_number(v) and v > 0, "a number above 0")
+
+
+def _check_each(name: str, value: Any, num_heads: int, good: Any, what: str) -> None:
+    if isinstance(value, tuple) and len(value) != num_heads:
+        raise ConfigError(
+            f"{name} has {len(value)} values {list(value)}, but --num-heads is {num_heads}: give one, or one a head."
+        )
+    for number in value if isinstance(value, tuple) else (value,):
+        if not good(number):
+            raise ConfigError(f"{name} is {number!r}, but it must be {what}.")
+
+
+def check_rules(texts: tuple[str, ...], num_heads: int) -> None:
+    """Raises ConfigError if a rule's value is out of range."""
+    for rule, text in zip(rules(texts), texts, strict=True):
+        s, where = rule.settings, f"--layers {text!r}:"
+        if s.lora_r is not None:
+            check_rank(f"{where} lora_r", s.lora_r, num_heads)
+        if s.lora_alpha is not None:
+            check_alpha(f"{where} lora_alpha", s.lora_alpha, num_heads)
+        for name, known in (("lora_bias", BIASES), ("base_dtype", BASE_DTYPES)):
+            value = getattr(s, name)
+            if value is not None and value not in known:
+                raise ConfigError(
+                    f"{where} {name} is {value!r}, but it must be one of: {', '.join(known)}.{near(value, known)}"
+                )
+        if s.lr is not None and not (_is_number(s.lr) and s.lr >= 0):
+            raise ConfigError(
+                f"{where} lr is {s.lr!r}, but it must be a number, at least 0 (a multiplier of the learning rate)."
+            )
+        if rule.kind is not None and rule.kind not in KINDS:
+            raise ConfigError(f"{where} there is no kind {rule.kind!r} of layers; there are: {', '.join(KINDS)}.")
+
+
+_FIELDS = {f.name: f for f in dataclasses.fields(LayerConfig)}
+
+
+def _rule(text: str) -> Rule:
+    pattern, colon, rest = text.rpartition(":")
+    if not colon or not pattern.strip() or not rest.split():
+        raise ConfigError(f"--layers {text!r} isn't a rule 'PATTERN: key=value ...', e.g. 'blocks.*: lora_r=8 lr=0.5'.")
+    values = {}
+    for part in rest.split():
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigError(f"--layers {text!r}: {part!r} isn't key=value.")
+        if name not in _FIELDS:
+            raise ConfigError(_unknown(name, text))
+        values[name] = _value(name, value, text)
+    return Rule(pattern.strip(), LayerConfig(**values))
+
+
+def _unknown(name: Any, text: str) -> str:
+    return f"--layers {text!r}: there is no setting {name!r}.{near(str(name), _FIELDS)} There are: {', '.join(_FIELDS)}."
+
+
+def _value(name: str, text: str, rule: str) -> Any:
+    if name in ("lora_bias", "base_dtype"):
+        return text
+    if name == "adapt":
+        if text.lower() not in ("true", "false"):
+            raise ConfigError(f"--layers {rule!r}: adapt is {text!r}, but it must be true or false.")
+        return text.lower() == "true"
+    kind = int if name == "lora_r" else float
+    try:
+        numbers = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise ConfigError(f"--layers {rule!r}: {name} is {text!r}, but it must be {what}, or one a head: 8,8,32.") from None
+    if name == "lr" and len(numbers) > 1:
+        raise ConfigError(f"--layers {rule!r}: lr is {text!r}, but it must be one number.")
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _text(value: Any) -> str:
+    return (
+        ",".join(map(str, value))
+        if isinstance(value, tuple | list)
+        else str(value).lower()
+        if isinstance(value, bool)
+        else str(value)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

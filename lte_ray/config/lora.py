@@ -1,0 +1,149 @@
+"""The settings of the LoRA heads."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lte_ray.config.layer_rules import (
+    BASE_DTYPES,
+    BIASES,
+    KINDS,
+    check_alpha,
+    check_rank,
+    check_rules,
+    per_head,
+    rules,
+    written,
+)
+from lte_ray.config.legacy_view import LoraView
+from lte_ray.config.validation import at_least, integers, names_of, near, setting, switches, words
+from lte_ray.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The settings of one layer of one head."""
+
+    adapt: bool
+    rank: int
+    scaling: float
+    bias: str
+    lr: float
+    base_dtype: str
+
+
+@dataclass(frozen=True)
+class LTEConfig:
+    """The LoRA heads: how many, of what rank, and on which layers."""
+
+    num_heads: int = setting(
+        2,
+        "Number of LoRA heads. Each is a Ray actor with its own copy of the main weights, unless --heads-per-actor is higher.",
+    )
+    lora_r: int | tuple[int, ...] = setting(
+        32, "Rank r of each head's factors A (r x in) and B (out x r); one number, or one for each head."
+    )
+    lora_alpha: float | tuple[float, ...] = setting(
+        64.0, "LoRA alpha. A head's product counts as s B A with s = alpha / r; one number, or one for each head."
+    )
+    rslora: bool = setting(False, "Scale by s = alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732).")
+    lora_bias: Literal["replica", "frozen", "lora"] = setting(
+        "replica",
+        "Biases of layers with LoRA: replica (each head trains a copy, merges average the changes), frozen, or lora (a "
+        "vector times a scalar).",
+    )
+    reset: Literal["none", "B"] = setting(
+        "none", "What a head resets after a merge: none (reset-less LTE, the default) or B (B := 0; A is kept)."
+    )
+    adapt: tuple[Literal["linear", "attention", "conv", "embedding", "norm"], ...] = setting(
+        ("linear", "attention", "conv"),
+        "Kinds of layers that get LoRA: linear, attention (nn.MultiheadAttention's projections), conv, embedding, norm (a "
+        "vector times a scalar). All else trains as replicas.",
+    )
+    exclude: tuple[str, ...] = setting(
+        (), "Names of layers that get no LoRA and train as replicas, with wildcards, e.g. 'head' 'blocks.*.mlp'."
+    )
+    layers: tuple[str, ...] = setting(
+        (),
+        "Rules for single layers, e.g. 'blocks.*.attn: lora_r=8 lora_bias=frozen' '@conv: lr=0.5'. Settings: lora_r, "
+        "lora_alpha, lora_bias, lr (a multiplier), base_dtype, adapt=false. Later rules win.",
+    )
+    base_dtype: Literal["fp32", "bf16", "int8", "nf4"] = setting(
+        "fp32", "Format of the main weights in the heads; the coordinator keeps fp32. nf4 needs lte-ray[quant]."
+    )
+    strict: bool = setting(
+        False, "Refuse a model with parameters that only train as replicas because nothing else was said about them."
+    )
+
+    def __post_init__(self) -> None:
+        integers(self, "num_heads")
+        at_least(self, 1, "num_heads")
+        switches(self, "rslora", "strict")
+        for name in ("lora_r", "lora_alpha"):
+            value = getattr(self, name)
+            if isinstance(value, list | tuple):  # one value for one head is a number, as flags have it
+                object.__setattr__(self, name, value[0] if len(value) == self.num_heads == 1 else tuple(value))
+        if isinstance(self.lora_bias, bool):  # the authors' way
+            object.__setattr__(self, "lora_bias", "lora" if self.lora_bias else "frozen")
+        check_rank("--lora-r", self.lora_r, self.num_heads)
+        check_alpha("--lora-alpha", self.lora_alpha, self.num_heads)
+        words(self, "lora_bias", BIASES)
+        words(self, "reset", ("none", "B"))
+        words(self, "base_dtype", BASE_DTYPES)
+        if isinstance(self.adapt, str):
+            object.__setattr__(self, "adapt", (self.adapt,))
+        names_of(self, "adapt", "exclude")
+        words(self, "adapt", KINDS)
+        object.__setattr__(self, "layers", written(self.layers))
+        check_rules(self.layers, self.num_heads)
+
+    @classmethod
+    def default(cls, **overrides: Any) -> LTEConfig:
+        """The authors' defaults (r = 8, alpha = 16, one head, biases frozen), with `overrides`.
+
+        Raises:
+            ConfigError: there is no such setting.
+        """
+        known = cls.__dataclass_fields__
+        for name in overrides:
+            if name not in known:
+                raise ConfigError(
+                    f"LTEConfig.default() has no setting {name!r}.{near(name, known)} It has: {', '.join(known)}."
+                )
+        values: dict[str, Any] = {"num_heads": 1, "lora_r": 8, "lora_alpha": 16.0, "lora_bias": "frozen"}
+        return cls(**values | overrides)
+
+    @staticmethod
+    def override_kwargs(cfg: LTEConfig, kwargs: dict[str, Any]) -> LTEConfig:
+        """Sets `kwargs` in `cfg`, as the authors' programs do, and returns it.
+
+        Raises:
+            ConfigError: there is no such setting.
+        """
+        for name, value in kwargs.items():
+            cfg.lora[name] = value
+        return cfg
+
+    @property
+    def lora(self) -> LoraView:
+        """The settings as the authors' configuration has them: ``config.lora.lora_r``, ``config.lora.linear.lora_r = 32``."""
+        return LoraView(self)
+
+    def resolve(self, kind: str, matching: tuple[bool, ...], head: int = 0) -> Resolved:
+        """The settings of one layer: `matching` says which of the rules in `layers` match it."""
+        values: dict[str, Any] = {
+            "lora_r": self.lora_r,
+            "lora_alpha": self.lora_alpha,
+            "lora_bias": self.lora_bias,
+            "lr": 1.0,
+            "base_dtype": self.base_dtype,
+            "adapt": kind in self.adapt,
+        }
+        for rule, matches in zip(rules(self.layers), matching, strict=True):
+            if matches:
+                values |= {name: v for name, v in vars(rule.settings).items() if v is not None}
+        rank, alpha = per_head(values["lora_r"], head), per_head(values["lora_alpha"], head)
+        scaling = alpha / math.sqrt(rank) if self.rslora else alpha / rank
+        return Resolved(values["adapt"], rank, scaling, values["lora_bias"], values["lr"], values["base_dtype"])

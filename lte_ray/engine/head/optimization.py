@@ -1,0 +1,206 @@
+"""A head's optimizer and what surrounds its step: mixed precision, accumulation, clipping, learning-rate multipliers.
+
+Activation checkpointing: chosen modules compute their activations again in the backward pass instead of keeping them.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.checkpoint import checkpoint
+
+from lte_ray.adapters.plan import match
+from lte_ray.config import TrainConfig
+from lte_ray.errors import ConfigError
+from lte_ray.layout import Plan
+from lte_ray.worker import Worker
+
+LOW = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}
+
+
+def autocast(train: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """The context in which a head computes its loss."""
+    if train.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=LOW[train.precision])
+
+
+def check_precision(train: TrainConfig, trained: Mapping[str, Tensor]) -> None:
+    """Raises ConfigError if the gradients of a trained tensor can't be scaled, as --precision asks."""
+    half = [name for name, tensor in trained.items() if tensor.dtype == torch.float16]
+    if train.precision == "fp16-mixed" and half:
+        raise ConfigError(
+            f"--precision fp16-mixed needs parameters in float32, but build_model() gives {len(half)} in float16, e.g. "
+            f"{half[0]}, whose gradients can't be scaled. Build the model in float32 (model.float())."
+        )
+
+
+def checked_loss(loss: Any) -> Tensor:
+    """Raises TypeError unless the worker's loss is a scalar tensor."""
+    if not isinstance(loss, Tensor) or loss.ndim:
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"loss() must return a scalar tensor, the mean over the batch; it returned {found}")
+    return loss
+
+
+def build_optimizer(
+    worker: Worker, plan: Plan, tensors: Mapping[str, Tensor], total_steps: int
+) -> tuple[torch.optim.Optimizer, Any]:
+    """The worker's optimizer (AdamW by default) over the plan's parameters, and its schedule if it has one.
+
+    It gets groups named "lora" and "replica", one of each for every learning-rate multiplier there is. The multiplier
+    is applied to the rate that the worker gives the group, before the schedule is made.
+
+    Args:
+        tensors: factors and replicas by their names in the contribution layout; buffers among them aren't optimized.
+
+    Raises:
+        ConfigError: there are multipliers, but the optimizer doesn't keep the groups that it was given, or the schedule
+            doesn't begin from their rates.
+    """
+    groups: dict[tuple[str, float], list[Tensor]] = {}
+    for spec in plan.adapted:
+        groups.setdefault(("lora", spec.lr), []).extend([tensors[spec.a], tensors[spec.b]])
+    for replica in plan.replicas:
+        if isinstance(tensors[replica.name], nn.Parameter):
+            groups.setdefault(("replica", replica.lr), []).append(tensors[replica.name])
+    several = any(lr != 1.0 for _, lr in groups)
+    given = [
+        {"params": params, "name": name, **({"lr_multiplier": lr} if several else {})} for (name, lr), params in groups.items()
+    ]
+    build = getattr(worker, "build_optimizer", None)
+    optimizer: torch.optim.Optimizer = build(given) if build else torch.optim.AdamW(given, lr=1e-3, weight_decay=0.0)
+    if several:
+        wanted = {id(p): lr for (_, lr), params in groups.items() for p in params}
+        found = {id(p): g.get("lr_multiplier") for g in optimizer.param_groups for p in g["params"]}
+        if any(found.get(p, lr) != lr for p, lr in wanted.items()):
+            raise ConfigError(
+                "--layers gives learning-rate multipliers (lr=...), but build_optimizer() doesn't keep the parameter groups "
+                "that it is given. Pass `params` on as it is, or copy each group with its keys: {**group, 'lr': ...}."
+            )
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * group.get("lr_multiplier", 1.0)
+    schedule = getattr(worker, "build_schedule", None)
+    return optimizer, schedule_of(schedule, optimizer, total_steps, several) if schedule else None
+
+
+def schedule_of(build: Callable[..., Any], optimizer: torch.optim.Optimizer, total_steps: int, several: bool) -> Any:
+    """What `build` makes for the optimizer; if there are several multipliers, groups must begin at rates of their own.
+
+    Raises:
+        ConfigError: groups of different rates begin at the same one, as with one rate for all in `OneCycleLR`.
+    """
+    before = [group["lr"] for group in optimizer.param_groups]
+    schedule = build(optimizer, total_steps)
+    now = {lr: group["lr"] for lr, group in zip(before, optimizer.param_groups, strict=True)}
+    moving = [lr for lr in now.values() if lr]  # all may be 0 as a warm-up begins
+    if several and len(set(moving)) < len(moving):
+        raise ConfigError(
+            "--layers gives learning-rate multipliers (lr=...), but build_schedule() begins at one rate "
+            f"({max(moving, key=moving.count):g}) for groups that had {', '.join(f'{lr:g}' for lr in now)}. Let it "
+            "begin from each group's own, as in OneCycleLR(optimizer, max_lr=[g['lr'] for g in optimizer.param_groups], ...)."
+        )
+    return schedule
+
+
+ROUNDING = 1e-6
+"""Of a step, that sums of rates may lack."""
+
+
+class Update:
+    """Turns the gradients of `accumulate` batches into one step of optimizer and schedule."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: Any, train: TrainConfig, device: torch.device) -> None:
+        self._optimizer, self._schedule, self._train = optimizer, schedule, train
+        self.position = 0.0
+        """Where the schedule stands, in steps of `TrainConfig.steps`."""
+        self.scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16-mixed")
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """What to differentiate in the place of a batch's loss."""
+        share = loss / self._train.accumulate if self._train.accumulate > 1 else loss
+        scaled: Tensor = self.scaler.scale(share)
+        return scaled
+
+    def reach(self, progress: float) -> None:
+        """The schedule stands at this share of the run, or further."""
+        by = progress * self._train.steps - self.position
+        if by > 0:
+            with warnings.catch_warnings():  # a head that joins later is ahead of its optimizer's first step
+                warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step", UserWarning)
+                self._advance(by)
+
+    def apply(self, rate: float = 1.0) -> None:
+        """Clips, steps, and forgets the gradients; advances the schedule by `rate` steps.
+
+        A step whose fp16 gradients overflowed is left out, as torch does.
+        """
+        if self._train.clip_norm:
+            self.scaler.unscale_(self._optimizer)
+            parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self._train.clip_norm)
+        self.scaler.step(self._optimizer)
+        self.scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._advance(rate)
+
+    def _advance(self, by: float) -> None:
+        before = int(self.position + ROUNDING)
+        self.position = min(max(self.position, self.position + by), float(max(before, self._train.steps)))
+        if self._schedule is not None:
+            for _ in range(int(self.position + ROUNDING) - before):
+                self._schedule.step()
+
+
+def checkpoint_activations(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Wraps the forward of every module that a pattern names; of nested ones, the outermost.
+
+    Raises:
+        ConfigError: a pattern matches no module.
+    """
+    if not patterns:
+        return
+    modules = dict(model.named_modules())
+    chosen = matching(model, patterns)
+    for name in sorted(chosen):
+        if not any(name.startswith(other + ".") for other in chosen):
+            module = modules[name]
+            norms = [m for m in module.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+            again: dict[str, Any] = {"context_fn": functools.partial(_contexts, norms)} if norms else {}
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False, **again)
+
+
+def matching(model: nn.Module, patterns: Sequence[str]) -> set[str]:
+    """Names of the modules that the patterns name.
+
+    Raises:
+        ConfigError: a pattern matches no module that can be called.
+    """
+    containers = (nn.ModuleList, nn.ModuleDict)  # nobody calls them
+    names = [name for name, module in model.named_modules() if name and not isinstance(module, containers)]
+    return set().union(*match(patterns, names, "module", "--checkpoint-activations").values())
+
+
+def _contexts(norms: Sequence[_NormBase]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For computing the activations, and for computing them again."""
+    return nullcontext(), _keeping_statistics(norms)
+
+
+@contextmanager
+def _keeping_statistics(norms: Sequence[_NormBase]) -> Iterator[None]:
+    """Within, batch normalisation leaves its running statistics alone: a batch counts once."""
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, momentum, count in before:
+            norm.momentum, norm.num_batches_tracked = momentum, count

@@ -1,0 +1,113 @@
+"""An optimizer and its schedule as named tensors and JSON values, so that no checkpoint needs pickle."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn, optim
+
+from lte_ray.adapters.factors import Factors
+from lte_ray.adapters.quantization import Quantized
+from lte_ray.errors import WorkerError
+
+ELEMENTWISE = (
+    optim.Adadelta, optim.Adagrad, optim.Adam, optim.Adamax, optim.AdamW, optim.ASGD, optim.NAdam, optim.RAdam, optim.RMSprop,
+    optim.Rprop, optim.SGD,
+)  # fmt: skip
+"""Optimizers that keep a number for each element of a parameter, beside `SINGLE` ones. Others may keep what they like."""
+
+SINGLE = {"eta", "mu", "mu_product", "step"}
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, schedule: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of both. Tensors are named ``optimizer.<parameter index>.<key>``.
+
+    Raises:
+        WorkerError: the state holds something that is neither a tensor nor JSON.
+    """
+    full = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for index, entries in full["state"].items():
+        plain[str(index)] = {}
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{key}"] = value.detach()
+            else:
+                plain[str(index)][key] = value
+    groups = [{k: v.item() if isinstance(v, Tensor) else v for k, v in group.items()} for group in full["param_groups"]]
+    meta = {"state": plain, "param_groups": groups, "schedule": None if schedule is None else schedule.state_dict()}
+    try:
+        return tensors, json.loads(json.dumps(meta))
+    except TypeError as error:
+        raise WorkerError(f"The optimizer's or schedule's state can't be saved without pickle: {error}.") from error
+
+
+def check_shapes(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
+    """Whether what `optimizer_state` gave fits the parameters: a wrong shape would fail, or be spread, only in the next step.
+
+    Args:
+        names: of the parameters, by their ids.
+
+    Raises:
+        ValueError: it doesn't; names the parameter and both shapes.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, entries in _entries(tensors).items():
+        if index >= len(parameters):
+            raise ValueError(f"it has a state of the optimizer's parameter {index}, but there are {len(parameters)}")
+        parameter = parameters[index]
+        for key, tensor in entries.items() if isinstance(optimizer, ELEMENTWISE) else ():
+            shape = torch.Size() if key in SINGLE else parameter.shape
+            if tensor.shape != shape:
+                raise ValueError(
+                    f"the optimizer's {key} of {names.get(id(parameter), f'parameter {index}')} has the shape "
+                    f"{tuple(tensor.shape)}, expected {tuple(shape)}"
+                )
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, schedule: Any, tensors: dict[str, Tensor], meta: dict[str, Any]
+) -> None:
+    """Takes over what `optimizer_state` gave; the parameters are those of the same order."""
+    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in meta["state"].items()}
+    for index, entries in _entries(tensors).items():
+        state.setdefault(index, {}).update({key: tensor.clone() for key, tensor in entries.items()})
+    groups = _as_before(optimizer.state_dict()["param_groups"], meta["param_groups"])
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    if schedule is not None and meta["schedule"] is not None:
+        schedule.load_state_dict(_as_before(schedule.state_dict(), meta["schedule"]))
+
+
+def _entries(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """The optimizer's tensors by its parameters' indices, and by key."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "optimizer":
+            index, _, key = rest.partition(".")
+            found.setdefault(int(index), {})[key] = tensor
+    return found
+
+
+def user_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The buffers of a converted model that are the user's own."""
+    ours = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, Factors | Quantized))
+    return [(name, buffer) for name, buffer in model.named_buffers() if not name.startswith(ours)]
+
+
+def _as_before(fresh: Any, saved: Any) -> Any:
+    """`saved` in the types that `fresh`, the same state of a new object, has: JSON knows no tuples and no integer keys."""
+    if isinstance(fresh, Counter):
+        return Counter({int(key): value for key, value in saved.items()})
+    if isinstance(fresh, dict) and isinstance(saved, dict):
+        keys = {str(key): key for key in fresh}
+        return {keys.get(k, k): _as_before(fresh.get(keys.get(k, k)), v) for k, v in saved.items()}
+    if isinstance(fresh, list | tuple) and isinstance(saved, list):
+        known = [*fresh, *[None] * (len(saved) - len(fresh))]
+        return type(fresh)(_as_before(f, s) for f, s in zip(known, saved, strict=False))
+    return saved

@@ -1,0 +1,141 @@
+"""The same heads and coordinator without Ray: all in one process, in turns.
+
+A contribution's way through the transfer format, where head and coordinator are in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lte_ray.config import MergeConfig
+from lte_ray.engine.coordinator.coordinator import Coordinator, Outcome
+from lte_ray.engine.head.head import Head
+from lte_ray.engine.head.virtual import HeadGroup
+from lte_ray.engine.prepare import Initial, load_base, prepare
+from lte_ray.engine.process_tuning import head_threads, merge_threads, torch_threads
+from lte_ray.engine.settings import Settings
+from lte_ray.layout import Plan
+from lte_ray.merging.registry import make_policy
+from lte_ray.messages import Contribution, MergeRecord
+from lte_ray.transfer.codec import Codec
+from lte_ray.transfer.groups import groups
+from lte_ray.worker import Worker
+
+
+class Transit:
+    """Encodes what heads send and decodes it as the coordinator does; leaves it as it is where the format loses nothing.
+
+    Args:
+        plans: each head's.
+        coordinator: holds the references that are decoded with.
+    """
+
+    def __init__(self, plans: Sequence[Plan], merge: MergeConfig, coordinator: Coordinator, dtype: torch.dtype) -> None:
+        self._coordinator = coordinator
+        self._codecs: list[Codec] = []
+        if merge.transfer != "fp32" or merge.replica_topk < 1:
+            parts = groups(plans, merge)
+            made = {plan: Codec(plan, parts, merge, dtype) for plan in set(plans)}
+            self._codecs = [made[plan] for plan in plans]
+
+    def __call__(self, head: Head, contribution: Contribution) -> Contribution:
+        """The contribution as the coordinator has it; the head takes what was decoded as what it contributed."""
+        if not self._codecs:
+            return contribution
+        codec = self._codecs[head.head]
+        sent = head.encode(contribution, codec)
+        return replace(sent, buffer=codec.decode(dict(enumerate(sent.buffer)), self._coordinator.reference(head.head)))
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A finished simulation: the merged base (flat, in `plan.base`), and every merge."""
+
+    plan: Plan
+    base: Tensor
+    merges: tuple[MergeRecord, ...]
+    heads: tuple[Head, ...]
+    coordinator: Coordinator
+
+
+def simulate(
+    worker: Worker,
+    settings: Settings,
+    dtype: torch.dtype = torch.float32,
+    *,
+    heads_per_actor: int = 1,
+    stack: str = "never",
+    lanes: int = 1,
+) -> Simulated:
+    """Runs all heads to the end, each group of `heads_per_actor` a round at a time in the order of their numbers.
+
+    With a policy that waits for all heads the result is that of the same run on Ray, bit for bit on one machine. Heads wait
+    for their merges whatever `wait` says, and time stands still but where the policy waits for it: `engine.virtual` keeps time.
+
+    Raises:
+        WorkerFailed, PolicyError: as on Ray.
+        Unstackable: as `HeadGroup`.
+    """
+    initial = prepare(worker, settings, dtype)
+    now = 0.0
+    coordinator = Coordinator(
+        settings, initial.plan, initial.base.clone(), make_policy(settings.merge), plans=initial.plans, clock=lambda: now
+    )
+    transit = Transit(initial.plans, settings.merge, coordinator, dtype)
+    _, threads = head_threads(settings.train.threads_per_head, 1)
+    merging = merge_threads(settings.merge.merge_threads, initial.plan, settings.lte.num_heads)
+    numbers = range(settings.lte.num_heads)
+    parts = [numbers[n : n + heads_per_actor] for n in numbers[::heads_per_actor]]
+    groups = [HeadGroup(worker, settings, part, dtype=dtype, stack=stack, lanes=lanes, threads=threads) for part in parts]
+    heads = [head for group in groups for head in group.heads]
+    merges: list[MergeRecord] = []
+    waiting: set[int] = set()
+    for head in heads:
+        head.start(0, initial.base)
+
+    def settle(outcome: Outcome) -> None:
+        merges.extend(outcome.merges)
+        published = coordinator.base.clone() if outcome.verdicts else None  # the coordinator goes on writing to its own
+        for verdict in outcome.verdicts:
+            waiting.discard(verdict.head)
+            base = published if coordinator.version != heads[verdict.head].version else None
+            heads[verdict.head].adopt(verdict, coordinator.version, base)
+            heads[verdict.head].feed.follow(*coordinator.data.orders(verdict.head, coordinator.live))  # of one that has left
+        if coordinator.candidate is not None:
+            settle(coordinator.judged(evaluated(worker, initial, coordinator.candidate)))
+
+    def ready(group: HeadGroup) -> bool:
+        return any(head.head in coordinator.live and head.head not in waiting for head in group.heads)
+
+    while (training := [group for group in groups if ready(group)]) or coordinator.wakes_at is not None:
+        if not training:
+            assert coordinator.wakes_at is not None
+            now = max(now, coordinator.wakes_at)
+            settle(coordinator.tick())
+        for group in training:
+            for head in group.heads:
+                if head.done and head.head in coordinator.live and head.head not in waiting:
+                    with torch_threads(merging):
+                        settle(coordinator.leave(head.head))
+            with torch_threads(threads):
+                contributions = group.train_round(waiting | set(numbers) - coordinator.live)
+            waiting.update(c.head for c in contributions)
+            for contribution in contributions:
+                with torch_threads(merging):
+                    sent = transit(heads[contribution.head], contribution)
+                    settle(coordinator.receive(sent, sent.buffer))
+    return Simulated(initial.plan, coordinator.base, tuple(merges), tuple(heads), coordinator)
+
+
+def evaluated(worker: Worker, initial: Initial, base: Tensor) -> Mapping[str, float]:
+    """The worker's judgement of a base, by the unconverted model in eval mode."""
+    load_base(initial.model, initial.plan, base)
+    initial.model.eval()
+    with torch.no_grad():
+        values = worker.evaluate(initial.model)
+    initial.model.train()
+    return values

@@ -1,0 +1,119 @@
+"""The start of every run: checks the worker on this machine, and makes the first main weights."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lte_ray.adapters.plan import make_plans
+from lte_ray.adapters.quantization import check_format
+from lte_ray.data.shard import Shard
+from lte_ray.engine.head.optimization import build_optimizer, check_precision, matching
+from lte_ray.engine.head.rng import preserved
+from lte_ray.engine.settings import Settings
+from lte_ray.errors import ConfigError, UserError, WorkerError
+from lte_ray.layout import Plan
+from lte_ray.merging.flat_buffer import gather, views
+from lte_ray.worker import Worker, build_model, check_worker, endless_batches
+
+
+@dataclass(frozen=True)
+class Initial:
+    """The unconverted model as built, what of it each head trains, and version 0 of the base (flat, CPU)."""
+
+    model: nn.Module
+    plans: tuple[Plan, ...]
+    base: Tensor
+
+    @property
+    def plan(self) -> Plan:
+        """What is trained; its base layout is that of all heads."""
+        return self.plans[0]
+
+
+def prepare(worker: Worker, settings: Settings, dtype: torch.dtype = torch.float32) -> Initial:
+    """Builds the model once and takes one batch, so that bad input is found before any actor starts.
+
+    Raises:
+        WorkerError: a method is missing or raised, no batch came, or nothing can be adapted.
+        ConfigError: the rank or an exclude pattern doesn't fit the model.
+    """
+    check_worker(worker)
+    with preserved(torch.device("cpu")):  # the caller's random numbers are its own
+        return _prepare(worker, settings, dtype)
+
+
+def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
+    name = type(worker).__name__
+    try:
+        model = build_model(worker, settings.train.seed)
+    except UserError:
+        raise
+    except Exception as error:
+        raise WorkerError(f"{name}.build_model() raised:\n\n{traceback.format_exc()}") from error
+    plans = make_plans(model, settings.lte)
+    matching(model, settings.train.checkpoint_activations)
+    tensors = tensors_of(model)
+    check_precision(settings.train, {e.name: tensors[e.name] for e in plans[0].base.entries})
+    for base_dtype in {spec.base_dtype for spec in plans[0].adapted} - {"fp32"}:
+        check_format(base_dtype, torch.device("cpu"))
+    odd = [key for key, value in model.state_dict().items() if not isinstance(value, Tensor)]
+    if odd:
+        raise WorkerError(
+            f"{name}'s model keeps {', '.join(odd)} in its state dict, which isn't a tensor and can't be exported."
+        )
+    if {1.0} != {a.lr for a in plans[0].adapted} | {r.lr for r in plans[0].replicas}:
+        zeros = {e.name: torch.zeros(e.shape) for e in plans[0].contribution.entries[: 2 * len(plans[0].adapted)]}
+        build_optimizer(worker, plans[0], {**tensors_of(model), **zeros}, settings.train.steps)  # does it keep the groups?
+    for head in {0, settings.lte.num_heads - 1}:
+        try:
+            next(endless_batches(worker, Shard(head, settings.lte.num_heads, settings.train.seed)))
+        except UserError:
+            raise
+        except Exception as error:
+            raise WorkerError(f"{name}.train_batches() raised, for head {head}:\n\n{traceback.format_exc()}") from error
+    return Initial(model, plans, gather(plans[0].base, tensors, dtype))
+
+
+def with_room(initial: Initial, heads: int) -> Initial:
+    """The same for a run that may grow to so many heads: further ones are as the last.
+
+    Raises:
+        ConfigError: heads differ, and nobody said what further ones are like.
+    """
+    more = heads - len(initial.plans)
+    if more <= 0:
+        return initial
+    if len(set(initial.plans)) > 1:
+        raise ConfigError(
+            f"--max-heads is {heads}, but ranks or alphas are given for each of {len(initial.plans)} heads. Give one number "
+            "for all."
+        )
+    return replace(initial, plans=initial.plans + initial.plans[-1:] * more)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """All of an unconverted model that a plan can name: parameters and buffers."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+@torch.no_grad()
+def load_base(model: nn.Module, plan: Plan, base: Tensor) -> None:
+    """Copies a flat base into an unconverted model; what isn't trained stays as it was built."""
+    tensors = tensors_of(model)
+    for name, value in views(plan.base, base).items():
+        tensors[name].copy_(value)
+
+
+def merged_state_dict(model: nn.Module, plan: Plan, base: Tensor) -> dict[str, Tensor]:
+    """The whole state dict of the unconverted model with the base's weights, fp32, under its own names.
+
+    Tied weights stand under each of their names, so that `load_state_dict(strict=True)` takes it.
+    """
+    load_base(model, plan, base)
+    state: Mapping[str, Tensor] = model.state_dict()
+    return {k: (v.float() if v.is_floating_point() else v).detach().cpu().contiguous().clone() for k, v in state.items()}

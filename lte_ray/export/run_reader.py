@@ -1,0 +1,150 @@
+"""A run, read back from its directory: its settings, its worker's model, and what one of its checkpoints holds.
+
+Nothing here writes, and nothing starts Ray.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lte_ray import checkpoint
+from lte_ray.adapters.plan import make_plans
+from lte_ray.checkpoint import Manifest
+from lte_ray.config import LTEConfig, TrainConfig
+from lte_ray.engine.head.rng import preserved
+from lte_ray.engine.prepare import tensors_of
+from lte_ray.errors import ConfigError, StorageError, UserError, WorkerError
+from lte_ray.export.worker_factory import make_worker
+from lte_ray.layout import Plan
+from lte_ray.merging.flat_buffer import gather
+from lte_ray.run.record import read_record, section
+from lte_ray.storage import RUN, RunDirectory, parted
+from lte_ray.worker import build_model
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A run at one of its checkpoints.
+
+    Attributes:
+        directory, manifest: where it is, and the checkpoint.
+        record: what ``run.toml`` says, flat; the worker's own settings under "worker".
+        model: unconverted, as the worker builds it under the run's seed: the initial weights W_0.
+        plans: what of it each head trains.
+        initial, base: W_0 and the merged weights W_v, flat in the base layout.
+    """
+
+    directory: RunDirectory
+    manifest: Manifest
+    record: dict[str, Any]
+    model: nn.Module
+    plans: tuple[Plan, ...]
+    initial: Tensor
+    base: Tensor
+
+    @property
+    def plan(self) -> Plan:
+        """What is trained; its base layout is that of all heads."""
+        return self.plans[0]
+
+    def head(self, head: int) -> dict[str, Tensor]:
+        """The tensors of one head's state (`Head.state`).
+
+        Raises:
+            ConfigError: there is no such head.
+            StorageError: the checkpoint doesn't hold it, or the file is damaged.
+        """
+        if not 0 <= head < len(self.plans):
+            raise ConfigError(f"--head is {head}, but the heads of {self.directory.display} are 0 to {len(self.plans) - 1}.")
+        if head not in self.manifest.heads:
+            raise StorageError(
+                f"The checkpoint of version {self.manifest.version} in {self.directory.display} holds no state of head {head}, "
+                f"since the policy merged only heads {list(self.manifest.heads)} there. Choose another --head or --version."
+            )
+        return checkpoint.read_head(self.directory, self.manifest, head)[0]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an export wrote.
+
+    Attributes:
+        summary: in words.
+        rank, error: of an adapter: the largest rank, and ||W - W' - B A|| / ||W - W'||, the relative error of the change.
+    """
+
+    summary: str
+    rank: int | None = None
+    error: float | None = None
+
+
+def open_run(run: str | os.PathLike[str]) -> RunDirectory:
+    """The run directory at a path or URI.
+
+    Raises:
+        StorageError: there is none, or nothing here can open such a URI.
+    """
+    place = os.fspath(run).rstrip("/") or "/"
+    if "://" not in place:
+        place = str(Path(place).expanduser().absolute())
+    try:
+        directory = RunDirectory.of(*parted(place))
+        there, started = directory.exists(), directory.exists(RUN)
+    except Exception as error:
+        raise StorageError(f"RUN is {place!r}, which can't be opened: {error.__cause__ or error}") from error
+    if not started:
+        found = f"which has no {RUN}" if there else "which isn't there"
+        raise StorageError(f"RUN is {place!r}, {found}. It must be a run directory, as lte-ray train prints it at the end.")
+    return directory
+
+
+def choose(directory: RunDirectory, version: int | None) -> Manifest:
+    """The checkpoint of `version`, by default the newest.
+
+    Raises:
+        StorageError: there is no complete one.
+    """
+    versions = checkpoint.complete(directory)
+    if not versions:
+        raise StorageError(f"{directory.display} has no complete checkpoint, so there is nothing to export yet.")
+    if version is not None and version not in versions:
+        raise StorageError(
+            f"--version is {version}, but the complete checkpoints in {directory.display} are of: "
+            f"{', '.join(map(str, versions))}. A run keeps the newest few (--keep-checkpoints)."
+        )
+    return checkpoint.read_manifest(directory, versions[-1] if version is None else version)
+
+
+def read(run: str | os.PathLike[str], version: int | None = None, worker: Any = None) -> Saved:
+    """Reads a run.
+
+    Args:
+        run: path or URI of the run directory.
+        version: of the checkpoint; by default the newest.
+        worker: instead of the one that ``run.toml`` names: a worker, its class, or module:Class.
+
+    Raises:
+        StorageError: no such run or checkpoint, or it is damaged or of another model.
+        WorkerError: the worker can't be loaded or made, or its model can't be built.
+        ConfigError: the settings in ``run.toml`` are damaged or don't fit the model.
+    """
+    directory = open_run(run)
+    manifest, record = choose(directory, version), read_record(directory)
+    lte, train = section(directory, LTEConfig, record), section(directory, TrainConfig, record)
+    made = make_worker(record, worker)
+    with preserved(torch.device("cpu")):  # the caller's random numbers are its own
+        try:
+            model = build_model(made, train.seed)
+        except UserError:
+            raise
+        except Exception as error:
+            raise WorkerError(f"{type(made).__name__}.build_model() raised {type(error).__name__}: {error}") from error
+    plans = make_plans(model, lte)
+    base = checkpoint.read_base(directory, manifest, plans[0])
+    return Saved(directory, manifest, record, model, plans, gather(plans[0].base, tensors_of(model), base.dtype), base)

@@ -1,0 +1,106 @@
+"""Loss-gated merging: a merge that makes the model worse is undone."""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lte_ray.errors import ConfigError
+from lte_ray.merging.policies.trigger import as_decision, load_state_of, state_of
+from lte_ray.merging.policy import Discard, Merge, MergeChange, Pending, Roster, Try
+from lte_ray.merging.policy_args import within
+
+
+class Gated:
+    """Has each merge of another policy evaluated, and keeps it only if the metric doesn't rise by more than `max_rise`.
+
+    Compared with the last version that was kept; the first is kept if its metric is finite. A merge that isn't kept is
+    discarded with the metric as the reason, and what the inner policy remembers of it (momentum) is taken back; the heads'
+    progress rides in their next contributions.
+
+    Args:
+        policy: the policy that merges, by name or as module:Class.
+        args: its arguments, as name=value.
+        max_rise: how far the metric may rise, in its own unit.
+        metric: name of the metric in the worker's evaluate(); by default its first.
+        higher_is_better: whether the metric is one that should rise, as an accuracy; then it may fall by `max_rise`.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: str = "average",
+        args: tuple[str, ...] = (),
+        max_rise: float = 0.0,
+        metric: str = "",
+        higher_is_better: bool = False,
+    ) -> None:
+        from lte_ray.merging.registry import make_rule  # which knows this class, too
+
+        within("max_rise", max_rise, 0)
+        self.policy, self.args, self.max_rise, self.metric = policy, tuple(args), max_rise, metric
+        self.higher_is_better = higher_is_better
+        named = _named(self.args)
+        try:
+            self.inner = make_rule(policy, named)
+        except ConfigError as error:
+            raise ConfigError(f"In --policy.policy and --policy.args of gated: {error}") from error
+        if isinstance(self.inner, Gated) or (not hasattr(self.inner, "merge") and hasattr(self.inner, "decide")):
+            raise ConfigError(f"--policy.policy is {policy!r}, but gated needs a policy that merges and no more.")
+        self._kept: float | None = None
+
+    def merge(self, pending: Sequence[Pending], roster: Roster) -> Merge | MergeChange | Discard | Try:
+        before = {name: tensor.clone() for name, tensor in state_of(self.inner).items()}
+        rule: Any = getattr(self.inner, "merge", self.inner)
+        merge: Any = as_decision(rule(pending, roster), pending)
+        if not isinstance(merge, Merge | MergeChange):
+            return merge  # type: ignore[no-any-return]  # a Discard stands; anything else is for the coordinator to judge
+        heads = list(merge.weights if isinstance(merge, Merge) else merge.heads)
+
+        def judge(values: Mapping[str, float]) -> Merge | MergeChange | Discard:
+            name, value = self._pick(values)
+            cost = -value if self.higher_is_better else value
+            if math.isfinite(value) and (self._kept is None or cost - self._kept <= self.max_rise):
+                self._kept = cost
+                return merge
+            load_state_of(self.inner, before)
+            if self._kept is None or not math.isfinite(value):
+                return Discard(heads, f"{name} would have been {value:.6g}")
+            last = -self._kept if self.higher_is_better else self._kept
+            return Discard(heads, f"{name} would have been {value:.6g} after {last:.6g}, worse by more than {self.max_rise:g}")
+
+        return Try(merge, judge)
+
+    def _pick(self, values: Mapping[str, float]) -> tuple[str, float]:
+        name = self.metric or next(iter(values), "")
+        if name not in values:
+            asked = f"--policy.metric is {name!r}" if name else "gated needs a metric"
+            raise ValueError(f"{asked}, but the evaluation gave: {', '.join(values) or 'nothing'}.")
+        return name, float(values[name])
+
+    def state(self) -> dict[str, Tensor]:
+        inner = {f"inner.{name}": tensor for name, tensor in state_of(self.inner).items()}
+        return inner if self._kept is None else {**inner, "kept": torch.tensor(self._kept, dtype=torch.float64)}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self._kept = float(tensors["kept"]) if "kept" in tensors else None
+        load_state_of(self.inner, {n.removeprefix("inner."): t for n, t in tensors.items() if n.startswith("inner.")})
+
+
+def _named(args: Sequence[str]) -> dict[str, Any]:
+    """``("lr=0.5",)`` as ``{"lr": 0.5}``: a value is a Python literal if it reads as one, else text."""
+    named: dict[str, Any] = {}
+    for each in args:
+        name, equals, text = each.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--policy.args has {each!r}, but each must be name=value.")
+        try:
+            named[name.replace("-", "_")] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            named[name.replace("-", "_")] = text
+    return named

@@ -1,0 +1,133 @@
+"""Progress for people: a live table on a terminal, one line now and then everywhere else."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import IO
+
+import rich.console
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from lte_ray.run.metrics import Progress, Reporter
+
+FEW = 8
+"""Heads that are shown one by one; of more, the rest is summed up."""
+
+LINE_EVERY = 5.0
+"""Seconds between two lines where there is no terminal."""
+
+
+def automatic_display(stream: IO[str] | None = None) -> Reporter:
+    """A live display if the output is a terminal, else lines."""
+    console = rich.console.Console(file=stream, highlight=False)
+    return LiveDisplay(console) if console.is_terminal else LineDisplay(console)
+
+
+class LineDisplay:
+    """A line at most every few seconds, and whenever there is a new evaluation; for logs and `ray job submit`."""
+
+    def __init__(self, console: rich.console.Console) -> None:
+        self._console, self._shown, self._evaluated = console, 0.0, -1
+
+    def update(self, progress: Progress) -> None:
+        evaluated = progress.evaluation.version if progress.evaluation else -1
+        if evaluated != self._evaluated or time.monotonic() - self._shown >= LINE_EVERY:
+            self._shown, self._evaluated = time.monotonic(), evaluated
+            self._console.print(line(progress), soft_wrap=True, markup=False)
+
+    def close(self) -> None: ...
+
+
+class LiveDisplay:
+    """A table that is drawn in place: the run above, a row for every head below."""
+
+    def __init__(self, console: rich.console.Console) -> None:
+        self._live = Live(console=console, refresh_per_second=4)
+        self._live.start()
+
+    def update(self, progress: Progress) -> None:
+        self._live.update(table(progress))
+
+    def close(self) -> None:
+        self._live.stop()
+
+
+def line(p: Progress) -> str:
+    """One line of progress."""
+    parts = [f"step {p.step}/{p.steps}", f"base v{p.version}"]
+    if p.samples_per_second is not None:
+        parts.append(f"{p.samples_per_second:,.1f} samples/s")
+    if not math.isnan(p.train_loss):
+        losses = [h.loss for h in p.heads if not math.isnan(h.loss)]
+        parts.append("train loss " + (" ".join(f"{x:.4f}" for x in losses) if len(losses) <= FEW else _range(losses)))
+    if p.evaluation:
+        parts.append(f"{evaluation_text(p)} (v{p.evaluation.version})")
+    if p.remaining is not None:
+        parts.append(f"{clock(p.remaining)} left")
+    if p.note:
+        parts.append(p.note)
+    return "  ".join(parts)
+
+
+def table(p: Progress) -> RenderableType:
+    """The live display of one moment."""
+    top = Table.grid(padding=(0, 2))
+    rate = f"{p.samples_per_second:,.1f} samples/s" if p.samples_per_second is not None else ""
+    left = f"{clock(p.remaining)} left" if p.remaining is not None else ""
+    top.add_row(
+        Text(p.run, style="bold"),
+        ProgressBar(total=p.steps, completed=p.step, width=20),
+        f"step {p.step}/{p.steps}",
+        rate,
+        f"{clock(p.seconds)} gone",
+        left,
+    )
+    saved = f"checkpoint v{p.checkpoint}" if p.checkpoint is not None else "no checkpoint yet"
+    judged = f"{evaluation_text(p)} (v{p.evaluation.version})" if p.evaluation else "not evaluated yet"
+    middle = Table.grid(padding=(0, 2))
+    middle.add_row(f"base v{p.version}", Text(judged, style="bold green"), saved, Text(p.note))
+    heads = Table(box=None, padding=(0, 2), header_style="dim")
+    for title in ("head", "step", "samples", "train loss", "base", "state", "device"):
+        heads.add_column(title, justify="left" if title in ("state", "device") else "right")
+    for h in p.heads[:FEW]:
+        loss = "-" if math.isnan(h.loss) else f"{h.loss:.4f}"
+        state = f"{h.state}, {h.refused} refused" if h.refused else h.state
+        heads.add_row(str(h.head), str(h.step), f"{h.samples:,}", loss, f"v{h.version}", state, h.device)
+    if len(p.heads) > FEW:
+        rest = p.heads[FEW:]
+        losses = [h.loss for h in rest if not math.isnan(h.loss)]
+        steps, samples = min(h.step for h in rest), sum(h.samples for h in rest)
+        heads.add_row(f"+{len(rest)}", str(steps), f"{samples:,}", _range(losses), "", "", "")
+    return Group(top, middle, heads) if p.heads else Group(top, middle)
+
+
+def _range(losses: list[float]) -> str:
+    """The mean and the range: ``0.0190 (0.0184-0.0197)``."""
+    return f"{sum(losses) / len(losses):.4f} ({min(losses):.4f}-{max(losses):.4f})" if losses else "-"
+
+
+def evaluation_text(p: Progress) -> str:
+    """The last evaluation's figures: ``bits_per_byte 2.41``."""
+    values = p.evaluation.values if p.evaluation else {}
+    return " ".join(f"{name} {value:.4g}" for name, value in values.items()) or "evaluated"
+
+
+def clock(seconds: float) -> str:
+    """``1:02:03``, or ``2:03`` below an hour."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def volume(size: float) -> str:
+    """Bytes as ``12.3 MB``, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.1f} TB"

@@ -1,0 +1,185 @@
+"""The run directory as a whole: what is written first (``run.toml``) and last (the model), and read again."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors.torch
+import tomli_w
+from torch import Tensor
+
+from lte_ray.config import SECTIONS, FailureConfig, PlacementConfig, StorageConfig, toml
+from lte_ray.config.toml import NONE
+from lte_ray.engine.prepare import Initial, merged_state_dict
+from lte_ray.engine.settings import Settings
+from lte_ray.errors import StorageError
+from lte_ray.import_object import absolute
+from lte_ray.redaction import OMITTED, scrub, split, without_credentials
+from lte_ray.storage import RUN, RunDirectory
+from lte_ray.worker import worker_settings
+
+T = TypeVar("T")
+
+MODEL = "model.safetensors"
+
+
+def record(
+    worker: Any,
+    program: str | None,
+    settings: Settings,
+    placement: PlacementConfig,
+    storage: StorageConfig,
+    failure: FailureConfig,
+) -> dict[str, Any]:
+    """All settings as run, flat, as ``--config run.toml`` takes them; the worker's own under "worker".
+
+    Secrets (`lte_ray.redaction`) aren't in it: "omitted" lists those that must be given again, and the storage's URI has none.
+    """
+    place = without_credentials(storage.storage) if storage.storage else None
+    place = os.path.abspath(place) if place and "://" not in place else place
+    storage = dataclasses.replace(storage, name=settings.run, storage=place, resume=False, overwrite=False)
+    flat: dict[str, Any] = {"program": absolute(program or object_name(type(worker)))}
+    for section in (settings.lte, settings.merge, settings.train, placement, failure, storage):
+        flat |= {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+    if storage.keep_checkpoints is None:
+        flat["keep_checkpoints"] = NONE
+    own, ours = split(_said(type(worker), worker_settings(worker)), _defaults(type(worker)))
+    of_policy, theirs = split(settings.merge.policy_args or {}, {})
+    if ours or theirs:
+        flat[OMITTED] = [*(f"worker.{name}" for name in ours), *(f"policy.{name}" for name in theirs)]
+    flat |= {"policy": absolute(object_name(settings.merge.policy)), "policy_args": _named(of_policy)}
+    return {**flat, "worker": _named(own)}
+
+
+def read_record(directory: RunDirectory) -> dict[str, Any]:
+    """What ``run.toml`` says.
+
+    Raises:
+        StorageError: there is none, or it is damaged.
+    """
+    if not directory.exists(RUN):
+        raise StorageError(f"There is no run in {directory.display}: it has no {RUN}. Correct --storage or the name.")
+    try:
+        return toml.parse(directory.read(RUN))
+    except ValueError as error:
+        raise StorageError(f"{directory.at(RUN)} is damaged: {error}.") from error
+
+
+def read_program(directory: RunDirectory) -> str:
+    """The worker that ``run.toml`` names. Raises StorageError as `read_record`, and if it names none."""
+    program = read_record(directory).get("program")
+    if not isinstance(program, str) or not program:
+        raise StorageError(f"{directory.at(RUN)} is damaged: it names no worker (program).")
+    return program
+
+
+def restored(directory: RunDirectory) -> dict[type, Any]:
+    """The settings that ``run.toml`` says, by their class.
+
+    Raises:
+        StorageError: it is damaged.
+        ConfigError: a setting is out of range.
+    """
+    content = read_record(directory)
+    return {kind: section(directory, kind, content) for kind in SECTIONS}
+
+
+def section(directory: RunDirectory, kind: Callable[..., T], content: Mapping[str, Any]) -> T:
+    """The settings of one class, from what ``run.toml`` says; those that it doesn't know have their defaults.
+
+    Raises:
+        StorageError: it is damaged.
+        ConfigError: a setting is out of range.
+    """
+    given = {f.name: content[f.name] for f in dataclasses.fields(kind) if f.name in content}  # type: ignore[arg-type]
+    try:
+        return kind(**{name: _from_toml(value) for name, value in given.items()})
+    except TypeError as error:
+        raise StorageError(f"{directory.at(RUN)} is damaged: {error}.") from error
+
+
+def _from_toml(value: Any) -> Any:
+    """A setting's value, or a table of a policy's arguments."""
+    if isinstance(value, dict):
+        return {name: None if each == NONE else each for name, each in value.items()}
+    return None if value == NONE else tuple(value) if isinstance(value, list) else value
+
+
+def export(directory: RunDirectory, initial: Initial, base: Tensor) -> None:
+    """Writes the merged weights, fp32, under the unconverted model's own names."""
+    state = merged_state_dict(initial.model, initial.plan, base)
+    directory.write(MODEL, safetensors.torch.save(state, {"format": "pt"}))
+
+
+def object_name(thing: Any) -> str:
+    """How a class, function or policy is written in ``run.toml``: itself if it is a name, else module:Name."""
+    if isinstance(thing, str):
+        return thing
+    kind = thing if isinstance(thing, type) or inspect.isroutine(thing) else type(thing)
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    return {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
+
+
+def _said(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments without those that have a default which TOML can't say (a function, a type, a table ...).
+
+    No flag could say it again, and none needs to.
+    """
+    return {name: value for name, value in values.items() if _is_plain(value) or not _is_default(kind, name, value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(isinstance(each, str | int | float | Path) for each in value)
+    return value is None or (isinstance(value, str | int | float | Path) and not isinstance(value, Enum))
+
+
+def _is_default(kind: type, name: str, value: Any) -> bool:
+    default = _defaults(kind).get(name)
+    made = getattr(kind, "__dataclass_fields__", {}).get(name)
+    try:
+        if made is not None and made.default_factory is not dataclasses.MISSING:
+            default = made.default_factory()
+        return value is default or (type(value) is type(default) and bool(value == default))
+    except Exception:  # it is the worker's own affair, and may be of any kind
+        return False
+
+
+def _named(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name, as flags say them: None, members of an Enum, and sets, which TOML has as lists."""
+    return {name: _as_flags(value) for name, value in values.items()}
+
+
+def _as_flags(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        value = sorted(value, key=str)
+    if isinstance(value, list | tuple):
+        return [_as_flags(each) if isinstance(each, Enum) else each for each in value]
+    return NONE if value is None else value.name if isinstance(value, Enum) else value
+
+
+def as_toml(record: dict[str, Any]) -> str:
+    """The text of ``run.toml``."""
+    return tomli_w.dumps(_plain(record))
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Only what TOML can say: no None, tuples as lists, unknown objects as text."""
+    plain: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            plain[key] = _plain(value)
+        elif isinstance(value, list | tuple):
+            plain[key] = [v if isinstance(v, str | int | float | bool) else scrub(str(v)) for v in value]
+        elif value is not None:
+            plain[key] = value if isinstance(value, str | int | float | bool) else scrub(str(value))
+    return plain

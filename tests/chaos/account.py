@@ -1,0 +1,165 @@
+"""The chaos world's own account of what was trained and merged: dense, in float64, from what heads' weights did.
+
+It knows no references and no factors: what a contribution adds is the change of s B A and of the replicas that its head's
+steps made since the contribution before it, as measured while they were taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lte_ray.data.assignment import DataLedger
+from lte_ray.engine.head.head import Head
+from lte_ray.merging.flat_buffer import views
+from lte_ray.messages import MergeRecord, Standing
+
+TOLERANCE = 1e-11
+"""Of numbers around 1 to 10 that some hundred operations in float64 made."""
+
+
+class Broken(AssertionError):
+    """An invariant doesn't hold."""
+
+
+def near(found: Tensor, expected: Tensor, what: str) -> None:
+    """Raises Broken unless they are equal up to the rounding of float64."""
+    error = float((found - expected).abs().max())
+    if not error <= TOLERANCE * max(1.0, float(expected.abs().max())):
+        raise Broken(f"{what}: off by {error:.3g}\n{found}\n{expected}")
+
+
+def trained_weights(head: Head) -> Tensor:
+    """s B A of each layer, then the replicas: flat in the base layout."""
+    plan, flat = head.plan, torch.zeros(head.plan.base.size, dtype=torch.float64)
+    into = views(plan.base, flat)
+    with torch.no_grad():
+        for spec in plan.adapted:
+            into[spec.name].copy_(spec.scaling * head._factors[spec.b] @ head._factors[spec.a])
+        for name, value in head._replicas.items():
+            into[name].copy_(value)
+    return flat
+
+
+def effective_weights(head: Head) -> Tensor:
+    """What the head's model computes with, seen from outside: W from the outputs for unit vectors, b from that for 0."""
+    with torch.no_grad():
+        bias = head.model(torch.zeros(1, 3, dtype=torch.float64))
+        weight = (head.model(torch.eye(3, dtype=torch.float64)) - bias).t()
+    return torch.cat([weight.reshape(-1), bias.reshape(-1)])
+
+
+@dataclass(eq=False)
+class Track:
+    """Of one process of a head: all that it has trained, and where its contributions stood.
+
+    Attributes:
+        total: the change of the weights by all its steps.
+        slots: the batches it took, and whether their progress was dropped as poison.
+        at: by the number of a contribution, `total` and the number of slots then.
+    """
+
+    total: Tensor
+    slots: list[tuple[int, bool]]
+    at: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+
+    def step(self, change: Tensor, slots: Iterable[int]) -> None:
+        self.total = self.total + change
+        self.slots += [(slot, False) for slot in slots]
+
+    def offer(self, sequence: int) -> None:
+        self.at[sequence] = (self.total, len(self.slots))
+
+    def carried(self, sequence: int) -> tuple[Tensor, list[tuple[int, bool]]]:
+        """What isn't in the contribution of that number, nor in those before."""
+        total, slots = self.at[sequence]
+        return self.total - total, self.slots[slots:]
+
+    def drop(self, sequence: int) -> None:
+        """What was trained since is poison."""
+        total, slots = self.at[sequence]
+        self.total = total
+        self.slots[slots:] = [(slot, True) for slot, _ in self.slots[slots:]]
+
+
+@dataclass
+class Account:
+    """The surviving history: weights and what they hold, by version.
+
+    Attributes:
+        weights: by version, flat in the base layout.
+        held: by version and head, whose last merged contribution it was, and its number.
+        keys: by version, what was merged into it: the process, and the number of its contribution.
+        merged, dropped: by slot, the version whose merge held it, or skipped it as poison.
+        momentum: by version, the outer momentum behind it, where the policy has one.
+    """
+
+    weights: dict[int, Tensor]
+    held: dict[int, dict[int, tuple[Track | None, int]]]
+    keys: dict[int, list[tuple[Track, int]]] = field(default_factory=dict)
+    merged: dict[int, int] = field(default_factory=dict)
+    dropped: dict[int, int] = field(default_factory=dict)
+    momentum: Tensor | None = None
+
+    def copy(self) -> Account:
+        """As it is now."""
+        of_version = (dict(self.weights), {v: dict(held) for v, held in self.held.items()}, dict(self.keys))
+        return Account(*of_version, dict(self.merged), dict(self.dropped), self.momentum)
+
+    def merge(self, record: MergeRecord, tracks: Mapping[int, Track], members: int) -> None:
+        """A version was made of the contributions that `record.held` names; `tracks` are those of their processes."""
+        version, before = record.version, self.held[record.version - 1]
+        if version in self.weights:
+            raise Broken(f"version {version} was made twice")
+        total, held = torch.zeros_like(self.weights[version - 1]), dict(before)
+        for head in record.heads:
+            standing, track = record.held[head], tracks[head]
+            self._once(track, standing, head)
+            start, end = self.start(head, track, version - 1), track.at[standing.sequence]
+            total += (end[0] - start[0]) / members
+            held[head] = (track, standing.sequence)
+            for slot, poison in track.slots[start[1] : end[1]]:
+                if slot in self.merged or slot in self.dropped:
+                    raise Broken(f"batch {slot} of head {head} is merged twice: {self.merged.get(slot)} and {version}")
+                (self.dropped if poison else self.merged)[slot] = version
+            self.keys.setdefault(version, []).append((track, standing.sequence))
+            if record.weights and abs(record.weights[head] - 1 / members) > 0:
+                raise Broken(f"head {head} counts {record.weights[head]} in a run of {members}")
+        if not record.weights:
+            self.momentum = total if self.momentum is None else 0.9 * self.momentum + total
+            total = 0.1 * self.momentum
+        self.weights[version], self.held[version] = self.weights[version - 1] + total, held
+
+    def start(self, head: int, track: Track, version: int) -> tuple[Tensor, int]:
+        """Where a version holds the head's process: at its last merged contribution; at its begin, if that was another's."""
+        of, sequence = self.held[version].get(head, (None, 0))
+        return track.at[sequence] if of is track else (torch.zeros_like(track.total), 0)
+
+    def _once(self, track: Track, standing: Standing, head: int) -> None:
+        if any(of is track and number == standing.sequence for keys in self.keys.values() for of, number in keys):
+            raise Broken(f"contribution {standing.incarnation}.{standing.sequence} of head {head} is merged twice")
+
+    def rollback(self, version: int, momentum: Tensor | None) -> None:
+        """The run goes on from that version: what came after it never was."""
+        if version not in self.weights:
+            raise Broken(f"version {version} never was")
+        for of_version in (self.weights, self.held, self.keys):
+            for newer in [v for v in of_version if v > version]:
+                del of_version[newer]
+        for slots in (self.merged, self.dropped):
+            for slot in [slot for slot, at in slots.items() if at > version]:
+                del slots[slot]
+        self.momentum = momentum
+
+    def check_slots(self, ledger: DataLedger) -> None:
+        """Each batch is merged, or dropped as poison, or owned: exactly one of them."""
+        accounts, gone = ledger._accounts, self.merged.keys() | self.dropped.keys()
+        accounts.check()
+        owned = [*accounts.free, *(lane for h in {*accounts.merged, *accounts.grants} for lane in accounts.owned(h))]
+        for slot in range(max(gone, default=0) + 40):
+            inside = any(slot >= n and (slot - n) % s == 0 for n, s in owned)
+            if inside == (slot in gone):
+                raise Broken(f"batch {slot} is {'still owned though merged' if inside else 'neither merged nor owned'}")

@@ -1,0 +1,205 @@
+"""The coordinator's process in the chaos world: what `runtime.coordinator` and its parts do around the real engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lte_ray.data.assignment import DataLedger
+from lte_ray.engine.coordinator.coordinator import Coordinator, Outcome
+from lte_ray.engine.prepare import Initial
+from lte_ray.engine.settings import Settings
+from lte_ray.merging.policies.trigger import load_state_of
+from lte_ray.merging.registry import make_policy
+from lte_ray.messages import Begin, Contribution, Standing, Update, Verdict
+from lte_ray.runtime.coordinator.submissions import _refuses
+from lte_ray.runtime.coordinator_state import Start
+from tests.chaos.account import Account, Broken
+from tests.chaos.checkpoints import Cuts
+from tests.chaos.client import Joining, Submission
+from tests.chaos.parts import Call, Disk, Kept, Mode, copied
+
+
+@dataclass
+class Hub(Cuts):
+    """One coordinator, from its start to its death.
+
+    Args:
+        mode, settings, initial: of the run.
+        start: from where.
+        account: told of every merge.
+        disk: where checkpoints go.
+    """
+
+    mode: Mode
+    settings: Settings
+    initial: Initial
+    start: Start
+    account: Account
+    disk: Disk
+    undecided: dict[int, Submission] = field(default_factory=dict)
+    arriving: dict[int, Submission] = field(default_factory=dict)
+    decided: list[tuple[Call, Verdict]] = field(default_factory=list)
+    behind: list[Call] = field(default_factory=list)
+    joins: list[Joining] = field(default_factory=list)
+    cuts: dict[int, Kept] = field(default_factory=dict)
+    cuts_next: bool = False
+
+    def __post_init__(self) -> None:
+        start, plans = self.start, self.initial.plans
+        self.engine = Coordinator(
+            self.settings,
+            plans[0],
+            start.base.clone(),
+            make_policy(self.settings.merge),
+            plans=plans,
+            version=start.version,
+            references={head: factors.clone() for head, factors in start.references.items()},
+            taken=start.taken,
+            granted=start.granted,
+            standings=start.standings,
+            members=start.members,
+            data=DataLedger.from_state(start.ledger) if start.ledger else None,
+            clock=lambda: 0.0,
+        )
+        if start.guard:
+            self.engine.guard.load_state(start.guard)
+        if start.saved is not None and self.disk.kept[start.saved].policy:
+            load_state_of(self.engine.policy, self.disk.kept[start.saved].policy)
+        self.joined: set[int] = set()
+        self.together = start.epoch == 0 and (self.engine.budget.shared or bool(start.exact))
+        self.exact = set(start.exact) if start.epoch == 0 else set[int]()
+        self.present = set(start.granted)
+        self.saved, self.states = start.saved, start.states
+        self._published: dict[int, tuple[dict[int, Standing], dict[str, Any]]] = {}
+
+    # -- contributions ---------------------------------------------------------------------------------------------
+
+    def submit(self, call: Call) -> None:
+        """A contribution has come; `Merging.contribute` until it is fetched."""
+        c: Contribution = call.payload
+        key = (c.incarnation, c.sequence)
+        for here in (self.arriving.get(c.head), self.undecided.get(c.head)):
+            if here is not None and (here.contribution.incarnation, here.contribution.sequence) == key:
+                here.calls.append(call)
+                return
+        settled = self.engine.settled(c)
+        if settled is not None:
+            self.decided.append((call, settled))
+            return
+        own = Submission(c, [call], call.process.track)
+        reason = self.engine.refusal(c)
+        if reason:
+            self._handle(lambda: self.engine.refused(c, reason), own)
+        else:
+            self.arriving[c.head] = own
+
+    def fetched(self, head: int) -> None:
+        """The contribution that was being fetched is here: the engine gets it."""
+        own = self.arriving.pop(head)
+        self._handle(lambda: self.engine.receive(own.contribution, own.contribution.buffer), own)
+
+    def _handle(self, event: Callable[[], Outcome], own: Submission | None = None) -> None:
+        """`Merging.handle`: the outcome goes to whom it concerns."""
+        outcome = event()
+        verdicts = list(outcome.verdicts)
+        if own is not None:
+            refused = next((verdict for verdict in verdicts if _refuses(verdict, own.contribution)), None)
+            if refused is None:
+                self.undecided[own.contribution.head] = own
+            else:
+                verdicts.remove(refused)
+                self.decided += [(call, refused) for call in own.calls]
+                if "its own" in refused.reason:
+                    raise Broken(refused.reason)
+        settled = [(verdict, self.undecided.pop(verdict.head)) for verdict in verdicts]
+        tracks = {verdict.head: submission.track for verdict, submission in settled}
+        if self.undecided.keys() != set(self.engine.pending):
+            raise Broken(
+                f"heads {sorted(self.undecided)} wait for a verdict, but those of {self.engine.pending} are to be decided"
+            )
+        for merge in outcome.merges:
+            self.account.merge(merge, tracks, len(self.engine.members))
+        if outcome.merges and self.cuts_next and self.may_cut:
+            self.cut()
+        for verdict, submission in settled:
+            self.decided += [(call, verdict) for call in submission.calls]
+
+    def leave(self, head: int) -> None:
+        self._handle(lambda: self.engine.leave(head))
+
+    def lose(self, head: int, drop: bool) -> None:
+        """`CoordinatorActor.lose`."""
+        self.present.discard(head)
+        self.joins = [join for join in self.joins if join.call.process.number != head]
+        self._handle(lambda: (self.engine.drop if drop else self.engine.lose)(head))
+        for version in list(self.cuts):
+            self.add(version, head, None)
+
+    # -- answers ---------------------------------------------------------------------------------------------------
+
+    def answer(self, index: int) -> None:
+        """Makes the answer to a contribution that is decided, from what is the newest now."""
+        call, verdict = self.decided.pop(index)
+        self._send(call, replace(self.since(call.process.number), verdict=verdict))
+
+    def tell_newer(self) -> None:
+        """Answers those that wait for a version that is there."""
+        for call in [call for call in self.behind if call.payload < self.engine.version]:
+            self.behind.remove(call)
+            self._send(call, self.since(call.process.number))
+
+    def since(self, head: int) -> Update:
+        """`Updates.since`, dense."""
+        engine = self.engine
+        known = (dict(engine.standings), engine.data.state())
+        if self.mode.cached:
+            known = self._published.setdefault(engine.version, known)
+        saves = [kept.save for kept in self.cuts.values() if head in kept.untold]
+        for kept in self.cuts.values():
+            kept.untold.discard(head)
+        return Update(
+            None,
+            engine.version,
+            {0: engine.base.clone()},
+            held=known[0],
+            ledger=known[1],
+            saves=tuple(saves),
+            orders={head: engine.order(head)},
+        )
+
+    def _send(self, call: Call, update: Update) -> None:
+        if call.process.alive and call in call.process.calls:
+            call.answers.append((self.start.epoch, copied(update)))
+
+    def joining(self, join: Joining) -> bool:
+        """`CoordinatorActor.join`, as far as it can go now; whether it went on."""
+        head, incarnation, engine = join.call.process.number, join.call.process.incarnation, self.engine
+        if join.stage == "asked":
+            if head in engine.pending:
+                return False
+            engine.join(head, incarnation, fresh=incarnation > 0 and self.mode.rejoin == "fresh")
+            self.joined.add(head)
+            join.stage = "joined"
+            return True
+        if (self.together and not self.joined >= engine.live) or not engine.ready(head):
+            return False
+        if join.answer is not None:
+            if self.exact & engine.live:
+                return False
+            self.joins.remove(join)
+            self._send(join.call, join.answer)
+            return True
+        self.together = False
+        exact = incarnation == 0 and self.start.epoch == 0 and head in self.start.exact
+        if exact and engine.version == self.start.version:
+            begin = Begin(engine.standings[head], saved=self.start.saved, exact=True)
+        else:
+            standing = engine.start(head)
+            held = engine.master.read(lambda version, base, held: dict(held)).get(head) if standing.sequence else None
+            begin = Begin(standing, None if held is None else held.clone(), self.saved if head in self.states else None)
+        self.present.add(head)
+        join.answer = replace(self.since(head), begins={head: begin})
+        self.exact.discard(head)
+        return True

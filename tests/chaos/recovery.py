@@ -1,0 +1,108 @@
+"""Deaths of the coordinator and of whole runs in a chaos world: what `runtime.mending` and `runtime.resuming` do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+from lte_ray.engine.coordinator.recovery import fitting, recover
+from lte_ray.messages import Report
+from lte_ray.runtime import coordinator_state
+from lte_ray.runtime.coordinator_state import Start
+from tests.chaos.deaths import Deaths
+from tests.chaos.parts import Here
+
+
+class Recovery(Deaths):
+    """The coordinator dies, or everything does; the run goes on from what heads know, or from a checkpoint."""
+
+    def on_kill_hub(self, pick: int, amount: int) -> bool:
+        """The coordinator dies; what it has answered may still arrive."""
+        if self.hub is None:
+            return False
+        self.hub = None
+        self.ghosts, self.echoes = [], []  # they were on their way to it
+        for process in self.processes:
+            process.cut()
+        return True
+
+    def on_recover(self, pick: int, amount: int) -> bool:
+        """Another coordinator goes on; `Mending._recover`."""
+        if self.hub is not None:
+            return False
+        self.epoch += 1
+        reports = [process.report(self.epoch) for process in self.processes]
+        start, astray = self._start(reports)
+        self._rollback(start)
+        out = {n for n, m in self.members.items() if m.over and m.process is not None and m.process.quarantined}
+        self.hub = self.new_hub(replace(start, members=frozenset(set(self.members) - out)))
+        reporting = {number for report in reports for number in report.heads}
+        for number, member in self.members.items():
+            held = start.standing(number)
+            if member.over and number not in reporting and held.step < member.end:  # `Mending._undone`
+                member.over, member.gone = False, True
+                member.incarnation += 1
+            if number in astray and member.process is not None and not member.over:
+                member.process.alive = False
+                member.process, member.gone = None, True
+                member.incarnation += 1
+        for number, member in sorted(self.members.items()):
+            if member.gone:
+                self.hub.lose(number, False)
+            if member.over:
+                self.hub.leave(number)
+        return True
+
+    def _start(self, reports: list[Report]) -> tuple[Start, Iterable[int]]:
+        """`Mending._start`."""
+        saved, found = self.saved, recover(reports)
+        if found is None or (saved is not None and saved > found.version):
+            if saved is None or saved == self.begin.version:
+                self._restored(saved)
+                return replace(self.begin, epoch=self.epoch), frozenset()
+            self._restored(saved)
+            return replace(self._resumed(saved, self.settings.lte.num_heads), epoch=self.epoch), list(self.members)
+        references, states = dict(found.references), frozenset[int]()
+        if saved is not None:
+            kept = self.disk.kept[saved]
+            states = frozenset(kept.parts)
+            fit = fitting(found, kept.facts["standings"])
+            references |= {head: factors.clone() for head, factors in kept.references.items() if head in fit}
+        exact = self.begin.exact - found.granted.keys() if found.version == self.begin.version else frozenset()
+        return Start.after(found, references, saved=saved, exact=exact, states=states, epoch=self.epoch), found.astray
+
+    def _resumed(self, version: int, heads: int) -> Start:
+        """What the runtime makes of a checkpoint."""
+        common: Any = SimpleNamespace(directory=Here(), transport=Here())
+        with patch.object(coordinator_state, "checkpoint", self.disk):
+            return coordinator_state.resumed(common, self.initial, version, heads)
+
+    def _rollback(self, start: Start) -> None:
+        self.account.rollback(start.version, None if start.saved is None else self.disk.kept[start.saved].account.momentum)
+
+    def on_crash(self, pick: int, amount: int) -> bool:
+        """Everything dies; the run is resumed from the newest checkpoint, with another number of heads if `amount` > 4."""
+        if not self.disk.kept and pick % 4:
+            return False  # to begin at the start again and again shows little
+        heads = self.settings.lte.num_heads
+        if amount > 4:
+            heads = 1 + (heads + pick) % 4
+        self.ghosts, self.echoes, self.epoch = [], [], 0
+        self.settings = self.mode.settings(heads)
+        self.saved = max(self.disk.kept, default=None)
+        if self.saved is None:
+            self.begin = Start(0, self.initial.base)
+        else:
+            self.begin = self._resumed(self.saved, heads)
+        for process in self.processes:
+            process.alive = False
+        self._restored(self.saved)
+        self.launch()
+        return True
+
+    def _restored(self, saved: int | None) -> None:
+        """The account is that of a checkpoint, or of the start."""
+        self.account = self.first.copy() if saved is None else self.disk.kept[saved].account.copy()

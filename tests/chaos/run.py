@@ -1,0 +1,75 @@
+"""The state of a chaos world: its driver's view of the run, and everything that lives or lies somewhere."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lte_ray.engine.prepare import prepare, with_room
+from lte_ray.runtime.coordinator_state import Start
+from tests.chaos.account import Account
+from tests.chaos.coordinator import Hub
+from tests.chaos.parts import MOST_HEADS, Call, Disk, Fit, Mode
+from tests.chaos.process import Process
+
+
+@dataclass(eq=False)
+class Member:
+    """A head's place, as the driver sees it; `gone`: it knows that the process is. `end`: the step at which it was over."""
+
+    process: Process | None
+    incarnation: int = 0
+    gone: bool = False
+    over: bool = False
+    end: int = 0
+
+
+class Run:
+    """One run: its members, its coordinator (None while there is none), its checkpoints, and what is on the wire.
+
+    Args:
+        mode: how it merges.
+    """
+
+    saved: int | None
+    hub: Hub | None
+
+    def __init__(self, mode: Mode) -> None:
+        self.mode, self.settings = mode, mode.settings()
+        self.initial = with_room(prepare(Fit(), self.settings, torch.float64), MOST_HEADS)
+        self.account = Account({0: self.initial.base.clone()}, {0: {}})
+        self.first = self.account.copy()
+        self.disk, self.epoch = Disk(), 0
+        self.begin, self.saved = Start(0, self.initial.base), None
+        self.ghosts: list[Call] = []
+        self.echoes: list[Call] = []  # contributions that were answered
+        self.happened: Counter[str] = Counter()
+        self.launch()
+
+    def launch(self) -> None:
+        self.incarnations: dict[int, int] = {}
+        self.members = {n: Member(self.process(n, 0)) for n in range(self.settings.lte.num_heads)}
+        self.hub = self.new_hub(self.begin)
+
+    def process(self, number: int, incarnation: int) -> Process:
+        return Process(self.settings, self.initial, number, incarnation, self.epoch, self.disk)
+
+    def new_hub(self, start: Start) -> Hub:
+        return Hub(self.mode, self.settings, self.initial, start, self.account, self.disk)
+
+    @property
+    def processes(self) -> list[Process]:
+        return [member.process for _, member in sorted(self.members.items()) if member.process is not None]
+
+    @property
+    def wire(self) -> list[Call]:
+        """Calls that are on their way to the coordinator, those of the dead included."""
+        return [call for p in self.processes for call in p.calls if call.place == "wire"] + self.ghosts
+
+
+def one(found: list[Any], pick: int) -> Any:
+    """One of a list; None if it is empty."""
+    return found[pick % len(found)] if found else None

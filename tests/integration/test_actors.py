@@ -1,0 +1,142 @@
+"""The actors themselves: their own copies of the main weights, their resources and their threads."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import ray.train
+import torch
+from ray.util import placement_group_table
+
+from lte_ray.config import FailureConfig, PlacementConfig
+from lte_ray.engine.head.virtual import HeadGroup
+from lte_ray.engine.prepare import prepare
+from lte_ray.engine.settings import Settings
+from lte_ray.errors import ConfigError
+from lte_ray.merging.registry import make_policy
+from lte_ray.messages import HeadStatus
+from lte_ray.run.metrics import Silent
+from lte_ray.runtime.context import Common, Package
+from lte_ray.runtime.controller.controller import Session
+from lte_ray.runtime.coordinator_state import Start
+from lte_ray.runtime.object_store import ObjectStore
+from lte_ray.runtime.placement import Placement, from_scaling_config, groups_of, hosted, reserve, resolve
+from lte_ray.storage import RUN, RunDirectory
+from tests.support.ray_runs import Regression, settings
+
+pytestmark = pytest.mark.ray
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # for the functions below that look into a head
+
+
+@contextlib.contextmanager
+def actors(path: Path, placement: Placement, **train: Any) -> Iterator[Session]:
+    """The actors of a run, which train without anybody who watches them."""
+    kwargs = settings(**train)
+    config = Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"])
+    directory = RunDirectory.of(str(path), "r")
+    directory.create()
+    initial = prepare(Regression(), config)
+    groups = groups_of(config.merge, initial.plans, 1)
+    common = Common(Package.of(Regression()), config, directory, ObjectStore(), groups)
+    directory.write(RUN, b"")
+    session = Session(
+        common=common,
+        initial=initial,
+        start=Start(0, common.transport.publish(initial.base)),
+        policy=Package.of(make_policy(config.merge)),
+        placement=placement,
+        failure=FailureConfig(max_failures=0),
+        stack="auto",
+        reporter=Silent(),
+        export=lambda base: None,
+    )
+    with reserve(placement, hosted(placement, config.lte.num_heads)) as places, session._actors(places):
+        yield session
+
+
+def to_the_end(run: Session) -> list[tuple[HeadStatus, ...]]:
+    return ray.get([member.run for member in run.crew.members])
+
+
+def first_weight(group: HeadGroup) -> torch.Tensor:
+    return next(p for p in group.heads[0].model.parameters() if p.ndim == 2 and not p.requires_grad).detach().clone()
+
+
+def perturb(group: HeadGroup) -> None:
+    with torch.no_grad():
+        next(p for p in group.heads[0].model.parameters() if p.ndim == 2 and not p.requires_grad).add_(1.0)
+
+
+def torch_threads(group: HeadGroup) -> int:
+    return torch.get_num_threads()
+
+
+def test_heads_reserve_what_was_asked_and_hold_their_own_copies_of_the_main_weights(local_ray: None, tmp_path: Path) -> None:
+    """Two heads of 2 CPUs hold a bundle of 2 CPUs each, and torch uses 2 threads in each.
+
+    One head's base is perturbed; the other head's and the coordinator's stay as they were.
+    """
+    with actors(tmp_path, Placement(cpus=2, gpus=0), steps=5) as run:
+        to_the_end(run)
+        held = [group["bundles"] for group in placement_group_table().values() if group["state"] == "CREATED"]
+        assert held == [{0: {"CPU": 2.0}, 1: {"CPU": 2.0}}]
+        assert ray.get(run.crew.members[0].actor.status.remote())[0].step == 5
+        # the thread count is set where the head trains, so it is read there
+        assert ray.get(run.crew.members[1].actor.inspect.remote(torch_threads)) == 2
+        before = ray.get([member.actor.inspect.remote(first_weight) for member in run.crew.members])
+        _, published, _ = ray.get(run.hub.coordinator.finish.remote())
+        base = ObjectStore().fetch(published).clone()
+        ray.get(run.crew.members[0].actor.inspect.remote(perturb))
+        after = ray.get([member.actor.inspect.remote(first_weight) for member in run.crew.members])
+        assert torch.equal(after[0], before[0] + 1.0)
+        assert torch.equal(after[1], before[1])
+        assert torch.equal(ObjectStore().fetch(published), base)
+
+
+def test_status_answers_while_a_head_trains(local_ray: None, tmp_path: Path) -> None:
+    """A head that trains for long still says where it is."""
+    with actors(tmp_path, Placement(cpus=1, gpus=0), steps=100_000) as run:
+        runs = [member.run for member in run.crew.members]
+        while ray.get(run.crew.members[0].actor.status.remote(), timeout=10)[0].step < 5:
+            assert not ray.wait(runs, timeout=0.05)[0]
+        assert ray.get(run.hub.coordinator.status.remote(0)).version >= 0
+
+
+def test_heads_share_cores_by_default_and_gpus_need_a_gpu_each(local_ray: None) -> None:
+    """On 4 CPUs: two heads get one each, eight get half a one; no GPU is asked for where there is none."""
+    assert resolve(PlacementConfig(), 2) == Placement(cpus=1.0, gpus=0.0)
+    assert resolve(PlacementConfig(), 8) == Placement(cpus=0.5, gpus=0.0)
+
+
+def test_rays_workers_are_actors_that_host_one_head_or_several() -> None:
+    """ScalingConfig(num_workers): left out, one a head; fewer, several heads each; else an error with a number that fits."""
+    read = [from_scaling_config(ray.train.ScalingConfig(num_workers=n), 32)[0].heads_per_actor for n in (1, 32, 4, 5)]
+    assert read == [1, 1, 8, 7]
+    with pytest.raises(ConfigError, match="Leave num_workers out for one each, or give 16"):
+        from_scaling_config(ray.train.ScalingConfig(num_workers=17), 32)
+    with pytest.raises(ConfigError, match="or give 2"):
+        from_scaling_config(ray.train.ScalingConfig(num_workers=3), 2)
+    placement = Placement(cpus=1, gpus=0, heads=2)
+    assert hosted(placement, 5) == [(0, 1), (2, 3), (4,)]
+
+
+def test_an_actor_of_several_heads_gets_their_cores_by_default(local_ray: None) -> None:
+    """On 4 CPUs: 8 heads in two actors get 2 CPUs each, 32 in one all four, 2 in one two."""
+    found = [resolve(PlacementConfig(heads_per_actor=each), heads) for heads, each in ((8, 4), (32, 32), (2, 2))]
+    assert [(p.cpus, p.heads) for p in found] == [(2.0, 4), (4.0, 32), (2.0, 2)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_head_with_a_gpu_trains_on_its_first_device(tmp_path: Path) -> None:
+    """Inside its actor a head's GPU is cuda:0, whichever it is on the machine."""
+    with ray.init(address="local", num_cpus=2, include_dashboard=False):
+        share = 1.0 if torch.cuda.device_count() > 1 else 0.5
+        with actors(tmp_path, Placement(cpus=1, gpus=share), steps=5) as run:
+            assert [s.device for (s,) in to_the_end(run)] == ["cuda:0", "cuda:0"]

@@ -1,0 +1,194 @@
+"""Merging without waiting on a real Ray: nothing is lost, and what heads redo is the coordinator's base."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.train
+from torch import Tensor
+
+from lte_ray import LTETrainer, MergeConfig, Shard
+from lte_ray.config import PlacementConfig
+from tests.support.ray_runs import LONG, Dropping, assert_same_model, settings, simulated, storage
+from workers.regression import Regression
+
+pytestmark = pytest.mark.ray
+
+
+@dataclass
+class Slow(Regression):
+    """Each step sleeps; head 0's longer."""
+
+    seconds: float = 0.01
+    slow_seconds: float = 0.06
+
+    def train_batches(self, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in super().train_batches(shard):
+            time.sleep(self.slow_seconds if shard.head == 0 else self.seconds)
+            yield batch
+
+
+def fit(path: Path, worker: Any, steps: int = 40, actors: dict[str, Any] | None = None, **merge: Any) -> ray.train.Result:
+    """A run of two heads that merge every five steps."""
+    kwargs = settings(steps, eval_every=0, checkpoint_every=0)
+    kwargs["merge"] = MergeConfig(**{"merge_iter": 5, "merge_threads": 1, **merge})
+    placement = PlacementConfig(**(actors or {}))
+    return LTETrainer(worker, run_config=storage(path, "r"), scaling_config=placement, **kwargs).fit()
+
+
+def merges(result: ray.train.Result) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (Path(result.path) / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == "merge"]
+
+
+def expected(worker: Any, steps: int, **merge: Any) -> dict[str, Tensor]:
+    """The merged model of the same run without Ray."""
+    return simulated(worker, **(settings(steps) | {"merge": MergeConfig(merge_iter=5, merge_threads=1, **merge)}))
+
+
+@LONG
+def test_a_barrier_run_by_factors_is_bitwise_the_one_by_bases(local_ray: None, tmp_path: Path) -> None:
+    """Heads that redo merges from each other's factors train on the same bits, dropout included."""
+    result = fit(tmp_path, Dropping(), 30, send_down="factors")
+    assert_same_model(result.path, expected(Dropping(), 30))
+    assert result.metrics["resyncs"] == 0
+
+
+@pytest.mark.parametrize("down", [pytest.param("dense", marks=LONG), "factors"])
+def test_heads_that_never_wait_lose_no_step(local_ray: None, tmp_path: Path, down: str) -> None:
+    """All steps are merged, exactly as many as there are; the faster head takes more of them, and the loss falls."""
+    result = fit(tmp_path, Slow(), 60, when="arrival", wait=False, send_down=down)
+    rows = merges(result)
+    assert sum(row["steps"] for row in rows) == 2 * 60
+    assert sum(row["samples"] for row in rows) == 2 * 60 * Regression().batch_size
+    taken = {head: sum(row["steps"] for row in rows if row["heads"] == [head]) for head in (0, 1)}
+    assert taken[1] > 2 * taken[0] > 0
+    assert all(weight == 0.5 for row in rows for weight in row["weight"].values())
+    assert result.metrics["validation_loss"] < 0.3  # 0.67 before
+    assert result.metrics["resyncs"] == 0
+    assert result.metrics["times"]["wait"] < 0.1 * result.metrics["times"]["train"] + 0.5  # the slow head's last round
+
+
+@LONG
+def test_a_head_that_falls_behind_is_rebased_in_mid_round(local_ray: None, tmp_path: Path) -> None:
+    """The other head merges every step, this one every fifth: with max_lag 2 it never contributes far from its base."""
+    lags = {}
+    for most in (2, 1000):
+        result = fit(
+            tmp_path / str(most),
+            Slow(seconds=0.02, slow_seconds=0.1),
+            50,
+            when="arrival",
+            wait=False,
+            max_lag=most,
+            merge_iter=5,
+        )
+        lags[most] = max(row["lag"].get("0", 0) for row in merges(result))
+    assert lags[2] <= 2 + 2  # versions that came while one step was under way
+    assert lags[1000] >= 4
+
+
+@pytest.mark.parametrize("down", [pytest.param("dense", marks=LONG), "factors"])
+def test_virtual_heads_need_not_wait(local_ray: None, tmp_path: Path, down: str) -> None:
+    """Two heads of one actor share main weights: each change of version settles what it holds of both."""
+    together = {"heads_per_actor": 2, "stack_heads": "never"}
+    result = fit(tmp_path, Regression(), 60, together, when="arrival", wait=False, send_down=down)
+    assert sum(row["steps"] for row in merges(result)) == 2 * 60
+    assert result.metrics["validation_loss"] < 0.3  # 0.67 before
+
+
+@LONG
+def test_a_deadline_ends_the_wait_for_a_quorum(local_ray: None, tmp_path: Path) -> None:
+    """A quorum of both would wait for the slow head; after the deadline the fast one is merged alone."""
+    result = fit(tmp_path, Slow(seconds=0.005, slow_seconds=0.3), 20, when="quorum", quorum=2, deadline=0.2, wait=False)
+    assert any(row["heads"] == [1] for row in merges(result))
+    assert sum(row["steps"] for row in merges(result)) == 2 * 20
+
+
+@LONG
+def test_heads_of_different_speed_contribute_together(local_ray: None, tmp_path: Path) -> None:
+    """With match_speed the fast head takes more steps a round, so that it hardly waits for the slow one."""
+    result = fit(tmp_path, Slow(seconds=0.02, slow_seconds=0.08), 60, match_speed=True)
+    rows = merges(result)
+    assert sum(row["steps"] for row in rows) == 2 * 60
+    assert max(row["steps"] for row in rows) > 15  # 5 of the slow head's, and more than twice as many of the other's
+
+
+@LONG
+def test_contributions_may_be_due_by_time(local_ray: None, tmp_path: Path) -> None:
+    """merge_every: each head takes the steps that fit, once its speed is known."""
+    result = fit(tmp_path, Slow(seconds=0.02, slow_seconds=0.08), 60, merge_every="0.4s", when="arrival", wait=False)
+    by_head = {head: [row["steps"] for row in merges(result) if row["heads"] == [head]] for head in (0, 1)}
+    assert max(by_head[1]) > 2 * max(by_head[0][1:])
+
+
+class Kept:
+    """Keeps only merges after which the loss is lower than before."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def merge(self, pending: Any, roster: Any) -> Any:
+        from lte_ray.merging import Discard, Merge, Try
+
+        merge = Merge({p.head: 0.5 for p in pending})
+        heads = [p.head for p in pending]
+
+        def judge(values: Any) -> Any:
+            self.seen.append(values["validation_loss"])
+            return merge if self.seen[-1] <= min(self.seen) else Discard(heads, "the loss rose")
+
+        return Try(merge, judge)
+
+
+def test_a_policy_may_try_a_merge_first(local_ray: None, tmp_path: Path) -> None:
+    """The evaluator judges each candidate before any head sees it; the kept ones' losses only fall."""
+    result = fit(tmp_path, Regression(), 30, policy=Kept())
+    assert 0 < len(merges(result)) <= 6
+    assert result.metrics["validation_loss"] < 0.4
+
+
+@LONG
+def test_int8_and_topk_lose_little(local_ray: None, tmp_path: Path) -> None:
+    """What rounding leaves out rides in the next contribution: the loss is near that of fp32, for a quarter of the bytes."""
+    exact = fit(tmp_path / "a", Regression(), 60)
+    small = fit(tmp_path / "b", Regression(), 60, transfer="int8", replica_topk=0.5)
+    assert small.metrics["bytes_up"] < 0.3 * exact.metrics["bytes_up"]
+    assert small.metrics["validation_loss"] < 1.5 * exact.metrics["validation_loss"] + 0.005
+
+
+@LONG
+@pytest.mark.parametrize(
+    "merge", [{"when": "quorum", "quorum": 1}, {"when": "arrival"}, {"wait": False, "max_lag": 0}, {"wait": False}]
+)
+def test_virtual_heads_are_merged_one_by_one_and_saved(local_ray: None, tmp_path: Path, merge: dict[str, Any]) -> None:
+    """Heads of one actor whose contributions are answered at different times; a checkpoint at every merge holds nobody up."""
+    kwargs = settings(30, eval_every=0, checkpoint_every=1, budget="each")
+    kwargs["merge"] = MergeConfig(merge_iter=5, merge_threads=1, **merge)
+    placement = PlacementConfig(heads_per_actor=2, stack_heads="never")
+    result = LTETrainer(Regression(), run_config=storage(tmp_path, "r"), scaling_config=placement, **kwargs).fit()
+    assert sum(row["steps"] for row in merges(result)) == 2 * 30
+    assert result.checkpoint is not None
+
+
+@LONG
+def test_a_resumed_run_goes_on_with_the_policys_momentum(local_ray: None, tmp_path: Path) -> None:
+    """Bitwise the run that never stopped: the checkpoint holds what the policy keeps."""
+    merge = MergeConfig(merge_iter=5, merge_threads=1, policy="nesterov", policy_args={"lr": 0.3})
+
+    def run(name: str, steps: int, **more: Any) -> ray.train.Result:
+        return LTETrainer(
+            Regression(), run_config=storage(tmp_path, name, **more), **(settings(steps) | {"merge": merge})
+        ).fit()
+
+    run("parts", 15)
+    resumed = run("parts", 30, resume=True)
+    assert_same_model(resumed.path, expected(Regression(), 30, policy="nesterov", policy_args={"lr": 0.3}))
+    names = {path.name for path in (Path(resumed.path) / "checkpoints" / "000006").iterdir()}
+    assert "policy.safetensors" in names

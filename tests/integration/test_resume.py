@@ -1,0 +1,124 @@
+"""Runs that are interrupted and go on, with the same heads and with others, on a real Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.train
+import torch
+from torch import nn
+
+from lte_ray import LTETrainer, MergeConfig, checkpoint
+from lte_ray.audit import audit
+from lte_ray.cli.main import main
+from lte_ray.errors import StorageError
+from lte_ray.run.metrics import Progress
+from lte_ray.storage import RunDirectory
+from tests.support.ray_runs import LONG, Dropping, assert_same_model, settings, simulated, storage
+
+pytestmark = pytest.mark.ray
+
+
+class Slow(Dropping):
+    """Steps of some milliseconds, so that an interruption finds heads in the middle of a round."""
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        time.sleep(0.02)
+        return super().loss(model, batch)
+
+
+class Interrupting:
+    """A reporter that interrupts the run, as Ctrl-C does, once it has seen so many local steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def update(self, progress: Progress) -> None:
+        if progress.heads and min(head.step for head in progress.heads) >= self.step:
+            raise KeyboardInterrupt
+
+    def close(self) -> None: ...
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def interrupted(path: Path, step: int, kwargs: dict[str, Any]) -> None:
+    """Runs until `step` and leaves a checkpoint of all heads, wherever they are."""
+    trainer = LTETrainer(Slow(), run_config=storage(path, "r"), reporter=Interrupting(step), **kwargs)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    newest, passed = checkpoint.read_newest_intact(RunDirectory.of(str(path), "r"))
+    assert passed == []
+    assert len(newest.heads) == kwargs["lte"].num_heads
+
+
+@pytest.mark.parametrize("step", [pytest.param(step, marks=LONG) for step in (1, 12, 24)])
+def test_a_barrier_run_interrupted_anywhere_is_bitwise_the_run_that_never_stopped(
+    local_ray: None, tmp_path: Path, step: int
+) -> None:
+    """Ctrl-C in the middle of a round, dropout and all: resumed, it gives the weights of the undisturbed simulation."""
+    kwargs = settings(steps=60) | {"merge": MergeConfig(merge_iter=5, merge_threads=1)}
+    if step == 1:  # a round so long that nothing is merged yet would leave nothing to save
+        kwargs["merge"] = MergeConfig(merge_iter=2, merge_threads=1)
+    interrupted(tmp_path, max(step, 3), kwargs)
+    result = LTETrainer(Slow(), run_config=storage(tmp_path, "r", resume=True), **kwargs).fit()
+    assert_same_model(result.path, simulated(Dropping(), **kwargs))
+    assert audit(rows_of(tmp_path / "r")).clean
+
+
+@pytest.mark.parametrize("heads", [pytest.param(1, marks=LONG), 3])
+def test_an_asynchronous_run_goes_on_with_other_heads_and_merges_each_batch_once(
+    local_ray: None, tmp_path: Path, heads: int
+) -> None:
+    """Interrupted with two heads, restored with more or fewer: the data is dealt anew, without a repeat or a hole."""
+    kwargs = settings(steps=60) | {"merge": MergeConfig(merge_iter=5, merge_threads=1, when="arrival", wait=False)}
+    interrupted(tmp_path, 20, kwargs)
+    before, _ = checkpoint.read_newest_intact(RunDirectory.of(str(tmp_path), "r"))
+    trainer = LTETrainer.restore(tmp_path / "r", worker=Slow, lte=dataclasses.replace(kwargs["lte"], num_heads=heads))
+    result = trainer.fit()
+    found = audit(rows_of(tmp_path / "r"))
+    assert found.problems == []
+    assert result.metrics["version"] > before.version
+    newest, _ = checkpoint.read_newest_intact(RunDirectory.of(str(tmp_path), "r"))
+    assert set(newest.facts["standings"]) == {str(head) for head in range(heads)}
+
+
+def test_a_run_is_resumed_by_its_name_alone(local_ray: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """``--resume NAME`` takes worker and settings from run.toml; flags win; another name is one clear error."""
+    flags = ["--num-heads", "1", "--lora-r", "4", "--merge-iter", "5", "--name", "r", "--storage", str(tmp_path)]
+    assert main(["train", "workers.regression:Regression", *flags, "--steps", "10", "--worker.width", "12"]) == 0
+    assert main(["train", "--resume", "r", "--storage", str(tmp_path), "--steps", "20"]) == 0
+    assert "goes on with workers.regression:Regression" in " ".join(capfd.readouterr().err.split())
+    merges = [row for row in rows_of(tmp_path / "r") if row["kind"] == "merge"]
+    assert [row["version"] for row in merges] == [1, 2, 3, 4]
+    assert main(["train", "--resume", "typo", "--storage", str(tmp_path)]) == 2
+    assert "There is no run in" in capfd.readouterr().err
+
+
+def test_what_cannot_be_restored_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run there, a name alone, which is looked for in the current folder, or a damaged run.toml."""
+    with pytest.raises(StorageError, match="There is no run in"):
+        LTETrainer.restore(tmp_path / "nothing")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StorageError, match=f"There is no run in {tmp_path}/nothing: "):
+        LTETrainer.restore("nothing")
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "run.toml").write_text("steps = [")
+    with pytest.raises(StorageError, match=r"run\.toml is damaged"):
+        LTETrainer.restore(tmp_path / "r")
+
+
+def test_rays_default_of_no_failures_does_not_make_a_run_fragile() -> None:
+    """Ray's RunConfig says max_failures=0 if nobody says anything; another number counts."""
+    from lte_ray.trainer import _failure
+
+    assert _failure(ray.train.RunConfig(name="r")).max_failures == -1
+    said = ray.train.RunConfig(name="r", failure_config=ray.train.FailureConfig(max_failures=3))
+    assert _failure(said).max_failures == 3

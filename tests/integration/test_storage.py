@@ -1,0 +1,197 @@
+"""Runs whose storage fails on the way, on a real Ray: nothing is lost, and somebody says so. `make chaos` runs these."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+import pytest
+import ray
+import ray.train
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lte_ray import LTEConfig, LTETrainer, MergeConfig, Shard, TrainConfig, checkpoint, fault_injection
+from lte_ray.audit import audit
+from lte_ray.config import PlacementConfig, StorageConfig
+from lte_ray.errors import RunError
+from lte_ray.run import metrics
+from lte_ray.run.metrics import Progress, Silent
+from lte_ray.storage import RunDirectory
+from tests.support import faulty_storage
+from tests.support.faulty_storage import FaultyHandler, Script, fail
+from tests.support.ray_runs import LONG, Dropping
+
+ray.cloudpickle.register_pickle_by_value(faulty_storage)
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(200), LONG]
+
+
+HANGS = 40.0
+"""Seconds."""
+
+
+@dataclass
+class Slow(Dropping):
+    """Steps of 30 ms, so that storage fails while it trains."""
+
+    def train_batches(self, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in super().train_batches(shard):
+            time.sleep(0.03)
+            yield batch
+
+
+class At(Silent):
+    """Has the storage fail from a version on, for some seconds; remembers what people were told."""
+
+    def __init__(self, script: Script, faults: list[dict[str, Any]], version: int, seconds: float) -> None:
+        self.script, self.faults, self.version, self.seconds = script, faults, version, seconds
+        self.since: float | None = None
+        self.met = 0
+        self.notes: set[str] = set()
+
+    def update(self, progress: Progress) -> None:
+        self.notes.add(progress.note)
+        if self.since is None and progress.version >= self.version:
+            self.since = time.monotonic()
+            self.script.write(*self.faults)
+        elif self.since is not None and time.monotonic() - self.since > self.seconds:
+            self.met = self.script.met()
+            self.script.write()
+            self.seconds = float("inf")
+
+
+def trainer(path: Path, reporter: At, steps: int = 120, **more: Any) -> LTETrainer:
+    return LTETrainer(
+        Slow(),
+        lte=LTEConfig(num_heads=2, lora_r=8, lora_alpha=16),
+        merge=MergeConfig(merge_iter=5, merge_threads=1),
+        train=TrainConfig(steps=steps, seed=3, eval_every=0, checkpoint_every=2),
+        scaling_config=PlacementConfig(cpus_per_head=0.5),
+        reporter=reporter,
+        run_config=ray.train.RunConfig(
+            name="r", storage_path=str(path), storage_filesystem=pafs.PyFileSystem(FaultyHandler(reporter.script.path))
+        ),
+        **more,
+    )
+
+
+def rows(path: Path) -> list[Any]:
+    return [json.loads(line) for line in (path / "r" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        ([fail(errno="ENOSPC"), fail(op="append", errno="ENOSPC")], "No space left on device"),
+        ([fail(op="*", errno="ETIMEDOUT")], "Connection timed out"),
+        ([fail("slow", seconds=0.5), fail("slow", op="append", seconds=0.5)], None),
+        ([fail("tear", errno="EIO")], "Input/output error"),
+        ([fail("swallow")], "bytes have arrived"),
+    ],
+    ids=["full disk", "cut off", "slow", "torn", "swallowing"],
+)
+def test_a_run_waits_for_storage_that_fails_for_a_while(
+    local_ray: None, tmp_path: Path, faults: list[dict[str, Any]], said: str | None
+) -> None:
+    """Training goes on, what failed is tried again, and the run ends whole: its last checkpoint, all rows, the model."""
+    script = Script(str(tmp_path / "script.json"))
+    script.write()
+    reporter = At(script, faults, version=5, seconds=4.0)
+    result = trainer(tmp_path, reporter).fit()
+    assert reporter.met > 0, "storage never failed"
+    assert result.metrics is not None
+    assert result.metrics["step"] == 120
+    found = rows(tmp_path)
+    assert [row["version"] for row in found if row["kind"] == "merge"] == list(range(1, 25))
+    assert audit(found).clean
+    assert said is None or any(said in note for note in reporter.notes), reporter.notes
+    assert checkpoint.complete(RunDirectory.of(str(tmp_path), "r"))[-1] == 24
+    assert (tmp_path / "r" / "model.safetensors").exists()
+    assert not list(tmp_path.rglob("*.part"))
+
+
+class Watched(At):
+    """Remembers the longest time without a word of the driver, and when it had last heard of a version."""
+
+    longest, last = 0.0, float("inf")
+
+    def update(self, progress: Progress) -> None:
+        self.longest, self.last = max(self.longest, time.monotonic() - self.last), time.monotonic()
+        super().update(progress)
+
+
+def test_storage_that_hangs_keeps_no_dead_head_from_being_replaced(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing the metrics doesn't come back for longer than the run takes; a head dies meanwhile, and nothing is lost."""
+    script = Script(str(tmp_path / "script.json"))
+    script.write()
+    faults = tmp_path / "faults"
+    faults.mkdir()
+    (faults / "00.json").write_text(json.dumps({"point": "stepped", "head": 1, "step": 80, "signal": "SIGKILL"}))
+    monkeypatch.setenv(fault_injection.VARIABLE, str(faults))
+    monkeypatch.setattr(metrics, "REMOTE_EVERY", 0.0)
+    reporter = Watched(script, [fail("slow", match="*metrics.jsonl*", seconds=HANGS)], version=5, seconds=2.0)
+    result = trainer(tmp_path, reporter).fit()
+    assert reporter.met > 0, "storage never hung"
+    assert reporter.longest < HANGS / 2
+    assert result.metrics is not None
+    assert result.metrics["step"] == 120
+    found = rows(tmp_path)
+    assert [row["event"] for row in found if row["kind"] == "event"][:2] == ["head_lost", "head_restarts"]
+    versions = [row["version"] for row in found if row["kind"] == "merge"]  # the other head goes on alone for a while
+    assert versions == list(range(1, len(versions) + 1))
+    assert audit(found).clean
+
+
+def test_a_checkpoint_without_a_part_that_could_not_be_written_is_none(local_ray: None, tmp_path: Path) -> None:
+    """One head's files can't be written for a while: each checkpoint that there is has all heads' states; the run says why."""
+    script = Script(str(tmp_path / "script.json"))
+    script.write()
+    reporter = At(script, [fail(match="*/head-0001*", errno="EACCES")], version=5, seconds=2.0)
+    run = trainer(tmp_path, reporter, steps=200)
+    run.run_config.checkpoint_config = ray.train.CheckpointConfig(num_to_keep=None)
+    run.fit()
+    assert reporter.met > 0, "storage never failed"
+    directory = RunDirectory.of(str(tmp_path), "r")
+    assert {checkpoint.read_manifest(directory, version).heads for version in checkpoint.complete(directory)} == {(0, 1)}
+    said = [row["why"] for row in rows(tmp_path) if row.get("event") == "storage"]
+    assert any("couldn't be written: the state of head 1: " in why for why in said), said
+    assert checkpoint.complete(directory)[-1] == 40
+    assert checkpoint.incomplete(directory) == []
+
+
+def test_a_run_whose_storage_never_comes_back_ends_with_the_weights_exported(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No checkpoint can be written from some version on: the run trains to its end, exports, and says what is missing.
+
+    The next driver goes on from the last whole checkpoint, and comes to the same weights, bit by bit.
+    """
+    script = Script(str(tmp_path / "script.json"))
+    script.write()
+    reporter = At(script, [fail(match="*/checkpoints/*", errno="ENOSPC")], version=5, seconds=float("inf"))
+    broken = trainer(tmp_path, reporter)
+    patience = StorageConfig(name="r", storage=str(tmp_path), storage_patience=2.0)
+    monkeypatch.setattr("lte_ray.trainer._storage", lambda config: (patience, config.storage_filesystem))
+    with pytest.raises(RunError, match=r"No space left on device.*The merged weights were exported"):
+        broken.fit()
+    monkeypatch.undo()
+    last = checkpoint.complete(RunDirectory.of(str(tmp_path), "r"))[-1]
+    assert 4 <= last < 24
+    assert audit(rows(tmp_path)).clean
+    assert any("No space left on device" in row["why"] for row in rows(tmp_path) if row.get("event") == "storage")
+    exported = load_file(tmp_path / "r" / "model.safetensors")
+    again = trainer(tmp_path, reporter)
+    again.run_config = StorageConfig(name="r", storage=str(tmp_path), resume=True)
+    again.fit()
+    merged = load_file(tmp_path / "r" / "model.safetensors")
+    assert all(torch.equal(merged[name], value) for name, value in exported.items())
+    assert audit(rows(tmp_path)).clean

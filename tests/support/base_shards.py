@@ -1,0 +1,117 @@
+"""Shared by the tests of shards: a coordinator of numbers with its shards in one process, beside one that merges itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lte_ray.config import MergeConfig
+from lte_ray.engine.coordinator.aggregator import Measured, Shard
+from lte_ray.engine.coordinator.coordinator import Coordinator, Outcome
+from lte_ray.layout import Plan
+from lte_ray.merging import Decision, Discard, Merge, MergePolicy, Pending, Roster, Wait
+from lte_ray.merging.flat_buffer import gather, views
+from lte_ray.messages import Contribution
+from lte_ray.transfer.codec import Codec
+from lte_ray.transfer.groups import groups
+from tests.support.helpers import make_plan_of, make_settings, random_flat
+
+HEADS = 3
+
+
+def plans_of(ranks: Sequence[int]) -> list[Plan]:
+    return [make_plan_of([(24, 20, r), (6, 40, r), (16, 16, r), (3, 3, 1)], [(5,), (3, 2)], scaling=0.5) for r in ranks]
+
+
+class Whims:
+    """Waits, discards the first, or merges all that is pending, as the test says."""
+
+    what = "merge"
+
+    def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
+        if not pending or self.what == "wait":
+            return Wait("for the test", until=roster.now + 1e9)
+        if self.what == "discard":
+            return Discard([pending[0].head], "the test says so")
+        return Merge({p.head: 0.3 + 0.1 * p.head - 0.05 * p.lag for p in pending})
+
+
+class Spread:
+    """A coordinator of numbers with its shards, as the runtime puts them together, but in one process."""
+
+    def __init__(self, merge: MergeConfig, plans: Sequence[Plan], policy: MergePolicy, base: Tensor, reset: str) -> None:
+        settings = dataclasses.replace(make_settings(heads=len(plans), reset=reset), merge=merge)
+        found = groups(plans, merge)
+        self.codecs = [Codec(plan, found, merge) for plan in plans]
+        entries = views(plans[0].base, base)
+        parts = {i: gather(part.base, entries) for i, part in enumerate(self.codecs[0].parts)}
+        self.shards = [
+            Shard(self.codecs, {i: part for i, part in parts.items() if found[i].shard == number}, reset)
+            for number in range(merge.shards)
+        ]
+        self.coordinator = Coordinator(settings, plans[0], None, policy, plans=plans)
+        self.tickets = 0
+        self.waiting: dict[int, int] = {}
+
+    def receive(self, contribution: Contribution, buffers: Sequence[Tensor]) -> Outcome:
+        self.tickets += 1
+        ticket, named = self.tickets, dict(enumerate(buffers))
+        squares = sum(shard.receive(ticket, contribution.head, named) for shard in self.shards)
+        outcome = self.coordinator.receive(contribution, Measured(squares))
+        if any(not (v.accepted or v.discarded) for v in outcome.verdicts):
+            self.forget(ticket)
+            return outcome
+        self.waiting[contribution.head] = ticket
+        tickets = {v.head: self.waiting.pop(v.head) for v in outcome.verdicts}
+        for merge in outcome.merges:
+            for shard in self.shards:
+                shard.merge(merge.version, {tickets[head]: weight for head, weight in merge.weights.items()})
+        for verdict in outcome.verdicts:
+            if verdict.discarded:
+                self.forget(tickets[verdict.head])
+        return outcome
+
+    def begin_afresh(self, head: int, incarnation: int) -> None:
+        """Another process of this head begins with B = 0, and the shards hear of it."""
+        assert self.coordinator.join(head, incarnation, fresh=True)
+        for shard in self.shards:
+            shard.renew(head)
+
+    def forget(self, ticket: int) -> None:
+        for shard in self.shards:
+            shard.forget(ticket)
+
+    def base(self) -> Tensor:
+        """The whole, from the shards' parts."""
+        entries: dict[str, Tensor] = {}
+        for shard in self.shards:
+            for index in shard.groups:
+                found = shard.at(index, lambda version, part, held: part.clone())
+                shard.catch_up()
+                entries.update(views(self.codecs[0].parts[index].base, found.result()))
+        return gather(self.codecs[0].plan.base, entries)
+
+    def reference(self, index: int, head: int) -> Tensor | None:
+        """A head's reference in one group, as the newest version holds it."""
+        (shard,) = [shard for shard in self.shards if index in shard.groups]
+        found = shard.at(index, lambda version, part, held: held.get(head))
+        shard.catch_up()
+        return found.result()
+
+
+def both(merge: MergeConfig, ranks: Sequence[int], reset: str, policy: Callable[[], Any]) -> tuple[Coordinator, Spread]:
+    """The same start in one place and spread."""
+    plans = plans_of(ranks)
+    base = random_flat(plans[0].base.size, 1).float()
+    settings = dataclasses.replace(make_settings(heads=len(plans), reset=reset), merge=merge)
+    one = Coordinator(settings, plans[0], base.clone(), policy(), plans=plans)
+    return one, Spread(merge, plans, policy(), base, reset)
+
+
+def same(a: Outcome, b: Outcome) -> None:
+    """Verdict for verdict and record for record; only the clock differs."""
+    assert a.verdicts == b.verdicts
+    assert [dataclasses.replace(m, at=0) for m in a.merges] == [dataclasses.replace(m, at=0) for m in b.merges]

@@ -1,0 +1,24 @@
+"""Shared by the tests of transfer: codecs for small plans."""
+
+from __future__ import annotations
+
+import torch
+
+from lte_ray.config.merge import MergeConfig
+from lte_ray.layout import Plan
+from lte_ray.transfer.codec import Codec
+from lte_ray.transfer.groups import groups
+from tests.support.helpers import make_plan_of
+
+FORMATS = ["fp32", "bf16", "int8"]
+
+
+def make_codec(plan: Plan, merge: MergeConfig, dtype: torch.dtype = torch.float32) -> Codec:
+    """The codec of two heads with this plan."""
+    return Codec(plan, groups([plan, plan], merge), merge, dtype)
+
+
+def large(transfer: str, topk: float = 1.0) -> Codec:
+    """Blocks with a rest in every segment, and replicas of which few enough may travel for indices."""
+    plan = make_plan_of([(40, 30, 3), (7, 200, 5)], [(1300,), (5,)])
+    return make_codec(plan, MergeConfig(transfer=transfer, replica_topk=topk, send_down="dense"))

@@ -1,0 +1,135 @@
+"""A run on two nodes with networks of their own, of which one is cut off: a program of its own, in a network of its own.
+
+Usage: unshare --net python network_cut.py FOLDER SECONDS. Prints the result's figures; exits with 0 if the run came to its end.
+
+The second node's processes live in another network namespace, joined to this one by a pair of virtual interfaces. The cut sets
+that pair down: packets vanish, and no connection is closed. All of it goes when the processes end. Needs CAP_NET_ADMIN.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import ray  # noqa: E402
+
+from lte_ray import LTEConfig, LTETrainer, MergeConfig  # noqa: E402
+from lte_ray.config import PlacementConfig  # noqa: E402
+from tests.support.node_loss import Slow, noted  # noqa: E402
+from tests.support.ray_runs import settings, storage  # noqa: E402
+
+HERE, THERE = "10.77.0.1", "10.77.0.2"
+PORT = 6379
+RAY = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus", "2"]
+
+
+def sh(command: str) -> None:
+    subprocess.run(command.split(), check=True)
+
+
+def joined() -> subprocess.Popen[bytes]:
+    """A process whose network is another, joined to ours."""
+    other = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
+    ours = Path("/proc/self/ns/net").readlink()
+    while Path(f"/proc/{other.pid}/ns/net").readlink() == ours:
+        time.sleep(0.01)
+    sh("ip link set lo up")
+    sh("ip link add cut-here type veth peer name cut-there")
+    sh(f"ip link set cut-there netns {other.pid}")
+    sh(f"ip addr add {HERE}/24 dev cut-here")
+    sh("ip link set cut-here up")
+    for command in ("ip link set lo up", f"ip addr add {THERE}/24 dev cut-there", "ip link set cut-there up"):
+        sh(f"nsenter --target {other.pid} --net {command}")
+    return other
+
+
+class Node:
+    """The node that is cut off; whoever looks after it starts it again when it has ended."""
+
+    def __init__(self, network: int, log: Path) -> None:
+        self._network, self._log, self.starts = network, log, 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def look_after(self) -> None:
+        if self._process is None or self._process.poll() is not None:
+            self.starts += 1
+            command = [*RAY, "--address", f"{HERE}:{PORT}", "--node-ip-address", THERE]
+            enter = ["nsenter", "--target", str(self._network), "--net", *command]
+            self._process = subprocess.Popen(enter, stdout=self._log.open("ab"), stderr=subprocess.STDOUT)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(timeout=60)
+
+
+def main(folder: Path, seconds: float) -> int:
+    """Runs it; 0 if all is well."""
+    network = joined()
+    start = [*RAY, "--head", "--port", str(PORT), "--node-ip-address", HERE, "--include-dashboard", "false"]
+    head = subprocess.Popen(start, stdout=(folder / "head.log").open("wb"), stderr=subprocess.STDOUT)
+    node = Node(network.pid, folder / "node.log")
+    found: list[Any] = []
+    try:
+        ready(f"{HERE}:{PORT}", head)
+        node.look_after()
+        while ray.cluster_resources().get("CPU", 0) < 4:
+            time.sleep(0.2)
+        thread = threading.Thread(target=lambda: found.append(train(folder)), daemon=True)
+        thread.start()
+        while noted(folder, '"kind": "merge"') < 20 and thread.is_alive():
+            time.sleep(0.1)
+        sh("ip link set cut-here down")
+        time.sleep(seconds)
+        before = noted(folder, '"kind": "merge"')
+        sh("ip link set cut-here up")
+        end = time.monotonic() + 240
+        while thread.is_alive() and time.monotonic() < end:
+            node.look_after()
+            thread.join(timeout=0.5)
+        print(
+            json.dumps({**(found[0] if found else {}), "merges_until_the_end_of_the_cut": before, "starts": node.starts}),
+            flush=True,
+        )
+        ray.shutdown()
+    finally:
+        for process in (node.stop, head.terminate, head.wait, network.kill):
+            process()
+    return 0 if found else 1
+
+
+def ready(address: str, head: subprocess.Popen[bytes]) -> None:
+    """Connects as soon as the head node answers."""
+    end = time.monotonic() + 90
+    while True:
+        try:
+            ray.init(address=address, _node_ip_address=HERE, logging_level="error", log_to_driver=False)
+            return
+        except Exception:
+            if head.poll() is not None or time.monotonic() > end:
+                raise
+            time.sleep(0.5)
+
+
+def train(folder: Path) -> dict[str, Any]:
+    """Four heads, two on each node."""
+    config = settings(300) | {
+        "lte": LTEConfig(num_heads=4, lora_r=8, lora_alpha=16),
+        "merge": MergeConfig(merge_iter=5, merge_threads=1, when="arrival", wait=False),
+    }
+    placed = PlacementConfig(cpus_per_head=1.0)
+    metrics = LTETrainer(Slow(), run_config=storage(folder, "r"), scaling_config=placed, **config).fit().metrics
+    assert metrics is not None
+    return {name: metrics[name] for name in ("step", "samples", "version")}
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), float(sys.argv[2])))

@@ -1,0 +1,67 @@
+"""Shared by the tests of merge policies: pending contributions without a coordinator, and their changes written out densely."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lte_ray.engine.coordinator.coordinator import Coordinator
+from lte_ray.layout import Plan
+from lte_ray.merging import MergeChange, Pending, Roster, combine
+from lte_ray.merging.low_rank import Share
+from tests.support.helpers import dense_by_hand, make_plan_of, make_settings, random_flat
+
+PLAN = make_plan_of([(6, 5, 2), (3, 4, 1)], [(4,), ()], scaling=2.0)
+
+
+def pending_of(
+    heads: int,
+    seed: int = 0,
+    *,
+    lags: Sequence[int] | None = None,
+    samples: Sequence[int] | None = None,
+    version: int = 7,
+    same: bool = False,
+    referenced: bool = True,
+    plan: Plan = PLAN,
+) -> list[Pending]:
+    """A contribution of each head, seeded; with the `same` tensors in all, if asked."""
+    made = []
+    for head in range(heads):
+        lag = lags[head] if lags else 0
+        of = 1000 * seed + (0 if same else head)
+        reference = random_flat(plan.factors_size, 500_000 + of) if referenced else None
+        share = Share(1.0, plan, random_flat(plan.contribution.size, of), reference)
+        made.append(Pending(head, version - lag, lag, 3, samples[head] if samples else 12, 1.0, float(head), share))
+    return made
+
+
+def roster_of(num_heads: int, *, version: int = 7, now: float = 0.0, plan: Plan = PLAN) -> Roster:
+    return Roster(num_heads, frozenset(range(num_heads)), version, now, plan.base)
+
+
+def dense(p: Pending) -> Tensor:
+    """Its change, from the formula."""
+    return dense_by_hand(p.share.plan, p.share.contribution, p.share.reference)
+
+
+def stacked(pending: Sequence[Pending]) -> Tensor:
+    """All changes, dense, (k, size of the base)."""
+    return torch.stack([dense(p) for p in pending])
+
+
+def change_of(decision: object, pending: Sequence[Pending]) -> Tensor:
+    """What a Merge or MergeChange adds to the base."""
+    if isinstance(decision, MergeChange):
+        assert list(decision.heads) == [p.head for p in pending]
+        return decision.change
+    return combine(pending, decision.weights)  # type: ignore[attr-defined]
+
+
+def coordinator_of(policy: object, heads: int, now: list[float] | None = None) -> tuple[Coordinator, Tensor]:
+    """A coordinator on a clock that shows `now[0]`, and a copy of its first base."""
+    base, clock = random_flat(PLAN.base.size, 99), now or [0.0]
+    coordinator = Coordinator(make_settings(heads=heads), PLAN, base.clone(), policy, clock=lambda: clock[0])  # type: ignore[arg-type]
+    return coordinator, base

@@ -1,0 +1,117 @@
+"""What the tests that start a real Ray share: workers that fail on purpose, run settings, and process look-ups."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lte_ray import LTEConfig, MergeConfig, Shard, TrainConfig
+from lte_ray.config import StorageConfig
+from lte_ray.engine.in_process import simulate
+from lte_ray.engine.prepare import load_base
+from lte_ray.engine.settings import Settings
+from tests.support.helpers import LONG_RUN
+from workers.regression import Regression
+
+ROOT = Path(__file__).resolve().parents[2]
+
+LONG = pytest.mark.skipif(not LONG_RUN, reason="takes long: make chaos runs it")
+"""For what ordinary test runs have no time for."""
+
+
+@dataclass
+class Failing(Regression):
+    """Raises in local step `at` of head `head`, or in evaluate."""
+
+    head: int = 1
+    at: int = 13
+    in_evaluate: bool = False
+
+    def train_batches(self, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
+        for step, batch in enumerate(super().train_batches(shard), shard.cursor + 1):
+            if (shard.head, step) == (self.head, self.at) and not self.in_evaluate:
+                raise ZeroDivisionError("the disk of the data is gone")
+            yield batch
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        if self.in_evaluate:
+            raise ZeroDivisionError("the validation set is gone")
+        return super().evaluate(model)
+
+
+@dataclass
+class Dropping(Regression):
+    """Regression with dropout, so that results depend on every head's random numbers."""
+
+    def build_model(self) -> nn.Module:
+        return nn.Sequential(*super().build_model(), nn.Dropout(0.1))
+
+
+class Normed(Dropping):
+    """With batch normalisation, whose running statistics are merged, and a buffer that overlaps another."""
+
+    def build_model(self) -> nn.Module:
+        model = nn.Sequential(nn.BatchNorm1d(self.width), *super().build_model())
+        model.register_buffer("table", torch.arange(8.0))
+        model.register_buffer("part", model.table[:4])
+        return model
+
+
+def settings(steps: int = 30, **train: object) -> dict[str, object]:
+    """Small runs whose merging uses one thread, as a bitwise comparison needs."""
+    return {
+        "lte": LTEConfig(num_heads=2, lora_r=8, lora_alpha=16),
+        "merge": MergeConfig(merge_iter=5, merge_threads=1),
+        "train": TrainConfig(steps=steps, seed=3, **train),  # type: ignore[arg-type]
+    }
+
+
+def storage(path: Path, name: str, **more: object) -> StorageConfig:
+    return StorageConfig(name=name, storage=str(path), **more)  # type: ignore[arg-type]
+
+
+def simulated(worker: Any, lte: LTEConfig, merge: MergeConfig, train: TrainConfig) -> dict[str, Tensor]:
+    """The merged model of a run with these settings, all in this process."""
+    done = simulate(worker, Settings("r", lte, merge, train))
+    model = worker.build_model()
+    load_base(model, done.plan, done.base)
+    return dict(model.state_dict())
+
+
+def assert_same_model(run: str | Path, expected: dict[str, Tensor]) -> None:
+    """The model that a run left in its directory is this one, bit by bit."""
+    merged = load_file(Path(run) / "model.safetensors")
+    assert merged.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(merged[name], value), name
+
+
+def descendants(root: int) -> dict[int, str]:
+    """Command lines of all processes below `root`, by process id."""
+    parents: dict[int, int] = {}
+    lines: dict[int, str] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                lines[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ").strip()
+            except OSError:
+                continue  # it ended meanwhile
+    found: set[int] = set()
+    while more := {pid for pid, parent in parents.items() if (parent == root or parent in found) and pid not in found}:
+        found |= more
+    return {pid: lines[pid] for pid in found}
+
+
+def lte_actors(root: int | None = None) -> list[str]:
+    """Command lines of the actors of lte-ray that run below `root` (this process)."""
+    names = ("HeadActor", "CoordinatorActor", "EvaluatorActor")
+    return [line for line in descendants(root or os.getpid()).values() if any(name in line for name in names)]

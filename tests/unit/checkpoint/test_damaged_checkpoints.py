@@ -1,0 +1,169 @@
+"""Checkpoints that somebody damaged or made up: always one StorageError, nothing executed, nothing outside touched."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lte_ray import checkpoint
+from lte_ray.config import LTEConfig, MergeConfig, StorageConfig, TrainConfig
+from lte_ray.engine.settings import Settings
+from lte_ray.errors import StorageError
+from lte_ray.run import start as run_start
+from lte_ray.storage import RunDirectory
+from tests.support.checkpoint_damage import AT, checked, copied, snapshot, write
+
+FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with one good checkpoint of version 1; to be copied."""
+    root = tmp_path_factory.mktemp("intact")
+    write(RunDirectory.of(str(root), "run"))
+    return root / "run"
+
+
+def test_the_intact_one_is_read_without_complaint(intact: Path, tmp_path: Path) -> None:
+    """But for head 9, which it doesn't hold: so that the complaints below are about what was done to it."""
+    assert len(checked(copied(intact, tmp_path))) == 1
+
+
+FILES = ["manifest.json", "base.safetensors", "head-0000.safetensors", "references.safetensors", "policy.safetensors"]
+
+
+@FUZZ
+@given(name=st.sampled_from(FILES), data=st.data())
+def test_any_changed_byte_is_noticed(intact: Path, tmp_path: Path, name: str, data: st.DataObject) -> None:
+    """Bytes flipped, cut off, put in or added anywhere: a complaint about that file, unless it means the same."""
+    directory = copied(intact, tmp_path)
+    file = tmp_path / "run" / AT / name
+    content = file.read_bytes()
+    at = data.draw(st.integers(0, len(content) - 1))
+    more = data.draw(st.binary(max_size=4))
+    cut = data.draw(st.integers(0, 4))
+    changed = content[:at] + more + content[at + cut :]
+    file.write_bytes(changed)
+    said = checked(directory)
+    if changed != content and not (name == "manifest.json" and same_json(changed, content)):
+        assert any(name in text and "damaged" in text for text in said)
+
+
+def same_json(one: bytes, other: bytes) -> bool:
+    """White space and the like may be others."""
+    try:
+        return bool(json.loads(one) == json.loads(other))
+    except (ValueError, RecursionError):
+        return False
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where in a JSON value something stands."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(p for key, each in inner for p in places(each, (*path, key)))]
+
+
+def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    if not path:
+        return new
+    made = dict(value) if isinstance(value, dict) else list(value)
+    made[path[0]] = replaced(value[path[0]], path[1:], new)
+    return made
+
+
+names = st.sampled_from(["../../outside", "/etc/passwd", "a\0b", "..", "", "manifest.json", "x" * 300, "\ud800"])
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | names | st.just(10**400)
+values = st.recursive(scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3))
+
+
+@FUZZ
+@given(data=st.data(), new=values)
+def test_any_value_in_a_manifest_is_taken_or_one_error(intact: Path, tmp_path: Path, data: st.DataObject, new: Any) -> None:
+    """Whatever stands in the place of whichever value."""
+    directory = copied(intact, tmp_path)
+    file = tmp_path / "run" / AT / "manifest.json"
+    manifest = json.loads(file.read_text())
+    made = replaced(manifest, data.draw(st.sampled_from(places(manifest))), new)
+    file.write_bytes(checkpoint.seal(made) if isinstance(made, dict) else json.dumps(made).encode())
+    checked(directory)
+
+
+MANIFESTS: dict[str, bytes] = {
+    "empty": b"", "null": b"null", "a list": b"[]", "text": b'"a"', "number": b"1", "NaN": b"NaN", "binary": bytes(range(256)),
+    "deep": b"[" * 100_000, "deep, closed": b"[" * 50_000 + b"]" * 50_000, "long number": b'{"format": ' + b"1" * 5_000 + b"}",
+    "UTF-16": '{"format": 1}'.encode("utf-16"), "a future format": b'{"format": 99}', "format as text": b'{"format": "1"}',
+    "twice": b'{"format": 1, "format": 2}', "true as format": b'{"format": true}', "pickle": b"cos\nsystem\n(S'true'\ntR.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(MANIFESTS))
+def test_a_manifest_that_is_none_is_one_error(intact: Path, tmp_path: Path, case: str) -> None:
+    """It names the file."""
+    directory = copied(intact, tmp_path)
+    (tmp_path / "run" / AT / "manifest.json").write_bytes(MANIFESTS[case])
+    with pytest.raises(StorageError, match=r"manifest\.json"):
+        checkpoint.read_manifest(directory, 1)
+    checked(directory)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_folder_in_place_of_a_file_is_one_error(intact: Path, tmp_path: Path, name: str) -> None:
+    """It names the file."""
+    directory = copied(intact, tmp_path)
+    file = tmp_path / "run" / AT / name
+    file.unlink()
+    file.mkdir()
+    assert any(name in text for text in checked(directory))
+
+
+@pytest.mark.parametrize("name", ["²", "٣", "1", "0000001", "-1", "+1", "1e3", " 1", "999999999999999999999", "000001 ", "x"])
+def test_folders_that_are_no_versions_are_passed_over(intact: Path, tmp_path: Path, name: str) -> None:
+    """Numbers that this library wouldn't have written, in whatever digits."""
+    directory = copied(intact, tmp_path)
+    (tmp_path / "run" / "checkpoints" / name).mkdir()
+    assert checkpoint.complete(directory) == [1]
+    checkpoint.remove_incomplete(directory)
+    checkpoint.prune(directory, 1)
+    checked(directory)
+    assert checkpoint.complete(directory) == [1]
+
+
+@pytest.mark.parametrize("act", ["prune", "remove_after", "remove_incomplete"])
+def test_removing_checkpoints_never_follows_a_link(intact: Path, tmp_path: Path, act: str) -> None:
+    """A checkpoint that is a link to another run's stays whole there."""
+    other = tmp_path / "other"
+    shutil.copytree(intact / AT, other)
+    if act == "remove_incomplete":
+        (other / "manifest.json").rename(other / "kept.json")
+    before = snapshot(other)
+    directory = copied(intact, tmp_path)
+    folder = tmp_path / "run" / "checkpoints"
+    if act == "prune":
+        write(directory, 2)
+        (folder / "000000").symlink_to(other)
+        checkpoint.prune(directory, 1)
+    else:
+        (folder / "000003").symlink_to(other)
+        checkpoint.remove_after(directory, 1) if act == "remove_after" else checkpoint.remove_incomplete(directory)
+    assert snapshot(other) == before
+
+
+@FUZZ
+@given(data=st.data(), new=values)
+def test_any_facts_are_gone_on_from_or_one_error(intact: Path, tmp_path: Path, data: st.DataObject, new: Any) -> None:
+    """What a resumed run looks at first: how far the run was, and which heads it had."""
+    directory = copied(intact, tmp_path)
+    file = tmp_path / "run" / AT / "manifest.json"
+    manifest = json.loads(file.read_text())
+    place = data.draw(st.sampled_from([p for p in places(manifest) if p[:1] == ("facts",)]))
+    file.write_bytes(checkpoint.seal(replaced(manifest, place, new)))
+    asked = Settings("run", LTEConfig(num_heads=2, lora_r=2), MergeConfig(), TrainConfig(steps=100))
+    with contextlib.suppress(StorageError):
+        run_start.check_start(directory, StorageConfig(name="run", resume=True), asked)

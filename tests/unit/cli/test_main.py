@@ -1,0 +1,322 @@
+"""The command line, without a Ray of its own: bad input is found before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from lte_ray.cli.flags import parse
+from lte_ray.cli.main import main
+from lte_ray.config import SECTIONS, FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig, flag
+from lte_ray.engine.settings import Settings
+from lte_ray.errors import ConfigError, StorageError
+from lte_ray.run import record as run_record
+from lte_ray.run import start as run_start
+from lte_ray.storage import RunDirectory
+from workers.regression import Regression
+
+GOOD = "workers.regression:Regression"
+
+NET = """
+import torch
+from torch import nn
+
+class Net:
+    def build_model(self):
+        return nn.Linear(8, 8)
+    def train_batches(self, shard):
+        while True:
+            yield torch.randn(4, 8)
+    def loss(self, model, batch):
+        return model(batch).square().mean()
+    def evaluate(self, model):
+        return {"norm": sum(p.norm().item() for p in model.parameters())}
+
+class NoLoss(Net):
+    loss = None
+
+class NoBatches(Net):
+    def train_batches(self, shard):
+        yield from ()
+
+class NothingToAdapt(Net):
+    def build_model(self):
+        return nn.LayerNorm(8)
+
+class BadModel(Net):
+    def build_model(self):
+        raise RuntimeError("weights are missing")
+
+class Untyped(Net):
+    def __init__(self, size):
+        pass
+
+class Refusing(Net):
+    def __init__(self, size: int = 3):
+        raise ValueError("size must be 4")
+
+class Odd(Net):
+    def __init__(self):
+        raise OSError("no such device")
+
+class Extra(nn.Linear):
+    def get_extra_state(self):
+        return {"a": 1}
+    def set_extra_state(self, state):
+        pass
+
+class Stateful(Net):
+    def build_model(self):
+        return nn.Sequential(nn.Linear(8, 8), Extra(8, 8))
+
+def function():
+    pass
+"""
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> str:
+    """A user's file outside of the repository."""
+    path = tmp_path / "net.py"
+    path.write_text(NET)
+    return str(path)
+
+
+def complaint(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: str) -> str:
+    """What `lte-ray train` says on standard error; it must exit with 2 and leave nothing in the storage folder."""
+    storage = tmp_path / "runs"
+    try:
+        code = main(["train", *arguments, "--storage", str(storage)])
+    except SystemExit as leaving:
+        code = leaving.code  # type: ignore[assignment]
+    captured = capsys.readouterr()
+    assert code == 2, captured
+    assert not storage.exists() or not list(storage.iterdir())
+    assert "Traceback" not in captured.err or "raised" in captured.err
+    return " ".join(captured.err.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nowhere.at.all:Net"], "there is no module nowhere"),
+        (["workers.regression:Regresion"], "Did you mean Regression?"),
+        (["no/such/file.py:Net"], "there is no file"),
+        (["workers.regression"], "package.module:Class or path/to/file.py:Class"),
+        ([GOOD, "--num-heds", "3"], "--num-heads"),
+        ([GOOD, "--num-heads", "many"], "--num-heads"),
+        ([GOOD, "--num-heads", "0"], "--num-heads is 0, but it must be at least 1"),
+        ([GOOD, "--steps", "0"], "--steps is 0, but it must be at least 1"),
+        ([GOOD, "--merge-iter", "0"], "--merge-iter is 0, but it must be at least 1"),
+        ([GOOD, "--lora-alpha", "-1"], "--lora-alpha is -1.0, but it must be a number above 0"),
+        ([GOOD, "--exclude", "9"], "--exclude '9' matches no layer"),
+        ([GOOD, "--policy", "avrage"], "Did you mean average?"),
+        ([GOOD, "--name", "../up"], "--name is '../up'"),
+        ([GOOD, "--worker.widht", "3"], "--worker.width"),
+        ([GOOD, "--worker.samples", "60"], "60 samples can't fill a batch of 64; use more data, or a smaller batch"),
+        ([GOOD, "--gpus-per-head", "1.5"], "--gpus-per-head is 1.5, but above 1 it must be a whole number"),
+        ([GOOD, "--resume"], "--resume needs --name"),
+        ([GOOD, "--resume", "--overwrite", "--name", "a"], "contradict"),
+        ([GOOD, "--config", "missing.toml"], "missing.toml can't be read"),
+    ],
+)
+def test_bad_flags_are_one_clear_error(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], says: str
+) -> None:
+    """Exit code 2, and the message names the flag and what to do."""
+    assert says in complaint(capsys, tmp_path, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("NoLoss", "it lacks loss()"),
+        ("NoBatches", "train_batches() ended at once, without a batch, for head 0 of 2"),
+        ("NothingToAdapt", "nothing to adapt"),
+        ("BadModel", "RuntimeError: weights are missing"),
+        ("Refusing", "size must be 4"),
+        ("Odd", "OSError: no such device"),
+        ("Stateful", "can't be exported"),
+        ("Untyped", "Unsupported type annotation for field worker"),
+        ("function", "not a class"),
+        ("Nett", "Did you mean Net?"),
+    ],
+)
+def test_bad_workers_are_one_clear_error(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, net: str, name: str, says: str
+) -> None:
+    """Exit code 2, and the message says what the worker lacks."""
+    assert says in complaint(capsys, tmp_path, f"{net}:{name}", "--lora-r", "4")
+
+
+def test_a_missing_worker_and_an_unknown_command_are_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 2, with how to do it right."""
+    assert main(["train"]) == 2
+    assert "needs a WORKER first" in capsys.readouterr().err
+    assert main(["trian"]) == 2
+    assert "lte-ray train WORKER" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+def test_storage_that_cannot_be_written_is_an_error(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, local_ray: None
+) -> None:
+    """A run directory below a regular file: exit code 2, nothing started."""
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert main(["train", GOOD, "--storage", str(blocked)]) == 2
+    assert "can't be written" in capsys.readouterr().err
+
+
+def test_a_name_that_is_taken_is_an_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """What is there stays untouched; --overwrite refuses to remove what is no run."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    command = ["train", GOOD, "--storage", str(tmp_path), "--name", "mine"]
+    assert main(command) == 2
+    assert "already in" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 2
+    assert "isn't a run of lte-ray" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "precious"
+
+
+@pytest.mark.ray
+def test_more_heads_than_resources_is_an_error(capsys: pytest.CaptureFixture[str], tmp_path: Path, local_ray: None) -> None:
+    """It says what was asked, what the cluster has, and how to change it."""
+    said = complaint(capsys, tmp_path, GOOD, "--num-heads", "17", "--worker.batch-size", "8")
+    assert "17 heads ask for 4.25 CPU (0.25 CPU each), but the cluster has 4 CPU" in said
+    assert "--num-heads to at most 16" in said
+    assert "--cpus-per-head" in said
+    said = complaint(capsys, tmp_path, GOOD, "--gpus-per-head", "1")
+    assert "2 heads ask for 2 GPU (1 CPU, 1 GPU each), but the cluster has 0 GPU" in said
+
+
+def test_help_explains_every_field_and_the_workers_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each field of each settings class is listed with its help text, and so are the worker's."""
+    with pytest.raises(SystemExit) as leaving:
+        main(["train", GOOD, "--help"])
+    assert leaving.value.code == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for kind in SECTIONS:
+        for field in dataclasses.fields(kind):
+            if field.name == "policy_args":  # whose flags are the policy's own
+                continue
+            name = flag(field.name).replace("--", "--no-") if field.default is True else flag(field.name)
+            assert name in shown
+            assert " ".join(field.metadata["help"].split()[:4]) in shown
+    assert "--worker.batch-size INT" in shown
+    assert "Samples of one head's batch." in shown
+
+
+def test_help_that_nobody_reads_to_its_end_ends_without_a_word() -> None:
+    """As in `lte-ray train --help | head`: the exit code of a broken pipe, and nothing on stderr."""
+    command = [Path(sys.executable).parent / "lte-ray", "train", "--help"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_toml_file_gives_settings_and_flags_win(tmp_path: Path) -> None:
+    """Flat keys for lte-ray's settings, a table [worker] for the worker's own."""
+    path = tmp_path / "settings.toml"
+    path.write_text(
+        'num_heads = 4\nsteps = 70\nexclude = ["3"]\nresume = false\nname = "n"\n[worker]\nbatch_size = 8\nlr = 0.1\n'
+    )
+    parsed = parse(Regression, GOOD, ["--steps", "5", "--config", str(path)])
+    assert parsed.lte == LTEConfig(num_heads=4, exclude=("3",))
+    assert parsed.train.steps == 5
+    assert parsed.storage.name == "n"
+    assert parsed.worker == Regression(batch_size=8, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("num_haeds = 3", "unknown setting num_haeds. Did you mean num_heads?"),
+        ("[worker]\nwdith = 3", "unknown setting worker.wdith. Did you mean width?"),
+        ("num_heads = ", "isn't valid TOML"),
+        ("worker = 3", "must be a table"),
+        ("steps = 0", "--steps is 0"),
+    ],
+)
+def test_a_bad_toml_file_is_one_clear_error(tmp_path: Path, text: str, says: str) -> None:
+    """The file and the key are named."""
+    path = tmp_path / "settings.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=says.replace(".", r"\.").replace("?", r"\?")):
+        parse(Regression, GOOD, ["--config", str(path)])
+
+
+@dataclasses.dataclass
+class Switches:
+    """A worker with settings whose defaults aren't false or empty."""
+
+    on: bool = True
+    off: bool = False
+    names: tuple[str, ...] = ("a", "b")
+
+
+@pytest.mark.parametrize("on", [True, False])
+@pytest.mark.parametrize("off", [True, False])
+@pytest.mark.parametrize("names", [[], ["c"]])
+def test_toml_says_yes_no_and_nothing(tmp_path: Path, on: bool, off: bool, names: list[str]) -> None:
+    """Booleans and empty lists of the file count, whatever the defaults are."""
+    path = tmp_path / "settings.toml"
+    path.write_text(tomli_w.dumps({"worker": {"on": on, "off": off, "names": names}}))
+    assert parse(Switches, "x:Switches", ["--config", str(path)]).worker == Switches(on, off, tuple(names))
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_flag_turns_every_switch_of_a_file_round(tmp_path: Path, on: bool) -> None:
+    """The settings' own and the worker's, whatever the default and the file say; of two flags the last counts."""
+    path = tmp_path / "settings.toml"
+    switches = [f.name for kind in SECTIONS for f in dataclasses.fields(kind) if isinstance(f.default, bool)]
+    ours = [name for name in switches if name not in ("resume", "overwrite")]  # they contradict each other
+    path.write_text(tomli_w.dumps(dict.fromkeys(ours, on) | {"worker": {"on": on, "off": on}}))
+    flags = [flag(name).replace("--", "--no-") if on else flag(name) for name in ours]
+    flags += [f"--worker.{'no-' if on else ''}{name}" for name in ("on", "off")]
+    parsed = parse(Switches, "x:Switches", ["--config", str(path), *flags])
+    values = {k: v for part in (parsed.lte, parsed.merge, parsed.train) for k, v in vars(part).items()}
+    assert {"wait", "strict", "compile", "rslora", "match_speed"} == set(ours)
+    assert [values[name] for name in ours] == [not on] * len(ours)
+    assert parsed.worker == Switches(not on, not on)
+    assert parse(Switches, "x:Switches", ["--wait", "--no-wait", "--resume", "--no-resume"]).merge.wait is False
+
+
+def test_a_runs_own_record_runs_it_again(tmp_path: Path) -> None:
+    """`--config run.toml` gives the settings of that run, except for its name; None included."""
+    storage = StorageConfig(name="first", storage="relative", keep_checkpoints=None)
+    settings = Settings("first", LTEConfig(exclude=("3",)), MergeConfig(merge_iter=3), TrainConfig(steps=7))
+    directory = RunDirectory.of(str(tmp_path), "first")
+    run_start.create(
+        directory, run_record.record(Regression(lr=0.5), GOOD, settings, PlacementConfig(), storage, FailureConfig()), storage
+    )
+    parsed = parse(Regression, GOOD, ["--config", str(tmp_path / "first" / "run.toml")])
+    assert (parsed.lte, parsed.merge, parsed.train) == (settings.lte, settings.merge, settings.train)
+    assert parsed.worker == Regression(lr=0.5)
+    assert parsed.storage == StorageConfig(storage=str(Path("relative").absolute()), keep_checkpoints=None)
+
+
+def test_of_two_runs_that_take_a_name_at_once_one_fails(tmp_path: Path) -> None:
+    """The folder is made by exactly one of them."""
+    directory = RunDirectory.of(str(tmp_path), "same")
+    directory.create(exclusive=True)
+    with pytest.raises(StorageError, match="taken this name"):
+        directory.create(exclusive=True)
+
+
+def test_a_cluster_that_does_not_answer_is_an_error_at_once(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RAY_ADDRESS names a port where nobody listens: exit code 2, without Ray's minutes of trying."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    assert "No cluster answers at RAY_ADDRESS=127.0.0.1:1" in complaint(capsys, tmp_path, GOOD)

@@ -1,0 +1,176 @@
+"""The ledger of the data: whatever happens to heads, each batch is merged exactly once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from lte_ray.data.assignment import DataLedger
+from lte_ray.data.partition import Lane, advance, initial
+from lte_ray.messages import Grant
+from tests.support.assignment_world import EVENTS, World, ledger
+
+
+@settings(max_examples=300)
+@given(
+    st.integers(1, 5),
+    st.lists(st.tuples(st.sampled_from([*EVENTS[:5] * 2, *EVENTS[5:]]), st.integers(0, 9), st.integers(0, 9)), max_size=80),
+)
+@example(1, [("admit", 0, 0), ("order", 0, 0), ("commit", 0, 0), ("crash", 0, 0)])
+def test_each_batch_is_merged_once_whatever_happens(num_heads: int, events: list[tuple[str, int, int]]) -> None:
+    """Steps, merges, refusals, kills, restarts, drops, new heads, resumes with other heads and crashes, in any order."""
+    world = World(num_heads)
+    for event in events:
+        world.do(*event)
+    world.settle()
+    accounts = world.ledger._accounts
+    assert not world.ledger.free and not accounts.waiting  # every lane has an owner again, and every head lanes
+    assert set(accounts.owners()) == set(world.heads)
+    lowest = min(lane.next for lanes in accounts.owners().values() for lane in lanes)
+    assert lowest > 0
+    assert sorted(slot for slot in world.merged if slot < lowest) == list(range(lowest))
+
+
+def test_a_restarted_head_begins_behind_what_was_merged() -> None:
+    """Steps that no merged contribution holds are taken again; a grant that was on its way is not lost."""
+    book = ledger(3)
+    book.merged(1, advance(initial(1, 3), 4))
+    assert book.lanes(1) == (Lane(13, 3),)
+    book.drop(2)
+    assert book.free == (Lane(2, 3),)
+    (grant,), request = book.orders(0, {0, 1})
+    assert (grant.lanes, request) == ((Lane(2, 3),), 0)
+    assert book.orders(0, {0, 1}) == ((grant,), 0)  # until it is acknowledged
+    assert book.lanes(0) == (Lane(0, 3), Lane(2, 3))
+    done = Grant(grant.id, ())  # its lanes are among those; but its number is to come back, or an older state would grant them
+    assert book.orders(0, {0, 1}) == ((done,), 0)
+    assert book.lanes(0) == (Lane(0, 3), Lane(2, 3))
+    assert book.orders(0, {0, 1}) == ((done,), 0)
+    book.merged(0, [(2, 3), (3, 3)], grant.id)
+    assert book.orders(0, {0, 1}) == ((), 0)
+
+
+def test_a_grant_counts_when_a_merged_contribution_holds_it() -> None:
+    """A contribution from before the grant leaves it on its way."""
+    book = ledger(2)
+    book.drop(1)
+    (grant,), _ = book.orders(0, {0})
+    book.merged(0, [(4, 2)])
+    assert book.orders(0, {0})[0] == (grant,)
+    book.merged(0, [(6, 2), (5, 2)], grant=grant.id)
+    assert book.orders(0, {0})[0] == ()
+    assert book.lanes(0) == (Lane(5, 1),)
+
+
+def test_a_new_head_gets_half_of_the_lanes_of_another() -> None:
+    """The one with the most lanes is asked, and what it gave away counts once its contribution is merged, and only once."""
+    book = ledger(3)
+    book.drop(2)
+    (grant,), _ = book.orders(0, {0, 1})
+    book.merged(0, [(3, 3), (2, 3)], grant=grant.id)
+    book.admit(7, {0, 1})
+    assert not book.ready(7) and book.lanes(7) == ()
+    assert book.orders(1, {0, 1}) == ((), 0)
+    _, request = book.orders(0, {0, 1})
+    assert request > grant.id
+    given = Grant(request, (Lane(9, 3),))
+    book.merged(0, [(5, 3)], grant.id, given)
+    assert book.orders(0, {0, 1, 7}) == ((), 0)
+    assert book.ready(7) and book.lanes(7) == (Lane(9, 3),)
+    book.merged(0, [(8, 3)], grant.id, given)  # a head tells of its last answer again and again
+    assert book.lanes(7) == (Lane(9, 3),) and not book.free
+
+
+def test_equal_heads_are_asked_by_density_and_number() -> None:
+    """Of heads with one lane each, the one with the densest is asked, then the lowest number."""
+    book = DataLedger({3: (Lane(0, 4),), 2: (Lane(2, 4),), 5: (Lane(1, 2),)})
+    for head in (8, 9):
+        book.admit(head, {2, 3, 5})
+        book.admit(head, {2, 3, 5})
+    asked = {head: book.orders(head, {2, 3, 5})[1] for head in (2, 3, 5)}
+    assert asked[5] == 1 and asked[2] == 2 and asked[3] == 0
+
+
+def test_free_lanes_are_spread_and_go_to_new_heads_first() -> None:
+    """Each goes to the live head with the fewest, when its turn comes; heads that wait share what becomes free."""
+    book = ledger(5)
+    for head in (3, 4):
+        book.drop(head)
+    assert book.orders(1, {0, 1, 2}) == ((), 0)
+    assert [grant.lanes for grant in book.orders(0, {0, 1, 2})[0]] == [(Lane(3, 5),)]
+    assert book.orders(2, {0, 1, 2})[0] == ()
+    assert [grant.lanes for grant in book.orders(1, {0, 1, 2})[0]] == [(Lane(4, 5),)]
+    for head in (6, 7):
+        book.admit(head, {2})
+    book.drop(0)
+    assert (book.lanes(6), book.lanes(7)) == ((Lane(0, 5),), (Lane(3, 5),))
+    book.lanes(1)
+    book.admit(8, {2})
+    book.drop(1)  # two lanes, and one head that waits
+    assert book.lanes(8) == (Lane(1, 5), Lane(4, 5)) and not book.free
+
+
+def test_a_request_outlives_its_head_s_restart_but_not_its_answer() -> None:
+    """What wasn't merged was never given; the new incarnation is asked again. If the head is gone, another is asked."""
+    book = ledger(2)
+    book.admit(2, {0, 1})
+    request = book.orders(0, {0, 1})[1]
+    assert book.lanes(0) == (Lane(0, 2),)
+    assert book.orders(0, {0, 1})[1] == request > 0
+    assert book.orders(1, {1})[1] > request  # while head 0 is down
+    book.merged(0, [(0, 4)], 0, Grant(request, (Lane(2, 4),)))
+    assert book.orders(0, {0, 1})[1] == 0
+    assert book.lanes(2) == (Lane(2, 4),)
+
+
+def test_requests_after_a_crash_are_newer_than_what_heads_have_answered() -> None:
+    """A ledger from an earlier state doesn't know the request; a head that answered it must not ignore the next."""
+    book = ledger(2)
+    book.merged(0, [(0, 4)], 0, Grant(9, (Lane(2, 4),)))
+    assert book.free == (Lane(2, 4),)
+    for head in (3, 4):
+        book.admit(head, {0})
+    assert book.orders(0, {0})[1] > 9
+
+
+def test_of_a_dropped_head_nothing_is_left() -> None:
+    """Whether it owned lanes, was asked for some, or waited; a head that gets its number later is asked nothing old."""
+    book = ledger(2)
+    book.merged(0, [(0, 4)], 0, Grant(1, (Lane(2, 4),)))
+    book.drop(1)
+    for head in (2, 3, 4):
+        book.admit(head, {0})
+    assert book.orders(0, {0})[1]
+    for head in (4, 3, 0):
+        book.drop(head)
+    assert book.lanes(2) == (Lane(1, 2), Lane(2, 4))
+    book.merged(2, [(1, 2), (2, 4)], book.orders(2, set())[0][-1].id)
+    assert book.free == (Lane(0, 4),)
+    assert book.state() == {"merged": {"2": [[1, 2], [2, 4]]}, "free": [[0, 4]], "latest": book.state()["latest"]} | {
+        name: type(value)() for name, value in book.state().items() if name in ("grants", "waiting", "asked", "honoured")
+    }
+
+
+def test_contributions_that_do_not_follow_are_told() -> None:
+    """Backwards, others' lanes, lanes forgotten, a head that owns nothing: one reason each, and nothing is changed."""
+    book = ledger(2)
+    book.merged(0, [(4, 2)])
+    before = book.state()
+    wrong: list[tuple[int, Any, Grant | None]] = [
+        (0, [(2, 2)], None),
+        (0, [(5, 2)], None),
+        (0, [(4, 4)], None),
+        (0, [(4, 4)], Grant(1, (Lane(8, 4),))),
+        (2, [(4, 2)], None),
+        (2, [], None),
+    ]
+    for head, lanes, released in wrong:
+        with pytest.raises(ValueError, match=rf"head {head} trained on data that aren't its own: it has .* left, but what is"):
+            book.merged(head, lanes, 0, released)
+        assert book.state() == before
+    assert book.check(0, [(4, 4)], 0, Grant(1, (Lane(6, 4),))) == ""
+    with pytest.raises(ValueError, match="every 2 from 5 left, but what is merged says every 2 from 4"):
+        book.merged(0, [(5, 2)])

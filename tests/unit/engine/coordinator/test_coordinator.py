@@ -1,0 +1,238 @@
+"""The coordinator's merges, in float64, against sums written out densely."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lte_ray.engine.coordinator.coordinator import Coordinator
+from lte_ray.layout import Plan
+from lte_ray.merging import Average, Decision, Discard, Merge, MergeChange, Pending, Roster, Scheduled, Wait
+from tests.support.helpers import assert_near, dense_by_hand, make_plan_of, make_settings, offer, random_flat
+
+PLAN = make_plan_of([(6, 5, 2), (3, 4, 1)], [(4,), ()], scaling=2.0)
+
+
+def make(policy: object, heads: int = 2, reset: str = "none", plan: Plan = PLAN) -> tuple[Coordinator, Tensor]:
+    """A coordinator, and a copy of its first base."""
+    base = random_flat(plan.base.size, 99)
+    settings = make_settings(heads=heads, reset=reset)
+    return Coordinator(settings, plan, base.clone(), policy), base  # type: ignore[arg-type]
+
+
+def buffer(seed: int, plan: Plan = PLAN) -> Tensor:
+    return random_flat(plan.contribution.size, seed)
+
+
+def factors(contribution: Tensor, plan: Plan = PLAN) -> Tensor:
+    return contribution[: plan.factors_size]
+
+
+def test_average_waits_for_all_heads_and_merges_their_mean_change() -> None:
+    """W_{v+1} = W_v + 1/N sum_n s (B_n A_n - B'_n A'_n), in two rounds, so that references count in the second."""
+    coordinator, base = make(Scheduled(Average()), heads=3)
+    before: dict[int, Tensor] = {}
+    for sequence in (1, 2):
+        sent = {head: buffer(10 * sequence + head) for head in range(3)}
+        for head in (0, 1):
+            outcome = coordinator.receive(offer(head, sequence), sent[head])
+            assert (outcome.verdicts, outcome.merges) == ((), ())
+        assert coordinator.pending == [0, 1]
+        assert coordinator.waiting_for == "for heads [2]"
+        outcome = coordinator.receive(offer(2, sequence), sent[2])
+        base = base + sum(dense_by_hand(PLAN, sent[h], before.get(h)) for h in range(3)) / 3
+        before = {h: factors(sent[h]) for h in sent}
+        assert_near(coordinator.base, base, 1e-14)  # 3 x 2 products of inner size 2, in float64
+        assert [(v.head, v.sequence, v.accepted, v.version) for v in outcome.verdicts] == [
+            (h, sequence, True, sequence) for h in range(3)
+        ]
+        (record,) = outcome.merges
+        assert (record.version, record.heads, record.step, record.steps, record.samples) == (
+            sequence, (0, 1, 2), 3 * sequence, 9, 36,
+        )  # fmt: skip
+        assert record.losses == {0: 1.0, 1: 1.0, 2: 1.0}
+        assert record.bytes_up == 3 * PLAN.contribution.size * 8
+        assert coordinator.pending == []
+
+
+@pytest.mark.parametrize("errors", [(0.25, 0.5, 0.125), (0.5, 0.25, 0.125), (0.25, 0.125, 0.5), (0.0, 0.0, 0.0)])
+def test_a_merge_records_the_largest_quantisation_error_of_its_contributions(errors: tuple[float, ...]) -> None:
+    """Whichever head it came from, and of this merge alone."""
+    coordinator, _ = make(Scheduled(Average()), heads=3)
+    for head, error in enumerate(errors):
+        outcome = coordinator.receive(offer(head, base_error=error), buffer(head))
+    assert [m.base_error for m in outcome.merges] == [max(errors)]
+    for head in range(3):
+        outcome = coordinator.receive(offer(head, 2, base_error=0.01 * head), buffer(head))
+    assert [m.base_error for m in outcome.merges] == [0.02]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_the_order_of_arrival_leaves_no_trace(order: tuple[int, ...]) -> None:
+    """The merged base is bitwise the same in whichever order the heads arrive."""
+    coordinator, expected = make(Scheduled(Average()), heads=3), make(Scheduled(Average()), heads=3)[0]
+    for head in range(3):
+        expected.receive(offer(head), buffer(head))
+    for head in order:
+        coordinator[0].receive(offer(head), buffer(head))
+    assert torch.equal(coordinator[0].base, expected.base)
+
+
+def test_a_reset_run_has_no_references() -> None:
+    """reset="B": the second merge counts each whole product s B A, nothing is taken out."""
+    coordinator, base = make(Scheduled(Average()), reset="B")
+    for sequence in (1, 2):
+        for head in (0, 1):
+            sent = buffer(10 * sequence + head)
+            base = base + dense_by_hand(PLAN, sent, None) / 2
+            coordinator.receive(offer(head, sequence), sent)
+    assert_near(coordinator.base, base, 1e-14)  # as above
+
+
+class Chance:
+    """Decides at random what to merge, discard or wait for; notes what it decided."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.weights: dict[int, float] = {}
+
+    def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
+        heads = [p.head for p in pending if self.random.random() < 0.6]
+        if not heads and roster.live <= {p.head for p in pending}:
+            heads = [p.head for p in pending][:1]
+        if not heads:
+            return Wait("by chance")
+        if self.random.random() < 0.3:
+            return Discard(heads, "by chance")
+        weights = {head: self.random.uniform(-1, 1) for head in self.random.sample(heads, len(heads))}
+        self.weights |= weights
+        if self.random.random() < 0.3:
+            changes = {p.head: p.change() for p in pending if p.head in heads}
+            return MergeChange(sum(w * changes[h] for h, w in weights.items()), heads)
+        return Merge(weights)
+
+
+@given(
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.integers(0, 999),
+    st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 3)), min_size=1, max_size=2),
+)
+def test_the_ledger_holds_whatever_the_policy_does(
+    heads: int, rounds: int, seed: int, shapes: list[tuple[int, int, int]]
+) -> None:
+    """At every version, base_v - base_0 = sum of w D over the accepted contributions, D against the last accepted one;
+    so for weights and replicas, and for merges of any subset."""
+    plan = make_plan_of(shapes, [(3,)], scaling=1.5)
+    policy, chance = Chance(seed), random.Random(seed + 1)
+    coordinator, start = make(policy, heads, plan=plan)
+    ledger, version = torch.zeros_like(start), 0
+    accepted: dict[int, Tensor] = {}
+    sequences = dict.fromkeys(range(heads), 0)
+    sent: dict[int, Tensor] = {}
+    for turn in range(rounds):
+        for head in chance.sample(range(heads), heads):
+            if head in coordinator.pending:
+                continue
+            sequences[head] += 1
+            sent[head] = buffer(1000 * turn + head, plan)
+            outcome = coordinator.receive(offer(head, sequences[head]), sent[head])
+            version += len(outcome.merges)
+            for verdict in outcome.verdicts:
+                assert verdict.sequence == sequences[verdict.head]
+                if verdict.accepted:
+                    change = dense_by_hand(plan, sent[verdict.head], accepted.get(verdict.head))
+                    ledger += policy.weights[verdict.head] * change
+                    accepted[verdict.head] = factors(sent[verdict.head], plan)
+            assert coordinator.version == version
+            assert_near(coordinator.base - start, ledger, 1e-12)  # up to 24 changes, each of a few float64 products
+
+
+class Script:
+    """Gives these decisions, one a call (and each is followed by another call), then waits; keeps what it was shown."""
+
+    def __init__(self, *decisions: Decision) -> None:
+        self.decisions = list(decisions)
+        self.seen: list[tuple[Sequence[Pending], Roster]] = []
+
+    def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
+        self.seen.append((pending, roster))
+        return self.decisions.pop(0) if self.decisions else Wait()
+
+
+def test_merge_change_adds_exactly_what_the_policy_computed() -> None:
+    """base += change; the contributions that it stands for become their heads' references."""
+    change = random_flat(PLAN.base.size, 5)
+    coordinator, base = make(Script(Wait(), MergeChange(change, (1, 0)), Wait(), Wait(), Merge({0: 1.0, 1: 1.0})))
+    coordinator.receive(offer(0), first := buffer(0))
+    outcome = coordinator.receive(offer(1), buffer(1))
+    assert torch.equal(coordinator.base, base + change)
+    assert outcome.merges[0].heads == (0, 1)
+    coordinator.receive(offer(0, 2), first)  # the same factors again: only the replica change is new
+    coordinator.receive(offer(1, 2), torch.zeros_like(first))
+    expected = base + change + dense_by_hand(PLAN, first, factors(first))
+    expected = expected + dense_by_hand(PLAN, torch.zeros_like(first), factors(buffer(1)))
+    assert_near(coordinator.base, expected, 1e-14)  # a few float64 products
+
+
+def test_discard_gives_the_reason_and_keeps_base_and_reference() -> None:
+    """Discarded heads get a verdict with the policy's reason; their next contribution counts from the old reference."""
+    coordinator, base = make(Script(Discard([0], "too old"), Wait(), Merge({0: 0.5})))
+    outcome = coordinator.receive(offer(0), buffer(0))
+    (verdict,) = outcome.verdicts
+    assert (verdict.accepted, verdict.version, verdict.reason) == (False, 0, "the policy discarded it: too old")
+    assert torch.equal(coordinator.base, base)
+    assert (coordinator.version, coordinator.pending, outcome.merges) == (0, [], ())
+    coordinator.receive(offer(0, 2), second := buffer(1))
+    assert_near(coordinator.base, base + 0.5 * dense_by_hand(PLAN, second, None), 1e-14)  # one float64 product
+
+
+def test_policies_see_pending_heads_in_order_and_who_lives() -> None:
+    """Pending is sorted by head, with lag and counts and the dense change; the roster follows those who leave."""
+    policy = Script(Wait(), Wait(), Merge({2: 1.0}), Wait(), Wait())
+    coordinator, _ = make(policy, heads=3)
+    coordinator.receive(offer(2), buffer(2))
+    coordinator.receive(offer(0), buffer(0))
+    coordinator.leave(1)
+    pending, roster = policy.seen[1]
+    assert [(p.head, p.version, p.lag, p.steps, p.samples, p.loss) for p in pending] == [
+        (0, 0, 0, 3, 12, 1.0),
+        (2, 0, 0, 3, 12, 1.0),
+    ]
+    assert_near(pending[0].change(), dense_by_hand(PLAN, buffer(0), None), 1e-14)  # one float64 product
+    assert (roster.num_heads, roster.live, roster.version) == (3, frozenset({0, 1, 2}), 0)
+    pending, roster = policy.seen[3]
+    assert [(p.head, p.lag) for p in pending] == [(0, 1)]
+    assert (roster.live, roster.version) == (frozenset({0, 2}), 1)
+
+
+def test_a_head_that_leaves_lets_the_barrier_go_on() -> None:
+    """The rest merge without it, each still with weight 1/N of the heads configured."""
+    coordinator, base = make(Scheduled(Average()), heads=3)
+    coordinator.receive(offer(0), buffer(0))
+    coordinator.receive(offer(2), buffer(2))
+    outcome = coordinator.leave(1)
+    assert [(v.head, v.accepted) for v in outcome.verdicts] == [(0, True), (2, True)]
+    expected = base + (dense_by_hand(PLAN, buffer(0), None) + dense_by_hand(PLAN, buffer(2), None)) / 3
+    assert_near(coordinator.base, expected, 1e-14)  # two float64 products
+
+
+def test_a_run_goes_on_from_its_version_and_references() -> None:
+    """A coordinator made with a version and references merges what the first one would."""
+    first, _ = make(Scheduled(Average()))
+    for head in (0, 1):
+        first.receive(offer(head), buffer(head))
+    references = {h: factors(buffer(h)).clone() for h in (0, 1)}
+    second = Coordinator(first.settings, PLAN, first.base.clone(), Scheduled(Average()), version=1, references=references)
+    for coordinator in (first, second):
+        for head in (0, 1):
+            coordinator.receive(offer(head, 2, version=1), buffer(5 + head))
+    assert torch.equal(second.base, first.base)
+    assert (second.version, first.version) == (2, 2)

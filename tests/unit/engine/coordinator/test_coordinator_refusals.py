@@ -1,0 +1,223 @@
+"""What the coordinator won't merge: contributions that it refuses, and decisions that can't be carried out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from lte_ray.data.partition import initial
+from lte_ray.engine.coordinator.coordinator import Coordinator
+from lte_ray.errors import PolicyError
+from lte_ray.merging import Average, Decision, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Scheduled, Wait
+from lte_ray.messages import Contribution
+from tests.support.helpers import make_plan_of, make_settings, offer, random_flat
+
+PLAN = make_plan_of([(6, 5, 2)], [(4,)], scaling=2.0)
+SIZE = PLAN.contribution.size
+
+
+def make(policy: MergePolicy) -> tuple[Coordinator, Tensor]:
+    base = random_flat(PLAN.base.size, 99)
+    return Coordinator(make_settings(heads=3), PLAN, base.clone(), policy), base
+
+
+def holding(value: float, at: int = -1) -> Tensor:
+    flat = random_flat(SIZE, 1)
+    flat[at] = value
+    return flat
+
+
+def expected(shape: str, kind: str) -> str:
+    """What is said of this shape and type, as a pattern."""
+    return re.escape(f"it has the shape {shape} and the type torch.{kind}, expected ({SIZE},) and torch.float64")
+
+
+GOOD = random_flat(SIZE, 1)
+REFUSED: dict[str, tuple[Contribution, Tensor, str]] = {
+    "another run": (offer(1, run="other"), GOOD, "it belongs to run 'other', not 'test'"),
+    "unknown head": (offer(3), GOOD, r"head 3 isn't one of the live heads \[0, 1, 2\]"),
+    "negative head": (offer(-1), GOOD, "head -1 isn't one of the live heads"),
+    "repeat": (offer(0), GOOD, "incarnation 0 sequence 1 of head 0 was received before, or is older"),
+    "undecided": (offer(0, 2), GOOD, "head 0 has a contribution that isn't decided yet"),
+    "too new": (offer(1, version=1), GOOD, "it was trained on version 1, but the newest is 0"),
+    "sequence 0": (offer(1, 0), GOOD, "its sequence is 0, but a head counts its contributions from 1"),
+    "negative sequence": (offer(1, -1, incarnation=1), GOOD, "its sequence is -1"),
+    "too short": (offer(1), GOOD[:-1], expected(f"({SIZE - 1},)", "float64")),
+    "too long": (offer(1), random_flat(SIZE + 1, 1), expected(f"({SIZE + 1},)", "float64")),
+    "not flat": (offer(1), GOOD.view(1, -1), expected(f"(1, {SIZE})", "float64")),
+    "another type": (offer(1), GOOD.float(), expected(f"({SIZE},)", "float32")),
+    "NaN in a factor": (offer(1), holding(float("nan"), 0), "NaN, infinite or absurdly large"),
+    "NaN in a replica": (offer(1), holding(float("nan")), "NaN, infinite or absurdly large"),
+    "infinite": (offer(1), holding(float("-inf")), "NaN, infinite or absurdly large"),
+    "absurdly large": (offer(1), holding(1e200), "NaN, infinite or absurdly large"),
+}
+POISON = ("NaN in a factor", "NaN in a replica", "infinite", "absurdly large")
+UNFIT = ("too short", "too long", "not flat", "another type", *POISON)
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_a_bad_contribution_is_refused_and_nothing_else_is_touched(case: str) -> None:
+    """The verdict carries a readable reason; base, version and what is pending stay, and the next good one is taken.
+
+    What can't be merged because of its content is settled by that: its head sends another, under the next number.
+    """
+    contribution, buffer, reason = REFUSED[case]
+    coordinator, base = make(Scheduled(Average()))
+    coordinator.receive(offer(0), GOOD)
+    outcome = coordinator.receive(contribution, buffer)
+    (verdict,) = outcome.verdicts
+    assert (verdict.head, verdict.sequence, verdict.accepted) == (contribution.head, contribution.sequence, False)
+    assert verdict.version == 0
+    assert re.search(reason, verdict.reason)
+    assert outcome.merges == ()
+    assert torch.equal(coordinator.base, base)
+    assert (coordinator.version, coordinator.pending, coordinator.live) == (0, [0], {0, 1, 2})
+    unfit = case in UNFIT
+    assert verdict.poison == (case in POISON)
+    if unfit:
+        (again,) = coordinator.receive(offer(1), GOOD).verdicts
+        assert "was received before" in again.reason
+    coordinator.receive(offer(1, 2 if unfit else 1), GOOD)
+    assert coordinator.pending == [0, 1]
+
+
+def test_an_older_incarnation_is_refused_and_a_newer_one_counts_anew() -> None:
+    """After a restart the head's sequence begins at 1 again; what its dead predecessor sent late is refused."""
+    coordinator, base = make(Scripted(Discard([0], ""), Wait(), Discard([0], ""), Wait(), Wait()))
+    assert coordinator.receive(offer(0, 5), GOOD).verdicts[0].reason.startswith("the policy discarded it")
+    assert coordinator.receive(offer(0, 1, incarnation=1), GOOD).verdicts[0].reason.startswith("the policy discarded it")
+    (verdict,) = coordinator.receive(offer(0, 6), GOOD).verdicts
+    assert "is older" in verdict.reason
+    assert torch.equal(coordinator.base, base)
+    assert coordinator.receive(offer(0, 2, incarnation=1), GOOD).verdicts == ()
+    assert coordinator.pending == [0]
+
+
+def test_the_third_unfit_contribution_in_a_row_quarantines_its_head() -> None:
+    """It leaves the run, and its data are free for others; a repeat doesn't count."""
+    coordinator, base = make(Scripted(*[Wait()] * 9))
+    bad = holding(float("nan"))
+    for sequence in (1, 2):
+        assert not coordinator.receive(offer(1, sequence), bad).verdicts[0].quarantined
+        assert not coordinator.receive(offer(1, sequence), bad).verdicts[0].quarantined  # a repeat
+    (third,) = coordinator.receive(offer(1, 3), bad).verdicts
+    assert (third.poison, third.quarantined) == (True, True)
+    assert coordinator.live == coordinator.members == {0, 2}
+    assert coordinator.receive(offer(1, 4), GOOD).verdicts[0].reason == "head 1 isn't one of the live heads [0, 2]"
+    assert torch.equal(coordinator.base, base)
+    assert coordinator.data.free == initial(1, 3)
+
+
+def test_a_merge_ends_the_count_of_unfit_contributions() -> None:
+    """Two bad ones, a merged one, two bad ones: the head stays."""
+    coordinator, _ = make(Scripted(Merge({1: 0.1}), *[Wait()] * 9))
+    for sequence in (1, 2, 4, 5):
+        if sequence == 4:
+            assert coordinator.receive(offer(1, 3), GOOD).verdicts[0].accepted
+        (verdict,) = coordinator.receive(offer(1, sequence), holding(float("nan"))).verdicts
+        assert (verdict.poison, verdict.quarantined) == (True, False)
+    assert coordinator.live == {0, 1, 2}
+
+
+def test_a_head_that_has_left_can_contribute_no_more() -> None:
+    """It isn't live any longer."""
+    coordinator, _ = make(Scheduled(Average()))
+    coordinator.leave(1)
+    (verdict,) = coordinator.receive(offer(1), GOOD).verdicts
+    assert verdict.reason == "head 1 isn't one of the live heads [0, 2]"
+
+
+class Scripted:
+    """Gives these decisions in turn, or raises those that are exceptions."""
+
+    def __init__(self, *decisions: Decision | Exception | object) -> None:
+        self.decisions = list(decisions)
+
+    def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
+        decision = self.decisions.pop(0)
+        if isinstance(decision, Exception):
+            raise decision
+        return decision  # type: ignore[return-value]
+
+
+ZERO = torch.zeros(PLAN.base.size, dtype=torch.float64)
+IMPOSSIBLE: dict[str, tuple[Callable[[], object], str]] = {
+    "raises": (lambda: KeyError("oops"), "Scripted raised KeyError: 'oops'"),
+    "gives nothing": (lambda: None, "Scripted decided None; a decision is one of Wait, Merge, MergeChange, Discard and Try"),
+    "gives weights only": (lambda: {0: 1.0}, "decided {0: 1.0}"),
+    "merges no heads": (lambda: Merge({}), r"decided about heads \[\], but those with a contribution are \[0\]"),
+    "merges unknown heads": (lambda: Merge({0: 1.0, 2: 1.0}), r"heads \[0, 2\], but those with a contribution are \[0\]"),
+    "discards unknown heads": (lambda: Discard([1], "because"), r"heads \[1\], but those with a contribution are \[0\]"),
+    "discards a head twice": (lambda: Discard([0, 0], "because"), r"heads \[0, 0\]"),
+    "changes for no heads": (lambda: MergeChange(ZERO, []), r"heads \[\]"),
+    "gives a NaN weight": (lambda: Merge({0: float("nan")}), "gave head 0 the weight nan; it must be a finite number"),
+    "gives an infinite weight": (lambda: Merge({0: float("inf")}), "gave head 0 the weight inf; it must be a finite number"),
+    "gives a short change": (
+        lambda: MergeChange(ZERO[:-1], [0]),
+        r"change of shape \(33,\); it must be finite and flat, \(34,\)",
+    ),
+    "gives a change with NaN": (lambda: MergeChange(ZERO / 0, [0]), "must be finite"),
+}
+
+
+def refuse_decision(decision: object, reason: str) -> None:
+    """The decision raises PolicyError for this reason, and the base stays as it was."""
+    coordinator, base = make(Scripted(decision))
+    with pytest.raises(PolicyError, match=reason):
+        coordinator.receive(offer(0), GOOD)
+    assert torch.equal(coordinator.base, base)
+    assert coordinator.version == 0
+
+
+@pytest.mark.parametrize("case", list(IMPOSSIBLE))
+def test_an_impossible_decision_is_a_policy_error(case: str) -> None:
+    """It names the policy and what is wrong, before anything is merged."""
+    decision, reason = IMPOSSIBLE[case]
+    refuse_decision(decision(), f"The merge policy .*{reason}" if "Scripted" not in reason else reason)
+
+
+@pytest.mark.parametrize(
+    "decision",
+    [
+        Merge({0: "half"}),  # type: ignore[dict-item]
+        Merge({0: None}),  # type: ignore[dict-item]
+        MergeChange(None, [0]),  # type: ignore[arg-type]
+        MergeChange([0.0] * 34, [0]),  # type: ignore[arg-type]
+        Discard(0, "because"),  # type: ignore[arg-type]
+        Merge({"0": 1.0}),  # type: ignore[dict-item]
+        Merge({0: 1.0, "1": 1.0}),  # type: ignore[dict-item]
+    ],
+    ids=["text as weight", "None as weight", "None as change", "list as change", "a number as heads", "text as head", "mixed"],
+)
+def test_a_decision_of_wrong_types_is_a_policy_error(decision: Decision) -> None:
+    """What a policy's author may get wrong inside a decision is a PolicyError too, not a raw TypeError."""
+    refuse_decision(decision, "The merge policy Scripted")
+
+
+@pytest.mark.parametrize("last", ["arrives", "leaves"])
+def test_waiting_for_ever_is_a_policy_error(last: str) -> None:
+    """When every live head has contributed, a policy that still waits stops the run with what it waits for."""
+    coordinator, _ = make(Scripted(Wait(), Wait(), Wait("for the moon")))
+    coordinator.receive(offer(0), GOOD)
+    coordinator.receive(offer(1), GOOD)
+    with pytest.raises(PolicyError, match=r"Scripted waits for the moon, but every live head .* the run could never go on"):
+        coordinator.receive(offer(2), GOOD) if last == "arrives" else coordinator.leave(2)
+
+
+@pytest.mark.parametrize(("weight", "size", "scaling"), [(1e300, 1.0, 2.0), (1.0, 1e18, 1e3)], ids=["weight", "factors"])
+def test_a_merge_never_makes_the_base_infinite(weight: float, size: float, scaling: float) -> None:
+    """Where finite weights and factors overflow float32 in their product, nothing is merged: a refusal or a PolicyError."""
+    plan = make_plan_of([(6, 5, 2)], [(4,)], scaling=scaling)
+    base = random_flat(plan.base.size, 99, torch.float32)
+    coordinator = Coordinator(make_settings(heads=3), plan, base.clone(), Scripted(Merge({0: weight}), Wait()))
+    try:
+        outcome = coordinator.receive(offer(0), torch.full((SIZE,), size))
+    except PolicyError:
+        pass
+    else:
+        assert [v.accepted for v in outcome.verdicts] == [False]
+    assert torch.equal(coordinator.base, base)

@@ -1,0 +1,297 @@
+"""Heads that redo merges from factors have the coordinator's base bit for bit, and notice if they haven't."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from lte_ray.config import MergeConfig
+from lte_ray.engine.coordinator.broadcast_log import CHECK_EVERY, Downlink
+from lte_ray.engine.coordinator.coordinator import Coordinator
+from lte_ray.engine.head.base_replica import Mirror, OutOfReach
+from lte_ray.layout import Plan
+from lte_ray.merging import Decision, Merge, MergeChange, Pending, Roster, Wait
+from lte_ray.merging.flat_buffer import gather, views
+from lte_ray.messages import Contribution, Merged, Update
+from lte_ray.transfer.checksum import checksum
+from lte_ray.transfer.codec import Codec
+from lte_ray.transfer.groups import groups
+from tests.support.helpers import make_plan_of, make_settings, random_flat
+
+HEADS = 3
+
+
+class Whims:
+    """Merges what is pending as the test says, or adds a change of its own."""
+
+    what = "merge"
+
+    def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
+        if not pending or self.what == "wait":
+            return Wait("for the test", until=roster.now + 1e9)
+        if self.what == "change":
+            return MergeChange(random_flat(roster.layout.size, roster.version).float(), [p.head for p in pending])
+        return Merge({p.head: 0.3 + 0.1 * p.head for p in pending})
+
+
+class Side:
+    """The coordinator's side without processes: handles are the tensors themselves."""
+
+    def __init__(self, merge: MergeConfig, plans: Sequence[Plan], reset: str = "none") -> None:
+        settings = make_settings(heads=len(plans), reset=reset)
+        self.settings = dataclasses.replace(settings, merge=merge)
+        self.policy, self.groups = Whims(), groups(plans, merge)
+        base = random_flat(plans[0].base.size, 1).float()
+        self.coordinator = Coordinator(self.settings, plans[0], base, self.policy, plans=plans)
+        self.codecs = [Codec(plan, self.groups, merge) for plan in plans]
+        sizes = [part.base.size * 4 for part in self.codecs[0].parts]
+        self.downlink = Downlink(self.groups, sizes, [codec.sizes for codec in self.codecs], 0)
+        self.buffers: dict[int, tuple[Tensor, ...]] = {}
+        self.sequence = 0
+        self.incarnations = [0] * len(plans)
+
+    def begin_afresh(self, head: int) -> None:
+        """Another process of this head begins with B = 0; what the others keep of the one before isn't its reference."""
+        self.incarnations[head] += 1
+        assert self.coordinator.join(head, self.incarnations[head], fresh=True)
+
+    def contribute(self, head: int, what: str = "merge") -> None:
+        plan, self.sequence = self.coordinator.plans[head], self.sequence + 1
+        self.policy.what = what
+        flat, reference = random_flat(plan.contribution.size, self.sequence).float(), self.coordinator.reference(head)
+        self.buffers[head], decoded = self.codecs[head].encode(flat, reference)
+        contribution = Contribution(
+            "test", head, self.incarnations[head], self.sequence, self.coordinator.version, 1, 1, 1, 0.5
+        )
+        for record in self.coordinator.receive(contribution, decoded).merges:
+            merged = Merged(record.version, record.weights, {h: self.buffers[h] for h in record.heads}, record.fresh)
+            self.downlink.add(merged if record.weights else None)
+
+    def update(self, have: int, checked: bool = True) -> Update:
+        base, version = self.coordinator.base.clone(), self.coordinator.version
+        chain = self.downlink.chain(have)
+        parts = {i: self.part(i, base) for i in (self.downlink.dense if chain is not None else range(len(self.groups)))}
+        held = {h: r for h in range(HEADS) if (r := self.coordinator.reference(h)) is not None} if chain is None else {}
+        of_factors = [self.part(i, base) for i, group in enumerate(self.groups) if group.by_factors]
+        sums = (version, sum(map(checksum, of_factors)) % 2**64) if checked else None
+        return Update(None, version, parts, chain or (), held, checksum=sums)
+
+    def part(self, index: int, base: Tensor) -> Tensor:
+        return gather(self.codecs[0].parts[index].base, views(self.codecs[0].plan.base, base))
+
+    def mirror(self, reset: str = "none") -> Mirror:
+        return Mirror(self.codecs, reset, lambda handle: handle)
+
+
+def follow(mirror: Mirror, update: Update) -> Tensor | None:
+    base = mirror.take(update)
+    if base is not None:
+        mirror.release()
+    return base
+
+
+def plans_of(ranks: Sequence[int]) -> list[Plan]:
+    return [make_plan_of([(24, 20, r), (6, 40, r), (16, 16, r)], [(5,), (3, 2)]) for r in ranks]
+
+
+events = st.lists(
+    st.tuples(st.integers(0, HEADS - 1), st.sampled_from(["merge", "merge", "merge", "wait", "change", "fresh"])), max_size=30
+)
+
+
+@given(
+    events,
+    st.sampled_from(["auto", "factors", "dense"]),
+    st.sampled_from(["fp32", "bf16", "int8"]),
+    st.sampled_from(["none", "B"]),
+    st.lists(st.booleans(), min_size=30, max_size=30),
+    st.integers(1, 3),
+)
+def test_a_mirror_has_the_coordinators_bits(
+    events: list, down: str, transfer: str, reset: str, looks: list[bool], shards: int
+) -> None:
+    """Whatever was merged how, in whichever groups, and however many versions it missed in between."""
+    side = Side(MergeConfig(send_down=down, transfer=transfer, shards=shards), plans_of([2, 3, 1]), reset)  # type: ignore[arg-type]
+    mirror = side.mirror(reset)
+    follow(mirror, side.update(-1))
+    waiting: set[int] = set()
+    for (head, what), look in zip(events, looks, strict=False):
+        if head in waiting:
+            continue
+        if what == "fresh":
+            side.begin_afresh(head)
+            continue
+        waiting.add(head)
+        side.contribute(head, what)
+        waiting = set(side.coordinator.pending)
+        if look and side.coordinator.version > mirror.version:
+            base = follow(mirror, side.update(mirror.have))
+            assert base is not None
+            assert torch.equal(base, side.coordinator.base)
+    assert mirror.resyncs == 0
+
+
+@pytest.mark.parametrize("transfer", ["fp32", "int8"])
+def test_a_head_that_began_afresh_is_redone_without_the_reference_of_the_one_before(transfer: str) -> None:
+    """Others keep the factors of the head that had its number: they don't count from then on."""
+    side = Side(MergeConfig(send_down="factors", transfer=transfer), plans_of([2, 3, 1]))  # type: ignore[arg-type]
+    mirror = side.mirror()
+    follow(mirror, side.update(-1))
+    for afresh in (False, True, False):
+        if afresh:
+            side.begin_afresh(0)
+        side.contribute(0)
+        base = follow(mirror, side.update(mirror.have))
+        assert base is not None
+        assert torch.equal(base, side.coordinator.base)
+    assert mirror.resyncs == 0
+
+
+def test_a_mirror_that_outlives_its_coordinator_redoes_what_the_next_one_merges() -> None:
+    """Where the next one has lost a head's factors, that head begins with B = 0, and those that the mirror kept don't count."""
+    side = Side(MergeConfig(send_down="factors"), plans_of([2, 3, 1]))
+    mirror = side.mirror()
+    follow(mirror, side.update(-1))
+    side.contribute(0)
+    side.contribute(1)
+    follow(mirror, side.update(mirror.have))
+    kept = {1: side.coordinator.reference(1)}
+    side.coordinator = Coordinator(
+        side.settings,
+        side.coordinator.plans[0],
+        side.coordinator.base.clone(),
+        side.policy,
+        plans=side.coordinator.plans,
+        version=2,
+        references={head: factors.clone() for head, factors in kept.items() if factors is not None},
+        fresh={0, 2},
+    )
+    side.downlink = Downlink(side.groups, [c.base.size * 4 for c in side.codecs[0].parts], [c.sizes for c in side.codecs], 2)
+    for head in (0, 1, 0, 2):
+        side.contribute(head)
+        base = follow(mirror, side.update(mirror.have))
+        assert base is not None
+        assert torch.equal(base, side.coordinator.base)
+    assert mirror.resyncs == 0
+
+
+def test_drift_is_found_at_a_checksum_and_mended_by_the_whole_base() -> None:
+    """One flipped bit in a head's copy: found when the checksum comes, and gone with the next update."""
+    side = Side(MergeConfig(send_down="factors"), plans_of([2, 2, 2]))
+    mirror = side.mirror()
+    follow(mirror, side.update(-1))
+    part = next(iter(mirror._parts.values())).base
+    part.view(torch.int32)[7] ^= 1 << 16  # a high bit, so that no sum before the check rounds it away
+    for version in range(1, CHECK_EVERY + 1):
+        side.contribute(version % HEADS)
+        update = side.update(mirror.have, checked=version == CHECK_EVERY)
+        follow(mirror, update)
+        assert mirror.resyncs == (version == CHECK_EVERY)
+    assert mirror.have == -1
+    side.contribute(0)
+    base = follow(mirror, side.update(mirror.have))
+    assert base is not None
+    assert torch.equal(base, side.coordinator.base)
+    side.contribute(1)
+    base = follow(mirror, side.update(mirror.have))  # from factors again
+    assert base is not None
+    assert torch.equal(base, side.coordinator.base)
+
+
+def test_a_checksum_of_equal_copies_says_nothing() -> None:
+    """Fifty versions by factors, each tenth checked."""
+    side = Side(MergeConfig(send_down="factors", transfer="int8"), plans_of([2, 2, 2]))
+    mirror = side.mirror()
+    follow(mirror, side.update(-1))
+    for version in range(1, 51):
+        side.contribute(version % HEADS)
+        follow(mirror, side.update(mirror.have, checked=version % CHECK_EVERY == 0))
+    assert mirror.resyncs == 0
+    assert torch.equal(mirror._base, side.coordinator.base)
+
+
+def test_only_new_contributions_are_fetched() -> None:
+    """By factors a mirror fetches each merged contribution once and nothing else."""
+    side = Side(MergeConfig(send_down="factors"), plans_of([2, 2, 2]))
+    mirror = side.mirror()
+    follow(mirror, side.update(-1))
+    before = mirror.bytes
+    for head in (0, 1, 2):
+        side.contribute(head)
+    follow(mirror, side.update(mirror.have))
+    assert mirror.bytes - before == 3 * side.codecs[0].sizes[0]
+
+
+def test_an_update_that_lacks_merges_is_not_taken() -> None:
+    """The process then asks for the whole base; its own copy stays as it was."""
+    side = Side(MergeConfig(send_down="factors"), plans_of([2, 2, 2]))
+    mirror = side.mirror()
+    follow(mirror, side.update(-1))
+    side.contribute(0)
+    side.contribute(1)
+    update = side.update(1)  # only the second merge
+    before = mirror._base.clone()
+    for _ in range(2):  # and nothing stays locked
+        with pytest.raises(OutOfReach):
+            mirror.take(update)
+    assert torch.equal(mirror._base, before)
+    assert follow(mirror, side.update(-1)) is not None
+
+
+@pytest.mark.parametrize("down", ["factors", "dense"])
+def test_an_update_that_does_not_count_changes_nothing(down: str) -> None:
+    """Who sent it is gone, or a buffer is: the process still has the version before, whole, and follows the next."""
+    side = Side(MergeConfig(send_down=down), plans_of([2, 2, 2]))  # type: ignore[arg-type]
+    mirror = side.mirror()
+    follow(mirror, side.update(-1))
+    side.contribute(0)
+    follow(mirror, side.update(mirror.have))
+    before = mirror.read(lambda base: base.clone())  # type: ignore[union-attr]
+    side.contribute(1)
+    update = side.update(mirror.have)
+
+    def gone(*_: object) -> None:
+        raise KeyError("gone")
+
+    fetch, noted = mirror._fetch, list[int]()
+    for _ in range(2):  # and nothing stays locked
+        with pytest.raises(KeyError):
+            mirror.take(update, gone)
+        mirror._fetch = gone  # type: ignore[assignment]
+        with pytest.raises(KeyError):
+            mirror.take(update, lambda: noted.append(0))
+        mirror._fetch = fetch
+        assert (mirror.version, mirror.have, noted) == (1, 1 if down == "factors" else -1, [])
+        assert torch.equal(mirror.read(lambda base: base.clone()), before)  # type: ignore[union-attr]
+    assert torch.equal(follow(mirror, update), side.coordinator.base)  # type: ignore[arg-type]
+
+
+def test_an_older_update_changes_nothing() -> None:
+    """Answers may come in another order than they were given."""
+    side = Side(MergeConfig(send_down="factors"), plans_of([2, 2, 2]))
+    mirror = side.mirror()
+    follow(mirror, side.update(-1))
+    side.contribute(0)
+    old = side.update(0)
+    side.contribute(1)
+    follow(mirror, side.update(0))
+    assert follow(mirror, old) is None
+    assert mirror.version == 2
+
+
+def test_long_chains_are_forgotten() -> None:
+    """Once their factors are more bytes than the base, who is so far behind is sent the base."""
+    plans = plans_of([2, 2, 2])
+    side = Side(MergeConfig(send_down="factors"), plans)
+    size, each = plans[0].base.size * 4, side.codecs[0].sizes[0]
+    for version in range(20):
+        side.contribute(version % HEADS)
+    kept = [have for have in range(20) if side.downlink.chain(have) is not None]
+    assert kept == list(range(20 - size // each, 20))
+    assert side.downlink.chain(-1) is None

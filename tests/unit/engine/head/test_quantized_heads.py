@@ -1,0 +1,300 @@
+"""Heads whose main weights are quantised: what they compute, what they report, and that merging knows nothing of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lte_ray import checkpoint
+from lte_ray.adapters.quantization import Quantized
+from lte_ray.engine.coordinator.coordinator import Coordinator
+from lte_ray.engine.head.head import Head
+from lte_ray.engine.head.state import restore
+from lte_ray.engine.in_process import simulate
+from lte_ray.engine.prepare import prepare
+from lte_ray.engine.settings import Settings
+from lte_ray.merging import Average, Scheduled
+from lte_ray.merging.flat_buffer import as_matrix, as_stored, views
+from lte_ray.messages import Verdict
+from lte_ray.run.metrics import MetricsLog
+from lte_ray.storage import RunDirectory
+from tests.support.helpers import EPS64, Net, Tiny, assert_near, dense_by_hand, make_settings, state_of, through_a_file
+
+FORMATS = ["bf16", "int8", "nf4"]
+
+
+@pytest.fixture(params=FORMATS)
+def form(request: pytest.FixtureRequest) -> str:
+    """Each format that can be had here."""
+    if request.param == "nf4":
+        pytest.importorskip("bitsandbytes")
+    return str(request.param)
+
+
+def settings(form: str, **lte: Any) -> Settings:
+    made = make_settings()
+    return dataclasses.replace(made, lte=dataclasses.replace(made.lte, base_dtype=form, **lte))
+
+
+class Kinds(nn.Module):
+    """A linear layer, one transposed, convolutions, an embedding, attention and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.conv = nn.Embedding(7, 8), nn.Conv1d(8, 8, 3, padding="same", groups=2)
+        self.attention, self.norm, self.out = nn.MultiheadAttention(8, 2, batch_first=True), nn.LayerNorm(8), nn.Linear(8, 7)
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.words(words)[None]
+        x = x + self.conv(x.transpose(1, 2)).transpose(1, 2)
+        return self.out(self.norm(x + self.attention(x, x, x)[0]))[0]
+
+
+class Many(Tiny):
+    """Tiny's task for a model with a layer of every kind."""
+
+    def build_model(self) -> nn.Module:
+        return Kinds().double()
+
+
+EVERYTHING = {"adapt": ("linear", "attention", "conv", "embedding", "norm"), "lora_bias": "lora"}
+
+
+def started(worker: Tiny, made: Settings, head: int = 0) -> tuple[Head, Tensor]:
+    base = prepare(worker, made, torch.float64).base
+    one = Head(worker, made, head, dtype=torch.float64)
+    one.start(0, base)
+    return one, base
+
+
+def quantised(head: Head, base: Tensor) -> tuple[dict[str, Tensor], float]:
+    """Q(W) in float64 of every main weight that is quantised, and the largest relative error, by a quantiser of its own."""
+    weights, errors = {}, [0.0]
+    for spec in head.plan.adapted:
+        weight = views(head.plan.base, base)[spec.name]
+        weights[spec.name] = weight
+        if spec.base_dtype != "fp32" and len(spec.shape) > 1:
+            shown = as_matrix(spec, weight) if len(spec.shape) == 2 else weight
+            q = Quantized.of(shown.float(), spec.base_dtype).dequantize().double()
+            weights[spec.name] = as_stored(spec, q) if len(spec.shape) == 2 else q
+            errors.append(
+                float(torch.linalg.vector_norm(shown.float().double() - q) / torch.linalg.vector_norm(shown.double()))
+            )
+    return weights, max(errors)
+
+
+def dense_model(head: Head, worker: Tiny, base: Tensor, reference: dict[str, Tensor] | None) -> nn.Module:
+    """The unconverted model with Q(W) + s (B A - B' A') in the place of each main weight, and the head's replicas."""
+    model = worker.build_model()
+    weights, _ = quantised(head, base)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for spec in head.plan.adapted:
+            product = head.converted.factors[spec.b] @ head.converted.factors[spec.a]
+            if reference is not None:
+                product = product - reference[spec.b] @ reference[spec.a]
+            parameters[spec.name].copy_(weights[spec.name] + as_stored(spec, spec.scaling * product))
+        for replica in head.plan.replicas:
+            parameters[replica.name].copy_(head.converted.parameters[replica.name])
+    return model
+
+
+@pytest.mark.parametrize(("worker", "lte"), [(Tiny(), {}), (Many(), EVERYTHING)], ids=["tiny", "every kind"])
+def test_a_head_computes_with_the_quantised_weight_beside_exact_products(form: str, worker: Tiny, lte: dict[str, Any]) -> None:
+    """Q(W) x + s (B A - B' A') x in all layers, before and after merges; gradients are those of that dense model."""
+    head, base = started(worker, settings(form, **lte))
+    words, reference = torch.arange(7), None
+    for version in range(1, 4):
+        dense = dense_model(head, worker, base, reference)
+        # Sums of some ten float64 terms in another order, through five layers.
+        assert_near(head.model(words), dense(words), 5000 * EPS64)
+        contribution = head.train_round()
+        dense = dense_model(head, worker, base, reference)
+        assert_near(head.model(words), dense(words), 5000 * EPS64)
+        reference = {n: t.clone() for n, t in views(head.plan.contribution, contribution.buffer).items() if "lora" in n}
+        base = base + 0.05 * torch.randn(base.shape, generator=torch.Generator().manual_seed(version), dtype=base.dtype)
+        head.adopt(Verdict(0, version, True, version), version, base)
+
+
+def test_gradients_go_through_the_quantised_weight(form: str) -> None:
+    """Each factor's gradient is that through the dense weight: dA = s B^T dW, dB = s dW A^T."""
+    worker = Tiny()
+    head, base = started(worker, settings(form))
+    head.train_round()
+    dense, batch = dense_model(head, worker, base, None), (torch.arange(7), torch.arange(7) * 3 % 7)
+    worker.loss(head.model, batch).backward()
+    worker.loss(dense, batch).backward()
+    parameters = dict(dense.named_parameters())
+    for spec in head.plan.adapted:
+        a, b = head.converted.factors[spec.a], head.converted.factors[spec.b]
+        g = parameters[spec.name].grad
+        assert g is not None
+        assert_near(a.grad, spec.scaling * b.T @ g, 5000 * EPS64)
+        assert_near(b.grad, spec.scaling * g @ a.T, 5000 * EPS64)
+    for replica in head.plan.replicas:
+        assert_near(head.converted.parameters[replica.name].grad, parameters[replica.name].grad, 5000 * EPS64)
+
+
+def test_a_shared_weight_is_quantised_once(form: str) -> None:
+    """Both layers hold the same codes, which are in no state dict twice under a parameter's name."""
+    head, _ = started(Tiny(), settings(form))
+    assert head.model.mid.quantized is head.model.twin.quantized
+    assert "mid.weight" not in dict(head.model.named_parameters())
+    assert head.model.mid.weight.shape == (8, 8)  # who only looks at it still can
+    kinds = {name: type(main.stored) for name, main in head.converted.mains.items()}
+    assert set(kinds.values()) == {Quantized}
+
+
+def test_the_error_of_quantising_is_reported_with_each_contribution_and_merge(form: str, tmp_path: Path) -> None:
+    """||W - Q(W)|| / ||W||, the largest over the layers, of the version that was trained on; it reaches metrics.jsonl."""
+    result = simulate(Tiny(), settings(form), torch.float64)
+    fresh = prepare(Tiny(), settings(form), torch.float64).base
+    _, expected = quantised(result.heads[0], fresh)
+    assert expected > 0
+    assert result.merges[0].base_error == pytest.approx(expected, rel=1e-6)  # norms of the fp32 weights
+    head, base = started(Tiny(), settings(form))
+    head.train_round()
+    head.adopt(Verdict(0, 1, True, 1), 1, base + 0.1)
+    assert head.train_round().base_error == pytest.approx(quantised(head, base + 0.1)[1], rel=1e-6)
+    directory = RunDirectory.of(str(tmp_path), "run")
+    directory.create()
+    log = MetricsLog(directory)
+    for record in result.merges:
+        log.merge(record)
+    log.close()
+    rows = [json.loads(line) for line in directory.read("metrics.jsonl").decode().splitlines()]
+    assert [row["base_error"] for row in rows] == [m.base_error for m in result.merges]
+    assert len({row["base_error"] for row in rows}) == 4
+    # bf16 rounds by 2^-9 at most; int8 by half of 1/127 of a row's largest; nf4 by a tenth of a block's.
+    assert all(row["base_error"] < {"bf16": 2.0**-9, "int8": 0.01, "nf4": 0.15}[form] for row in rows)
+
+
+def test_without_quantisation_the_error_is_zero() -> None:
+    """fp32 heads fold the reference and hold the base's own weights."""
+    assert {m.base_error for m in simulate(Tiny(), settings("fp32")).merges} == {0.0}
+
+
+def test_the_error_is_that_of_the_layers_that_are_quantised(form: str) -> None:
+    """One layer by a rule: the others count as exact."""
+    made = settings("fp32", layers=(f"up: base_dtype={form}",))
+    head, base = started(Tiny(), made)
+    assert [type(m.stored) for m in head.converted.mains.values()] == [Quantized, nn.Parameter, nn.Parameter]
+    assert head.train_round().base_error == pytest.approx(quantised(head, base)[1], rel=1e-6)
+    dense = dense_model(head, Tiny(), base, None)
+    assert_near(head.model(torch.arange(7)), dense(torch.arange(7)), 5000 * EPS64)
+
+
+@pytest.mark.parametrize("reset", ["none", "B"])
+def test_merging_is_exact_whatever_the_heads_hold(form: str, reset: str) -> None:
+    """The ledger holds as with float32 heads: W_v - W_0 = sum of w D, with no trace of Q; the base is no quantised one."""
+    worker, made = Tiny(), settings(form, reset=reset)
+    initial = prepare(worker, made, torch.float64)
+    coordinator = Coordinator(made, initial.plan, initial.base.clone(), Scheduled(Average()), plans=initial.plans)
+    heads = [Head(worker, made, n, dtype=torch.float64) for n in range(2)]
+    for head in heads:
+        head.start(0, initial.base)
+    ledger, before = torch.zeros_like(initial.base), dict.fromkeys(range(2))
+    for version in range(1, 5):
+        for head in heads:
+            contribution = head.train_round()
+            ledger += dense_by_hand(head.plan, contribution.buffer, before[head.head]) / 2
+            before[head.head] = None if reset == "B" else contribution.buffer[: head.plan.factors_size].clone()
+            outcome = coordinator.receive(contribution, contribution.buffer)
+        # 8 changes, each of float64 products of inner size 4.
+        assert_near(coordinator.base - initial.base, ledger, 1e-13)
+        for verdict in outcome.verdicts:
+            heads[verdict.head].adopt(verdict, version, coordinator.base.clone())
+    quantised_base = quantised(heads[0], coordinator.base)[0]
+    exact = views(initial.plan.base, coordinator.base)
+    assert not any(torch.equal(exact[name], q) for name, q in quantised_base.items())
+
+
+def test_a_run_in_bfloat16_or_8_bits_ends_near_the_float32_run() -> None:
+    """What quantising changes is small beside what is learned."""
+    full = simulate(Tiny(), settings("fp32")).base
+    start = prepare(Tiny(), settings("fp32")).base
+    for form, most in (("bf16", 0.05), ("int8", 0.1)):
+        assert torch.linalg.vector_norm(simulate(Tiny(), settings(form)).base - full) < most * torch.linalg.vector_norm(
+            full - start
+        )
+
+
+@pytest.mark.parametrize(("worker", "lte"), [(Tiny(dropout=0.3), {}), (Many(), EVERYTHING)], ids=["tiny", "every kind"])
+def test_a_restored_head_goes_on_bitwise_the_same(form: str, worker: Tiny, lte: dict[str, Any]) -> None:
+    """The codes come from the base again; factors, replicas and references from the state."""
+    made = settings(form, **lte)
+    head, base = started(worker, made)
+    head.train_round()
+    head.adopt(Verdict(0, 1, True, 1), 1, base + 0.1)
+    tensors, meta = state_of(head)
+    other = Head(worker, made, 0, dtype=torch.float64, incarnation=1)
+    restore(other, through_a_file((tensors, meta)), base + 0.1)
+    for sequence in (2, 3):
+        expected, found = head.train_round(), other.train_round()
+        assert torch.equal(found.buffer, expected.buffer)
+        assert found.base_error == expected.base_error
+        for each in (head, other):
+            each.adopt(Verdict(0, sequence, sequence == 2, sequence), sequence, base - 0.1 * sequence)
+
+
+def test_a_head_that_is_refused_keeps_its_reference_beside_the_new_base(form: str) -> None:
+    """Q(W_2) + s (B A - B' A') with the old reference."""
+    worker = Tiny()
+    head, base = started(worker, settings(form))
+    first = head.train_round()
+    head.adopt(Verdict(0, 1, True, 1), 1, base + 0.1)
+    reference = {n: t.clone() for n, t in views(head.plan.contribution, first.buffer).items() if "lora" in n}
+    head.train_round()
+    head.adopt(Verdict(0, 2, False, 2, "a test"), 2, base - 0.2)
+    words = torch.arange(7)
+    assert_near(head.model(words), dense_model(head, worker, base - 0.2, reference)(words), 5000 * EPS64)
+
+
+def test_checkpoints_hold_no_codes(form: str, tmp_path: Path) -> None:
+    """A head's file has factors, replicas, reference, optimizer and generators; the base's file the exact weights."""
+    head, base = started(Many(), settings(form, **EVERYTHING))
+    head.train_round()
+    head.adopt(Verdict(0, 1, True, 1), 1, base + 0.1)
+    tensors, meta = state_of(head)
+    kinds = {name.partition(".")[0] for name in tensors}
+    assert kinds == {"factor", "reference", "optimizer", "rng"}  # everything has factors here: no replicas
+    assert {n for n in tensors if n.startswith("factor.")} == {f"factor.{n}" for n in head.converted.factors}
+    assert not any(t.dtype in (torch.int8, torch.bfloat16) for t in tensors.values())
+    assert not any("quantized" in name for name in tensors)
+    directory = RunDirectory.of(str(tmp_path), "run")
+    files = [
+        checkpoint.write_head(directory, 1, 0, tensors, meta),
+        checkpoint.write_base(directory, 1, head.plan, base + 0.1),
+    ]
+    manifest = checkpoint.commit(directory, 1, (0,), files, {})
+    assert torch.equal(checkpoint.read_base(directory, manifest, head.plan), base + 0.1)
+
+
+def test_users_own_buffers_are_kept_beside_the_codes(form: str) -> None:
+    """A model's buffers go through a checkpoint; ours don't."""
+
+    class Counting(Tiny):
+        def build_model(self) -> nn.Module:
+            model = Net().double()
+            model.register_buffer("count", torch.zeros(()))
+            model.up.register_buffer("seen", torch.ones(2))
+            return model
+
+        def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            model.count += 1
+            return super().loss(model, batch)
+
+    head, base = started(Counting(), settings(form))
+    head.train_round()
+    head.adopt(Verdict(0, 1, True, 1), 1, base)
+    tensors, meta = state_of(head)
+    assert {n for n in tensors if n.startswith("buffer.")} == {"buffer.count", "buffer.up.seen"}
+    other = Head(Counting(), head.settings, 0, dtype=torch.float64)
+    restore(other, (tensors, meta), base)
+    assert other.model.count == 3.0

@@ -1,0 +1,336 @@
+"""Heads of different ranks and alphas: merged, resumed, and continued from checkpoints that knew nothing of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lte_ray import checkpoint
+from lte_ray.adapters.plan import make_plans
+from lte_ray.checkpoint import Manifest
+from lte_ray.config import LTEConfig, StorageConfig
+from lte_ray.engine.coordinator.coordinator import Coordinator
+from lte_ray.engine.head.head import Head
+from lte_ray.engine.head.state import restore
+from lte_ray.engine.in_process import simulate
+from lte_ray.engine.prepare import prepare
+from lte_ray.engine.settings import Settings
+from lte_ray.errors import StorageError
+from lte_ray.layout import Plan
+from lte_ray.merging import Average, Merge, Pending, Roster, Scheduled, Wait
+from lte_ray.merging.low_rank import Share, add_contributions, dense_change
+from lte_ray.messages import Verdict
+from lte_ray.run import start as run_start
+from lte_ray.storage import RunDirectory
+from tests.support.helpers import (
+    Net,
+    Tiny,
+    assert_near,
+    dense_by_hand,
+    make_settings,
+    offer,
+    random_flat,
+    state_of,
+    through_a_file,
+)
+
+LTE: dict[str, Any] = {"lora_r": (1, 2, 5), "lora_alpha": (1.0, 4.0, 2.5), "layers": ("mid: lora_r=2,1,8 lora_alpha=3",)}
+
+
+def settings(worker_steps: int = 12, **changes: Any) -> Settings:
+    made = make_settings(heads=3, steps=worker_steps)
+    return dataclasses.replace(made, lte=dataclasses.replace(made.lte, **(LTE | changes)))
+
+
+class Immediate:
+    """Merges every contribution as it comes, by a third."""
+
+    def decide(self, pending: Sequence[Pending], roster: Roster) -> Merge | Wait:
+        return Merge({p.head: 1 / 3 for p in pending}) if pending else Wait()
+
+
+def factors(plan: Plan, contribution: Tensor) -> Tensor:
+    return contribution[: plan.factors_size]
+
+
+def test_each_head_has_its_own_rank_and_scaling() -> None:
+    """By the number of the head, for all layers and in a rule; the base layout is one."""
+    plans = make_plans(Net(), settings().lte)
+    assert [[a.rank for a in plan.adapted] for plan in plans] == [[1, 2, 1], [2, 1, 2], [5, 8, 5]]
+    assert [[a.scaling for a in plan.adapted] for plan in plans] == [[1.0, 1.5, 1.0], [2.0, 3.0, 2.0], [0.5, 3 / 8, 0.5]]
+    assert len({plan.base for plan in plans}) == 1
+    assert len({plan.contribution.size for plan in plans}) == 3
+
+
+@pytest.mark.parametrize("reset", ["none", "B"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_ledger_holds_for_trained_heads_of_different_ranks(reset: str, rslora: bool) -> None:
+    """W_v - W_0 = sum of w s_n (B_n A_n - B'_n A'_n) over all merges; right after one each head computes with W_v."""
+    worker, made = Tiny(), settings(reset=reset, rslora=rslora)
+    initial = prepare(worker, made, torch.float64)
+    coordinator = Coordinator(made, initial.plan, initial.base.clone(), Scheduled(Average()), plans=initial.plans)
+    heads = [Head(worker, made, n, dtype=torch.float64) for n in range(3)]
+    for head in heads:
+        head.start(0, initial.base)
+    ledger, before = torch.zeros_like(initial.base), dict.fromkeys(range(3))
+    for version in range(1, 5):
+        for head in heads:
+            contribution = head.train_round()
+            buffer = contribution.buffer
+            reference = before[head.head]
+            ledger += dense_by_hand(head.plan, buffer, reference) / 3
+            before[head.head] = None if reset == "B" else factors(head.plan, buffer).clone()
+            outcome = coordinator.receive(contribution, buffer)
+        assert [m.version for m in outcome.merges] == [version]
+        # 12 changes, each of sums of up to 16 float64 terms of size 1.
+        assert_near(coordinator.base - initial.base, ledger, 1e-13)
+        for verdict in outcome.verdicts:
+            head = heads[verdict.head]
+            head.adopt(verdict, version, coordinator.base.clone())
+            words = torch.arange(7)
+            for name, weight in {s.name: head.converted.parameters[s.name] for s in head.plan.adapted}.items():
+                spec = next(s for s in head.plan.adapted if s.name == name)
+                product = head.converted.factors[spec.b] @ head.converted.factors[spec.a]
+                entry = next(e for e in head.plan.base.entries if e.name == name)
+                expected = coordinator.base[entry.offset : entry.offset + entry.size].view(entry.shape)
+                assert_near(weight + spec.scaling * product, expected, 1e-14)
+        outputs = [head.model.eval()(words) for head in heads]
+        for output in outputs[1:]:
+            assert_near(output, outputs[0], 1e-13)
+        for head in heads:
+            head.model.train()
+    assert not torch.allclose(coordinator.base, initial.base, atol=1e-2)
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.floats(0.1, 8)), min_size=1, max_size=4), st.integers(1, 5), st.integers(0, 99))
+def test_merges_of_any_ranks_are_sums_of_dense_changes(ranks: list[tuple[int, float]], rounds: int, seed: int) -> None:
+    """Arrivals one at a time, in any order, with any weights: the base moves by w D of each, and by nothing else."""
+    lte = LTEConfig(num_heads=len(ranks), lora_r=tuple(r for r, _ in ranks), lora_alpha=tuple(a for _, a in ranks))
+    plans = make_plans(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 6, bias=False)), lte)
+    chance = random.Random(seed)
+    base = random_flat(plans[0].base.size, seed)
+    start, ledger = base.clone(), torch.zeros_like(base)
+    before: dict[int, Tensor | None] = dict.fromkeys(range(len(ranks)))
+    for turn in range(rounds):
+        chosen = chance.sample(range(len(ranks)), chance.randint(1, len(ranks)))
+        shares = []
+        for head in chosen:
+            sent = random_flat(plans[head].contribution.size, 1000 * turn + head)
+            share = Share(chance.uniform(-1, 1), plans[head], sent, before[head])
+            by_hand = dense_by_hand(plans[head], sent, before[head])
+            assert_near(dense_change(share), share.weight * by_hand, 1e-14)
+            ledger += share.weight * by_hand
+            shares.append(share)
+        add_contributions(base, shares)
+        for head, share in zip(chosen, shares, strict=True):
+            before[head] = factors(plans[head], share.contribution)
+        assert_near(base - start, ledger, 1e-13)  # up to 20 changes of float64 products
+
+
+def test_a_contribution_of_another_heads_size_is_refused() -> None:
+    """The coordinator knows each head's own layout."""
+    worker, made = Tiny(), settings()
+    initial = prepare(worker, made, torch.float64)
+    coordinator = Coordinator(made, initial.plan, initial.base.clone(), Scheduled(Average()), plans=initial.plans)
+    head = Head(worker, made, 1, dtype=torch.float64)
+    head.start(0, initial.base)
+    contribution = head.train_round()
+    (verdict,) = coordinator.receive(dataclasses.replace(contribution, head=2), contribution.buffer).verdicts
+    assert not verdict.accepted
+    assert f"expected ({initial.plans[2].contribution.size},) and" in verdict.reason
+    assert coordinator.receive(contribution, contribution.buffer).verdicts == ()
+
+
+@pytest.mark.parametrize("large", [0, 1, 2])
+def test_what_is_absurd_is_judged_by_the_scalings_of_all_heads(large: int) -> None:
+    """A buffer that merges where every s is 1 is refused of a head whose own s would carry it beyond the bound."""
+    alphas = tuple(1e6 if head == large else 1.0 for head in range(3))
+    base = torch.zeros(make_plans(Net(), settings().lte)[0].base.size)
+    for alpha, accepted in (((1.0, 1.0, 1.0), True), (alphas, False)):
+        made = settings(lora_r=1, lora_alpha=alpha, layers=())
+        plans = make_plans(Net(), made.lte)
+        coordinator = Coordinator(made, plans[0], base.clone(), Immediate(), plans=plans)
+        size = plans[large].contribution.size
+        sent = torch.full((size,), math.sqrt(1e27 / size))
+        (verdict,) = coordinator.receive(offer(large), sent).verdicts
+        assert verdict.accepted == accepted
+        assert ("absurdly large" in verdict.reason) != accepted
+        assert bool(coordinator.base.any()) == accepted
+        assert bool(torch.isfinite(coordinator.base).all())
+
+
+def test_a_simulation_with_equal_ranks_given_one_by_one_is_that_of_one_rank() -> None:
+    """(2, 2, 2) is 2, bitwise; and another order of ranks is another run."""
+    one, each = (simulate(Tiny(), settings(lora_r=r, lora_alpha=4.0, layers=()), torch.float64) for r in (2, (2, 2, 2)))
+    assert torch.equal(one.base, each.base)
+    first, second = (
+        simulate(Tiny(), settings(lora_r=r, lora_alpha=4.0, layers=()), torch.float64) for r in ((1, 2, 3), (3, 2, 1))
+    )
+    assert not torch.equal(first.base, second.base)
+    assert [[a.rank for a in head.plan.adapted] for head in first.heads] == [[1] * 3, [2] * 3, [3] * 3]
+
+
+@pytest.mark.parametrize("head", [0, 1, 2])
+@pytest.mark.parametrize("reset", ["none", "B"])
+def test_a_restored_head_of_any_rank_goes_on_bitwise_the_same(head: int, reset: str) -> None:
+    """Through safetensors and JSON, with a reference of its own size."""
+    worker, made = Tiny(dropout=0.3, optimizer="adamw"), settings(reset=reset)
+    base = prepare(worker, made, torch.float64).base
+    one = Head(worker, made, head, dtype=torch.float64)
+    one.start(0, base)
+    one.train_round()
+    one.adopt(Verdict(head, 1, True, 1), 1, base + 0.1)
+    tensors, meta = state_of(one)
+    assert ("reference" in tensors) == (reset == "none")
+    if reset == "none":
+        assert tensors["reference"].shape == (one.plan.factors_size,)
+    other = Head(worker, made, head, dtype=torch.float64, incarnation=1)
+    restore(other, through_a_file((tensors, meta)), base + 0.1)
+    for sequence in (2, 3):
+        expected, found = one.train_round(), other.train_round()
+        assert torch.equal(found.buffer, expected.buffer)
+        for each in (one, other):
+            each.adopt(Verdict(head, sequence, True, sequence), sequence, base - 0.1 * sequence)
+
+
+# -- checkpoints of runs that knew no such settings --------------------------------------------------------------------
+
+
+OLD = ("num_heads", "lora_r", "lora_alpha", "reset", "exclude")
+"""The settings of heads that there were when only nn.Linear layers had factors."""
+
+
+@dataclasses.dataclass
+class Convolutional(Tiny):
+    """With a convolution, which had no factors then."""
+
+    def build_model(self) -> nn.Module:
+        model = Net().double()
+        model.conv = nn.Conv1d(4, 4, 3).double()
+        return model
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return super().loss(model, batch) + model.conv(torch.ones(4, 3, dtype=torch.float64)).square().sum()
+
+
+def written(directory: RunDirectory, worker: Tiny, made: Settings, *, old: bool) -> tuple[Manifest, list[Head], Tensor]:
+    """A checkpoint after one merge, as it is written now, or as it was: without the new settings, cursor and scaler."""
+    initial = prepare(worker, made, torch.float64)
+    coordinator = Coordinator(made, initial.plan, initial.base.clone(), Scheduled(Average()), plans=initial.plans)
+    heads = [Head(worker, made, n, dtype=torch.float64) for n in range(made.lte.num_heads)]
+    for head in heads:
+        head.start(0, initial.base)
+        contribution = head.train_round()
+        outcome = coordinator.receive(contribution, contribution.buffer)
+    files = [checkpoint.write_base(directory, 1, initial.plan, coordinator.base)]
+    for verdict in outcome.verdicts:
+        head = heads[verdict.head]
+        head.adopt(verdict, 1, coordinator.base.clone())
+        tensors, meta = state_of(head)
+        if old:
+            for new in ("batches", "lanes", "grant", "released", "offered", "position"):
+                del meta[new]
+            del meta["optimizer"]["scaler"]
+        files.append(checkpoint.write_head(directory, 1, head.head, tensors, meta))
+    lte = dataclasses.asdict(made.lte)
+    facts = {"run": made.run, "step": 3, "lte": {name: lte[name] for name in OLD} if old else lte}
+    directory.write("run.toml", b"")
+    return checkpoint.commit(directory, 1, range(made.lte.num_heads), files, facts), heads, coordinator.base
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RunDirectory:
+    return RunDirectory.of(str(tmp_path), "test")
+
+
+RESUME = StorageConfig(name="test", resume=True)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_checkpoint_of_before_and_of_now_is_resumed_bitwise(directory: RunDirectory, old: bool) -> None:
+    """The settings are those of before or the defaults; each head goes on as the one that wasn't stopped."""
+    worker = Tiny(dropout=0.3, optimizer="adamw")
+    made = make_settings() if old else settings()
+    _, heads, base = written(directory, worker, made, old=old)
+    manifest, _ = run_start.check_start(directory, RESUME, made)
+    assert manifest is not None
+    initial = prepare(worker, made, torch.float64)
+    checkpoint.check_factors(directory, manifest, initial.plans)
+    assert torch.equal(checkpoint.read_base(directory, manifest, initial.plan), base)
+    for head in heads:
+        other = Head(worker, made, head.head, dtype=torch.float64, incarnation=1)
+        restore(other, checkpoint.read_head(directory, manifest, head.head), base)
+        assert torch.equal(other.train_round().buffer, head.train_round().buffer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"lora_r": (1, 2, 4)}, r"--lora-r was \[1, 2, 5\] and is \[1, 2, 4\]"),
+        ({"lora_alpha": 1.0}, r"--lora-alpha was \[1.0, 4.0, 2.5\] and is 1.0"),
+        ({"layers": ()}, "--layers was"),
+        ({"rslora": True}, "--rslora was False and is True"),
+        ({"lora_bias": "frozen"}, "--lora-bias was replica and is frozen"),
+        ({"base_dtype": "int8"}, "--base-dtype was fp32 and is int8"),
+        ({"adapt": ("linear",)}, "--adapt was"),
+    ],
+)
+def test_a_run_is_not_continued_with_other_heads(directory: RunDirectory, changes: dict[str, Any], says: str) -> None:
+    """What differs is named, as it was and as it is."""
+    written(directory, Tiny(), settings(), old=False)
+    with pytest.raises(StorageError, match=says):
+        run_start.check_start(directory, RESUME, settings(**changes))
+
+
+def test_settings_that_came_later_are_compared_with_their_defaults(directory: RunDirectory) -> None:
+    """A run of before went on as the defaults say; --adapt is free, as then only nn.Linear layers had factors."""
+    written(directory, Tiny(), make_settings(), old=True)
+    made = make_settings()
+    for changes in ({"rslora": True}, {"lora_bias": "frozen"}, {"base_dtype": "int8"}, {"layers": ("up: lr=2",)}):
+        with pytest.raises(StorageError, match=r"was .* and is"):
+            run_start.check_start(directory, RESUME, dataclasses.replace(made, lte=dataclasses.replace(made.lte, **changes)))
+
+
+def test_a_run_of_before_whose_convolutions_had_no_factors_says_how_to_go_on(directory: RunDirectory) -> None:
+    """Its heads have no factors for what is adapted by default now: refused before any head starts; --adapt linear resumes."""
+    worker, made = Convolutional(), make_settings()
+    linear = dataclasses.replace(made, lte=dataclasses.replace(made.lte, adapt=("linear",)))
+    _, heads, base = written(directory, worker, linear, old=True)
+    manifest, _ = run_start.check_start(directory, RESUME, made)
+    assert manifest is not None
+    with pytest.raises(StorageError, match=r"other factors; they differ in conv.weight. .* --adapt linear"):
+        checkpoint.check_factors(directory, manifest, prepare(worker, made, torch.float64).plans)
+    manifest, _ = run_start.check_start(directory, RESUME, linear)
+    assert manifest is not None
+    checkpoint.check_factors(directory, manifest, prepare(worker, linear, torch.float64).plans)
+    other = Head(worker, linear, 1, dtype=torch.float64)
+    restore(other, checkpoint.read_head(directory, manifest, 1), base)
+    assert torch.equal(other.train_round().buffer, heads[1].train_round().buffer)
+
+
+def test_policies_see_dense_changes_of_heads_of_any_rank() -> None:
+    """`Pending.change` is the change in the base layout, the same for all; a policy may merge one at a time."""
+    sizes: list[int] = []
+
+    class Arrival:
+        def decide(self, pending: Any, roster: Any) -> Any:
+            from lte_ray.merging import Wait
+
+            if not pending:
+                return Wait()
+            sizes.append(pending[0].change().numel())
+            return Merge({pending[0].head: 1 / roster.num_heads})
+
+    result = simulate(Tiny(), dataclasses.replace(settings(), merge=make_settings(policy=Arrival()).merge), torch.float64)
+    assert sizes == [result.plan.base.size] * 12
+    assert sum(m.steps for m in result.merges) == 3 * 12

@@ -1,0 +1,333 @@
+"""Adapters for PEFT: what `PeftModel.from_pretrained` computes is what the run's model computes.
+
+Logits are compared relative to the largest. In float32 one operation is off by up to 6e-8 of it, and W x + B (A x) is rounded
+otherwise than (W + B A) x; through the few layers here that adds up to about 1e-6. The limit is 1e-5, a thousandth of what any
+missing part of the change makes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from lte_ray import checkpoint, export
+from lte_ray.engine.head.state import snapshot
+from lte_ray.errors import ConfigError, UserError
+from lte_ray.export.delta import average
+from lte_ray.export.run_reader import open_run, read
+from lte_ray.merging.policy import Decision, Merge, Wait
+from lte_ray.messages import Save
+from lte_ray.storage import RunDirectory
+from tests.support.export_runs import built, finish, inputs, logits, save_run, settings, write_checkpoint
+
+pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+CLOSE = 1e-5
+ALL: dict[str, Any] = {"adapt": ("linear", "attention", "conv", "embedding", "norm"), "lora_bias": "lora", "lora_r": (2, 1)}
+EMBEDDINGS: dict[str, Any] = {"adapt": ("linear", "conv", "embedding"), "lora_r": 2, "layers": ("*mid: lora_r=1",)}
+CASES = [
+    ("attended", {}),
+    ("attending", {}),
+    ("bert", {}),
+    ("bert", ALL),
+    ("cnn", {}),
+    ("cnn", ALL),
+    ("ends in out", {"exclude": ("out",)}),
+    ("ends in up", {"exclude": ("up",)}),
+    ("gpt2", {}),
+    ("gpt2", ALL),
+    ("headed", {}),
+    ("llama", {}),
+    ("llama", {"adapt": ("linear", "embedding"), "lora_r": 3, "base_dtype": "bf16"}),
+    ("resnet", {}),
+    ("vit", {}),
+    ("words", {**EMBEDDINGS, "layers": ("mid: lora_r=1",)}),
+    ("wrapped", {"lora_bias": "frozen"}),
+]
+
+
+@pytest.fixture(autouse=True)
+def silence() -> Any:
+    """PEFT warns about tied weights and Conv1D when it loads an adapter."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def whole(kind: str, run: Path) -> nn.Module:
+    """The merged model, from the weights that the run left."""
+    model = built(kind)
+    model.load_state_dict(safetensors.torch.load_file(run / "model.safetensors"), strict=True)
+    return model
+
+
+def adapted(kind: str, model: nn.Module, out: Path) -> nn.Module:
+    """What a user does with the adapter."""
+    return peft.PeftModel.from_pretrained(model.net if kind == "wrapped" else model, out).eval()
+
+
+def config(out: Path) -> dict[str, Any]:
+    return json.loads((out / "adapter_config.json").read_text())
+
+
+def largest(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize(("kind", "lte"), CASES)
+@torch.no_grad()
+def test_the_average_on_the_initial_model_is_the_merged_model(tmp_path: Path, kind: str, lte: dict[str, Any]) -> None:
+    """Of every kind of layer and setting, without and with PEFT's own merging of the adapter."""
+    with torch.enable_grad():
+        run, _ = save_run(tmp_path, kind, settings(**lte))
+    written = export.peft_adapter(run, tmp_path / "adapter")
+    x = inputs(kind, 9)
+    expected = logits(whole(kind, run), x)
+    model = adapted(kind, built(kind), tmp_path / "adapter")
+    assert largest(logits(built(kind), x), expected) > 1e-2
+    assert largest(logits(model, x), expected) < CLOSE
+    assert largest(logits(model.merge_and_unload(), x), expected) < CLOSE
+    assert written.error is not None
+    assert written.error < 1e-6
+
+
+@pytest.mark.parametrize(("kind", "lte"), [*CASES, ("counting", {})])
+@torch.no_grad()
+def test_a_heads_on_the_merged_model_is_the_head(tmp_path: Path, kind: str, lte: dict[str, Any]) -> None:
+    """A head that has gone on since the last merge; its own model, with its factors beside the weights, is the measure."""
+    with torch.enable_grad():
+        run, done = save_run(tmp_path, kind, settings(**lte), ahead=True)
+    written = export.peft_adapter(run, tmp_path / "adapter", head=1)
+    x = inputs(kind, 9)
+    expected = logits(done.heads[1].model.eval(), x)
+    near = CLOSE if lte.get("base_dtype") != "bf16" else 0.02  # the head's own main weights are rounded to 8 bits
+    assert largest(logits(whole(kind, run), x), expected) > 2 * near
+    assert largest(logits(adapted(kind, whole(kind, run), tmp_path / "adapter"), x), expected) < near
+    assert "what head 1 has trained beyond the merged weights of version 3" in written.summary
+    assert config(tmp_path / "adapter")["base_model_name_or_path"] == ""
+
+
+def test_a_head_that_had_not_heard_of_its_merge_is_the_head_that_adopts_it(tmp_path: Path) -> None:
+    """Its state is cut while it trains on beyond the contribution that the version holds, as in any run that doesn't stop."""
+    run, done = save_run(tmp_path, "gpt2", settings())
+    sent = []
+    for head in done.heads:
+        done.coordinator.join(head.head, 0)
+        finish(head)
+        sent.append(head.contribute())
+    for contribution in sent:
+        verdicts = done.coordinator.receive(contribution, contribution.buffer).verdicts
+    finish(done.heads[1])
+    directory, base = RunDirectory.of(str(tmp_path), "run"), done.coordinator.base.clone()
+    states = [snapshot(head, Save(4, {head.head: head.sequence})) for head in done.heads]
+    files = [checkpoint.write_head(directory, 4, number, *state) for number, state in enumerate(states)]
+    files.append(checkpoint.write_base(directory, 4, done.plan, base))
+    checkpoint.commit(directory, 4, (0, 1), files, checkpoint.read_manifest(directory, 3).facts)
+    assert {name.partition(".")[0] for name in states[1][0]} >= {"ahead", "reference"}
+    done.heads[1].adopt(verdicts[1], 4, base)
+    export.peft_adapter(run, tmp_path / "adapter", head=1, version=4)
+    export.safetensors(run, tmp_path / "merged.safetensors", version=4)
+    model, x = built("gpt2"), inputs("gpt2", 9)
+    model.load_state_dict(safetensors.torch.load_file(tmp_path / "merged.safetensors"))
+    with torch.no_grad():
+        expected = logits(done.heads[1].model.eval(), x)
+        assert largest(logits(model, x), expected) > 2 * CLOSE
+        assert largest(logits(adapted("gpt2", model, tmp_path / "adapter"), x), expected) < CLOSE
+
+
+@torch.no_grad()
+def test_a_head_that_is_merged_has_changed_nothing(tmp_path: Path) -> None:
+    """Its adapter is zero, so that the merged model's logits stay as they are, bit for bit."""
+    with torch.enable_grad():
+        run, _ = save_run(tmp_path, "gpt2", settings())
+    written = export.peft_adapter(run, tmp_path / "adapter", head=0)
+    x = inputs("gpt2", 9)
+    assert torch.equal(logits(adapted("gpt2", whole("gpt2", run), tmp_path / "adapter"), x), logits(whole("gpt2", run), x))
+    assert written.rank == 1
+    assert "zero, since all that head 0 has trained is in the merged weights" in written.summary
+
+
+def test_ranks_are_the_sums_of_the_heads_ranks_and_pefts_scaling_is_one(tmp_path: Path) -> None:
+    """By layer and head; PEFT matches the layers by their exact names, and alpha is the rank everywhere."""
+    run, _ = save_run(tmp_path, "gpt2", settings(lora_r=(2, 3), layers=("transformer.h.1.mlp: lora_r=4",)))
+    assert export.peft_adapter(run, tmp_path / "adapter").rank == 8
+    found = config(tmp_path / "adapter")
+    pattern = {r"^transformer\.h\.1\.mlp\.c_fc": 8, r"^transformer\.h\.1\.mlp\.c_proj": 8}
+    assert (found["r"], found["lora_alpha"], found["rank_pattern"], found["alpha_pattern"]) == (5, 5, pattern, pattern)
+    assert sorted(found["target_modules"]) == ["c_attn", "c_fc", "c_proj"]
+    assert (found["bias"], found["fan_in_fan_out"], found["use_rslora"]) == ("lora_only", True, False)
+    tensors = safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert tensors["base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"].shape == (5, 32)
+    assert tensors["base_model.model.transformer.h.1.mlp.c_fc.lora_B.weight"].shape == (128, 8)
+
+
+def test_only_what_has_changed_is_in_the_adapter(tmp_path: Path) -> None:
+    """Without replicas and biases there are factors only."""
+    frozen = {"lora_bias": "frozen", "layers": ("*: lr=0", "@linear: lr=1")}
+    run, _ = save_run(tmp_path, "llama", settings(**frozen))
+    export.peft_adapter(run, tmp_path / "adapter")
+    assert all(".lora_" in key for key in safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    assert (config(tmp_path / "adapter")["modules_to_save"], config(tmp_path / "adapter")["bias"]) == (None, "none")
+
+
+@torch.no_grad()
+def test_a_sum_of_more_than_full_rank_is_taken_as_it_is(tmp_path: Path) -> None:
+    """Three heads of rank 6 on a 16 x 16 weight: the adapter has rank 16, not 18, and is exact."""
+    with torch.enable_grad():
+        run, _ = save_run(tmp_path, "words", settings(num_heads=3, lora_r=6), heads=(0, 1, 2))
+    written = export.peft_adapter(run, tmp_path / "adapter")
+    x = inputs("words", 9)
+    assert written.rank == 16
+    assert written.error is not None
+    assert written.error < 1e-6
+    assert largest(logits(adapted("words", built("words"), tmp_path / "adapter"), x), logits(whole("words", run), x)) < CLOSE
+
+
+class Uneven:
+    """Weighs one head a little more."""
+
+    def decide(self, pending: Any, roster: Any) -> Decision:
+        return Merge({0: 0.5, 1: 0.501}) if len(pending) == 2 else Wait("for both")
+
+
+@pytest.mark.parametrize(
+    ("lte", "heads", "why"),
+    [
+        ({"reset": "B"}, (0, 1), "the run was made with --reset B"),
+        ({"policy": Uneven()}, (0, 1), "weighs each head by 1/N throughout"),
+        ({}, (1,), r"heads \[0\] have no state in this checkpoint"),
+    ],
+)
+def test_a_change_that_is_no_sum_needs_a_rank(tmp_path: Path, lte: dict[str, Any], heads: tuple[int, ...], why: str) -> None:
+    """The error says why and what to do; with --rank the adapter is the best of that rank, and its error is reported."""
+    run, _ = save_run(tmp_path, "words", settings(**lte), heads=heads)
+    with pytest.raises(UserError, match=rf"isn't the sum of what the heads hold at version 3, .*{why}.*--rank R"):
+        export.peft_adapter(run, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    written = export.peft_adapter(run, tmp_path / "adapter", rank=3)
+    before, after = built("words").mid.weight, whole("words", run).mid.weight  # type: ignore[union-attr]
+    sigma = torch.linalg.svdvals((after.double() - before.double()).detach())  # type: ignore[operator]
+    assert written.rank == 3
+    assert written.error == pytest.approx(float(sigma[3:].norm() / sigma.norm()), rel=1e-4)
+    full = export.peft_adapter(run, tmp_path / "full", rank=100)
+    assert full.rank == 16
+    assert full.error is not None
+    assert full.error < 1e-6
+
+
+def test_a_long_run_is_still_seen_as_a_sum(tmp_path: Path) -> None:
+    """300 merges drift by rounding; the departure of a policy that weighs a head by 0.2% more is told from that."""
+    run, _ = save_run(tmp_path, "words", settings(steps=300, merge_iter=1))
+    assert average(read(run)).error < 1e-5
+    run, _ = save_run(tmp_path, "words", settings(steps=300, merge_iter=1, policy=Uneven()), name="uneven")
+    with pytest.raises(UserError, match="isn't the sum"):
+        average(read(run))
+
+
+def test_a_rank_below_the_sum_truncates_it(tmp_path: Path) -> None:
+    """Where the sum holds, too; and of one head's change."""
+    run, _ = save_run(tmp_path, "gpt2", settings(), ahead=True)
+    for head in (None, 1):
+        written = export.peft_adapter(run, tmp_path / f"adapter-{head}", head=head, rank=2)
+        assert written.rank == 2
+        assert written.error is not None
+        assert 0.01 < written.error < 1
+        assert written.summary.endswith("(truncated)")
+
+
+def test_layers_that_share_a_weight_get_lora_once(tmp_path: Path) -> None:
+    """Merging the adapter would add the change to the one weight several times; the other layer is copied."""
+    run, _ = save_run(tmp_path, "words", settings(**EMBEDDINGS | {"layers": ()}))
+    export.peft_adapter(run, tmp_path / "adapter")
+    assert sorted(config(tmp_path / "adapter")["target_modules"]) == ["embed", "mid"]
+    assert config(tmp_path / "adapter")["modules_to_save"] == ["logits"]
+
+
+def test_names_that_end_alike_are_told_apart(tmp_path: Path) -> None:
+    """`up` is copied, so `block.up` is too; `out` can't be copied, so it gets LoRA of full rank."""
+    run, _ = save_run(tmp_path, "ends in up", settings(exclude=("up",)))
+    export.peft_adapter(run, tmp_path / "adapter")
+    found = config(tmp_path / "adapter")
+    assert (sorted(found["target_modules"]), found["modules_to_save"]) == (["down", "more"], ["block.up", "embed", "up"])
+    run, _ = save_run(tmp_path, "ends in out", settings(exclude=("out",)), name="second")
+    assert export.peft_adapter(run, tmp_path / "other").rank == 16
+    found = config(tmp_path / "other")
+    assert (sorted(found["target_modules"]), found["modules_to_save"]) == (["down", "more", "out", "up"], ["embed"])
+
+
+def test_what_pefts_lora_computes_otherwise_is_copied(tmp_path: Path) -> None:
+    """Grouped and dilated convolutions, torch's attention, and all in torch's encoder layer, whose fast path calls no layer."""
+    run, _ = save_run(tmp_path, "cnn", settings())
+    assert "dilated, grouped, norm, twin" in export.peft_adapter(run, tmp_path / "cnn").summary
+    run, _ = save_run(tmp_path, "attending", settings(), name="attending")
+    export.peft_adapter(run, tmp_path / "attending-adapter")
+    copied = config(tmp_path / "attending-adapter")["modules_to_save"]
+    assert copied == [f"block.{name}" for name in ("linear1", "linear2", "norm1", "norm2", "self_attn")] + ["embed"]
+
+
+def test_an_adapter_fits_the_model_of_transformers_that_a_worker_wraps(tmp_path: Path) -> None:
+    """Names are that model's own, unless something beside it is trained."""
+    for kind, prefix in (("wrapped", "transformer"), ("headed", "net.transformer")):
+        run, _ = save_run(tmp_path, kind, settings(), name=kind)
+        export.peft_adapter(run, tmp_path / f"{kind}-adapter")
+        tensors = safetensors.torch.load_file(tmp_path / f"{kind}-adapter" / "adapter_model.safetensors")
+        assert f"base_model.model.{prefix}.h.0.attn.c_attn.lora_A.weight" in tensors
+
+
+@pytest.mark.parametrize(
+    ("kind", "lte", "message"),
+    [
+        ("lone", {}, r"PEFT has no place for what the model itself holds: scale\..*--to safetensors"),
+        ("enclosed", {}, "PEFT can hold little of this change as LoRA: it must copy body whole"),
+        ("vit", {"adapt": ("conv",)}, r"PEFT can hold none of this change as LoRA: it must copy .*vit\.embeddings"),
+        ("clash", {}, r"PEFT can't copy layer: .* parts of its own layers end so \(base_layer\)"),
+    ],
+)
+def test_what_peft_cannot_hold_is_refused(tmp_path: Path, kind: str, lte: dict[str, Any], message: str) -> None:
+    """Each error names the parameters or modules, and nothing is written."""
+    run, _ = save_run(tmp_path, kind, settings(**lte))
+    with pytest.raises(UserError, match=message):
+        export.peft_adapter(run, tmp_path / "adapter")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+@torch.no_grad()
+def test_a_lone_parameter_that_has_not_changed_is_no_hindrance(tmp_path: Path) -> None:
+    """With a learning rate of zero it is what it was."""
+    with torch.enable_grad():
+        run, _ = save_run(tmp_path, "lone", settings(layers=("scale: lr=0",)))
+    export.peft_adapter(run, tmp_path / "adapter")
+    x = inputs("lone", 9)
+    assert largest(logits(adapted("lone", built("lone"), tmp_path / "adapter"), x), logits(whole("lone", run), x)) < CLOSE
+
+
+def test_bad_heads_and_ranks_are_refused(tmp_path: Path) -> None:
+    """The error says which heads there are, and which the checkpoint holds."""
+    run, done = save_run(tmp_path, "words", settings(), heads=(1,))
+    for head in (-1, 2):
+        with pytest.raises(ConfigError, match=rf"--head is {head}, but the heads of .* are 0 to 1"):
+            export.peft_adapter(run, tmp_path / "adapter", head=head)
+    with pytest.raises(UserError, match=r"holds no state of head 0, since the policy merged only heads \[1\] there"):
+        export.peft_adapter(run, tmp_path / "adapter", head=0)
+    with pytest.raises(ConfigError, match="--rank is 0, but it must be at least 1"):
+        export.peft_adapter(run, tmp_path / "adapter", rank=0)
+    write_checkpoint(open_run(run), settings(), done)
+    assert checkpoint.complete(open_run(run)) == [3]
+    assert export.peft_adapter(run, tmp_path / "adapter").rank == 4
+
+
+def test_without_peft_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the run is read."""
+    run, _ = save_run(tmp_path, "words", settings())
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"needs peft, which can't be imported .*: pip install 'lte-ray\[hf\]'"):
+        export.peft_adapter(run, tmp_path / "adapter")

@@ -1,0 +1,327 @@
+"""How a merge policy is found and made: by name, as an object, class or function, in a module or file, with arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from lte_ray.config import MergeConfig, flag
+from lte_ray.errors import ConfigError, PolicyError
+from lte_ray.merging import (
+    POLICIES,
+    Arrival,
+    Average,
+    Barrier,
+    Decision,
+    Discard,
+    Merge,
+    MergeChange,
+    MergePolicy,
+    Nesterov,
+    Pending,
+    Quorum,
+    Roster,
+    Scheduled,
+    Wait,
+    make_policy,
+)
+from lte_ray.merging.registry import gives_weights, make_rule, recorded_arguments
+from tests.support.helpers import offer, random_flat
+from tests.support.policies import PLAN, coordinator_of, pending_of, roster_of
+
+
+def make(policy: Any, when: Any = "barrier", **arguments: Any) -> MergePolicy:
+    return make_policy(MergeConfig(policy=policy, policy_args=arguments or None, when=when))
+
+
+class Mine:
+    """A policy of a user's that decides itself when to merge."""
+
+    def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
+        return Wait()
+
+
+class Rule:
+    """A policy of a user's that says how, with arguments of every kind.
+
+    Args:
+        alpha: a number.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        times: int = 2,
+        kind: Literal["a", "b"] = "a",
+        on: bool = False,
+        names: tuple[str, ...] = (),
+        limit: float | None = None,
+        free: Any = None,
+    ) -> None:
+        self.alpha, self.times, self.kind, self.on, self.names, self.limit, self.free = (
+            alpha,
+            times,
+            kind,
+            on,
+            names,
+            limit,
+            free,
+        )
+
+    def merge(self, pending: Sequence[Pending], roster: Roster) -> dict[int, float]:
+        return {p.head: self.alpha / roster.num_heads for p in pending}
+
+
+class Empty:
+    """No policy."""
+
+
+class Raising(Mine):
+    """Can't be made."""
+
+    def __init__(self) -> None:
+        raise KeyError("no key")
+
+
+class Asking(Mine):
+    """Needs an argument."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+
+
+def halves(pending: Sequence[Pending], roster: Roster, share: float = 0.5) -> dict[int, float]:
+    """A function that gives weights."""
+    return {p.head: share / roster.num_heads for p in pending}
+
+
+def ones(pending: Sequence[Pending], roster: Roster) -> torch.Tensor:
+    """A function that gives a change."""
+    return torch.ones(roster.layout.size, dtype=torch.float64)
+
+
+def discards(pending: Sequence[Pending], roster: Roster) -> Discard:
+    """A function that gives a decision."""
+    return Discard([p.head for p in pending], "because")
+
+
+a_policy, a_rule = Mine(), Rule(alpha=0.5)
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_every_built_in_name_makes_its_policy(name: str) -> None:
+    """Each is of its class, made anew, and waits as --when says."""
+    policy = make(name)
+    assert isinstance(policy, Scheduled)
+    assert isinstance(policy, MergePolicy)
+    assert type(policy.how) is POLICIES[name]
+    assert policy.name == name
+    assert make(name).how is not policy.how  # type: ignore[attr-defined]
+
+
+def test_every_built_in_name_is_in_the_help() -> None:
+    """And in the documentation's table."""
+    told = MergeConfig.__dataclass_fields__["policy"].metadata["help"]
+    page = (Path(__file__).parents[3] / "docs" / "merge-policies.md").read_text()
+    for name in POLICIES:
+        assert f" {name}," in told
+        assert f"\n| `{name}` |" in page
+
+
+def test_the_default_is_the_papers_average_at_a_barrier() -> None:
+    """MergeConfig's defaults."""
+    policy = make_policy(MergeConfig())
+    assert isinstance(policy, Scheduled)
+    assert (type(policy.how), type(policy.when)) == (Average, Barrier)
+
+
+@pytest.mark.parametrize(("when", "kind"), [("barrier", Barrier), ("quorum", Quorum), ("arrival", Arrival)])
+def test_a_rule_is_asked_when_the_settings_say(when: str, kind: type) -> None:
+    """An object with `merge`, its class and a function alike."""
+    for policy in (a_rule, Rule, halves, "nesterov", f"{__name__}:Rule", f"{__name__}:halves", f"{__name__}:a_rule"):
+        made = make(policy, when)
+        assert isinstance(made, Scheduled)
+        assert type(made.when) is kind
+
+
+def test_a_whole_policy_is_taken_as_it_is() -> None:
+    """A policy object is itself; a class is made without arguments."""
+    assert make(a_policy) is a_policy
+    assert type(make(Mine)) is Mine
+
+
+@pytest.mark.parametrize("when", ["quorum", "arrival"])
+def test_a_whole_policy_decides_itself_when(when: str) -> None:
+    """--when would be ignored, so it is refused."""
+    with pytest.raises(ConfigError, match=f"--policy Mine has a decide method, .* and --when {when} contradicts it. Leave"):
+        make(Mine, when)
+
+
+def test_a_policy_is_found_in_a_module_or_a_file(tmp_path: Path) -> None:
+    """By module:Class, module:object, module:function and path/to/file.py:Class."""
+    assert type(make(f"{__name__}:Mine")) is Mine
+    assert make(f"{__name__}:a_policy") is a_policy
+    assert make(f"{__name__}:a_rule").how is a_rule  # type: ignore[attr-defined]
+    assert make(f"{__name__}:halves").how is halves  # type: ignore[attr-defined]
+    (tmp_path / "policy_h.py").write_text("class Own:\n    def decide(self, pending, roster): return 'own'")
+    assert make(f"{tmp_path}/policy_h.py:Own").decide([], None) == "own"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (halves, Merge({0: 0.25, 1: 0.25})),
+        (a_rule, Merge({0: 0.25, 1: 0.25})),
+        (discards, Discard([0, 1], "because")),
+        (lambda pending, roster: Wait("a while"), Wait("a while")),
+    ],
+)
+def test_weights_and_decisions_are_taken_from_rules(rule: object, expected: Decision) -> None:
+    """A dict is Merge; a decision is itself."""
+    assert make(rule).decide(pending_of(2), roster_of(2)) == expected
+
+
+def test_a_tensor_is_the_change_of_all_that_were_due() -> None:
+    """With all their heads."""
+    decision = make(ones).decide(pending_of(2), roster_of(2))
+    assert isinstance(decision, MergeChange)
+    assert decision.heads == [0, 1]
+    assert float(decision.change.sum()) == PLAN.base.size
+
+
+def test_errors_call_a_scheduled_policy_by_its_own_name() -> None:
+    """Not by that of what asks it when."""
+    for policy, name in ((lambda pending, roster: None, "<lambda>"), (f"{__name__}:nothing", f"{__name__}:nothing")):
+        coordinator, _ = coordinator_of(make(policy), heads=1)
+        with pytest.raises(PolicyError, match=f"The merge policy {name} decided None"):
+            coordinator.receive(offer(0), random_flat(PLAN.contribution.size, 1))
+
+
+def nothing(pending: Sequence[Pending], roster: Roster) -> None:
+    """Decides nothing."""
+
+
+def test_arguments_go_to_the_constructor_or_the_function() -> None:
+    """By name; a whole number is a number, a list a tuple."""
+    rule = make(Rule, alpha=3, kind="b", on=True, names=["x"], limit=2.0, free=object).how  # type: ignore[attr-defined]
+    assert (rule.alpha, rule.kind, rule.on, rule.names, rule.limit, rule.free) == (3.0, "b", True, ("x",), 2.0, object)
+    assert type(rule.alpha) is float
+    assert make(Asking, k=3).k == 3  # type: ignore[attr-defined]
+    assert make(halves, share=1.0).decide(pending_of(1), roster_of(1)) == Merge({0: 1.0})
+    assert make("nesterov", lr=0.25).how.lr == 0.25  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("policy", "arguments", "message"),
+    [
+        (
+            Rule,
+            {"alhpa": 1.0},
+            r"policy Rule has no argument --policy.alhpa. Did you mean alpha\? It has: --policy.alpha, --pol",
+        ),
+        ("nesterov", {"mu": 0.9}, r"policy nesterov has no argument --policy.mu. It has: --policy.lr, --policy.momentum.$"),
+        ("average", {"alpha": 1.0}, r"policy average has no argument --policy.alpha. It has none.$"),
+        (halves, {"alpha": 1.0}, r"policy halves has no argument --policy.alpha. It has: --policy.share.$"),
+        (halves, {"pending": 1.0}, "policy halves has no argument --policy.pending"),
+        (Rule, {"alpha": "1"}, "^--policy.alpha is '1', but the policy Rule takes a number there.$"),
+        (Rule, {"alpha": True}, "--policy.alpha is True, but the policy Rule takes a number there"),
+        (Rule, {"times": 1.5}, "--policy.times is 1.5, but the policy Rule takes a whole number there"),
+        (Rule, {"times": True}, "takes a whole number"),
+        (Rule, {"kind": "c"}, "--policy.kind is 'c', but the policy Rule takes one of a, b there"),
+        (Rule, {"on": 1}, "--policy.on is 1, but the policy Rule takes True or False there"),
+        (Rule, {"names": "x"}, "--policy.names is 'x'"),
+        (Rule, {"names": [1]}, r"--policy.names is \[1\]"),
+        (Rule, {"limit": "none"}, "--policy.limit is 'none'"),
+        (Asking, {}, r"^The policy Asking needs --policy.k.$"),
+        (
+            a_rule,
+            {"alpha": 1.0},
+            r"--policy Rule is a policy object already, so policy_args can't be given to it: \{'alpha': 1.0\}",
+        ),
+        ("nesterov", {"momentum": 2.0}, "^--policy.momentum is 2.0, but it must be at least 0 and below 1.$"),
+    ],
+)
+def test_wrong_arguments_are_config_errors(policy: object, arguments: dict[str, Any], message: str) -> None:
+    """Unknown names with those near and all there are, wrong types with what is taken, and what is missing."""
+    with pytest.raises(ConfigError, match=message):
+        make(policy, **arguments)
+
+
+@pytest.mark.parametrize("arguments", [3, ["alpha"], {1: 2}])
+def test_arguments_are_a_dict_by_name(arguments: object) -> None:
+    """Checked with the settings."""
+    with pytest.raises(ConfigError, match=r"policy_args is .*, but it must be a dict of argument names and values"):
+        MergeConfig(policy_args=arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("avrage", r"--policy is 'avrage', but the built-in policies are: .*average.* Did you mean average\? Give your own as"),
+        ("zzz", r"--policy is 'zzz', but the built-in policies are: .*trimmed_mean. Give your own as module:Class or path"),
+        ("", r"--policy is '', but the built-in policies are: adam, average"),
+        ("nowhere_i:Own", "--policy 'nowhere_i:Own': there is no module nowhere_i"),
+        ("lte_ray.merging.policies.weighted:Avrage", r"has no Avrage. Did you mean Average\?"),
+        (f"{__name__}:Empty", r"is a Empty without a merge\(pending, roster\) or decide\(pending, roster\) method"),
+        (Empty, "without a merge"),
+        (Empty(), "without a merge"),
+        (None, "is a NoneType without a merge"),
+        (3, "is a int without a merge"),
+        (Raising, r"Raising\(\) raised KeyError: 'no key'"),
+        (f"{__name__}:Raising", r"--policy \S+:Raising: Raising\(\) raised KeyError: 'no key'"),
+        (lambda pending: {}, "is a function of other arguments without a merge"),
+    ],
+)
+def test_what_is_no_policy_is_a_config_error(policy: object, message: str) -> None:
+    """The error names the flag, what was found, and what to give instead."""
+    with pytest.raises(ConfigError, match=message) as raised:
+        make(policy)
+    assert flag("policy") in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("policy", "arguments", "recorded"),
+    [
+        ("average", None, {}),
+        ("nesterov", None, {"lr": 0.7, "momentum": 0.9}),
+        ("nesterov", {"lr": 0.5}, {"lr": 0.5, "momentum": 0.9}),
+        (Nesterov(lr=0.1), None, {"lr": 0.1, "momentum": 0.9}),
+        (halves, None, {"share": 0.5}),
+        (halves, {"share": 0.25}, {"share": 0.25}),
+        (Asking, {"k": 3}, {"k": 3}),
+        (a_policy, None, {}),
+        (
+            Rule(free=[object], names=("a",)),
+            None,
+            {
+                "alpha": 1.0,
+                "times": 2,
+                "kind": "a",
+                "on": False,
+                "names": ("a",),
+                "limit": None,
+                "free": ("<class 'object'>",),
+            },
+        ),
+    ],
+)
+def test_what_a_run_records_of_its_policy_makes_it_again(policy: Any, arguments: Any, recorded: dict[str, Any]) -> None:
+    """All arguments, defaults included; of an object, its attributes of these names."""
+    merge = MergeConfig(policy=policy, policy_args=arguments)
+    assert recorded_arguments(merge) == recorded
+    if isinstance(policy, str):
+        again = make_rule(policy, recorded)
+        assert recorded_arguments(MergeConfig(policy=again)) == recorded
+
+
+def test_policies_that_make_their_own_change_are_known() -> None:
+    """Heads can't redo their merges from factors; of a user's own policy nothing is known."""
+    for name in POLICIES:
+        dense = name in ("momentum", "nesterov", "delayed_nesterov", "adam", "median", "trimmed_mean", "ties", "dare")
+        assert gives_weights(make_policy(MergeConfig(policy=name))) != dense
+    assert not gives_weights(make_policy(MergeConfig(policy="gated", policy_args={"policy": "nesterov"})))
+    assert gives_weights(make_policy(MergeConfig(policy=lambda pending, roster: {})))

@@ -1,0 +1,189 @@
+"""What people see of a run, and what is written down of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from lte_ray.errors import StorageError
+from lte_ray.messages import HeadStatus, MergeRecord
+from lte_ray.run import metrics
+from lte_ray.run.display import LineDisplay, LiveDisplay, automatic_display, clock, line, table, volume
+from lte_ray.run.metrics import METRICS, Evaluation, MetricsLog, Progress, throughput
+from lte_ray.storage import RunDirectory
+
+HEADS = (HeadStatus(0, step=20, samples=320, loss=2.5, version=2, state="waiting"), HeadStatus(1, step=18, state="training"))
+NOW = Progress(
+    run="gpt",
+    step=18,
+    steps=100,
+    samples=600,
+    samples_per_second=1234.5,
+    version=2,
+    heads=HEADS,
+    evaluation=Evaluation(2, 20, {"bits_per_byte": 2.71828}),
+    seconds=75.0,
+    remaining=3725.0,
+    checkpoint=1,
+)
+
+
+def shown(renderable: object) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(renderable)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def test_a_line_says_where_the_run_is() -> None:
+    """Steps, base version, rate, loss of every head that has one, evaluation and time left."""
+    assert line(NOW) == ("step 18/100  base v2  1,234.5 samples/s  train loss 2.5000  bits_per_byte 2.718 (v2)  1:02:05 left")
+
+
+def test_a_run_that_has_not_begun_is_shown_without_figures() -> None:
+    """No rate, loss or time left is made up before there is one."""
+    start = Progress.starting("gpt", 100, "starting Ray")
+    assert line(start) == "step 0/100  base v0  starting Ray"
+    assert "nan" not in shown(table(start)).lower()
+    assert "starting Ray" in shown(table(start))
+
+
+def test_the_table_has_a_row_for_every_head() -> None:
+    """Number, step, samples, loss, base version, state and device; a dash where there is no loss yet."""
+    rows = [row.split() for row in shown(table(NOW)).splitlines()]
+    assert ["0", "20", "320", "2.5000", "v2", "waiting", "cpu"] in rows
+    assert ["1", "18", "0", "-", "v0", "training", "cpu"] in rows
+    assert "bits_per_byte 2.718 (v2)" in shown(table(NOW))
+    assert "checkpoint v1" in shown(table(NOW))
+
+
+def test_lines_are_for_logs_and_the_table_for_terminals() -> None:
+    """A stream that is no terminal gets lines: one at once, and one for every new evaluation."""
+    stream = io.StringIO()
+    display = automatic_display(stream)
+    assert isinstance(display, LineDisplay)
+    display.update(NOW)
+    display.update(NOW)
+    display.update(replace(NOW, evaluation=Evaluation(3, 30, {"bits_per_byte": 2.5})))
+    display.close()
+    assert [row.split("bits_per_byte ")[1].split()[0] for row in stream.getvalue().splitlines()] == ["2.718", "2.5"]
+    terminal = LiveDisplay(Console(file=io.StringIO(), force_terminal=True, width=120))
+    terminal.update(NOW)
+    terminal.close()
+
+
+def test_clock_counts_minutes_and_hours() -> None:
+    """0:09, 2:03 and 1:02:03."""
+    assert [clock(9.9), clock(123), clock(3723)] == ["0:09", "2:03", "1:02:03"]
+
+
+def record(version: int, at: float) -> MergeRecord:
+    return MergeRecord(version, at, (0, 1), 20, 640, {0: 1.0, 1: 2.0}, 100, 200, step=10 * version)
+
+
+def test_throughput_is_samples_over_the_time_between_merges() -> None:
+    """Of the last merges; none before there are two."""
+    assert throughput([record(1, 10.0)]) is None
+    assert throughput([record(1, 10.0), record(2, 12.0), record(3, 14.0)]) == 320.0
+    assert throughput([record(k, 2.0 * k) for k in range(30)], window=4) == 320.0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_metrics_do_not_wait_for_storage_that_hangs_and_lose_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Rows come while a write hangs, and the run goes back to an earlier version; at last storage fails, or works."""
+    directory = RunDirectory.of(str(tmp_path), "r")
+    directory.create()
+    append, go_on, hangs = RunDirectory.append, threading.Event(), [True]
+
+    def late(self: RunDirectory, name: str, data: bytes) -> None:
+        if hangs:
+            hangs.clear()
+            assert go_on.wait(60)
+            if fails:
+                raise StorageError("no")
+        append(self, name, data)
+
+    monkeypatch.setattr(metrics, "BRIEF", 0.01)
+    monkeypatch.setattr(RunDirectory, "append", late)
+    log = MetricsLog(directory)
+    for version in (1, 2, 3):
+        log.merge(record(version, float(version)))
+        log.flush()
+    log.rewind(1)
+    log.merge(record(2, 5.0))
+    log.event("still")
+    log.flush()
+    assert not directory.exists(METRICS)
+    go_on.set()
+    log.close()
+    log.close()  # what failed is tried again
+    rows = [json.loads(row) for row in directory.read(METRICS).decode().splitlines()]
+    assert [(row["version"], row["at"]) for row in rows if row["kind"] == "merge"] == [(1, 1.0), (2, 5.0)]
+    assert rows[-1]["event"] == "still"
+    assert log.trouble == ""
+
+
+def test_metrics_are_appended_and_a_resumed_run_drops_what_it_repeats(tmp_path: Path) -> None:
+    """One JSON row for every merge and evaluation; `rewind` keeps the rows up to a version."""
+    directory = RunDirectory.of(str(tmp_path), "r")
+    directory.create()
+    log = MetricsLog(directory)
+    for version in (1, 2, 3):
+        log.merge(record(version, float(version)))
+        log.evaluation(Evaluation(version, 10 * version, {"loss": 1.0 / version}))
+        log.flush()
+    log.flush()
+    directory.append(METRICS, b'{"kind": "merge", "vers')  # a process died in the middle of a row
+    MetricsLog(directory).rewind(2)
+    rows = [json.loads(row) for row in directory.read(METRICS).decode().splitlines()]
+    assert [(row["kind"], row["version"]) for row in rows] == [
+        ("merge", 1),
+        ("evaluation", 1),
+        ("merge", 2),
+        ("evaluation", 2),
+    ]
+    assert rows[0]["train_loss"] == {"0": 1.0, "1": 2.0}
+
+
+def test_rows_that_a_disk_has_spoilt_are_dropped_and_the_others_stay_byte_for_byte(tmp_path: Path) -> None:
+    """Bytes that are no UTF-8, UTF-16 and brackets without end are no rows, wherever they are; good ones keep their spaces."""
+    directory = RunDirectory.of(str(tmp_path), "r")
+    good = [b'{"kind":"merge",  "version": 1}\n', '{"kind": "event", "event": "déjà vu\\u2028"}\r\n'.encode()]
+    bad = [b"\xff\xfe garbage\n", '{"kind": "event"}'.encode("utf-16") + b"\n", b"[" * 100_000 + b"\n"]
+    directory.write(METRICS, good[0] + b"".join(bad) + good[1] + bad[0])
+    log = MetricsLog(directory)
+    log.rewind(2)
+    log.merge(record(2, 2.0))
+    log.close()
+    assert log.trouble == ""
+    assert directory.read(METRICS).startswith(b"".join(good) + b'{"kind": "merge", "at": 2.0')
+
+
+def test_bytes_are_shown_in_their_unit() -> None:
+    """Three digits, in powers of 1000."""
+    assert [volume(n) for n in (0, 999, 1000, 12_345_678, 4.2e9, 5e15)] == [
+        "0 B",
+        "999 B",
+        "1 kB",
+        "12.3 MB",
+        "4.2 GB",
+        "5,000.0 TB",
+    ]
+
+
+def test_many_heads_are_summed_up() -> None:
+    """Of more than eight heads, a line gives the mean loss and its range, and the table one row for the rest."""
+    many = replace(NOW, heads=tuple(HeadStatus(n, step=30 + n, samples=100, loss=1.0 + n / 10) for n in range(12)))
+    assert "train loss 1.5500 (1.0000-2.1000)" in line(many)
+    shown = Console(file=io.StringIO(), width=120)
+    shown.print(table(many))
+    rows = shown.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert any(row.split()[:4] == ["+4", "38", "400", "1.9500"] for row in rows)
+    assert not any(row.split()[:1] == ["8"] for row in rows)

@@ -1,0 +1,179 @@
+"""The shards' processes and the coordinator's side of them, without Ray: calls come late and in any order."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from lte_ray.config import MergeConfig
+from lte_ray.engine.coordinator.coordinator import Coordinator
+from lte_ray.merging import Arrival, Average, Scheduled
+from lte_ray.merging.flat_buffer import views
+from lte_ray.runtime.context import Common
+from lte_ray.runtime.coordinator.aggregators import Shards
+from lte_ray.runtime.coordinator.shard_actor import ShardActor
+from lte_ray.runtime.coordinator_state import Start
+from lte_ray.runtime.object_store import Pieces
+from lte_ray.transfer.checksum import checksum, seal
+from lte_ray.transfer.groups import groups
+from tests.support.helpers import make_plan_of, make_settings, offer, random_flat
+
+PLANS = tuple(make_plan_of([(24, 20, r), (6, 40, r), (16, 16, r)], [(5,), (3, 2)]) for r in (2, 3))
+MERGE = MergeConfig(shards=3, send_down="factors", transfer="int8", merge_threads=1)
+
+
+class Copies:
+    """Handles are copies of the tensors."""
+
+    def publish(self, buffer: Tensor) -> Tensor:
+        return buffer.clone()
+
+    def fetch(self, handle: Any) -> Tensor:
+        return handle.assemble([piece for piece, _ in handle.pieces]) if isinstance(handle, Pieces) else handle
+
+    async def arrive(self, handle: Tensor) -> Tensor:
+        await asyncio.sleep(0)
+        return handle
+
+
+class Late:
+    """A handle of an actor whose calls take a random number of turns of the event loop to come there."""
+
+    def __init__(self, actor: Any, chance: random.Random) -> None:
+        self.actor, self.chance = actor, chance
+
+    def __getattr__(self, name: str) -> Any:
+        async def deliver(delay: int, *args: Any) -> Any:
+            for _ in range(delay):
+                await asyncio.sleep(0)
+            return await getattr(self.actor, name)(*args)
+
+        return SimpleNamespace(remote=lambda *args: asyncio.ensure_future(deliver(self.chance.randrange(20), *args)))
+
+
+def seals(buffers: Sequence[Tensor]) -> list[int]:
+    return [seal([buffer]) for buffer in buffers]
+
+
+def spread(seed: int, start: Start) -> tuple[Shards, Common]:
+    settings = dataclasses.replace(make_settings(heads=2), merge=MERGE)
+    common = Common(None, settings, None, Copies(), groups(PLANS, MERGE))  # type: ignore[arg-type]
+    chance = random.Random(seed)
+    actors = [Late(ShardActor(common, PLANS, number, start), chance) for number in range(MERGE.shards)]
+    return Shards(actors, common.codecs(PLANS), start.version), common
+
+
+@given(st.integers(0, 1 << 30))
+def test_calls_that_overtake_each_other_change_nothing(seed: int) -> None:
+    """Merges and questions are sent without waiting for answers: each answer is of the version at which it was asked."""
+    base = random_flat(PLANS[0].base.size, 1).float()
+
+    async def run() -> None:
+        shards, common = spread(seed, Start(0, base))
+        codecs = common.codecs(PLANS)
+        settings = dataclasses.replace(common.settings, merge=dataclasses.replace(MERGE, shards=1))
+        one = Coordinator(settings, PLANS[0], base.clone(), Scheduled(Average()), plans=PLANS)
+        asked: list[Any] = []
+        for version in range(1, 6):
+            for head in (0, 1):
+                flat = random_flat(PLANS[head].contribution.size, 2 * version + head).float()
+                buffers, decoded = codecs[head].encode(flat, one.reference(head))
+                measured = await shards.receive(2 * version + head, head, buffers, seals(buffers))
+                assert measured.squares == pytest.approx(float(decoded.double().square().sum()), rel=1e-5)
+                one.receive(offer(head, version, version=one.version), decoded)
+            shards.forget(99)
+            seconds = asyncio.ensure_future(shards.merged(version, {2 * version + head: 0.5 for head in (0, 1)}))
+            whole, total = asyncio.ensure_future(shards.whole()), asyncio.ensure_future(shards.checksum())
+            parts = asyncio.ensure_future(shards.parts(range(len(common.groups)), references=True))
+            held = {head: one.reference(head).clone() for head in (0, 1)}  # type: ignore[union-attr]
+            asked.append((version, one.base.clone(), held, seconds, whole, total, parts))
+        for version, expected, held, seconds, whole, total, parts in asked:
+            assert await seconds >= 0
+            assert torch.equal(Copies().fetch((await whole).parts[-1]), expected)
+            assert await total == checksum(expected)
+            found = await parts
+            assert found.version == version
+            for index, part in found.parts.items():
+                entries = views(codecs[0].parts[index].base, part)
+                assert all(torch.equal(entries[name], views(PLANS[0].base, expected)[name]) for name in entries)
+            for head, reference in held.items():
+                assert torch.equal(Copies().fetch(found.references[head]), reference)
+
+    asyncio.run(run())
+
+
+def test_what_one_shard_cannot_decode_no_shard_keeps() -> None:
+    """The reason is that of decoding all at once, also where a buffer is missing; the next contribution is taken."""
+    base = random_flat(PLANS[0].base.size, 1).float()
+
+    async def run() -> None:
+        shards, common = spread(1, Start(0, base))
+        codec = common.codecs(PLANS)[0]
+        buffers = list(codec.encode(random_flat(codec.plan.contribution.size, 1).float(), None)[0])
+        for bad in (buffers[:2], [*buffers[:2], buffers[2][:-1]]):
+            with pytest.raises(ValueError, match="expected") as whole:
+                codec.decode(dict(enumerate(bad)), None)
+            with pytest.raises(ValueError, match="expected") as spread_out:
+                await shards.receive(1, 0, bad, seals(bad))
+            assert str(spread_out.value) == str(whole.value)
+        await shards.receive(2, 0, buffers, seals(buffers))
+        await asyncio.gather(*(task for task in asyncio.all_tasks() if task is not asyncio.current_task()))
+        assert [shard.actor.actor._shard.undecided for shard in shards._shards] == [1, 1, 1]
+
+    asyncio.run(run())
+
+
+def test_what_was_changed_on_its_way_is_refused_and_the_turn_goes_on() -> None:
+    """One bit of one shard's buffer: the reason names the buffer, no shard keeps its part, and the next one is taken."""
+    base = random_flat(PLANS[0].base.size, 1).float()
+
+    async def run() -> None:
+        shards, common = spread(1, Start(0, base))
+        codec = common.codecs(PLANS)[0]
+        buffers = list(codec.encode(random_flat(codec.plan.contribution.size, 1).float(), None)[0])
+        sent = seals(buffers)
+        changed = [buffer.clone() for buffer in buffers]
+        changed[1].view(torch.uint8)[7] ^= 1
+        with pytest.raises(ValueError, match=r"its buffer 0 didn't arrive as it was sent"):  # of this shard's
+            await shards.receive(1, 0, changed, sent)
+        await shards.receive(2, 0, buffers, sent)
+        await asyncio.gather(*(task for task in asyncio.all_tasks() if task is not asyncio.current_task()))
+        assert [shard.actor.actor._shard.undecided for shard in shards._shards] == [1, 1, 1]
+
+    asyncio.run(run())
+
+
+def test_shards_go_on_from_a_version_with_its_references() -> None:
+    """As new ones do when the coordinator has died: base, version and every head's factors in their groups."""
+    base = random_flat(PLANS[0].base.size, 1).float()
+    held = {1: random_flat(PLANS[1].factors_size, 2).float()}
+
+    async def run() -> None:
+        shards, common = spread(3, Start(7, base, held))
+        found = await shards.whole(references=True)
+        assert found.version == 7
+        assert torch.equal(Copies().fetch(found.parts[-1]), base)
+        assert {head: torch.equal(Copies().fetch(handle), held[head]) for head, handle in found.references.items()} == {1: True}
+        codecs = common.codecs(PLANS)
+        flat = random_flat(PLANS[1].contribution.size, 3).float()
+        buffers, decoded = codecs[1].encode(flat, held[1])
+        await shards.receive(1, 1, buffers, seals(buffers))
+        await shards.merged(8, {1: 0.5})
+        settings = dataclasses.replace(common.settings, merge=dataclasses.replace(MERGE, shards=1))
+        policy = Scheduled(Average(), Arrival())
+        one = Coordinator(settings, PLANS[0], base.clone(), policy, plans=PLANS, version=7, references=dict(held))
+        one.receive(offer(1, 1, version=7), decoded)
+        assert one.version == 8
+        assert torch.equal(Copies().fetch((await shards.whole()).parts[-1]), one.base)
+
+    asyncio.run(run())

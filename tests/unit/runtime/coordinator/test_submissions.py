@@ -1,0 +1,122 @@
+"""The coordinator's process on its event loop, without Ray: who is told what, whatever becomes of the heads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lte_ray import checkpoint
+from lte_ray.engine.coordinator.coordinator import Coordinator
+from lte_ray.merging import Decision, Merge, Pending, Roster, Wait
+from lte_ray.messages import MergeRecord, Save, Verdict
+from lte_ray.runtime.context import Keep
+from lte_ray.runtime.coordinator import checkpointing
+from lte_ray.runtime.coordinator.aggregators import Published
+from lte_ray.runtime.coordinator.background_tasks import Waiters
+from lte_ray.runtime.coordinator.submissions import Merging
+from lte_ray.runtime.object_store import Handle
+from lte_ray.storage import RunDirectory
+from tests.support.checkpoint_damage import FACTS, PLAN, write
+from tests.support.helpers import make_plan_of, make_settings, offer, random_flat
+
+
+class Patient:
+    """Merges all heads together."""
+
+    def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
+        if len(pending) < roster.num_heads:
+            return Wait("for the others", until=roster.now + 1e9)
+        return Merge({p.head: 1 / len(pending) for p in pending})
+
+
+class Here:
+    """The tensors in this process, and what was said of each contribution."""
+
+    def __init__(self) -> None:
+        self.forgotten: list[int] = []
+        self.refusals: list[Verdict] = []
+
+    async def receive(self, ticket: int, head: int, handles: Sequence[Tensor], seals: Sequence[int]) -> Tensor:
+        return handles[0]
+
+    def forget(self, ticket: int) -> None:
+        self.forgotten.append(ticket)
+
+    def note(self, merges: Sequence[MergeRecord], buffers: Mapping[int, Any], tickets: Mapping[int, int]) -> None:
+        """What follows a merge isn't asked for here."""
+
+    def refused(self, verdict: Verdict) -> None:
+        self.refusals.append(verdict)
+
+
+def test_what_a_dropped_head_had_contributed_is_settled_and_forgotten() -> None:
+    """Its verdict comes, nothing of it stays behind, and the others' contributions are merged without it."""
+
+    async def run() -> None:
+        plan = make_plan_of([(6, 5, 2)], [(4,)])
+        engine = Coordinator(make_settings(heads=3), plan, random_flat(plan.base.size, 1).float(), Patient())
+        here, waiters = Here(), Waiters(lambda: None)
+        merging = Merging(engine, here, here, waiters, None, 1)  # type: ignore[arg-type]
+        buffers = [random_flat(plan.contribution.size, seed).float() for seed in range(3)]
+        told = [asyncio.ensure_future(merging.contribute(offer(head, 1, buffer=(buffers[head],)))) for head in (0, 1)]
+        await asyncio.sleep(0.01)
+        assert merging._undecided.keys() == {0, 1}
+        merging.handle(lambda: engine.drop(1))
+        verdict = await told[1]
+        assert not verdict.accepted
+        assert "head 1 has left the run" in verdict.reason
+        assert here.forgotten == [2]
+        assert merging._undecided.keys() == {0}
+        assert (await merging.contribute(offer(2, 1, buffer=(buffers[2],)))).accepted
+        assert (await told[0]).accepted
+        assert not merging._undecided
+
+    asyncio.run(run())
+
+
+def test_a_part_that_is_missing_for_long_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer that asked may be lost: three such checkpoints would keep all others from being begun."""
+    cut = checkpointing._Cut({}, Save(4, {0: 2, 1: 3}), set(), {0, 1}, {})
+    writer = checkpointing.Cuts.__new__(checkpointing.Cuts)
+    writer._open = {4: cut}
+    assert writer.lacking({0}, {0, 1}) == (Save(4, {0: 2}),)
+    assert writer.lacking((), {0, 1}) == ()
+    now = cut.begun + checkpointing.LATE + 1
+    monkeypatch.setattr(checkpointing.time, "monotonic", lambda: now)
+    assert writer.lacking((), {0, 1}) == (Save(4, {0: 2, 1: 3}),)
+
+
+def test_a_head_that_cannot_write_its_part_costs_that_checkpoint_and_no_other(tmp_path: Path) -> None:
+    """It isn't committed without the part, as it is if the head's process is gone; what it leaves makes room for the next."""
+    directory = RunDirectory.of(str(tmp_path), "r")
+    write(directory, 2)
+    base = random_flat(PLAN.base.size, 1).float()
+
+    async def arrive(handle: Handle) -> Tensor:
+        return base
+
+    common = SimpleNamespace(directory=directory, keep=Keep(1), transport=SimpleNamespace(arrive=arrive))
+    writer = checkpointing.Cuts(common, PLAN, 2, (0, 1))  # type: ignore[arg-type]
+    here = Published(4, {-1: None})  # type: ignore[dict-item]
+
+    async def run() -> None:
+        for version, why in ((4, "the state of head 1: No space left on device"), (6, "")):
+            writer._open[version] = checkpointing._Cut(FACTS, Save(version, {0: 1, 1: 1}), set(), {0, 1}, {})
+            await writer.write_own(version, here)
+            state, meta = {"reference": torch.zeros(3)}, {"step": 4}
+            await writer.add(version, 0, checkpoint.write_head(directory, version, 0, state, meta))
+            assert (4 in checkpoint.incomplete(directory)) == (version == 4)
+            await writer.add(version, 1, None, why)
+            assert checkpoint.complete(directory) == ([2] if why else [6])
+            assert writer.trouble == (f"checkpoint 4 couldn't be written: {why}" if why else "")
+            assert writer.unfinished == []
+
+    asyncio.run(run())
+    assert checkpoint.read_manifest(directory, 6).heads == (0,)

@@ -1,0 +1,101 @@
+"""From a checkpoint to a start: what a manifest says is gone on from as it is, or refused in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lte_ray import checkpoint
+from lte_ray.data.assignment import DataLedger
+from lte_ray.data.partition import initial as first_lanes
+from lte_ray.errors import StorageError
+from lte_ray.runtime.coordinator_state import Start, resumed
+from lte_ray.storage import RunDirectory
+from tests.support.helpers import make_plan_of, random_flat
+from tests.unit.checkpoint.test_damaged_checkpoints import FUZZ, places, replaced, values
+
+PLAN = make_plan_of([(6, 5, 2)], [(4,)], scaling=2.0)
+LANES = {head: first_lanes(head, 2) for head in (0, 1)}
+FACTS = {
+    "step": 4,
+    "lte": {"num_heads": 2},
+    "standings": {
+        str(head): {"incarnation": head, "sequence": 2, "version": 3, "step": 4, "samples": 32, "batches": 4, "lanes": lanes}
+        for head, lanes in LANES.items()
+    },
+    "ledger": DataLedger(LANES).state(),
+    "guard": {},
+}
+AT = Path("checkpoints", "000003")
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RunDirectory:
+    """A run with a checkpoint of version 3, as two heads leave it."""
+    made = RunDirectory.of(str(tmp_path), "run")
+    made.create()
+    files = [checkpoint.write_base(made, 3, PLAN, random_flat(PLAN.base.size, 1).float())]
+    files += [checkpoint.write_head(made, 3, head, {"a": torch.ones(2)}, {"step": 4 + head}) for head in LANES]
+    files.append(checkpoint.write_references(made, 3, {head: random_flat(PLAN.factors_size, head).float() for head in LANES}))
+    checkpoint.commit(made, 3, tuple(LANES), files, json.loads(json.dumps(FACTS)))
+    return made
+
+
+def start(directory: RunDirectory, num_heads: int = 2) -> Start:
+    common: Any = SimpleNamespace(directory=directory, transport=SimpleNamespace(publish=lambda tensor: tensor))
+    initial: Any = SimpleNamespace(plan=PLAN, plans=[PLAN] * max(2, num_heads))
+    return resumed(common, initial, 3, num_heads)
+
+
+def test_the_same_heads_go_on_exactly(directory: RunDirectory) -> None:
+    """With what the base holds of them, and the steps that they had taken beyond it."""
+    made = start(directory)
+    assert (made.version, made.saved, made.exact, made.states) == (3, 3, {0, 1}, {0, 1})
+    assert [made.standing(head).incarnation for head in (0, 1)] == [0, 1]
+    assert made.taken == {0: 4, 1: 5}
+    assert made.references.keys() == {0, 1}
+
+
+def test_another_number_of_heads_takes_the_data_over(directory: RunDirectory) -> None:
+    """Nobody goes on exactly; a new head has nothing in the base, and counts as having taken as many steps."""
+    made = start(directory, 3)
+    assert made.exact == set()
+    assert made.references.keys() == {0, 1}
+    assert made.taken == {0: 4, 1: 4, 2: 4}
+    assert made.standing(2).sequence == 0
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{"standings": [1]}, {"standings": {"0": {"step": "4"}}}, {"ledger": {"owners": 3}}, {"guard": [4]}, {"lte": {}}],
+    ids=str,
+)
+def test_facts_that_no_run_writes_are_one_error(directory: RunDirectory, facts: dict[str, Any]) -> None:
+    """Before any actor starts."""
+    file = Path(directory.path) / AT / "manifest.json"
+    manifest = json.loads(file.read_text())
+    file.write_bytes(checkpoint.seal({**manifest, "facts": {**manifest["facts"], **facts}}))
+    with pytest.raises(StorageError):
+        start(directory)
+
+
+@FUZZ
+@given(data=st.data(), new=values, heads=st.sampled_from([1, 2, 4]))
+def test_any_facts_are_a_start_or_one_error(directory: RunDirectory, data: st.DataObject, new: Any, heads: int) -> None:
+    """Whatever stands in the place of whichever fact."""
+    file = Path(directory.path) / AT / "manifest.json"
+    whole = file.read_bytes()
+    manifest = json.loads(whole)
+    place = data.draw(st.sampled_from([p for p in places(manifest) if p[:1] == ("facts",)]))
+    file.write_bytes(checkpoint.seal(replaced(manifest, place, new)))
+    with contextlib.suppress(StorageError):
+        start(directory, heads)
+    file.write_bytes(whole)

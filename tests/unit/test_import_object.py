@@ -1,0 +1,166 @@
+"""Finding a user's class by module or file, and every way in which that fails."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lte_ray.errors import ConfigError, WorkerError
+from lte_ray.import_object import FILE_MODULE_PREFIX, absolute, load_object, looks_like_object
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty current folder; imports and sys.path are put back afterwards."""
+    before = set(sys.modules)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def load(spec: str) -> object:
+    return load_object(spec, what="WORKER", error=WorkerError)
+
+
+def error_of(spec: str) -> WorkerError:
+    with pytest.raises(WorkerError) as raised:
+        load(spec)
+    assert str(raised.value).startswith(f"WORKER {spec!r}: ") or "it must be" in str(raised.value)
+    return raised.value
+
+
+def test_a_class_of_an_installed_module() -> None:
+    """package.module:Class gives the class itself."""
+    from lte_ray.merging.policies.weighted import Average
+
+    assert load("lte_ray.merging.policies.weighted:Average") is Average
+
+
+def test_a_module_in_the_current_folder(folder: Path) -> None:
+    """As with `python -m`, also where the console script's own folder is on sys.path instead."""
+    (folder / "mine_a").mkdir()
+    (folder / "mine_a" / "net.py").write_text("class Net: pass")
+    assert load("mine_a.net:Net").__module__ == "mine_a.net"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("spec", ["sub/net.py:Net", "./sub/net.py:Net", "{folder}/sub/net.py:Net", "~/sub/net.py:Net"])
+def test_a_class_of_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
+    """A relative, absolute or home path; its module gets a name that no other process can import."""
+    monkeypatch.setenv("HOME", str(folder))
+    (folder / "sub").mkdir()
+    (folder / "sub" / "net.py").write_text("class Net: size = 3")
+    found = load(spec.format(folder=folder))
+    assert found.size == 3  # type: ignore[attr-defined]
+    assert found.__module__.startswith(FILE_MODULE_PREFIX + "net_")
+
+
+def test_a_file_is_loaded_once_and_by_its_path(folder: Path) -> None:
+    """The same file gives the same class; another file of the same name gives another."""
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+        (folder / name / "net.py").write_text(f"class Net: where = {name!r}")
+    assert load("one/net.py:Net") is load(f"{folder}/one/../one/net.py:Net")
+    assert load("two/net.py:Net").where == "two"  # type: ignore[attr-defined]
+
+
+def test_a_file_may_import_its_siblings(folder: Path) -> None:
+    """As when Python runs the file."""
+    (folder / "sub").mkdir()
+    (folder / "sub" / "sibling_b.py").write_text("SIZE = 7")
+    (folder / "sub" / "net.py").write_text("import sibling_b\nclass Net: size = sibling_b.SIZE")
+    assert load("sub/net.py:Net").size == 7  # type: ignore[attr-defined]
+
+
+def test_dataclasses_in_a_file_work(folder: Path) -> None:
+    """The module is registered while it runs, which dataclasses with deferred annotations need."""
+    text = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Net:\n    size: int = 3\n"
+    (folder / "net.py").write_text(text)
+    assert load("net.py:Net")().size == 3  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("spec", ["Net", "", ":Net", "module:", ":"])
+def test_a_wrong_form_is_explained(spec: str) -> None:
+    """Both forms are named, with the type of error that the caller asked for."""
+    with pytest.raises(ConfigError) as raised:
+        load_object(spec, what="--policy", error=ConfigError)
+    assert str(raised.value) == f"--policy is {spec!r}, but it must be package.module:Class or path/to/file.py:Class."
+
+
+@pytest.mark.parametrize(("spec", "missing"), [("nowhere_c:Net", "nowhere_c"), ("nowhere_c.sub:Net", "nowhere_c")])
+def test_a_missing_module(folder: Path, spec: str, missing: str) -> None:
+    """The error names the module, and the folder that was searched."""
+    assert f"there is no module {missing} on Python's path or in {folder}" in str(error_of(spec))
+
+
+def test_a_missing_submodule(folder: Path) -> None:
+    """The error names the part that is missing, not the package."""
+    (folder / "package_d").mkdir()
+    (folder / "package_d" / "__init__.py").write_text("")
+    assert "there is no module package_d.net on" in str(error_of("package_d.net:Net"))
+
+
+@pytest.mark.parametrize("spec", ["none.py:Net", "sub/none.py:Net", "folder.py:Net"])
+def test_a_missing_file(folder: Path, spec: str) -> None:
+    """The error names the whole path; a folder is no file."""
+    (folder / "folder.py").mkdir()
+    assert f"there is no file {folder / spec.removesuffix(':Net')}." in str(error_of(spec))
+
+
+def test_a_missing_class_suggests_a_near_name(folder: Path) -> None:
+    """The error lists the classes of the module, but not those that it imports."""
+    (folder / "net.py").write_text("from pathlib import Path\nclass Network: pass\nclass Other: pass\nvalue = 3")
+    message = str(error_of("net.py:Netwrok"))
+    assert "net.py has no Netwrok. Did you mean Network? Its classes are: Network, Other." in message
+    (folder / "empty.py").write_text("")
+    assert "empty.py has no Net. Its classes are: none." in str(error_of("empty.py:Net"))
+
+
+@pytest.mark.parametrize("place", ["raising_e.py", "raising_e"])
+def test_a_module_that_raises(folder: Path, place: str) -> None:
+    """The error says what it raised, chained; a later attempt, once it is mended, succeeds."""
+    file = folder / "raising_e.py"
+    file.write_text("raise ValueError('boom')")
+    error = error_of(f"{place}:Net")
+    assert f"importing {place} raised ValueError: boom" in str(error)
+    assert isinstance(error.__cause__, ValueError)
+    file.write_text("class Net:\n    mended = True\n")  # of another size: Python looks at that and at the second
+    assert load(f"{place}:Net").mended  # type: ignore[attr-defined]
+
+
+def test_a_module_with_a_syntax_error(folder: Path) -> None:
+    """It counts as one that raised."""
+    (folder / "wrong.py").write_text("class Net(:")
+    assert "importing wrong.py raised SyntaxError" in str(error_of("wrong.py:Net"))
+
+
+@pytest.mark.parametrize("place", ["importing_f.py", "importing_f"])
+def test_an_import_inside_the_module_that_is_missing(folder: Path, place: str) -> None:
+    """The error is about what is missing inside, not about the module itself."""
+    (folder / "importing_f.py").write_text("import nowhere_g\nclass Net: pass")
+    error = error_of(f"{place}:Net")
+    assert f"importing {place} raised ModuleNotFoundError: No module named 'nowhere_g'" in str(error)
+
+
+def test_a_relative_module_is_an_error_too() -> None:
+    """`.module:Class` can't be imported from nowhere."""
+    assert "importing .net raised" in str(error_of(".net:Net"))
+
+
+def test_what_looks_like_an_object() -> None:
+    """Whatever has a colon is no built-in name."""
+    assert looks_like_object("a:B")
+    assert looks_like_object("a.py:B")
+    assert not looks_like_object("average")
+
+
+def test_a_file_is_named_in_full_and_a_module_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What run.toml says of a worker or policy is good in every folder."""
+    monkeypatch.chdir(tmp_path)
+    assert absolute("mine/net.py:Net") == f"{tmp_path}/mine/net.py:Net"
+    assert absolute("package.module:Net") == "package.module:Net"
+    assert absolute("average") == "average"

@@ -1,0 +1,255 @@
+"""Secrets are told from what only sounds like them, by name and inside URIs, and never leave the process in a text."""
+
+from __future__ import annotations
+
+import pickle
+from collections import deque
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lte_ray.errors import LTEError, StorageError, WorkerFailed
+from lte_ray.redaction import MASK, hides, is_secret, masked, scrub, split, without_credentials
+
+SECRETS = [
+    "token", "secret", "password", "passwd", "api_key", "apikey", "apiKey", "access_key", "private_key", "credential",
+    "credentials", "hf_token", "HF_TOKEN", "awsSecretKey", "AWS_SECRET_ACCESS_KEY", "authToken", "db_password",
+    "user-password", "connection_string", "api_keys", "access_tokens", "passphrase", "wandb.api_key", "secret_value",
+    "client_secret", "tokenSecret", "bearer",
+]  # fmt: skip
+PLAIN = [
+    "tokens", "tokenizer", "key", "keys", "num_tokens", "token_length", "tokens_per_batch", "max_tokens", "pad_token",
+    "mask_token", "cls_token", "eos_token", "loss_per_token", "query_key", "key_dim", "monkey", "keyboard", "author",
+    "secretary", "passing", "token_path", "password_file", "api_key_env", "lr",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_names_of_secrets(name: str) -> None:
+    """In snake, camel, kebab and shouted case."""
+    assert is_secret(name)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_names_that_only_sound_like_secrets(name: str) -> None:
+    """Counts, vocabulary, attention's keys, and the places where a secret is kept."""
+    assert not is_secret(name)
+
+
+URIS = {
+    "s3://KEY:SECRET@bucket/runs": "s3://bucket/runs",
+    "s3://KEY:SEC/R+T@bucket/a@b?region=eu&scheme=http": "s3://bucket/a@b?region=eu&scheme=http",
+    "s3://KEY@bucket/runs": "s3://bucket/runs",
+    "s3://bucket/x?secret_key=SECRET&region=eu": "s3://bucket/x?region=eu",
+    "s3://bucket/x?access_key=KEY&secret_key=SECRET": "s3://bucket/x",
+    "s3://b/x?X-Amz-Signature=S&X-Amz-Credential=C&X-Amz-Date=D": "s3://b/x?X-Amz-Date=D",
+    "https://me:SECRET@host:8080/x": "https://host:8080/x",
+    "https://SECRET@host/x": "https://host/x",
+    "https://acc.blob.core.windows.net/c?sv=2024&sig=SECRET&se=2": "https://acc.blob.core.windows.net/c?sv=2024&se=2",
+    "abfs://container@acc.dfs.core.windows.net/x?sig=SECRET": "abfs://container@acc.dfs.core.windows.net/x",
+    "abfs://container:SECRET@acc.dfs.core.windows.net/x": "abfs://container@acc.dfs.core.windows.net/x",
+    "sftp://me:SECRET@host:22/x": "sftp://me@host:22/x",
+    "simplecache::s3://KEY:SECRET@bucket/x": "simplecache::s3://bucket/x",
+}
+
+
+@pytest.mark.parametrize("uri", list(URIS))
+def test_uris_lose_their_credentials_and_nothing_else(uri: str) -> None:
+    """Containers, hosts, ports, paths and harmless parameters stay; doing it twice changes nothing."""
+    assert without_credentials(uri) == URIS[uri]
+    assert without_credentials(URIS[uri]) == URIS[uri]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s3://bucket/a@b",
+        "https://host:80/a@b",
+        "gs://anonymous@bucket/x",
+        "hdfs://me@host:80/x",
+        "/home/a:b@c/x",
+        "C:\\runs",
+        "",
+        "memory://x",
+        "s3://b/x?region=eu",
+        "file:///tmp/x",
+        "s3://[::1]:80/a@b",
+        "a.b:C",
+    ],
+)
+def test_what_holds_no_credentials_stays_as_it_is(text: str) -> None:
+    """Also where there is an @ or a colon for another reason."""
+    assert without_credentials(text) == text
+
+
+SAFE = st.text("abcXYZ019+", min_size=8, max_size=12)
+
+
+@given(key=SAFE, secret=st.text("abcXYZ019+/=", min_size=8, max_size=30).filter(lambda s: len(set(s)) > 3), path=SAFE)
+def test_no_piece_of_a_secret_is_left_in_a_message(key: str, secret: str, path: str) -> None:
+    """Whatever the secret, quoted with its URI or alone, the text of an error has neither it nor the key."""
+    uri = f"s3://{key}q:{secret}q@bucket/{path}z"
+    said = scrub(f"--storage is {uri!r}; parsing {uri} failed at {secret}q", uri)
+    assert f"{secret}q" not in said
+    assert f"{key}q" not in said
+    assert f"s3://bucket/{path}z" in said
+
+
+def test_errors_show_no_credentials_also_after_pickling() -> None:
+    """Every error cleans its text itself; the worker's traceback, too."""
+    for error in (
+        StorageError("'s3://KEY:SECRET@bucket/x' can't be opened"),
+        WorkerFailed("head 0", 3, "OSError: https://me:SECRET@host/x"),
+    ):
+        assert "SECRET" not in str(error)
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is type(error)
+        assert "SECRET" not in str(again)
+    assert str(LTEError("no URI: a:b@c")) == "no URI: a:b@c"
+    assert str(LTEError()) == ""
+
+
+@dataclass
+class Login:
+    """A setting that is an object."""
+
+    user: str
+    password: str | None
+
+
+class Loop:
+    """An object that holds itself."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+
+@dataclass(slots=True)
+class Slotted:
+    """A setting without a ``__dict__``."""
+
+    user: str
+    password: str | None
+
+
+@dataclass(slots=True)
+class Inherited(Slotted):
+    """Its slots are its parent's."""
+
+    port: int = 80
+
+
+class Named(NamedTuple):
+    """A setting that is a tuple, too."""
+
+    user: str
+    password: str | None
+
+
+class Private:
+    """A slot whose name Python changes."""
+
+    __slots__ = ("__secret",)
+
+    def __init__(self, secret: str | None = None) -> None:
+        if secret is not None:
+            self.__secret = secret
+
+
+class Touchy:
+    """An object that runs code when it is looked at."""
+
+    __slots__ = ("me",)
+
+    def __init__(self) -> None:
+        self.me = self
+
+    def __getattr__(self, name: str) -> None:
+        raise RuntimeError(name)
+
+    @property
+    def password(self) -> str:
+        raise RuntimeError("password")
+
+
+def looped() -> list[object]:
+    """A list with a pair whose value is the list."""
+    made: list[object] = []
+    made.append(("me", made))
+    return made
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Slotted("me", "x"),
+        Inherited("me", "x"),
+        Named("me", "x"),
+        Private("x"),
+        partial(print, password="x"),
+        [("password", "x")],
+        (("user", "me"), ("password", "x")),
+        {("password", "x")},
+        [["password", "x"]],
+        deque([("password", "x")]),
+        [[("password", "x")]],
+        {"login": [Named("me", "x")]},
+        [("login", Slotted("me", "x"))],
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_secrets_are_found_in_slots_named_tuples_and_lists_of_pairs(value: object) -> None:
+    """A pair in a list is a name and its value."""
+    assert hides("options", value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Slotted("me", None),
+        Named("me", ""),
+        Private(),
+        Touchy(),
+        looped(),
+        [("user", "me")],
+        [("token", "")],
+        ["password", "x"],
+        [("password", "token", "x")],
+        [(1, "password")],
+        np.arange(3),
+        slice(3),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_has_no_secret_inside_is_looked_at_without_running_it(value: object) -> None:
+    """No property or ``__getattr__`` is called, empty slots and loops are no trouble, and a list of words has no values."""
+    assert not hides("options", value)
+
+
+def test_values_with_a_secret_inside_are_hidden_whole() -> None:
+    """URIs, tables, lists and objects are looked into; what is plain, absent or a switch stays."""
+    assert hides("data", "s3://KEY:SECRET@bucket/x")
+    assert hides("sources", ["/a", "https://me:pw@host/x"])
+    assert hides("options", {"auth": {"password": "x"}})
+    assert hides("login", Login("me", "x"))
+    assert not hides("login", Login("me", None))
+    assert not hides("data", "s3://bucket/x")
+    assert not hides("use_password", True)
+    assert not hides("token", None)
+    assert not hides("token", "")
+    assert not hides("loop", Loop())
+    assert not hides("kind", Login)
+
+
+def test_left_out_are_secrets_and_named_are_those_to_give_again() -> None:
+    """A secret that has its default needn't be given again, but isn't written either."""
+    values = {"lr": 0.1, "api_token": "abc", "password": "default", "tokens": 5}
+    kept, named = split(values, {"lr": 0.1, "api_token": "none", "password": "default"})
+    assert kept == {"lr": 0.1, "tokens": 5}
+    assert named == ["api_token"]
+    assert masked(values) == {"lr": 0.1, "api_token": MASK, "password": MASK, "tokens": 5}

@@ -1,0 +1,104 @@
+"""The number that tells whether a contribution's buffers arrived as they were sent."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lte_ray.transfer.checksum import check_seals, seal
+from tests.support.codecs import FORMATS, large
+from tests.support.helpers import random_flat
+
+TYPES = [torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64]
+
+
+def filled(size: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
+    """Random bytes, as elements of this type: NaN are among them."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (size * dtype.itemsize,), dtype=torch.uint8, generator=generator).view(dtype)
+
+
+@given(st.lists(st.integers(0, 5000), min_size=1, max_size=4), st.integers(0, 2**31), st.sampled_from(TYPES))
+def test_a_seal_sees_any_flipped_bit(sizes: list[int], which: int, dtype: torch.dtype) -> None:
+    """In any buffer of any type; a copy has the same; it has 32 bits and leaves the buffers as they are."""
+    buffers = [filled(size, dtype, seed) for seed, size in enumerate([*sizes, 1])]
+    copies = [buffer.clone() for buffer in buffers]
+    before = seal(buffers)
+    assert 0 <= before < 2**32
+    assert seal(copies) == before
+    flipped = copies[which % len(copies)]
+    if flipped.numel():
+        flipped.view(torch.uint8)[which // 8 % (flipped.numel() * dtype.itemsize)] ^= 1 << which % 8
+        assert seal(copies) != before
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_seal_sees_order_ends_and_types(dtype: torch.dtype) -> None:
+    """Swapped or missing buffers, elements that change places, shorter and longer ones, another boundary or type."""
+    a, b = filled(100, dtype, 1), filled(100, dtype, 2)
+    others = [
+        [b, a],
+        [a],
+        [a, b, a[:0]],
+        [a, b[:-1]],
+        [a, b[1:]],
+        [torch.cat([a, b])],
+        [torch.cat([a, b[:1]]), b[1:]],
+        [a.flip(0), b],
+        [a.view(torch.uint8), b] if dtype != torch.uint8 else [a.view(torch.int8), b],
+    ]
+    assert len({seal(each) for each in [[a, b], *others]}) == len(others) + 1
+
+
+def test_a_seal_sees_zeros() -> None:
+    """Buffers of nothing but zeros, as a crashed transfer leaves them, of each length have another seal."""
+    assert len({seal([torch.zeros(size, dtype=torch.uint8)]) for size in range(1000)}) == 1000
+
+
+def test_a_seal_is_of_the_bytes_and_not_of_how_they_lie() -> None:
+    """Views with gaps, and what was offset in memory."""
+    whole = filled(200, torch.float32)
+    assert seal([whole[::2]]) == seal([whole[::2].clone()])
+    assert seal([whole[1:]]) == seal([whole[1:].clone()])
+
+
+@pytest.mark.parametrize("transfer", FORMATS)
+@pytest.mark.parametrize("topk", [1.0, 0.05])
+def test_sealed_contributions_in_every_format(transfer: str, topk: float) -> None:
+    """The buffers that a codec makes, by group: equal ones have equal seals, and one byte changed in any group shows."""
+    codec = large(transfer, topk)
+    flat = random_flat(codec.plan.contribution.size, 1, torch.float32)
+    buffers, _ = codec.encode(flat, None)
+    before = seal(buffers)
+    assert seal(codec.encode(flat.clone(), None)[0]) == before
+    for index in range(len(buffers)):
+        changed = [buffer.clone() for buffer in buffers]
+        changed[index][-1] ^= 1
+        assert seal(changed) != before
+
+
+def test_each_buffer_is_compared_with_its_own_seal() -> None:
+    """Equal ones pass; the first that was changed or swapped is named."""
+    buffers = [filled(50, torch.uint8, seed) for seed in range(3)]
+    seals = [seal([buffer]) for buffer in buffers]
+    check_seals(buffers, seals)
+    check_seals([], [])
+    changed = buffers[1].clone()
+    changed[7] ^= 16
+    told = rf"buffer 1 didn't arrive as it was sent \(checksum {seal([changed]):08x}, expected {seals[1]:08x}\)"
+    with pytest.raises(ValueError, match=told):
+        check_seals([buffers[0], changed, buffers[2]], seals)
+    with pytest.raises(ValueError, match="buffer 0 didn't arrive"):
+        check_seals([buffers[1], buffers[0], buffers[2]], seals)
+    check_seals([changed], [])  # of a sender that makes none
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_seal_on_a_gpu_is_the_same() -> None:
+    """Its bytes are copied to the CPU."""
+    whole = filled(1000, torch.uint8)
+    assert seal([whole.cuda()]) == seal([whole])
