@@ -3,7 +3,8 @@
 GPT-2-124M's shapes, 4 heads of r = 32, embeddings adapted too (they are tied: one weight), one barrier merge after the other.
 
 Up: the buffers that `Codec.encode` makes of a head's contribution, and its pickled message. Their minimum is `least_bytes`:
-each value that travels in its format, without int8's scales. Down: what a head's `Mirror` fetches to follow the coordinator's
+each value that travels in its format, without int8's scales. Down: what a head's `BaseReplica` fetches to
+follow the coordinator's
 base, bit for bit, and the pickled update; what the head contributed itself doesn't cross the network and isn't counted. Its
 minimum is, for each weight, the three others' factors in the format or the dense weight in fp32, and for each replica the
 others' changes or the dense values, whichever are fewer.
@@ -30,14 +31,14 @@ from benchmarks.formats import HEADS, MERGE_ITER, WIRES, WORKER, Wire, losses
 from benchmarks.report import report
 from benchmarks.shapes import RANK, gpt2_plan
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
-from lte_ray.engine.coordinator.broadcast_log import Downlink
+from lte_ray.engine.coordinator.broadcast_log import BroadcastLog
 from lte_ray.engine.coordinator.coordinator import Coordinator
-from lte_ray.engine.head.base_replica import Mirror
+from lte_ray.engine.head.base_replica import BaseReplica
 from lte_ray.engine.settings import Settings
 from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import gather, views
 from lte_ray.merging.registry import make_policy
-from lte_ray.messages import Contribution, Merged, Update
+from lte_ray.messages import Contribution, CoordinatorReply, MergeDelta
 from lte_ray.transfer.codec import Codec, least_bytes
 from lte_ray.transfer.groups import groups
 
@@ -74,14 +75,14 @@ def measured(plan: Plan, merge: MergeConfig, heads: int = HEADS, merges: int = M
     parts = groups([plan] * heads, merge)
     codec = Codec(plan, parts, merge)
     coordinator = Coordinator(settings, plan, base, make_policy(merge))
-    downlink = Downlink(parts, [4 * part.base.size for part in codec.parts], [codec.sizes] * heads, 0)
+    downlink = BroadcastLog(parts, [4 * part.base.size for part in codec.parts], [codec.sizes] * heads, 0)
     link = Link(0)
-    mirror = Mirror([codec] * heads, "none", link)
+    mirror = BaseReplica([codec] * heads, "none", link)
 
     def handle(index: int) -> tuple[None, Tensor]:
         return None, gather(codec.parts[index].base, views(plan.base, coordinator.base))
 
-    mirror.take(Update(None, 0, {index: handle(index) for index in range(len(parts))}))
+    mirror.take(CoordinatorReply(None, 0, {index: handle(index) for index in range(len(parts))}))
     mirror.release()
     up = down = 0
     for number in range(1, merges + 1):
@@ -93,10 +94,10 @@ def measured(plan: Plan, merge: MergeConfig, heads: int = HEADS, merges: int = M
             outcome = coordinator.receive(message, decoded)
             up += sum(buffer.nbytes for buffer in buffers[head]) + len(pickle.dumps(message))
         (record,) = outcome.merges
-        downlink.add(Merged(number, record.weights, {h: tuple((h, b) for b in buffers[h]) for h in record.heads}))
+        downlink.add(MergeDelta(number, record.weights, {h: tuple((h, b) for b in buffers[h]) for h in record.heads}))
         chain = downlink.chain(mirror.have)
         assert chain is not None
-        update = Update(None, number, {index: handle(index) for index in downlink.dense}, chain)
+        update = CoordinatorReply(None, number, {index: handle(index) for index in downlink.dense}, chain)
         before = link.bytes
         followed = mirror.take(update)
         assert followed is not None

@@ -27,7 +27,7 @@ from lte_ray.engine.head.head import Head
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.process_tuning import keep_freed_memory, release_freed_memory
 from lte_ray.engine.settings import Settings
-from lte_ray.messages import Verdict
+from lte_ray.messages import ContributionResult
 from workers.gpt import GPT
 
 FORMATS, RUNS, RANK = ("fp32", "bf16", "nf4"), 3, 32
@@ -89,7 +89,7 @@ def _rounds(head: Head, base: Tensor, first: bool = True) -> None:
         head.start(0, base)
     for _ in range(2):
         contribution = head.train_round()
-        head.adopt(Verdict(0, contribution.sequence, True, head.version + 1), head.version + 1, base)
+        head.adopt(ContributionResult(0, contribution.sequence, True, head.version + 1), head.version + 1, base)
 
 
 def parts(head: Head) -> dict[str, int]:

@@ -20,7 +20,7 @@ from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.settings import Settings
 from lte_ray.layout import Adapted, Plan, Replica
-from lte_ray.merging import Average, Scheduled
+from lte_ray.merging import Average, ComposedPolicy
 from lte_ray.merging.flat_buffer import factor_views, factors_part, replica_part, views
 from lte_ray.messages import Contribution
 
@@ -69,7 +69,7 @@ def main() -> None:
     ours, theirs = [], []
     for run in range(RUNS + 1):  # the first of each is a warm-up
         base, copies = start.clone(), {head: reference.clone() for head, reference in enumerate(references)}
-        coordinator = Coordinator(settings, plan, base, Scheduled(Average()), references=copies)
+        coordinator = Coordinator(settings, plan, base, ComposedPolicy(Average()), references=copies)
         messages = [
             Contribution("bench", h, incarnation=0, sequence=1, version=0, step=1, steps=1, samples=1, loss=0.0)
             for h in range(HEADS)

@@ -28,11 +28,11 @@ from torch import Tensor
 from benchmarks.report import report, spread
 from benchmarks.shapes import ALPHA, DISTINCT, RANK, Piece, gpt2_plan
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
-from lte_ray.engine.coordinator.aggregator import Measured, Shard
+from lte_ray.engine.coordinator.aggregator import BaseShard, MeasuredContribution
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.settings import Settings
 from lte_ray.layout import Plan
-from lte_ray.merging import Average, Scheduled
+from lte_ray.merging import Average, ComposedPolicy
 from lte_ray.merging.flat_buffer import as_matrix, factor_views, views
 from lte_ray.merging.policies.trigger import Arrival, Barrier
 from lte_ray.messages import Contribution
@@ -48,7 +48,7 @@ RUNS = {2: 5, 8: 3}
 def coordinator_of(plan: Plan, base: Tensor | None, heads: int, alone: bool, held: dict[int, Tensor]) -> Coordinator:
     """A coordinator that averages all heads' contributions, or each alone."""
     settings = Settings("scale", LTEConfig(heads, RANK, ALPHA), MergeConfig(), TrainConfig())
-    policy = Scheduled(Average(), Arrival() if alone else Barrier())
+    policy = ComposedPolicy(Average(), Arrival() if alone else Barrier())
     return Coordinator(settings, plan, base, policy, references=held)
 
 
@@ -72,14 +72,14 @@ def decided(plan: Plan, heads: int, merged: int) -> float:
     """Seconds of a coordinator that is told what shards have measured."""
     coordinator = coordinator_of(plan, None, heads, merged < heads, {})
     begun = time.process_time()
-    received(coordinator, [Measured(1.0)] * merged)
+    received(coordinator, [MeasuredContribution(1.0)] * merged)
     return time.process_time() - begun
 
 
 def of_shard(codec: Codec, pieces: dict[int, Piece], bases: dict[int, Tensor], heads: int, merged: int) -> float:
     """Seconds of one shard with these groups: checks, products, replicas and references."""
     references = {index: piece.held(heads) for index, piece in pieces.items()}
-    shard = Shard([codec] * heads, bases, "none", references=references)
+    shard = BaseShard([codec] * heads, bases, "none", references=references)
     sent = [{i: p.buffers[head % DISTINCT].view(torch.uint8) for i, p in pieces.items()} for head in range(merged)]
     begun = time.process_time()
     for head, buffers in enumerate(sent):

@@ -15,9 +15,9 @@ from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import PolicyError
 from lte_ray.layout import Adapted, Plan, Replica
-from lte_ray.merging import Average, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Scheduled, Wait
+from lte_ray.merging import Average, ComposedPolicy, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Wait
 from lte_ray.messages import Contribution
-from lte_ray.transfer.checksum import check_seals, checksum
+from lte_ray.transfer.checksum import base_checksum, verify_checksums
 
 PLAN = Plan((Adapted("w", (6, 5), 2, 2.0),), (Replica("p", (4,)),))
 SIZE = PLAN.contribution.size
@@ -68,24 +68,24 @@ REFUSED: dict[str, tuple[Contribution, Tensor]] = {
 def contributions(run: Ran, folder: Path) -> Iterator[Row]:
     """What heads send. Extend `REFUSED`, or add a scene below."""
     for given, (contribution, buffer) in REFUSED.items():
-        engine = coordinator(Scheduled(Average()))
+        engine = coordinator(ComposedPolicy(Average()))
         engine.receive(offer(0), sound())
         yield verdict(given, engine, contribution, buffer)
-    engine = coordinator(Scheduled(Average()))
+    engine = coordinator(ComposedPolicy(Average()))
     engine.leave(1)
     yield verdict("of a head that has left", engine, offer(1), sound())
     engine = coordinator(_Deciding(Discard([1], "for the test"), Wait()))
     engine.receive(offer(1, incarnation=1), sound())
     yield verdict("of a predecessor that died", engine, offer(1, 5, incarnation=0), sound())
-    engine = coordinator(Scheduled(Average()), heads=1)
+    engine = coordinator(ComposedPolicy(Average()), heads=1)
     for sequence in range(1, 21):
         engine.receive(offer(0, sequence), sound() * sequence)
     yield verdict("1,000 times as large as the 20 before it", engine, offer(0, 21), sound() * 20_000)
     lanes = engine.data.lanes(0)
-    engine = coordinator(Scheduled(Average()), heads=2)
+    engine = coordinator(ComposedPolicy(Average()), heads=2)
     yield verdict("trained on another head's data", engine, offer(1, lanes=lanes, batches=3), sound())
     try:
-        check_seals([sound()], [checksum(sound()) ^ 1])
+        verify_checksums([sound()], [base_checksum(sound()) ^ 1])
     except ValueError as error:  # what the runtime refuses it with
         yield Row("a checksum that doesn't match", "refused", str(error))
 

@@ -33,7 +33,7 @@ from lte_ray.merging.registry import make_policy
 from lte_ray.messages import Contribution
 from lte_ray.run.metrics import Silent
 from lte_ray.simulation.api import keep_time
-from lte_ray.simulation.cost_model import Sizes, named_plan
+from lte_ray.simulation.cost_model import CostModel, named_plan
 from lte_ray.simulation.head import TINY_PLAN, TimedHead
 from workers.regression import Regression
 
@@ -100,7 +100,7 @@ def coordinator_constants() -> dict[str, Any]:
     merges = {}
     for heads in (2, 8):
         took = [_merge_seconds(plan, heads) for _ in range(3)]
-        modelled = Sizes([plan] * heads, MergeConfig()).merge_seconds(ClusterModel(), heads)
+        modelled = CostModel([plan] * heads, MergeConfig()).merge_seconds(ClusterModel(), heads)
         merges[f"{heads} heads"] = {"measured": spread(took), "modelled": round(modelled, 4)}
     operations = sum(2 * a.matrix[0] * a.matrix[1] * 2 * a.rank for a in plan.adapted)
     left, right, weight = torch.randn(3072, 512), torch.randn(512, 768), torch.zeros(3072, 768)

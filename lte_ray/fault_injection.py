@@ -24,7 +24,7 @@ def arm(folder: str | None) -> None:
     _script[0] = Path(folder) if folder else None
 
 
-def reached(point: str, **where: int) -> None:
+def inject(point: str, **where: int) -> None:
     """The process is at this point of the protocol."""
     if _script[0] is not None:
         _meet(_script[0], point, where)

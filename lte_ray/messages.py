@@ -5,20 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-Lanes = tuple[tuple[int, int], ...]
+Partitions = tuple[tuple[int, int], ...]
 """Parts of the data order: each the batches `next`, `next` + `stride`, ... (`data.lanes`)."""
 
 
 @dataclass(frozen=True)
-class Grant:
+class Assignment:
     """Lanes that a head is given, or gives away, under a number that makes repeats harmless."""
 
     id: int
-    lanes: Lanes
+    lanes: Partitions
 
 
 @dataclass(frozen=True)
-class Standing:
+class CommittedPosition:
     """What a version of the base holds of one head: where its last merged contribution, made at `version` or before, left it.
 
     `batches` and `lanes` are the data position: whatever the head trains after it is in no base yet.
@@ -30,7 +30,7 @@ class Standing:
     step: int = 0
     samples: int = 0
     batches: int = 0
-    lanes: Lanes = ()
+    lanes: Partitions = ()
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,16 @@ class Contribution:
     seconds: float = 0.0
     stall: float = 0.0
     batches: int = 0
-    lanes: Lanes = ()
+    lanes: Partitions = ()
     grant: int = 0
-    released: Grant | None = None
+    released: Assignment | None = None
     seals: tuple[int, ...] = ()
     norm: float | None = None
     buffer: Any = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ContributionResult:
     """What became of one contribution: merged into `version`, or refused with a `reason`.
 
     `discarded` by the policy: what it held rides in the next one. `poison`: the head drops what it held and goes on from its
@@ -90,7 +90,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Save:
+class CheckpointRequest:
     """A checkpoint of `version`, into which heads write their state as it follows their contribution `sequences[head]`.
 
     `cut` tells checkpoints of one version apart: a head that is asked twice writes once.
@@ -102,7 +102,7 @@ class Save:
 
 
 @dataclass(frozen=True)
-class Order:
+class HeadDirective:
     """What a head is to do: take `steps` local steps until its next contribution, and `limit` in all, counted from the start.
 
     Where heads share their steps, more may be granted unless the limit is `final`; the head's learning-rate schedule
@@ -115,26 +115,26 @@ class Order:
     final: bool = True
     rate: float = 1.0
     progress: float = 0.0
-    grants: tuple[Grant, ...] = ()
+    grants: tuple[Assignment, ...] = ()
     release: int = 0
 
 
 @dataclass(frozen=True)
-class Begin:
+class JoinReply:
     """Where a head starts: at what the base holds of it.
 
     `reference` refers to its factors there (None where B' = 0). `saved` is a checkpoint that holds its state: with `exact` all
     of it is taken over, else what the base doesn't say (the optimizer's state).
     """
 
-    standing: Standing
+    standing: CommittedPosition
     reference: Any = field(default=None, repr=False, compare=False)
     saved: int | None = None
     exact: bool = False
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergeDelta:
     """One merge, as heads redo it from factors: each contribution's weight, in order, and its buffers, one for each group.
 
     `fresh` are those of its heads whose factors count from B' = 0, whatever earlier versions held of that number.
@@ -147,7 +147,7 @@ class Merged:
 
 
 @dataclass(frozen=True)
-class Update:
+class CoordinatorReply:
     """The coordinator's answer to a head: the verdict on its contribution, and what leads to the newest base.
 
     Attributes:
@@ -164,16 +164,16 @@ class Update:
         checksum: of the groups that travel by factors, at a version.
     """
 
-    verdict: Verdict | None
+    verdict: ContributionResult | None
     version: int
     base: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
-    chain: tuple[Merged, ...] = ()
+    chain: tuple[MergeDelta, ...] = ()
     references: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
-    held: dict[int, Standing] = field(default_factory=dict)
+    held: dict[int, CommittedPosition] = field(default_factory=dict)
     ledger: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    saves: tuple[Save, ...] = ()
-    begins: dict[int, Begin] = field(default_factory=dict)
-    orders: dict[int, Order] = field(default_factory=dict)
+    saves: tuple[CheckpointRequest, ...] = ()
+    begins: dict[int, JoinReply] = field(default_factory=dict)
+    orders: dict[int, HeadDirective] = field(default_factory=dict)
     checksum: tuple[int, int] | None = None
 
     def holds(self, head: int, sequence: int) -> bool:
@@ -196,7 +196,7 @@ class HeadReport:
 
 
 @dataclass(frozen=True)
-class Report:
+class RecoveryReport:
     """What one process of heads knows of the run when the coordinator is lost: the newest version that came to it.
 
     `base` is None, and `version` -1, where none has come.
@@ -204,7 +204,7 @@ class Report:
 
     version: int
     base: Any = field(repr=False, compare=False)
-    held: dict[int, Standing]
+    held: dict[int, CommittedPosition]
     ledger: dict[str, Any] = field(repr=False, compare=False)
     heads: dict[int, HeadReport]
 
@@ -238,7 +238,7 @@ class MergeRecord:
     head_steps: dict[int, int] = field(default_factory=dict)
     stalls: dict[int, float] = field(default_factory=dict)
     bytes_instead: dict[str, int] = field(default_factory=dict)
-    held: dict[int, Standing] = field(default_factory=dict)
+    held: dict[int, CommittedPosition] = field(default_factory=dict)
     fresh: tuple[int, ...] = ()
     base: Any = field(default=None, repr=False, compare=False)
 

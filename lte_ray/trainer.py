@@ -21,13 +21,13 @@ from lte_ray.messages import HeadTimes
 from lte_ray.run import record as run_record
 from lte_ray.run.display import automatic_display
 from lte_ray.run.metrics import Progress, Reporter
-from lte_ray.run.start import Claim
+from lte_ray.run.start import RunClaim
 from lte_ray.storage import RunDirectory, parted
 
 if TYPE_CHECKING:
     import ray.train
 
-    from lte_ray.runtime.controller.controller import Session
+    from lte_ray.runtime.controller.controller import TrainController
 
 
 log = logging.getLogger("lte_ray")
@@ -125,19 +125,19 @@ class LTETrainer:
         failure.check_heads(self.lte.num_heads)
         initial = with_room(prepare(self.worker, settings), failure.max_heads)
         directory = RunDirectory.of(storage.storage or default_storage(), name, filesystem, patience=storage.storage_patience)
-        claim = Claim(directory, storage, settings, initial)
+        claim = RunClaim(directory, storage, settings, initial)
 
         from lte_ray.runtime import placement as placing
         from lte_ray.runtime.cluster import connected
-        from lte_ray.runtime.context import Common, Keep, Package
-        from lte_ray.runtime.controller.controller import Session
-        from lte_ray.runtime.coordinator_state import Start, resumed
+        from lte_ray.runtime.context import PickledObject, RetentionPolicy, RunContext
+        from lte_ray.runtime.controller.controller import TrainController
+        from lte_ray.runtime.coordinator_state import CoordinatorState, load_checkpoint
         from lte_ray.runtime.object_store import ObjectStore
 
         asked, more = placing.from_scaling_config(self.scaling_config, self.lte.num_heads)
         if asked.stack_heads == "always" and asked.heads_per_actor > 1:
             check_stackable(self.train, initial.plans)
-        worker, packed = Package.of(self.worker), Package.of(policy)
+        worker, packed = PickledObject.of(self.worker), PickledObject.of(policy)
         reporter = self.reporter or automatic_display()
         reporter.update(Progress.starting(name, self.train.steps, "starting Ray"))
         with contextlib.closing(reporter), connected():
@@ -149,22 +149,22 @@ class LTETrainer:
                 places = held.enter_context(placing.reserve(placement, hosted))
                 groups = placing.groups_of(settings.merge, initial.plans, places.nodes, gives_weights(policy))
                 config, resume = held.enter_context(claim.taken(record))
-                common = Common(
+                common = RunContext(
                     worker,
                     settings,
                     directory,
                     ObjectStore(),
                     groups,
-                    Keep(storage.keep_checkpoints, storage.keep_best, storage.best_by),
+                    RetentionPolicy(storage.keep_checkpoints, storage.keep_best, storage.best_by),
                     failure.rejoin,
                     os.environ.get(fault_injection.VARIABLE),
                     config,
                 )
                 if resume:
-                    start = resumed(common, initial, resume.version, self.lte.num_heads)
+                    start = load_checkpoint(common, initial, resume.version, self.lte.num_heads)
                 else:
-                    start = Start(0, common.transport.publish(initial.base))
-                session = Session(
+                    start = CoordinatorState(0, common.transport.publish(initial.base))
+                session = TrainController(
                     common=common,
                     initial=initial,
                     start=start,
@@ -212,7 +212,7 @@ def default_storage() -> str:
     return str(ray.train.RunConfig().storage_path)
 
 
-def _result(session: Session, directory: RunDirectory) -> ray.train.Result:
+def _result(session: TrainController, directory: RunDirectory) -> ray.train.Result:
     import ray.train
 
     progress = session.progress()

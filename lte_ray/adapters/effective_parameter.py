@@ -29,7 +29,7 @@ _METHODS = (
 _LOOKS = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {getattr(Tensor, name) for name in _METHODS}
 
 
-class StandIn(Tensor):
+class EffectiveParameter(Tensor):
     """A parameter that may be looked at: shape, type, device. What computes with it gets what trains in its place."""
 
     _lte_in_use: Callable[[], Tensor]
@@ -39,13 +39,13 @@ class StandIn(Tensor):
         if func in _LOOKS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        args, kwargs = tree_map(lambda x: x._lte_in_use() if isinstance(x, StandIn) else x, (args, kwargs or {}))
+        args, kwargs = tree_map(lambda x: x._lte_in_use() if isinstance(x, EffectiveParameter) else x, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
 def stand_in(held: Tensor, in_use: Callable[[], Tensor]) -> Tensor:
     """`held` to look at; whatever computes with it computes with `in_use()`."""
-    made: StandIn = held.detach().as_subclass(StandIn)
+    made: EffectiveParameter = held.detach().as_subclass(EffectiveParameter)
     made._lte_in_use = in_use
     return made
 

@@ -25,8 +25,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lte_ray.audit.reader import Audit, Back, Gone, Happening, Refused, Resumed, Stand
-from lte_ray.data.partition import Lanes
+from lte_ray.audit.reader import Audit, Happening, LostHead, Refused, Resumed, Rollback, Stand
+from lte_ray.data.partition import Partitions
 
 MOST_CLASSES = 2**20
 """Of more, the batches aren't followed."""
@@ -47,13 +47,13 @@ def check_data(found: Audit, history: Sequence[Happening]) -> None:
         match each:
             case Stand():
                 walk.merged(each)
-            case Gone():
+            case LostHead():
                 walk.gone(each)
             case Resumed():
                 walk.resumed(each)
             case Refused():
                 walk.refused[each.head].append(each.sequence)
-            case Back():
+            case Rollback():
                 walk.allowance.back(each)
 
 
@@ -65,7 +65,7 @@ class _Allowance:
         self._left: dict[int, int] = {}  # by the version that the run went back to
         self._since: set[int] = set()  # classes that were merged since
 
-    def back(self, back: Back) -> None:
+    def back(self, back: Rollback) -> None:
         """The run went back; what it skipped earlier, after that version, is among what it skips now."""
         self._left = {version: left for version, left in self._left.items() if version < back.version}
         self._left[back.version] = max(0, back.skipped)
@@ -104,7 +104,7 @@ class _Walk:
         self.refused: defaultdict[int, list[int]] = defaultdict(list)  # by head, contributions refused as poison
         self.allowance = _Allowance(modulus)
 
-    def gone(self, gone: Gone) -> None:
+    def gone(self, gone: LostHead) -> None:
         """Heads have left; who comes under their numbers is another."""
         for head in gone.heads:
             self._owned.pop(head, None)
@@ -200,7 +200,7 @@ class _Sizes:
         skipped: set[int] = set()  # heads whose next merge shows what was skipped, too
         known: list[tuple[int, int, int]] = []  # steps, batches, samples
         for each in history:
-            if isinstance(each, Back):
+            if isinstance(each, Rollback):
                 skipped = {stand.head for stand in flat}
             if not isinstance(each, Stand):
                 continue
@@ -230,7 +230,7 @@ class _Sizes:
         return None if not self.samples else (stand.samples - (before.samples if before else 0)) // self.samples
 
 
-def _classes(lanes: Lanes, modulus: int) -> dict[int, int]:
+def _classes(lanes: Partitions, modulus: int) -> dict[int, int]:
     """By class, the first batch that is in the lanes."""
     starts = (first + i * stride for first, stride in lanes for i in range(modulus // stride))
     return {start % modulus: start for start in starts}

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lte_ray.data.partition import Lanes, ordered
+from lte_ray.data.partition import Partitions, ordered
 
 
 @dataclass(frozen=True)
 class Stand:
-    """Where the merge of one version left one head (`messages.Standing`); `steps` are those of its contribution.
+    """Where the merge of one version left one head (`messages.CommittedPosition`); `steps` are those of its contribution.
 
     None where the row of that merge died with the coordinator: the next one said where it had left the head.
     """
@@ -27,12 +27,12 @@ class Stand:
     step: int
     samples: int
     batches: int
-    lanes: Lanes
+    lanes: Partitions
     steps: int | None
 
 
 @dataclass(frozen=True)
-class Gone:
+class LostHead:
     """Heads that were dropped or quarantined: others have their lanes from then on."""
 
     heads: tuple[int, ...]
@@ -54,14 +54,14 @@ class Refused:
 
 
 @dataclass(frozen=True)
-class Back:
+class Rollback:
     """The run went back to `version`, and skips the batches that were merged after it."""
 
     version: int
     skipped: int
 
 
-Happening = Stand | Gone | Resumed | Refused | Back
+Happening = Stand | LostHead | Resumed | Refused | Rollback
 """What rows say that bears on who has trained which batches."""
 
 
@@ -96,7 +96,7 @@ def happenings(row: Mapping[str, Any]) -> list[Happening]:
     if row.get("kind") == "merge":
         return [*stands(row)]
     if event in ("head_dropped", "head_quarantined"):
-        return [Gone(tuple(map(int, row["heads"] if "heads" in row else [row["head"]])))]
+        return [LostHead(tuple(map(int, row["heads"] if "heads" in row else [row["head"]])))]
     if event == "coordinator_restarts":  # an older release didn't say
         found = [_stand(head, of, int(of["version"]), None) for head, of in row.get("held", {}).items()]
         return [*sorted(found, key=lambda stand: (stand.version, stand.head))]
@@ -105,7 +105,7 @@ def happenings(row: Mapping[str, Any]) -> list[Happening]:
     if event == "refused" and row.get("poison"):
         return [Refused(int(row["head"]), int(row["sequence"]))]
     if event == "rolled_back":
-        return [Back(int(row["version"]), int(row["skipped_batches"]))]
+        return [Rollback(int(row["version"]), int(row["skipped_batches"]))]
     return []
 
 

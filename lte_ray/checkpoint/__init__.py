@@ -48,8 +48,8 @@ from lte_ray.checkpoint.manifest import (
     commit,
     folder,
     has_all_heads,
+    manifest_checksum,
     read_manifest,
-    seal,
 )
 from lte_ray.checkpoint.retention import (
     complete,
@@ -81,6 +81,7 @@ __all__ = [
     "has_all_heads",
     "head_file",
     "incomplete",
+    "manifest_checksum",
     "newest_with_all_heads",
     "prune",
     "read_base",
@@ -92,7 +93,6 @@ __all__ = [
     "read_references",
     "remove_after",
     "remove_incomplete",
-    "seal",
     "verify",
     "write_base",
     "write_evaluation",

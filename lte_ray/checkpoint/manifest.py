@@ -70,7 +70,7 @@ def plain(name: str) -> str:
     return f"{found[1]}.safetensors" if found else name
 
 
-def seal(content: dict[str, Any]) -> bytes:
+def manifest_checksum(content: dict[str, Any]) -> bytes:
     """A manifest as it is written: with the SHA-256 of all the rest (as JSON with sorted keys and without spaces) in it."""
     rest = json.loads(json.dumps({name: value for name, value in content.items() if name != CHECKSUM}))
     return json.dumps({**rest, CHECKSUM: _digest(rest)}, indent=1).encode()
@@ -98,7 +98,7 @@ def commit(
             )
     path = f"{folder(version)}/{MANIFEST}"
     replaces = directory.exists(path)
-    data = seal(content)
+    data = manifest_checksum(content)
     directory.write(path, data)
     if replaces:
         with contextlib.suppress(StorageError):  # it takes space, no more

@@ -5,11 +5,11 @@ Heads come and go while contributions are on their way, so lanes change hands on
 - A head's account is the lanes that it had behind the last step of its last merged contribution. What it trained since then
   isn't merged: if the head dies, those batches are trained again, by its successor or by who gets its lanes.
 - A grant gives lanes to a head. Orders carry it until a merged contribution says that the head has applied it.
-- A request takes lanes from a head. It splits its own where it stands when it is asked (`lte_ray.data.partition.split`), and its
+- A request takes lanes from a head. It splits its own where it stands when it is asked (`partition.split`), and its
   next contributions say what it gave away. Once one of them is merged, the batches before the split are too, and others
   get the rest.
 
-So no slot is in two accounts, and each is merged exactly once (`tests/unit/data/test_assignment.py`), if the caller sees to this: once
+So no slot is in two accounts, and each is merged exactly once, if the caller sees to this: once
 `lanes(head)` was called, no contribution of the head's earlier incarnations is merged. If the coordinator falls back to
 an earlier `state`, heads contribute again what was merged since; those that started since start anew from `lanes`, and so
 does one whose contribution `check` objects to, for it may have applied a grant that the state doesn't know.
@@ -27,14 +27,14 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lte_ray.data.partition import Lane, Lanes, advance, continues, density, disjoint, initial, joined, ordered, split
+from lte_ray.data.partition import Partition, Partitions, advance, continues, density, disjoint, initial, joined, ordered, split
 from lte_ray.errors import StorageError
-from lte_ray.messages import Grant
+from lte_ray.messages import Assignment
 
 
 @dataclass
-class Accounts:
-    """What `engine.ledger.DataLedger` keeps.
+class AssignmentState:
+    """What `PartitionAssignor` keeps.
 
     Attributes:
         merged: by head, its lanes behind the last step of its last merged contribution.
@@ -46,24 +46,24 @@ class Accounts:
         latest: number of the newest grant or request; 0 if there was none.
     """
 
-    merged: dict[int, Lanes]
-    grants: dict[int, tuple[Grant, ...]] = field(default_factory=dict)
+    merged: dict[int, Partitions]
+    grants: dict[int, tuple[Assignment, ...]] = field(default_factory=dict)
     waiting: list[int] = field(default_factory=list)
     asked: dict[int, int] = field(default_factory=dict)
     honoured: dict[int, int] = field(default_factory=dict)
-    free: Lanes = ()
+    free: Partitions = ()
     latest: int = 0
 
-    def owned(self, head: int) -> Lanes:
+    def owned(self, head: int) -> Partitions:
         """What is merged of a head, and all that it was granted since."""
         return self.reached(head, self.latest)
 
-    def reached(self, head: int, grant: int) -> Lanes:
+    def reached(self, head: int, grant: int) -> Partitions:
         """What is merged of a head, and its grants up to this number."""
         given = [lane for g in self.grants.get(head, ()) if g.id <= grant for lane in g.lanes]
         return ordered((*self.merged.get(head, ()), *given))
 
-    def owners(self) -> dict[int, Lanes]:
+    def owners(self) -> dict[int, Partitions]:
         """What each head would begin from, by its number; heads without lanes aren't in it."""
         found = {head: joined(self.owned(head)) for head in sorted({*self.merged, *self.grants})}
         return {head: lanes for head, lanes in found.items() if lanes}
@@ -92,7 +92,7 @@ class Accounts:
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Accounts:
+    def from_state(cls, state: Mapping[str, Any]) -> AssignmentState:
         """The accounts whose `state` this is.
 
         Raises:
@@ -101,7 +101,7 @@ class Accounts:
         try:
             made = cls(
                 {int(head): ordered(lanes) for head, lanes in state["merged"].items()},
-                {int(h): tuple(Grant(_number(i), ordered(s)) for i, s in grants) for h, grants in state["grants"].items()},
+                {int(h): tuple(Assignment(_number(i), ordered(s)) for i, s in grants) for h, grants in state["grants"].items()},
                 [_number(head) for head in state["waiting"]],
                 {int(head): _number(number) for head, number in state["asked"].items()},
                 {int(head): _number(number) for head, number in state["honoured"].items()},
@@ -117,7 +117,7 @@ class Accounts:
         return made
 
 
-def text(lanes: Lanes) -> str:
+def text(lanes: Partitions) -> str:
     """Lanes in words, the first eight of them."""
     shown = ", ".join(f"every {stride} from {first}" for first, stride in lanes[:8])
     return (shown or "none") + (f" and {len(lanes) - 8} more" if len(lanes) > 8 else "")
@@ -133,7 +133,7 @@ def _number(value: Any) -> int:
     return value
 
 
-def dealt(owners: Mapping[int, Lanes], free: Iterable[Lane], num_heads: int) -> dict[int, Lanes]:
+def dealt(owners: Mapping[int, Partitions], free: Iterable[Partition], num_heads: int) -> dict[int, Partitions]:
     """The same slots, owned by the heads 0 to num_heads - 1; the same for the same arguments.
 
     - If these heads own them all, nothing changes.
@@ -173,7 +173,7 @@ def dealt(owners: Mapping[int, Lanes], free: Iterable[Lane], num_heads: int) -> 
     return {head: joined(lanes) for head, lanes in found.items()}
 
 
-def _fresh(lanes: list[Lane], num_heads: int) -> dict[int, Lanes] | None:
+def _fresh(lanes: list[Partition], num_heads: int) -> dict[int, Partitions] | None:
     """The lanes of `num_heads` heads from the first slot that isn't merged on; None if one after it is."""
     first = min(lane.next for lane in lanes)
     if any(lane.next - lane.stride >= first for lane in lanes):
@@ -182,7 +182,7 @@ def _fresh(lanes: list[Lane], num_heads: int) -> dict[int, Lanes] | None:
     return {head: advance(initial(head, num_heads), batches) for head, batches in taken.items()}
 
 
-class DataLedger:
+class PartitionAssignor:
     """Who has which lanes. Heads are numbers; those of grants and requests grow over the whole run.
 
     Args:
@@ -193,10 +193,10 @@ class DataLedger:
     """
 
     def __init__(self, heads: Mapping[int, Iterable[tuple[int, int]]]) -> None:
-        self._accounts = Accounts({head: ordered(lanes) for head, lanes in heads.items()})
+        self._accounts = AssignmentState({head: ordered(lanes) for head, lanes in heads.items()})
         self._accounts.check()
 
-    def check(self, head: int, lanes: Iterable[tuple[int, int]], grant: int = 0, released: Grant | None = None) -> str:
+    def check(self, head: int, lanes: Iterable[tuple[int, int]], grant: int = 0, released: Assignment | None = None) -> str:
         """Why a contribution with these lanes can't be merged; empty if it can. The arguments are those of `merged`."""
         a = self._accounts
         now, before = ordered((*lanes, *self._given(head, released))), a.reached(head, grant)
@@ -206,7 +206,7 @@ class DataLedger:
             f"head {head} trained on data that aren't its own: it has {text(now)} left, but what is merged says {text(before)}"
         )
 
-    def merged(self, head: int, lanes: Iterable[tuple[int, int]], grant: int = 0, released: Grant | None = None) -> None:
+    def merged(self, head: int, lanes: Iterable[tuple[int, int]], grant: int = 0, released: Assignment | None = None) -> None:
         """A contribution was merged.
 
         Args:
@@ -230,7 +230,7 @@ class DataLedger:
             a.free = joined((*a.free, *given))
             self._serve()
 
-    def lanes(self, head: int) -> Lanes:
+    def lanes(self, head: int) -> Partitions:
         """What a head that starts, or starts again, begins from; nothing if it owns nothing (yet).
 
         Its grants count as applied from now on, and what it gave away but wasn't merged as never given.
@@ -239,7 +239,7 @@ class DataLedger:
         if found := joined(a.owned(head)):
             a.merged[head] = found
             if applied := a.grants.pop(head, ()):  # its next contributions say so, for whoever falls back to an earlier state
-                a.grants[head] = (Grant(applied[-1].id, ()),)
+                a.grants[head] = (Assignment(applied[-1].id, ()),)
         return found
 
     def ready(self, head: int) -> bool:
@@ -266,7 +266,7 @@ class DataLedger:
         self._serve()
         self._ask(live)
 
-    def orders(self, head: int, live: Collection[int]) -> tuple[tuple[Grant, ...], int]:
+    def orders(self, head: int, live: Collection[int]) -> tuple[tuple[Assignment, ...], int]:
         """What an order to this head carries.
 
         Free lanes that no new head waits for go to the live head with the fewest lanes (then the lowest number) in its turn.
@@ -299,7 +299,7 @@ class DataLedger:
         return {*a.merged, *a.grants, *a.waiting}
 
     @property
-    def free(self) -> Lanes:
+    def free(self) -> Partitions:
         """The lanes that nobody owns."""
         return self._accounts.free
 
@@ -308,23 +308,23 @@ class DataLedger:
         return self._accounts.state()
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> DataLedger:
+    def from_state(cls, state: Mapping[str, Any]) -> PartitionAssignor:
         """The ledger whose `state` this is.
 
         Raises:
             StorageError: it is no such state, or its lanes hold a slot twice, or leave one out.
         """
         made = cls.__new__(cls)
-        made._accounts = Accounts.from_state(state)
+        made._accounts = AssignmentState.from_state(state)
         return made
 
-    def _given(self, head: int, released: Grant | None) -> Lanes:
+    def _given(self, head: int, released: Assignment | None) -> Partitions:
         """What a contribution gives away; nothing if it tells of an answer that was carried out before."""
         return ordered(released.lanes) if released and released.id > self._accounts.honoured.get(head, 0) else ()
 
-    def _grant(self, head: int, lanes: Lanes) -> None:
+    def _grant(self, head: int, lanes: Partitions) -> None:
         a = self._accounts
-        a.grants[head] = (*a.grants.get(head, ()), Grant(a.number(), lanes))
+        a.grants[head] = (*a.grants.get(head, ()), Assignment(a.number(), lanes))
 
     def _serve(self) -> None:
         """Shares the free lanes out among the heads that wait; where they aren't enough, the first get one each."""
@@ -337,7 +337,7 @@ class DataLedger:
         """As many live heads are asked for lanes as heads wait. Requests stand until they are answered, for the head may have
         split its lanes already; what isn't needed any more becomes free."""
         a = self._accounts
-        able: dict[int, Lanes] | None = None
+        able: dict[int, Partitions] | None = None
         while sum(head in live for head in a.asked) < len(a.waiting):
             able = able or {head: a.owned(head) for head in live}
             ranks = [(-len(s), sum(lane.stride for lane in s), head) for head, s in able.items() if s and head not in a.asked]
@@ -346,7 +346,7 @@ class DataLedger:
             a.asked[min(ranks)[2]] = a.number()
 
 
-def reshard(state: Mapping[str, Any], num_heads: int) -> DataLedger:
+def reshard(state: Mapping[str, Any], num_heads: int) -> PartitionAssignor:
     """The ledger of a run that resumes with the heads 0 to num_heads - 1: all of them start anew from `lanes`.
 
     The same heads keep their lanes, so that such a run goes on exactly as it was; else see `dealing.dealt`.
@@ -355,7 +355,7 @@ def reshard(state: Mapping[str, Any], num_heads: int) -> DataLedger:
         StorageError: it is no state of a ledger.
         ValueError: num_heads is below 1.
     """
-    accounts = Accounts.from_state(state)
-    made = DataLedger(dealt(accounts.owners(), accounts.free, num_heads))
+    accounts = AssignmentState.from_state(state)
+    made = PartitionAssignor(dealt(accounts.owners(), accounts.free, num_heads))
     made._accounts.latest = accounts.latest
     return made

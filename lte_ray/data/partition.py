@@ -16,7 +16,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 
-class Lane(NamedTuple):
+class Partition(NamedTuple):
     """The slots next, next + stride, next + 2 stride, ...
 
     Attributes:
@@ -28,11 +28,11 @@ class Lane(NamedTuple):
     stride: int
 
 
-Lanes = tuple[Lane, ...]
+Partitions = tuple[Partition, ...]
 """What one head owns, by the next slot: no slot is in two of them. The head always takes the smallest slot."""
 
 
-def initial(head: int, num_heads: int) -> Lanes:
+def initial(head: int, num_heads: int) -> Partitions:
     """What a head owns at the start: the slots head, head + num_heads, head + 2 num_heads, ...
 
     Raises:
@@ -40,10 +40,10 @@ def initial(head: int, num_heads: int) -> Lanes:
     """
     if not 0 <= head < num_heads:
         raise ValueError(f"head {head} of {num_heads} heads has no lane at the start; give the lanes that it owns")
-    return (Lane(head, num_heads),)
+    return (Partition(head, num_heads),)
 
 
-def ordered(lanes: Iterable[tuple[int, int]]) -> Lanes:
+def ordered(lanes: Iterable[tuple[int, int]]) -> Partitions:
     """Lanes from pairs of numbers, by the next slot.
 
     Raises:
@@ -54,7 +54,7 @@ def ordered(lanes: Iterable[tuple[int, int]]) -> Lanes:
         whole = len(lane) == 2 and all(isinstance(number, int) and not isinstance(number, bool) for number in lane)
         if not whole or lane[0] < 0 or lane[1] < 1:
             raise ValueError(f"{lane} is no lane: it needs a slot, at least 0, and a stride, at least 1")
-    return tuple(sorted(Lane(*lane) for lane in found))
+    return tuple(sorted(Partition(*lane) for lane in found))
 
 
 def slots(lanes: Iterable[tuple[int, int]]) -> Iterator[int]:
@@ -62,7 +62,7 @@ def slots(lanes: Iterable[tuple[int, int]]) -> Iterator[int]:
     return heapq.merge(*(itertools.count(first, stride) for first, stride in lanes))
 
 
-def advance(lanes: Iterable[tuple[int, int]], batches: int) -> Lanes:
+def advance(lanes: Iterable[tuple[int, int]], batches: int) -> Partitions:
     """The lanes after their `batches` smallest slots were taken, in a time that doesn't grow with `batches`.
 
     Of several lanes, those up to slot x hold sum over (n, s) of max(0, floor((x - n) / s) + 1) slots; the x that makes this
@@ -84,14 +84,14 @@ def advance(lanes: Iterable[tuple[int, int]], batches: int) -> Lanes:
             low = middle + 1
         else:
             high = middle
-    return tuple(sorted(Lane(lane.next + _up_to(lane, low) * lane.stride, lane.stride) for lane in found))
+    return tuple(sorted(Partition(lane.next + _up_to(lane, low) * lane.stride, lane.stride) for lane in found))
 
 
-def _up_to(lane: Lane, slot: int) -> int:
+def _up_to(lane: Partition, slot: int) -> int:
     return max(0, (slot - lane.next) // lane.stride + 1)
 
 
-def split(lanes: Iterable[tuple[int, int]]) -> tuple[Lanes, Lanes]:
+def split(lanes: Iterable[tuple[int, int]]) -> tuple[Partitions, Partitions]:
     """What a head that gives half of its lanes away keeps, and what it gives.
 
     One lane (n, s) becomes (n, 2s), which is kept, and (n + s, 2s). Of several, densest first, every other one is given.
@@ -104,11 +104,11 @@ def split(lanes: Iterable[tuple[int, int]]) -> tuple[Lanes, Lanes]:
         raise ValueError("there are no lanes to give away")
     if len(found) == 1:
         ((first, stride),) = found
-        return (Lane(first, 2 * stride),), (Lane(first + stride, 2 * stride),)
+        return (Partition(first, 2 * stride),), (Partition(first + stride, 2 * stride),)
     return ordered(found[::2]), ordered(found[1::2])
 
 
-def joined(lanes: Iterable[tuple[int, int]]) -> Lanes:
+def joined(lanes: Iterable[tuple[int, int]]) -> Partitions:
     """The same slots in fewer lanes: (n, 2s) and (n + s, 2s) become (n, s) again, as long as there are such."""
     found = set(ordered(lanes))
     fresh = sorted(found, key=lambda lane: -lane.stride)
@@ -117,9 +117,12 @@ def joined(lanes: Iterable[tuple[int, int]]) -> Lanes:
         half = lane.stride // 2
         if lane not in found or lane.stride % 2:
             continue
-        for first, second in ((lane, Lane(lane.next + half, lane.stride)), (Lane(lane.next - half, lane.stride), lane)):
+        for first, second in (
+            (lane, Partition(lane.next + half, lane.stride)),
+            (Partition(lane.next - half, lane.stride), lane),
+        ):
             if first in found and second in found:
-                whole = Lane(first.next, half)
+                whole = Partition(first.next, half)
                 found -= {first, second}
                 found.add(whole)
                 fresh.append(whole)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lte_ray.data.partition import advance, initial, ordered, slots
-from lte_ray.messages import Lanes
+from lte_ray.messages import Partitions
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Shard:
     num_heads: int
     seed: int
     cursor: int = 0
-    lanes: Lanes = ()
+    lanes: Partitions = ()
 
     def __post_init__(self) -> None:
         if self.cursor < 0:

@@ -12,7 +12,7 @@ LONGEST = 60.0
 
 
 @dataclass(frozen=True)
-class Remedy:
+class FailureDecision:
     """What to do, in how many seconds, and why, in words."""
 
     action: Literal["restart", "drop", "stop"]
@@ -34,7 +34,7 @@ class _History:
 
 
 @dataclass
-class Failures:
+class FailurePolicy:
     """Counts deaths and decides, as `FailureConfig` says.
 
     Args:
@@ -54,7 +54,7 @@ class Failures:
         raised: str = "",
         preempted: bool = False,
         ever_trained: bool = True,
-    ) -> Remedy:
+    ) -> FailureDecision:
         """A process of heads has died.
 
         Args:
@@ -73,34 +73,34 @@ class Failures:
         if not preempted:
             self.total += 1
         if raised and not ever_trained:
-            return Remedy("stop", why="it failed before any head took a step")
+            return FailureDecision("stop", why="it failed before any head took a step")
         if again:
             return self._exhausted(others, "it failed twice in the same way at the same step")
         if 0 <= self.config.max_failures < self.total:
             return self._too_many()
         if 0 <= self.config.head_failures < history.in_a_row:
             return self._exhausted(others, f"it died {history.in_a_row} times without a merged contribution in between")
-        return Remedy("restart", self.delay(history.in_a_row))
+        return FailureDecision("restart", self.delay(history.in_a_row))
 
-    def no_place(self, others: int, seconds: float) -> Remedy:
+    def no_place(self, others: int, seconds: float) -> FailureDecision:
         """The cluster has had no place for a process of heads for so long: whether those that have one go on alone."""
         remedy = self._exhausted(others, f"the cluster has had no place for it for {seconds:.0f} s")
-        return remedy if remedy.action == "drop" else Remedy("restart", why=remedy.why)  # it waits on
+        return remedy if remedy.action == "drop" else FailureDecision("restart", why=remedy.why)  # it waits on
 
     def delay(self, in_a_row: int) -> float:
         """Seconds before a restart, where it is the last of so many in a row: none before the first."""
         return 0.0 if in_a_row <= 1 else min(LONGEST, self.config.backoff * 2.0 ** (in_a_row - 2))
 
-    def other(self) -> Remedy:
+    def other(self) -> FailureDecision:
         """The coordinator or the evaluator has died."""
         self.total += 1
-        return self._too_many() if 0 <= self.config.max_failures < self.total else Remedy("restart")
+        return self._too_many() if 0 <= self.config.max_failures < self.total else FailureDecision("restart")
 
-    def _too_many(self) -> Remedy:
-        return Remedy("stop", why=f"--max-failures is {self.config.max_failures}" if self.config.max_failures else "")
+    def _too_many(self) -> FailureDecision:
+        return FailureDecision("stop", why=f"--max-failures is {self.config.max_failures}" if self.config.max_failures else "")
 
-    def _exhausted(self, others: int, why: str) -> Remedy:
+    def _exhausted(self, others: int, why: str) -> FailureDecision:
         enough = others >= max(1, self.config.min_heads)
         if self.config.exhausted == "drop" and enough:
-            return Remedy("drop", why=why)
-        return Remedy("stop", why=why)
+            return FailureDecision("drop", why=why)
+        return FailureDecision("stop", why=why)

@@ -26,7 +26,7 @@ TIMES_FIRST = 5.0
 
 
 @dataclass
-class Pulse:
+class ProcessHealth:
     """One process's signs of life. Times in seconds, on any clock.
 
     Attributes:
@@ -42,7 +42,7 @@ class Pulse:
     stepped: bool = False
 
 
-class Deadlines:
+class HangDetector:
     """What is normal in this run: the longest that any process took to start, to answer, and from one step to the next."""
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Deadlines:
         return max(PROGRESS, TIMES * self.step)
 
     def note(
-        self, pulse: Pulse, now: float, asked: float, position: Hashable, idle: bool, stepped: bool, head: bool = True
+        self, pulse: ProcessHealth, now: float, asked: float, position: Hashable, idle: bool, stepped: bool, head: bool = True
     ) -> None:
         """A process has answered.
 
@@ -89,7 +89,7 @@ class Deadlines:
             pulse.moved, pulse.position = now, position
         pulse.stepped = pulse.stepped or stepped
 
-    def hung(self, pulse: Pulse, now: float, asked: float | None) -> str:
+    def hung(self, pulse: ProcessHealth, now: float, asked: float | None) -> str:
         """Why a process counts as hung; empty if it doesn't.
 
         Args:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lte_ray.config import MergeConfig
-from lte_ray.engine.coordinator.coordinator import Coordinator, Outcome
+from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.virtual import HeadGroup
 from lte_ray.engine.prepare import Initial, load_base, prepare
@@ -26,7 +26,7 @@ from lte_ray.transfer.groups import groups
 from lte_ray.worker import Worker
 
 
-class Transit:
+class LoopbackTransport:
     """Encodes what heads send and decodes it as the coordinator does; leaves it as it is where the format loses nothing.
 
     Args:
@@ -85,7 +85,7 @@ def simulate(
     coordinator = Coordinator(
         settings, initial.plan, initial.base.clone(), make_policy(settings.merge), plans=initial.plans, clock=lambda: now
     )
-    transit = Transit(initial.plans, settings.merge, coordinator, dtype)
+    transit = LoopbackTransport(initial.plans, settings.merge, coordinator, dtype)
     _, threads = head_threads(settings.train.threads_per_head, 1)
     merging = merge_threads(settings.merge.merge_threads, initial.plan, settings.lte.num_heads)
     numbers = range(settings.lte.num_heads)
@@ -97,7 +97,7 @@ def simulate(
     for head in heads:
         head.start(0, initial.base)
 
-    def settle(outcome: Outcome) -> None:
+    def settle(outcome: StepResult) -> None:
         merges.extend(outcome.merges)
         published = coordinator.base.clone() if outcome.verdicts else None  # the coordinator goes on writing to its own
         for verdict in outcome.verdicts:

@@ -23,7 +23,7 @@ from lte_ray.engine.prepare import load_base, tensors_of
 from lte_ray.errors import ConfigError, UserError
 from lte_ray.export import delta as changes
 from lte_ray.export.delta import Change, dense_factors
-from lte_ray.export.peft_targets import ELSE, Placement, place, places, targets
+from lte_ray.export.peft_targets import ELSE, PeftTargets, place, places, targets
 from lte_ray.export.pretrained import beside, need, pretrained_part
 from lte_ray.export.run_reader import Saved, Written
 from lte_ray.layout import Plan
@@ -105,7 +105,7 @@ def _pair(model: nn.Module, layer: str, final: Tensor | None) -> Pair:
     return dense_factors(matrix)
 
 
-def _adapted(peft: Any, model: nn.Module, placement: Placement, pairs: dict[str, Pair], final: dict[str, Tensor]) -> Any:
+def _adapted(peft: Any, model: nn.Module, placement: PeftTargets, pairs: dict[str, Pair], final: dict[str, Tensor]) -> Any:
     """`model` as a PeftModel whose adapter holds the change. Works in place."""
     names = {f"{layer}.{part}": name for name, held in places(model).items() for layer, part in held}
     try:
@@ -135,7 +135,7 @@ def _adapted(peft: Any, model: nn.Module, placement: Placement, pairs: dict[str,
     return adapted
 
 
-def _config(peft: Any, model: nn.Module, placement: Placement, pairs: dict[str, Pair]) -> Any:
+def _config(peft: Any, model: nn.Module, placement: PeftTargets, pairs: dict[str, Pair]) -> Any:
     ranks = {layer: b.shape[1] for layer, (b, _) in pairs.items()}
     common = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank != common}
@@ -169,7 +169,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def _summary(saved: Saved, change: Change, head: int | None, placement: Placement, ranks: list[int], model: str) -> str:
+def _summary(saved: Saved, change: Change, head: int | None, placement: PeftTargets, ranks: list[int], model: str) -> str:
     span = f"rank {ranks[0]}" if len(set(ranks)) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
     what = f"LoRA adapter of {span} on {len(ranks)} layer(s) of the {model}"
     version = saved.manifest.version

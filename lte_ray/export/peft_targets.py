@@ -27,7 +27,7 @@ ELSE = "Export the whole weights instead: --to safetensors or --to pretrained."
 
 
 @dataclass(frozen=True)
-class Placement:
+class PeftTargets:
     """How PEFT holds a change.
 
     Attributes:
@@ -41,7 +41,7 @@ class Placement:
     bias: bool
 
 
-def place(model: nn.Module, matrices: Collection[str], low_rank: Collection[str], values: Collection[str]) -> Placement:
+def place(model: nn.Module, matrices: Collection[str], low_rank: Collection[str], values: Collection[str]) -> PeftTargets:
     """Decides how PEFT holds a change of `model`.
 
     Args:
@@ -88,7 +88,7 @@ def place(model: nn.Module, matrices: Collection[str], low_rank: Collection[str]
     full = _closed(set(able.modules), full, chosen)
     kept = {layer: lora[layer] for layer in lora if layer in chosen and not _within(layer, full)}
     _check_kept(model, chosen, set(kept), full)
-    return Placement(kept, tuple(sorted(m for m in full if not _within(m, full - {m}))), bool(biases & set(kept)))
+    return PeftTargets(kept, tuple(sorted(m for m in full if not _within(m, full - {m}))), bool(biases & set(kept)))
 
 
 def _check_copies(full: set[str], lone: list[str]) -> None:

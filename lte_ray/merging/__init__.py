@@ -7,7 +7,7 @@ from lte_ray.merging.policies.gated import Gated
 from lte_ray.merging.policies.outer_optimizers import Adam, DelayedNesterov, Momentum, Nesterov
 from lte_ray.merging.policies.robust import Clip, Krum, Median, TrimmedMean
 from lte_ray.merging.policies.sparse import Dare, Ties
-from lte_ray.merging.policies.trigger import Arrival, Barrier, MergeRule, Quorum, Scheduled, When
+from lte_ray.merging.policies.trigger import Arrival, Barrier, ComposedPolicy, MergeRule, MergeTrigger, Quorum
 from lte_ray.merging.policies.weighted import Average, Samples, Stale
 from lte_ray.merging.policy import Decision, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Try, Wait, combine
 from lte_ray.merging.registry import POLICIES, make_policy
@@ -19,6 +19,7 @@ __all__ = [
     "Average",
     "Barrier",
     "Clip",
+    "ComposedPolicy",
     "Dare",
     "Decision",
     "DelayedNesterov",
@@ -30,19 +31,18 @@ __all__ = [
     "MergeChange",
     "MergePolicy",
     "MergeRule",
+    "MergeTrigger",
     "Momentum",
     "Nesterov",
     "Pending",
     "Quorum",
     "Roster",
     "Samples",
-    "Scheduled",
     "Stale",
     "Ties",
     "TrimmedMean",
     "Try",
     "Wait",
-    "When",
     "combine",
     "make_policy",
 ]

@@ -14,7 +14,7 @@ from lte_ray.merging.policies.gated import Gated
 from lte_ray.merging.policies.outer_optimizers import Adam, DelayedNesterov, Momentum, Nesterov
 from lte_ray.merging.policies.robust import Clip, Krum, Median, TrimmedMean
 from lte_ray.merging.policies.sparse import Dare, Ties
-from lte_ray.merging.policies.trigger import Scheduled, make_when
+from lte_ray.merging.policies.trigger import ComposedPolicy, make_when
 from lte_ray.merging.policies.weighted import Average, Samples, Stale
 from lte_ray.merging.policy import MergePolicy
 from lte_ray.merging.policy_args import REQUIRED, arguments_of, checked
@@ -69,7 +69,7 @@ def make_policy(merge: MergeConfig) -> MergePolicy:
                 f"{merge.when} contradicts it. Leave --when out, or give the policy a merge method instead of decide."
             )
         return rule  # type: ignore[no-any-return]
-    return Scheduled(rule, make_when(merge), _called(merge.policy))
+    return ComposedPolicy(rule, make_when(merge), _called(merge.policy))
 
 
 def make_rule(policy: Any, arguments: Mapping[str, Any] | None = None) -> Any:

@@ -17,7 +17,7 @@ from lte_ray.adapters.layer_kinds import TORCH_KINDS, TRANSPOSED_LINEAR, Kind
 from lte_ray.layout import Adapted
 from lte_ray.modes.batch_split import HEAD, check_not_recomputed, recomputing
 from lte_ray.modes.parameter_guard import CALLED, refuse
-from lte_ray.modes.stacked_factors import Stack, on_the_wire, processes
+from lte_ray.modes.stacked_factors import StackedFactors, on_the_wire, processes
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -40,14 +40,16 @@ class ModeLayer(LTELayer):
     plain: ClassVar[type[nn.Module]]
     mixin: ClassVar[type[nn.Module]]
     merged: Tensor
-    lora_bias: Stack | None
+    lora_bias: StackedFactors | None
     bias_replicas: nn.Parameter | None
     merges: ClassVar[bool] = True
     """Whether merges put what is trained into the weight, so that evaluation computes with the weight alone."""
     lte_names: set[str]
     """Names of the parameters, buffers and modules that it got beside those of the unconverted layer."""
 
-    def take(self, specs: Sequence[Adapted], alpha: float, bias: Stack | nn.Parameter | None, statistics: bool) -> None:
+    def take(
+        self, specs: Sequence[Adapted], alpha: float, bias: StackedFactors | nn.Parameter | None, statistics: bool
+    ) -> None:
         """Takes over the settings, the heads' biases (None: frozen or none), and statistics for each head if there are any."""
         self.specs, self.num_heads = tuple(specs), len(specs)
         self.lora_r, self.lora_alpha = max(s.rank for s in specs), alpha
@@ -57,7 +59,7 @@ class ModeLayer(LTELayer):
         assert weight is not None
         weight.requires_grad_(False)
         self.register_buffer("merged", weight.new_zeros(1))
-        self.lora_bias = bias if isinstance(bias, Stack) else None
+        self.lora_bias = bias if isinstance(bias, StackedFactors) else None
         self.register_parameter("bias_replicas", bias if isinstance(bias, nn.Parameter) else None)
         for name in STATISTICS if statistics and self.kind.product is None else ():
             value = self._buffers.get(name)
@@ -180,7 +182,7 @@ class ModeLayer(LTELayer):
 class StackedLayer(ModeLayer):
     """A layer whose heads' factors are one `Stack`."""
 
-    lora: Stack
+    lora: StackedFactors
 
     @property
     def lora_A_weight(self) -> Tensor:  # noqa: N802

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lte_ray.merging.flat_buffer import as_stored
 from lte_ray.modes.base import StackedLayer
-from lte_ray.modes.stacked_factors import Stack, averaged
+from lte_ray.modes.stacked_factors import StackedFactors, averaged
 from lte_ray.modes.state_dict_compat import MHLoRANames
 
 
@@ -51,7 +51,7 @@ class MHLoRALayer(MHLoRANames, StackedLayer):
         return merged
 
 
-def _vector(stack: Stack) -> Tensor:
+def _vector(stack: StackedFactors) -> Tensor:
     """(1/H) sum_h s_h B_h A_h of a weight that is a vector."""
     a, b = stack.average()
     return (b @ a)[:, 0]

@@ -33,7 +33,7 @@ from lte_ray.modes.mhlora import MHLoRALayer
 from lte_ray.modes.parameter_guard import note_calls
 from lte_ray.modes.replica import HeadParameters, MultiheadReplicaLayer
 from lte_ray.modes.replica_selection import CONTAINERS, NORMS, Choice, choose
-from lte_ray.modes.stacked_factors import Stack
+from lte_ray.modes.stacked_factors import StackedFactors
 
 MODES: dict[str, type[ModeLayer]] = {"ddp": DDPLayer, "dmp": DMPLayer, "mhlora": MHLoRALayer}
 
@@ -53,19 +53,19 @@ def draw_anew(model: nn.Module, adapted: set[int]) -> None:
 
 def adopt_all(model: nn.Module, config: LTEConfig, mode: str, specs: dict[int, tuple[Adapted, ...]], seed: int) -> None:
     """Makes all layers with an adapted weight layers of the mode; what they share is made once. The model notes its calls."""
-    made: dict[int, Stack | Copies] = {}
-    biases: dict[int, Stack | nn.Parameter] = {}
+    made: dict[int, StackedFactors | Copies] = {}
+    biases: dict[int, StackedFactors | nn.Parameter] = {}
     for module in list(model.modules()):
         weight = module._parameters.get("weight")
         if weight is None or id(weight) not in specs or kind_of(module) is None:
             continue
         own, bias = specs[id(weight)], module._parameters.get("bias")
         if id(weight) not in made:
-            build = Copies if mode == "dmp" else Stack
+            build = Copies if mode == "dmp" else StackedFactors
             made[id(weight)] = build(own, weight, seed, config.reset)
         if bias is not None and id(bias) not in biases:
             if id(bias) in specs:
-                biases[id(bias)] = Stack(specs[id(bias)], bias, seed, config.reset)
+                biases[id(bias)] = StackedFactors(specs[id(bias)], bias, seed, config.reset)
                 bias.requires_grad_(False)
             elif bias.requires_grad and mode != "mhlora":
                 biases[id(bias)] = nn.Parameter(bias.detach().expand(len(own), -1).clone())
@@ -80,7 +80,7 @@ def adopt_all(model: nn.Module, config: LTEConfig, mode: str, specs: dict[int, t
             assert isinstance(factors, Copies)
             module.take_copies(factors)
         else:
-            assert isinstance(factors, Stack)
+            assert isinstance(factors, StackedFactors)
             module.lora = factors
         module.lte_names = {*module._parameters, *module._buffers, *module._modules} - before
         module.train(module.training)

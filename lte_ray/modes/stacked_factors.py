@@ -68,7 +68,7 @@ class Draws(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-class Stack(nn.Module):
+class StackedFactors(nn.Module):
     """A (H x r x in) and B (H x out x r) of H heads, and the reference A', B' that the main weight holds of each.
 
     Ranks may differ by head: the rest up to the largest is zero in A and in B, gets no gradient and stays so. A is drawn from
@@ -205,7 +205,7 @@ def merge_terms(spec: Adapted, weight: Tensor, terms: Sequence[tuple[float, Tens
         weight.copy_(exact)
 
 
-def averaged(spec: Adapted, weight: Tensor, stack: Stack) -> Tensor:
+def averaged(spec: Adapted, weight: Tensor, stack: StackedFactors) -> Tensor:
     """weight + (1/H) sum_h s_h B_h A_h as a new tensor."""
     result = weight.detach().clone(memory_format=torch.contiguous_format)
     with exactly(weight.device):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lte_ray.errors import ConfigError
 from lte_ray.modes.base import ModeLayer, average
-from lte_ray.modes.stacked_factors import Stack
+from lte_ray.modes.stacked_factors import StackedFactors
 
 
 class AuthorsLayer(ModeLayer):
@@ -70,7 +70,7 @@ class AuthorsLayer(ModeLayer):
 class DDPNames(AuthorsLayer):
     """Their ddp layer's."""
 
-    lora: Stack
+    lora: StackedFactors
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The stacks themselves, which train."""
@@ -145,7 +145,7 @@ class HeadFactor(NamedTuple):
 class MHLoRANames(ModeLayer):
     """Their mhlora layer's lists of factors, as views of the stacks: to look at and to set; what trains is the stack."""
 
-    lora: Stack
+    lora: StackedFactors
 
     @property
     def lora_A(self) -> list[HeadFactor]:  # noqa: N802

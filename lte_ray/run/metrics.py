@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from lte_ray.errors import StorageError
 from lte_ray.messages import HeadStatus, MergeRecord
 from lte_ray.redaction import scrub
-from lte_ray.storage import RunDirectory, beside, trouble
+from lte_ray.storage import RunDirectory, run_in_thread, trouble
 
 METRICS = "metrics.jsonl"
 
@@ -149,7 +149,7 @@ class MetricsLog:
         end, begun = time.monotonic() + limit, False
         while self._writing is not None or (not begun and (self._rows or self._back is not None)):
             if self._writing is None:
-                self._writing, self._flushed, begun = beside(self._write), time.monotonic(), True
+                self._writing, self._flushed, begun = run_in_thread(self._write), time.monotonic(), True
             if wait([self._writing], max(0.0, end - time.monotonic())).not_done:
                 self.trouble = trouble()
                 return

@@ -23,7 +23,7 @@ log = logging.getLogger("lte_ray")
 
 
 @dataclass
-class Claim:
+class RunClaim:
     """A run directory that this process is to train in; whether it may is checked at once, and again when it is taken.
 
     Raises:

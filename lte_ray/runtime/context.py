@@ -25,7 +25,7 @@ from lte_ray.transfer.groups import Group
 
 
 @dataclass(frozen=True)
-class Package:
+class PickledObject:
     """A worker or policy on its way to an actor.
 
     Ray gives actors the driver's script folder and working directory, but nothing else of its module path; so that is
@@ -36,7 +36,7 @@ class Package:
     paths: tuple[str, ...]
 
     @classmethod
-    def of(cls, thing: Any) -> Package:
+    def of(cls, thing: Any) -> PickledObject:
         """Packs an object. What of it was loaded from a file is sent by value, as no other process can import it.
 
         Raises:
@@ -71,7 +71,7 @@ class Package:
 
 
 @dataclass(frozen=True)
-class Keep:
+class RetentionPolicy:
     """Checkpoints that are kept: the `last` (None: all), and the `best` by an evaluation's figure."""
 
     last: int | None = None
@@ -80,18 +80,18 @@ class Keep:
 
 
 @dataclass(frozen=True)
-class Common:
+class RunContext:
     """The run's worker, settings and folder, the way tensors travel and in which groups, and which checkpoints are kept.
 
     `rejoin` says how a head that died begins; `faults` names a script of faults (`points`); `config` is what ``run.toml`` says.
     """
 
-    worker: Package
+    worker: PickledObject
     settings: Settings
     directory: RunDirectory
     transport: Transport
     groups: tuple[Group, ...]
-    keep: Keep = Keep()
+    keep: RetentionPolicy = RetentionPolicy()
     rejoin: str = "merged"
     faults: str | None = None
     config: str = ""

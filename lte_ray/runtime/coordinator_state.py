@@ -11,19 +11,19 @@ from typing import Any
 
 from lte_ray import checkpoint
 from lte_ray.config.validation import is_integer
-from lte_ray.data.assignment import DataLedger, reshard
+from lte_ray.data.assignment import PartitionAssignor, reshard
 from lte_ray.data.partition import advance
 from lte_ray.data.partition import initial as first_lanes
 from lte_ray.engine.coordinator.recovery import Recovered
 from lte_ray.engine.prepare import Initial
 from lte_ray.errors import StorageError
-from lte_ray.messages import Standing
-from lte_ray.runtime.context import Common
+from lte_ray.messages import CommittedPosition
+from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.object_store import Handle
 
 
 @dataclass(frozen=True)
-class Start:
+class CoordinatorState:
     """A version of the base, and all that belongs to it.
 
     Attributes:
@@ -44,7 +44,7 @@ class Start:
     version: int
     base: Handle
     references: Mapping[int, Handle] = field(default_factory=dict)
-    standings: Mapping[int, Standing] = field(default_factory=dict)
+    standings: Mapping[int, CommittedPosition] = field(default_factory=dict)
     ledger: Mapping[str, Any] = field(default_factory=dict)
     taken: Mapping[int, int] = field(default_factory=dict)
     granted: Mapping[int, int] = field(default_factory=dict)
@@ -55,12 +55,12 @@ class Start:
     members: frozenset[int] | None = None
     epoch: int = 0
 
-    def standing(self, head: int) -> Standing:
+    def standing(self, head: int) -> CommittedPosition:
         """What it holds of a head; nothing if it doesn't know of it."""
-        return self.standings.get(head, Standing())
+        return self.standings.get(head, CommittedPosition())
 
     @classmethod
-    def after(cls, found: Recovered, references: Mapping[int, Handle], **more: Any) -> Start:
+    def after(cls, found: Recovered, references: Mapping[int, Handle], **more: Any) -> CoordinatorState:
         """What the heads know, with the factors of those that are alive and of others (`references`)."""
         return cls(
             version=found.version,
@@ -74,7 +74,7 @@ class Start:
         )
 
 
-def resumed(common: Common, initial: Initial, version: int, num_heads: int) -> Start:
+def load_checkpoint(common: RunContext, initial: Initial, version: int, num_heads: int) -> CoordinatorState:
     """The start from the checkpoint of that version.
 
     With another number of heads than it was written with, the data is dealt out anew, from what was merged on. Heads that are
@@ -91,8 +91,8 @@ def resumed(common: Common, initial: Initial, version: int, num_heads: int) -> S
         before = int(manifest.facts["lte"]["num_heads"])
         standings = _standings(manifest, states, before)
         stepped = {head: int(state["step"]) for head, state in states.items()}
-        ledger = dict(manifest.facts.get("ledger") or DataLedger({h: s.lanes for h, s in standings.items()}).state())
-        DataLedger.from_state(ledger)  # so that what is wrong with it is said here
+        ledger = dict(manifest.facts.get("ledger") or PartitionAssignor({h: s.lanes for h, s in standings.items()}).state())
+        PartitionAssignor.from_state(ledger)  # so that what is wrong with it is said here
         guard = dict(manifest.facts.get("guard") or {})
         same = set(standings) == set(range(num_heads))
         if not same:
@@ -106,7 +106,7 @@ def resumed(common: Common, initial: Initial, version: int, num_heads: int) -> S
     factors = checkpoint.read_references(directory, manifest, initial.plans)
     references = {h: f for h, f in factors.items() if h in standings and standings[h].sequence}  # not of one before a new head
     exact = frozenset(states) if same else frozenset()
-    return Start(
+    return CoordinatorState(
         version=version,
         base=common.transport.publish(base),
         references={head: common.transport.publish(factors) for head, factors in references.items()},
@@ -120,7 +120,7 @@ def resumed(common: Common, initial: Initial, version: int, num_heads: int) -> S
     )
 
 
-def _standings(manifest: checkpoint.Manifest, states: dict[int, dict[str, Any]], before: int) -> dict[int, Standing]:
+def _standings(manifest: checkpoint.Manifest, states: dict[int, dict[str, Any]], before: int) -> dict[int, CommittedPosition]:
     """What the base holds of each head. An older release noted it in the heads' states alone."""
     noted = manifest.facts.get("standings")
     if noted is not None:
@@ -130,13 +130,13 @@ def _standings(manifest: checkpoint.Manifest, states: dict[int, dict[str, Any]],
         batches = meta.get("batches", meta["step"])
         step, samples = meta["since"]
         lanes = advance(first_lanes(head, before), batches)
-        found[head] = Standing(0, meta["sequence"], manifest.version, step, samples, batches, lanes)
+        found[head] = CommittedPosition(0, meta["sequence"], manifest.version, step, samples, batches, lanes)
     return found
 
 
-def _standing(noted: dict[str, Any]) -> Standing:
+def _standing(noted: dict[str, Any]) -> CommittedPosition:
     """As a manifest notes it. Raises KeyError, ValueError or TypeError if that isn't what a run writes."""
-    held = Standing(**{**noted, "lanes": tuple((n, s) for n, s in noted["lanes"])})
+    held = CommittedPosition(**{**noted, "lanes": tuple((n, s) for n, s in noted["lanes"])})
     numbers = {f.name: getattr(held, f.name) for f in fields(held) if f.name != "lanes"}
     wrong = {name: number for name, number in numbers.items() if not is_integer(number) or number < 0}
     if wrong:
@@ -144,5 +144,5 @@ def _standing(noted: dict[str, Any]) -> Standing:
     return held
 
 
-def _at(held: Standing | None, step: int, version: int) -> Standing:
-    return Standing(step=step, version=version) if held is None else replace(held, step=step)
+def _at(held: CommittedPosition | None, step: int, version: int) -> CommittedPosition:
+    return CommittedPosition(step=step, version=version) if held is None else replace(held, step=step)

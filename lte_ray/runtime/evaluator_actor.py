@@ -15,7 +15,7 @@ from lte_ray import fault_injection
 from lte_ray.engine.prepare import load_base
 from lte_ray.errors import LTEError, WorkerFailed
 from lte_ray.layout import Plan
-from lte_ray.runtime.context import Common
+from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.object_store import Handle
 from lte_ray.worker import build_model
 
@@ -23,7 +23,7 @@ from lte_ray.worker import build_model
 class EvaluatorActor:
     """Holds one unconverted model in eval mode and loads one base after another into it."""
 
-    def __init__(self, common: Common, plan: Plan, threads: int, gpu: bool) -> None:
+    def __init__(self, common: RunContext, plan: Plan, threads: int, gpu: bool) -> None:
         fault_injection.arm(common.faults)
         self._common, self._plan, self._threads = common, plan, threads
         self._device = torch.device("cuda:0" if gpu else "cpu")
@@ -67,7 +67,7 @@ class EvaluatorActor:
             if self._model is None:
                 self._model = build_model(self._open(), self._common.settings.train.seed).to(self._device)
             load_base(self._model, self._plan, self._common.transport.fetch(base))
-            fault_injection.reached("evaluates")
+            fault_injection.inject("evaluates")
             with torch.no_grad():
                 yield self._model.eval()
         except LTEError:

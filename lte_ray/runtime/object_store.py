@@ -24,7 +24,7 @@ from lte_ray.runtime.ray_errors import DEAD
 Handle = Any
 
 
-class Gone(LTEError):
+class ObjectLost(LTEError):
     """A published buffer can't be had any more: the process that held it is gone."""
 
 
@@ -39,7 +39,7 @@ class Transport(Protocol):
         """The published buffer on the CPU: read-only, and to be let go soon, since it pins shared memory.
 
         Raises:
-            Gone: its owner has died.
+            ObjectLost: its owner has died.
         """
         ...
 
@@ -49,14 +49,14 @@ class Transport(Protocol):
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredRef:
     """A handle of the object store. The reference is wrapped, since Ray replaces bare ones in calls by their values."""
 
     reference: Any
 
 
 @dataclass(frozen=True)
-class Pieces:
+class AssembledRef:
     """A flat buffer of `size` elements whose pieces were published apart: each one's handle, and where it lies in the whole.
 
     A piece may lie there in several places: [begin, end) each, in its own order.
@@ -80,24 +80,24 @@ class ObjectStore:
     """Ray's object store. Buffers travel as flat numpy arrays, which it hands out without a copy (0.3-0.6 ms)."""
 
     def publish(self, buffer: Tensor) -> Handle:
-        return Stored(ray.put(_on_host(buffer.detach()).numpy()))
+        return StoredRef(ray.put(_on_host(buffer.detach()).numpy()))
 
     def fetch(self, handle: Handle) -> Tensor:
-        if isinstance(handle, Pieces):
+        if isinstance(handle, AssembledRef):
             return handle.assemble([self.fetch(piece) for piece, _ in handle.pieces])
         try:
             return _read_only(ray.get(handle.reference))
         except LOST as error:
-            raise Gone(f"{type(error).__name__}: {error}") from None
+            raise ObjectLost(f"{type(error).__name__}: {error}") from None
 
     async def arrive(self, handle: Handle) -> Tensor:
-        if isinstance(handle, Pieces):
+        if isinstance(handle, AssembledRef):
             pieces = [await self.arrive(piece) for piece, _ in handle.pieces]
             return await asyncio.to_thread(handle.assemble, pieces)
         try:
             return _read_only(await handle.reference)
         except LOST as error:
-            raise Gone(f"{type(error).__name__}: {error}") from None
+            raise ObjectLost(f"{type(error).__name__}: {error}") from None
 
 
 LOST = (*DEAD, ray.exceptions.ObjectLostError, ray.exceptions.WorkerCrashedError)

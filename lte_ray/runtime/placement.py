@@ -160,7 +160,7 @@ def _nodes() -> list[str]:
 
 
 @dataclass
-class Places:
+class Reservation:
     """Reserved bundles, one for each actor, and those that are added while the run is on.
 
     A node that is lost takes its bundles with it; Ray reserves them anew as soon as there is room.
@@ -213,7 +213,7 @@ class Places:
 
 
 @contextlib.contextmanager
-def reserve(placement: Placement, hosted: list[tuple[int, ...]]) -> Iterator[Places]:
+def reserve(placement: Placement, hosted: list[tuple[int, ...]]) -> Iterator[Reservation]:
     """Reserves one bundle for each actor of `hosted` (head numbers), for the block.
 
     Raises:
@@ -221,7 +221,7 @@ def reserve(placement: Placement, hosted: list[tuple[int, ...]]) -> Iterator[Pla
     """
     actors = len(hosted)
     group = placement_group([placement.bundle] * actors, strategy=placement.strategy)
-    places = Places(placement, hosted, group)
+    places = Reservation(placement, hosted, group)
     try:
         end = time.monotonic() + places.patience
         while not group.wait(max(1, min(SAY, math.ceil(end - time.monotonic())))):  # it takes whole seconds

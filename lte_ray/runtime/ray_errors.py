@@ -13,15 +13,15 @@ DEAD = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
 """What Ray raises for a call to an actor whose process is gone; the second, if its own watch over memory ended it."""
 
 
-def got(ref: Any, who: str, status: HeadStatus | None = None) -> Any:
+def ray_get(ref: Any, who: str, status: HeadStatus | None = None) -> Any:
     """The result of a call to `who`; errors are raised as ours."""
     try:
         return ray.get(ref)
     except ray.exceptions.RayError as error:
-        raise translated(error, who, status) from error
+        raise to_lte_error(error, who, status) from error
 
 
-def translated(error: Exception, who: str, status: HeadStatus | None = None) -> LTEError:
+def to_lte_error(error: Exception, who: str, status: HeadStatus | None = None) -> LTEError:
     """Ray's error as ours: the one that was raised inside the actor, or that its process is gone."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, UserError):

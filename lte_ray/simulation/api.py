@@ -13,15 +13,15 @@ from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.coordinator.step_budget import is_shared
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.state import rejoin
-from lte_ray.engine.in_process import Transit, evaluated
+from lte_ray.engine.in_process import LoopbackTransport, evaluated
 from lte_ray.engine.prepare import Initial, prepare
 from lte_ray.engine.process_tuning import head_threads, torch_threads
 from lte_ray.engine.settings import Settings
 from lte_ray.layout import Plan
 from lte_ray.merging.registry import make_policy
-from lte_ray.messages import Contribution, Order, Standing
+from lte_ray.messages import CommittedPosition, Contribution, HeadDirective
 from lte_ray.simulation.clock import Clock
-from lte_ray.simulation.cost_model import Sizes
+from lte_ray.simulation.cost_model import CostModel
 from lte_ray.simulation.head import TINY_PLAN, TimedHead
 from lte_ray.simulation.record import VirtualRun
 from lte_ray.simulation.simulator import Simulation
@@ -54,7 +54,7 @@ def keep_time(plans: list[Plan], settings: Settings, cluster: ClusterModel) -> V
     coordinator = Coordinator(
         replace(settings, merge=merge), TINY_PLAN, torch.zeros(1), make_policy(settings.merge), clock=lambda: clock.now
     )
-    sizes = Sizes(plans * heads if len(plans) == 1 else plans, settings.merge)
+    sizes = CostModel(plans * heads if len(plans) == 1 else plans, settings.merge)
     return Simulation(settings, cluster, sizes, clock, coordinator, lambda n, k: TimedHead(settings.run, n, k)).run()
 
 
@@ -77,7 +77,7 @@ def train(worker: Worker, settings: Settings, cluster: ClusterModel, dtype: torc
         clock=lambda: clock.now,
     )
     trainees = _Trainees(worker, settings, cluster, initial, coordinator, dtype)
-    sizes = Sizes(initial.plans, settings.merge)
+    sizes = CostModel(initial.plans, settings.merge)
     _, threads = head_threads(settings.train.threads_per_head, 1)
     with torch_threads(threads):
         record = Simulation(settings, cluster, sizes, clock, coordinator, trainees.make, trainees.evaluate).run()
@@ -100,7 +100,7 @@ class _Trainees:
         self._worker, self._settings, self._initial = worker, settings, initial
         self._dtype = dtype
         merge, heads = settings.merge, settings.lte.num_heads
-        self._transit = Transit(initial.plans, merge, coordinator, dtype)
+        self._transit = LoopbackTransport(initial.plans, merge, coordinator, dtype)
         self._steps = [settings.train.steps] * heads
         self._shared = is_shared(settings)
         if self._shared:  # a head's learning rate follows the share of the steps that it will take by its speed
@@ -114,7 +114,7 @@ class _Trainees:
         head.transit = self._transit
         if self._shared:  # the whole budget, not its expected share, says when it ends
             every = self._settings.train.steps * self._settings.lte.num_heads
-            head.follow(Order(self._settings.merge.merge_iter, every))
+            head.follow(HeadDirective(self._settings.merge.merge_iter, every))
         return head
 
     def evaluate(self, base: Tensor) -> Mapping[str, float]:
@@ -125,9 +125,9 @@ class _Trainees:
 class _SendingHead(Head):
     """A head whose contributions come out as the coordinator gets them."""
 
-    transit: Transit
+    transit: LoopbackTransport
 
-    def rejoin(self, standing: Standing, version: int, base: Tensor) -> None:
+    def rejoin(self, standing: CommittedPosition, version: int, base: Tensor) -> None:
         rejoin(self, standing, None, version, base, None)
 
     def contribute(self) -> Contribution:

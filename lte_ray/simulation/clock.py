@@ -42,7 +42,7 @@ class Clock:
                 return
 
 
-class Chance:
+class RandomEvents:
     """A generator for each head, so that what one head draws leaves the others' draws as they are."""
 
     def __init__(self, cluster: ClusterModel, seed: int, num_heads: int) -> None:

@@ -8,21 +8,21 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from lte_ray.config.cluster_model import ClusterModel
-from lte_ray.engine.coordinator.coordinator import Coordinator, Outcome
+from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
 from lte_ray.errors import PolicyError
 from lte_ray.messages import Contribution, MergeRecord
 from lte_ray.simulation.clock import Clock
-from lte_ray.simulation.cost_model import Sizes
+from lte_ray.simulation.cost_model import CostModel
 from lte_ray.simulation.head import Answer, Timeline
-from lte_ray.simulation.record import Merged
+from lte_ray.simulation.record import MergeRow
 
 MOST_TICKS = 10_000
 """How often in a row a policy may ask to be asked again while nothing else happens."""
 
-Message = Callable[[], Outcome]
+Message = Callable[[], StepResult]
 
 
-class Desk:
+class SimCoordinator:
     """Drives the engine's coordinator, and keeps count of what it merged.
 
     Args:
@@ -34,10 +34,10 @@ class Desk:
         clock: Clock,
         coordinator: Coordinator,
         cluster: ClusterModel,
-        sizes: Sizes,
+        sizes: CostModel,
         evaluate: Callable[[Tensor], Mapping[str, float]] | None,
     ) -> None:
-        self.coordinator, self.merges, self.lags = coordinator, list[Merged](), Counter[int]()
+        self.coordinator, self.merges, self.lags = coordinator, list[MergeRow](), Counter[int]()
         self.merged = [0]  # contributions in all, by version
         self.arrivals = 0
         self.worked = 0.0  # seconds of messages and merges
@@ -74,7 +74,7 @@ class Desk:
         if not self._busy:
             self._next()
 
-    def _receive(self, contribution: Contribution) -> Outcome:
+    def _receive(self, contribution: Contribution) -> StepResult:
         self._incarnation[contribution.head] = contribution.incarnation
         return self.coordinator.receive(contribution, contribution.buffer)
 
@@ -112,7 +112,7 @@ class Desk:
         self.lags.update(lags)
         loss = sum(merge.losses.values()) / len(merge.losses)
         self.merges.append(
-            Merged(
+            MergeRow(
                 version=merge.version,
                 at=self._clock.now,
                 contributions=len(lags),

@@ -15,7 +15,7 @@ DENSE_BYTES = 4
 """Bytes of a value of the base."""
 
 
-class Sizes:
+class CostModel:
     """Bytes and costs of a run. Of heads with different ranks, what goes down and is merged counts with their mean.
 
     Args:

@@ -12,13 +12,13 @@ from lte_ray.config.cluster_model import ClusterModel
 from lte_ray.engine.settings import Settings
 from lte_ray.messages import Contribution
 from lte_ray.simulation.clock import Clock
-from lte_ray.simulation.coordinator import Desk
-from lte_ray.simulation.cost_model import Sizes
-from lte_ray.simulation.head import Answer, Seat
+from lte_ray.simulation.coordinator import SimCoordinator
+from lte_ray.simulation.cost_model import CostModel
+from lte_ray.simulation.head import Answer, SimHead
 from lte_ray.simulation.network import Network
 
 
-class Lagging:
+class StalenessQueue:
     """Keeps each head's version while nothing is on its way to it.
 
     Args:
@@ -50,7 +50,7 @@ class Lagging:
         return found
 
 
-class Post:
+class Delivery:
     """Carries contributions up and answers down.
 
     Args:
@@ -62,29 +62,29 @@ class Post:
         self,
         settings: Settings,
         cluster: ClusterModel,
-        sizes: Sizes,
+        sizes: CostModel,
         clock: Clock,
-        desk: Desk,
-        seats: list[Seat],
-        take: Callable[[Seat, Answer], None],
+        desk: SimCoordinator,
+        seats: list[SimHead],
+        take: Callable[[SimHead, Answer], None],
     ) -> None:
         self.network = Network(cluster, len(seats), settings.merge.shards)
         self._sizes, self._clock, self._desk, self._seats, self._take = sizes, clock, desk, seats, take
-        self._undelivered: Callable[[Seat, Answer], None] = lambda seat, answer: None
-        self._returns: Callable[[Seat, Answer], bool] = lambda seat, answer: False
-        self._lagging = None if settings.merge.wait else Lagging(settings.merge.max_lag)
+        self._undelivered: Callable[[SimHead, Answer], None] = lambda seat, answer: None
+        self._returns: Callable[[SimHead, Answer], bool] = lambda seat, answer: False
+        self._lagging = None if settings.merge.wait else StalenessQueue(settings.merge.max_lag)
         self._sent = [0] * len(seats)  # the version that each head was sent last
 
-    def watch(self, undelivered: Callable[[Seat, Answer], None], returns: Callable[[Seat, Answer], bool]) -> None:
+    def watch(self, undelivered: Callable[[SimHead, Answer], None], returns: Callable[[SimHead, Answer], bool]) -> None:
         """Says who is told of verdicts on what a dead incarnation contributed, and who may take an answer before the head."""
         self._undelivered, self._returns = undelivered, returns
 
-    def up(self, seat: Seat, contribution: Contribution) -> None:
+    def up(self, seat: SimHead, contribution: Contribution) -> None:
         """The head hands over a contribution."""
         arrival = self.network.up(self._clock.now, seat.number, self._sizes.up(seat.number))
         self._clock.at(arrival, self._arrive, seat, seat.epoch, contribution)
 
-    def _arrive(self, seat: Seat, epoch: int, contribution: Contribution) -> None:
+    def _arrive(self, seat: SimHead, epoch: int, contribution: Contribution) -> None:
         if seat.epoch == epoch and seat.doing == "send":
             seat.time.enter("wait", self._clock.now)
         self._desk.receive(contribution)
@@ -107,7 +107,7 @@ class Post:
         """The coordinator sends a head the whole base."""
         self._carry(self._seats[answer.head], answer, self._sizes.base, 0)
 
-    def _carry(self, seat: Seat, answer: Answer, dense: int, factors: int) -> None:
+    def _carry(self, seat: SimHead, answer: Answer, dense: int, factors: int) -> None:
         self._sent[seat.number] = answer.version
         if seat.doing != "train":
             seat.time.enter("fetch", self._clock.now)
@@ -116,11 +116,11 @@ class Post:
         arrival = self.network.down(self._clock.now, seat.number, dense, factors)
         self._clock.at(arrival, self._hand_over, seat, seat.epoch, answer)
 
-    def _hand_over(self, seat: Seat, epoch: int, answer: Answer) -> None:
+    def _hand_over(self, seat: SimHead, epoch: int, answer: Answer) -> None:
         if seat.epoch == epoch and not seat.ended and not self._returns(seat, answer):
             self._take(seat, answer)
 
-    def adopted(self, seat: Seat) -> None:
+    def adopted(self, seat: SimHead) -> None:
         """The head has adopted what it was sent; more is sent if it is too far behind again."""
         if self._lagging is not None:
             self._lagging.at(seat.number, seat.head.version)

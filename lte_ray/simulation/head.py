@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lte_ray.layout import Plan, Replica
-from lte_ray.messages import Contribution, Standing, Verdict
+from lte_ray.messages import CommittedPosition, Contribution, ContributionResult
 from lte_ray.simulation.record import KINDS, HeadRecord, Row, Span
 
 TINY_PLAN = Plan((), (Replica("nothing", (1,)),))
@@ -31,7 +31,7 @@ class Trainee(Protocol):
         """Adopts the first base."""
         ...
 
-    def rejoin(self, standing: Standing, version: int, base: Tensor) -> None:
+    def rejoin(self, standing: CommittedPosition, version: int, base: Tensor) -> None:
         """In the place of `start`: goes on behind what was merged of its predecessor, with B = 0."""
         ...
 
@@ -43,7 +43,7 @@ class Trainee(Protocol):
         """Makes the contribution of all steps since the last one."""
         ...
 
-    def adopt(self, verdict: Verdict | None, version: int, base: Tensor | None) -> None:
+    def adopt(self, verdict: ContributionResult | None, version: int, base: Tensor | None) -> None:
         """Takes an answer, or a newer base that settles nothing."""
         ...
 
@@ -60,7 +60,7 @@ class TimedHead:
     def start(self, version: int, base: Tensor) -> None:
         self.version = version
 
-    def rejoin(self, standing: Standing, version: int, base: Tensor) -> None:
+    def rejoin(self, standing: CommittedPosition, version: int, base: Tensor) -> None:
         self.step = self.samples = self._accepted = self._offered = standing.step
         self._sequence, self.version = standing.sequence, version
 
@@ -85,7 +85,7 @@ class TimedHead:
             buffer=_NOTHING,
         )
 
-    def adopt(self, verdict: Verdict | None, version: int, base: Tensor | None) -> None:
+    def adopt(self, verdict: ContributionResult | None, version: int, base: Tensor | None) -> None:
         if verdict is not None and verdict.accepted:
             self._accepted = self._offered
         self.version = version
@@ -104,10 +104,10 @@ class Answer:
 
     head: int
     incarnation: int
-    verdict: Verdict | None
+    verdict: ContributionResult | None
     version: int
     base: Tensor = field(repr=False, compare=False)
-    standing: Standing | None = None
+    standing: CommittedPosition | None = None
 
 
 @dataclass
@@ -145,7 +145,7 @@ class Timeline:
 
 
 @dataclass
-class Seat:
+class SimHead:
     """A head and what it is at.
 
     Attributes:

@@ -31,7 +31,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergeRow:
     """One merge: at which virtual second, how many contributions, their steps, mean loss and lags."""
 
     version: int
@@ -85,7 +85,7 @@ class VirtualRun:
 
     seconds: float
     heads: tuple[HeadRecord, ...]
-    merges: tuple[Merged, ...]
+    merges: tuple[MergeRow, ...]
     lags: Mapping[int, int]
     arrivals: int
     coordinator_busy: float

@@ -15,15 +15,15 @@ from dataclasses import replace
 from torch import Tensor
 
 from lte_ray.config.cluster_model import ClusterModel
-from lte_ray.engine.coordinator.coordinator import Coordinator, Outcome
+from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
 from lte_ray.engine.coordinator.step_budget import is_shared
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import PolicyError
-from lte_ray.simulation.clock import Chance, Clock
-from lte_ray.simulation.coordinator import Desk
-from lte_ray.simulation.cost_model import Sizes
-from lte_ray.simulation.delivery import Post
-from lte_ray.simulation.head import Answer, Seat, Timeline, Trainee
+from lte_ray.simulation.clock import Clock, RandomEvents
+from lte_ray.simulation.coordinator import SimCoordinator
+from lte_ray.simulation.cost_model import CostModel
+from lte_ray.simulation.delivery import Delivery
+from lte_ray.simulation.head import Answer, SimHead, Timeline, Trainee
 from lte_ray.simulation.record import VirtualRun
 from lte_ray.simulation.summary import MOST_ROWS, record
 
@@ -40,24 +40,24 @@ class Faults:
         self,
         cluster: ClusterModel,
         clock: Clock,
-        chance: Chance,
-        desk: Desk,
-        post: Post,
-        give_back: Callable[[Seat, int], None],
-        restart: Callable[[Seat, Answer], None],
+        chance: RandomEvents,
+        desk: SimCoordinator,
+        post: Delivery,
+        give_back: Callable[[SimHead, int], None],
+        restart: Callable[[SimHead, Answer], None],
     ) -> None:
         self._cluster, self._clock, self._chance, self._desk, self._post = cluster, clock, chance, desk, post
         self._give_back, self._restart = give_back, restart
         self._asking: set[int] = set()  # heads that are back and have no base yet
         post.watch(self._undelivered, self._returns)
 
-    def threaten(self, seat: Seat) -> None:
+    def threaten(self, seat: SimHead) -> None:
         """Draws when the head, which has just started, dies."""
         in_seconds = self._chance.dies_in(seat.number)
         if in_seconds is not None:
             self._clock.after(in_seconds, self._die, seat, seat.epoch)
 
-    def _die(self, seat: Seat, epoch: int) -> None:
+    def _die(self, seat: SimHead, epoch: int) -> None:
         if seat.ended or seat.epoch != epoch:
             return
         now = self._clock.now
@@ -73,7 +73,7 @@ class Faults:
         self._clock.after(latency, self._desk.put, lambda: self._desk.coordinator.lose(seat.number))
         self._clock.after(latency + self._cluster.restart_seconds, self._desk.put, lambda: self._join(seat))
 
-    def _undelivered(self, seat: Seat, answer: Answer) -> None:
+    def _undelivered(self, seat: SimHead, answer: Answer) -> None:
         """A contribution of an incarnation that died is decided."""
         assert answer.verdict is not None
         if not answer.verdict.accepted:
@@ -82,7 +82,7 @@ class Faults:
         if seat.number in self._asking:
             self._desk.put(lambda: self._join(seat))
 
-    def _join(self, seat: Seat) -> Outcome:
+    def _join(self, seat: SimHead) -> StepResult:
         """The new incarnation asks for the base; it gets it as soon as nothing of its predecessor's is pending."""
         self._asking.add(seat.number)
         if seat.number not in self._desk.coordinator.pending:
@@ -90,9 +90,9 @@ class Faults:
             coordinator.join(seat.number, seat.epoch, fresh=True)
             standing = coordinator.start(seat.number)
             self._post.whole(Answer(seat.number, seat.epoch, None, coordinator.version, self._desk.base, standing))
-        return Outcome((), ())
+        return StepResult((), ())
 
-    def _returns(self, seat: Seat, answer: Answer) -> bool:
+    def _returns(self, seat: SimHead, answer: Answer) -> bool:
         """Takes the base that a new incarnation starts from."""
         if seat.number not in self._asking:
             return False
@@ -118,7 +118,7 @@ class Simulation:
         self,
         settings: Settings,
         cluster: ClusterModel,
-        sizes: Sizes,
+        sizes: CostModel,
         clock: Clock,
         coordinator: Coordinator,
         make: Callable[[int, int], Trainee],
@@ -130,11 +130,11 @@ class Simulation:
         self._shared = is_shared(settings)
         self._pool = steps * len(heads)
         self._whole_rounds = self._merge.wait and not self._shared  # nothing can happen to a head in the middle of one
-        self._chance = Chance(cluster, settings.train.seed, len(heads))
-        self.seats = [Seat(n, make(n, 0), cluster.speed(n), steps, Timeline("train", draw=n < MOST_ROWS)) for n in heads]
+        self._chance = RandomEvents(cluster, settings.train.seed, len(heads))
+        self.seats = [SimHead(n, make(n, 0), cluster.speed(n), steps, Timeline("train", draw=n < MOST_ROWS)) for n in heads]
         self._ended = 0
-        self.desk = Desk(clock, coordinator, cluster, sizes, evaluate)
-        self.post = Post(settings, cluster, sizes, clock, self.desk, self.seats, self._take)
+        self.desk = SimCoordinator(clock, coordinator, cluster, sizes, evaluate)
+        self.post = Delivery(settings, cluster, sizes, clock, self.desk, self.seats, self._take)
         self._faults = Faults(cluster, clock, self._chance, self.desk, self.post, self._give_back, self._restart)
         self.desk.connect(self.post.down, self.post.moved)
 
@@ -159,29 +159,29 @@ class Simulation:
 
     # -- a head's rounds -----------------------------------------------------------------------------------------------
 
-    def _start(self, seat: Seat, version: int, base: Tensor) -> None:
+    def _start(self, seat: SimHead, version: int, base: Tensor) -> None:
         seat.head.start(version, base)
         self._begin(seat)
 
-    def _begin(self, seat: Seat) -> None:
+    def _begin(self, seat: SimHead) -> None:
         self.post.adopted(seat)
         self._plan(seat)
         self._faults.threaten(seat)
         self._go_on(seat, seat.epoch)
 
-    def _plan(self, seat: Seat) -> None:
+    def _plan(self, seat: SimHead) -> None:
         """How many steps until the next contribution, and how slow they will be."""
         seat.since, seat.spent = 0, 0.0
         seat.planned = self._steps(seat)
         seat.slow = self._chance.slowness(seat.number)
 
-    def _steps(self, seat: Seat) -> int:
+    def _steps(self, seat: SimHead) -> int:
         """The steps of a round, by the speeds that the coordinator has heard of."""
         if self._merge.match_speed or self._merge.merge_every:
             return self._coordinator.pace.steps(seat.number, self._coordinator.live)
         return self._merge.merge_iter
 
-    def _go_on(self, seat: Seat, epoch: int) -> None:
+    def _go_on(self, seat: SimHead, epoch: int) -> None:
         """The head is between two steps: contributes, ends, or takes the next."""
         if seat.epoch != epoch or seat.ended:
             return
@@ -198,7 +198,7 @@ class Simulation:
         else:
             self._take_steps(seat, max(1, min(seat.planned - seat.since, seat.left)) if self._whole_rounds else 1)
 
-    def _take_steps(self, seat: Seat, steps: int) -> None:
+    def _take_steps(self, seat: SimHead, steps: int) -> None:
         seat.time.enter("train", self._clock.now)
         seat.left -= steps
         self._pool -= steps
@@ -207,7 +207,7 @@ class Simulation:
         seat.under_way = (steps, self._clock.now, seconds)
         self._clock.after(seconds, self._stepped, seat, seat.epoch)
 
-    def _stepped(self, seat: Seat, epoch: int) -> None:
+    def _stepped(self, seat: SimHead, epoch: int) -> None:
         """The steps that were under way have ended; what came meanwhile is adopted."""
         if seat.epoch != epoch or seat.ended:
             return
@@ -223,7 +223,7 @@ class Simulation:
         else:
             self._go_on(seat, epoch)
 
-    def _contribute(self, seat: Seat) -> None:
+    def _contribute(self, seat: SimHead) -> None:
         contribution = replace(seat.head.contribute(), seconds=seat.spent)
         seat.outstanding, seat.offered = True, seat.since
         seat.contributions += 1
@@ -232,7 +232,7 @@ class Simulation:
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
-    def _take(self, seat: Seat, answer: Answer) -> None:
+    def _take(self, seat: SimHead, answer: Answer) -> None:
         if seat.doing == "train" and seat.under_way[1] == self._clock.now and not self._cluster.rebase_seconds:
             self._adopt(seat, answer)  # it came between two steps: of this one nothing is done yet
         elif seat.doing == "train":
@@ -244,7 +244,7 @@ class Simulation:
             else:
                 self._stand_still(seat)
 
-    def _adopt(self, seat: Seat, answer: Answer) -> None:
+    def _adopt(self, seat: SimHead, answer: Answer) -> None:
         news = answer.version > seat.head.version
         seat.head.adopt(answer.verdict, answer.version, answer.base if news else None)
         if answer.verdict is not None:
@@ -256,7 +256,7 @@ class Simulation:
             seat.time.mark(self._clock.now)
         self.post.adopted(seat)
 
-    def _stand_still(self, seat: Seat) -> None:
+    def _stand_still(self, seat: SimHead) -> None:
         """For as long as adopting takes."""
         if self._cluster.rebase_seconds:
             seat.time.enter("fetch", self._clock.now)
@@ -264,7 +264,7 @@ class Simulation:
         else:
             self._go_on(seat, seat.epoch)
 
-    def _leave(self, seat: Seat) -> None:
+    def _leave(self, seat: SimHead) -> None:
         seat.ended, seat.ended_at = True, self._clock.now
         self._ended += 1
         self._pool += seat.under_way[0]  # what one that is quarantined has just begun is for others
@@ -273,12 +273,12 @@ class Simulation:
 
     # -- faults --------------------------------------------------------------------------------------------------------
 
-    def _give_back(self, seat: Seat, steps: int) -> None:
+    def _give_back(self, seat: SimHead, steps: int) -> None:
         """Steps that died with a head are to be taken again."""
         seat.left += steps
         self._pool += steps
 
-    def _restart(self, seat: Seat, answer: Answer) -> None:
+    def _restart(self, seat: SimHead, answer: Answer) -> None:
         assert answer.standing is not None
         seat.head = self._make(seat.number, seat.epoch)
         seat.head.rejoin(answer.standing, answer.version, answer.base)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lte_ray.simulation.clock import Clock
-from lte_ray.simulation.coordinator import Desk
-from lte_ray.simulation.delivery import Post
-from lte_ray.simulation.head import Seat
+from lte_ray.simulation.coordinator import SimCoordinator
+from lte_ray.simulation.delivery import Delivery
+from lte_ray.simulation.head import SimHead
 from lte_ray.simulation.record import VirtualRun
 
 MOST_ROWS = 16
 """Heads whose time can be drawn."""
 
 
-def record(seats: Sequence[Seat], desk: Desk, post: Post, clock: Clock) -> VirtualRun:
+def record(seats: Sequence[SimHead], desk: SimCoordinator, post: Delivery, clock: Clock) -> VirtualRun:
     """The record of a simulation whose heads have all ended."""
     desk.time.enter("end", clock.now)
     up, down = post.network.traffic()

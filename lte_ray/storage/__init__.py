@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from lte_ray.storage.background import beside
+from lte_ray.storage.background import run_in_thread
 from lte_ray.storage.filesystem import PART, parted
 from lte_ray.storage.lock import LOCK, alone, check_alone
 from lte_ray.storage.retry import trouble
 from lte_ray.storage.run_directory import PROBE, RUN, RunDirectory
 
-__all__ = ["LOCK", "PART", "PROBE", "RUN", "RunDirectory", "alone", "beside", "check_alone", "parted", "trouble"]
+__all__ = ["LOCK", "PART", "PROBE", "RUN", "RunDirectory", "alone", "check_alone", "parted", "run_in_thread", "trouble"]

@@ -13,7 +13,7 @@ NAME = "storage"
 """Of the threads."""
 
 
-def beside(call: Callable[[], T]) -> Future[T]:
+def run_in_thread(call: Callable[[], T]) -> Future[T]:
     """Makes the call in a thread that doesn't keep the process from ending; gives what will be its result, or its error."""
     future: Future[T] = Future()
 

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from lte_ray.errors import LTEError, StorageError
 from lte_ray.redaction import scrub
-from lte_ray.storage.background import beside
+from lte_ray.storage.background import run_in_thread
 
 PROGRAM = (LTEError, TypeError, AttributeError, NameError, AssertionError, ImportError)
 """Errors of programs, not of storage: they go through as they are."""
@@ -199,7 +199,7 @@ def _made(attempt: Callable[[], T], operation: _Operation) -> T:
     """One try."""
     if threading.current_thread() is not threading.main_thread():
         return attempt()
-    trying, limit = beside(attempt), LONG
+    trying, limit = run_in_thread(attempt), LONG
     while wait([trying], limit).not_done:
         log.warning("%s.", operation.sentence() or f"{operation.what} takes long")
         limit = SAID_AGAIN

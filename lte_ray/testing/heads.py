@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lte_ray.layout import Adapted, Plan, Replica
-from lte_ray.messages import Verdict
+from lte_ray.messages import ContributionResult
 
 
 def plan_of(rank: int) -> Plan:
@@ -36,7 +36,7 @@ class WalkingHead:
     sequence: int = 0
     reference: Tensor | None = None
     offered: Tensor | None = None
-    answer: Verdict | None = None
+    answer: ContributionResult | None = None
     held: Tensor = field(init=False)
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 
 from lte_ray.config import MergeConfig
-from lte_ray.merging.policies.trigger import Scheduled
+from lte_ray.merging.policies.trigger import ComposedPolicy
 from lte_ray.merging.policy import MergePolicy
 from lte_ray.merging.registry import make_policy
 from lte_ray.testing.scene import Scene
@@ -50,7 +50,7 @@ def check_policy(
         AssertionError: it doesn't hold; names the policy and shows the events that led there.
         ConfigError: it is no policy.
     """
-    decides_itself = not isinstance(_policy(make, "barrier"), Scheduled)
+    decides_itself = not isinstance(_policy(make, "barrier"), ComposedPolicy)
     for moment in when or (("barrier",) if decides_itself else ("barrier", "quorum", "arrival")):
         for num_heads in heads:
             for seed in seeds:

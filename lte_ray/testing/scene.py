@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
-from lte_ray.engine.coordinator.coordinator import Coordinator, Outcome
+from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import PolicyError
 from lte_ray.merging.policies.trigger import load_state_of, state_of
 from lte_ray.merging.policy import MergePolicy
 from lte_ray.messages import Contribution
 from lte_ray.testing.heads import WalkingHead, plan_of
-from lte_ray.testing.watched import Violation, Watched
+from lte_ray.testing.watched import ObservedPolicy, Violation
 
 TICKS = 100
 """Times that a policy may put off what all live heads wait for."""
@@ -47,7 +47,7 @@ class Scene:
         self.heads = [WalkingHead(head, plan, generator) for head, plan in enumerate(plans)]
         self.start = torch.randn(plans[0].base.size, generator=generator, dtype=torch.float64)
         self.ledger, self.size = torch.zeros_like(self.start), 0.0
-        self.watched = Watched(policy, lambda head: self.heads[head].change(), self.trace.append)
+        self.watched = ObservedPolicy(policy, lambda head: self.heads[head].change(), self.trace.append)
         lte = LTEConfig(num_heads=num_heads, reset=self.reset)  # type: ignore[arg-type]
         settings = Settings("conformance", lte, MergeConfig(), TrainConfig())
         self.coordinator = Coordinator(
@@ -142,7 +142,7 @@ class Scene:
             self._play("the time has come that the policy waited for", self.coordinator.tick)
         raise Violation(f"it was asked {TICKS} times within {seconds:.3f} seconds, each time as it wanted, and never decided")
 
-    def _play(self, event: str, happen: Callable[[], Outcome], tried: Tensor | None = None) -> None:
+    def _play(self, event: str, happen: Callable[[], StepResult], tried: Tensor | None = None) -> None:
         self.trace.append(f"{self.now:.3f} {event}")
         try:
             outcome = happen()

@@ -15,7 +15,7 @@ class Violation(Exception):
     """Something that a policy must hold to doesn't hold."""
 
 
-class Watched:
+class ObservedPolicy:
     """Passes everything on to `policy`, and keeps the change that each of its merges should make to the base.
 
     Args:

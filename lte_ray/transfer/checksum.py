@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def seal(buffers: Sequence[Tensor]) -> int:
+def buffers_checksum(buffers: Sequence[Tensor]) -> int:
     """A number of 32 bits that says whether a contribution's buffers arrived as they were sent: the CRC-32 of their bytes.
 
     It sees every error that spans at most 32 bits, and all but one in 2^32 of any others: each buffer's type and shape are
@@ -26,15 +26,15 @@ def seal(buffers: Sequence[Tensor]) -> int:
     return value
 
 
-def check_seals(buffers: Sequence[Tensor], seals: Sequence[int]) -> None:
+def verify_checksums(buffers: Sequence[Tensor], seals: Sequence[int]) -> None:
     """Raises ValueError unless each buffer arrived as it was sealed; without seals nothing is checked."""
     for index, (buffer, sent) in enumerate(zip(buffers, seals, strict=False)):
-        found = seal([buffer])
+        found = buffers_checksum([buffer])
         if found != sent:
             raise ValueError(f"its buffer {index} didn't arrive as it was sent (checksum {found:08x}, expected {sent:08x})")
 
 
-def checksum(flat: Tensor) -> int:
+def base_checksum(flat: Tensor) -> int:
     """A number of 64 bits that says whether two tensors hold the same bits (fp32 or fp64).
 
     The sum, modulo 2^64, of a one-to-one function of each element's bits: exact on any device and in any order, certain to

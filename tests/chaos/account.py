@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lte_ray.data.assignment import DataLedger
+from lte_ray.data.assignment import PartitionAssignor
 from lte_ray.engine.head.head import Head
 from lte_ray.merging.flat_buffer import views
-from lte_ray.messages import MergeRecord, Standing
+from lte_ray.messages import CommittedPosition, MergeRecord
 
 TOLERANCE = 1e-11
 """Of numbers around 1 to 10 that some hundred operations in float64 made."""
@@ -138,7 +138,7 @@ class Account:
         of, sequence = self.held[version].get(head, (None, 0))
         return track.at[sequence] if of is track else (torch.zeros_like(track.total), 0)
 
-    def _once(self, track: Track, standing: Standing, head: int) -> None:
+    def _once(self, track: Track, standing: CommittedPosition, head: int) -> None:
         if any(of is track and number == standing.sequence for keys in self.keys.values() for of, number in keys):
             raise Broken(f"contribution {standing.incarnation}.{standing.sequence} of head {head} is merged twice")
 
@@ -154,7 +154,7 @@ class Account:
                 del slots[slot]
         self.momentum = momentum
 
-    def check_slots(self, ledger: DataLedger) -> None:
+    def check_slots(self, ledger: PartitionAssignor) -> None:
         """Each batch is merged, or dropped as poison, or owned: exactly one of them."""
         accounts, gone = ledger._accounts, self.merged.keys() | self.dropped.keys()
         accounts.check()

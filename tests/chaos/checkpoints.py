@@ -11,8 +11,8 @@ from torch import Tensor
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.settings import Settings
 from lte_ray.merging.policies.trigger import state_of
-from lte_ray.messages import Save
-from lte_ray.runtime.coordinator_state import Start
+from lte_ray.messages import CheckpointRequest
+from lte_ray.runtime.coordinator_state import CoordinatorState
 from tests.chaos.account import Account
 from tests.chaos.parts import Disk, Kept, as_json
 
@@ -21,10 +21,10 @@ MOST_OPEN = 3
 
 
 class Cuts:
-    """The part of a coordinator's process that makes checkpoints (`chaos_hub.Hub`)."""
+    """The part of a coordinator's process that makes checkpoints (`Hub`)."""
 
     settings: Settings
-    start: Start
+    start: CoordinatorState
     account: Account
     disk: Disk
     engine: Coordinator
@@ -35,9 +35,11 @@ class Cuts:
     cuts_next: bool
 
     def cut(self) -> None:
-        """Begins a checkpoint of the newest version; `Records.save` and `Cuts.begin`."""
+        """Begins a checkpoint of the newest version; `CheckpointManager.begin`."""
         engine, self.cuts_next = self.engine, False
-        save = Save(engine.version, {h: engine.standings[h].sequence for h in sorted(self.present & engine.members)})
+        save = CheckpointRequest(
+            engine.version, {h: engine.standings[h].sequence for h in sorted(self.present & engine.members)}
+        )
         standings = {str(h): dataclasses.asdict(held) for h, held in engine.standings.items() if h in engine.members}
         facts = {
             "lte": {"num_heads": self.settings.lte.num_heads},
@@ -64,7 +66,7 @@ class Cuts:
             self.cut()
 
     def add(self, version: int, head: int, part: Any) -> None:
-        """A head's part of a checkpoint has come, or won't; `Cuts.add`."""
+        """A head's part of a checkpoint has come, or won't; `CheckpointManager.add`."""
         kept = self.cuts.get(version)
         if kept is None or head not in kept.missing:
             return
@@ -74,7 +76,7 @@ class Cuts:
         self.commit(version)
 
     def commit(self, version: int) -> None:
-        """`Cuts._commit`."""
+        """`CheckpointManager._commit`."""
         kept = self.cuts.get(version)
         if kept is None or kept.missing or not kept.own:
             return

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lte_ray.engine.head.head import Head
-from lte_ray.messages import Contribution, HeadReport, Report, Update
-from lte_ray.runtime.head.client import Knowledge
+from lte_ray.messages import Contribution, CoordinatorReply, HeadReport, RecoveryReport
+from lte_ray.runtime.head.client import RecoveryCache
 from tests.chaos.account import Track
 from tests.chaos.parts import Call, Here
 
@@ -17,7 +17,7 @@ from tests.chaos.parts import Call, Here
 class Arrived:
     """An update that was fetched, and its base where that is newer than what the process had."""
 
-    update: Update
+    update: CoordinatorReply
     base: Tensor | None
 
 
@@ -36,11 +36,11 @@ class Joining:
 
     call: Call
     stage: str = "asked"
-    answer: Update | None = None
+    answer: CoordinatorReply | None = None
 
 
 class Line:
-    """Calls that are made until they are answered, and what is known of the run (`chaos_process.Process`).
+    """Calls that are made until they are answered, and what is known of the run (`Process`).
 
     Attributes:
         epoch: of the coordinator that counts; answers of earlier ones don't.
@@ -51,7 +51,7 @@ class Line:
     number: int
     epoch: int
     head: Head | None
-    knowledge: Knowledge
+    knowledge: RecoveryCache
     version: int
     base: Tensor | None
     arrived: list[Arrived]
@@ -66,7 +66,7 @@ class Line:
         return any(call.kind == "submit" for call in self.calls)
 
     def fetch(self, call: Call) -> bool:
-        """Takes the first answer to a call, unless one is here that isn't adopted yet; `Courier._take`."""
+        """Takes the first answer to a call, unless one is here that isn't adopted yet; `CoordinatorClient._take`."""
         epoch, update = call.answers[0]
         if epoch != self.epoch:  # Cut: what it says doesn't count, so the call is made again
             call.answers.clear()
@@ -84,7 +84,7 @@ class Line:
             self._watching = False
         return True
 
-    def report(self, epoch: int) -> Report:
+    def report(self, epoch: int) -> RecoveryReport:
         """What it knows; earlier coordinators' answers don't count any more; `HeadActor.report`."""
         self.epoch = epoch
         head, positions = self.head, dict[int, HeadReport]()

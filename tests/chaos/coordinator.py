@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lte_ray.data.assignment import DataLedger
-from lte_ray.engine.coordinator.coordinator import Coordinator, Outcome
+from lte_ray.data.assignment import PartitionAssignor
+from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
 from lte_ray.engine.prepare import Initial
 from lte_ray.engine.settings import Settings
 from lte_ray.merging.policies.trigger import load_state_of
 from lte_ray.merging.registry import make_policy
-from lte_ray.messages import Begin, Contribution, Standing, Update, Verdict
+from lte_ray.messages import CommittedPosition, Contribution, ContributionResult, CoordinatorReply, JoinReply
 from lte_ray.runtime.coordinator.submissions import _refuses
-from lte_ray.runtime.coordinator_state import Start
+from lte_ray.runtime.coordinator_state import CoordinatorState
 from tests.chaos.account import Account, Broken
 from tests.chaos.checkpoints import Cuts
 from tests.chaos.client import Joining, Submission
@@ -35,12 +35,12 @@ class Hub(Cuts):
     mode: Mode
     settings: Settings
     initial: Initial
-    start: Start
+    start: CoordinatorState
     account: Account
     disk: Disk
     undecided: dict[int, Submission] = field(default_factory=dict)
     arriving: dict[int, Submission] = field(default_factory=dict)
-    decided: list[tuple[Call, Verdict]] = field(default_factory=list)
+    decided: list[tuple[Call, ContributionResult]] = field(default_factory=list)
     behind: list[Call] = field(default_factory=list)
     joins: list[Joining] = field(default_factory=list)
     cuts: dict[int, Kept] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Hub(Cuts):
             granted=start.granted,
             standings=start.standings,
             members=start.members,
-            data=DataLedger.from_state(start.ledger) if start.ledger else None,
+            data=PartitionAssignor.from_state(start.ledger) if start.ledger else None,
             clock=lambda: 0.0,
         )
         if start.guard:
@@ -72,7 +72,7 @@ class Hub(Cuts):
         self.exact = set(start.exact) if start.epoch == 0 else set[int]()
         self.present = set(start.granted)
         self.saved, self.states = start.saved, start.states
-        self._published: dict[int, tuple[dict[int, Standing], dict[str, Any]]] = {}
+        self._published: dict[int, tuple[dict[int, CommittedPosition], dict[str, Any]]] = {}
 
     # -- contributions ---------------------------------------------------------------------------------------------
 
@@ -100,7 +100,7 @@ class Hub(Cuts):
         own = self.arriving.pop(head)
         self._handle(lambda: self.engine.receive(own.contribution, own.contribution.buffer), own)
 
-    def _handle(self, event: Callable[[], Outcome], own: Submission | None = None) -> None:
+    def _handle(self, event: Callable[[], StepResult], own: Submission | None = None) -> None:
         """`Merging.handle`: the outcome goes to whom it concerns."""
         outcome = event()
         verdicts = list(outcome.verdicts)
@@ -150,7 +150,7 @@ class Hub(Cuts):
             self.behind.remove(call)
             self._send(call, self.since(call.process.number))
 
-    def since(self, head: int) -> Update:
+    def since(self, head: int) -> CoordinatorReply:
         """`Updates.since`, dense."""
         engine = self.engine
         known = (dict(engine.standings), engine.data.state())
@@ -159,7 +159,7 @@ class Hub(Cuts):
         saves = [kept.save for kept in self.cuts.values() if head in kept.untold]
         for kept in self.cuts.values():
             kept.untold.discard(head)
-        return Update(
+        return CoordinatorReply(
             None,
             engine.version,
             {0: engine.base.clone()},
@@ -169,7 +169,7 @@ class Hub(Cuts):
             orders={head: engine.order(head)},
         )
 
-    def _send(self, call: Call, update: Update) -> None:
+    def _send(self, call: Call, update: CoordinatorReply) -> None:
         if call.process.alive and call in call.process.calls:
             call.answers.append((self.start.epoch, copied(update)))
 
@@ -194,11 +194,11 @@ class Hub(Cuts):
         self.together = False
         exact = incarnation == 0 and self.start.epoch == 0 and head in self.start.exact
         if exact and engine.version == self.start.version:
-            begin = Begin(engine.standings[head], saved=self.start.saved, exact=True)
+            begin = JoinReply(engine.standings[head], saved=self.start.saved, exact=True)
         else:
             standing = engine.start(head)
             held = engine.master.read(lambda version, base, held: dict(held)).get(head) if standing.sequence else None
-            begin = Begin(standing, None if held is None else held.clone(), self.saved if head in self.states else None)
+            begin = JoinReply(standing, None if held is None else held.clone(), self.saved if head in self.states else None)
         self.present.add(head)
         join.answer = replace(self.since(head), begins={head: begin})
         self.exact.discard(head)

@@ -69,7 +69,7 @@ class Deaths(Traffic):
         return True
 
     def on_admit(self, pick: int, amount: int) -> bool:
-        """A head is added; not once any has ended (`Mending._grow`)."""
+        """A head is added; not once any has ended (`FailureHandler._grow`)."""
         number = next((n for n in range(MOST_HEADS) if n not in self.members), None)
         if number is None or self.hub is None or any(m.over or m.gone for m in self.members.values()):
             return False

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.data import Shard
 from lte_ray.engine.settings import Settings
-from lte_ray.messages import Save, Update
+from lte_ray.messages import CheckpointRequest, CoordinatorReply
 
 MOST_HEADS = 5
 """Heads up to which a world grows."""
@@ -105,7 +105,7 @@ class Call:
     kind: str
     payload: Any = None
     place: str = "wire"
-    answers: list[tuple[int, Update]] = field(default_factory=list)
+    answers: list[tuple[int, CoordinatorReply]] = field(default_factory=list)
 
 
 @dataclass
@@ -131,7 +131,7 @@ class Kept:
     references: dict[int, Tensor]
     policy: dict[str, Tensor]
     account: Any
-    save: Save
+    save: CheckpointRequest
     untold: set[int]
     missing: set[int]
     own: bool = False
@@ -190,6 +190,6 @@ def as_json(value: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-def copied(update: Update) -> Update:
+def copied(update: CoordinatorReply) -> CoordinatorReply:
     """An update as another process gets it: nothing in it changes any more."""
     return copy.deepcopy(update)

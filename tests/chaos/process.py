@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from lte_ray.engine.head.head import Head
-from lte_ray.engine.head.state import Missed, rejoin, restore, snapshot
+from lte_ray.engine.head.state import StateMissed, rejoin, restore, snapshot
 from lte_ray.engine.prepare import Initial
 from lte_ray.engine.settings import Settings
-from lte_ray.messages import Save, Update, Verdict
-from lte_ray.runtime.head.client import Knowledge
+from lte_ray.messages import CheckpointRequest, ContributionResult, CoordinatorReply
+from lte_ray.runtime.head.client import RecoveryCache
 from tests.chaos.account import Broken, Track, near, trained_weights
 from tests.chaos.client import Arrived, Line
 from tests.chaos.parts import Call, Fit, Part
@@ -37,7 +37,7 @@ class Process(Line):
         self.alive, self.left, self.quarantined = True, False, False
         self.worker, self.head, self.track = Fit(), None, None
         self._initial = initial
-        self.knowledge = Knowledge({number: initial.plans[number]}, settings.lte.reset)
+        self.knowledge = RecoveryCache({number: initial.plans[number]}, settings.lte.reset)
         self.version, self.base = -1, None  # of the newest that came here, adopted or not
         self.arrived: list[Arrived] = []
         self.calls: list[Call] = [Call(self, "join")]
@@ -47,7 +47,7 @@ class Process(Line):
     track: Track | None
 
     def begin(self) -> None:
-        """Starts the head as the answer to `join` says; `Saves.begin`."""
+        """Starts the head as the answer to `join` says; `HeadCheckpointer.begin`."""
         (arrived,) = self.arrived
         self.arrived = []
         update, base = arrived.update, arrived.base
@@ -158,22 +158,24 @@ class Process(Line):
                 self.quarantined = self.quarantined or verdict.quarantined
         if base is not None:
             accepted = head.outstanding and update.holds(self.number, head.sequence)
-            head.adopt(Verdict(self.number, head.sequence, True, update.version) if accepted else None, update.version, base)
+            head.adopt(
+                ContributionResult(self.number, head.sequence, True, update.version) if accepted else None, update.version, base
+            )
 
-    def _take_orders(self, update: Update) -> None:
+    def _take_orders(self, update: CoordinatorReply) -> None:
         assert self.head is not None
         if not self.left:
             self.head.follow(update.orders[self.number])
             self.every = update.orders[self.number].steps
 
-    def _save(self, head: Head, save: Save) -> None:
+    def _save(self, head: Head, save: CheckpointRequest) -> None:
         assert self.track is not None
         if self.number not in save.sequences:
             return
         part: Part | None = None
         try:
             state = snapshot(head, save)
-        except Missed:
+        except StateMissed:
             pass
         else:
             part = Part(*state, *self.track.carried(save.sequences[self.number]))

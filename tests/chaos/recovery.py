@@ -9,9 +9,9 @@ from typing import Any
 from unittest.mock import patch
 
 from lte_ray.engine.coordinator.recovery import fitting, recover
-from lte_ray.messages import Report
+from lte_ray.messages import RecoveryReport
 from lte_ray.runtime import coordinator_state
-from lte_ray.runtime.coordinator_state import Start
+from lte_ray.runtime.coordinator_state import CoordinatorState
 from tests.chaos.deaths import Deaths
 from tests.chaos.parts import Here
 
@@ -30,7 +30,7 @@ class Recovery(Deaths):
         return True
 
     def on_recover(self, pick: int, amount: int) -> bool:
-        """Another coordinator goes on; `Mending._recover`."""
+        """Another coordinator goes on; `FailureHandler._recover`."""
         if self.hub is not None:
             return False
         self.epoch += 1
@@ -42,7 +42,7 @@ class Recovery(Deaths):
         reporting = {number for report in reports for number in report.heads}
         for number, member in self.members.items():
             held = start.standing(number)
-            if member.over and number not in reporting and held.step < member.end:  # `Mending._undone`
+            if member.over and number not in reporting and held.step < member.end:  # `FailureHandler._undone`
                 member.over, member.gone = False, True
                 member.incarnation += 1
             if number in astray and member.process is not None and not member.over:
@@ -56,8 +56,8 @@ class Recovery(Deaths):
                 self.hub.leave(number)
         return True
 
-    def _start(self, reports: list[Report]) -> tuple[Start, Iterable[int]]:
-        """`Mending._start`."""
+    def _start(self, reports: list[RecoveryReport]) -> tuple[CoordinatorState, Iterable[int]]:
+        """`FailureHandler._start`."""
         saved, found = self.saved, recover(reports)
         if found is None or (saved is not None and saved > found.version):
             if saved is None or saved == self.begin.version:
@@ -72,15 +72,17 @@ class Recovery(Deaths):
             fit = fitting(found, kept.facts["standings"])
             references |= {head: factors.clone() for head, factors in kept.references.items() if head in fit}
         exact = self.begin.exact - found.granted.keys() if found.version == self.begin.version else frozenset()
-        return Start.after(found, references, saved=saved, exact=exact, states=states, epoch=self.epoch), found.astray
+        return CoordinatorState.after(
+            found, references, saved=saved, exact=exact, states=states, epoch=self.epoch
+        ), found.astray
 
-    def _resumed(self, version: int, heads: int) -> Start:
+    def _resumed(self, version: int, heads: int) -> CoordinatorState:
         """What the runtime makes of a checkpoint."""
         common: Any = SimpleNamespace(directory=Here(), transport=Here())
         with patch.object(coordinator_state, "checkpoint", self.disk):
-            return coordinator_state.resumed(common, self.initial, version, heads)
+            return coordinator_state.load_checkpoint(common, self.initial, version, heads)
 
-    def _rollback(self, start: Start) -> None:
+    def _rollback(self, start: CoordinatorState) -> None:
         self.account.rollback(start.version, None if start.saved is None else self.disk.kept[start.saved].account.momentum)
 
     def on_crash(self, pick: int, amount: int) -> bool:
@@ -94,7 +96,7 @@ class Recovery(Deaths):
         self.settings = self.mode.settings(heads)
         self.saved = max(self.disk.kept, default=None)
         if self.saved is None:
-            self.begin = Start(0, self.initial.base)
+            self.begin = CoordinatorState(0, self.initial.base)
         else:
             self.begin = self._resumed(self.saved, heads)
         for process in self.processes:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lte_ray.engine.prepare import prepare, with_room
-from lte_ray.runtime.coordinator_state import Start
+from lte_ray.runtime.coordinator_state import CoordinatorState
 from tests.chaos.account import Account
 from tests.chaos.coordinator import Hub
 from tests.chaos.parts import MOST_HEADS, Call, Disk, Fit, Mode
@@ -43,7 +43,7 @@ class Run:
         self.account = Account({0: self.initial.base.clone()}, {0: {}})
         self.first = self.account.copy()
         self.disk, self.epoch = Disk(), 0
-        self.begin, self.saved = Start(0, self.initial.base), None
+        self.begin, self.saved = CoordinatorState(0, self.initial.base), None
         self.ghosts: list[Call] = []
         self.echoes: list[Call] = []  # contributions that were answered
         self.happened: Counter[str] = Counter()
@@ -57,7 +57,7 @@ class Run:
     def process(self, number: int, incarnation: int) -> Process:
         return Process(self.settings, self.initial, number, incarnation, self.epoch, self.disk)
 
-    def new_hub(self, start: Start) -> Hub:
+    def new_hub(self, start: CoordinatorState) -> Hub:
         return Hub(self.mode, self.settings, self.initial, start, self.account, self.disk)
 
     @property

@@ -22,9 +22,9 @@ from lte_ray.errors import ConfigError
 from lte_ray.merging.registry import make_policy
 from lte_ray.messages import HeadStatus
 from lte_ray.run.metrics import Silent
-from lte_ray.runtime.context import Common, Package
+from lte_ray.runtime.context import PickledObject, RunContext
 from lte_ray.runtime.controller.controller import Session
-from lte_ray.runtime.coordinator_state import Start
+from lte_ray.runtime.coordinator_state import CoordinatorState
 from lte_ray.runtime.object_store import ObjectStore
 from lte_ray.runtime.placement import Placement, from_scaling_config, groups_of, hosted, reserve, resolve
 from lte_ray.storage import RUN, RunDirectory
@@ -43,13 +43,13 @@ def actors(path: Path, placement: Placement, **train: Any) -> Iterator[Session]:
     directory.create()
     initial = prepare(Regression(), config)
     groups = groups_of(config.merge, initial.plans, 1)
-    common = Common(Package.of(Regression()), config, directory, ObjectStore(), groups)
+    common = RunContext(PickledObject.of(Regression()), config, directory, ObjectStore(), groups)
     directory.write(RUN, b"")
     session = Session(
         common=common,
         initial=initial,
-        start=Start(0, common.transport.publish(initial.base)),
-        policy=Package.of(make_policy(config.merge)),
+        start=CoordinatorState(0, common.transport.publish(initial.base)),
+        policy=PickledObject.of(make_policy(config.merge)),
         placement=placement,
         failure=FailureConfig(max_failures=0),
         stack="auto",

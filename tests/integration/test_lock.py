@@ -13,7 +13,7 @@ from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
 from lte_ray.run.record import as_toml
-from lte_ray.run.start import Claim, changed_data
+from lte_ray.run.start import RunClaim, changed_data
 from lte_ray.runtime import placement
 from lte_ray.storage import RunDirectory, alone, check_alone, lock
 from tests.support.ray_runs import LONG, settings, storage
@@ -75,10 +75,10 @@ def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path: Path, m
     assert directory.names() == []
 
 
-def claim_of(path: Path, **more: bool) -> Claim:
+def claim_of(path: Path, **more: bool) -> RunClaim:
     kwargs = settings()
     made = Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"])  # type: ignore[arg-type]
-    return Claim(RunDirectory.of(str(path), "r"), storage(path, "r", **more), made, prepare(Regression(), made))
+    return RunClaim(RunDirectory.of(str(path), "r"), storage(path, "r", **more), made, prepare(Regression(), made))
 
 
 def test_what_is_overwritten_is_locked_before_it_is_removed(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Processes of every class are killed, or stopped, at every point of the protocol on a real Ray; nothing is lost or doubled.
 
-A script (`lte_ray.fault_injection`) says which process sends itself which signal at which point. Several faults share one run, for
+A script (`fault_injection`) says which process sends itself which signal at which point. Several faults share one run, for
 starting a run, or a process, takes seconds. While faults are left to come, heads train slowly, so that the run lasts.
 """
 

@@ -8,9 +8,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from lte_ray.data.assignment import DataLedger, reshard
-from lte_ray.data.partition import Lanes, advance, initial, ordered, slots, split
-from lte_ray.messages import Grant
+from lte_ray.data.assignment import PartitionAssignor, reshard
+from lte_ray.data.partition import Partitions, advance, initial, ordered, slots, split
+from lte_ray.messages import Assignment
 
 EVENTS = ["step", "contribute", "merge", "refuse", "order", "kill", "restart", "drop", "admit", "reshard", "commit", "crash"]
 
@@ -20,18 +20,18 @@ class Sent:
     """A contribution: the slots that it holds end at `until` of all that its head has trained."""
 
     until: int
-    lanes: Lanes
+    lanes: Partitions
     grant: int
-    released: Grant | None
+    released: Assignment | None
 
 
 @dataclass
 class Head:
     """One incarnation of a head: what it owns, has trained, and how much of that was merged."""
 
-    lanes: Lanes
+    lanes: Partitions
     grant: int = 0
-    released: Grant | None = None
+    released: Assignment | None = None
     trained: list[int] = field(default_factory=list)
     merged: int = 0
     sent: Sent | None = None
@@ -45,18 +45,18 @@ class Head:
         if self.sent is None and self.lanes:
             self.sent = Sent(len(self.trained), self.lanes, self.grant, self.released)
 
-    def obey(self, grants: tuple[Grant, ...], request: int) -> None:
+    def obey(self, grants: tuple[Assignment, ...], request: int) -> None:
         for grant in grants:
             if grant.id > self.grant:
                 self.grant, self.lanes = grant.id, ordered((*self.lanes, *grant.lanes))
         if request > (self.released.id if self.released else 0) and self.lanes:
             self.lanes, given = split(self.lanes)
-            self.released = Grant(request, given)
+            self.released = Assignment(request, given)
 
 
-def ledger(num_heads: int) -> DataLedger:
+def ledger(num_heads: int) -> PartitionAssignor:
     """A new run's."""
-    return DataLedger({head: initial(head, num_heads) for head in range(num_heads)})
+    return PartitionAssignor({head: initial(head, num_heads) for head in range(num_heads)})
 
 
 class World:
@@ -139,7 +139,7 @@ class World:
     def crash(self) -> None:
         """The coordinator is lost, with all merges since its last commit. Heads that were there then contribute again."""
         state, merged, heads = self.committed
-        self.ledger = DataLedger.from_state(state)
+        self.ledger = PartitionAssignor.from_state(state)
         del self.merged[merged:]
         for number, head in list(self.heads.items()):
             head.sent = None

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from lte_ray.config import MergeConfig
-from lte_ray.engine.coordinator.aggregator import Measured, Shard
-from lte_ray.engine.coordinator.coordinator import Coordinator, Outcome
+from lte_ray.engine.coordinator.aggregator import BaseShard, MeasuredContribution
+from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
 from lte_ray.layout import Plan
 from lte_ray.merging import Decision, Discard, Merge, MergePolicy, Pending, Roster, Wait
 from lte_ray.merging.flat_buffer import gather, views
@@ -49,18 +49,18 @@ class Spread:
         entries = views(plans[0].base, base)
         parts = {i: gather(part.base, entries) for i, part in enumerate(self.codecs[0].parts)}
         self.shards = [
-            Shard(self.codecs, {i: part for i, part in parts.items() if found[i].shard == number}, reset)
+            BaseShard(self.codecs, {i: part for i, part in parts.items() if found[i].shard == number}, reset)
             for number in range(merge.shards)
         ]
         self.coordinator = Coordinator(settings, plans[0], None, policy, plans=plans)
         self.tickets = 0
         self.waiting: dict[int, int] = {}
 
-    def receive(self, contribution: Contribution, buffers: Sequence[Tensor]) -> Outcome:
+    def receive(self, contribution: Contribution, buffers: Sequence[Tensor]) -> StepResult:
         self.tickets += 1
         ticket, named = self.tickets, dict(enumerate(buffers))
         squares = sum(shard.receive(ticket, contribution.head, named) for shard in self.shards)
-        outcome = self.coordinator.receive(contribution, Measured(squares))
+        outcome = self.coordinator.receive(contribution, MeasuredContribution(squares))
         if any(not (v.accepted or v.discarded) for v in outcome.verdicts):
             self.forget(ticket)
             return outcome
@@ -111,7 +111,7 @@ def both(merge: MergeConfig, ranks: Sequence[int], reset: str, policy: Callable[
     return one, Spread(merge, plans, policy(), base, reset)
 
 
-def same(a: Outcome, b: Outcome) -> None:
+def same(a: StepResult, b: StepResult) -> None:
     """Verdict for verdict and record for record; only the clock differs."""
     assert a.verdicts == b.verdicts
     assert [dataclasses.replace(m, at=0) for m in a.merges] == [dataclasses.replace(m, at=0) for m in b.merges]

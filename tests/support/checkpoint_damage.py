@@ -95,4 +95,4 @@ def forged(tmp_path: Path, name: str, content: bytes) -> None:
     for entry in manifest["files"]:
         if entry["name"] == name:
             entry |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "manifest.json").write_bytes(checkpoint.seal(manifest))
+    (folder / "manifest.json").write_bytes(checkpoint.manifest_checksum(manifest))

@@ -19,7 +19,7 @@ from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.state import State, snapshot
 from lte_ray.engine.settings import Settings
 from lte_ray.layout import Adapted, Plan, Replica
-from lte_ray.messages import Contribution, Save
+from lte_ray.messages import CheckpointRequest, Contribution
 from lte_ray.worker import build_model, endless_batches
 
 LONG_RUN = os.environ.get("LTE_RAY_LONG") == "1"
@@ -188,7 +188,7 @@ def random_flat(size: int, seed: int, dtype: torch.dtype = torch.float64) -> Ten
 
 def state_of(head: Head) -> State:
     """The head's state at the version that it has adopted, which holds all that it has heard was merged."""
-    return snapshot(head, Save(head.version, {head.head: head.merged.sequence}))
+    return snapshot(head, CheckpointRequest(head.version, {head.head: head.merged.sequence}))
 
 
 def through_a_file(state: State) -> State:

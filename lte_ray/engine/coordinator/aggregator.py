@@ -34,7 +34,7 @@ KEPT = 1000
 
 
 @dataclass(frozen=True)
-class Operation:
+class MergeOp:
     """How one version follows from the one before: base += sum of weight x change over `shares`, or base += `change`.
 
     `references` are the factors that the new version holds of the heads that were merged.
@@ -53,11 +53,11 @@ class Operation:
             base += self.change
 
 
-class Master:
+class BaseWeights:
     """A base, and the operations that lead to the newest version, which may be carried out later and in another thread.
 
     The coordinator decides by numbers; the products are computed when somebody needs them, or beside. Heads that get factors
-    do the same operations in the same order (`Mirror`): theirs are equal bit for bit on one kind of hardware.
+    do the same operations in the same order (`BaseReplica`): theirs are equal bit for bit on one kind of hardware.
 
     Args:
         base: flat, in the base layout; taken over and changed in place.
@@ -68,11 +68,11 @@ class Master:
     def __init__(self, base: Tensor, version: int, references: Mapping[int, Tensor | None]) -> None:
         self._base, self._references = base, dict(references)
         self._done = self.version = version  # computed, and queued
-        self._queue: deque[Operation | tuple[Use[Any], Future[Any]]] = deque()
+        self._queue: deque[MergeOp | tuple[Use[Any], Future[Any]]] = deque()
         self._seconds: dict[int, float] = {}
         self._lock = Lock()
 
-    def queue(self, operation: Operation) -> None:
+    def queue(self, operation: MergeOp) -> None:
         """Adds the operation that leads to the next version."""
         assert operation.version == self.version + 1, "versions follow each other"
         self._queue.append(operation)
@@ -106,7 +106,7 @@ class Master:
     def _catch_up(self) -> Tensor:
         while self._queue:
             step = self._queue.popleft()
-            if isinstance(step, Operation):
+            if isinstance(step, MergeOp):
                 begun = time.perf_counter()
                 step.apply(self._base)
                 self._references.update(step.references)
@@ -124,7 +124,7 @@ class Master:
             result.set_exception(error)
 
 
-class Shard:
+class BaseShard:
     """Some groups' part of the base, of every head's reference, and of the contributions that aren't decided.
 
     `receive`, `merge`, `forget` and `at` are called in one thread; `catch_up`, which computes, may be called in another.
@@ -148,7 +148,7 @@ class Shard:
     ) -> None:
         self._codecs, self._reset = codecs, reset
         self._held: dict[int, dict[int, Tensor | None]] = {index: dict((references or {}).get(index, {})) for index in parts}
-        self._masters = {index: Master(part, version, self._held[index]) for index, part in parts.items()}
+        self._masters = {index: BaseWeights(part, version, self._held[index]) for index, part in parts.items()}
         self._received: dict[int, tuple[int, dict[int, Share]]] = {}  # by ticket: the head, and its share of each group
 
     @property
@@ -204,7 +204,7 @@ class Shard:
                 head, received = self._received[ticket]
                 shares[head] = replace(received[index], weight=weight)
             references = {head: new_reference(share, self._reset) for head, share in shares.items()}
-            master.queue(Operation(version, list(shares.values()), references=references))
+            master.queue(MergeOp(version, list(shares.values()), references=references))
             self._held[index].update(references)
         for ticket in weights:
             del self._received[ticket]
@@ -224,7 +224,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredContribution:
     """A contribution that every shard has decoded: the sum of squares of all its elements."""
 
     squares: float
@@ -234,7 +234,7 @@ class NeedsTensors(Exception):
     """A policy looked at the tensors of a contribution, which aren't in the coordinator's process."""
 
 
-class Elsewhere(Share):
+class RemoteShare(Share):
     """Stands for the share of a contribution whose tensors are in shards: to look at it is a `NeedsTensors`."""
 
     def __init__(self) -> None:

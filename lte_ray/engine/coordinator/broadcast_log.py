@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Sequence
 
-from lte_ray.messages import Merged
+from lte_ray.messages import MergeDelta
 from lte_ray.transfer.groups import Group
 
 CHECK_EVERY = 10
 """Versions between two checksums."""
 
 
-class Downlink:
+class BroadcastLog:
     """Remembers the last merges as heads redo them, as long as their factors are fewer bytes than the base.
 
     Args:
@@ -30,10 +30,10 @@ class Downlink:
         self._base_size = sum(base_sizes[i] for i in self._factored)
         self._sizes = [sum(sizes[i] for i in self._factored) for sizes in sizes]
         self._dense_size = sum(base_sizes[i] for i in self.dense)
-        self._chain: deque[Merged] = deque()
+        self._chain: deque[MergeDelta] = deque()
         self._version = version
 
-    def add(self, merged: Merged | None) -> None:
+    def add(self, merged: MergeDelta | None) -> None:
         """The next version; None if it can't be redone from factors, so that all groups go down as the base."""
         self._version += 1
         if merged is None or not self._factored:
@@ -48,7 +48,7 @@ class Downlink:
         """Whether any group goes down by factors."""
         return bool(self._factored)
 
-    def chain(self, have: int) -> tuple[Merged, ...] | None:
+    def chain(self, have: int) -> tuple[MergeDelta, ...] | None:
         """The merges to redo for a head whose process has version `have`; None if it must be sent the whole base."""
         if not self._factored:
             return ()
@@ -67,7 +67,7 @@ class Downlink:
             return (self._dense_size + self._base_size) * len(heads)
         return self._dense_size * len(heads) + sum(self._sizes[h] * max(0, live - 1) for h in heads)
 
-    def _cost(self, chain: Collection[Merged]) -> int:
+    def _cost(self, chain: Collection[MergeDelta]) -> int:
         return sum(self._sizes[head] for merged in chain for head in merged.weights)
 
 

@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lte_ray.data.assignment import DataLedger
+from lte_ray.data.assignment import PartitionAssignor
 from lte_ray.data.partition import initial
-from lte_ray.engine.coordinator.aggregator import Elsewhere, Master, Measured, NeedsTensors, Operation
-from lte_ray.engine.coordinator.step_budget import Budget, Pace
-from lte_ray.engine.coordinator.validation import Guard, misshapen, poisonous, squares, stale
+from lte_ray.engine.coordinator.aggregator import BaseWeights, MeasuredContribution, MergeOp, NeedsTensors, RemoteShare
+from lte_ray.engine.coordinator.step_budget import StepBudget, StepRateEstimator
+from lte_ray.engine.coordinator.validation import OutlierFilter, misshapen, poisonous, squares, stale
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import PolicyError
 from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import views
 from lte_ray.merging.low_rank import Share, dense_part, new_reference, squared_norm
 from lte_ray.merging.policy import Decision, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Try, Wait
-from lte_ray.messages import Contribution, MergeRecord, Order, Standing, Verdict
+from lte_ray.messages import CommittedPosition, Contribution, ContributionResult, HeadDirective, MergeRecord
 
 PATIENCE = 20
 """How often a policy may ask to be woken once every live head has contributed."""
@@ -48,10 +48,10 @@ class _Received:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepResult:
     """What an event led to: verdicts on contributions, and the merges that were made, in order."""
 
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[ContributionResult, ...]
     merges: tuple[MergeRecord, ...]
 
 
@@ -88,20 +88,20 @@ class Coordinator:
         references: dict[int, Tensor] | None = None,
         taken: Mapping[int, int] | None = None,
         granted: Mapping[int, int] | None = None,
-        standings: Mapping[int, Standing] | None = None,
+        standings: Mapping[int, CommittedPosition] | None = None,
         fresh: Collection[int] = (),
         members: Collection[int] | None = None,
-        data: DataLedger | None = None,
+        data: PartitionAssignor | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings, self.plan, self.policy = settings, plan, policy
         self.version = version  # the newest, which counts merges
-        self._master = None if base is None else Master(base, version, references or {})
+        self._master = None if base is None else BaseWeights(base, version, references or {})
         self.waiting_for = ""
         self._asked = 0  # how often in a row the policy waited though nobody else was to come
         self.wakes_at: float | None = None
-        self.pace = Pace(settings.merge)
-        self.budget = Budget(settings, self.pace, taken or {}, granted or {})
+        self.pace = StepRateEstimator(settings.merge)
+        self.budget = StepBudget(settings, self.pace, taken or {}, granted or {})
         self.plans = tuple(plans or [plan] * settings.lte.num_heads)
         self._clock, self._dtype = clock, torch.float32 if base is None else base.dtype
         self._largest_scaling = max([1.0, *(abs(a.scaling) for each in set(self.plans) for a in each.adapted)])
@@ -110,14 +110,14 @@ class Coordinator:
         self.members = set(first if members is None else members) & {*first, *(standings or {})}
         """Heads that belong to the run: each contribution counts 1/N, with N their number."""
         lanes = {n: initial(n, settings.lte.num_heads) for n in first}
-        self.standings = {n: Standing(lanes=lanes[n]) for n in first} | dict(standings or {})
+        self.standings = {n: CommittedPosition(lanes=lanes[n]) for n in first} | dict(standings or {})
         """What the newest version holds of each head."""
-        self.data = data or DataLedger(lanes)
+        self.data = data or PartitionAssignor(lanes)
         for gone in self.data.heads - self.members:
             self.data.drop(gone)
         self.live = {n for n in self.members if self.data.ready(n)}
         """Heads that train, and that others may have to wait for."""
-        self.guard = Guard(settings.merge)
+        self.guard = OutlierFilter(settings.merge)
         self._fresh = set(fresh)  # heads that have begun with B = 0, and weren't merged since
         self._pending: dict[int, _Received] = {}
         # Incarnation and sequence last received, by head.
@@ -128,7 +128,7 @@ class Coordinator:
         self._void = False  # a head whose contribution is tried has left
 
     @property
-    def master(self) -> Master:
+    def master(self) -> BaseWeights:
         """The main weights, where they aren't in shards."""
         assert self._master is not None
         return self._master
@@ -147,12 +147,12 @@ class Coordinator:
         """The factors that the newest version holds of this head, flat; None where B' = 0."""
         return self._references.get(head)
 
-    def order(self, head: int) -> Order:
+    def order(self, head: int) -> HeadDirective:
         """What a head is to do next."""
         grants, release = self.data.orders(head, self.live)
         return replace(self.budget.order(head, self.live), grants=grants, release=release)
 
-    def receive(self, contribution: Contribution, buffer: Tensor | Measured) -> Outcome:
+    def receive(self, contribution: Contribution, buffer: Tensor | MeasuredContribution) -> StepResult:
         """A contribution arrived; `buffer` is flat, in the contribution layout; it is only read, and kept until it is merged.
 
         Where tensors are in shards, it is what they have measured.
@@ -168,9 +168,9 @@ class Coordinator:
             return self.refused(contribution, reason)
         wrong = misshapen(buffer, self.plans[head].contribution.size, self._dtype)
         poison = "" if wrong else poisonous(squares(buffer), self._largest_scaling)
-        share = Elsewhere() if wrong or poison else self._share(head, buffer)
+        share = RemoteShare() if wrong or poison else self._share(head, buffer)
         norm = contribution.norm
-        if norm is None and self.settings.merge.max_norm_z and not isinstance(share, Elsewhere):
+        if norm is None and self.settings.merge.max_norm_z and not isinstance(share, RemoteShare):
             norm = math.sqrt(squared_norm(share))
         if norm is not None and not (wrong or poison):
             poison = self.guard.judge(head, norm, contribution.steps)
@@ -184,7 +184,7 @@ class Coordinator:
         insort(self._shown, self._show(head), key=lambda p: p.head)
         return self._decide()
 
-    def leave(self, head: int) -> Outcome:
+    def leave(self, head: int) -> StepResult:
         """A head has ended; nobody waits for it any longer.
 
         Raises:
@@ -193,14 +193,14 @@ class Coordinator:
         self.live.discard(head)
         return self._decide()
 
-    def lose(self, head: int) -> Outcome:
+    def lose(self, head: int) -> StepResult:
         """A head's process is gone, and may come back; nobody waits for it. What it has contributed is still merged.
 
         Raises:
             PolicyError: as `receive`.
         """
         if head not in self.members:  # it was new, and hadn't joined
-            return Outcome((), ())
+            return StepResult((), ())
         pending = self._pending.get(head)
         self.budget.lose(head, pending.contribution.step if pending else self.standings[head].step)
         return self.leave(head)
@@ -218,7 +218,7 @@ class Coordinator:
         if head not in self.members or head not in self.data.heads:  # or one that came before, and no version says so
             steps = [self.standings[other].step for other in self.live]
             step = self.budget.admit(head, min(steps, default=0))
-            self.standings[head] = Standing(step=step, version=self.version)
+            self.standings[head] = CommittedPosition(step=step, version=self.version)
             self.members.add(head)
             self.data.admit(head, self.live)
             fresh = True  # whatever the base holds of one that had this number before isn't this one's
@@ -240,21 +240,21 @@ class Coordinator:
         """Whether a head that has joined owns data to train on."""
         return self.data.ready(head)
 
-    def start(self, head: int) -> Standing:
+    def start(self, head: int) -> CommittedPosition:
         """What a head that begins now goes on from; batches that it has trained and not contributed are its to train again."""
         self.live.add(head)
         self.standings[head] = replace(self.standings[head], lanes=self.data.lanes(head))
         return self.standings[head]
 
-    def drop(self, head: int) -> Outcome:
+    def drop(self, head: int) -> StepResult:
         """A head is gone for good: its data go to others, and every contribution counts 1/N of those that are left.
 
         Raises:
             PolicyError: as `receive`.
         """
         if head not in self.members:
-            return Outcome((), ())
-        verdicts: tuple[Verdict, ...] = ()
+            return StepResult((), ())
+        verdicts: tuple[ContributionResult, ...] = ()
         if head in self._pending:  # its data are trained by others
             verdicts = (self._verdict(head, False, f"head {head} has left the run"),)
             del self._pending[head]
@@ -266,9 +266,9 @@ class Coordinator:
         self._forget(head)
         self.data.drop(head)
         outcome = self._decide()
-        return Outcome((*verdicts, *outcome.verdicts), outcome.merges)
+        return StepResult((*verdicts, *outcome.verdicts), outcome.merges)
 
-    def tick(self) -> Outcome:
+    def tick(self) -> StepResult:
         """`wakes_at` has come: the policy is asked again.
 
         Raises:
@@ -281,7 +281,7 @@ class Coordinator:
         """The base that a policy tries: to be evaluated, and the values to be given to `judged`. None if there is no trial."""
         return None if self._trial is None else self._trial[1]
 
-    def judged(self, values: Mapping[str, float]) -> Outcome:
+    def judged(self, values: Mapping[str, float]) -> StepResult:
         """The evaluation of `candidate`.
 
         Raises:
@@ -297,7 +297,7 @@ class Coordinator:
             raise PolicyError(f"{self._policy_name} judged {decision!r}; it must give the merge that was tried, or a Discard.")
         return self._decide(decision)
 
-    def settled(self, c: Contribution) -> Verdict | None:
+    def settled(self, c: Contribution) -> ContributionResult | None:
         """The verdict on a contribution that was merged before: whoever sends it again hasn't heard it."""
         held = self.standings.get(c.head)
         if (
@@ -307,7 +307,7 @@ class Coordinator:
             or (c.incarnation, c.sequence) != (held.incarnation, held.sequence)
         ):
             return None
-        return Verdict(c.head, c.sequence, True, held.version)
+        return ContributionResult(c.head, c.sequence, True, held.version)
 
     def refusal(self, c: Contribution) -> str:
         """Why a contribution can't be merged, as far as its numbers say; empty if they say nothing."""
@@ -318,11 +318,11 @@ class Coordinator:
             reason = f"head {c.head} has a contribution that isn't decided yet"
         return reason
 
-    def refused(self, contribution: Contribution, reason: str) -> Outcome:
+    def refused(self, contribution: Contribution, reason: str) -> StepResult:
         """The verdict on a contribution that can't be merged, which changes nothing."""
-        return Outcome((Verdict(contribution.head, contribution.sequence, False, self.version, reason),), ())
+        return StepResult((ContributionResult(contribution.head, contribution.sequence, False, self.version, reason),), ())
 
-    def unfit(self, c: Contribution, reason: str, poison: bool = True) -> Outcome:
+    def unfit(self, c: Contribution, reason: str, poison: bool = True) -> StepResult:
         """The verdict on a contribution whose content can't be merged: if it is poison, its head drops what it held.
 
         After the third in a row the head is quarantined: it leaves the run, and its data go to others.
@@ -330,21 +330,21 @@ class Coordinator:
         self._newest[c.head] = (c.incarnation, c.sequence)
         self.budget.note(c.head, c.step)  # they were taken, whatever became of them
         quarantined = self.guard.refused(c.head)
-        verdict = Verdict(c.head, c.sequence, False, self.version, reason, poison=poison, quarantined=quarantined)
-        later = self.drop(c.head) if quarantined else Outcome((), ())
-        return Outcome((verdict, *later.verdicts), later.merges)
+        verdict = ContributionResult(c.head, c.sequence, False, self.version, reason, poison=poison, quarantined=quarantined)
+        later = self.drop(c.head) if quarantined else StepResult((), ())
+        return StepResult((verdict, *later.verdicts), later.merges)
 
     def _out_of_place(self, c: Contribution) -> str:
         return self.data.check(c.head, c.lanes, c.grant, c.released) if c.lanes else ""
 
-    def _share(self, head: int, buffer: Tensor | Measured) -> Share:
-        if isinstance(buffer, Measured):
-            return Elsewhere()
+    def _share(self, head: int, buffer: Tensor | MeasuredContribution) -> Share:
+        if isinstance(buffer, MeasuredContribution):
+            return RemoteShare()
         return Share(1.0, self.plans[head], buffer, self._references.get(head))
 
-    def _decide(self, decision: Decision | None = None) -> Outcome:
+    def _decide(self, decision: Decision | None = None) -> StepResult:
         """Asks the policy and does what it says, until it waits."""
-        verdicts: list[Verdict] = []
+        verdicts: list[ContributionResult] = []
         merges: list[MergeRecord] = []
         while self._trial is None:  # each turn but the last settles at least one contribution
             decision = decision or self._ask()
@@ -367,7 +367,7 @@ class Coordinator:
                 del self._pending[head]
             self._shown = [self._show(head) for head in self.pending]  # their lags have changed
             decision = None
-        return Outcome(tuple(verdicts), tuple(merges))
+        return StepResult(tuple(verdicts), tuple(merges))
 
     def _show(self, head: int) -> Pending:
         received = self._pending[head]
@@ -470,18 +470,18 @@ class Coordinator:
         head = c.head
         before = self.standings[head]
         step, samples = max(c.step, before.step), before.samples + c.samples
-        self.standings[head] = Standing(c.incarnation, c.sequence, self.version, step, samples, c.batches, c.lanes)
+        self.standings[head] = CommittedPosition(c.incarnation, c.sequence, self.version, step, samples, c.batches, c.lanes)
         if c.lanes:
             self.data.merged(head, c.lanes, c.grant, c.released)
         norm = self._pending[head].norm
         if norm is not None and c.steps:  # one that holds nothing doesn't show that its head is well again
             self.guard.merged(head, norm, c.steps)
 
-    def _operation(self, decision: Merge | MergeChange, heads: list[int], weights: Mapping[int, float]) -> Operation:
+    def _operation(self, decision: Merge | MergeChange, heads: list[int], weights: Mapping[int, float]) -> MergeOp:
         if isinstance(decision, MergeChange):
-            return Operation(self.version + 1, (), self._with_mean_buffers(self._change(decision), heads))
+            return MergeOp(self.version + 1, (), self._with_mean_buffers(self._change(decision), heads))
         shares = [replace(self._pending[head].share, weight=weight) for head, weight in weights.items()]
-        return Operation(self.version + 1, shares)
+        return MergeOp(self.version + 1, shares)
 
     def _with_mean_buffers(self, change: Tensor, heads: list[int]) -> Tensor:
         """Running statistics are averages and no direction: an extrapolated variance may be negative. So they are averaged."""
@@ -524,8 +524,8 @@ class Coordinator:
             raise PolicyError(f"{self._policy_name} gave a change that holds NaN or infinity; it must be finite.")
         return change
 
-    def _verdict(self, head: int, accepted: bool, reason: str) -> Verdict:
-        return Verdict(head, self._pending[head].contribution.sequence, accepted, self.version, reason)
+    def _verdict(self, head: int, accepted: bool, reason: str) -> ContributionResult:
+        return ContributionResult(head, self._pending[head].contribution.sequence, accepted, self.version, reason)
 
     @property
     def _policy_name(self) -> str:

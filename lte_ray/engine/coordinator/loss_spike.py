@@ -16,7 +16,7 @@ NARROWEST = 0.05
 own, and a few percent of it are no spike. At z = 6 a loss must rise by 30 % at the least."""
 
 
-class SpikeWatch:
+class LossSpikeDetector:
     """Judges each merge's mean training loss by a robust z-score against the merges before it.
 
     With the last `window` losses l_i of merges that weren't suspicious,

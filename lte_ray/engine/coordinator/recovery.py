@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lte_ray.messages import Report, Standing
+from lte_ray.messages import CommittedPosition, RecoveryReport
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Recovered:
 
     version: int
     base: Any
-    held: Mapping[int, Standing]
+    held: Mapping[int, CommittedPosition]
     ledger: Mapping[str, Any]
     references: Mapping[int, Any]
     granted: Mapping[int, int]
@@ -32,7 +32,7 @@ class Recovered:
     unknown: frozenset[int]
 
 
-def recover(reports: Sequence[Report]) -> Recovered | None:
+def recover(reports: Sequence[RecoveryReport]) -> Recovered | None:
     """The newest version that the reports know of; None if none of them has a base."""
     known = [report for report in reports if report.base is not None and report.version >= 0]
     if not known:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 
 from lte_ray.config import MergeConfig
 from lte_ray.engine.settings import Settings
-from lte_ray.messages import Order
+from lte_ray.messages import HeadDirective
 
 KEPT = 0.5
 """Share of the former estimate that a new measurement of a head's step time leaves."""
@@ -19,7 +19,7 @@ MOST = 64
 """A head takes at most so many times `merge_iter` steps, however slow the slowest is."""
 
 
-class Pace:
+class StepRateEstimator:
     """Speed-matched rounds: the slowest head takes `merge_iter` steps, each other as many as fit the same time.
 
     As the dynamic local updates of asynchronous local SGD (Liu et al. 2024, arXiv 2401.09135, section 5.2). With
@@ -83,7 +83,7 @@ def is_shared(settings: Settings) -> bool:
     return budget == "shared"
 
 
-class Budget:
+class StepBudget:
     """Grants local steps, a round or two at a time where they are shared; all together heads take exactly what there is.
 
     Args:
@@ -94,7 +94,7 @@ class Budget:
     """
 
     def __init__(
-        self, settings: Settings, pace: Pace, taken: Mapping[int, int], granted: Mapping[int, int] | None = None
+        self, settings: Settings, pace: StepRateEstimator, taken: Mapping[int, int], granted: Mapping[int, int] | None = None
     ) -> None:
         self.shared = is_shared(settings)
         self._steps, self._pace = settings.train.steps, pace
@@ -129,17 +129,17 @@ class Budget:
         """A head's process is gone, and what it has contributed ends at `step`: what it was granted beyond is free again."""
         self._taken[head] = self._granted[head] = step
 
-    def order(self, head: int, live: Collection[int]) -> Order:
+    def order(self, head: int, live: Collection[int]) -> HeadDirective:
         """What a head is to do next."""
         steps = self._pace.steps(head, live)
         if not self.shared:
-            return Order(steps, self._steps)
+            return HeadDirective(steps, self._steps)
         left = max(0, self._total - sum(self._granted.values()))
         # What is left is shared by speed, so that all end together; but rounds shouldn't become ever smaller.
         fair = max(math.ceil(left * self._pace.share(head, live)), min(steps, self._steps) // 4)
         ahead = max(AHEAD * steps, min(self._pace.fitting(head, AWAY), fair // SLICE))
         grant = min(left, fair, max(0, self._taken[head] + ahead - self._granted[head]))
         if head not in live:  # it has left, and may hear this all the same: what is free again is for others
-            return Order(steps, self._granted[head], True, self._pace.rate(head, live), self.progress)
+            return HeadDirective(steps, self._granted[head], True, self._pace.rate(head, live), self.progress)
         self._granted[head] += grant
-        return Order(steps, self._granted[head], left == grant, self._pace.rate(head, live), self.progress)
+        return HeadDirective(steps, self._granted[head], left == grant, self._pace.rate(head, live), self.progress)

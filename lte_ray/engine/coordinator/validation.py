@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lte_ray.config import MergeConfig
-from lte_ray.engine.coordinator.aggregator import Measured
+from lte_ray.engine.coordinator.aggregator import MeasuredContribution
 from lte_ray.messages import Contribution
 
 ABSURD = 1e30
@@ -41,16 +41,16 @@ def stale(c: Contribution, run: str, newest: tuple[int, int], version: int) -> s
     return ""
 
 
-def misshapen(buffer: Tensor | Measured, size: int, dtype: torch.dtype) -> str:
+def misshapen(buffer: Tensor | MeasuredContribution, size: int, dtype: torch.dtype) -> str:
     """Why it isn't a flat contribution of the head's plan; shards have checked their parts' sizes when they decoded them."""
-    if isinstance(buffer, Measured) or (buffer.shape == (size,) and buffer.dtype == dtype):
+    if isinstance(buffer, MeasuredContribution) or (buffer.shape == (size,) and buffer.dtype == dtype):
         return ""
     return f"it has the shape {tuple(buffer.shape)} and the type {buffer.dtype}, expected {(size,)} and {dtype}"
 
 
-def squares(buffer: Tensor | Measured) -> float:
+def squares(buffer: Tensor | MeasuredContribution) -> float:
     """The sum of squares of its elements."""
-    return buffer.squares if isinstance(buffer, Measured) else float(torch.dot(buffer, buffer))
+    return buffer.squares if isinstance(buffer, MeasuredContribution) else float(torch.dot(buffer, buffer))
 
 
 def poisonous(total: float, scaling: float) -> str:
@@ -92,7 +92,7 @@ GROWTH = 0.75
 that contributed after ten times the others' steps had norms of 10^0.5 to 10^1.07 times theirs, mostly 10^0.7 to 10^0.9."""
 
 
-class Guard:
+class OutlierFilter:
     """Judges norms by a robust z-score, and counts refusals in a row.
 
     With y = log(norm / steps^GROWTH), and y_i of the last `WINDOW` merged contributions of all heads,

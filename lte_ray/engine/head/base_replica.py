@@ -14,8 +14,8 @@ from lte_ray.engine.coordinator.broadcast_log import CHECK_EVERY
 from lte_ray.engine.process_tuning import torch_threads
 from lte_ray.merging.flat_buffer import views
 from lte_ray.merging.low_rank import Share, add_contributions, new_reference
-from lte_ray.messages import Merged, Update
-from lte_ray.transfer.checksum import checksum
+from lte_ray.messages import CoordinatorReply, MergeDelta
+from lte_ray.transfer.checksum import base_checksum
 from lte_ray.transfer.codec import Codec
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ class _Fetched:
 
     parts: dict[int, Tensor]
     references: dict[int, Tensor] = field(default_factory=dict)
-    chain: list[tuple[Merged, dict[int, dict[int, Tensor]]]] = field(default_factory=list)
+    chain: list[tuple[MergeDelta, dict[int, dict[int, Tensor]]]] = field(default_factory=list)
 
 
 @dataclass
@@ -38,11 +38,11 @@ class _Part:
     references: dict[int, Tensor | None]
 
 
-class OutOfReach(Exception):
+class CannotRedoMerges(Exception):
     """The merges of an update don't follow the version that this process has: it needs the whole base."""
 
 
-class Mirror:
+class BaseReplica:
     """Follows the coordinator's base version by version.
 
     Groups that travel by factors are redone here: the same products in the same order as the coordinator's. The rest is
@@ -74,7 +74,7 @@ class Mirror:
         """The version to ask from: -1 where the whole base is to be sent."""
         return self.version if self._parts else -1
 
-    def take(self, update: Update, note: Callable[[], object] = lambda: None) -> Tensor | None:
+    def take(self, update: CoordinatorReply, note: Callable[[], object] = lambda: None) -> Tensor | None:
         """Follows to the update's version and gives that base, flat; None if this process has it or a newer one.
 
         The base is the mirror's own, to be read only, and stays as it is until `release`, which has to follow: whoever comes
@@ -85,7 +85,7 @@ class Mirror:
             note: called when the base is here; if it raises, the update doesn't count.
 
         Raises:
-            OutOfReach: merges are missing between this process's version and the update's.
+            CannotRedoMerges: merges are missing between this process's version and the update's.
         """
         self._turn.acquire()
         taken = changing = False
@@ -116,7 +116,7 @@ class Mirror:
         """The base that `take` gave isn't needed any more."""
         self._turn.release()
 
-    def _fetched(self, update: Update) -> _Fetched:
+    def _fetched(self, update: CoordinatorReply) -> _Fetched:
         """All that an update refers to, so that what follows can't be cut off."""
         groups = self._codecs[0].groups
         if len(groups) == 1 and not groups[0].by_factors:
@@ -124,7 +124,7 @@ class Mirror:
         chain = [merged for merged in update.chain if merged.version > self.version]
         whole = update.base.keys() >= {i for i, group in enumerate(groups) if group.by_factors}
         if not whole and (not self._parts or self.version + len(chain) != update.version):
-            raise OutOfReach
+            raise CannotRedoMerges
         indices = update.base.keys() if whole else self._parts.keys()
         factored = [i for i in indices if groups[i].by_factors]
         return _Fetched(
@@ -139,7 +139,7 @@ class Mirror:
     def _buffer(self, head: int, handle: Any) -> Tensor:
         return self._fetch(handle) if head in self._own else self._get(handle)
 
-    def _follow(self, update: Update, fetched: _Fetched) -> Tensor:
+    def _follow(self, update: CoordinatorReply, fetched: _Fetched) -> Tensor:
         groups = self._codecs[0].groups
         if len(groups) == 1 and not groups[0].by_factors:
             return fetched.parts[0]
@@ -161,7 +161,7 @@ class Mirror:
         self._compare(update)
         return base
 
-    def _redo(self, merged: Merged, buffers: Mapping[int, Mapping[int, Tensor]]) -> None:
+    def _redo(self, merged: MergeDelta, buffers: Mapping[int, Mapping[int, Tensor]]) -> None:
         for index, part in self._parts.items():
             shares = []
             for head, weight in merged.weights.items():
@@ -173,9 +173,9 @@ class Mirror:
             for head, share in shares:
                 part.references[head] = new_reference(share, self._reset)
         if merged.version % CHECK_EVERY == 0:
-            self._sums = {merged.version: sum(checksum(part.base) for part in self._parts.values()) % 2**64}
+            self._sums = {merged.version: sum(base_checksum(part.base) for part in self._parts.values()) % 2**64}
 
-    def _compare(self, update: Update) -> None:
+    def _compare(self, update: CoordinatorReply) -> None:
         """Forgets the copy if it isn't the coordinator's any more; the next update then brings the whole base."""
         if update.checksum is not None and self._sums.get(update.checksum[0], update.checksum[1]) != update.checksum[1]:
             self._parts, self._sums = {}, {}

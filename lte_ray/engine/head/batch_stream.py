@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from lte_ray.data.partition import advance, initial, split
 from lte_ray.data.shard import Shard
-from lte_ray.messages import Grant, Lanes
+from lte_ray.messages import Assignment, Partitions
 from lte_ray.worker import Batch, Worker, endless_batches
 
 
-class Feed:
+class BatchStream:
     """Gives one head's batches, one after another, and can say and take over where that was.
 
     Args:
@@ -24,10 +24,10 @@ class Feed:
         self._worker, self._head, self._num_heads, self._seed = worker, head, num_heads, seed
         self._batches: Iterator[Batch] | None = None
         self.taken = 0
-        self.lanes: Lanes = initial(head, num_heads) if head < num_heads else ()  # else it is given some
+        self.lanes: Partitions = initial(head, num_heads) if head < num_heads else ()  # else it is given some
         self.grant = 0
         """The newest grant of lanes that was taken over."""
-        self.released: Grant | None = None
+        self.released: Assignment | None = None
         """What was given away at the newest request."""
 
     def next(self) -> Batch:
@@ -41,15 +41,15 @@ class Feed:
         self.lanes = advance(self.lanes, 1)
         return batch
 
-    def move(self, taken: int, lanes: Lanes, grant: int = 0) -> None:
+    def move(self, taken: int, lanes: Partitions, grant: int = 0) -> None:
         """Goes on from another position; what was given away and isn't merged stays this head's."""
         self.taken, self.lanes, self.grant, self._batches, self.released = taken, lanes, grant, None, None
 
-    def after(self, taken: int) -> Lanes:
+    def after(self, taken: int) -> Partitions:
         """The lanes of a head that has taken so many batches, and had no others than at the start."""
         return advance(initial(self._head, self._num_heads), taken)
 
-    def follow(self, grants: Sequence[Grant], release: int) -> None:
+    def follow(self, grants: Sequence[Assignment], release: int) -> None:
         """Takes over lanes, and gives half of what it has away if that is asked; repeats change nothing."""
         for grant in grants:
             if grant.id > self.grant:
@@ -57,4 +57,4 @@ class Feed:
                 self._batches = None
         if release and (self.released is None or release > self.released.id):
             kept, given = split(self.lanes)
-            self.lanes, self.released, self._batches = kept, Grant(release, given), None
+            self.lanes, self.released, self._batches = kept, Assignment(release, given), None

@@ -20,16 +20,16 @@ from torch import Tensor
 from lte_ray.adapters.convert import convert, share_frozen
 from lte_ray.adapters.effective_parameter import computing
 from lte_ray.adapters.quantization import check_format
-from lte_ray.engine.head.batch_stream import Feed
+from lte_ray.engine.head.batch_stream import BatchStream
 from lte_ray.engine.head.main_weights import MainWeights
-from lte_ray.engine.head.optimization import Update, autocast, build_optimizer, checked_loss, checkpoint_activations
+from lte_ray.engine.head.optimization import OptimizerStep, autocast, build_optimizer, checked_loss, checkpoint_activations
 from lte_ray.engine.head.optimizer_state import user_buffers
 from lte_ray.engine.head.rng import Generators, drawn, head_seed
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import LTEError, WorkerFailed
 from lte_ray.merging.flat_buffer import base_replicas, factor_views, factors_part, gather, replica_part, replica_views
 from lte_ray.merging.low_rank import Share, squared_norm
-from lte_ray.messages import Contribution, HeadStatus, HeadTimes, Order, Standing, Verdict
+from lte_ray.messages import CommittedPosition, Contribution, ContributionResult, HeadDirective, HeadStatus, HeadTimes
 from lte_ray.worker import Batch, Worker, batch_samples, build_model, to_device
 
 if TYPE_CHECKING:
@@ -80,8 +80,10 @@ class Head:
         self.interrupted: Callable[[], bool] = lambda: False
         """Asked before every step of a round; whether to leave the rest of it for later."""
         self._worker = worker
-        self.feed = Feed(worker, head, settings.lte.num_heads, settings.train.seed)
-        self._since = self._offered = Standing(incarnation, lanes=self.feed.lanes)  # at the last merged, and the last made
+        self.feed = BatchStream(worker, head, settings.lte.num_heads, settings.train.seed)
+        self._since = self._offered = CommittedPosition(
+            incarnation, lanes=self.feed.lanes
+        )  # at the last merged, and the last made
         self._limit, self._final, self._rate = settings.train.steps, True, 1.0
         self._granted = 0  # the highest limit that the coordinator has given
         self._noted = (time.perf_counter(), 0.0)  # when the last contribution was made, and the seconds stalled until then
@@ -122,7 +124,7 @@ class Head:
             self.optimizer, self.schedule = build_optimizer(
                 worker, self.plan, {**self._factors, **self._replicas}, settings.train.steps
             )
-        self.update = Update(self.optimizer, self.schedule, settings.train, self.device)
+        self.update = OptimizerStep(self.optimizer, self.schedule, settings.train, self.device)
         self._frozen: dict[str, Tensor] = {}
 
     # -- training ------------------------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ class Head:
         """Whether all local steps were taken."""
         return self._final and self.left == 0
 
-    def follow(self, order: Order) -> None:
+    def follow(self, order: HeadDirective) -> None:
         """Takes the coordinator's word on how many steps there are, and where the learning-rate schedule stands."""
         if order.limit >= self._granted:  # else it is an older one, overtaken by another answer
             self._limit, self._final, self._granted = order.limit, order.final, order.limit
@@ -247,10 +249,10 @@ class Head:
         return self.step - self._offered.step
 
     @property
-    def position(self) -> Standing:
+    def position(self) -> CommittedPosition:
         """Where the head is: what it would stand at, if all were merged that it has trained."""
         feed = self.feed
-        return Standing(self.incarnation, self.sequence, self.version, self.step, self.samples, feed.taken, feed.lanes)
+        return CommittedPosition(self.incarnation, self.sequence, self.version, self.step, self.samples, feed.taken, feed.lanes)
 
     @property
     def offer(self) -> Tensor:
@@ -269,7 +271,7 @@ class Head:
         return self._limit
 
     @property
-    def merged(self) -> Standing:
+    def merged(self) -> CommittedPosition:
         """Where the last merged contribution, of which this head knows, has left it."""
         return self._since
 
@@ -356,7 +358,7 @@ class Head:
     # -- rebasing ------------------------------------------------------------------------------------------------
 
     def adopt(
-        self, verdict: Verdict | None, version: int, base: Tensor | None, staged: Mapping[str, Tensor] | None = None
+        self, verdict: ContributionResult | None, version: int, base: Tensor | None, staged: Mapping[str, Tensor] | None = None
     ) -> None:
         """Takes the answer to the outstanding contribution and rebases onto `base`, losing no step (DESIGN 3.4, 3.6).
 
@@ -490,7 +492,7 @@ class Head:
 
     # -- from elsewhere ----------------------------------------------------------------------------------------------
 
-    def resume(self, standing: Standing, reference: Tensor | None) -> None:
+    def resume(self, standing: CommittedPosition, reference: Tensor | None) -> None:
         """Before `start`: takes over what a base holds of this head, as its position and as its factors.
 
         What it contributes from there on is what it trains from there on. Without a reference B is zero.

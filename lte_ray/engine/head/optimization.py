@@ -114,7 +114,7 @@ ROUNDING = 1e-6
 """Of a step, that sums of rates may lack."""
 
 
-class Update:
+class OptimizerStep:
     """Turns the gradients of `accumulate` batches into one step of optimizer and schedule."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: Any, train: TrainConfig, device: torch.device) -> None:

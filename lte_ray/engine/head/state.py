@@ -11,7 +11,7 @@ from lte_ray.data.partition import ordered
 from lte_ray.engine.head.optimizer_state import check_shapes, optimizer_state, restore_optimizer
 from lte_ray.errors import StorageError
 from lte_ray.merging.flat_buffer import factors_part, replica_views
-from lte_ray.messages import Grant, Lanes, Save, Standing
+from lte_ray.messages import Assignment, CheckpointRequest, CommittedPosition, Partitions
 
 if TYPE_CHECKING:
     from lte_ray.engine.head.head import Head
@@ -24,18 +24,18 @@ UNUSABLE = (KeyError, ValueError, TypeError, IndexError, AttributeError, Runtime
 """What comes of a saved state that isn't what it should be."""
 
 
-class Missed(Exception):
+class StateMissed(Exception):
     """The head has gone on: it can't say any more what it held at that version."""
 
 
-def snapshot(head: Head, save: Save) -> State:
+def snapshot(head: Head, save: CheckpointRequest) -> State:
     """All that the head needs to go on from version `save.version`, beside its base; a copy, to be written in another thread.
 
     The cut is consistent whatever the head has trained meanwhile: relative to what that version holds of it, its factors and
     replicas carry all the rest, which rides in its next contribution.
 
     Raises:
-        Missed: a later contribution of this head was merged and adopted already.
+        StateMissed: a later contribution of this head was merged and adopted already.
     """
     sequence = save.sequences[head.head]
     outstanding = head._outstanding
@@ -44,7 +44,7 @@ def snapshot(head: Head, save: Save) -> State:
     if contained is not None:
         since, reference = head._offered, factors_part(head.plan, contained)
     if since.sequence != sequence:
-        raise Missed
+        raise StateMissed
     zero_b = contained is not None and head.settings.lte.reset == "B"
     b = {spec.b for spec in head.plan.adapted}
     tensors = {f"factor.{n}": torch.zeros_like(p) if zero_b and n in b else p for n, p in head._factors.items()}
@@ -101,7 +101,7 @@ def restore(head: Head, state: State, base: Tensor) -> None:
 @torch.no_grad()
 def _restore(head: Head, tensors: dict[str, Tensor], meta: dict[str, Any], base: Tensor) -> None:
     step, samples = map(_count, meta["since"])
-    standing = Standing(head.incarnation, _count(meta["sequence"]), _count(meta["version"]), step, samples)
+    standing = CommittedPosition(head.incarnation, _count(meta["sequence"]), _count(meta["version"]), step, samples)
     head.resume(standing, tensors.get("reference"))
     direct = all(f"replica.{name}" in tensors for name in head._replicas)
     ahead = None if direct else {name: tensors[f"ahead.{name}"].to(head.device) for name in head._replicas}
@@ -118,15 +118,15 @@ def _restore(head: Head, tensors: dict[str, Tensor], meta: dict[str, Any], base:
     for name, buffer in head.buffers():
         _copy(buffer, tensors[f"buffer.{name}"])
     head.step, head.samples, head._loss = _count(meta["step"]), _count(meta["samples"]), float(meta["loss"])
-    head._offered = Standing(head.incarnation, standing.sequence, step=_count(meta.get("offered", step)))
+    head._offered = CommittedPosition(head.incarnation, standing.sequence, step=_count(meta.get("offered", step)))
     head._losses = [loss.to(head.device) for loss in tensors["losses"]] if "losses" in tensors else []
     # An older release took one batch a step, and knew no lanes.
     taken = _count(meta.get("batches", head.step))
-    lanes: Lanes = ordered(meta["lanes"]) if "lanes" in meta else head.feed.after(taken)
+    lanes: Partitions = ordered(meta["lanes"]) if "lanes" in meta else head.feed.after(taken)
     head.feed.move(taken, lanes, _count(meta.get("grant", 0)))
     released = meta.get("released")
     if released is not None:
-        head.feed.released = Grant(_count(released[0]), ordered(released[1:]))
+        head.feed.released = Assignment(_count(released[0]), ordered(released[1:]))
     restore_learning(head, state=(tensors, meta))
     head.rng.load_state(tensors, meta["rng"])
     with head.rng.swapped_in():  # now, rather than in the first step, if the generators can't take it
@@ -154,7 +154,9 @@ def restore_learning(head: Head, state: State) -> None:
     head.update.position = float(meta["position"] if "position" in meta else meta["step"])
 
 
-def rejoin(head: Head, standing: Standing, reference: Tensor | None, version: int, base: Tensor, saved: State | None) -> str:
+def rejoin(
+    head: Head, standing: CommittedPosition, reference: Tensor | None, version: int, base: Tensor, saved: State | None
+) -> str:
     """A head that died goes on from what a base holds of it, in the place of `start`.
 
     It starts with the factors that were merged last and B A = B' A', so that it contributes nothing that it hasn't trained;

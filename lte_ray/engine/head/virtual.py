@@ -46,7 +46,7 @@ from lte_ray.engine.settings import Settings
 from lte_ray.messages import Contribution
 
 
-class Lanes:
+class ThreadedHeads:
     """Takes local steps of all heads: the heads of one lane in turn and the lanes at once.
 
     Batches are read one at a time, each under its head's generators, as in turns. What else runs at once mustn't draw from
@@ -139,7 +139,7 @@ def check_stackable(train: TrainConfig, plans: Sequence[Plan]) -> None:
         )
 
 
-class Stack:
+class VmappedHeads:
     """The stacked tensors of some heads, and their common loss.
 
     Args:
@@ -301,12 +301,12 @@ class HeadGroup:
                 )
             )
         self._note = ""
-        self._lanes = Lanes([self.heads[n::lanes] for n in range(lanes)], threads) if lanes > 1 else None
+        self._lanes = ThreadedHeads([self.heads[n::lanes] for n in range(lanes)], threads) if lanes > 1 else None
         self._insist = insist
-        self._stack: Stack | None = None
+        self._stack: VmappedHeads | None = None
         if together:
             try:
-                self._stack = Stack(worker, self.heads)
+                self._stack = VmappedHeads(worker, self.heads)
             except Unstackable as reason:
                 self._give_up(reason)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lte_ray.merging.low_rank import squared_distances
 from lte_ray.merging.policies.elementwise import by_elements, share_of_all
-from lte_ray.merging.policies.weighted import Window
+from lte_ray.merging.policies.weighted import RollingWeights
 from lte_ray.merging.policy import Merge, MergeChange, Pending, Roster
 from lte_ray.merging.policy_args import within
 
@@ -108,7 +108,7 @@ class Clip:
         within("max_norm", max_norm, 0)
         within("times", times, 0, above=True)
         self.max_norm, self.times = max_norm, times
-        self._window = Window()
+        self._window = RollingWeights()
 
     def merge(self, pending: Sequence[Pending], roster: Roster) -> Merge:
         norms = {p.head: p.norm() for p in pending}

@@ -19,7 +19,7 @@ NAMED = 8
 """Heads that a reason lists by number; of more it gives the count."""
 
 
-class When(Protocol):
+class MergeTrigger(Protocol):
     """Chooses the contributions that one merge takes."""
 
     def ready(self, pending: Sequence[Pending], roster: Roster) -> Sequence[Pending] | Wait:
@@ -73,7 +73,7 @@ class Arrival:
         return [min(pending, key=lambda p: (p.arrived, p.head))]
 
 
-def make_when(merge: MergeConfig) -> When:
+def make_when(merge: MergeConfig) -> MergeTrigger:
     """What `--when`, `--quorum` and `--deadline` say."""
     if merge.when == "quorum":
         return Quorum(merge.quorum, merge.deadline)
@@ -92,7 +92,7 @@ class MergeRule(Protocol):
         ...
 
 
-class Scheduled:
+class ComposedPolicy:
     """Asks `how` once `when` says which contributions are due.
 
     Args:
@@ -102,7 +102,7 @@ class Scheduled:
     """
 
     def __init__(
-        self, how: MergeRule | Callable[[Sequence[Pending], Roster], Any], when: When | None = None, name: str = ""
+        self, how: MergeRule | Callable[[Sequence[Pending], Roster], Any], when: MergeTrigger | None = None, name: str = ""
     ) -> None:
         self.how, self.when = how, when or Barrier()
         self.name = name or getattr(how, "__name__", type(how).__name__)

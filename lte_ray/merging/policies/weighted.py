@@ -34,7 +34,7 @@ def average_weights(pending: Sequence[Pending], roster: Roster) -> dict[int, flo
     return {p.head: 1 / roster.num_heads for p in pending}
 
 
-class Window:
+class RollingWeights:
     """The amounts a of the last N contributions, N the number of heads configured: w_i = a_i / sum of the window.
 
     Weights that were normalised within each merge would all be 1/N where a merge takes one contribution: the amounts would
@@ -84,11 +84,11 @@ class Window:
 class Samples:
     """w_i = n_i / sum of n over the last N contributions, n the samples seen since the reference (FedAvg, arXiv 1602.05629).
 
-    Where all heads merge together this is FedAvg's n_i / n. See `Window` for merges of fewer.
+    Where all heads merge together this is FedAvg's n_i / n. See `RollingWeights` for merges of fewer.
     """
 
     def __init__(self) -> None:
-        self._window = Window()
+        self._window = RollingWeights()
 
     def merge(self, pending: Sequence[Pending], roster: Roster) -> Merge:
         return Merge(self._window.weights({p.head: p.samples for p in pending}, roster.num_heads))
@@ -104,7 +104,7 @@ class Stale:
     """w_i = d_i / sum of d over the last N contributions, with a discount d of the lag (FedAsync, arXiv 1903.03934).
 
     With late = max(0, lag - fresh): ``none`` d = 1; ``constant`` d = factor where late > 0, else 1; ``polynomial``
-    d = (1 + late)^-power. The weights stay normalised: see `Window` for the invariant. So what is taken from late
+    d = (1 + late)^-power. The weights stay normalised: see `RollingWeights` for the invariant. So what is taken from late
     contributions goes to fresh ones, and heads that are all equally late get the average.
 
     Args:
@@ -129,7 +129,7 @@ class Stale:
         within("factor", factor, 0, 1, above=True)
         within("fresh", fresh, 0)
         self.discount, self.power, self.factor, self.fresh, self.by_samples = discount, power, factor, fresh, by_samples
-        self._window = Window()
+        self._window = RollingWeights()
 
     def merge(self, pending: Sequence[Pending], roster: Roster) -> Merge:
         amounts = {p.head: self.discounted(p.lag) * (p.samples if self.by_samples else 1) for p in pending}

@@ -22,23 +22,23 @@ from torch import Tensor
 from lte_ray import checkpoint, storage
 from lte_ray.config import FailureConfig
 from lte_ray.engine.coordinator.step_budget import is_shared
-from lte_ray.engine.failure_policy import Failures
+from lte_ray.engine.failure_policy import FailurePolicy
 from lte_ray.engine.prepare import Initial
 from lte_ray.engine.process_tuning import cores, head_threads
 from lte_ray.errors import ContributionRefused, CoordinatorLost, LTEError, RunError, StorageError, UserError, WorkerFailed
-from lte_ray.messages import HeadStatus, MergeRecord, Save
+from lte_ray.messages import CheckpointRequest, HeadStatus, MergeRecord
 from lte_ray.run.metrics import BRIEF, Evaluation, MetricsLog, Progress, Reporter, throughput
-from lte_ray.runtime.context import Common, Package
-from lte_ray.runtime.controller.coordinator_group import BESIDE, Hub
-from lte_ray.runtime.controller.failure_handling import Mending
-from lte_ray.runtime.controller.head_actors import Crew
+from lte_ray.runtime.context import PickledObject, RunContext
+from lte_ray.runtime.controller.coordinator_group import BESIDE, CoordinatorGroup
+from lte_ray.runtime.controller.failure_handling import FailureHandler
+from lte_ray.runtime.controller.head_actors import HeadActorGroup
 from lte_ray.runtime.coordinator.actor import CoordinatorStatus
-from lte_ray.runtime.coordinator_state import Start
+from lte_ray.runtime.coordinator_state import CoordinatorState
 from lte_ray.runtime.evaluator_actor import EvaluatorActor
-from lte_ray.runtime.head.actor import HeadActor, Host
-from lte_ray.runtime.object_store import Gone
-from lte_ray.runtime.placement import Placement, Places
-from lte_ray.runtime.ray_errors import DEAD, got
+from lte_ray.runtime.head.actor import HeadActor, HeadHost
+from lte_ray.runtime.object_store import ObjectLost
+from lte_ray.runtime.placement import Placement, Reservation
+from lte_ray.runtime.ray_errors import DEAD, ray_get
 
 POLL = 0.5
 """Seconds between two looks at the actors."""
@@ -59,7 +59,7 @@ log = logging.getLogger("lte_ray")
 
 
 @dataclass
-class Session:
+class TrainController:
     """What the driver knows of a run that is on.
 
     Args:
@@ -74,10 +74,10 @@ class Session:
         export: what is done with the final base (flat), as soon as it is there.
     """
 
-    common: Common
+    common: RunContext
     initial: Initial
-    start: Start
-    policy: Package
+    start: CoordinatorState
+    policy: PickledObject
     placement: Placement
     failure: FailureConfig
     stack: str
@@ -98,7 +98,7 @@ class Session:
         if self.version:
             anew = [head for head in range(self.common.settings.lte.num_heads) if not self.start.standing(head).sequence]
             self.log.event("resumed", version=self.version, heads=self.common.settings.lte.num_heads, anew=anew)
-        self.failures = Failures(self.failure)
+        self.failures = FailurePolicy(self.failure)
         self.note = ""
         self._trouble = self._merging = ""
         self._told: set[tuple[int, int]] = set()  # cuts that heads were asked to write to, and the heads
@@ -112,10 +112,10 @@ class Session:
         self._judging: list[Future[None]] = []  # evaluations that are being written
         self._moved = (time.monotonic(), (0, 0))
         self._quiet_said = 0.0
-        self.hub = Hub(self.common, self.initial, self.policy, self._launch, self._end)
-        self.crew = Crew(self.hub, self._launch_heads, self._end)
+        self.hub = CoordinatorGroup(self.common, self.initial, self.policy, self._launch, self._end)
+        self.crew = HeadActorGroup(self.hub, self._launch_heads, self._end)
 
-    def run(self, places: Places) -> None:
+    def run(self, places: Reservation) -> None:
         """Runs to the end, with the actors in these places.
 
         Raises:
@@ -139,7 +139,7 @@ class Session:
     # -- actors --------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _actors(self, places: Places) -> Iterator[Mending]:
+    def _actors(self, places: Reservation) -> Iterator[FailureHandler]:
         try:
             self.crew.launch_all(places.all())
             self.hub.begin(self.start)
@@ -147,7 +147,7 @@ class Session:
                 self.crew.start(member)
             if self.common.settings.train.eval_every and self.version == 0:
                 self._to_evaluate.append((0, 0, self.start.base))
-            yield Mending(self, places)
+            yield FailureHandler(self, places)
         finally:
             for actor in self._alive:
                 ray.kill(actor)
@@ -168,7 +168,7 @@ class Session:
         resources = {k: v for k, v in placement.bundle.items() if k not in ("CPU", "GPU")}
         options = {"num_cpus": placement.bundle.get("CPU", 0), "num_gpus": placement.gpus, "resources": resources}
         options["scheduling_strategy"] = strategy
-        host = Host(threads, lanes, placement.gpus > 0, self.stack)
+        host = HeadHost(threads, lanes, placement.gpus > 0, self.stack)
         return self._launch(HeadActor, options, self.common, self.initial.plans, numbers, host, incarnation)
 
     @property
@@ -190,12 +190,12 @@ class Session:
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
-    def _watch(self, mending: Mending) -> None:
+    def _watch(self, mending: FailureHandler) -> None:
         """Until all heads have ended: polls, replaces what has died, evaluates, reports. May be called again."""
         while self.crew.busy:
             for member in self.crew.ended(POLL):
                 try:
-                    statuses = got(member.run, member.name, self.statuses.get(member.numbers[0]))
+                    statuses = ray_get(member.run, member.name, self.statuses.get(member.numbers[0]))
                 except LTEError as error:
                     mending.head_ended(member, error)
                 else:
@@ -277,7 +277,7 @@ class Session:
                 return
             self._evaluating = None
             try:
-                values = got(ref, "the evaluator")
+                values = ray_get(ref, "the evaluator")
             except (WorkerFailed, UserError):
                 raise
             except LTEError as error:
@@ -288,7 +288,7 @@ class Session:
             self.log.evaluation(evaluation)
             if self.common.keep.best:
                 running = [judging for judging in self._judging if not judging.done()]
-                self._judging = [*running, storage.beside(lambda: self._judge(evaluation))]
+                self._judging = [*running, storage.run_in_thread(lambda: self._judge(evaluation))]
                 wait(self._judging[-1:], BRIEF)
         if self._to_evaluate:
             version, step, base = self._to_evaluate.popleft()
@@ -370,7 +370,7 @@ class Session:
         for save in ray.get(coordinator.freeze.remote(early), timeout=max(0.1, end - time.monotonic())):
             self._ask_to_write(save, max(least, (end - time.monotonic()) / 2))
 
-    def _ask_to_write(self, save: Save, limit: float) -> None:
+    def _ask_to_write(self, save: CheckpointRequest, limit: float) -> None:
         """Has heads write their states into a checkpoint; it does without those that can't."""
         asked = {}
         for member in self.crew.members:
@@ -384,7 +384,7 @@ class Session:
         for head in save.sequences.keys() - there:
             self.hub.coordinator.saved.remote(save.version, head, None)
 
-    def _finish(self, mending: Mending) -> None:
+    def _finish(self, mending: FailureHandler) -> None:
         """The last checkpoint, the export, the last evaluation and the sample."""
         while True:
             try:
@@ -393,7 +393,7 @@ class Session:
                 self.take(self._when_there(mending, self.hub.coordinator.status.remote(self.seen)))
                 final = self.common.transport.fetch(base).clone()
                 break
-            except (*DEAD, CoordinatorLost, Gone, ray.exceptions.GetTimeoutError) as error:
+            except (*DEAD, CoordinatorLost, ObjectLost, ray.exceptions.GetTimeoutError) as error:
                 mending.recover(str(error))
                 self._watch(mending)  # heads that died together with it have something to do again
         base = self.common.transport.publish(final)  # the driver's own from here on
@@ -413,13 +413,13 @@ class Session:
             sampling = self.evaluator.sample.remote(base)
             while self._evaluator is not None and not ray.wait([sampling], timeout=POLL)[0]:
                 self._check_evaluator()
-            self.sample = got(sampling, "the evaluator")
+            self.sample = ray_get(sampling, "the evaluator")
         except WorkerFailed as error:  # a sample is for show: no reason to call the run failed
             self.sample = f"sample() raised: {error.traceback.strip().splitlines()[-1]}"
         except LTEError as error:
             self.sample = f"sample() gave nothing: {error}"
 
-    def _when_there(self, mending: Mending, answer: Any) -> Any:
+    def _when_there(self, mending: FailureHandler, answer: Any) -> Any:
         """The coordinator's answer, while others write their parts of the last checkpoint.
 
         Raises:
@@ -429,7 +429,7 @@ class Session:
             mending.look_at_end()
             self._watchdog()
             self.reporter.update(self.progress("saving the last version"))
-        return got(answer, "the coordinator")
+        return ray_get(answer, "the coordinator")
 
     def check_heads(self) -> None:
         """Raises ContributionRefused if every head of the run is quarantined."""

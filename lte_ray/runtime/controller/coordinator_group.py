@@ -11,10 +11,10 @@ import ray
 
 from lte_ray.engine.hang_detector import STARTING
 from lte_ray.engine.prepare import Initial
-from lte_ray.runtime.context import Common, Package
+from lte_ray.runtime.context import PickledObject, RunContext
 from lte_ray.runtime.coordinator.actor import CoordinatorActor
 from lte_ray.runtime.coordinator.shard_actor import ShardActor
-from lte_ray.runtime.coordinator_state import Start
+from lte_ray.runtime.coordinator_state import CoordinatorState
 from lte_ray.runtime.ray_errors import DEAD
 
 BESIDE = {"num_cpus": 0, "scheduling_strategy": "DEFAULT"}
@@ -25,7 +25,7 @@ Launch = Callable[..., Any]
 
 
 @dataclass
-class Hub:
+class CoordinatorGroup:
     """Starts coordinator and shards from a version, again and again if need be.
 
     Args:
@@ -34,9 +34,9 @@ class Hub:
         end: ends one.
     """
 
-    common: Common
+    common: RunContext
     initial: Initial
-    policy: Package
+    policy: PickledObject
     launch: Launch
     end: Callable[[Any], None]
     coordinator: Any = None
@@ -46,7 +46,7 @@ class Hub:
 
     _answered: set[int] = field(default_factory=set)  # shards that have, so that their silence means something
 
-    def begin(self, start: Start) -> None:
+    def begin(self, start: CoordinatorState) -> None:
         """A new coordinator, with shards if there are any, goes on from there."""
         plans, count = self.initial.plans, self.common.settings.merge.shards
         calls = max(1000, 3 * len(plans))  # heads that wait must not fill up the coordinator

@@ -12,16 +12,16 @@ import ray
 
 from lte_ray import checkpoint
 from lte_ray.engine.coordinator.recovery import fitting, recover
-from lte_ray.engine.hang_detector import Pulse
+from lte_ray.engine.hang_detector import ProcessHealth
 from lte_ray.errors import CoordinatorLost, HeadLost, LTEError, RunError, StorageError, WorkerFailed
-from lte_ray.messages import Report
-from lte_ray.runtime.controller.head_actors import Member
-from lte_ray.runtime.coordinator_state import Start, resumed
-from lte_ray.runtime.placement import Places
-from lte_ray.runtime.ray_errors import DEAD, translated
+from lte_ray.messages import RecoveryReport
+from lte_ray.runtime.controller.head_actors import HeadActorSlot
+from lte_ray.runtime.coordinator_state import CoordinatorState, load_checkpoint
+from lte_ray.runtime.placement import Reservation
+from lte_ray.runtime.ray_errors import DEAD, to_lte_error
 
 if TYPE_CHECKING:
-    from lte_ray.runtime.controller.controller import Session
+    from lte_ray.runtime.controller.controller import TrainController
 
 ANSWER = 10.0
 """Seconds that heads have to say what they know when the coordinator is lost; who doesn't is started anew."""
@@ -36,7 +36,7 @@ GROW = 15.0
 log = logging.getLogger("lte_ray")
 
 
-class Mending:
+class FailureHandler:
     """Restarts heads and the coordinator of one session.
 
     Args:
@@ -44,10 +44,10 @@ class Mending:
         places: where heads are.
     """
 
-    def __init__(self, session: Session, places: Places) -> None:
+    def __init__(self, session: TrainController, places: Reservation) -> None:
         self._session, self._places = session, places
         self._asked: tuple[Any, float] | None = None  # the coordinator's status that isn't answered yet, and since when
-        self._pulse = Pulse()
+        self._pulse = ProcessHealth()
         self._late: tuple[set[int], float] = (set(), 0.0)  # heads that wait for data, as the coordinator said when it was asked
         self._spike: tuple[str, int] | None = None  # and whether the loss has spiked
         self._grown = time.monotonic()
@@ -104,9 +104,9 @@ class Mending:
         try:
             status = ray.get(ref)
         except DEAD as error:
-            return str(translated(error, "the coordinator"))
+            return str(to_lte_error(error, "the coordinator"))
         except ray.exceptions.RayTaskError as error:
-            raise translated(error, "the coordinator") from error
+            raise to_lte_error(error, "the coordinator") from error
         deadlines.note(self._pulse, time.monotonic(), asked, status.version, idle=True, stepped=False, head=False)
         session.take(status)
         self._late, self._spike = (set(status.without_data), asked), status.spike
@@ -114,7 +114,7 @@ class Mending:
 
     # -- heads ---------------------------------------------------------------------------------------------------------
 
-    def head_ended(self, member: Member, error: LTEError) -> None:
+    def head_ended(self, member: HeadActorSlot, error: LTEError) -> None:
         """A process of heads has ended with this error.
 
         Raises:
@@ -126,7 +126,7 @@ class Mending:
             raise error  # the policy's, or the coordinator's own: all heads say the same
         self._head_lost(member, error)
 
-    def check_quarantined(self, member: Member) -> None:
+    def check_quarantined(self, member: HeadActorSlot) -> None:
         """A process has ended its work; says so if that is since its contributions were refused.
 
         A coordinator that began meanwhile, from an earlier version, doesn't know that yet: it mustn't wait for these heads.
@@ -141,7 +141,7 @@ class Mending:
                 coordinator.leave.remote(number)
         session.check_heads()
 
-    def _head_lost(self, member: Member, error: LTEError, event: str = "head_lost") -> None:
+    def _head_lost(self, member: HeadActorSlot, error: LTEError, event: str = "head_lost") -> None:
         session, crew = self._session, self._session.crew
         statuses = [session.statuses[n] for n in member.numbers if n in session.statuses]
         step = max((s.step for s in statuses), default=0)
@@ -200,7 +200,7 @@ class Mending:
             session.log.event("head_turned_away", heads=list(member.numbers), why="all others had ended when it came")
             self._drop(member)
 
-    def _do_without(self, member: Member, seconds: float) -> None:
+    def _do_without(self, member: HeadActorSlot, seconds: float) -> None:
         """The cluster has no place for a process; those that have one may go on without it, until there is room again."""
         session = self._session
         others = sum(len(other.numbers) for other in session.crew.training if other.pulse.answered is not None)
@@ -216,18 +216,18 @@ class Mending:
         self._without_place.append(member.numbers)
         session.log.event("head_dropped", heads=list(member.numbers), why=remedy.why)
 
-    def _lose(self, members: list[Member], drop: bool) -> Any:
+    def _lose(self, members: list[HeadActorSlot], drop: bool) -> Any:
         """Tells the coordinator that what was at these places is gone."""
         nexts = {number: member.incarnation for member in members for number in member.numbers}
         return self._session.hub.coordinator.lose.remote(nexts, drop)
 
-    def _drop(self, member: Member) -> None:
+    def _drop(self, member: HeadActorSlot) -> None:
         """What is there, or was to be, is ended, and others get its data."""
         self._session.crew.clear(member)
         self._lose([member], drop=True)
         self._leave(member)
 
-    def _leave(self, member: Member) -> None:
+    def _leave(self, member: HeadActorSlot) -> None:
         """The place is free."""
         self._session.crew.drop(member)
         self._places.spare(member.strategy)
@@ -257,7 +257,7 @@ class Mending:
         for number in numbers:
             session.log.event("head_added", head=number)
 
-    def _quarantined(self, member: Member) -> bool:
+    def _quarantined(self, member: HeadActorSlot) -> bool:
         statuses = self._session.statuses
         return all(n in statuses and statuses[n].state == "quarantined" for n in member.numbers)
 
@@ -297,7 +297,7 @@ class Mending:
         held = {str(h): asdict(standing) for h, standing in start.standings.items() if standing.sequence and h in members}
         session.log.event("coordinator_restarts", epoch=epoch, version=start.version, reports=len(reports), held=held)
 
-    def _undone(self, member: Member, start: Start, reports: list[Report]) -> bool:
+    def _undone(self, member: HeadActorSlot, start: CoordinatorState, reports: list[RecoveryReport]) -> bool:
         """Whether these heads had ended, and died with the coordinator, so that nobody has the merges of their last steps."""
         if not member.over or set(member.numbers) & {number for report in reports for number in report.heads}:
             return False
@@ -351,7 +351,7 @@ class Mending:
         self._begin(start)
         session.log.event("rolled_back", why=why, version=start.version, skipped_batches=skipped)
 
-    def _from_checkpoint(self, versions: list[int]) -> Start:
+    def _from_checkpoint(self, versions: list[int]) -> CoordinatorState:
         """The newest of these checkpoints that isn't damaged.
 
         Raises:
@@ -360,7 +360,7 @@ class Mending:
         session = self._session
         for version in sorted(versions, reverse=True):
             try:
-                return resumed(session.common, session.initial, version, session.common.settings.lte.num_heads)
+                return load_checkpoint(session.common, session.initial, version, session.common.settings.lte.num_heads)
             except StorageError as error:
                 session.log.event("storage", why=str(error))
                 if version == min(versions):
@@ -370,9 +370,9 @@ class Mending:
     def _stop(self) -> None:
         """Ends what is left of the coordinator: what was asked of it won't be answered."""
         self._session.hub.stop()
-        self._asked, self._pulse, self._late, self._spike = None, Pulse(), (set(), 0.0), None
+        self._asked, self._pulse, self._late, self._spike = None, ProcessHealth(), (set(), 0.0), None
 
-    def _begin(self, start: Start) -> None:
+    def _begin(self, start: CoordinatorState) -> None:
         """Another coordinator begins there, with the heads that the run has now."""
         self._session.rewind(start.version)
         self._session.hub.begin(replace(start, members=self._members()))
@@ -397,7 +397,7 @@ class Mending:
         out = {number for number, status in session.statuses.items() if status.state == "quarantined"}
         return frozenset(number for number, over in numbers if not (over and number in out))
 
-    def _reports(self, epoch: int) -> list[Report]:
+    def _reports(self, epoch: int) -> list[RecoveryReport]:
         """What the heads' processes know; those that don't answer are ended, so that they can't go on with the old one."""
         crew = self._session.crew
         there = [member for member in crew.members if member.actor is not None]
@@ -420,7 +420,7 @@ class Mending:
                 self._head_lost(member, HeadLost(f"The process of {member.name} didn't say what it knows within {ANSWER:g} s"))
         return reports
 
-    def _start(self, reports: list[Report], epoch: int) -> tuple[Start, frozenset[int]]:
+    def _start(self, reports: list[RecoveryReport], epoch: int) -> tuple[CoordinatorState, frozenset[int]]:
         """From where to go on, and the heads that must start anew."""
         session = self._session
         saved = session.checkpoint
@@ -441,5 +441,5 @@ class Mending:
                 known = checkpoint.read_references(session.common.directory, manifest, session.initial.plans)
                 references |= {h: session.common.transport.publish(factors) for h, factors in known.items() if h in fit}
         exact = session.start.exact - found.granted.keys() if found.version == session.start.version else frozenset()
-        start = Start.after(found, references, saved=saved, exact=exact, states=states, guard=guard, epoch=epoch)
+        start = CoordinatorState.after(found, references, saved=saved, exact=exact, states=states, guard=guard, epoch=epoch)
         return start, found.astray

@@ -9,9 +9,9 @@ from typing import Any
 
 import ray
 
-from lte_ray.engine.hang_detector import Deadlines, Pulse
+from lte_ray.engine.hang_detector import HangDetector, ProcessHealth
 from lte_ray.messages import HeadStatus
-from lte_ray.runtime.controller.coordinator_group import Hub
+from lte_ray.runtime.controller.coordinator_group import CoordinatorGroup
 from lte_ray.runtime.placement import placed, several_nodes
 
 BLIND = 2.0
@@ -19,7 +19,7 @@ BLIND = 2.0
 
 
 @dataclass(eq=False)
-class Member:
+class HeadActorSlot:
     """One actor's place: its heads, and the process that is there now, if one is.
 
     Attributes:
@@ -41,7 +41,7 @@ class Member:
     started: float = 0.0
     due: float | None = None
     asked: tuple[Any, float] | None = None
-    pulse: Pulse = field(default_factory=Pulse)
+    pulse: ProcessHealth = field(default_factory=ProcessHealth)
     over: bool = False
     said: bool = False
 
@@ -52,7 +52,7 @@ class Member:
         return f"head {first}" if first == last else f"heads {first}-{last}"
 
 
-class Crew:
+class HeadActorGroup:
     """Starts the processes of heads and keeps track of them.
 
     Args:
@@ -61,17 +61,19 @@ class Crew:
         end: ends one.
     """
 
-    def __init__(self, hub: Hub, launch: Callable[[tuple[int, ...], Any, int], Any], end: Callable[[Any], None]) -> None:
+    def __init__(
+        self, hub: CoordinatorGroup, launch: Callable[[tuple[int, ...], Any, int], Any], end: Callable[[Any], None]
+    ) -> None:
         self._hub, self._launch, self._end = hub, launch, end
-        self.members: list[Member] = []
-        self.deadlines = Deadlines()
+        self.members: list[HeadActorSlot] = []
+        self.deadlines = HangDetector()
         self.changed = 0.0  # when a place was given up, or its heads ended, for the last time
         self._looked: float | None = None
         self._given_up: dict[int, int] = {}  # by head, the next incarnation
 
-    def add(self, numbers: tuple[int, ...], strategy: Any) -> Member:
+    def add(self, numbers: tuple[int, ...], strategy: Any) -> HeadActorSlot:
         """A new place for heads, with their first process; their numbers may be those of heads that were given up."""
-        member = Member(numbers, strategy, incarnation=max(self._given_up.get(number, 0) for number in numbers))
+        member = HeadActorSlot(numbers, strategy, incarnation=max(self._given_up.get(number, 0) for number in numbers))
         self.members.append(member)
         self.start(member)
         return member
@@ -79,38 +81,38 @@ class Crew:
     def launch_all(self, places: Sequence[tuple[tuple[int, ...], Any]]) -> None:
         """The first processes; they begin to train when the coordinator is there."""
         for numbers, strategy in places:
-            member = Member(numbers, strategy)
+            member = HeadActorSlot(numbers, strategy)
             member.actor = self._launch(numbers, strategy, 0)
             self.members.append(member)
 
-    def start(self, member: Member) -> None:
+    def start(self, member: HeadActorSlot) -> None:
         """Starts the process that this place lacks, and has it train."""
         if member.actor is None:
             member.actor = self._launch(member.numbers, member.strategy, member.incarnation)
         member.run = member.actor.run.remote(self._hub.coordinator, self._hub.epoch)
         member.started, member.said = time.monotonic(), False
-        member.due, member.asked, member.pulse = None, None, Pulse()
+        member.due, member.asked, member.pulse = None, None, ProcessHealth()
 
-    def clear(self, member: Member) -> None:
+    def clear(self, member: HeadActorSlot) -> None:
         """What was there is gone, or is ended now."""
         if member.actor is not None:
             self._end(member.actor)
         member.actor = member.run = member.asked = None
         member.incarnation += 1
 
-    def drop(self, member: Member) -> None:
+    def drop(self, member: HeadActorSlot) -> None:
         """The place is given up."""
         self.changed = time.monotonic()
         self.members.remove(member)
         self._given_up |= dict.fromkeys(member.numbers, member.incarnation)  # of which nobody's contributions count any more
 
-    def over(self, member: Member) -> None:
+    def over(self, member: HeadActorSlot) -> None:
         """The work of these heads is done; their process may still have to write its state."""
         member.run, member.over = None, True
         self.changed = time.monotonic()
 
     @property
-    def training(self) -> list[Member]:
+    def training(self) -> list[HeadActorSlot]:
         """Those whose process trains."""
         return [member for member in self.members if member.run is not None]
 
@@ -119,7 +121,7 @@ class Crew:
         """Whether anybody trains, or is to start again."""
         return any(not member.over for member in self.members)
 
-    def ended(self, patience: float) -> list[Member]:
+    def ended(self, patience: float) -> list[HeadActorSlot]:
         """Those whose `run` has ended, after up to `patience` seconds."""
         running = {member.run: member for member in self.training}
         if not running:
@@ -167,7 +169,7 @@ class Crew:
                 if member.asked is not None:
                     member.asked = (member.asked[0], member.asked[1] + blind)
 
-    def gone(self) -> list[Member]:
+    def gone(self) -> list[HeadActorSlot]:
         """Those that have ended their work and whose process, which may still have to write its state, is gone or hangs."""
         now, found = time.monotonic(), []
         for member in [member for member in self.members if member.over and member.actor is not None]:
@@ -183,13 +185,13 @@ class Crew:
                 found.append(member)
         return found
 
-    def without_place(self, patience: float) -> list[tuple[Member, float]]:
+    def without_place(self, patience: float) -> list[tuple[HeadActorSlot, float]]:
         """Those for whose process the cluster has had no place for longer than `patience`, and for how many seconds."""
         now = time.monotonic()
         waits = [(m, now - m.started) for m in self.training if m.pulse.answered is None and m.pulse.begun is None]
         return [(member, seconds) for member, seconds in waits if seconds > patience]
 
-    def hung(self) -> list[tuple[Member, str]]:
+    def hung(self) -> list[tuple[HeadActorSlot, str]]:
         """Those that have stopped, and how one knows."""
         now, found = time.monotonic(), []
         for member in self.training:

@@ -16,21 +16,29 @@ import ray
 import torch
 
 from lte_ray import checkpoint, fault_injection, storage
-from lte_ray.data.assignment import DataLedger
-from lte_ray.engine.coordinator.broadcast_log import Downlink
-from lte_ray.engine.coordinator.coordinator import Coordinator, Outcome
+from lte_ray.data.assignment import PartitionAssignor
+from lte_ray.engine.coordinator.broadcast_log import BroadcastLog
+from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
 from lte_ray.errors import HeadLost, WorkerFailed
-from lte_ray.fault_injection import reached
+from lte_ray.fault_injection import inject
 from lte_ray.layout import Plan
 from lte_ray.merging.policies.trigger import load_state_of
-from lte_ray.messages import Begin, Contribution, MergeRecord, Save, Standing, Update, Verdict
-from lte_ray.runtime.context import Common, Package
-from lte_ray.runtime.coordinator.aggregators import Masters, OwnMaster, Shards
-from lte_ray.runtime.coordinator.background_tasks import Waiters
+from lte_ray.messages import (
+    CheckpointRequest,
+    CommittedPosition,
+    Contribution,
+    ContributionResult,
+    CoordinatorReply,
+    JoinReply,
+    MergeRecord,
+)
+from lte_ray.runtime.context import PickledObject, RunContext
+from lte_ray.runtime.coordinator.aggregators import Aggregator, LocalAggregator, ShardedAggregator
+from lte_ray.runtime.coordinator.background_tasks import BackgroundTasks
 from lte_ray.runtime.coordinator.broadcast import Records, Updates
-from lte_ray.runtime.coordinator.checkpointing import Cuts
-from lte_ray.runtime.coordinator.submissions import Merging
-from lte_ray.runtime.coordinator_state import Start
+from lte_ray.runtime.coordinator.checkpointing import CheckpointManager
+from lte_ray.runtime.coordinator.submissions import SubmissionLoop
+from lte_ray.runtime.coordinator_state import CoordinatorState
 from lte_ray.runtime.object_store import Handle, at_construction
 
 PATIENCE = 600.0
@@ -57,9 +65,9 @@ class CoordinatorStatus:
     members: tuple[int, ...] = ()
     without_data: tuple[int, ...] = ()
     trouble: str = ""
-    saves: tuple[Save, ...] = ()
+    saves: tuple[CheckpointRequest, ...] = ()
     spike: tuple[str, int] | None = None
-    refusals: tuple[tuple[int, Verdict], ...] = ()
+    refusals: tuple[tuple[int, ContributionResult], ...] = ()
 
 
 class CoordinatorActor:
@@ -74,10 +82,15 @@ class CoordinatorActor:
     """
 
     def __init__(
-        self, common: Common, plans: tuple[Plan, ...], policy: Package, start: Start, shards: Sequence[Any] = ()
+        self,
+        common: RunContext,
+        plans: tuple[Plan, ...],
+        policy: PickledObject,
+        start: CoordinatorState,
+        shards: Sequence[Any] = (),
     ) -> None:
         fault_injection.arm(common.faults)
-        reached("coordinator begins", epoch=start.epoch)
+        inject("coordinator begins", epoch=start.epoch)
         self._common, self._start, settings = common, start, common.settings
         threads = common.threads(plans[0], plans[0])
         fetch = common.transport.fetch
@@ -97,7 +110,7 @@ class CoordinatorActor:
             standings=start.standings,
             fresh=set(range(len(plans))) - start.references.keys(),
             members=start.members,
-            data=DataLedger.from_state(start.ledger) if start.ledger else None,
+            data=PartitionAssignor.from_state(start.ledger) if start.ledger else None,
         )
         if start.guard:
             self._engine.guard.load_state(start.guard)
@@ -114,24 +127,26 @@ class CoordinatorActor:
         # Exact states go with the version that they were saved at: nobody trains until all of these have its base.
         self._exact = set(start.exact) if start.epoch == 0 else set()
         codecs = common.codecs(plans)
-        self._masters: Masters = (
-            Shards(shards, codecs, start.version) if shards else OwnMaster(common, self._engine, codecs, threads)
+        self._masters: Aggregator = (
+            ShardedAggregator(shards, codecs, start.version)
+            if shards
+            else LocalAggregator(common, self._engine, codecs, threads)
         )
-        self._cuts = Cuts(common, plans[0], start.saved, start.states)
-        self._waiters = Waiters(self._cuts.abandon)
+        self._cuts = CheckpointManager(common, plans[0], start.saved, start.states)
+        self._waiters = BackgroundTasks(self._cuts.abandon)
         parts = [part.base.size * torch.float32.itemsize for part in codecs[0].parts]
         sizes = [codec.sizes for codec in codecs]
-        downlink = Downlink(common.groups, parts, sizes, start.version)
+        downlink = BroadcastLog(common.groups, parts, sizes, start.version)
         self._records = Records(
             common, self._engine, self._masters, downlink, self._cuts, [sum(each) for each in sizes], self._waiters
         )
         self._records.present |= start.granted.keys()  # heads that an earlier coordinator had
         self._updates = Updates(self._engine, self._masters, downlink, self._records, self._cuts, len(common.groups))
-        self._merging = Merging(self._engine, self._masters, self._records, self._waiters, common.transport, threads)
+        self._merging = SubmissionLoop(self._engine, self._masters, self._records, self._waiters, common.transport, threads)
 
     # -- heads -----------------------------------------------------------------------------------------------------
 
-    async def join(self, plans: Mapping[int, Plan], incarnation: int) -> Update:
+    async def join(self, plans: Mapping[int, Plan], incarnation: int) -> CoordinatorReply:
         """Heads ask where to start; `plans` are those of the models that they built.
 
         Raises:
@@ -170,10 +185,10 @@ class CoordinatorActor:
         exact = {head for head in plans if first and head in start.exact}
         starts = {head: engine.standings[head] if head in exact else engine.start(head) for head in plans}
         saved = {head: self._cuts.saved for head in plans.keys() - afresh if head in self._cuts.states}
-        begins = {head: Begin(starts[head], saved=start.saved, exact=True) for head in exact}
+        begins = {head: JoinReply(starts[head], saved=start.saved, exact=True) for head in exact}
         for head in plans.keys() - exact:
             reference = await self._updates.reference(head) if starts[head].sequence else None
-            begins[head] = Begin(starts[head], reference, saved.get(head))
+            begins[head] = JoinReply(starts[head], reference, saved.get(head))
         await until(lambda: True)
         self._records.present |= plans.keys()
         update = replace(await self._updates.since(tuple(plans), -1), begins=begins)
@@ -183,7 +198,7 @@ class CoordinatorActor:
         await until(lambda: not self._exact & engine.live)
         return update
 
-    async def submit(self, contribution: Contribution, numbers: tuple[int, ...], have: int) -> Update:
+    async def submit(self, contribution: Contribution, numbers: tuple[int, ...], have: int) -> CoordinatorReply:
         """A head's contribution; answered when it is merged or refused.
 
         Args:
@@ -195,10 +210,10 @@ class CoordinatorActor:
             PolicyError: the merge policy failed; every waiting head is told.
         """
         verdict = await self._merging.contribute(contribution)
-        reached("answers", version=self._engine.version)
+        inject("answers", version=self._engine.version)
         return replace(await self._updates.since(numbers, have), verdict=verdict)
 
-    async def newer(self, numbers: tuple[int, ...], version: int, have: int) -> Update:
+    async def newer(self, numbers: tuple[int, ...], version: int, have: int) -> CoordinatorReply:
         """Answered as soon as there is a version newer than `version`, whatever becomes of the heads' contributions."""
         await self._merging.newer(version)
         return await self._updates.since(numbers, have)
@@ -216,7 +231,7 @@ class CoordinatorActor:
         for head in gone:
             self._records.present.discard(head)
             self._joining.pop(head, None)
-            away: Callable[[int], Outcome] = self._engine.drop if drop else self._engine.lose
+            away: Callable[[int], StepResult] = self._engine.drop if drop else self._engine.lose
             self._merging.handle(lambda head=head, away=away: away(head))  # type: ignore[misc]
             if drop:
                 self._masters.renew(head)
@@ -233,7 +248,7 @@ class CoordinatorActor:
         """The run's evaluator, which the driver starts when it is needed."""
         self._merging.use_evaluator(evaluator)
 
-    async def freeze(self, early: bool) -> tuple[Save, ...]:
+    async def freeze(self, early: bool) -> tuple[CheckpointRequest, ...]:
         """Nothing is merged any more, and heads wait where they are.
 
         Gives the checkpoints, that of the last version among them, into which the driver has heads write, whatever they do.
@@ -261,7 +276,7 @@ class CoordinatorActor:
         taken = self._engine.budget.taken
         return MergeRecord(start.version, time.time(), (), 0, 0, {}, 0, 0, step=max(steps, default=0), taken=taken)
 
-    async def positions(self) -> tuple[dict[int, Standing], dict[str, Any]]:
+    async def positions(self) -> tuple[dict[int, CommittedPosition], dict[str, Any]]:
         """Where the data is: what is merged of each head, and whose which batches are."""
         return dict(self._engine.standings), self._engine.data.state()
 
@@ -277,7 +292,7 @@ class CoordinatorActor:
             PolicyError: the merge policy failed.
         """
         version, cuts, waiters = self._engine.version, self._cuts, self._waiters
-        reached("finishes", version=version)
+        inject("finishes", version=version)
         base = (await self._masters.whole()).parts[-1]
         end = time.monotonic() + PATIENCE
         while (waiters.busy or cuts.unfinished) and waiters.failure is None and time.monotonic() < end:

@@ -15,17 +15,17 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from lte_ray.engine.coordinator.aggregator import Measured
+from lte_ray.engine.coordinator.aggregator import MeasuredContribution
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.process_tuning import torch_threads
 from lte_ray.errors import CoordinatorLost
 from lte_ray.layout import Layout
 from lte_ray.merging.flat_buffer import gather, views
-from lte_ray.messages import Standing
-from lte_ray.runtime.context import Common
-from lte_ray.runtime.object_store import Handle, Pieces
+from lte_ray.messages import CommittedPosition
+from lte_ray.runtime.context import RunContext
+from lte_ray.runtime.object_store import AssembledRef, Handle
 from lte_ray.runtime.ray_errors import DEAD
-from lte_ray.transfer.checksum import check_seals, checksum
+from lte_ray.transfer.checksum import base_checksum, verify_checksums
 from lte_ray.transfer.codec import Codec
 
 
@@ -39,23 +39,25 @@ class Published:
     version: int
     parts: dict[int, Handle] = field(default_factory=dict)
     references: dict[int, Handle] = field(default_factory=dict)
-    held: dict[int, Standing] = field(default_factory=dict)
+    held: dict[int, CommittedPosition] = field(default_factory=dict)
     ledger: dict[str, Any] = field(default_factory=dict)
 
 
-class Masters(Protocol):
-    """The tensors of merging, in this process (`OwnMaster`) or in shards (`Shards`).
+class Aggregator(Protocol):
+    """The tensors of merging, in this process (`LocalAggregator`) or in shards (`ShardedAggregator`).
 
     What a method gives is of the version that is the newest when it is called, whatever is merged until the result comes. All
     are called on one event loop.
     """
 
-    def receive(self, ticket: int, head: int, handles: Sequence[Handle], seals: Sequence[int]) -> Awaitable[Tensor | Measured]:
+    def receive(
+        self, ticket: int, head: int, handles: Sequence[Handle], seals: Sequence[int]
+    ) -> Awaitable[Tensor | MeasuredContribution]:
         """Fetches and decodes a contribution: for `engine.Coordinator.receive`.
 
         Raises:
             ValueError: it can't be decoded, or didn't arrive as it was sent.
-            Gone: it can't be fetched any more.
+            ObjectLost: it can't be fetched any more.
         """
         ...
 
@@ -100,7 +102,7 @@ class Publisher:
         engine: knows the newest version.
     """
 
-    def __init__(self, masters: Masters, engine: Coordinator) -> None:
+    def __init__(self, masters: Aggregator, engine: Coordinator) -> None:
         self._masters, self._engine = masters, engine
         self._last: dict[tuple[int, ...], Published] = {}
         self._turn = asyncio.Lock()
@@ -122,8 +124,8 @@ class Publisher:
 T = TypeVar("T")
 
 
-class OwnMaster:
-    """`Masters` of an `engine.Coordinator` that holds the base itself.
+class LocalAggregator:
+    """`Aggregator` of an `engine.Coordinator` that holds the base itself.
 
     Args:
         common: as every actor.
@@ -132,13 +134,13 @@ class OwnMaster:
         threads: that torch computes with.
     """
 
-    def __init__(self, common: Common, engine: Coordinator, codecs: Sequence[Codec], threads: int) -> None:
+    def __init__(self, common: RunContext, engine: Coordinator, codecs: Sequence[Codec], threads: int) -> None:
         self._transport, self._engine, self._codecs, self._threads = common.transport, engine, codecs, threads
         self._beside = ThreadPoolExecutor(1, "merge")
 
     async def receive(self, ticket: int, head: int, handles: Sequence[Handle], seals: Sequence[int]) -> Tensor:
         buffers = [await self._transport.arrive(handle) for handle in handles]
-        check_seals(buffers, seals)
+        verify_checksums(buffers, seals)
         # Nobody changes the reference meanwhile: it is this head's, which has nothing else outstanding.
         return self._codecs[head].decode(dict(enumerate(buffers)), self._engine.reference(head))
 
@@ -192,11 +194,11 @@ class OwnMaster:
     def _sum(self, base: Tensor) -> int:
         entries = views(self._engine.plan.base, base)
         names = [name for group in self._codecs[0].groups if group.by_factors for name in group.names]
-        return sum(checksum(entries[name]) for name in names) % 2**64
+        return sum(base_checksum(entries[name]) for name in names) % 2**64
 
 
 @dataclass
-class _Shard:
+class _ShardStub:
     """One shard's actor, the numbers of its groups, and the calls sent to it that take a turn."""
 
     actor: Any
@@ -209,8 +211,8 @@ class _Shard:
         return self.turn - 1
 
 
-class Shards:
-    """`Masters` of shard actors.
+class ShardedAggregator:
+    """`Aggregator` of shard actors.
 
     Args:
         actors: `ShardActor`s, by their number.
@@ -222,11 +224,11 @@ class Shards:
         groups = codecs[0].groups
         self._codecs, self._version = codecs, version
         self._shards = [
-            _Shard(actor, number, tuple(i for i, group in enumerate(groups) if group.shard == number))
+            _ShardStub(actor, number, tuple(i for i, group in enumerate(groups) if group.shard == number))
             for number, actor in enumerate(actors)
         ]
 
-    async def receive(self, ticket: int, head: int, handles: Sequence[Handle], seals: Sequence[int]) -> Measured:
+    async def receive(self, ticket: int, head: int, handles: Sequence[Handle], seals: Sequence[int]) -> MeasuredContribution:
         count = len(self._codecs[head].groups)
         if len(handles) != count:
             raise ValueError(f"expected the buffers of groups 0 to {count - 1}, found {list(range(len(handles)))}")
@@ -238,7 +240,7 @@ class Shards:
         if reasons:
             self.forget(ticket)
             raise ValueError(reasons[0])
-        return Measured(sum(found))
+        return MeasuredContribution(sum(found))
 
     def forget(self, ticket: int) -> None:
         for shard in self._shards:
@@ -266,13 +268,13 @@ class Shards:
     def checksum(self) -> Coroutine[Any, Any, int]:
         return self._sum([(shard, shard.actor.checksum.remote(shard.next_turn())) for shard in self._shards])
 
-    async def _slowest(self, asked: Sequence[tuple[_Shard, Any]]) -> float:
+    async def _slowest(self, asked: Sequence[tuple[_ShardStub, Any]]) -> float:
         return float(max(await self._all(asked)))
 
-    async def _sum(self, asked: Sequence[tuple[_Shard, Any]]) -> int:
+    async def _sum(self, asked: Sequence[tuple[_ShardStub, Any]]) -> int:
         return int(sum(await self._all(asked)) % 2**64)
 
-    async def _published(self, version: int, asked: Sequence[tuple[_Shard, Any]]) -> Published:
+    async def _published(self, version: int, asked: Sequence[tuple[_ShardStub, Any]]) -> Published:
         parts: dict[int, Handle] = {}
         held: dict[int, list[tuple[int, Handle]]] = {}  # by head: the groups, and its factors there
         for shard_parts, shard_held in await self._all(asked):
@@ -287,9 +289,9 @@ class Shards:
         published, codec = await publishing, self._codecs[0]
         parts = sorted(published.parts.items())
         pieces = [(handle, _places(codec.plan.base, codec.parts[index].base)) for index, handle in parts]
-        return replace(published, parts={-1: Pieces(codec.plan.base.size, tuple(pieces))})
+        return replace(published, parts={-1: AssembledRef(codec.plan.base.size, tuple(pieces))})
 
-    def _factors(self, head: int, pieces: Sequence[tuple[int, Handle]]) -> Pieces:
+    def _factors(self, head: int, pieces: Sequence[tuple[int, Handle]]) -> AssembledRef:
         codec = self._codecs[head]
         whole = codec.plan.contribution
         placed = []
@@ -297,9 +299,9 @@ class Shards:
             own = codec.parts[index]
             factors = Layout(own.contribution.entries[: 2 * len(own.adapted)])
             placed.append((handle, _places(whole, factors)))
-        return Pieces(codec.plan.factors_size, tuple(placed))
+        return AssembledRef(codec.plan.factors_size, tuple(placed))
 
-    async def _all(self, asked: Iterable[tuple[_Shard, Any]]) -> list[Any]:
+    async def _all(self, asked: Iterable[tuple[_ShardStub, Any]]) -> list[Any]:
         """The answers; all were asked before the first is waited for.
 
         Raises:

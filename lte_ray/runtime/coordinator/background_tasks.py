@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 
-class Waiters:
+class BackgroundTasks:
     """Futures and tasks of one event loop, which fail together.
 
     Args:

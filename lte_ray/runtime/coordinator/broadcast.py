@@ -12,15 +12,15 @@ from collections import deque
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import replace
 
-from lte_ray.engine.coordinator.broadcast_log import CHECK_EVERY, Downlink, bytes_instead
+from lte_ray.engine.coordinator.broadcast_log import CHECK_EVERY, BroadcastLog, bytes_instead
 from lte_ray.engine.coordinator.coordinator import Coordinator
-from lte_ray.engine.coordinator.loss_spike import SpikeWatch
+from lte_ray.engine.coordinator.loss_spike import LossSpikeDetector
 from lte_ray.merging.policies.trigger import state_of
-from lte_ray.messages import Merged, MergeRecord, Save, Update, Verdict
-from lte_ray.runtime.context import Common
-from lte_ray.runtime.coordinator.aggregators import Masters, Published, Publisher, known
-from lte_ray.runtime.coordinator.background_tasks import Waiters
-from lte_ray.runtime.coordinator.checkpointing import Cuts
+from lte_ray.messages import CheckpointRequest, ContributionResult, CoordinatorReply, MergeDelta, MergeRecord
+from lte_ray.runtime.context import RunContext
+from lte_ray.runtime.coordinator.aggregators import Aggregator, Published, Publisher, known
+from lte_ray.runtime.coordinator.background_tasks import BackgroundTasks
+from lte_ray.runtime.coordinator.checkpointing import CheckpointManager
 from lte_ray.runtime.object_store import Handle
 
 MOST_REFUSALS = 100
@@ -50,13 +50,13 @@ class Records:
 
     def __init__(
         self,
-        common: Common,
+        common: RunContext,
         engine: Coordinator,
-        masters: Masters,
-        downlink: Downlink,
-        cuts: Cuts,
+        masters: Aggregator,
+        downlink: BroadcastLog,
+        cuts: CheckpointManager,
         sizes: Sequence[int],
-        waiters: Waiters,
+        waiters: BackgroundTasks,
     ) -> None:
         self._train, self._engine, self._masters, self._downlink = common.settings.train, engine, masters, downlink
         self._cuts, self._sizes, self._waiters = cuts, sizes, waiters
@@ -66,10 +66,10 @@ class Records:
         self._best = common.keep.best > 0  # then each that is saved is evaluated
         self.last: MergeRecord | None = None
         most = common.settings.merge.rollback_z
-        self._spikes = SpikeWatch(SPIKE_WINDOW, most) if most else None
+        self._spikes = LossSpikeDetector(SPIKE_WINDOW, most) if most else None
         self.spike: tuple[str, int] | None = None
         """Why the loss counts as having spiked, and the last version before it did."""
-        self.refusals: deque[tuple[int, Verdict]] = deque(maxlen=MOST_REFUSALS)
+        self.refusals: deque[tuple[int, ContributionResult]] = deque(maxlen=MOST_REFUSALS)
         """The newest refused contributions, numbered from 1."""
         self.present: set[int] = set()
         """Heads that have joined, and whose process isn't gone: they can write their state."""
@@ -89,7 +89,7 @@ class Records:
         before, newest = merges[0].version - 1, merges[-1].version
         for merge in merges:
             version, engine = merge.version, self._engine
-            redone = Merged(version, merge.weights, {head: buffers[head] for head in merge.heads}, merge.fresh)
+            redone = MergeDelta(version, merge.weights, {head: buffers[head] for head in merge.heads}, merge.fresh)
             self._downlink.add(redone if merge.weights else None)
             seconds = self._masters.merged(version, {tickets[head]: weight for head, weight in merge.weights.items()})
             record = self.last = replace(
@@ -114,16 +114,16 @@ class Records:
             total = self._masters.checksum() if checked else None
             self._waiters.background(self._settle(record, seconds, total, base, shows, saves))
 
-    def refused(self, verdict: Verdict) -> None:
+    def refused(self, verdict: ContributionResult) -> None:
         """A contribution couldn't be merged."""
         number = self.refusals[-1][0] + 1 if self.refusals else 1
         self.refusals.append((number, verdict))
 
-    def save(self, record: MergeRecord) -> Save:
+    def save(self, record: MergeRecord) -> CheckpointRequest:
         """Begins a checkpoint of the newest version; gives what heads are to be asked."""
         engine = self._engine
         sequences = {head: engine.standings[head].sequence for head in sorted(self.present & engine.members)}
-        save = Save(engine.version, sequences, cut=time.time_ns())
+        save = CheckpointRequest(engine.version, sequences, cut=time.time_ns())
         standings = {str(head): dataclasses.asdict(held) for head, held in engine.standings.items() if head in engine.members}
         facts = {"standings": standings, "ledger": engine.data.state(), "guard": engine.guard.state()}
         self._cuts.begin(record, save, facts, state_of(engine.policy))
@@ -171,7 +171,13 @@ class Updates:
     """
 
     def __init__(
-        self, engine: Coordinator, masters: Masters, downlink: Downlink, records: Records, cuts: Cuts, groups: int
+        self,
+        engine: Coordinator,
+        masters: Aggregator,
+        downlink: BroadcastLog,
+        records: Records,
+        cuts: CheckpointManager,
+        groups: int,
     ) -> None:
         self._engine, self._downlink, self._records, self._cuts = engine, downlink, records, cuts
         self._groups, self._masters = range(groups), masters
@@ -181,7 +187,7 @@ class Updates:
         """The factors that the newest version holds of this head."""
         return (await self._masters.parts(self._groups, references=True)).references.get(head)
 
-    async def since(self, numbers: tuple[int, ...], have: int) -> Update:
+    async def since(self, numbers: tuple[int, ...], have: int) -> CoordinatorReply:
         """What leads a process with these heads from version `have` (-1: from nothing) to the newest."""
         published, chain = known(self._engine), self._downlink.chain(have)
         if chain is not None:
@@ -190,7 +196,7 @@ class Updates:
         if chain is None:
             published = await self._publisher.newest(self._groups, references=self._downlink.factored)
         version, engine = published.version, self._engine
-        return Update(
+        return CoordinatorReply(
             None,
             version,
             published.parts,

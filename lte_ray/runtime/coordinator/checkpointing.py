@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lte_ray import checkpoint
 from lte_ray.errors import StorageError
-from lte_ray.fault_injection import reached
+from lte_ray.fault_injection import inject
 from lte_ray.layout import Plan
-from lte_ray.messages import MergeRecord, Save
-from lte_ray.runtime.context import Common
+from lte_ray.messages import CheckpointRequest, MergeRecord
+from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.coordinator.aggregators import Published
 
 LATE = 30.0
@@ -28,7 +28,7 @@ MOST_OPEN = 3
 
 
 @dataclass
-class _Cut:
+class _OpenCheckpoint:
     """A checkpoint in the making.
 
     Attributes:
@@ -40,7 +40,7 @@ class _Cut:
     """
 
     facts: dict[str, Any]
-    save: Save
+    save: CheckpointRequest
     untold: set[int]
     missing: set[int]
     policy: dict[str, Tensor]
@@ -50,7 +50,7 @@ class _Cut:
     begun: float = field(default_factory=time.monotonic)
 
 
-class Cuts:
+class CheckpointManager:
     """Collects the parts of checkpoints and commits each when it is whole. Lives on one event loop.
 
     A head whose process is gone, or that has moved on, is done without: it would go on from what the base holds of it.
@@ -63,9 +63,9 @@ class Cuts:
         saved: the newest complete one; `states`: the heads whose states it holds.
     """
 
-    def __init__(self, common: Common, plan: Plan, saved: int | None, states: Collection[int]) -> None:
+    def __init__(self, common: RunContext, plan: Plan, saved: int | None, states: Collection[int]) -> None:
         self._common, self._plan = common, plan
-        self._open: dict[int, _Cut] = {}
+        self._open: dict[int, _OpenCheckpoint] = {}
         self.saved, self.states = saved, frozenset(states)
         self.failed = 0
         self._left: set[int] = set()  # versions that were given up, whose files still take room
@@ -74,7 +74,9 @@ class Cuts:
         self.good: int | None = None
         """The last version before the loss rose, where the run goes back after a spike: a checkpoint from before it stays."""
 
-    def begin(self, record: MergeRecord, save: Save, facts: Mapping[str, Any], policy: Mapping[str, Tensor]) -> None:
+    def begin(
+        self, record: MergeRecord, save: CheckpointRequest, facts: Mapping[str, Any], policy: Mapping[str, Tensor]
+    ) -> None:
         """A checkpoint of the merge's version, to which heads write a part each; `policy` is what the policy keeps."""
         settings = self._common.settings
         whole = {
@@ -88,7 +90,7 @@ class Cuts:
         }
         kept = {name: tensor.clone() for name, tensor in policy.items()}  # which goes on changing its own
         heads = set(save.sequences)
-        self._open[save.version] = _Cut(whole, save, set(heads), heads, kept)
+        self._open[save.version] = _OpenCheckpoint(whole, save, set(heads), heads, kept)
 
     def __contains__(self, version: object) -> bool:
         return version in self._open
@@ -103,7 +105,7 @@ class Cuts:
         """Whether another one had better not be begun."""
         return len(self._open) >= MOST_OPEN
 
-    def wanted(self, numbers: Collection[int]) -> tuple[Save, ...]:
+    def wanted(self, numbers: Collection[int]) -> tuple[CheckpointRequest, ...]:
         """The checkpoints to which these heads haven't been asked to write yet: now they are."""
         found = []
         for version in self.unfinished:
@@ -113,7 +115,7 @@ class Cuts:
                 found.append(cut.save)
         return tuple(found)
 
-    def lacking(self, heads: Collection[int], late: Collection[int] = ()) -> tuple[Save, ...]:
+    def lacking(self, heads: Collection[int], late: Collection[int] = ()) -> tuple[CheckpointRequest, ...]:
         """What of these heads is missing, even where they were asked, for that may not have come to them.
 
         Changes nothing, so that any thread may ask.
@@ -140,7 +142,7 @@ class Cuts:
             base = await self._common.transport.arrive(published.parts[-1])
             references = {head: await self._common.transport.arrive(h) for head, h in published.references.items()}
             cut.files.append(await asyncio.to_thread(checkpoint.write_base, directory, version, self._plan, base))
-            reached("base written", version=version)
+            inject("base written", version=version)
             if references:
                 cut.files.append(await asyncio.to_thread(checkpoint.write_references, directory, version, references))
             if cut.policy:
@@ -176,9 +178,9 @@ class Cuts:
         if cut is None or cut.missing or not cut.own:
             return
         try:
-            reached("commits", version=version)
+            inject("commits", version=version)
             await asyncio.to_thread(checkpoint.commit, directory, version, cut.heads, cut.files, cut.facts)
-            reached("committed", version=version)
+            inject("committed", version=version)
         except StorageError as error:
             self._abandon(version, error)
             return

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from lte_ray import fault_injection
-from lte_ray.engine.coordinator.aggregator import Shard
+from lte_ray.engine.coordinator.aggregator import BaseShard
 from lte_ray.engine.process_tuning import torch_threads
-from lte_ray.fault_injection import reached
+from lte_ray.fault_injection import inject
 from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import gather, views
-from lte_ray.runtime.context import Common
-from lte_ray.runtime.coordinator_state import Start
+from lte_ray.runtime.context import RunContext
+from lte_ray.runtime.coordinator_state import CoordinatorState
 from lte_ray.runtime.object_store import Handle, at_construction
-from lte_ray.transfer.checksum import check_seals, checksum
+from lte_ray.transfer.checksum import base_checksum, verify_checksums
 from lte_ray.transfer.groups import part
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ class ShardActor:
         start: the base, and the references in it.
     """
 
-    def __init__(self, common: Common, plans: tuple[Plan, ...], number: int, start: Start) -> None:
+    def __init__(self, common: RunContext, plans: tuple[Plan, ...], number: int, start: CoordinatorState) -> None:
         fault_injection.arm(common.faults)
         self._transport, settings = common.transport, common.settings
         codecs, plan = common.codecs(plans), plans[0]
@@ -79,7 +79,7 @@ class ShardActor:
         for head, factors in factors_of.items():
             for index in groups:
                 references[index][head] = codecs[head].take_factors(index, factors).clone()
-        self._shard = Shard(codecs, masters, settings.lte.reset, version=start.version, references=references)
+        self._shard = BaseShard(codecs, masters, settings.lte.reset, version=start.version, references=references)
         mine = [codecs[0].parts[index] for index in groups]
         own = Plan(tuple(a for each in mine for a in each.adapted), ())
         self._threads = common.threads(own, plans[0])
@@ -88,11 +88,11 @@ class ShardActor:
 
     async def receive(self, turn: int, ticket: int, head: int, sent: Mapping[int, tuple[Handle, int]]) -> float | str:
         """The sum of squares of this shard's part of a contribution, or why it can't be decoded."""
-        reached("shard receives", head=head)
+        inject("shard receives", head=head)
         buffers = {index: await self._transport.arrive(handle) for index, (handle, _) in sent.items()}
         await self._turns.reach(turn)  # the reference changes with the merges before it
         try:
-            check_seals(list(buffers.values()), [seal for _, seal in sent.values()])
+            verify_checksums(list(buffers.values()), [seal for _, seal in sent.values()])
             with torch_threads(self._threads):
                 return self._shard.receive(ticket, head, buffers)
         except ValueError as error:
@@ -133,7 +133,7 @@ class ShardActor:
         """Of this shard's groups that heads redo from factors."""
 
         def use(version: int, base: Tensor, held: Mapping[int, Tensor | None]) -> int:
-            return checksum(base)
+            return base_checksum(base)
 
         found = await self._turns.take(turn, lambda: [self._shard.at(index, use) for index in self._shard.factored])
         await self._caught_up()

@@ -11,15 +11,15 @@ from typing import Any
 import ray
 from torch import Tensor
 
-from lte_ray.engine.coordinator.coordinator import Coordinator, Outcome
+from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
 from lte_ray.engine.process_tuning import torch_threads
 from lte_ray.errors import LTEError
-from lte_ray.fault_injection import reached
-from lte_ray.messages import Contribution, Verdict
-from lte_ray.runtime.coordinator.aggregators import Masters
-from lte_ray.runtime.coordinator.background_tasks import Waiters
+from lte_ray.fault_injection import inject
+from lte_ray.messages import Contribution, ContributionResult
+from lte_ray.runtime.coordinator.aggregators import Aggregator
+from lte_ray.runtime.coordinator.background_tasks import BackgroundTasks
 from lte_ray.runtime.coordinator.broadcast import Records
-from lte_ray.runtime.object_store import Gone, Handle, Transport
+from lte_ray.runtime.object_store import Handle, ObjectLost, Transport
 from lte_ray.runtime.ray_errors import DEAD
 
 AGAIN = 0.05
@@ -33,15 +33,15 @@ class _Submission:
     ticket: int
     contribution: Contribution
     handles: tuple[Handle, ...]
-    answer: asyncio.Future[Verdict]
+    answer: asyncio.Future[ContributionResult]
 
 
-def _refuses(verdict: Verdict, c: Contribution) -> bool:
+def _refuses(verdict: ContributionResult, c: Contribution) -> bool:
     """Whether this is the verdict on that contribution, which has just come, and can't be merged."""
     return not (verdict.accepted or verdict.discarded) and (verdict.head, verdict.sequence) == (c.head, c.sequence)
 
 
-class Merging:
+class SubmissionLoop:
     """Drives the engine's coordinator on one event loop, where nobody's event waits for anybody else's.
 
     Args:
@@ -56,9 +56,9 @@ class Merging:
     def __init__(
         self,
         engine: Coordinator,
-        masters: Masters,
+        masters: Aggregator,
         records: Records,
-        waiters: Waiters,
+        waiters: BackgroundTasks,
         transport: Transport,
         threads: int,
     ) -> None:
@@ -75,7 +75,7 @@ class Merging:
         self.closing = False
         """Nothing is decided any more, and whoever waits waits on."""
 
-    async def contribute(self, contribution: Contribution) -> Verdict:
+    async def contribute(self, contribution: Contribution) -> ContributionResult:
         """The verdict on a contribution (`buffer` holds a handle for each group); one that is sent again is merged once.
 
         Raises:
@@ -102,11 +102,11 @@ class Merging:
         self._arriving[c.head] = (c.incarnation, c.sequence)
         try:
             arrived = await self._masters.receive(own.ticket, contribution.head, own.handles, contribution.seals)
-            reached("arrived", version=self._engine.version)
+            inject("arrived", version=self._engine.version)
         except ValueError as error:
             reason = f"it can't be decoded: {error}"
             self.handle(lambda: self._engine.unfit(contribution, reason, poison=False), own)
-        except Gone as error:  # its head has died
+        except ObjectLost as error:  # its head has died
             reason = f"it can't be fetched: {error}"
             self.handle(lambda: self._engine.refused(contribution, reason), own)
         else:
@@ -122,7 +122,7 @@ class Merging:
             self._behind.append((version, waiting))
             await waiting
 
-    def handle(self, event: Callable[[], Outcome], own: _Submission | None = None) -> None:
+    def handle(self, event: Callable[[], StepResult], own: _Submission | None = None) -> None:
         """Gives an event to the engine; tells everybody whom its outcome concerns.
 
         Args:
@@ -135,13 +135,13 @@ class Merging:
                 raise self._waiters.failure
             with torch_threads(self._threads):
                 outcome = event()
-            reached("decided", version=self._engine.version)
+            inject("decided", version=self._engine.version)
             self._carry_out(outcome, own)
             self._wake()
         except Exception as error:
             self._waiters.fail(error)
 
-    def _carry_out(self, outcome: Outcome, own: _Submission | None) -> None:
+    def _carry_out(self, outcome: StepResult, own: _Submission | None) -> None:
         settled = list(outcome.verdicts)
         if own is not None:
             refused = next((verdict for verdict in settled if _refuses(verdict, own.contribution)), None)
@@ -161,7 +161,7 @@ class Merging:
             if not submission.answer.done():  # else the run has failed
                 submission.answer.set_result(verdict)
 
-    def _note(self, outcome: Outcome, decided: Sequence[_Submission]) -> None:
+    def _note(self, outcome: StepResult, decided: Sequence[_Submission]) -> None:
         buffers = {s.contribution.head: s.handles for s in decided}
         self._records.note(outcome.merges, buffers, {s.contribution.head: s.ticket for s in decided})
         for version, waiting in self._behind:

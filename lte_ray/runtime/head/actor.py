@@ -16,12 +16,12 @@ from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.virtual import HeadGroup, Unstackable
 from lte_ray.engine.process_tuning import keep_freed_memory, release_freed_memory
 from lte_ray.errors import WorkerError, WorkerFailed
-from lte_ray.fault_injection import reached
+from lte_ray.fault_injection import inject
 from lte_ray.layout import Plan
-from lte_ray.messages import HeadReport, HeadStatus, Report, Save, Update, Verdict
-from lte_ray.runtime.context import Common
-from lte_ray.runtime.head.checkpointing import Saves
-from lte_ray.runtime.head.client import Arrived, Courier, Line
+from lte_ray.messages import CheckpointRequest, ContributionResult, CoordinatorReply, HeadReport, HeadStatus, RecoveryReport
+from lte_ray.runtime.context import RunContext
+from lte_ray.runtime.head.checkpointing import HeadCheckpointer
+from lte_ray.runtime.head.client import CoordinatorClient, ReceivedReply, ReconnectingStub
 from lte_ray.storage import RUN
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ LOOK = 0.2
 
 
 @dataclass(frozen=True)
-class Host:
+class HeadHost:
     """How an actor computes: torch's threads in each lane, lanes, whether it has a GPU, and whether its heads are stacked."""
 
     threads: int
@@ -55,18 +55,18 @@ class HeadActor:
     """
 
     def __init__(
-        self, common: Common, plans: tuple[Plan, ...], numbers: tuple[int, ...], host: Host, incarnation: int = 0
+        self, common: RunContext, plans: tuple[Plan, ...], numbers: tuple[int, ...], host: HeadHost, incarnation: int = 0
     ) -> None:
         fault_injection.arm(common.faults)
-        reached("begins", head=numbers[0], incarnation=incarnation)
+        inject("begins", head=numbers[0], incarnation=incarnation)
         self._common, self._plans, self._numbers, self._host = common, plans, numbers, host
         self._incarnation = incarnation
         self._device = "cuda:0" if host.gpu else "cpu"  # Ray shows each actor its own GPUs only, counted from 0
         self._group: HeadGroup | None = None
-        self._courier: Courier | None = None
-        self._line: Line | None = None
+        self._courier: CoordinatorClient | None = None
+        self._line: ReconnectingStub | None = None
         self._newest: tuple[Any, int] | None = None  # the coordinator that answers, and how many there were before it
-        self._saves = Saves(common.directory)
+        self._saves = HeadCheckpointer(common.directory)
         self._left: set[int] = set()
         self._quarantined: dict[int, str] = {}  # and why
         self._every = dict.fromkeys(numbers, common.settings.merge.merge_iter)  # local steps of a round
@@ -88,10 +88,10 @@ class HeadActor:
         torch.set_num_threads(self._host.lanes * self._host.threads)
         keep_freed_memory()
         wait = self._common.settings.merge.wait
-        self._line = line = Line(coordinator, epoch)
+        self._line = line = ReconnectingStub(coordinator, epoch)
         if self._newest is not None and self._newest[1] > epoch:  # it was connected before this began
             line.connect(*self._newest)
-        courier = self._courier = Courier(self._common, self._plans, self._numbers, line, beside=not wait)
+        courier = self._courier = CoordinatorClient(self._common, self._plans, self._numbers, line, beside=not wait)
         group = self._group = self._start(courier)
         self._leave(group, courier)
         while any(not self._over(head) or courier.carries(head) for head in group.heads):
@@ -103,7 +103,7 @@ class HeadActor:
     def _over(self, head: Head) -> bool:
         return head.finished or head.head in self._quarantined
 
-    def _statuses(self, group: HeadGroup, courier: Courier) -> tuple[HeadStatus, ...]:
+    def _statuses(self, group: HeadGroup, courier: CoordinatorClient) -> tuple[HeadStatus, ...]:
         count, mirror = len(group.heads), courier.mirror
         waiting = self._line.waiting if self._line is not None else 0.0
         note = f"no coordinator for {waiting:.0f} s" if waiting > 1 else storage.trouble() or group.note or self._lacks
@@ -121,7 +121,7 @@ class HeadActor:
             for head in group.heads
         )
 
-    def _start(self, courier: Courier) -> HeadGroup:
+    def _start(self, courier: CoordinatorClient) -> HeadGroup:
         common, first = self._common, self._numbers[0]
         if self._device != "cpu" and not torch.cuda.is_available():
             reason = "Ray gave this head a GPU, but the torch installed on its node can't use it (no CUDA)."
@@ -152,7 +152,7 @@ class HeadActor:
             raise WorkerFailed(f"head {first}", None, str(error)) from error
         for head in group.heads:
             head.interrupted = lambda: self._saves.asked
-        reached("built", head=first)
+        inject("built", head=first)
         arrived = courier.join({head.head: head.plan for head in group.heads}, self._incarnation)
         assert arrived.base is not None
         base, update = self._own(group, arrived.base), arrived.update
@@ -162,19 +162,19 @@ class HeadActor:
         courier.adopted(group.heads[0])
         self._take_orders(group, update)
         release_freed_memory()
-        reached("started", head=first)
+        inject("started", head=first)
         return group
 
-    def _leave(self, group: HeadGroup, courier: Courier) -> None:
+    def _leave(self, group: HeadGroup, courier: CoordinatorClient) -> None:
         """Heads that have taken all their steps, and whose steps are all merged, leave, so that nobody waits for them."""
         for head in group.heads:
             if self._over(head) and head.head not in self._left and not courier.carries(head):
-                reached("leaving", head=head.head)
+                inject("leaving", head=head.head)
                 courier.leave(head.head)
                 self._left.add(head.head)
                 head.end()
 
-    def _turn(self, group: HeadGroup, courier: Courier) -> None:
+    def _turn(self, group: HeadGroup, courier: CoordinatorClient) -> None:
         """Takes what has come, trains the heads that may, hands over what is due, and waits if there is nothing else to do.
 
         Heads that wait take a whole round of steps; others one step, so that what comes is adopted in between. Several that
@@ -194,18 +194,18 @@ class HeadActor:
             courier.watch(group.heads[0], group.heads[0].version + merge.max_lag)
         for head in group.heads:
             if todo.get(head.head):
-                reached("stepped", head=head.head, step=head.step)
+                inject("stepped", head=head.head, step=head.step)
             due = head.since_offered >= self._every[head.head] or (head.left == 0 and not head.finished)
             if due and not self._over(head) and not head.outstanding and not courier.carries(head):
                 contribution = head.contribute()
-                reached("contributes", head=head.head, step=head.step)
+                inject("contributes", head=head.head, step=head.step)
                 with head.timed("publish"):
                     courier.send(head, contribution)
         stands = [head for head in group.heads if not self._over(head) or courier.carries(head)]
         if stands and all(head.outstanding if merge.wait else head.left == 0 for head in stands):
             self._wait(group, courier, stands)
 
-    def _wait(self, group: HeadGroup, courier: Courier, heads: list[Head]) -> None:
+    def _wait(self, group: HeadGroup, courier: CoordinatorClient, heads: list[Head]) -> None:
         """Until something comes, or something is asked."""
         with ExitStack() as waiting:
             for head in heads:  # they wait together: the actor's time counts once
@@ -215,14 +215,14 @@ class HeadActor:
         while any(courier.carries(head) and not head.outstanding for head in heads) and self._common.settings.merge.wait:
             self._take(group, courier, courier.arrived(patience=LOOK))  # merged with another's: theirs come at once
 
-    def _take(self, group: HeadGroup, courier: Courier, all_arrived: list[Arrived]) -> None:
+    def _take(self, group: HeadGroup, courier: CoordinatorClient, all_arrived: list[ReceivedReply]) -> None:
         for arrived in all_arrived:
             self._adopt(group, courier, arrived)
 
-    def _adopt(self, group: HeadGroup, courier: Courier, arrived: Arrived) -> None:
+    def _adopt(self, group: HeadGroup, courier: CoordinatorClient, arrived: ReceivedReply) -> None:
         """Takes an update: all heads here follow its version, each with what that holds of its own."""
         update, base = arrived.update, arrived.base
-        reached("adopts", head=group.heads[0].head, step=group.heads[0].step, version=update.version)
+        inject("adopts", head=group.heads[0].head, step=group.heads[0].step, version=update.version)
         for save in update.saves:
             self._saves.take(group, courier, save)
         self._take_orders(group, update)
@@ -232,19 +232,19 @@ class HeadActor:
             base = self._own(group, base)
             for head in group.heads:
                 accepted = head.outstanding and update.holds(head.head, head.sequence)
-                verdict = Verdict(head.head, head.sequence, True, update.version) if accepted else None
+                verdict = ContributionResult(head.head, head.sequence, True, update.version) if accepted else None
                 head.adopt(verdict, update.version, base, arrived.staged if accepted == arrived.accepted else None)
             courier.adopted(group.heads[0])
-        reached("adopted", head=group.heads[0].head, step=group.heads[0].step, version=update.version)
+        inject("adopted", head=group.heads[0].head, step=group.heads[0].step, version=update.version)
 
-    def _take_orders(self, group: HeadGroup, update: Update) -> None:
+    def _take_orders(self, group: HeadGroup, update: CoordinatorReply) -> None:
         for head in group.heads:
             if head.head in self._left:  # nobody takes anything of it any more
                 continue
             head.follow(update.orders[head.head])
             self._every[head.head] = update.orders[head.head].steps
 
-    def _judge(self, head: Head, verdict: Verdict) -> None:
+    def _judge(self, head: Head, verdict: ContributionResult) -> None:
         """A refused contribution is settled: what it held rides in the next one, or the head has dropped it."""
         if verdict.accepted or not head.outstanding or verdict.sequence != head.sequence:
             return
@@ -274,7 +274,7 @@ class HeadActor:
         return self._statuses(self._group, self._courier)
 
     @ray.method(concurrency_group="ctl")
-    def save(self, save: Save) -> bool:
+    def save(self, save: CheckpointRequest) -> bool:
         """The heads are to write their state into this checkpoint as soon as they are between two steps; whether they can."""
         if self._group is None or self._courier is None:
             return False
@@ -282,7 +282,7 @@ class HeadActor:
         return True
 
     @ray.method(concurrency_group="ctl")
-    def report(self, epoch: int) -> Report | None:
+    def report(self, epoch: int) -> RecoveryReport | None:
         """What this process knows of the run; None if that is nothing. Coordinators before `epoch` don't count any more."""
         group, courier = self._group, self._courier
         if courier is None:

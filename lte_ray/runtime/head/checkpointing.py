@@ -8,17 +8,17 @@ from torch import Tensor
 
 from lte_ray import checkpoint
 from lte_ray.engine.head.head import Head
-from lte_ray.engine.head.state import Missed, State, rejoin, restore, snapshot
+from lte_ray.engine.head.state import State, StateMissed, rejoin, restore, snapshot
 from lte_ray.engine.head.virtual import HeadGroup
 from lte_ray.errors import StorageError, WorkerFailed
-from lte_ray.fault_injection import reached
-from lte_ray.messages import Save, Update
-from lte_ray.runtime.context import Common
-from lte_ray.runtime.head.client import Courier
+from lte_ray.fault_injection import inject
+from lte_ray.messages import CheckpointRequest, CoordinatorReply
+from lte_ray.runtime.context import RunContext
+from lte_ray.runtime.head.client import CoordinatorClient
 from lte_ray.storage import RunDirectory
 
 
-class Saves:
+class HeadCheckpointer:
     """Takes snapshots of heads and writes them; nothing that goes wrong with storage keeps a head from training.
 
     Args:
@@ -27,7 +27,7 @@ class Saves:
 
     def __init__(self, directory: RunDirectory) -> None:
         self._directory = directory
-        self._asked: list[Save] = []
+        self._asked: list[CheckpointRequest] = []
         self._lock = threading.Lock()
         self._idle = False
         self._taken: set[tuple[int, int]] = set()  # cuts and heads: who is asked twice would write another state over the first
@@ -37,7 +37,7 @@ class Saves:
         """Whether a snapshot is wanted, so that a round should be left between two steps."""
         return bool(self._asked)
 
-    def ask(self, save: Save, group: HeadGroup, courier: Courier) -> None:
+    def ask(self, save: CheckpointRequest, group: HeadGroup, courier: CoordinatorClient) -> None:
         """A snapshot is wanted; at once, if the heads don't train any more."""
         with self._lock:
             self._asked.append(save)
@@ -45,20 +45,20 @@ class Saves:
         if idle:
             self.serve(group, courier)
 
-    def serve(self, group: HeadGroup, courier: Courier) -> None:
+    def serve(self, group: HeadGroup, courier: CoordinatorClient) -> None:
         """Between two steps: takes the snapshots that are wanted."""
         with self._lock:
             asked, self._asked = self._asked, []
         for save in asked:
             self.take(group, courier, save)
 
-    def idle(self, group: HeadGroup, courier: Courier) -> None:
+    def idle(self, group: HeadGroup, courier: CoordinatorClient) -> None:
         """The heads train no more: from now on snapshots are taken when they are asked for."""
         with self._lock:
             self._idle = True
         self.serve(group, courier)
 
-    def take(self, group: HeadGroup, courier: Courier, save: Save) -> None:
+    def take(self, group: HeadGroup, courier: CoordinatorClient, save: CheckpointRequest) -> None:
         """Copies the state of the heads that are to write it; writing follows in another thread."""
         for head in group.heads:
             if head.head not in save.sequences or (save.cut, head.head) in self._taken:
@@ -67,12 +67,12 @@ class Saves:
             with head.timed("checkpoint"):
                 try:
                     state: State | None = snapshot(head, save)
-                except Missed:
+                except StateMissed:
                     state = None
-            reached("snapshot", head=head.head, step=head.step, version=save.version)
+            inject("snapshot", head=head.head, step=head.step, version=save.version)
             courier.beside(lambda number=head.head, state=state: self._write(courier, save.version, number, state))  # type: ignore[misc]
 
-    def _write(self, courier: Courier, version: int, number: int, state: State | None) -> None:
+    def _write(self, courier: CoordinatorClient, version: int, number: int, state: State | None) -> None:
         entry, why = None, ""
         if state is not None:
             try:
@@ -80,10 +80,10 @@ class Saves:
             except Exception as error:  # whatever it is: the coordinator waits for an answer
                 said = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
                 why = f"the state of head {number}: {said}"
-            reached("saved", head=number, version=version)
+            inject("saved", head=number, version=version)
         courier.tell("saved", version, number, entry, why)
 
-    def begin(self, head: Head, update: Update, base: Tensor, common: Common) -> str:
+    def begin(self, head: Head, update: CoordinatorReply, base: Tensor, common: RunContext) -> str:
         """Starts a head as the coordinator says. Gives what it had to do without, in words.
 
         Raises:

@@ -19,28 +19,28 @@ import ray
 import torch
 from torch import Tensor
 
-from lte_ray.engine.head.base_replica import Mirror, OutOfReach
+from lte_ray.engine.head.base_replica import BaseReplica, CannotRedoMerges
 from lte_ray.engine.head.head import Head
 from lte_ray.errors import CoordinatorLost, LTEError
-from lte_ray.fault_injection import reached
+from lte_ray.fault_injection import inject
 from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import factors_part
-from lte_ray.messages import Contribution, HeadReport, Report, Standing, Update
-from lte_ray.runtime.context import Common
-from lte_ray.runtime.object_store import Gone, Transport
+from lte_ray.messages import CommittedPosition, Contribution, CoordinatorReply, HeadReport, RecoveryReport
+from lte_ray.runtime.context import RunContext
+from lte_ray.runtime.object_store import ObjectLost, Transport
 from lte_ray.runtime.ray_errors import DEAD
-from lte_ray.transfer.checksum import seal
+from lte_ray.transfer.checksum import buffers_checksum
 from lte_ray.transfer.codec import Codec
 
 AGAIN = 0.5
 """Seconds after which a call is made again to a coordinator that can't be reached for the moment."""
 
 
-class Cut(Exception):
+class StaleCoordinator(Exception):
     """The coordinator that gave an answer is gone: what it says doesn't count any more."""
 
 
-class Line:
+class ReconnectingStub:
     """Calls the coordinator; while there is none, calls wait for the next.
 
     Args:
@@ -88,7 +88,7 @@ class Line:
                 self._waiting = None
                 return epoch, answer
             except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, CoordinatorLost | Gone):  # one of its shards, or what it was to fetch, is gone
+                if isinstance(error.cause, CoordinatorLost | ObjectLost):  # one of its shards, or what it was to fetch, is gone
                     self._await_another(epoch)
                     continue
                 raise (error.cause if isinstance(error.cause, LTEError) else error) from None
@@ -123,7 +123,7 @@ class _Own:
     ordered: HeadReport = NOWHERE
 
 
-class Knowledge:
+class RecoveryCache:
     """Keeps, beside training, the newest version that came here with what it holds, and this process's own contributions.
 
     Args:
@@ -135,7 +135,7 @@ class Knowledge:
     def __init__(self, plans: Mapping[int, Plan], reset: str) -> None:
         self._plans, self._reset = plans, reset
         self._own = {number: _Own() for number in plans}
-        self.version, self.held, self.ledger = -1, dict[int, Standing](), dict[str, Any]()
+        self.version, self.held, self.ledger = -1, dict[int, CommittedPosition](), dict[str, Any]()
 
     def begins(self, head: int, sequence: int, factors: Tensor | None) -> None:
         """A head here starts with these factors in the base."""
@@ -147,7 +147,7 @@ class Knowledge:
         own.outstanding = contribution
         own.factors[contribution.sequence] = None if self._reset == "B" else factors_part(plan, flat)
 
-    def learned(self, update: Update) -> None:
+    def learned(self, update: CoordinatorReply) -> None:
         """An update has come, and its base is here."""
         if update.verdict is not None and not update.verdict.accepted:
             self._settle(update.verdict.head, update.verdict.sequence, accepted=False)
@@ -170,7 +170,7 @@ class Knowledge:
         own.outstanding = None
         own.factors = {s: f for s, f in own.factors.items() if (s == sequence) == accepted}
 
-    def report(self, base: Tensor | None, positions: Mapping[int, HeadReport], transport: Transport) -> Report:
+    def report(self, base: Tensor | None, positions: Mapping[int, HeadReport], transport: Transport) -> RecoveryReport:
         """All of it, published; `positions` are those of the heads that have begun."""
         heads = {}
         for head, own in self._own.items():
@@ -178,23 +178,23 @@ class Knowledge:
             at, said = positions.get(head, NOWHERE), own.ordered
             limit, grant, released = (max(getattr(at, f), getattr(said, f)) for f in ("limit", "grant", "released"))
             heads[head] = HeadReport(at.step, limit, grant, released, known)
-        return Report(self.version, None if base is None else transport.publish(base), self.held, self.ledger, heads)
+        return RecoveryReport(self.version, None if base is None else transport.publish(base), self.held, self.ledger, heads)
 
 
 @dataclass(frozen=True)
-class Arrived:
+class ReceivedReply:
     """An update that has come, and the base that it led to (flat), if that is newer than what this process had.
 
     `staged` is what the process's only head makes of that base (`Head.stage`), with its contribution or without (`accepted`).
     """
 
-    update: Update
+    update: CoordinatorReply
     base: Tensor | None
     accepted: bool = False
     staged: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Courier:
+class CoordinatorClient:
     """The way between the heads of one process and the coordinator.
 
     Args:
@@ -205,30 +205,32 @@ class Courier:
         beside: whether contributions are made ready and sent while the heads train on.
     """
 
-    def __init__(self, common: Common, plans: Sequence[Plan], numbers: Sequence[int], line: Line, beside: bool) -> None:
+    def __init__(
+        self, common: RunContext, plans: Sequence[Plan], numbers: Sequence[int], line: ReconnectingStub, beside: bool
+    ) -> None:
         merge = common.settings.merge
         self._transport, self._line, self._numbers, self._beside = common.transport, line, tuple(numbers), beside
         self._codecs = [Codec(plan, common.groups, merge) for plan in plans]
-        self.mirror = Mirror(
+        self.mirror = BaseReplica(
             self._codecs, common.settings.lte.reset, common.transport.fetch, numbers, common.threads(plans[0], plans[0])
         )
-        self._knowledge = Knowledge({number: plans[number] for number in numbers}, common.settings.lte.reset)
+        self._knowledge = RecoveryCache({number: plans[number] for number in numbers}, common.settings.lte.reset)
         self._fence = threading.Lock()  # between what comes from a coordinator and the end of its time
         self.bytes_up = dict.fromkeys(numbers, 0)
         self._pool = ThreadPoolExecutor(len(numbers) + 1, "courier")
         self._aside = ThreadPoolExecutor(1, "aside")  # the others may be waiting for answers
-        self._sent: dict[Future[Arrived], int] = {}  # by whose head
-        self._watching: Future[Arrived] | None = None
+        self._sent: dict[Future[ReceivedReply], int] = {}  # by whose head
+        self._watching: Future[ReceivedReply] | None = None
         self._stream: torch.cuda.Stream | None = None
         self._swapped: torch.cuda.Event | None = None
 
-    def join(self, plans: Mapping[int, Plan], incarnation: int) -> Arrived:
+    def join(self, plans: Mapping[int, Plan], incarnation: int) -> ReceivedReply:
         """The base to start from; `plans` are those of the models that were built here."""
         while True:
             epoch, update = self._line.call("join", plans, incarnation)
             try:
                 return self._take(update, epoch)
-            except Cut:
+            except StaleCoordinator:
                 continue
 
     def begins(self, head: Head, reference: Tensor | None) -> None:
@@ -246,13 +248,13 @@ class Courier:
             self._swapped.record(torch.cuda.current_stream(head.device))
         self.mirror.release()
 
-    def report(self, positions: Mapping[int, HeadReport], epoch: int) -> Report:
+    def report(self, positions: Mapping[int, HeadReport], epoch: int) -> RecoveryReport:
         """What this process knows, for the coordinator of that number; what earlier ones have sent doesn't count any more."""
         with self._fence:
             self._line.cut(epoch)
         return self.mirror.read(lambda base: self._report(base, positions))
 
-    def _report(self, base: Tensor | None, positions: Mapping[int, HeadReport]) -> Report:
+    def _report(self, base: Tensor | None, positions: Mapping[int, HeadReport]) -> RecoveryReport:
         with self._fence:  # always after the mirror's own lock
             return self._knowledge.report(base, positions, self._transport)
 
@@ -286,7 +288,7 @@ class Courier:
         """Tells the coordinator something."""
         self._line.call(method, *args)
 
-    def arrived(self, patience: float = 0) -> list[Arrived]:
+    def arrived(self, patience: float = 0) -> list[ReceivedReply]:
         """What has come since the last call, after up to `patience` seconds if there is nothing."""
         waiting = {*self._sent, *([self._watching] if self._watching else [])}
         done, _ = wait(waiting, patience, FIRST_COMPLETED) if waiting else (set(), None)
@@ -300,13 +302,15 @@ class Courier:
         encoded = head.encode(contribution, self._codecs[head.head])
         self.bytes_up[head.head] += sum(buffer.nbytes for buffer in encoded.buffer)
         sealed = replace(
-            encoded, seals=tuple(seal([b]) for b in encoded.buffer), buffer=tuple(map(self._transport.publish, encoded.buffer))
+            encoded,
+            seals=tuple(buffers_checksum([b]) for b in encoded.buffer),
+            buffer=tuple(map(self._transport.publish, encoded.buffer)),
         )
         with self._fence:
             self._knowledge.offered(sealed, head.offer)
         return sealed
 
-    def _carry(self, head: Head, contribution: Contribution, ready: Any) -> Arrived:
+    def _carry(self, head: Head, contribution: Contribution, ready: Any) -> ReceivedReply:
         if ready is None:
             return self._ask(head, self._publish(head, contribution))
         with torch.cuda.stream(self._side(head)):  # so that copying out doesn't wait for the steps that follow
@@ -314,26 +318,26 @@ class Courier:
             encoded = self._publish(head, contribution)
         return self._ask(head, encoded)
 
-    def _ask(self, head: Head, encoded: Contribution) -> Arrived:
+    def _ask(self, head: Head, encoded: Contribution) -> ReceivedReply:
         """The answer to a contribution, of whatever coordinator is there to give it."""
         while True:
-            reached("sent", head=encoded.head, step=encoded.step)
+            inject("sent", head=encoded.head, step=encoded.step)
             epoch, update = self._line.call("submit", encoded, self._numbers, self.mirror.have)
-            reached("answered", head=encoded.head, step=encoded.step)
+            inject("answered", head=encoded.head, step=encoded.step)
             try:
                 return self._staged(head, self._take(update, epoch))
-            except Cut:
+            except StaleCoordinator:
                 continue
 
-    def _look_out(self, head: Head, version: int) -> Arrived:
+    def _look_out(self, head: Head, version: int) -> ReceivedReply:
         while True:
             epoch, update = self._line.call("newer", self._numbers, version, self.mirror.have)
             try:
                 return self._staged(head, self._take(update, epoch))
-            except Cut:
+            except StaleCoordinator:
                 continue
 
-    def _take(self, update: Update, epoch: int) -> Arrived:
+    def _take(self, update: CoordinatorReply, epoch: int) -> ReceivedReply:
         """Fetches what an update leads to. If there is a base, `adopted` has to follow.
 
         Raises:
@@ -342,24 +346,24 @@ class Courier:
         while True:
             try:
                 base = self.mirror.take(update, partial(self._note, update, epoch))
-            except (OutOfReach, Gone):
+            except (CannotRedoMerges, ObjectLost):
                 if self._line.epoch != epoch:
-                    raise Cut from None
+                    raise StaleCoordinator from None
                 now, whole = self._line.call("newer", self._numbers, -1, -1)
                 if now != epoch:
-                    raise Cut from None
+                    raise StaleCoordinator from None
                 update = replace(whole, verdict=update.verdict, saves=(*update.saves, *whole.saves))
             else:
-                return Arrived(update, base)
+                return ReceivedReply(update, base)
 
-    def _note(self, update: Update, epoch: int) -> None:
+    def _note(self, update: CoordinatorReply, epoch: int) -> None:
         """An update was fetched; if it still counts, it's known from now on."""
         with self._fence:
             if self._line.epoch != epoch:
-                raise Cut
+                raise StaleCoordinator
             self._knowledge.learned(update)
 
-    def _staged(self, head: Head, arrived: Arrived) -> Arrived:
+    def _staged(self, head: Head, arrived: ReceivedReply) -> ReceivedReply:
         """Computes what the head will adopt, so that it stands still only to put it in place."""
         if arrived.base is None or len(self._numbers) > 1 or not self._beside:
             return arrived

@@ -132,7 +132,7 @@ def test_a_fact_that_was_edited_is_noticed(directory: RunDirectory, intact: dict
         StorageError, match="damaged: ValueError: its content isn't what its checksum says; it was torn or edited"
     ):
         checkpoint.read_manifest(directory, 7)
-    directory.write(PATH, checkpoint.seal(edited))
+    directory.write(PATH, checkpoint.manifest_checksum(edited))
     assert checkpoint.read_manifest(directory, 7).facts == {"step": 4}
 
 
@@ -153,7 +153,7 @@ def test_any_facts_are_read_back(directory: RunDirectory, facts: dict[Any, Any])
 def test_files_elsewhere_can_not_be_listed(directory: RunDirectory, intact: dict[str, Any], name: str) -> None:
     """Only plain names of safetensors files, also with a checksum that fits."""
     first, *rest = intact["files"]
-    directory.write(PATH, checkpoint.seal(intact | {"files": [first | {"name": name}, *rest]}))
+    directory.write(PATH, checkpoint.manifest_checksum(intact | {"files": [first | {"name": name}, *rest]}))
     with pytest.raises(StorageError, match=r"manifest\.json is damaged: ValueError: it lists"):
         checkpoint.read_manifest(directory, 7)
 
@@ -164,6 +164,6 @@ def test_nothing_can_be_listed_twice(directory: RunDirectory, intact: dict[str, 
     stem = first["name"].removesuffix(".safetensors")
     twice = {"files": [*intact["files"], first | {"name": f"{stem}.1.safetensors"}]}
     for change in (twice, {"heads": [0, 0]}, {"heads": [-1]}):
-        directory.write(PATH, checkpoint.seal(intact | change))
+        directory.write(PATH, checkpoint.manifest_checksum(intact | change))
         with pytest.raises(StorageError, match="damaged: ValueError: it lists a file or a head twice, or a head that can't"):
             checkpoint.read_manifest(directory, 7)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lte_ray.data.assignment import DataLedger
-from lte_ray.data.partition import Lane, advance, initial
-from lte_ray.messages import Grant
+from lte_ray.data.assignment import PartitionAssignor
+from lte_ray.data.partition import Partition, advance, initial
+from lte_ray.messages import Assignment
 from tests.support.assignment_world import EVENTS, World, ledger
 
 
@@ -38,16 +38,18 @@ def test_a_restarted_head_begins_behind_what_was_merged() -> None:
     """Steps that no merged contribution holds are taken again; a grant that was on its way is not lost."""
     book = ledger(3)
     book.merged(1, advance(initial(1, 3), 4))
-    assert book.lanes(1) == (Lane(13, 3),)
+    assert book.lanes(1) == (Partition(13, 3),)
     book.drop(2)
-    assert book.free == (Lane(2, 3),)
+    assert book.free == (Partition(2, 3),)
     (grant,), request = book.orders(0, {0, 1})
-    assert (grant.lanes, request) == ((Lane(2, 3),), 0)
+    assert (grant.lanes, request) == ((Partition(2, 3),), 0)
     assert book.orders(0, {0, 1}) == ((grant,), 0)  # until it is acknowledged
-    assert book.lanes(0) == (Lane(0, 3), Lane(2, 3))
-    done = Grant(grant.id, ())  # its lanes are among those; but its number is to come back, or an older state would grant them
+    assert book.lanes(0) == (Partition(0, 3), Partition(2, 3))
+    done = Assignment(
+        grant.id, ()
+    )  # its lanes are among those; but its number is to come back, or an older state would grant them
     assert book.orders(0, {0, 1}) == ((done,), 0)
-    assert book.lanes(0) == (Lane(0, 3), Lane(2, 3))
+    assert book.lanes(0) == (Partition(0, 3), Partition(2, 3))
     assert book.orders(0, {0, 1}) == ((done,), 0)
     book.merged(0, [(2, 3), (3, 3)], grant.id)
     assert book.orders(0, {0, 1}) == ((), 0)
@@ -62,7 +64,7 @@ def test_a_grant_counts_when_a_merged_contribution_holds_it() -> None:
     assert book.orders(0, {0})[0] == (grant,)
     book.merged(0, [(6, 2), (5, 2)], grant=grant.id)
     assert book.orders(0, {0})[0] == ()
-    assert book.lanes(0) == (Lane(5, 1),)
+    assert book.lanes(0) == (Partition(5, 1),)
 
 
 def test_a_new_head_gets_half_of_the_lanes_of_another() -> None:
@@ -76,17 +78,17 @@ def test_a_new_head_gets_half_of_the_lanes_of_another() -> None:
     assert book.orders(1, {0, 1}) == ((), 0)
     _, request = book.orders(0, {0, 1})
     assert request > grant.id
-    given = Grant(request, (Lane(9, 3),))
+    given = Assignment(request, (Partition(9, 3),))
     book.merged(0, [(5, 3)], grant.id, given)
     assert book.orders(0, {0, 1, 7}) == ((), 0)
-    assert book.ready(7) and book.lanes(7) == (Lane(9, 3),)
+    assert book.ready(7) and book.lanes(7) == (Partition(9, 3),)
     book.merged(0, [(8, 3)], grant.id, given)  # a head tells of its last answer again and again
-    assert book.lanes(7) == (Lane(9, 3),) and not book.free
+    assert book.lanes(7) == (Partition(9, 3),) and not book.free
 
 
 def test_equal_heads_are_asked_by_density_and_number() -> None:
     """Of heads with one lane each, the one with the densest is asked, then the lowest number."""
-    book = DataLedger({3: (Lane(0, 4),), 2: (Lane(2, 4),), 5: (Lane(1, 2),)})
+    book = PartitionAssignor({3: (Partition(0, 4),), 2: (Partition(2, 4),), 5: (Partition(1, 2),)})
     for head in (8, 9):
         book.admit(head, {2, 3, 5})
         book.admit(head, {2, 3, 5})
@@ -100,17 +102,17 @@ def test_free_lanes_are_spread_and_go_to_new_heads_first() -> None:
     for head in (3, 4):
         book.drop(head)
     assert book.orders(1, {0, 1, 2}) == ((), 0)
-    assert [grant.lanes for grant in book.orders(0, {0, 1, 2})[0]] == [(Lane(3, 5),)]
+    assert [grant.lanes for grant in book.orders(0, {0, 1, 2})[0]] == [(Partition(3, 5),)]
     assert book.orders(2, {0, 1, 2})[0] == ()
-    assert [grant.lanes for grant in book.orders(1, {0, 1, 2})[0]] == [(Lane(4, 5),)]
+    assert [grant.lanes for grant in book.orders(1, {0, 1, 2})[0]] == [(Partition(4, 5),)]
     for head in (6, 7):
         book.admit(head, {2})
     book.drop(0)
-    assert (book.lanes(6), book.lanes(7)) == ((Lane(0, 5),), (Lane(3, 5),))
+    assert (book.lanes(6), book.lanes(7)) == ((Partition(0, 5),), (Partition(3, 5),))
     book.lanes(1)
     book.admit(8, {2})
     book.drop(1)  # two lanes, and one head that waits
-    assert book.lanes(8) == (Lane(1, 5), Lane(4, 5)) and not book.free
+    assert book.lanes(8) == (Partition(1, 5), Partition(4, 5)) and not book.free
 
 
 def test_a_request_outlives_its_head_s_restart_but_not_its_answer() -> None:
@@ -118,19 +120,19 @@ def test_a_request_outlives_its_head_s_restart_but_not_its_answer() -> None:
     book = ledger(2)
     book.admit(2, {0, 1})
     request = book.orders(0, {0, 1})[1]
-    assert book.lanes(0) == (Lane(0, 2),)
+    assert book.lanes(0) == (Partition(0, 2),)
     assert book.orders(0, {0, 1})[1] == request > 0
     assert book.orders(1, {1})[1] > request  # while head 0 is down
-    book.merged(0, [(0, 4)], 0, Grant(request, (Lane(2, 4),)))
+    book.merged(0, [(0, 4)], 0, Assignment(request, (Partition(2, 4),)))
     assert book.orders(0, {0, 1})[1] == 0
-    assert book.lanes(2) == (Lane(2, 4),)
+    assert book.lanes(2) == (Partition(2, 4),)
 
 
 def test_requests_after_a_crash_are_newer_than_what_heads_have_answered() -> None:
     """A ledger from an earlier state doesn't know the request; a head that answered it must not ignore the next."""
     book = ledger(2)
-    book.merged(0, [(0, 4)], 0, Grant(9, (Lane(2, 4),)))
-    assert book.free == (Lane(2, 4),)
+    book.merged(0, [(0, 4)], 0, Assignment(9, (Partition(2, 4),)))
+    assert book.free == (Partition(2, 4),)
     for head in (3, 4):
         book.admit(head, {0})
     assert book.orders(0, {0})[1] > 9
@@ -139,16 +141,16 @@ def test_requests_after_a_crash_are_newer_than_what_heads_have_answered() -> Non
 def test_of_a_dropped_head_nothing_is_left() -> None:
     """Whether it owned lanes, was asked for some, or waited; a head that gets its number later is asked nothing old."""
     book = ledger(2)
-    book.merged(0, [(0, 4)], 0, Grant(1, (Lane(2, 4),)))
+    book.merged(0, [(0, 4)], 0, Assignment(1, (Partition(2, 4),)))
     book.drop(1)
     for head in (2, 3, 4):
         book.admit(head, {0})
     assert book.orders(0, {0})[1]
     for head in (4, 3, 0):
         book.drop(head)
-    assert book.lanes(2) == (Lane(1, 2), Lane(2, 4))
+    assert book.lanes(2) == (Partition(1, 2), Partition(2, 4))
     book.merged(2, [(1, 2), (2, 4)], book.orders(2, set())[0][-1].id)
-    assert book.free == (Lane(0, 4),)
+    assert book.free == (Partition(0, 4),)
     assert book.state() == {"merged": {"2": [[1, 2], [2, 4]]}, "free": [[0, 4]], "latest": book.state()["latest"]} | {
         name: type(value)() for name, value in book.state().items() if name in ("grants", "waiting", "asked", "honoured")
     }
@@ -159,11 +161,11 @@ def test_contributions_that_do_not_follow_are_told() -> None:
     book = ledger(2)
     book.merged(0, [(4, 2)])
     before = book.state()
-    wrong: list[tuple[int, Any, Grant | None]] = [
+    wrong: list[tuple[int, Any, Assignment | None]] = [
         (0, [(2, 2)], None),
         (0, [(5, 2)], None),
         (0, [(4, 4)], None),
-        (0, [(4, 4)], Grant(1, (Lane(8, 4),))),
+        (0, [(4, 4)], Assignment(1, (Partition(8, 4),))),
         (2, [(4, 2)], None),
         (2, [], None),
     ]
@@ -171,6 +173,6 @@ def test_contributions_that_do_not_follow_are_told() -> None:
         with pytest.raises(ValueError, match=rf"head {head} trained on data that aren't its own: it has .* left, but what is"):
             book.merged(head, lanes, 0, released)
         assert book.state() == before
-    assert book.check(0, [(4, 4)], 0, Grant(1, (Lane(6, 4),))) == ""
+    assert book.check(0, [(4, 4)], 0, Assignment(1, (Partition(6, 4),))) == ""
     with pytest.raises(ValueError, match="every 2 from 5 left, but what is merged says every 2 from 4"):
         book.merged(0, [(5, 2)])

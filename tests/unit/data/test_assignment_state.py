@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lte_ray.data.assignment import DataLedger, reshard
-from lte_ray.data.partition import Lane, Lanes, advance, density, disjoint, initial
+from lte_ray.data.assignment import PartitionAssignor, reshard
+from lte_ray.data.partition import Partition, Partitions, advance, density, disjoint, initial
 from lte_ray.errors import StorageError
-from lte_ray.messages import Grant
+from lte_ray.messages import Assignment
 from tests.support.assignment_world import ledger
 
 
-def busy() -> DataLedger:
+def busy() -> PartitionAssignor:
     """A ledger with something in each of its accounts."""
     book = ledger(4)
     book.drop(3)
@@ -25,7 +25,7 @@ def busy() -> DataLedger:
     book.merged(1, [(9, 4)])
     for head in (5, 6):
         book.admit(head, {0, 1, 2})
-    book.merged(0, [(0, 8)], 0, Grant(book.orders(0, {0, 1, 2})[1], (Lane(4, 8),)))
+    book.merged(0, [(0, 8)], 0, Assignment(book.orders(0, {0, 1, 2})[1], (Partition(4, 8),)))
     return book
 
 
@@ -34,7 +34,7 @@ def test_the_state_goes_through_json() -> None:
     book = busy()
     state = json.loads(json.dumps(book.state()))
     assert all(state[name] for name in ("merged", "grants", "waiting", "asked", "honoured"))
-    again = DataLedger.from_state(state)
+    again = PartitionAssignor.from_state(state)
     for one in (book, again):
         one.drop(0)
         one.admit(9, {1, 2})
@@ -60,14 +60,14 @@ def test_a_damaged_state_is_one_error(change: Any, message: str) -> None:
     state = copy.deepcopy(busy().state())
     change(state)
     with pytest.raises(StorageError, match=rf"ledger of the data can't be read: .*{message}.*Use the checkpoint before this"):
-        DataLedger.from_state(state)
+        PartitionAssignor.from_state(state)
 
 
 def test_lanes_that_are_no_partition_are_refused() -> None:
     """Two owners of a slot, or none."""
     for heads in ({}, {0: [(0, 2)]}, {0: [(0, 1)], 1: [(1, 2)]}, {0: [(0, 2)], 1: [(2, 2)]}):
         with pytest.raises(ValueError, match="hold a batch of the data twice, or leave one out"):
-            DataLedger(heads)  # type: ignore[arg-type]
+            PartitionAssignor(heads)  # type: ignore[arg-type]
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 50))
@@ -90,7 +90,7 @@ def test_heads_that_are_not_equally_far_are_resharded_without_gaps(taken: list[i
         book.merged(head, advance(initial(head, len(taken)), batches))
     state = book.state()
     made = reshard(state, new)
-    found: dict[int, Lanes] = made._accounts.owners()
+    found: dict[int, Partitions] = made._accounts.owners()
     lanes = [lane for lanes in found.values() for lane in lanes]
     assert sorted(found) == list(range(new))
     assert disjoint(lanes) and density(lanes) == 1
@@ -110,6 +110,6 @@ def test_resharding_keeps_numbers_growing_and_forgets_who_waited() -> None:
     book = ledger(3)
     book.merged(0, [(6, 3)])
     book.drop(2)
-    assert reshard(book.state(), 2)._accounts.owners() == {0: (Lane(2, 3), Lane(6, 3)), 1: (Lane(1, 3),)}
+    assert reshard(book.state(), 2)._accounts.owners() == {0: (Partition(2, 3), Partition(6, 3)), 1: (Partition(1, 3),)}
     with pytest.raises(ValueError, match="can't be shared out among 0 heads"):
         reshard(book.state(), 0)

@@ -10,34 +10,46 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lte_ray.data.partition import Lane, Lanes, advance, continues, density, disjoint, initial, joined, ordered, slots, split
+from lte_ray.data.partition import (
+    Partition,
+    Partitions,
+    advance,
+    continues,
+    density,
+    disjoint,
+    initial,
+    joined,
+    ordered,
+    slots,
+    split,
+)
 
 
 @st.composite
-def disjoint_lanes(draw: st.DrawFn) -> Lanes:
+def disjoint_lanes(draw: st.DrawFn) -> Partitions:
     """Some of the lanes that splitting all slots gives, each advanced by its own number of batches."""
-    lanes = [Lane(0, 1)]
+    lanes = [Partition(0, 1)]
     for pick in draw(st.lists(st.integers(0, 50), max_size=7)):
         (first, stride), parts = lanes.pop(pick % len(lanes)), 2 + pick % 2
-        lanes += [Lane(first + i * stride, parts * stride) for i in range(parts)]
+        lanes += [Partition(first + i * stride, parts * stride) for i in range(parts)]
     taken = draw(st.lists(st.integers(0, 40), min_size=len(lanes), max_size=len(lanes)))
     kept = draw(st.integers(1, len(lanes)))
-    return ordered(Lane(n + k * s, s) for (n, s), k in zip(lanes[:kept], taken, strict=False))
+    return ordered(Partition(n + k * s, s) for (n, s), k in zip(lanes[:kept], taken, strict=False))
 
 
-def below(lanes: Lanes, end: int) -> list[int]:
+def below(lanes: Partitions, end: int) -> list[int]:
     """All slots of these lanes below `end`, by the definition."""
     return sorted(slot for first, stride in lanes for slot in range(first, end, stride))
 
 
 @given(disjoint_lanes())
-def test_slots_come_in_ascending_order(lanes: Lanes) -> None:
+def test_slots_come_in_ascending_order(lanes: Partitions) -> None:
     """They are those of the definition, each once."""
     assert list(itertools.takewhile(lambda slot: slot < 300, slots(lanes))) == below(lanes, 300)
 
 
 @given(disjoint_lanes(), st.integers(0, 60), st.integers(0, 60))
-def test_advancing_takes_the_smallest_slots(lanes: Lanes, first: int, second: int) -> None:
+def test_advancing_takes_the_smallest_slots(lanes: Partitions, first: int, second: int) -> None:
     """What is left is what the iterator would give next; twice in a row is once by the sum."""
     left = advance(lanes, first)
     assert list(itertools.islice(slots(left), 30)) == list(itertools.islice(slots(lanes), first, first + 30))
@@ -48,12 +60,12 @@ def test_advancing_takes_the_smallest_slots(lanes: Lanes, first: int, second: in
 def test_advancing_far_costs_no_more() -> None:
     """10^15 batches of three lanes, exactly: a loop would not end."""
     far = advance([(0, 2), (1, 4), (3, 4)], 10**15)
-    assert far == (Lane(10**15, 2), Lane(10**15 + 1, 4), Lane(10**15 + 3, 4))
-    assert advance(initial(2, 3), 10**15) == (Lane(2 + 3 * 10**15, 3),)
+    assert far == (Partition(10**15, 2), Partition(10**15 + 1, 4), Partition(10**15 + 3, 4))
+    assert advance(initial(2, 3), 10**15) == (Partition(2 + 3 * 10**15, 3),)
 
 
 @given(disjoint_lanes())
-def test_a_split_keeps_every_slot_once(lanes: Lanes) -> None:
+def test_a_split_keeps_every_slot_once(lanes: Partitions) -> None:
     """Both parts hold something; together they hold what there was."""
     kept, given_ = split(lanes)
     assert kept and given_
@@ -64,17 +76,17 @@ def test_a_split_keeps_every_slot_once(lanes: Lanes) -> None:
 
 def test_one_lane_is_split_and_of_several_every_other_is_given() -> None:
     """The densest first, so that the parts differ by at most the densest lane."""
-    assert split([(5, 3)]) == ((Lane(5, 6),), (Lane(8, 6),))
+    assert split([(5, 3)]) == ((Partition(5, 6),), (Partition(8, 6),))
     assert split([(0, 8), (1, 2), (2, 8), (6, 8), (4, 8)]) == (
-        (Lane(1, 2), Lane(2, 8), Lane(6, 8)),
-        (Lane(0, 8), Lane(4, 8)),
+        (Partition(1, 2), Partition(2, 8), Partition(6, 8)),
+        (Partition(0, 8), Partition(4, 8)),
     )
     with pytest.raises(ValueError, match="no lanes to give away"):
         split([])
 
 
 @given(disjoint_lanes(), st.integers(0, 30))
-def test_joining_changes_no_slot(lanes: Lanes, batches: int) -> None:
+def test_joining_changes_no_slot(lanes: Partitions, batches: int) -> None:
     """The same slots, before and after some are taken; nothing is left to join."""
     whole = joined(lanes)
     assert below(whole, 400) == below(lanes, 400) and len(whole) <= len(lanes)
@@ -86,10 +98,10 @@ def test_joining_changes_no_slot(lanes: Lanes, batches: int) -> None:
 @given(st.integers(1, 3), st.lists(st.integers(0, 9), max_size=6))
 def test_joining_undoes_splits(stride: int, picks: list[int]) -> None:
     """However one lane was halved, its parts become one again."""
-    lanes = [Lane(1, stride)]
+    lanes = [Partition(1, stride)]
     for pick in picks:
         lanes += [lane for part in split([lanes.pop(pick % len(lanes))]) for lane in part]
-    assert joined(lanes) == (Lane(1, stride),)
+    assert joined(lanes) == (Partition(1, stride),)
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 8)), max_size=3))
@@ -100,7 +112,7 @@ def test_disjoint_means_that_no_slot_is_shared(lanes: list[tuple[int, int]]) -> 
 
 
 @given(disjoint_lanes())
-def test_split_lanes_are_disjoint(lanes: Lanes) -> None:
+def test_split_lanes_are_disjoint(lanes: Partitions) -> None:
     """However often and wherever lanes were split."""
     assert disjoint(lanes) and density(lanes) <= 1
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lte_ray import Shard
-from lte_ray.data.partition import Lane, ordered
+from lte_ray.data.partition import Partition, ordered
 
 heads, batches, extras, seeds = st.integers(1, 4), st.integers(1, 5), st.integers(0, 30), st.integers(0, 2**31)
 
@@ -67,7 +67,7 @@ def test_heads_that_change_share_the_same_batches(old: int, new: int, mine: int,
 
 def test_a_shard_goes_through_pickle() -> None:
     """With its lanes, and without what it has cached."""
-    shard = Shard(1, 3, 7, cursor=4, lanes=(Lane(5, 6), Lane(9, 6)))
+    shard = Shard(1, 3, 7, cursor=4, lanes=(Partition(5, 6), Partition(9, 6)))
     batches = take(shard, 20, 3, 9)
     again = pickle.loads(pickle.dumps(shard))
     assert again == shard and again.lanes == shard.lanes
@@ -106,4 +106,4 @@ def test_impossible_shards_are_refused() -> None:
     with pytest.raises(ValueError, match="head 2 of 2 heads has no lane at the start; give the lanes"):
         Shard(2, 2, 0)
     with pytest.raises(ValueError, match="is no lane"):
-        Shard(2, 2, 0, lanes=(Lane(0, 0),))
+        Shard(2, 2, 0, lanes=(Partition(0, 0),))

@@ -14,8 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from lte_ray.config import MergeConfig
-from lte_ray.engine.coordinator.coordinator import Coordinator, Outcome
-from lte_ray.engine.coordinator.step_budget import Budget, Pace
+from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
+from lte_ray.engine.coordinator.step_budget import StepBudget, StepRateEstimator
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
@@ -25,7 +25,7 @@ from lte_ray.merging import Decision, Discard, Merge, Pending, Roster, Wait
 from lte_ray.merging.flat_buffer import as_matrix, base_replicas, factor_views, replica_views, views
 from lte_ray.merging.low_rank import Share, dense_change
 from lte_ray.merging.registry import make_policy
-from lte_ray.messages import Contribution, Order, Verdict
+from lte_ray.messages import Contribution, ContributionResult, HeadDirective
 from lte_ray.transfer.codec import Codec
 from lte_ray.transfer.groups import groups
 from tests.support.helpers import LONG_RUN, Tiny, assert_near, make_settings
@@ -66,14 +66,14 @@ class Schedules(RuleBasedStateMachine):
         for head in self.heads:
             head.start(0, initial.base)
         self.sent: list[tuple[Contribution, tuple[Tensor, ...]]] = []  # on their way to the coordinator
-        self.answers: dict[int, tuple[Verdict, int, Tensor]] = {}  # on their way to a head
+        self.answers: dict[int, tuple[ContributionResult, int, Tensor]] = {}  # on their way to a head
         self.pending: dict[int, Tensor] = {}  # decoded, at the coordinator
         self.references: dict[int, Tensor] = {}
         self.ledger = torch.zeros_like(self.first)
         self.bases = {0: initial.base.clone()}
         self.known: dict[int, dict[int, Tensor]] = {0: {}}  # references that a version holds
 
-    def settle(self, outcome: Outcome) -> None:
+    def settle(self, outcome: StepResult) -> None:
         records = iter(outcome.merges)
         for verdict in outcome.verdicts:
             if verdict.accepted and verdict.version not in self.bases:
@@ -186,7 +186,7 @@ def test_n_arrivals_are_one_barrier_merge_if_nobody_trains_in_between() -> None:
             arrivals.receive(contribution, contribution.buffer)
         assert_near(arrivals.base, barrier.base, 1e-13)
         for head, contribution in zip(heads, contributions, strict=True):
-            verdict = Verdict(head.head, contribution.sequence, True, barrier.version)
+            verdict = ContributionResult(head.head, contribution.sequence, True, barrier.version)
             head.adopt(verdict, barrier.version, barrier.base.clone())
     assert (arrivals.version, barrier.version) == (9, 3)
 
@@ -232,7 +232,9 @@ def test_times_are_read_with_their_unit(text: str, expected: float) -> None:
 
 def test_the_pace_follows_the_slowest_or_the_clock() -> None:
     """Steps of a round: all the same until speeds are known, then those that fit the slowest head's, or the time."""
-    matched, timed, plain = (Pace(m) for m in (MergeConfig(match_speed=True), MergeConfig(merge_every="2s"), MergeConfig()))
+    matched, timed, plain = (
+        StepRateEstimator(m) for m in (MergeConfig(match_speed=True), MergeConfig(merge_every="2s"), MergeConfig())
+    )
     for pace in (matched, timed, plain):
         assert pace.steps(0, {0, 1}) == 10
         pace.note(0, 10, 1.0)
@@ -249,8 +251,8 @@ def test_a_shared_budget_is_used_up_exactly(rounds: list[tuple[int, int, float]]
     """Whoever comes when: nobody is granted more than there is, and heads that go on until the last grant take all of it."""
     plain = make_settings(heads=4, steps=17)
     settings = dataclasses.replace(plain, merge=MergeConfig(merge_iter=5, wait=False, match_speed=match))
-    pace = Pace(settings.merge)
-    budget = Budget(settings, pace, {})
+    pace = StepRateEstimator(settings.merge)
+    budget = StepBudget(settings, pace, {})
     orders = {head: budget.order(head, range(4)) for head in range(4)}
     taken = dict.fromkeys(range(4), 0)
     for head, steps, seconds in [*rounds, *((head, 99, 1.0) for _ in range(40) for head in range(4))]:
@@ -275,7 +277,12 @@ def test_a_schedule_follows_the_whole_run_where_steps_are_shared() -> None:
     (head,) = [Head(Scheduled(), make_settings(heads=1, steps=20), 0, dtype=torch.float64)]
     head.start(0, prepare(Scheduled(), make_settings(heads=1, steps=20), torch.float64).base)
     rates = []
-    for order in (Order(5, 20), Order(5, 20, rate=2.5), Order(5, 20, rate=0.5, progress=0.7), Order(5, 20, progress=0.1)):
+    for order in (
+        HeadDirective(5, 20),
+        HeadDirective(5, 20, rate=2.5),
+        HeadDirective(5, 20, rate=0.5, progress=0.7),
+        HeadDirective(5, 20, progress=0.1),
+    ):
         head.follow(order)
         head.train(2)
         rates.append(head.optimizer.param_groups[0]["lr"] / 0.01)
@@ -289,7 +296,7 @@ def test_a_head_offers_again_what_was_discarded_unless_that_was_all() -> None:
     first = head.contribute()
     head.train(99)
     assert head.done
-    discarded = Verdict(0, first.sequence, False, 0, "", discarded=True)
+    discarded = ContributionResult(0, first.sequence, False, 0, "", discarded=True)
     head.adopt(discarded, 0, None)
     assert not head.finished
     second = head.contribute()
@@ -303,7 +310,7 @@ def test_a_shared_budget_leaves_something_for_everybody(heads: int, steps: int, 
     """The first to come don't take all, however few steps there are."""
     plain = make_settings(heads=heads, steps=steps)
     settings = dataclasses.replace(plain, merge=MergeConfig(merge_iter=merge_iter, wait=False))
-    budget = Budget(settings, Pace(settings.merge), {})
+    budget = StepBudget(settings, StepRateEstimator(settings.merge), {})
     limits = [budget.order(head, range(heads)).limit for head in range(heads)]
     assert limits[0] <= max(2 * merge_iter, 1, heads * steps / 3)
     assert sum(limit > 0 for limit in limits) >= heads / 2
@@ -342,10 +349,10 @@ def test_a_policy_that_asks_to_be_woken_for_ever_is_named() -> None:
 def test_an_older_order_takes_nothing_back() -> None:
     """Answers may come in another order than they were given: what was granted stays granted."""
     _, (head,), _ = started(1)
-    head.follow(Order(5, 9, final=False))
-    head.follow(Order(5, 4, final=False))
+    head.follow(HeadDirective(5, 9, final=False))
+    head.follow(HeadDirective(5, 4, final=False))
     assert head.left == 9
-    head.follow(Order(5, 9, final=True))
+    head.follow(HeadDirective(5, 9, final=True))
     head.train(99)
     assert head.done
     assert head.step == 9

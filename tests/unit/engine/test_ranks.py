@@ -27,9 +27,9 @@ from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
 from lte_ray.layout import Plan
-from lte_ray.merging import Average, Merge, Pending, Roster, Scheduled, Wait
+from lte_ray.merging import Average, ComposedPolicy, Merge, Pending, Roster, Wait
 from lte_ray.merging.low_rank import Share, add_contributions, dense_change
-from lte_ray.messages import Verdict
+from lte_ray.messages import ContributionResult
 from lte_ray.run import start as run_start
 from lte_ray.storage import RunDirectory
 from tests.support.helpers import (
@@ -78,7 +78,7 @@ def test_the_ledger_holds_for_trained_heads_of_different_ranks(reset: str, rslor
     """W_v - W_0 = sum of w s_n (B_n A_n - B'_n A'_n) over all merges; right after one each head computes with W_v."""
     worker, made = Tiny(), settings(reset=reset, rslora=rslora)
     initial = prepare(worker, made, torch.float64)
-    coordinator = Coordinator(made, initial.plan, initial.base.clone(), Scheduled(Average()), plans=initial.plans)
+    coordinator = Coordinator(made, initial.plan, initial.base.clone(), ComposedPolicy(Average()), plans=initial.plans)
     heads = [Head(worker, made, n, dtype=torch.float64) for n in range(3)]
     for head in heads:
         head.start(0, initial.base)
@@ -141,7 +141,7 @@ def test_a_contribution_of_another_heads_size_is_refused() -> None:
     """The coordinator knows each head's own layout."""
     worker, made = Tiny(), settings()
     initial = prepare(worker, made, torch.float64)
-    coordinator = Coordinator(made, initial.plan, initial.base.clone(), Scheduled(Average()), plans=initial.plans)
+    coordinator = Coordinator(made, initial.plan, initial.base.clone(), ComposedPolicy(Average()), plans=initial.plans)
     head = Head(worker, made, 1, dtype=torch.float64)
     head.start(0, initial.base)
     contribution = head.train_round()
@@ -189,7 +189,7 @@ def test_a_restored_head_of_any_rank_goes_on_bitwise_the_same(head: int, reset: 
     one = Head(worker, made, head, dtype=torch.float64)
     one.start(0, base)
     one.train_round()
-    one.adopt(Verdict(head, 1, True, 1), 1, base + 0.1)
+    one.adopt(ContributionResult(head, 1, True, 1), 1, base + 0.1)
     tensors, meta = state_of(one)
     assert ("reference" in tensors) == (reset == "none")
     if reset == "none":
@@ -200,7 +200,7 @@ def test_a_restored_head_of_any_rank_goes_on_bitwise_the_same(head: int, reset: 
         expected, found = one.train_round(), other.train_round()
         assert torch.equal(found.buffer, expected.buffer)
         for each in (one, other):
-            each.adopt(Verdict(head, sequence, True, sequence), sequence, base - 0.1 * sequence)
+            each.adopt(ContributionResult(head, sequence, True, sequence), sequence, base - 0.1 * sequence)
 
 
 # -- checkpoints of runs that knew no such settings --------------------------------------------------------------------
@@ -226,7 +226,7 @@ class Convolutional(Tiny):
 def written(directory: RunDirectory, worker: Tiny, made: Settings, *, old: bool) -> tuple[Manifest, list[Head], Tensor]:
     """A checkpoint after one merge, as it is written now, or as it was: without the new settings, cursor and scaler."""
     initial = prepare(worker, made, torch.float64)
-    coordinator = Coordinator(made, initial.plan, initial.base.clone(), Scheduled(Average()), plans=initial.plans)
+    coordinator = Coordinator(made, initial.plan, initial.base.clone(), ComposedPolicy(Average()), plans=initial.plans)
     heads = [Head(worker, made, n, dtype=torch.float64) for n in range(made.lte.num_heads)]
     for head in heads:
         head.start(0, initial.base)

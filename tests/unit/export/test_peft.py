@@ -24,7 +24,7 @@ from lte_ray.errors import ConfigError, UserError
 from lte_ray.export.delta import average
 from lte_ray.export.run_reader import open_run, read
 from lte_ray.merging.policy import Decision, Merge, Wait
-from lte_ray.messages import Save
+from lte_ray.messages import CheckpointRequest
 from lte_ray.storage import RunDirectory
 from tests.support.export_runs import built, finish, inputs, logits, save_run, settings, write_checkpoint
 
@@ -128,7 +128,7 @@ def test_a_head_that_had_not_heard_of_its_merge_is_the_head_that_adopts_it(tmp_p
         verdicts = done.coordinator.receive(contribution, contribution.buffer).verdicts
     finish(done.heads[1])
     directory, base = RunDirectory.of(str(tmp_path), "run"), done.coordinator.base.clone()
-    states = [snapshot(head, Save(4, {head.head: head.sequence})) for head in done.heads]
+    states = [snapshot(head, CheckpointRequest(4, {head.head: head.sequence})) for head in done.heads]
     files = [checkpoint.write_head(directory, 4, number, *state) for number, state in enumerate(states)]
     files.append(checkpoint.write_base(directory, 4, done.plan, base))
     checkpoint.commit(directory, 4, (0, 1), files, checkpoint.read_manifest(directory, 3).facts)

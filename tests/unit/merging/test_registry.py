@@ -16,6 +16,7 @@ from lte_ray.merging import (
     Arrival,
     Average,
     Barrier,
+    ComposedPolicy,
     Decision,
     Discard,
     Merge,
@@ -25,7 +26,6 @@ from lte_ray.merging import (
     Pending,
     Quorum,
     Roster,
-    Scheduled,
     Wait,
     make_policy,
 )
@@ -116,7 +116,7 @@ a_policy, a_rule = Mine(), Rule(alpha=0.5)
 def test_every_built_in_name_makes_its_policy(name: str) -> None:
     """Each is of its class, made anew, and waits as --when says."""
     policy = make(name)
-    assert isinstance(policy, Scheduled)
+    assert isinstance(policy, ComposedPolicy)
     assert isinstance(policy, MergePolicy)
     assert type(policy.how) is POLICIES[name]
     assert policy.name == name
@@ -135,7 +135,7 @@ def test_every_built_in_name_is_in_the_help() -> None:
 def test_the_default_is_the_papers_average_at_a_barrier() -> None:
     """MergeConfig's defaults."""
     policy = make_policy(MergeConfig())
-    assert isinstance(policy, Scheduled)
+    assert isinstance(policy, ComposedPolicy)
     assert (type(policy.how), type(policy.when)) == (Average, Barrier)
 
 
@@ -144,7 +144,7 @@ def test_a_rule_is_asked_when_the_settings_say(when: str, kind: type) -> None:
     """An object with `merge`, its class and a function alike."""
     for policy in (a_rule, Rule, halves, "nesterov", f"{__name__}:Rule", f"{__name__}:halves", f"{__name__}:a_rule"):
         made = make(policy, when)
-        assert isinstance(made, Scheduled)
+        assert isinstance(made, ComposedPolicy)
         assert type(made.when) is kind
 
 

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lte_ray import checkpoint
-from lte_ray.data.assignment import DataLedger
+from lte_ray.data.assignment import PartitionAssignor
 from lte_ray.data.partition import initial as first_lanes
 from lte_ray.errors import StorageError
-from lte_ray.runtime.coordinator_state import Start, resumed
+from lte_ray.runtime.coordinator_state import CoordinatorState, load_checkpoint
 from lte_ray.storage import RunDirectory
 from tests.support.helpers import make_plan_of, random_flat
 from tests.unit.checkpoint.test_damaged_checkpoints import FUZZ, places, replaced, values
@@ -31,7 +31,7 @@ FACTS = {
         str(head): {"incarnation": head, "sequence": 2, "version": 3, "step": 4, "samples": 32, "batches": 4, "lanes": lanes}
         for head, lanes in LANES.items()
     },
-    "ledger": DataLedger(LANES).state(),
+    "ledger": PartitionAssignor(LANES).state(),
     "guard": {},
 }
 AT = Path("checkpoints", "000003")
@@ -49,10 +49,10 @@ def directory(tmp_path: Path) -> RunDirectory:
     return made
 
 
-def start(directory: RunDirectory, num_heads: int = 2) -> Start:
+def start(directory: RunDirectory, num_heads: int = 2) -> CoordinatorState:
     common: Any = SimpleNamespace(directory=directory, transport=SimpleNamespace(publish=lambda tensor: tensor))
     initial: Any = SimpleNamespace(plan=PLAN, plans=[PLAN] * max(2, num_heads))
-    return resumed(common, initial, 3, num_heads)
+    return load_checkpoint(common, initial, 3, num_heads)
 
 
 def test_the_same_heads_go_on_exactly(directory: RunDirectory) -> None:
@@ -82,7 +82,7 @@ def test_facts_that_no_run_writes_are_one_error(directory: RunDirectory, facts: 
     """Before any actor starts."""
     file = Path(directory.path) / AT / "manifest.json"
     manifest = json.loads(file.read_text())
-    file.write_bytes(checkpoint.seal({**manifest, "facts": {**manifest["facts"], **facts}}))
+    file.write_bytes(checkpoint.manifest_checksum({**manifest, "facts": {**manifest["facts"], **facts}}))
     with pytest.raises(StorageError):
         start(directory)
 
@@ -95,7 +95,7 @@ def test_any_facts_are_a_start_or_one_error(directory: RunDirectory, data: st.Da
     whole = file.read_bytes()
     manifest = json.loads(whole)
     place = data.draw(st.sampled_from([p for p in places(manifest) if p[:1] == ("facts",)]))
-    file.write_bytes(checkpoint.seal(replaced(manifest, place, new)))
+    file.write_bytes(checkpoint.manifest_checksum(replaced(manifest, place, new)))
     with contextlib.suppress(StorageError):
         start(directory, heads)
     file.write_bytes(whole)

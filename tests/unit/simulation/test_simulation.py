@@ -22,8 +22,8 @@ from lte_ray.layout import Adapted, Plan, Replica
 from lte_ray.merging.policy import Decision, Pending, Roster, Wait
 from lte_ray.simulation.api import keep_time, train
 from lte_ray.simulation.clock import Clock
-from lte_ray.simulation.cost_model import Sizes, named_plan
-from lte_ray.simulation.delivery import Lagging
+from lte_ray.simulation.cost_model import CostModel, named_plan
+from lte_ray.simulation.delivery import StalenessQueue
 from lte_ray.simulation.network import Link
 from lte_ray.simulation.record import KINDS, VirtualRun
 from lte_ray.transfer.codec import least_bytes
@@ -92,7 +92,7 @@ def test_one_contribution_and_answer_take_what_their_bytes_take() -> None:
         step_seconds=0.5, bandwidth=1000, latency=0.25, message_seconds=0.125, merge_flops=1e5, merge_memory=2e5
     )
     run = timed(1, cluster, send_down="dense")
-    sizes = Sizes([PLAN], MergeConfig(send_down="dense"))
+    sizes = CostModel([PLAN], MergeConfig(send_down="dense"))
     up, down = 4 * (4 * 50 + 30), 4 * (1200 + 30)
     merging = 2 * 1200 * 4 / 1e5 + 16 * (230 + 1230) / 2e5
     assert (sizes.up(0), sizes.down(0)) == (up, (down, 0))
@@ -109,9 +109,9 @@ def test_one_contribution_and_answer_take_what_their_bytes_take() -> None:
 
 def test_factors_go_down_where_they_are_fewer_bytes() -> None:
     """Three heads of rank 2 get the others' factors, 100 values a layer, instead of 600; the replicas are dense."""
-    assert Sizes([PLAN] * 3, MergeConfig()).down(2) == (4 * 30, 4 * 2 * 200)
-    assert Sizes([PLAN] * 4, MergeConfig(transfer="bf16")).down(5) == (4 * 30, 2 * 5 * 200)
-    assert Sizes([PLAN] * 30, MergeConfig()).down(29) == (4 * 1230, 0)
+    assert CostModel([PLAN] * 3, MergeConfig()).down(2) == (4 * 30, 4 * 2 * 200)
+    assert CostModel([PLAN] * 4, MergeConfig(transfer="bf16")).down(5) == (4 * 30, 2 * 5 * 200)
+    assert CostModel([PLAN] * 30, MergeConfig()).down(29) == (4 * 1230, 0)
 
 
 @given(st.sampled_from(["fp32", "bf16", "int8"]), st.sampled_from([1.0, 0.3, 0.01]))
@@ -120,14 +120,14 @@ def test_a_contribution_has_the_bytes_of_the_codec(transfer: str, topk: float) -
     merge = MergeConfig(transfer=transfer, replica_topk=topk)  # type: ignore[arg-type]
     plan = named_plan("gpt2-124m", 32, 64.0)
     least = least_bytes(plan, merge)
-    assert least <= Sizes([plan, plan], merge).up(1) <= 1.01 * least
+    assert least <= CostModel([plan, plan], merge).up(1) <= 1.01 * least
 
 
 def test_shards_share_the_products_and_links_the_bytes() -> None:
     """Two shards merge a model of equal layers without large replicas in about half the time."""
     layers = tuple(Adapted(f"w{n}", (64, 64), 4, 1.0) for n in range(8))
     plan = Plan(layers, (Replica("b", (4,)),))
-    one, two = (Sizes([plan] * 4, MergeConfig(shards=n)).merge_seconds(ClusterModel(), 4) for n in (1, 2))
+    one, two = (CostModel([plan] * 4, MergeConfig(shards=n)).merge_seconds(ClusterModel(), 4) for n in (1, 2))
     assert one / 2 <= two <= 0.52 * one
 
 
@@ -152,7 +152,7 @@ def test_the_clock_keeps_the_order_of_asking() -> None:
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=40), st.integers(0, 4))
 def test_heads_that_lag_are_those_more_than_max_lag_behind(events: list[tuple[int, int]], most: int) -> None:
     """Against a search over all heads, for any order of adoptions and merges."""
-    lagging, at, version = Lagging(most), dict.fromkeys(range(6), 0), 0
+    lagging, at, version = StalenessQueue(most), dict.fromkeys(range(6), 0), 0
     for head in at:
         lagging.at(head, 0)
     for head, merges in events:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lte_ray.errors import ConfigError, PolicyError
-from lte_ray.merging import Average, Decision, Merge, MergeChange, Pending, Roster, Scheduled, Try, Wait, combine
+from lte_ray.merging import Average, ComposedPolicy, Decision, Merge, MergeChange, Pending, Roster, Try, Wait, combine
 from lte_ray.testing import check_policy
 from tests.support.helpers import offer, random_flat
 from tests.support.policies import PLAN, coordinator_of
@@ -182,7 +182,7 @@ FAULTS: list[tuple[type, str]] = [
 def test_a_misbehaving_policy_ends_the_run_with_an_error_that_names_it(policy: type, says: str) -> None:
     """PolicyError in the engine, whatever the policy does; the base stays as it was."""
     made = policy()
-    scheduled = made if hasattr(made, "decide") else Scheduled(made)
+    scheduled = made if hasattr(made, "decide") else ComposedPolicy(made)
     coordinator, base = coordinator_of(scheduled, heads=1)
     with pytest.raises(PolicyError, match=says):  # noqa: PT012 - Raises does so at its second merge, OtherJudge later
         for sequence in (1, 2):

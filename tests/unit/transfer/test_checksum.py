@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lte_ray.transfer.checksum import check_seals, seal
+from lte_ray.transfer.checksum import buffers_checksum, verify_checksums
 from tests.support.codecs import FORMATS, large
 from tests.support.helpers import random_flat
 
@@ -26,13 +26,13 @@ def test_a_seal_sees_any_flipped_bit(sizes: list[int], which: int, dtype: torch.
     """In any buffer of any type; a copy has the same; it has 32 bits and leaves the buffers as they are."""
     buffers = [filled(size, dtype, seed) for seed, size in enumerate([*sizes, 1])]
     copies = [buffer.clone() for buffer in buffers]
-    before = seal(buffers)
+    before = buffers_checksum(buffers)
     assert 0 <= before < 2**32
-    assert seal(copies) == before
+    assert buffers_checksum(copies) == before
     flipped = copies[which % len(copies)]
     if flipped.numel():
         flipped.view(torch.uint8)[which // 8 % (flipped.numel() * dtype.itemsize)] ^= 1 << which % 8
-        assert seal(copies) != before
+        assert buffers_checksum(copies) != before
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -50,19 +50,19 @@ def test_a_seal_sees_order_ends_and_types(dtype: torch.dtype) -> None:
         [a.flip(0), b],
         [a.view(torch.uint8), b] if dtype != torch.uint8 else [a.view(torch.int8), b],
     ]
-    assert len({seal(each) for each in [[a, b], *others]}) == len(others) + 1
+    assert len({buffers_checksum(each) for each in [[a, b], *others]}) == len(others) + 1
 
 
 def test_a_seal_sees_zeros() -> None:
     """Buffers of nothing but zeros, as a crashed transfer leaves them, of each length have another seal."""
-    assert len({seal([torch.zeros(size, dtype=torch.uint8)]) for size in range(1000)}) == 1000
+    assert len({buffers_checksum([torch.zeros(size, dtype=torch.uint8)]) for size in range(1000)}) == 1000
 
 
 def test_a_seal_is_of_the_bytes_and_not_of_how_they_lie() -> None:
     """Views with gaps, and what was offset in memory."""
     whole = filled(200, torch.float32)
-    assert seal([whole[::2]]) == seal([whole[::2].clone()])
-    assert seal([whole[1:]]) == seal([whole[1:].clone()])
+    assert buffers_checksum([whole[::2]]) == buffers_checksum([whole[::2].clone()])
+    assert buffers_checksum([whole[1:]]) == buffers_checksum([whole[1:].clone()])
 
 
 @pytest.mark.parametrize("transfer", FORMATS)
@@ -72,28 +72,28 @@ def test_sealed_contributions_in_every_format(transfer: str, topk: float) -> Non
     codec = large(transfer, topk)
     flat = random_flat(codec.plan.contribution.size, 1, torch.float32)
     buffers, _ = codec.encode(flat, None)
-    before = seal(buffers)
-    assert seal(codec.encode(flat.clone(), None)[0]) == before
+    before = buffers_checksum(buffers)
+    assert buffers_checksum(codec.encode(flat.clone(), None)[0]) == before
     for index in range(len(buffers)):
         changed = [buffer.clone() for buffer in buffers]
         changed[index][-1] ^= 1
-        assert seal(changed) != before
+        assert buffers_checksum(changed) != before
 
 
 def test_each_buffer_is_compared_with_its_own_seal() -> None:
     """Equal ones pass; the first that was changed or swapped is named."""
     buffers = [filled(50, torch.uint8, seed) for seed in range(3)]
-    seals = [seal([buffer]) for buffer in buffers]
-    check_seals(buffers, seals)
-    check_seals([], [])
+    seals = [buffers_checksum([buffer]) for buffer in buffers]
+    verify_checksums(buffers, seals)
+    verify_checksums([], [])
     changed = buffers[1].clone()
     changed[7] ^= 16
-    told = rf"buffer 1 didn't arrive as it was sent \(checksum {seal([changed]):08x}, expected {seals[1]:08x}\)"
+    told = rf"buffer 1 didn't arrive as it was sent \(checksum {buffers_checksum([changed]):08x}, expected {seals[1]:08x}\)"
     with pytest.raises(ValueError, match=told):
-        check_seals([buffers[0], changed, buffers[2]], seals)
+        verify_checksums([buffers[0], changed, buffers[2]], seals)
     with pytest.raises(ValueError, match="buffer 0 didn't arrive"):
-        check_seals([buffers[1], buffers[0], buffers[2]], seals)
-    check_seals([changed], [])  # of a sender that makes none
+        verify_checksums([buffers[1], buffers[0], buffers[2]], seals)
+    verify_checksums([changed], [])  # of a sender that makes none
 
 
 @pytest.mark.gpu
@@ -101,4 +101,4 @@ def test_each_buffer_is_compared_with_its_own_seal() -> None:
 def test_a_seal_on_a_gpu_is_the_same() -> None:
     """Its bytes are copied to the CPU."""
     whole = filled(1000, torch.uint8)
-    assert seal([whole.cuda()]) == seal([whole])
+    assert buffers_checksum([whole.cuda()]) == buffers_checksum([whole])

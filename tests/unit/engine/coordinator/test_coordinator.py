@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.layout import Plan
-from lte_ray.merging import Average, Decision, Discard, Merge, MergeChange, Pending, Roster, Scheduled, Wait
+from lte_ray.merging import Average, ComposedPolicy, Decision, Discard, Merge, MergeChange, Pending, Roster, Wait
 from tests.support.helpers import assert_near, dense_by_hand, make_plan_of, make_settings, offer, random_flat
 
 PLAN = make_plan_of([(6, 5, 2), (3, 4, 1)], [(4,), ()], scaling=2.0)
@@ -37,7 +37,7 @@ def factors(contribution: Tensor, plan: Plan = PLAN) -> Tensor:
 
 def test_average_waits_for_all_heads_and_merges_their_mean_change() -> None:
     """W_{v+1} = W_v + 1/N sum_n s (B_n A_n - B'_n A'_n), in two rounds, so that references count in the second."""
-    coordinator, base = make(Scheduled(Average()), heads=3)
+    coordinator, base = make(ComposedPolicy(Average()), heads=3)
     before: dict[int, Tensor] = {}
     for sequence in (1, 2):
         sent = {head: buffer(10 * sequence + head) for head in range(3)}
@@ -65,7 +65,7 @@ def test_average_waits_for_all_heads_and_merges_their_mean_change() -> None:
 @pytest.mark.parametrize("errors", [(0.25, 0.5, 0.125), (0.5, 0.25, 0.125), (0.25, 0.125, 0.5), (0.0, 0.0, 0.0)])
 def test_a_merge_records_the_largest_quantisation_error_of_its_contributions(errors: tuple[float, ...]) -> None:
     """Whichever head it came from, and of this merge alone."""
-    coordinator, _ = make(Scheduled(Average()), heads=3)
+    coordinator, _ = make(ComposedPolicy(Average()), heads=3)
     for head, error in enumerate(errors):
         outcome = coordinator.receive(offer(head, base_error=error), buffer(head))
     assert [m.base_error for m in outcome.merges] == [max(errors)]
@@ -77,7 +77,7 @@ def test_a_merge_records_the_largest_quantisation_error_of_its_contributions(err
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_the_order_of_arrival_leaves_no_trace(order: tuple[int, ...]) -> None:
     """The merged base is bitwise the same in whichever order the heads arrive."""
-    coordinator, expected = make(Scheduled(Average()), heads=3), make(Scheduled(Average()), heads=3)[0]
+    coordinator, expected = make(ComposedPolicy(Average()), heads=3), make(ComposedPolicy(Average()), heads=3)[0]
     for head in range(3):
         expected.receive(offer(head), buffer(head))
     for head in order:
@@ -87,7 +87,7 @@ def test_the_order_of_arrival_leaves_no_trace(order: tuple[int, ...]) -> None:
 
 def test_a_reset_run_has_no_references() -> None:
     """reset="B": the second merge counts each whole product s B A, nothing is taken out."""
-    coordinator, base = make(Scheduled(Average()), reset="B")
+    coordinator, base = make(ComposedPolicy(Average()), reset="B")
     for sequence in (1, 2):
         for head in (0, 1):
             sent = buffer(10 * sequence + head)
@@ -215,7 +215,7 @@ def test_policies_see_pending_heads_in_order_and_who_lives() -> None:
 
 def test_a_head_that_leaves_lets_the_barrier_go_on() -> None:
     """The rest merge without it, each still with weight 1/N of the heads configured."""
-    coordinator, base = make(Scheduled(Average()), heads=3)
+    coordinator, base = make(ComposedPolicy(Average()), heads=3)
     coordinator.receive(offer(0), buffer(0))
     coordinator.receive(offer(2), buffer(2))
     outcome = coordinator.leave(1)
@@ -226,11 +226,11 @@ def test_a_head_that_leaves_lets_the_barrier_go_on() -> None:
 
 def test_a_run_goes_on_from_its_version_and_references() -> None:
     """A coordinator made with a version and references merges what the first one would."""
-    first, _ = make(Scheduled(Average()))
+    first, _ = make(ComposedPolicy(Average()))
     for head in (0, 1):
         first.receive(offer(head), buffer(head))
     references = {h: factors(buffer(h)).clone() for h in (0, 1)}
-    second = Coordinator(first.settings, PLAN, first.base.clone(), Scheduled(Average()), version=1, references=references)
+    second = Coordinator(first.settings, PLAN, first.base.clone(), ComposedPolicy(Average()), version=1, references=references)
     for coordinator in (first, second):
         for head in (0, 1):
             coordinator.receive(offer(head, 2, version=1), buffer(5 + head))

@@ -12,7 +12,7 @@ from torch import Tensor
 from lte_ray.data.partition import initial
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.errors import PolicyError
-from lte_ray.merging import Average, Decision, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Scheduled, Wait
+from lte_ray.merging import Average, ComposedPolicy, Decision, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Wait
 from lte_ray.messages import Contribution
 from tests.support.helpers import make_plan_of, make_settings, offer, random_flat
 
@@ -66,7 +66,7 @@ def test_a_bad_contribution_is_refused_and_nothing_else_is_touched(case: str) ->
     What can't be merged because of its content is settled by that: its head sends another, under the next number.
     """
     contribution, buffer, reason = REFUSED[case]
-    coordinator, base = make(Scheduled(Average()))
+    coordinator, base = make(ComposedPolicy(Average()))
     coordinator.receive(offer(0), GOOD)
     outcome = coordinator.receive(contribution, buffer)
     (verdict,) = outcome.verdicts
@@ -125,7 +125,7 @@ def test_a_merge_ends_the_count_of_unfit_contributions() -> None:
 
 def test_a_head_that_has_left_can_contribute_no_more() -> None:
     """It isn't live any longer."""
-    coordinator, _ = make(Scheduled(Average()))
+    coordinator, _ = make(ComposedPolicy(Average()))
     coordinator.leave(1)
     (verdict,) = coordinator.receive(offer(1), GOOD).verdicts
     assert verdict.reason == "head 1 isn't one of the live heads [0, 2]"

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lte_ray.engine.coordinator.loss_spike import ENOUGH, NARROWEST, SpikeWatch
+from lte_ray.engine.coordinator.loss_spike import ENOUGH, NARROWEST, LossSpikeDetector
 
 LOSSES = st.floats(0.01, 100) | st.sampled_from([math.nan, math.inf, 0.0])
 
 
-def filled(loss: float = 2.0, *, z: float = 6.0, patience: int = 3) -> SpikeWatch:
-    watch = SpikeWatch(16, z, patience)
+def filled(loss: float = 2.0, *, z: float = 6.0, patience: int = 3) -> LossSpikeDetector:
+    watch = LossSpikeDetector(16, z, patience)
     assert [watch.add(loss) for _ in range(16)] == [""] * 16
     return watch
 
@@ -36,7 +36,7 @@ def test_a_spike_is_told_once_and_why(patience: int) -> None:
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_is_a_spike_from_the_first_merge_on(loss: float) -> None:
     """Without anything to compare with."""
-    watch = SpikeWatch(16, 6.0)
+    watch = LossSpikeDetector(16, 6.0)
     assert [bool(watch.add(loss)) for _ in range(4)] == [False, False, True, False]
     watch = filled()
     text = [watch.add(loss) for _ in range(3)][-1]
@@ -54,14 +54,14 @@ def test_single_spikes_pass() -> None:
 @given(st.lists(st.floats(-1, 1), min_size=20, max_size=200), st.floats(0.9, 1.0))
 def test_a_loss_that_falls_or_wavers_is_no_spike(noise: list[float], fall: float) -> None:
     """l_t = l_0 fall^t (1 +- 12 %): at the most z = (1.12 / 0.88 - 1) / 0.05 = 5.5."""
-    watch = SpikeWatch(16, 6.0, patience=1)
+    watch = LossSpikeDetector(16, 6.0, patience=1)
     assert not any(watch.add(5 * fall**turn * (1 + 0.12 * each)) for turn, each in enumerate(noise))
 
 
 @given(st.lists(st.floats(1, 1.2), min_size=ENOUGH, max_size=40), st.floats(1e-6, 1e6))
 def test_the_unit_of_the_loss_does_not_matter(losses: list[float], unit: float) -> None:
     """Three times the largest is a spike in any unit; the threshold is on z alone."""
-    watch = SpikeWatch(16, 6.0, patience=1)
+    watch = LossSpikeDetector(16, 6.0, patience=1)
     assert not any(watch.add(unit * loss) for loss in losses)
     assert watch.add(3.6 * unit)
 
@@ -70,7 +70,7 @@ def test_the_threshold_is_where_the_formula_has_it() -> None:
     """A spread of its own, median 3 and median deviation 1, and the least one of 5 % where there is none."""
     for losses, limit in (([1.0, 2.0, 3.0, 4.0, 5.0] * 3, 3 + 6 * 1.4826), ([3.0] * 15, 3 * (1 + 6 * NARROWEST))):
         for loss, spike in ((limit * 0.999, False), (limit * 1.001, True)):
-            watch = SpikeWatch(16, 6.0, patience=1)
+            watch = LossSpikeDetector(16, 6.0, patience=1)
             assert not any(watch.add(each) for each in losses)
             assert bool(watch.add(loss)) == spike
 
@@ -99,14 +99,14 @@ def test_a_level_that_lasts_becomes_the_runs_own() -> None:
 def test_nothing_is_judged_when_off_or_too_early() -> None:
     """z = 0; fewer than 8 merges; losses that were 0 throughout."""
     assert not any(filled(z=0.0).add(each) for each in [1e9] * 5 + [math.nan] * 5)
-    assert not any(SpikeWatch(16, 6.0, 1).add(10.0**n) for n in range(ENOUGH))
+    assert not any(LossSpikeDetector(16, 6.0, 1).add(10.0**n) for n in range(ENOUGH))
     assert filled(0.0, patience=1).add(1e-9) == ""
 
 
 @given(st.lists(LOSSES, max_size=60), st.integers(0, 60))
 def test_it_goes_on_after_a_checkpoint_as_if_there_had_been_none(losses: list[float], cut: int) -> None:
     """Through JSON without NaN, at any point."""
-    whole, first, second = (SpikeWatch(16, 6.0) for _ in range(3))
+    whole, first, second = (LossSpikeDetector(16, 6.0) for _ in range(3))
     expected = [whole.add(loss) for loss in losses]
     found = [first.add(loss) for loss in losses[:cut]]
     second.load_state(json.loads(json.dumps(first.state(), allow_nan=False)))
@@ -118,11 +118,11 @@ def test_no_state_is_a_new_watchs() -> None:
     """A checkpoint of a run without watch."""
     watch = filled()
     watch.load_state({})
-    assert watch.state() == SpikeWatch(16, 6.0).state()
+    assert watch.state() == LossSpikeDetector(16, 6.0).state()
 
 
 @pytest.mark.parametrize(("window", "patience"), [(ENOUGH - 1, 3), (16, 0), (16, 17)])
 def test_impossible_arguments_are_refused(window: int, patience: int) -> None:
     """The error has both numbers."""
     with pytest.raises(ValueError, match=f"window is {window}, .* patience {patience}"):
-        SpikeWatch(window, 6.0, patience)
+        LossSpikeDetector(window, 6.0, patience)

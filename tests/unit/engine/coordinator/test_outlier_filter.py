@@ -10,8 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
-from lte_ray.engine.coordinator.coordinator import Coordinator, Outcome
-from lte_ray.engine.coordinator.validation import ENOUGH, GROWTH, NARROWEST, QUARANTINE, WIDEST, WINDOW, WITNESSES, Guard
+from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
+from lte_ray.engine.coordinator.validation import (
+    ENOUGH,
+    GROWTH,
+    NARROWEST,
+    QUARANTINE,
+    WIDEST,
+    WINDOW,
+    WITNESSES,
+    OutlierFilter,
+)
 from lte_ray.engine.in_process import simulate
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError
@@ -21,7 +30,7 @@ from workers.regression import Regression
 NORMS = st.floats(1e-6, 1e6)
 
 
-def offer(guard: Guard, head: int, norm: float, steps: int = 10) -> str:
+def offer(guard: OutlierFilter, head: int, norm: float, steps: int = 10) -> str:
     """One contribution's way as the coordinator goes it; all that is fit is merged at once."""
     reason = guard.judge(head, norm, steps)
     if reason:
@@ -32,8 +41,8 @@ def offer(guard: Guard, head: int, norm: float, steps: int = 10) -> str:
     return reason
 
 
-def filled(norm: float = 1.0, heads: int = 4, count: int = WINDOW, z: float = 8.0) -> Guard:
-    guard = Guard(MergeConfig(max_norm_z=z))
+def filled(norm: float = 1.0, heads: int = 4, count: int = WINDOW, z: float = 8.0) -> OutlierFilter:
+    guard = OutlierFilter(MergeConfig(max_norm_z=z))
     assert not any(offer(guard, n % heads, norm) for n in range(count))
     return guard
 
@@ -41,7 +50,7 @@ def filled(norm: float = 1.0, heads: int = 4, count: int = WINDOW, z: float = 8.
 @given(st.lists(st.tuples(st.integers(0, 3), NORMS), max_size=100), st.integers(-40, 40))
 def test_the_unit_of_norms_does_not_matter(offers: list[tuple[int, float]], power: int) -> None:
     """All norms times c: the same are refused. (c = 2^k, so that rounding moves logarithms only in their last bits.)"""
-    one, other = Guard(MergeConfig()), Guard(MergeConfig())
+    one, other = OutlierFilter(MergeConfig()), OutlierFilter(MergeConfig())
     first = [bool(offer(one, head, norm)) for head, norm in offers]
     assert first == [bool(offer(other, head, norm * 2.0**power)) for head, norm in offers]
 
@@ -49,7 +58,7 @@ def test_the_unit_of_norms_does_not_matter(offers: list[tuple[int, float]], powe
 @given(st.lists(st.floats(-0.2, 0.2), min_size=40, max_size=300), st.integers(1, 16), st.data())
 def test_a_healthy_walk_is_never_refused(moves: list[float], heads: int, data: st.DataObject) -> None:
     """Norms that go up or down by up to 20 % of a contribution to the next's level, each head at it again after all others."""
-    guard, level = Guard(MergeConfig()), 1.0
+    guard, level = OutlierFilter(MergeConfig()), 1.0
     for turn, move in enumerate(moves):
         if turn % 4 == 0:  # the level moves from merge to merge, in which there are several
             level *= 1 + move
@@ -59,7 +68,7 @@ def test_a_healthy_walk_is_never_refused(moves: list[float], heads: int, data: s
 @given(st.lists(NORMS, min_size=ENOUGH, max_size=2 * WINDOW), st.floats(100, 1e12), st.integers(1, 1000))
 def test_a_hundred_times_the_median_is_always_refused(norms: list[float], times: float, steps: int) -> None:
     """However widely the norms before were spread, once there were 16, and each time that one head of 4 offers it."""
-    guard = Guard(MergeConfig())
+    guard = OutlierFilter(MergeConfig())
     for turn, norm in enumerate(norms):
         guard.merged(turn % 4, norm * steps**GROWTH, steps)
     recent = sorted(norms[-WINDOW:])
@@ -85,7 +94,7 @@ def test_what_is_refused_and_why() -> None:
 
 def test_the_threshold_is_where_the_formula_has_it() -> None:
     """1.5^8 = 25.6 times equal norms; 1.75^8 = 88 times widely spread ones; with --max-norm-z 4, 1.5^4 = 5.1 times."""
-    spread = Guard(MergeConfig())
+    spread = OutlierFilter(MergeConfig())
     for turn in range(WINDOW):
         spread.merged(turn % 4, 10.0 ** (turn % 3 - 1), 1)
     for guard, z, scale in ((filled(), 8, NARROWEST), (spread, 8, WIDEST), (filled(z=4.0), 4, NARROWEST)):
@@ -113,16 +122,16 @@ def test_small_norms_and_zeros_are_fit_and_zeros_say_nothing() -> None:
 @pytest.mark.parametrize("norm", [math.nan, math.inf])
 def test_a_norm_that_is_no_number_is_refused_at_once(norm: float) -> None:
     """Before there is anything to compare with, and without a trace in what is remembered."""
-    guard = Guard(MergeConfig())
+    guard = OutlierFilter(MergeConfig())
     assert guard.judge(0, norm, 10) == f"its norm is {norm}"
-    assert guard.state() == Guard(MergeConfig()).state()
+    assert guard.state() == OutlierFilter(MergeConfig()).state()
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1.0])
 @pytest.mark.parametrize("times", [1 / 1000, 1 / 10, 10, 1000])
 def test_a_head_that_was_away_is_not_refused(times: float, exponent: float) -> None:
     """It contributes 10 or 1000 times as many steps as others, or as few, of noise (k^0.5) or all in one direction (k^1)."""
-    guard = Guard(MergeConfig())
+    guard = OutlierFilter(MergeConfig())
     for turn in range(WINDOW):
         offer(guard, turn % 4, 1.0, 1000)
     assert guard.judge(0, times**exponent, round(1000 * times)) == ""
@@ -159,7 +168,7 @@ def test_heads_that_blow_up_apart_from_each_other_are_no_witnesses() -> None:
 
 def test_the_third_refusal_in_a_row_quarantines() -> None:
     """Counted by head; a fit one between, or a merge, begins anew, and so does whoever takes the head's place."""
-    guard = Guard(MergeConfig())
+    guard = OutlierFilter(MergeConfig())
     assert [guard.refused(0) for _ in range(QUARANTINE)] == [False, False, True]
     assert [guard.refused(0) for _ in range(QUARANTINE)] == [False, False, True]
     for mend in (lambda: guard.accepted(1), lambda: guard.merged(1, 1.0, 1)):
@@ -181,7 +190,7 @@ def test_a_quarantined_head_is_no_witness() -> None:
 @given(st.lists(st.tuples(st.integers(0, 3), NORMS, st.integers(1, 100)), max_size=120), st.integers(0, 120))
 def test_it_goes_on_after_a_checkpoint_as_if_there_had_been_none(offers: list[tuple[int, float, int]], cut: int) -> None:
     """Through JSON, at any point: the same refusals with the same words, the same quarantines, the same state."""
-    whole, first, second = Guard(MergeConfig()), Guard(MergeConfig()), Guard(MergeConfig())
+    whole, first, second = OutlierFilter(MergeConfig()), OutlierFilter(MergeConfig()), OutlierFilter(MergeConfig())
     expected = [offer(whole, *each) for each in offers]
     found = [offer(first, *each) for each in offers[:cut]]
     second.load_state(json.loads(json.dumps(first.state(), allow_nan=False)))
@@ -193,7 +202,7 @@ def test_no_state_is_a_new_guards() -> None:
     """A checkpoint of a run without guard."""
     guard = filled()
     guard.load_state({})
-    assert guard.state() == Guard(MergeConfig()).state()
+    assert guard.state() == OutlierFilter(MergeConfig()).state()
 
 
 @pytest.mark.parametrize(
@@ -208,9 +217,9 @@ def test_no_state_is_a_new_guards() -> None:
 )
 def test_a_real_run_is_far_from_the_threshold(lr: float, lte: dict, merge: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training from scratch, also at ten times the rate: at half of the default z nothing would be refused."""
-    guard, receive, judged = Guard(MergeConfig(max_norm_z=4.0)), Coordinator.receive, []
+    guard, receive, judged = OutlierFilter(MergeConfig(max_norm_z=4.0)), Coordinator.receive, []
 
-    def watched(self: Coordinator, contribution: object, buffer: object) -> Outcome:
+    def watched(self: Coordinator, contribution: object, buffer: object) -> StepResult:
         c, share = contribution, self._share(contribution.head, buffer)  # type: ignore[attr-defined, arg-type]
         judged.append(offer(guard, c.head, math.sqrt(squared_norm(share)), c.steps))  # type: ignore[attr-defined]
         return receive(self, contribution, buffer)  # type: ignore[arg-type]

@@ -9,13 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lte_ray.engine.coordinator.recovery import recover
-from lte_ray.messages import HeadReport, Report, Standing
+from lte_ray.messages import CommittedPosition, HeadReport, RecoveryReport
 
 
-def report(version: int, held: dict[int, int], heads: dict[int, HeadReport], ledger: dict[str, Any] | None = None) -> Report:
+def report(
+    version: int, held: dict[int, int], heads: dict[int, HeadReport], ledger: dict[str, Any] | None = None
+) -> RecoveryReport:
     """What a process knows: its newest version, what that holds of every head (contributions' numbers), and its heads."""
-    standings = {head: Standing(sequence=sequence, version=version) for head, sequence in held.items()}
-    return Report(version, f"base {version}" if version >= 0 else None, standings, ledger or {}, heads)
+    standings = {head: CommittedPosition(sequence=sequence, version=version) for head, sequence in held.items()}
+    return RecoveryReport(version, f"base {version}" if version >= 0 else None, standings, ledger or {}, heads)
 
 
 def own(*sequences: int, limit: int = 10, **values: Any) -> HeadReport:

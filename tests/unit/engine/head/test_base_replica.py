@@ -12,14 +12,14 @@ from hypothesis import given
 from torch import Tensor
 
 from lte_ray.config import MergeConfig
-from lte_ray.engine.coordinator.broadcast_log import CHECK_EVERY, Downlink
+from lte_ray.engine.coordinator.broadcast_log import CHECK_EVERY, BroadcastLog
 from lte_ray.engine.coordinator.coordinator import Coordinator
-from lte_ray.engine.head.base_replica import Mirror, OutOfReach
+from lte_ray.engine.head.base_replica import BaseReplica, CannotRedoMerges
 from lte_ray.layout import Plan
 from lte_ray.merging import Decision, Merge, MergeChange, Pending, Roster, Wait
 from lte_ray.merging.flat_buffer import gather, views
-from lte_ray.messages import Contribution, Merged, Update
-from lte_ray.transfer.checksum import checksum
+from lte_ray.messages import Contribution, CoordinatorReply, MergeDelta
+from lte_ray.transfer.checksum import base_checksum
 from lte_ray.transfer.codec import Codec
 from lte_ray.transfer.groups import groups
 from tests.support.helpers import make_plan_of, make_settings, random_flat
@@ -51,7 +51,7 @@ class Side:
         self.coordinator = Coordinator(self.settings, plans[0], base, self.policy, plans=plans)
         self.codecs = [Codec(plan, self.groups, merge) for plan in plans]
         sizes = [part.base.size * 4 for part in self.codecs[0].parts]
-        self.downlink = Downlink(self.groups, sizes, [codec.sizes for codec in self.codecs], 0)
+        self.downlink = BroadcastLog(self.groups, sizes, [codec.sizes for codec in self.codecs], 0)
         self.buffers: dict[int, tuple[Tensor, ...]] = {}
         self.sequence = 0
         self.incarnations = [0] * len(plans)
@@ -70,26 +70,26 @@ class Side:
             "test", head, self.incarnations[head], self.sequence, self.coordinator.version, 1, 1, 1, 0.5
         )
         for record in self.coordinator.receive(contribution, decoded).merges:
-            merged = Merged(record.version, record.weights, {h: self.buffers[h] for h in record.heads}, record.fresh)
+            merged = MergeDelta(record.version, record.weights, {h: self.buffers[h] for h in record.heads}, record.fresh)
             self.downlink.add(merged if record.weights else None)
 
-    def update(self, have: int, checked: bool = True) -> Update:
+    def update(self, have: int, checked: bool = True) -> CoordinatorReply:
         base, version = self.coordinator.base.clone(), self.coordinator.version
         chain = self.downlink.chain(have)
         parts = {i: self.part(i, base) for i in (self.downlink.dense if chain is not None else range(len(self.groups)))}
         held = {h: r for h in range(HEADS) if (r := self.coordinator.reference(h)) is not None} if chain is None else {}
         of_factors = [self.part(i, base) for i, group in enumerate(self.groups) if group.by_factors]
-        sums = (version, sum(map(checksum, of_factors)) % 2**64) if checked else None
-        return Update(None, version, parts, chain or (), held, checksum=sums)
+        sums = (version, sum(map(base_checksum, of_factors)) % 2**64) if checked else None
+        return CoordinatorReply(None, version, parts, chain or (), held, checksum=sums)
 
     def part(self, index: int, base: Tensor) -> Tensor:
         return gather(self.codecs[0].parts[index].base, views(self.codecs[0].plan.base, base))
 
-    def mirror(self, reset: str = "none") -> Mirror:
-        return Mirror(self.codecs, reset, lambda handle: handle)
+    def mirror(self, reset: str = "none") -> BaseReplica:
+        return BaseReplica(self.codecs, reset, lambda handle: handle)
 
 
-def follow(mirror: Mirror, update: Update) -> Tensor | None:
+def follow(mirror: BaseReplica, update: CoordinatorReply) -> Tensor | None:
     base = mirror.take(update)
     if base is not None:
         mirror.release()
@@ -172,7 +172,9 @@ def test_a_mirror_that_outlives_its_coordinator_redoes_what_the_next_one_merges(
         references={head: factors.clone() for head, factors in kept.items() if factors is not None},
         fresh={0, 2},
     )
-    side.downlink = Downlink(side.groups, [c.base.size * 4 for c in side.codecs[0].parts], [c.sizes for c in side.codecs], 2)
+    side.downlink = BroadcastLog(
+        side.groups, [c.base.size * 4 for c in side.codecs[0].parts], [c.sizes for c in side.codecs], 2
+    )
     for head in (0, 1, 0, 2):
         side.contribute(head)
         base = follow(mirror, side.update(mirror.have))
@@ -238,7 +240,7 @@ def test_an_update_that_lacks_merges_is_not_taken() -> None:
     update = side.update(1)  # only the second merge
     before = mirror._base.clone()
     for _ in range(2):  # and nothing stays locked
-        with pytest.raises(OutOfReach):
+        with pytest.raises(CannotRedoMerges):
             mirror.take(update)
     assert torch.equal(mirror._base, before)
     assert follow(mirror, side.update(-1)) is not None

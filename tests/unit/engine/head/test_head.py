@@ -14,7 +14,7 @@ from lte_ray.engine.head.state import restore
 from lte_ray.engine.prepare import prepare
 from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import base_replicas, replica_part, views
-from lte_ray.messages import Contribution, Verdict
+from lte_ray.messages import Contribution, ContributionResult
 from tests.support.helpers import EPS32, DenseHead, Tiny, assert_near, make_settings, state_of, through_a_file
 
 # SGD only adds float64 rounding up over some ten steps. Adam divides by a root that may be small, which magnifies it.
@@ -31,11 +31,11 @@ def make_head(worker: Tiny, head: int = 0, **changes: object) -> tuple[Head, Ten
 
 
 def accept(head: Head, contribution: Contribution, version: int, base: Tensor) -> None:
-    head.adopt(Verdict(head.head, contribution.sequence, True, version), version, base)
+    head.adopt(ContributionResult(head.head, contribution.sequence, True, version), version, base)
 
 
 def refuse(head: Head, contribution: Contribution, version: int = 0, base: Tensor | None = None) -> None:
-    head.adopt(Verdict(head.head, contribution.sequence, False, version, "a test"), version, base)
+    head.adopt(ContributionResult(head.head, contribution.sequence, False, version, "a test"), version, base)
 
 
 def parts(plan: Plan, contribution: Contribution) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from lte_ray.engine.head.head import Head
 from lte_ray.engine.in_process import simulate
 from lte_ray.engine.prepare import load_base, prepare
 from lte_ray.errors import WorkerError, WorkerFailed
-from lte_ray.messages import Contribution, Verdict
+from lte_ray.messages import Contribution, ContributionResult
 from lte_ray.worker import build_model
 from tests.support.helpers import BATCH, Tiny, make_settings
 
@@ -34,7 +34,7 @@ def make_head(worker: Tiny, head: int = 0, **changes: object) -> Head:
 def next_round(head: Head) -> Contribution:
     """A round whose contribution is refused, so that the head simply trains on."""
     contribution = head.train_round()
-    head.adopt(Verdict(head.head, contribution.sequence, False, 0, "a test"), 0, None)
+    head.adopt(ContributionResult(head.head, contribution.sequence, False, 0, "a test"), 0, None)
     return contribution
 
 

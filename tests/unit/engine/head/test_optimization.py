@@ -17,14 +17,14 @@ from lte_ray.adapters import convert
 from lte_ray.config import LTEConfig, TrainConfig
 from lte_ray.data import Shard
 from lte_ray.engine.head.head import Head
-from lte_ray.engine.head.optimization import Update, build_optimizer, checkpoint_activations
+from lte_ray.engine.head.optimization import OptimizerStep, build_optimizer, checkpoint_activations
 from lte_ray.engine.head.state import restore
 from lte_ray.engine.in_process import simulate
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError, WorkerFailed
 from lte_ray.layout import Adapted, Plan, Replica
-from lte_ray.messages import Verdict
+from lte_ray.messages import ContributionResult
 from tests.support.helpers import BATCH, EPS32, SAMPLES, WORDS, Net, Tiny, assert_near, make_settings, state_of, through_a_file
 from tests.support.ray_runs import LONG
 from workers.regression import Regression
@@ -106,7 +106,7 @@ def test_an_accumulating_head_resumes_with_the_next_batch() -> None:
     worker, made = Tiny(dropout=0.3), settings({"accumulate": 3})
     head = started(worker, made)
     head.train_round()
-    head.adopt(Verdict(0, 1, False, 0, "a test"), 0, None)
+    head.adopt(ContributionResult(0, 1, False, 0, "a test"), 0, None)
     other = restored(head, worker, made)
     expected, found = head.train_round(), other.train_round()
     assert torch.equal(found.buffer, expected.buffer)
@@ -125,7 +125,7 @@ def test_a_head_resumed_with_another_accumulate_neither_repeats_nor_skips_batche
     made = settings({"accumulate": 2})
     head = started(Watching(), made)
     head.train_round()
-    head.adopt(Verdict(0, 1, False, 0, "a test"), 0, None)
+    head.adopt(ContributionResult(0, 1, False, 0, "a test"), 0, None)
     other = restored(head, Watching(), settings({"accumulate": 1}))
     other.train_round()
     batches = Tiny().train_batches(Shard(0, 2, made.train.seed))
@@ -223,7 +223,7 @@ def test_the_loss_scale_survives_a_checkpoint() -> None:
     worker, made = Single(), settings({"precision": "fp16-mixed"})
     head = started(worker, made, dtype=torch.float32)
     head.train_round()
-    head.adopt(Verdict(0, 1, False, 0, "a test"), 0, None)
+    head.adopt(ContributionResult(0, 1, False, 0, "a test"), 0, None)
     scale = head.update.scaler.get_scale()
     assert scale < 65536.0
     other = restored(head, worker, made)
@@ -306,12 +306,12 @@ def test_multipliers_hold_under_a_schedule_and_in_a_resumed_run() -> None:
         for name, factor in multipliers(head).items():
             assert factor == pytest.approx(expected.get(name, 1.0), rel=1e-14), name
         contribution = head.train_round()
-        head.adopt(Verdict(0, sequence, False, 0, "a test"), 0, None)
+        head.adopt(ContributionResult(0, sequence, False, 0, "a test"), 0, None)
         if sequence == 2:
             other = restored(head, Scheduled(), made)
         if sequence > 2:
             assert torch.equal(other.train_round().buffer, contribution.buffer)
-            other.adopt(Verdict(0, other.sequence, False, 0, "a test"), 0, None)
+            other.adopt(ContributionResult(0, other.sequence, False, 0, "a test"), 0, None)
     assert multipliers(other) == multipliers(head)
 
 
@@ -530,7 +530,7 @@ def test_a_schedule_is_stepped_once_a_step(precision: str) -> None:
     weight = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     schedule = lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
-    update = Update(optimizer, schedule, TrainConfig(accumulate=2, precision=precision), CPU)  # type: ignore[arg-type]
+    update = OptimizerStep(optimizer, schedule, TrainConfig(accumulate=2, precision=precision), CPU)  # type: ignore[arg-type]
     for step in range(3):
         for _ in range(2):
             update.scaled((weight * torch.tensor([1.0, 2.0])).sum()).backward()

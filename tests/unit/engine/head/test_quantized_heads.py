@@ -19,9 +19,9 @@ from lte_ray.engine.head.state import restore
 from lte_ray.engine.in_process import simulate
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
-from lte_ray.merging import Average, Scheduled
+from lte_ray.merging import Average, ComposedPolicy
 from lte_ray.merging.flat_buffer import as_matrix, as_stored, views
-from lte_ray.messages import Verdict
+from lte_ray.messages import ContributionResult
 from lte_ray.run.metrics import MetricsLog
 from lte_ray.storage import RunDirectory
 from tests.support.helpers import EPS64, Net, Tiny, assert_near, dense_by_hand, make_settings, state_of, through_a_file
@@ -119,7 +119,7 @@ def test_a_head_computes_with_the_quantised_weight_beside_exact_products(form: s
         assert_near(head.model(words), dense(words), 5000 * EPS64)
         reference = {n: t.clone() for n, t in views(head.plan.contribution, contribution.buffer).items() if "lora" in n}
         base = base + 0.05 * torch.randn(base.shape, generator=torch.Generator().manual_seed(version), dtype=base.dtype)
-        head.adopt(Verdict(0, version, True, version), version, base)
+        head.adopt(ContributionResult(0, version, True, version), version, base)
 
 
 def test_gradients_go_through_the_quantised_weight(form: str) -> None:
@@ -160,7 +160,7 @@ def test_the_error_of_quantising_is_reported_with_each_contribution_and_merge(fo
     assert result.merges[0].base_error == pytest.approx(expected, rel=1e-6)  # norms of the fp32 weights
     head, base = started(Tiny(), settings(form))
     head.train_round()
-    head.adopt(Verdict(0, 1, True, 1), 1, base + 0.1)
+    head.adopt(ContributionResult(0, 1, True, 1), 1, base + 0.1)
     assert head.train_round().base_error == pytest.approx(quantised(head, base + 0.1)[1], rel=1e-6)
     directory = RunDirectory.of(str(tmp_path), "run")
     directory.create()
@@ -195,7 +195,7 @@ def test_merging_is_exact_whatever_the_heads_hold(form: str, reset: str) -> None
     """The ledger holds as with float32 heads: W_v - W_0 = sum of w D, with no trace of Q; the base is no quantised one."""
     worker, made = Tiny(), settings(form, reset=reset)
     initial = prepare(worker, made, torch.float64)
-    coordinator = Coordinator(made, initial.plan, initial.base.clone(), Scheduled(Average()), plans=initial.plans)
+    coordinator = Coordinator(made, initial.plan, initial.base.clone(), ComposedPolicy(Average()), plans=initial.plans)
     heads = [Head(worker, made, n, dtype=torch.float64) for n in range(2)]
     for head in heads:
         head.start(0, initial.base)
@@ -231,7 +231,7 @@ def test_a_restored_head_goes_on_bitwise_the_same(form: str, worker: Tiny, lte: 
     made = settings(form, **lte)
     head, base = started(worker, made)
     head.train_round()
-    head.adopt(Verdict(0, 1, True, 1), 1, base + 0.1)
+    head.adopt(ContributionResult(0, 1, True, 1), 1, base + 0.1)
     tensors, meta = state_of(head)
     other = Head(worker, made, 0, dtype=torch.float64, incarnation=1)
     restore(other, through_a_file((tensors, meta)), base + 0.1)
@@ -240,7 +240,7 @@ def test_a_restored_head_goes_on_bitwise_the_same(form: str, worker: Tiny, lte: 
         assert torch.equal(found.buffer, expected.buffer)
         assert found.base_error == expected.base_error
         for each in (head, other):
-            each.adopt(Verdict(0, sequence, sequence == 2, sequence), sequence, base - 0.1 * sequence)
+            each.adopt(ContributionResult(0, sequence, sequence == 2, sequence), sequence, base - 0.1 * sequence)
 
 
 def test_a_head_that_is_refused_keeps_its_reference_beside_the_new_base(form: str) -> None:
@@ -248,10 +248,10 @@ def test_a_head_that_is_refused_keeps_its_reference_beside_the_new_base(form: st
     worker = Tiny()
     head, base = started(worker, settings(form))
     first = head.train_round()
-    head.adopt(Verdict(0, 1, True, 1), 1, base + 0.1)
+    head.adopt(ContributionResult(0, 1, True, 1), 1, base + 0.1)
     reference = {n: t.clone() for n, t in views(head.plan.contribution, first.buffer).items() if "lora" in n}
     head.train_round()
-    head.adopt(Verdict(0, 2, False, 2, "a test"), 2, base - 0.2)
+    head.adopt(ContributionResult(0, 2, False, 2, "a test"), 2, base - 0.2)
     words = torch.arange(7)
     assert_near(head.model(words), dense_model(head, worker, base - 0.2, reference)(words), 5000 * EPS64)
 
@@ -260,7 +260,7 @@ def test_checkpoints_hold_no_codes(form: str, tmp_path: Path) -> None:
     """A head's file has factors, replicas, reference, optimizer and generators; the base's file the exact weights."""
     head, base = started(Many(), settings(form, **EVERYTHING))
     head.train_round()
-    head.adopt(Verdict(0, 1, True, 1), 1, base + 0.1)
+    head.adopt(ContributionResult(0, 1, True, 1), 1, base + 0.1)
     tensors, meta = state_of(head)
     kinds = {name.partition(".")[0] for name in tensors}
     assert kinds == {"factor", "reference", "optimizer", "rng"}  # everything has factors here: no replicas
@@ -292,7 +292,7 @@ def test_users_own_buffers_are_kept_beside_the_codes(form: str) -> None:
 
     head, base = started(Counting(), settings(form))
     head.train_round()
-    head.adopt(Verdict(0, 1, True, 1), 1, base)
+    head.adopt(ContributionResult(0, 1, True, 1), 1, base)
     tensors, meta = state_of(head)
     assert {n for n in tensors if n.startswith("buffer.")} == {"buffer.count", "buffer.up.seen"}
     other = Head(Counting(), head.settings, 0, dtype=torch.float64)

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from lte_ray.data import Shard
-from lte_ray.data.partition import Lane, slots
-from lte_ray.engine.coordinator.coordinator import Coordinator, Outcome
+from lte_ray.data.partition import Partition, slots
+from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.state import State, rejoin
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
-from lte_ray.merging import Average, Scheduled
+from lte_ray.merging import Average, ComposedPolicy
 from lte_ray.merging.flat_buffer import views
 from lte_ray.merging.policy import Decision, Merge, Pending, Roster, Wait
-from lte_ray.messages import Contribution, Standing, Verdict
+from lte_ray.messages import CommittedPosition, Contribution, ContributionResult
 from tests.support.helpers import Tiny, assert_near, dense_by_hand, make_settings, state_of, through_a_file
 
 
@@ -62,15 +62,15 @@ def trained(dtype: str, reset: str = "none") -> tuple[Head, Settings, list[Tenso
     head = Head(worker, settings, 1, dtype=MERGING[dtype])
     head.start(0, first)
     head.train_round()
-    head.adopt(Verdict(1, 1, True, 1), 1, bases[0])
+    head.adopt(ContributionResult(1, 1, True, 1), 1, bases[0])
     state = state_of(head)
     head.train(2)
     return head, settings, bases, through_a_file(state)
 
 
-def merged(head: Head) -> Standing:
+def merged(head: Head) -> CommittedPosition:
     """What the coordinator says that versions 1 and 2 hold of it: three batches of three steps."""
-    return Standing(0, 1, 1, 3, 12, 3, (Lane(7, 2),))
+    return CommittedPosition(0, 1, 1, 3, 12, 3, (Partition(7, 2),))
 
 
 @pytest.mark.parametrize("saved", [False, True])
@@ -167,7 +167,7 @@ class World:
         self.worker, self.settings = Tiny(), make_settings(heads=heads, steps=1000)
         initial = prepare(self.worker, self.settings, torch.float64)
         self.plan, self.first = initial.plan, initial.base
-        rule = EachAtOnce() if policy == "arrival" else Scheduled(Average())
+        rule = EachAtOnce() if policy == "arrival" else ComposedPolicy(Average())
         self.coordinator = Coordinator(self.settings, self.plan, initial.base.clone(), rule)  # type: ignore[arg-type]
         self.ledger, self.references = torch.zeros_like(self.first), dict[int, Tensor | None]()
         self.heads = {n: Head(self.worker, self.settings, n, dtype=torch.float64) for n in range(heads)}
@@ -191,7 +191,7 @@ class World:
         self.since[n] = []
         self.settle(self.coordinator.receive(contribution, contribution.buffer))
 
-    def settle(self, outcome: Outcome) -> None:
+    def settle(self, outcome: StepResult) -> None:
         for record in outcome.merges:
             for n, weight in record.weights.items():
                 contribution, batches = self.offered.pop(n)

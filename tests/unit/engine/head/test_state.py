@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lte_ray.engine.head.head import Head
-from lte_ray.engine.head.state import Missed, State, restore, snapshot
+from lte_ray.engine.head.state import State, StateMissed, restore, snapshot
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
-from lte_ray.messages import Contribution, Save, Verdict
+from lte_ray.messages import CheckpointRequest, Contribution, ContributionResult
 from lte_ray.transfer.codec import Codec
 from lte_ray.transfer.groups import groups
 from tests.support.helpers import Tiny, make_settings, through_a_file
@@ -91,7 +91,7 @@ def started(run: Run) -> Head:
 
 
 def settle(head: Head, accepted: bool, version: int, base: Tensor | None) -> None:
-    head.adopt(Verdict(head.head, head.sequence, accepted, version, "" if accepted else "a test"), version, base)
+    head.adopt(ContributionResult(head.head, head.sequence, accepted, version, "" if accepted else "a test"), version, base)
 
 
 def restored(run: Run, state: State, version: int) -> Head:
@@ -137,7 +137,7 @@ def test_a_cut_between_two_merges(case: str, extra: int) -> None:
         head.train(extra)  # rides in the next
         settle(head, True, version, run.base(version))
     head.train(extra)
-    state = snapshot(head, Save(2, {0: 9, 1: 2}))
+    state = snapshot(head, CheckpointRequest(2, {0: 9, 1: 2}))
     assert_go_on_alike(run, head, restored(run, state, 2), 2)
 
 
@@ -159,7 +159,7 @@ def on_its_way(case: str, extra: int) -> tuple[Run, Head, Contribution]:
 def test_a_cut_whose_version_holds_what_is_outstanding(case: str, extra: int) -> None:
     """The head hasn't heard yet that version 3 holds its contribution: only what it has trained since rides in the next."""
     run, head, sent = on_its_way(case, extra)
-    state = snapshot(head, Save(3, {1: 2}))
+    state = snapshot(head, CheckpointRequest(3, {1: 2}))
     settle(head, True, 3, run.base(3))
     other = restored(run, state, 3)
     assert (other.sequence, other.merged.step, other.step) == (2, sent.step, sent.step + extra)
@@ -171,7 +171,7 @@ def test_a_cut_whose_version_holds_what_is_outstanding(case: str, extra: int) ->
 def test_a_cut_whose_version_lacks_what_is_outstanding(case: str, extra: int) -> None:
     """All since the last merged contribution rides in the next one, as if the outstanding one were refused."""
     run, head, _ = on_its_way(case, extra)
-    state = snapshot(head, Save(3, {1: 1}))
+    state = snapshot(head, CheckpointRequest(3, {1: 1}))
     settle(head, False, 3, run.base(3))
     other = restored(run, state, 3)
     assert (other.sequence, other.merged.step, other.step) == (1, 3, 6 + extra)
@@ -189,7 +189,7 @@ def test_a_cut_with_reset(case: str, outstanding: bool) -> None:
     if not outstanding:
         settle(head, True, 1, run.base(1))
         head.train(2)
-    state = snapshot(head, Save(1, {1: 1}))
+    state = snapshot(head, CheckpointRequest(1, {1: 1}))
     assert "reference" not in state[0]
     if outstanding:
         settle(head, True, 1, run.base(1))
@@ -201,7 +201,7 @@ def test_a_cut_behind_the_first_base() -> None:
     run = Run.of("bfloat16")
     head = started(run)
     head.train(2)
-    state = snapshot(head, Save(2, {1: 0}))
+    state = snapshot(head, CheckpointRequest(2, {1: 0}))
     head.adopt(None, 2, run.base(2))
     other = restored(run, state, 2)
     assert other.reference is None
@@ -232,7 +232,7 @@ def test_a_cut_anywhere(case: str, way: list[tuple[int, int, bool, bool]], last:
         head.train(beyond)
         merged = head.sequence if held else merged
     at = version + (contributed or beyond % 2)
-    state = snapshot(head, Save(at, {1: merged}))
+    state = snapshot(head, CheckpointRequest(at, {1: merged}))
     if contributed:
         settle(head, held, at, run.base(at))
     elif at > version:
@@ -245,7 +245,7 @@ def test_a_snapshot_is_a_copy() -> None:
     run = Run.of("momentum, float64")
     head = started(run)
     head.train(3)
-    tensors, meta = snapshot(head, Save(0, {1: 0}))
+    tensors, meta = snapshot(head, CheckpointRequest(0, {1: 0}))
     before = {name: tensor.clone() for name, tensor in tensors.items()}, json.dumps(meta)
     head.train(2)
     assert json.dumps(meta) == before[1]
@@ -261,8 +261,8 @@ def test_a_snapshot_leaves_its_head_alone() -> None:
     other.train(2)
     run.contribute(one)
     run.contribute(other)
-    snapshot(one, Save(1, {1: 1}))
-    snapshot(one, Save(1, {1: 0}))
+    snapshot(one, CheckpointRequest(1, {1: 1}))
+    snapshot(one, CheckpointRequest(1, {1: 0}))
     for head in (one, other):
         settle(head, True, 1, run.base(1))
     assert_go_on_alike(run, one, other, 1)
@@ -277,8 +277,8 @@ def test_a_head_that_has_gone_on_has_missed_it(sequence: int) -> None:
         head.train(1)
         run.contribute(head)
         settle(head, True, version, run.base(version))
-    with pytest.raises(Missed):
-        snapshot(head, Save(sequence, {1: sequence}))
+    with pytest.raises(StateMissed):
+        snapshot(head, CheckpointRequest(sequence, {1: sequence}))
 
 
 def _without(tensors: dict[str, Tensor], meta: dict[str, Any], name: str) -> State:
@@ -313,7 +313,7 @@ def test_a_state_that_cannot_be_used_is_an_error(damage: Callable[[dict[str, Ten
     head.train(3)
     run.contribute(head)
     settle(head, True, 1, run.base(1))
-    state = through_a_file(snapshot(head, Save(1, {1: 1})))
+    state = through_a_file(snapshot(head, CheckpointRequest(1, {1: 1})))
     with pytest.raises(StorageError, match=r"The saved state of head 1 can't be used: .+"):
         restore(run.head(), damage(*state), run.base(1))
 
@@ -326,7 +326,7 @@ def test_an_optimizer_state_of_another_shape_is_refused_by_name(key: str, shape:
     run = Run.of("dropout, AdamW")
     head = started(run)
     head.train(3)
-    tensors, meta = through_a_file(snapshot(head, Save(0, {1: 0})))
+    tensors, meta = through_a_file(snapshot(head, CheckpointRequest(0, {1: 0})))
     with pytest.raises(StorageError) as raised:
         restore(run.head(), (tensors | {f"optimizer.0.{key}": torch.zeros(shape)}, meta), run.base(0))
     name = head.plan.adapted[0].a

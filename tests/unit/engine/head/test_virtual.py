@@ -23,7 +23,7 @@ from lte_ray.engine.in_process import Simulated, simulate
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import WorkerFailed
-from lte_ray.merging import Average, Decision, Merge, Pending, Roster, Scheduled, Wait
+from lte_ray.merging import Average, ComposedPolicy, Decision, Merge, Pending, Roster, Wait
 from lte_ray.merging.flat_buffer import views
 from lte_ray.worker import seed_everything
 from tests.support.helpers import Tiny, assert_near, make_settings, state_of
@@ -126,7 +126,7 @@ class Disturbing:
         seed_everything(self.seed)
         torch.rand(self.seed)
         self.seed += 1
-        return Scheduled(Average()).decide(pending, roster)
+        return ComposedPolicy(Average()).decide(pending, roster)
 
 
 @pytest.mark.parametrize("heads_per_actor", [2, 4])

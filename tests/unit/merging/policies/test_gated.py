@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.errors import ConfigError, PolicyError
-from lte_ray.merging import Discard, Gated, Scheduled, Try
+from lte_ray.merging import ComposedPolicy, Discard, Gated, Try
 from tests.support.helpers import assert_near, offer, random_flat
 from tests.support.policies import PLAN, coordinator_of, dense, pending_of, roster_of
 
@@ -25,7 +25,7 @@ def contribute(coordinator: Coordinator, sequence: int) -> Tensor:
 
 def test_a_merge_that_raises_the_loss_is_discarded_with_the_figures() -> None:
     """The first is kept, the second too at an equal loss, the third isn't, and the next is judged by the last that was kept."""
-    coordinator, _ = coordinator_of(Scheduled(Gated()), heads=1)
+    coordinator, _ = coordinator_of(ComposedPolicy(Gated()), heads=1)
     verdicts = []
     for sequence, loss in enumerate([2.0, 2.0, 2.5, 1.0], start=1):
         before = coordinator.base.clone()
@@ -46,7 +46,7 @@ def test_a_merge_that_raises_the_loss_is_discarded_with_the_figures() -> None:
 
 def test_what_was_discarded_rides_in_the_next_contribution() -> None:
     """The reference stays the last one that was kept, so the next merge counts the whole change since."""
-    coordinator, base = coordinator_of(Scheduled(Gated()), heads=1)
+    coordinator, base = coordinator_of(ComposedPolicy(Gated()), heads=1)
     kept = contribute(coordinator, 1)
     coordinator.judged({"loss": 1.0})
     contribute(coordinator, 2)
@@ -120,7 +120,7 @@ def test_the_reason_has_the_figures(gated: Gated, values: list[float], reason: s
 
 def test_the_gate_needs_its_metric() -> None:
     """A metric that the worker doesn't give is a PolicyError that lists those it gives."""
-    coordinator, _ = coordinator_of(Scheduled(Gated(metric="acuracy"), name="gated"), heads=1)
+    coordinator, _ = coordinator_of(ComposedPolicy(Gated(metric="acuracy"), name="gated"), heads=1)
     contribute(coordinator, 1)
     with pytest.raises(PolicyError, match=r"policy gated raised .*--policy.metric is 'acuracy', but .* gave: loss, accuracy"):
         coordinator.judged({"loss": 1.0, "accuracy": 0.5})

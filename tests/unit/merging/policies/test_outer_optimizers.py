@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lte_ray.errors import ConfigError
-from lte_ray.merging import Adam, DelayedNesterov, MergeChange, Momentum, Nesterov, Scheduled
+from lte_ray.merging import Adam, ComposedPolicy, DelayedNesterov, MergeChange, Momentum, Nesterov
 from tests.support.helpers import assert_near, random_flat
 from tests.support.policies import PLAN, pending_of, roster_of, stacked
 
@@ -94,8 +94,8 @@ def test_a_change_isnt_touched_by_later_merges(policy: object) -> None:
 
 @pytest.mark.parametrize("policy", [Momentum, Nesterov, DelayedNesterov, Adam])
 def test_state_before_the_first_merge_is_empty_and_loading_it_begins_anew(policy: type) -> None:
-    """A run that is resumed at version 0 merges as one that starts; state reaches the policy through Scheduled."""
-    scheduled, pending = Scheduled(policy()), pending_of(2)
+    """A run that is resumed at version 0 merges as one that starts; state reaches the policy through ComposedPolicy."""
+    scheduled, pending = ComposedPolicy(policy()), pending_of(2)
     assert scheduled.state() == {}
     first = scheduled.decide(pending, roster_of(2))
     assert scheduled.state() != {}

@@ -9,7 +9,7 @@ import pytest
 from lte_ray.config import MergeConfig
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.errors import ConfigError
-from lte_ray.merging import Arrival, Average, Barrier, Quorum, Roster, Scheduled, Wait, make_policy
+from lte_ray.merging import Arrival, Average, Barrier, ComposedPolicy, Quorum, Roster, Wait, make_policy
 from lte_ray.merging.policies.trigger import make_when
 from tests.support.helpers import assert_near, offer, random_flat
 from tests.support.policies import PLAN, coordinator_of, pending_of, roster_of
@@ -83,7 +83,7 @@ def test_a_deadline_is_after_the_first_contribution() -> None:
 def test_a_deadline_merges_by_the_coordinators_clock() -> None:
     """The coordinator wakes the policy at the time it asked for, and the late head's contribution opens another quorum."""
     now = [10.0]
-    coordinator, _ = coordinator_of(Scheduled(Average(), Quorum(3, deadline=2.0)), heads=3, now=now)
+    coordinator, _ = coordinator_of(ComposedPolicy(Average(), Quorum(3, deadline=2.0)), heads=3, now=now)
     assert send(coordinator, 1) == []
     assert coordinator.wakes_at == 12.0
     now[0] = 11.0

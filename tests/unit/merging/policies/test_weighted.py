@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lte_ray.errors import ConfigError
 from lte_ray.merging import Clip, Samples, Stale
-from lte_ray.merging.policies.weighted import Window
+from lte_ray.merging.policies.weighted import RollingWeights
 from tests.support.policies import dense, pending_of, roster_of
 
 AMOUNTS = st.lists(st.floats(0.01, 100.0), min_size=1, max_size=6)
@@ -20,7 +20,7 @@ ROUNDING = 1e-13
 """Sums of a few dozen float64 numbers, and one division each."""
 
 
-def arrivals(window: Window, amounts: list[float], num_heads: int) -> list[float]:
+def arrivals(window: RollingWeights, amounts: list[float], num_heads: int) -> list[float]:
     """The weights of contributions that are merged one by one."""
     return [window.weights({0: amount}, num_heads)[0] for amount in amounts]
 
@@ -28,7 +28,7 @@ def arrivals(window: Window, amounts: list[float], num_heads: int) -> list[float
 @given(AMOUNTS)
 def test_all_heads_in_one_merge_weigh_one_together(amounts: list[float]) -> None:
     """w_i = a_i / sum a, whatever there was before."""
-    window = Window()
+    window = RollingWeights()
     arrivals(window, [7.0, 0.1], len(amounts))
     weights = window.weights(dict(enumerate(amounts)), len(amounts))
     assert list(weights.values()) == pytest.approx([a / sum(amounts) for a in amounts], rel=ROUNDING)
@@ -37,7 +37,7 @@ def test_all_heads_in_one_merge_weigh_one_together(amounts: list[float]) -> None
 @given(AMOUNTS, st.randoms(use_true_random=False))
 def test_a_cycle_of_single_arrivals_weighs_one(amounts: list[float], chance: random.Random) -> None:
     """Once N contributions are known, amounts that come back every cycle give weights with the sum 1, as average's."""
-    window, num_heads = Window(), len(amounts)
+    window, num_heads = RollingWeights(), len(amounts)
     chance.shuffle(amounts)
     arrivals(window, amounts, num_heads)
     for _ in range(3):
@@ -47,7 +47,7 @@ def test_a_cycle_of_single_arrivals_weighs_one(amounts: list[float], chance: ran
 @given(AMOUNTS, st.data())
 def test_any_n_consecutive_contributions_weigh_one_in_one_merge(amounts: list[float], data: st.DataObject) -> None:
     """The invariant itself: a weight is the amount over the sum of the last N amounts, in whatever merges they were."""
-    window, num_heads, seen = Window(), data.draw(st.integers(1, 4)), [1.0]
+    window, num_heads, seen = RollingWeights(), data.draw(st.integers(1, 4)), [1.0]
     arrivals(window, seen * num_heads, num_heads)
     seen = seen * num_heads
     while amounts:
@@ -63,21 +63,21 @@ def test_any_n_consecutive_contributions_weigh_one_in_one_merge(amounts: list[fl
 @pytest.mark.parametrize("amounts", [(1.0, 0.3, 0.2), (5.0, 1.0, 1.0, 0.5)])
 def test_amounts_in_random_order_weigh_one_each_cycle_in_expectation(amounts: tuple[float, ...]) -> None:
     """Over all orders of the last N amounts, the mean weight of the newest is exactly 1/N."""
-    newest = [arrivals(Window(), list(order), len(amounts))[-1] for order in itertools.permutations(amounts)]
+    newest = [arrivals(RollingWeights(), list(order), len(amounts))[-1] for order in itertools.permutations(amounts)]
     assert sum(newest) / len(newest) == pytest.approx(1 / len(amounts), rel=ROUNDING)
 
 
 @given(st.integers(1, 6), st.floats(0.01, 10.0), st.integers(1, 20))
 def test_equal_amounts_are_the_average(num_heads: int, amount: float, contributions: int) -> None:
     """w = 1/N from the first contribution on."""
-    assert arrivals(Window(), [amount] * contributions, num_heads) == pytest.approx(
+    assert arrivals(RollingWeights(), [amount] * contributions, num_heads) == pytest.approx(
         [1 / num_heads] * contributions, rel=ROUNDING
     )
 
 
 def test_nothing_at_all_is_the_average() -> None:
     """Amounts of 0 only (no samples) don't divide by zero."""
-    assert Window().weights({0: 0.0, 1: 0.0}, 4) == {0: 0.25, 1: 0.25}
+    assert RollingWeights().weights({0: 0.0, 1: 0.0}, 4) == {0: 0.25, 1: 0.25}
 
 
 def test_samples_weigh_in_proportion() -> None:

@@ -11,14 +11,14 @@ import ray
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from lte_ray import FailureConfig
-from lte_ray.engine.failure_policy import Failures
+from lte_ray.engine.failure_policy import FailurePolicy
 from lte_ray.errors import CoordinatorLost, HeadLost
 from lte_ray.messages import HeadStatus
 from lte_ray.runtime.controller import failure_handling
-from lte_ray.runtime.controller.failure_handling import Mending
-from lte_ray.runtime.controller.head_actors import Crew, Member
-from lte_ray.runtime.head.client import Line
-from lte_ray.runtime.ray_errors import translated
+from lte_ray.runtime.controller.failure_handling import FailureHandler
+from lte_ray.runtime.controller.head_actors import HeadActorGroup, HeadActorSlot
+from lte_ray.runtime.head.client import ReconnectingStub
+from lte_ray.runtime.ray_errors import to_lte_error
 
 
 class Places:
@@ -45,17 +45,17 @@ class Actor:
         return SimpleNamespace(remote=lambda *args: (name, args))
 
 
-def mend(numbers: list[tuple[int, ...]], room: int = 0, **failure: Any) -> Mending:
+def mend(numbers: list[tuple[int, ...]], room: int = 0, **failure: Any) -> FailureHandler:
     """The driver's side of a run whose processes host these heads, all of them training."""
     hub = SimpleNamespace(coordinator=Actor(), epoch=0)
-    crew = Crew(hub, lambda *_: Actor(), lambda _: None)  # type: ignore[arg-type]
+    crew = HeadActorGroup(hub, lambda *_: Actor(), lambda _: None)  # type: ignore[arg-type]
     config = FailureConfig(**{"exhausted": "drop", **failure})
     events: list[dict[str, Any]] = []
     session = SimpleNamespace(
         crew=crew,
         hub=hub,
         failure=config,
-        failures=Failures(config),
+        failures=FailurePolicy(config),
         initial=SimpleNamespace(plans=range(8)),
         statuses={n: HeadStatus(n, state="training") for process in numbers for n in process},
         log=SimpleNamespace(event=lambda event, **more: events.append({"event": event, **more})),
@@ -66,23 +66,23 @@ def mend(numbers: list[tuple[int, ...]], room: int = 0, **failure: Any) -> Mendi
     for member in crew.members:
         crew.start(member)
         member.pulse.answered = member.pulse.begun = time.monotonic()
-    made = Mending(session, Places(room))  # type: ignore[arg-type]
+    made = FailureHandler(session, Places(room))  # type: ignore[arg-type]
     made.events = events  # type: ignore[attr-defined]
     return made
 
 
-def told(made: Mending, event: str) -> list[dict[str, Any]]:
+def told(made: FailureHandler, event: str) -> list[dict[str, Any]]:
     return [row for row in made.events if row["event"] == event]  # type: ignore[attr-defined]
 
 
-def lose_place(made: Mending, member: Member, seconds: float = 31.0) -> None:
+def lose_place(made: FailureHandler, member: HeadActorSlot, seconds: float = 31.0) -> None:
     """Its process died, and the next one has waited for a place for so long."""
     made._session.crew.clear(member)
     made._session.crew.start(member)
     made._do_without(member, seconds)
 
 
-def grow(made: Mending) -> None:
+def grow(made: FailureHandler) -> None:
     made._grow(time.monotonic() + 2 * failure_handling.GROW)
     made._grown = time.monotonic() - 2 * failure_handling.GROW
 
@@ -169,7 +169,7 @@ def test_what_the_driver_was_busy_with_says_nothing_of_the_heads() -> None:
 def test_a_process_that_rays_memory_monitor_ended_is_gone_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray calls it by another name: the line waits for the next coordinator, and the error is ours."""
     error = OutOfMemoryError("the node was short of memory")
-    assert isinstance(translated(error, "the coordinator"), CoordinatorLost)
+    assert isinstance(to_lte_error(error, "the coordinator"), CoordinatorLost)
     answers: list[Any] = [error, ActorDiedError(), 7]
 
     def get(ref: Any) -> Any:
@@ -180,5 +180,5 @@ def test_a_process_that_rays_memory_monitor_ended_is_gone_like_any_other(monkeyp
         return answer
 
     monkeypatch.setattr(ray, "get", get)
-    line = Line(Actor(), 0)
+    line = ReconnectingStub(Actor(), 0)
     assert line.call("contribute") == (2, 7)

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from lte_ray.config import MergeConfig
 from lte_ray.engine.coordinator.coordinator import Coordinator
-from lte_ray.merging import Arrival, Average, Scheduled
+from lte_ray.merging import Arrival, Average, ComposedPolicy
 from lte_ray.merging.flat_buffer import views
-from lte_ray.runtime.context import Common
-from lte_ray.runtime.coordinator.aggregators import Shards
+from lte_ray.runtime.context import RunContext
+from lte_ray.runtime.coordinator.aggregators import ShardedAggregator
 from lte_ray.runtime.coordinator.shard_actor import ShardActor
-from lte_ray.runtime.coordinator_state import Start
-from lte_ray.runtime.object_store import Pieces
-from lte_ray.transfer.checksum import checksum, seal
+from lte_ray.runtime.coordinator_state import CoordinatorState
+from lte_ray.runtime.object_store import AssembledRef
+from lte_ray.transfer.checksum import base_checksum, buffers_checksum
 from lte_ray.transfer.groups import groups
 from tests.support.helpers import make_plan_of, make_settings, offer, random_flat
 
@@ -39,7 +39,7 @@ class Copies:
         return buffer.clone()
 
     def fetch(self, handle: Any) -> Tensor:
-        return handle.assemble([piece for piece, _ in handle.pieces]) if isinstance(handle, Pieces) else handle
+        return handle.assemble([piece for piece, _ in handle.pieces]) if isinstance(handle, AssembledRef) else handle
 
     async def arrive(self, handle: Tensor) -> Tensor:
         await asyncio.sleep(0)
@@ -62,15 +62,15 @@ class Late:
 
 
 def seals(buffers: Sequence[Tensor]) -> list[int]:
-    return [seal([buffer]) for buffer in buffers]
+    return [buffers_checksum([buffer]) for buffer in buffers]
 
 
-def spread(seed: int, start: Start) -> tuple[Shards, Common]:
+def spread(seed: int, start: CoordinatorState) -> tuple[ShardedAggregator, RunContext]:
     settings = dataclasses.replace(make_settings(heads=2), merge=MERGE)
-    common = Common(None, settings, None, Copies(), groups(PLANS, MERGE))  # type: ignore[arg-type]
+    common = RunContext(None, settings, None, Copies(), groups(PLANS, MERGE))  # type: ignore[arg-type]
     chance = random.Random(seed)
     actors = [Late(ShardActor(common, PLANS, number, start), chance) for number in range(MERGE.shards)]
-    return Shards(actors, common.codecs(PLANS), start.version), common
+    return ShardedAggregator(actors, common.codecs(PLANS), start.version), common
 
 
 @given(st.integers(0, 1 << 30))
@@ -79,10 +79,10 @@ def test_calls_that_overtake_each_other_change_nothing(seed: int) -> None:
     base = random_flat(PLANS[0].base.size, 1).float()
 
     async def run() -> None:
-        shards, common = spread(seed, Start(0, base))
+        shards, common = spread(seed, CoordinatorState(0, base))
         codecs = common.codecs(PLANS)
         settings = dataclasses.replace(common.settings, merge=dataclasses.replace(MERGE, shards=1))
-        one = Coordinator(settings, PLANS[0], base.clone(), Scheduled(Average()), plans=PLANS)
+        one = Coordinator(settings, PLANS[0], base.clone(), ComposedPolicy(Average()), plans=PLANS)
         asked: list[Any] = []
         for version in range(1, 6):
             for head in (0, 1):
@@ -100,7 +100,7 @@ def test_calls_that_overtake_each_other_change_nothing(seed: int) -> None:
         for version, expected, held, seconds, whole, total, parts in asked:
             assert await seconds >= 0
             assert torch.equal(Copies().fetch((await whole).parts[-1]), expected)
-            assert await total == checksum(expected)
+            assert await total == base_checksum(expected)
             found = await parts
             assert found.version == version
             for index, part in found.parts.items():
@@ -117,7 +117,7 @@ def test_what_one_shard_cannot_decode_no_shard_keeps() -> None:
     base = random_flat(PLANS[0].base.size, 1).float()
 
     async def run() -> None:
-        shards, common = spread(1, Start(0, base))
+        shards, common = spread(1, CoordinatorState(0, base))
         codec = common.codecs(PLANS)[0]
         buffers = list(codec.encode(random_flat(codec.plan.contribution.size, 1).float(), None)[0])
         for bad in (buffers[:2], [*buffers[:2], buffers[2][:-1]]):
@@ -138,7 +138,7 @@ def test_what_was_changed_on_its_way_is_refused_and_the_turn_goes_on() -> None:
     base = random_flat(PLANS[0].base.size, 1).float()
 
     async def run() -> None:
-        shards, common = spread(1, Start(0, base))
+        shards, common = spread(1, CoordinatorState(0, base))
         codec = common.codecs(PLANS)[0]
         buffers = list(codec.encode(random_flat(codec.plan.contribution.size, 1).float(), None)[0])
         sent = seals(buffers)
@@ -159,7 +159,7 @@ def test_shards_go_on_from_a_version_with_its_references() -> None:
     held = {1: random_flat(PLANS[1].factors_size, 2).float()}
 
     async def run() -> None:
-        shards, common = spread(3, Start(7, base, held))
+        shards, common = spread(3, CoordinatorState(7, base, held))
         found = await shards.whole(references=True)
         assert found.version == 7
         assert torch.equal(Copies().fetch(found.parts[-1]), base)
@@ -170,7 +170,7 @@ def test_shards_go_on_from_a_version_with_its_references() -> None:
         await shards.receive(1, 1, buffers, seals(buffers))
         await shards.merged(8, {1: 0.5})
         settings = dataclasses.replace(common.settings, merge=dataclasses.replace(MERGE, shards=1))
-        policy = Scheduled(Average(), Arrival())
+        policy = ComposedPolicy(Average(), Arrival())
         one = Coordinator(settings, PLANS[0], base.clone(), policy, plans=PLANS, version=7, references=dict(held))
         one.receive(offer(1, 1, version=7), decoded)
         assert one.version == 8

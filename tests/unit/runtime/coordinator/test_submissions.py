@@ -15,12 +15,12 @@ from torch import Tensor
 from lte_ray import checkpoint
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.merging import Decision, Merge, Pending, Roster, Wait
-from lte_ray.messages import MergeRecord, Save, Verdict
-from lte_ray.runtime.context import Keep
+from lte_ray.messages import CheckpointRequest, ContributionResult, MergeRecord
+from lte_ray.runtime.context import RetentionPolicy
 from lte_ray.runtime.coordinator import checkpointing
 from lte_ray.runtime.coordinator.aggregators import Published
-from lte_ray.runtime.coordinator.background_tasks import Waiters
-from lte_ray.runtime.coordinator.submissions import Merging
+from lte_ray.runtime.coordinator.background_tasks import BackgroundTasks
+from lte_ray.runtime.coordinator.submissions import SubmissionLoop
 from lte_ray.runtime.object_store import Handle
 from lte_ray.storage import RunDirectory
 from tests.support.checkpoint_damage import FACTS, PLAN, write
@@ -41,7 +41,7 @@ class Here:
 
     def __init__(self) -> None:
         self.forgotten: list[int] = []
-        self.refusals: list[Verdict] = []
+        self.refusals: list[ContributionResult] = []
 
     async def receive(self, ticket: int, head: int, handles: Sequence[Tensor], seals: Sequence[int]) -> Tensor:
         return handles[0]
@@ -52,7 +52,7 @@ class Here:
     def note(self, merges: Sequence[MergeRecord], buffers: Mapping[int, Any], tickets: Mapping[int, int]) -> None:
         """What follows a merge isn't asked for here."""
 
-    def refused(self, verdict: Verdict) -> None:
+    def refused(self, verdict: ContributionResult) -> None:
         self.refusals.append(verdict)
 
 
@@ -62,8 +62,8 @@ def test_what_a_dropped_head_had_contributed_is_settled_and_forgotten() -> None:
     async def run() -> None:
         plan = make_plan_of([(6, 5, 2)], [(4,)])
         engine = Coordinator(make_settings(heads=3), plan, random_flat(plan.base.size, 1).float(), Patient())
-        here, waiters = Here(), Waiters(lambda: None)
-        merging = Merging(engine, here, here, waiters, None, 1)  # type: ignore[arg-type]
+        here, waiters = Here(), BackgroundTasks(lambda: None)
+        merging = SubmissionLoop(engine, here, here, waiters, None, 1)  # type: ignore[arg-type]
         buffers = [random_flat(plan.contribution.size, seed).float() for seed in range(3)]
         told = [asyncio.ensure_future(merging.contribute(offer(head, 1, buffer=(buffers[head],)))) for head in (0, 1)]
         await asyncio.sleep(0.01)
@@ -83,14 +83,14 @@ def test_what_a_dropped_head_had_contributed_is_settled_and_forgotten() -> None:
 
 def test_a_part_that_is_missing_for_long_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """The answer that asked may be lost: three such checkpoints would keep all others from being begun."""
-    cut = checkpointing._Cut({}, Save(4, {0: 2, 1: 3}), set(), {0, 1}, {})
-    writer = checkpointing.Cuts.__new__(checkpointing.Cuts)
+    cut = checkpointing._OpenCheckpoint({}, CheckpointRequest(4, {0: 2, 1: 3}), set(), {0, 1}, {})
+    writer = checkpointing.CheckpointManager.__new__(checkpointing.CheckpointManager)
     writer._open = {4: cut}
-    assert writer.lacking({0}, {0, 1}) == (Save(4, {0: 2}),)
+    assert writer.lacking({0}, {0, 1}) == (CheckpointRequest(4, {0: 2}),)
     assert writer.lacking((), {0, 1}) == ()
     now = cut.begun + checkpointing.LATE + 1
     monkeypatch.setattr(checkpointing.time, "monotonic", lambda: now)
-    assert writer.lacking((), {0, 1}) == (Save(4, {0: 2, 1: 3}),)
+    assert writer.lacking((), {0, 1}) == (CheckpointRequest(4, {0: 2, 1: 3}),)
 
 
 def test_a_head_that_cannot_write_its_part_costs_that_checkpoint_and_no_other(tmp_path: Path) -> None:
@@ -102,13 +102,15 @@ def test_a_head_that_cannot_write_its_part_costs_that_checkpoint_and_no_other(tm
     async def arrive(handle: Handle) -> Tensor:
         return base
 
-    common = SimpleNamespace(directory=directory, keep=Keep(1), transport=SimpleNamespace(arrive=arrive))
-    writer = checkpointing.Cuts(common, PLAN, 2, (0, 1))  # type: ignore[arg-type]
+    common = SimpleNamespace(directory=directory, keep=RetentionPolicy(1), transport=SimpleNamespace(arrive=arrive))
+    writer = checkpointing.CheckpointManager(common, PLAN, 2, (0, 1))  # type: ignore[arg-type]
     here = Published(4, {-1: None})  # type: ignore[dict-item]
 
     async def run() -> None:
         for version, why in ((4, "the state of head 1: No space left on device"), (6, "")):
-            writer._open[version] = checkpointing._Cut(FACTS, Save(version, {0: 1, 1: 1}), set(), {0, 1}, {})
+            writer._open[version] = checkpointing._OpenCheckpoint(
+                FACTS, CheckpointRequest(version, {0: 1, 1: 1}), set(), {0, 1}, {}
+            )
             await writer.write_own(version, here)
             state, meta = {"reference": torch.zeros(3)}, {"step": 4}
             await writer.add(version, 0, checkpoint.write_head(directory, version, 0, state, meta))
