@@ -23,7 +23,7 @@ from lte_ray.merging.registry import make_policy
 from lte_ray.messages import HeadStatus
 from lte_ray.run.metrics import Silent
 from lte_ray.runtime.context import PickledObject, RunContext
-from lte_ray.runtime.controller.controller import Session
+from lte_ray.runtime.controller.controller import TrainController
 from lte_ray.runtime.coordinator_state import CoordinatorState
 from lte_ray.runtime.object_store import ObjectStore
 from lte_ray.runtime.placement import Placement, from_scaling_config, groups_of, hosted, reserve, resolve
@@ -35,7 +35,7 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # for the funct
 
 
 @contextlib.contextmanager
-def actors(path: Path, placement: Placement, **train: Any) -> Iterator[Session]:
+def actors(path: Path, placement: Placement, **train: Any) -> Iterator[TrainController]:
     """The actors of a run, which train without anybody who watches them."""
     kwargs = settings(**train)
     config = Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"])
@@ -45,7 +45,7 @@ def actors(path: Path, placement: Placement, **train: Any) -> Iterator[Session]:
     groups = groups_of(config.merge, initial.plans, 1)
     common = RunContext(PickledObject.of(Regression()), config, directory, ObjectStore(), groups)
     directory.write(RUN, b"")
-    session = Session(
+    session = TrainController(
         common=common,
         initial=initial,
         start=CoordinatorState(0, common.transport.publish(initial.base)),
@@ -60,7 +60,7 @@ def actors(path: Path, placement: Placement, **train: Any) -> Iterator[Session]:
         yield session
 
 
-def to_the_end(run: Session) -> list[tuple[HeadStatus, ...]]:
+def to_the_end(run: TrainController) -> list[tuple[HeadStatus, ...]]:
     return ray.get([member.run for member in run.crew.members])
 
 
