@@ -7,10 +7,10 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no
 unexport PYTHONDONTWRITEBYTECODE
 ARGS ?=
 
-.PHONY: help train smoke test lint types floors unit format bench chaos soak clean
+.PHONY: help train smoke test lint types floors unit format bench chaos soak docs docs-serve package clean
 
 help:  ## Show these targets
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 train: $(VENV)/.installed  ## Set up, then train the GPT worker with its defaults (ARGS="--num-heads 2 ..." to change them)
 	$(BIN)/lte-ray train workers.gpt:GPT $(ARGS)
@@ -23,6 +23,9 @@ test: lint types floors unit  ## Set up, then lint, types, floors and tests
 lint: $(VENV)/.installed-dev  ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@$(BIN)/check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@$(BIN)/check-jsonschema -q --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml
+	@$(BIN)/check-jsonschema -q --builtin-schema vendor.citation-file-format CITATION.cff
 
 types: $(VENV)/.installed-dev  ## Check types
 	$(BIN)/mypy
@@ -61,8 +64,17 @@ chaos: $(VENV)/.installed-dev  ## Run all tests, the long ones too: kill every k
 soak: $(VENV)/.installed-dev  ## Kill and stop processes of a run for half an hour, and report (ARGS="--minutes 3")
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 
+docs: $(VENV)/.installed-docs  ## Build the documentation's site in site/, and check its links
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean --quiet
+
+docs-serve: $(VENV)/.installed-docs  ## Show the documentation's site on http://127.0.0.1:8000
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+package: $(VENV)/.installed-package  ## Build the wheel in dist/, check it, and train with it in a new environment
+	.ci/package $(BIN)/python
+
 clean:  ## Remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -78,3 +90,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --editable . --group dev
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) --editable . --group docs
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-package: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) --group package
+	@touch $@

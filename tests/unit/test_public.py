@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tomllib
-from pathlib import Path
 
 import pytest
 
@@ -56,9 +54,3 @@ def test_the_engine_and_the_trainer_load_no_ray() -> None:
     """Everything below the runtime, and the trainer until it is used, does without Ray."""
     code = "import sys, lte_ray.engine.simulate, lte_ray.checkpoint, lte_ray.trainer; print('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
-
-
-def test_the_version_is_that_of_the_package() -> None:
-    """`lte_ray.__version__` and pyproject.toml agree."""
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    assert lte_ray.__version__ == project["version"]

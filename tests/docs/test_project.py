@@ -1,0 +1,58 @@
+"""The files that describe the project to others: one version, one address, and a complete reference."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import lte_ray
+from lte_ray.config import SECTIONS
+
+ROOT = Path(__file__).resolve().parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_the_version_stands_in_one_place() -> None:
+    """The build reads it from `lte_ray/__init__.py`, and CITATION.cff has no copy of it."""
+    assert "version" not in PYPROJECT["project"]
+    assert PYPROJECT["project"]["dynamic"] == ["version"]
+    path = ROOT / PYPROJECT["tool"]["hatch"]["version"]["path"]
+    assert f'__version__ = "{lte_ray.__version__}"\n' in path.read_text()
+    assert "version" not in _yaml("CITATION.cff")
+
+
+def test_the_version_is_one_that_a_release_can_have() -> None:
+    """Three numbers, as SemVer and the changelog's headings want it."""
+    assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc)\d+)?", lte_ray.__version__)
+
+
+def test_every_file_names_the_same_repository() -> None:
+    """Package metadata, citation, site, security policy and issue templates."""
+    address = PYPROJECT["project"]["urls"]["Repository"]
+    assert _yaml("CITATION.cff")["repository-code"] == address
+    assert _yaml("mkdocs.yml")["repo_url"] == address
+    pattern = re.compile(rf"https://github\.com/[\w-]+/{address.rsplit('/', 1)[1]}\b")
+    for page in ["pyproject.toml", "SECURITY.md", ".github/ISSUE_TEMPLATE/config.yml"]:
+        found = set(pattern.findall((ROOT / page).read_text()))
+        assert found == {address}, page
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("python", [f"lte_ray.{name}" for name in lte_ray.__all__ if not name.endswith("Config")]),
+        ("settings", [f"lte_ray.config.{section.__name__}" for section in SECTIONS]),
+    ],
+)
+def test_the_reference_has_every_public_name(page: str, names: list[str]) -> None:
+    """Each name of `lte_ray.__all__` and each settings class has an entry."""
+    assert set(names) <= set(re.findall(r"^::: (\S+)$", (ROOT / f"docs/reference/{page}.md").read_text(), flags=re.MULTILINE))
+
+
+def _yaml(name: str) -> Any:
+    return yaml.safe_load((ROOT / name).read_text())
