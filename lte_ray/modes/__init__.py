@@ -1,4 +1,8 @@
-"""Many LoRA heads in one process, without Ray: the modes of the authors' library, under its names and signatures."""
+"""Many LoRA heads in one process, without Ray: the modes of the authors' library.
+
+Names and signatures here are those of their library, https://github.com/minyoungg/LTE, whose users import them from these
+paths: they must neither move nor change (`docs/from-lte.md`).
+"""
 
 from lte_ray.modes.ddp import DDPLayer
 from lte_ray.modes.dmp import DMPLayer

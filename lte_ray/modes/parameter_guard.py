@@ -1,7 +1,7 @@
-"""Weights that a model uses without calling the layer that holds them: the right ones, or an error, never stale ones.
+"""Guards parameters that a model uses without calling their layer: the model gets the right tensor or an error.
 
-`F.linear(x, self.tokens.weight)` or `self.positions.weight[:t]` ask a layer for its parameter. What it holds under that name
-is the merged one, which gets no gradient: evaluation wants it, training doesn't.
+`F.linear(x, self.tokens.weight)` or `self.positions.weight[:t]` reads a layer's parameter. The layer stores the merged
+parameter under that name, which gets no gradient: right in evaluation, wrong in training.
 """
 
 from __future__ import annotations
@@ -13,71 +13,73 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lte_ray.errors import ConfigError
-from lte_ray.modes.batch_split import BATCH
+from lte_ray.modes.batch_split import MODEL_BATCH
 
-CALLED: ContextVar[bool] = ContextVar("lte_ray_called", default=False)
-"""Whether a prepared model's forward is running: elsewhere, parameters are what they are."""
+MODEL_RUNNING: ContextVar[bool] = ContextVar("lte_ray_called", default=False)
+"""Whether a prepared model's forward is running. Outside of it, reading a parameter gives the stored one."""
 
 
-def refuse(what: str) -> Tensor:
-    """Raises ConfigError: outside of any head, `what` has one value for each head."""
+def refuse_use(what: str) -> Tensor:
+    """Raises ConfigError: while no head is active, `what` has one value for each head."""
     raise ConfigError(
-        f"{what} is used by another module without calling the layer that holds it: each head trains its own, and only layers "
-        "that are called know for which head they compute. Use chunk='model' in prepare_model_for_lte, which runs the whole "
-        "model once for each head, or call the layer."
+        f"{what} is used by another module without calling the layer that holds it: each head trains its own copy, and only "
+        "layers that are called know which head they compute for. Use chunk='model' in prepare_model_for_lte, which runs the "
+        "whole model once for each head, or call the layer."
     )
 
 
 def check_not_merged(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """A forward pre-hook of merged modules, which are for evaluation: raises ConfigError in training."""
+    """A forward pre-hook of merged modules, which are for evaluation only: raises ConfigError in training."""
     name = module.__dict__.get("lte_merged")
-    if name is not None and module.training and CALLED.get():
-        refuse(f"{name}, inside of a replica layer,")
+    if name is not None and module.training and MODEL_RUNNING.get():
+        refuse_use(f"{name}, inside a replica layer,")
 
 
-class Called(nn.Module):
-    """A model whose forward notes in `CALLED` that it runs, however it ends: torch's hooks don't see a KeyboardInterrupt.
+class TrackedModel(nn.Module):
+    """A model whose forward sets `MODEL_RUNNING` and resets it however it ends: torch's hooks miss a KeyboardInterrupt.
 
-    A model becomes one by `note_calls`, which changes its class and keeps its name.
+    `track_calls` turns a model into one by changing its class; the class keeps its name.
     """
 
-    _lte_uncalled: ClassVar[type[nn.Module]]
+    lte_untracked_class: ClassVar[type[nn.Module]]
 
     def __reduce__(self) -> str | tuple[Any, ...]:
-        plain = type(self)._lte_uncalled
-        if plain.__reduce__ is not object.__reduce__:
+        untracked = type(self).lte_untracked_class
+        if untracked.__reduce__ is not object.__reduce__:
             return super().__reduce__()
-        return _blank, (plain,), self.__getstate__()  # type: ignore[no-untyped-call]
+        return _make_blank, (untracked,), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def called(plain: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a class whose forward notes that it runs; it goes by the same name."""
+def track_calls(model: nn.Module) -> None:
+    """Turns `model`, in place, into a `TrackedModel`."""
+    model.__class__ = tracked_class(type(model))
+
+
+def tracked_class(plain: type[nn.Module]) -> type[nn.Module]:
+    """The `TrackedModel` subclass of a class; it has the same name."""
     if plain in _CLASSES:
         return _CLASSES[plain]
 
     @functools.wraps(plain.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before = CALLED.get()
-        CALLED.set(True)
+        before = MODEL_RUNNING.get()
+        MODEL_RUNNING.set(True)
         try:
             return plain.forward(self, *args, **kwargs)
         finally:
-            CALLED.set(before)
-            BATCH.set(None)
+            MODEL_RUNNING.set(before)
+            MODEL_BATCH.set(None)
 
-    names = {"_lte_uncalled": plain, "forward": forward, "__module__": plain.__module__, "__qualname__": plain.__qualname__}
-    _CLASSES[plain] = type(plain.__name__, (Called, plain), names)
+    names = {"lte_untracked_class": plain, "forward": forward}
+    names |= {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    _CLASSES[plain] = type(plain.__name__, (TrackedModel, plain), names)
     return _CLASSES[plain]
 
 
-def _blank(plain: type[nn.Module]) -> nn.Module:
-    made = called(plain)
-    return made.__new__(made)
-
-
-def note_calls(model: nn.Module) -> None:
-    """Makes `model` one whose forward notes that it runs."""
-    model.__class__ = called(type(model))
+def _make_blank(plain: type[nn.Module]) -> nn.Module:
+    """A tracked model without any state, for pickle: the classes can't be found by name."""
+    tracked = tracked_class(plain)
+    return tracked.__new__(tracked)

@@ -1,4 +1,4 @@
-"""What of a model is adapted and what trains as replicas in one process: the Ray heads' plan, with the authors' switches."""
+"""Selects what of a model gets factors and what trains as replicas: the plan of Ray heads, with the authors' switches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 from torch.nn.modules import batchnorm
@@ -19,12 +20,12 @@ from lte_ray.layout import Adapted, Plan
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, batchnorm._NormBase)
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 ATTENTION_INPUTS = ("in_proj", "q_proj", "k_proj")
-"""Parts of layers' names whose alpha the authors take the root of."""
+"""With the authors' attention scaling, layers whose name contains one of these get sqrt(alpha) as alpha."""
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What is done with a model's parameters.
+class Selection:
+    """What happens to a model's parameters.
 
     Attributes:
         specs: each head's entry in its plan, by the parameter's name.
@@ -37,88 +38,111 @@ class Choice:
     modules: tuple[nn.Module, ...]
 
 
-def choose(
-    model: nn.Module, config: LTEConfig, replica_layers: Sequence[object], *, strict: bool, mode: str, rooted: bool
-) -> Choice:
-    """Decides on every parameter that trains.
+class Location(NamedTuple):
+    """Where a parameter is held: `module`, which the model calls `layer`, holds it as `part`."""
+
+    layer: str
+    module: nn.Module
+    part: str
+
+    @property
+    def name(self) -> str:
+        """The parameter's name in the model."""
+        return f"{self.layer}.{self.part}"
+
+
+def select_parameters(
+    model: nn.Module,
+    config: LTEConfig,
+    replica_layers: Sequence[object],
+    *,
+    strict: bool,
+    mode: str,
+    special_attention_scaling: bool,
+) -> Selection:
+    """Selects for every parameter that trains whether it gets factors or trains as a replica.
 
     Args:
-        rooted: layers whose name contains in_proj, q_proj or k_proj get the root of alpha as alpha.
+        special_attention_scaling: layers whose name contains in_proj, q_proj, or k_proj get sqrt(alpha) as alpha.
 
     Raises:
-        ConfigError, WorkerError: as `make_plan`; something in `replica_layers` isn't the model's; `strict` and a parameter
-            trains of which nothing was said; or a setting is for Ray heads only.
+        ConfigError, WorkerError: as `make_plan` does; an item of `replica_layers` isn't part of the model; with `strict`, a
+            parameter trains that nothing mentions; or a setting is for Ray heads only.
     """
-    names, modules, parameters = _named(model, replica_layers)
-    places = _places(model)
-    biases = {
+    names, modules, parameters = _resolve_replica_layers(model, replica_layers)
+    locations = _parameter_locations(model)
+    bias_rules = {
         f"{layer}: lora_bias=replica"
         for name, parameter in parameters.items()
-        for layer, _, part in places[id(parameter)]
+        for layer, _, part in locations[id(parameter)]
         if part.endswith("bias") and layer
     }
-    config = dataclasses.replace(
+    full_config = dataclasses.replace(
         config,
         strict=False,
         exclude=(*config.exclude, *names, *parameters),
-        layers=(*written(config.layers), *sorted(biases)),
+        layers=(*written(config.layers), *sorted(bias_rules)),
     )
-    plans = make_plans(model, config)
-    if rooted:
-        plans = tuple(_with_roots(p, q) for p, q in zip(plans, make_plans(model, _root_of_alpha(config)), strict=True))
+    plans = make_plans(model, full_config)
+    if special_attention_scaling:
+        root_plans = make_plans(model, _with_root_of_alpha(full_config))
+        plans = tuple(_replace_attention_inputs(plan, root) for plan, root in zip(plans, root_plans, strict=True))
     _check_settings(plans[0])
     trained = {r.name for r in plans[0].replicas} & {n for n, _ in model.named_parameters()}
-    choice = Choice(
+    selection = Selection(
         {spec.name: tuple(plan.adapted[i] for plan in plans) for i, spec in enumerate(plans[0].adapted)},
         tuple(r.name for r in plans[0].replicas if r.name in trained),
         modules,
     )
     if mode != "mhlora":
-        _check_biases(model, choice, places)
+        _check_shared_biases(model, selection, locations)
     if mode != "mhlora" or strict:
-        _check_left_over(model, choice, places, config.exclude, strict)
-    return choice
+        _check_unmentioned(model, selection, locations, full_config.exclude, strict)
+    return selection
 
 
-def _named(
+def _resolve_replica_layers(
     model: nn.Module, replica_layers: Sequence[object]
 ) -> tuple[list[str], tuple[nn.Module, ...], dict[str, nn.Parameter]]:
-    """Names of the modules that `replica_layers` means, the outermost of these modules, and parameters outside of them."""
+    """What `replica_layers` means: names of its outermost modules, these modules, and its parameters outside of them."""
     if isinstance(replica_layers, str | nn.Module | nn.Parameter):
         replica_layers = [replica_layers]
-    of_modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}
-    of_parameters = dict(model.named_parameters(remove_duplicate=False))
+    all_modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}
+    all_parameters = dict(model.named_parameters(remove_duplicate=False))
     wanted: set[str] = set()
-    for given in replica_layers:
-        if isinstance(given, str):
-            wanted |= match([given], [*of_modules, *of_parameters], "layer or parameter", "replica_layers")[given]
+    for item in replica_layers:
+        if isinstance(item, str):
+            wanted |= match([item], [*all_modules, *all_parameters], "layer or parameter", "replica_layers")[item]
             continue
-        found = {n for n, m in of_modules.items() if m is given} | {n for n, p in of_parameters.items() if p is given}
-        if not found:
+        names = {n for n, m in all_modules.items() if m is item} | {n for n, p in all_parameters.items() if p is item}
+        if not names:
             raise ConfigError(
-                f"replica_layers has {'the model itself' if given is model else repr(given)[:200]}, which is no layer or "
-                "parameter of the model that can be a replica. Give its modules, parameters, or names of these."
+                f"replica_layers has {'the model itself' if item is model else repr(item)[:200]}, which is not a layer or "
+                "parameter of the model that can be a replica. Pass modules or parameters of the model, or their names."
             )
-        wanted |= found
-    containers = {n for n in wanted if isinstance(of_modules.get(n), CONTAINERS)}  # they are never called: what is in them is
-    below = [n for n in (*of_modules, *of_parameters) if any(n.startswith(f"{c}.") for c in containers)]
-    wanted = (wanted | set(below)) - {n for n in (*wanted, *below) if isinstance(of_modules.get(n), CONTAINERS)}
-    outer = [n for n in of_modules if n in wanted and not any(n.startswith(f"{o}.") for o in wanted if o in of_modules)]
-    alone = {n: p for n, p in of_parameters.items() if n in wanted and not any(n.startswith(f"{o}.") for o in outer)}
-    return outer, tuple({id(of_modules[n]): of_modules[n] for n in outer}.values()), alone
+        wanted |= names
+    # Containers are never called, so their contents stand for them.
+    containers = {n for n in wanted if isinstance(all_modules.get(n), CONTAINERS)}
+    contents = [n for n in (*all_modules, *all_parameters) if any(n.startswith(f"{c}.") for c in containers)]
+    wanted = {n for n in (*wanted, *contents) if not isinstance(all_modules.get(n), CONTAINERS)}
+    outer = [n for n in all_modules if n in wanted and not any(n.startswith(f"{o}.") for o in wanted if o in all_modules)]
+    lone = {n: p for n, p in all_parameters.items() if n in wanted and not any(n.startswith(f"{o}.") for o in outer)}
+    return outer, tuple({id(all_modules[n]): all_modules[n] for n in outer}.values()), lone
 
 
-def _places(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
-    """(layer, module, name there) of each place that holds a parameter, by the parameter's id."""
-    places: dict[int, list[tuple[str, nn.Module, str]]] = {}
+def _parameter_locations(model: nn.Module) -> dict[int, list[Location]]:
+    """All locations of each parameter, by its id."""
+    locations: dict[int, list[Location]] = {}
     for layer, module in model.named_modules(remove_duplicate=False):
-        for name, parameter in module._parameters.items():
+        for part, parameter in module._parameters.items():
             if parameter is not None:
-                places.setdefault(id(parameter), []).append((layer, module, name))
-    return places
+                locations.setdefault(id(parameter), []).append(Location(layer, module, part))
+    return locations
 
 
-def _root_of_alpha(config: LTEConfig) -> LTEConfig:
+def _with_root_of_alpha(config: LTEConfig) -> LTEConfig:
+    """The config with sqrt(alpha) for every alpha, also those of its layer rules."""
+
     def root(alpha: float | tuple[float, ...]) -> float | tuple[float, ...]:
         return tuple(a**0.5 for a in alpha) if isinstance(alpha, tuple) else alpha**0.5
 
@@ -130,56 +154,65 @@ def _root_of_alpha(config: LTEConfig) -> LTEConfig:
     return dataclasses.replace(config, lora_alpha=root(config.lora_alpha), layers=tuple(layers))
 
 
-def _with_roots(plan: Plan, rooted: Plan) -> Plan:
-    pairs = zip(plan.adapted, rooted.adapted, strict=True)
+def _replace_attention_inputs(plan: Plan, root_plan: Plan) -> Plan:
+    """`plan` with the entries of `root_plan` for inputs of attention."""
+    pairs = zip(plan.adapted, root_plan.adapted, strict=True)
     return Plan(tuple(r if any(part in p.name for part in ATTENTION_INPUTS) else p for p, r in pairs), plan.replicas)
 
 
 def _check_settings(plan: Plan) -> None:
+    """Raises ConfigError if a setting is for Ray heads only."""
     for spec in plan.adapted:
         if spec.base_dtype != "fp32":
             raise ConfigError(
                 f"base_dtype is {spec.base_dtype} for {spec.name}: that is for Ray heads (lte_ray.LTETrainer). In one process "
-                "leave base_dtype at fp32, and give the model itself the type that it should have (model.to(torch.bfloat16))."
+                "leave base_dtype at fp32 and convert the model itself to the wanted type (model.to(torch.bfloat16))."
             )
         if spec.lr != 1.0:
             raise ConfigError(
                 f"lr is {spec.lr:g} for {spec.name}: that is for Ray heads (lte_ray.LTETrainer). In one process the optimizer "
-                "is yours: leave lr out of the rules, and give it parameter groups."
+                "is yours: leave lr out of the rules and give the optimizer parameter groups."
             )
 
 
-def _check_biases(model: nn.Module, choice: Choice, places: dict[int, list[tuple[str, nn.Module, str]]]) -> None:
+def _check_shared_biases(model: nn.Module, selection: Selection, locations: dict[int, list[Location]]) -> None:
+    """Raises ConfigError if a bias that trains is shared by a layer with factors and one without."""
     parameters = dict(model.named_parameters())
-    adapted = {id(parameters[name]) for name in choice.specs}
-    for name in choice.replicas:
-        held = [(f"{layer}.{part}", m, part) for layer, m, part in places[id(parameters[name])]]
-        of_adapted = [n for n, m, part in held if part == "bias" and id(m._parameters.get("weight")) in adapted]
-        if of_adapted and len(of_adapted) < len(held):
-            others = ", ".join(n for n, _, _ in held if n not in of_adapted)
+    adapted = {id(parameters[name]) for name in selection.specs}
+    for name in selection.replicas:
+        holders = locations[id(parameters[name])]
+        of_adapted = [h for h in holders if h.part == "bias" and id(h.module._parameters.get("weight")) in adapted]
+        if of_adapted and len(of_adapted) < len(holders):
+            adapted_names = [h.name for h in of_adapted]
+            others = ", ".join(h.name for h in holders if h.name not in adapted_names)
             raise ConfigError(
-                f"{of_adapted[0]} is the bias of a layer with LoRA and also {others}, which has none. In mode mhlora that "
-                "works; in the others untie it, freeze it, or name both layers in replica_layers."
+                f"{adapted_names[0]} is the bias of a layer with LoRA and also {others}, which has none. Mode mhlora supports "
+                "that; in the other modes untie it, freeze it, or name both layers in replica_layers."
             )
 
 
-def _check_left_over(
+def _check_unmentioned(
     model: nn.Module,
-    choice: Choice,
-    places: dict[int, list[tuple[str, nn.Module, str]]],
+    selection: Selection,
+    locations: dict[int, list[Location]],
     excluded: Sequence[str],
     strict: bool,
 ) -> None:
-    """Raises (`strict`) or warns if a parameter trains as a replica of which nothing was said."""
+    """Raises ConfigError (`strict`) or warns if a parameter that nothing mentions trains as a replica."""
     parameters = dict(model.named_parameters())
-    adapted = {id(parameters[name]) for name in choice.specs}
+    adapted = {id(parameters[name]) for name in selection.specs}
     names = [
         *(n for n, _ in model.named_modules(remove_duplicate=False) if n),
         *dict(model.named_parameters(remove_duplicate=False)),
     ]
-    named = set().union(*match(excluded, names, "layer", "--exclude").values()) if excluded else set()
+    mentioned = set().union(*match(excluded, names, "layer", "--exclude").values()) if excluded else set()
 
-    def known(module: nn.Module, part: str) -> bool:
+    def is_mentioned(holder: Location) -> bool:
+        return holder.layer in mentioned or holder.name.lstrip(".") in mentioned
+
+    def is_expected(holder: Location) -> bool:
+        """Whether it is a norm's or the bias of an adapted layer, which always train as replicas."""
+        module, part = holder.module, holder.part
         weight = module._parameters.get(part.removesuffix("bias") + "weight")
         return (
             isinstance(module, NORMS)
@@ -187,21 +220,18 @@ def _check_left_over(
             or (part == "in_proj_bias" and isinstance(module, nn.MultiheadAttention))
         )
 
-    def was_named(layer: str, part: str) -> bool:
-        return layer in named or f"{layer}.{part}".lstrip(".") in named
-
-    left = []
-    for name in choice.replicas:
-        held = places[id(parameters[name])]
-        if not any(was_named(layer, part) for layer, _, part in held) and not all(known(m, part) for _, m, part in held):
-            left.append(name)
-    if not left:
+    unmentioned = []
+    for name in selection.replicas:
+        holders = locations[id(parameters[name])]
+        if not any(is_mentioned(h) for h in holders) and not all(is_expected(h) for h in holders):
+            unmentioned.append(name)
+    if not unmentioned:
         return
-    message = f"{len(left)} parameter(s) train without LoRA, of which nothing was said: {', '.join(left)}. "
+    message = f"{len(unmentioned)} parameter(s) train without LoRA, but nothing mentions them: {', '.join(unmentioned)}. "
     if strict:
         raise ConfigError(
-            f"{message}Name them in replica_layers=[...] (each head trains a copy, merges average), take their kind of layer "
-            "into the config's adapt, freeze them (requires_grad_(False)), remove those of norms "
+            f"{message}Name them in replica_layers=[...] (each head trains a copy, merges average), add their kind of layer "
+            "to the config's adapt, freeze them (requires_grad_(False)), remove those of norms "
             "(lte_ray.misc.disable_norm_affine_parameters), or pass strict=False, which makes them replicas."
         )
-    warnings.warn(f"{message}They train as replicas. Name them in replica_layers=[...] to say so.", stacklevel=4)
+    warnings.warn(f"{message}They train as replicas. Name them in replica_layers=[...] to silence this.", stacklevel=4)

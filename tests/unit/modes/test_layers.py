@@ -287,7 +287,7 @@ def test_a_batch_that_cannot_be_shared_out() -> None:
     x = torch.randn(3, 5, dtype=torch.float64)
     for mode in ("ddp", "dmp"):
         model = linear(mode)
-        with pytest.raises(ValueError, match=r"batch of 3 can't be shared out over 2 heads.* a batch of 2 or 4") as caught:
+        with pytest.raises(ValueError, match=r"batch of 3 can't be split over 2 heads.* a batch of 2 or 4") as caught:
             model(x)
         assert isinstance(caught.value, lte_ray.LTEError)
         with pytest.raises(ValueError, match="no batch dimension"):
@@ -572,7 +572,7 @@ def test_statistics_of_adapted_norms_lie_with_their_heads(monkeypatch: pytest.Mo
         return prepare_model_for_lte(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), lte, mode="dmp", strict=False)
 
     moved = made()
-    monkeypatch.setattr(dmp, "device_of", on_meta)
+    monkeypatch.setattr(dmp, "head_device", on_meta)
     for model in (made(), moved.float()):
         for layer in model:
             for part in (layer.layers, layer.lora_A, layer.lora_B):

@@ -56,7 +56,7 @@ def copied(model: nn.Module) -> set[str]:
     for name, module in model.named_modules():
         if isinstance(module, MultiheadReplicaLayer) and f"{name}." not in {f"{f}." for f in found}:
             found |= {f"{name}.{part}" for part, _ in module.main.named_parameters()}
-        for path, part, _ in getattr(module, "_lte_slots", ()):
+        for path, part, _ in getattr(module, "lte_looped_parameters", ()):
             found.add(".".join(filter(None, (name, path, part))))
     return found
 
@@ -81,7 +81,7 @@ def test_strict_names_everything_that_was_left_out() -> None:
         with pytest.raises(ConfigError) as caught:
             prepare_model_for_lte(mixed(), PLAIN, mode=mode)
         message = str(caught.value)
-        assert f"5 parameter(s) train without LoRA, of which nothing was said: {', '.join(LEFT)}. " in message
+        assert f"5 parameter(s) train without LoRA, but nothing mentions them: {', '.join(LEFT)}. " in message
         for remedy in ("replica_layers=[...]", "requires_grad_(False)", "disable_norm_affine_parameters", "strict=False"):
             assert remedy in message
 
@@ -215,9 +215,9 @@ def test_a_batch_that_is_not_divisible_says_which_would_be() -> None:
     """By a layer, by the model, by a loop over heads; evaluation and mhlora take any batch."""
     for arguments in ({}, {"chunk": "model"}, {"mode": "dmp"}):
         model = prepare_model_for_lte(mixed(), PLAIN, replica_layers=LEFT, **arguments)
-        with pytest.raises(ValueError, match=r"batch of 3 can't be shared out over 2 heads.*Use a batch of 2 or 4"):
+        with pytest.raises(ValueError, match=r"batch of 3 can't be split over 2 heads.*Use a batch of 2 or 4"):
             model(WORDS[:3])
-        with pytest.raises(ValueError, match=r"batch of 1 can't be shared out over 2 heads.*Use a batch of 2 "):
+        with pytest.raises(ValueError, match=r"batch of 1 can't be split over 2 heads.*Use a batch of 2 "):
             model(WORDS[:1])
         with pytest.raises(ValueError, match=r"batch of 0"):
             model(WORDS[:0])
@@ -230,7 +230,7 @@ def test_an_error_leaves_the_model_usable() -> None:
     for chunk in ("layer", "model"):
         model = prepare_model_for_lte(mixed(), PLAIN, replica_layers=LEFT, chunk=chunk)
         expected = model(WORDS)
-        with pytest.raises(ValueError, match="can't be shared out"):
+        with pytest.raises(ValueError, match="can't be split"):
             model(WORDS[:3])
         assert torch.equal(model(WORDS), expected)
         assert model.heads["a"].weight.sum().isfinite()

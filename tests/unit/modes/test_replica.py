@@ -186,7 +186,7 @@ def test_attributes_are_the_merged_modules() -> None:
 def test_a_batch_that_copies_cannot_share() -> None:
     """The error names batch and heads; without any tensor there is nothing to share."""
     layer = replicas()
-    with pytest.raises(ValueError, match=r"batch of 3 can't be shared out over 2 heads"):
+    with pytest.raises(ValueError, match=r"batch of 3 can't be split over 2 heads"):
         layer(inputs(3))
     with pytest.raises(LTEError, match="no tensor with a batch dimension"):
         layer(1.0)
@@ -438,7 +438,7 @@ def test_parts_of_replica_layers_called_from_outside() -> None:
     """With chunk="layer" the merged part would train nothing: an error that names it; with chunk="model" copies train."""
     x = torch.ones(2, WIDTH)
     model = prepare_model_for_lte(Inside(), PLAIN, replica_layers=["outputs"])
-    with pytest.raises(LTEError, match=r"outputs\.linear, inside of a replica layer, is used .*chunk='model'"):
+    with pytest.raises(LTEError, match=r"outputs\.linear, inside a replica layer, is used .*chunk='model'"):
         model(x)
     assert model.eval()(x).shape == (2, 3)
     model = prepare_model_for_lte(Inside(), PLAIN, replica_layers=["outputs"], chunk="model")
@@ -636,7 +636,7 @@ def spread(model: nn.Module) -> nn.Module:
 def test_copies_and_all_that_they_hold_lie_on_their_heads_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """dmp over two devices: frozen parameters and statistics too, also where all of it was moved after preparing."""
     moved = spread(partly_frozen())
-    monkeypatch.setattr(replica, "device_of", on_meta)
+    monkeypatch.setattr(replica, "head_device", on_meta)
     for model in (spread(partly_frozen()), moved.double()):
         for layer in list(model)[1:]:
             assert isinstance(layer, MultiheadReplicaLayer)
