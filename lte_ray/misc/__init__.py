@@ -1,4 +1,8 @@
-"""Helpers beside training: attention and patches that LoRA can adapt, position embeddings, merge schedules, devices."""
+"""Helpers of the authors' library: attention and patches that LoRA can adapt, position embeddings, merges, devices.
+
+Names and signatures here are those of their library, https://github.com/minyoungg/LTE, whose users import them from these
+paths: they must neither move nor change (`docs/from-lte.md`).
+"""
 
 from lte_ray.config import LTEConfig
 from lte_ray.misc import attention, common, convert, distributed, masks, merge, position

@@ -1,7 +1,7 @@
-"""Multi-head attention whose projections are `nn.Linear` layers that are called, so that LoRA can adapt them.
+"""Multi-head attention that calls `nn.Linear` layers for its projections, so that LoRA can adapt them.
 
-`nn.MultiheadAttention` multiplies with its weights itself and calls no layer: what an adapted layer adds in its
-forward would be lost. Its interface and its arithmetic are kept here.
+`nn.MultiheadAttention` multiplies with its weights itself and calls no layer, so what an adapted layer adds in its
+forward would be lost. This module has the same interface and the same arithmetic.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from lte_ray.misc.masks import merged
 
 
 class MultiheadAttention(nn.Module):
-    """softmax(Q K^T / sqrt(d) + mask) V for each head, Q, K, V projected by linear layers: `nn.MultiheadAttention`'s twin.
+    """softmax(Q K^T / sqrt(d) + mask) V for each head: `nn.MultiheadAttention` with linear layers that project Q, K, and V.
 
-    Fused, the one layer `in_proj` (embed_dim -> 3 embed_dim) makes Q, K and V; it is called once for each distinct
-    input, so with three different inputs two thirds of its work are thrown away: split then costs less. Split, there
-    are `q_proj`, `k_proj` and `v_proj`. Both end in `out_proj`. Dropout acts in training only. The same seed gives the
-    same initial weights as `nn.MultiheadAttention`, split or not.
+    Fused, one layer `in_proj` (embed_dim -> 3 embed_dim) computes Q, K, and V. It is called once for each distinct
+    input, so with three different inputs two thirds of its work are wasted; split costs less then. Split, the layers
+    are `q_proj`, `k_proj`, and `v_proj`. Both forms end in `out_proj`. Dropout acts in training only. The same seed gives
+    the same initial weights as `nn.MultiheadAttention`, split or not.
 
     Args:
-        embed_dim: width of queries and outputs, a multiple of num_heads.
+        embed_dim: width of queries and outputs; a multiple of num_heads.
         num_heads: number of heads, each embed_dim / num_heads wide.
-        dropout: probability that a weight of the attention is dropped in training.
-        bias: whether projections have a bias.
-        split_qkv: three projections instead of one. Always so where kdim or vdim differs from embed_dim.
+        dropout: probability that an attention weight is dropped in training.
+        bias: whether the projections have biases.
+        split_qkv: use three projections instead of one. Always so if kdim or vdim differs from embed_dim.
         batch_first: inputs are (batch, sequence, width) instead of (sequence, batch, width).
-        kdim, vdim: width of keys and of values, embed_dim unless given.
+        kdim, vdim: width of keys and of values; embed_dim by default.
         add_bias_kv: adds one learned key and value (`bias_k`, `bias_v`).
         add_zero_attn: adds one key and value of zeros.
         device, dtype: of the parameters.
 
     Raises:
-        ConfigError: embed_dim can't be shared out over num_heads, or dropout isn't in [0, 1].
+        ConfigError: embed_dim isn't a multiple of num_heads, or dropout isn't in [0, 1].
     """
 
     in_proj_bias: nn.Parameter | None
@@ -64,29 +64,29 @@ class MultiheadAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
-            raise ConfigError(f"embed_dim = {embed_dim} can't be shared out over num_heads = {num_heads}; make it a multiple.")
+            raise ConfigError(f"embed_dim = {embed_dim} isn't a multiple of num_heads = {num_heads}; change one of them.")
         if not 0 <= dropout <= 1:
-            raise ConfigError(f"dropout = {dropout} is no probability; choose one from 0 to 1.")
+            raise ConfigError(f"dropout = {dropout} isn't a probability; choose one from 0 to 1.")
         super().__init__()
-        drawn = nn.MultiheadAttention(
+        initialized = nn.MultiheadAttention(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        self._take(drawn, split_qkv or not drawn._qkv_same_embed_dim)
+        self._set_parts(initialized, split_qkv or not initialized._qkv_same_embed_dim)
 
     @classmethod
     def from_torch(cls, attention: nn.MultiheadAttention, split_qkv: bool = False) -> Self:
-        """The same attention made of linear layers: outputs, mode, types, devices and what trains stay.
+        """Converts torch's attention: outputs, training mode, types, devices, and which parameters train stay the same.
 
-        Without `split_qkv` every Parameter object is taken over, not copied, so an optimizer that holds them goes on
+        Without `split_qkv`, the new module holds the same Parameter objects, so an optimizer that holds them keeps
         working. (If kdim or vdim differs from embed_dim, the three biases stay packed in `in_proj_bias`, which is added
-        after the projections.) With `split_qkv`, packed parameters are copied into three. Hooks aren't taken over.
+        after the projections.) With `split_qkv`, packed parameters are copied into three. Hooks aren't transferred.
         """
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        self._take(attention, split_qkv)
+        self._set_parts(attention, split_qkv)
         return self
 
-    def _take(self, attention: nn.MultiheadAttention, split_qkv: bool) -> None:
+    def _set_parts(self, attention: nn.MultiheadAttention, split_qkv: bool) -> None:
         self.embed_dim, self.num_heads, self.head_dim = attention.embed_dim, attention.num_heads, attention.head_dim
         self.kdim, self.vdim = attention.kdim, attention.vdim
         self.dropout, self.batch_first, self.add_zero_attn = attention.dropout, attention.batch_first, attention.add_zero_attn
@@ -115,23 +115,23 @@ class MultiheadAttention(nn.Module):
 
     @property
     def heads(self) -> int:
-        """`num_heads`, as the authors call it."""
+        """`num_heads`, under the authors' name."""
         return int(self.num_heads)
 
     @property
     def split_qkv(self) -> bool:
-        """Whether there are three projections."""
+        """Whether Q, K, and V have a projection each."""
         return self.in_proj is None
 
     @property
     def in_proj_weight(self) -> Tensor:
-        """What `nn.TransformerEncoder` looks at before it takes its fast path; the type of it makes it refrain.
+        """The weight of `in_proj` if fused, else an empty tensor.
 
-        The weight of `in_proj` when fused, else empty.
+        `nn.TransformerEncoder` checks it before it takes its fast path; the type of the tensor keeps it off that path.
         """
         weight = torch.empty(0) if self.in_proj is None else self.in_proj.weight
         assert isinstance(weight, Tensor)
-        return weight.detach().as_subclass(_OffTheFastPath)
+        return weight.detach().as_subclass(_NoFastPathTensor)
 
     def forward(
         self,
@@ -144,35 +144,35 @@ class MultiheadAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attends as `nn.MultiheadAttention` does; N samples, L queries, S keys, all three inputs with or without N.
+        """Attends as `nn.MultiheadAttention` does: N samples, L queries, S keys; all three inputs with or without N.
 
         Args:
             query: (N, L, embed_dim); (L, N, embed_dim) unless batch_first; (L, embed_dim) unbatched.
-            key, value: the same with S for L, and kdim and vdim for embed_dim.
+            key, value: the same with S instead of L, and kdim and vdim instead of embed_dim.
             key_padding_mask: (N, S), or (S) unbatched; bool (True: not attended) or floating-point (added to scores).
-            need_weights: also return the weights, which rules out the faster kernels.
+            need_weights: also return the attention weights, which rules out the faster kernels.
             attn_mask: (L, S) or (N * num_heads, L, S); bool or floating-point as above.
-            average_attn_weights: return the mean over heads.
-            is_causal: says that attn_mask is the causal mask, which permits a faster kernel. Needs attn_mask.
+            average_attn_weights: return the mean of the weights over heads.
+            is_causal: a hint that attn_mask is the causal mask, which permits a faster kernel. Requires attn_mask.
 
         Returns:
-            The output, shaped as the query, and the weights (N, L, S), with heads (N, num_heads, L, S), or None.
+            The output, shaped as the query, and the weights or None: (N, L, S), or (N, num_heads, L, S) if not averaged.
 
         Raises:
-            ConfigError: shapes or types that don't fit together, a nested tensor, or is_causal without attn_mask.
+            ConfigError: shapes or types don't match, a tensor is nested, or is_causal is given without attn_mask.
         """
         if is_causal and attn_mask is None:
-            raise ConfigError("is_causal=True only says that attn_mask is causal; pass the causal mask as attn_mask too.")
+            raise ConfigError("is_causal=True is only a hint that attn_mask is causal; pass the causal mask as attn_mask too.")
         self._check(query, key, value)
         batched = query.dim() == 3
         if not batched and key_padding_mask is not None:
             key_padding_mask = key_padding_mask.unsqueeze(0)
-        query, key, value = _once_each(self._to_batch_first, query, key, value)
+        query, key, value = _map_distinct(self._to_batch_first, query, key, value)
         q, k, v = self._project(query, key, value)
         sizes = (q.shape[0], self.num_heads, q.shape[1], k.shape[1])
-        k, v = self._with_extra(k, self.bias_k), self._with_extra(v, self.bias_v)
+        k, v = self._append_extra(k, self.bias_k), self._append_extra(v, self.bias_v)
         extra = k.shape[1] - sizes[3]
-        # The hint is for square scores alone: with keys added, the causal kernel would hide these too.
+        # The hint holds for square scores only: the causal kernel would also hide keys that are added.
         causal = is_causal and not need_weights and key_padding_mask is None and sizes[2] == k.shape[1]
         mask = merged(attn_mask, key_padding_mask, sizes=sizes, extra=extra, dtype=q.dtype)
         q, k, v = (x.view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2) for x in (q, k, v))
@@ -182,18 +182,18 @@ class MultiheadAttention(nn.Module):
         if need_weights:
             scores = q * math.sqrt(1 / self.head_dim) @ k.transpose(-2, -1)
             weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
-            mixed = weights @ v
+            attended = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
         else:
-            mixed = F.scaled_dot_product_attention(q, k, v, None if causal else mask, dropout, causal)
-        output: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(-2))
+            attended = F.scaled_dot_product_attention(q, k, v, None if causal else mask, dropout, causal)
+        output: Tensor = self.out_proj(attended.transpose(1, 2).flatten(-2))
         if not batched:
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
         return output if self.batch_first else output.transpose(0, 1), weights
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         if query.is_nested or key.is_nested or value.is_nested:
-            raise ConfigError("Nested tensors aren't supported here; pass padded ones with key_padding_mask.")
+            raise ConfigError("Nested tensors aren't supported; pass padded ones with key_padding_mask.")
         widths = (self.embed_dim, self.kdim, self.vdim)
         inputs = (query, key, value)
         samples = 0 if self.batch_first else 1
@@ -206,11 +206,11 @@ class MultiheadAttention(nn.Module):
             order = "(batch, sequence, width)" if self.batch_first else "(sequence, batch, width)"
             raise ConfigError(
                 f"query, key and value have shapes {', '.join(str(tuple(x.shape)) for x in inputs)}; all should be {order} "
-                f"or all (sequence, width), with widths {widths}, one batch size, and as many values as keys."
+                f"or all (sequence, width), with widths {widths}, the same batch size, and as many values as keys."
             )
 
     def _to_batch_first(self, x: Tensor) -> Tensor:
-        """(N, sequence, width): an adapted layer may share out samples over LoRA heads by its first dimension."""
+        """(N, sequence, width), because adapted layers may split samples over LoRA heads along the first dimension."""
         if x.dim() == 2:
             return x.unsqueeze(0)
         return x if self.batch_first else x.transpose(0, 1)
@@ -218,7 +218,7 @@ class MultiheadAttention(nn.Module):
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         width = self.embed_dim
         if self.in_proj is not None:
-            q, k, v = _once_each(self.in_proj, query, key, value)
+            q, k, v = _map_distinct(self.in_proj, query, key, value)
             return q[..., :width], k[..., width : 2 * width], v[..., 2 * width :]
         assert self.q_proj is not None
         assert self.k_proj is not None
@@ -229,8 +229,8 @@ class MultiheadAttention(nn.Module):
             q, k, v = q + q_bias, k + k_bias, v + v_bias
         return q, k, v
 
-    def _with_extra(self, x: Tensor, learned: Tensor | None) -> Tensor:
-        """x (N, S, width) with the learned row and the row of zeros behind, where there are such."""
+    def _append_extra(self, x: Tensor, learned: Tensor | None) -> Tensor:
+        """x (N, S, width) followed by the learned row and the row of zeros, if the module has them."""
         rows = [x]
         if learned is not None:
             rows.append(learned.to(x.dtype).expand(x.shape[0], -1, -1))
@@ -244,12 +244,12 @@ class MultiheadAttention(nn.Module):
         )
 
 
-class _OffTheFastPath(Tensor):
-    """A tensor of a type of its own: PyTorch's fused inference kernels step back from such."""
+class _NoFastPathTensor(Tensor):
+    """A tensor subclass: PyTorch's fused inference kernels are not used with tensor subclasses."""
 
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
-    """A linear layer that holds these very parameters."""
+    """A linear layer that holds these Parameter objects."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")  # draws no random numbers
     layer.register_parameter("weight", weight)
     layer.register_parameter("bias", bias)
@@ -257,12 +257,12 @@ def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
 
 
 def _thirds(packed: nn.Parameter) -> tuple[nn.Parameter, ...]:
-    """Copies of a packed parameter's parts for Q, K and V, which train if it does."""
+    """Copies of a packed parameter's parts for Q, K, and V; they train if it does."""
     return tuple(nn.Parameter(part.clone(), packed.requires_grad) for part in packed.detach().chunk(3))
 
 
-def _once_each(f: Callable[[Tensor], Tensor], a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """f(a), f(b), f(c), computed once for what is the same object."""
-    of_a = f(a)
-    of_b = of_a if b is a else f(b)
-    return of_a, of_b, of_a if c is a else of_b if c is b else f(c)
+def _map_distinct(f: Callable[[Tensor], Tensor], a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """f(a), f(b), f(c), where f is called once for each distinct object."""
+    f_a = f(a)
+    f_b = f_a if b is a else f(b)
+    return f_a, f_b, f_a if c is a else f_b if c is b else f(c)

@@ -1,4 +1,4 @@
-"""Facts on this process among those that torchrun started, and sums over them. Nothing here knows Ray."""
+"""This process among those that torchrun started: ranks, devices, reductions. Independent of Ray."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 def num_visible_devices() -> int:
-    """Devices that this process can compute on: its visible CUDA devices, or 1 (the CPU) where there is none."""
+    """The number of devices this process can compute on: its visible CUDA devices, or 1 (the CPU) if it has none."""
     return max(1, torch.cuda.device_count())
 
 
 def is_distributed() -> bool:
-    """Whether a process group of torch.distributed is up."""
+    """Whether torch.distributed has a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
-    """This process's number among all, 0 without a process group."""
+    """This process's rank; 0 without a process group."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def world_size() -> int:
-    """The number of processes, 1 without a process group."""
+    """The number of processes; 1 without a process group."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def local_rank() -> int:
-    """This process's number on its own machine, as torchrun sets it (LOCAL_RANK); without torchrun its `rank`.
+    """This process's rank on its machine, as torchrun sets it (LOCAL_RANK); without torchrun its `rank`.
 
     Raises:
-        ConfigError: LOCAL_RANK is no number.
+        ConfigError: LOCAL_RANK isn't a number.
     """
-    return _number("LOCAL_RANK", str(rank()))
+    return _read_number("LOCAL_RANK", str(rank()))
 
 
 def device() -> torch.device:
-    """The device of this process: the CUDA device numbered by its local rank, or the CPU.
+    """This process's device: the CUDA device whose index is its local rank, or the CPU.
 
     Raises:
         ConfigError: the machine runs more processes than it has visible CUDA devices.
@@ -63,7 +63,7 @@ def device() -> torch.device:
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that prints and saves: rank 0, or the only one."""
+    """Whether this is the process that prints and saves: rank 0, or the only process."""
     return rank() == 0
 
 
@@ -72,13 +72,13 @@ def reduce(tensor: Tensor, reduction: str = "mean") -> Tensor: ...
 @overload
 def reduce(tensor: float, reduction: str = "mean") -> Tensor | float: ...
 def reduce(tensor: Tensor | float, reduction: str = "mean") -> Tensor | float:
-    """The sum or mean of `tensor` over all processes, in each of them; a new tensor of its shape, without gradient.
+    """The sum or mean of `tensor` over all processes, on each of them: a new tensor of the same shape, without gradient.
 
-    A mean of integers is floating-point, else the type stays. With NCCL a CPU tensor travels over this process's GPU. A
-    number becomes a tensor; without a process group it is returned as it is.
+    The mean of integers is floating-point; otherwise the type stays. With NCCL, a CPU tensor is sent through this process's
+    GPU. A number becomes a tensor, but without a process group it is returned unchanged.
 
     Raises:
-        ConfigError: another reduction than "mean" or "sum".
+        ConfigError: `reduction` is neither "mean" nor "sum".
     """
     if reduction not in REDUCTIONS:
         raise ConfigError(
@@ -92,26 +92,26 @@ def reduce(tensor: Tensor | float, reduction: str = "mean") -> Tensor | float:
     if is_distributed():
         if tensor.device.type == "cpu" and dist.get_backend() == "nccl":
             total = total.to(device())
-        dist.all_reduce(total, op=dist.ReduceOp.SUM)  # not AVG: gloo has none
+        dist.all_reduce(total, op=dist.ReduceOp.SUM)  # not AVG: gloo lacks it
         total = total.to(tensor.device)
     return total / world_size() if reduction == "mean" else total
 
 
 def init_distributed_mode(args: Any = None) -> bool:
-    """Joins the process group that torchrun describes in the environment; NCCL with CUDA, gloo on CPU.
+    """Joins the process group that torchrun describes in the environment: NCCL with CUDA, gloo on CPUs.
 
-    Without torchrun nothing happens. Where a group is up already, it is kept.
+    Without torchrun it does nothing. An existing process group is kept.
 
     Args:
-        args: an object (say, of argparse) that is told of it: `distributed`, and with a group `rank`, `world_size`, `gpu` (the
-            local rank) and `dist_backend`. Its `dist_url`, if it has one, says where processes meet.
+        args: an object, e.g. argparse's Namespace, whose attributes are set: `distributed`, and with a process group `rank`,
+            `world_size`, `gpu` (the local rank), and `dist_backend`. Its `dist_url`, if it has one, is the rendezvous URL.
 
     Returns:
-        Whether there is a process group now.
+        Whether a process group exists now.
 
     Raises:
-        ConfigError: the environment holds only part of RANK, WORLD_SIZE and LOCAL_RANK, or no numbers; or there are
-            more processes than CUDA devices.
+        ConfigError: the environment has some of RANK, WORLD_SIZE, and LOCAL_RANK but not all; one isn't a number; or the
+            machine runs more processes than it has visible CUDA devices.
     """
     joined = is_distributed() or _join(getattr(args, "dist_url", None))
     if args is not None:
@@ -126,17 +126,17 @@ def _join(url: str | None) -> bool:
     if len(missing) == len(TORCHRUN):
         return False
     if missing:
-        raise ConfigError(f"{', '.join(missing)} isn't set, but others of {', '.join(TORCHRUN)} are; start this with torchrun.")
-    here = device()
-    if here.type == "cuda":
-        torch.cuda.set_device(here)
-    backend = "nccl" if here.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=url, rank=_number("RANK"), world_size=_number("WORLD_SIZE"))
+        raise ConfigError(f"{', '.join(missing)} isn't set, but others of {', '.join(TORCHRUN)} are; start with torchrun.")
+    own_device = device()
+    if own_device.type == "cuda":
+        torch.cuda.set_device(own_device)
+    backend = "nccl" if own_device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=url, rank=_read_number("RANK"), world_size=_read_number("WORLD_SIZE"))
     return True
 
 
-def _number(name: str, default: str = "") -> int:
+def _read_number(name: str, default: str = "") -> int:
     text = os.environ.get(name, default)
     if not text.isdecimal():
-        raise ConfigError(f"{name} = {text!r} in the environment is no number; torchrun sets it.")
+        raise ConfigError(f"{name} = {text!r} in the environment isn't a number; torchrun sets it.")
     return int(text)

@@ -1,4 +1,4 @@
-"""Attention masks of every kind that `nn.MultiheadAttention` takes, merged into one that is added to the scores."""
+"""Combines all kinds of masks that `nn.MultiheadAttention` takes into one mask that is added to the scores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lte_ray.errors import ConfigError
 
 
 def additive(mask: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-    """The mask as numbers to add to scores: True becomes -inf and False 0; floating-point masks are kept.
+    """The mask as numbers to add to the scores: True becomes -inf and False 0; floating-point masks are only cast.
 
     Raises:
         ConfigError: the mask is neither bool nor floating-point.
@@ -32,17 +32,17 @@ def merged(
     extra: int,
     dtype: torch.dtype,
 ) -> Tensor | None:
-    """attn_mask + key_padding_mask, broadcastable to the scores (N, heads, L, S + extra), or None without masks.
+    """attn_mask + key_padding_mask, broadcastable to the scores (N, heads, L, S + extra); None without masks.
 
     Args:
-        attn_mask: (L, S), or (N * heads, L, S) for one mask a sample and head.
+        attn_mask: (L, S), or (N * heads, L, S) with a mask for each sample and head.
         key_padding_mask: (N, S).
         sizes: N, heads, L, S.
-        extra: keys put after those of the input (a learned one, a zero one), which no mask hides.
-        dtype: that of the scores.
+        extra: number of keys appended to those of the input (learned, zero), which no mask hides.
+        dtype: type of the scores.
 
     Raises:
-        ConfigError: a mask has another shape or type.
+        ConfigError: a mask has the wrong shape or type.
     """
     batch, heads, length, keys = sizes
     total: Tensor | None = None
@@ -54,14 +54,14 @@ def merged(
             total = total.reshape(batch, heads, length, keys)
         else:
             raise ConfigError(
-                f"attn_mask has shape {tuple(attn_mask.shape)}; (queries, keys) = {(length, keys)} or "
-                f"(batch * heads, queries, keys) = {(batch * heads, length, keys)} fits these inputs."
+                f"attn_mask has shape {tuple(attn_mask.shape)}; these inputs need (queries, keys) = {(length, keys)} or "
+                f"(batch * heads, queries, keys) = {(batch * heads, length, keys)}."
             )
     if key_padding_mask is not None:
         if tuple(key_padding_mask.shape) != (batch, keys):
             raise ConfigError(
-                f"key_padding_mask has shape {tuple(key_padding_mask.shape)}; (batch, keys) = {(batch, keys)} fits "
-                "these inputs (unbatched: only keys)."
+                f"key_padding_mask has shape {tuple(key_padding_mask.shape)}; these inputs need (batch, keys) = "
+                f"{(batch, keys)} (unbatched: keys only)."
             )
         padding = additive(key_padding_mask, "key_padding_mask", dtype).view(batch, 1, 1, keys)
         total = padding if total is None else total + padding

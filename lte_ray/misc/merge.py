@@ -1,4 +1,4 @@
-"""When the layers of a one-process LTE model merge; one's own schedule can take its place."""
+"""Schedules merges of a one-process LTE model; `cond_fn` can hold a schedule of the user's own."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class MergeCondition:
     Call `step()` once after each step of the optimizer.
 
     Args:
-        model: the model, also one wrapped in DistributedDataParallel; may be given later (`register_model`).
-        merge_steps: steps from one merge to the next.
-        method: what is counted. Only "step" is known.
+        model: the model, possibly wrapped in DistributedDataParallel, or None to pass it to `register_model` later.
+        merge_steps: steps between merges.
+        method: the unit that is counted; only "step" exists.
 
     Attributes:
         clock: steps counted so far.
-        cond_fn: called by each step, with the clock moved on: merges if it is time, and returns whether it did.
-        reset_opt: True. Nothing reads it, as there.
+        cond_fn: called by each `step()` after the clock advanced: merges if due, and returns whether it merged.
+        reset_opt: True; unused, as in the authors' library.
 
     Raises:
-        ConfigError: an unknown method, or merge_steps below 1.
+        ConfigError: the method is unknown, or merge_steps is below 1.
     """
 
     def __init__(self, model: nn.Module | None, merge_steps: int = 1, method: str = "step") -> None:
@@ -53,32 +53,32 @@ class MergeCondition:
         """Counts one step and merges if it is due; returns whether it merged.
 
         Raises:
-            ConfigError: there is no model.
+            ConfigError: no model was registered.
         """
-        self._registered()
+        self._get_model()
         self.clock += 1
         return self.cond_fn()
 
     def step_condition(self) -> bool:
-        """Merges if the clock stands at a multiple of `merge_steps`; returns whether it merged."""
+        """Merges if the clock is a multiple of `merge_steps`; returns whether it merged."""
         due = self.clock % self.merge_steps == 0
         if due:
             self.merge()
         return due
 
     def merge(self) -> None:
-        """Calls `merge_parameters()` of every module that has one (LTE and replica layers), each once, without gradients.
+        """Calls `merge_parameters()` of every module that has it (LTE and replica layers), once each and without gradients.
 
         Raises:
-            ConfigError: there is no model.
+            ConfigError: no model was registered.
         """
         with torch.no_grad():
-            for module in list(self._registered().modules()):
+            for module in list(self._get_model().modules()):
                 merge_parameters = getattr(module, "merge_parameters", None)
                 if callable(merge_parameters):
                     merge_parameters()
 
-    def _registered(self) -> nn.Module:
+    def _get_model(self) -> nn.Module:
         if self.model is None:
             raise ConfigError("This MergeCondition has no model to merge; pass one, or call register_model(model) first.")
         return self.model

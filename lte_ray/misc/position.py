@@ -1,4 +1,4 @@
-"""Sinusoidal position embeddings, for sequences and for images."""
+"""Sinusoidal position embeddings for sequences and images."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from lte_ray.errors import ConfigError
 
 
 def sinusoidal(d_model: int, max_len: int = 5000) -> Tensor:
-    """pe[pos, 2i] = sin(pos 10000^(-2i / d)), pe[pos, 2i + 1] = cos(the same), shaped (1, max_len, d_model).
+    """pe[pos, 2i] = sin(pos 10000^(-2i / d)), pe[pos, 2i + 1] = cos(pos 10000^(-2i / d)), shaped (1, max_len, d_model).
 
-    An odd d_model has one sine more than cosines. Computed in float64, returned in the default type.
+    An odd d_model has one more sine than cosines. Computed in float64 and returned in the default type.
 
     Raises:
         ConfigError: a size is below 1.
@@ -21,9 +21,9 @@ def sinusoidal(d_model: int, max_len: int = 5000) -> Tensor:
 
 
 def sinusoidal_2d(d_model: int, height: int, width: int, normalization_constant: float | None = None) -> Tensor:
-    """pe(y, x) = enc(y) + enc(x), row by row, shaped (1, height * width, d_model).
+    """pe(y, x) = enc(y) + enc(x), in row-major order, shaped (1, height * width, d_model).
 
-    enc is that of `sinusoidal` with the normalization constant in place of 10000; unless given, it is height * width.
+    enc is the table of `sinusoidal` with the normalization constant, by default height * width, instead of 10000.
 
     Raises:
         ConfigError: a size is below 1, or the constant isn't positive.
@@ -37,11 +37,11 @@ def sinusoidal_2d(d_model: int, height: int, width: int, normalization_constant:
 
 
 class PositionalEncoding(nn.Module):
-    """x + pe, with the `sinusoidal` table as the buffer `pe` (1, max_len, d_model).
+    """Adds position embeddings: x + pe, where the buffer `pe` (1, max_len, d_model) is the `sinusoidal` table.
 
     Args:
         d_model: width of the embeddings.
-        max_len: the longest sequence.
+        max_len: length of the longest sequence.
         batch_first: inputs are (..., sequence, d_model); else (sequence, batch, d_model) or (sequence, d_model).
 
     Raises:
@@ -56,7 +56,7 @@ class PositionalEncoding(nn.Module):
         self.register_buffer("pe", sinusoidal(d_model, max_len))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x with its positions' embeddings added; shape and type are those of x.
+        """x plus the embeddings of its positions, with the shape and type of x.
 
         Raises:
             ConfigError: the sequence is longer than max_len, or x isn't d_model wide.

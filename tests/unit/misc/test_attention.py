@@ -314,9 +314,9 @@ def test_it_works_under_autocast() -> None:
 
 def test_what_cannot_be_is_one_clear_error() -> None:
     """Constructor and call name what doesn't fit and what would."""
-    with pytest.raises(ConfigError, match="num_heads = 5; make it a multiple"):
+    with pytest.raises(ConfigError, match="num_heads = 5; change one of them"):
         MultiheadAttention(12, 5)
-    with pytest.raises(ConfigError, match="dropout = 2 is no probability"):
+    with pytest.raises(ConfigError, match="dropout = 2 isn't a probability"):
         MultiheadAttention(12, 3, dropout=2)
     attention, x = MultiheadAttention(WIDTH, HEADS), torch.randn(2, 3, WIDTH)
     for inputs in ((x, x[0], x), (x, x, x[:, :1]), (x, x[:1], x[:1]), (x[..., :5], x, x), (x[None], x[None], x[None])):
@@ -324,7 +324,7 @@ def test_what_cannot_be_is_one_clear_error() -> None:
             attention(*inputs)
     with pytest.raises(ConfigError, match="pass the causal mask as attn_mask too"):
         attention(x, x, x, is_causal=True)
-    with pytest.raises(ConfigError, match=r"attn_mask has shape \(2, 2\); \(queries, keys\) = \(3, 3\)"):
+    with pytest.raises(ConfigError, match=r"attn_mask has shape \(2, 2\); these inputs need \(queries, keys\) = \(3, 3\)"):
         attention(x, x, x, attn_mask=torch.zeros(2, 2))
     with pytest.raises(ConfigError, match=r"key_padding_mask has shape \(3, 2\)"):
         attention(x, x, x, key_padding_mask=torch.zeros(3, 2))

@@ -167,7 +167,7 @@ def test_what_cannot_be_is_one_clear_error(alone: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="WORLD_SIZE, LOCAL_RANK isn't set"):
         distributed.init_distributed_mode()
     alone.setenv("LOCAL_RANK", "one")
-    with pytest.raises(ConfigError, match="LOCAL_RANK = 'one' in the environment is no number"):
+    with pytest.raises(ConfigError, match="LOCAL_RANK = 'one' in the environment isn't a number"):
         distributed.local_rank()
 
 
