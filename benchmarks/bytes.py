@@ -82,7 +82,7 @@ def measured(plan: Plan, merge: MergeConfig, heads: int = HEADS, merges: int = M
     def handle(index: int) -> tuple[None, Tensor]:
         return None, gather(codec.parts[index].base, views(plan.base, coordinator.base))
 
-    mirror.take(CoordinatorReply(None, 0, {index: handle(index) for index in range(len(parts))}))
+    mirror.acquire(CoordinatorReply(None, 0, {index: handle(index) for index in range(len(parts))}))
     mirror.release()
     up = down = 0
     for number in range(1, merges + 1):
@@ -95,11 +95,11 @@ def measured(plan: Plan, merge: MergeConfig, heads: int = HEADS, merges: int = M
             up += sum(buffer.nbytes for buffer in buffers[head]) + len(pickle.dumps(message))
         (record,) = outcome.merges
         downlink.add(MergeDelta(number, record.weights, {h: tuple((h, b) for b in buffers[h]) for h in record.heads}))
-        chain = downlink.chain(mirror.have)
+        chain = downlink.chain(mirror.redo_from)
         assert chain is not None
         update = CoordinatorReply(None, number, {index: handle(index) for index in downlink.dense}, chain)
         before = link.bytes
-        followed = mirror.take(update)
+        followed = mirror.acquire(update)
         assert followed is not None
         assert torch.equal(followed, coordinator.base), "a mirror that doesn't follow needs no bytes"
         mirror.release()

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.report import spread
 from benchmarks.shapes import ALPHA, RANK
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
-from lte_ray.engine.in_process import evaluated, simulate
+from lte_ray.engine.in_process import evaluate_base, run_in_process
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.worker import Worker
@@ -51,8 +51,8 @@ def loss(worker: Worker, wire: Wire, seed: int, steps: int = STEPS) -> float:
     adapt = EVERYTHING if wire.embeddings else EVERYTHING[:-1]
     lte = LTEConfig(num_heads=HEADS, lora_r=RANK, lora_alpha=ALPHA, adapt=adapt)  # type: ignore[arg-type]
     settings = Settings("bytes", lte, wire.merge, TrainConfig(steps=steps, seed=seed, clip_norm=1.0))
-    run = simulate(worker, settings)
-    return evaluated(worker, prepare(worker, settings), run.base)["bits_per_byte"]
+    run = run_in_process(worker, settings)
+    return evaluate_base(worker, prepare(worker, settings), run.base)["bits_per_byte"]
 
 
 def losses(worker: Worker, wires: Mapping[str, Wire], steps: int = STEPS) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lte_ray import checkpoint, fault_injection
 from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig, check_run_name
 from lte_ray.engine.head.virtual import check_stackable
-from lte_ray.engine.prepare import prepare, with_room
+from lte_ray.engine.prepare import extend_plans, prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.merging.registry import gives_weights, make_policy, recorded_arguments
 from lte_ray.messages import HeadTimes
@@ -123,7 +123,7 @@ class LTETrainer:
         )
         settings = Settings(name, self.lte, merge, self.train)
         failure.check_heads(self.lte.num_heads)
-        initial = with_room(prepare(self.worker, settings), failure.max_heads)
+        initial = extend_plans(prepare(self.worker, settings), failure.max_heads)
         directory = RunDirectory.of(storage.storage or default_storage(), name, filesystem, patience=storage.storage_patience)
         claim = RunClaim(directory, storage, settings, initial)
 

@@ -116,7 +116,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return batch
 
 
-def batch_samples(batch: Batch) -> int:
+def count_samples(batch: Batch) -> int:
     """Samples in a batch: the first dimension of its first tensor, 1 if it holds none."""
     first = next(_tensors(batch), None)
     return first.shape[0] if first is not None and first.ndim else 1

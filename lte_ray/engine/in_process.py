@@ -46,13 +46,13 @@ class LoopbackTransport:
         """The contribution as the coordinator has it; the head takes what was decoded as what it contributed."""
         if not self._codecs:
             return contribution
-        codec = self._codecs[head.head]
+        codec = self._codecs[head.number]
         sent = head.encode(contribution, codec)
-        return replace(sent, buffer=codec.decode(dict(enumerate(sent.buffer)), self._coordinator.reference(head.head)))
+        return replace(sent, buffer=codec.decode(dict(enumerate(sent.buffer)), self._coordinator.reference(head.number)))
 
 
 @dataclass(frozen=True)
-class Simulated:
+class InProcessRun:
     """A finished simulation: the merged base (flat, in `plan.base`), and every merge."""
 
     plan: Plan
@@ -62,15 +62,15 @@ class Simulated:
     coordinator: Coordinator
 
 
-def simulate(
+def run_in_process(
     worker: Worker,
     settings: Settings,
     dtype: torch.dtype = torch.float32,
     *,
     heads_per_actor: int = 1,
-    stack: str = "never",
-    lanes: int = 1,
-) -> Simulated:
+    stack_heads: str = "never",
+    concurrent_heads: int = 1,
+) -> InProcessRun:
     """Runs all heads to the end, each group of `heads_per_actor` a round at a time in the order of their numbers.
 
     With a policy that waits for all heads the result is that of the same run on Ray, bit for bit on one machine. Heads wait
@@ -90,7 +90,12 @@ def simulate(
     merging = merge_threads(settings.merge.merge_threads, initial.plan, settings.lte.num_heads)
     numbers = range(settings.lte.num_heads)
     parts = [numbers[n : n + heads_per_actor] for n in numbers[::heads_per_actor]]
-    groups = [HeadGroup(worker, settings, part, dtype=dtype, stack=stack, lanes=lanes, threads=threads) for part in parts]
+    groups = [
+        HeadGroup(
+            worker, settings, part, dtype=dtype, stack_heads=stack_heads, concurrent_heads=concurrent_heads, threads=threads
+        )
+        for part in parts
+    ]
     heads = [head for group in groups for head in group.heads]
     merges: list[MergeRecord] = []
     waiting: set[int] = set()
@@ -104,12 +109,14 @@ def simulate(
             waiting.discard(verdict.head)
             base = published if coordinator.version != heads[verdict.head].version else None
             heads[verdict.head].adopt(verdict, coordinator.version, base)
-            heads[verdict.head].feed.follow(*coordinator.data.orders(verdict.head, coordinator.live))  # of one that has left
+            heads[verdict.head].batch_stream.apply_assignments(
+                *coordinator.data.orders(verdict.head, coordinator.live)
+            )  # of one that has left
         if coordinator.candidate is not None:
-            settle(coordinator.judged(evaluated(worker, initial, coordinator.candidate)))
+            settle(coordinator.judged(evaluate_base(worker, initial, coordinator.candidate)))
 
     def ready(group: HeadGroup) -> bool:
-        return any(head.head in coordinator.live and head.head not in waiting for head in group.heads)
+        return any(head.number in coordinator.live and head.number not in waiting for head in group.heads)
 
     while (training := [group for group in groups if ready(group)]) or coordinator.wakes_at is not None:
         if not training:
@@ -118,9 +125,9 @@ def simulate(
             settle(coordinator.tick())
         for group in training:
             for head in group.heads:
-                if head.done and head.head in coordinator.live and head.head not in waiting:
+                if head.done and head.number in coordinator.live and head.number not in waiting:
                     with torch_threads(merging):
-                        settle(coordinator.leave(head.head))
+                        settle(coordinator.leave(head.number))
             with torch_threads(threads):
                 contributions = group.train_round(waiting | set(numbers) - coordinator.live)
             waiting.update(c.head for c in contributions)
@@ -128,10 +135,10 @@ def simulate(
                 with torch_threads(merging):
                     sent = transit(heads[contribution.head], contribution)
                     settle(coordinator.receive(sent, sent.buffer))
-    return Simulated(initial.plan, coordinator.base, tuple(merges), tuple(heads), coordinator)
+    return InProcessRun(initial.plan, coordinator.base, tuple(merges), tuple(heads), coordinator)
 
 
-def evaluated(worker: Worker, initial: Initial, base: Tensor) -> Mapping[str, float]:
+def evaluate_base(worker: Worker, initial: Initial, base: Tensor) -> Mapping[str, float]:
     """The worker's judgement of a base, by the unconverted model in eval mode."""
     load_base(initial.model, initial.plan, base)
     initial.model.eval()

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lte_ray.adapters.plan import make_plans
 from lte_ray.adapters.quantization import check_format
 from lte_ray.data.shard import Shard
-from lte_ray.engine.head.optimization import build_optimizer, check_precision, matching
-from lte_ray.engine.head.rng import preserved
+from lte_ray.engine.head.optimization import build_optimizer, check_precision, match_modules
+from lte_ray.engine.head.rng import preserve_generators
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError, UserError, WorkerError
 from lte_ray.layout import Plan
@@ -43,7 +43,7 @@ def prepare(worker: Worker, settings: Settings, dtype: torch.dtype = torch.float
         ConfigError: the rank or an exclude pattern doesn't fit the model.
     """
     check_worker(worker)
-    with preserved(torch.device("cpu")):  # the caller's random numbers are its own
+    with preserve_generators(torch.device("cpu")):  # the caller's random numbers are its own
         return _prepare(worker, settings, dtype)
 
 
@@ -56,8 +56,8 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
     except Exception as error:
         raise WorkerError(f"{name}.build_model() raised:\n\n{traceback.format_exc()}") from error
     plans = make_plans(model, settings.lte)
-    matching(model, settings.train.checkpoint_activations)
-    tensors = tensors_of(model)
+    match_modules(model, settings.train.checkpoint_activations)
+    tensors = named_tensors(model)
     check_precision(settings.train, {e.name: tensors[e.name] for e in plans[0].base.entries})
     for base_dtype in {spec.base_dtype for spec in plans[0].adapted} - {"fp32"}:
         check_format(base_dtype, torch.device("cpu"))
@@ -68,7 +68,7 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
         )
     if {1.0} != {a.lr for a in plans[0].adapted} | {r.lr for r in plans[0].replicas}:
         zeros = {e.name: torch.zeros(e.shape) for e in plans[0].contribution.entries[: 2 * len(plans[0].adapted)]}
-        build_optimizer(worker, plans[0], {**tensors_of(model), **zeros}, settings.train.steps)  # does it keep the groups?
+        build_optimizer(worker, plans[0], {**named_tensors(model), **zeros}, settings.train.steps)  # does it keep the groups?
     for head in {0, settings.lte.num_heads - 1}:
         try:
             next(endless_batches(worker, Shard(head, settings.lte.num_heads, settings.train.seed)))
@@ -79,7 +79,7 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
     return Initial(model, plans, gather(plans[0].base, tensors, dtype))
 
 
-def with_room(initial: Initial, heads: int) -> Initial:
+def extend_plans(initial: Initial, heads: int) -> Initial:
     """The same for a run that may grow to so many heads: further ones are as the last.
 
     Raises:
@@ -96,7 +96,7 @@ def with_room(initial: Initial, heads: int) -> Initial:
     return replace(initial, plans=initial.plans + initial.plans[-1:] * more)
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """All of an unconverted model that a plan can name: parameters and buffers."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
@@ -104,7 +104,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def load_base(model: nn.Module, plan: Plan, base: Tensor) -> None:
     """Copies a flat base into an unconverted model; what isn't trained stays as it was built."""
-    tensors = tensors_of(model)
+    tensors = named_tensors(model)
     for name, value in views(plan.base, base).items():
         tensors[name].copy_(value)
 

@@ -17,16 +17,16 @@ import torch
 
 from lte_ray.layout import Plan
 
-MOST_REDOING = 4
+MAX_REDO_THREADS = 4
 """Threads that merge at most where heads redo merges: the same on every machine, as results depend on it in the last bits."""
 
 
-def cores() -> int:
+def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def merge_threads(configured: int, plan: Plan, num_heads: int, most: int = 0) -> int:
+def merge_threads(configured: int, plan: Plan, num_heads: int, limit: int = 0) -> int:
     """Threads to merge with: as configured, or one for every 10^9 operations of a merge, up to `most` (0: one per core).
 
     A small merge is over before a second thread pays; what that thread then costs the heads, by waiting actively for more
@@ -35,7 +35,7 @@ def merge_threads(configured: int, plan: Plan, num_heads: int, most: int = 0) ->
     if configured:
         return configured
     operations = sum(2 * math.prod(a.shape) * 2 * a.rank * num_heads for a in plan.adapted)
-    return max(1, min(most or cores(), operations // 10**9))
+    return max(1, min(limit or available_cores(), operations // 10**9))
 
 
 def head_threads(configured: int, cpus: float, heads: int = 1) -> tuple[int, int]:
@@ -61,8 +61,8 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-LARGE = 1 << 30
-OLD_LIMIT = 32 << 20  # older glibc takes no more
+LARGE_THRESHOLD = 1 << 30
+OLD_GLIBC_LIMIT = 32 << 20  # older glibc takes no more
 
 
 def keep_freed_memory() -> bool:
@@ -80,8 +80,8 @@ def keep_freed_memory() -> bool:
     mallopt: Any = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    mapped = mallopt(M_MMAP_THRESHOLD, LARGE) or mallopt(M_MMAP_THRESHOLD, OLD_LIMIT)
-    return bool(mallopt(M_TRIM_THRESHOLD, LARGE) and mapped)
+    mapped = mallopt(M_MMAP_THRESHOLD, LARGE_THRESHOLD) or mallopt(M_MMAP_THRESHOLD, OLD_GLIBC_LIMIT)
+    return bool(mallopt(M_TRIM_THRESHOLD, LARGE_THRESHOLD) and mapped)
 
 
 def release_freed_memory() -> bool:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lte_ray.adapters.layer_kinds import TRANSPOSED_LINEAR, kind_of
-from lte_ray.engine.prepare import load_base, tensors_of
+from lte_ray.engine.prepare import load_base, named_tensors
 from lte_ray.errors import ConfigError, UserError
 from lte_ray.export import delta as changes
 from lte_ray.export.delta import Change, dense_factors
@@ -79,8 +79,8 @@ def _target(saved: Saved, change: Change) -> tuple[nn.Module, dict[str, str]]:
     name, part = pretrained_part(saved.model)
     if part is None or beside(saved.model, name, _changed(saved.plan, change)):
         part = saved.model
-    own = {id(tensor): inner for inner, tensor in tensors_of(part).items()}
-    return part, {outer: own[id(tensor)] for outer, tensor in tensors_of(saved.model).items() if id(tensor) in own}
+    own = {id(tensor): inner for inner, tensor in named_tensors(part).items()}
+    return part, {outer: own[id(tensor)] for outer, tensor in named_tensors(saved.model).items() if id(tensor) in own}
 
 
 def _changed(plan: Plan, change: Change) -> list[str]:

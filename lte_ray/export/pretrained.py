@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lte_ray.engine.prepare import load_base, tensors_of
+from lte_ray.engine.prepare import load_base, named_tensors
 from lte_ray.errors import UserError
 from lte_ray.export.run_reader import Saved, Written
 
@@ -59,8 +59,8 @@ def pretrained_part(model: nn.Module) -> tuple[str, Any]:
 def beside(model: nn.Module, part: str, names: Collection[str]) -> list[str]:
     """Those of the parameters and buffers `names` that the module `part` doesn't hold."""
     inner = model.get_submodule(part)
-    held = {id(tensor) for tensor in tensors_of(inner).values()}
-    tensors = tensors_of(model)
+    held = {id(tensor) for tensor in named_tensors(inner).values()}
+    tensors = named_tensors(model)
     return [name for name in names if id(tensors[name]) not in held]
 
 

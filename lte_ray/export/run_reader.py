@@ -17,8 +17,8 @@ from lte_ray import checkpoint
 from lte_ray.adapters.plan import make_plans
 from lte_ray.checkpoint import Manifest
 from lte_ray.config import LTEConfig, TrainConfig
-from lte_ray.engine.head.rng import preserved
-from lte_ray.engine.prepare import tensors_of
+from lte_ray.engine.head.rng import preserve_generators
+from lte_ray.engine.prepare import named_tensors
 from lte_ray.errors import ConfigError, StorageError, UserError, WorkerError
 from lte_ray.export.worker_factory import make_worker
 from lte_ray.layout import Plan
@@ -138,7 +138,7 @@ def read(run: str | os.PathLike[str], version: int | None = None, worker: Any = 
     manifest, record = choose(directory, version), read_record(directory)
     lte, train = section(directory, LTEConfig, record), section(directory, TrainConfig, record)
     made = make_worker(record, worker)
-    with preserved(torch.device("cpu")):  # the caller's random numbers are its own
+    with preserve_generators(torch.device("cpu")):  # the caller's random numbers are its own
         try:
             model = build_model(made, train.seed)
         except UserError:
@@ -147,4 +147,4 @@ def read(run: str | os.PathLike[str], version: int | None = None, worker: Any = 
             raise WorkerError(f"{type(made).__name__}.build_model() raised {type(error).__name__}: {error}") from error
     plans = make_plans(model, lte)
     base = checkpoint.read_base(directory, manifest, plans[0])
-    return Saved(directory, manifest, record, model, plans, gather(plans[0].base, tensors_of(model), base.dtype), base)
+    return Saved(directory, manifest, record, model, plans, gather(plans[0].base, named_tensors(model), base.dtype), base)

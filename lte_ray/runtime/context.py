@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from lte_ray.engine.process_tuning import MOST_REDOING, merge_threads
+from lte_ray.engine.process_tuning import MAX_REDO_THREADS, merge_threads
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import WorkerError
 from lte_ray.import_object import FILE_MODULE_PREFIX
@@ -100,7 +100,7 @@ class RunContext:
         """Threads to merge `part` of the `whole` plan with; where heads redo merges, the same everywhere."""
         configured, heads = self.settings.merge.merge_threads, self.settings.lte.num_heads
         if any(group.by_factors for group in self.groups):
-            return merge_threads(configured, whole, heads, MOST_REDOING)
+            return merge_threads(configured, whole, heads, MAX_REDO_THREADS)
         return merge_threads(configured, part, heads)
 
     def codecs(self, plans: Sequence[Plan]) -> list[Codec]:

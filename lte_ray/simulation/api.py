@@ -13,7 +13,7 @@ from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.coordinator.step_budget import is_shared
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.state import rejoin
-from lte_ray.engine.in_process import LoopbackTransport, evaluated
+from lte_ray.engine.in_process import LoopbackTransport, evaluate_base
 from lte_ray.engine.prepare import Initial, prepare
 from lte_ray.engine.process_tuning import head_threads, torch_threads
 from lte_ray.engine.settings import Settings
@@ -114,12 +114,12 @@ class _Trainees:
         head.transit = self._transit
         if self._shared:  # the whole budget, not its expected share, says when it ends
             every = self._settings.train.steps * self._settings.lte.num_heads
-            head.follow(HeadDirective(self._settings.merge.merge_iter, every))
+            head.apply_directive(HeadDirective(self._settings.merge.merge_iter, every))
         return head
 
     def evaluate(self, base: Tensor) -> Mapping[str, float]:
         """The worker's judgement of a base."""
-        return evaluated(self._worker, self._initial, base)
+        return evaluate_base(self._worker, self._initial, base)
 
 
 class _SendingHead(Head):

@@ -75,7 +75,7 @@ class Line:
         if any(arrived.base is not None for arrived in self.arrived):
             return False  # the mirror is taken
         base = update.base[0] if update.version > self.version else None
-        self.knowledge.learned(update)
+        self.knowledge.record_reply(update)
         if base is not None:
             self.version, self.base = update.version, base
         self.calls.remove(call)
@@ -89,9 +89,11 @@ class Line:
         self.epoch = epoch
         head, positions = self.head, dict[int, HeadReport]()
         if head is not None:
-            released = head.feed.released
-            positions[self.number] = HeadReport(head.step, head.limit, head.feed.grant, released.id if released else 0)
-        return self.knowledge.report(self.base, positions, Here())
+            released = head.batch_stream.revoked
+            positions[self.number] = HeadReport(
+                head.step, head.step_limit, head.batch_stream.assignment_id, released.id if released else 0
+            )
+        return self.knowledge.build_report(self.base, positions, Here())
 
     def cut(self) -> None:
         """The coordinator is gone: calls that were there are made again."""

@@ -67,7 +67,7 @@ class Process(Line):
             self._holds_nothing(head)
         self.track.at[sequence] = (torch.zeros_like(base), 0)
         self.head = head
-        self.knowledge.begins(self.number, head.merged.sequence, head.reference)
+        self.knowledge.record_start(self.number, head.merged_position.sequence, head.reference)
         self._take_orders(update)
 
     def _holds_nothing(self, head: Head) -> None:
@@ -93,8 +93,8 @@ class Process(Line):
             return False
         if merge.wait and (head.outstanding or self.carries()):
             return False
-        steps = min(steps, head.left, max(0, self.every - head.since_offered) if merge.wait else steps)
-        if not steps or not head.feed.lanes:
+        steps = min(steps, head.steps_left, max(0, self.every - head.steps_since_contribution) if merge.wait else steps)
+        if not steps or not head.batch_stream.partitions:
             return False
         before, slots = trained_weights(head), len(self.worker.trained)
         head.train(steps)
@@ -106,14 +106,14 @@ class Process(Line):
         head = self.head
         if head is None or self.over or self.ended or head.outstanding or self.carries():
             return False
-        return head.since_offered >= self.every or (head.left == 0 and not head.finished)
+        return head.steps_since_contribution >= self.every or (head.steps_left == 0 and not head.finished)
 
     def contribute(self) -> None:
         """Makes the contribution and puts it on the wire."""
         assert self.head is not None and self.track is not None
         contribution = self.head.contribute()
         self.track.offer(contribution.sequence)
-        self.knowledge.offered(contribution, self.head.offer)
+        self.knowledge.record_contribution(contribution, self.head.contributed)
         self.call("submit", replace(contribution, buffer=contribution.buffer.clone()))
 
     def look(self) -> None:
@@ -152,7 +152,7 @@ class Process(Line):
             if not verdict.discarded:
                 if verdict.poison:
                     assert self.track is not None
-                    self.track.drop(head.merged.sequence)
+                    self.track.drop(head.merged_position.sequence)
                     if not self.sound:
                         raise Broken(f"head {self.number} has dropped poison, and some is left")
                 self.quarantined = self.quarantined or verdict.quarantined
@@ -165,7 +165,7 @@ class Process(Line):
     def _take_orders(self, update: CoordinatorReply) -> None:
         assert self.head is not None
         if not self.left:
-            self.head.follow(update.orders[self.number])
+            self.head.apply_directive(update.orders[self.number])
             self.every = update.orders[self.number].steps
 
     def _save(self, head: Head, save: CheckpointRequest) -> None:

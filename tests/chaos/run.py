@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lte_ray.engine.prepare import prepare, with_room
+from lte_ray.engine.prepare import extend_plans, prepare
 from lte_ray.runtime.coordinator_state import CoordinatorState
 from tests.chaos.account import Account
 from tests.chaos.coordinator import Hub
@@ -39,7 +39,7 @@ class Run:
 
     def __init__(self, mode: Mode) -> None:
         self.mode, self.settings = mode, mode.settings()
-        self.initial = with_room(prepare(Fit(), self.settings, torch.float64), MOST_HEADS)
+        self.initial = extend_plans(prepare(Fit(), self.settings, torch.float64), MOST_HEADS)
         self.account = Account({0: self.initial.base.clone()}, {0: {}})
         self.first = self.account.copy()
         self.disk, self.epoch = Disk(), 0

@@ -125,8 +125,8 @@ class World(Recovery):
             h = p.head
             calls = [(call.kind, call.place, len(call.answers)) for call in p.calls]
             lines.append(
-                f"head {number}.{p.incarnation}: step {h.step} of {h.limit} final {h._final}, version {h.version}, "
-                f"outstanding {h.outstanding}, over {p.over}/{member.over}, lanes {h.feed.lanes}, calls {calls}"
+                f"head {number}.{p.incarnation}: step {h.step} of {h.step_limit} final {h._final}, version {h.version}, "
+                f"outstanding {h.outstanding}, over {p.over}/{member.over}, lanes {h.batch_stream.partitions}, calls {calls}"
             )
         return "\n".join(lines)
 

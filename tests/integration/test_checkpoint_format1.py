@@ -11,7 +11,7 @@ import torch
 
 from lte_ray import LTEConfig, LTETrainer, MergeConfig, TrainConfig, checkpoint
 from lte_ray.config import StorageConfig
-from lte_ray.engine.in_process import simulate
+from lte_ray.engine.in_process import run_in_process
 from lte_ray.engine.prepare import Initial, prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
@@ -145,6 +145,6 @@ def test_a_run_goes_on_from_it(local_ray: None, directory: RunDirectory) -> None
     assert result.metrics is not None
     assert (result.metrics["version"], result.metrics["step"], result.metrics["samples"]) == (4, 8, 2 * 8 * 4)
     assert checkpoint.read_manifest(directory, 4).format == 2
-    expected = simulate(WORKER, SETTINGS)
+    expected = run_in_process(WORKER, SETTINGS)
     merged = checkpoint.read_base(directory, checkpoint.read_manifest(directory, 4), expected.plan)
     assert torch.allclose(merged, expected.base, rtol=0.0, atol=1e-6)

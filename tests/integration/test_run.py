@@ -23,7 +23,7 @@ from torch import nn
 from lte_ray import Discard, LTEConfig, LTETrainer, Merge, MergeConfig, Pending, Roster, Shard, Wait, checkpoint
 from lte_ray.audit import audit, read_rows
 from lte_ray.config import FailureConfig, PlacementConfig
-from lte_ray.engine.in_process import simulate
+from lte_ray.engine.in_process import run_in_process
 from lte_ray.engine.prepare import load_base, prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ContributionRefused, HeadLost, PolicyError, StorageError, WorkerError, WorkerFailed
@@ -258,7 +258,7 @@ def test_poison_costs_what_it_held_and_nothing_else(local_ray: None, tmp_path: P
     """Bitwise the simulation, whether the head recovers or is quarantined; to the audit it is dropped, not lost."""
     kwargs, worker = settings(), Poisoned(last=last)
     result = LTETrainer(worker, run_config=storage(tmp_path, "r"), **kwargs).fit()
-    done = simulate(worker, Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"]))
+    done = run_in_process(worker, Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"]))
     assert_same_model(result.path, simulated(worker, **kwargs))
     found = audit(read_rows((tmp_path / "r" / "metrics.jsonl").read_text()))
     assert found.clean, found.problems
@@ -302,7 +302,7 @@ def test_virtual_heads_are_the_heads_of_as_many_actors_and_resume(
     kwargs = settings(steps=20, checkpoint_every=1)
     kwargs["lte"] = LTEConfig(num_heads=5, lora_r=(2, 2, 4, 4, 8), lora_alpha=16) if stack == "never" else LTEConfig(5, 4)
     made = Settings("a", kwargs["lte"], kwargs["merge"], kwargs["train"])
-    expected = simulate(worker, made) if apart else simulate(worker, made, heads_per_actor=2, stack=stack)
+    expected = run_in_process(worker, made) if apart else run_in_process(worker, made, heads_per_actor=2, stack_heads=stack)
     placement = PlacementConfig(heads_per_actor=2, cpus_per_head=0.5, stack_heads=stack)
     if stops:
         first = {**kwargs, "train": dataclasses.replace(kwargs["train"], steps=10)}

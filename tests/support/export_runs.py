@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lte_ray import checkpoint
 from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
 from lte_ray.data import Shard
-from lte_ray.engine.in_process import Simulated, simulate
+from lte_ray.engine.in_process import InProcessRun, run_in_process
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.run import record as run_record
@@ -305,7 +305,7 @@ def save_run(
     ahead: bool = False,
     whole: bool = True,
     worker: Models | None = None,
-) -> tuple[Path, Simulated]:
+) -> tuple[Path, InProcessRun]:
     """Trains without Ray and leaves what a run leaves: ``run.toml``, a checkpoint, ``model.safetensors``.
 
     Args:
@@ -326,7 +326,7 @@ def save_run(
         FailureConfig(),
     )
     run_start.create(directory, record, storage)
-    done = simulate(worker, given)
+    done = run_in_process(worker, given)
     if ahead:
         for head in done.heads:
             finish(head)
@@ -336,7 +336,7 @@ def save_run(
     return root / name, done
 
 
-def write_checkpoint(directory: RunDirectory, given: Settings, done: Simulated, heads: tuple[int, ...] = (0, 1)) -> None:
+def write_checkpoint(directory: RunDirectory, given: Settings, done: InProcessRun, heads: tuple[int, ...] = (0, 1)) -> None:
     version = done.coordinator.version
     files = [checkpoint.write_base(directory, version, done.plan, done.base)]
     files += [checkpoint.write_head(directory, version, head, *state_of(done.heads[head])) for head in heads]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.data import Shard
 from lte_ray.engine.head.head import Head
-from lte_ray.engine.head.state import State, snapshot
+from lte_ray.engine.head.state import SavedState, snapshot
 from lte_ray.engine.settings import Settings
 from lte_ray.layout import Adapted, Plan, Replica
 from lte_ray.messages import CheckpointRequest, Contribution
@@ -140,7 +140,7 @@ class DenseHead:
         self.p = {r.name: start[r.name].requires_grad_() for r in self.plan.replicas}
         self.s = like.settings.lte.lora_alpha / like.settings.lte.lora_r
         self.optimizer = worker.build_optimizer([{"params": [*self.a.values(), *self.b.values(), *self.p.values()]}])
-        self.batches = endless_batches(worker, Shard(like.head, like.settings.lte.num_heads, seed))
+        self.batches = endless_batches(worker, Shard(like.number, like.settings.lte.num_heads, seed))
 
     def product(self, name: str) -> Tensor:
         """s B A of a main weight."""
@@ -186,12 +186,12 @@ def random_flat(size: int, seed: int, dtype: torch.dtype = torch.float64) -> Ten
     return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def state_of(head: Head) -> State:
+def state_of(head: Head) -> SavedState:
     """The head's state at the version that it has adopted, which holds all that it has heard was merged."""
-    return snapshot(head, CheckpointRequest(head.version, {head.head: head.merged.sequence}))
+    return snapshot(head, CheckpointRequest(head.version, {head.number: head.merged_position.sequence}))
 
 
-def through_a_file(state: State) -> State:
+def through_a_file(state: SavedState) -> SavedState:
     """The state as a checkpoint keeps it: safetensors and JSON."""
     tensors, meta = state
     return safetensors.torch.load(safetensors.torch.save(tensors)), json.loads(json.dumps(meta))

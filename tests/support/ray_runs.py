@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lte_ray import LTEConfig, MergeConfig, Shard, TrainConfig
 from lte_ray.config import StorageConfig
-from lte_ray.engine.in_process import simulate
+from lte_ray.engine.in_process import run_in_process
 from lte_ray.engine.prepare import load_base
 from lte_ray.engine.settings import Settings
 from tests.support.helpers import LONG_RUN
@@ -80,7 +80,7 @@ def storage(path: Path, name: str, **more: object) -> StorageConfig:
 
 def simulated(worker: Any, lte: LTEConfig, merge: MergeConfig, train: TrainConfig) -> dict[str, Tensor]:
     """The merged model of a run with these settings, all in this process."""
-    done = simulate(worker, Settings("r", lte, merge, train))
+    done = run_in_process(worker, Settings("r", lte, merge, train))
     model = worker.build_model()
     load_base(model, done.plan, done.base)
     return dict(model.state_dict())

@@ -11,7 +11,7 @@ from torch import nn
 
 from lte_ray import Shard
 from lte_ray.errors import WorkerError
-from lte_ray.worker import batch_samples, build_model, check_worker, endless_batches, to_device, worker_settings
+from lte_ray.worker import build_model, check_worker, count_samples, endless_batches, to_device, worker_settings
 from tests.support.helpers import Tiny
 from workers.regression import Regression
 
@@ -150,13 +150,13 @@ TWO, FIVE = torch.zeros(2, 7), torch.zeros(5)
 )
 def test_samples_are_the_first_dimension_of_the_first_tensor(batch: object, samples: int) -> None:
     """However the batch is nested; 1 if it holds no tensor."""
-    assert batch_samples(batch) == samples
+    assert count_samples(batch) == samples
 
 
 @pytest.mark.parametrize("first", [["a", "b", "c"], {"id": 7}, ()], ids=["list of names", "dict of numbers", "empty tuple"])
 def test_what_holds_no_tensor_is_passed_over(first: object) -> None:
     """A list of file names or a dict of numbers before the tensors doesn't decide how many samples there are."""
-    assert batch_samples((first, FIVE)) == 5
+    assert count_samples((first, FIVE)) == 5
 
 
 def test_a_workers_settings_are_its_constructor_arguments() -> None:

@@ -31,7 +31,7 @@ class _Fetched:
 
 
 @dataclass
-class _Part:
+class _GroupPart:
     """A group's part of the base, flat, and each head's reference in it."""
 
     base: Tensor
@@ -57,24 +57,29 @@ class BaseReplica:
     """
 
     def __init__(
-        self, codecs: Sequence[Codec], reset: str, fetch: Callable[[Any], Tensor], own: Collection[int] = (), threads: int = 1
+        self,
+        codecs: Sequence[Codec],
+        reset: str,
+        fetch: Callable[[Any], Tensor],
+        own_heads: Collection[int] = (),
+        threads: int = 1,
     ) -> None:
-        self._codecs, self._reset, self._fetch, self._own = codecs, reset, fetch, frozenset(own)
-        self._parts: dict[int, _Part] = {}
+        self._codecs, self._reset, self._fetch, self._own_heads = codecs, reset, fetch, frozenset(own_heads)
+        self._parts: dict[int, _GroupPart] = {}
         self._base: Tensor | None = None
-        self._sums: dict[int, int] = {}  # checksum by version
-        self._turn, self._writing, self._threads = Lock(), Lock(), threads
+        self._checksums: dict[int, int] = {}  # checksum by version
+        self._base_in_use, self._writing, self._threads = Lock(), Lock(), threads
         self.version = -1
-        self.bytes = 0  # fetched from elsewhere
+        self.bytes_fetched = 0  # fetched from elsewhere
         self.resyncs = 0
         """How often the copy had drifted from the coordinator's, and was fetched anew."""
 
     @property
-    def have(self) -> int:
+    def redo_from(self) -> int:
         """The version to ask from: -1 where the whole base is to be sent."""
         return self.version if self._parts else -1
 
-    def take(self, update: CoordinatorReply, note: Callable[[], object] = lambda: None) -> Tensor | None:
+    def acquire(self, reply: CoordinatorReply, on_fetched: Callable[[], object] = lambda: None) -> Tensor | None:
         """Follows to the update's version and gives that base, flat; None if this process has it or a newer one.
 
         The base is the mirror's own, to be read only, and stays as it is until `release`, which has to follow: whoever comes
@@ -87,24 +92,24 @@ class BaseReplica:
         Raises:
             CannotRedoMerges: merges are missing between this process's version and the update's.
         """
-        self._turn.acquire()
+        self._base_in_use.acquire()
         taken = changing = False
         try:
-            fetched = self._fetched(update) if update.version > self.version else None
+            fetched = self._fetch_reply(reply) if reply.version > self.version else None
             base = None
             with self._writing:
-                note()  # before anything is changed: if it raises, this process still has the version that it had
+                on_fetched()  # before anything is changed: if it raises, this process still has the version that it had
                 if fetched is not None:
                     changing = True
-                    base = self._follow(update, fetched)
-                    self._base, self.version, taken = base, update.version, True
+                    base = self._follow(reply, fetched)
+                    self._base, self.version, taken = base, reply.version, True
         except BaseException:
             if changing:  # parts may be half done, and what was made of them: the next update brings all
                 self._parts, self._base = {}, None
             raise
         finally:
             if not taken:
-                self._turn.release()
+                self._base_in_use.release()
         return base
 
     def read(self, use: Callable[[Tensor | None], T]) -> T:
@@ -114,9 +119,9 @@ class BaseReplica:
 
     def release(self) -> None:
         """The base that `take` gave isn't needed any more."""
-        self._turn.release()
+        self._base_in_use.release()
 
-    def _fetched(self, update: CoordinatorReply) -> _Fetched:
+    def _fetch_reply(self, update: CoordinatorReply) -> _Fetched:
         """All that an update refers to, so that what follows can't be cut off."""
         groups = self._codecs[0].groups
         if len(groups) == 1 and not groups[0].by_factors:
@@ -137,7 +142,7 @@ class BaseReplica:
         )
 
     def _buffer(self, head: int, handle: Any) -> Tensor:
-        return self._fetch(handle) if head in self._own else self._get(handle)
+        return self._fetch(handle) if head in self._own_heads else self._get(handle)
 
     def _follow(self, update: CoordinatorReply, fetched: _Fetched) -> Tensor:
         groups = self._codecs[0].groups
@@ -147,7 +152,7 @@ class BaseReplica:
         for index, part in fetched.parts.items():
             base = torch.empty(plan.base.size, dtype=part.dtype) if base is None else base
             if groups[index].by_factors:
-                self._parts[index] = _Part(part.clone(), {})
+                self._parts[index] = _GroupPart(part.clone(), {})
             else:
                 self._copy(base, index, part)
         for head, factors in fetched.references.items():
@@ -173,12 +178,12 @@ class BaseReplica:
             for head, share in shares:
                 part.references[head] = new_reference(share, self._reset)
         if merged.version % CHECK_EVERY == 0:
-            self._sums = {merged.version: sum(base_checksum(part.base) for part in self._parts.values()) % 2**64}
+            self._checksums = {merged.version: sum(base_checksum(part.base) for part in self._parts.values()) % 2**64}
 
     def _compare(self, update: CoordinatorReply) -> None:
         """Forgets the copy if it isn't the coordinator's any more; the next update then brings the whole base."""
-        if update.checksum is not None and self._sums.get(update.checksum[0], update.checksum[1]) != update.checksum[1]:
-            self._parts, self._sums = {}, {}
+        if update.checksum is not None and self._checksums.get(update.checksum[0], update.checksum[1]) != update.checksum[1]:
+            self._parts, self._checksums = {}, {}
             self.resyncs += 1
 
     def _copy(self, base: Tensor, index: int, part: Tensor) -> None:
@@ -188,5 +193,5 @@ class BaseReplica:
 
     def _get(self, handle: Any) -> Tensor:
         buffer = self._fetch(handle)
-        self.bytes += buffer.nbytes
+        self.bytes_fetched += buffer.nbytes
         return buffer

@@ -23,38 +23,44 @@ class BatchStream:
     def __init__(self, worker: Worker, head: int, num_heads: int, seed: int) -> None:
         self._worker, self._head, self._num_heads, self._seed = worker, head, num_heads, seed
         self._batches: Iterator[Batch] | None = None
-        self.taken = 0
-        self.lanes: Partitions = initial(head, num_heads) if head < num_heads else ()  # else it is given some
-        self.grant = 0
+        self.batches_taken = 0
+        self.partitions: Partitions = initial(head, num_heads) if head < num_heads else ()  # else it is given some
+        self.assignment_id = 0
         """The newest grant of lanes that was taken over."""
-        self.released: Assignment | None = None
+        self.revoked: Assignment | None = None
         """What was given away at the newest request."""
 
-    def next(self) -> Batch:
+    def next_batch(self) -> Batch:
         """The next batch, as the worker made it."""
         if self._batches is None:
-            assert self.lanes, "a head needs data to train on"
-            now = Shard(self._head, self._num_heads, self._seed, self.taken, self.lanes)
+            assert self.partitions, "a head needs data to train on"
+            now = Shard(self._head, self._num_heads, self._seed, self.batches_taken, self.partitions)
             self._batches = endless_batches(self._worker, now)
         batch = next(self._batches)
-        self.taken += 1
-        self.lanes = advance(self.lanes, 1)
+        self.batches_taken += 1
+        self.partitions = advance(self.partitions, 1)
         return batch
 
-    def move(self, taken: int, lanes: Partitions, grant: int = 0) -> None:
+    def seek(self, taken: int, partitions: Partitions, assignment_id: int = 0) -> None:
         """Goes on from another position; what was given away and isn't merged stays this head's."""
-        self.taken, self.lanes, self.grant, self._batches, self.released = taken, lanes, grant, None, None
+        self.batches_taken, self.partitions, self.assignment_id, self._batches, self.revoked = (
+            taken,
+            partitions,
+            assignment_id,
+            None,
+            None,
+        )
 
-    def after(self, taken: int) -> Partitions:
+    def partitions_after(self, taken: int) -> Partitions:
         """The lanes of a head that has taken so many batches, and had no others than at the start."""
         return advance(initial(self._head, self._num_heads), taken)
 
-    def follow(self, grants: Sequence[Assignment], release: int) -> None:
+    def apply_assignments(self, assignments: Sequence[Assignment], revocation: int) -> None:
         """Takes over lanes, and gives half of what it has away if that is asked; repeats change nothing."""
-        for grant in grants:
-            if grant.id > self.grant:
-                self.lanes, self.grant = tuple(sorted((*self.lanes, *grant.lanes))), grant.id
+        for grant in assignments:
+            if grant.id > self.assignment_id:
+                self.partitions, self.assignment_id = tuple(sorted((*self.partitions, *grant.lanes))), grant.id
                 self._batches = None
-        if release and (self.released is None or release > self.released.id):
-            kept, given = split(self.lanes)
-            self.lanes, self.released, self._batches = kept, Assignment(release, given), None
+        if revocation and (self.revoked is None or revocation > self.revoked.id):
+            kept, given = split(self.partitions)
+            self.partitions, self.revoked, self._batches = kept, Assignment(revocation, given), None

@@ -22,15 +22,15 @@ from lte_ray.adapters.effective_parameter import computing
 from lte_ray.adapters.quantization import check_format
 from lte_ray.engine.head.batch_stream import BatchStream
 from lte_ray.engine.head.main_weights import MainWeights
-from lte_ray.engine.head.optimization import OptimizerStep, autocast, build_optimizer, checked_loss, checkpoint_activations
+from lte_ray.engine.head.optimization import OptimizerStep, autocast, build_optimizer, check_loss, checkpoint_activations
 from lte_ray.engine.head.optimizer_state import user_buffers
-from lte_ray.engine.head.rng import Generators, drawn, head_seed
+from lte_ray.engine.head.rng import Generators, head_seed, watch_draws
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import LTEError, WorkerFailed
 from lte_ray.merging.flat_buffer import base_replicas, factor_views, factors_part, gather, replica_part, replica_views
 from lte_ray.merging.low_rank import Share, squared_norm
 from lte_ray.messages import CommittedPosition, Contribution, ContributionResult, HeadDirective, HeadStatus, HeadTimes
-from lte_ray.worker import Batch, Worker, batch_samples, build_model, to_device
+from lte_ray.worker import Batch, Worker, build_model, count_samples, to_device
 
 if TYPE_CHECKING:
     from lte_ray.transfer.codec import Codec
@@ -63,26 +63,26 @@ class Head:
         self,
         worker: Worker,
         settings: Settings,
-        head: int,
+        number: int,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         incarnation: int = 0,
-        hold: bool = False,
-        share: Head | None = None,
+        separate_reference: bool = False,
+        share_weights: Head | None = None,
         alone: bool = True,
     ) -> None:
-        self.head, self.settings, self.incarnation = head, settings, incarnation
+        self.number, self.settings, self.incarnation = number, settings, incarnation
         self.device, self.dtype = torch.device(device), dtype
         self.version = self.step = self.samples = self.sequence = 0
-        self.draws = False  # whether the loss drew from the global generators in the first round here
+        self.loss_draws = False  # whether the loss drew from the global generators in the first round here
         self._watched = self._unwanted = False
         self.interrupted: Callable[[], bool] = lambda: False
         """Asked before every step of a round; whether to leave the rest of it for later."""
         self._worker = worker
-        self.feed = BatchStream(worker, head, settings.lte.num_heads, settings.train.seed)
+        self.batch_stream = BatchStream(worker, number, settings.lte.num_heads, settings.train.seed)
         self._since = self._offered = CommittedPosition(
-            incarnation, lanes=self.feed.lanes
+            incarnation, lanes=self.batch_stream.partitions
         )  # at the last merged, and the last made
         self._limit, self._final, self._rate = settings.train.steps, True, 1.0
         self._granted = 0  # the highest limit that the coordinator has given
@@ -92,26 +92,28 @@ class Head:
         self._state, self._times = "starting", HeadTimes()
         self._first_step_at: float | None = None
         self._last_step_at: float | None = None
-        self.rng = Generators(head_seed(settings.train.seed, head), self.device)
-        with self.rng.swapped_in(), self.blame(None):
+        self.rng = Generators(head_seed(settings.train.seed, number), self.device)
+        with self.rng.swapped_in(), self.worker_errors(None):
             self.converted = convert(
                 build_model(worker, settings.train.seed),
                 settings.lte,
                 seed=settings.train.seed,
-                head=head,
-                hold=hold,
+                head=number,
+                hold=separate_reference,
             )
             # The model is built under the run's seed; what the head draws from here on is its own.
             self.model, self.plan = self.converted.model.to(self.device).train(), self.converted.plan
             for base_dtype in {spec.base_dtype for spec in self.plan.adapted} if self.device.type != "cpu" else ():
                 check_format(base_dtype, self.device)  # the driver has tried it on its CPU
-            if share is not None:
-                share_frozen(self.converted, share.converted)
-            self._weights: MainWeights = MainWeights(self.converted, None if share is None else share._weights, alone)
+            if share_weights is not None:
+                share_frozen(self.converted, share_weights.converted)
+            self._weights: MainWeights = MainWeights(
+                self.converted, None if share_weights is None else share_weights._weights, alone
+            )
             checkpoint_activations(self.model, settings.train.checkpoint_activations)
             if settings.train.compile:
                 self.model.compile()
-        self.rng = Generators(head_seed(settings.train.seed, head, incarnation), self.device)
+        self.rng = Generators(head_seed(settings.train.seed, number, incarnation), self.device)
         tensors = self.converted.tensors()
         self._factors = self.converted.factors
         self._replicas = {r.name: tensors[r.name] for r in self.plan.replicas}
@@ -120,11 +122,11 @@ class Head:
         self._outstanding: Tensor | None = None  # what was offered and not yet answered
         # Each A as it was merged last, or begun with, where no reference says so: to go back to when A is poisoned.
         self._sound = {spec.a: self._factors[spec.a].detach().to("cpu", copy=True) for spec in self.plan.adapted}
-        with self.blame(None):
+        with self.worker_errors(None):
             self.optimizer, self.schedule = build_optimizer(
                 worker, self.plan, {**self._factors, **self._replicas}, settings.train.steps
             )
-        self.update = OptimizerStep(self.optimizer, self.schedule, settings.train, self.device)
+        self.optimizer_step = OptimizerStep(self.optimizer, self.schedule, settings.train, self.device)
         self._frozen: dict[str, Tensor] = {}
 
     # -- training ------------------------------------------------------------------------------------------------
@@ -141,22 +143,22 @@ class Head:
         self._state = "training"
         self._noted = (time.perf_counter(), self._times.stalled)
 
-    def end(self) -> None:
+    def mark_done(self) -> None:
         """Notes that this head won't train any more."""
         self._state = "done"
 
     @property
     def done(self) -> bool:
         """Whether all local steps were taken."""
-        return self._final and self.left == 0
+        return self._final and self.steps_left == 0
 
-    def follow(self, order: HeadDirective) -> None:
+    def apply_directive(self, directive: HeadDirective) -> None:
         """Takes the coordinator's word on how many steps there are, and where the learning-rate schedule stands."""
-        if order.limit >= self._granted:  # else it is an older one, overtaken by another answer
-            self._limit, self._final, self._granted = order.limit, order.final, order.limit
-        self._rate = order.rate
-        self.update.reach(order.progress)
-        self.feed.follow(order.grants, order.release)
+        if directive.limit >= self._granted:  # else it is an older one, overtaken by another answer
+            self._limit, self._final, self._granted = directive.limit, directive.final, directive.limit
+        self._rate = directive.rate
+        self.optimizer_step.advance_to(directive.progress)
+        self.batch_stream.apply_assignments(directive.grants, directive.release)
 
     def train_round(self) -> Contribution:
         """Takes `merge_iter` local steps (fewer at the end of the run) and makes the contribution.
@@ -168,7 +170,7 @@ class Head:
         return self.contribute()
 
     def train(
-        self, steps: int, reading: Callable[[Head], AbstractContextManager[None]] | None = None, share: float = 1.0
+        self, steps: int, read_context: Callable[[Head], AbstractContextManager[None]] | None = None, share: float = 1.0
     ) -> None:
         """Takes local steps, fewer at the end of the run.
 
@@ -181,14 +183,14 @@ class Head:
         Raises:
             WorkerFailed: the worker's code raised; names the head and the step.
         """
-        self.begin()
-        with nullcontext() if reading else self.rng.swapped_in(), self.timed("train", share):
-            for _ in range(min(steps, self.left)):
+        self.prepare_to_train()
+        with nullcontext() if read_context else self.rng.swapped_in(), self.timed("train", share):
+            for _ in range(min(steps, self.steps_left)):
                 if self.interrupted():
                     break
-                self.add_loss(self._train_step(reading))
+                self.record_loss(self._train_step(read_context))
 
-    def begin(self) -> None:
+    def prepare_to_train(self) -> None:
         """Before steps are taken: puts this head's main weights in place, where heads share them."""
         if self._weights.takes_turns:
             self._weights.load(self._reference, {})
@@ -196,17 +198,17 @@ class Head:
         self._state = "training"
 
     @property
-    def left(self) -> int:
+    def steps_left(self) -> int:
         """Local steps that it may take."""
         return max(0, self._limit - self.step)
 
-    def add_loss(self, loss: Tensor) -> None:
+    def record_loss(self, loss: Tensor) -> None:
         """Counts a step's loss towards the next contribution's mean."""
         self._losses.append(loss)
 
     def _train_step(self, reading: Callable[[Head], AbstractContextManager[None]] | None) -> Tensor:
         losses = []
-        with self.blame(self.step + 1):
+        with self.worker_errors(self.step + 1):
             for _ in range(self.settings.train.accumulate):
                 with reading(self) if reading else nullcontext():
                     batch = self.next_batch()
@@ -216,46 +218,48 @@ class Head:
 
     def next_batch(self) -> Batch:
         """The next batch of this head's shard, on its device."""
-        batch = to_device(self.feed.next(), self.device)
-        self.samples += batch_samples(batch)
+        batch = to_device(self.batch_stream.next_batch(), self.device)
+        self.samples += count_samples(batch)
         return batch
 
     def backward(self, batch: Batch) -> Tensor:
         """Adds the batch's gradient to what there is; gives its loss."""
         if self._watched:
             return self._backward(batch)
-        with drawn(self.device) as changed:
+        with watch_draws(self.device) as changed:
             loss = self._backward(batch)
-            self.draws = self.draws or changed()
+            self.loss_draws = self.loss_draws or changed()
         return loss
 
     def _backward(self, batch: Batch) -> Tensor:
         with autocast(self.settings.train, self.device), computing():
-            loss = checked_loss(self._worker.loss(self.model, batch))
-        torch.autograd.backward(self.update.scaled(loss))
+            loss = check_loss(self._worker.loss(self.model, batch))
+        torch.autograd.backward(self.optimizer_step.scale_loss(loss))
         return loss.detach()
 
     def finish_step(self) -> None:
         """Takes the optimizer's and the schedule's step with the gradients that are there."""
-        self.update.apply(self._rate)
+        self.optimizer_step.step(self._rate)
         self.step += 1
         self._last_step_at = time.time()
         if self._first_step_at is None:
             self._first_step_at = self._last_step_at
 
     @property
-    def since_offered(self) -> int:
+    def steps_since_contribution(self) -> int:
         """Local steps since the last contribution was made."""
         return self.step - self._offered.step
 
     @property
     def position(self) -> CommittedPosition:
         """Where the head is: what it would stand at, if all were merged that it has trained."""
-        feed = self.feed
-        return CommittedPosition(self.incarnation, self.sequence, self.version, self.step, self.samples, feed.taken, feed.lanes)
+        feed = self.batch_stream
+        return CommittedPosition(
+            self.incarnation, self.sequence, self.version, self.step, self.samples, feed.batches_taken, feed.partitions
+        )
 
     @property
-    def offer(self) -> Tensor:
+    def contributed(self) -> Tensor:
         """What receivers make of the outstanding contribution, flat; never written to."""
         assert self._outstanding is not None
         return self._outstanding
@@ -266,12 +270,12 @@ class Head:
         return self._reference
 
     @property
-    def limit(self) -> int:
+    def step_limit(self) -> int:
         """The step up to which it may go."""
         return self._limit
 
     @property
-    def merged(self) -> CommittedPosition:
+    def merged_position(self) -> CommittedPosition:
         """Where the last merged contribution, of which this head knows, has left it."""
         return self._since
 
@@ -308,7 +312,7 @@ class Head:
         self._noted = (time.perf_counter(), self._times.stalled)
         return Contribution(
             run=self.settings.run,
-            head=self.head,
+            head=self.number,
             incarnation=self.incarnation,
             sequence=self.sequence,
             version=self.version,
@@ -316,13 +320,13 @@ class Head:
             steps=self.step - self._since.step,
             samples=self.samples - self._since.samples,
             loss=self._loss,
-            base_error=self._weights.error,
+            base_error=self._weights.quantization_error,
             seconds=max(0.0, self._noted[0] - before - (self._noted[1] - stalled)),
             stall=self._noted[1] - stalled,
-            batches=self.feed.taken,
-            lanes=self.feed.lanes,
-            grant=self.feed.grant,
-            released=self.feed.released,
+            batches=self.batch_stream.batches_taken,
+            lanes=self.batch_stream.partitions,
+            grant=self.batch_stream.assignment_id,
+            released=self.batch_stream.revoked,
             buffer=self._outstanding,
         )
 
@@ -347,7 +351,7 @@ class Head:
                 f"the model writes to {', '.join(written[:8])}{', ...' if len(written) > 8 else ''}, parameters that don't "
                 "train (requires_grad=False), which are neither saved nor a head's own. Make them buffers (register_buffer)."
             )
-            raise WorkerFailed(f"head {self.head}", self.step, reason)
+            raise WorkerFailed(f"head {self.number}", self.step, reason)
 
     def _replica_change(self) -> dict[str, Tensor]:
         """delta = p - p' of each replica parameter: what was trained since the adopted base."""
@@ -407,7 +411,7 @@ class Head:
 
     def catch_up(self) -> None:
         """Rebases onto the newest version that a head which shares the main weights has adopted meanwhile."""
-        newest, base = self._weights.newest
+        newest, base = self._weights.newest_base
         if self.version < newest:
             assert base is not None and self._outstanding is None
             with self.timed("rebase"):
@@ -425,7 +429,7 @@ class Head:
         ahead = self._steps_beyond(contained) if ahead is None else ahead
         if contained is not None:
             self._take_reference(contained)
-        self._weights.bring(version, base)
+        self._weights.set_base(version, base)
         if not self._weights.takes_turns:
             self._weights.load(self._reference, staged or {})
         self._replica_reference = base_replicas(self.plan, base).to(self.device, copy=True)
@@ -467,7 +471,7 @@ class Head:
     def status(self) -> HeadStatus:
         """The head's progress; safe to call from another thread."""
         return HeadStatus(
-            head=self.head,
+            head=self.number,
             step=self.step,
             samples=self.samples,
             loss=self._loss,
@@ -492,13 +496,13 @@ class Head:
 
     # -- from elsewhere ----------------------------------------------------------------------------------------------
 
-    def resume(self, standing: CommittedPosition, reference: Tensor | None) -> None:
+    def resume(self, position: CommittedPosition, reference: Tensor | None) -> None:
         """Before `start`: takes over what a base holds of this head, as its position and as its factors.
 
         What it contributes from there on is what it trains from there on. Without a reference B is zero.
         """
-        self.step, self.samples, self.sequence = standing.step, standing.samples, standing.sequence
-        self._since = self._offered = replace(standing, incarnation=self.incarnation)
+        self.step, self.samples, self.sequence = position.step, position.samples, position.sequence
+        self._since = self._offered = replace(position, incarnation=self.incarnation)
         self._reference = None if reference is None else reference.to(self.device)
         self._reset_factors()
 
@@ -525,18 +529,18 @@ class Head:
         for spec in self.plan.adapted:
             self._factors[spec.b].zero_()
 
-    def buffers(self) -> list[tuple[str, Tensor]]:
+    def local_buffers(self) -> list[tuple[str, Tensor]]:
         """The model's own buffers that aren't merged."""
         return [(name, b) for name, b in user_buffers(self.model) if name not in self._replicas]
 
     @contextmanager
-    def blame(self, step: int | None) -> Iterator[None]:
+    def worker_errors(self, step: int | None) -> Iterator[None]:
         """Turns what the worker's code raises into an error that names the head and the step."""
         try:
             yield
         except WorkerFailed:
             raise
         except LTEError as error:
-            raise WorkerFailed(f"head {self.head}", step, str(error)) from error
+            raise WorkerFailed(f"head {self.number}", step, str(error)) from error
         except Exception as error:
-            raise WorkerFailed(f"head {self.head}", step, traceback.format_exc()) from error
+            raise WorkerFailed(f"head {self.number}", step, traceback.format_exc()) from error

@@ -13,7 +13,7 @@ from lte_ray.merging.flat_buffer import factor_views, views
 
 
 @dataclass
-class _Shared:
+class _SharedBase:
     """What heads of one process have in common: the base version that they adopted last, and its quantisation error.
 
     `loaded` is the version that the main weights hold, where they hold W_v itself.
@@ -37,21 +37,21 @@ class MainWeights:
 
     def __init__(self, converted: Converted, share: MainWeights | None, alone: bool) -> None:
         self._converted = converted
-        self._shared: _Shared = share._shared if share is not None else _Shared()
-        self._spare: dict[str, Tensor] = {}  # out of use
+        self._shared: _SharedBase = share._shared if share is not None else _SharedBase()
+        self._unused: dict[str, Tensor] = {}  # out of use
         self.takes_turns = share is not None or not alone
 
     @property
-    def error(self) -> float:
+    def quantization_error(self) -> float:
         """The relative error of quantising the version that is in place, the largest over the layers."""
         return self._shared.error
 
     @property
-    def newest(self) -> tuple[int, Tensor | None]:
+    def newest_base(self) -> tuple[int, Tensor | None]:
         """The newest version that was brought here, and its base if somebody still needs it."""
         return self._shared.version, self._shared.base
 
-    def bring(self, version: int, base: Tensor) -> None:
+    def set_base(self, version: int, base: Tensor) -> None:
         """A base to put in place, unless a head that shares these has brought it or a newer one."""
         if version > self._shared.version:
             self._shared.version, self._shared.base = version, base
@@ -73,7 +73,7 @@ class MainWeights:
         staged = {}
         for name, main in self._converted.mains.items():
             pair = None if old is None else (old[main.spec.a], old[main.spec.b])
-            weight = main.stage(new[name], pair, self._spare.pop(name, None))
+            weight = main.stage(new[name], pair, self._unused.pop(name, None))
             if weight is not None:
                 staged[name] = weight
         return staged
@@ -89,7 +89,7 @@ class MainWeights:
         for name, main in self._converted.mains.items():
             pair = None if old is None else (old[main.spec.a], old[main.spec.b])
             if name in staged:
-                self._spare[name] = main.swap(staged[name])
+                self._unused[name] = main.swap(staged[name])
             elif there and main.held:
                 main.load(None, pair)
             else:

@@ -22,14 +22,14 @@ from lte_ray.errors import ConfigError
 from lte_ray.layout import Plan
 from lte_ray.worker import Worker
 
-LOW = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}
+AUTOCAST_DTYPES = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}
 
 
 def autocast(train: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
     """The context in which a head computes its loss."""
     if train.precision == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, dtype=LOW[train.precision])
+    return torch.autocast(device.type, dtype=AUTOCAST_DTYPES[train.precision])
 
 
 def check_precision(train: TrainConfig, trained: Mapping[str, Tensor]) -> None:
@@ -42,7 +42,7 @@ def check_precision(train: TrainConfig, trained: Mapping[str, Tensor]) -> None:
         )
 
 
-def checked_loss(loss: Any) -> Tensor:
+def check_loss(loss: Any) -> Tensor:
     """Raises TypeError unless the worker's loss is a scalar tensor."""
     if not isinstance(loss, Tensor) or loss.ndim:
         found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -88,10 +88,10 @@ def build_optimizer(
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * group.get("lr_multiplier", 1.0)
     schedule = getattr(worker, "build_schedule", None)
-    return optimizer, schedule_of(schedule, optimizer, total_steps, several) if schedule else None
+    return optimizer, build_schedule(schedule, optimizer, total_steps, several) if schedule else None
 
 
-def schedule_of(build: Callable[..., Any], optimizer: torch.optim.Optimizer, total_steps: int, several: bool) -> Any:
+def build_schedule(build: Callable[..., Any], optimizer: torch.optim.Optimizer, total_steps: int, several: bool) -> Any:
     """What `build` makes for the optimizer; if there are several multipliers, groups must begin at rates of their own.
 
     Raises:
@@ -110,7 +110,7 @@ def schedule_of(build: Callable[..., Any], optimizer: torch.optim.Optimizer, tot
     return schedule
 
 
-ROUNDING = 1e-6
+ROUNDING_STEPS = 1e-6
 """Of a step, that sums of rates may lack."""
 
 
@@ -123,13 +123,13 @@ class OptimizerStep:
         """Where the schedule stands, in steps of `TrainConfig.steps`."""
         self.scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16-mixed")
 
-    def scaled(self, loss: Tensor) -> Tensor:
+    def scale_loss(self, loss: Tensor) -> Tensor:
         """What to differentiate in the place of a batch's loss."""
         share = loss / self._train.accumulate if self._train.accumulate > 1 else loss
         scaled: Tensor = self.scaler.scale(share)
         return scaled
 
-    def reach(self, progress: float) -> None:
+    def advance_to(self, progress: float) -> None:
         """The schedule stands at this share of the run, or further."""
         by = progress * self._train.steps - self.position
         if by > 0:
@@ -137,7 +137,7 @@ class OptimizerStep:
                 warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step", UserWarning)
                 self._advance(by)
 
-    def apply(self, rate: float = 1.0) -> None:
+    def step(self, rate: float = 1.0) -> None:
         """Clips, steps, and forgets the gradients; advances the schedule by `rate` steps.
 
         A step whose fp16 gradients overflowed is left out, as torch does.
@@ -152,10 +152,10 @@ class OptimizerStep:
         self._advance(rate)
 
     def _advance(self, by: float) -> None:
-        before = int(self.position + ROUNDING)
+        before = int(self.position + ROUNDING_STEPS)
         self.position = min(max(self.position, self.position + by), float(max(before, self._train.steps)))
         if self._schedule is not None:
-            for _ in range(int(self.position + ROUNDING) - before):
+            for _ in range(int(self.position + ROUNDING_STEPS) - before):
                 self._schedule.step()
 
 
@@ -168,7 +168,7 @@ def checkpoint_activations(model: nn.Module, patterns: Sequence[str]) -> None:
     if not patterns:
         return
     modules = dict(model.named_modules())
-    chosen = matching(model, patterns)
+    chosen = match_modules(model, patterns)
     for name in sorted(chosen):
         if not any(name.startswith(other + ".") for other in chosen):
             module = modules[name]
@@ -177,7 +177,7 @@ def checkpoint_activations(model: nn.Module, patterns: Sequence[str]) -> None:
             module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False, **again)
 
 
-def matching(model: nn.Module, patterns: Sequence[str]) -> set[str]:
+def match_modules(model: nn.Module, patterns: Sequence[str]) -> set[str]:
     """Names of the modules that the patterns name.
 
     Raises:
@@ -190,11 +190,11 @@ def matching(model: nn.Module, patterns: Sequence[str]) -> set[str]:
 
 def _contexts(norms: Sequence[_NormBase]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For computing the activations, and for computing them again."""
-    return nullcontext(), _keeping_statistics(norms)
+    return nullcontext(), _frozen_statistics(norms)
 
 
 @contextmanager
-def _keeping_statistics(norms: Sequence[_NormBase]) -> Iterator[None]:
+def _frozen_statistics(norms: Sequence[_NormBase]) -> Iterator[None]:
     """Within, batch normalisation leaves its running statistics alone: a batch counts once."""
     before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:

@@ -20,7 +20,7 @@ ELEMENTWISE = (
 )  # fmt: skip
 """Optimizers that keep a number for each element of a parameter, beside `SINGLE` ones. Others may keep what they like."""
 
-SINGLE = {"eta", "mu", "mu_product", "step"}
+SCALARS = {"eta", "mu", "mu_product", "step"}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, schedule: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -57,12 +57,12 @@ def check_shapes(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
         ValueError: it doesn't; names the parameter and both shapes.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, entries in _entries(tensors).items():
+    for index, entries in _group_by_parameter(tensors).items():
         if index >= len(parameters):
             raise ValueError(f"it has a state of the optimizer's parameter {index}, but there are {len(parameters)}")
         parameter = parameters[index]
         for key, tensor in entries.items() if isinstance(optimizer, ELEMENTWISE) else ():
-            shape = torch.Size() if key in SINGLE else parameter.shape
+            shape = torch.Size() if key in SCALARS else parameter.shape
             if tensor.shape != shape:
                 raise ValueError(
                     f"the optimizer's {key} of {names.get(id(parameter), f'parameter {index}')} has the shape "
@@ -75,15 +75,15 @@ def restore_optimizer(
 ) -> None:
     """Takes over what `optimizer_state` gave; the parameters are those of the same order."""
     state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in meta["state"].items()}
-    for index, entries in _entries(tensors).items():
+    for index, entries in _group_by_parameter(tensors).items():
         state.setdefault(index, {}).update({key: tensor.clone() for key, tensor in entries.items()})
-    groups = _as_before(optimizer.state_dict()["param_groups"], meta["param_groups"])
+    groups = _cast_like(optimizer.state_dict()["param_groups"], meta["param_groups"])
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     if schedule is not None and meta["schedule"] is not None:
-        schedule.load_state_dict(_as_before(schedule.state_dict(), meta["schedule"]))
+        schedule.load_state_dict(_cast_like(schedule.state_dict(), meta["schedule"]))
 
 
-def _entries(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+def _group_by_parameter(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
     """The optimizer's tensors by its parameters' indices, and by key."""
     found: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -100,14 +100,14 @@ def user_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, buffer) for name, buffer in model.named_buffers() if not name.startswith(ours)]
 
 
-def _as_before(fresh: Any, saved: Any) -> Any:
+def _cast_like(fresh: Any, saved: Any) -> Any:
     """`saved` in the types that `fresh`, the same state of a new object, has: JSON knows no tuples and no integer keys."""
     if isinstance(fresh, Counter):
         return Counter({int(key): value for key, value in saved.items()})
     if isinstance(fresh, dict) and isinstance(saved, dict):
         keys = {str(key): key for key in fresh}
-        return {keys.get(k, k): _as_before(fresh.get(keys.get(k, k)), v) for k, v in saved.items()}
+        return {keys.get(k, k): _cast_like(fresh.get(keys.get(k, k)), v) for k, v in saved.items()}
     if isinstance(fresh, list | tuple) and isinstance(saved, list):
         known = [*fresh, *[None] * (len(saved) - len(fresh))]
-        return type(fresh)(_as_before(f, s) for f, s in zip(known, saved, strict=False))
+        return type(fresh)(_cast_like(f, s) for f, s in zip(known, saved, strict=False))
     return saved

@@ -27,14 +27,14 @@ class Generators:
     def __init__(self, seed: int, device: torch.device) -> None:
         self._device = device
         self._state: tuple[Any, ...] = ()
-        with preserved(device):
+        with preserve_generators(device):
             seed_everything(seed)
             self._state = _capture(device)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Within the block the global generators continue where this object's left off; the former ones come back."""
-        with preserved(self._device):
+        with preserve_generators(self._device):
             _restore(self._state, self._device)
             try:
                 yield
@@ -73,22 +73,22 @@ def _restore(state: tuple[Any, ...], device: torch.device) -> None:
 
 
 @contextmanager
-def drawn(device: torch.device) -> Iterator[Callable[[], bool]]:
+def watch_draws(device: torch.device) -> Iterator[Callable[[], bool]]:
     """Gives a function that says whether the global generators have moved since the block began."""
     before = _capture(device)
-    yield lambda: not _equal(before, _capture(device))
+    yield lambda: not _states_equal(before, _capture(device))
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _states_equal(one: Any, other: Any) -> bool:
     if isinstance(one, tuple):
-        return all(map(_equal, one, other))
+        return all(map(_states_equal, one, other))
     if isinstance(one, Tensor):
         return torch.equal(one, other)
     return bool(np.array_equal(one, other))
 
 
 @contextmanager
-def preserved(device: torch.device) -> Iterator[None]:
+def preserve_generators(device: torch.device) -> Iterator[None]:
     """The global generators come out of the block as they went in."""
     before = _capture(device)
     try:

@@ -31,8 +31,8 @@ from lte_ray.adapters.effective_parameter import computing
 from lte_ray.adapters.factors import Factors
 from lte_ray.config import TrainConfig
 from lte_ray.engine.head.head import Head
-from lte_ray.engine.head.optimization import autocast, checked_loss
-from lte_ray.engine.head.rng import drawn
+from lte_ray.engine.head.optimization import autocast, check_loss
+from lte_ray.engine.head.rng import watch_draws
 from lte_ray.engine.process_tuning import torch_threads
 from lte_ray.errors import ConfigError
 from lte_ray.layout import Plan
@@ -59,13 +59,13 @@ class ThreadedHeads:
         threads: that torch uses in each lane.
     """
 
-    def __init__(self, lanes: Sequence[Sequence[Head]], threads: int) -> None:
-        self._lanes, self._threads = lanes, threads
-        self._reading = Lock()
-        self._pool = ThreadPoolExecutor(len(lanes), "lane", torch.set_num_threads, (threads,))
-        self._rounds, self._alone = 0, 0.0  # seconds of one head's step in turns
-        self._fastest_apart = False
-        self.note = ""
+    def __init__(self, groups: Sequence[Sequence[Head]], threads: int) -> None:
+        self._groups, self._threads = groups, threads
+        self._read_lock = Lock()
+        self._pool = ThreadPoolExecutor(len(groups), "lane", torch.set_num_threads, (threads,))
+        self._rounds, self._sequential_seconds = 0, 0.0  # seconds of one head's step in turns
+        self._sequential_is_faster = False
+        self.sequential_reason = ""
 
     def train(self, todo: Mapping[Head, int]) -> None:
         """Takes each head's local steps.
@@ -73,34 +73,37 @@ class ThreadedHeads:
         Raises:
             WorkerFailed: as `Head.train`; the other lanes have taken their steps, too.
         """
-        if self.note:
-            self._in_turns(todo, self._threads if self._fastest_apart else torch.get_num_threads())
+        if self.sequential_reason:
+            self._train_sequentially(todo, self._threads if self._sequential_is_faster else torch.get_num_threads())
             return
         self._rounds += 1
         apart = dict(list(todo.items())[:2] if self._rounds <= 2 else [])  # the first time warms up
         rest = {head: steps for head, steps in todo.items() if head not in apart}
-        self._in_turns(apart, self._threads)
-        if self.note:
-            self._in_turns(rest, torch.get_num_threads())
+        self._train_sequentially(apart, self._threads)
+        if self.sequential_reason:
+            self._train_sequentially(rest, torch.get_num_threads())
             return
         begun = time.perf_counter()
-        self._at_once(rest)
-        if self._rounds == 3 and time.perf_counter() - begun > self._alone * sum(rest.values()):
-            self._fastest_apart, self.note = True, "the heads train in turns, which is faster for this model"
+        self._train_concurrently(rest)
+        if self._rounds == 3 and time.perf_counter() - begun > self._sequential_seconds * sum(rest.values()):
+            self._sequential_is_faster, self.sequential_reason = (
+                True,
+                "the heads train in turns, which is faster for this model",
+            )
 
-    def _in_turns(self, todo: Mapping[Head, int], threads: int) -> None:
+    def _train_sequentially(self, todo: Mapping[Head, int], threads: int) -> None:
         with torch_threads(threads):
             for head, steps in todo.items():
                 begun = time.perf_counter()
                 head.train(steps)
-                self._alone = (time.perf_counter() - begun) / steps
-                self._check(head.draws)
+                self._sequential_seconds = (time.perf_counter() - begun) / steps
+                self._check(head.loss_draws)
 
-    def _at_once(self, todo: Mapping[Head, int]) -> None:
+    def _train_concurrently(self, todo: Mapping[Head, int]) -> None:
         if not todo:
             return
-        with drawn(next(iter(todo)).device) as changed:
-            futures = [self._pool.submit(self._train, {h: todo[h] for h in lane if h in todo}) for lane in self._lanes]
+        with watch_draws(next(iter(todo)).device) as changed:
+            futures = [self._pool.submit(self._train, {h: todo[h] for h in lane if h in todo}) for lane in self._groups]
             wait(futures)
             self._check(changed())
         for future in futures:
@@ -108,15 +111,15 @@ class ThreadedHeads:
 
     def _check(self, drew: bool) -> None:
         if drew:
-            self.note = "the heads train in turns, since computing the loss draws random numbers"
+            self.sequential_reason = "the heads train in turns, since computing the loss draws random numbers"
 
     def _train(self, todo: Mapping[Head, int]) -> None:
         for head, steps in todo.items():
-            head.train(steps, self._read, 1 / len(self._lanes))
+            head.train(steps, self._read, 1 / len(self._groups))
 
     @contextmanager
     def _read(self, head: Head) -> Iterator[None]:
-        with self._reading, head.rng.swapped_in():
+        with self._read_lock, head.rng.swapped_in():
             yield
 
 
@@ -156,14 +159,14 @@ class VmappedHeads:
         check_stackable(first.settings.train, [head.plan for head in heads])
         self._worker = worker
         models = [dict(head.model.named_parameters()) for head in heads]
-        self._trained = {name: _stacked([m[name] for m in models]) for name, p in models[0].items() if p.requires_grad}
+        self._trained = {name: _stack_in_place([m[name] for m in models]) for name, p in models[0].items() if p.requires_grad}
         for head in heads:
             for module in head.model.modules():
                 if isinstance(module, Factors):
                     module.reserve_reference()
-        buffers = [dict(_own_buffers(head.model)) for head in heads]
-        self._kept = {name: _stacked([b[name] for b in buffers]) for name in buffers[0]}
-        self._slots = _slots(first.model, {**{n: models[0][n] for n in self._trained}, **buffers[0]})
+        buffers = [dict(_head_buffers(head.model)) for head in heads]
+        self._buffers = {name: _stack_in_place([b[name] for b in buffers]) for name in buffers[0]}
+        self._tensor_slots = _find_slots(first.model, {**{n: models[0][n] for n in self._trained}, **buffers[0]})
         for stacked in self._trained.values():
             stacked.requires_grad_()
 
@@ -175,31 +178,31 @@ class VmappedHeads:
         """
         train, device = self._heads[0].settings.train, self._heads[0].device
         try:
-            batch = pytree.tree_map(lambda *leaves: _together(leaves), *batches)
+            batch = pytree.tree_map(lambda *leaves: _stack_leaves(leaves), *batches)
             with warnings.catch_warnings(), autocast(train, device), computing():
                 warnings.filterwarnings("ignore", message="There is a performance drop")  # it is fast enough, and exact
-                losses = torch.vmap(self._one, randomness="different")(self._trained, self._kept, batch)
-            scaled = [head.update.scaled(loss) for head, loss in zip(self._heads, losses, strict=True)]
+                losses = torch.vmap(self._head_loss, randomness="different")(self._trained, self._buffers, batch)
+            scaled = [head.optimizer_step.scale_loss(loss) for head, loss in zip(self._heads, losses, strict=True)]
             torch.autograd.backward(torch.stack(scaled).sum())  # in here as models may compute activations again themselves
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             raise Unstackable(f"the heads can't be computed as one batch: {str(error).splitlines()[0]}") from error
-        self._hand_out()
+        self._distribute_gradients()
         return losses.detach()
 
-    def _one(self, trained: dict[str, Tensor], kept: dict[str, Tensor], batch: Batch) -> Tensor:
+    def _head_loss(self, trained: dict[str, Tensor], kept: dict[str, Tensor], batch: Batch) -> Tensor:
         """The loss of one head: the first head's model, with another's tensors in the place of its own."""
-        before = [place[key] for place, key, _ in self._slots]
+        before = [place[key] for place, key, _ in self._tensor_slots]
         try:
-            for place, key, name in self._slots:
+            for place, key, name in self._tensor_slots:
                 place[key] = trained[name] if name in trained else kept[name]
-            return checked_loss(self._worker.loss(self._heads[0].model, batch))
+            return check_loss(self._worker.loss(self._heads[0].model, batch))
         finally:
-            for (place, key, _), tensor in zip(self._slots, before, strict=True):
+            for (place, key, _), tensor in zip(self._tensor_slots, before, strict=True):
                 place[key] = tensor
 
-    def _hand_out(self) -> None:
+    def _distribute_gradients(self) -> None:
         """Gives every head's parameters their slice of the gradients, on top of what they have."""
         for index, head in enumerate(self._heads):
             for name, parameter in head.model.named_parameters():
@@ -211,7 +214,7 @@ class VmappedHeads:
             stacked.grad = None
 
 
-def _slots(model: nn.Module, own: dict[str, Tensor]) -> list[tuple[dict[str, Any], str, str]]:
+def _find_slots(model: nn.Module, own: dict[str, Tensor]) -> list[tuple[dict[str, Any], str, str]]:
     """Every place in the model's modules that holds one of these tensors (a tied one has several), with its name.
 
     `torch.func.functional_call` goes by names, and trips over a module that is held twice.
@@ -226,7 +229,7 @@ def _slots(model: nn.Module, own: dict[str, Tensor]) -> list[tuple[dict[str, Any
     ]
 
 
-def _own_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+def _head_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     """The buffers that differ between heads: references and running statistics."""
     found = []
     for name, module in model.named_modules():
@@ -236,7 +239,7 @@ def _own_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def _stacked(tensors: list[Tensor]) -> Tensor:
+def _stack_in_place(tensors: list[Tensor]) -> Tensor:
     """The tensors as one, of which each becomes a slice, in place."""
     stacked = torch.stack([t.detach() for t in tensors])
     for tensor, part in zip(tensors, stacked, strict=True):
@@ -244,7 +247,7 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
     return stacked
 
 
-def _together(leaves: tuple[object, ...]) -> object:
+def _stack_leaves(leaves: tuple[object, ...]) -> object:
     """One leaf of all heads' batches: tensors stacked; anything else must be the same for all."""
     if isinstance(leaves[0], Tensor):
         return torch.stack([leaf for leaf in leaves if isinstance(leaf, Tensor)])
@@ -274,19 +277,19 @@ class HeadGroup:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        stack: str = "auto",
-        lanes: int = 1,
+        stack_heads: str = "auto",
+        concurrent_heads: int = 1,
         threads: int = 1,
         incarnation: int = 0,
     ) -> None:
-        several, insist = len(numbers) > 1, stack == "always"
-        together = several and (insist or (stack == "auto" and torch.device(device).type == "cuda"))
+        several, insist = len(numbers) > 1, stack_heads == "always"
+        together = several and (insist or (stack_heads == "auto" and torch.device(device).type == "cuda"))
         serial = together or settings.train.compile or settings.train.checkpoint_activations
-        lanes = 1 if serial or torch.device(device).type != "cpu" else max(1, min(lanes, len(numbers)))
+        concurrent_heads = 1 if serial or torch.device(device).type != "cpu" else max(1, min(concurrent_heads, len(numbers)))
         self.heads: list[Head] = []
         for index, number in enumerate(numbers):
-            share = self.heads[index % lanes] if index >= lanes else None
-            alone = index + lanes >= len(numbers) and share is None
+            share = self.heads[index % concurrent_heads] if index >= concurrent_heads else None
+            alone = index + concurrent_heads >= len(numbers) and share is None
             self.heads.append(
                 Head(
                     worker,
@@ -295,39 +298,43 @@ class HeadGroup:
                     device=device,
                     dtype=dtype,
                     incarnation=incarnation,
-                    hold=together,
-                    share=share,
+                    separate_reference=together,
+                    share_weights=share,
                     alone=alone,
                 )
             )
         self._note = ""
-        self._lanes = ThreadedHeads([self.heads[n::lanes] for n in range(lanes)], threads) if lanes > 1 else None
-        self._insist = insist
-        self._stack: VmappedHeads | None = None
+        self._threaded = (
+            ThreadedHeads([self.heads[n::concurrent_heads] for n in range(concurrent_heads)], threads)
+            if concurrent_heads > 1
+            else None
+        )
+        self._must_stack = insist
+        self._vmapped: VmappedHeads | None = None
         if together:
             try:
-                self._stack = VmappedHeads(worker, self.heads)
+                self._vmapped = VmappedHeads(worker, self.heads)
             except Unstackable as reason:
-                self._give_up(reason)
+                self._stop_stacking(reason)
 
     @property
-    def stacked(self) -> bool:
+    def vmapped(self) -> bool:
         """Whether the heads train as one batch."""
-        return self._stack is not None
+        return self._vmapped is not None
 
     @property
-    def note(self) -> str:
+    def sequential_reason(self) -> str:
         """Why the heads train in turns, if they might have trained at once."""
-        return self._note or (self._lanes.note if self._lanes else "")
+        return self._note or (self._threaded.sequential_reason if self._threaded else "")
 
     @property
     def done(self) -> bool:
         """Whether all local steps were taken."""
         return all(head.done for head in self.heads)
 
-    def of(self, number: int) -> Head:
+    def get(self, number: int) -> Head:
         """The head with this number."""
-        return next(head for head in self.heads if head.head == number)
+        return next(head for head in self.heads if head.number == number)
 
     def train_round(self, waiting: Collection[int] = ()) -> list[Contribution]:
         """`merge_iter` local steps of every head that isn't done (fewer at the end), and their contributions.
@@ -338,8 +345,8 @@ class HeadGroup:
         Raises:
             WorkerFailed: the worker's code raised; names the head and the step.
         """
-        active = [head for head in self.heads if not head.done and head.head not in waiting]
-        self.train({head.head: head.settings.merge.merge_iter for head in active})
+        active = [head for head in self.heads if not head.done and head.number not in waiting]
+        self.train({head.number: head.settings.merge.merge_iter for head in active})
         return [head.contribute() for head in active]
 
     def train(self, steps: Mapping[int, int]) -> None:
@@ -348,25 +355,25 @@ class HeadGroup:
         Raises:
             WorkerFailed: the worker's code raised; names the head and the step.
         """
-        active = {head: min(steps.get(head.head, 0), head.left) for head in self.heads}
+        active = {head: min(steps.get(head.number, 0), head.steps_left) for head in self.heads}
         active = {head: todo for head, todo in active.items() if todo}
         for head in active:
             head.catch_up()
-        if self._stack is None or len(active) < len(self.heads) or len(set(active.values())) > 1:
-            self._one_by_one(active)
+        if self._vmapped is None or len(active) < len(self.heads) or len(set(active.values())) > 1:
+            self._train_individually(active)
             return
         for head in self.heads:
-            head.begin()
+            head.prepare_to_train()
         with self.heads[0].timed("train"):
             for _ in range(active[self.heads[0]]):
                 if self.heads[0].interrupted():
                     break
                 for head, loss in zip(self.heads, self._train_step(), strict=True):
-                    head.add_loss(loss)
+                    head.record_loss(loss)
 
-    def _one_by_one(self, todo: Mapping[Head, int]) -> None:
-        if self._lanes is not None:
-            self._lanes.train(todo)
+    def _train_individually(self, todo: Mapping[Head, int]) -> None:
+        if self._threaded is not None:
+            self._threaded.train(todo)
             return
         for head, steps in todo.items():
             head.train(steps)
@@ -376,30 +383,30 @@ class HeadGroup:
         accumulate = self.heads[0].settings.train.accumulate
         losses = torch.stack([self._backward([self._next_batch(head) for head in self.heads]) for _ in range(accumulate)])
         for head in self.heads:
-            with head.blame(head.step + 1):
+            with head.worker_errors(head.step + 1):
                 head.finish_step()
         return losses.mean(0)
 
     def _next_batch(self, head: Head) -> Batch:
-        with head.rng.swapped_in(), head.blame(head.step + 1):
+        with head.rng.swapped_in(), head.worker_errors(head.step + 1):
             return head.next_batch()
 
     def _backward(self, batches: list[Batch]) -> Tensor:
-        if self._stack is not None:
+        if self._vmapped is not None:
             first = self.heads[0]
             try:
                 with first.rng.swapped_in():
-                    return self._stack.backward(batches)
+                    return self._vmapped.backward(batches)
             except Unstackable as reason:
-                self._give_up(reason)
+                self._stop_stacking(reason)
         losses = []
         for head, batch in zip(self.heads, batches, strict=True):
-            with head.rng.swapped_in(), head.blame(head.step + 1):
+            with head.rng.swapped_in(), head.worker_errors(head.step + 1):
                 losses.append(head.backward(batch))
         return torch.stack(losses)
 
-    def _give_up(self, reason: Unstackable) -> None:
+    def _stop_stacking(self, reason: Unstackable) -> None:
         """Goes on in turns, unless stacking was insisted on."""
-        if self._insist:
+        if self._must_stack:
             raise reason
-        self._stack, self._note = None, str(reason)
+        self._vmapped, self._note = None, str(reason)

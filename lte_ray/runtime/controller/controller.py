@@ -24,7 +24,7 @@ from lte_ray.config import FailureConfig
 from lte_ray.engine.coordinator.step_budget import is_shared
 from lte_ray.engine.failure_policy import FailurePolicy
 from lte_ray.engine.prepare import Initial
-from lte_ray.engine.process_tuning import cores, head_threads
+from lte_ray.engine.process_tuning import available_cores, head_threads
 from lte_ray.errors import ContributionRefused, CoordinatorLost, LTEError, RunError, StorageError, UserError, WorkerFailed
 from lte_ray.messages import CheckpointRequest, HeadStatus, MergeRecord
 from lte_ray.run.metrics import BRIEF, Evaluation, MetricsLog, Progress, Reporter, throughput
@@ -183,7 +183,7 @@ class TrainController:
             lanes, threads = self._computing
             wanted = self.placement.gpus
             gpus = wanted if 0 < wanted <= ray.available_resources().get("GPU", 0) else 0  # if the heads leave one
-            spare = max(1, cores() - lanes * threads * len(self.crew.members))
+            spare = max(1, available_cores() - lanes * threads * len(self.crew.members))
             options = {**BESIDE, "num_gpus": gpus}
             self._evaluator = self._launch(EvaluatorActor, options, self.common, self.initial.plan, spare, gpus > 0)
         return self._evaluator

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 from torch import Tensor
 
 from lte_ray import checkpoint
 from lte_ray.engine.head.head import Head
-from lte_ray.engine.head.state import State, StateMissed, rejoin, restore, snapshot
+from lte_ray.engine.head.state import SavedState, StateMissed, rejoin, restore, snapshot
 from lte_ray.engine.head.virtual import HeadGroup
 from lte_ray.errors import StorageError, WorkerFailed
 from lte_ray.fault_injection import inject
@@ -27,52 +28,54 @@ class HeadCheckpointer:
 
     def __init__(self, directory: RunDirectory) -> None:
         self._directory = directory
-        self._asked: list[CheckpointRequest] = []
+        self._requests: list[CheckpointRequest] = []
         self._lock = threading.Lock()
-        self._idle = False
-        self._taken: set[tuple[int, int]] = set()  # cuts and heads: who is asked twice would write another state over the first
+        self._training_ended = False
+        self._written: set[tuple[int, int]] = (
+            set()
+        )  # cuts and heads: who is asked twice would write another state over the first
 
     @property
-    def asked(self) -> bool:
+    def snapshot_requested(self) -> bool:
         """Whether a snapshot is wanted, so that a round should be left between two steps."""
-        return bool(self._asked)
+        return bool(self._requests)
 
-    def ask(self, save: CheckpointRequest, group: HeadGroup, courier: CoordinatorClient) -> None:
+    def request_snapshot(self, request: CheckpointRequest, group: HeadGroup, client: CoordinatorClient) -> None:
         """A snapshot is wanted; at once, if the heads don't train any more."""
         with self._lock:
-            self._asked.append(save)
-            idle = self._idle
+            self._requests.append(request)
+            idle = self._training_ended
         if idle:
-            self.serve(group, courier)
+            self.take_requested_snapshots(group, client)
 
-    def serve(self, group: HeadGroup, courier: CoordinatorClient) -> None:
+    def take_requested_snapshots(self, group: HeadGroup, client: CoordinatorClient) -> None:
         """Between two steps: takes the snapshots that are wanted."""
         with self._lock:
-            asked, self._asked = self._asked, []
+            asked, self._requests = self._requests, []
         for save in asked:
-            self.take(group, courier, save)
+            self.take_snapshot(group, client, save)
 
-    def idle(self, group: HeadGroup, courier: CoordinatorClient) -> None:
+    def end_training(self, group: HeadGroup, client: CoordinatorClient) -> None:
         """The heads train no more: from now on snapshots are taken when they are asked for."""
         with self._lock:
-            self._idle = True
-        self.serve(group, courier)
+            self._training_ended = True
+        self.take_requested_snapshots(group, client)
 
-    def take(self, group: HeadGroup, courier: CoordinatorClient, save: CheckpointRequest) -> None:
+    def take_snapshot(self, group: HeadGroup, client: CoordinatorClient, request: CheckpointRequest) -> None:
         """Copies the state of the heads that are to write it; writing follows in another thread."""
         for head in group.heads:
-            if head.head not in save.sequences or (save.cut, head.head) in self._taken:
+            if head.number not in request.sequences or (request.cut, head.number) in self._written:
                 continue
-            self._taken.add((save.cut, head.head))
+            self._written.add((request.cut, head.number))
             with head.timed("checkpoint"):
                 try:
-                    state: State | None = snapshot(head, save)
+                    state: SavedState | None = snapshot(head, request)
                 except StateMissed:
                     state = None
-            inject("snapshot", head=head.head, step=head.step, version=save.version)
-            courier.beside(lambda number=head.head, state=state: self._write(courier, save.version, number, state))  # type: ignore[misc]
+            inject("snapshot", head=head.number, step=head.step, version=request.version)
+            client.run_in_background(partial(self._write, client, request.version, head.number, state))
 
-    def _write(self, courier: CoordinatorClient, version: int, number: int, state: State | None) -> None:
+    def _write(self, client: CoordinatorClient, version: int, number: int, state: SavedState | None) -> None:
         entry, why = None, ""
         if state is not None:
             try:
@@ -81,25 +84,27 @@ class HeadCheckpointer:
                 said = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
                 why = f"the state of head {number}: {said}"
             inject("saved", head=number, version=version)
-        courier.tell("saved", version, number, entry, why)
+        client.call_coordinator("saved", version, number, entry, why)
 
-    def begin(self, head: Head, update: CoordinatorReply, base: Tensor, common: RunContext) -> str:
+    def start_head(self, head: Head, reply: CoordinatorReply, base: Tensor, context: RunContext) -> str:
         """Starts a head as the coordinator says. Gives what it had to do without, in words.
 
         Raises:
             WorkerFailed: the state that it is to go on from exactly can't be read.
         """
-        begin = update.begins[head.head]
-        reference = None if begin.reference is None else common.transport.fetch(begin.reference).clone()
+        begin = reply.begins[head.number]
+        reference = None if begin.reference is None else context.transport.fetch(begin.reference).clone()
         saved, lacks = None, ""
         if begin.saved is not None:
             try:
-                saved = checkpoint.read_head(self._directory, checkpoint.read_manifest(self._directory, begin.saved), head.head)
+                saved = checkpoint.read_head(
+                    self._directory, checkpoint.read_manifest(self._directory, begin.saved), head.number
+                )
                 if begin.exact:
                     restore(head, saved, base)
                     return ""
             except StorageError as error:
                 if begin.exact:
-                    raise WorkerFailed(f"head {head.head}", None, str(error)) from error
+                    raise WorkerFailed(f"head {head.number}", None, str(error)) from error
                 lacks = f"its saved optimizer state can't be read ({error})"
-        return rejoin(head, begin.standing, reference, update.version, base, saved) or lacks
+        return rejoin(head, begin.standing, reference, reply.version, base, saved) or lacks

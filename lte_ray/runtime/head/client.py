@@ -32,7 +32,7 @@ from lte_ray.runtime.ray_errors import DEAD
 from lte_ray.transfer.checksum import buffers_checksum
 from lte_ray.transfer.codec import Codec
 
-AGAIN = 0.5
+RETRY_SECONDS = 0.5
 """Seconds after which a call is made again to a coordinator that can't be reached for the moment."""
 
 
@@ -51,7 +51,7 @@ class ReconnectingStub:
     def __init__(self, coordinator: Any, epoch: int) -> None:
         self._coordinator, self.epoch = coordinator, epoch
         self._changed = threading.Condition()
-        self._waiting: float | None = None
+        self._waiting_since: float | None = None
 
     def connect(self, coordinator: Any, epoch: int) -> None:
         """Another coordinator answers from now on."""
@@ -59,16 +59,16 @@ class ReconnectingStub:
             self._coordinator, self.epoch = coordinator, epoch
             self._changed.notify_all()
 
-    def cut(self, epoch: int) -> None:
+    def disconnect(self, epoch: int) -> None:
         """Answers of coordinators before `epoch` don't count any more, and calls wait for that one."""
         with self._changed:
             if epoch > self.epoch:
                 self._coordinator, self.epoch = None, epoch
 
     @property
-    def waiting(self) -> float:
+    def seconds_waiting(self) -> float:
         """For how many seconds calls have been waiting for a coordinator that can be reached; 0 if none is."""
-        since = self._waiting
+        since = self._waiting_since
         return 0.0 if since is None else time.monotonic() - since
 
     def call(self, method: str, *args: Any) -> tuple[int, Any]:
@@ -80,39 +80,39 @@ class ReconnectingStub:
         while True:
             with self._changed:
                 while self._coordinator is None:
-                    self._waiting = self._waiting or time.monotonic()
+                    self._waiting_since = self._waiting_since or time.monotonic()
                     self._changed.wait()
                 coordinator, epoch = self._coordinator, self.epoch
             try:
                 answer = ray.get(getattr(coordinator, method).remote(*args))
-                self._waiting = None
+                self._waiting_since = None
                 return epoch, answer
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, CoordinatorLost | ObjectLost):  # one of its shards, or what it was to fetch, is gone
-                    self._await_another(epoch)
+                    self._forget_coordinator(epoch)
                     continue
                 raise (error.cause if isinstance(error.cause, LTEError) else error) from None
             except DEAD as error:
                 if isinstance(error, ray.exceptions.ActorUnavailableError):
                     with self._changed:
-                        self._waiting = self._waiting or time.monotonic()
-                        self._changed.wait(AGAIN)
+                        self._waiting_since = self._waiting_since or time.monotonic()
+                        self._changed.wait(RETRY_SECONDS)
                 else:
-                    self._await_another(epoch)
+                    self._forget_coordinator(epoch)
 
-    def _await_another(self, epoch: int) -> None:
+    def _forget_coordinator(self, epoch: int) -> None:
         with self._changed:
-            self._waiting = self._waiting or time.monotonic()
+            self._waiting_since = self._waiting_since or time.monotonic()
             if self.epoch == epoch:
                 self._coordinator = None
 
 
-NOWHERE = HeadReport(-1, 0)
+NOT_STARTED = HeadReport(-1, 0)
 """Of a head that hasn't begun."""
 
 
 @dataclass
-class _Own:
+class _OwnHead:
     """Of a head here: its factors by the contribution that they follow (None where B' = 0), and what isn't answered yet.
 
     `ordered` is what orders say that came here, whether the head has taken them or is about to.
@@ -120,7 +120,7 @@ class _Own:
 
     factors: dict[int, Tensor | None] = field(default_factory=dict)
     outstanding: Contribution | None = None
-    ordered: HeadReport = NOWHERE
+    directed: HeadReport = NOT_STARTED
 
 
 class RecoveryCache:
@@ -134,48 +134,48 @@ class RecoveryCache:
 
     def __init__(self, plans: Mapping[int, Plan], reset: str) -> None:
         self._plans, self._reset = plans, reset
-        self._own = {number: _Own() for number in plans}
+        self._heads = {number: _OwnHead() for number in plans}
         self.version, self.held, self.ledger = -1, dict[int, CommittedPosition](), dict[str, Any]()
 
-    def begins(self, head: int, sequence: int, factors: Tensor | None) -> None:
+    def record_start(self, head: int, sequence: int, factors: Tensor | None) -> None:
         """A head here starts with these factors in the base."""
-        self._own[head].factors[sequence] = factors
+        self._heads[head].factors[sequence] = factors
 
-    def offered(self, contribution: Contribution, flat: Tensor) -> None:
+    def record_contribution(self, contribution: Contribution, flat: Tensor) -> None:
         """A head here sends a contribution; `flat` is what receivers make of it."""
-        own, plan = self._own[contribution.head], self._plans[contribution.head]
+        own, plan = self._heads[contribution.head], self._plans[contribution.head]
         own.outstanding = contribution
         own.factors[contribution.sequence] = None if self._reset == "B" else factors_part(plan, flat)
 
-    def learned(self, update: CoordinatorReply) -> None:
+    def record_reply(self, reply: CoordinatorReply) -> None:
         """An update has come, and its base is here."""
-        if update.verdict is not None and not update.verdict.accepted:
-            self._settle(update.verdict.head, update.verdict.sequence, accepted=False)
-        for head in self._own.keys() & update.orders.keys():
-            own, order = self._own[head], update.orders[head]
-            grant = max([own.ordered.grant, *(grant.id for grant in order.grants)])
-            released = max(own.ordered.released, order.release)
-            own.ordered = HeadReport(-1, max(own.ordered.limit, order.limit), grant, released)
-        if update.version <= self.version:
+        if reply.verdict is not None and not reply.verdict.accepted:
+            self._settle(reply.verdict.head, reply.verdict.sequence, accepted=False)
+        for head in self._heads.keys() & reply.orders.keys():
+            own, order = self._heads[head], reply.orders[head]
+            grant = max([own.directed.grant, *(grant.id for grant in order.grants)])
+            released = max(own.directed.released, order.release)
+            own.directed = HeadReport(-1, max(own.directed.limit, order.limit), grant, released)
+        if reply.version <= self.version:
             return
-        self.version, self.held, self.ledger = update.version, update.held, update.ledger
-        for head in self._own:
-            if head in update.held:
-                self._settle(head, update.held[head].sequence, accepted=True)
+        self.version, self.held, self.ledger = reply.version, reply.held, reply.ledger
+        for head in self._heads:
+            if head in reply.held:
+                self._settle(head, reply.held[head].sequence, accepted=True)
 
     def _settle(self, head: int, sequence: int, accepted: bool) -> None:
-        own = self._own[head]
+        own = self._heads[head]
         if own.outstanding is None or own.outstanding.sequence != sequence:
             return
         own.outstanding = None
         own.factors = {s: f for s, f in own.factors.items() if (s == sequence) == accepted}
 
-    def report(self, base: Tensor | None, positions: Mapping[int, HeadReport], transport: Transport) -> RecoveryReport:
+    def build_report(self, base: Tensor | None, positions: Mapping[int, HeadReport], transport: Transport) -> RecoveryReport:
         """All of it, published; `positions` are those of the heads that have begun."""
         heads = {}
-        for head, own in self._own.items():
+        for head, own in self._heads.items():
             known = {s: None if f is None else transport.publish(f) for s, f in own.factors.items()}
-            at, said = positions.get(head, NOWHERE), own.ordered
+            at, said = positions.get(head, NOT_STARTED), own.directed
             limit, grant, released = (max(getattr(at, f), getattr(said, f)) for f in ("limit", "grant", "released"))
             heads[head] = HeadReport(at.step, limit, grant, released, known)
         return RecoveryReport(self.version, None if base is None else transport.publish(base), self.held, self.ledger, heads)
@@ -188,7 +188,7 @@ class ReceivedReply:
     `staged` is what the process's only head makes of that base (`Head.stage`), with its contribution or without (`accepted`).
     """
 
-    update: CoordinatorReply
+    reply: CoordinatorReply
     base: Tensor | None
     accepted: bool = False
     staged: dict[str, Tensor] = field(default_factory=dict)
@@ -206,138 +206,138 @@ class CoordinatorClient:
     """
 
     def __init__(
-        self, common: RunContext, plans: Sequence[Plan], numbers: Sequence[int], line: ReconnectingStub, beside: bool
+        self, context: RunContext, plans: Sequence[Plan], numbers: Sequence[int], stub: ReconnectingStub, overlap: bool
     ) -> None:
-        merge = common.settings.merge
-        self._transport, self._line, self._numbers, self._beside = common.transport, line, tuple(numbers), beside
-        self._codecs = [Codec(plan, common.groups, merge) for plan in plans]
-        self.mirror = BaseReplica(
-            self._codecs, common.settings.lte.reset, common.transport.fetch, numbers, common.threads(plans[0], plans[0])
+        merge = context.settings.merge
+        self._transport, self._stub, self._numbers, self._overlap = context.transport, stub, tuple(numbers), overlap
+        self._codecs = [Codec(plan, context.groups, merge) for plan in plans]
+        self.base_replica = BaseReplica(
+            self._codecs, context.settings.lte.reset, context.transport.fetch, numbers, context.threads(plans[0], plans[0])
         )
-        self._knowledge = RecoveryCache({number: plans[number] for number in numbers}, common.settings.lte.reset)
-        self._fence = threading.Lock()  # between what comes from a coordinator and the end of its time
+        self._recovery_cache = RecoveryCache({number: plans[number] for number in numbers}, context.settings.lte.reset)
+        self._epoch_lock = threading.Lock()  # between what comes from a coordinator and the end of its time
         self.bytes_up = dict.fromkeys(numbers, 0)
         self._pool = ThreadPoolExecutor(len(numbers) + 1, "courier")
-        self._aside = ThreadPoolExecutor(1, "aside")  # the others may be waiting for answers
-        self._sent: dict[Future[ReceivedReply], int] = {}  # by whose head
-        self._watching: Future[ReceivedReply] | None = None
+        self._background = ThreadPoolExecutor(1, "aside")  # the others may be waiting for answers
+        self._in_flight: dict[Future[ReceivedReply], int] = {}  # by whose head
+        self._newer_base: Future[ReceivedReply] | None = None
         self._stream: torch.cuda.Stream | None = None
-        self._swapped: torch.cuda.Event | None = None
+        self._weights_swapped: torch.cuda.Event | None = None
 
     def join(self, plans: Mapping[int, Plan], incarnation: int) -> ReceivedReply:
         """The base to start from; `plans` are those of the models that were built here."""
         while True:
-            epoch, update = self._line.call("join", plans, incarnation)
+            epoch, reply = self._stub.call("join", plans, incarnation)
             try:
-                return self._take(update, epoch)
+                return self._fetch(reply, epoch)
             except StaleCoordinator:
                 continue
 
-    def begins(self, head: Head, reference: Tensor | None) -> None:
+    def record_start(self, head: Head, reference: Tensor | None) -> None:
         """A head here has started with this reference."""
-        self._knowledge.begins(head.head, head.merged.sequence, reference)
+        self._recovery_cache.record_start(head.number, head.merged_position.sequence, reference)
 
     def leave(self, head: int) -> None:
         """A head has ended."""
-        self._line.call("leave", head)
+        self._stub.call("leave", head)
 
-    def adopted(self, head: Head) -> None:
+    def release_base(self, head: Head) -> None:
         """The base that came last isn't needed any more."""
         if head.device.type == "cuda":
-            self._swapped = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._swapped.record(torch.cuda.current_stream(head.device))
-        self.mirror.release()
+            self._weights_swapped = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._weights_swapped.record(torch.cuda.current_stream(head.device))
+        self.base_replica.release()
 
     def report(self, positions: Mapping[int, HeadReport], epoch: int) -> RecoveryReport:
         """What this process knows, for the coordinator of that number; what earlier ones have sent doesn't count any more."""
-        with self._fence:
-            self._line.cut(epoch)
-        return self.mirror.read(lambda base: self._report(base, positions))
+        with self._epoch_lock:
+            self._stub.disconnect(epoch)
+        return self.base_replica.read(lambda base: self._report(base, positions))
 
     def _report(self, base: Tensor | None, positions: Mapping[int, HeadReport]) -> RecoveryReport:
-        with self._fence:  # always after the mirror's own lock
-            return self._knowledge.report(base, positions, self._transport)
+        with self._epoch_lock:  # always after the mirror's own lock
+            return self._recovery_cache.build_report(base, positions, self._transport)
 
     # -- contributions and answers -----------------------------------------------------------------------------------
 
     def send(self, head: Head, contribution: Contribution) -> None:
         """Sends a contribution and fetches what the answer leads to; in another thread, what needn't keep the head."""
-        if not self._beside:
+        if not self._overlap:
             encoded = self._publish(head, contribution)
-            self._sent[self._pool.submit(self._ask, head, encoded)] = head.head
+            self._in_flight[self._pool.submit(self._submit, head, encoded)] = head.number
             return
         ready = torch.cuda.Event() if head.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         if ready is not None:
             ready.record(torch.cuda.current_stream(head.device))
-        self._sent[self._pool.submit(self._carry, head, contribution, ready)] = head.head
+        self._in_flight[self._pool.submit(self._encode_and_submit, head, contribution, ready)] = head.number
 
-    def carries(self, head: Head) -> bool:
+    def awaits_reply(self, head: Head) -> bool:
         """Whether the answer to this head's last contribution is still to come, even if its verdict is known by another."""
-        return head.head in self._sent.values()
+        return head.number in self._in_flight.values()
 
-    def watch(self, head: Head, version: int) -> None:
+    def request_newer_base(self, head: Head, version: int) -> None:
         """Asks to be told of a version newer than `version`, whatever becomes of contributions; one question at a time."""
-        if self._watching is None:
-            self._watching = self._pool.submit(self._look_out, head, version)
+        if self._newer_base is None:
+            self._newer_base = self._pool.submit(self._wait_for_newer_base, head, version)
 
-    def beside(self, work: Callable[[], None]) -> None:
+    def run_in_background(self, work: Callable[[], None]) -> None:
         """Does something in another thread."""
-        self._aside.submit(work)
+        self._background.submit(work)
 
-    def tell(self, method: str, *args: Any) -> None:
+    def call_coordinator(self, method: str, *args: Any) -> None:
         """Tells the coordinator something."""
-        self._line.call(method, *args)
+        self._stub.call(method, *args)
 
-    def arrived(self, patience: float = 0) -> list[ReceivedReply]:
+    def received_replies(self, timeout: float = 0) -> list[ReceivedReply]:
         """What has come since the last call, after up to `patience` seconds if there is nothing."""
-        waiting = {*self._sent, *([self._watching] if self._watching else [])}
-        done, _ = wait(waiting, patience, FIRST_COMPLETED) if waiting else (set(), None)
+        waiting = {*self._in_flight, *([self._newer_base] if self._newer_base else [])}
+        done, _ = wait(waiting, timeout, FIRST_COMPLETED) if waiting else (set(), None)
         for future in done:
-            self._sent.pop(future, None)
-        if self._watching in done:
-            self._watching = None
-        return sorted((future.result() for future in done), key=lambda arrived: arrived.update.version)
+            self._in_flight.pop(future, None)
+        if self._newer_base in done:
+            self._newer_base = None
+        return sorted((future.result() for future in done), key=lambda arrived: arrived.reply.version)
 
     def _publish(self, head: Head, contribution: Contribution) -> Contribution:
-        encoded = head.encode(contribution, self._codecs[head.head])
-        self.bytes_up[head.head] += sum(buffer.nbytes for buffer in encoded.buffer)
+        encoded = head.encode(contribution, self._codecs[head.number])
+        self.bytes_up[head.number] += sum(buffer.nbytes for buffer in encoded.buffer)
         sealed = replace(
             encoded,
             seals=tuple(buffers_checksum([b]) for b in encoded.buffer),
             buffer=tuple(map(self._transport.publish, encoded.buffer)),
         )
-        with self._fence:
-            self._knowledge.offered(sealed, head.offer)
+        with self._epoch_lock:
+            self._recovery_cache.record_contribution(sealed, head.contributed)
         return sealed
 
-    def _carry(self, head: Head, contribution: Contribution, ready: Any) -> ReceivedReply:
+    def _encode_and_submit(self, head: Head, contribution: Contribution, ready: Any) -> ReceivedReply:
         if ready is None:
-            return self._ask(head, self._publish(head, contribution))
-        with torch.cuda.stream(self._side(head)):  # so that copying out doesn't wait for the steps that follow
-            self._side(head).wait_event(ready)
+            return self._submit(head, self._publish(head, contribution))
+        with torch.cuda.stream(self._side_stream(head)):  # so that copying out doesn't wait for the steps that follow
+            self._side_stream(head).wait_event(ready)
             encoded = self._publish(head, contribution)
-        return self._ask(head, encoded)
+        return self._submit(head, encoded)
 
-    def _ask(self, head: Head, encoded: Contribution) -> ReceivedReply:
+    def _submit(self, head: Head, encoded: Contribution) -> ReceivedReply:
         """The answer to a contribution, of whatever coordinator is there to give it."""
         while True:
             inject("sent", head=encoded.head, step=encoded.step)
-            epoch, update = self._line.call("submit", encoded, self._numbers, self.mirror.have)
+            epoch, reply = self._stub.call("submit", encoded, self._numbers, self.base_replica.redo_from)
             inject("answered", head=encoded.head, step=encoded.step)
             try:
-                return self._staged(head, self._take(update, epoch))
+                return self._stage(head, self._fetch(reply, epoch))
             except StaleCoordinator:
                 continue
 
-    def _look_out(self, head: Head, version: int) -> ReceivedReply:
+    def _wait_for_newer_base(self, head: Head, version: int) -> ReceivedReply:
         while True:
-            epoch, update = self._line.call("newer", self._numbers, version, self.mirror.have)
+            epoch, reply = self._stub.call("newer", self._numbers, version, self.base_replica.redo_from)
             try:
-                return self._staged(head, self._take(update, epoch))
+                return self._stage(head, self._fetch(reply, epoch))
             except StaleCoordinator:
                 continue
 
-    def _take(self, update: CoordinatorReply, epoch: int) -> ReceivedReply:
+    def _fetch(self, reply: CoordinatorReply, epoch: int) -> ReceivedReply:
         """Fetches what an update leads to. If there is a base, `adopted` has to follow.
 
         Raises:
@@ -345,38 +345,40 @@ class CoordinatorClient:
         """
         while True:
             try:
-                base = self.mirror.take(update, partial(self._note, update, epoch))
+                base = self.base_replica.acquire(reply, partial(self._record_reply, reply, epoch))
             except (CannotRedoMerges, ObjectLost):
-                if self._line.epoch != epoch:
+                if self._stub.epoch != epoch:
                     raise StaleCoordinator from None
-                now, whole = self._line.call("newer", self._numbers, -1, -1)
+                now, whole = self._stub.call("newer", self._numbers, -1, -1)
                 if now != epoch:
                     raise StaleCoordinator from None
-                update = replace(whole, verdict=update.verdict, saves=(*update.saves, *whole.saves))
+                reply = replace(whole, verdict=reply.verdict, saves=(*reply.saves, *whole.saves))
             else:
-                return ReceivedReply(update, base)
+                return ReceivedReply(reply, base)
 
-    def _note(self, update: CoordinatorReply, epoch: int) -> None:
+    def _record_reply(self, reply: CoordinatorReply, epoch: int) -> None:
         """An update was fetched; if it still counts, it's known from now on."""
-        with self._fence:
-            if self._line.epoch != epoch:
+        with self._epoch_lock:
+            if self._stub.epoch != epoch:
                 raise StaleCoordinator
-            self._knowledge.learned(update)
+            self._recovery_cache.record_reply(reply)
 
-    def _staged(self, head: Head, arrived: ReceivedReply) -> ReceivedReply:
+    def _stage(self, head: Head, received: ReceivedReply) -> ReceivedReply:
         """Computes what the head will adopt, so that it stands still only to put it in place."""
-        if arrived.base is None or len(self._numbers) > 1 or not self._beside:
-            return arrived
-        accepted = head.outstanding and arrived.update.holds(head.head, head.sequence)
+        if received.base is None or len(self._numbers) > 1 or not self._overlap:
+            return received
+        accepted = head.outstanding and received.reply.holds(head.number, head.sequence)
         if head.device.type != "cuda":
-            return replace(arrived, accepted=accepted, staged=head.stage(arrived.base, accepted))
-        with torch.cuda.stream(self._side(head)):
-            if self._swapped is not None:  # until then kernels that were queued before may read the weights to be written to
-                self._side(head).wait_event(self._swapped)
-            staged = head.stage(arrived.base, accepted)
-            self._side(head).synchronize()
-        return replace(arrived, accepted=accepted, staged=staged)
+            return replace(received, accepted=accepted, staged=head.stage(received.base, accepted))
+        with torch.cuda.stream(self._side_stream(head)):
+            if (
+                self._weights_swapped is not None
+            ):  # until then kernels that were queued before may read the weights to be written to
+                self._side_stream(head).wait_event(self._weights_swapped)
+            staged = head.stage(received.base, accepted)
+            self._side_stream(head).synchronize()
+        return replace(received, accepted=accepted, staged=staged)
 
-    def _side(self, head: Head) -> torch.cuda.Stream:
+    def _side_stream(self, head: Head) -> torch.cuda.Stream:
         self._stream = self._stream or torch.cuda.Stream(head.device)  # type: ignore[no-untyped-call]
         return self._stream

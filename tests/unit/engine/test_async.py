@@ -119,7 +119,7 @@ class Schedules(RuleBasedStateMachine):
     def answer(self, data: st.DataObject, ahead: bool, steps: int) -> None:
         """Perhaps computed ahead, while the head takes further steps."""
         head = self.heads[data.draw(st.sampled_from(sorted(self.answers)))]
-        verdict, version, base = self.answers.pop(head.head)
+        verdict, version, base = self.answers.pop(head.number)
         if version <= head.version:
             head.adopt(verdict, version, None)
             return
@@ -145,7 +145,7 @@ class Schedules(RuleBasedStateMachine):
         """W~ + s B A = W_v + s (B A - B' A'), and p - P_v is what it trained and the base lacks."""
         for head in getattr(self, "heads", []):
             base = views(self.plan.base, self.bases[head.version])
-            reference = self.known[head.version].get(head.head)
+            reference = self.known[head.version].get(head.number)
             for spec in self.plan.adapted:
                 expected = as_matrix(spec, base[spec.name].clone())
                 if reference is not None:
@@ -186,7 +186,7 @@ def test_n_arrivals_are_one_barrier_merge_if_nobody_trains_in_between() -> None:
             arrivals.receive(contribution, contribution.buffer)
         assert_near(arrivals.base, barrier.base, 1e-13)
         for head, contribution in zip(heads, contributions, strict=True):
-            verdict = ContributionResult(head.head, contribution.sequence, True, barrier.version)
+            verdict = ContributionResult(head.number, contribution.sequence, True, barrier.version)
             head.adopt(verdict, barrier.version, barrier.base.clone())
     assert (arrivals.version, barrier.version) == (9, 3)
 
@@ -283,7 +283,7 @@ def test_a_schedule_follows_the_whole_run_where_steps_are_shared() -> None:
         HeadDirective(5, 20, rate=0.5, progress=0.7),
         HeadDirective(5, 20, progress=0.1),
     ):
-        head.follow(order)
+        head.apply_directive(order)
         head.train(2)
         rates.append(head.optimizer.param_groups[0]["lr"] / 0.01)
     assert rates == pytest.approx([0.9, 0.65, 0.25, 0.15])
@@ -349,10 +349,10 @@ def test_a_policy_that_asks_to_be_woken_for_ever_is_named() -> None:
 def test_an_older_order_takes_nothing_back() -> None:
     """Answers may come in another order than they were given: what was granted stays granted."""
     _, (head,), _ = started(1)
-    head.follow(HeadDirective(5, 9, final=False))
-    head.follow(HeadDirective(5, 4, final=False))
-    assert head.left == 9
-    head.follow(HeadDirective(5, 9, final=True))
+    head.apply_directive(HeadDirective(5, 9, final=False))
+    head.apply_directive(HeadDirective(5, 4, final=False))
+    assert head.steps_left == 9
+    head.apply_directive(HeadDirective(5, 9, final=True))
     head.train(99)
     assert head.done
     assert head.step == 9

@@ -12,7 +12,7 @@ from torch import nn
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.data.partition import density, disjoint
 from lte_ray.engine.head.head import Head
-from lte_ray.engine.in_process import Simulated, simulate
+from lte_ray.engine.in_process import InProcessRun, run_in_process
 from lte_ray.engine.prepare import load_base, merged_state_dict, prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError, PolicyError, WorkerError
@@ -22,8 +22,8 @@ from tests.support.helpers import DenseHead, Poisoned, Tiny, assert_near, make_s
 from workers.regression import Regression
 
 
-def run(worker: Tiny | None = None, **changes: object) -> Simulated:
-    return simulate(worker or Tiny(), make_settings(**changes), torch.float64)  # type: ignore[arg-type]
+def run(worker: Tiny | None = None, **changes: object) -> InProcessRun:
+    return run_in_process(worker or Tiny(), make_settings(**changes), torch.float64)  # type: ignore[arg-type]
 
 
 def initial_base(**changes: object) -> torch.Tensor:
@@ -136,7 +136,7 @@ def test_what_was_discarded_rides_in_the_next_merge() -> None:
 def test_a_poisoned_head_goes_on_from_its_last_merge_without_what_it_held(heads_per_actor: int) -> None:
     """Its second round is dropped, with the optimizer's state; all the others are merged."""
     worker = Poisoned(bad=(4,), optimizer="adamw")
-    result = simulate(worker, make_settings(), torch.float64, heads_per_actor=heads_per_actor)
+    result = run_in_process(worker, make_settings(), torch.float64, heads_per_actor=heads_per_actor)
     held = [(m.head_steps[1], m.held[1].step, m.held[1].batches) for m in result.merges if 1 in m.heads]
     assert held == [(3, 3, 3), (3, 9, 9), (3, 12, 12)]
     assert sum(m.head_steps.get(0, 0) for m in result.merges) == 12
@@ -148,7 +148,7 @@ def test_a_poisoned_head_goes_on_from_its_last_merge_without_what_it_held(heads_
 @pytest.mark.parametrize("heads_per_actor", [1, 3])
 def test_a_head_whose_every_round_is_poison_leaves_and_others_take_its_data(heads_per_actor: int) -> None:
     """After the third; then each of the others' contributions counts a half, and no batch is left out."""
-    result = simulate(Poisoned(), make_settings(heads=3), torch.float64, heads_per_actor=heads_per_actor)
+    result = run_in_process(Poisoned(), make_settings(heads=3), torch.float64, heads_per_actor=heads_per_actor)
     assert [head.step for head in result.heads] == [12, 9, 12]
     assert [m.heads for m in result.merges] == [(0, 2)] * 4
     assert {weight for m in result.merges for weight in m.weights.values()} == {1 / 2}
@@ -170,7 +170,7 @@ def test_models_of_any_floating_type_are_merged_in_float32(dtype: torch.dtype) -
     """Heads train in the worker's own type; the master is float32, and after the last merge they hold it, rounded."""
     worker = Typed()
     worker.dtype = dtype
-    result = simulate(worker, make_settings())
+    result = run_in_process(worker, make_settings())
     assert result.base.dtype == torch.float32
     assert len(result.merges) == 4
     scale = dict(result.heads[0].model.named_parameters())["scale"]
@@ -186,7 +186,7 @@ def test_the_regression_worker_learns(reset: str) -> None:
     settings = Settings("test", lte, MergeConfig(merge_iter=10), TrainConfig(steps=120))
     initial = prepare(worker, settings)
     before = worker.evaluate(initial.model)["validation_loss"]
-    result = simulate(worker, settings)
+    result = run_in_process(worker, settings)
     load_base(initial.model, result.plan, result.base)
     assert worker.evaluate(initial.model)["validation_loss"] < 0.5 * before
     losses = [sum(m.losses.values()) for m in result.merges]
@@ -248,7 +248,7 @@ def test_batch_statistics_are_merged_with_the_weights() -> None:
         def build_model(self) -> nn.Module:
             return nn.Sequential(nn.BatchNorm1d(self.width, momentum=0.5), nn.Linear(self.width, self.width))
 
-    result = simulate(Normed(), make_settings(heads=2))
+    result = run_in_process(Normed(), make_settings(heads=2))
     merged = views(result.plan.base, result.base)
     each = [dict(head.model.named_buffers())["0.running_mean"] for head in result.heads]
     assert torch.equal(each[0], each[1])  # all adopted the last merge

@@ -22,7 +22,7 @@ from lte_ray.config import LTEConfig, StorageConfig
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.state import restore
-from lte_ray.engine.in_process import simulate
+from lte_ray.engine.in_process import run_in_process
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
@@ -87,9 +87,9 @@ def test_the_ledger_holds_for_trained_heads_of_different_ranks(reset: str, rslor
         for head in heads:
             contribution = head.train_round()
             buffer = contribution.buffer
-            reference = before[head.head]
+            reference = before[head.number]
             ledger += dense_by_hand(head.plan, buffer, reference) / 3
-            before[head.head] = None if reset == "B" else factors(head.plan, buffer).clone()
+            before[head.number] = None if reset == "B" else factors(head.plan, buffer).clone()
             outcome = coordinator.receive(contribution, buffer)
         assert [m.version for m in outcome.merges] == [version]
         # 12 changes, each of sums of up to 16 float64 terms of size 1.
@@ -171,10 +171,10 @@ def test_what_is_absurd_is_judged_by_the_scalings_of_all_heads(large: int) -> No
 
 def test_a_simulation_with_equal_ranks_given_one_by_one_is_that_of_one_rank() -> None:
     """(2, 2, 2) is 2, bitwise; and another order of ranks is another run."""
-    one, each = (simulate(Tiny(), settings(lora_r=r, lora_alpha=4.0, layers=()), torch.float64) for r in (2, (2, 2, 2)))
+    one, each = (run_in_process(Tiny(), settings(lora_r=r, lora_alpha=4.0, layers=()), torch.float64) for r in (2, (2, 2, 2)))
     assert torch.equal(one.base, each.base)
     first, second = (
-        simulate(Tiny(), settings(lora_r=r, lora_alpha=4.0, layers=()), torch.float64) for r in ((1, 2, 3), (3, 2, 1))
+        run_in_process(Tiny(), settings(lora_r=r, lora_alpha=4.0, layers=()), torch.float64) for r in ((1, 2, 3), (3, 2, 1))
     )
     assert not torch.equal(first.base, second.base)
     assert [[a.rank for a in head.plan.adapted] for head in first.heads] == [[1] * 3, [2] * 3, [3] * 3]
@@ -241,7 +241,7 @@ def written(directory: RunDirectory, worker: Tiny, made: Settings, *, old: bool)
             for new in ("batches", "lanes", "grant", "released", "offered", "position"):
                 del meta[new]
             del meta["optimizer"]["scaler"]
-        files.append(checkpoint.write_head(directory, 1, head.head, tensors, meta))
+        files.append(checkpoint.write_head(directory, 1, head.number, tensors, meta))
     lte = dataclasses.asdict(made.lte)
     facts = {"run": made.run, "step": 3, "lte": {name: lte[name] for name in OLD} if old else lte}
     directory.write("run.toml", b"")
@@ -268,8 +268,8 @@ def test_a_checkpoint_of_before_and_of_now_is_resumed_bitwise(directory: RunDire
     checkpoint.check_factors(directory, manifest, initial.plans)
     assert torch.equal(checkpoint.read_base(directory, manifest, initial.plan), base)
     for head in heads:
-        other = Head(worker, made, head.head, dtype=torch.float64, incarnation=1)
-        restore(other, checkpoint.read_head(directory, manifest, head.head), base)
+        other = Head(worker, made, head.number, dtype=torch.float64, incarnation=1)
+        restore(other, checkpoint.read_head(directory, manifest, head.number), base)
         assert torch.equal(other.train_round().buffer, head.train_round().buffer)
 
 
@@ -331,6 +331,6 @@ def test_policies_see_dense_changes_of_heads_of_any_rank() -> None:
             sizes.append(pending[0].change().numel())
             return Merge({pending[0].head: 1 / roster.num_heads})
 
-    result = simulate(Tiny(), dataclasses.replace(settings(), merge=make_settings(policy=Arrival()).merge), torch.float64)
+    result = run_in_process(Tiny(), dataclasses.replace(settings(), merge=make_settings(policy=Arrival()).merge), torch.float64)
     assert sizes == [result.plan.base.size] * 12
     assert sum(m.steps for m in result.merges) == 3 * 12

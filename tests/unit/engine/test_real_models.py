@@ -22,7 +22,7 @@ from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.data import Shard
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.head.virtual import HeadGroup, Unstackable
-from lte_ray.engine.in_process import Simulated, simulate
+from lte_ray.engine.in_process import InProcessRun, run_in_process
 from lte_ray.engine.prepare import load_base, prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import WorkerError
@@ -280,11 +280,13 @@ def ledger(plans: tuple[Plan, ...], base: Tensor, offers: list[tuple[int, Tensor
     return torch.cat([new[e.name].flatten() for e in plans[0].base.entries])
 
 
-def check(worker: Real | FewPairs, settings: Settings, offers: list[tuple[int, Tensor]], rounding: float = 1e-12) -> Simulated:
+def check(
+    worker: Real | FewPairs, settings: Settings, offers: list[tuple[int, Tensor]], rounding: float = 1e-12
+) -> InProcessRun:
     """Trains, and checks ledger, heads and learning."""
     initial = prepare(worker, settings, torch.float64)
     loss = outputs(worker, initial.model)["loss"]
-    result = simulate(worker, settings, torch.float64)
+    result = run_in_process(worker, settings, torch.float64)
     assert_near(result.base, ledger(initial.plans, initial.base, offers), 1e-13)
     load_base(initial.model, result.plan, result.base)
     merged = outputs(worker, initial.model)
@@ -338,14 +340,14 @@ def test_factors_everywhere_with_ranks_of_each_heads_own(name: str, offers: list
 def test_virtual_heads_are_those_apart(name: str, lora: dict[str, Any]) -> None:
     """In turns bitwise; as one batch, where the model can be, up to the order of sums, which Adam's roots magnify."""
     worker = dataclasses.replace(MODELS[name], dropout=False)  # one batch draws other random numbers
-    apart = simulate(worker, make(lora), torch.float64)
-    turns = simulate(worker, make(lora), torch.float64, heads_per_actor=2)
+    apart = run_in_process(worker, make(lora), torch.float64)
+    turns = run_in_process(worker, make(lora), torch.float64, heads_per_actor=2)
     assert torch.equal(turns.base, apart.base)
     if name == "bert":
         with pytest.raises(Unstackable, match=r"can't be computed as one batch: .*data-dependent control flow"):
-            simulate(worker, make(lora), torch.float64, heads_per_actor=2, stack="always")
+            run_in_process(worker, make(lora), torch.float64, heads_per_actor=2, stack_heads="always")
     else:
-        batch = simulate(worker, make(lora), torch.float64, heads_per_actor=2, stack="always")
+        batch = run_in_process(worker, make(lora), torch.float64, heads_per_actor=2, stack_heads="always")
         assert_near(batch.base, apart.base, 1e-10)
 
 
@@ -353,18 +355,18 @@ def test_a_model_that_looks_at_its_mask_trains_in_turns(monkeypatch: pytest.Monk
     """BERT asks whether a padding mask is all ones, which one batch of heads can't answer: "auto" goes on in turns."""
     worker = dataclasses.replace(MODELS["bert"], dropout=False)
     notes: list[str] = []
-    give_up = HeadGroup._give_up
+    give_up = HeadGroup._stop_stacking
 
     def noted(self: HeadGroup, reason: Unstackable) -> None:
-        self._insist = False  # as "auto" on a GPU
+        self._must_stack = False  # as "auto" on a GPU
         give_up(self, reason)
-        notes.append(self.note)
+        notes.append(self.sequential_reason)
 
-    monkeypatch.setattr(HeadGroup, "_give_up", noted)
-    tried = simulate(worker, make(), torch.float64, heads_per_actor=2, stack="always")
+    monkeypatch.setattr(HeadGroup, "_stop_stacking", noted)
+    tried = run_in_process(worker, make(), torch.float64, heads_per_actor=2, stack_heads="always")
     assert len(notes) == 1
     assert "data-dependent" in notes[0]
-    assert_near(tried.base, simulate(worker, make(), torch.float64).base, 1e-10)
+    assert_near(tried.base, run_in_process(worker, make(), torch.float64).base, 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -372,7 +374,9 @@ def test_a_model_that_looks_at_its_mask_trains_in_turns(monkeypatch: pytest.Monk
 )
 def test_activations_computed_again_change_nothing(name: str, pattern: str) -> None:
     """The same bits, with dropout, key-value caches and running statistics."""
-    plain, again = (simulate(MODELS[name], make(**t), torch.float64) for t in ({}, {"checkpoint_activations": (pattern,)}))
+    plain, again = (
+        run_in_process(MODELS[name], make(**t), torch.float64) for t in ({}, {"checkpoint_activations": (pattern,)})
+    )
     assert torch.equal(again.base, plain.base)
 
 
@@ -385,7 +389,7 @@ def test_mixed_precision(name: str, lora: dict[str, Any]) -> None:
     )  # on CPUs without bfloat16 units six hardly learn more than rounding
     initial = prepare(worker, settings)
     before = outputs(worker, initial.model)["loss"]
-    result = simulate(worker, settings)
+    result = run_in_process(worker, settings)
     load_base(initial.model, result.plan, result.base)
     assert outputs(worker, initial.model)["loss"] < 0.95 * before
     assert result.base.dtype == torch.float32
@@ -400,7 +404,7 @@ def test_quantised_main_weights(name: str, base_dtype: str, lora: dict[str, Any]
     worker, settings = MODELS[name], make({"base_dtype": base_dtype, **lora})
     initial = prepare(worker, settings, torch.float64)
     before = outputs(worker, initial.model)["loss"]
-    result = simulate(worker, settings, torch.float64)
+    result = run_in_process(worker, settings, torch.float64)
     assert_near(result.base, ledger(initial.plans, initial.base, offers), 1e-13)
     assert 0 < result.merges[-1].base_error < {"bf16": 0.01, "int8": 0.02, "nf4": 0.2}[base_dtype]
     load_base(initial.model, result.plan, result.base)
@@ -451,8 +455,8 @@ def test_the_minilm_worker_can_be_stacked(few_pairs: FewPairs, monkeypatch: pyte
         return build(self).apply(lambda module: setattr(module, "p", 0.0) if isinstance(module, nn.Dropout) else None)
 
     monkeypatch.setattr(FewPairs, "build_model", without_dropout)
-    apart = simulate(few_pairs, make(steps=2), torch.float64)
-    batch = simulate(few_pairs, make(steps=2), torch.float64, heads_per_actor=2, stack="always")
+    apart = run_in_process(few_pairs, make(steps=2), torch.float64)
+    batch = run_in_process(few_pairs, make(steps=2), torch.float64, heads_per_actor=2, stack_heads="always")
     assert_near(batch.base, apart.base, 1e-10)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lte_ray import export
-from lte_ray.engine.in_process import simulate
+from lte_ray.engine.in_process import run_in_process
 from lte_ray.errors import LTEError, StorageError, UserError, WorkerError
 from lte_ray.export.run_reader import open_run, read
 from lte_ray.export.worker_factory import make_worker
@@ -28,7 +28,7 @@ from tests.support.ray_runs import ROOT
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the words model with the checkpoints of versions 2 and 3."""
     path, _ = save_run(tmp_path_factory.mktemp("runs"), "words", settings())
-    write_checkpoint(open_run(path), settings(), simulate(Models("words"), settings(steps=4)))
+    write_checkpoint(open_run(path), settings(), run_in_process(Models("words"), settings(steps=4)))
     return path
 
 
@@ -62,7 +62,7 @@ def test_any_versions_weights_load_into_the_unconverted_model(run: Path, tmp_pat
         written = export.safetensors(run, tmp_path / f"{version}.safetensors", version=version)
         assert written.summary == f"the merged weights of version {version}"
         base = read(run, version).base
-        assert torch.equal(base, simulate(Models("words"), settings(steps=steps)).base)
+        assert torch.equal(base, run_in_process(Models("words"), settings(steps=steps)).base)
         model = built("words")
         model.load_state_dict(safetensors.torch.load_file(tmp_path / f"{version}.safetensors"), strict=True)
         assert torch.equal(torch.cat([model.mid.weight.flatten(), model.embed.weight.flatten()]), base)  # type: ignore[union-attr, operator]

@@ -121,14 +121,14 @@ def test_a_head_that_had_not_heard_of_its_merge_is_the_head_that_adopts_it(tmp_p
     run, done = save_run(tmp_path, "gpt2", settings())
     sent = []
     for head in done.heads:
-        done.coordinator.join(head.head, 0)
+        done.coordinator.join(head.number, 0)
         finish(head)
         sent.append(head.contribute())
     for contribution in sent:
         verdicts = done.coordinator.receive(contribution, contribution.buffer).verdicts
     finish(done.heads[1])
     directory, base = RunDirectory.of(str(tmp_path), "run"), done.coordinator.base.clone()
-    states = [snapshot(head, CheckpointRequest(4, {head.head: head.sequence})) for head in done.heads]
+    states = [snapshot(head, CheckpointRequest(4, {head.number: head.sequence})) for head in done.heads]
     files = [checkpoint.write_head(directory, 4, number, *state) for number, state in enumerate(states)]
     files.append(checkpoint.write_base(directory, 4, done.plan, base))
     checkpoint.commit(directory, 4, (0, 1), files, checkpoint.read_manifest(directory, 3).facts)

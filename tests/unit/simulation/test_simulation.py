@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.config.cluster_model import ClusterModel
-from lte_ray.engine.in_process import simulate
+from lte_ray.engine.in_process import run_in_process
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError, PolicyError
@@ -246,7 +246,7 @@ def test_every_step_is_merged_or_lost(
 def test_equal_heads_that_wait_are_the_barrier_bit_for_bit(reset: str) -> None:
     """Training under the virtual clock is `simulate`, which is Ray's barrier run."""
     same = make_settings(heads=3, reset=reset)
-    run, reference = train(Tiny(), same, ClusterModel(), torch.float64), simulate(Tiny(), same, torch.float64)
+    run, reference = train(Tiny(), same, ClusterModel(), torch.float64), run_in_process(Tiny(), same, torch.float64)
     assert torch.equal(run.base, reference.base)
     assert [m.loss for m in run.record.merges] == [sum(m.losses.values()) / 3 for m in reference.merges]
     assert run.record.evaluation["loss"] < Tiny().evaluate(prepare(Tiny(), same).model)["loss"]
@@ -257,13 +257,13 @@ def test_one_head_that_does_not_wait_is_the_barrier_bit_for_bit_where_nothing_ta
     s = make_settings(heads=1)
     free = dataclasses.replace(s, merge=dataclasses.replace(s.merge, when="arrival", wait=False))
     run = train(Tiny(), free, FREE, torch.float64)
-    assert torch.equal(run.base, simulate(Tiny(), s, torch.float64).base)
+    assert torch.equal(run.base, run_in_process(Tiny(), s, torch.float64).base)
 
 
 def test_a_poisoned_head_goes_on_as_it_does_in_the_barrier() -> None:
     """One of its rounds is dropped; all else is as in `simulate`, bit for bit."""
     worker, same = Poisoned(bad=(4,)), make_settings()
-    run, reference = train(worker, same, FREE, torch.float64), simulate(worker, same, torch.float64)
+    run, reference = train(worker, same, FREE, torch.float64), run_in_process(worker, same, torch.float64)
     assert [head.refused for head in run.record.heads] == [0, 1]
     assert torch.equal(run.base, reference.base)
 
@@ -303,7 +303,7 @@ def test_int8_contributions_are_rounded_on_their_way() -> None:
     """The base differs from fp32's, by little: what is rounded away rides in the next contribution."""
     s = make_settings(heads=2)
     coarse = dataclasses.replace(s, merge=dataclasses.replace(s.merge, transfer="int8"))
-    exact, rounded = simulate(Tiny(), s, torch.float64), simulate(Tiny(), coarse, torch.float64)
+    exact, rounded = run_in_process(Tiny(), s, torch.float64), run_in_process(Tiny(), coarse, torch.float64)
     assert torch.equal(train(Tiny(), coarse, ClusterModel(), torch.float64).base, rounded.base)
     assert not torch.equal(exact.base, rounded.base)
     assert_near(rounded.base, exact.base, 1e-2)

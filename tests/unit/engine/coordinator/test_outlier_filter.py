@@ -21,7 +21,7 @@ from lte_ray.engine.coordinator.validation import (
     WITNESSES,
     OutlierFilter,
 )
-from lte_ray.engine.in_process import simulate
+from lte_ray.engine.in_process import run_in_process
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError
 from lte_ray.merging.low_rank import squared_norm
@@ -227,7 +227,7 @@ def test_a_real_run_is_far_from_the_threshold(lr: float, lte: dict, merge: dict,
     monkeypatch.setattr(Coordinator, "receive", watched)
     heads = LTEConfig(**({"num_heads": 4, "lora_r": 4, "lora_alpha": 16.0} | lte))
     settings = Settings("test", heads, MergeConfig(**({"merge_iter": 5} | merge)), TrainConfig(steps=60))
-    simulate(Regression(width=8, batch_size=8, samples=1024, lr=lr), settings)
+    run_in_process(Regression(width=8, batch_size=8, samples=1024, lr=lr), settings)
     assert len(judged) >= 48
     assert set(judged) == {""}
 

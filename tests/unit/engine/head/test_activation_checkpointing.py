@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lte_ray.config import TrainConfig
 from lte_ray.engine.head.optimization import checkpoint_activations
 from lte_ray.engine.head.virtual import Unstackable
-from lte_ray.engine.in_process import simulate
+from lte_ray.engine.in_process import run_in_process
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError
 from tests.support.helpers import Tiny, make_settings
@@ -26,8 +26,8 @@ def settings(*patterns: str) -> Settings:
 def test_a_run_is_bitwise_the_same() -> None:
     """Dropout included, which draws the same numbers when activations are computed again."""
     worker = Tiny(dropout=0.3)
-    again = simulate(worker, settings("up", "mid", "dropout"), torch.float64)
-    assert torch.equal(again.base, simulate(worker, settings(), torch.float64).base)
+    again = run_in_process(worker, settings("up", "mid", "dropout"), torch.float64)
+    assert torch.equal(again.base, run_in_process(worker, settings(), torch.float64).base)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -52,7 +52,7 @@ def test_batch_statistics_count_a_batch_once(momentum: float | None) -> None:
 def test_a_pattern_that_names_no_module_is_refused() -> None:
     """With the modules that there are."""
     with pytest.raises(ConfigError, match=r"--checkpoint-activations 'midd' matches no module.*Did you mean mid"):
-        simulate(Tiny(), settings("midd"), torch.float64)
+        run_in_process(Tiny(), settings("midd"), torch.float64)
 
 
 class OwnCheckpoints(Tiny):
@@ -66,6 +66,6 @@ class OwnCheckpoints(Tiny):
 def test_one_batch_of_heads_cannot_be_computed_again() -> None:
     """Stacked heads refuse the setting at once, and a model that does it by itself when it fails: both with a reason."""
     with pytest.raises(Unstackable, match="--checkpoint-activations and --stack-heads always don't go together"):
-        simulate(Tiny(), settings("mid"), torch.float64, heads_per_actor=2, stack="always")
+        run_in_process(Tiny(), settings("mid"), torch.float64, heads_per_actor=2, stack_heads="always")
     with pytest.raises(Unstackable, match="can't be computed as one batch"):
-        simulate(OwnCheckpoints(), settings(), torch.float64, heads_per_actor=2, stack="always")
+        run_in_process(OwnCheckpoints(), settings(), torch.float64, heads_per_actor=2, stack_heads="always")

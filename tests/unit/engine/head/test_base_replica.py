@@ -90,7 +90,7 @@ class Side:
 
 
 def follow(mirror: BaseReplica, update: CoordinatorReply) -> Tensor | None:
-    base = mirror.take(update)
+    base = mirror.acquire(update)
     if base is not None:
         mirror.release()
     return base
@@ -131,7 +131,7 @@ def test_a_mirror_has_the_coordinators_bits(
         side.contribute(head, what)
         waiting = set(side.coordinator.pending)
         if look and side.coordinator.version > mirror.version:
-            base = follow(mirror, side.update(mirror.have))
+            base = follow(mirror, side.update(mirror.redo_from))
             assert base is not None
             assert torch.equal(base, side.coordinator.base)
     assert mirror.resyncs == 0
@@ -147,7 +147,7 @@ def test_a_head_that_began_afresh_is_redone_without_the_reference_of_the_one_bef
         if afresh:
             side.begin_afresh(0)
         side.contribute(0)
-        base = follow(mirror, side.update(mirror.have))
+        base = follow(mirror, side.update(mirror.redo_from))
         assert base is not None
         assert torch.equal(base, side.coordinator.base)
     assert mirror.resyncs == 0
@@ -160,7 +160,7 @@ def test_a_mirror_that_outlives_its_coordinator_redoes_what_the_next_one_merges(
     follow(mirror, side.update(-1))
     side.contribute(0)
     side.contribute(1)
-    follow(mirror, side.update(mirror.have))
+    follow(mirror, side.update(mirror.redo_from))
     kept = {1: side.coordinator.reference(1)}
     side.coordinator = Coordinator(
         side.settings,
@@ -177,7 +177,7 @@ def test_a_mirror_that_outlives_its_coordinator_redoes_what_the_next_one_merges(
     )
     for head in (0, 1, 0, 2):
         side.contribute(head)
-        base = follow(mirror, side.update(mirror.have))
+        base = follow(mirror, side.update(mirror.redo_from))
         assert base is not None
         assert torch.equal(base, side.coordinator.base)
     assert mirror.resyncs == 0
@@ -192,16 +192,16 @@ def test_drift_is_found_at_a_checksum_and_mended_by_the_whole_base() -> None:
     part.view(torch.int32)[7] ^= 1 << 16  # a high bit, so that no sum before the check rounds it away
     for version in range(1, CHECK_EVERY + 1):
         side.contribute(version % HEADS)
-        update = side.update(mirror.have, checked=version == CHECK_EVERY)
+        update = side.update(mirror.redo_from, checked=version == CHECK_EVERY)
         follow(mirror, update)
         assert mirror.resyncs == (version == CHECK_EVERY)
-    assert mirror.have == -1
+    assert mirror.redo_from == -1
     side.contribute(0)
-    base = follow(mirror, side.update(mirror.have))
+    base = follow(mirror, side.update(mirror.redo_from))
     assert base is not None
     assert torch.equal(base, side.coordinator.base)
     side.contribute(1)
-    base = follow(mirror, side.update(mirror.have))  # from factors again
+    base = follow(mirror, side.update(mirror.redo_from))  # from factors again
     assert base is not None
     assert torch.equal(base, side.coordinator.base)
 
@@ -213,7 +213,7 @@ def test_a_checksum_of_equal_copies_says_nothing() -> None:
     follow(mirror, side.update(-1))
     for version in range(1, 51):
         side.contribute(version % HEADS)
-        follow(mirror, side.update(mirror.have, checked=version % CHECK_EVERY == 0))
+        follow(mirror, side.update(mirror.redo_from, checked=version % CHECK_EVERY == 0))
     assert mirror.resyncs == 0
     assert torch.equal(mirror._base, side.coordinator.base)
 
@@ -223,11 +223,11 @@ def test_only_new_contributions_are_fetched() -> None:
     side = Side(MergeConfig(send_down="factors"), plans_of([2, 2, 2]))
     mirror = side.mirror()
     follow(mirror, side.update(-1))
-    before = mirror.bytes
+    before = mirror.bytes_fetched
     for head in (0, 1, 2):
         side.contribute(head)
-    follow(mirror, side.update(mirror.have))
-    assert mirror.bytes - before == 3 * side.codecs[0].sizes[0]
+    follow(mirror, side.update(mirror.redo_from))
+    assert mirror.bytes_fetched - before == 3 * side.codecs[0].sizes[0]
 
 
 def test_an_update_that_lacks_merges_is_not_taken() -> None:
@@ -241,7 +241,7 @@ def test_an_update_that_lacks_merges_is_not_taken() -> None:
     before = mirror._base.clone()
     for _ in range(2):  # and nothing stays locked
         with pytest.raises(CannotRedoMerges):
-            mirror.take(update)
+            mirror.acquire(update)
     assert torch.equal(mirror._base, before)
     assert follow(mirror, side.update(-1)) is not None
 
@@ -253,10 +253,10 @@ def test_an_update_that_does_not_count_changes_nothing(down: str) -> None:
     mirror = side.mirror()
     follow(mirror, side.update(-1))
     side.contribute(0)
-    follow(mirror, side.update(mirror.have))
+    follow(mirror, side.update(mirror.redo_from))
     before = mirror.read(lambda base: base.clone())  # type: ignore[union-attr]
     side.contribute(1)
-    update = side.update(mirror.have)
+    update = side.update(mirror.redo_from)
 
     def gone(*_: object) -> None:
         raise KeyError("gone")
@@ -264,12 +264,12 @@ def test_an_update_that_does_not_count_changes_nothing(down: str) -> None:
     fetch, noted = mirror._fetch, list[int]()
     for _ in range(2):  # and nothing stays locked
         with pytest.raises(KeyError):
-            mirror.take(update, gone)
+            mirror.acquire(update, gone)
         mirror._fetch = gone  # type: ignore[assignment]
         with pytest.raises(KeyError):
-            mirror.take(update, lambda: noted.append(0))
+            mirror.acquire(update, lambda: noted.append(0))
         mirror._fetch = fetch
-        assert (mirror.version, mirror.have, noted) == (1, 1 if down == "factors" else -1, [])
+        assert (mirror.version, mirror.redo_from, noted) == (1, 1 if down == "factors" else -1, [])
         assert torch.equal(mirror.read(lambda base: base.clone()), before)  # type: ignore[union-attr]
     assert torch.equal(follow(mirror, update), side.coordinator.base)  # type: ignore[arg-type]
 

@@ -31,11 +31,11 @@ def make_head(worker: Tiny, head: int = 0, **changes: object) -> tuple[Head, Ten
 
 
 def accept(head: Head, contribution: Contribution, version: int, base: Tensor) -> None:
-    head.adopt(ContributionResult(head.head, contribution.sequence, True, version), version, base)
+    head.adopt(ContributionResult(head.number, contribution.sequence, True, version), version, base)
 
 
 def refuse(head: Head, contribution: Contribution, version: int = 0, base: Tensor | None = None) -> None:
-    head.adopt(ContributionResult(head.head, contribution.sequence, False, version, "a test"), version, base)
+    head.adopt(ContributionResult(head.number, contribution.sequence, False, version, "a test"), version, base)
 
 
 def parts(plan: Plan, contribution: Contribution) -> dict[str, Tensor]:

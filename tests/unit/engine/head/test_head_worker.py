@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lte_ray.adapters.effective_parameter import computing
 from lte_ray.data import Shard
 from lte_ray.engine.head.head import Head
-from lte_ray.engine.in_process import simulate
+from lte_ray.engine.in_process import run_in_process
 from lte_ray.engine.prepare import load_base, prepare
 from lte_ray.errors import WorkerError, WorkerFailed
 from lte_ray.messages import Contribution, ContributionResult
@@ -34,7 +34,7 @@ def make_head(worker: Tiny, head: int = 0, **changes: object) -> Head:
 def next_round(head: Head) -> Contribution:
     """A round whose contribution is refused, so that the head simply trains on."""
     contribution = head.train_round()
-    head.adopt(ContributionResult(head.head, contribution.sequence, False, 0, "a test"), 0, None)
+    head.adopt(ContributionResult(head.number, contribution.sequence, False, 0, "a test"), 0, None)
     return contribution
 
 
@@ -239,11 +239,11 @@ def test_weights_that_are_used_without_a_call_are_those_in_use(stack: str, setti
     """What a head trains is what the merged model then computes: with one head, both losses agree after the last merge."""
     plain = make_settings(heads=2, steps=6)
     run = dataclasses.replace(plain, lte=dataclasses.replace(plain.lte, **settings))
-    done = simulate(Bypassing(), run, torch.float64, heads_per_actor=2, stack=stack)
+    done = run_in_process(Bypassing(), run, torch.float64, heads_per_actor=2, stack_heads=stack)
     model, batch = build_model(Bypassing(), run.train.seed), (torch.arange(6), torch.arange(6))
     load_base(model, done.plan, done.base)
     head = done.heads[0]
-    head.begin()  # loads the main weights, which heads of one process share
+    head.prepare_to_train()  # loads the main weights, which heads of one process share
     with computing():
         theirs = Bypassing().loss(head.model, batch)
     merged = Bypassing().loss(model, batch)

@@ -19,7 +19,7 @@ from lte_ray.data import Shard
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.optimization import OptimizerStep, build_optimizer, checkpoint_activations
 from lte_ray.engine.head.state import restore
-from lte_ray.engine.in_process import simulate
+from lte_ray.engine.in_process import run_in_process
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError, WorkerFailed
@@ -49,7 +49,7 @@ def started(worker: Any, made: Settings, head: int = 0, dtype: torch.dtype = tor
 def restored(head: Head, worker: Any, made: Settings) -> Head:
     """Another head that goes on from this one's state, through safetensors and JSON."""
     tensors, meta = state_of(head)
-    other = Head(worker, made, head.head, dtype=head.dtype, incarnation=1)
+    other = Head(worker, made, head.number, dtype=head.dtype, incarnation=1)
     base = prepare(worker, made, head.dtype).base
     restore(other, through_a_file((tensors, meta)), base)
     return other
@@ -89,8 +89,8 @@ class Sized(Tiny):
 def test_accumulating_k_batches_is_one_batch_k_times_as_large(times: int, clip: float) -> None:
     """Means of equal batches: the same steps, losses and counts, with clipping too; over four merges of two heads."""
     runs = [
-        simulate(Sized(), settings({"accumulate": times, "clip_norm": clip}), torch.float64),
-        simulate(Sized(times=times), settings({"clip_norm": clip}), torch.float64),
+        run_in_process(Sized(), settings({"accumulate": times, "clip_norm": clip}), torch.float64),
+        run_in_process(Sized(times=times), settings({"clip_norm": clip}), torch.float64),
     ]
     # Two orders of the same float64 sums, over 12 steps of SGD with momentum.
     assert_near(runs[0].base, runs[1].base, 1e-13)
@@ -170,7 +170,7 @@ def test_bf16_mixed_computes_in_bfloat16_and_keeps_float32() -> None:
             model.up.register_forward_hook(lambda module, args, output: types.add(output.dtype))
             return model
 
-    mixed, full = (simulate(Watching(), settings({"precision": p}, steps=30)) for p in ("bf16-mixed", "fp32"))
+    mixed, full = (run_in_process(Watching(), settings({"precision": p}, steps=30)) for p in ("bf16-mixed", "fp32"))
     assert types == {torch.bfloat16, torch.float32}
     assert mixed.base.dtype == torch.float32
     assert all(p.dtype == torch.float32 for head in mixed.heads for p in head.model.parameters())
@@ -187,7 +187,7 @@ def test_fp16_mixed_trains_on_a_cpu_with_loss_scaling(clip: float) -> None:
     mixed, full = (
         started(Single(), settings({"precision": p, "clip_norm": clip}), dtype=torch.float32) for p in ("fp16-mixed", "fp32")
     )
-    mixed.update.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    mixed.optimizer_step.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     for head in (mixed, full):
         for _ in range(3):
             head.backward(head.next_batch())
@@ -195,21 +195,21 @@ def test_fp16_mixed_trains_on_a_cpu_with_loss_scaling(clip: float) -> None:
     for name, value in trained(full).items():
         assert_near(trained(mixed)[name], value, 3e-3)  # fp16 has 11 bits
     assert not all(torch.equal(trained(mixed)[name], value) for name, value in trained(full).items())
-    assert mixed.update.scaler.get_scale() == 256.0
+    assert mixed.optimizer_step.scaler.get_scale() == 256.0
 
 
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 def test_a_step_whose_gradients_overflow_is_left_out(clip: float) -> None:
     """Nothing moves, no moment is touched, the scale is halved, and the next step is taken; the step is counted."""
     head = started(Single(optimizer="adamw"), settings({"precision": "fp16-mixed", "clip_norm": clip}), dtype=torch.float32)
-    head.update.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    head.optimizer_step.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     before = trained(head)
     head.backward(head.next_batch())
     next(iter(head.converted.factors.values())).grad[0, 0] = math.inf  # type: ignore[index]
     head.finish_step()
     assert all(torch.equal(value, before[name]) for name, value in trained(head).items())
     assert not head.optimizer.state
-    assert (head.step, head.update.scaler.get_scale()) == (1, 512.0)
+    assert (head.step, head.optimizer_step.scaler.get_scale()) == (1, 512.0)
     assert all(p.grad is None for p in head.model.parameters())
     head.backward(head.next_batch())
     head.finish_step()
@@ -224,18 +224,18 @@ def test_the_loss_scale_survives_a_checkpoint() -> None:
     head = started(worker, made, dtype=torch.float32)
     head.train_round()
     head.adopt(ContributionResult(0, 1, False, 0, "a test"), 0, None)
-    scale = head.update.scaler.get_scale()
+    scale = head.optimizer_step.scaler.get_scale()
     assert scale < 65536.0
     other = restored(head, worker, made)
-    assert other.update.scaler.get_scale() == scale
+    assert other.optimizer_step.scaler.get_scale() == scale
     assert torch.equal(other.train_round().buffer, head.train_round().buffer)
     plain = started(worker, settings(), dtype=torch.float32)
-    assert restored(plain, worker, made).update.scaler.get_scale() == 65536.0
+    assert restored(plain, worker, made).optimizer_step.scaler.get_scale() == 65536.0
     tensors, meta = state_of(plain)
     del meta["optimizer"]["scaler"]
     other = Head(worker, made, 0)
     restore(other, (tensors, meta), prepare(worker, made).base)
-    assert other.update.scaler.get_scale() == 65536.0
+    assert other.optimizer_step.scaler.get_scale() == 65536.0
 
 
 def test_a_float16_model_is_refused_under_fp16_mixed_before_any_head_starts() -> None:
@@ -261,7 +261,7 @@ def test_a_scaled_gradient_is_clipped_by_its_norm_before_scaling(clip: float) ->
         started(Single(), settings({"precision": "fp16-mixed", "clip_norm": c}), dtype=torch.float32) for c in (clip, 0.0)
     )
     for head in (clipped, plain):
-        head.update.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        head.optimizer_step.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         head.backward(head.next_batch())
     gradients = {name: p.grad / scale for name, p in plain.model.named_parameters() if p.grad is not None}
     norm = float(torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients.values()])))
@@ -274,7 +274,7 @@ def test_a_scaled_gradient_is_clipped_by_its_norm_before_scaling(clip: float) ->
     assert size == pytest.approx(0.01 * clip, rel=1e-3)
     for name, gradient in gradients.items():
         assert float(torch.linalg.vector_norm(moved[name] + 0.01 * clip / norm * gradient)) < 1e-3 * size, name
-    assert clipped.update.scaler.get_scale() == scale  # no overflow: the step was taken
+    assert clipped.optimizer_step.scaler.get_scale() == scale  # no overflow: the step was taken
 
 
 # -- learning-rate multipliers -----------------------------------------------------------------------------------------
@@ -489,8 +489,8 @@ def test_recomputed_activations_give_bitwise_the_same_gradients(patterns: tuple[
 def test_a_run_with_recomputed_activations_is_bitwise_the_run_without() -> None:
     """Through heads, merges and dropout."""
     worker = Tiny(dropout=0.3)
-    plain = simulate(worker, settings(), torch.float64)
-    again = simulate(worker, settings({"checkpoint_activations": ("up", "norm", "dropout", "mid")}), torch.float64)
+    plain = run_in_process(worker, settings(), torch.float64)
+    again = run_in_process(worker, settings({"checkpoint_activations": ("up", "norm", "dropout", "mid")}), torch.float64)
     assert torch.equal(again.base, plain.base)
 
 
@@ -533,8 +533,8 @@ def test_a_schedule_is_stepped_once_a_step(precision: str) -> None:
     update = OptimizerStep(optimizer, schedule, TrainConfig(accumulate=2, precision=precision), CPU)  # type: ignore[arg-type]
     for step in range(3):
         for _ in range(2):
-            update.scaled((weight * torch.tensor([1.0, 2.0])).sum()).backward()
-        update.apply()
+            update.scale_loss((weight * torch.tensor([1.0, 2.0])).sum()).backward()
+        update.step()
         assert optimizer.param_groups[0]["lr"] == 0.5 ** (step + 1)
         assert weight.grad is None
     assert torch.equal(weight.detach(), torch.tensor([1.0, 1.0]) - torch.tensor([1.0, 2.0]) * (1 + 0.5 + 0.25))
@@ -560,7 +560,7 @@ def test_a_compiled_run_is_the_eager_run(monkeypatch: pytest.MonkeyPatch, backen
     traced = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda model: traced(model, backend=backend))
     worker = Single()
-    eager, compiled = (simulate(worker, settings({"compile": on}, steps=6, heads=1)) for on in (False, True))
+    eager, compiled = (run_in_process(worker, settings({"compile": on}, steps=6, heads=1)) for on in (False, True))
     # Some hundred roundings in each of 6 steps of SGD with rate 0.01.
     assert_near(compiled.base, eager.base, 100 * EPS32)
     assert compiled.merges[-1].losses[0] == pytest.approx(eager.merges[-1].losses[0], rel=1e-4)

@@ -16,7 +16,7 @@ from lte_ray.adapters.quantization import Quantized
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.state import restore
-from lte_ray.engine.in_process import simulate
+from lte_ray.engine.in_process import run_in_process
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.merging import Average, ComposedPolicy
@@ -153,7 +153,7 @@ def test_a_shared_weight_is_quantised_once(form: str) -> None:
 
 def test_the_error_of_quantising_is_reported_with_each_contribution_and_merge(form: str, tmp_path: Path) -> None:
     """||W - Q(W)|| / ||W||, the largest over the layers, of the version that was trained on; it reaches metrics.jsonl."""
-    result = simulate(Tiny(), settings(form), torch.float64)
+    result = run_in_process(Tiny(), settings(form), torch.float64)
     fresh = prepare(Tiny(), settings(form), torch.float64).base
     _, expected = quantised(result.heads[0], fresh)
     assert expected > 0
@@ -177,7 +177,7 @@ def test_the_error_of_quantising_is_reported_with_each_contribution_and_merge(fo
 
 def test_without_quantisation_the_error_is_zero() -> None:
     """fp32 heads fold the reference and hold the base's own weights."""
-    assert {m.base_error for m in simulate(Tiny(), settings("fp32")).merges} == {0.0}
+    assert {m.base_error for m in run_in_process(Tiny(), settings("fp32")).merges} == {0.0}
 
 
 def test_the_error_is_that_of_the_layers_that_are_quantised(form: str) -> None:
@@ -203,8 +203,8 @@ def test_merging_is_exact_whatever_the_heads_hold(form: str, reset: str) -> None
     for version in range(1, 5):
         for head in heads:
             contribution = head.train_round()
-            ledger += dense_by_hand(head.plan, contribution.buffer, before[head.head]) / 2
-            before[head.head] = None if reset == "B" else contribution.buffer[: head.plan.factors_size].clone()
+            ledger += dense_by_hand(head.plan, contribution.buffer, before[head.number]) / 2
+            before[head.number] = None if reset == "B" else contribution.buffer[: head.plan.factors_size].clone()
             outcome = coordinator.receive(contribution, contribution.buffer)
         # 8 changes, each of float64 products of inner size 4.
         assert_near(coordinator.base - initial.base, ledger, 1e-13)
@@ -217,10 +217,10 @@ def test_merging_is_exact_whatever_the_heads_hold(form: str, reset: str) -> None
 
 def test_a_run_in_bfloat16_or_8_bits_ends_near_the_float32_run() -> None:
     """What quantising changes is small beside what is learned."""
-    full = simulate(Tiny(), settings("fp32")).base
+    full = run_in_process(Tiny(), settings("fp32")).base
     start = prepare(Tiny(), settings("fp32")).base
     for form, most in (("bf16", 0.05), ("int8", 0.1)):
-        assert torch.linalg.vector_norm(simulate(Tiny(), settings(form)).base - full) < most * torch.linalg.vector_norm(
+        assert torch.linalg.vector_norm(run_in_process(Tiny(), settings(form)).base - full) < most * torch.linalg.vector_norm(
             full - start
         )
 

@@ -16,7 +16,7 @@ from lte_ray.data import Shard
 from lte_ray.data.partition import Partition, slots
 from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
 from lte_ray.engine.head.head import Head
-from lte_ray.engine.head.state import State, rejoin
+from lte_ray.engine.head.state import SavedState, rejoin
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.merging import Average, ComposedPolicy
@@ -53,7 +53,7 @@ class EachAtOnce:
 MERGING = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
 
 
-def trained(dtype: str, reset: str = "none") -> tuple[Head, Settings, list[Tensor], State]:
+def trained(dtype: str, reset: str = "none") -> tuple[Head, Settings, list[Tensor], SavedState]:
     """A head merged into version 1, which has trained on; the bases of versions 1 and 2; and its state at version 1."""
     worker, settings = Falling(dtype=dtype, optimizer="sgd"), make_settings(steps=90, reset=reset)
     first = prepare(worker, settings, MERGING[dtype]).base
@@ -99,13 +99,13 @@ def test_a_head_that_rejoins_trains_what_was_not_merged() -> None:
     dead, settings, bases, _ = trained("float64")
     head = Head(Falling(), settings, 1, dtype=torch.float64, incarnation=1)
     rejoin(head, merged(dead), dead.reference, 2, bases[1], None)
-    assert (head.step, head.samples, head.feed.taken, head.feed.lanes) == (3, 12, 3, ((7, 2),))
+    assert (head.step, head.samples, head.batch_stream.batches_taken, head.batch_stream.partitions) == (3, 12, 3, ((7, 2),))
     assert {group["lr"] for group in head.optimizer.param_groups} == {0.01 * (1 - 3 / 90)}
     assert not head.optimizer.state
     words = torch.arange(96) * 5 % 7
     fourth = next(Shard(1, 2, settings.train.seed).at(3).indices(96, 4))
     assert torch.equal(head.next_batch()[0], words[fourth])
-    assert head.feed.lanes == ((9, 2),)
+    assert head.batch_stream.partitions == ((9, 2),)
 
 
 def test_a_head_that_rejoins_has_the_optimizer_of_its_last_checkpoint() -> None:
@@ -180,7 +180,7 @@ class World:
 
     def train(self, n: int, steps: int) -> None:
         """Also while its contribution is pending."""
-        self.since[n] += itertools.islice(slots(self.heads[n].feed.lanes), steps)
+        self.since[n] += itertools.islice(slots(self.heads[n].batch_stream.partitions), steps)
         self.heads[n].train(steps)
 
     def contribute(self, n: int) -> None:

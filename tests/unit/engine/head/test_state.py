@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lte_ray.engine.head.head import Head
-from lte_ray.engine.head.state import State, StateMissed, restore, snapshot
+from lte_ray.engine.head.state import SavedState, StateMissed, restore, snapshot
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
@@ -77,7 +77,7 @@ class Run:
         made = head.contribute()
         if self.merging == torch.float32:
             head.encode(made, Codec(head.plan, groups([head.plan], self.settings.merge), self.settings.merge))
-        return replace(made, buffer=head.offer.clone())
+        return replace(made, buffer=head.contributed.clone())
 
 
 def _merging(case: str) -> torch.dtype:
@@ -91,10 +91,10 @@ def started(run: Run) -> Head:
 
 
 def settle(head: Head, accepted: bool, version: int, base: Tensor | None) -> None:
-    head.adopt(ContributionResult(head.head, head.sequence, accepted, version, "" if accepted else "a test"), version, base)
+    head.adopt(ContributionResult(head.number, head.sequence, accepted, version, "" if accepted else "a test"), version, base)
 
 
-def restored(run: Run, state: State, version: int) -> Head:
+def restored(run: Run, state: SavedState, version: int) -> Head:
     """Another process's head, which has gone another way before."""
     head = run.head()
     restore(head, through_a_file(state), run.base(version))
@@ -109,8 +109,8 @@ def everything(head: Head) -> dict[str, Tensor]:
 def assert_go_on_alike(run: Run, one: Head, other: Head, version: int) -> None:
     """Over three more rounds with merges, contributions, weights, losses and data are the same bits."""
     for number in range(version + 1, version + 4):
-        assert one.feed.lanes == other.feed.lanes
-        assert one.feed.taken == other.feed.taken
+        assert one.batch_stream.partitions == other.batch_stream.partitions
+        assert one.batch_stream.batches_taken == other.batch_stream.batches_taken
         for head in (one, other):
             head.train(2)
         mine, others = run.contribute(one), run.contribute(other)
@@ -162,7 +162,7 @@ def test_a_cut_whose_version_holds_what_is_outstanding(case: str, extra: int) ->
     state = snapshot(head, CheckpointRequest(3, {1: 2}))
     settle(head, True, 3, run.base(3))
     other = restored(run, state, 3)
-    assert (other.sequence, other.merged.step, other.step) == (2, sent.step, sent.step + extra)
+    assert (other.sequence, other.merged_position.step, other.step) == (2, sent.step, sent.step + extra)
     assert_go_on_alike(run, head, other, 3)
 
 
@@ -174,7 +174,7 @@ def test_a_cut_whose_version_lacks_what_is_outstanding(case: str, extra: int) ->
     state = snapshot(head, CheckpointRequest(3, {1: 1}))
     settle(head, False, 3, run.base(3))
     other = restored(run, state, 3)
-    assert (other.sequence, other.merged.step, other.step) == (1, 3, 6 + extra)
+    assert (other.sequence, other.merged_position.step, other.step) == (1, 3, 6 + extra)
     assert_go_on_alike(run, head, other, 3)
 
 
@@ -281,11 +281,11 @@ def test_a_head_that_has_gone_on_has_missed_it(sequence: int) -> None:
         snapshot(head, CheckpointRequest(sequence, {1: sequence}))
 
 
-def _without(tensors: dict[str, Tensor], meta: dict[str, Any], name: str) -> State:
+def _without(tensors: dict[str, Tensor], meta: dict[str, Any], name: str) -> SavedState:
     return {n: t for n, t in tensors.items() if n != name}, {n: v for n, v in meta.items() if n != name}
 
 
-HOSTILE: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], State]] = {
+HOSTILE: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], SavedState]] = {
     "no factor": lambda t, m: _without(t, m, next(name for name in t if name.startswith("factor."))),
     "no replica": lambda t, m: _without(t, m, "replica.scale"),
     "no generator": lambda t, m: _without(t, m, "rng.torch"),
@@ -306,7 +306,7 @@ HOSTILE: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], State]] = {
 
 
 @pytest.mark.parametrize("damage", HOSTILE.values(), ids=HOSTILE.keys())
-def test_a_state_that_cannot_be_used_is_an_error(damage: Callable[[dict[str, Tensor], dict[str, Any]], State]) -> None:
+def test_a_state_that_cannot_be_used_is_an_error(damage: Callable[[dict[str, Tensor], dict[str, Any]], SavedState]) -> None:
     """It names the head and what is wrong, whatever a file held, and no other error comes out."""
     run = Run.of("momentum, float64")
     head = started(run)

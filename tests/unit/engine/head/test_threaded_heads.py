@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lte_ray.data import Shard
 from lte_ray.engine.head.virtual import HeadGroup
-from lte_ray.engine.in_process import simulate
+from lte_ray.engine.in_process import run_in_process
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.process_tuning import head_threads
 from lte_ray.errors import WorkerFailed
@@ -60,15 +60,15 @@ class Failing(Tiny):
 def test_heads_in_lanes_are_bitwise_those_apart(worker: Tiny, heads: int, reset: str) -> None:
     """Whatever is drawn for the data or by the model, and whichever of turns and lanes the trial finds faster."""
     settings = make_settings(heads=heads, steps=20, reset=reset)
-    apart = simulate(worker, settings, torch.float64)
+    apart = run_in_process(worker, settings, torch.float64)
     for lanes in (2, 4):
-        together = simulate(worker, settings, torch.float64, heads_per_actor=heads, lanes=lanes)
+        together = run_in_process(worker, settings, torch.float64, heads_per_actor=heads, concurrent_heads=lanes)
         assert torch.equal(together.base, apart.base)
         assert [m.losses for m in together.merges] == [m.losses for m in apart.merges]
 
 
 def group_of(worker: Tiny, heads: int, lanes: int, **settings: int) -> HeadGroup:
-    group = HeadGroup(worker, make_settings(heads=heads, **settings), range(heads), dtype=torch.float64, lanes=lanes)
+    group = HeadGroup(worker, make_settings(heads=heads, **settings), range(heads), dtype=torch.float64, concurrent_heads=lanes)
     for head in group.heads:
         head.start(0, prepare(worker, make_settings(heads=heads), torch.float64).base)
     return group
@@ -102,8 +102,8 @@ def test_models_that_draw_train_in_turns() -> None:
     for dropout, says in ((0.3, "draws random numbers"), (0.0, "")):
         group = group_of(Tiny(dropout=dropout), 4, 2)
         next_round(group)
-        assert says in group.note
-        assert bool(group.note) == bool(says)
+        assert says in group.sequential_reason
+        assert bool(group.sequential_reason) == bool(says)
 
 
 def test_drawing_that_begins_late_ends_the_lanes() -> None:
@@ -115,13 +115,13 @@ def test_drawing_that_begins_late_ends_the_lanes() -> None:
             return super().loss(model, batch) + (0 * torch.rand(()) if model.steps > 9 else 0)
 
     group = group_of(Late(), 4, 2, steps=30)
-    group._lanes._alone = float("inf")  # lanes are faster
+    group._threaded._sequential_seconds = float("inf")  # lanes are faster
     for _ in range(3):
-        group._lanes._rounds = 5  # past the trial
+        group._threaded._rounds = 5  # past the trial
         next_round(group)
-        assert not group.note
+        assert not group.sequential_reason
     next_round(group)
-    assert "draws random numbers" in group.note
+    assert "draws random numbers" in group.sequential_reason
 
 
 def test_an_error_in_a_lane_names_the_head_and_the_step() -> None:
@@ -138,10 +138,12 @@ def test_a_trial_finds_what_is_faster() -> None:
         group = group_of(Tiny(), 4, 2)
         for _ in range(2):
             next_round(group)
-        group._lanes._in_turns = lambda heads, threads, kept=group._lanes._in_turns: kept(heads, threads)
-        group._lanes._alone = alone
+        group._threaded._train_sequentially = lambda heads, threads, kept=group._threaded._train_sequentially: kept(
+            heads, threads
+        )
+        group._threaded._sequential_seconds = alone
         next_round(group)
-        assert ("faster" not in group.note) == stays
+        assert ("faster" not in group.sequential_reason) == stays
 
 
 @pytest.mark.parametrize(

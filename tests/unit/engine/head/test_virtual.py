@@ -19,7 +19,7 @@ from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.state import restore
 from lte_ray.engine.head.virtual import HeadGroup, Unstackable
-from lte_ray.engine.in_process import Simulated, simulate
+from lte_ray.engine.in_process import InProcessRun, run_in_process
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import WorkerFailed
@@ -75,7 +75,7 @@ def pictures(**train: object) -> Settings:
     return dataclasses.replace(make_settings(), lte=lte, train=TrainConfig(steps=9, seed=1, **train))  # type: ignore[arg-type]
 
 
-def assert_same_run(together: Simulated, apart: Simulated, tolerance: float) -> None:
+def assert_same_run(together: InProcessRun, apart: InProcessRun, tolerance: float) -> None:
     """The bases and every head's factors, replicas and losses agree."""
     assert_near(together.base, apart.base, tolerance)
     for one, other in zip(together.heads, apart.heads, strict=True):
@@ -93,8 +93,8 @@ def assert_same_run(together: Simulated, apart: Simulated, tolerance: float) -> 
 def test_heads_that_take_turns_are_bitwise_those_apart(reset: str, heads_per_actor: int) -> None:
     """Dropout included: each head has its own generators, and folds its own reference into the shared main weights."""
     settings, worker = make_settings(heads=5, steps=11, reset=reset), Tiny(dropout=0.3, optimizer="adamw")
-    apart = simulate(worker, settings, torch.float64)
-    together = simulate(worker, settings, torch.float64, heads_per_actor=heads_per_actor)
+    apart = run_in_process(worker, settings, torch.float64)
+    together = run_in_process(worker, settings, torch.float64, heads_per_actor=heads_per_actor)
     assert torch.equal(together.base, apart.base)
     assert [m.losses for m in together.merges] == [m.losses for m in apart.merges]
 
@@ -104,16 +104,18 @@ def test_heads_that_take_turns_are_bitwise_those_apart(reset: str, heads_per_act
 def test_stacked_heads_are_those_apart(reset: str, optimizer: str) -> None:
     """One batched computation gives every head its own gradients, whatever its optimizer; tied weights are one."""
     settings, worker = make_settings(heads=5, steps=11, reset=reset), Tiny(optimizer=optimizer)
-    together = simulate(worker, settings, torch.float64, heads_per_actor=5, stack="always")
-    assert_same_run(together, simulate(worker, settings, torch.float64), STACKED)
+    together = run_in_process(worker, settings, torch.float64, heads_per_actor=5, stack_heads="always")
+    assert_same_run(together, run_in_process(worker, settings, torch.float64), STACKED)
 
 
 @pytest.mark.parametrize("train", [{}, {"accumulate": 2}, {"clip_norm": 0.1}])
 def test_stacked_convolutions_norms_and_attention_are_those_apart(train: dict[str, object]) -> None:
     """Also their running statistics, vector adapters, accumulated and clipped gradients."""
     settings = pictures(**train)
-    together = simulate(Pictures(), settings, torch.float64, heads_per_actor=4, stack="always")
-    assert_same_run(together, simulate(Pictures(), settings, torch.float64), 1e-9)  # batch norms divide by small deviations
+    together = run_in_process(Pictures(), settings, torch.float64, heads_per_actor=4, stack_heads="always")
+    assert_same_run(
+        together, run_in_process(Pictures(), settings, torch.float64), 1e-9
+    )  # batch norms divide by small deviations
 
 
 @dataclasses.dataclass
@@ -133,9 +135,9 @@ class Disturbing:
 def test_stacked_heads_draw_from_their_own_generators(heads_per_actor: int) -> None:
     """Dropout is bitwise the same whatever happens to the global generators, which come out as they went in."""
 
-    def run(policy: object, dropout: float = 0.3) -> Simulated:
+    def run(policy: object, dropout: float = 0.3) -> InProcessRun:
         made = make_settings(heads=4, steps=9, policy=policy)
-        return simulate(Tiny(dropout=dropout), made, torch.float64, heads_per_actor=heads_per_actor, stack="always")
+        return run_in_process(Tiny(dropout=dropout), made, torch.float64, heads_per_actor=heads_per_actor, stack_heads="always")
 
     torch.manual_seed(1)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
@@ -158,7 +160,9 @@ class Chance(Tiny):
 
 def test_stacked_heads_draw_numbers_of_their_own_and_new_ones_each_step() -> None:
     """No two heads share a dropout mask, and no round repeats the last one's."""
-    run = simulate(Chance(), make_settings(heads=3, steps=4, merge_iter=1), torch.float64, heads_per_actor=3, stack="always")
+    run = run_in_process(
+        Chance(), make_settings(heads=3, steps=4, merge_iter=1), torch.float64, heads_per_actor=3, stack_heads="always"
+    )
     assert len({loss for merge in run.merges for loss in merge.losses.values()}) == 12
 
 
@@ -175,12 +179,12 @@ class Plenty(Tiny):
 def test_thirty_two_heads_train_in_one_process_or_two(stack: str) -> None:
     """Over two merges: bitwise the heads apart when they take turns, and but for the order of sums when stacked."""
     settings = make_settings(heads=32, steps=6)
-    apart = simulate(Plenty(), settings, torch.float64)
+    apart = run_in_process(Plenty(), settings, torch.float64)
     assert not torch.allclose(apart.base, prepare(Plenty(), settings, torch.float64).base, atol=1e-3)
     factors = [torch.cat([p.flatten() for p in head.converted.factors.values()]) for head in apart.heads]
     assert len({tuple(f.tolist()) for f in factors}) == 32  # each trained on its own
     for heads_per_actor in (32, 16):
-        together = simulate(Plenty(), settings, torch.float64, heads_per_actor=heads_per_actor, stack=stack)
+        together = run_in_process(Plenty(), settings, torch.float64, heads_per_actor=heads_per_actor, stack_heads=stack)
         assert [m.heads for m in together.merges] == [tuple(range(32))] * 2
         assert all(head.step == 6 for head in together.heads)
         assert_same_run(together, apart, 0.0 if stack == "never" else STACKED)
@@ -190,7 +194,7 @@ def test_one_process_holds_one_copy_of_the_main_weights() -> None:
     """All heads of a group compute with the same main weights; factors and replicas are their own."""
     for stack in ("always", "never"):
         settings = make_settings(heads=32)
-        first, *others = HeadGroup(Tiny(), settings, range(32), dtype=torch.float64, stack=stack).heads
+        first, *others = HeadGroup(Tiny(), settings, range(32), dtype=torch.float64, stack_heads=stack).heads
         for other in others:
             for name, main in first.converted.mains.items():
                 assert other.converted.mains[name].stored is main.stored
@@ -209,7 +213,7 @@ def test_heads_rebase_onto_versions_that_lack_their_contribution() -> None:
             return Merge({p.head: 1 / roster.num_heads for p in pending})
 
     settings = make_settings(heads=4, policy=Two())
-    runs = [simulate(Tiny(), settings, torch.float64, heads_per_actor=4, stack=s) for s in ("never", "always")]
+    runs = [run_in_process(Tiny(), settings, torch.float64, heads_per_actor=4, stack_heads=s) for s in ("never", "always")]
     assert_near(runs[0].base, runs[1].base, STACKED)
     assert all(head.step == 12 for run in runs for head in run.heads)
     assert len(runs[0].merges) == 8
@@ -219,20 +223,20 @@ def test_what_cannot_be_stacked_is_said_or_done_in_turns() -> None:
     """Batches of different sizes, and other ranks: an error that says so if stacking was asked for, else turns."""
     settings = pictures()
     with pytest.raises(Unstackable, match="stack expects each tensor to be equal size"):
-        simulate(Pictures(ragged=True), settings, torch.float64, heads_per_actor=4, stack="always")
+        run_in_process(Pictures(ragged=True), settings, torch.float64, heads_per_actor=4, stack_heads="always")
     ranks = dataclasses.replace(settings, lte=dataclasses.replace(settings.lte, lora_r=(1, 2, 2, 2)))
     with pytest.raises(Unstackable, match="heads of equal rank"):
-        simulate(Pictures(), ranks, torch.float64, heads_per_actor=4, stack="always")
+        run_in_process(Pictures(), ranks, torch.float64, heads_per_actor=4, stack_heads="always")
 
-    group = HeadGroup(Pictures(ragged=True), settings, range(4), dtype=torch.float64, stack="always")
-    group._insist = False  # as "auto" on a GPU
+    group = HeadGroup(Pictures(ragged=True), settings, range(4), dtype=torch.float64, stack_heads="always")
+    group._must_stack = False  # as "auto" on a GPU
     alone = Head(Pictures(ragged=True), settings, 3, dtype=torch.float64)
     base = prepare(Pictures(), settings, torch.float64).base
     for head in [*group.heads, alone]:
         head.start(0, base)
     last = group.train_round()[3]
-    assert not group.stacked
-    assert "equal size" in group.note
+    assert not group.vmapped
+    assert "equal size" in group.sequential_reason
     assert_near(last.buffer, alone.train_round().buffer, 1e-9)
     assert last.samples == 9  # 3 steps of 3 samples: the batches that couldn't be stacked weren't dropped
 
@@ -240,9 +244,11 @@ def test_what_cannot_be_stacked_is_said_or_done_in_turns() -> None:
 def test_stacked_heads_go_on_from_a_saved_state() -> None:
     """States taken from heads apart, put into a stacked group, train on as the heads apart do."""
     settings = make_settings(heads=3, steps=12)
-    whole = simulate(Tiny(), settings, torch.float64)
-    half = simulate(Tiny(), dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=6)), torch.float64)
-    group = HeadGroup(Tiny(), settings, range(3), dtype=torch.float64, stack="always")
+    whole = run_in_process(Tiny(), settings, torch.float64)
+    half = run_in_process(
+        Tiny(), dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=6)), torch.float64
+    )
+    group = HeadGroup(Tiny(), settings, range(3), dtype=torch.float64, stack_heads="always")
     base = half.base.clone()
     for head, saved in zip(group.heads, half.heads, strict=True):
         restore(head, state_of(saved), base)
@@ -255,7 +261,7 @@ def test_heads_of_one_actor_may_be_answered_in_any_order() -> None:
     """One is merged after its neighbour but adopts first: both end on the newest version, which holds their own work once."""
     settings = make_settings(heads=2)
     for stack in ("never", "always"):
-        group = HeadGroup(Tiny(), settings, range(2), dtype=torch.float64, stack=stack)
+        group = HeadGroup(Tiny(), settings, range(2), dtype=torch.float64, stack_heads=stack)
         coordinator = Coordinator(settings, group.heads[0].plan, prepare(Tiny(), settings, torch.float64).base, OneByOne())
         for head in group.heads:
             head.start(0, coordinator.base.clone())
@@ -266,13 +272,13 @@ def test_heads_of_one_actor_may_be_answered_in_any_order() -> None:
                 (verdict,) = coordinator.receive(contribution, contribution.buffer).verdicts
                 answers[verdict.head] = (verdict, coordinator.version, coordinator.base.clone())
             for head in group.heads:
-                head.adopt(*answers[head.head])
+                head.adopt(*answers[head.number])
             for head in group.heads:
                 head.catch_up()
         newest = views(group.heads[0].plan.base, coordinator.base)
         for head in group.heads:
             assert head.version == coordinator.version == 4
-            head.begin()
+            head.prepare_to_train()
             with computing():
                 for name in ("up", "mid", "down"):
                     in_use = getattr(head.model, name).weight + 0.0
@@ -304,14 +310,14 @@ def test_a_model_that_writes_to_frozen_parameters_is_told_to_use_buffers() -> No
     """They would be shared by virtual heads, and lost by checkpoints: the first round says so."""
     for heads_per_actor in (1, 2):
         with pytest.raises(WorkerFailed, match=r"writes to slow, .* Make them buffers"):
-            simulate(Averaging(), make_settings(), torch.float64, heads_per_actor=heads_per_actor)
+            run_in_process(Averaging(), make_settings(), torch.float64, heads_per_actor=heads_per_actor)
 
 
 def test_heads_of_one_actor_may_be_at_different_steps() -> None:
     """A head that is done leaves; the others go on alone, stacked or not."""
     settings = make_settings(heads=2, steps=12)
     for stack in ("never", "always"):
-        group = HeadGroup(Tiny(), settings, range(2), dtype=torch.float64, stack=stack)
+        group = HeadGroup(Tiny(), settings, range(2), dtype=torch.float64, stack_heads=stack)
         for head in group.heads:
             head.start(0, prepare(Tiny(), settings, torch.float64).base)
         group.heads[0].step = 9
@@ -329,6 +335,6 @@ def test_heads_of_one_actor_go_on_when_their_own_contribution_is_merged(stack: s
     """With a quorum some of them are answered and others not: nobody waits for ever, and all steps are merged."""
     plain = make_settings(heads=3, steps=12)
     settings = dataclasses.replace(plain, merge=MergeConfig(merge_iter=3, when="quorum", quorum=quorum))
-    together = simulate(Tiny(), settings, torch.float64, heads_per_actor=3, stack=stack)
+    together = run_in_process(Tiny(), settings, torch.float64, heads_per_actor=3, stack_heads=stack)
     assert sum(merge.steps for merge in together.merges) == 3 * 12
     assert all(head.finished for head in together.heads)

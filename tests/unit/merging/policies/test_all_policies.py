@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lte_ray.config import MergeConfig
-from lte_ray.engine.in_process import simulate
+from lte_ray.engine.in_process import run_in_process
 from lte_ray.merging import POLICIES, Average, Try, make_policy
 from lte_ray.merging.flat_buffer import views
 from lte_ray.merging.policy_args import arguments_of
@@ -121,7 +121,7 @@ def test_every_policy_trains(name: str) -> None:
     merge = MergeConfig(merge_iter=4, policy=name, policy_args=TRAINING.get(name), when="quorum")
     settings = dataclasses.replace(make_settings(heads=4, steps=120), merge=merge)
     worker = Tiny(optimizer="adamw")
-    run = simulate(worker, settings, torch.float64)
+    run = run_in_process(worker, settings, torch.float64)
     model = build_model(worker, settings.train.seed)
     with torch.no_grad():
         before = worker.evaluate(model)["loss"]
