@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,20 +15,10 @@ from workers.regression import Regression
 
 PAGE = (ROOT / "docs" / "merge-policies.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-COMMAND = re.search(r"^    lte-ray train (\S+) (.*--policy my_policies\.py:by_loss.*)$", PAGE, flags=re.MULTILINE)
+COMMAND = re.search(r"^lte-ray train (\S+) (.*--policy my_policies\.py:by_loss.*)$", PAGE, flags=re.MULTILINE)
 
 
-@pytest.fixture
-def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The page's my_policies.py, in the current folder."""
-    (tmp_path / "my_policies.py").write_text("\n".join(b for b in BLOCKS if b.startswith("# my_policies.py")))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "my_policies", raising=False)
-    return tmp_path
-
-
-def test_the_examples_pass_the_conformance_kit_as_printed(files: Path) -> None:
+def test_the_examples_pass_the_conformance_kit_as_printed(mine: Path) -> None:
     """The last block runs the others through check_policy."""
     assert len(BLOCKS) == 3
     exec(BLOCKS[-1], {})
@@ -41,7 +30,7 @@ def test_the_first_example_is_ten_lines() -> None:
     assert len(lines) <= 10
 
 
-def test_the_command_gives_the_example_its_argument(files: Path) -> None:
+def test_the_command_gives_the_example_its_argument(mine: Path) -> None:
     """Parsed as printed, and the function's own default is what its help shows."""
     assert COMMAND is not None
     merge = parse(Regression, COMMAND[1], COMMAND[2].split()).merge
@@ -49,14 +38,13 @@ def test_the_command_gives_the_example_its_argument(files: Path) -> None:
 
 
 @pytest.mark.ray
-def test_the_command_trains(files: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_trains(mine: Path, local_ray: None) -> None:
     """To its end, and run.toml records the policy and its argument."""
     from lte_ray.cli.main import main
 
     assert COMMAND is not None
-    monkeypatch.syspath_prepend(str(ROOT))
     assert main(["train", COMMAND[1], *COMMAND[2].split(), "--storage", "runs", "--name", "r"]) == 0
-    assert "[policy_args]\npower = 2.0\n" in (files / "runs" / "r" / "run.toml").read_text()
+    assert "[policy_args]\npower = 2.0\n" in (mine / "runs" / "r" / "run.toml").read_text()
 
 
 def test_arguments_that_the_page_names_exist() -> None:

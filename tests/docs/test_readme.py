@@ -3,47 +3,24 @@
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lte_ray.cli.main import main
 from tests.support.ray_runs import LONG, ROOT
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.fixture
-def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The README's mine.py, in the current folder."""
-    (tmp_path / "mine.py").write_text(BLOCKS[0])
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield
-    sys.modules.pop("mine", None)
-
-
-@pytest.mark.ray
-def test_the_readmes_worker_runs(mine: None, local_ray: None, tmp_path: Path) -> None:
-    """It trains by the command as printed."""
-    command = re.search(r"^lte-ray (train mine\.py:Net .*--steps 200)$", README, flags=re.MULTILINE)
-    assert command is not None
-    assert main([*command[1].split(), "--storage", "runs", "--name", "readme"]) == 0
-    assert (tmp_path / "runs" / "readme" / "model.safetensors").exists()
-
-
 @LONG
 @pytest.mark.ray
-def test_the_readmes_program_runs(mine: None, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_program_runs(mine: Path, home: Path, local_ray: None) -> None:
     """With its policy, as printed and to its end."""
-    monkeypatch.setattr("lte_ray.trainer.default_storage", lambda: str(tmp_path / "ray_results"))
     names: dict[str, Any] = {}
     exec(BLOCKS[1], names)
-    assert Path(names["result"].path).parent == tmp_path / "ray_results"
+    assert Path(names["result"].path).parent == home / "ray_results"
     assert (Path(names["result"].path) / "model.safetensors").exists()
 
 
@@ -55,7 +32,7 @@ def test_the_readmes_worker_is_twenty_lines() -> None:
 
 def test_the_readmes_tree_names_what_there_is() -> None:
     """Every file and folder of the library is in the tree, and nothing else."""
-    tree = re.search(r"```\n(lte_ray/ .*?)```", README, flags=re.DOTALL)
+    tree = re.search(r"```text\n(lte_ray/ .*?)```", README, flags=re.DOTALL)
     assert tree is not None
     named = set(re.findall(r"^  (\S+)", tree[1], flags=re.MULTILINE))
     there = {p.name + ("/" if p.is_dir() else "") for p in (ROOT / "lte_ray").iterdir() if not p.name.startswith(("__", "py."))}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ import lte_ray as lte
 from lte_ray.modes import merged_state_dict
 from tests.support.helpers import assert_near
 
-ROOT = Path(__file__).resolve().parents[3]
 HEADS, CLASSES, SIZE = 4, 10, 8
 THEIRS = {"lora_r": 32, "lora_alpha": 4096, "num_heads": 32}  # README, example
 
@@ -534,12 +531,3 @@ def test_ddp_is_dmp_over_all_visible_gpus(chunk: str) -> None:
     for copies in (dmp.conv.layers, dmp.conv.lora_A, dmp.conv.lora_B, dmp.out.replicas):
         for head, part in enumerate(copies):
             assert {p.device.index for p in part.parameters()} == {head % count}
-
-
-def test_the_page_for_their_users_names_tests_that_exist() -> None:
-    """Every test on docs/from-lte.md is one of the file that the page names with it, and each file is there."""
-    page = (ROOT / "docs" / "from-lte.md").read_text()
-    pairs = re.findall(r"`(test_\w+)`: `(test_\w+)`", page)
-    assert len(re.findall(r"`test_\w+`", page)) == 2 * len(pairs) > 20
-    for file, name in pairs:
-        assert f"def {name}(" in (ROOT / "tests" / f"{file}.py").read_text(), name

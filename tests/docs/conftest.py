@@ -1,0 +1,35 @@
+"""What the tests of the documentation share: a user's folder, and an empty home directory."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import page_blocks
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with the README's mine.py and docs/merge-policies.md's my_policies.py, as the current one."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "mine.py").write_text(page_blocks("README.md", "python")[0])
+    policies = [text for text in page_blocks("docs/merge-policies.md", "python") if text.startswith("# my_policies.py")]
+    (folder / "my_policies.py").write_text("\n".join(policies))
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    yield folder
+    for name in ("mine", "my_policies"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home directory."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    monkeypatch.setenv("HOME", str(folder))
+    return folder

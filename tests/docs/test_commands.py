@@ -1,0 +1,268 @@
+"""Every command in the documentation runs as written, or is listed with the reason why a test can't run it.
+
+The ordinary tests parse what they can in this process. `slow` ones give each command to a shell, in a folder with the README's
+`mine.py` and an empty home directory, in the environment that `make` builds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from lte_ray.cli.main import COMMANDS, main
+from tests.docs.pages import LANGUAGES, ROOT, blocks, commands, inline_code, page_blocks
+from tests.support import export_runs
+
+MINE = "lte-ray train mine.py:Net --num-heads 4 --name mine --resume"
+"""Makes the run `mine`, which other commands read."""
+
+LOCAL_CLUSTER = "cluster/local.sh"
+JOB_SERVER = 8265
+"""The port that the documentation names."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A command that a test runs.
+
+    Attributes:
+        after: a command that must have run before in the same home directory.
+        quick: whether the ordinary tests run it, too, in their own process.
+        cluster: whether it needs the cluster that `cluster/local.sh` starts.
+        root: whether it runs in the repository's root instead of the user's folder.
+        environment: what the test sets to make it shorter.
+    """
+
+    after: str = ""
+    quick: bool = False
+    cluster: bool = False
+    root: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+# Without --assume-old, make would install the environment again whenever pyproject.toml is newer.
+MAKE = {"VENV": sys.prefix, "MAKEFLAGS": "--assume-old=pyproject.toml --assume-old=constraints.txt", "ARGS": "--steps 20"}
+
+DECISIONS: dict[str, Runs | str] = {
+    "make train": Runs(root=True, environment=MAKE),
+    "make test": "it runs these tests",
+    ". .venv/bin/activate": Runs(),
+    "lte-ray train mine.py:Net --num-heads 4 --merge-iter 10 --steps 200": Runs(),
+    MINE: Runs(),
+    "lte-ray train --resume mine --no-wait": Runs(after=MINE),
+    "lte-ray audit ~/ray_results/mine": Runs(after=MINE, quick=True),
+    "lte-ray export ~/ray_results/mine out --to safetensors": Runs(after=MINE, quick=True),
+    "lte-ray export ~/ray_results/mine out-mine --to peft": Runs(after=MINE, quick=True),
+    "lte-ray export ~/ray_results/mine out-head-1 --to peft --head 1": Runs(after=MINE, quick=True),
+    "lte-ray export ~/ray_results/bert out-bert --to pretrained": Runs(quick=True),
+    "lte-ray train --resume mine --steps 800": Runs(after=MINE),
+    "lte-ray train mine.py:Net --num-heads 4 --when arrival --no-wait --match-speed --policy samples": Runs(),
+    "lte-ray train mine.py:Net --lora-r 32 --layers '@linear: lora_r=16' '0: lora_r=8 lr=0.5' '2: adapt=false lr=0.1'": Runs(),
+    "lte-ray train mine.py:Net --num-heads 3 --steps 40 --policy my_policies.py:by_loss --policy.power 2": Runs(),
+    "lte-ray simulate --num-heads 4 --speeds 1 1 1 4 --steps 200 --when arrival --no-wait": Runs(quick=True),
+    "lte-ray simulate mine.py:Net --num-heads 4 --speeds 1 1 1 4 --steps 100 --policy stale --when arrival --no-wait": Runs(
+        quick=True
+    ),
+    "lte-ray simulate --num-heads 1000 --merge-iter 100 --steps 500 --lora-r 32 --jitter 0.1": Runs(),
+    **{f"lte-ray {name}--help": Runs(quick=True) for name in ("", *(f"{command} " for command in COMMANDS))},
+    LOCAL_CLUSTER: "it runs until Ctrl-C; the fixture `cluster` starts it",
+    "ray job submit --address http://127.0.0.1:8265 --working-dir . -- "
+    "lte-ray train mine.py:Net --num-heads 2 --steps 100": Runs(cluster=True),
+    "ray job submit --working-dir . -- lte-ray train mine.py:Net --num-heads 4 --merge-iter 10 --steps 200": Runs(cluster=True),
+    f"ray job submit --working-dir . -- {MINE}": Runs(cluster=True),
+    "RAY_ADDRESS=auto lte-ray train mine.py:Net --num-heads 2 --steps 100": Runs(cluster=True),
+    "ray job submit --address http://HEAD-NODE:8265 --working-dir . -- lte-ray train mine.py:Net --num-heads 8 "
+    "--storage s3://bucket/runs --name net-8 --resume": "it needs a cluster on other machines and a bucket",
+    "lte-ray train workers.gpt:GPT --num-heads 2 --gpus-per-head 0.5 --precision bf16-mixed --lora-r 32 --steps 60 "
+    "--eval-every 0 --worker.width 768 --worker.depth 12 --worker.attention-heads 12 --worker.context 512 "
+    "--worker.batch-size 32": "it needs a GPU",
+}
+
+RUN = {command: how for command, how in DECISIONS.items() if isinstance(how, Runs)}
+PROGRAMS = {"lte-ray", "ray", "make", "python", "pip", "cluster/local.sh"}
+
+OTHER_FLAGS = {
+    "--address", "--dashboard-host", "--generate", "--head", "--runtime-env-json", "--working-dir", "--node-ip-address"
+}  # fmt: skip
+"""Flags of programs other than lte-ray."""
+
+
+def test_every_command_has_a_decision() -> None:
+    """A new command must be listed in DECISIONS, and a command that is gone must be removed."""
+    assert set(commands()) == set(DECISIONS)
+
+
+def test_commands_stand_in_blocks_of_their_own() -> None:
+    """Each code block says what it is, and no block but those of commands begins a line with a program."""
+    for block in blocks():
+        assert block.language in LANGUAGES, f"{block.page}: a code block of {block.language or 'no language'}"
+        if block.language != "sh":
+            begun = {line.split()[0] for line in block.text.splitlines() if line.strip()} & (PROGRAMS - {"lte-ray"})
+            assert not begun, f"{block.page}: {begun} in a block of {block.language}"
+
+
+def test_targets_and_modules_within_sentences_exist() -> None:
+    """`make NAME` is a target, `python -m NAME` a module of this repository, `lte-ray NAME` a command."""
+    makefile = (ROOT / "Makefile").read_text()
+    for code, page in inline_code().items():
+        if found := re.match(r"make ([a-z-]+)", code):
+            assert re.search(rf"^{found[1]}:", makefile, flags=re.MULTILINE), f"{page}: {code}"
+        if found := re.match(r"python -m (benchmarks[\w.]*)", code):
+            assert (ROOT / f"{found[1].replace('.', '/')}.py").exists(), f"{page}: {code}"
+        if found := re.match(r"lte-ray ([a-z]+)", code):
+            assert found[1] in COMMANDS, f"{page}: {code}"
+
+
+def test_flags_within_sentences_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every flag that a sentence or a table names is lte-ray's, or listed as another program's."""
+    known = set(OTHER_FLAGS)
+    for arguments in (["train"], ["simulate"], ["export"], ["audit"]):
+        with contextlib.suppress(SystemExit):
+            assert main([*arguments, "--help"]) == 0
+        known |= set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
+    for code, page in inline_code().items():
+        for flag in re.findall(r"(?<!\S)(--[a-z][\w-]*)(?![\w.-])", code):
+            assert flag in known, f"{page}: {code}"
+
+
+@pytest.mark.ray
+def test_quick_commands_run(mine: Path, home: Path, local_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """In this process, after the README's first command."""
+    command = page_blocks("README.md", "sh")[1].splitlines()[-1]
+    assert main([*shlex.split(command)[1:], "--name", "mine"]) == 0
+    save_bert(home)
+    for quick, how in RUN.items():
+        if how.quick:
+            assert main([os.path.expanduser(word) for word in shlex.split(quick)[1:]]) == 0, quick
+            assert capsys.readouterr().out, quick
+    assert (mine / "out" / "model.safetensors").exists()
+    assert (mine / "out-bert" / "config.json").exists()
+    assert (mine / "out-head-1" / "adapter_config.json").exists()
+
+
+def save_bert(home: Path) -> None:
+    """Leaves a run of a model of transformers, made without Ray."""
+    export_runs.save_run(home / "ray_results", "bert", export_runs.settings(), name="bert")
+
+
+@dataclass
+class Shell:
+    """Runs commands as a user would, in one folder and one home directory."""
+
+    folder: Path
+    environment: dict[str, str]
+    done: set[str] = field(default_factory=set)
+
+    def run(self, command: str, **environment: str) -> None:
+        """Runs a command, after the one that it needs. Fails with its output unless it exits with 0."""
+        how = RUN[command]
+        if how.after and how.after not in self.done:
+            self.run(how.after)
+        result = subprocess.run(
+            ["bash", "-c", command],
+            cwd=ROOT if how.root else self.folder,
+            env={**self.environment, **how.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, f"{command}\n{result.stdout[-4000:]}"
+        self.done.add(command)
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    """A user's folder with the documentation's files, and an empty home directory."""
+    folder, home = tmp_path_factory.mktemp("folder"), tmp_path_factory.mktemp("home")
+    (folder / "mine.py").write_text(page_blocks("README.md", "python")[0])
+    policies = [text for text in page_blocks("docs/merge-policies.md", "python") if text.startswith("# my_policies.py")]
+    (folder / "my_policies.py").write_text("\n".join(policies))
+    (folder / ".venv").symlink_to(sys.prefix)
+    (folder / ".gitignore").write_text(".venv\n")
+    save_bert(home)
+    environment = {name: os.environ[name] for name in ("LANG", "PYTHONPATH", "TMPDIR") if name in os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [environment.get("PYTHONPATH"), str(ROOT)])
+    )  # for `tests`, by bert
+    path = os.pathsep.join([str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin"])
+    return Shell(folder, {**environment, "HOME": str(home), "PATH": path})
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("command", [command for command, how in RUN.items() if not how.cluster])
+def test_a_command_runs_as_written(shell: Shell, command: str) -> None:
+    """In a shell, to its end."""
+    shell.run(command)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A local cluster: the port of its job server, and what finds it."""
+
+    port: int
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def cluster(shell: Shell) -> Iterator[Cluster]:
+    """The cluster that `cluster/local.sh` starts, on ports that are free, in the same home directory."""
+    port = JOB_SERVER if is_free(JOB_SERVER) else free_port()
+    with tempfile.TemporaryDirectory(
+        prefix="ray-", dir="/tmp", ignore_cleanup_errors=True
+    ) as folder:  # sockets need short paths
+        ray = Path(folder) / "ray"
+        ports = f"--port {free_port()} --dashboard-port {port} --dashboard-agent-listen-port {free_port()} --num-cpus 4"
+        ray.write_text(f'#!/bin/sh\nexec "{Path(sys.executable).parent}/ray" "$@" {ports}\n')
+        ray.chmod(0o755)
+        environment = {**shell.environment, "RAY_TMPDIR": folder, "RAY": str(ray)}
+        process = subprocess.Popen(["bash", "-c", LOCAL_CLUSTER], cwd=ROOT, env=environment, start_new_session=True)
+        try:
+            end = time.monotonic() + 120
+            while is_free(port):
+                assert process.poll() is None, "cluster/local.sh ended"
+                assert time.monotonic() < end, "cluster/local.sh has no job server"
+                time.sleep(0.5)
+            yield Cluster(port, {"RAY_TMPDIR": folder, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"})
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("command", [command for command, how in RUN.items() if how.cluster])
+def test_a_command_for_a_cluster_runs_as_written(shell: Shell, cluster: Cluster, command: str) -> None:
+    """Against a local cluster that a user would have started."""
+    if str(JOB_SERVER) in command and cluster.port != JOB_SERVER:
+        pytest.skip(f"another program uses port {JOB_SERVER}")
+    shell.run(command, **cluster.environment)
+
+
+def is_free(port: int) -> bool:
+    """Whether nothing listens on a port of this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def free_port() -> int:
+    """Returns a port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
