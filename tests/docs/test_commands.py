@@ -29,6 +29,7 @@ from tests.support import export_runs
 MINE = "lte-ray train mine.py:Net --num-heads 4 --name mine --resume"
 """Makes the run `mine`, which other commands read."""
 
+TOKEN = "ray get-auth-token --generate > /dev/null"
 LOCAL_CLUSTER = "cluster/local.sh"
 JOB_SERVER = 8265
 """The port that the documentation names."""
@@ -78,6 +79,8 @@ DECISIONS: dict[str, Runs | str] = {
     ),
     "lte-ray simulate --num-heads 1000 --merge-iter 100 --steps 500 --lora-r 32 --jitter 0.1": Runs(),
     **{f"lte-ray {name}--help": Runs(quick=True) for name in ("", *(f"{command} " for command in COMMANDS))},
+    TOKEN: Runs(),
+    "export RAY_AUTH_MODE=token": Runs(),
     LOCAL_CLUSTER: "it runs until Ctrl-C; the fixture `cluster` starts it",
     "ray job submit --address http://127.0.0.1:8265 --working-dir . -- "
     "lte-ray train mine.py:Net --num-heads 2 --steps 100": Runs(cluster=True),
@@ -230,7 +233,9 @@ def cluster(shell: Shell) -> Iterator[Cluster]:
         ports = f"--port {free_port()} --dashboard-port {port} --dashboard-agent-listen-port {free_port()} --num-cpus 4"
         ray.write_text(f'#!/bin/sh\nexec "{Path(sys.executable).parent}/ray" "$@" {ports}\n')
         ray.chmod(0o755)
-        environment = {**shell.environment, "RAY_TMPDIR": folder, "RAY": str(ray)}
+        shell.run(TOKEN)
+        found = {"RAY_TMPDIR": folder, "RAY_AUTH_MODE": "token", "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
+        environment = {**shell.environment, **found, "RAY": str(ray)}
         process = subprocess.Popen(["bash", "-c", LOCAL_CLUSTER], cwd=ROOT, env=environment, start_new_session=True)
         try:
             end = time.monotonic() + 120
@@ -238,7 +243,7 @@ def cluster(shell: Shell) -> Iterator[Cluster]:
                 assert process.poll() is None, "cluster/local.sh ended"
                 assert time.monotonic() < end, "cluster/local.sh has no job server"
                 time.sleep(0.5)
-            yield Cluster(port, {"RAY_TMPDIR": folder, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"})
+            yield Cluster(port, found)
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(60)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.docs.pages import PAGES
 from tests.support.ray_runs import LONG, ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -41,8 +42,25 @@ def test_the_readmes_tree_names_what_there_is() -> None:
         assert (ROOT / folder).is_dir()
 
 
-def test_every_link_and_file_that_the_documentation_names_exists() -> None:
-    """Relative links lead somewhere."""
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
-        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+def test_every_link_leads_to_a_file_and_a_heading() -> None:
+    """Relative links name files that exist, and headings of these files."""
+    for page in PAGES:
+        for target, anchor in re.findall(r"\]\((?![a-z]+:)([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
+            path = page.parent / target if target else page
+            assert path.exists(), f"{page.name}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.MULTILINE)
+                assert anchor in map(slug, headings), f"{page.name}: {target}#{anchor}"
+
+
+def slug(heading: str) -> str:
+    """Returns a heading's anchor, as GitHub and MkDocs make it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+
+
+def test_the_tests_that_from_lte_names_exist() -> None:
+    """Each test that docs/from-lte.md names is a function of the unit tests."""
+    names = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/from-lte.md").read_text()))
+    tests = "".join(file.read_text() for file in (ROOT / "tests" / "unit").rglob("test_*.py"))
+    assert len(names) > 20
+    assert names <= set(re.findall(r"^def (test_\w+)", tests, flags=re.MULTILINE))
