@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.rejected import TAKEN, Ran, Row
+from benchmarks.rejected_runner import TAKEN, Row, Run
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.settings import Settings
@@ -65,7 +65,7 @@ REFUSED: dict[str, tuple[Contribution, Tensor]] = {
 """Contributions that come after a sound one of head 0; the coordinator waits for two more heads."""
 
 
-def contributions(run: Ran, folder: Path) -> Iterator[Row]:
+def contributions(run: Run, folder: Path) -> Iterator[Row]:
     """What heads send. Extend `REFUSED`, or add a scene below."""
     for given, (contribution, buffer) in REFUSED.items():
         engine = coordinator(ComposedPolicy(Average()))
@@ -125,7 +125,7 @@ DECISIONS: dict[str, Any] = {
 }
 
 
-def decisions(run: Ran, folder: Path) -> Iterator[Row]:
+def decisions(run: Run, folder: Path) -> Iterator[Row]:
     """What a merge policy can decide wrongly: the run ends, and the base stays."""
     for given, decision in DECISIONS.items():
         engine = coordinator(_Deciding(decision))
@@ -136,4 +136,4 @@ def decisions(run: Ran, folder: Path) -> Iterator[Row]:
             yield Row(f"a policy that {given}", str(error.exit_code), str(error).splitlines()[0])
 
 
-CATEGORIES: dict[str, Callable[[Ran, Path], Iterator[Row]]] = {"Contributions": contributions, "Decisions": decisions}
+CATEGORIES: dict[str, Callable[[Run, Path], Iterator[Row]]] = {"Contributions": contributions, "Decisions": decisions}

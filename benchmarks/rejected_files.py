@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.rejected import ROOT, Ran, Row, shortened
+from benchmarks.rejected_runner import ROOT, Row, Run, shorten_paths
 
 GOOD = "workers.regression:Regression"
 RUN = ROOT / "tests" / "fixtures" / "checkpoint-1"
@@ -38,7 +38,7 @@ PLACES = {
 }
 
 
-def storage(run: Ran, folder: Path) -> Iterator[Row]:
+def storage(run: Run, folder: Path) -> Iterator[Row]:
     """Names and places of runs."""
     from lte_ray.errors import StorageError
     from lte_ray.storage import RunDirectory
@@ -49,6 +49,7 @@ def storage(run: Ran, folder: Path) -> Iterator[Row]:
         yield Row(given, *run("train", GOOD, "--storage", place))
     shutil.copytree(RUN, folder / "runs" / "taken")
     (folder / "runs" / "other").mkdir()
+    (folder / "runs" / "other" / "thesis.tex").write_text("")
     at = ["--storage", str(folder / "runs")]
     yield Row("--name taken", *run("train", GOOD, "--name", "taken", *at))
     yield Row("--name other --overwrite, where no run is", *run("train", GOOD, "--name", "other", "--overwrite", *at))
@@ -58,10 +59,10 @@ def storage(run: Ran, folder: Path) -> Iterator[Row]:
         try:
             RunDirectory.of(str(place), "a").create(exclusive=True)
         except StorageError as error:  # by the command line, once Ray has the resources
-            yield Row(given, str(error.exit_code), shortened(str(error).splitlines()[0], folder))
+            yield Row(given, str(error.exit_code), shorten_paths(str(error).splitlines()[0], folder))
 
 
-def checkpoints(run: Ran, folder: Path) -> Iterator[Row]:
+def checkpoints(run: Run, folder: Path) -> Iterator[Row]:
     """Runs that are damaged, made up, or of another model; exported and resumed."""
     run_at, out = folder / "runs" / "a", folder / "out.safetensors"
     at = run_at / "checkpoints" / "000002"
@@ -148,4 +149,4 @@ def damages(run_at: Path, at: Path) -> dict[str, Callable[[], object]]:
     }
 
 
-CATEGORIES: dict[str, Callable[[Ran, Path], Iterator[Row]]] = {"Storage": storage, "Checkpoints": checkpoints}
+CATEGORIES: dict[str, Callable[[Run, Path], Iterator[Row]]] = {"Storage": storage, "Checkpoints": checkpoints}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.rejected import Ran, Row
+from benchmarks.rejected_runner import Row, Run
 
 GOOD = "workers.regression:Regression"
 
@@ -132,7 +132,7 @@ def three(pending, roster, more): ...
 '''
 
 
-def settings(run: Ran, folder: Path) -> Iterator[Row]:
+def settings(run: Run, folder: Path) -> Iterator[Row]:
     """Flags, and files given to --config."""
     for flags in SETTINGS:
         yield Row(flags, *run("train", GOOD, *flags.split(), "--storage", str(folder / "runs")))
@@ -149,7 +149,7 @@ def settings(run: Ran, folder: Path) -> Iterator[Row]:
     yield Row("RAY_ADDRESS=127.0.0.1:1", *run("train", GOOD, "--storage", str(folder / "runs")))
 
 
-def workers(run: Ran, folder: Path) -> Iterator[Row]:
+def workers(run: Run, folder: Path) -> Iterator[Row]:
     """What stands in the place of WORKER."""
     (folder / "net.py").write_text(WORKERS)
     (folder / "broken.py").write_text("import nothing_of_this_name")
@@ -172,7 +172,7 @@ def workers(run: Ran, folder: Path) -> Iterator[Row]:
         yield Row(f"{GOOD} {flags}", *run("train", GOOD, *flags.split(), "--storage", str(folder / "runs")))
 
 
-def policies(run: Ran, folder: Path) -> Iterator[Row]:
+def policies(run: Run, folder: Path) -> Iterator[Row]:
     """Merge policies that aren't, and arguments that they don't have."""
     (folder / "mine.py").write_text(WORKERS)
     given = [
@@ -191,7 +191,7 @@ def policies(run: Ran, folder: Path) -> Iterator[Row]:
         yield Row(shown, *run("train", GOOD, *flags.split(), "--storage", str(folder / "runs")))
 
 
-def audits(run: Ran, folder: Path) -> Iterator[Row]:
+def audits(run: Run, folder: Path) -> Iterator[Row]:
     """What `lte-ray audit` is pointed at."""
     yield Row("no RUN", *run("audit"))
     yield Row("a folder that isn't there", *run("audit", str(folder / "nowhere")))
@@ -207,7 +207,7 @@ def audits(run: Ran, folder: Path) -> Iterator[Row]:
         yield Row(name, *run("audit", str(place)))
 
 
-CATEGORIES: dict[str, Callable[[Ran, Path], Iterator[Row]]] = {
+CATEGORIES: dict[str, Callable[[Run, Path], Iterator[Row]]] = {
     "Settings": settings,
     "Workers": workers,
     "Policies": policies,

@@ -89,17 +89,17 @@ class LTETrainer:
         place, name = parted(os.fspath(path))
         check_run_name(name, "path")
         directory = RunDirectory.of(place, name)
-        record, said = run_record.read_record(directory), run_record.restored(directory)
-        given = {
-            "lte": said[LTEConfig],
-            "merge": said[MergeConfig],
-            "train": said[TrainConfig],
-            "scaling_config": said[PlacementConfig],
-            "failure": said[FailureConfig],
-            "program": record.get("program"),
+        record = run_record.read(directory)
+        settings = {
+            "lte": record.settings(LTEConfig),
+            "merge": record.settings(MergeConfig),
+            "train": record.settings(TrainConfig),
+            "scaling_config": record.settings(PlacementConfig),
+            "failure": record.settings(FailureConfig),
+            "program": record.content.get("program"),
         }
-        storage = dataclasses.replace(said[StorageConfig], name=name, storage=place, resume=True)
-        return cls(make_worker(record, worker), **{**given, "run_config": storage, **changed})
+        storage = dataclasses.replace(record.settings(StorageConfig), name=name, storage=place, resume=True)
+        return cls(make_worker(record.content, worker), **{**settings, "run_config": storage, **changed})
 
     def fit(self) -> ray.train.Result:
         """Runs the training to its end.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import select
 import typing
@@ -14,6 +15,7 @@ import tyro
 
 from lte_ray.cli import toml_config
 from lte_ray.cli.policy_flags import TABLE, chosen_policy, given_arguments, policy_section
+from lte_ray.cli.toml_config import Defaults, FileSettings
 from lte_ray.config import SECTIONS, FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
 from lte_ray.errors import ConfigError, WorkerError
 
@@ -40,19 +42,25 @@ class Parsed:
     worker: Any
 
 
-def parse(worker: type | None, program: str, arguments: list[str]) -> Parsed:
-    """Parses flags, with those of the TOML file that ``--config`` names standing before them.
+def parse(worker: type | None, program: str, arguments: list[str], file: FileSettings | None = None) -> Parsed:
+    """Parses the flags of ``lte-ray train``.
 
-    Prints help and exits with 0 for ``--help``; prints what is wrong and exits with 2 for an unknown flag or a value of
-    the wrong type.
+    Args:
+        worker: the worker's class, if there is one.
+        program: how the command line names it.
+        arguments: the flags. They win over the TOML file that ``--config`` names.
+        file: the settings file without ``--config``.
+
+    Prints help and exits with 0 for ``--help``. Prints what is wrong and exits with 2 for an unknown flag or a value of the
+    wrong type.
 
     Raises:
         ConfigError: a value is out of range, or the TOML file is missing, malformed or has unknown keys.
         WorkerError: the worker's constructor has parameters that can't be flags, or raised.
     """
-    made, own = parse_sections(worker, program, arguments, TRAIN)
-    lte, merge, train, placement, failure, storage = (made[kind] for kind in SECTIONS)
-    return Parsed(lte, merge, train, placement, failure, storage, own)
+    sections, made = parse_sections(worker, program, arguments, TRAIN, file)
+    lte, merge, train, placement, failure, storage = (sections[kind] for kind in SECTIONS)
+    return Parsed(lte, merge, train, placement, failure, storage, made)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,29 +72,37 @@ class Face:
     titles: Mapping[type, str]
 
 
-def parse_sections(worker: type | None, program: str, arguments: list[str], face: Face) -> tuple[dict[type, Any], Any]:
-    """The settings of each of a subcommand's classes, and the worker, or None if it has no settings of its own.
+def parse_sections(
+    worker: type | None, program: str, arguments: list[str], face: Face, file: FileSettings | None = None
+) -> tuple[dict[type, Any], Any]:
+    """Parses the flags of any subcommand, as `parse`.
 
-    As `parse`, which it does the work of. What the TOML file says of other classes' settings is left aside.
+    Returns:
+        The settings by their class, and the worker, which is None if it has no settings of its own.
     """
-    config, rest = _take_config(arguments)
-    content = toml_config.read(config) if config else {}
-    policy = chosen_policy(rest, content)
-    preset = toml_config.as_arguments(config, content, worker, policy, face.titles, rest) if config else []
-    made_of = _flags_class(worker, policy, face)
+    config, rest = _split_config(arguments)
+    file = toml_config.read(config) if config else file
+    in_file = file.content.get("policy", MergeConfig().policy) if file else MergeConfig().policy
+    policy = chosen_policy(rest, in_file)
+    if file and policy != in_file:  # the file's arguments are another policy's
+        file.content.pop(TABLE, None)
+    defaults = toml_config.defaults_from(file, worker, policy, face.titles, rest) if file else toml_config.Defaults()
+    flags_class = _flags_class(worker, policy, face, defaults)
     try:
-        flags: Any = tyro.cli(made_of, prog=f"lte-ray {face.command} {program}", args=[*preset, *rest], description=face.about)
+        flags: Any = tyro.cli(flags_class, prog=f"lte-ray {face.command} {program}", args=rest, description=face.about)
     except tyro.constructors.UnsupportedTypeAnnotationError as error:
         raise WorkerError(f"{program}: the constructor's parameters can't all be flags; annotate them: {error}") from error
     except ConfigError:
         raise
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and nobody_reads():  # the help to its end
+        if isinstance(error, BrokenPipeError) and nobody_reads():  # of the help
             raise
         raise _not_made(program, error) from error
-    own: dict[type, dict[str, Any]] = {MergeConfig: {TABLE: given_arguments(flags)}}
-    made = {kind: _plain(kind, getattr(flags, title), own.get(kind, {})) for kind, title in face.titles.items()}
-    return made, getattr(flags, "worker", None)
+    policy_values: dict[type, dict[str, Any]] = {MergeConfig: {TABLE: given_arguments(flags)}}
+    sections = {
+        kind: _make_section(kind, getattr(flags, title), policy_values.get(kind, {})) for kind, title in face.titles.items()
+    }
+    return sections, getattr(flags, "worker", None)
 
 
 def nobody_reads() -> bool:
@@ -119,7 +135,8 @@ _ABOUT = (
 TRAIN = Face("train", _ABOUT, TITLES)
 
 
-def _flags_class(worker: type | None, policy: str, face: Face) -> type:
+def _flags_class(worker: type | None, policy: str, face: Face, defaults: Defaults) -> type:
+    """A dataclass of sections, one for each settings class, the policy's arguments and the worker's, for tyro."""
     sections: list[tuple[str, Any]] = []
     for kind, title in face.titles.items():
         hints = typing.get_type_hints(kind)
@@ -127,7 +144,7 @@ def _flags_class(worker: type | None, policy: str, face: Face) -> type:
             (
                 f.name,
                 Annotated[str if hints[f.name] is Any else hints[f.name], tyro.conf.arg(help=f.metadata["help"])],
-                dataclasses.field(default=f.default),
+                dataclasses.field(default=defaults.settings.get(f.name, f.default)),
             )
             for f in dataclasses.fields(kind)
             if f.name != TABLE
@@ -135,19 +152,30 @@ def _flags_class(worker: type | None, policy: str, face: Face) -> type:
         section = dataclasses.make_dataclass(f"{kind.__name__}Flags", fields)
         section.__doc__ = (kind.__doc__ or "").split("``")[0].strip()
         sections.append((title, Annotated[section, tyro.conf.arg(name="")]))
-    own = policy_section(policy)
-    if own is not None:
-        sections.append(own)
+    of_policy = policy_section(policy, defaults.policy)
+    if of_policy is not None:
+        sections.append(of_policy)
     if worker is not None and inspect.signature(worker).parameters:
-        sections.append(("worker", worker))
+        sections.append(("worker", _with_defaults(worker, defaults.worker)))
     return dataclasses.make_dataclass("Flags", sections)
 
 
-def _plain(kind: type, section: Any, own: dict[str, Any]) -> Any:
-    return kind(**own | {f.name: getattr(section, f.name) for f in dataclasses.fields(kind) if f.name not in own})
+def _with_defaults(worker: type, defaults: Mapping[str, Any]) -> Any:
+    """The worker's constructor with other defaults, if there are some."""
+    if not defaults:
+        return worker
+    # In its signature a dataclass shows the default of a field with a factory as a placeholder.
+    fields = dataclasses.fields(worker) if dataclasses.is_dataclass(worker) else ()
+    made = {f.name: f.default_factory() for f in fields if f.init and f.default_factory is not dataclasses.MISSING}
+    return functools.partial(worker, **made | dict(defaults))
 
 
-def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
+def _make_section(kind: type, section: Any, more: dict[str, Any]) -> Any:
+    return kind(**more | {f.name: getattr(section, f.name) for f in dataclasses.fields(kind) if f.name not in more})
+
+
+def _split_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """The file that ``--config`` names, and the other arguments."""
     rest, config = [], None
     remaining = iter(arguments)
     for argument in remaining:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import tyro
 
-from lte_ray.config import MergeConfig, near
+from lte_ray.config import near
 from lte_ray.errors import ConfigError
 from lte_ray.merging.policy_args import REQUIRED, Argument, arguments_of, policy_flag
 from lte_ray.merging.registry import find_policy
@@ -18,21 +19,15 @@ TABLE = "policy_args"
 """The table of these arguments in TOML files, and the settings' field: not a flag itself."""
 
 
-def chosen_policy(arguments: list[str], content: dict[str, Any]) -> str:
-    """The policy that the run will have: of the last ``--policy``, else of the TOML file, else the default.
-
-    The file's table of arguments is removed from `content` if its policy isn't the chosen one, whose arguments are others.
-    """
-    in_file = content.get("policy", MergeConfig().policy)
+def chosen_policy(arguments: list[str], in_file: str) -> str:
+    """The merge policy of the run: that of the last ``--policy``, else the one in the TOML file."""
     chosen = in_file
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if argument == "--policy":
             chosen = following
         elif argument.startswith("--policy="):
             chosen = argument.removeprefix("--policy=")
-    if chosen != in_file:
-        content.pop(TABLE, None)
-    return str(chosen)
+    return chosen
 
 
 def policy_arguments(policy: str) -> dict[str, Argument]:
@@ -45,8 +40,11 @@ def policy_arguments(policy: str) -> dict[str, Argument]:
     return arguments_of(found) if isinstance(found, type) or hasattr(found, "__code__") else {}
 
 
-def policy_section(policy: str) -> tuple[str, Any] | None:
+def policy_section(policy: str, defaults: Mapping[str, Any]) -> tuple[str, Any] | None:
     """The section of flags, as (field name, annotation) for a dataclass of sections; None if the policy has no arguments.
+
+    Args:
+        defaults: values that replace the defaults of arguments.
 
     Raises:
         ConfigError: there is no such policy, or it needs an argument that no flag can say.
@@ -54,7 +52,8 @@ def policy_section(policy: str) -> tuple[str, Any] | None:
     known = [a for a in policy_arguments(policy).values() if _is_flag(a, policy)]
     if not known:
         return None
-    fields = [(a.name, Annotated[_typed(a), tyro.conf.arg(help=a.help)], dataclasses.field(**_default(a))) for a in known]
+    known = [dataclasses.replace(a, default=defaults.get(a.name, a.default)) for a in known]
+    fields = [(a.name, Annotated[flag_type(a), tyro.conf.arg(help=a.help)], dataclasses.field(**_default(a))) for a in known]
     section = dataclasses.make_dataclass("PolicyFlags", fields, kw_only=True)
     section.__doc__ = f"Arguments of the merge policy {policy}."
     return TABLE, Annotated[section, tyro.conf.arg(name="policy")]
@@ -85,7 +84,7 @@ def check_names(table: Any, policy: str, place: str) -> dict[str, Any]:
 
 def _is_flag(argument: Argument, policy: str) -> bool:
     """Whether a flag can say it; an argument with a default that can't is left to Python."""
-    if _is_plain(_typed(argument)):
+    if _is_plain(flag_type(argument)):
         return True
     if argument.default is REQUIRED:
         raise ConfigError(
@@ -102,8 +101,8 @@ def _is_plain(annotation: Any) -> bool:
     return origin is typing.Literal or annotation in (int, float, str, bool, type(None))
 
 
-def _typed(argument: Argument) -> Any:
-    """The annotation, or the default's type where there is none."""
+def flag_type(argument: Argument) -> Any:
+    """The type of an argument's flag: its annotation, or the default's type if it has none."""
     if argument.annotation is not Any:
         return argument.annotation
     if argument.default is None:

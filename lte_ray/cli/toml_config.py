@@ -1,127 +1,144 @@
-"""The TOML file of ``--config``: read with bounds, and turned into flags, so that it is checked just like flags."""
+"""Settings from a TOML file (``--config``, or the ``run.toml`` of a resumed run), which become the defaults of the flags."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import typing
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lte_ray.cli.policy_flags import TABLE, check_names, policy_arguments
-from lte_ray.config import SECTIONS, flag, near, toml
+from lte_ray.cli.policy_flags import TABLE, check_names, flag_type, policy_arguments
+from lte_ray.config import SECTIONS, near, toml
 from lte_ray.errors import ConfigError
-from lte_ray.redaction import OMITTED, same
-
-EACH_HEADS = ("lora_r", "lora_alpha")
-"""Settings that are one number, or one for each head."""
+from lte_ray.redaction import OMITTED
 
 
-def read(path: Path) -> dict[str, Any]:
-    """What the file says; of a ``run.toml``, its settings for another run, under another name.
+@dataclass(frozen=True)
+class FileSettings:
+    """A parsed settings file: `content` as TOML has it, and the file's name for messages."""
+
+    where: str
+    content: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Values that replace the defaults of flags: of the settings classes, the merge policy's arguments, and the worker's."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    policy: Mapping[str, Any] = field(default_factory=dict)
+    worker: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read(path: Path) -> FileSettings:
+    """Reads the file of ``--config``. A ``run.toml`` gives its settings to another run, under another name.
 
     Raises:
-        ConfigError: it is missing, or no TOML that settings can be in.
+        ConfigError: the file is missing, isn't TOML, or has a key that only ``run.toml`` has.
     """
+    where = f"--config {path}"
     try:
         with path.open("rb") as file:
-            data = file.read(toml.LARGEST + 1)  # no more, whatever it is
+            data = file.read(toml.MAX_BYTES + 1)  # bounded: it may be a device
     except OSError as error:
-        raise ConfigError(f"--config {path} can't be read: {error.strerror}.") from error
+        raise ConfigError(f"{where} can't be read: {error.strerror}.") from error
     except ValueError as error:  # a NUL in the path
         raise ConfigError(f"--config {str(path)!r} can't be read: {error}.") from error
     try:
         content = toml.parse(data)
     except ValueError as error:
-        raise ConfigError(f"--config {path} isn't valid TOML: {error}.") from error
-    if not isinstance(content.get("policy", ""), str):
-        raise ConfigError(f"--config {path}: policy must be text, the name of a merge policy or module:Class.")
-    if content.pop("program", None) is not None:  # a run.toml
-        content.pop("name", None)
-    else:
-        _refuse_omitted(path, content)
-    return content
+        raise ConfigError(f"{where} isn't valid TOML: {error}.") from error
+    if "program" not in content and OMITTED in content:
+        raise ConfigError(f"{where} has {OMITTED!r}, which only a run.toml has. Remove that line.")
+    return checked(where, content)
 
 
-def as_arguments(
-    path: Path, content: dict[str, Any], worker: type | None, policy: str, kinds: Iterable[type], rest: list[str]
-) -> list[str]:
-    """The file's settings as flags, those of `kinds`, the worker and the policy; `rest` are the flags given beside it.
+def checked(where: str, content: Mapping[str, Any]) -> FileSettings:
+    """The settings in a file; of a ``run.toml`` all but its worker's and its own name.
 
     Raises:
-        ConfigError: a name is unknown, a value is none that a flag can say, or a secret that the file leaves out isn't given.
+        ConfigError: the merge policy isn't text.
     """
-    where = f"--config {path}"
+    if not isinstance(content.get("policy", ""), str):
+        raise ConfigError(f"{where}: policy must be text, the name of a merge policy or module:Class.")
+    of_run = ("program", "name") if "program" in content else ()
+    return FileSettings(where, {name: value for name, value in content.items() if name not in of_run})
+
+
+def defaults_from(
+    file: FileSettings, worker: type | None, policy: str, kinds: Iterable[type], arguments: list[str]
+) -> Defaults:
+    """Converts a file's settings to the types of the flags.
+
+    Args:
+        worker: the worker's class, if there is one.
+        policy: the merge policy of the run. The file's arguments of another policy must have been removed.
+        kinds: the settings classes of the subcommand; settings of other classes are ignored.
+        arguments: the flags given in addition.
+
+    Raises:
+        ConfigError: a name is unknown, a value has the wrong type, or no flag gives a secret that the file leaves out.
+    """
+    where, content = file.where, dict(file.content)
     omitted = content.pop(OMITTED, [])
     of_policy = check_names(content.pop(TABLE, {}), policy, where)
-    own = content.pop("worker", {})
-    if not isinstance(own, dict):
+    of_worker = content.pop("worker", {})
+    if not isinstance(of_worker, dict):
         raise ConfigError(f"{where}: worker must be a table [worker] of the worker's own settings.")
-    known = {f.name: f.default for kind in kinds for f in dataclasses.fields(kind) if f.name != TABLE}
-    elsewhere = {f.name for kind in SECTIONS for f in dataclasses.fields(kind)} - set(known)
-    content = {name: value for name, value in content.items() if name not in elsewhere}
-    theirs_of_policy = {name: a.default for name, a in policy_arguments(policy).items()}
-    theirs = {name: p.default for name, p in inspect.signature(worker).parameters.items()} if worker else {}
-    _check_given(where, omitted, rest, {"worker": theirs, "policy": theirs_of_policy})
-    arguments: list[str] = []
-    tables = (("", content, known), ("policy.", of_policy, theirs_of_policy), ("worker.", own, theirs))
-    for prefix, values, names in tables:
-        for name, value in values.items():
-            if name not in names:
-                hint = near(name, names) or f" Known are: {', '.join(sorted(names)) or 'none'}."
-                raise ConfigError(f"{where} has an unknown setting {prefix}{name}.{hint}")
-            arguments += _flags(where, prefix, name, value, names[name])
-    return arguments
+    policy_types = {name: (flag_type(a), a.default) for name, a in policy_arguments(policy).items()}
+    worker_types = parameter_types(worker) if worker else {}
+    _check_given(where, omitted, arguments, {"worker": worker_types, "policy": policy_types})
+    setting_types: dict[str, tuple[Any, Any]] = {}
+    for kind in kinds:
+        hints = typing.get_type_hints(kind)
+        setting_types |= {f.name: (hints[f.name], f.default) for f in dataclasses.fields(kind) if f.name != TABLE}
+    ignored = {f.name for kind in SECTIONS for f in dataclasses.fields(kind)} - set(setting_types)
+    content = {name: value for name, value in content.items() if name not in ignored}
+    return Defaults(
+        _typed(where, "", content, setting_types),
+        _typed(where, "policy.", of_policy, policy_types),
+        _typed(where, "worker.", of_worker, worker_types),
+    )
 
 
-def _flags(where: str, prefix: str, name: str, value: Any, default: Any) -> list[str]:
-    """One setting as flags. Text can't pass for another flag: it is joined to its own, or refused in a list."""
-    called = "--" + prefix + flag(name)[2:]
-    if isinstance(value, bool) and isinstance(default, bool):
-        return [] if value == default else [called if value else f"--{prefix}no-{flag(name)[2:]}"]
-    if value == toml.NONE if default is None else same(value, default):  # also of those that no flag can say
-        return []
-    each = value if isinstance(value, list) else [value]
-    for one in each:
-        if isinstance(one, dict | list):
-            shape = "a table" if isinstance(one, dict) else "a list of lists"
-            raise ConfigError(f"{where}: {prefix}{name} is {shape}, which no setting is. Give a plain value or a list of them.")
-    if isinstance(value, list):
-        if isinstance(default, str | int | float) and not (not prefix and name in EACH_HEADS):
-            raise ConfigError(f"{where}: {prefix}{name} is a list, but it must be one value, as {default!r}.")
-        flags = [text for text in map(str, value) if text.startswith("-") and not _is_number(text)]
-        if flags:
-            raise ConfigError(
-                f"{where}: {prefix}{name} holds {flags[0]!r}, which would be read as a flag. Write it without '-'."
-            )
-        return [called, *map(str, value)] if value or default else []
-    return [f"{called}={value}"]
-
-
-def _is_number(text: str) -> bool:
+def parameter_types(worker: type) -> dict[str, tuple[Any, Any]]:
+    """The annotation and the default of each parameter of the worker's constructor that has a name."""
     try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+        hints = typing.get_type_hints(worker if dataclasses.is_dataclass(worker) else worker.__init__)  # type: ignore[misc]
+    except Exception:  # annotations that can't be resolved tell nothing
+        hints = {}
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(worker).parameters.values()
+    return {p.name: (hints.get(p.name, Any), p.default) for p in parameters if p.kind in named}
 
 
-def _refuse_omitted(path: Path, content: Mapping[str, Any]) -> None:
-    if OMITTED in content:
-        raise ConfigError(f"--config {path} has {OMITTED!r}, which only a run.toml has. Remove that line.")
+def _typed(where: str, prefix: str, values: Mapping[str, Any], known: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+    typed = {}
+    for name, value in values.items():
+        if name not in known:
+            hint = near(name, known) or f" Known are: {', '.join(sorted(known)) or 'none'}."
+            raise ConfigError(f"{where} has an unknown setting {prefix}{name}.{hint}")
+        annotation, default = known[name]
+        converted = toml.read_value(where, f"{prefix}{name}", value, annotation, default)
+        if converted is not default:
+            typed[name] = converted
+    return typed
 
 
-def _check_given(where: str, omitted: Any, rest: list[str], known: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises ConfigError unless every secret that the file leaves out, and that this run takes, is given as a flag."""
+def _check_given(where: str, omitted: Any, arguments: list[str], known: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises ConfigError unless a flag gives each secret that the file leaves out and that this run takes."""
     if not isinstance(omitted, list) or not all(isinstance(name, str) for name in omitted):
         raise ConfigError(f"{where}: {OMITTED} must be a list of names.")
-    given = {argument.partition("=")[0].replace("_", "-") for argument in rest}
+    given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
     missing = []
-    for name in omitted:
-        table, _, own = name.partition(".")
-        asked = f"--{table}.{own.replace('_', '-')}"
-        if own in known.get(table, {}) and not any(g == asked or g.startswith(asked + ".") for g in given):
-            missing.append(asked)
+    for entry in omitted:
+        table, _, name = entry.partition(".")
+        wanted = f"--{table}.{name.replace('_', '-')}"
+        if name in known.get(table, {}) and not any(g == wanted or g.startswith(wanted + ".") for g in given):
+            missing.append(wanted)
     if missing:
         raise ConfigError(
             f"{where} leaves out {', '.join(missing)}, since run.toml holds no secrets. Give it again: {missing[0]} VALUE."

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-import tempfile
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -15,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lte_ray.cli.flags import Parsed, parse, without_settings
+from lte_ray.cli.toml_config import checked
 from lte_ray.config import check_run_name
 from lte_ray.errors import WorkerError
 from lte_ray.import_object import load_object
@@ -34,7 +33,7 @@ def train(arguments: list[str]) -> None:
     """
     named = _named_run(arguments)
     if named is not None:
-        _show(_restored(*named))
+        _show(_train_again(*named))
         return
     program, rest = (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else (None, arguments)
     if program is None:
@@ -61,29 +60,24 @@ def _named_run(arguments: list[str]) -> tuple[str, list[str]] | None:
     return arguments[at + 1], arguments[:at] + arguments[at + 2 :]
 
 
-def _restored(name: str, rest: list[str]) -> ray.train.Result:
-    """Goes on with a run as its ``run.toml`` says; flags win over it."""
+def _train_again(name: str, flags: list[str]) -> ray.train.Result:
+    """Continues a run with the settings in its ``run.toml``; flags win over them."""
     from lte_ray.run import record as run_record
     from lte_ray.storage import RUN
     from lte_ray.trainer import default_storage
 
     check_run_name(name, "--resume")
-    place = next((value for flag, value in pairwise([*rest, ""]) if flag == "--storage"), None)
-    place = place or next((f.partition("=")[2] for f in rest if f.startswith("--storage=")), None) or default_storage()
-    directory = RunDirectory.of(place, name)
-    program = run_record.read_program(directory)
+    place = next((value for flag, value in pairwise([*flags, ""]) if flag == "--storage"), None)
+    place = place or next((f.partition("=")[2] for f in flags if f.startswith("--storage=")), None) or default_storage()
+    record = run_record.read(RunDirectory.of(place, name))
     console = Console(stderr=True, highlight=False)
-    console.print(Text(f"{directory.display} goes on with {program}, as its {RUN} says."))
-    kind = load_object(program, what=f"The worker that {RUN} names,", error=WorkerError)
+    console.print(Text(f"{record.directory.display} continues with {record.program}, as its {RUN} says."))
+    kind = load_object(record.program, what=f"The worker that {RUN} names,", error=WorkerError)
     if not inspect.isclass(kind):
-        raise WorkerError(f"{program!r}, which {RUN} names, is a {type(kind).__name__}, not a class.")
-    with tempfile.TemporaryDirectory() as folder:
-        settings = Path(folder) / RUN
-        settings.write_bytes(directory.read(RUN))
-        if not any(f == "--storage" or f.startswith("--storage=") for f in rest):
-            rest = [*rest, "--storage", place]
-        parsed = parse(kind, program, ["--config", str(settings), *rest, "--name", name, "--resume"])
-    return _fit(program, kind, parsed)
+        raise WorkerError(f"{record.program!r}, which {RUN} names, is a {type(kind).__name__}, not a class.")
+    file = checked(record.path, record.content)
+    file.content.update(storage=place)
+    return _fit(record.program, kind, parse(kind, record.program, [*flags, "--name", name, "--resume"], file))
 
 
 def _fit(program: str, kind: type, parsed: Parsed) -> ray.train.Result:

@@ -1,25 +1,37 @@
-"""Settings written the authors' way: ``config.lora.lora_r = 8``, ``config.lora.linear["lora_alpha"] = 32``.
+"""The mutable view of a config that programs for the authors' library use: ``config.lora.lora_r = 8``.
 
-Their configuration is a tree that is changed after it was made. Programs written for it go on working through these
-views; new programs give settings to the constructor.
+In their library a configuration is a tree that is changed after it was made, down to ``config.lora.linear["lora_alpha"] = 32``.
+Here configs are frozen. Only `_assign` changes one in place, and only these views call it. New programs pass settings to the
+constructor.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 from lte_ray.config.layer_rules import KINDS, LayerConfig, rules, written
 from lte_ray.config.validation import near
 from lte_ray.errors import ConfigError
 
-if TYPE_CHECKING:
-    from lte_ray.config.lora import LTEConfig
+
+class Config(Protocol):
+    """What a view needs of the config that it shows: a frozen dataclass that checks itself (`lora.LTEConfig`)."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def adapt(self) -> tuple[str, ...]: ...
+
+    @property
+    def layers(self) -> tuple[str, ...]: ...
+
+    def __post_init__(self) -> None: ...
 
 
-class _NoSetting(ConfigError, AttributeError):
-    """There is no setting of this name; `hasattr` takes it for an answer."""
+class UnknownSetting(ConfigError, AttributeError):
+    """A view has no setting of this name. As an AttributeError it makes `hasattr` return False."""
 
 
 class _View:
@@ -54,9 +66,9 @@ class _View:
 
 
 class LoraView(_View):
-    """``config.lora``: reads and sets the settings of `config`, which are checked again."""
+    """``config.lora``: reads and sets the settings of `config`, which checks itself again after each change."""
 
-    def __init__(self, config: LTEConfig) -> None:
+    def __init__(self, config: Config) -> None:
         object.__setattr__(self, "_config", config)
 
     def keys(self) -> tuple[str, ...]:
@@ -64,23 +76,23 @@ class LoraView(_View):
 
     def clone(self) -> LoraView:
         """The view of a copy."""
-        return LoraView(dataclasses.replace(self._config))
+        return LoraView(copy.copy(self._config))
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # what copy and pickle ask for
+        if name.startswith("_"):  # copy and pickle look for such names
             raise AttributeError(name)
         if name in KINDS:
             return KindView(vars(self)["_config"], name)
-        return _shown(name, getattr(self._config, _known(name, self.keys(), "lora")))
+        return _as_authors(name, getattr(self._config, _check_known(name, self.keys(), "lora")))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        _set(self._config, _known(name, self.keys(), "lora"), value)
+        _assign(self._config, _check_known(name, self.keys(), "lora"), value)
 
 
 class KindView(_View):
     """``config.lora.linear``: reads and sets what differs for one kind of layers."""
 
-    def __init__(self, config: LTEConfig, kind: str) -> None:
+    def __init__(self, config: Config, kind: str) -> None:
         object.__setattr__(self, "_target", (config, kind))
 
     def keys(self) -> tuple[str, ...]:
@@ -90,13 +102,13 @@ class KindView(_View):
         if name.startswith("_"):
             raise AttributeError(name)
         config, kind = vars(self)["_target"]
-        _known(name, self.keys(), f"lora.{kind}")
-        own = {"lr": 1.0, "adapt": kind in config.adapt}
-        value = own[name] if name in own else getattr(config, name)
+        _check_known(name, self.keys(), f"lora.{kind}")
+        per_kind = {"lr": 1.0, "adapt": kind in config.adapt}
+        value = per_kind[name] if name in per_kind else getattr(config, name)
         for rule in rules(config.layers):
             if rule.kind == kind and getattr(rule.settings, name) is not None:
                 value = getattr(rule.settings, name)
-        return _shown(name, value)
+        return _as_authors(name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
         config, kind = vars(self)["_target"]
@@ -104,24 +116,24 @@ class KindView(_View):
             value = "lora" if value else "frozen"
         (text,) = written({f"@{kind}": {name: value}})
         kept = [rule for rule in config.layers if not rule.startswith(f"@{kind}: {name}=") or rule.count("=") > 1]
-        # Behind the rules for this kind, which it is to change, and before those for single layers, which win.
+        # After the rules for this kind, which it must override, and before those for single layers, which win.
         at = max((i + 1 for i, rule in enumerate(rules(tuple(kept))) if rule.kind == kind), default=0)
-        _set(config, "layers", (*kept[:at], text, *kept[at:]))
+        _assign(config, "layers", (*kept[:at], text, *kept[at:]))
 
 
-def _shown(name: str, value: Any) -> Any:
-    """A value as their programs test it: ``if config.lora.lora_bias``."""
+def _as_authors(name: str, value: Any) -> Any:
+    """A value as the authors' programs test it: ``if config.lora.lora_bias``."""
     return {"frozen": False, "lora": True}.get(value, value) if name == "lora_bias" else value
 
 
-def _known(name: str, names: Iterable[str], where: str) -> str:
+def _check_known(name: str, names: Iterable[str], where: str) -> str:
     if name not in names:
-        raise _NoSetting(f"There is no setting {where}.{name}.{near(name, names)} There are: {', '.join(names)}.")
+        raise UnknownSetting(f"There is no setting {where}.{name}.{near(name, names)} There are: {', '.join(names)}.")
     return name
 
 
-def _set(config: LTEConfig, name: str, value: Any) -> None:
-    """Sets one field of a frozen config, or leaves it as it was if the value is refused."""
+def _assign(config: Config, name: str, value: Any) -> None:
+    """Sets one field of a frozen config, and restores it if the config rejects the value."""
     before = getattr(config, name)
     object.__setattr__(config, name, value)
     try:

@@ -23,7 +23,7 @@ from lte_ray.errors import ConfigError, StorageError, UserError, WorkerError
 from lte_ray.export.worker_factory import make_worker
 from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import gather
-from lte_ray.run.record import read_record, section
+from lte_ray.run import record as run_record
 from lte_ray.storage import RUN, RunDirectory, parted
 from lte_ray.worker import build_model
 
@@ -135,9 +135,9 @@ def read(run: str | os.PathLike[str], version: int | None = None, worker: Any = 
         ConfigError: the settings in ``run.toml`` are damaged or don't fit the model.
     """
     directory = open_run(run)
-    manifest, record = choose(directory, version), read_record(directory)
-    lte, train = section(directory, LTEConfig, record), section(directory, TrainConfig, record)
-    made = make_worker(record, worker)
+    manifest, record = choose(directory, version), run_record.read(directory)
+    lte, train = record.settings(LTEConfig), record.settings(TrainConfig)
+    made = make_worker(record.content, worker)
     with preserve_generators(torch.device("cpu")):  # the caller's random numbers are its own
         try:
             model = build_model(made, train.seed)
@@ -147,4 +147,6 @@ def read(run: str | os.PathLike[str], version: int | None = None, worker: Any = 
             raise WorkerError(f"{type(made).__name__}.build_model() raised {type(error).__name__}: {error}") from error
     plans = make_plans(model, lte)
     base = checkpoint.read_base(directory, manifest, plans[0])
-    return Saved(directory, manifest, record, model, plans, gather(plans[0].base, named_tensors(model), base.dtype), base)
+    return Saved(
+        directory, manifest, record.content, model, plans, gather(plans[0].base, named_tensors(model), base.dtype), base
+    )

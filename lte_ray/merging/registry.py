@@ -2,23 +2,73 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lte_ray.config import MergeConfig, near
 from lte_ray.errors import ConfigError
 from lte_ray.import_object import load_object, looks_like_object
-from lte_ray.merging.policies.gated import Gated
+from lte_ray.merging.policies.gated import LossGate
 from lte_ray.merging.policies.outer_optimizers import Adam, DelayedNesterov, Momentum, Nesterov
 from lte_ray.merging.policies.robust import Clip, Krum, Median, TrimmedMean
 from lte_ray.merging.policies.sparse import Dare, Ties
 from lte_ray.merging.policies.trigger import ComposedPolicy, make_when
 from lte_ray.merging.policies.weighted import Average, Samples, Stale
 from lte_ray.merging.policy import MergePolicy
-from lte_ray.merging.policy_args import REQUIRED, arguments_of, checked
+from lte_ray.merging.policy_args import REQUIRED, arguments_of, checked, within
 from lte_ray.redaction import masked
+
+
+class Gated(LossGate):
+    """Has each merge of another policy evaluated, and keeps it only if the metric doesn't rise by more than `max_rise`.
+
+    `LossGate`, with the inner policy given by name, as flags give it.
+
+    Args:
+        policy: the policy that merges, by name or as module:Class.
+        args: its arguments, as name=value.
+        max_rise: how far the metric may rise, in its own unit.
+        metric: name of the metric in the worker's evaluate(); by default its first.
+        higher_is_better: whether the metric is one that should rise, as an accuracy; then it may fall by `max_rise`.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: str = "average",
+        args: tuple[str, ...] = (),
+        max_rise: float = 0.0,
+        metric: str = "",
+        higher_is_better: bool = False,
+    ) -> None:
+        within("max_rise", max_rise, 0)
+        self.policy, self.args = policy, tuple(args)
+        named = _parse_assignments(self.args)
+        try:
+            inner = make_rule(policy, named)
+        except ConfigError as error:
+            raise ConfigError(f"In --policy.policy and --policy.args of gated: {error}") from error
+        if isinstance(inner, LossGate) or (not hasattr(inner, "merge") and hasattr(inner, "decide")):
+            raise ConfigError(f"--policy.policy is {policy!r}, but gated needs a policy that merges and no more.")
+        super().__init__(inner, max_rise=max_rise, metric=metric, higher_is_better=higher_is_better)
+
+
+def _parse_assignments(args: Sequence[str]) -> dict[str, Any]:
+    """Reads ``("lr=0.5",)`` as ``{"lr": 0.5}``: a value is a Python literal if it reads as one, else text."""
+    named: dict[str, Any] = {}
+    for each in args:
+        name, equals, text = each.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--policy.args has {each!r}, but each must be name=value.")
+        try:
+            named[name.replace("-", "_")] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            named[name.replace("-", "_")] = text
+    return named
+
 
 POLICIES: dict[str, type] = {
     "average": Average,
@@ -47,7 +97,7 @@ DENSE = (Momentum, Nesterov, DelayedNesterov, Adam, Median, TrimmedMean, Ties, D
 def gives_weights(policy: MergePolicy) -> bool:
     """Whether its merges may be weights of contributions; only of built-in policies is it known that they never are."""
     rule: Any = getattr(policy, "how", policy)
-    return not isinstance(rule.inner if isinstance(rule, Gated) else rule, DENSE)
+    return not isinstance(rule.inner if isinstance(rule, LossGate) else rule, DENSE)
 
 
 def make_policy(merge: MergeConfig) -> MergePolicy:

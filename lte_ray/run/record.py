@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ import safetensors.torch
 import tomli_w
 from torch import Tensor
 
-from lte_ray.config import SECTIONS, FailureConfig, PlacementConfig, StorageConfig, toml
+from lte_ray.config import FailureConfig, PlacementConfig, StorageConfig, toml
 from lte_ray.config.toml import NONE
 from lte_ray.engine.prepare import Initial, merged_state_dict
 from lte_ray.engine.settings import Settings
@@ -57,8 +58,42 @@ def record(
     return {**flat, "worker": _named(own)}
 
 
-def read_record(directory: RunDirectory) -> dict[str, Any]:
-    """What ``run.toml`` says.
+@dataclass(frozen=True)
+class RunRecord:
+    """A parsed ``run.toml``: `content` as TOML has it, flat, the worker's own settings under "worker"."""
+
+    directory: RunDirectory
+    content: dict[str, Any]
+
+    @property
+    def path(self) -> str:
+        """The file's path, for messages."""
+        return self.directory.at(RUN)
+
+    @property
+    def program(self) -> str:
+        """The worker. Raises StorageError if the file names none."""
+        program = self.content.get("program")
+        if not isinstance(program, str) or not program:
+            raise StorageError(f"{self.path} is damaged: it names no worker (program).")
+        return program
+
+    def settings(self, kind: Callable[..., T]) -> T:
+        """The settings of one class. Those that the file lacks have their defaults.
+
+        Raises:
+            StorageError: the file is damaged.
+            ConfigError: a setting has the wrong type or is out of range.
+        """
+        values = toml.read_fields(kind, self.content, self.path)  # type: ignore[arg-type]
+        arguments = values.get("policy_args")
+        if isinstance(arguments, dict):
+            values["policy_args"] = {name: None if each == NONE else each for name, each in arguments.items()}
+        return kind(**values)
+
+
+def read(directory: RunDirectory) -> RunRecord:
+    """Reads ``run.toml``.
 
     Raises:
         StorageError: there is none, or it is damaged.
@@ -66,49 +101,9 @@ def read_record(directory: RunDirectory) -> dict[str, Any]:
     if not directory.exists(RUN):
         raise StorageError(f"There is no run in {directory.display}: it has no {RUN}. Correct --storage or the name.")
     try:
-        return toml.parse(directory.read(RUN))
+        return RunRecord(directory, toml.parse(directory.read(RUN)))
     except ValueError as error:
         raise StorageError(f"{directory.at(RUN)} is damaged: {error}.") from error
-
-
-def read_program(directory: RunDirectory) -> str:
-    """The worker that ``run.toml`` names. Raises StorageError as `read_record`, and if it names none."""
-    program = read_record(directory).get("program")
-    if not isinstance(program, str) or not program:
-        raise StorageError(f"{directory.at(RUN)} is damaged: it names no worker (program).")
-    return program
-
-
-def restored(directory: RunDirectory) -> dict[type, Any]:
-    """The settings that ``run.toml`` says, by their class.
-
-    Raises:
-        StorageError: it is damaged.
-        ConfigError: a setting is out of range.
-    """
-    content = read_record(directory)
-    return {kind: section(directory, kind, content) for kind in SECTIONS}
-
-
-def section(directory: RunDirectory, kind: Callable[..., T], content: Mapping[str, Any]) -> T:
-    """The settings of one class, from what ``run.toml`` says; those that it doesn't know have their defaults.
-
-    Raises:
-        StorageError: it is damaged.
-        ConfigError: a setting is out of range.
-    """
-    given = {f.name: content[f.name] for f in dataclasses.fields(kind) if f.name in content}  # type: ignore[arg-type]
-    try:
-        return kind(**{name: _from_toml(value) for name, value in given.items()})
-    except TypeError as error:
-        raise StorageError(f"{directory.at(RUN)} is damaged: {error}.") from error
-
-
-def _from_toml(value: Any) -> Any:
-    """A setting's value, or a table of a policy's arguments."""
-    if isinstance(value, dict):
-        return {name: None if each == NONE else each for name, each in value.items()}
-    return None if value == NONE else tuple(value) if isinstance(value, list) else value
 
 
 def export(directory: RunDirectory, initial: Initial, base: Tensor) -> None:

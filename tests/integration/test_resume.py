@@ -95,7 +95,7 @@ def test_a_run_is_resumed_by_its_name_alone(local_ray: None, tmp_path: Path, cap
     flags = ["--num-heads", "1", "--lora-r", "4", "--merge-iter", "5", "--name", "r", "--storage", str(tmp_path)]
     assert main(["train", "workers.regression:Regression", *flags, "--steps", "10", "--worker.width", "12"]) == 0
     assert main(["train", "--resume", "r", "--storage", str(tmp_path), "--steps", "20"]) == 0
-    assert "goes on with workers.regression:Regression" in " ".join(capfd.readouterr().err.split())
+    assert "continues with workers.regression:Regression" in " ".join(capfd.readouterr().err.split())
     merges = [row for row in rows_of(tmp_path / "r") if row["kind"] == "merge"]
     assert [row["version"] for row in merges] == [1, 2, 3, 4]
     assert main(["train", "--resume", "typo", "--storage", str(tmp_path)]) == 2

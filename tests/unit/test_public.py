@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +31,13 @@ def test_nothing_else_is_public() -> None:
     assert set(found) - {"annotations", "importlib", "TYPE_CHECKING", "Any"} == set(lte_ray.__all__)
 
 
+def test_type_checkers_see_the_same_names() -> None:
+    """The stub imports each public name from the module that defines it, and the submodules."""
+    stub = ast.parse(Path(lte_ray.__file__).with_suffix(".pyi").read_text())
+    imports = {alias.name: node.module for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert imports == lte_ray._DEFINED_IN | dict.fromkeys(lte_ray._SUBMODULES, "lte_ray")
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     """As with any module."""
     with pytest.raises(AttributeError, match="module 'lte_ray' has no attribute 'Nothing'"):
@@ -52,5 +61,5 @@ def test_submodules_are_loaded_when_they_are_first_used() -> None:
 
 def test_the_engine_and_the_trainer_load_no_ray() -> None:
     """Everything below the runtime, and the trainer until it is used, does without Ray."""
-    code = "import sys, lte_ray.engine.simulate, lte_ray.checkpoint, lte_ray.trainer; print('ray' in sys.modules)"
+    code = "import sys, lte_ray.engine.in_process, lte_ray.checkpoint, lte_ray.trainer; print('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,48 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lte_ray.errors import ConfigError
 from lte_ray.merging.policies.trigger import as_decision, load_state_of, state_of
 from lte_ray.merging.policy import Discard, Merge, MergeChange, Pending, Roster, Try
 from lte_ray.merging.policy_args import within
 
 
-class Gated:
+class LossGate:
     """Has each merge of another policy evaluated, and keeps it only if the metric doesn't rise by more than `max_rise`.
 
-    Compared with the last version that was kept; the first is kept if its metric is finite. A merge that isn't kept is
-    discarded with the metric as the reason, and what the inner policy remembers of it (momentum) is taken back; the heads'
-    progress rides in their next contributions.
+    The metric is compared with that of the last version that was kept; the first version is kept if its metric is finite.
+    A merge that isn't kept is discarded with the metric as the reason, and what the inner policy remembers of it (momentum)
+    is restored. The heads send their progress again with their next contributions.
 
     Args:
-        policy: the policy that merges, by name or as module:Class.
-        args: its arguments, as name=value.
+        inner: the policy that merges, an object or a function.
         max_rise: how far the metric may rise, in its own unit.
         metric: name of the metric in the worker's evaluate(); by default its first.
-        higher_is_better: whether the metric is one that should rise, as an accuracy; then it may fall by `max_rise`.
+        higher_is_better: whether the metric should rise, as an accuracy does; then it may fall by `max_rise`.
     """
 
-    def __init__(
-        self,
-        *,
-        policy: str = "average",
-        args: tuple[str, ...] = (),
-        max_rise: float = 0.0,
-        metric: str = "",
-        higher_is_better: bool = False,
-    ) -> None:
-        from lte_ray.merging.registry import make_rule  # which knows this class, too
-
+    def __init__(self, inner: Any, *, max_rise: float = 0.0, metric: str = "", higher_is_better: bool = False) -> None:
         within("max_rise", max_rise, 0)
-        self.policy, self.args, self.max_rise, self.metric = policy, tuple(args), max_rise, metric
-        self.higher_is_better = higher_is_better
-        named = _named(self.args)
-        try:
-            self.inner = make_rule(policy, named)
-        except ConfigError as error:
-            raise ConfigError(f"In --policy.policy and --policy.args of gated: {error}") from error
-        if isinstance(self.inner, Gated) or (not hasattr(self.inner, "merge") and hasattr(self.inner, "decide")):
-            raise ConfigError(f"--policy.policy is {policy!r}, but gated needs a policy that merges and no more.")
+        self.inner, self.max_rise, self.metric, self.higher_is_better = inner, max_rise, metric, higher_is_better
         self._kept: float | None = None
 
     def merge(self, pending: Sequence[Pending], roster: Roster) -> Merge | MergeChange | Discard | Try:
@@ -90,17 +69,3 @@ class Gated:
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         self._kept = float(tensors["kept"]) if "kept" in tensors else None
         load_state_of(self.inner, {n.removeprefix("inner."): t for n, t in tensors.items() if n.startswith("inner.")})
-
-
-def _named(args: Sequence[str]) -> dict[str, Any]:
-    """``("lr=0.5",)`` as ``{"lr": 0.5}``: a value is a Python literal if it reads as one, else text."""
-    named: dict[str, Any] = {}
-    for each in args:
-        name, equals, text = each.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"--policy.args has {each!r}, but each must be name=value.")
-        try:
-            named[name.replace("-", "_")] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            named[name.replace("-", "_")] = text
-    return named

@@ -6,35 +6,33 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import rejected, rejected_contributions, rejected_files, rejected_settings
-
-MODULES = (rejected_settings, rejected_files, rejected_contributions)
-CATEGORIES = {title: rows for module in MODULES for title, rows in module.CATEGORIES.items()}
+from benchmarks.rejected import CATEGORIES, PAGE
+from benchmarks.rejected_runner import ROOT, first_line, run_in, surroundings
 
 
 @pytest.mark.parametrize("title", list(CATEGORIES))
 def test_bad_input_is_rejected_with_a_line_that_says_why(title: str) -> None:
     """Nothing is taken, nothing ends in Python's own error, nothing shows a secret or a path of this machine."""
-    with rejected.surroundings() as folder:
-        rows = list(CATEGORIES[title](rejected.run_in(folder), folder))
+    with surroundings() as folder:
+        rows = list(CATEGORIES[title](run_in(folder), folder))
         assert not list(folder.rglob("model.safetensors.part"))
     assert rows
     for row in rows:
         assert row.end in ("1", "2", "refused"), row
         assert len(row.saw) > 15, row
         assert "HIDDEN" not in row.saw
-        assert str(Path(rejected.ROOT)) not in row.saw
+        assert str(Path(ROOT)) not in row.saw
 
 
 def test_the_page_lists_every_category_and_input() -> None:
     """`python -m benchmarks.rejected` writes it; at least forty rows."""
-    text = rejected.PAGE.read_text()
+    text = PAGE.read_text()
     assert [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")] == list(CATEGORIES)
     assert sum(line.startswith("| ") for line in text.splitlines()) - len(CATEGORIES) > 40
 
 
 def test_the_first_line_is_found_in_frames_and_behind_warnings() -> None:
     """As tyro draws them; and with what was raised, where the line announces it."""
-    assert rejected.first_line("╭─ Value error ─╮\n│ no number │\n│ ──── │\n╰───╯\n") == "no number"
-    assert rejected.first_line("a warning\nerror: it raised:\n\nTraceback\nOSError: x\n") == "error: it raised: ... OSError: x"
-    assert rejected.first_line("") == ""
+    assert first_line("╭─ Value error ─╮\n│ no number │\n│ ──── │\n╰───╯\n") == "no number"
+    assert first_line("a warning\nerror: it raised:\n\nTraceback\nOSError: x\n") == "error: it raised: ... OSError: x"
+    assert first_line("") == ""

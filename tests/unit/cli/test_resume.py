@@ -123,7 +123,7 @@ def test_the_worker_is_made_again_in_python(
     file.write_text(NET.format(annotation=annotation, default=default))
     flags = ["--worker.value", *given] if given else []
     assert main(["train", f"{file}:Net", "--name", "r", "--storage", str(tmp_path), *flags]) == 0
-    made = make_worker(run_record.read_record(RunDirectory.of(str(tmp_path), "r")))
+    made = make_worker(run_record.read(RunDirectory.of(str(tmp_path), "r")).content)
     assert vars(made) == vars(trainers[0].worker)
     assert type(made.value) is type(trainers[0].worker.value)
 

@@ -205,7 +205,7 @@ def test_a_version_that_is_not_there_is_named_with_those_that_are(run: Path, tmp
         ),
         ('program = "tests.support.export_runs:Words"', "Words can't be used as a worker"),
         ('program = "tests.support.export_runs:Needy"', "Needy can't be made with the settings in run.toml"),
-        ('lora_r = "many"\nprogram = "tests.support.export_runs:Models"', "--lora-r is 'many'"),
+        ('lora_r = "many"\nprogram = "tests.support.export_runs:Models"', "lora_r is 'many'"),
         ("", "The worker that run.toml names, is ''"),
     ],
 )

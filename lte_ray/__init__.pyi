@@ -1,0 +1,28 @@
+"""The public names for type checkers; `tests/unit/test_public.py` compares them with ``__init__.py``."""
+
+from lte_ray import misc as misc
+from lte_ray import modes as modes
+from lte_ray import testing as testing
+from lte_ray.adapters.layer import LTELayer as LTELayer
+from lte_ray.config import FailureConfig as FailureConfig
+from lte_ray.config import LTEConfig as LTEConfig
+from lte_ray.config import MergeConfig as MergeConfig
+from lte_ray.config import TrainConfig as TrainConfig
+from lte_ray.data.shard import Shard as Shard
+from lte_ray.errors import LTEError as LTEError
+from lte_ray.merging.policy import Discard as Discard
+from lte_ray.merging.policy import Merge as Merge
+from lte_ray.merging.policy import MergeChange as MergeChange
+from lte_ray.merging.policy import MergePolicy as MergePolicy
+from lte_ray.merging.policy import Pending as Pending
+from lte_ray.merging.policy import Roster as Roster
+from lte_ray.merging.policy import Try as Try
+from lte_ray.merging.policy import Wait as Wait
+from lte_ray.merging.policy import combine as combine
+from lte_ray.modes.prepare import prepare_model_for_lte as prepare_model_for_lte
+from lte_ray.modes.replica import MultiheadReplicaLayer as MultiheadReplicaLayer
+from lte_ray.modes.replica import ReplicaLayer as ReplicaLayer
+from lte_ray.trainer import LTETrainer as LTETrainer
+from lte_ray.worker import Worker as Worker
+
+__version__: str
