@@ -13,7 +13,7 @@ GENERATED = {"docs/rejected-input.md"}
 
 PAGES = tuple(
     path
-    for path in (*map(ROOT.joinpath, ("README.md", "CONTRIBUTING.md", "SECURITY.md")), *sorted((ROOT / "docs").rglob("*.md")))
+    for path in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")))
     if path.relative_to(ROOT).as_posix() not in GENERATED
 )
 

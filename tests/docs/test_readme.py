@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import pkgutil
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.docs.pages import PAGES
+from tests.docs.pages import PAGES, inline_code
 from tests.support.ray_runs import LONG, ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -64,3 +66,20 @@ def test_the_tests_that_from_lte_names_exist() -> None:
     tests = "".join(file.read_text() for file in (ROOT / "tests" / "unit").rglob("test_*.py"))
     assert len(names) > 20
     assert names <= set(re.findall(r"^def (test_\w+)", tests, flags=re.MULTILINE))
+
+
+def test_files_and_names_within_sentences_exist() -> None:
+    """Paths in `lte_ray/`, `tests/` and so on are files or folders, and dotted names of `lte_ray` can be imported."""
+    for code, page in inline_code().items():
+        if re.fullmatch(r"(lte_ray|tests|benchmarks|workers|docs|cluster)/[\w./-]*", code):
+            assert (ROOT / code).exists(), f"{page}: {code}"
+        if found := re.match(r"lte_ray(\.\w+)+", code):
+            assert resolves(found[0]), f"{page}: {code}"
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name is a module, or an attribute of one."""
+    with contextlib.suppress(AttributeError, ImportError):
+        pkgutil.resolve_name(name)
+        return True
+    return False
