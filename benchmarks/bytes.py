@@ -94,16 +94,16 @@ def measured(plan: Plan, merge: MergeConfig, heads: int = HEADS, merges: int = M
             outcome = coordinator.receive(message, decoded)
             up += sum(buffer.nbytes for buffer in buffers[head]) + len(pickle.dumps(message))
         (record,) = outcome.merges
-        downlink.add(MergeDelta(number, record.weights, {h: tuple((h, b) for b in buffers[h]) for h in record.heads}))
-        chain = downlink.chain(mirror.redo_from)
+        downlink.append(MergeDelta(number, record.weights, {h: tuple((h, b) for b in buffers[h]) for h in record.heads}))
+        chain = downlink.deltas_since(mirror.redo_from)
         assert chain is not None
-        update = CoordinatorReply(None, number, {index: handle(index) for index in downlink.dense}, chain)
+        update = CoordinatorReply(None, number, {index: handle(index) for index in downlink.dense_groups}, chain)
         before = link.bytes
         followed = mirror.acquire(update)
         assert followed is not None
         assert torch.equal(followed, coordinator.base), "a mirror that doesn't follow needs no bytes"
         mirror.release()
-        bare = replace(update, base={}, chain=tuple(replace(merged, buffers={}) for merged in chain))
+        bare = replace(update, base_parts={}, deltas=tuple(replace(merged, buffers={}) for merged in chain))
         down += link.bytes - before + len(pickle.dumps(bare))
     return {"up": round(up / (merges * heads)), "down": round(down / merges)}
 

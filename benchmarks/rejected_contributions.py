@@ -81,9 +81,9 @@ def contributions(run: Run, folder: Path) -> Iterator[Row]:
     for sequence in range(1, 21):
         engine.receive(offer(0, sequence), sound() * sequence)
     yield verdict("1,000 times as large as the 20 before it", engine, offer(0, 21), sound() * 20_000)
-    lanes = engine.data.lanes(0)
+    lanes = engine.assignor.lanes(0)
     engine = coordinator(ComposedPolicy(Average()), heads=2)
-    yield verdict("trained on another head's data", engine, offer(1, lanes=lanes, batches=3), sound())
+    yield verdict("trained on another head's data", engine, offer(1, partitions=lanes, batches=3), sound())
     try:
         verify_checksums([sound()], [base_checksum(sound()) ^ 1])
     except ValueError as error:  # what the runtime refuses it with
@@ -93,7 +93,7 @@ def contributions(run: Run, folder: Path) -> Iterator[Row]:
 def verdict(given: str, engine: Coordinator, contribution: Contribution, buffer: Tensor) -> Row:
     """What the coordinator answers. The base must stay as it was."""
     before = engine.base.clone()
-    found = engine.receive(contribution, buffer).verdicts
+    found = engine.receive(contribution, buffer).results
     refused = len(found) == 1 and not found[0].accepted and torch.equal(engine.base, before)
     return Row(given, "refused" if refused else TAKEN, found[0].reason if found else "")
 

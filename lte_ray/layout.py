@@ -32,7 +32,7 @@ class Layout:
     entries: tuple[Entry, ...]
 
     @classmethod
-    def of(cls, shapes: list[tuple[str, tuple[int, ...]]]) -> Layout:
+    def from_shapes(cls, shapes: list[tuple[str, tuple[int, ...]]]) -> Layout:
         """Lays the named shapes end to end, in their order."""
         entries, offset = [], 0
         for name, shape in shapes:
@@ -109,7 +109,7 @@ class Plan:
     @cached_property
     def base(self) -> Layout:
         """Main weights, then replica parameters."""
-        return Layout.of([(a.name, a.shape) for a in self.adapted] + [(r.name, r.shape) for r in self.replicas])
+        return Layout.from_shapes([(a.name, a.shape) for a in self.adapted] + [(r.name, r.shape) for r in self.replicas])
 
     @cached_property
     def contribution(self) -> Layout:
@@ -117,7 +117,7 @@ class Plan:
         factors: list[tuple[str, tuple[int, ...]]] = []
         for a in self.adapted:
             factors += [(a.a, (a.rank, a.matrix[1])), (a.b, (a.matrix[0], a.rank))]
-        return Layout.of(factors + [(r.name, r.shape) for r in self.replicas])
+        return Layout.from_shapes(factors + [(r.name, r.shape) for r in self.replicas])
 
     @cached_property
     def factors_size(self) -> int:

@@ -14,7 +14,7 @@ class Assignment:
     """Lanes that a head is given, or gives away, under a number that makes repeats harmless."""
 
     id: int
-    lanes: Partitions
+    partitions: Partitions
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ class Contribution:
     seconds: float = 0.0
     stall: float = 0.0
     batches: int = 0
-    lanes: Partitions = ()
-    grant: int = 0
+    partitions: Partitions = ()
+    assignment: int = 0
     released: Assignment | None = None
-    seals: tuple[int, ...] = ()
+    checksums: tuple[int, ...] = ()
     norm: float | None = None
     buffer: Any = field(default=None, repr=False, compare=False)
 
@@ -85,7 +85,7 @@ class ContributionResult:
     version: int
     reason: str = ""
     discarded: bool = False
-    poison: bool = False
+    harmful: bool = False
     quarantined: bool = False
 
 
@@ -98,7 +98,7 @@ class CheckpointRequest:
 
     version: int
     sequences: dict[int, int]
-    cut: int = 0
+    id: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ class HeadDirective:
     final: bool = True
     rate: float = 1.0
     progress: float = 0.0
-    grants: tuple[Assignment, ...] = ()
-    release: int = 0
+    assignments: tuple[Assignment, ...] = ()
+    revoke: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,9 @@ class JoinReply:
     of it is taken over, else what the base doesn't say (the optimizer's state).
     """
 
-    standing: CommittedPosition
+    position: CommittedPosition
     reference: Any = field(default=None, repr=False, compare=False)
-    saved: int | None = None
+    checkpoint: int | None = None
     exact: bool = False
 
 
@@ -164,21 +164,21 @@ class CoordinatorReply:
         checksum: of the groups that travel by factors, at a version.
     """
 
-    verdict: ContributionResult | None
+    result: ContributionResult | None
     version: int
-    base: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
-    chain: tuple[MergeDelta, ...] = ()
+    base_parts: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
+    deltas: tuple[MergeDelta, ...] = ()
     references: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
-    held: dict[int, CommittedPosition] = field(default_factory=dict)
-    ledger: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    saves: tuple[CheckpointRequest, ...] = ()
-    begins: dict[int, JoinReply] = field(default_factory=dict)
-    orders: dict[int, HeadDirective] = field(default_factory=dict)
+    positions: dict[int, CommittedPosition] = field(default_factory=dict)
+    assignment_state: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    checkpoint_requests: tuple[CheckpointRequest, ...] = ()
+    join_replies: dict[int, JoinReply] = field(default_factory=dict)
+    directives: dict[int, HeadDirective] = field(default_factory=dict)
     checksum: tuple[int, int] | None = None
 
-    def holds(self, head: int, sequence: int) -> bool:
+    def includes(self, head: int, sequence: int) -> bool:
         """Whether `version` holds the head's contribution of this number as its last."""
-        return head in self.held and self.held[head].sequence == sequence
+        return head in self.positions and self.positions[head].sequence == sequence
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class HeadReport:
 
     step: int
     limit: int
-    grant: int = 0
+    assignment: int = 0
     released: int = 0
     factors: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -204,8 +204,8 @@ class RecoveryReport:
 
     version: int
     base: Any = field(repr=False, compare=False)
-    held: dict[int, CommittedPosition]
-    ledger: dict[str, Any] = field(repr=False, compare=False)
+    positions: dict[int, CommittedPosition]
+    assignment_state: dict[str, Any] = field(repr=False, compare=False)
     heads: dict[int, HeadReport]
 
 

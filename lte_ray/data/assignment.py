@@ -60,7 +60,7 @@ class AssignmentState:
 
     def reached(self, head: int, grant: int) -> Partitions:
         """What is merged of a head, and its grants up to this number."""
-        given = [lane for g in self.grants.get(head, ()) if g.id <= grant for lane in g.lanes]
+        given = [lane for g in self.grants.get(head, ()) if g.id <= grant for lane in g.partitions]
         return ordered((*self.merged.get(head, ()), *given))
 
     def owners(self) -> dict[int, Partitions]:
@@ -83,7 +83,7 @@ class AssignmentState:
         """All of it, for JSON."""
         return {
             "merged": {str(head): _pairs(lanes) for head, lanes in self.merged.items()},
-            "grants": {str(h): [[g.id, _pairs(g.lanes)] for g in grants] for h, grants in self.grants.items() if grants},
+            "grants": {str(h): [[g.id, _pairs(g.partitions)] for g in grants] for h, grants in self.grants.items() if grants},
             "waiting": list(self.waiting),
             "asked": {str(head): number for head, number in self.asked.items()},
             "honoured": {str(head): number for head, number in self.honoured.items()},
@@ -320,7 +320,7 @@ class PartitionAssignor:
 
     def _given(self, head: int, released: Assignment | None) -> Partitions:
         """What a contribution gives away; nothing if it tells of an answer that was carried out before."""
-        return ordered(released.lanes) if released and released.id > self._accounts.honoured.get(head, 0) else ()
+        return ordered(released.partitions) if released and released.id > self._accounts.honoured.get(head, 0) else ()
 
     def _grant(self, head: int, lanes: Partitions) -> None:
         a = self._accounts

@@ -104,16 +104,16 @@ def run_in_process(
 
     def settle(outcome: StepResult) -> None:
         merges.extend(outcome.merges)
-        published = coordinator.base.clone() if outcome.verdicts else None  # the coordinator goes on writing to its own
-        for verdict in outcome.verdicts:
+        published = coordinator.base.clone() if outcome.results else None  # the coordinator goes on writing to its own
+        for verdict in outcome.results:
             waiting.discard(verdict.head)
             base = published if coordinator.version != heads[verdict.head].version else None
             heads[verdict.head].adopt(verdict, coordinator.version, base)
             heads[verdict.head].batch_stream.apply_assignments(
-                *coordinator.data.orders(verdict.head, coordinator.live)
+                *coordinator.assignor.orders(verdict.head, coordinator.live)
             )  # of one that has left
         if coordinator.candidate is not None:
-            settle(coordinator.judged(evaluate_base(worker, initial, coordinator.candidate)))
+            settle(coordinator.receive_evaluation(evaluate_base(worker, initial, coordinator.candidate)))
 
     def ready(group: HeadGroup) -> bool:
         return any(head.number in coordinator.live and head.number not in waiting for head in group.heads)

@@ -66,9 +66,9 @@ class CoordinatorState:
             version=found.version,
             base=found.base,
             references=references,
-            standings=found.held,
-            ledger=found.ledger,
-            taken={head: held.step for head, held in found.held.items()},
+            standings=found.positions,
+            ledger=found.assignment_state,
+            taken={head: held.step for head, held in found.positions.items()},
             granted=found.granted,
             **more,
         )

@@ -43,7 +43,7 @@ class Transport(Protocol):
         """
         ...
 
-    async def arrive(self, handle: Handle) -> Tensor:
+    async def fetch_async(self, handle: Handle) -> Tensor:
         """As `fetch`, without blocking the event loop while it travels."""
         ...
 
@@ -90,9 +90,9 @@ class ObjectStore:
         except LOST as error:
             raise ObjectLost(f"{type(error).__name__}: {error}") from None
 
-    async def arrive(self, handle: Handle) -> Tensor:
+    async def fetch_async(self, handle: Handle) -> Tensor:
         if isinstance(handle, AssembledRef):
-            pieces = [await self.arrive(piece) for piece, _ in handle.pieces]
+            pieces = [await self.fetch_async(piece) for piece, _ in handle.pieces]
             return await asyncio.to_thread(handle.assemble, pieces)
         try:
             return _read_only(await handle.reference)

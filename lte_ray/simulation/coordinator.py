@@ -90,7 +90,7 @@ class SimCoordinator:
         if self._sizes.dense:  # else nobody waits for the base: it is brought up to date beside
             cost += merging
         version = self.coordinator.version
-        answers = [Answer(v.head, self._incarnation[v.head], v, version, self.base) for v in outcome.verdicts]
+        answers = [Answer(v.head, self._incarnation[v.head], v, version, self.base) for v in outcome.results]
         self._clock.after(cost, self._done, answers, outcome.merges)
         self._look_after()
 
@@ -142,7 +142,7 @@ class SimCoordinator:
 
     def _judge(self, values: Mapping[str, float]) -> None:
         self._judging = False
-        self.put(lambda: self.coordinator.judged(values))
+        self.put(lambda: self.coordinator.receive_evaluation(values))
 
     def _ring(self, time: float) -> None:
         if time != self._wake:

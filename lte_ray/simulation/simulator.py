@@ -85,10 +85,10 @@ class Faults:
     def _join(self, seat: SimHead) -> StepResult:
         """The new incarnation asks for the base; it gets it as soon as nothing of its predecessor's is pending."""
         self._asking.add(seat.number)
-        if seat.number not in self._desk.coordinator.pending:
+        if seat.number not in self._desk.coordinator.pending_heads:
             coordinator = self._desk.coordinator
             coordinator.join(seat.number, seat.epoch, fresh=True)
-            standing = coordinator.start(seat.number)
+            standing = coordinator.start_head(seat.number)
             self._post.whole(Answer(seat.number, seat.epoch, None, coordinator.version, self._desk.base, standing))
         return StepResult((), ())
 
@@ -178,7 +178,7 @@ class Simulation:
     def _steps(self, seat: SimHead) -> int:
         """The steps of a round, by the speeds that the coordinator has heard of."""
         if self._merge.match_speed or self._merge.merge_every:
-            return self._coordinator.pace.steps(seat.number, self._coordinator.live)
+            return self._coordinator.step_rates.round_steps(seat.number, self._coordinator.live)
         return self._merge.merge_iter
 
     def _go_on(self, seat: SimHead, epoch: int) -> None:

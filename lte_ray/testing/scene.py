@@ -129,7 +129,11 @@ class Scene:
         assert candidate is not None and tried is not None
         self._compare(candidate, self.start + self.ledger + tried, "the base that is tried")
         loss = float(candidate.double().square().mean()) + self.chance.random()
-        self._play(f"the evaluation of what is tried gives {loss:.6g}", lambda: self.coordinator.judged({"loss": loss}), tried)
+        self._play(
+            f"the evaluation of what is tried gives {loss:.6g}",
+            lambda: self.coordinator.receive_evaluation({"loss": loss}),
+            tried,
+        )
 
     def _pass_time(self, seconds: float) -> None:
         until = self.now + seconds
@@ -150,9 +154,9 @@ class Scene:
             if isinstance(error.__cause__, Violation):
                 raise error.__cause__ from error
             raise Violation(str(error)) from error
-        if tried is not None and outcome.verdicts[0].accepted:  # what was tried is settled before anything else
+        if tried is not None and outcome.results[0].accepted:  # what was tried is settled before anything else
             self.watched.expected.insert(0, tried)
-        for verdict in outcome.verdicts:
+        for verdict in outcome.results:
             head = self.heads[verdict.head]
             if head.offered is None or head.answer is not None or verdict.sequence != head.sequence:
                 raise Violation(f"head {verdict.head}'s contribution {verdict.sequence} was settled twice")
@@ -175,13 +179,13 @@ class Scene:
         for _ in range(TICKS):
             if self.coordinator.candidate is not None:
                 self._judge()
-            elif free := [h for h in sorted(self.coordinator.live) if h not in self.coordinator.pending]:
+            elif free := [h for h in sorted(self.coordinator.live) if h not in self.coordinator.pending_heads]:
                 self._leave(self.heads[free[0]])
-            elif not self.coordinator.pending:
+            elif not self.coordinator.pending_heads:
                 return
             elif self.coordinator.wakes_at is not None:
                 self._pass_time(max(0.0, self.coordinator.wakes_at - self.now))
             else:
                 break
-        waiting = self.coordinator.pending
+        waiting = self.coordinator.pending_heads
         raise Violation(f"it never decides about heads {waiting}, for which nobody else is left to wait")

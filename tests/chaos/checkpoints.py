@@ -38,16 +38,16 @@ class Cuts:
         """Begins a checkpoint of the newest version; `CheckpointManager.begin`."""
         engine, self.cuts_next = self.engine, False
         save = CheckpointRequest(
-            engine.version, {h: engine.standings[h].sequence for h in sorted(self.present & engine.members)}
+            engine.version, {h: engine.positions[h].sequence for h in sorted(self.present & engine.members)}
         )
-        standings = {str(h): dataclasses.asdict(held) for h, held in engine.standings.items() if h in engine.members}
+        standings = {str(h): dataclasses.asdict(held) for h, held in engine.positions.items() if h in engine.members}
         facts = {
             "lte": {"num_heads": self.settings.lte.num_heads},
             "standings": standings,
-            "ledger": engine.data.state(),
-            "guard": engine.guard.state(),
+            "ledger": engine.assignor.state(),
+            "guard": engine.outlier_filter.state(),
         }
-        base, held = engine.master.read(lambda version, base, held: (base.clone(), _cloned(held)))
+        base, held = engine.base_weights.read(lambda version, base, held: (base.clone(), _cloned(held)))
         policy = _cloned(state_of(engine.policy))
         heads = set(save.sequences)
         self.cuts[save.version] = Kept(

@@ -74,7 +74,7 @@ class Line:
             return True
         if any(arrived.base is not None for arrived in self.arrived):
             return False  # the mirror is taken
-        base = update.base[0] if update.version > self.version else None
+        base = update.base_parts[0] if update.version > self.version else None
         self.knowledge.record_reply(update)
         if base is not None:
             self.version, self.base = update.version, base

@@ -58,17 +58,17 @@ class Hub(Cuts):
             references={head: factors.clone() for head, factors in start.references.items()},
             taken=start.taken,
             granted=start.granted,
-            standings=start.standings,
+            positions=start.standings,
             members=start.members,
-            data=PartitionAssignor.from_state(start.ledger) if start.ledger else None,
+            assignor=PartitionAssignor.from_state(start.ledger) if start.ledger else None,
             clock=lambda: 0.0,
         )
         if start.guard:
-            self.engine.guard.load_state(start.guard)
+            self.engine.outlier_filter.load_state(start.guard)
         if start.saved is not None and self.disk.kept[start.saved].policy:
             load_state_of(self.engine.policy, self.disk.kept[start.saved].policy)
         self.joined: set[int] = set()
-        self.together = start.epoch == 0 and (self.engine.budget.shared or bool(start.exact))
+        self.together = start.epoch == 0 and (self.engine.step_budget.shared or bool(start.exact))
         self.exact = set(start.exact) if start.epoch == 0 else set[int]()
         self.present = set(start.granted)
         self.saved, self.states = start.saved, start.states
@@ -84,14 +84,14 @@ class Hub(Cuts):
             if here is not None and (here.contribution.incarnation, here.contribution.sequence) == key:
                 here.calls.append(call)
                 return
-        settled = self.engine.settled(c)
+        settled = self.engine.merged_result(c)
         if settled is not None:
             self.decided.append((call, settled))
             return
         own = Submission(c, [call], call.process.track)
         reason = self.engine.refusal(c)
         if reason:
-            self._handle(lambda: self.engine.refused(c, reason), own)
+            self._handle(lambda: self.engine.refuse(c, reason), own)
         else:
             self.arriving[c.head] = own
 
@@ -103,7 +103,7 @@ class Hub(Cuts):
     def _handle(self, event: Callable[[], StepResult], own: Submission | None = None) -> None:
         """`Merging.handle`: the outcome goes to whom it concerns."""
         outcome = event()
-        verdicts = list(outcome.verdicts)
+        verdicts = list(outcome.results)
         if own is not None:
             refused = next((verdict for verdict in verdicts if _refuses(verdict, own.contribution)), None)
             if refused is None:
@@ -115,9 +115,9 @@ class Hub(Cuts):
                     raise Broken(refused.reason)
         settled = [(verdict, self.undecided.pop(verdict.head)) for verdict in verdicts]
         tracks = {verdict.head: submission.track for verdict, submission in settled}
-        if self.undecided.keys() != set(self.engine.pending):
+        if self.undecided.keys() != set(self.engine.pending_heads):
             raise Broken(
-                f"heads {sorted(self.undecided)} wait for a verdict, but those of {self.engine.pending} are to be decided"
+                f"heads {sorted(self.undecided)} wait for a verdict, but those of {self.engine.pending_heads} are to be decided"
             )
         for merge in outcome.merges:
             self.account.merge(merge, tracks, len(self.engine.members))
@@ -142,7 +142,7 @@ class Hub(Cuts):
     def answer(self, index: int) -> None:
         """Makes the answer to a contribution that is decided, from what is the newest now."""
         call, verdict = self.decided.pop(index)
-        self._send(call, replace(self.since(call.process.number), verdict=verdict))
+        self._send(call, replace(self.since(call.process.number), result=verdict))
 
     def tell_newer(self) -> None:
         """Answers those that wait for a version that is there."""
@@ -153,7 +153,7 @@ class Hub(Cuts):
     def since(self, head: int) -> CoordinatorReply:
         """`Updates.since`, dense."""
         engine = self.engine
-        known = (dict(engine.standings), engine.data.state())
+        known = (dict(engine.positions), engine.assignor.state())
         if self.mode.cached:
             known = self._published.setdefault(engine.version, known)
         saves = [kept.save for kept in self.cuts.values() if head in kept.untold]
@@ -163,10 +163,10 @@ class Hub(Cuts):
             None,
             engine.version,
             {0: engine.base.clone()},
-            held=known[0],
-            ledger=known[1],
-            saves=tuple(saves),
-            orders={head: engine.order(head)},
+            positions=known[0],
+            assignment_state=known[1],
+            checkpoint_requests=tuple(saves),
+            directives={head: engine.next_directive(head)},
         )
 
     def _send(self, call: Call, update: CoordinatorReply) -> None:
@@ -177,13 +177,13 @@ class Hub(Cuts):
         """`CoordinatorActor.join`, as far as it can go now; whether it went on."""
         head, incarnation, engine = join.call.process.number, join.call.process.incarnation, self.engine
         if join.stage == "asked":
-            if head in engine.pending:
+            if head in engine.pending_heads:
                 return False
             engine.join(head, incarnation, fresh=incarnation > 0 and self.mode.rejoin == "fresh")
             self.joined.add(head)
             join.stage = "joined"
             return True
-        if (self.together and not self.joined >= engine.live) or not engine.ready(head):
+        if (self.together and not self.joined >= engine.live) or not engine.has_data(head):
             return False
         if join.answer is not None:
             if self.exact & engine.live:
@@ -194,12 +194,12 @@ class Hub(Cuts):
         self.together = False
         exact = incarnation == 0 and self.start.epoch == 0 and head in self.start.exact
         if exact and engine.version == self.start.version:
-            begin = JoinReply(engine.standings[head], saved=self.start.saved, exact=True)
+            begin = JoinReply(engine.positions[head], checkpoint=self.start.saved, exact=True)
         else:
-            standing = engine.start(head)
-            held = engine.master.read(lambda version, base, held: dict(held)).get(head) if standing.sequence else None
+            standing = engine.start_head(head)
+            held = engine.base_weights.read(lambda version, base, held: dict(held)).get(head) if standing.sequence else None
             begin = JoinReply(standing, None if held is None else held.clone(), self.saved if head in self.states else None)
         self.present.add(head)
-        join.answer = replace(self.since(head), begins={head: begin})
+        join.answer = replace(self.since(head), join_replies={head: begin})
         self.exact.discard(head)
         return True

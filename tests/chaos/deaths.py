@@ -82,7 +82,7 @@ class Deaths(Traffic):
         late = [(n, m) for n, m in sorted(self.members.items()) if not m.over]
         if self.hub is None or not late or len(late) == len(self.members):
             return False
-        if any(n not in self.hub.joined or self.hub.engine.ready(n) for n, _ in late):
+        if any(n not in self.hub.joined or self.hub.engine.has_data(n) for n, _ in late):
             return False
         for number, member in late:
             self._lost(number, member, drop=True)

@@ -52,17 +52,17 @@ class Process(Line):
         self.arrived = []
         update, base = arrived.update, arrived.base
         assert base is not None
-        begin = update.begins[self.number]
+        begin = update.join_replies[self.number]
         head = Head(self.worker, self.settings, self.number, dtype=torch.float64, incarnation=self.incarnation)
-        part = self.disk.kept[begin.saved].parts.get(self.number) if begin.saved is not None else None
-        saved = self.disk.read_head(None, self.disk.kept[begin.saved], self.number) if part is not None else None
-        sequence = begin.standing.sequence
+        part = self.disk.kept[begin.checkpoint].parts.get(self.number) if begin.checkpoint is not None else None
+        saved = self.disk.read_head(None, self.disk.kept[begin.checkpoint], self.number) if part is not None else None
+        sequence = begin.position.sequence
         if begin.exact:
             assert saved is not None and part is not None
             restore(head, saved, base)
             self.track = Track(part.carried, list(part.slots))
         else:
-            rejoin(head, begin.standing, begin.reference, update.version, base, saved)
+            rejoin(head, begin.position, begin.reference, update.version, base, saved)
             self.track = Track(torch.zeros_like(base), [])
             self._holds_nothing(head)
         self.track.at[sequence] = (torch.zeros_like(base), 0)
@@ -143,21 +143,21 @@ class Process(Line):
 
     def _adopt(self, head: Head, arrived: Arrived) -> None:
         update, base = arrived.update, arrived.base
-        for save in update.saves:
+        for save in update.checkpoint_requests:
             self._save(head, save)
         self._take_orders(update)
-        verdict = update.verdict
+        verdict = update.result
         if verdict is not None and not verdict.accepted and head.outstanding and verdict.sequence == head.sequence:
             head.adopt(verdict, head.version, None)
             if not verdict.discarded:
-                if verdict.poison:
+                if verdict.harmful:
                     assert self.track is not None
                     self.track.drop(head.merged_position.sequence)
                     if not self.sound:
                         raise Broken(f"head {self.number} has dropped poison, and some is left")
                 self.quarantined = self.quarantined or verdict.quarantined
         if base is not None:
-            accepted = head.outstanding and update.holds(self.number, head.sequence)
+            accepted = head.outstanding and update.includes(self.number, head.sequence)
             head.adopt(
                 ContributionResult(self.number, head.sequence, True, update.version) if accepted else None, update.version, base
             )
@@ -165,8 +165,8 @@ class Process(Line):
     def _take_orders(self, update: CoordinatorReply) -> None:
         assert self.head is not None
         if not self.left:
-            self.head.apply_directive(update.orders[self.number])
-            self.every = update.orders[self.number].steps
+            self.head.apply_directive(update.directives[self.number])
+            self.every = update.directives[self.number].steps
 
     def _save(self, head: Head, save: CheckpointRequest) -> None:
         assert self.track is not None

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from lte_ray.engine.coordinator.recovery import fitting, recover
+from lte_ray.engine.coordinator.recovery import heads_in_checkpoint, recover
 from lte_ray.messages import RecoveryReport
 from lte_ray.runtime import coordinator_state
 from lte_ray.runtime.coordinator_state import CoordinatorState
@@ -69,7 +69,7 @@ class Recovery(Deaths):
         if saved is not None:
             kept = self.disk.kept[saved]
             states = frozenset(kept.parts)
-            fit = fitting(found, kept.facts["standings"])
+            fit = heads_in_checkpoint(found, kept.facts["standings"])
             references |= {head: factors.clone() for head, factors in kept.references.items() if head in fit}
         exact = self.begin.exact - found.granted.keys() if found.version == self.begin.version else frozenset()
         return CoordinatorState.after(

@@ -80,7 +80,7 @@ class World(Recovery):
         sound = {number: m.process for number, m in self.members.items() if m.process is not None and not m.process.quarantined}
         for number, process in sound.items():
             assert process.track is not None
-            carried, slots = process.track.carried(hub.engine.standings[number].sequence)
+            carried, slots = process.track.carried(hub.engine.positions[number].sequence)
             near(carried, torch.zeros_like(carried), f"head {number} has ended with something that isn't merged")
             if not all(poison for _, poison in slots):
                 raise Broken(f"head {number} has ended, and batches {slots} aren't merged")
@@ -88,13 +88,13 @@ class World(Recovery):
         if not there:
             return  # all are quarantined, so the run ends with an error
         self._check_members(hub, there)
-        ends = {n: (held.step, self.members[n].end) for n, held in hub.engine.standings.items() if n in there - set(sound)}
+        ends = {n: (held.step, self.members[n].end) for n, held in hub.engine.positions.items() if n in there - set(sound)}
         if any(merged < end for merged, end in ends.values()) and not self.happened["poison"]:  # whose steps are dropped
             raise Broken(f"heads ended and died, and not all of their steps are merged: {ends}")
         steps = {number: process.head.step for number, process in sound.items() if process.head is not None}
-        if not hub.engine.budget.shared and set(steps.values()) - {self.settings.train.steps}:
+        if not hub.engine.step_budget.shared and set(steps.values()) - {self.settings.train.steps}:
             raise Broken(f"not all heads have taken {self.settings.train.steps} steps: {steps}")
-        budget, out = hub.engine.budget, len(there) < len(self.members)
+        budget, out = hub.engine.step_budget, len(there) < len(self.members)
         taken = {n: budget._granted[n] if n in there else step for n, step in budget._taken.items()}  # who left took no more
         out = out or self.happened["drop"] > 0  # what one frees when the others have been told that they end is taken by nobody
         if budget.shared and not out and sum(taken.values()) < budget._total:
@@ -104,11 +104,11 @@ class World(Recovery):
 
     def _check_members(self, hub: Hub, there: set[int]) -> None:
         dead = {number for number in there if self.members[number].process is None}
-        idle = dead - hub.engine.standings.keys()  # they came, did nothing, and nobody else knew of them
+        idle = dead - hub.engine.positions.keys()  # they came, did nothing, and nobody else knew of them
         if hub.engine.members != there - idle:
             raise Broken(f"the members are {hub.engine.members}, but the driver has {there}")
-        if hub.engine.data.heads - there:
-            raise Broken(f"heads {hub.engine.data.heads - there} own batches, and have left the run")
+        if hub.engine.assignor.heads - there:
+            raise Broken(f"heads {hub.engine.assignor.heads - there} own batches, and have left the run")
 
     def explained(self) -> str:
         """Where everything stands, for people."""
@@ -116,7 +116,7 @@ class World(Recovery):
         if hub is not None:
             engine = hub.engine
             lines.append(f"version {engine.version}, live {engine.live}, members {engine.members}, waits {engine.waiting_for}")
-            lines.append(f"pending {engine.pending}, joins {len(hub.joins)}, undecided {list(hub.undecided)}")
+            lines.append(f"pending {engine.pending_heads}, joins {len(hub.joins)}, undecided {list(hub.undecided)}")
         for number, member in sorted(self.members.items()):
             p = member.process
             if p is None or p.head is None:
@@ -136,7 +136,7 @@ class World(Recovery):
         if self.hub is not None:
             version = self.hub.engine.version
             near(self.hub.engine.base, account.weights[version], f"the base of version {version}")
-            account.check_slots(self.hub.engine.data)
+            account.check_slots(self.hub.engine.assignor)
         for process in self.processes:
             head, track = process.head, process.track
             if head is None or track is None or not process.sound:

@@ -48,7 +48,7 @@ class Head:
     def obey(self, grants: tuple[Assignment, ...], request: int) -> None:
         for grant in grants:
             if grant.id > self.grant:
-                self.grant, self.lanes = grant.id, ordered((*self.lanes, *grant.lanes))
+                self.grant, self.lanes = grant.id, ordered((*self.lanes, *grant.partitions))
         if request > (self.released.id if self.released else 0) and self.lanes:
             self.lanes, given = split(self.lanes)
             self.released = Assignment(request, given)

@@ -61,15 +61,15 @@ class Spread:
         ticket, named = self.tickets, dict(enumerate(buffers))
         squares = sum(shard.receive(ticket, contribution.head, named) for shard in self.shards)
         outcome = self.coordinator.receive(contribution, MeasuredContribution(squares))
-        if any(not (v.accepted or v.discarded) for v in outcome.verdicts):
+        if any(not (v.accepted or v.discarded) for v in outcome.results):
             self.forget(ticket)
             return outcome
         self.waiting[contribution.head] = ticket
-        tickets = {v.head: self.waiting.pop(v.head) for v in outcome.verdicts}
+        tickets = {v.head: self.waiting.pop(v.head) for v in outcome.results}
         for merge in outcome.merges:
             for shard in self.shards:
                 shard.merge(merge.version, {tickets[head]: weight for head, weight in merge.weights.items()})
-        for verdict in outcome.verdicts:
+        for verdict in outcome.results:
             if verdict.discarded:
                 self.forget(tickets[verdict.head])
         return outcome
@@ -78,18 +78,18 @@ class Spread:
         """Another process of this head begins with B = 0, and the shards hear of it."""
         assert self.coordinator.join(head, incarnation, fresh=True)
         for shard in self.shards:
-            shard.renew(head)
+            shard.forget_head(head)
 
     def forget(self, ticket: int) -> None:
         for shard in self.shards:
-            shard.forget(ticket)
+            shard.discard(ticket)
 
     def base(self) -> Tensor:
         """The whole, from the shards' parts."""
         entries: dict[str, Tensor] = {}
         for shard in self.shards:
             for index in shard.groups:
-                found = shard.at(index, lambda version, part, held: part.clone())
+                found = shard.schedule_read(index, lambda version, part, held: part.clone())
                 shard.catch_up()
                 entries.update(views(self.codecs[0].parts[index].base, found.result()))
         return gather(self.codecs[0].plan.base, entries)
@@ -97,7 +97,7 @@ class Spread:
     def reference(self, index: int, head: int) -> Tensor | None:
         """A head's reference in one group, as the newest version holds it."""
         (shard,) = [shard for shard in self.shards if index in shard.groups]
-        found = shard.at(index, lambda version, part, held: held.get(head))
+        found = shard.schedule_read(index, lambda version, part, held: held.get(head))
         shard.catch_up()
         return found.result()
 
@@ -113,5 +113,5 @@ def both(merge: MergeConfig, ranks: Sequence[int], reset: str, policy: Callable[
 
 def same(a: StepResult, b: StepResult) -> None:
     """Verdict for verdict and record for record; only the clock differs."""
-    assert a.verdicts == b.verdicts
+    assert a.results == b.results
     assert [dataclasses.replace(m, at=0) for m in a.merges] == [dataclasses.replace(m, at=0) for m in b.merges]

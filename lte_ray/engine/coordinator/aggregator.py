@@ -72,22 +72,22 @@ class BaseWeights:
         self._seconds: dict[int, float] = {}
         self._lock = Lock()
 
-    def queue(self, operation: MergeOp) -> None:
+    def enqueue(self, operation: MergeOp) -> None:
         """Adds the operation that leads to the next version."""
         assert operation.version == self.version + 1, "versions follow each other"
         self._queue.append(operation)
         self.version = operation.version
 
-    def forget(self, head: int) -> None:
+    def forget_head(self, head: int) -> None:
         """From here on no version holds factors of this head: what the base has of them is weights like any other."""
-        self.at(lambda version, base, references: self._references.pop(head, None))
+        self.schedule_read(lambda version, base, references: self._references.pop(head, None))
 
     def catch_up(self) -> Tensor:
         """Carries out all that is queued and gives the base, which stays the master's own."""
         with self._lock:
             return self._catch_up()
 
-    def at(self, use: Use[T]) -> Future[T]:
+    def schedule_read(self, use: Use[T]) -> Future[T]:
         """What `use` will make of the version that is the newest now, whatever is queued after it; once it is carried out."""
         result: Future[T] = Future()
         self._queue.append((use, result))
@@ -95,11 +95,11 @@ class BaseWeights:
 
     def read(self, use: Use[T]) -> T:
         """As `at`, at once."""
-        result = self.at(use)
+        result = self.schedule_read(use)
         self.catch_up()
         return result.result()
 
-    def seconds(self, version: int) -> float:
+    def pop_seconds(self, version: int) -> float:
         """How long a version's operation took, which is forgotten here; 0 before it was carried out."""
         return self._seconds.pop(version, 0.0)
 
@@ -157,7 +157,7 @@ class BaseShard:
         return tuple(self._masters)
 
     @property
-    def factored(self) -> tuple[int, ...]:
+    def factored_groups(self) -> tuple[int, ...]:
         """The numbers of those that heads redo from factors."""
         return tuple(index for index in self._masters if self._codecs[0].groups[index].by_factors)
 
@@ -186,15 +186,15 @@ class BaseShard:
         self._received[ticket] = (head, shares)
         return sum(float(torch.dot(share.contribution, share.contribution)) for share in shares.values())
 
-    def forget(self, ticket: int) -> None:
+    def discard(self, ticket: int) -> None:
         """A contribution was refused, here or elsewhere, or discarded: its head's reference stays as it is."""
         self._received.pop(ticket, None)
 
-    def renew(self, head: int) -> None:
+    def forget_head(self, head: int) -> None:
         """A head begins with B = 0: from here on no version holds factors of that number."""
         for index, master in self._masters.items():
             self._held[index].pop(head, None)
-            master.forget(head)
+            master.forget_head(head)
 
     def merge(self, version: int, weights: Mapping[int, float]) -> None:
         """The next version: base += sum of weight x change over these tickets, in their order; computed by `catch_up`."""
@@ -204,30 +204,30 @@ class BaseShard:
                 head, received = self._received[ticket]
                 shares[head] = replace(received[index], weight=weight)
             references = {head: new_reference(share, self._reset) for head, share in shares.items()}
-            master.queue(MergeOp(version, list(shares.values()), references=references))
+            master.enqueue(MergeOp(version, list(shares.values()), references=references))
             self._held[index].update(references)
         for ticket in weights:
             del self._received[ticket]
 
-    def at(self, group: int, use: Use[T]) -> Future[T]:
+    def schedule_read(self, group: int, use: Use[T]) -> Future[T]:
         """What `use` will make of a group's part at the version that is the newest now; see `Master.at`."""
-        return self._masters[group].at(use)
+        return self._masters[group].schedule_read(use)
 
     def catch_up(self) -> None:
         """Carries out all that is queued."""
         for master in self._masters.values():
             master.catch_up()
 
-    def seconds(self, version: int) -> float:
+    def pop_seconds(self, version: int) -> float:
         """How long a version's products took, which is forgotten here."""
-        return sum(master.seconds(version) for master in self._masters.values())
+        return sum(master.pop_seconds(version) for master in self._masters.values())
 
 
 @dataclass(frozen=True)
 class MeasuredContribution:
     """A contribution that every shard has decoded: the sum of squares of all its elements."""
 
-    squares: float
+    sum_of_squares: float
 
 
 class NeedsTensors(Exception):

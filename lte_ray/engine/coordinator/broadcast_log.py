@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from lte_ray.messages import MergeDelta
 from lte_ray.transfer.groups import Group
 
-CHECK_EVERY = 10
+CHECKSUM_INTERVAL = 10
 """Versions between two checksums."""
 
 
@@ -26,14 +26,14 @@ class BroadcastLog:
         self, groups: Sequence[Group], base_sizes: Sequence[int], sizes: Sequence[Sequence[int]], version: int
     ) -> None:
         self._factored = [i for i, group in enumerate(groups) if group.by_factors]
-        self.dense = [i for i, group in enumerate(groups) if not group.by_factors]
+        self.dense_groups = [i for i, group in enumerate(groups) if not group.by_factors]
         self._base_size = sum(base_sizes[i] for i in self._factored)
         self._sizes = [sum(sizes[i] for i in self._factored) for sizes in sizes]
-        self._dense_size = sum(base_sizes[i] for i in self.dense)
+        self._dense_size = sum(base_sizes[i] for i in self.dense_groups)
         self._chain: deque[MergeDelta] = deque()
         self._version = version
 
-    def add(self, merged: MergeDelta | None) -> None:
+    def append(self, merged: MergeDelta | None) -> None:
         """The next version; None if it can't be redone from factors, so that all groups go down as the base."""
         self._version += 1
         if merged is None or not self._factored:
@@ -44,11 +44,11 @@ class BroadcastLog:
             self._chain.popleft()
 
     @property
-    def factored(self) -> bool:
+    def by_factors(self) -> bool:
         """Whether any group goes down by factors."""
         return bool(self._factored)
 
-    def chain(self, have: int) -> tuple[MergeDelta, ...] | None:
+    def deltas_since(self, have: int) -> tuple[MergeDelta, ...] | None:
         """The merges to redo for a head whose process has version `have`; None if it must be sent the whole base."""
         if not self._factored:
             return ()
@@ -71,7 +71,7 @@ class BroadcastLog:
         return sum(self._sizes[head] for merged in chain for head in merged.weights)
 
 
-def bytes_instead(size: int, num_heads: int, merged: int, steps: int) -> dict[str, int]:
+def alternative_bytes(size: int, num_heads: int, merged: int, steps: int) -> dict[str, int]:
     """Bytes that other ways of training would have sent in the place of one merge, all heads together, in fp32.
 
     dense: the whole base down to each merged head, and as much of a change up. ddp: a ring all-reduce of all gradients at every

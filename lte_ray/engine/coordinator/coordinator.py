@@ -21,7 +21,7 @@ from lte_ray.data.assignment import PartitionAssignor
 from lte_ray.data.partition import initial
 from lte_ray.engine.coordinator.aggregator import BaseWeights, MeasuredContribution, MergeOp, NeedsTensors, RemoteShare
 from lte_ray.engine.coordinator.step_budget import StepBudget, StepRateEstimator
-from lte_ray.engine.coordinator.validation import OutlierFilter, misshapen, poisonous, squares, stale
+from lte_ray.engine.coordinator.validation import OutlierFilter, check_identity, check_magnitude, check_shape, sum_of_squares
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import PolicyError
 from lte_ray.layout import Plan
@@ -51,7 +51,7 @@ class _Received:
 class StepResult:
     """What an event led to: verdicts on contributions, and the merges that were made, in order."""
 
-    verdicts: tuple[ContributionResult, ...]
+    results: tuple[ContributionResult, ...]
     merges: tuple[MergeRecord, ...]
 
 
@@ -88,10 +88,10 @@ class Coordinator:
         references: dict[int, Tensor] | None = None,
         taken: Mapping[int, int] | None = None,
         granted: Mapping[int, int] | None = None,
-        standings: Mapping[int, CommittedPosition] | None = None,
+        positions: Mapping[int, CommittedPosition] | None = None,
         fresh: Collection[int] = (),
         members: Collection[int] | None = None,
-        data: PartitionAssignor | None = None,
+        assignor: PartitionAssignor | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings, self.plan, self.policy = settings, plan, policy
@@ -100,35 +100,35 @@ class Coordinator:
         self.waiting_for = ""
         self._asked = 0  # how often in a row the policy waited though nobody else was to come
         self.wakes_at: float | None = None
-        self.pace = StepRateEstimator(settings.merge)
-        self.budget = StepBudget(settings, self.pace, taken or {}, granted or {})
+        self.step_rates = StepRateEstimator(settings.merge)
+        self.step_budget = StepBudget(settings, self.step_rates, taken or {}, granted or {})
         self.plans = tuple(plans or [plan] * settings.lte.num_heads)
         self._clock, self._dtype = clock, torch.float32 if base is None else base.dtype
         self._largest_scaling = max([1.0, *(abs(a.scaling) for each in set(self.plans) for a in each.adapted)])
         self._references: dict[int, Tensor | None] = dict(references or {})
         first = range(settings.lte.num_heads)
-        self.members = set(first if members is None else members) & {*first, *(standings or {})}
+        self.members = set(first if members is None else members) & {*first, *(positions or {})}
         """Heads that belong to the run: each contribution counts 1/N, with N their number."""
         lanes = {n: initial(n, settings.lte.num_heads) for n in first}
-        self.standings = {n: CommittedPosition(lanes=lanes[n]) for n in first} | dict(standings or {})
+        self.positions = {n: CommittedPosition(lanes=lanes[n]) for n in first} | dict(positions or {})
         """What the newest version holds of each head."""
-        self.data = data or PartitionAssignor(lanes)
-        for gone in self.data.heads - self.members:
-            self.data.drop(gone)
-        self.live = {n for n in self.members if self.data.ready(n)}
+        self.assignor = assignor or PartitionAssignor(lanes)
+        for gone in self.assignor.heads - self.members:
+            self.assignor.drop(gone)
+        self.live = {n for n in self.members if self.assignor.ready(n)}
         """Heads that train, and that others may have to wait for."""
-        self.guard = OutlierFilter(settings.merge)
+        self.outlier_filter = OutlierFilter(settings.merge)
         self._fresh = set(fresh)  # heads that have begun with B = 0, and weren't merged since
         self._pending: dict[int, _Received] = {}
         # Incarnation and sequence last received, by head.
-        self._newest = {n: (held.incarnation, held.sequence) for n, held in self.standings.items() if held.sequence}
+        self._newest = {n: (held.incarnation, held.sequence) for n, held in self.positions.items() if held.sequence}
         # What the policy sees of them, by head: with 10,000 heads too much to make anew each time.
         self._shown: list[Pending] = []
         self._trial: tuple[Try, Tensor] | None = None  # and the base that is tried
         self._void = False  # a head whose contribution is tried has left
 
     @property
-    def master(self) -> BaseWeights:
+    def base_weights(self) -> BaseWeights:
         """The main weights, where they aren't in shards."""
         assert self._master is not None
         return self._master
@@ -136,10 +136,10 @@ class Coordinator:
     @property
     def base(self) -> Tensor:
         """The newest version's main weights and replicas, flat: the coordinator's own, to be read only."""
-        return self.master.catch_up()
+        return self.base_weights.catch_up()
 
     @property
-    def pending(self) -> list[int]:
+    def pending_heads(self) -> list[int]:
         """The heads whose contribution waits for a decision."""
         return sorted(self._pending)
 
@@ -147,10 +147,10 @@ class Coordinator:
         """The factors that the newest version holds of this head, flat; None where B' = 0."""
         return self._references.get(head)
 
-    def order(self, head: int) -> HeadDirective:
+    def next_directive(self, head: int) -> HeadDirective:
         """What a head is to do next."""
-        grants, release = self.data.orders(head, self.live)
-        return replace(self.budget.order(head, self.live), grants=grants, release=release)
+        grants, release = self.assignor.orders(head, self.live)
+        return replace(self.step_budget.next_directive(head, self.live), assignments=grants, revoke=release)
 
     def receive(self, contribution: Contribution, buffer: Tensor | MeasuredContribution) -> StepResult:
         """A contribution arrived; `buffer` is flat, in the contribution layout; it is only read, and kept until it is merged.
@@ -165,21 +165,21 @@ class Coordinator:
         head = contribution.head
         reason = self.refusal(contribution)
         if reason:
-            return self.refused(contribution, reason)
-        wrong = misshapen(buffer, self.plans[head].contribution.size, self._dtype)
-        poison = "" if wrong else poisonous(squares(buffer), self._largest_scaling)
+            return self.refuse(contribution, reason)
+        wrong = check_shape(buffer, self.plans[head].contribution.size, self._dtype)
+        poison = "" if wrong else check_magnitude(sum_of_squares(buffer), self._largest_scaling)
         share = RemoteShare() if wrong or poison else self._share(head, buffer)
         norm = contribution.norm
         if norm is None and self.settings.merge.max_norm_z and not isinstance(share, RemoteShare):
             norm = math.sqrt(squared_norm(share))
         if norm is not None and not (wrong or poison):
-            poison = self.guard.judge(head, norm, contribution.steps)
+            poison = self.outlier_filter.check(head, norm, contribution.steps)
         wrong = wrong or self._out_of_place(contribution)
         if wrong or poison:
-            return self.unfit(contribution, wrong or poison, poison=bool(poison))
+            return self.reject(contribution, wrong or poison, poison=bool(poison))
         self._newest[head] = (contribution.incarnation, contribution.sequence)
-        self.pace.note(head, contribution.steps, contribution.seconds)
-        self.budget.note(head, contribution.step)
+        self.step_rates.record_steps(head, contribution.steps, contribution.seconds)
+        self.step_budget.record_steps(head, contribution.step)
         self._pending[head] = _Received(contribution, self._clock(), share, norm)
         insort(self._shown, self._show(head), key=lambda p: p.head)
         return self._decide()
@@ -202,7 +202,7 @@ class Coordinator:
         if head not in self.members:  # it was new, and hadn't joined
             return StepResult((), ())
         pending = self._pending.get(head)
-        self.budget.lose(head, pending.contribution.step if pending else self.standings[head].step)
+        self.step_budget.reclaim(head, pending.contribution.step if pending else self.positions[head].step)
         return self.leave(head)
 
     def join(self, head: int, incarnation: int, fresh: bool = False) -> bool:
@@ -215,36 +215,36 @@ class Coordinator:
             Whether it begins with B = 0: nothing that anybody keeps of an earlier head of this number is its reference.
         """
         assert head not in self._pending
-        if head not in self.members or head not in self.data.heads:  # or one that came before, and no version says so
-            steps = [self.standings[other].step for other in self.live]
-            step = self.budget.admit(head, min(steps, default=0))
-            self.standings[head] = CommittedPosition(step=step, version=self.version)
+        if head not in self.members or head not in self.assignor.heads:  # or one that came before, and no version says so
+            steps = [self.positions[other].step for other in self.live]
+            step = self.step_budget.admit(head, min(steps, default=0))
+            self.positions[head] = CommittedPosition(step=step, version=self.version)
             self.members.add(head)
-            self.data.admit(head, self.live)
+            self.assignor.admit(head, self.live)
             fresh = True  # whatever the base holds of one that had this number before isn't this one's
-        if self.data.ready(head):  # else nobody may wait for it: those that are to give it lanes do so when they are merged
+        if self.assignor.ready(head):  # else nobody may wait for it: those that are to give it lanes do so when they are merged
             self.live.add(head)
         if fresh:
             self._forget(head)
             self._fresh.add(head)
-        self._newest[head] = (incarnation, 0 if fresh else self.standings[head].sequence)
+        self._newest[head] = (incarnation, 0 if fresh else self.positions[head].sequence)
         return fresh
 
     def _forget(self, head: int) -> None:
         """What the base holds of a head stays in it as weights like any other."""
         self._references.pop(head, None)
         if self._master is not None:
-            self._master.forget(head)
+            self._master.forget_head(head)
 
-    def ready(self, head: int) -> bool:
+    def has_data(self, head: int) -> bool:
         """Whether a head that has joined owns data to train on."""
-        return self.data.ready(head)
+        return self.assignor.ready(head)
 
-    def start(self, head: int) -> CommittedPosition:
+    def start_head(self, head: int) -> CommittedPosition:
         """What a head that begins now goes on from; batches that it has trained and not contributed are its to train again."""
         self.live.add(head)
-        self.standings[head] = replace(self.standings[head], lanes=self.data.lanes(head))
-        return self.standings[head]
+        self.positions[head] = replace(self.positions[head], lanes=self.assignor.lanes(head))
+        return self.positions[head]
 
     def drop(self, head: int) -> StepResult:
         """A head is gone for good: its data go to others, and every contribution counts 1/N of those that are left.
@@ -259,14 +259,14 @@ class Coordinator:
             verdicts = (self._verdict(head, False, f"head {head} has left the run"),)
             del self._pending[head]
             self._void = self._trial is not None
-            self._shown = [self._show(other) for other in self.pending]
+            self._shown = [self._show(other) for other in self.pending_heads]
         self.live.discard(head)
-        self.budget.lose(head, self.standings[head].step)
+        self.step_budget.reclaim(head, self.positions[head].step)
         self.members.discard(head)
         self._forget(head)
-        self.data.drop(head)
+        self.assignor.drop(head)
         outcome = self._decide()
-        return StepResult((*verdicts, *outcome.verdicts), outcome.merges)
+        return StepResult((*verdicts, *outcome.results), outcome.merges)
 
     def tick(self) -> StepResult:
         """`wakes_at` has come: the policy is asked again.
@@ -281,7 +281,7 @@ class Coordinator:
         """The base that a policy tries: to be evaluated, and the values to be given to `judged`. None if there is no trial."""
         return None if self._trial is None else self._trial[1]
 
-    def judged(self, values: Mapping[str, float]) -> StepResult:
+    def receive_evaluation(self, values: Mapping[str, float]) -> StepResult:
         """The evaluation of `candidate`.
 
         Raises:
@@ -297,9 +297,9 @@ class Coordinator:
             raise PolicyError(f"{self._policy_name} judged {decision!r}; it must give the merge that was tried, or a Discard.")
         return self._decide(decision)
 
-    def settled(self, c: Contribution) -> ContributionResult | None:
+    def merged_result(self, c: Contribution) -> ContributionResult | None:
         """The verdict on a contribution that was merged before: whoever sends it again hasn't heard it."""
-        held = self.standings.get(c.head)
+        held = self.positions.get(c.head)
         if (
             held is None
             or not held.sequence
@@ -313,29 +313,29 @@ class Coordinator:
         """Why a contribution can't be merged, as far as its numbers say; empty if they say nothing."""
         if c.head not in self.live:
             return f"head {c.head} isn't one of the live heads {sorted(self.live)}"
-        reason = stale(c, self.settings.run, self._newest.get(c.head, (-1, -1)), self.version)
+        reason = check_identity(c, self.settings.run, self._newest.get(c.head, (-1, -1)), self.version)
         if not reason and c.head in self._pending:
             reason = f"head {c.head} has a contribution that isn't decided yet"
         return reason
 
-    def refused(self, contribution: Contribution, reason: str) -> StepResult:
+    def refuse(self, contribution: Contribution, reason: str) -> StepResult:
         """The verdict on a contribution that can't be merged, which changes nothing."""
         return StepResult((ContributionResult(contribution.head, contribution.sequence, False, self.version, reason),), ())
 
-    def unfit(self, c: Contribution, reason: str, poison: bool = True) -> StepResult:
+    def reject(self, c: Contribution, reason: str, poison: bool = True) -> StepResult:
         """The verdict on a contribution whose content can't be merged: if it is poison, its head drops what it held.
 
         After the third in a row the head is quarantined: it leaves the run, and its data go to others.
         """
         self._newest[c.head] = (c.incarnation, c.sequence)
-        self.budget.note(c.head, c.step)  # they were taken, whatever became of them
-        quarantined = self.guard.refused(c.head)
-        verdict = ContributionResult(c.head, c.sequence, False, self.version, reason, poison=poison, quarantined=quarantined)
+        self.step_budget.record_steps(c.head, c.step)  # they were taken, whatever became of them
+        quarantined = self.outlier_filter.record_refusal(c.head)
+        verdict = ContributionResult(c.head, c.sequence, False, self.version, reason, harmful=poison, quarantined=quarantined)
         later = self.drop(c.head) if quarantined else StepResult((), ())
-        return StepResult((verdict, *later.verdicts), later.merges)
+        return StepResult((verdict, *later.results), later.merges)
 
     def _out_of_place(self, c: Contribution) -> str:
-        return self.data.check(c.head, c.lanes, c.grant, c.released) if c.lanes else ""
+        return self.assignor.check(c.head, c.partitions, c.assignment, c.released) if c.partitions else ""
 
     def _share(self, head: int, buffer: Tensor | MeasuredContribution) -> Share:
         if isinstance(buffer, MeasuredContribution):
@@ -365,7 +365,7 @@ class Coordinator:
                 verdicts += [self._verdict(h, True, "") for h in heads]
             for head in heads:
                 del self._pending[head]
-            self._shown = [self._show(head) for head in self.pending]  # their lags have changed
+            self._shown = [self._show(head) for head in self.pending_heads]  # their lags have changed
             decision = None
         return StepResult(tuple(verdicts), tuple(merges))
 
@@ -425,7 +425,7 @@ class Coordinator:
             named, known = [heads], False
         if not named or not known or len(set(named)) != len(named):
             raise PolicyError(
-                f"{self._policy_name} decided about heads {named}, but those with a contribution are {self.pending}."
+                f"{self._policy_name} decided about heads {named}, but those with a contribution are {self.pending_heads}."
             )
         return sorted(named)
 
@@ -433,7 +433,7 @@ class Coordinator:
         weights = self._weights(decision, heads)
         if self._master is not None:
             references = {head: new_reference(self._pending[head].share, self.settings.lte.reset) for head in heads}
-            self._master.queue(replace(self._operation(decision, heads, weights), references=references))
+            self._master.enqueue(replace(self._operation(decision, heads, weights), references=references))
             self._references.update(references)
         self.version += 1
         merged = [self._pending[h].contribution for h in heads]
@@ -444,7 +444,7 @@ class Coordinator:
             at=time.time(),
             heads=tuple(heads),
             step=max(c.step for c in merged),
-            taken=self.budget.taken,
+            taken=self.step_budget.taken,
             steps=sum(c.steps for c in merged),
             samples=sum(c.samples for c in merged),
             losses={c.head: c.loss for c in merged},
@@ -455,7 +455,7 @@ class Coordinator:
             lags={c.head: self.version - 1 - c.version for c in merged},
             head_steps={c.head: c.steps for c in merged},
             stalls={c.head: c.stall for c in merged},
-            held={c.head: self.standings[c.head] for c in merged},
+            held={c.head: self.positions[c.head] for c in merged},
             fresh=self._begun_since(heads),
         )
 
@@ -468,14 +468,16 @@ class Coordinator:
     def _settle(self, c: Contribution) -> None:
         """The newest version holds this contribution: what its head has trained until then is done."""
         head = c.head
-        before = self.standings[head]
+        before = self.positions[head]
         step, samples = max(c.step, before.step), before.samples + c.samples
-        self.standings[head] = CommittedPosition(c.incarnation, c.sequence, self.version, step, samples, c.batches, c.lanes)
-        if c.lanes:
-            self.data.merged(head, c.lanes, c.grant, c.released)
+        self.positions[head] = CommittedPosition(
+            c.incarnation, c.sequence, self.version, step, samples, c.batches, c.partitions
+        )
+        if c.partitions:
+            self.assignor.merged(head, c.partitions, c.assignment, c.released)
         norm = self._pending[head].norm
         if norm is not None and c.steps:  # one that holds nothing doesn't show that its head is well again
-            self.guard.merged(head, norm, c.steps)
+            self.outlier_filter.record_merge(head, norm, c.steps)
 
     def _operation(self, decision: Merge | MergeChange, heads: list[int], weights: Mapping[int, float]) -> MergeOp:
         if isinstance(decision, MergeChange):

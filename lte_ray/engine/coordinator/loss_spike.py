@@ -45,7 +45,7 @@ class LossSpikeDetector:
         self._suspicious: deque[float] = deque(maxlen=window)  # the last in a row
         self._since = 0
 
-    def add(self, loss: float) -> str:
+    def record_loss(self, loss: float) -> str:
         """A merge has been made. Why its loss is a spike, as a sentence; empty if it is none.
 
         Args:
@@ -71,7 +71,7 @@ class LossSpikeDetector:
         return told
 
     @property
-    def since(self) -> int:
+    def suspicious_merges(self) -> int:
         """Merges in a row, up to the newest, whose loss was suspicious: the version before them is the last good one."""
         return self._since
 

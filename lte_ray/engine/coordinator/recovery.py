@@ -24,8 +24,8 @@ class Recovered:
 
     version: int
     base: Any
-    held: Mapping[int, CommittedPosition]
-    ledger: Mapping[str, Any]
+    positions: Mapping[int, CommittedPosition]
+    assignment_state: Mapping[str, Any]
     references: Mapping[int, Any]
     granted: Mapping[int, int]
     astray: frozenset[int]
@@ -38,10 +38,10 @@ def recover(reports: Sequence[RecoveryReport]) -> Recovered | None:
     if not known:
         return None
     newest = max(known, key=lambda report: report.version)
-    latest = int(newest.ledger.get("latest", 0))
+    latest = int(newest.assignment_state.get("latest", 0))
     heads = {head: own for report in reports for head, own in report.heads.items()}
     references, unknown = {}, set()
-    for head, held in newest.held.items():
+    for head, held in newest.positions.items():
         if not held.sequence:
             continue
         if head in heads and held.sequence in heads[head].factors:
@@ -53,18 +53,18 @@ def recover(reports: Sequence[RecoveryReport]) -> Recovered | None:
     return Recovered(
         version=newest.version,
         base=newest.base,
-        held=newest.held,
-        ledger=newest.ledger,
+        positions=newest.positions,
+        assignment_state=newest.assignment_state,
         references=references,
         granted={head: own.limit for head, own in heads.items() if own.step >= 0},
-        astray=frozenset(head for head, own in heads.items() if own.step < 0 or max(own.grant, own.released) > latest)
+        astray=frozenset(head for head, own in heads.items() if own.step < 0 or max(own.assignment, own.released) > latest)
         & {head for report in known for head in report.heads},
         unknown=frozenset(unknown),
     )
 
 
-def fitting(found: Recovered, standings: Mapping[str, Mapping[str, Any]]) -> frozenset[int]:
+def heads_in_checkpoint(found: Recovered, standings: Mapping[str, Mapping[str, Any]]) -> frozenset[int]:
     """Heads of whose factors nobody knows, but a checkpoint with these standings holds what the version does."""
     return frozenset(
-        head for head in found.unknown if standings.get(str(head), {}).get("sequence") == found.held[head].sequence
+        head for head in found.unknown if standings.get(str(head), {}).get("sequence") == found.positions[head].sequence
     )

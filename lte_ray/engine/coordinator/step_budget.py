@@ -30,7 +30,7 @@ class StepRateEstimator:
         self._merge = merge
         self._seconds: dict[int, float] = {}  # of a step, by head
 
-    def note(self, head: int, steps: int, seconds: float) -> None:
+    def record_steps(self, head: int, steps: int, seconds: float) -> None:
         """A head has taken `steps` steps in `seconds`."""
         if steps > 0 and seconds > 0:
             new, old = seconds / steps, self._seconds.get(head)
@@ -43,18 +43,18 @@ class StepRateEstimator:
             return 1 / len(everyone)
         return 1 / (self._seconds[head] * sum(1 / self._seconds[other] for other in everyone))
 
-    def rate(self, head: int, live: Collection[int]) -> float:
+    def relative_rate(self, head: int, live: Collection[int]) -> float:
         """The mean step rate of the live heads over this head's: the share of a step that all take while it takes one."""
         known = {other: self._seconds[other] for other in {*live, head} if other in self._seconds}
         if head not in known:
             return 1.0
         return sum(known[head] / seconds for seconds in known.values()) / len(known)
 
-    def fitting(self, head: int, seconds: float) -> int:
+    def steps_within(self, head: int, seconds: float) -> int:
         """The steps that this head takes in so many seconds; 0 until its speed is known."""
         return int(seconds / self._seconds[head]) if head in self._seconds else 0
 
-    def steps(self, head: int, live: Collection[int]) -> int:
+    def round_steps(self, head: int, live: Collection[int]) -> int:
         """The steps of this head's next round, at least 1; `merge_iter` until its speed is known."""
         own, merge = self._seconds.get(head), self._merge
         if own is None or not (merge.match_speed or merge.every_seconds):
@@ -94,10 +94,14 @@ class StepBudget:
     """
 
     def __init__(
-        self, settings: Settings, pace: StepRateEstimator, taken: Mapping[int, int], granted: Mapping[int, int] | None = None
+        self,
+        settings: Settings,
+        step_rates: StepRateEstimator,
+        taken: Mapping[int, int],
+        granted: Mapping[int, int] | None = None,
     ) -> None:
         self.shared = is_shared(settings)
-        self._steps, self._pace = settings.train.steps, pace
+        self._steps, self._pace = settings.train.steps, step_rates
         self._total = settings.train.steps * settings.lte.num_heads
         self._taken = dict.fromkeys(range(settings.lte.num_heads), 0) | dict(taken)
         self._granted = dict(self._taken) | dict(granted or {})
@@ -112,7 +116,7 @@ class StepBudget:
         """The share of all steps that the contributions hold."""
         return self.taken / self._total
 
-    def note(self, head: int, step: int) -> None:
+    def record_steps(self, head: int, step: int) -> None:
         """A head has taken `step` local steps in all."""
         self._taken[head] = max(step, self._taken[head])
 
@@ -125,21 +129,21 @@ class StepBudget:
         self._taken[head] = self._granted[head] = begins
         return begins
 
-    def lose(self, head: int, step: int) -> None:
+    def reclaim(self, head: int, step: int) -> None:
         """A head's process is gone, and what it has contributed ends at `step`: what it was granted beyond is free again."""
         self._taken[head] = self._granted[head] = step
 
-    def order(self, head: int, live: Collection[int]) -> HeadDirective:
+    def next_directive(self, head: int, live: Collection[int]) -> HeadDirective:
         """What a head is to do next."""
-        steps = self._pace.steps(head, live)
+        steps = self._pace.round_steps(head, live)
         if not self.shared:
             return HeadDirective(steps, self._steps)
         left = max(0, self._total - sum(self._granted.values()))
         # What is left is shared by speed, so that all end together; but rounds shouldn't become ever smaller.
         fair = max(math.ceil(left * self._pace.share(head, live)), min(steps, self._steps) // 4)
-        ahead = max(AHEAD * steps, min(self._pace.fitting(head, AWAY), fair // SLICE))
+        ahead = max(AHEAD * steps, min(self._pace.steps_within(head, AWAY), fair // SLICE))
         grant = min(left, fair, max(0, self._taken[head] + ahead - self._granted[head]))
         if head not in live:  # it has left, and may hear this all the same: what is free again is for others
-            return HeadDirective(steps, self._granted[head], True, self._pace.rate(head, live), self.progress)
+            return HeadDirective(steps, self._granted[head], True, self._pace.relative_rate(head, live), self.progress)
         self._granted[head] += grant
-        return HeadDirective(steps, self._granted[head], left == grant, self._pace.rate(head, live), self.progress)
+        return HeadDirective(steps, self._granted[head], left == grant, self._pace.relative_rate(head, live), self.progress)

@@ -23,7 +23,7 @@ ABSURD = 1e30
 and far below what overflows float32, so that a merge that has begun can't make the base infinite."""
 
 
-def stale(c: Contribution, run: str, newest: tuple[int, int], version: int) -> str:
+def check_identity(c: Contribution, run: str, newest: tuple[int, int], version: int) -> str:
     """Why it isn't of this run, this incarnation and this time.
 
     Args:
@@ -41,19 +41,19 @@ def stale(c: Contribution, run: str, newest: tuple[int, int], version: int) -> s
     return ""
 
 
-def misshapen(buffer: Tensor | MeasuredContribution, size: int, dtype: torch.dtype) -> str:
+def check_shape(buffer: Tensor | MeasuredContribution, size: int, dtype: torch.dtype) -> str:
     """Why it isn't a flat contribution of the head's plan; shards have checked their parts' sizes when they decoded them."""
     if isinstance(buffer, MeasuredContribution) or (buffer.shape == (size,) and buffer.dtype == dtype):
         return ""
     return f"it has the shape {tuple(buffer.shape)} and the type {buffer.dtype}, expected {(size,)} and {dtype}"
 
 
-def squares(buffer: Tensor | MeasuredContribution) -> float:
+def sum_of_squares(buffer: Tensor | MeasuredContribution) -> float:
     """The sum of squares of its elements."""
-    return buffer.squares if isinstance(buffer, MeasuredContribution) else float(torch.dot(buffer, buffer))
+    return buffer.sum_of_squares if isinstance(buffer, MeasuredContribution) else float(torch.dot(buffer, buffer))
 
 
-def poisonous(total: float, scaling: float) -> str:
+def check_magnitude(total: float, scaling: float) -> str:
     """Why it would spoil the base.
 
     Args:
@@ -119,7 +119,7 @@ class OutlierFilter:
         self._judged: deque[tuple[int, float, bool]] = deque(maxlen=WITNESSES)  # head, y, whether it was high
         self._in_a_row: dict[int, int] = {}
 
-    def judge(self, head: int, norm: float, steps: int) -> str:
+    def check(self, head: int, norm: float, steps: int) -> str:
         """Why a contribution is refused, as a sentence's end; empty if it isn't. To be asked once for each.
 
         Args:
@@ -143,13 +143,13 @@ class OutlierFilter:
             f"{typical:.3g} for {steps} steps); --max-norm-z is {self._most:g}"
         )
 
-    def merged(self, head: int, norm: float, steps: int) -> None:
+    def record_merge(self, head: int, norm: float, steps: int) -> None:
         """A contribution has become part of the base: later ones are compared with it."""
-        self.accepted(head)
+        self.reset_refusals(head)
         if norm:  # a head whose learning rate is 0 says nothing of the others
             self._window.append(_scaled(norm, steps))
 
-    def refused(self, head: int) -> bool:
+    def record_refusal(self, head: int) -> bool:
         """A head's contribution was refused, here or elsewhere. True at the third in a row: it is to be quarantined.
 
         Then it is forgotten: it is no witness any more, and whoever takes its place begins at no refusals.
@@ -157,11 +157,11 @@ class OutlierFilter:
         self._in_a_row[head] = self._in_a_row.get(head, 0) + 1
         if self._in_a_row[head] < QUARANTINE:
             return False
-        self.accepted(head)
+        self.reset_refusals(head)
         self._judged = deque((each for each in self._judged if each[0] != head), maxlen=WITNESSES)
         return True
 
-    def accepted(self, head: int) -> None:
+    def reset_refusals(self, head: int) -> None:
         """A head's contribution was found fit, which ends its refusals in a row."""
         self._in_a_row.pop(head, None)
 

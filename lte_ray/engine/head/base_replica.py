@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lte_ray.engine.coordinator.broadcast_log import CHECK_EVERY
+from lte_ray.engine.coordinator.broadcast_log import CHECKSUM_INTERVAL
 from lte_ray.engine.process_tuning import torch_threads
 from lte_ray.merging.flat_buffer import views
 from lte_ray.merging.low_rank import Share, add_contributions, new_reference
@@ -125,15 +125,15 @@ class BaseReplica:
         """All that an update refers to, so that what follows can't be cut off."""
         groups = self._codecs[0].groups
         if len(groups) == 1 and not groups[0].by_factors:
-            return _Fetched({0: self._get(update.base[0])})
-        chain = [merged for merged in update.chain if merged.version > self.version]
-        whole = update.base.keys() >= {i for i, group in enumerate(groups) if group.by_factors}
+            return _Fetched({0: self._get(update.base_parts[0])})
+        chain = [merged for merged in update.deltas if merged.version > self.version]
+        whole = update.base_parts.keys() >= {i for i, group in enumerate(groups) if group.by_factors}
         if not whole and (not self._parts or self.version + len(chain) != update.version):
             raise CannotRedoMerges
-        indices = update.base.keys() if whole else self._parts.keys()
+        indices = update.base_parts.keys() if whole else self._parts.keys()
         factored = [i for i in indices if groups[i].by_factors]
         return _Fetched(
-            {index: self._get(handle) for index, handle in update.base.items()},
+            {index: self._get(handle) for index, handle in update.base_parts.items()},
             {head: self._get(handle) for head, handle in update.references.items()},
             [
                 (merged, {i: {h: self._buffer(h, merged.buffers[h][i]) for h in merged.weights} for i in factored})
@@ -177,7 +177,7 @@ class BaseReplica:
                 add_contributions(part.base, [share for _, share in shares])
             for head, share in shares:
                 part.references[head] = new_reference(share, self._reset)
-        if merged.version % CHECK_EVERY == 0:
+        if merged.version % CHECKSUM_INTERVAL == 0:
             self._checksums = {merged.version: sum(base_checksum(part.base) for part in self._parts.values()) % 2**64}
 
     def _compare(self, update: CoordinatorReply) -> None:

@@ -59,7 +59,7 @@ class BatchStream:
         """Takes over lanes, and gives half of what it has away if that is asked; repeats change nothing."""
         for grant in assignments:
             if grant.id > self.assignment_id:
-                self.partitions, self.assignment_id = tuple(sorted((*self.partitions, *grant.lanes))), grant.id
+                self.partitions, self.assignment_id = tuple(sorted((*self.partitions, *grant.partitions))), grant.id
                 self._batches = None
         if revocation and (self.revoked is None or revocation > self.revoked.id):
             kept, given = split(self.partitions)

@@ -158,7 +158,7 @@ class Head:
             self._limit, self._final, self._granted = directive.limit, directive.final, directive.limit
         self._rate = directive.rate
         self.optimizer_step.advance_to(directive.progress)
-        self.batch_stream.apply_assignments(directive.grants, directive.release)
+        self.batch_stream.apply_assignments(directive.assignments, directive.revoke)
 
     def train_round(self) -> Contribution:
         """Takes `merge_iter` local steps (fewer at the end of the run) and makes the contribution.
@@ -324,8 +324,8 @@ class Head:
             seconds=max(0.0, self._noted[0] - before - (self._noted[1] - stalled)),
             stall=self._noted[1] - stalled,
             batches=self.batch_stream.batches_taken,
-            lanes=self.batch_stream.partitions,
-            grant=self.batch_stream.assignment_id,
+            partitions=self.batch_stream.partitions,
+            assignment=self.batch_stream.assignment_id,
             released=self.batch_stream.revoked,
             buffer=self._outstanding,
         )
@@ -388,7 +388,7 @@ class Head:
                 if verdict.accepted:
                     assert base is not None
                     contained, self._since = offered, self._offered
-                if verdict.poison:
+                if verdict.harmful:
                     self.rewind()
             if base is not None:
                 self._rebase(version, base, contained, staged or {})

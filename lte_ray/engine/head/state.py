@@ -73,7 +73,7 @@ def snapshot(head: Head, request: CheckpointRequest) -> SavedState:
         "grant": head.batch_stream.assignment_id,
         "released": None
         if head.batch_stream.revoked is None
-        else [head.batch_stream.revoked.id, *head.batch_stream.revoked.lanes],
+        else [head.batch_stream.revoked.id, *head.batch_stream.revoked.partitions],
         "incarnation": head.incarnation,
         "sequence": sequence,
         "since": [since.step, since.samples],

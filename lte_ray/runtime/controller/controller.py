@@ -232,17 +232,17 @@ class TrainController:
         """What the coordinator says."""
         if status.checkpoint is not None and status.checkpoint != self.checkpoint:
             self.checkpoint = status.checkpoint
-        if status.trouble and status.trouble != self._trouble:
-            self.log.event("storage", why=status.trouble)
-            log.warning("%s", status.trouble)
-        self._trouble, self._merging = status.trouble, status.waiting_for
+        if status.storage_problem and status.storage_problem != self._trouble:
+            self.log.event("storage", why=status.storage_problem)
+            log.warning("%s", status.storage_problem)
+        self._trouble, self._merging = status.storage_problem, status.waiting_for
         for number, verdict in status.refusals:
             if (self.hub.epoch, number) > self._refused:
                 self._refused = (self.hub.epoch, number)
-                if verdict.poison:
+                if verdict.harmful:
                     self._poison.add((verdict.head, self.hub.epoch, verdict.sequence))
                 self.log.event(
-                    "refused", head=verdict.head, sequence=verdict.sequence, why=verdict.reason, poison=verdict.poison
+                    "refused", head=verdict.head, sequence=verdict.sequence, why=verdict.reason, poison=verdict.harmful
                 )
         for record in [record for record in status.merges if record.version > self.seen]:  # two answers may tell of one
             if record.base is not None:
@@ -251,9 +251,9 @@ class TrainController:
             self.merges.append(replace(record, base=None))  # a base that is held stays in memory
         while len(self._to_evaluate) > MOST_WAITING:
             del self._to_evaluate[1]  # the first one may be version 0, where everything is measured from
-        for save in status.saves:
-            new = {head: n for head, n in save.sequences.items() if (save.cut, head) not in self._told}
-            self._told |= {(save.cut, head) for head in new}
+        for save in status.checkpoint_requests:
+            new = {head: n for head, n in save.sequences.items() if (save.id, head) not in self._told}
+            self._told |= {(save.id, head) for head in new}
             if new:
                 self._ask_to_write(replace(save, sequences=new), limit=1.0)
         if status.needs_evaluator:
@@ -358,7 +358,7 @@ class TrainController:
         with contextlib.suppress(ray.exceptions.RayError, LTEError):
             self._write_last(end, early=True)
             left = max(0.1, end - time.monotonic())
-            ray.get(self.hub.coordinator.complete.remote(left), timeout=left + 0.5)
+            ray.get(self.hub.coordinator.wait_for_checkpoints.remote(left), timeout=left + 0.5)
             self.take(ray.get(self.hub.coordinator.status.remote(self.seen), timeout=0.5))
 
     def _write_last(self, end: float, early: bool, least: float = 0.1) -> None:
@@ -382,7 +382,7 @@ class TrainController:
             with contextlib.suppress(ray.exceptions.RayError):
                 there |= set(asked[ref].numbers) if ray.get(ref) else set()
         for head in save.sequences.keys() - there:
-            self.hub.coordinator.saved.remote(save.version, head, None)
+            self.hub.coordinator.add_checkpoint_part.remote(save.version, head, None)
 
     def _finish(self, mending: FailureHandler) -> None:
         """The last checkpoint, the export, the last evaluation and the sample."""

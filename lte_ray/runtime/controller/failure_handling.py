@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from lte_ray import checkpoint
-from lte_ray.engine.coordinator.recovery import fitting, recover
+from lte_ray.engine.coordinator.recovery import heads_in_checkpoint, recover
 from lte_ray.engine.hang_detector import ProcessHealth
 from lte_ray.errors import CoordinatorLost, HeadLost, LTEError, RunError, StorageError, WorkerFailed
 from lte_ray.messages import RecoveryReport
@@ -328,7 +328,7 @@ class FailureHandler:
         before = self._from_checkpoint(found)
         try:
             ray.get(hub.coordinator.freeze.remote(False), timeout=ANSWER)
-            standings, ledger = ray.get(hub.coordinator.positions.remote(), timeout=ANSWER)
+            standings, ledger = ray.get(hub.coordinator.data_positions.remote(), timeout=ANSWER)
         except (*DEAD, ray.exceptions.GetTimeoutError) as error:
             self.recover(  # the next coordinator sees the spike, too, if it doesn't pass
                 f"The process of the coordinator died or hung while the run went back: {error}"
@@ -437,7 +437,7 @@ class FailureHandler:
             with contextlib.suppress(StorageError, KeyError, ValueError):
                 manifest = checkpoint.read_manifest(session.common.directory, saved)
                 states, guard = frozenset(manifest.heads), manifest.facts.get("guard") or {}
-                fit = fitting(found, manifest.facts.get("standings", {}))
+                fit = heads_in_checkpoint(found, manifest.facts.get("standings", {}))
                 known = checkpoint.read_references(session.common.directory, manifest, session.initial.plans)
                 references |= {h: session.common.transport.publish(factors) for h, factors in known.items() if h in fit}
         exact = session.start.exact - found.granted.keys() if found.version == session.start.version else frozenset()

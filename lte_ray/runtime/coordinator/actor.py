@@ -64,8 +64,8 @@ class CoordinatorStatus:
     needs_evaluator: bool = False
     members: tuple[int, ...] = ()
     without_data: tuple[int, ...] = ()
-    trouble: str = ""
-    saves: tuple[CheckpointRequest, ...] = ()
+    storage_problem: str = ""
+    checkpoint_requests: tuple[CheckpointRequest, ...] = ()
     spike: tuple[str, int] | None = None
     refusals: tuple[tuple[int, ContributionResult], ...] = ()
 
@@ -107,13 +107,13 @@ class CoordinatorActor:
             references={} if shards else references,
             taken=start.taken,
             granted=start.granted,
-            standings=start.standings,
+            positions=start.standings,
             fresh=set(range(len(plans))) - start.references.keys(),
             members=start.members,
-            data=PartitionAssignor.from_state(start.ledger) if start.ledger else None,
+            assignor=PartitionAssignor.from_state(start.ledger) if start.ledger else None,
         )
         if start.guard:
-            self._engine.guard.load_state(start.guard)
+            self._engine.outlier_filter.load_state(start.guard)
         if start.saved is not None:
             manifest = checkpoint.read_manifest(common.directory, start.saved)
             kept = checkpoint.read_policy(common.directory, manifest, settings.merge.policy)
@@ -123,7 +123,7 @@ class CoordinatorActor:
         # By head, the incarnation that joins, and its call: that of a process that is gone mustn't go on.
         self._joining: dict[int, tuple[int, object]] = {}
         # All start together where whoever comes first would take the others' steps, or leave the version of their states.
-        self._together = start.epoch == 0 and (self._engine.budget.shared or bool(start.exact))
+        self._together = start.epoch == 0 and (self._engine.step_budget.shared or bool(start.exact))
         # Exact states go with the version that they were saved at: nobody trains until all of these have its base.
         self._exact = set(start.exact) if start.epoch == 0 else set()
         codecs = common.codecs(plans)
@@ -133,7 +133,7 @@ class CoordinatorActor:
             else LocalAggregator(common, self._engine, codecs, threads)
         )
         self._cuts = CheckpointManager(common, plans[0], start.saved, start.states)
-        self._waiters = BackgroundTasks(self._cuts.abandon)
+        self._waiters = BackgroundTasks(self._cuts.abandon_all)
         parts = [part.base.size * torch.float32.itemsize for part in codecs[0].parts]
         sizes = [codec.sizes for codec in codecs]
         downlink = BroadcastLog(common.groups, parts, sizes, start.version)
@@ -170,28 +170,28 @@ class CoordinatorActor:
             if given_up():
                 raise HeadLost(f"The process of head {min(plans)} was given up while it joined")
 
-        await until(lambda: not set(plans) & set(engine.pending))  # of a predecessor's: it is still merged
+        await until(lambda: not set(plans) & set(engine.pending_heads))  # of a predecessor's: it is still merged
         fresh = incarnation > 0 and self._common.rejoin == "fresh"
         afresh = {head for head in plans if engine.join(head, incarnation, fresh)}
         for head in afresh:
-            self._masters.renew(head)
+            self._masters.forget_head(head)
         self._joined |= plans.keys()
         await until(lambda: not self._together or self._joined >= engine.live)
         self._together = False
-        await until(lambda: all(engine.ready(head) for head in plans))
+        await until(lambda: all(engine.has_data(head) for head in plans))
         # What a checkpoint holds of a head goes with that version's base: who asks again, for the answer was lost, after others
         # have gone on begins from what the base holds of it.
         first = incarnation == 0 and start.epoch == 0 and engine.version == start.version
         exact = {head for head in plans if first and head in start.exact}
-        starts = {head: engine.standings[head] if head in exact else engine.start(head) for head in plans}
-        saved = {head: self._cuts.saved for head in plans.keys() - afresh if head in self._cuts.states}
-        begins = {head: JoinReply(starts[head], saved=start.saved, exact=True) for head in exact}
+        starts = {head: engine.positions[head] if head in exact else engine.start_head(head) for head in plans}
+        saved = {head: self._cuts.newest for head in plans.keys() - afresh if head in self._cuts.heads_saved}
+        begins = {head: JoinReply(starts[head], checkpoint=start.saved, exact=True) for head in exact}
         for head in plans.keys() - exact:
             reference = await self._updates.reference(head) if starts[head].sequence else None
             begins[head] = JoinReply(starts[head], reference, saved.get(head))
         await until(lambda: True)
         self._records.present |= plans.keys()
-        update = replace(await self._updates.since(tuple(plans), -1), begins=begins)
+        update = replace(await self._updates.since(tuple(plans), -1), join_replies=begins)
         if exact and update.version != start.version:  # they went on just now
             return await self.join(plans, incarnation)
         self._exact -= plans.keys()
@@ -209,13 +209,13 @@ class CoordinatorActor:
         Raises:
             PolicyError: the merge policy failed; every waiting head is told.
         """
-        verdict = await self._merging.contribute(contribution)
+        verdict = await self._merging.submit(contribution)
         inject("answers", version=self._engine.version)
-        return replace(await self._updates.since(numbers, have), verdict=verdict)
+        return replace(await self._updates.since(numbers, have), result=verdict)
 
-    async def newer(self, numbers: tuple[int, ...], version: int, have: int) -> CoordinatorReply:
+    async def wait_for_version(self, numbers: tuple[int, ...], version: int, have: int) -> CoordinatorReply:
         """Answered as soon as there is a version newer than `version`, whatever becomes of the heads' contributions."""
-        await self._merging.newer(version)
+        await self._merging.wait_for_version(version)
         return await self._updates.since(numbers, have)
 
     async def leave(self, head: int) -> None:
@@ -234,15 +234,15 @@ class CoordinatorActor:
             away: Callable[[int], StepResult] = self._engine.drop if drop else self._engine.lose
             self._merging.handle(lambda head=head, away=away: away(head))  # type: ignore[misc]
             if drop:
-                self._masters.renew(head)
+                self._masters.forget_head(head)
         for head in gone:
-            self._waiters.background(self._cuts.lost(head))
+            self._waiters.start(self._cuts.drop_head(head))
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
-    async def saved(self, version: int, head: int, entry: checkpoint.FileEntry | None, why: str = "") -> None:
+    async def add_checkpoint_part(self, version: int, head: int, entry: checkpoint.FileEntry | None, why: str = "") -> None:
         """A head has written its part of a checkpoint; or has none to write; or can't, and says why."""
-        self._waiters.background(self._cuts.add(version, head, entry, why))
+        self._waiters.start(self._cuts.add_part(version, head, entry, why))
 
     async def use_evaluator(self, evaluator: Any) -> None:
         """The run's evaluator, which the driver starts when it is needed."""
@@ -258,31 +258,31 @@ class CoordinatorActor:
         """
         self._merging.closing = True
         version, cuts, last = self._engine.version, self._cuts, self._records.last or self._first()
-        there = cuts.saved == version and not early and cuts.states >= self._records.present
+        there = cuts.newest == version and not early and cuts.heads_saved >= self._records.present
         if self._waiters.failure is not None:
             return ()
         if not (last is None or there or version in cuts):
             self._records.save(last)
-            self._waiters.background(cuts.write_own(version, await self._masters.whole(references=True)))
-        asked = cuts.lacking(self._records.present)
-        cuts.wanted(tuple(self._records.present))
+            self._waiters.start(cuts.write_base(version, await self._masters.publish_base(references=True)))
+        asked = cuts.missing_requests(self._records.present)
+        cuts.take_requests(tuple(self._records.present))
         return asked
 
     def _first(self) -> MergeRecord | None:
         """The merge that led to the version from which this coordinator started, as far as it is known; None at version 0."""
-        start, steps = self._start, [held.step for held in self._engine.standings.values()]
+        start, steps = self._start, [held.step for held in self._engine.positions.values()]
         if not start.version:
             return None
-        taken = self._engine.budget.taken
+        taken = self._engine.step_budget.taken
         return MergeRecord(start.version, time.time(), (), 0, 0, {}, 0, 0, step=max(steps, default=0), taken=taken)
 
-    async def positions(self) -> tuple[dict[int, CommittedPosition], dict[str, Any]]:
+    async def data_positions(self) -> tuple[dict[int, CommittedPosition], dict[str, Any]]:
         """Where the data is: what is merged of each head, and whose which batches are."""
-        return dict(self._engine.standings), self._engine.data.state()
+        return dict(self._engine.positions), self._engine.assignor.state()
 
-    async def complete(self, limit: float) -> bool:
+    async def wait_for_checkpoints(self, limit: float) -> bool:
         """Waits up to `limit` seconds for checkpoints that are being written; whether all are whole."""
-        return await self._cuts.complete(limit)
+        return await self._cuts.wait_until_complete(limit)
 
     async def finish(self) -> tuple[int, Handle, str]:
         """Called when all heads have ended: waits for the last checkpoint; gives the final version, its base, and what was
@@ -293,7 +293,7 @@ class CoordinatorActor:
         """
         version, cuts, waiters = self._engine.version, self._cuts, self._waiters
         inject("finishes", version=version)
-        base = (await self._masters.whole()).parts[-1]
+        base = (await self._masters.publish_base()).parts[-1]
         end = time.monotonic() + PATIENCE
         while (waiters.busy or cuts.unfinished) and waiters.failure is None and time.monotonic() < end:
             await asyncio.sleep(LOOK)
@@ -324,12 +324,12 @@ class CoordinatorActor:
             engine.version,
             engine.waiting_for,
             merges,
-            self._cuts.saved,
+            self._cuts.newest,
             self._merging.needs_evaluator,
             tuple(engine.members),
-            tuple(head for head in tuple(self._joined) if head in engine.members and not engine.ready(head)),
+            tuple(head for head in tuple(self._joined) if head in engine.members and not engine.has_data(head)),
             storage.trouble() or self._cuts.trouble,
-            self._cuts.lacking(self._records.present - engine.live, self._records.present),
+            self._cuts.missing_requests(self._records.present - engine.live, self._records.present),
             self._records.spike,
             tuple(self._records.refusals),
         )

@@ -39,8 +39,8 @@ class Published:
     version: int
     parts: dict[int, Handle] = field(default_factory=dict)
     references: dict[int, Handle] = field(default_factory=dict)
-    held: dict[int, CommittedPosition] = field(default_factory=dict)
-    ledger: dict[str, Any] = field(default_factory=dict)
+    positions: dict[int, CommittedPosition] = field(default_factory=dict)
+    assignment_state: dict[str, Any] = field(default_factory=dict)
 
 
 class Aggregator(Protocol):
@@ -61,26 +61,26 @@ class Aggregator(Protocol):
         """
         ...
 
-    def forget(self, ticket: int) -> None:
+    def discard(self, ticket: int) -> None:
         """The contribution won't be merged."""
         ...
 
-    def renew(self, head: int) -> None:
+    def forget_head(self, head: int) -> None:
         """A head begins with B = 0, or has left: nothing that is held of this number is anybody's reference from here on."""
         ...
 
-    def merged(self, version: int, weights: Mapping[int, float]) -> Awaitable[float]:
+    def merge(self, version: int, weights: Mapping[int, float]) -> Awaitable[float]:
         """The engine has decided the next version, of these tickets by weight (none where the policy made the change itself).
 
         Gives the seconds that its products took, once they are computed.
         """
         ...
 
-    def parts(self, groups: Sequence[int], references: bool) -> Awaitable[Published]:
+    def publish_parts(self, groups: Sequence[int], references: bool) -> Awaitable[Published]:
         """Publishes these groups' parts, and all references if they are wanted."""
         ...
 
-    def whole(self, references: bool = False) -> Awaitable[Published]:
+    def publish_base(self, references: bool = False) -> Awaitable[Published]:
         """Publishes the whole base, flat, and all references if they are wanted."""
         ...
 
@@ -91,7 +91,7 @@ class Aggregator(Protocol):
 
 def known(engine: Coordinator) -> Published:
     """What the newest version holds, without its base."""
-    return Published(engine.version, held=dict(engine.standings), ledger=engine.data.state())
+    return Published(engine.version, positions=dict(engine.positions), assignment_state=engine.assignor.state())
 
 
 class Publisher:
@@ -115,8 +115,8 @@ class Publisher:
         async with self._turn:  # whoever comes meanwhile gets what is published now, or waits for what comes next
             last = self._last.get(key)
             if last is None or last.version < self._engine.version:
-                there, parts = known(self._engine), self._masters.parts(groups, references)  # of the same version
-                last = replace(await parts, held=there.held, ledger=there.ledger)
+                there, parts = known(self._engine), self._masters.publish_parts(groups, references)  # of the same version
+                last = replace(await parts, positions=there.positions, assignment_state=there.assignment_state)
                 self._last[key] = last
         return last
 
@@ -139,22 +139,22 @@ class LocalAggregator:
         self._beside = ThreadPoolExecutor(1, "merge")
 
     async def receive(self, ticket: int, head: int, handles: Sequence[Handle], seals: Sequence[int]) -> Tensor:
-        buffers = [await self._transport.arrive(handle) for handle in handles]
+        buffers = [await self._transport.fetch_async(handle) for handle in handles]
         verify_checksums(buffers, seals)
         # Nobody changes the reference meanwhile: it is this head's, which has nothing else outstanding.
         return self._codecs[head].decode(dict(enumerate(buffers)), self._engine.reference(head))
 
-    def forget(self, ticket: int) -> None:
+    def discard(self, ticket: int) -> None:
         """The engine keeps what isn't decided."""
 
-    def renew(self, head: int) -> None:
+    def forget_head(self, head: int) -> None:
         """The engine has forgotten what it held of it."""
 
-    async def merged(self, version: int, weights: Mapping[int, float]) -> float:
+    async def merge(self, version: int, weights: Mapping[int, float]) -> float:
         await self._caught_up()
-        return self._engine.master.seconds(version)
+        return self._engine.base_weights.pop_seconds(version)
 
-    def parts(self, groups: Sequence[int], references: bool) -> Coroutine[Any, Any, Published]:
+    def publish_parts(self, groups: Sequence[int], references: bool) -> Coroutine[Any, Any, Published]:
         def publish(version: int, base: Tensor, held: Mapping[int, Tensor | None]) -> Published:
             return Published(
                 version,
@@ -162,19 +162,19 @@ class LocalAggregator:
                 {h: self._transport.publish(factors) for h, factors in held.items() if references and factors is not None},
             )
 
-        return self._after(self._engine.master.at(publish))
+        return self._after(self._engine.base_weights.schedule_read(publish))
 
-    def whole(self, references: bool = False) -> Coroutine[Any, Any, Published]:
+    def publish_base(self, references: bool = False) -> Coroutine[Any, Any, Published]:
         def publish(version: int, base: Tensor, held: Mapping[int, Tensor | None]) -> Published:
             known = {h: f for h, f in held.items() if f is not None} if references else {}
             return Published(
                 version, {-1: self._transport.publish(base)}, {h: self._transport.publish(f) for h, f in known.items()}
             )
 
-        return self._after(self._engine.master.at(publish))
+        return self._after(self._engine.base_weights.schedule_read(publish))
 
     def checksum(self) -> Coroutine[Any, Any, int]:
-        return self._after(self._engine.master.at(lambda version, base, held: self._sum(base)))
+        return self._after(self._engine.base_weights.schedule_read(lambda version, base, held: self._sum(base)))
 
     async def _after(self, result: Future[T]) -> T:
         await self._caught_up()
@@ -185,7 +185,7 @@ class LocalAggregator:
 
     def _catch_up(self) -> None:
         with torch_threads(self._threads):
-            self._engine.master.catch_up()
+            self._engine.base_weights.catch_up()
 
     def _part(self, index: int, base: Tensor) -> Tensor:
         codec = self._codecs[0]
@@ -238,23 +238,23 @@ class ShardedAggregator:
         )
         reasons = [reason for reason in found if isinstance(reason, str)]
         if reasons:
-            self.forget(ticket)
+            self.discard(ticket)
             raise ValueError(reasons[0])
         return MeasuredContribution(sum(found))
 
-    def forget(self, ticket: int) -> None:
+    def discard(self, ticket: int) -> None:
         for shard in self._shards:
-            shard.actor.forget.remote(ticket)
+            shard.actor.discard.remote(ticket)
 
-    def renew(self, head: int) -> None:
+    def forget_head(self, head: int) -> None:
         for shard in self._shards:
-            shard.actor.renew.remote(shard.next_turn(), head)
+            shard.actor.forget_head.remote(shard.next_turn(), head)
 
-    def merged(self, version: int, weights: Mapping[int, float]) -> Coroutine[Any, Any, float]:
+    def merge(self, version: int, weights: Mapping[int, float]) -> Coroutine[Any, Any, float]:
         self._version = version
         return self._slowest([(shard, shard.actor.merge.remote(shard.next_turn(), version, weights)) for shard in self._shards])
 
-    def parts(self, groups: Sequence[int], references: bool) -> Coroutine[Any, Any, Published]:
+    def publish_parts(self, groups: Sequence[int], references: bool) -> Coroutine[Any, Any, Published]:
         asked = []
         for shard in self._shards:
             mine = tuple(i for i in shard.groups if i in groups)
@@ -262,8 +262,8 @@ class ShardedAggregator:
                 asked.append((shard, shard.actor.publish.remote(shard.next_turn(), mine, references)))
         return self._published(self._version, asked)
 
-    def whole(self, references: bool = False) -> Coroutine[Any, Any, Published]:
-        return self._assembled(self.parts(range(len(self._codecs[0].groups)), references))
+    def publish_base(self, references: bool = False) -> Coroutine[Any, Any, Published]:
+        return self._assembled(self.publish_parts(range(len(self._codecs[0].groups)), references))
 
     def checksum(self) -> Coroutine[Any, Any, int]:
         return self._sum([(shard, shard.actor.checksum.remote(shard.next_turn())) for shard in self._shards])

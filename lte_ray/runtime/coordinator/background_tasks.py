@@ -20,7 +20,7 @@ class BackgroundTasks:
         self._tasks: set[asyncio.Task[None]] = set()
         self.failure: Exception | None = None
 
-    def wait(self) -> asyncio.Future[Any]:
+    def create_future(self) -> asyncio.Future[Any]:
         """A new future, which fails with the run."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if self.failure is not None:
@@ -36,7 +36,7 @@ class BackgroundTasks:
         for future in [future for future in self._futures if not future.done()]:
             future.set_exception(error)
 
-    def background(self, work: Coroutine[Any, Any, None]) -> None:
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
         """Does something that nobody waits for; if it fails, the run does."""
         task = asyncio.get_running_loop().create_task(self._guarded(work))
         self._tasks.add(task)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import replace
 
-from lte_ray.engine.coordinator.broadcast_log import CHECK_EVERY, BroadcastLog, bytes_instead
+from lte_ray.engine.coordinator.broadcast_log import CHECKSUM_INTERVAL, BroadcastLog, alternative_bytes
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.coordinator.loss_spike import LossSpikeDetector
 from lte_ray.merging.policies.trigger import state_of
@@ -90,29 +90,29 @@ class Records:
         for merge in merges:
             version, engine = merge.version, self._engine
             redone = MergeDelta(version, merge.weights, {head: buffers[head] for head in merge.heads}, merge.fresh)
-            self._downlink.add(redone if merge.weights else None)
-            seconds = self._masters.merged(version, {tickets[head]: weight for head, weight in merge.weights.items()})
+            self._downlink.append(redone if merge.weights else None)
+            seconds = self._masters.merge(version, {tickets[head]: weight for head, weight in merge.weights.items()})
             record = self.last = replace(
                 merge,
                 bytes_up=sum(self._sizes[head] for head in merge.heads),
                 bytes_down=self._downlink.bytes_down(merge.heads, len(engine.live)),
-                bytes_instead=bytes_instead(engine.plan.base.size, len(engine.members), len(merge.heads), merge.steps),
+                bytes_instead=alternative_bytes(engine.plan.base.size, len(engine.members), len(merge.heads), merge.steps),
             )
             # Of several merges in one event, only the last one's base is ever seen.
             shows = version == newest and due(self._train.eval_every, before, version)
-            saves = version == newest and due(self._train.checkpoint_every, before, version) and not self._cuts.busy
+            saves = version == newest and due(self._train.checkpoint_every, before, version) and not self._cuts.full
             if saves:
                 self.save(record)
             if self._spikes is not None and merge.losses:
-                why = self._spikes.add(sum(merge.losses.values()) / len(merge.losses))
-                self._cuts.good = version - self._spikes.since
+                why = self._spikes.record_loss(sum(merge.losses.values()) / len(merge.losses))
+                self._cuts.last_good_version = version - self._spikes.suspicious_merges
                 if why:
-                    self.spike = (why, self._cuts.good)
+                    self.spike = (why, self._cuts.last_good_version)
             shows = shows or (saves and self._best)
-            base = self._masters.whole(references=saves) if shows or saves else None
-            checked = version == newest and self._downlink.factored and version % CHECK_EVERY == 0
+            base = self._masters.publish_base(references=saves) if shows or saves else None
+            checked = version == newest and self._downlink.by_factors and version % CHECKSUM_INTERVAL == 0
             total = self._masters.checksum() if checked else None
-            self._waiters.background(self._settle(record, seconds, total, base, shows, saves))
+            self._waiters.start(self._settle(record, seconds, total, base, shows, saves))
 
     def refused(self, verdict: ContributionResult) -> None:
         """A contribution couldn't be merged."""
@@ -122,11 +122,11 @@ class Records:
     def save(self, record: MergeRecord) -> CheckpointRequest:
         """Begins a checkpoint of the newest version; gives what heads are to be asked."""
         engine = self._engine
-        sequences = {head: engine.standings[head].sequence for head in sorted(self.present & engine.members)}
-        save = CheckpointRequest(engine.version, sequences, cut=time.time_ns())
-        standings = {str(head): dataclasses.asdict(held) for head, held in engine.standings.items() if head in engine.members}
-        facts = {"standings": standings, "ledger": engine.data.state(), "guard": engine.guard.state()}
-        self._cuts.begin(record, save, facts, state_of(engine.policy))
+        sequences = {head: engine.positions[head].sequence for head in sorted(self.present & engine.members)}
+        save = CheckpointRequest(engine.version, sequences, id=time.time_ns())
+        standings = {str(head): dataclasses.asdict(held) for head, held in engine.positions.items() if head in engine.members}
+        facts = {"standings": standings, "ledger": engine.assignor.state(), "guard": engine.outlier_filter.state()}
+        self._cuts.begin_checkpoint(record, save, facts, state_of(engine.policy))
         return save
 
     def after(self, seen: int) -> tuple[MergeRecord, ...]:
@@ -154,7 +154,7 @@ class Records:
                 published = await base
                 record = replace(record, base=published.parts[-1]) if shows else record
                 if saves:
-                    self._waiters.background(self._cuts.write_own(record.version, published))
+                    self._waiters.start(self._cuts.write_base(record.version, published))
             self._unseen = (*(m for m in self._unseen if m.version > self._seen), record)
 
 
@@ -185,16 +185,16 @@ class Updates:
 
     async def reference(self, head: int) -> Handle | None:
         """The factors that the newest version holds of this head."""
-        return (await self._masters.parts(self._groups, references=True)).references.get(head)
+        return (await self._masters.publish_parts(self._groups, references=True)).references.get(head)
 
     async def since(self, numbers: tuple[int, ...], have: int) -> CoordinatorReply:
         """What leads a process with these heads from version `have` (-1: from nothing) to the newest."""
-        published, chain = known(self._engine), self._downlink.chain(have)
+        published, chain = known(self._engine), self._downlink.deltas_since(have)
         if chain is not None:
-            published = await self._publisher.newest(self._downlink.dense, references=False)
-            chain = self._downlink.chain(have)  # merges go on while parts are published
+            published = await self._publisher.newest(self._downlink.dense_groups, references=False)
+            chain = self._downlink.deltas_since(have)  # merges go on while parts are published
         if chain is None:
-            published = await self._publisher.newest(self._groups, references=self._downlink.factored)
+            published = await self._publisher.newest(self._groups, references=self._downlink.by_factors)
         version, engine = published.version, self._engine
         return CoordinatorReply(
             None,
@@ -202,9 +202,9 @@ class Updates:
             published.parts,
             tuple(merged for merged in chain or () if merged.version <= version),
             published.references,
-            held=published.held,
-            ledger=published.ledger,
-            saves=self._cuts.wanted(numbers),
-            orders={n: engine.order(n) for n in numbers},
+            positions=published.positions,
+            assignment_state=published.assignment_state,
+            checkpoint_requests=self._cuts.take_requests(numbers),
+            directives={n: engine.next_directive(n) for n in numbers},
             checksum=self._records.checksum,
         )

@@ -20,7 +20,7 @@ from lte_ray.messages import CheckpointRequest, MergeRecord
 from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.coordinator.aggregators import Published
 
-LATE = 30.0
+REQUEST_AGAIN = 30.0
 """Seconds after which heads are asked again for their parts: an answer that asked them may have been lost on its way."""
 
 MOST_OPEN = 3
@@ -66,15 +66,15 @@ class CheckpointManager:
     def __init__(self, common: RunContext, plan: Plan, saved: int | None, states: Collection[int]) -> None:
         self._common, self._plan = common, plan
         self._open: dict[int, _OpenCheckpoint] = {}
-        self.saved, self.states = saved, frozenset(states)
+        self.newest, self.heads_saved = saved, frozenset(states)
         self.failed = 0
         self._left: set[int] = set()  # versions that were given up, whose files still take room
         self.trouble = ""
         """Why the last one couldn't be written; empty if it could."""
-        self.good: int | None = None
+        self.last_good_version: int | None = None
         """The last version before the loss rose, where the run goes back after a spike: a checkpoint from before it stays."""
 
-    def begin(
+    def begin_checkpoint(
         self, record: MergeRecord, save: CheckpointRequest, facts: Mapping[str, Any], policy: Mapping[str, Tensor]
     ) -> None:
         """A checkpoint of the merge's version, to which heads write a part each; `policy` is what the policy keeps."""
@@ -101,11 +101,11 @@ class CheckpointManager:
         return sorted(self._open)
 
     @property
-    def busy(self) -> bool:
+    def full(self) -> bool:
         """Whether another one had better not be begun."""
         return len(self._open) >= MOST_OPEN
 
-    def wanted(self, numbers: Collection[int]) -> tuple[CheckpointRequest, ...]:
+    def take_requests(self, numbers: Collection[int]) -> tuple[CheckpointRequest, ...]:
         """The checkpoints to which these heads haven't been asked to write yet: now they are."""
         found = []
         for version in self.unfinished:
@@ -115,7 +115,7 @@ class CheckpointManager:
                 found.append(cut.save)
         return tuple(found)
 
-    def lacking(self, heads: Collection[int], late: Collection[int] = ()) -> tuple[CheckpointRequest, ...]:
+    def missing_requests(self, heads: Collection[int], late: Collection[int] = ()) -> tuple[CheckpointRequest, ...]:
         """What of these heads is missing, even where they were asked, for that may not have come to them.
 
         Changes nothing, so that any thread may ask.
@@ -126,21 +126,21 @@ class CheckpointManager:
         """
         found, now = [], time.monotonic()
         for cut in list(self._open.values()):
-            asked = set(heads) | (set(late) if now - cut.begun > LATE else set())
+            asked = set(heads) | (set(late) if now - cut.begun > REQUEST_AGAIN else set())
             sequences = {head: cut.save.sequences[head] for head in cut.missing & asked}
             if sequences:
                 found.append(dataclasses.replace(cut.save, sequences=sequences))
         return tuple(found)
 
-    async def write_own(self, version: int, published: Published) -> None:
+    async def write_base(self, version: int, published: Published) -> None:
         """Writes the coordinator's part: the whole base, the references, and what the policy keeps."""
         cut, directory = self._open.get(version), self._common.directory
         if cut is None:
             return
         try:
             await self._make_room()
-            base = await self._common.transport.arrive(published.parts[-1])
-            references = {head: await self._common.transport.arrive(h) for head, h in published.references.items()}
+            base = await self._common.transport.fetch_async(published.parts[-1])
+            references = {head: await self._common.transport.fetch_async(h) for head, h in published.references.items()}
             cut.files.append(await asyncio.to_thread(checkpoint.write_base, directory, version, self._plan, base))
             inject("base written", version=version)
             if references:
@@ -154,7 +154,7 @@ class CheckpointManager:
         cut.own = True
         await self._commit(version)
 
-    async def add(self, version: int, head: int, entry: checkpoint.FileEntry | None, why: str = "") -> None:
+    async def add_part(self, version: int, head: int, entry: checkpoint.FileEntry | None, why: str = "") -> None:
         """A head has written its file, or has none to write; with `why`, it can't."""
         cut = self._open.get(version)
         if cut is None or head not in cut.missing:
@@ -168,10 +168,10 @@ class CheckpointManager:
             cut.heads.append(head)
         await self._commit(version)
 
-    async def lost(self, head: int) -> None:
+    async def drop_head(self, head: int) -> None:
         """A head's process is gone."""
         for version in self.unfinished:
-            await self.add(version, head, None)
+            await self.add_part(version, head, None)
 
     async def _commit(self, version: int) -> None:
         cut, directory = self._open.get(version), self._common.directory
@@ -184,15 +184,15 @@ class CheckpointManager:
         except StorageError as error:
             self._abandon(version, error)
             return
-        if self.saved is None or version > self.saved:
-            self.saved, self.states = version, frozenset(cut.heads)
+        if self.newest is None or version > self.newest:
+            self.newest, self.heads_saved = version, frozenset(cut.heads)
         self.trouble = ""
         self._open.pop(version, None)
         for older in [v for v in self._open if v < version and self._open[v].missing]:
             self._open.pop(older)  # an answer that asked for a part was lost: a newer one is whole
             self._left.add(older)
         keep = self._common.keep
-        await asyncio.to_thread(checkpoint.prune, directory, keep.last, keep.best, keep.best_by, self.good)
+        await asyncio.to_thread(checkpoint.prune, directory, keep.last, keep.best, keep.best_by, self.last_good_version)
 
     async def _make_room(self) -> None:
         """Removes what those have left that were given up. Not at once: heads may still write to them."""
@@ -207,11 +207,11 @@ class CheckpointManager:
         self.failed += 1
         self.trouble = f"checkpoint {version} couldn't be written: {error}"
 
-    def abandon(self) -> None:
+    def abandon_all(self) -> None:
         """The run has failed: none of them will be whole."""
         self._open.clear()
 
-    async def complete(self, limit: float) -> bool:
+    async def wait_until_complete(self, limit: float) -> bool:
         """Waits up to `limit` seconds; whether all are whole."""
         end = time.monotonic() + limit
         while self._open and time.monotonic() < end:

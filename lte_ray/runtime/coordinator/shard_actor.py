@@ -37,16 +37,16 @@ class Turns:
         self._passed = 0
         self._waiting: dict[int, list[asyncio.Future[None]]] = {}
 
-    async def reach(self, turn: int) -> None:
+    async def wait_for_turn(self, turn: int) -> None:
         """Waits until as many calls have taken their turn."""
         while self._passed < turn:
             there: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.setdefault(turn, []).append(there)
             await there
 
-    async def take(self, turn: int, action: Callable[[], T]) -> T:
+    async def run_in_turn(self, turn: int, action: Callable[[], T]) -> T:
         """Does something (that doesn't wait) when `turn` calls have taken theirs."""
-        await self.reach(turn)
+        await self.wait_for_turn(turn)
         try:
             return action()
         finally:
@@ -89,8 +89,8 @@ class ShardActor:
     async def receive(self, turn: int, ticket: int, head: int, sent: Mapping[int, tuple[Handle, int]]) -> float | str:
         """The sum of squares of this shard's part of a contribution, or why it can't be decoded."""
         inject("shard receives", head=head)
-        buffers = {index: await self._transport.arrive(handle) for index, (handle, _) in sent.items()}
-        await self._turns.reach(turn)  # the reference changes with the merges before it
+        buffers = {index: await self._transport.fetch_async(handle) for index, (handle, _) in sent.items()}
+        await self._turns.wait_for_turn(turn)  # the reference changes with the merges before it
         try:
             verify_checksums(list(buffers.values()), [seal for _, seal in sent.values()])
             with torch_threads(self._threads):
@@ -98,13 +98,13 @@ class ShardActor:
         except ValueError as error:
             return str(error)
 
-    async def forget(self, ticket: int) -> None:
+    async def discard(self, ticket: int) -> None:
         """The contribution won't be merged."""
-        self._shard.forget(ticket)
+        self._shard.discard(ticket)
 
-    async def renew(self, turn: int, head: int) -> None:
+    async def forget_head(self, turn: int, head: int) -> None:
         """A head begins with B = 0."""
-        await self._turns.take(turn, lambda: self._shard.renew(head))
+        await self._turns.run_in_turn(turn, lambda: self._shard.forget_head(head))
 
     async def merge(self, turn: int, version: int, weights: Mapping[int, float]) -> float:
         """The next version, from these tickets by weight; gives the seconds that its products took."""
@@ -113,9 +113,9 @@ class ShardActor:
             with torch_threads(self._threads):
                 self._shard.merge(version, weights)
 
-        await self._turns.take(turn, merge)
+        await self._turns.run_in_turn(turn, merge)
         await self._caught_up()
-        return self._shard.seconds(version)
+        return self._shard.pop_seconds(version)
 
     async def publish(self, turn: int, groups: tuple[int, ...], references: bool) -> tuple[dict[int, Handle], dict[int, Any]]:
         """These groups' parts of the version that this turn finds, by group; and the references in them, by group and head."""
@@ -124,7 +124,7 @@ class ShardActor:
             factors = {h: f for h, f in held.items() if f is not None} if references else {}
             return self._transport.publish(base), {h: self._transport.publish(f) for h, f in factors.items()}
 
-        found = await self._turns.take(turn, lambda: {index: self._shard.at(index, use) for index in groups})
+        found = await self._turns.run_in_turn(turn, lambda: {index: self._shard.schedule_read(index, use) for index in groups})
         await self._caught_up()
         done = {index: future.result() for index, future in found.items()}
         return {i: handle for i, (handle, _) in done.items()}, {i: held for i, (_, held) in done.items()}
@@ -135,7 +135,9 @@ class ShardActor:
         def use(version: int, base: Tensor, held: Mapping[int, Tensor | None]) -> int:
             return base_checksum(base)
 
-        found = await self._turns.take(turn, lambda: [self._shard.at(index, use) for index in self._shard.factored])
+        found = await self._turns.run_in_turn(
+            turn, lambda: [self._shard.schedule_read(index, use) for index in self._shard.factored_groups]
+        )
         await self._caught_up()
         return sum(future.result() for future in found) % 2**64
 

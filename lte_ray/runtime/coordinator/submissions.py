@@ -75,7 +75,7 @@ class SubmissionLoop:
         self.closing = False
         """Nothing is decided any more, and whoever waits waits on."""
 
-    async def contribute(self, contribution: Contribution) -> ContributionResult:
+    async def submit(self, contribution: Contribution) -> ContributionResult:
         """The verdict on a contribution (`buffer` holds a handle for each group); one that is sent again is merged once.
 
         Raises:
@@ -90,35 +90,35 @@ class SubmissionLoop:
             c.sequence,
         ):
             return await asyncio.shield(before.answer)
-        settled = self._engine.settled(c)
+        settled = self._engine.merged_result(c)
         if settled is not None:
             return settled
         self._tickets += 1
-        own = _Submission(self._tickets, contribution, contribution.buffer, self._waiters.wait())
+        own = _Submission(self._tickets, contribution, contribution.buffer, self._waiters.create_future())
         reason = self._engine.refusal(contribution)
         if reason:  # it needn't be fetched, and who else holds that number must not be harmed
-            self.handle(lambda: self._engine.refused(contribution, reason), own)
+            self.handle(lambda: self._engine.refuse(contribution, reason), own)
             return await own.answer
         self._arriving[c.head] = (c.incarnation, c.sequence)
         try:
-            arrived = await self._masters.receive(own.ticket, contribution.head, own.handles, contribution.seals)
+            arrived = await self._masters.receive(own.ticket, contribution.head, own.handles, contribution.checksums)
             inject("arrived", version=self._engine.version)
         except ValueError as error:
             reason = f"it can't be decoded: {error}"
-            self.handle(lambda: self._engine.unfit(contribution, reason, poison=False), own)
+            self.handle(lambda: self._engine.reject(contribution, reason, poison=False), own)
         except ObjectLost as error:  # its head has died
             reason = f"it can't be fetched: {error}"
-            self.handle(lambda: self._engine.refused(contribution, reason), own)
+            self.handle(lambda: self._engine.refuse(contribution, reason), own)
         else:
             self.handle(lambda: self._engine.receive(contribution, arrived), own)
         finally:
             self._arriving.pop(c.head, None)
         return await own.answer
 
-    async def newer(self, version: int) -> None:
+    async def wait_for_version(self, version: int) -> None:
         """Waits for a version newer than that."""
         if self._engine.version <= version:
-            waiting = self._waiters.wait()
+            waiting = self._waiters.create_future()
             self._behind.append((version, waiting))
             await waiting
 
@@ -142,14 +142,14 @@ class SubmissionLoop:
             self._waiters.fail(error)
 
     def _carry_out(self, outcome: StepResult, own: _Submission | None) -> None:
-        settled = list(outcome.verdicts)
+        settled = list(outcome.results)
         if own is not None:
             refused = next((verdict for verdict in settled if _refuses(verdict, own.contribution)), None)
             if refused is None:
                 self._undecided[own.contribution.head] = own
             else:
                 settled.remove(refused)
-                self._masters.forget(own.ticket)
+                self._masters.discard(own.ticket)
                 own.answer.set_result(refused)
                 self._records.refused(refused)
         decided = [(verdict, self._undecided.pop(verdict.head)) for verdict in settled]
@@ -157,7 +157,7 @@ class SubmissionLoop:
             self._note(outcome, [submission for _, submission in decided])
         for verdict, submission in decided:
             if not verdict.accepted:
-                self._masters.forget(submission.ticket)
+                self._masters.discard(submission.ticket)
             if not submission.answer.done():  # else the run has failed
                 submission.answer.set_result(verdict)
 
@@ -191,7 +191,7 @@ class SubmissionLoop:
             self._alarm = asyncio.get_running_loop().call_later(left, self.handle, self._engine.tick)
         if self._engine.candidate is not None and not self._trying:
             self._trying = True
-            self._waiters.background(self._try(self._engine.candidate))
+            self._waiters.start(self._try(self._engine.candidate))
 
     async def _try(self, candidate: Tensor) -> None:
         """Has the base that the policy tries evaluated."""
@@ -207,4 +207,4 @@ class SubmissionLoop:
             await self._try(candidate)
             return
         self._trying = False
-        self.handle(lambda: self._engine.judged(values))
+        self.handle(lambda: self._engine.receive_evaluation(values))

@@ -233,15 +233,15 @@ class HeadActor:
         """Takes an update: all heads here follow its version, each with what that holds of its own."""
         update, base = arrived.reply, arrived.base
         inject("adopts", head=group.heads[0].number, step=group.heads[0].step, version=update.version)
-        for save in update.saves:
+        for save in update.checkpoint_requests:
             self._checkpointer.take_snapshot(group, client, save)
         self._apply_directives(group, update)
-        if update.verdict is not None:
-            self._handle_refusal(group.get(update.verdict.head), update.verdict)
+        if update.result is not None:
+            self._handle_refusal(group.get(update.result.head), update.result)
         if base is not None:
             base = self._copy_if_kept(group, base)
             for head in group.heads:
-                accepted = head.outstanding and update.holds(head.number, head.sequence)
+                accepted = head.outstanding and update.includes(head.number, head.sequence)
                 verdict = ContributionResult(head.number, head.sequence, True, update.version) if accepted else None
                 head.adopt(verdict, update.version, base, arrived.staged if accepted == arrived.accepted else None)
             client.release_base(group.heads[0])
@@ -251,8 +251,8 @@ class HeadActor:
         for head in group.heads:
             if head.number in self._left:  # nobody takes anything of it any more
                 continue
-            head.apply_directive(update.orders[head.number])
-            self._round_steps[head.number] = update.orders[head.number].steps
+            head.apply_directive(update.directives[head.number])
+            self._round_steps[head.number] = update.directives[head.number].steps
 
     def _handle_refusal(self, head: Head, verdict: ContributionResult) -> None:
         """A refused contribution is settled: what it held rides in the next one, or the head has dropped it."""
@@ -262,7 +262,7 @@ class HeadActor:
         if verdict.discarded:  # as the policy wants it
             return
         self._refused[head.number] += 1
-        if verdict.poison and self._stub is not None:
+        if verdict.harmful and self._stub is not None:
             self._dropped[head.number] = (*self._dropped[head.number], (self._stub.epoch, verdict.sequence))[-MAX_DROPPED:]
         if verdict.quarantined:
             self._quarantined[head.number] = (

@@ -64,9 +64,9 @@ class HeadCheckpointer:
     def take_snapshot(self, group: HeadGroup, client: CoordinatorClient, request: CheckpointRequest) -> None:
         """Copies the state of the heads that are to write it; writing follows in another thread."""
         for head in group.heads:
-            if head.number not in request.sequences or (request.cut, head.number) in self._written:
+            if head.number not in request.sequences or (request.id, head.number) in self._written:
                 continue
-            self._written.add((request.cut, head.number))
+            self._written.add((request.id, head.number))
             with head.timed("checkpoint"):
                 try:
                     state: SavedState | None = snapshot(head, request)
@@ -84,7 +84,7 @@ class HeadCheckpointer:
                 said = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
                 why = f"the state of head {number}: {said}"
             inject("saved", head=number, version=version)
-        client.call_coordinator("saved", version, number, entry, why)
+        client.call_coordinator("add_checkpoint_part", version, number, entry, why)
 
     def start_head(self, head: Head, reply: CoordinatorReply, base: Tensor, context: RunContext) -> str:
         """Starts a head as the coordinator says. Gives what it had to do without, in words.
@@ -92,13 +92,13 @@ class HeadCheckpointer:
         Raises:
             WorkerFailed: the state that it is to go on from exactly can't be read.
         """
-        begin = reply.begins[head.number]
+        begin = reply.join_replies[head.number]
         reference = None if begin.reference is None else context.transport.fetch(begin.reference).clone()
         saved, lacks = None, ""
-        if begin.saved is not None:
+        if begin.checkpoint is not None:
             try:
                 saved = checkpoint.read_head(
-                    self._directory, checkpoint.read_manifest(self._directory, begin.saved), head.number
+                    self._directory, checkpoint.read_manifest(self._directory, begin.checkpoint), head.number
                 )
                 if begin.exact:
                     restore(head, saved, base)
@@ -107,4 +107,4 @@ class HeadCheckpointer:
                 if begin.exact:
                     raise WorkerFailed(f"head {head.number}", None, str(error)) from error
                 lacks = f"its saved optimizer state can't be read ({error})"
-        return rejoin(head, begin.standing, reference, reply.version, base, saved) or lacks
+        return rejoin(head, begin.position, reference, reply.version, base, saved) or lacks

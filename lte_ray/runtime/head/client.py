@@ -149,19 +149,19 @@ class RecoveryCache:
 
     def record_reply(self, reply: CoordinatorReply) -> None:
         """An update has come, and its base is here."""
-        if reply.verdict is not None and not reply.verdict.accepted:
-            self._settle(reply.verdict.head, reply.verdict.sequence, accepted=False)
-        for head in self._heads.keys() & reply.orders.keys():
-            own, order = self._heads[head], reply.orders[head]
-            grant = max([own.directed.grant, *(grant.id for grant in order.grants)])
-            released = max(own.directed.released, order.release)
+        if reply.result is not None and not reply.result.accepted:
+            self._settle(reply.result.head, reply.result.sequence, accepted=False)
+        for head in self._heads.keys() & reply.directives.keys():
+            own, order = self._heads[head], reply.directives[head]
+            grant = max([own.directed.assignment, *(grant.id for grant in order.assignments)])
+            released = max(own.directed.released, order.revoke)
             own.directed = HeadReport(-1, max(own.directed.limit, order.limit), grant, released)
         if reply.version <= self.version:
             return
-        self.version, self.held, self.ledger = reply.version, reply.held, reply.ledger
+        self.version, self.held, self.ledger = reply.version, reply.positions, reply.assignment_state
         for head in self._heads:
-            if head in reply.held:
-                self._settle(head, reply.held[head].sequence, accepted=True)
+            if head in reply.positions:
+                self._settle(head, reply.positions[head].sequence, accepted=True)
 
     def _settle(self, head: int, sequence: int, accepted: bool) -> None:
         own = self._heads[head]
@@ -176,7 +176,7 @@ class RecoveryCache:
         for head, own in self._heads.items():
             known = {s: None if f is None else transport.publish(f) for s, f in own.factors.items()}
             at, said = positions.get(head, NOT_STARTED), own.directed
-            limit, grant, released = (max(getattr(at, f), getattr(said, f)) for f in ("limit", "grant", "released"))
+            limit, grant, released = (max(getattr(at, f), getattr(said, f)) for f in ("limit", "assignment", "released"))
             heads[head] = HeadReport(at.step, limit, grant, released, known)
         return RecoveryReport(self.version, None if base is None else transport.publish(base), self.held, self.ledger, heads)
 
@@ -303,7 +303,7 @@ class CoordinatorClient:
         self.bytes_up[head.number] += sum(buffer.nbytes for buffer in encoded.buffer)
         sealed = replace(
             encoded,
-            seals=tuple(buffers_checksum([b]) for b in encoded.buffer),
+            checksums=tuple(buffers_checksum([b]) for b in encoded.buffer),
             buffer=tuple(map(self._transport.publish, encoded.buffer)),
         )
         with self._epoch_lock:
@@ -331,7 +331,7 @@ class CoordinatorClient:
 
     def _wait_for_newer_base(self, head: Head, version: int) -> ReceivedReply:
         while True:
-            epoch, reply = self._stub.call("newer", self._numbers, version, self.base_replica.redo_from)
+            epoch, reply = self._stub.call("wait_for_version", self._numbers, version, self.base_replica.redo_from)
             try:
                 return self._stage(head, self._fetch(reply, epoch))
             except StaleCoordinator:
@@ -349,10 +349,12 @@ class CoordinatorClient:
             except (CannotRedoMerges, ObjectLost):
                 if self._stub.epoch != epoch:
                     raise StaleCoordinator from None
-                now, whole = self._stub.call("newer", self._numbers, -1, -1)
+                now, whole = self._stub.call("wait_for_version", self._numbers, -1, -1)
                 if now != epoch:
                     raise StaleCoordinator from None
-                reply = replace(whole, verdict=reply.verdict, saves=(*reply.saves, *whole.saves))
+                reply = replace(
+                    whole, result=reply.result, checkpoint_requests=(*reply.checkpoint_requests, *whole.checkpoint_requests)
+                )
             else:
                 return ReceivedReply(reply, base)
 
@@ -367,7 +369,7 @@ class CoordinatorClient:
         """Computes what the head will adopt, so that it stands still only to put it in place."""
         if received.base is None or len(self._numbers) > 1 or not self._overlap:
             return received
-        accepted = head.outstanding and received.reply.holds(head.number, head.sequence)
+        accepted = head.outstanding and received.reply.includes(head.number, head.sequence)
         if head.device.type != "cuda":
             return replace(received, accepted=accepted, staged=head.stage(received.base, accepted))
         with torch.cuda.stream(self._side_stream(head)):

@@ -42,7 +42,7 @@ def test_a_restarted_head_begins_behind_what_was_merged() -> None:
     book.drop(2)
     assert book.free == (Partition(2, 3),)
     (grant,), request = book.orders(0, {0, 1})
-    assert (grant.lanes, request) == ((Partition(2, 3),), 0)
+    assert (grant.partitions, request) == ((Partition(2, 3),), 0)
     assert book.orders(0, {0, 1}) == ((grant,), 0)  # until it is acknowledged
     assert book.lanes(0) == (Partition(0, 3), Partition(2, 3))
     done = Assignment(
@@ -102,9 +102,9 @@ def test_free_lanes_are_spread_and_go_to_new_heads_first() -> None:
     for head in (3, 4):
         book.drop(head)
     assert book.orders(1, {0, 1, 2}) == ((), 0)
-    assert [grant.lanes for grant in book.orders(0, {0, 1, 2})[0]] == [(Partition(3, 5),)]
+    assert [grant.partitions for grant in book.orders(0, {0, 1, 2})[0]] == [(Partition(3, 5),)]
     assert book.orders(2, {0, 1, 2})[0] == ()
-    assert [grant.lanes for grant in book.orders(1, {0, 1, 2})[0]] == [(Partition(4, 5),)]
+    assert [grant.partitions for grant in book.orders(1, {0, 1, 2})[0]] == [(Partition(4, 5),)]
     for head in (6, 7):
         book.admit(head, {2})
     book.drop(0)

@@ -75,7 +75,7 @@ class Schedules(RuleBasedStateMachine):
 
     def settle(self, outcome: StepResult) -> None:
         records = iter(outcome.merges)
-        for verdict in outcome.verdicts:
+        for verdict in outcome.results:
             if verdict.accepted and verdict.version not in self.bases:
                 record = next(records)
                 for head, weight in record.weights.items():
@@ -84,7 +84,7 @@ class Schedules(RuleBasedStateMachine):
                     self.references[head] = self.pending[head][: self.plan.factors_size].clone()
                 self.bases[record.version] = self.coordinator.base.clone()
                 self.known[record.version] = dict(self.references)
-        for verdict in outcome.verdicts:
+        for verdict in outcome.results:
             self.pending.pop(verdict.head)
             newest = self.coordinator.version
             self.answers[verdict.head] = (verdict, newest, self.bases[newest])
@@ -196,7 +196,7 @@ def test_steps_in_flight_ride_in_the_next_contribution() -> None:
     _, (head,), coordinator = started(1)
     first = head.train_round()
     head.train(2)
-    (verdict,) = coordinator.receive(first, first.buffer).verdicts
+    (verdict,) = coordinator.receive(first, first.buffer).results
     head.adopt(verdict, 1, coordinator.base.clone())
     head.train(1)
     second = head.contribute()
@@ -236,14 +236,14 @@ def test_the_pace_follows_the_slowest_or_the_clock() -> None:
         StepRateEstimator(m) for m in (MergeConfig(match_speed=True), MergeConfig(merge_every="2s"), MergeConfig())
     )
     for pace in (matched, timed, plain):
-        assert pace.steps(0, {0, 1}) == 10
-        pace.note(0, 10, 1.0)
-        pace.note(1, 10, 4.0)
-    assert [matched.steps(n, {0, 1}) for n in (0, 1)] == [40, 10]
-    assert matched.steps(0, {0}) == 10  # the slow one has left
-    assert [timed.steps(n, {0, 1}) for n in (0, 1)] == [20, 5]
-    assert [plain.steps(n, {0, 1}) for n in (0, 1)] == [10, 10]
-    assert [plain.rate(n, {0, 1}) for n in (0, 1)] == pytest.approx([0.625, 2.5])
+        assert pace.round_steps(0, {0, 1}) == 10
+        pace.record_steps(0, 10, 1.0)
+        pace.record_steps(1, 10, 4.0)
+    assert [matched.round_steps(n, {0, 1}) for n in (0, 1)] == [40, 10]
+    assert matched.round_steps(0, {0}) == 10  # the slow one has left
+    assert [timed.round_steps(n, {0, 1}) for n in (0, 1)] == [20, 5]
+    assert [plain.round_steps(n, {0, 1}) for n in (0, 1)] == [10, 10]
+    assert [plain.relative_rate(n, {0, 1}) for n in (0, 1)] == pytest.approx([0.625, 2.5])
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 12), st.floats(0.01, 4)), max_size=80), st.booleans())
@@ -253,14 +253,14 @@ def test_a_shared_budget_is_used_up_exactly(rounds: list[tuple[int, int, float]]
     settings = dataclasses.replace(plain, merge=MergeConfig(merge_iter=5, wait=False, match_speed=match))
     pace = StepRateEstimator(settings.merge)
     budget = StepBudget(settings, pace, {})
-    orders = {head: budget.order(head, range(4)) for head in range(4)}
+    orders = {head: budget.next_directive(head, range(4)) for head in range(4)}
     taken = dict.fromkeys(range(4), 0)
     for head, steps, seconds in [*rounds, *((head, 99, 1.0) for _ in range(40) for head in range(4))]:
         now = min(steps, orders[head].limit - taken[head])
         taken[head] += now
-        pace.note(head, now, seconds)
-        budget.note(head, taken[head])
-        orders[head] = budget.order(head, range(4))
+        pace.record_steps(head, now, seconds)
+        budget.record_steps(head, taken[head])
+        orders[head] = budget.next_directive(head, range(4))
         assert sum(order.limit for order in orders.values()) <= 4 * 17
     assert all(order.final for order in orders.values())
     assert sum(taken.values()) == 4 * 17
@@ -311,7 +311,7 @@ def test_a_shared_budget_leaves_something_for_everybody(heads: int, steps: int, 
     plain = make_settings(heads=heads, steps=steps)
     settings = dataclasses.replace(plain, merge=MergeConfig(merge_iter=merge_iter, wait=False))
     budget = StepBudget(settings, StepRateEstimator(settings.merge), {})
-    limits = [budget.order(head, range(heads)).limit for head in range(heads)]
+    limits = [budget.next_directive(head, range(heads)).limit for head in range(heads)]
     assert limits[0] <= max(2 * merge_iter, 1, heads * steps / 3)
     assert sum(limit > 0 for limit in limits) >= heads / 2
 

@@ -152,7 +152,7 @@ def test_a_head_whose_every_round_is_poison_leaves_and_others_take_its_data(head
     assert [head.step for head in result.heads] == [12, 9, 12]
     assert [m.heads for m in result.merges] == [(0, 2)] * 4
     assert {weight for m in result.merges for weight in m.weights.values()} == {1 / 2}
-    left = [lane for n in (0, 2) for lane in result.coordinator.standings[n].lanes]
+    left = [lane for n in (0, 2) for lane in result.coordinator.positions[n].lanes]
     assert (disjoint(left), density(left)) == (True, 1)
 
 

@@ -94,7 +94,7 @@ def test_the_ledger_holds_for_trained_heads_of_different_ranks(reset: str, rslor
         assert [m.version for m in outcome.merges] == [version]
         # 12 changes, each of sums of up to 16 float64 terms of size 1.
         assert_near(coordinator.base - initial.base, ledger, 1e-13)
-        for verdict in outcome.verdicts:
+        for verdict in outcome.results:
             head = heads[verdict.head]
             head.adopt(verdict, version, coordinator.base.clone())
             words = torch.arange(7)
@@ -145,10 +145,10 @@ def test_a_contribution_of_another_heads_size_is_refused() -> None:
     head = Head(worker, made, 1, dtype=torch.float64)
     head.start(0, initial.base)
     contribution = head.train_round()
-    (verdict,) = coordinator.receive(dataclasses.replace(contribution, head=2), contribution.buffer).verdicts
+    (verdict,) = coordinator.receive(dataclasses.replace(contribution, head=2), contribution.buffer).results
     assert not verdict.accepted
     assert f"expected ({initial.plans[2].contribution.size},) and" in verdict.reason
-    assert coordinator.receive(contribution, contribution.buffer).verdicts == ()
+    assert coordinator.receive(contribution, contribution.buffer).results == ()
 
 
 @pytest.mark.parametrize("large", [0, 1, 2])
@@ -162,7 +162,7 @@ def test_what_is_absurd_is_judged_by_the_scalings_of_all_heads(large: int) -> No
         coordinator = Coordinator(made, plans[0], base.clone(), Immediate(), plans=plans)
         size = plans[large].contribution.size
         sent = torch.full((size,), math.sqrt(1e27 / size))
-        (verdict,) = coordinator.receive(offer(large), sent).verdicts
+        (verdict,) = coordinator.receive(offer(large), sent).results
         assert verdict.accepted == accepted
         assert ("absurdly large" in verdict.reason) != accepted
         assert bool(coordinator.base.any()) == accepted
@@ -233,7 +233,7 @@ def written(directory: RunDirectory, worker: Tiny, made: Settings, *, old: bool)
         contribution = head.train_round()
         outcome = coordinator.receive(contribution, contribution.buffer)
     files = [checkpoint.write_base(directory, 1, initial.plan, coordinator.base)]
-    for verdict in outcome.verdicts:
+    for verdict in outcome.results:
         head = heads[verdict.head]
         head.adopt(verdict, 1, coordinator.base.clone())
         tensors, meta = state_of(head)

@@ -125,7 +125,7 @@ def test_a_head_that_had_not_heard_of_its_merge_is_the_head_that_adopts_it(tmp_p
         finish(head)
         sent.append(head.contribute())
     for contribution in sent:
-        verdicts = done.coordinator.receive(contribution, contribution.buffer).verdicts
+        verdicts = done.coordinator.receive(contribution, contribution.buffer).results
     finish(done.heads[1])
     directory, base = RunDirectory.of(str(tmp_path), "run"), done.coordinator.base.clone()
     states = [snapshot(head, CheckpointRequest(4, {head.number: head.sequence})) for head in done.heads]

@@ -154,7 +154,7 @@ def test_layouts_hold_weights_first_and_replicas_last() -> None:
 
 def test_views_share_memory_and_refuse_another_size() -> None:
     """Writing into a view writes into the buffer; a buffer of another size is no buffer of this layout."""
-    layout = Layout.of([("a", (2, 2)), ("b", (3,))])
+    layout = Layout.from_shapes([("a", (2, 2)), ("b", (3,))])
     flat = torch.zeros(7)
     views(layout, flat)["b"].fill_(1.0)
     assert flat.tolist() == [0, 0, 0, 0, 1, 1, 1]

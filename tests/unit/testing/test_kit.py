@@ -189,7 +189,7 @@ def test_a_misbehaving_policy_ends_the_run_with_an_error_that_names_it(policy: t
             base = coordinator.base.clone()
             coordinator.receive(offer(0, sequence), random_flat(PLAN.contribution.size, sequence))
             if coordinator.candidate is not None:
-                coordinator.judged({"loss": 1.0})
+                coordinator.receive_evaluation({"loss": 1.0})
     assert torch.equal(coordinator.base, base)
 
 

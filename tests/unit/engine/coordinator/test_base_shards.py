@@ -37,7 +37,7 @@ def test_spread_merging_has_the_bits_of_merging_in_one_place(
     incarnations = [0] * HEADS
     for sequence, (head, what) in enumerate(events, 1):
         if what == "fresh":
-            if head not in one.pending:
+            if head not in one.pending_heads:
                 incarnations[head] += 1
                 assert one.join(head, incarnations[head], fresh=True)
                 spread.begin_afresh(head, incarnations[head])
@@ -57,7 +57,7 @@ def test_spread_merging_has_the_bits_of_merging_in_one_place(
             assert (held is None) == (whole is None)
             if whole is not None and held is not None:
                 assert torch.equal(held, spread.codecs[head].take_factors(index, whole))
-    assert [shard.undecided for shard in spread.shards] == [len(one.pending)] * shards
+    assert [shard.undecided for shard in spread.shards] == [len(one.pending_heads)] * shards
 
 
 def test_shards_forget_the_reference_of_a_head_that_begins_afresh() -> None:
@@ -101,9 +101,11 @@ def test_what_is_asked_at_a_version_is_of_that_version_however_late_it_is_comput
         flat = random_flat(codec.plan.contribution.size, sequence).float()
         spread.receive(offer(0, sequence), codec.encode(flat, None)[0])
         for shard in spread.shards:
-            asked += [(sequence, shard.at(i, lambda version, part, held: version)) for i in shard.groups]
+            asked += [(sequence, shard.schedule_read(i, lambda version, part, held: version)) for i in shard.groups]
         if sequence == 3:
-            bases.append([shard.at(i, lambda v, part, held: part.clone()) for shard in spread.shards for i in shard.groups])
+            bases.append(
+                [shard.schedule_read(i, lambda v, part, held: part.clone()) for shard in spread.shards for i in shard.groups]
+            )
     with ThreadPoolExecutor(2) as threads:
         for done in [threads.submit(shard.catch_up) for shard in spread.shards for _ in range(2)]:
             done.result()
@@ -122,8 +124,8 @@ def test_a_question_that_fails_harms_nobody_else() -> None:
     """Its asker is told; the base goes on."""
     _, spread = both(MergeConfig(shards=2), [2, 2, 2], "none", Whims)
     (shard, *_), index = spread.shards, spread.shards[0].groups[0]
-    failing = shard.at(index, lambda version, part, held: 1 // version)
-    after = shard.at(index, lambda version, part, held: version)
+    failing = shard.schedule_read(index, lambda version, part, held: 1 // version)
+    after = shard.schedule_read(index, lambda version, part, held: version)
     shard.catch_up()
     assert isinstance(failing.exception(), ZeroDivisionError)
     assert after.result() == 0

@@ -89,7 +89,7 @@ def test_what_is_refused_in_one_place_is_refused_in_shards_in_the_same_words(cas
         else:
             assert one.refusal(sent) == spread.coordinator.refusal(sent) != ""
     assert [shard.undecided for shard in spread.shards] == [1, 1, 1]
-    assert spread.coordinator.pending == one.pending == [0]
+    assert spread.coordinator.pending_heads == one.pending_heads == [0]
 
 
 def test_a_buffer_of_another_size_is_not_kept() -> None:

@@ -43,14 +43,14 @@ def test_average_waits_for_all_heads_and_merges_their_mean_change() -> None:
         sent = {head: buffer(10 * sequence + head) for head in range(3)}
         for head in (0, 1):
             outcome = coordinator.receive(offer(head, sequence), sent[head])
-            assert (outcome.verdicts, outcome.merges) == ((), ())
-        assert coordinator.pending == [0, 1]
+            assert (outcome.results, outcome.merges) == ((), ())
+        assert coordinator.pending_heads == [0, 1]
         assert coordinator.waiting_for == "for heads [2]"
         outcome = coordinator.receive(offer(2, sequence), sent[2])
         base = base + sum(dense_by_hand(PLAN, sent[h], before.get(h)) for h in range(3)) / 3
         before = {h: factors(sent[h]) for h in sent}
         assert_near(coordinator.base, base, 1e-14)  # 3 x 2 products of inner size 2, in float64
-        assert [(v.head, v.sequence, v.accepted, v.version) for v in outcome.verdicts] == [
+        assert [(v.head, v.sequence, v.accepted, v.version) for v in outcome.results] == [
             (h, sequence, True, sequence) for h in range(3)
         ]
         (record,) = outcome.merges
@@ -59,7 +59,7 @@ def test_average_waits_for_all_heads_and_merges_their_mean_change() -> None:
         )  # fmt: skip
         assert record.losses == {0: 1.0, 1: 1.0, 2: 1.0}
         assert record.bytes_up == 3 * PLAN.contribution.size * 8
-        assert coordinator.pending == []
+        assert coordinator.pending_heads == []
 
 
 @pytest.mark.parametrize("errors", [(0.25, 0.5, 0.125), (0.5, 0.25, 0.125), (0.25, 0.125, 0.5), (0.0, 0.0, 0.0)])
@@ -139,13 +139,13 @@ def test_the_ledger_holds_whatever_the_policy_does(
     sent: dict[int, Tensor] = {}
     for turn in range(rounds):
         for head in chance.sample(range(heads), heads):
-            if head in coordinator.pending:
+            if head in coordinator.pending_heads:
                 continue
             sequences[head] += 1
             sent[head] = buffer(1000 * turn + head, plan)
             outcome = coordinator.receive(offer(head, sequences[head]), sent[head])
             version += len(outcome.merges)
-            for verdict in outcome.verdicts:
+            for verdict in outcome.results:
                 assert verdict.sequence == sequences[verdict.head]
                 if verdict.accepted:
                     change = dense_by_hand(plan, sent[verdict.head], accepted.get(verdict.head))
@@ -186,10 +186,10 @@ def test_discard_gives_the_reason_and_keeps_base_and_reference() -> None:
     """Discarded heads get a verdict with the policy's reason; their next contribution counts from the old reference."""
     coordinator, base = make(Script(Discard([0], "too old"), Wait(), Merge({0: 0.5})))
     outcome = coordinator.receive(offer(0), buffer(0))
-    (verdict,) = outcome.verdicts
+    (verdict,) = outcome.results
     assert (verdict.accepted, verdict.version, verdict.reason) == (False, 0, "the policy discarded it: too old")
     assert torch.equal(coordinator.base, base)
-    assert (coordinator.version, coordinator.pending, outcome.merges) == (0, [], ())
+    assert (coordinator.version, coordinator.pending_heads, outcome.merges) == (0, [], ())
     coordinator.receive(offer(0, 2), second := buffer(1))
     assert_near(coordinator.base, base + 0.5 * dense_by_hand(PLAN, second, None), 1e-14)  # one float64 product
 
@@ -219,7 +219,7 @@ def test_a_head_that_leaves_lets_the_barrier_go_on() -> None:
     coordinator.receive(offer(0), buffer(0))
     coordinator.receive(offer(2), buffer(2))
     outcome = coordinator.leave(1)
-    assert [(v.head, v.accepted) for v in outcome.verdicts] == [(0, True), (2, True)]
+    assert [(v.head, v.accepted) for v in outcome.results] == [(0, True), (2, True)]
     expected = base + (dense_by_hand(PLAN, buffer(0), None) + dense_by_hand(PLAN, buffer(2), None)) / 3
     assert_near(coordinator.base, expected, 1e-14)  # two float64 products
 

@@ -42,11 +42,11 @@ def test_a_head_that_is_dropped_while_its_contribution_is_tried_voids_the_trial(
     for head in range(3):
         coordinator.receive(offer(head), random_flat(PLAN.contribution.size, head))
     assert coordinator.candidate is not None
-    (verdict,) = coordinator.drop(1).verdicts
+    (verdict,) = coordinator.drop(1).results
     assert not verdict.accepted
-    assert coordinator.judged({"loss": 1.0}).merges == ()
+    assert coordinator.receive_evaluation({"loss": 1.0}).merges == ()
     assert coordinator.candidate is not None  # of heads 0 and 2
-    (record,) = coordinator.judged({"loss": 1.0}).merges
+    (record,) = coordinator.receive_evaluation({"loss": 1.0}).merges
     assert record.heads == (0, 2)
 
 
@@ -58,15 +58,15 @@ def test_a_new_head_takes_no_step_of_the_budget_that_it_has_not_trained(budget: 
     coordinator = make(Each(), settings)
     for sequence in (1, 2, 3):
         for head in (0, 1):
-            lanes = coordinator.standings[head].lanes
-            contribution = dataclasses.replace(offer(head, sequence, version=coordinator.version), lanes=lanes)
+            lanes = coordinator.positions[head].lanes
+            contribution = dataclasses.replace(offer(head, sequence, version=coordinator.version), partitions=lanes)
             assert coordinator.receive(contribution, random_flat(PLAN.contribution.size, head)).merges
-    before = coordinator.budget.taken
+    before = coordinator.step_budget.taken
     coordinator.join(2, 0)
-    assert coordinator.standings[2].step == (0 if budget == "shared" else 9)
-    assert coordinator.budget.taken == before + coordinator.standings[2].step
+    assert coordinator.positions[2].step == (0 if budget == "shared" else 9)
+    assert coordinator.step_budget.taken == before + coordinator.positions[2].step
     coordinator.live.add(2)
-    assert coordinator.order(2).limit > coordinator.standings[2].step  # so that its first contribution isn't empty
+    assert coordinator.next_directive(2).limit > coordinator.positions[2].step  # so that its first contribution isn't empty
 
 
 def test_a_head_that_no_version_knows_of_is_new_to_the_next_coordinator() -> None:
@@ -81,13 +81,13 @@ def test_a_head_that_no_version_knows_of_is_new_to_the_next_coordinator() -> Non
         before.base.clone(),
         Each(),  # type: ignore[arg-type]
         version=before.version,
-        standings=before.standings,
+        positions=before.positions,
         members={0, 1},  # as the driver has it, which has added head 1 again
-        data=type(before.data).from_state(before.data.state()),
+        assignor=type(before.assignor).from_state(before.assignor.state()),
     )
     assert after.join(1, 1)
-    assert 1 in after.data.heads
-    grants = after.order(0).release or after.data.ready(1)
+    assert 1 in after.assignor.heads
+    grants = after.next_directive(0).revoke or after.assignor.ready(1)
     assert grants  # head 0 is asked for half of its data, or it has been given what was free
 
 
@@ -99,5 +99,5 @@ def test_heads_that_share_steps_are_granted_what_they_take_while_a_coordinator_i
     settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, budget="shared"))
     coordinator = make(Each(), settings)
     for head in (0, 1):
-        coordinator.pace.note(head, 10, 1.0)
-    assert coordinator.order(0).limit == limit
+        coordinator.step_rates.record_steps(head, 10, 1.0)
+    assert coordinator.next_directive(0).limit == limit

@@ -69,32 +69,32 @@ def test_a_bad_contribution_is_refused_and_nothing_else_is_touched(case: str) ->
     coordinator, base = make(ComposedPolicy(Average()))
     coordinator.receive(offer(0), GOOD)
     outcome = coordinator.receive(contribution, buffer)
-    (verdict,) = outcome.verdicts
+    (verdict,) = outcome.results
     assert (verdict.head, verdict.sequence, verdict.accepted) == (contribution.head, contribution.sequence, False)
     assert verdict.version == 0
     assert re.search(reason, verdict.reason)
     assert outcome.merges == ()
     assert torch.equal(coordinator.base, base)
-    assert (coordinator.version, coordinator.pending, coordinator.live) == (0, [0], {0, 1, 2})
+    assert (coordinator.version, coordinator.pending_heads, coordinator.live) == (0, [0], {0, 1, 2})
     unfit = case in UNFIT
-    assert verdict.poison == (case in POISON)
+    assert verdict.harmful == (case in POISON)
     if unfit:
-        (again,) = coordinator.receive(offer(1), GOOD).verdicts
+        (again,) = coordinator.receive(offer(1), GOOD).results
         assert "was received before" in again.reason
     coordinator.receive(offer(1, 2 if unfit else 1), GOOD)
-    assert coordinator.pending == [0, 1]
+    assert coordinator.pending_heads == [0, 1]
 
 
 def test_an_older_incarnation_is_refused_and_a_newer_one_counts_anew() -> None:
     """After a restart the head's sequence begins at 1 again; what its dead predecessor sent late is refused."""
     coordinator, base = make(Scripted(Discard([0], ""), Wait(), Discard([0], ""), Wait(), Wait()))
-    assert coordinator.receive(offer(0, 5), GOOD).verdicts[0].reason.startswith("the policy discarded it")
-    assert coordinator.receive(offer(0, 1, incarnation=1), GOOD).verdicts[0].reason.startswith("the policy discarded it")
-    (verdict,) = coordinator.receive(offer(0, 6), GOOD).verdicts
+    assert coordinator.receive(offer(0, 5), GOOD).results[0].reason.startswith("the policy discarded it")
+    assert coordinator.receive(offer(0, 1, incarnation=1), GOOD).results[0].reason.startswith("the policy discarded it")
+    (verdict,) = coordinator.receive(offer(0, 6), GOOD).results
     assert "is older" in verdict.reason
     assert torch.equal(coordinator.base, base)
-    assert coordinator.receive(offer(0, 2, incarnation=1), GOOD).verdicts == ()
-    assert coordinator.pending == [0]
+    assert coordinator.receive(offer(0, 2, incarnation=1), GOOD).results == ()
+    assert coordinator.pending_heads == [0]
 
 
 def test_the_third_unfit_contribution_in_a_row_quarantines_its_head() -> None:
@@ -102,14 +102,14 @@ def test_the_third_unfit_contribution_in_a_row_quarantines_its_head() -> None:
     coordinator, base = make(Scripted(*[Wait()] * 9))
     bad = holding(float("nan"))
     for sequence in (1, 2):
-        assert not coordinator.receive(offer(1, sequence), bad).verdicts[0].quarantined
-        assert not coordinator.receive(offer(1, sequence), bad).verdicts[0].quarantined  # a repeat
-    (third,) = coordinator.receive(offer(1, 3), bad).verdicts
-    assert (third.poison, third.quarantined) == (True, True)
+        assert not coordinator.receive(offer(1, sequence), bad).results[0].quarantined
+        assert not coordinator.receive(offer(1, sequence), bad).results[0].quarantined  # a repeat
+    (third,) = coordinator.receive(offer(1, 3), bad).results
+    assert (third.harmful, third.quarantined) == (True, True)
     assert coordinator.live == coordinator.members == {0, 2}
-    assert coordinator.receive(offer(1, 4), GOOD).verdicts[0].reason == "head 1 isn't one of the live heads [0, 2]"
+    assert coordinator.receive(offer(1, 4), GOOD).results[0].reason == "head 1 isn't one of the live heads [0, 2]"
     assert torch.equal(coordinator.base, base)
-    assert coordinator.data.free == initial(1, 3)
+    assert coordinator.assignor.free == initial(1, 3)
 
 
 def test_a_merge_ends_the_count_of_unfit_contributions() -> None:
@@ -117,9 +117,9 @@ def test_a_merge_ends_the_count_of_unfit_contributions() -> None:
     coordinator, _ = make(Scripted(Merge({1: 0.1}), *[Wait()] * 9))
     for sequence in (1, 2, 4, 5):
         if sequence == 4:
-            assert coordinator.receive(offer(1, 3), GOOD).verdicts[0].accepted
-        (verdict,) = coordinator.receive(offer(1, sequence), holding(float("nan"))).verdicts
-        assert (verdict.poison, verdict.quarantined) == (True, False)
+            assert coordinator.receive(offer(1, 3), GOOD).results[0].accepted
+        (verdict,) = coordinator.receive(offer(1, sequence), holding(float("nan"))).results
+        assert (verdict.harmful, verdict.quarantined) == (True, False)
     assert coordinator.live == {0, 1, 2}
 
 
@@ -127,7 +127,7 @@ def test_a_head_that_has_left_can_contribute_no_more() -> None:
     """It isn't live any longer."""
     coordinator, _ = make(ComposedPolicy(Average()))
     coordinator.leave(1)
-    (verdict,) = coordinator.receive(offer(1), GOOD).verdicts
+    (verdict,) = coordinator.receive(offer(1), GOOD).results
     assert verdict.reason == "head 1 isn't one of the live heads [0, 2]"
 
 
@@ -219,5 +219,5 @@ def test_a_merge_never_makes_the_base_infinite(weight: float, size: float, scali
     except PolicyError:
         pass
     else:
-        assert [v.accepted for v in outcome.verdicts] == [False]
+        assert [v.accepted for v in outcome.results] == [False]
     assert torch.equal(coordinator.base, base)

@@ -32,12 +32,12 @@ NORMS = st.floats(1e-6, 1e6)
 
 def offer(guard: OutlierFilter, head: int, norm: float, steps: int = 10) -> str:
     """One contribution's way as the coordinator goes it; all that is fit is merged at once."""
-    reason = guard.judge(head, norm, steps)
+    reason = guard.check(head, norm, steps)
     if reason:
-        guard.refused(head)
+        guard.record_refusal(head)
     else:
-        guard.accepted(head)
-        guard.merged(head, norm, steps)
+        guard.reset_refusals(head)
+        guard.record_merge(head, norm, steps)
     return reason
 
 
@@ -70,50 +70,50 @@ def test_a_hundred_times_the_median_is_always_refused(norms: list[float], times:
     """However widely the norms before were spread, once there were 16, and each time that one head of 4 offers it."""
     guard = OutlierFilter(MergeConfig())
     for turn, norm in enumerate(norms):
-        guard.merged(turn % 4, norm * steps**GROWTH, steps)
+        guard.record_merge(turn % 4, norm * steps**GROWTH, steps)
     recent = sorted(norms[-WINDOW:])
     middle = math.sqrt(recent[(len(recent) - 1) // 2] * recent[len(recent) // 2])
     for head in (1, 2, 3):
-        assert guard.judge(head, middle * steps**GROWTH, steps) == ""
+        assert guard.check(head, middle * steps**GROWTH, steps) == ""
     for _ in range(5):
-        assert guard.judge(0, middle * times * steps**GROWTH, steps)
+        assert guard.check(0, middle * times * steps**GROWTH, steps)
 
 
 def test_what_is_refused_and_why() -> None:
     """The sentence has the norm, its z, the median for as many steps, and the flag; a tenth of it passes."""
     guard = filled(3.1)
-    reason = guard.judge(0, 812.0, 10)
+    reason = guard.check(0, 812.0, 10)
     z = math.log(812 / 3.1) / NARROWEST
     assert reason == (
         f"its norm 812 is {z:.1f} robust standard deviations above the recent contributions' (median 3.1 for 10 steps); "
         "--max-norm-z is 8"
     )
-    assert f"(median {3.1 * 2**GROWTH:.3g} for 20 steps)" in guard.judge(0, 812.0, 20)
-    assert guard.judge(0, 81.2 * 0.9, 10) == ""
+    assert f"(median {3.1 * 2**GROWTH:.3g} for 20 steps)" in guard.check(0, 812.0, 20)
+    assert guard.check(0, 81.2 * 0.9, 10) == ""
 
 
 def test_the_threshold_is_where_the_formula_has_it() -> None:
     """1.5^8 = 25.6 times equal norms; 1.75^8 = 88 times widely spread ones; with --max-norm-z 4, 1.5^4 = 5.1 times."""
     spread = OutlierFilter(MergeConfig())
     for turn in range(WINDOW):
-        spread.merged(turn % 4, 10.0 ** (turn % 3 - 1), 1)
+        spread.record_merge(turn % 4, 10.0 ** (turn % 3 - 1), 1)
     for guard, z, scale in ((filled(), 8, NARROWEST), (spread, 8, WIDEST), (filled(z=4.0), 4, NARROWEST)):
         limit = math.exp(z * scale) * (1.0 if guard is spread else 10**-GROWTH)
-        assert guard.judge(0, limit * 0.999, 1) == ""
-        assert guard.judge(0, limit * 1.001, 1)
+        assert guard.check(0, limit * 0.999, 1) == ""
+        assert guard.check(0, limit * 1.001, 1)
 
 
 def test_nothing_is_judged_before_there_were_sixteen() -> None:
     """The 16th merge is the last that anything goes before; with 0 the guard is off."""
-    assert filled(count=ENOUGH - 1).judge(0, 1e20, 10) == ""
-    assert filled(count=ENOUGH).judge(0, 1e20, 10) != ""
-    assert filled(z=0.0).judge(0, 1e20, 10) == ""
+    assert filled(count=ENOUGH - 1).check(0, 1e20, 10) == ""
+    assert filled(count=ENOUGH).check(0, 1e20, 10) != ""
+    assert filled(z=0.0).check(0, 1e20, 10) == ""
 
 
 def test_small_norms_and_zeros_are_fit_and_zeros_say_nothing() -> None:
     """A learning rate of 0 neither is refused nor makes the next contributions stand out."""
     guard = filled()
-    assert guard.judge(0, 1e-30, 10) == ""
+    assert guard.check(0, 1e-30, 10) == ""
     for turn in range(100):
         assert offer(guard, turn % 4, 0.0) == ""
     assert offer(guard, 0, 2.0) == ""
@@ -123,7 +123,7 @@ def test_small_norms_and_zeros_are_fit_and_zeros_say_nothing() -> None:
 def test_a_norm_that_is_no_number_is_refused_at_once(norm: float) -> None:
     """Before there is anything to compare with, and without a trace in what is remembered."""
     guard = OutlierFilter(MergeConfig())
-    assert guard.judge(0, norm, 10) == f"its norm is {norm}"
+    assert guard.check(0, norm, 10) == f"its norm is {norm}"
     assert guard.state() == OutlierFilter(MergeConfig()).state()
 
 
@@ -134,7 +134,7 @@ def test_a_head_that_was_away_is_not_refused(times: float, exponent: float) -> N
     guard = OutlierFilter(MergeConfig())
     for turn in range(WINDOW):
         offer(guard, turn % 4, 1.0, 1000)
-    assert guard.judge(0, times**exponent, round(1000 * times)) == ""
+    assert guard.check(0, times**exponent, round(1000 * times)) == ""
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 4, 16, 64, 100])
@@ -145,7 +145,7 @@ def test_a_lasting_change_of_level_is_let_through(heads: int, times: float) -> N
     refused = [bool(offer(guard, turn % heads, times)) for turn in range(5 * heads + WINDOW)]
     assert sum(refused) == (0 if times == 3.0 else max(1, min(heads, WITNESSES) // 2))
     assert not any(refused[heads if heads > 1 else 1 :])
-    assert guard.judge(0, 100 * times, 10)  # which is compared with the new level
+    assert guard.check(0, 100 * times, 10)  # which is compared with the new level
 
 
 @pytest.mark.parametrize(("heads", "faulty"), [(2, 1), (3, 1), (4, 2), (16, 8)])
@@ -162,19 +162,24 @@ def test_heads_that_blow_up_apart_from_each_other_are_no_witnesses() -> None:
     guard = filled()
     for power in range(1, 20):
         for head in range(3):
-            assert guard.judge(head, 1000.0 ** (power + head), 10)
+            assert guard.check(head, 1000.0 ** (power + head), 10)
         assert offer(guard, 3, 1.0) == ""
 
 
 def test_the_third_refusal_in_a_row_quarantines() -> None:
     """Counted by head; a fit one between, or a merge, begins anew, and so does whoever takes the head's place."""
     guard = OutlierFilter(MergeConfig())
-    assert [guard.refused(0) for _ in range(QUARANTINE)] == [False, False, True]
-    assert [guard.refused(0) for _ in range(QUARANTINE)] == [False, False, True]
-    for mend in (lambda: guard.accepted(1), lambda: guard.merged(1, 1.0, 1)):
-        assert [guard.refused(1), guard.refused(1), guard.refused(2)] == [False] * 3
+    assert [guard.record_refusal(0) for _ in range(QUARANTINE)] == [False, False, True]
+    assert [guard.record_refusal(0) for _ in range(QUARANTINE)] == [False, False, True]
+    for mend in (lambda: guard.reset_refusals(1), lambda: guard.record_merge(1, 1.0, 1)):
+        assert [guard.record_refusal(1), guard.record_refusal(1), guard.record_refusal(2)] == [False] * 3
         mend()
-    assert [guard.refused(1), guard.refused(1), guard.refused(2), guard.refused(1)] == [False, False, True, True]
+    assert [guard.record_refusal(1), guard.record_refusal(1), guard.record_refusal(2), guard.record_refusal(1)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_a_quarantined_head_is_no_witness() -> None:

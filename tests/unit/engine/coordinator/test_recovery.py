@@ -30,7 +30,7 @@ def test_the_newest_version_counts_whoever_has_it() -> None:
     found = recover([report(3, {0: 2, 1: 1}, {0: own(1, 2)}), report(5, {0: 2, 1: 3}, {1: own(2, 3, limit=14)})])
     assert found is not None
     assert (found.version, found.base) == (5, "base 5")
-    assert {head: held.sequence for head, held in found.held.items()} == {0: 2, 1: 3}
+    assert {head: held.sequence for head, held in found.positions.items()} == {0: 2, 1: 3}
     assert found.references == {0: "factors 2", 1: "factors 3"}
     assert found.granted == {0: 10, 1: 14}
     assert (found.astray, found.unknown) == (frozenset(), frozenset())
@@ -68,7 +68,7 @@ def test_factors_that_are_reset_are_known_to_be_none() -> None:
 
 def test_who_followed_forgotten_orders_must_start_anew() -> None:
     """Lanes that were granted or asked for after the ledger that is left: numbers above its latest."""
-    heads = {0: own(1, grant=3), 1: own(1, grant=2), 2: own(1, released=3), 3: own(1)}
+    heads = {0: own(1, assignment=3), 1: own(1, assignment=2), 2: own(1, released=3), 3: own(1)}
     found = recover([report(4, dict.fromkeys(range(4), 1), heads, {"latest": 2})])
     assert found is not None
     assert found.astray == {0, 2}

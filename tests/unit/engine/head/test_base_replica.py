@@ -12,7 +12,7 @@ from hypothesis import given
 from torch import Tensor
 
 from lte_ray.config import MergeConfig
-from lte_ray.engine.coordinator.broadcast_log import CHECK_EVERY, BroadcastLog
+from lte_ray.engine.coordinator.broadcast_log import CHECKSUM_INTERVAL, BroadcastLog
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.head.base_replica import BaseReplica, CannotRedoMerges
 from lte_ray.layout import Plan
@@ -71,12 +71,12 @@ class Side:
         )
         for record in self.coordinator.receive(contribution, decoded).merges:
             merged = MergeDelta(record.version, record.weights, {h: self.buffers[h] for h in record.heads}, record.fresh)
-            self.downlink.add(merged if record.weights else None)
+            self.downlink.append(merged if record.weights else None)
 
     def update(self, have: int, checked: bool = True) -> CoordinatorReply:
         base, version = self.coordinator.base.clone(), self.coordinator.version
-        chain = self.downlink.chain(have)
-        parts = {i: self.part(i, base) for i in (self.downlink.dense if chain is not None else range(len(self.groups)))}
+        chain = self.downlink.deltas_since(have)
+        parts = {i: self.part(i, base) for i in (self.downlink.dense_groups if chain is not None else range(len(self.groups)))}
         held = {h: r for h in range(HEADS) if (r := self.coordinator.reference(h)) is not None} if chain is None else {}
         of_factors = [self.part(i, base) for i, group in enumerate(self.groups) if group.by_factors]
         sums = (version, sum(map(base_checksum, of_factors)) % 2**64) if checked else None
@@ -129,7 +129,7 @@ def test_a_mirror_has_the_coordinators_bits(
             continue
         waiting.add(head)
         side.contribute(head, what)
-        waiting = set(side.coordinator.pending)
+        waiting = set(side.coordinator.pending_heads)
         if look and side.coordinator.version > mirror.version:
             base = follow(mirror, side.update(mirror.redo_from))
             assert base is not None
@@ -190,11 +190,11 @@ def test_drift_is_found_at_a_checksum_and_mended_by_the_whole_base() -> None:
     follow(mirror, side.update(-1))
     part = next(iter(mirror._parts.values())).base
     part.view(torch.int32)[7] ^= 1 << 16  # a high bit, so that no sum before the check rounds it away
-    for version in range(1, CHECK_EVERY + 1):
+    for version in range(1, CHECKSUM_INTERVAL + 1):
         side.contribute(version % HEADS)
-        update = side.update(mirror.redo_from, checked=version == CHECK_EVERY)
+        update = side.update(mirror.redo_from, checked=version == CHECKSUM_INTERVAL)
         follow(mirror, update)
-        assert mirror.resyncs == (version == CHECK_EVERY)
+        assert mirror.resyncs == (version == CHECKSUM_INTERVAL)
     assert mirror.redo_from == -1
     side.contribute(0)
     base = follow(mirror, side.update(mirror.redo_from))
@@ -213,7 +213,7 @@ def test_a_checksum_of_equal_copies_says_nothing() -> None:
     follow(mirror, side.update(-1))
     for version in range(1, 51):
         side.contribute(version % HEADS)
-        follow(mirror, side.update(mirror.redo_from, checked=version % CHECK_EVERY == 0))
+        follow(mirror, side.update(mirror.redo_from, checked=version % CHECKSUM_INTERVAL == 0))
     assert mirror.resyncs == 0
     assert torch.equal(mirror._base, side.coordinator.base)
 
@@ -294,6 +294,6 @@ def test_long_chains_are_forgotten() -> None:
     size, each = plans[0].base.size * 4, side.codecs[0].sizes[0]
     for version in range(20):
         side.contribute(version % HEADS)
-    kept = [have for have in range(20) if side.downlink.chain(have) is not None]
+    kept = [have for have in range(20) if side.downlink.deltas_since(have) is not None]
     assert kept == list(range(20 - size // each, 20))
-    assert side.downlink.chain(-1) is None
+    assert side.downlink.deltas_since(-1) is None

@@ -208,7 +208,7 @@ def test_merging_is_exact_whatever_the_heads_hold(form: str, reset: str) -> None
             outcome = coordinator.receive(contribution, contribution.buffer)
         # 8 changes, each of float64 products of inner size 4.
         assert_near(coordinator.base - initial.base, ledger, 1e-13)
-        for verdict in outcome.verdicts:
+        for verdict in outcome.results:
             heads[verdict.head].adopt(verdict, version, coordinator.base.clone())
     quantised_base = quantised(heads[0], coordinator.base)[0]
     exact = views(initial.plan.base, coordinator.base)

@@ -199,7 +199,7 @@ class World:
                 self.references[n] = contribution.buffer[: self.plan.factors_size]
                 self.merged += batches
         base = self.coordinator.base.clone()
-        for verdict in outcome.verdicts:
+        for verdict in outcome.results:
             assert verdict.accepted, verdict
             head = self.heads[verdict.head]
             if head.outstanding and head.sequence == verdict.sequence:
@@ -209,12 +209,12 @@ class World:
         """What it trained and didn't contribute is gone; what it contributed is merged, before or after it is back."""
         self.deaths[n] += 1
         self.settle(self.coordinator.lose(n))
-        if n in self.coordinator.pending:  # a barrier holds without it, as soon as all others are in
+        if n in self.coordinator.pending_heads:  # a barrier holds without it, as soon as all others are in
             for other in sorted(self.coordinator.live):
                 self.contribute(other)
         self.coordinator.join(n, self.deaths[n], fresh=fresh)
         self.since[n] = []
-        standing, reference = self.coordinator.start(n), self.coordinator.reference(n)
+        standing, reference = self.coordinator.start_head(n), self.coordinator.reference(n)
         if fresh:
             self.references.pop(n, None)
         assert (reference is None) == (self.references.get(n) is None)
@@ -225,7 +225,7 @@ class World:
         # Some thirty merges of values of size 1.
         assert_near(self.coordinator.base - self.first, self.ledger, 1e-13)
         assert len(set(self.merged)) == len(self.merged)
-        left = [lane for n in self.heads for lane in self.coordinator.data.lanes(n)]
+        left = [lane for n in self.heads for lane in self.coordinator.assignor.lanes(n)]
         until = max(self.merged, default=0) + 10
         assert sorted([*self.merged, *itertools.takewhile(lambda slot: slot < until, slots(left))]) == list(range(until))
 

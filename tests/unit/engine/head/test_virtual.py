@@ -269,7 +269,7 @@ def test_heads_of_one_actor_may_be_answered_in_any_order() -> None:
             first, second = group.train_round()
             answers = {}
             for contribution in (second, first):  # each is merged at once: the first head's is in the newer version
-                (verdict,) = coordinator.receive(contribution, contribution.buffer).verdicts
+                (verdict,) = coordinator.receive(contribution, contribution.buffer).results
                 answers[verdict.head] = (verdict, coordinator.version, coordinator.base.clone())
             for head in group.heads:
                 head.adopt(*answers[head.number])

@@ -93,7 +93,7 @@ def test_the_order_of_arrival_leaves_no_trace_at_a_barrier(name: str) -> None:
         for sequence, head in itertools.product((1, 2), order):
             coordinator.receive(offer(head, sequence), random_flat(PLAN.contribution.size, 10 * sequence + head))
             if coordinator.candidate is not None:
-                coordinator.judged({"loss": 1.0})
+                coordinator.receive_evaluation({"loss": 1.0})
         assert coordinator.version == 2
         bases.append(coordinator.base)
     assert all(torch.equal(base, bases[0]) for base in bases)

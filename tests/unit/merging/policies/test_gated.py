@@ -33,11 +33,11 @@ def test_a_merge_that_raises_the_loss_is_discarded_with_the_figures() -> None:
         assert torch.equal(coordinator.base, before)
         tried = coordinator.candidate
         assert tried is not None
-        outcome = coordinator.judged({"loss": loss, "accuracy": 0.0})
-        verdicts += [v.accepted for v in outcome.verdicts]
+        outcome = coordinator.receive_evaluation({"loss": loss, "accuracy": 0.0})
+        verdicts += [v.accepted for v in outcome.results]
         assert torch.equal(coordinator.base, tried if verdicts[-1] else before)
         if not verdicts[-1]:
-            assert outcome.verdicts[0].reason == (
+            assert outcome.results[0].reason == (
                 "the policy discarded it: loss would have been 2.5 after 2, worse by more than 0"
             )
     assert verdicts == [True, True, False, True]
@@ -48,11 +48,11 @@ def test_what_was_discarded_rides_in_the_next_contribution() -> None:
     """The reference stays the last one that was kept, so the next merge counts the whole change since."""
     coordinator, base = coordinator_of(ComposedPolicy(Gated()), heads=1)
     kept = contribute(coordinator, 1)
-    coordinator.judged({"loss": 1.0})
+    coordinator.receive_evaluation({"loss": 1.0})
     contribute(coordinator, 2)
-    coordinator.judged({"loss": 3.0})
+    coordinator.receive_evaluation({"loss": 3.0})
     last = contribute(coordinator, 3)
-    coordinator.judged({"loss": 1.0})
+    coordinator.receive_evaluation({"loss": 1.0})
     first, second = pending_of(1, referenced=False)[0], pending_of(1)[0]
     first.share.contribution.copy_(kept)
     second.share.contribution.copy_(last)
@@ -123,7 +123,7 @@ def test_the_gate_needs_its_metric() -> None:
     coordinator, _ = coordinator_of(ComposedPolicy(Gated(metric="acuracy"), name="gated"), heads=1)
     contribute(coordinator, 1)
     with pytest.raises(PolicyError, match=r"policy gated raised .*--policy.metric is 'acuracy', but .* gave: loss, accuracy"):
-        coordinator.judged({"loss": 1.0, "accuracy": 0.5})
+        coordinator.receive_evaluation({"loss": 1.0, "accuracy": 0.5})
 
 
 def decides_itself(pending: object, roster: object) -> None:

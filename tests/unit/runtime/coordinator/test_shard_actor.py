@@ -41,7 +41,7 @@ class Copies:
     def fetch(self, handle: Any) -> Tensor:
         return handle.assemble([piece for piece, _ in handle.pieces]) if isinstance(handle, AssembledRef) else handle
 
-    async def arrive(self, handle: Tensor) -> Tensor:
+    async def fetch_async(self, handle: Tensor) -> Tensor:
         await asyncio.sleep(0)
         return handle
 
@@ -89,12 +89,12 @@ def test_calls_that_overtake_each_other_change_nothing(seed: int) -> None:
                 flat = random_flat(PLANS[head].contribution.size, 2 * version + head).float()
                 buffers, decoded = codecs[head].encode(flat, one.reference(head))
                 measured = await shards.receive(2 * version + head, head, buffers, seals(buffers))
-                assert measured.squares == pytest.approx(float(decoded.double().square().sum()), rel=1e-5)
+                assert measured.sum_of_squares == pytest.approx(float(decoded.double().square().sum()), rel=1e-5)
                 one.receive(offer(head, version, version=one.version), decoded)
-            shards.forget(99)
-            seconds = asyncio.ensure_future(shards.merged(version, {2 * version + head: 0.5 for head in (0, 1)}))
-            whole, total = asyncio.ensure_future(shards.whole()), asyncio.ensure_future(shards.checksum())
-            parts = asyncio.ensure_future(shards.parts(range(len(common.groups)), references=True))
+            shards.discard(99)
+            seconds = asyncio.ensure_future(shards.merge(version, {2 * version + head: 0.5 for head in (0, 1)}))
+            whole, total = asyncio.ensure_future(shards.publish_base()), asyncio.ensure_future(shards.checksum())
+            parts = asyncio.ensure_future(shards.publish_parts(range(len(common.groups)), references=True))
             held = {head: one.reference(head).clone() for head in (0, 1)}  # type: ignore[union-attr]
             asked.append((version, one.base.clone(), held, seconds, whole, total, parts))
         for version, expected, held, seconds, whole, total, parts in asked:
@@ -160,7 +160,7 @@ def test_shards_go_on_from_a_version_with_its_references() -> None:
 
     async def run() -> None:
         shards, common = spread(3, CoordinatorState(7, base, held))
-        found = await shards.whole(references=True)
+        found = await shards.publish_base(references=True)
         assert found.version == 7
         assert torch.equal(Copies().fetch(found.parts[-1]), base)
         assert {head: torch.equal(Copies().fetch(handle), held[head]) for head, handle in found.references.items()} == {1: True}
@@ -168,12 +168,12 @@ def test_shards_go_on_from_a_version_with_its_references() -> None:
         flat = random_flat(PLANS[1].contribution.size, 3).float()
         buffers, decoded = codecs[1].encode(flat, held[1])
         await shards.receive(1, 1, buffers, seals(buffers))
-        await shards.merged(8, {1: 0.5})
+        await shards.merge(8, {1: 0.5})
         settings = dataclasses.replace(common.settings, merge=dataclasses.replace(MERGE, shards=1))
         policy = ComposedPolicy(Average(), Arrival())
         one = Coordinator(settings, PLANS[0], base.clone(), policy, plans=PLANS, version=7, references=dict(held))
         one.receive(offer(1, 1, version=7), decoded)
         assert one.version == 8
-        assert torch.equal(Copies().fetch((await shards.whole()).parts[-1]), one.base)
+        assert torch.equal(Copies().fetch((await shards.publish_base()).parts[-1]), one.base)
 
     asyncio.run(run())

@@ -46,7 +46,7 @@ class Here:
     async def receive(self, ticket: int, head: int, handles: Sequence[Tensor], seals: Sequence[int]) -> Tensor:
         return handles[0]
 
-    def forget(self, ticket: int) -> None:
+    def discard(self, ticket: int) -> None:
         self.forgotten.append(ticket)
 
     def note(self, merges: Sequence[MergeRecord], buffers: Mapping[int, Any], tickets: Mapping[int, int]) -> None:
@@ -65,7 +65,7 @@ def test_what_a_dropped_head_had_contributed_is_settled_and_forgotten() -> None:
         here, waiters = Here(), BackgroundTasks(lambda: None)
         merging = SubmissionLoop(engine, here, here, waiters, None, 1)  # type: ignore[arg-type]
         buffers = [random_flat(plan.contribution.size, seed).float() for seed in range(3)]
-        told = [asyncio.ensure_future(merging.contribute(offer(head, 1, buffer=(buffers[head],)))) for head in (0, 1)]
+        told = [asyncio.ensure_future(merging.submit(offer(head, 1, buffer=(buffers[head],)))) for head in (0, 1)]
         await asyncio.sleep(0.01)
         assert merging._undecided.keys() == {0, 1}
         merging.handle(lambda: engine.drop(1))
@@ -74,7 +74,7 @@ def test_what_a_dropped_head_had_contributed_is_settled_and_forgotten() -> None:
         assert "head 1 has left the run" in verdict.reason
         assert here.forgotten == [2]
         assert merging._undecided.keys() == {0}
-        assert (await merging.contribute(offer(2, 1, buffer=(buffers[2],)))).accepted
+        assert (await merging.submit(offer(2, 1, buffer=(buffers[2],)))).accepted
         assert (await told[0]).accepted
         assert not merging._undecided
 
@@ -86,11 +86,11 @@ def test_a_part_that_is_missing_for_long_is_asked_for_again(monkeypatch: pytest.
     cut = checkpointing._OpenCheckpoint({}, CheckpointRequest(4, {0: 2, 1: 3}), set(), {0, 1}, {})
     writer = checkpointing.CheckpointManager.__new__(checkpointing.CheckpointManager)
     writer._open = {4: cut}
-    assert writer.lacking({0}, {0, 1}) == (CheckpointRequest(4, {0: 2}),)
-    assert writer.lacking((), {0, 1}) == ()
-    now = cut.begun + checkpointing.LATE + 1
+    assert writer.missing_requests({0}, {0, 1}) == (CheckpointRequest(4, {0: 2}),)
+    assert writer.missing_requests((), {0, 1}) == ()
+    now = cut.begun + checkpointing.REQUEST_AGAIN + 1
     monkeypatch.setattr(checkpointing.time, "monotonic", lambda: now)
-    assert writer.lacking((), {0, 1}) == (CheckpointRequest(4, {0: 2, 1: 3}),)
+    assert writer.missing_requests((), {0, 1}) == (CheckpointRequest(4, {0: 2, 1: 3}),)
 
 
 def test_a_head_that_cannot_write_its_part_costs_that_checkpoint_and_no_other(tmp_path: Path) -> None:
@@ -99,10 +99,10 @@ def test_a_head_that_cannot_write_its_part_costs_that_checkpoint_and_no_other(tm
     write(directory, 2)
     base = random_flat(PLAN.base.size, 1).float()
 
-    async def arrive(handle: Handle) -> Tensor:
+    async def fetch_async(handle: Handle) -> Tensor:
         return base
 
-    common = SimpleNamespace(directory=directory, keep=RetentionPolicy(1), transport=SimpleNamespace(arrive=arrive))
+    common = SimpleNamespace(directory=directory, keep=RetentionPolicy(1), transport=SimpleNamespace(fetch_async=fetch_async))
     writer = checkpointing.CheckpointManager(common, PLAN, 2, (0, 1))  # type: ignore[arg-type]
     here = Published(4, {-1: None})  # type: ignore[dict-item]
 
@@ -111,11 +111,11 @@ def test_a_head_that_cannot_write_its_part_costs_that_checkpoint_and_no_other(tm
             writer._open[version] = checkpointing._OpenCheckpoint(
                 FACTS, CheckpointRequest(version, {0: 1, 1: 1}), set(), {0, 1}, {}
             )
-            await writer.write_own(version, here)
+            await writer.write_base(version, here)
             state, meta = {"reference": torch.zeros(3)}, {"step": 4}
-            await writer.add(version, 0, checkpoint.write_head(directory, version, 0, state, meta))
+            await writer.add_part(version, 0, checkpoint.write_head(directory, version, 0, state, meta))
             assert (4 in checkpoint.incomplete(directory)) == (version == 4)
-            await writer.add(version, 1, None, why)
+            await writer.add_part(version, 1, None, why)
             assert checkpoint.complete(directory) == ([2] if why else [6])
             assert writer.trouble == (f"checkpoint 4 couldn't be written: {why}" if why else "")
             assert writer.unfinished == []
