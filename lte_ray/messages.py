@@ -64,8 +64,8 @@ class Contribution:
     stall: float = 0.0
     batches: int = 0
     partitions: Partitions = ()
-    assignment: int = 0
-    released: Assignment | None = None
+    assignment_id: int = 0
+    revoked: Assignment | None = None
     checksums: tuple[int, ...] = ()
     norm: float | None = None
     buffer: Any = field(default=None, repr=False, compare=False)
@@ -116,7 +116,7 @@ class HeadDirective:
     rate: float = 1.0
     progress: float = 0.0
     assignments: tuple[Assignment, ...] = ()
-    revoke: int = 0
+    revocation: int = 0
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,8 @@ class HeadReport:
 
     step: int
     limit: int
-    assignment: int = 0
-    released: int = 0
+    assignment_id: int = 0
+    revoked: int = 0
     factors: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
 
 

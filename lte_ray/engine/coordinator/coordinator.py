@@ -150,7 +150,7 @@ class Coordinator:
     def next_directive(self, head: int) -> HeadDirective:
         """What a head is to do next."""
         grants, release = self.assignor.orders(head, self.live)
-        return replace(self.step_budget.next_directive(head, self.live), assignments=grants, revoke=release)
+        return replace(self.step_budget.next_directive(head, self.live), assignments=grants, revocation=release)
 
     def receive(self, contribution: Contribution, buffer: Tensor | MeasuredContribution) -> StepResult:
         """A contribution arrived; `buffer` is flat, in the contribution layout; it is only read, and kept until it is merged.
@@ -335,7 +335,7 @@ class Coordinator:
         return StepResult((verdict, *later.results), later.merges)
 
     def _out_of_place(self, c: Contribution) -> str:
-        return self.assignor.check(c.head, c.partitions, c.assignment, c.released) if c.partitions else ""
+        return self.assignor.check(c.head, c.partitions, c.assignment_id, c.revoked) if c.partitions else ""
 
     def _share(self, head: int, buffer: Tensor | MeasuredContribution) -> Share:
         if isinstance(buffer, MeasuredContribution):
@@ -474,7 +474,7 @@ class Coordinator:
             c.incarnation, c.sequence, self.version, step, samples, c.batches, c.partitions
         )
         if c.partitions:
-            self.assignor.merged(head, c.partitions, c.assignment, c.released)
+            self.assignor.merged(head, c.partitions, c.assignment_id, c.revoked)
         norm = self._pending[head].norm
         if norm is not None and c.steps:  # one that holds nothing doesn't show that its head is well again
             self.outlier_filter.record_merge(head, norm, c.steps)

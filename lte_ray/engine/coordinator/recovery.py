@@ -57,7 +57,7 @@ def recover(reports: Sequence[RecoveryReport]) -> Recovered | None:
         assignment_state=newest.assignment_state,
         references=references,
         granted={head: own.limit for head, own in heads.items() if own.step >= 0},
-        astray=frozenset(head for head, own in heads.items() if own.step < 0 or max(own.assignment, own.released) > latest)
+        astray=frozenset(head for head, own in heads.items() if own.step < 0 or max(own.assignment_id, own.revoked) > latest)
         & {head for report in known for head in report.heads},
         unknown=frozenset(unknown),
     )

@@ -158,7 +158,7 @@ class Head:
             self._limit, self._final, self._granted = directive.limit, directive.final, directive.limit
         self._rate = directive.rate
         self.optimizer_step.advance_to(directive.progress)
-        self.batch_stream.apply_assignments(directive.assignments, directive.revoke)
+        self.batch_stream.apply_assignments(directive.assignments, directive.revocation)
 
     def train_round(self) -> Contribution:
         """Takes `merge_iter` local steps (fewer at the end of the run) and makes the contribution.
@@ -325,8 +325,8 @@ class Head:
             stall=self._noted[1] - stalled,
             batches=self.batch_stream.batches_taken,
             partitions=self.batch_stream.partitions,
-            assignment=self.batch_stream.assignment_id,
-            released=self.batch_stream.revoked,
+            assignment_id=self.batch_stream.assignment_id,
+            revoked=self.batch_stream.revoked,
             buffer=self._outstanding,
         )
 

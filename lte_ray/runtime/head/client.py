@@ -153,8 +153,8 @@ class RecoveryCache:
             self._settle(reply.result.head, reply.result.sequence, accepted=False)
         for head in self._heads.keys() & reply.directives.keys():
             own, order = self._heads[head], reply.directives[head]
-            grant = max([own.directed.assignment, *(grant.id for grant in order.assignments)])
-            released = max(own.directed.released, order.revoke)
+            grant = max([own.directed.assignment_id, *(grant.id for grant in order.assignments)])
+            released = max(own.directed.revoked, order.revocation)
             own.directed = HeadReport(-1, max(own.directed.limit, order.limit), grant, released)
         if reply.version <= self.version:
             return
@@ -176,7 +176,7 @@ class RecoveryCache:
         for head, own in self._heads.items():
             known = {s: None if f is None else transport.publish(f) for s, f in own.factors.items()}
             at, said = positions.get(head, NOT_STARTED), own.directed
-            limit, grant, released = (max(getattr(at, f), getattr(said, f)) for f in ("limit", "assignment", "released"))
+            limit, grant, released = (max(getattr(at, f), getattr(said, f)) for f in ("limit", "assignment_id", "revoked"))
             heads[head] = HeadReport(at.step, limit, grant, released, known)
         return RecoveryReport(self.version, None if base is None else transport.publish(base), self.held, self.ledger, heads)
 

@@ -68,7 +68,7 @@ def test_factors_that_are_reset_are_known_to_be_none() -> None:
 
 def test_who_followed_forgotten_orders_must_start_anew() -> None:
     """Lanes that were granted or asked for after the ledger that is left: numbers above its latest."""
-    heads = {0: own(1, assignment=3), 1: own(1, assignment=2), 2: own(1, released=3), 3: own(1)}
+    heads = {0: own(1, assignment_id=3), 1: own(1, assignment_id=2), 2: own(1, revoked=3), 3: own(1)}
     found = recover([report(4, dict.fromkeys(range(4), 1), heads, {"latest": 2})])
     assert found is not None
     assert found.astray == {0, 2}
