@@ -29,7 +29,8 @@ class LayerConfig:
     """What differs for some layers; None leaves a setting as it is for all.
 
     Attributes:
-        lora_r, lora_alpha: rank and alpha, one number or one for each head.
+        lora_r: rank, one number or one for each head.
+        lora_alpha: alpha, one number or one for each head.
         lora_bias: "replica", "frozen" or "lora".
         lr: multiplier of the learning rate.
         base_dtype: format of the main weight in the heads.

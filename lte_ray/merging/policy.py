@@ -33,7 +33,8 @@ class Pending:
         head: its number, from 0.
         version: the base version that it trained on.
         lag: how many versions the base has moved on since.
-        steps, samples: what the head trained since its last accepted contribution.
+        steps: local steps that the head trained since its last accepted contribution.
+        samples: samples of those steps.
         loss: mean training loss over those steps.
         arrived: when it arrived, on the clock of `Roster.now`.
         share: its factors and its reference, for `combine`.
