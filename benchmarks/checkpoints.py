@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.report import report, spread
 from lte_ray import LTEConfig, LTETrainer, MergeConfig, TrainConfig
 from lte_ray.config import PlacementConfig, StorageConfig
-from lte_ray.run.metrics import Silent
+from lte_ray.run.metrics import SilentReporter
 from workers.gpt import GPT
 
 RUNS, STEPS, HEADS, MERGE_ITER = 3, 120, 2, 10
@@ -32,7 +32,7 @@ def run(every: int) -> dict[str, Any]:
             train=TrainConfig(steps=STEPS, eval_every=0, checkpoint_every=every, threads_per_head=1),
             scaling_config=PlacementConfig(cpus_per_head=1),
             run_config=StorageConfig(name="run", storage=storage, keep_checkpoints=None),
-            reporter=Silent(),
+            reporter=SilentReporter(),
         ).fit()
         folder = Path(storage) / "run"
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

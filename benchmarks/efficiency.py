@@ -16,7 +16,7 @@ from benchmarks.bare import steps_per_second
 from benchmarks.report import report, spread
 from lte_ray import LTEConfig, LTETrainer, MergeConfig, TrainConfig
 from lte_ray.config import PlacementConfig, StorageConfig
-from lte_ray.run.metrics import Silent
+from lte_ray.run.metrics import SilentReporter
 from workers.gpt import GPT
 
 RUNS, STEPS, HEADS = 5, 160, 2
@@ -32,7 +32,7 @@ def under_ray() -> tuple[float, dict[str, float]]:
             train=TrainConfig(steps=STEPS, eval_every=0, checkpoint_every=0, threads_per_head=1),
             scaling_config=PlacementConfig(cpus_per_head=1),
             run_config=StorageConfig(name="run", storage=storage),
-            reporter=Silent(),
+            reporter=SilentReporter(),
         ).fit()
         rows = [json.loads(line) for line in (Path(storage) / "run" / "metrics.jsonl").read_text().splitlines()]
     merges = [row for row in rows if row["kind"] == "merge"]

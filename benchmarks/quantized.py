@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.report import report, spread
 from lte_ray import LTEConfig, LTETrainer, TrainConfig
 from lte_ray.config import StorageConfig
-from lte_ray.run.metrics import Silent
+from lte_ray.run.metrics import SilentReporter
 from workers.gpt import GPT
 
 SEEDS = (0, 1, 2)
@@ -29,7 +29,7 @@ def train(base_dtype: str, seed: int) -> tuple[float, float]:
             lte=LTEConfig(base_dtype=base_dtype),  # type: ignore[arg-type]
             train=TrainConfig(seed=seed, eval_every=0, checkpoint_every=0),
             run_config=StorageConfig(name="run", storage=storage),
-            reporter=Silent(),
+            reporter=SilentReporter(),
         ).fit()
         rows = [json.loads(line) for line in (Path(storage) / "run" / "metrics.jsonl").read_text().splitlines()]
     assert result.metrics is not None

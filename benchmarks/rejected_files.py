@@ -57,7 +57,7 @@ def storage(run: Run, folder: Path) -> Iterator[Row]:
     (folder / "file").write_text("")
     for given, place in {"a file as storage": folder / "file", "/proc as storage": Path("/proc")}.items():
         try:
-            RunDirectory.of(str(place), "a").create(exclusive=True)
+            RunDirectory.open(str(place), "a").create(exclusive=True)
         except StorageError as error:  # by the command line, once Ray has the resources
             yield Row(given, str(error.exit_code), shorten_paths(str(error).splitlines()[0], folder))
 

@@ -31,7 +31,7 @@ from lte_ray.engine.settings import Settings
 from lte_ray.layout import Plan
 from lte_ray.merging.registry import make_policy
 from lte_ray.messages import Contribution
-from lte_ray.run.metrics import Silent
+from lte_ray.run.metrics import SilentReporter
 from lte_ray.simulation.api import keep_time
 from lte_ray.simulation.cost_model import CostModel, named_plan
 from lte_ray.simulation.head import TINY_PLAN, TimedHead
@@ -73,7 +73,7 @@ def under_ray(merge: MergeConfig) -> list[float]:
             train=TrainConfig(steps=STEPS, budget="each", eval_every=0, checkpoint_every=0, threads_per_head=1),
             scaling_config=PlacementConfig(cpus_per_head=0.25),
             run_config=StorageConfig(name="run", storage=storage),
-            reporter=Silent(),
+            reporter=SilentReporter(),
         ).fit()
         rows = [json.loads(line) for line in (Path(storage) / "run" / "metrics.jsonl").read_text().splitlines()]
     merged: dict[int, list[tuple[float, float]]] = defaultdict(list)

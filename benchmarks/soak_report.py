@@ -95,7 +95,7 @@ def _figures(calm: Soaked, hurt: Soaked, flags: dict[str, Any]) -> dict[str, Any
             "batches_lost": final.lost,
             "batches_doubled": final.doubled,
             "merges_without_rows": final.unlogged,
-            "problems": final.said,
+            "problems": final.described_problems,
             "steps_that_died_with_heads_and_were_taken_again": final.reissued,
             "merges_that_died_with_the_driver_and_were_made_again": len(undone),
         },

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lte_ray import LTEConfig, LTETrainer, MergeConfig, TrainConfig
 from lte_ray.config import PlacementConfig, StorageConfig
-from lte_ray.run.metrics import Silent
+from lte_ray.run.metrics import SilentReporter
 from workers.gpt import GPT
 
 STEPS, HEADS, CPUS, TRIAL = 80, 8, 2, 3
@@ -82,7 +82,7 @@ def measure(heads_per_actor: int, stack: str = "auto") -> tuple[float, int]:
                 heads_per_actor=heads_per_actor, cpus_per_head=CPUS * heads_per_actor / HEADS, stack_heads=stack
             ),
             run_config=StorageConfig(name="run", storage=storage),
-            reporter=Silent(),
+            reporter=SilentReporter(),
         ).fit()
         rows = [json.loads(line) for line in (Path(storage) / "run" / "metrics.jsonl").read_text().splitlines()]
     merges = [row for row in rows if row["kind"] == "merge"]

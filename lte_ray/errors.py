@@ -20,7 +20,7 @@ Each survives pickling, so it can cross a process. Whatever URI a message quotes
 
 from __future__ import annotations
 
-from lte_ray.redaction import scrub
+from lte_ray.redaction import redact
 
 
 class LTEError(Exception):
@@ -29,7 +29,7 @@ class LTEError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        return scrub(super().__str__())
+        return redact(super().__str__())
 
 
 class UserError(LTEError):
@@ -73,7 +73,7 @@ class WorkerFailed(RunError):
 
     def __str__(self) -> str:
         at = "" if self.step is None else f" at local step {self.step}"
-        return scrub(f"The worker failed in {self.where}{at}:\n\n{self.traceback.rstrip()}")
+        return redact(f"The worker failed in {self.where}{at}:\n\n{self.traceback.rstrip()}")
 
 
 class HeadLost(RunError):

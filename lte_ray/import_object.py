@@ -11,14 +11,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lte_ray.config import near
+from lte_ray.config import suggest
 from lte_ray.errors import LTEError
 
 FILE_MODULE_PREFIX = "lte_ray_user_"
 """Modules loaded from a file get names that begin so. No other process can import them, so they travel by value."""
 
 
-def looks_like_object(spec: str) -> bool:
+def is_object_path(spec: str) -> bool:
     """Whether `spec` has the form of `load_object`'s argument."""
     return ":" in spec
 
@@ -55,7 +55,7 @@ def load_object(spec: str, *, what: str, error: type[LTEError]) -> Any:
     if found is None:
         public = [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__]
         raise error(
-            f"{what} {spec!r}: {place} has no {name}.{near(name, public)} Its classes are: {', '.join(public) or 'none'}."
+            f"{what} {spec!r}: {place} has no {name}.{suggest(name, public)} Its classes are: {', '.join(public) or 'none'}."
         )
     return found
 

@@ -67,29 +67,29 @@ def is_secret(name: str) -> bool:
     return words[-1] == "token" and not (len(words) > 1 and words[-2] in OF_TEXT)
 
 
-def hides(name: str, value: Any, depth: int = 4) -> bool:
+def is_sensitive(name: str, value: Any, depth: int = 4) -> bool:
     """Whether an argument must not be shown: its name is a secret's, or its value has one inside (a URI, a table, an object).
 
     True, False, None and empty text are no secrets under any name. Looks `depth` levels into tables and objects.
     """
     if value is None or isinstance(value, bool) or (isinstance(value, str) and not value):
         return False
-    return is_secret(name) or (depth > 0 and any(hides(inner, each, depth - 1) for inner, each in _inside(value)))
+    return is_secret(name) or (depth > 0 and any(is_sensitive(inner, each, depth - 1) for inner, each in _inside(value)))
 
 
-def split(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def split_secrets(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The values that may be shown, and the names of those that were left out and differ from their defaults.
 
     A secret that has its default is left out, too, but need not be given again.
     """
-    kept = {name: value for name, value in values.items() if not hides(name, value)}
+    kept = {name: value for name, value in values.items() if not is_sensitive(name, value)}
     gone = [name for name in values if name not in kept]
-    return kept, [name for name in gone if not same(values[name], defaults.get(name, same))]
+    return kept, [name for name in gone if not same_plain_value(values[name], defaults.get(name, same_plain_value))]
 
 
-def masked(values: Mapping[str, Any]) -> dict[str, Any]:
+def mask_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values, for messages: ``***`` in the place of secrets."""
-    return {name: MASK if hides(name, value) else value for name, value in values.items()}
+    return {name: MASK if is_sensitive(name, value) else value for name, value in values.items()}
 
 
 def without_credentials(uri: str) -> str:
@@ -97,7 +97,7 @@ def without_credentials(uri: str) -> str:
     return "::".join(_one(part) for part in uri.split("::"))
 
 
-def scrub(text: str, *uris: str) -> str:
+def redact(text: str, *uris: str) -> str:
     """`text` with every URI in it without credentials, and those of `uris` masked however they stand in it."""
     for uri in uris:
         text = text.replace(uri, without_credentials(uri))
@@ -138,7 +138,7 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
                     yield name, slot.__get__(value)
 
 
-def same(value: Any, default: Any) -> bool:
+def same_plain_value(value: Any, default: Any) -> bool:
     """Whether two plain values are equal and of one type; nothing of an object's own is called to compare it."""
     return type(value) is type(default) and isinstance(value, str | int | float) and value == default
 

@@ -22,7 +22,7 @@ from lte_ray.run import record as run_record
 from lte_ray.run.display import automatic_display
 from lte_ray.run.metrics import Progress, Reporter
 from lte_ray.run.start import RunClaim
-from lte_ray.storage import RunDirectory, parted
+from lte_ray.storage import RunDirectory, split_run_path
 
 if TYPE_CHECKING:
     import ray.train
@@ -86,9 +86,9 @@ class LTETrainer:
         """
         from lte_ray.export.worker_factory import make_worker
 
-        place, name = parted(os.fspath(path))
+        place, name = split_run_path(os.fspath(path))
         check_run_name(name, "path")
-        directory = RunDirectory.of(place, name)
+        directory = RunDirectory.open(place, name)
         record = run_record.read(directory)
         settings = {
             "lte": record.settings(LTEConfig),
@@ -124,7 +124,7 @@ class LTETrainer:
         settings = Settings(name, self.lte, merge, self.train)
         failure.check_heads(self.lte.num_heads)
         initial = extend_plans(prepare(self.worker, settings), failure.max_heads)
-        directory = RunDirectory.of(storage.storage or default_storage(), name, filesystem, patience=storage.storage_patience)
+        directory = RunDirectory.open(storage.storage or default_storage(), name, filesystem, patience=storage.storage_patience)
         claim = RunClaim(directory, storage, settings, initial)
 
         from lte_ray.runtime import placement as placing
@@ -144,11 +144,11 @@ class LTETrainer:
             placement = placing.resolve(asked, self.lte.num_heads, **more)
             reporter.update(Progress.starting(name, self.train.steps, "starting the heads"))
             hosted = placing.hosted(placement, self.lte.num_heads)
-            record = run_record.record(self.worker, self.program, settings, asked, storage, failure)
+            record = run_record.make_record(self.worker, self.program, settings, asked, storage, failure)
             with contextlib.ExitStack() as held:
                 places = held.enter_context(placing.reserve(placement, hosted))
                 groups = placing.groups_of(settings.merge, initial.plans, places.nodes, gives_weights(policy))
-                config, resume = held.enter_context(claim.taken(record))
+                config, resume = held.enter_context(claim.acquire(record))
                 common = RunContext(
                     worker,
                     settings,
@@ -173,7 +173,7 @@ class LTETrainer:
                     failure=failure,
                     stack=asked.stack_heads,
                     reporter=reporter,
-                    export=lambda final: run_record.export(directory, initial, final),
+                    export=lambda final: run_record.write_model(directory, initial, final),
                 )
                 session.run(places)
         return _result(session, directory)
@@ -238,7 +238,7 @@ def _result(session: TrainController, directory: RunDirectory) -> ray.train.Resu
         metrics["sample"] = session.sample
     saved = None
     if session.checkpoint is not None:
-        path = directory.at(checkpoint.folder(session.checkpoint))
+        path = directory.path_to(checkpoint.version_folder(session.checkpoint))
         saved = ray.train.Checkpoint(path, directory.filesystem)
     return ray.train.Result(
         metrics=metrics, checkpoint=saved, error=None, path=directory.path, _storage_filesystem=directory.filesystem

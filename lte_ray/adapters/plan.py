@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lte_ray.adapters.layer_kinds import NORM, kind_of
-from lte_ray.config import LTEConfig, Resolved, flag, near
-from lte_ray.config.layer_rules import rules
+from lte_ray.config import LTEConfig, Resolved, flag, suggest
+from lte_ray.config.layer_rules import parse_rules
 from lte_ray.errors import ConfigError, WorkerError
 from lte_ray.layout import Adapted, Plan, Replica
 
@@ -96,7 +96,7 @@ def make_plans(model: nn.Module, lte: LTEConfig) -> tuple[Plan, ...]:
         ConfigError, WorkerError: as `make_plan`.
     """
     per_head = isinstance(lte.lora_r, tuple) or isinstance(lte.lora_alpha, tuple)
-    if not per_head and not any(isinstance(v, tuple) for rule in rules(lte.layers) for v in vars(rule.settings).values()):
+    if not per_head and not any(isinstance(v, tuple) for rule in parse_rules(lte.layers) for v in vars(rule.settings).values()):
         return (make_plan(model, lte),) * lte.num_heads
     return tuple(make_plan(model, lte, head) for head in range(lte.num_heads))
 
@@ -112,7 +112,7 @@ def match(patterns: Sequence[str], names: Sequence[str], what: str, flag: str) -
         hits = {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n, pattern + ".*")}
         if not hits:
             raise ConfigError(
-                f"{flag} {pattern!r} matches no {what} of the model.{near(pattern, names)} "
+                f"{flag} {pattern!r} matches no {what} of the model.{suggest(pattern, names)} "
                 f"Its {what}s are: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}."
             )
         found[pattern] = hits
@@ -135,7 +135,7 @@ class _Settings:
         for pattern in lte.exclude:
             self._excluded |= _match_layers(pattern, names, listed, "--exclude")
         self._rules: list[set[str] | str] = []
-        for rule, text in zip(rules(lte.layers), lte.layers, strict=True):
+        for rule, text in zip(parse_rules(lte.layers), lte.layers, strict=True):
             if rule.kind is None:
                 hits = _match_layers(rule.pattern, names, listed, "--layers")
                 self._rules.append(hits)
@@ -170,7 +170,7 @@ class _Settings:
             adapted: names of the layers with factors, and of their parameters.
             kinds: the kinds of these layers.
         """
-        for rule, hits, text in zip(rules(self._lte.layers), self._rules, self._lte.layers, strict=True):
+        for rule, hits, text in zip(parse_rules(self._lte.layers), self._rules, self._lte.layers, strict=True):
             wanted = [f for f in ("lora_r", "lora_alpha", "lora_bias", "base_dtype") if getattr(rule.settings, f) is not None]
             if rule.settings.lora_bias == "replica":  # which it is anyway
                 wanted.remove("lora_bias")

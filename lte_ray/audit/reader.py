@@ -174,7 +174,7 @@ class Audit:
         return not (self.lost or self.doubled or self.problems)
 
     @property
-    def said(self) -> list[str]:
+    def described_problems(self) -> list[str]:
         """The problems, the first of them if there are many."""
         more = len(self.problems) - MOST_SAID
         return [*self.problems[:MOST_SAID], *([f"... and {more:,} more"] if more > 0 else [])]

@@ -19,7 +19,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from lte_ray.checkpoint.manifest import MANIFEST, Damaged, FileEntry, Manifest, folder, read_file, short
+from lte_ray.checkpoint.manifest import MANIFEST, Damaged, FileEntry, Manifest, read_file, summarize_error, version_folder
 from lte_ray.errors import StorageError
 from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import gather, views
@@ -42,7 +42,7 @@ def write_tensors(
     copies = {key: value.detach().clone().contiguous() for key, value in tensors.items()}  # they may share memory
     data = safetensors.torch.save(copies, metadata or None)  # of no tensors and {} it makes a broken header
     name = _free(directory, version, name)
-    directory.write(f"{folder(version)}/{name}", data)
+    directory.write(f"{version_folder(version)}/{name}", data)
     return FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
 
 
@@ -50,12 +50,12 @@ def read_bytes(directory: RunDirectory, manifest: Manifest, name: str) -> bytes:
     """The bytes of a file. Raises Damaged if they aren't there or aren't what the manifest lists."""
     expected = manifest.entry(name)
     if expected is None:
-        path = f"{directory.at(folder(manifest.version))}/{name}"
+        path = f"{directory.path_to(version_folder(manifest.version))}/{name}"
         raise Damaged(f"{path} can't be read: the checkpoint doesn't hold it.")
-    path = f"{folder(manifest.version)}/{expected.name}"
+    path = f"{version_folder(manifest.version)}/{expected.name}"
     data = read_file(directory, path, expected.size)
     if len(data) != expected.size or hashlib.sha256(data).hexdigest() != expected.sha256:
-        raise Damaged(f"{directory.at(path)} is damaged: its content isn't what the manifest lists.")
+        raise Damaged(f"{directory.path_to(path)} is damaged: its content isn't what the manifest lists.")
     return data
 
 
@@ -66,14 +66,14 @@ def read_tensors(directory: RunDirectory, manifest: Manifest, name: str) -> tupl
         metadata = _metadata(data)
         return safetensors.torch.load(data), metadata
     except Exception as error:  # content may be anything, and the reader's errors are of many kinds
-        raise damaged(directory, manifest, name, error) from error
+        raise damage_error(directory, manifest, name, error) from error
 
 
-def damaged(directory: RunDirectory, manifest: Manifest, name: str, error: BaseException | str) -> Damaged:
+def damage_error(directory: RunDirectory, manifest: Manifest, name: str, error: BaseException | str) -> Damaged:
     """The error that says what is wrong with a file."""
     entry = manifest.entry(name)
-    path = f"{directory.at(folder(manifest.version))}/{entry.name if entry else name}"
-    return Damaged(f"{path} is damaged: {error if isinstance(error, str) else short(error)}.")
+    path = f"{directory.path_to(version_folder(manifest.version))}/{entry.name if entry else name}"
+    return Damaged(f"{path} is damaged: {error if isinstance(error, str) else summarize_error(error)}.")
 
 
 def _metadata(data: bytes) -> dict[str, str]:
@@ -90,9 +90,9 @@ def _metadata(data: bytes) -> dict[str, str]:
 
 def _free(directory: RunDirectory, version: int, name: str) -> str:
     """The name, with a number if a complete checkpoint of this version has it already: that one stays whole until `commit`."""
-    if not directory.exists(f"{folder(version)}/{MANIFEST}"):
+    if not directory.exists(f"{version_folder(version)}/{MANIFEST}"):
         return name
-    taken = set(directory.names(folder(version)))
+    taken = set(directory.list_names(version_folder(version)))
     stem = name.removesuffix(".safetensors")
     numbered = (f"{stem}.{number}.safetensors" for number in itertools.count(1))
     return next(free for free in itertools.chain([name], numbered) if free not in taken)
@@ -118,11 +118,12 @@ def read_base(directory: RunDirectory, manifest: Manifest, plan: Plan) -> Tensor
     if found != expected:
         differing = repr(sorted(set(found.items()) ^ set(expected.items()))[:4])[:400]
         raise StorageError(
-            f"{directory.at(folder(manifest.version))} holds another model than the worker builds; they differ in {differing}."
+            f"{directory.path_to(version_folder(manifest.version))} holds another model than the worker "
+            f"builds; they differ in {differing}."
         )
     types = {t.dtype for t in tensors.values()}
     if len(types) != 1 or not all(kind.is_floating_point for kind in types):
-        raise damaged(directory, manifest, BASE, f"its weights are of {', '.join(sorted(map(str, types)))}")
+        raise damage_error(directory, manifest, BASE, f"its weights are of {', '.join(sorted(map(str, types)))}")
     return gather(plan.base, tensors, next(iter(types)))
 
 
@@ -153,12 +154,12 @@ def read_references(directory: RunDirectory, manifest: Manifest, plans: Sequence
         for key, tensor in read_tensors(directory, manifest, REFERENCES)[0].items():
             match = _HEAD.fullmatch(key)
             if match is None:
-                raise damaged(directory, manifest, name, f"{key!r:.40} is no head")
+                raise damage_error(directory, manifest, name, f"{key!r:.40} is no head")
             found[int(match[1])] = tensor
     for head, tensor in found.items():
         if tensor.dim() != 1 or not tensor.dtype.is_floating_point:
             what = f"the reference of head {head} is a {tensor.dtype} of shape {tuple(tensor.shape)}"
-            raise damaged(directory, manifest, name, what)
+            raise damage_error(directory, manifest, name, what)
         if plans is not None and head < len(plans) and tensor.numel() != plans[head].factors_size:
             raise _other_factors(directory, manifest, f"the size of head {head}'s")
     return found
@@ -180,9 +181,9 @@ def read_head(directory: RunDirectory, manifest: Manifest, head: int) -> tuple[d
     try:
         state = json.loads(metadata["state"])
     except (ValueError, KeyError, RecursionError) as error:
-        raise damaged(directory, manifest, name, error) from error
+        raise damage_error(directory, manifest, name, error) from error
     if not isinstance(state, dict):
-        raise damaged(directory, manifest, name, "its state isn't an object")
+        raise damage_error(directory, manifest, name, "its state isn't an object")
     return tensors, state
 
 
@@ -225,8 +226,8 @@ def check_factors(directory: RunDirectory, manifest: Manifest, plans: Sequence[P
 def _other_factors(directory: RunDirectory, manifest: Manifest, differing: str) -> StorageError:
     shown = "".join(c if c.isprintable() else "?" for c in differing[:400])
     return StorageError(
-        f"{directory.at(folder(manifest.version))} holds heads with other factors; they differ in {shown}. If the run was "
-        "begun when only nn.Linear layers had factors, continue it with --adapt linear."
+        f"{directory.path_to(version_folder(manifest.version))} holds heads with other factors; they differ in "
+        f"{shown}. If the run was begun when only nn.Linear layers had factors, continue it with --adapt linear."
     )
 
 
@@ -239,7 +240,7 @@ def write_evaluation(directory: RunDirectory, version: int, values: Mapping[str,
     """Writes the figures of a version, before or after its checkpoint is complete. Figures that aren't finite become null."""
     finite = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
     data = json.dumps({"version": version, "values": finite}, indent=1).encode()
-    directory.write(f"{folder(version)}/{EVALUATION}", data)
+    directory.write(f"{version_folder(version)}/{EVALUATION}", data)
 
 
 def read_evaluation(directory: RunDirectory, version: int) -> dict[str, float]:
@@ -249,7 +250,7 @@ def read_evaluation(directory: RunDirectory, version: int) -> dict[str, float]:
         Damaged: there is no evaluation, or it isn't one.
         StorageError: storage fails.
     """
-    path = f"{folder(version)}/{EVALUATION}"
+    path = f"{version_folder(version)}/{EVALUATION}"
     data = read_file(directory, path, LARGEST)
     try:
         content = json.loads(data)
@@ -262,10 +263,10 @@ def read_evaluation(directory: RunDirectory, version: int) -> dict[str, float]:
             if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         }
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise Damaged(f"{directory.at(path)} is damaged: {short(error)}.") from error
+        raise Damaged(f"{directory.path_to(path)} is damaged: {summarize_error(error)}.") from error
 
 
-def best(directory: RunDirectory, versions: Iterable[int], count: int, by: str = "") -> list[int]:
+def best_versions(directory: RunDirectory, versions: Iterable[int], count: int, by: str = "") -> list[int]:
     """The `count` best of the versions, best first; of equals the newest. Those without a readable figure don't count.
 
     Args:

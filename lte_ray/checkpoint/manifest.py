@@ -56,15 +56,15 @@ class Manifest:
 
     def entry(self, name: str) -> FileEntry | None:
         """The file that stands for `name`, if there is one: its own name may have a number."""
-        return next((file for file in self.files if plain(file.name) == name), None)
+        return next((file for file in self.files if strip_number(file.name) == name), None)
 
 
-def folder(version: int) -> str:
+def version_folder(version: int) -> str:
     """Path of a checkpoint in the run directory."""
     return f"{FOLDER}/{version:06d}"
 
 
-def plain(name: str) -> str:
+def strip_number(name: str) -> str:
     """A file's name without the number that it has where its version was written before: base.1.safetensors."""
     found = _NAME.fullmatch(name)
     return f"{found[1]}.safetensors" if found else name
@@ -89,22 +89,22 @@ def commit(
     listed = sorted(files, key=lambda file: file.name)
     content = {"format": FORMAT, **asdict(Manifest(version, tuple(sorted(set(heads))), tuple(listed), facts))}
     for file in listed:
-        found = directory.size(f"{folder(version)}/{file.name}")
+        found = directory.size(f"{version_folder(version)}/{file.name}")
         if found != file.size:
             seen = "isn't seen" if found is None else f"has {found} bytes instead of {file.size}"
             raise StorageError(
-                f"{directory.at(folder(version))}/{file.name} was written on another node but {seen} by the coordinator. "
-                "On several nodes --storage must be a place that all of them share (s3://, gs://, NFS)."
+                f"{directory.path_to(version_folder(version))}/{file.name} was written on another node but {seen} by the "
+                "coordinator. On several nodes --storage must be a place that all of them share (s3://, gs://, NFS)."
             )
-    path = f"{folder(version)}/{MANIFEST}"
+    path = f"{version_folder(version)}/{MANIFEST}"
     replaces = directory.exists(path)
     data = manifest_checksum(content)
     directory.write(path, data)
     if replaces:
         with contextlib.suppress(StorageError):  # it takes space, no more
-            for name in directory.names(folder(version)):
+            for name in directory.list_names(version_folder(version)):
                 if _NAME.fullmatch(name) and name not in {file.name for file in listed}:
-                    directory.delete(f"{folder(version)}/{name}")
+                    directory.delete(f"{version_folder(version)}/{name}")
     return _parsed(json.loads(data), version)
 
 
@@ -115,13 +115,13 @@ def read_manifest(directory: RunDirectory, version: int) -> Manifest:
         Damaged: it isn't there, was torn or edited, or has a format that this release doesn't know.
         StorageError: storage fails.
     """
-    path = f"{folder(version)}/{MANIFEST}"
+    path = f"{version_folder(version)}/{MANIFEST}"
     data = read_file(directory, path, LARGEST)
     try:
         content = json.loads(data)
         if _of(int, content["format"]) not in FORMATS:
             found = str(content["format"])[:20]
-            raise Damaged(f"{directory.at(path)} has format {found}, a format that this release of lte-ray can't read.")
+            raise Damaged(f"{directory.path_to(path)} has format {found}, a format that this release of lte-ray can't read.")
         manifest = _parsed(content, version)
         if manifest.format > 1 or CHECKSUM in content:
             said = content.pop(CHECKSUM)
@@ -129,7 +129,7 @@ def read_manifest(directory: RunDirectory, version: int) -> Manifest:
                 raise ValueError("its content isn't what its checksum says; it was torn or edited")
         return manifest
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Damaged(f"{directory.at(path)} is damaged: {short(error)}.") from error
+        raise Damaged(f"{directory.path_to(path)} is damaged: {summarize_error(error)}.") from error
 
 
 def has_all_heads(manifest: Manifest) -> bool:
@@ -142,8 +142,8 @@ def has_all_heads(manifest: Manifest) -> bool:
     try:
         return len(manifest.heads) >= int(manifest.facts["lte"]["num_heads"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        path = f"{folder(manifest.version)}/{MANIFEST}"
-        raise Damaged(f"{path} is damaged: it doesn't say how many heads there were ({short(error)}).") from error
+        path = f"{version_folder(manifest.version)}/{MANIFEST}"
+        raise Damaged(f"{path} is damaged: it doesn't say how many heads there were ({summarize_error(error)}).") from error
 
 
 def read_file(directory: RunDirectory, path: str, limit: int) -> bytes:
@@ -153,17 +153,17 @@ def read_file(directory: RunDirectory, path: str, limit: int) -> bytes:
     except StorageError as error:
         cause = error.__cause__
         if isinstance(cause, FileNotFoundError):
-            raise Damaged(f"{directory.at(path)} can't be read: it isn't there.") from error
+            raise Damaged(f"{directory.path_to(path)} can't be read: it isn't there.") from error
         if isinstance(cause, IsADirectoryError | NotADirectoryError):
             raise Damaged(str(error)) from error
         if getattr(cause, "errno", None) in (errno.ELOOP, errno.ENAMETOOLONG):  # names in it are plain: it is a link
-            raise Damaged(f"{directory.at(path)} can't be read: it is a link that leads nowhere.") from error
+            raise Damaged(f"{directory.path_to(path)} can't be read: it is a link that leads nowhere.") from error
         if isinstance(cause, ValueError):
-            raise Damaged(f"{directory.at(path)} is damaged: {short(cause)}.") from error
+            raise Damaged(f"{directory.path_to(path)} is damaged: {summarize_error(cause)}.") from error
         raise
 
 
-def short(error: BaseException) -> str:
+def summarize_error(error: BaseException) -> str:
     """An error on foreign content in one short line: what it quotes may be anything."""
     text = "".join(c if c.isprintable() else "?" for c in f"{type(error).__name__}: {error}")
     return text[:200].rstrip(".")
@@ -181,7 +181,11 @@ def _parsed(content: dict[str, Any], version: int) -> Manifest:
     for file in files:
         if not _NAME.fullmatch(file.name) or file.size < 0:
             raise ValueError(f"it lists {file.name!r:.40} of {file.size!r:.20} bytes")
-    if len({plain(file.name) for file in files}) != len(files) or len(set(heads)) != len(heads) or any(h < 0 for h in heads):
+    if (
+        len({strip_number(file.name) for file in files}) != len(files)
+        or len(set(heads)) != len(heads)
+        or any(h < 0 for h in heads)
+    ):
         raise ValueError("it lists a file or a head twice, or a head that can't be")
     return Manifest(version, tuple(heads), tuple(files), _of(dict, content["facts"]), content["format"])
 

@@ -9,8 +9,17 @@ import contextlib
 import dataclasses
 from collections.abc import Collection
 
-from lte_ray.checkpoint.files import best, read_bytes
-from lte_ray.checkpoint.manifest import FOLDER, MANIFEST, Damaged, Manifest, folder, has_all_heads, plain, read_manifest
+from lte_ray.checkpoint.files import best_versions, read_bytes
+from lte_ray.checkpoint.manifest import (
+    FOLDER,
+    MANIFEST,
+    Damaged,
+    Manifest,
+    has_all_heads,
+    read_manifest,
+    strip_number,
+    version_folder,
+)
 from lte_ray.errors import StorageError
 from lte_ray.storage import RunDirectory
 
@@ -18,12 +27,12 @@ TIDYING = 5.0
 """Seconds of patience with a storage that won't remove what isn't needed any more."""
 
 
-def complete(directory: RunDirectory) -> list[int]:
+def complete_versions(directory: RunDirectory) -> list[int]:
     """Versions of the complete checkpoints, oldest first."""
     return [version for version in _versions(directory) if _is_complete(directory, version)]
 
 
-def incomplete(directory: RunDirectory) -> list[int]:
+def incomplete_versions(directory: RunDirectory) -> list[int]:
     """Versions of those that were begun and have no manifest, oldest first."""
     return [version for version in _versions(directory) if not _is_complete(directory, version)]
 
@@ -31,9 +40,9 @@ def incomplete(directory: RunDirectory) -> list[int]:
 def remove_incomplete(directory: RunDirectory, only: Collection[int] | None = None) -> None:
     """Removes the folders of checkpoints that were never completed, of these versions or of all; as far as storage lets it."""
     directory = _impatient(directory)
-    for version in [version for version in incomplete(directory) if only is None or version in only]:
+    for version in [version for version in incomplete_versions(directory) if only is None or version in only]:
         with contextlib.suppress(StorageError):  # left for the next time
-            directory.delete(folder(version))
+            directory.delete(version_folder(version))
 
 
 def remove_after(directory: RunDirectory, version: int) -> None:
@@ -42,9 +51,9 @@ def remove_after(directory: RunDirectory, version: int) -> None:
         _remove(directory, later)
 
 
-def newest_with_all_heads(directory: RunDirectory) -> Manifest | None:
+def newest_resumable(directory: RunDirectory) -> Manifest | None:
     """The newest complete checkpoint that a run can go on from; those with damaged manifests are passed over."""
-    for version in reversed(complete(directory)):
+    for version in reversed(complete_versions(directory)):
         with contextlib.suppress(StorageError):
             manifest = read_manifest(directory, version)
             if has_all_heads(manifest):
@@ -52,7 +61,9 @@ def newest_with_all_heads(directory: RunDirectory) -> Manifest | None:
     return None
 
 
-def prune(directory: RunDirectory, keep: int | None, keep_best: int = 0, best_by: str = "", good: int | None = None) -> None:
+def prune(
+    directory: RunDirectory, keep: int | None, keep_best: int = 0, best_by: str = "", rollback_version: int | None = None
+) -> None:
     """Removes complete checkpoints, manifest first, so that none is ever half there. One that can't be removed is left.
 
     Args:
@@ -65,13 +76,13 @@ def prune(directory: RunDirectory, keep: int | None, keep_best: int = 0, best_by
     """
     directory = _impatient(directory)
     with contextlib.suppress(StorageError):  # no reason to end a run
-        versions = complete(directory)
+        versions = complete_versions(directory)
         old = versions[:-keep] if keep else []
         if not old:
             return
-        needed = newest_with_all_heads(directory)
-        staying = {*best(directory, versions, keep_best, best_by), needed.version if needed else None}
-        staying |= set([version for version in versions if good is not None and version <= good][-1:])
+        needed = newest_resumable(directory)
+        staying = {*best_versions(directory, versions, keep_best, best_by), needed.version if needed else None}
+        staying |= set([version for version in versions if rollback_version is not None and version <= rollback_version][-1:])
         for version in old:
             if version not in staying:
                 with contextlib.suppress(StorageError):
@@ -84,26 +95,26 @@ def _impatient(directory: RunDirectory) -> RunDirectory:
 
 
 def _remove(directory: RunDirectory, version: int) -> None:
-    path = folder(version)
+    path = version_folder(version)
     if not directory.is_link(path):  # what a link leads to isn't ours
         directory.delete(f"{path}/{MANIFEST}")
     directory.delete(path)
 
 
 def _is_complete(directory: RunDirectory, version: int) -> bool:
-    return directory.exists(f"{folder(version)}/{MANIFEST}")
+    return directory.exists(f"{version_folder(version)}/{MANIFEST}")
 
 
 def _versions(directory: RunDirectory) -> list[int]:
     """Versions of all folders whose names `folder` gives."""
-    numbers = [name for name in directory.names(FOLDER) if name.isascii() and name.isdigit() and len(name) < 19]
-    return sorted(int(name) for name in numbers if f"{FOLDER}/{name}" == folder(int(name)))
+    numbers = [name for name in directory.list_names(FOLDER) if name.isascii() and name.isdigit() and len(name) < 19]
+    return sorted(int(name) for name in numbers if f"{FOLDER}/{name}" == version_folder(int(name)))
 
 
 def verify(directory: RunDirectory, manifest: Manifest) -> None:
     """Raises Damaged if a file that the manifest lists isn't there or isn't what was written."""
     for file in manifest.files:
-        read_bytes(directory, manifest, plain(file.name))
+        read_bytes(directory, manifest, strip_number(file.name))
 
 
 def read_newest_intact(directory: RunDirectory) -> tuple[Manifest, list[str]]:
@@ -115,9 +126,9 @@ def read_newest_intact(directory: RunDirectory) -> tuple[Manifest, list[str]]:
     Raises:
         StorageError: there is none at all, none is intact, or storage fails: then nothing is passed over.
     """
-    versions = complete(directory)
+    versions = complete_versions(directory)
     if not versions:
-        begun = incomplete(directory)
+        begun = incomplete_versions(directory)
         more = f" ({len(begun)} was begun but not completed)" if begun else ""
         raise StorageError(f"There is no complete checkpoint in {directory.display}{more}.")
     passed: list[str] = []
@@ -128,7 +139,7 @@ def read_newest_intact(directory: RunDirectory) -> tuple[Manifest, list[str]]:
                 verify(directory, manifest)
                 return manifest, [f"{line}; using {version:06d} instead" for line in passed]
             which = f"the state of heads {list(manifest.heads)} only" if manifest.heads else "the main weights alone"
-            passed.append(f"{folder(version)}, of an older release, holds {which}")
+            passed.append(f"{version_folder(version)}, of an older release, holds {which}")
         except Damaged as error:
             passed.append(str(error).replace(f"{directory.path}/", "").rstrip("."))
     raise StorageError(f"None of the checkpoints in {directory.display} can be used: {'; '.join(passed)}.")

@@ -50,7 +50,7 @@ def audit(arguments: list[str]) -> None:
         )
     if found.unlogged:
         lines.append(f"The rows of {found.unlogged:,} merges died with the driver; the merges after them account for them.")
-    for line in [*lines, *found.said]:
+    for line in [*lines, *found.described_problems]:
         console.print(line, markup=False, soft_wrap=True)
     if not found.clean:
         raise RunError(f"{directory.display} doesn't hold each contribution exactly once.")

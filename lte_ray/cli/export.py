@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from lte_ray.config import near
+from lte_ray.config import suggest
 from lte_ray.errors import ConfigError
 
 FORMATS = ("safetensors", "pretrained", "peft")
@@ -48,7 +48,7 @@ def export(arguments: list[str]) -> None:
     """
     flags = tyro.cli(Flags, prog="lte-ray export", args=arguments)
     if flags.to not in FORMATS:
-        raise ConfigError(f"--to is {flags.to!r}, but it must be one of: {', '.join(FORMATS)}.{near(flags.to, FORMATS)}")
+        raise ConfigError(f"--to is {flags.to!r}, but it must be one of: {', '.join(FORMATS)}.{suggest(flags.to, FORMATS)}")
     for name in ("head", "rank"):
         if getattr(flags, name) is not None and flags.to != "peft":
             raise ConfigError(f"--{name} is for adapters: it needs --to peft, not --to {flags.to}.")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 import lte_ray
-from lte_ray.config import near
+from lte_ray.config import suggest
 from lte_ray.errors import LTEError
 
 USAGE = """\
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if arguments[0] not in COMMANDS:
         there = ", ".join(f"lte-ray {name} {command.arguments}" for name, command in COMMANDS.items())
-        return _complain(f"There is no command {arguments[0]!r}; there is: {there}.{near(arguments[0], COMMANDS)}", 2)
+        return _complain(f"There is no command {arguments[0]!r}; there is: {there}.{suggest(arguments[0], COMMANDS)}", 2)
     command = COMMANDS[arguments[0]]
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -133,7 +133,7 @@ def entry() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
         code = 141  # what a shell says of a process that SIGPIPE ended
     beside = sys.modules.get("lte_ray.storage.background")
-    if beside is not None and beside.hanging():  # all is said and done, but pyarrow would wait for its calls
+    if beside is not None and beside.has_pending_calls():  # all is said and done, but pyarrow would wait for its calls
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

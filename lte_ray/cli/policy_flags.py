@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from lte_ray.config import near
+from lte_ray.config import suggest
 from lte_ray.errors import ConfigError
 from lte_ray.merging.policy_args import REQUIRED, Argument, arguments_of, policy_flag
 from lte_ray.merging.registry import find_policy
@@ -77,7 +77,7 @@ def check_names(table: Any, policy: str, place: str) -> dict[str, Any]:
     for name in table:
         if name not in known:
             has = f"It has: {', '.join(known)}." if known else "It has none."
-            hint = near(name, known)
+            hint = suggest(name, known)
             raise ConfigError(f"{place}: the policy {policy} has no argument {name} ({policy_flag(name)}).{hint} {has}")
     return table
 

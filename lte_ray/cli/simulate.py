@@ -22,7 +22,7 @@ from lte_ray.config.cluster_model import ClusterModel
 from lte_ray.config.validation import setting, switches, words
 from lte_ray.errors import ConfigError, WorkerError
 from lte_ray.import_object import load_object
-from lte_ray.run.display import volume
+from lte_ray.run.display import format_bytes
 from lte_ray.simulation.record import KINDS, VirtualRun
 
 SHAPES = ("gpt2-124m", "gpt2-355m", "gpt2-774m", "gpt2-1558m")
@@ -158,8 +158,8 @@ def _lines(run: VirtualRun, took: float, with_samples: bool) -> Iterator[tuple[s
     yield "merges", f"{run.versions:,}, {rate}; of {run.arrivals:,} contributions"
     yield "staleness", f"{run.mean_lag:.2f} versions on average, {run.max_lag} at most"
     of = max(1, run.arrivals)
-    yield "bytes", f"{volume(run.bytes_up / of)} up and {volume(run.bytes_down / of)} down for each contribution"
-    yield "in all", f"{volume(run.bytes_up)} up and {volume(run.bytes_down)} down"
+    yield "bytes", f"{format_bytes(run.bytes_up / of)} up and {format_bytes(run.bytes_down / of)} down for each contribution"
+    yield "in all", f"{format_bytes(run.bytes_up)} up and {format_bytes(run.bytes_down)} down"
     yield (
         "coordinator",
         (f"busy {run.coordinator_busy:.1%} of the time, its link {run.link_in_busy:.1%} in, {run.link_out_busy:.1%} out"),

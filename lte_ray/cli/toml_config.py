@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lte_ray.cli.policy_flags import TABLE, check_names, flag_type, policy_arguments
-from lte_ray.config import SECTIONS, near, toml
+from lte_ray.config import SECTIONS, suggest, toml
 from lte_ray.errors import ConfigError
 from lte_ray.redaction import OMITTED
 
@@ -119,7 +119,7 @@ def _typed(where: str, prefix: str, values: Mapping[str, Any], known: Mapping[st
     typed = {}
     for name, value in values.items():
         if name not in known:
-            hint = near(name, known) or f" Known are: {', '.join(sorted(known)) or 'none'}."
+            hint = suggest(name, known) or f" Known are: {', '.join(sorted(known)) or 'none'}."
             raise ConfigError(f"{where} has an unknown setting {prefix}{name}.{hint}")
         annotation, default = known[name]
         converted = toml.read_value(where, f"{prefix}{name}", value, annotation, default)

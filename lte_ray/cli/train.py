@@ -18,7 +18,7 @@ from lte_ray.config import check_run_name
 from lte_ray.errors import WorkerError
 from lte_ray.import_object import load_object
 from lte_ray.redaction import without_credentials
-from lte_ray.run.display import volume
+from lte_ray.run.display import format_bytes
 from lte_ray.storage import RunDirectory
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _train_again(name: str, flags: list[str]) -> ray.train.Result:
     check_run_name(name, "--resume")
     place = next((value for flag, value in pairwise([*flags, ""]) if flag == "--storage"), None)
     place = place or next((f.partition("=")[2] for f in flags if f.startswith("--storage=")), None) or default_storage()
-    record = run_record.read(RunDirectory.of(place, name))
+    record = run_record.read(RunDirectory.open(place, name))
     console = Console(stderr=True, highlight=False)
     console.print(Text(f"{record.directory.display} continues with {record.program}, as its {RUN} says."))
     kind = load_object(record.program, what=f"The worker that {RUN} names,", error=WorkerError)
@@ -113,7 +113,7 @@ def _show(result: ray.train.Result) -> None:
     shares = ", ".join(f"{name} {100 * spent / total:.1f}%" for name, spent in m["times"].items() if spent / total >= 0.0005)
     if shares:  # none if all steps were taken before
         grid.add_row("heads' time", shares)
-    up, down, ddp = (volume(m[name]) for name in ("bytes_up", "bytes_down", "bytes_ddp"))
+    up, down, ddp = (format_bytes(m[name]) for name in ("bytes_up", "bytes_down", "bytes_ddp"))
     grid.add_row("traffic", f"{up} up, {down} down; DDP at every step: {ddp}")
     grid.add_row("took", f"{m['seconds']:.0f} s")
     grid.add_row("run", Text(without_credentials(str(result.path))))

@@ -9,7 +9,7 @@ from lte_ray.config.layer_rules import BASE_DTYPES, BIASES, KINDS, LayerConfig, 
 from lte_ray.config.lora import LTEConfig, Resolved
 from lte_ray.config.merge import MergeConfig
 from lte_ray.config.run import PlacementConfig, StorageConfig, TrainConfig
-from lte_ray.config.validation import check_run_name, flag, near
+from lte_ray.config.validation import check_run_name, flag, suggest
 
 SECTIONS: tuple[type, ...] = (LTEConfig, MergeConfig, TrainConfig, PlacementConfig, FailureConfig, StorageConfig)
 """Every settings class, in the order in which ``--help`` and ``run.toml`` list them. No field name occurs twice."""
@@ -30,5 +30,5 @@ __all__ = [
     "TrainConfig",
     "check_run_name",
     "flag",
-    "near",
+    "suggest",
 ]

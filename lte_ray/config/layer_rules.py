@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lte_ray.config.validation import is_integer, near
+from lte_ray.config.validation import is_integer, suggest
 from lte_ray.errors import ConfigError
 
 KINDS = ("linear", "attention", "conv", "embedding", "norm")
@@ -62,7 +62,7 @@ class Rule:
         return self.pattern.removeprefix("@") if self.pattern.startswith("@") else None
 
 
-def written(layers: Any) -> tuple[str, ...]:
+def format_rules(layers: Any) -> tuple[str, ...]:
     """Rules as strings, from strings or from a mapping of patterns to LayerConfig or dict.
 
     Raises:
@@ -82,17 +82,17 @@ def written(layers: Any) -> tuple[str, ...]:
     kept = list(layers) if isinstance(layers, Iterable) else []
     if isinstance(layers, str) or not isinstance(layers, Iterable) or not all(isinstance(rule, str) for rule in kept):
         raise ConfigError(f"--layers is {layers!r}, but it must be a list of rules, 'PATTERN: key=value ...'.")
-    rules(tuple(kept))
+    parse_rules(tuple(kept))
     return tuple(kept)
 
 
 @functools.lru_cache
-def rules(texts: tuple[str, ...]) -> tuple[Rule, ...]:
+def parse_rules(texts: tuple[str, ...]) -> tuple[Rule, ...]:
     """Reads rules. Raises ConfigError for one that can't be read."""
     return tuple(_rule(text) for text in texts)
 
 
-def per_head(value: Any, head: int) -> Any:
+def value_for_head(value: Any, head: int) -> Any:
     """The value for one head of a setting that is one number, or one for each head."""
     return value[head] if isinstance(value, tuple) else value
 
@@ -119,7 +119,7 @@ def _check_each(name: str, value: Any, num_heads: int, good: Any, what: str) -> 
 
 def check_rules(texts: tuple[str, ...], num_heads: int) -> None:
     """Raises ConfigError if a rule's value is out of range."""
-    for rule, text in zip(rules(texts), texts, strict=True):
+    for rule, text in zip(parse_rules(texts), texts, strict=True):
         s, where = rule.settings, f"--layers {text!r}:"
         if s.lora_r is not None:
             check_rank(f"{where} lora_r", s.lora_r, num_heads)
@@ -129,7 +129,7 @@ def check_rules(texts: tuple[str, ...], num_heads: int) -> None:
             value = getattr(s, name)
             if value is not None and value not in known:
                 raise ConfigError(
-                    f"{where} {name} is {value!r}, but it must be one of: {', '.join(known)}.{near(value, known)}"
+                    f"{where} {name} is {value!r}, but it must be one of: {', '.join(known)}.{suggest(value, known)}"
                 )
         if s.lr is not None and not (_is_number(s.lr) and s.lr >= 0):
             raise ConfigError(
@@ -158,7 +158,7 @@ def _rule(text: str) -> Rule:
 
 
 def _unknown(name: Any, text: str) -> str:
-    return f"--layers {text!r}: there is no setting {name!r}.{near(str(name), _FIELDS)} There are: {', '.join(_FIELDS)}."
+    return f"--layers {text!r}: there is no setting {name!r}.{suggest(str(name), _FIELDS)} There are: {', '.join(_FIELDS)}."
 
 
 def _value(name: str, text: str, rule: str) -> Any:

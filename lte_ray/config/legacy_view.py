@@ -11,8 +11,8 @@ import copy
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, Protocol
 
-from lte_ray.config.layer_rules import KINDS, LayerConfig, rules, written
-from lte_ray.config.validation import near
+from lte_ray.config.layer_rules import KINDS, LayerConfig, format_rules, parse_rules
+from lte_ray.config.validation import suggest
 from lte_ray.errors import ConfigError
 
 
@@ -105,7 +105,7 @@ class KindView(_View):
         _check_known(name, self.keys(), f"lora.{kind}")
         per_kind = {"lr": 1.0, "adapt": kind in config.adapt}
         value = per_kind[name] if name in per_kind else getattr(config, name)
-        for rule in rules(config.layers):
+        for rule in parse_rules(config.layers):
             if rule.kind == kind and getattr(rule.settings, name) is not None:
                 value = getattr(rule.settings, name)
         return _as_authors(name, value)
@@ -114,10 +114,10 @@ class KindView(_View):
         config, kind = vars(self)["_target"]
         if name == "lora_bias" and isinstance(value, bool):
             value = "lora" if value else "frozen"
-        (text,) = written({f"@{kind}": {name: value}})
+        (text,) = format_rules({f"@{kind}": {name: value}})
         kept = [rule for rule in config.layers if not rule.startswith(f"@{kind}: {name}=") or rule.count("=") > 1]
         # After the rules for this kind, which it must override, and before those for single layers, which win.
-        at = max((i + 1 for i, rule in enumerate(rules(tuple(kept))) if rule.kind == kind), default=0)
+        at = max((i + 1 for i, rule in enumerate(parse_rules(tuple(kept))) if rule.kind == kind), default=0)
         _assign(config, "layers", (*kept[:at], text, *kept[at:]))
 
 
@@ -128,7 +128,7 @@ def _as_authors(name: str, value: Any) -> Any:
 
 def _check_known(name: str, names: Iterable[str], where: str) -> str:
     if name not in names:
-        raise UnknownSetting(f"There is no setting {where}.{name}.{near(name, names)} There are: {', '.join(names)}.")
+        raise UnknownSetting(f"There is no setting {where}.{name}.{suggest(name, names)} There are: {', '.join(names)}.")
     return name
 
 

@@ -13,12 +13,12 @@ from lte_ray.config.layer_rules import (
     check_alpha,
     check_rank,
     check_rules,
-    per_head,
-    rules,
-    written,
+    format_rules,
+    parse_rules,
+    value_for_head,
 )
 from lte_ray.config.legacy_view import LoraView
-from lte_ray.config.validation import at_least, integers, names_of, near, setting, switches, words
+from lte_ray.config.validation import at_least, integers, names_of, setting, suggest, switches, words
 from lte_ray.errors import ConfigError
 
 
@@ -96,7 +96,7 @@ class LTEConfig:
             object.__setattr__(self, "adapt", (self.adapt,))
         names_of(self, "adapt", "exclude")
         words(self, "adapt", KINDS)
-        object.__setattr__(self, "layers", written(self.layers))
+        object.__setattr__(self, "layers", format_rules(self.layers))
         check_rules(self.layers, self.num_heads)
 
     @classmethod
@@ -110,7 +110,7 @@ class LTEConfig:
         for name in overrides:
             if name not in known:
                 raise ConfigError(
-                    f"LTEConfig.default() has no setting {name!r}.{near(name, known)} It has: {', '.join(known)}."
+                    f"LTEConfig.default() has no setting {name!r}.{suggest(name, known)} It has: {', '.join(known)}."
                 )
         values: dict[str, Any] = {"num_heads": 1, "lora_r": 8, "lora_alpha": 16.0, "lora_bias": "frozen"}
         return cls(**values | overrides)
@@ -141,9 +141,9 @@ class LTEConfig:
             "base_dtype": self.base_dtype,
             "adapt": kind in self.adapt,
         }
-        for rule, matches in zip(rules(self.layers), matching, strict=True):
+        for rule, matches in zip(parse_rules(self.layers), matching, strict=True):
             if matches:
                 values |= {name: v for name, v in vars(rule.settings).items() if v is not None}
-        rank, alpha = per_head(values["lora_r"], head), per_head(values["lora_alpha"], head)
+        rank, alpha = value_for_head(values["lora_r"], head), value_for_head(values["lora_alpha"], head)
         scaling = alpha / math.sqrt(rank) if self.rslora else alpha / rank
         return Resolved(values["adapt"], rank, scaling, values["lora_bias"], values["lr"], values["base_dtype"])

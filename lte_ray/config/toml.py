@@ -14,9 +14,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from lte_ray.config.validation import near
+from lte_ray.config.validation import suggest
 from lte_ray.errors import ConfigError
-from lte_ray.redaction import MASK, hides, same
+from lte_ray.redaction import MASK, is_sensitive, same_plain_value
 
 NONE = "None"
 """How files write None, which TOML lacks; flags write it so, too."""
@@ -77,12 +77,12 @@ def read_value(where: str, name: str, value: Any, annotation: Any, default: Any 
     Raises:
         ConfigError: it has the wrong type; the message names the file and the setting, and shows no secret.
     """
-    if (value == NONE and default is None) or same(value, default):
+    if (value == NONE and default is None) or same_plain_value(value, default):
         return default
     try:
         return convert(value, annotation)
     except ValueError as error:
-        shown = MASK if hides(name, value) else _show(value)
+        shown = MASK if is_sensitive(name, value) else _show(value)
         raise ConfigError(f"{where}: {name} is {shown}, but it must be {error}.") from None
 
 
@@ -199,7 +199,7 @@ def _describe(option: Any, value: Any) -> str:
         return f"a list, each item {_describe_all(inner[0])}" if inner else "a list"
     if origin is Literal or (isinstance(option, type) and issubclass(option, Enum)):
         names = [each.name if isinstance(each, Enum) else str(each) for each in (inner or option)]
-        hint = near(str(value), names)
+        hint = suggest(str(value), names)
         return f"one of: {', '.join(names)}" + (f" ({hint.strip()})" if hint else "")
     if isinstance(option, type) and issubclass(option, Path | datetime.date | datetime.time):
         return "a path" if issubclass(option, Path) else f"a {option.__name__}"

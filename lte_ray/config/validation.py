@@ -71,10 +71,12 @@ def words(config: object, name: str, known: Iterable[str]) -> None:
     value, known = getattr(config, name), list(known)
     for word in value if isinstance(value, tuple) else (value,):
         if word not in known:
-            raise ConfigError(f"{flag(name)} is {word!r}, but it must be one of: {', '.join(known)}.{near(str(word), known)}")
+            raise ConfigError(
+                f"{flag(name)} is {word!r}, but it must be one of: {', '.join(known)}.{suggest(str(word), known)}"
+            )
 
 
-def near(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
     """' Did you mean x?' for the known name nearest to `name`, else ''."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]}?" if close else ""

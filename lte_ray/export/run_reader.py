@@ -24,7 +24,7 @@ from lte_ray.export.worker_factory import make_worker
 from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import gather
 from lte_ray.run import record as run_record
-from lte_ray.storage import RUN, RunDirectory, parted
+from lte_ray.storage import RUN, RunDirectory, split_run_path
 from lte_ray.worker import build_model
 
 
@@ -94,7 +94,7 @@ def open_run(run: str | os.PathLike[str]) -> RunDirectory:
     if "://" not in place:
         place = str(Path(place).expanduser().absolute())
     try:
-        directory = RunDirectory.of(*parted(place))
+        directory = RunDirectory.open(*split_run_path(place))
         there, started = directory.exists(), directory.exists(RUN)
     except Exception as error:
         raise StorageError(f"RUN is {place!r}, which can't be opened: {error.__cause__ or error}") from error
@@ -110,7 +110,7 @@ def choose(directory: RunDirectory, version: int | None) -> Manifest:
     Raises:
         StorageError: there is no complete one.
     """
-    versions = checkpoint.complete(directory)
+    versions = checkpoint.complete_versions(directory)
     if not versions:
         raise StorageError(f"{directory.display} has no complete checkpoint, so there is nothing to export yet.")
     if version is not None and version not in versions:

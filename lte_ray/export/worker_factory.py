@@ -12,7 +12,7 @@ from typing import Any
 from lte_ray.config.toml import NONE
 from lte_ray.errors import WorkerError
 from lte_ray.import_object import load_object
-from lte_ray.redaction import OMITTED, masked
+from lte_ray.redaction import OMITTED, mask_secrets
 from lte_ray.storage import RUN
 from lte_ray.worker import check_worker
 
@@ -63,7 +63,8 @@ def _make(kind: type, settings: Any, left_out: Any) -> Any:
                 f"worker in Python and give it: worker={kind.__name__}({lacking[0]}=..., ...)."
             ) from error
         raise WorkerError(
-            f"{kind.__name__} can't be made with the settings in {RUN}, {masked(settings)}: {type(error).__name__}: {error}"
+            f"{kind.__name__} can't be made with the settings in {RUN}, {mask_secrets(settings)}: "
+            f"{type(error).__name__}: {error}"
         ) from error
 
 

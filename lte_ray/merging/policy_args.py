@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lte_ray.config import near
+from lte_ray.config import suggest
 from lte_ray.errors import ConfigError
-from lte_ray.redaction import MASK, hides
+from lte_ray.redaction import MASK, is_sensitive
 
 REQUIRED = inspect.Parameter.empty
 
@@ -60,10 +60,10 @@ def checked(policy: Any, given: Mapping[str, Any], called: str) -> dict[str, Any
     for name, value in given.items():
         if name not in known:
             has = f"It has: {', '.join(policy_flag(n) for n in known)}." if known else "It has none."
-            raise ConfigError(f"The policy {called} has no argument {policy_flag(name)}.{near(name, known)} {has}")
+            raise ConfigError(f"The policy {called} has no argument {policy_flag(name)}.{suggest(name, known)} {has}")
         if not _fits(value, known[name].annotation):
             wanted = _called(known[name].annotation)
-            shown = MASK if hides(name, value) else repr(value)
+            shown = MASK if is_sensitive(name, value) else repr(value)
             raise ConfigError(f"{policy_flag(name)} is {shown}, but the policy {called} takes {wanted} there.")
     missing = [policy_flag(n) for n, a in known.items() if a.default is REQUIRED and n not in given]
     if missing:
@@ -84,7 +84,7 @@ def one_of(name: str, value: str, known: Iterable[str]) -> None:
     known = list(known)
     if value not in known:
         raise ConfigError(
-            f"{policy_flag(name)} is {value!r}, but it must be one of: {', '.join(known)}.{near(str(value), known)}"
+            f"{policy_flag(name)} is {value!r}, but it must be one of: {', '.join(known)}.{suggest(str(value), known)}"
         )
 
 

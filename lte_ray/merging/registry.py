@@ -8,9 +8,9 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lte_ray.config import MergeConfig, near
+from lte_ray.config import MergeConfig, suggest
 from lte_ray.errors import ConfigError
-from lte_ray.import_object import load_object, looks_like_object
+from lte_ray.import_object import is_object_path, load_object
 from lte_ray.merging.policies.gated import LossGate
 from lte_ray.merging.policies.outer_optimizers import Adam, DelayedNesterov, Momentum, Nesterov
 from lte_ray.merging.policies.robust import Clip, Krum, Median, TrimmedMean
@@ -19,7 +19,7 @@ from lte_ray.merging.policies.trigger import ComposedPolicy, make_when
 from lte_ray.merging.policies.weighted import Average, Samples, Stale
 from lte_ray.merging.policy import MergePolicy
 from lte_ray.merging.policy_args import REQUIRED, arguments_of, checked, within
-from lte_ray.redaction import masked
+from lte_ray.redaction import mask_secrets
 
 
 class Gated(LossGate):
@@ -152,7 +152,7 @@ def make_rule(policy: Any, arguments: Mapping[str, Any] | None = None) -> Any:
         raise ConfigError(_lacks_methods(called, type(found).__name__))
     if arguments:
         raise ConfigError(
-            f"--policy {called} is a policy object already, so policy_args can't be given to it: {masked(arguments)}."
+            f"--policy {called} is a policy object already, so policy_args can't be given to it: {mask_secrets(arguments)}."
         )
     return found
 
@@ -179,11 +179,11 @@ def find_policy(policy: Any) -> Any:
         return policy
     if policy in POLICIES:
         return POLICIES[policy]
-    if looks_like_object(policy):
+    if is_object_path(policy):
         return load_object(policy, what="--policy", error=ConfigError)
     raise ConfigError(
         f"--policy is {policy!r}, but the built-in policies are: {', '.join(sorted(POLICIES))}."
-        f"{near(policy, POLICIES)} Give your own as module:Class or path/to/file.py:Class."
+        f"{suggest(policy, POLICIES)} Give your own as module:Class or path/to/file.py:Class."
     )
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lte_ray.config import near
+from lte_ray.config import suggest
 from lte_ray.errors import ConfigError
 
 REDUCTIONS = ("mean", "sum")
@@ -82,7 +82,7 @@ def reduce(tensor: Tensor | float, reduction: str = "mean") -> Tensor | float:
     """
     if reduction not in REDUCTIONS:
         raise ConfigError(
-            f"reduction = {reduction!r} is unknown; known: {', '.join(REDUCTIONS)}.{near(str(reduction), REDUCTIONS)}"
+            f"reduction = {reduction!r} is unknown; known: {', '.join(REDUCTIONS)}.{suggest(str(reduction), REDUCTIONS)}"
         )
     if not isinstance(tensor, Tensor):
         if not is_distributed():

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from lte_ray.config import near
+from lte_ray.config import suggest
 from lte_ray.errors import ConfigError
 
 METHODS = ("step",)
@@ -34,7 +34,7 @@ class MergeCondition:
 
     def __init__(self, model: nn.Module | None, merge_steps: int = 1, method: str = "step") -> None:
         if method not in METHODS:
-            raise ConfigError(f"method = {method!r} is unknown; known: {', '.join(METHODS)}.{near(str(method), METHODS)}")
+            raise ConfigError(f"method = {method!r} is unknown; known: {', '.join(METHODS)}.{suggest(str(method), METHODS)}")
         if merge_steps < 1:
             raise ConfigError(f"merge_steps = {merge_steps} must be at least 1 (merge after every step).")
         self.model, self.merge_steps, self.method = model, merge_steps, method

@@ -16,7 +16,7 @@ from torch.nn.modules import batchnorm
 from lte_ray.adapters.convert import plain_projections, replace
 from lte_ray.adapters.layer_kinds import kind_of
 from lte_ray.adapters.plan import make_plan
-from lte_ray.config import LTEConfig, near
+from lte_ray.config import LTEConfig, suggest
 from lte_ray.errors import ConfigError
 from lte_ray.layout import Adapted
 from lte_ray.misc.attention import MultiheadAttention
@@ -78,7 +78,7 @@ def prepare_model_for_lte(
     """
     for name, value, known in (("mode", mode, tuple(MODES)), ("chunk", chunk, CHUNKS)):
         if value not in known:
-            raise ConfigError(f"{name} is {value!r}, but it must be one of: {', '.join(known)}.{near(str(value), known)}")
+            raise ConfigError(f"{name} is {value!r}, but it must be one of: {', '.join(known)}.{suggest(str(value), known)}")
     if any(isinstance(m, ModeLayer) for m in model.modules()):
         raise ConfigError("The model is prepared for LTE already; pass an unconverted one.")
     config = lora_config

@@ -13,7 +13,7 @@ from torch.nn.modules import batchnorm
 
 from lte_ray.adapters.plan import make_plans, match
 from lte_ray.config import LTEConfig
-from lte_ray.config.layer_rules import rules, written
+from lte_ray.config.layer_rules import format_rules, parse_rules
 from lte_ray.errors import ConfigError
 from lte_ray.layout import Adapted, Plan
 
@@ -81,7 +81,7 @@ def select_parameters(
         config,
         strict=False,
         exclude=(*config.exclude, *names, *parameters),
-        layers=(*written(config.layers), *sorted(bias_rules)),
+        layers=(*format_rules(config.layers), *sorted(bias_rules)),
     )
     plans = make_plans(model, full_config)
     if special_attention_scaling:
@@ -147,7 +147,7 @@ def _with_root_of_alpha(config: LTEConfig) -> LTEConfig:
         return tuple(a**0.5 for a in alpha) if isinstance(alpha, tuple) else alpha**0.5
 
     layers = []
-    for rule in rules(config.layers):
+    for rule in parse_rules(config.layers):
         alpha = rule.settings.lora_alpha
         settings = rule.settings if alpha is None else dataclasses.replace(rule.settings, lora_alpha=root(alpha))
         layers.append(f"{rule.pattern}: {settings}")

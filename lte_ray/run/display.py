@@ -68,7 +68,7 @@ def line(p: Progress) -> str:
     if p.evaluation:
         parts.append(f"{evaluation_text(p)} (v{p.evaluation.version})")
     if p.remaining is not None:
-        parts.append(f"{clock(p.remaining)} left")
+        parts.append(f"{format_duration(p.remaining)} left")
     if p.note:
         parts.append(p.note)
     return "  ".join(parts)
@@ -78,13 +78,13 @@ def table(p: Progress) -> RenderableType:
     """The live display of one moment."""
     top = Table.grid(padding=(0, 2))
     rate = f"{p.samples_per_second:,.1f} samples/s" if p.samples_per_second is not None else ""
-    left = f"{clock(p.remaining)} left" if p.remaining is not None else ""
+    left = f"{format_duration(p.remaining)} left" if p.remaining is not None else ""
     top.add_row(
         Text(p.run, style="bold"),
         ProgressBar(total=p.steps, completed=p.step, width=20),
         f"step {p.step}/{p.steps}",
         rate,
-        f"{clock(p.seconds)} gone",
+        f"{format_duration(p.seconds)} gone",
         left,
     )
     saved = f"checkpoint v{p.checkpoint}" if p.checkpoint is not None else "no checkpoint yet"
@@ -117,14 +117,14 @@ def evaluation_text(p: Progress) -> str:
     return " ".join(f"{name} {value:.4g}" for name, value in values.items()) or "evaluated"
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """``1:02:03``, or ``2:03`` below an hour."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def volume(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes as ``12.3 MB``, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:

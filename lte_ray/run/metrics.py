@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from lte_ray.errors import StorageError
 from lte_ray.messages import HeadStatus, MergeRecord
-from lte_ray.redaction import scrub
-from lte_ray.storage import RunDirectory, run_in_thread, trouble
+from lte_ray.redaction import redact
+from lte_ray.storage import RunDirectory, pending_problem, run_in_thread
 
 METRICS = "metrics.jsonl"
 
@@ -72,7 +72,7 @@ class Reporter(Protocol):
     def close(self) -> None: ...
 
 
-class Silent:
+class SilentReporter:
     """A reporter that shows nothing."""
 
     def update(self, progress: Progress) -> None: ...
@@ -94,7 +94,7 @@ class MetricsLog:
         self._writing: Future[None] | None = None
         self._flushed = time.monotonic()
         self._back: int | None = None  # a version after which no rows are to stay in the file, where they still are
-        self.trouble = ""
+        self.problem = ""
         """Why the rows can't be written; empty if they can."""
 
     def rewind(self, version: int) -> None:
@@ -104,7 +104,7 @@ class MetricsLog:
             self._back = _earlier(self._back, version)
         self._flush(BRIEF)
 
-    def merge(self, record: MergeRecord) -> None:
+    def record_merge(self, record: MergeRecord) -> None:
         self._row(
             "merge",
             at=record.at,
@@ -126,10 +126,10 @@ class MetricsLog:
             held={str(head): dataclasses.asdict(held) for head, held in record.held.items()},
         )
 
-    def evaluation(self, evaluation: Evaluation) -> None:
+    def record_evaluation(self, evaluation: Evaluation) -> None:
         self._row("evaluation", at=time.time(), version=evaluation.version, step=evaluation.step, values=evaluation.values)
 
-    def event(self, name: str, **values: Any) -> None:
+    def record_event(self, name: str, **values: Any) -> None:
         """Something that happened to the run, beside merges: a process that died, one that came back, ..."""
         self._row("event", at=time.time(), event=name, **values)
 
@@ -151,7 +151,7 @@ class MetricsLog:
             if self._writing is None:
                 self._writing, self._flushed, begun = run_in_thread(self._write), time.monotonic(), True
             if wait([self._writing], max(0.0, end - time.monotonic())).not_done:
-                self.trouble = trouble()
+                self.problem = pending_problem()
                 return
             self._writing.result()
             self._writing = None
@@ -168,9 +168,9 @@ class MetricsLog:
             with self._lock:  # the run may have gone back meanwhile
                 waiting = rows if self._back is None else [row for row in rows if _stays(row, self._back)]
                 self._rows, self._back = waiting + self._rows, _earlier(back, self._back)
-            self.trouble = f"{METRICS} can't be written: {error}"
+            self.problem = f"{METRICS} can't be written: {error}"
         else:
-            self.trouble = ""
+            self.problem = ""
 
     def _go_back(self, version: int | None) -> None:
         if version is not None and self._directory.exists(METRICS):
@@ -192,7 +192,7 @@ def _writable(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _writable(inner) for name, inner in value.items()}
     if isinstance(value, str):
-        return scrub(value)
+        return redact(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -210,7 +210,7 @@ def _stays(row: str | bytes, version: int) -> bool:
         return False
 
 
-def throughput(merges: list[MergeRecord], window: int = 10) -> float | None:
+def samples_per_second(merges: list[MergeRecord], window: int = 10) -> float | None:
     """Samples per second over the last `window` merges, None before two."""
     recent = merges[-(window + 1) :]
     if len(recent) < 2 or recent[-1].at <= recent[0].at:

@@ -21,7 +21,7 @@ from lte_ray.engine.prepare import Initial, merged_state_dict
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
 from lte_ray.import_object import absolute
-from lte_ray.redaction import OMITTED, scrub, split, without_credentials
+from lte_ray.redaction import OMITTED, redact, split_secrets, without_credentials
 from lte_ray.storage import RUN, RunDirectory
 from lte_ray.worker import worker_settings
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 MODEL = "model.safetensors"
 
 
-def record(
+def make_record(
     worker: Any,
     program: str | None,
     settings: Settings,
@@ -50,8 +50,8 @@ def record(
         flat |= {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
     if storage.keep_checkpoints is None:
         flat["keep_checkpoints"] = NONE
-    own, ours = split(_said(type(worker), worker_settings(worker)), _defaults(type(worker)))
-    of_policy, theirs = split(settings.merge.policy_args or {}, {})
+    own, ours = split_secrets(_said(type(worker), worker_settings(worker)), _defaults(type(worker)))
+    of_policy, theirs = split_secrets(settings.merge.policy_args or {}, {})
     if ours or theirs:
         flat[OMITTED] = [*(f"worker.{name}" for name in ours), *(f"policy.{name}" for name in theirs)]
     flat |= {"policy": absolute(object_name(settings.merge.policy)), "policy_args": _named(of_policy)}
@@ -68,7 +68,7 @@ class RunRecord:
     @property
     def path(self) -> str:
         """The file's path, for messages."""
-        return self.directory.at(RUN)
+        return self.directory.path_to(RUN)
 
     @property
     def program(self) -> str:
@@ -103,10 +103,10 @@ def read(directory: RunDirectory) -> RunRecord:
     try:
         return RunRecord(directory, toml.parse(directory.read(RUN)))
     except ValueError as error:
-        raise StorageError(f"{directory.at(RUN)} is damaged: {error}.") from error
+        raise StorageError(f"{directory.path_to(RUN)} is damaged: {error}.") from error
 
 
-def export(directory: RunDirectory, initial: Initial, base: Tensor) -> None:
+def write_model(directory: RunDirectory, initial: Initial, base: Tensor) -> None:
     """Writes the merged weights, fp32, under the unconverted model's own names."""
     state = merged_state_dict(initial.model, initial.plan, base)
     directory.write(MODEL, safetensors.torch.save(state, {"format": "pt"}))
@@ -174,7 +174,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             plain[key] = _plain(value)
         elif isinstance(value, list | tuple):
-            plain[key] = [v if isinstance(v, str | int | float | bool) else scrub(str(v)) for v in value]
+            plain[key] = [v if isinstance(v, str | int | float | bool) else redact(str(v)) for v in value]
         elif value is not None:
-            plain[key] = value if isinstance(value, str | int | float | bool) else scrub(str(value))
+            plain[key] = value if isinstance(value, str | int | float | bool) else redact(str(value))
     return plain

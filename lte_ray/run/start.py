@@ -17,7 +17,7 @@ from lte_ray.engine.prepare import Initial
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
 from lte_ray.run.record import as_toml
-from lte_ray.storage import LOCK, PART, PROBE, RUN, RunDirectory, alone, check_alone
+from lte_ray.storage import LOCK, PART_SUFFIX, PROBE, RUN, RunDirectory, check_unlocked, exclusive_lock
 
 log = logging.getLogger("lte_ray")
 
@@ -36,12 +36,12 @@ class RunClaim:
     initial: Initial
 
     def __post_init__(self) -> None:
-        check_alone(self.directory)
+        check_unlocked(self.directory)
         self._seen = self._versions()
         self._resume = self._checked()
 
     def _versions(self) -> list[int]:
-        return checkpoint.complete(self.directory) if self.directory.exists() else []
+        return checkpoint.complete_versions(self.directory) if self.directory.exists() else []
 
     def _checked(self) -> checkpoint.Manifest | None:
         """The checkpoint to go on from, if there is one: whole, and of this model. Says what the user should know."""
@@ -54,7 +54,7 @@ class RunClaim:
         return resume
 
     @contextlib.contextmanager
-    def taken(self, record: dict[str, Any]) -> Iterator[tuple[str, checkpoint.Manifest | None]]:
+    def acquire(self, record: dict[str, Any]) -> Iterator[tuple[str, checkpoint.Manifest | None]]:
         """For the block the directory is this process's alone, with its ``run.toml``; gives that, and what to go on from."""
         directory = self.directory
         if self.storage.overwrite and directory.is_link(""):
@@ -62,10 +62,10 @@ class RunClaim:
         there = directory.exists()
         with contextlib.ExitStack() as held:
             if there:
-                held.enter_context(alone(directory))
+                held.enter_context(exclusive_lock(directory))
             if self._versions() != self._seen:  # others have trained it while this waited for the cluster
                 self._resume = self._checked()
-            config = create(directory, record, self.storage, self._resume)
+            config = create_run(directory, record, self.storage, self._resume)
             if self._resume and (differing := changed_data(self._resume, config)):
                 log.warning(
                     "%s goes on, but %s. Where that changes the batches, samples of this epoch are repeated or left out.",
@@ -73,7 +73,7 @@ class RunClaim:
                     ", ".join(differing),
                 )
             if not there:
-                held.enter_context(alone(directory))
+                held.enter_context(exclusive_lock(directory))
             yield config, self._resume
 
 
@@ -99,7 +99,7 @@ def check_start(
         raise StorageError(f"{place} has no {RUN}, so it isn't a run of lte-ray; --overwrite won't remove it.")
     if not storage.resume:
         return None, []
-    if not there or not checkpoint.complete(directory):
+    if not there or not checkpoint.complete_versions(directory):
         if there and not _is_run(directory):
             raise StorageError(f"{place} has no {RUN}, so it isn't a run of lte-ray; --resume won't write there.")
         what = "has no complete checkpoint" if there else "isn't there"
@@ -149,7 +149,7 @@ def _data_settings(record: dict[str, Any]) -> dict[str, Any]:
 
 def _is_run(directory: RunDirectory) -> bool:
     """Whether it is a run's, or was being made into one when its process died, or is empty."""
-    return directory.exists(RUN) or set(directory.names()) <= {LOCK, PROBE, RUN + PART}
+    return directory.exists(RUN) or set(directory.list_names()) <= {LOCK, PROBE, RUN + PART_SUFFIX}
 
 
 def _with_facts(directory: RunDirectory, manifest: checkpoint.Manifest) -> checkpoint.Manifest:
@@ -159,13 +159,13 @@ def _with_facts(directory: RunDirectory, manifest: checkpoint.Manifest) -> check
     numbers = [facts.get("step"), facts.get("taken", 0), lte.get("num_heads") if isinstance(lte, dict) else None]
     if not all(is_integer(number) and number >= 0 for number in numbers):
         raise StorageError(
-            f"{directory.at(checkpoint.folder(manifest.version))}/{checkpoint.MANIFEST} is damaged: it doesn't say how far "
-            "the run was and which heads it had (step, taken, lte)."
+            f"{directory.path_to(checkpoint.version_folder(manifest.version))}/{checkpoint.MANIFEST} is damaged: it doesn't "
+            "say how far the run was and which heads it had (step, taken, lte)."
         )
     return manifest
 
 
-def create(
+def create_run(
     directory: RunDirectory, record: dict[str, Any], storage: StorageConfig, resume: checkpoint.Manifest | None = None
 ) -> str:
     """Makes the run directory with its ``run.toml``, the first thing that a run writes, once it can start; gives its text.
@@ -177,7 +177,7 @@ def create(
     """
     there = directory.exists()
     if storage.overwrite:
-        for name in directory.names():
+        for name in directory.list_names():
             if name != LOCK:  # which is held meanwhile
                 directory.delete(name)
     directory.create(exclusive=not storage.resume and not (storage.overwrite and there))

@@ -100,7 +100,7 @@ def load_checkpoint(common: RunContext, initial: Initial, version: int, num_head
             mean = round(sum(held.step for held in standings.values()) / max(1, len(standings)))
             standings = {h: _at(standings.get(h), mean, version) for h in range(num_heads)}
     except (KeyError, ValueError, TypeError, AttributeError) as error:  # whoever wrote it, it isn't what a run writes
-        where = directory.at(checkpoint.folder(version))
+        where = directory.path_to(checkpoint.version_folder(version))
         raise StorageError(f"{where} can't be continued: {type(error).__name__}: {error}.") from error
     base = checkpoint.read_base(directory, manifest, initial.plan)
     factors = checkpoint.read_references(directory, manifest, initial.plans)

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from lte_ray.storage.background import run_in_thread
-from lte_ray.storage.filesystem import PART, parted
-from lte_ray.storage.lock import LOCK, alone, check_alone
-from lte_ray.storage.retry import trouble
+from lte_ray.storage.filesystem import PART_SUFFIX, split_run_path
+from lte_ray.storage.lock import LOCK, check_unlocked, exclusive_lock
+from lte_ray.storage.retry import pending_problem
 from lte_ray.storage.run_directory import PROBE, RUN, RunDirectory
 
-__all__ = ["LOCK", "PART", "PROBE", "RUN", "RunDirectory", "alone", "check_alone", "parted", "run_in_thread", "trouble"]
+__all__ = [
+    "LOCK",
+    "PART_SUFFIX",
+    "PROBE",
+    "RUN",
+    "RunDirectory",
+    "check_unlocked",
+    "exclusive_lock",
+    "pending_problem",
+    "run_in_thread",
+    "split_run_path",
+]

@@ -27,6 +27,6 @@ def run_in_thread(call: Callable[[], T]) -> Future[T]:
     return future
 
 
-def hanging() -> bool:
+def has_pending_calls() -> bool:
     """Whether calls haven't come back. Libraries wait for theirs when the process ends, some for ever."""
     return any(thread.name == NAME for thread in threading.enumerate())

@@ -51,7 +51,7 @@ def open_place(storage: str) -> tuple[Any, str]:
     return filesystem, path
 
 
-def parted(run: str) -> tuple[str, str]:
+def split_run_path(run: str) -> tuple[str, str]:
     """The storage that a run is in, and its name. A URI's parameters (``?endpoint_override=...``) are of the storage.
 
     A name alone is in the current folder.
@@ -97,13 +97,13 @@ def replace_file(filesystem: Any, first: str, path: str) -> None:
         filesystem.move(first, path)
 
 
-PART = ".part"
+PART_SUFFIX = ".part"
 """End of the name of a file that isn't complete."""
 
 
 def write(filesystem: Any, path: str, data: bytes) -> None:
     """Writes a file under another name, and gives it its own when all bytes have arrived; leaves nothing if it fails."""
-    first = path if filesystem.type_name in WHOLE else path + PART
+    first = path if filesystem.type_name in WHOLE else path + PART_SUFFIX
     filesystem.create_dir(posixpath.dirname(path), recursive=True)
     if filesystem.type_name == "local" and os.path.islink(first):
         os.unlink(first)  # never write where it leads to

@@ -21,7 +21,7 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def alone(directory: RunDirectory) -> Iterator[None]:
+def exclusive_lock(directory: RunDirectory) -> Iterator[None]:
     """For the block nobody else on this disk trains the run; the lock ends with the process, however that dies.
 
     Object stores, and disks that can't lock, have none: there it is up to whoever submits the run.
@@ -32,7 +32,7 @@ def alone(directory: RunDirectory) -> Iterator[None]:
     if fcntl is None or not directory.is_local:
         yield
         return
-    path = Path(directory.at(LOCK))
+    path = Path(directory.path_to(LOCK))
     with _opened(directory, path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -42,7 +42,7 @@ def alone(directory: RunDirectory) -> Iterator[None]:
             yield
             return
         if not _is_there(path, file):  # its holder has just removed it; others may hold a new one
-            with alone(directory):
+            with exclusive_lock(directory):
                 yield
             return
         with contextlib.suppress(OSError):  # a full disk: then nobody is told who it is
@@ -72,10 +72,10 @@ def _is_there(path: Path, file: TextIO) -> bool:
         return False
 
 
-def check_alone(directory: RunDirectory) -> None:
+def check_unlocked(directory: RunDirectory) -> None:
     """Raises StorageError if another process trains the run; takes nothing for longer than that."""
-    if directory.is_local and os.path.exists(directory.at(LOCK)):
-        with alone(directory):
+    if directory.is_local and os.path.exists(directory.path_to(LOCK)):
+        with exclusive_lock(directory):
             pass
 
 

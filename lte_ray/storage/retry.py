@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from lte_ray.errors import LTEError, StorageError
-from lte_ray.redaction import scrub
+from lte_ray.redaction import redact
 from lte_ray.storage.background import run_in_thread
 
 PROGRAM = (LTEError, TypeError, AttributeError, NameError, AssertionError, ImportError)
@@ -100,7 +100,7 @@ class _Operation:
     def failed(self, error: Exception) -> None:
         if not self.failures:
             self.failing = clock()
-        self.failures, self.reason = self.failures + 1, scrub(reason(error))
+        self.failures, self.reason = self.failures + 1, redact(reason(error))
 
     @property
     def left(self) -> float:
@@ -128,7 +128,7 @@ _numbers = itertools.count()
 _under_way: dict[int, _Operation] = {}
 
 
-def trouble() -> str:
+def pending_problem() -> str:
     """What this process is waiting for from storage, '' if all is well.
 
     That is operations that have failed and are being tried again, and those that go on for longer than `LONG` seconds.
@@ -139,7 +139,7 @@ def trouble() -> str:
     return "; ".join([*said[:MOST], *more])
 
 
-def persist(attempt: Callable[[], T], what: str, impossible: str, patience: float) -> T:
+def retry(attempt: Callable[[], T], what: str, impossible: str, patience: float) -> T:
     """What `attempt` gives, as soon as it doesn't fail; it must be harmless to try it again.
 
     The main thread is never inside the filesystem's code, where it would hear no signal: it waits, and says so if that is long.
@@ -153,7 +153,7 @@ def persist(attempt: Callable[[], T], what: str, impossible: str, patience: floa
     Raises:
         StorageError: the failure is permanent, or patience is at its end. Its cause is the last failure.
     """
-    number, operation = next(_numbers), _Operation(scrub(what), patience, clock())
+    number, operation = next(_numbers), _Operation(redact(what), patience, clock())
     with _lock:
         _under_way[number] = operation
     try:
@@ -190,9 +190,9 @@ def _until_it_works(attempt: Callable[[], T], operation: _Operation, impossible:
             return result
 
 
-def once(call: Callable[[], T], what: str) -> T:
+def run_once(call: Callable[[], T], what: str) -> T:
     """What `call` gives, or raises; `what` is it in words. The main thread waits for it as in `persist`."""
-    return _made(call, _Operation(scrub(what), 0.0, clock()))
+    return _made(call, _Operation(redact(what), 0.0, clock()))
 
 
 def _made(attempt: Callable[[], T], operation: _Operation) -> T:

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import pyarrow.fs as pafs
 
 from lte_ray.errors import StorageError
-from lte_ray.redaction import scrub, without_credentials
+from lte_ray.redaction import redact, without_credentials
 from lte_ray.storage import filesystem
 from lte_ray.storage.filesystem import advice, check_inside, open_place
-from lte_ray.storage.retry import PATIENCE, once, persist
+from lte_ray.storage.retry import PATIENCE, retry, run_once
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ class RunDirectory:
     patience: float = PATIENCE
 
     @classmethod
-    def of(cls, storage: str, name: str, filesystem: Any = None, *, patience: float = PATIENCE) -> RunDirectory:
+    def open(cls, storage: str, name: str, filesystem: Any = None, *, patience: float = PATIENCE) -> RunDirectory:
         """The directory of run `name` under a local folder, a URI (s3://, gs://, ...), or a path of `filesystem`.
 
         Raises:
@@ -49,10 +49,10 @@ class RunDirectory:
         """
         try:
             opening = f"opening {without_credentials(storage)}"
-            filesystem, root = once(lambda: open_place(storage), opening) if filesystem is None else (filesystem, storage)
+            filesystem, root = run_once(lambda: open_place(storage), opening) if filesystem is None else (filesystem, storage)
         except Exception as error:
             said = f"--storage is {storage!r}, which can't be opened: {type(error).__name__}: {str(error).rstrip('.')}."
-            raise StorageError(scrub(said, storage) + advice(storage)) from error
+            raise StorageError(redact(said, storage) + advice(storage)) from error
         place, mark, query = without_credentials(storage).partition("?")
         uri = f"{place.rstrip('/')}/{name}{mark}{query}" if "://" in storage else None
         return cls(filesystem, posixpath.join(root, name), uri, patience)
@@ -66,7 +66,7 @@ class RunDirectory:
         """The path as users write it, without credentials."""
         return self.uri or without_credentials(self.path)
 
-    def at(self, relative: str) -> str:
+    def path_to(self, relative: str) -> str:
         """The path of something in the directory. Raises StorageError if it would be outside."""
         if not relative:
             return self.path
@@ -100,12 +100,12 @@ class RunDirectory:
 
     def write(self, relative: str, data: bytes) -> None:
         """Writes a file, whole or not at all; folders are made as needed. Raises StorageError if it can't be written."""
-        path = self.at(relative)
+        path = self.path_to(relative)
         self._persist(lambda: filesystem.write(self.filesystem, path, data), "writing", "written", path)
 
     def append(self, relative: str, data: bytes) -> None:
         """Adds to the end of a file that nobody else writes, once or not at all; elsewhere than locally by writing it anew."""
-        path = self.at(relative)
+        path = self.path_to(relative)
         if not self.is_local:
             self.write(relative, (self.read(relative) if self.exists(relative) else b"") + data)
             return
@@ -124,39 +124,39 @@ class RunDirectory:
             StorageError: it isn't there, isn't a file, can't be read, or has more than `limit` bytes. The cause is the
                 filesystem's own error.
         """
-        path = self.at(relative)
+        path = self.path_to(relative)
         return self._persist(lambda: filesystem.read(self.filesystem, path, limit), "reading", "read", path)
 
     def exists(self, relative: str = "") -> bool:
         """Whether there is a file or folder of this name."""
-        return bool(self._info(self.at(relative)).type != pafs.FileType.NotFound)
+        return bool(self._info(self.path_to(relative)).type != pafs.FileType.NotFound)
 
     def size(self, relative: str) -> int | None:
         """Bytes of a file; None if there is no such file."""
-        info = self._info(self.at(relative))
+        info = self._info(self.path_to(relative))
         return info.size if info.type == pafs.FileType.File else None
 
     def is_link(self, relative: str) -> bool:
         """Whether it is a link to somewhere else, which only local disks have."""
-        return self.is_local and os.path.islink(self.at(relative))
+        return self.is_local and os.path.islink(self.path_to(relative))
 
-    def names(self, relative: str = "") -> list[str]:
+    def list_names(self, relative: str = "") -> list[str]:
         """Names in a folder, sorted; none if it isn't there."""
-        path = self.at(relative)
+        path = self.path_to(relative)
         selector = pafs.FileSelector(path, allow_not_found=True)
         found = self._persist(lambda: self.filesystem.get_file_info(selector), "listing", "listed", path)
         return sorted(info.base_name for info in found)
 
     def delete(self, relative: str = "") -> None:
         """Removes a file, a link, or a folder with all that is in it, or does nothing."""
-        path = self.at(relative)
+        path = self.path_to(relative)
         self._persist(lambda: filesystem.delete(self.filesystem, path), "removing", "removed", path)
 
     # -- single tries ------------------------------------------------------------------------------------------------
 
     def _persist(self, attempt: Callable[[], T], doing: str, done: str, path: str) -> T:
         shown = without_credentials(path)
-        return persist(attempt, f"{doing} {shown}", f"{shown} can't be {done}", self.patience)
+        return retry(attempt, f"{doing} {shown}", f"{shown} can't be {done}", self.patience)
 
     def _info(self, path: str) -> Any:
         return self._persist(lambda: self.filesystem.get_file_info(path), "looking for", "looked for", path)

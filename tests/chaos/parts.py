@@ -166,7 +166,7 @@ class Disk:
     def read_references(self, directory: Any, kept: Kept, *shape: Any) -> dict[int, Tensor]:
         return {head: factors.clone() for head, factors in kept.references.items()}
 
-    def folder(self, version: int) -> str:
+    def version_folder(self, version: int) -> str:
         return f"{version:06d}"
 
 
@@ -179,7 +179,7 @@ class Here:
     def fetch(self, handle: Tensor) -> Tensor:
         return handle
 
-    def at(self, name: str) -> str:
+    def path_to(self, name: str) -> str:
         """As a directory: where something lies, for errors."""
         return name
 

@@ -21,7 +21,7 @@ from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError
 from lte_ray.merging.registry import make_policy
 from lte_ray.messages import HeadStatus
-from lte_ray.run.metrics import Silent
+from lte_ray.run.metrics import SilentReporter
 from lte_ray.runtime.context import PickledObject, RunContext
 from lte_ray.runtime.controller.controller import TrainController
 from lte_ray.runtime.coordinator_state import CoordinatorState
@@ -39,7 +39,7 @@ def actors(path: Path, placement: Placement, **train: Any) -> Iterator[TrainCont
     """The actors of a run, which train without anybody who watches them."""
     kwargs = settings(**train)
     config = Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"])
-    directory = RunDirectory.of(str(path), "r")
+    directory = RunDirectory.open(str(path), "r")
     directory.create()
     initial = prepare(Regression(), config)
     groups = groups_of(config.merge, initial.plans, 1)
@@ -53,7 +53,7 @@ def actors(path: Path, placement: Placement, **train: Any) -> Iterator[TrainCont
         placement=placement,
         failure=FailureConfig(max_failures=0),
         stack="auto",
-        reporter=Silent(),
+        reporter=SilentReporter(),
         export=lambda base: None,
     )
     with reserve(placement, hosted(placement, config.lte.num_heads)) as places, session._actors(places):

@@ -43,7 +43,7 @@ def initial() -> Initial:
 def directory(tmp_path: Path) -> RunDirectory:
     """A copy of the old run."""
     shutil.copytree(OLD, tmp_path / "checkpoint-1")
-    return RunDirectory.of(str(tmp_path), "checkpoint-1")
+    return RunDirectory.open(str(tmp_path), "checkpoint-1")
 
 
 def edit(directory: RunDirectory, **changes: object) -> None:
@@ -60,7 +60,7 @@ def test_its_manifest_reads(directory: RunDirectory) -> None:
     checkpoint.verify(directory, manifest)
     assert checkpoint.has_all_heads(manifest)
     assert checkpoint.read_newest_intact(directory) == (manifest, [])
-    assert checkpoint.newest_with_all_heads(directory) == manifest
+    assert checkpoint.newest_resumable(directory) == manifest
 
 
 def test_its_base_and_references_fit_together(directory: RunDirectory, initial: Initial) -> None:
@@ -92,7 +92,7 @@ def test_it_needs_all_heads_states(directory: RunDirectory) -> None:
     """One that holds fewer is passed over with a word, and kept back when old ones are removed."""
     edit(directory, heads=[1])
     assert not checkpoint.has_all_heads(checkpoint.read_manifest(directory, 2))
-    assert checkpoint.newest_with_all_heads(directory) is None
+    assert checkpoint.newest_resumable(directory) is None
     with pytest.raises(StorageError, match=r"000002, of an older release, holds the state of heads \[1\] only"):
         checkpoint.read_newest_intact(directory)
     edit(directory, heads=[])
@@ -107,10 +107,10 @@ def test_prune_keeps_the_newest_that_can_be_resumed(directory: RunDirectory) -> 
     (folder / "000003").mkdir()
     (folder / "000003" / "manifest.json").write_text(json.dumps(manifest | {"version": 3, "heads": [], "files": []}))
     checkpoint.prune(directory, 1)
-    assert checkpoint.complete(directory) == [2, 3]
+    assert checkpoint.complete_versions(directory) == [2, 3]
     checkpoint.commit(directory, 4, (), [], {})
     checkpoint.prune(directory, 1)
-    assert checkpoint.complete(directory) == [4]
+    assert checkpoint.complete_versions(directory) == [4]
 
 
 @pytest.mark.parametrize("facts", [{}, {"lte": 3}, {"lte": {}}, {"lte": {"num_heads": "many"}}, {"lte": {"num_heads": None}}])

@@ -55,7 +55,7 @@ def command(path: Path) -> subprocess.Popen[str]:
 
 
 def newest(path: Path) -> int:
-    return max(checkpoint.complete(RunDirectory.of(str(path), "r")), default=0)
+    return max(checkpoint.complete_versions(RunDirectory.open(str(path), "r")), default=0)
 
 
 @pytest.mark.parametrize("version", [4, pytest.param(2, marks=LONG), pytest.param(8, marks=LONG)])

@@ -20,7 +20,7 @@ from lte_ray import FailureConfig, LTEConfig, LTETrainer, MergeConfig, Shard, Tr
 from lte_ray.audit import Audit, audit
 from lte_ray.config import PlacementConfig
 from lte_ray.errors import CoordinatorLost
-from lte_ray.run.metrics import Silent
+from lte_ray.run.metrics import SilentReporter
 from tests.support.ray_runs import LONG, Dropping, storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), LONG]
@@ -73,7 +73,7 @@ def run(
         train=TrainConfig(steps=steps, seed=3, budget="each", eval_every=0, checkpoint_every=2),
         scaling_config=placement,
         failure=failure,
-        reporter=Silent(),
+        reporter=SilentReporter(),
         run_config=storage(path, "r"),
     ).fit()
     rows = [json.loads(line) for line in (path / "r" / "metrics.jsonl").read_text().splitlines()]

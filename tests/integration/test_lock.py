@@ -15,44 +15,44 @@ from lte_ray.errors import StorageError
 from lte_ray.run.record import as_toml
 from lte_ray.run.start import RunClaim, changed_data
 from lte_ray.runtime import placement
-from lte_ray.storage import RunDirectory, alone, check_alone, lock
+from lte_ray.storage import RunDirectory, check_unlocked, exclusive_lock, lock
 from tests.support.ray_runs import LONG, settings, storage
 from workers.regression import Regression
 
 
 def test_a_run_that_is_being_trained_is_not_taken(tmp_path: Path) -> None:
     """Who does is named; afterwards the folder is as it was."""
-    directory = RunDirectory.of(str(tmp_path), "r")
+    directory = RunDirectory.open(str(tmp_path), "r")
     directory.create()
-    check_alone(directory)
+    check_unlocked(directory)
     told = f"being trained by process {os.getpid()} on .* give another --name"
-    with alone(directory), pytest.raises(StorageError, match=told):
-        check_alone(directory)
-    check_alone(directory)
-    assert directory.names() == []
+    with exclusive_lock(directory), pytest.raises(StorageError, match=told):
+        check_unlocked(directory)
+    check_unlocked(directory)
+    assert directory.list_names() == []
 
 
 def test_a_lock_that_a_dead_process_left_behind_holds_nobody_up(tmp_path: Path) -> None:
     """The lock ended with the process; only its file is still there."""
-    directory = RunDirectory.of(str(tmp_path), "r")
+    directory = RunDirectory.open(str(tmp_path), "r")
     directory.create()
     (tmp_path / "r" / ".lock").write_text("4711 on elsewhere")
-    check_alone(directory)
-    with alone(directory):
+    check_unlocked(directory)
+    with exclusive_lock(directory):
         assert (tmp_path / "r" / ".lock").read_text().startswith(f"{os.getpid()} on ")
 
 
 def test_a_lock_is_never_written_through_a_link(tmp_path: Path) -> None:
     """Whoever may write the storage could have a file elsewhere emptied."""
-    directory = RunDirectory.of(str(tmp_path), "r")
+    directory = RunDirectory.open(str(tmp_path), "r")
     directory.create()
     (tmp_path / "victim").write_text("mine")
     for name in (".lock", "run.toml.part"):
         (tmp_path / "r" / name).symlink_to(tmp_path / "victim")
-    with alone(directory):
+    with exclusive_lock(directory):
         directory.write("run.toml", b"x = 1")
         with pytest.raises(StorageError, match="being trained by process"):
-            check_alone(directory)
+            check_unlocked(directory)
     assert (tmp_path / "victim").read_text() == "mine"
     assert (tmp_path / "r" / "run.toml").read_text() == "x = 1"
     assert not (tmp_path / "r" / "run.toml").is_symlink()
@@ -60,7 +60,7 @@ def test_a_lock_is_never_written_through_a_link(tmp_path: Path) -> None:
 
 def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its holder ends between another's opening the file and locking it: a third must not get a lock of its own beside that."""
-    directory = RunDirectory.of(str(tmp_path), "r")
+    directory = RunDirectory.open(str(tmp_path), "r")
     directory.create()
     flock, ending = lock.fcntl.flock, [(tmp_path / "r" / ".lock").unlink]
 
@@ -70,26 +70,26 @@ def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path: Path, m
         flock(*args)
 
     monkeypatch.setattr(lock.fcntl, "flock", late)
-    with alone(directory), pytest.raises(StorageError, match="being trained by process"):
-        check_alone(directory)
-    assert directory.names() == []
+    with exclusive_lock(directory), pytest.raises(StorageError, match="being trained by process"):
+        check_unlocked(directory)
+    assert directory.list_names() == []
 
 
 def claim_of(path: Path, **more: bool) -> RunClaim:
     kwargs = settings()
     made = Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"])  # type: ignore[arg-type]
-    return RunClaim(RunDirectory.of(str(path), "r"), storage(path, "r", **more), made, prepare(Regression(), made))
+    return RunClaim(RunDirectory.open(str(path), "r"), storage(path, "r", **more), made, prepare(Regression(), made))
 
 
 def test_what_is_overwritten_is_locked_before_it_is_removed(tmp_path: Path) -> None:
     """Another that waits to overwrite it, too, finds who was faster; the folder itself stays."""
-    with claim_of(tmp_path).taken({"old": 1}):
+    with claim_of(tmp_path).acquire({"old": 1}):
         (tmp_path / "r" / "checkpoints").mkdir()
     first, second = claim_of(tmp_path, overwrite=True), claim_of(tmp_path, overwrite=True)
-    with first.taken({"new": 1}) as (config, resume):
+    with first.acquire({"new": 1}) as (config, resume):
         assert (config, resume) == ("new = 1\n", None)
         assert sorted(file.name for file in (tmp_path / "r").iterdir()) == [".lock", "run.toml"]
-        with pytest.raises(StorageError, match="is being trained by process"), second.taken({"late": 1}):
+        with pytest.raises(StorageError, match="is being trained by process"), second.acquire({"late": 1}):
             pass
         assert (tmp_path / "r" / "run.toml").read_text() == "new = 1\n"
     assert [file.name for file in (tmp_path / "r").iterdir()] == ["run.toml"]
@@ -101,18 +101,18 @@ def test_a_link_to_a_run_is_overwritten_and_not_what_it_leads_to(tmp_path: Path)
     other.mkdir()
     (other / "run.toml").write_text("precious = 1")
     (tmp_path / "r").symlink_to(other)
-    with claim_of(tmp_path, overwrite=True).taken({"new": 1}):
+    with claim_of(tmp_path, overwrite=True).acquire({"new": 1}):
         assert not (tmp_path / "r").is_symlink()
     assert (other / "run.toml").read_text() == "precious = 1"
 
 
 def test_a_run_that_cannot_be_locked_is_one_error(tmp_path: Path) -> None:
     """As where the folder is another user's: here something else has the lock's name."""
-    directory = RunDirectory.of(str(tmp_path), "r")
+    directory = RunDirectory.open(str(tmp_path), "r")
     directory.create()
     (tmp_path / "r" / ".lock").mkdir()
     with pytest.raises(StorageError, match=r"can't be written: .*correct its permissions"):
-        check_alone(directory)
+        check_unlocked(directory)
 
 
 @pytest.mark.parametrize("left", [(".writable",), (".lock", "run.toml.part"), ()])
@@ -124,7 +124,7 @@ def test_a_run_whose_driver_died_while_it_was_made_is_started_by_the_same_comman
     (tmp_path / "r").mkdir()
     for name in left:
         (tmp_path / "r" / name).touch()
-    with claim_of(tmp_path, **{how: True}).taken({"x": 1}) as (config, resume):
+    with claim_of(tmp_path, **{how: True}).acquire({"x": 1}) as (config, resume):
         assert (config, resume) == ("x = 1\n", None)
     (tmp_path / "r" / "run.toml").unlink()
     (tmp_path / "r" / "thesis.tex").touch()
@@ -163,7 +163,7 @@ def test_what_others_trained_while_a_driver_waited_for_the_cluster_stays(
     result = LTETrainer(Regression(), **run, **settings(steps=steps)).fit()
     assert result.metrics["version"] == steps // 5
     assert ("has taken all 10 local steps a head already: only its model" in caplog.text) == (steps == 10)
-    directory = RunDirectory.of(str(tmp_path), "r")
-    assert 2 in checkpoint.complete(directory)
+    directory = RunDirectory.open(str(tmp_path), "r")
+    assert 2 in checkpoint.complete_versions(directory)
     rows = (tmp_path / "r" / "metrics.jsonl").read_text()
     assert rows.count('"kind": "merge"') == steps // 5

@@ -27,7 +27,7 @@ from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.layout import Layout
 from lte_ray.merging.flat_buffer import views
-from lte_ray.run.metrics import Reporter, Silent
+from lte_ray.run.metrics import Reporter, SilentReporter
 from lte_ray.storage import RunDirectory
 from tests.support.ray_runs import LONG, Dropping, lte_actors, simulated, storage
 
@@ -80,7 +80,7 @@ class Chaos:
             train=self.train,
             scaling_config=PlacementConfig(cpus_per_head=0.5),
             failure=FailureConfig(head_failures=-1, backoff=0.1, **failure),
-            reporter=reporter or Silent(),
+            reporter=reporter or SilentReporter(),
             run_config=storage(self.path, "r"),
         ).fit()
         self.model = load_file(Path(result.path) / "model.safetensors")
@@ -97,7 +97,7 @@ class Chaos:
 
     def assert_ledger(self) -> None:
         """W = W_0 + sum_n s/N B'_n A'_n (DESIGN 3.2): the last version is what it holds of each head, and no more."""
-        directory = RunDirectory.of(str(self.path), "r")
+        directory = RunDirectory.open(str(self.path), "r")
         manifest, _ = checkpoint.read_newest_intact(directory)
         initial = prepare(Dropping(), Settings("r", self.lte, self.merge, self.train))
         plan = initial.plan

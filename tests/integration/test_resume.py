@@ -54,7 +54,7 @@ def interrupted(path: Path, step: int, kwargs: dict[str, Any]) -> None:
     trainer = LTETrainer(Slow(), run_config=storage(path, "r"), reporter=Interrupting(step), **kwargs)
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
-    newest, passed = checkpoint.read_newest_intact(RunDirectory.of(str(path), "r"))
+    newest, passed = checkpoint.read_newest_intact(RunDirectory.open(str(path), "r"))
     assert passed == []
     assert len(newest.heads) == kwargs["lte"].num_heads
 
@@ -80,13 +80,13 @@ def test_an_asynchronous_run_goes_on_with_other_heads_and_merges_each_batch_once
     """Interrupted with two heads, restored with more or fewer: the data is dealt anew, without a repeat or a hole."""
     kwargs = settings(steps=60) | {"merge": MergeConfig(merge_iter=5, merge_threads=1, when="arrival", wait=False)}
     interrupted(tmp_path, 20, kwargs)
-    before, _ = checkpoint.read_newest_intact(RunDirectory.of(str(tmp_path), "r"))
+    before, _ = checkpoint.read_newest_intact(RunDirectory.open(str(tmp_path), "r"))
     trainer = LTETrainer.restore(tmp_path / "r", worker=Slow, lte=dataclasses.replace(kwargs["lte"], num_heads=heads))
     result = trainer.fit()
     found = audit(rows_of(tmp_path / "r"))
     assert found.problems == []
     assert result.metrics["version"] > before.version
-    newest, _ = checkpoint.read_newest_intact(RunDirectory.of(str(tmp_path), "r"))
+    newest, _ = checkpoint.read_newest_intact(RunDirectory.open(str(tmp_path), "r"))
     assert set(newest.facts["standings"]) == {str(head) for head in range(heads)}
 
 

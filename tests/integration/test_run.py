@@ -165,7 +165,7 @@ def test_a_worker_that_raises_ends_the_run_and_leaves_the_last_checkpoint(local_
         trainer.fit()
     assert "ZeroDivisionError: the disk of the data is gone" in str(caught.value)
     assert "train_batches" in str(caught.value)
-    directory = RunDirectory.of(str(tmp_path), "r")
+    directory = RunDirectory.open(str(tmp_path), "r")
     newest, passed = checkpoint.read_newest_intact(directory)
     assert newest.version >= 2
     assert newest.facts["standings"]["1"]["step"] == 10
@@ -381,7 +381,7 @@ def test_a_run_whose_policy_leaves_a_head_out_is_resumed_with_what_that_head_tra
     kwargs |= {"train": dataclasses.replace(kwargs["train"], steps=20)}
     resumed = LTETrainer(Regression(), run_config=storage(tmp_path, "r", resume=True), **kwargs).fit()
     assert (resumed.metrics["step"], resumed.metrics["samples"]) == (20, 2 * 20 * 64)
-    newest, _ = checkpoint.read_newest_intact(RunDirectory.of(str(tmp_path), "r"))
+    newest, _ = checkpoint.read_newest_intact(RunDirectory.open(str(tmp_path), "r"))
     assert {head: held["step"] for head, held in newest.facts["standings"].items()} == {"0": 0, "1": 20}
 
 

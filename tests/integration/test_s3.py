@@ -15,7 +15,7 @@ import torch
 
 from lte_ray import LTEConfig, LTETrainer, MergeConfig, TrainConfig, checkpoint
 from lte_ray.errors import StorageError
-from lte_ray.storage import PART, RunDirectory
+from lte_ray.storage import PART_SUFFIX, RunDirectory
 from tests.support.checkpoint_damage import PLAN, write
 from tests.support.ray_runs import LONG, ROOT, assert_same_model, simulated
 from workers.regression import Regression
@@ -49,7 +49,7 @@ def storage() -> Iterator[str]:
 
 def test_a_run_directory_is_what_it_is_on_a_disk(storage: str) -> None:
     """Made once, written whole, added to, listed and removed; a wrong bucket is said at once."""
-    directory = RunDirectory.of(storage, "first")
+    directory = RunDirectory.open(storage, "first")
     directory.create(exclusive=True)
     with pytest.raises(StorageError, match="another run has just taken this name"):
         directory.create(exclusive=True)
@@ -58,26 +58,26 @@ def test_a_run_directory_is_what_it_is_on_a_disk(storage: str) -> None:
     directory.append("rows", b"1\n")
     directory.append("rows", b"2\n")
     assert (directory.read("a/b"), directory.read("rows"), directory.size("rows")) == (b"other", b"1\n2\n", 4)
-    assert [name for name in directory.names() if not name.startswith(".")] == ["a", "rows"]
-    assert not any(name.endswith(PART) for name in directory.names("a"))
+    assert [name for name in directory.list_names() if not name.startswith(".")] == ["a", "rows"]
+    assert not any(name.endswith(PART_SUFFIX) for name in directory.list_names("a"))
     directory.delete("a")
     assert not directory.exists("a/b")
     directory.delete()
     assert not directory.exists()
     with pytest.raises(StorageError, match="can't be written"):
-        RunDirectory.of(storage.replace(BUCKET, "no-such-bucket"), "r", patience=1.0).create()
+        RunDirectory.open(storage.replace(BUCKET, "no-such-bucket"), "r", patience=1.0).create()
 
 
 def test_checkpoints_are_written_read_and_pruned(storage: str) -> None:
     """Manifest last; one that has none isn't there; an altered one is named, and the one before it is used."""
-    directory = RunDirectory.of(storage, "second")
+    directory = RunDirectory.open(storage, "second")
     for version in (1, 2, 3):
         write(directory, version)
     checkpoint.write_base(directory, 4, PLAN, torch.zeros(PLAN.base.size))
-    assert checkpoint.complete(directory) == [1, 2, 3]
+    assert checkpoint.complete_versions(directory) == [1, 2, 3]
     checkpoint.remove_incomplete(directory)
     checkpoint.prune(directory, 2)
-    assert checkpoint.complete(directory) == [2, 3]
+    assert checkpoint.complete_versions(directory) == [2, 3]
     whole = directory.read("checkpoints/000003/head-0001.safetensors")
     directory.write("checkpoints/000003/head-0001.safetensors", whole[:-1] + bytes([whole[-1] ^ 1]))
     manifest, passed = checkpoint.read_newest_intact(directory)
@@ -101,8 +101,8 @@ def test_a_run_is_trained_stopped_resumed_and_audited_there(storage: str, tmp_pa
     train = ["train", "workers.regression:Regression", *flags.split(), "--name", "third", "--storage", storage, "--resume"]
     lte_ray(*train, "--steps", "10")
     lte_ray(*train, "--steps", "20")
-    directory = RunDirectory.of(storage, "third")
-    assert checkpoint.complete(directory)[-1] == 4
+    directory = RunDirectory.open(storage, "third")
+    assert checkpoint.complete_versions(directory)[-1] == 4
     place, _, query = storage.partition("?")
     assert LTETrainer.restore(f"{place}/third?{query}").run_config.storage == storage
     assert "0 batches lost, 0 merged twice" in lte_ray("audit", f"{place}/third?{query}")

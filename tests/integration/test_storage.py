@@ -22,7 +22,7 @@ from lte_ray.audit import audit
 from lte_ray.config import PlacementConfig, StorageConfig
 from lte_ray.errors import RunError
 from lte_ray.run import metrics
-from lte_ray.run.metrics import Progress, Silent
+from lte_ray.run.metrics import Progress, SilentReporter
 from lte_ray.storage import RunDirectory
 from tests.support import faulty_storage
 from tests.support.faulty_storage import FaultyHandler, Script, fail
@@ -47,7 +47,7 @@ class Slow(Dropping):
             yield batch
 
 
-class At(Silent):
+class At(SilentReporter):
     """Has the storage fail from a version on, for some seconds; remembers what people were told."""
 
     def __init__(self, script: Script, faults: list[dict[str, Any]], version: int, seconds: float) -> None:
@@ -112,7 +112,7 @@ def test_a_run_waits_for_storage_that_fails_for_a_while(
     assert [row["version"] for row in found if row["kind"] == "merge"] == list(range(1, 25))
     assert audit(found).clean
     assert said is None or any(said in note for note in reporter.notes), reporter.notes
-    assert checkpoint.complete(RunDirectory.of(str(tmp_path), "r"))[-1] == 24
+    assert checkpoint.complete_versions(RunDirectory.open(str(tmp_path), "r"))[-1] == 24
     assert (tmp_path / "r" / "model.safetensors").exists()
     assert not list(tmp_path.rglob("*.part"))
 
@@ -160,12 +160,14 @@ def test_a_checkpoint_without_a_part_that_could_not_be_written_is_none(local_ray
     run.run_config.checkpoint_config = ray.train.CheckpointConfig(num_to_keep=None)
     run.fit()
     assert reporter.met > 0, "storage never failed"
-    directory = RunDirectory.of(str(tmp_path), "r")
-    assert {checkpoint.read_manifest(directory, version).heads for version in checkpoint.complete(directory)} == {(0, 1)}
+    directory = RunDirectory.open(str(tmp_path), "r")
+    assert {checkpoint.read_manifest(directory, version).heads for version in checkpoint.complete_versions(directory)} == {
+        (0, 1)
+    }
     said = [row["why"] for row in rows(tmp_path) if row.get("event") == "storage"]
     assert any("couldn't be written: the state of head 1: " in why for why in said), said
-    assert checkpoint.complete(directory)[-1] == 40
-    assert checkpoint.incomplete(directory) == []
+    assert checkpoint.complete_versions(directory)[-1] == 40
+    assert checkpoint.incomplete_versions(directory) == []
 
 
 def test_a_run_whose_storage_never_comes_back_ends_with_the_weights_exported(
@@ -184,7 +186,7 @@ def test_a_run_whose_storage_never_comes_back_ends_with_the_weights_exported(
     with pytest.raises(RunError, match=r"No space left on device.*The merged weights were exported"):
         broken.fit()
     monkeypatch.undo()
-    last = checkpoint.complete(RunDirectory.of(str(tmp_path), "r"))[-1]
+    last = checkpoint.complete_versions(RunDirectory.open(str(tmp_path), "r"))[-1]
     assert 4 <= last < 24
     assert audit(rows(tmp_path)).clean
     assert any("No space left on device" in row["why"] for row in rows(tmp_path) if row.get("event") == "storage")

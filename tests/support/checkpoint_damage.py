@@ -39,7 +39,7 @@ def copied(intact: Path, to: Path) -> RunDirectory:
     """A run directory `to`/run like the intact one."""
     shutil.rmtree(to / "run", ignore_errors=True)
     shutil.copytree(intact, to / "run")
-    return RunDirectory.of(str(to), "run")
+    return RunDirectory.open(str(to), "run")
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -58,7 +58,7 @@ def read_all(directory: RunDirectory) -> list[str]:
             said.append(str(error))
             return None
 
-    for version in checkpoint.complete(directory):
+    for version in checkpoint.complete_versions(directory):
         manifest = attempt(checkpoint.read_manifest, version)
         attempt(checkpoint.read_evaluation, version)
         if manifest is None:
@@ -71,7 +71,7 @@ def read_all(directory: RunDirectory) -> list[str]:
             attempt(checkpoint.read_head, manifest, head)
         attempt(checkpoint.check_factors, manifest, [PLAN, PLAN])
     attempt(checkpoint.read_newest_intact)
-    attempt(checkpoint.newest_with_all_heads)
+    attempt(checkpoint.newest_resumable)
     return said
 
 

@@ -315,9 +315,9 @@ def save_run(
         worker: instead of the one that builds `kind`.
     """
     worker = worker or Models(kind)
-    directory = RunDirectory.of(str(root), name)
+    directory = RunDirectory.open(str(root), name)
     storage = StorageConfig(name=name, storage=str(root))
-    record = run_record.record(
+    record = run_record.make_record(
         worker,
         "tests.support.export_runs:Models",
         dataclasses.replace(given, run=name),
@@ -325,14 +325,14 @@ def save_run(
         storage,
         FailureConfig(),
     )
-    run_start.create(directory, record, storage)
+    run_start.create_run(directory, record, storage)
     done = run_in_process(worker, given)
     if ahead:
         for head in done.heads:
             finish(head)
     write_checkpoint(directory, given, done, heads)
     if whole:
-        run_record.export(directory, prepare(worker, given), done.base)
+        run_record.write_model(directory, prepare(worker, given), done.base)
     return root / name, done
 
 

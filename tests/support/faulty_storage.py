@@ -36,7 +36,7 @@ def faulty(root: Path, name: str = "run", *, patience: float = 60.0) -> tuple[Ru
     script = Script(str(root / "script.json"))
     script.write()
     filesystem = pafs.PyFileSystem(FaultyHandler(script.path))
-    return RunDirectory.of(str(root / "storage"), name, filesystem, patience=patience), script
+    return RunDirectory.open(str(root / "storage"), name, filesystem, patience=patience), script
 
 
 def fail(kind: str = "fail", op: str = "write", **more: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lte_ray.errors import ConfigError, WorkerError
-from lte_ray.import_object import FILE_MODULE_PREFIX, absolute, load_object, looks_like_object
+from lte_ray.import_object import FILE_MODULE_PREFIX, absolute, is_object_path, load_object
 
 
 @pytest.fixture(autouse=True)
@@ -153,9 +153,9 @@ def test_a_relative_module_is_an_error_too() -> None:
 
 def test_what_looks_like_an_object() -> None:
     """Whatever has a colon is no built-in name."""
-    assert looks_like_object("a:B")
-    assert looks_like_object("a.py:B")
-    assert not looks_like_object("average")
+    assert is_object_path("a:B")
+    assert is_object_path("a.py:B")
+    assert not is_object_path("average")
 
 
 def test_a_file_is_named_in_full_and_a_module_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lte_ray.errors import LTEError, StorageError, WorkerFailed
-from lte_ray.redaction import MASK, hides, is_secret, masked, scrub, split, without_credentials
+from lte_ray.redaction import MASK, is_secret, is_sensitive, mask_secrets, redact, split_secrets, without_credentials
 
 SECRETS = [
     "token", "secret", "password", "passwd", "api_key", "apikey", "apiKey", "access_key", "private_key", "credential",
@@ -94,7 +94,7 @@ SAFE = st.text("abcXYZ019+", min_size=8, max_size=12)
 def test_no_piece_of_a_secret_is_left_in_a_message(key: str, secret: str, path: str) -> None:
     """Whatever the secret, quoted with its URI or alone, the text of an error has neither it nor the key."""
     uri = f"s3://{key}q:{secret}q@bucket/{path}z"
-    said = scrub(f"--storage is {uri!r}; parsing {uri} failed at {secret}q", uri)
+    said = redact(f"--storage is {uri!r}; parsing {uri} failed at {secret}q", uri)
     assert f"{secret}q" not in said
     assert f"{key}q" not in said
     assert f"s3://bucket/{path}z" in said
@@ -205,7 +205,7 @@ def looped() -> list[object]:
 )
 def test_secrets_are_found_in_slots_named_tuples_and_lists_of_pairs(value: object) -> None:
     """A pair in a list is a name and its value."""
-    assert hides("options", value)
+    assert is_sensitive("options", value)
 
 
 @pytest.mark.parametrize(
@@ -228,28 +228,28 @@ def test_secrets_are_found_in_slots_named_tuples_and_lists_of_pairs(value: objec
 )
 def test_what_has_no_secret_inside_is_looked_at_without_running_it(value: object) -> None:
     """No property or ``__getattr__`` is called, empty slots and loops are no trouble, and a list of words has no values."""
-    assert not hides("options", value)
+    assert not is_sensitive("options", value)
 
 
 def test_values_with_a_secret_inside_are_hidden_whole() -> None:
     """URIs, tables, lists and objects are looked into; what is plain, absent or a switch stays."""
-    assert hides("data", "s3://KEY:SECRET@bucket/x")
-    assert hides("sources", ["/a", "https://me:pw@host/x"])
-    assert hides("options", {"auth": {"password": "x"}})
-    assert hides("login", Login("me", "x"))
-    assert not hides("login", Login("me", None))
-    assert not hides("data", "s3://bucket/x")
-    assert not hides("use_password", True)
-    assert not hides("token", None)
-    assert not hides("token", "")
-    assert not hides("loop", Loop())
-    assert not hides("kind", Login)
+    assert is_sensitive("data", "s3://KEY:SECRET@bucket/x")
+    assert is_sensitive("sources", ["/a", "https://me:pw@host/x"])
+    assert is_sensitive("options", {"auth": {"password": "x"}})
+    assert is_sensitive("login", Login("me", "x"))
+    assert not is_sensitive("login", Login("me", None))
+    assert not is_sensitive("data", "s3://bucket/x")
+    assert not is_sensitive("use_password", True)
+    assert not is_sensitive("token", None)
+    assert not is_sensitive("token", "")
+    assert not is_sensitive("loop", Loop())
+    assert not is_sensitive("kind", Login)
 
 
 def test_left_out_are_secrets_and_named_are_those_to_give_again() -> None:
     """A secret that has its default needn't be given again, but isn't written either."""
     values = {"lr": 0.1, "api_token": "abc", "password": "default", "tokens": 5}
-    kept, named = split(values, {"lr": 0.1, "api_token": "none", "password": "default"})
+    kept, named = split_secrets(values, {"lr": 0.1, "api_token": "none", "password": "default"})
     assert kept == {"lr": 0.1, "tokens": 5}
     assert named == ["api_token"]
-    assert masked(values) == {"lr": 0.1, "api_token": MASK, "password": MASK, "tokens": 5}
+    assert mask_secrets(values) == {"lr": 0.1, "api_token": MASK, "password": MASK, "tokens": 5}

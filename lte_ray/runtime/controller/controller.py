@@ -27,7 +27,7 @@ from lte_ray.engine.prepare import Initial
 from lte_ray.engine.process_tuning import available_cores, head_threads
 from lte_ray.errors import ContributionRefused, CoordinatorLost, LTEError, RunError, StorageError, UserError, WorkerFailed
 from lte_ray.messages import CheckpointRequest, HeadStatus, MergeRecord
-from lte_ray.run.metrics import BRIEF, Evaluation, MetricsLog, Progress, Reporter, throughput
+from lte_ray.run.metrics import BRIEF, Evaluation, MetricsLog, Progress, Reporter, samples_per_second
 from lte_ray.runtime.context import PickledObject, RunContext
 from lte_ray.runtime.controller.coordinator_group import BESIDE, CoordinatorGroup
 from lte_ray.runtime.controller.failure_handling import FailureHandler
@@ -97,7 +97,7 @@ class TrainController:
         self.log.rewind(self.version)
         if self.version:
             anew = [head for head in range(self.common.settings.lte.num_heads) if not self.start.standing(head).sequence]
-            self.log.event("resumed", version=self.version, heads=self.common.settings.lte.num_heads, anew=anew)
+            self.log.record_event("resumed", version=self.version, heads=self.common.settings.lte.num_heads, anew=anew)
         self.failures = FailurePolicy(self.failure)
         self.note = ""
         self._trouble = self._merging = ""
@@ -217,7 +217,7 @@ class TrainController:
                 if epoch < self.hub.epoch and (status.head, epoch, sequence) not in self._poison:
                     self._poison.add((status.head, epoch, sequence))
                     why = "poison, as the coordinator said before it was lost"
-                    self.log.event("refused", head=status.head, sequence=sequence, why=why, poison=True)
+                    self.log.record_event("refused", head=status.head, sequence=sequence, why=why, poison=True)
 
     def is_now(self, heads: tuple[int, ...], state: str) -> None:
         """What becomes of heads whose process can't say so itself."""
@@ -233,7 +233,7 @@ class TrainController:
         if status.checkpoint is not None and status.checkpoint != self.checkpoint:
             self.checkpoint = status.checkpoint
         if status.storage_problem and status.storage_problem != self._trouble:
-            self.log.event("storage", why=status.storage_problem)
+            self.log.record_event("storage", why=status.storage_problem)
             log.warning("%s", status.storage_problem)
         self._trouble, self._merging = status.storage_problem, status.waiting_for
         for number, verdict in status.refusals:
@@ -241,13 +241,13 @@ class TrainController:
                 self._refused = (self.hub.epoch, number)
                 if verdict.harmful:
                     self._poison.add((verdict.head, self.hub.epoch, verdict.sequence))
-                self.log.event(
+                self.log.record_event(
                     "refused", head=verdict.head, sequence=verdict.sequence, why=verdict.reason, poison=verdict.harmful
                 )
         for record in [record for record in status.merges if record.version > self.seen]:  # two answers may tell of one
             if record.base is not None:
                 self._to_evaluate.append((record.version, record.step, record.base))
-            self.log.merge(record)
+            self.log.record_merge(record)
             self.merges.append(replace(record, base=None))  # a base that is held stays in memory
         while len(self._to_evaluate) > MOST_WAITING:
             del self._to_evaluate[1]  # the first one may be version 0, where everything is measured from
@@ -285,7 +285,7 @@ class TrainController:
                 return
             evaluation = Evaluation(version, step, values)
             self.evaluations.append(evaluation)
-            self.log.evaluation(evaluation)
+            self.log.record_evaluation(evaluation)
             if self.common.keep.best:
                 running = [judging for judging in self._judging if not judging.done()]
                 self._judging = [*running, storage.run_in_thread(lambda: self._judge(evaluation))]
@@ -297,7 +297,7 @@ class TrainController:
     def _judge(self, evaluation: Evaluation) -> None:
         """Writes an evaluation beside its checkpoint, if there is one."""
         with contextlib.suppress(StorageError):
-            if evaluation.version in checkpoint.complete(self.common.directory):
+            if evaluation.version in checkpoint.complete_versions(self.common.directory):
                 checkpoint.write_evaluation(self.common.directory, evaluation.version, evaluation.values)
 
     def _check_evaluator(self) -> None:
@@ -313,7 +313,7 @@ class TrainController:
     def _evaluator_died(self, why: str) -> None:
         """One evaluation is missing; the next is made by another process."""
         remedy = self.failures.other()
-        self.log.event("evaluator_lost", why=why.splitlines()[0][:300])
+        self.log.record_event("evaluator_lost", why=why.splitlines()[0][:300])
         if remedy.action == "stop":
             raise RunError(remedy.said(why))
         if self._evaluator is not None:
@@ -333,7 +333,7 @@ class TrainController:
         if still - self._quiet_said >= QUIET:
             self._quiet_said = still
             log.warning("%s", self.note)
-            self.log.event("still", seconds=round(still), why=self._explained())
+            self.log.record_event("still", seconds=round(still), why=self._explained())
 
     def _explained(self) -> str:
         reasons = []
@@ -345,7 +345,7 @@ class TrainController:
         reasons += [f"head {s.head} is {s.state}" + (f" ({s.note})" if s.note else "") for s in self.statuses.values()]
         if self._merging:
             reasons.append(f"the coordinator waits {self._merging}")
-        reasons += [trouble for trouble in (storage.trouble(), self._trouble) if trouble]
+        reasons += [trouble for trouble in (storage.pending_problem(), self._trouble) if trouble]
         return "; ".join(reasons) or "unknown"
 
     # -- the end -------------------------------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ class TrainController:
         """The run ends early: its heads write their states into a checkpoint of the last version, as far as time allows."""
         limit = self.failure.grace or max(1.0, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", JOB_STOP)) - 0.5)
         end = time.monotonic() + limit
-        self.log.event("ended_early", why=f"{type(why).__name__}: {why}"[:500])
+        self.log.record_event("ended_early", why=f"{type(why).__name__}: {why}"[:500])
         with contextlib.suppress(ray.exceptions.RayError, LTEError):
             self._write_last(end, early=True)
             left = max(0.1, end - time.monotonic())
@@ -448,7 +448,7 @@ class TrainController:
         step = min((s.step for s in statuses), default=0)
         if is_shared(self.common.settings):
             step = sum(s.step for s in statuses) // self.common.settings.lte.num_heads
-        rate = throughput(self.merges)
+        rate = samples_per_second(self.merges)
         recent = self.merges[-10:]
         taken = sum(m.steps for m in recent[1:]) / len(statuses or (0,))
         per_step = (recent[-1].at - recent[0].at) / max(1, taken) if len(recent) > 1 else None
@@ -464,5 +464,5 @@ class TrainController:
             seconds=time.time() - self._begun,
             remaining=None if per_step is None else per_step * (train.steps - step),
             checkpoint=self.checkpoint,
-            note=next((n for n in (note, self.note, self.log.trouble, self._trouble, *(s.note for s in statuses)) if n), ""),
+            note=next((n for n in (note, self.note, self.log.problem, self._trouble, *(s.note for s in statuses)) if n), ""),
         )

@@ -73,7 +73,7 @@ class FailureHandler:
         for member in session.crew.members:
             if member.due is not None and member.due <= now:
                 session.crew.start(member)
-                session.log.event("head_restarts", heads=list(member.numbers), incarnation=member.incarnation)
+                session.log.record_event("head_restarts", heads=list(member.numbers), incarnation=member.incarnation)
         self._grow(now)
 
     def look_at_end(self) -> None:
@@ -87,7 +87,7 @@ class FailureHandler:
         if why:
             raise CoordinatorLost(why)
         for member in session.crew.gone():
-            session.log.event("head_lost", heads=list(member.numbers), why="it had ended", remedy="none")
+            session.log.record_event("head_lost", heads=list(member.numbers), why="it had ended", remedy="none")
             session.crew.clear(member)
             self._lose([member], drop=False)  # the checkpoint does without it
 
@@ -135,7 +135,7 @@ class FailureHandler:
         for number in member.numbers:
             status, coordinator = session.statuses[number], session.hub.coordinator
             if status.state == "quarantined":
-                session.log.event("head_quarantined", head=number, why=status.note)
+                session.log.record_event("head_quarantined", head=number, why=status.note)
                 coordinator.lose.remote({number: member.incarnation + 1}, True)
             else:
                 coordinator.leave.remote(number)
@@ -158,7 +158,7 @@ class FailureHandler:
             ever_trained=any(s.step for s in session.statuses.values()),
         )
         why = str(error).strip().splitlines()
-        session.log.event(
+        session.log.record_event(
             event,
             heads=list(member.numbers),
             incarnation=member.incarnation,
@@ -178,7 +178,7 @@ class FailureHandler:
         if remedy.action == "drop":
             self._leave(member)
             self._failed |= set(member.numbers)
-            session.log.event("head_dropped", heads=list(member.numbers), why=remedy.why)
+            session.log.record_event("head_dropped", heads=list(member.numbers), why=remedy.why)
             return
         member.due = time.monotonic() + remedy.delay
 
@@ -197,7 +197,7 @@ class FailureHandler:
         ):
             return
         for member in late:
-            session.log.event("head_turned_away", heads=list(member.numbers), why="all others had ended when it came")
+            session.log.record_event("head_turned_away", heads=list(member.numbers), why="all others had ended when it came")
             self._drop(member)
 
     def _do_without(self, member: HeadActorSlot, seconds: float) -> None:
@@ -207,14 +207,14 @@ class FailureHandler:
         remedy = session.failures.no_place(others, seconds)
         if remedy.action != "drop":
             if not member.said:
-                session.log.event("waits_for_place", heads=list(member.numbers), why=remedy.why)
+                session.log.record_event("waits_for_place", heads=list(member.numbers), why=remedy.why)
                 log.warning("%s waits: %s. The others go on.", member.name, remedy.why)
                 session.is_now(member.numbers, "without a place")
             member.said = True
             return
         self._drop(member)
         self._without_place.append(member.numbers)
-        session.log.event("head_dropped", heads=list(member.numbers), why=remedy.why)
+        session.log.record_event("head_dropped", heads=list(member.numbers), why=remedy.why)
 
     def _lose(self, members: list[HeadActorSlot], drop: bool) -> Any:
         """Tells the coordinator that what was at these places is gone."""
@@ -255,7 +255,7 @@ class FailureHandler:
         self._without_place = self._without_place[1:]
         session.crew.add(numbers, strategy)
         for number in numbers:
-            session.log.event("head_added", head=number)
+            session.log.record_event("head_added", head=number)
 
     def _quarantined(self, member: HeadActorSlot) -> bool:
         statuses = self._session.statuses
@@ -271,7 +271,7 @@ class FailureHandler:
         """
         session, hub, crew = self._session, self._session.hub, self._session.crew
         remedy = session.failures.other()
-        session.log.event("coordinator_lost", why=why.splitlines()[0][:300], version=session.seen, remedy=remedy.action)
+        session.log.record_event("coordinator_lost", why=why.splitlines()[0][:300], version=session.seen, remedy=remedy.action)
         self._stop()
         if remedy.action == "stop":
             raise CoordinatorLost(remedy.said(why))
@@ -295,7 +295,7 @@ class FailureHandler:
                 hub.coordinator.leave.remote(number)
         members = self._members()
         held = {str(h): asdict(standing) for h, standing in start.standings.items() if standing.sequence and h in members}
-        session.log.event("coordinator_restarts", epoch=epoch, version=start.version, reports=len(reports), held=held)
+        session.log.record_event("coordinator_restarts", epoch=epoch, version=start.version, reports=len(reports), held=held)
 
     def _undone(self, member: HeadActorSlot, start: CoordinatorState, reports: list[RecoveryReport]) -> bool:
         """Whether these heads had ended, and died with the coordinator, so that nobody has the merges of their last steps."""
@@ -313,11 +313,11 @@ class FailureHandler:
         """
         session, hub, crew = self._session, self._session.hub, self._session.crew
         directory = session.common.directory
-        found = [version for version in checkpoint.complete(directory) if version <= good]
+        found = [version for version in checkpoint.complete_versions(directory) if version <= good]
         if not found and -1 in self._rolled:
             return
         if not found:
-            session.log.event("spike", why=why, remedy="none: there is no checkpoint from before")
+            session.log.record_event("spike", why=why, remedy="none: there is no checkpoint from before")
             self._rolled.add(-1)
             return
         if found[-1] in self._rolled:
@@ -349,7 +349,7 @@ class FailureHandler:
         checkpoint.remove_after(directory, start.version)
         session.checkpoint = start.version
         self._begin(start)
-        session.log.event("rolled_back", why=why, version=start.version, skipped_batches=skipped)
+        session.log.record_event("rolled_back", why=why, version=start.version, skipped_batches=skipped)
 
     def _from_checkpoint(self, versions: list[int]) -> CoordinatorState:
         """The newest of these checkpoints that isn't damaged.
@@ -362,7 +362,7 @@ class FailureHandler:
             try:
                 return load_checkpoint(session.common, session.initial, version, session.common.settings.lte.num_heads)
             except StorageError as error:
-                session.log.event("storage", why=str(error))
+                session.log.record_event("storage", why=str(error))
                 if version == min(versions):
                     raise
         raise AssertionError("at least one was asked for")
@@ -428,7 +428,9 @@ class FailureHandler:
         if found is None or (saved is not None and saved > found.version):
             if saved is None or saved == session.start.version:
                 return replace(session.start, epoch=epoch), frozenset()
-            start = self._from_checkpoint([v for v in checkpoint.complete(session.common.directory) if v <= saved] or [saved])
+            start = self._from_checkpoint(
+                [v for v in checkpoint.complete_versions(session.common.directory) if v <= saved] or [saved]
+            )
             return replace(start, epoch=epoch), frozenset(n for report in reports for n in report.heads)
         references = dict(found.references)
         states: frozenset[int] = frozenset()

@@ -328,7 +328,7 @@ class CoordinatorActor:
             self._merging.needs_evaluator,
             tuple(engine.members),
             tuple(head for head in tuple(self._joined) if head in engine.members and not engine.has_data(head)),
-            storage.trouble() or self._cuts.trouble,
+            storage.pending_problem() or self._cuts.trouble,
             self._cuts.missing_requests(self._records.present - engine.live, self._records.present),
             self._records.spike,
             tuple(self._records.refusals),

@@ -111,7 +111,7 @@ class HeadActor:
         note = (
             f"no coordinator for {waiting:.0f} s"
             if waiting > 1
-            else storage.trouble() or group.sequential_reason or self._missing_state
+            else storage.pending_problem() or group.sequential_reason or self._missing_state
         )
         return tuple(
             replace(

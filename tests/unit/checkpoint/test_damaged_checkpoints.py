@@ -27,7 +27,7 @@ FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max
 def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory with one good checkpoint of version 1; to be copied."""
     root = tmp_path_factory.mktemp("intact")
-    write(RunDirectory.of(str(root), "run"))
+    write(RunDirectory.open(str(root), "run"))
     return root / "run"
 
 
@@ -128,11 +128,11 @@ def test_folders_that_are_no_versions_are_passed_over(intact: Path, tmp_path: Pa
     """Numbers that this library wouldn't have written, in whatever digits."""
     directory = copied(intact, tmp_path)
     (tmp_path / "run" / "checkpoints" / name).mkdir()
-    assert checkpoint.complete(directory) == [1]
+    assert checkpoint.complete_versions(directory) == [1]
     checkpoint.remove_incomplete(directory)
     checkpoint.prune(directory, 1)
     checked(directory)
-    assert checkpoint.complete(directory) == [1]
+    assert checkpoint.complete_versions(directory) == [1]
 
 
 @pytest.mark.parametrize("act", ["prune", "remove_after", "remove_incomplete"])

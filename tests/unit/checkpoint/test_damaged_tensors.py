@@ -22,7 +22,7 @@ FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max
 def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory with one good checkpoint of version 1; to be copied."""
     root = tmp_path_factory.mktemp("intact")
-    write(RunDirectory.of(str(root), "run"))
+    write(RunDirectory.open(str(root), "run"))
     return root / "run"
 
 

@@ -38,13 +38,13 @@ def write(directory: RunDirectory, version: int = 7) -> Manifest:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> RunDirectory:
-    return RunDirectory.of(str(tmp_path), "run")
+    return RunDirectory.open(str(tmp_path), "run")
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A run with one checkpoint, for properties that put back what they change."""
-    directory = RunDirectory.of(str(tmp_path_factory.mktemp("shared")), "run")
+    directory = RunDirectory.open(str(tmp_path_factory.mktemp("shared")), "run")
     write(directory)
     return directory
 
@@ -70,9 +70,9 @@ def test_the_base_is_stored_under_the_models_own_names(directory: RunDirectory) 
     import safetensors.torch
 
     write(directory)
-    assert directory.names("checkpoints") == ["000007"]
+    assert directory.list_names("checkpoints") == ["000007"]
     names = ["base.safetensors", "head-0000.safetensors", "head-0001.safetensors", "manifest.json"]
-    assert directory.names("checkpoints/000007") == names
+    assert directory.list_names("checkpoints/000007") == names
     stored = safetensors.torch.load(directory.read("checkpoints/000007/base.safetensors"))
     assert {n: tuple(t.shape) for n, t in stored.items()} == {"w0": (6, 5), "p0": (4,), "p1": ()}
 
@@ -88,11 +88,11 @@ def test_without_a_manifest_a_checkpoint_is_not_complete(directory: RunDirectory
     """It isn't listed and is removed by remove_incomplete, which leaves complete ones alone."""
     write(directory, 7)
     checkpoint.write_base(directory, 9, PLAN, BASE)
-    assert checkpoint.complete(directory) == [7]
+    assert checkpoint.complete_versions(directory) == [7]
     with pytest.raises(StorageError, match=r"000009/manifest.json can't be read"):
         checkpoint.read_manifest(directory, 9)
     checkpoint.remove_incomplete(directory)
-    assert directory.names("checkpoints") == ["000007"]
+    assert directory.list_names("checkpoints") == ["000007"]
     assert torch.equal(checkpoint.read_base(directory, checkpoint.read_manifest(directory, 7), PLAN), BASE)
 
 
@@ -100,7 +100,7 @@ def test_a_run_without_checkpoints_has_none(directory: RunDirectory) -> None:
     """Nothing to list, to remove or to prune is no error."""
     checkpoint.remove_incomplete(directory)
     checkpoint.prune(directory, 1)
-    assert checkpoint.complete(directory) == []
+    assert checkpoint.complete_versions(directory) == []
 
 
 def test_commit_refuses_a_file_that_it_does_not_see(directory: RunDirectory) -> None:
@@ -109,7 +109,7 @@ def test_commit_refuses_a_file_that_it_does_not_see(directory: RunDirectory) -> 
     directory.delete("checkpoints/000007/base.safetensors")
     with pytest.raises(StorageError, match=r"written on another node .* --storage must be a place that all of them share"):
         checkpoint.commit(directory, 7, (), [file], {})
-    assert checkpoint.complete(directory) == []
+    assert checkpoint.complete_versions(directory) == []
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_prune_keeps_the_newest(directory: RunDirectory, keep: int | None, left:
         checkpoint.commit(directory, version, (), [], {})
     checkpoint.write_base(directory, 2000000, PLAN, BASE)
     checkpoint.prune(directory, keep)
-    assert checkpoint.complete(directory) == (left or versions)
+    assert checkpoint.complete_versions(directory) == (left or versions)
     assert directory.exists("checkpoints/2000000")
 
 
@@ -131,8 +131,8 @@ def test_prune_keeps_where_a_run_goes_back_to(directory: RunDirectory, good: int
     """The newest checkpoint until the last good version, however many were written since."""
     for version in (1, 3, 5):
         checkpoint.commit(directory, version, (), [], {})
-    checkpoint.prune(directory, 1, good=good)
-    assert checkpoint.complete(directory) == left
+    checkpoint.prune(directory, 1, rollback_version=good)
+    assert checkpoint.complete_versions(directory) == left
 
 
 @given(st.sampled_from(["base.safetensors", "head-0001.safetensors"]), st.integers(0), st.integers(1, 255))
@@ -280,7 +280,7 @@ def test_any_head_file_with_a_fitting_checksum_is_read_or_damage(shared: RunDire
     """Whatever bytes stand wherever in it."""
     intact = shared.read("checkpoints/000007/head-0001.safetensors")
     at %= len(intact)
-    other = RunDirectory.of("memory://fuzzed", "run")
+    other = RunDirectory.open("memory://fuzzed", "run")
     data = intact[:at] + new + intact[at + len(new) :]
     other.delete("checkpoints/000007/manifest.json")
     manifest = checkpoint.commit(other, 7, (1,), [forge(other, "head-0001.safetensors", data)], {})
@@ -306,7 +306,7 @@ def test_a_file_is_not_read_beyond_what_the_manifest_lists(directory: RunDirecto
     """A file that has grown is damage by its size alone."""
     manifest = write(directory)
     name = "checkpoints/000007/base.safetensors"
-    with open(directory.at(name), "ab") as file:
+    with open(directory.path_to(name), "ab") as file:
         file.truncate(2**40)  # takes no space on the disk, and would take a terabyte of memory
     with pytest.raises(StorageError, match=rf"{name} is damaged: .*it has {2**40} bytes where at most"):
         checkpoint.verify(directory, manifest)
@@ -322,11 +322,11 @@ def test_commit_refuses_a_file_of_another_size(directory: RunDirectory) -> None:
 
 def test_a_checkpoint_in_memory_works_like_one_on_disk() -> None:
     """On a filesystem of fsspec."""
-    directory = RunDirectory.of("memory://checkpoints", "run")
+    directory = RunDirectory.open("memory://checkpoints", "run")
     manifest = write(directory)
     assert checkpoint.read_newest_intact(directory) == (manifest, [])
     assert torch.equal(checkpoint.read_base(directory, manifest, PLAN), BASE)
     again = write(directory)
     assert checkpoint.read_newest_intact(directory) == (again, [])
     checkpoint.remove_after(directory, 0)
-    assert checkpoint.complete(directory) == []
+    assert checkpoint.complete_versions(directory) == []

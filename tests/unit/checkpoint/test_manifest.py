@@ -25,7 +25,7 @@ values = st.recursive(scalars, lambda v: st.lists(v, max_size=3) | st.dictionari
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A run with one checkpoint, whose manifest the tests overwrite."""
-    directory = RunDirectory.of(str(tmp_path_factory.mktemp("manifest")), "run")
+    directory = RunDirectory.open(str(tmp_path_factory.mktemp("manifest")), "run")
     base = random_flat(PLAN.base.size, 1, torch.float32)
     files = [checkpoint.write_base(directory, 7, PLAN, base), checkpoint.write_head(directory, 7, 0, {"a": base}, {})]
     checkpoint.commit(directory, 7, (0,), files, {"step": 3})

@@ -34,7 +34,7 @@ def write(directory: RunDirectory, version: int, base: torch.Tensor = BASE) -> M
 
 @pytest.fixture
 def directory(tmp_path: Path) -> RunDirectory:
-    return RunDirectory.of(str(tmp_path), "run")
+    return RunDirectory.open(str(tmp_path), "run")
 
 
 def place(directory: RunDirectory, version: int, name: str) -> Path:
@@ -147,7 +147,7 @@ def test_a_version_that_is_written_again_replaces_nothing_in_place(directory: Ru
     assert torch.equal(checkpoint.read_policy(directory, new, "p")["momentum"], again)
     assert (checkpoint.read_references(directory, new), new.heads) == ({}, ())
     names = ["base.1.safetensors", "evaluation.json", "manifest.json", "policy.safetensors"]
-    assert directory.names("checkpoints/000007") == names
+    assert directory.list_names("checkpoints/000007") == names
     third = write(directory, 7)
     assert {file.name for file in third.files} == {"base.safetensors", "references.safetensors", "head-0001.safetensors"}
     checkpoint.verify(directory, third)
@@ -175,7 +175,7 @@ def test_prune_keeps_the_newest_and_the_best(
 ) -> None:
     """As sorting all versions by the figure, those of equal figures by age, would have it."""
     root = tmp_path_factory.mktemp("prune")
-    directory = RunDirectory.of(str(root), "run")
+    directory = RunDirectory.open(str(root), "run")
     for version, values in enumerate(given):
         checkpoint.commit(directory, version, (), [], {})
         if values is not None:
@@ -184,7 +184,7 @@ def test_prune_keeps_the_newest_and_the_best(
     scored = [(sign * v[name], -i) for i, v in enumerate(given) if v and math.isfinite(v.get(name, math.nan))]
     expected = {-i for _, i in sorted(scored)[:keep_best]} | set(range(len(given))[-keep:])
     checkpoint.prune(directory, keep, keep_best, by)
-    assert checkpoint.complete(directory) == sorted(expected)
+    assert checkpoint.complete_versions(directory) == sorted(expected)
     shutil.rmtree(root)
 
 
@@ -194,10 +194,10 @@ def test_without_a_name_the_first_figure_counts(directory: RunDirectory) -> None
         checkpoint.commit(directory, version, (), [], {})
         checkpoint.write_evaluation(directory, version, {"loss": loss, "accuracy": -loss} if version else {"accuracy": loss})
     checkpoint.prune(directory, 1, 1, "-")
-    assert checkpoint.complete(directory) == [1, 3]
+    assert checkpoint.complete_versions(directory) == [1, 3]
     checkpoint.commit(directory, 4, (), [], {})
     checkpoint.prune(directory, 1, 1)
-    assert checkpoint.complete(directory) == [3, 4]
+    assert checkpoint.complete_versions(directory) == [3, 4]
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_an_evaluation_that_is_none_does_not_count(directory: RunDirectory, data
     with pytest.raises(StorageError, match=r"000001/evaluation\.json is damaged"):
         checkpoint.read_evaluation(directory, 1)
     checkpoint.prune(directory, 1, 1)
-    assert checkpoint.complete(directory) == [2, 3]
+    assert checkpoint.complete_versions(directory) == [2, 3]
 
 
 def test_an_evaluation_holds_plain_json(directory: RunDirectory) -> None:
@@ -238,10 +238,10 @@ def test_storage_that_fails_removes_no_best_one(tmp_path: Path) -> None:
         checkpoint.write_evaluation(directory, version, {"loss": float(version)})
     script.write(fail(op="read", errno="EIO", match="*/000001/evaluation.json"))
     checkpoint.prune(directory, 1, 1)
-    assert checkpoint.complete(directory) == [1, 2, 3]
+    assert checkpoint.complete_versions(directory) == [1, 2, 3]
     script.write(fail(op="delete", errno="EIO"))
     checkpoint.prune(directory, 1, 1)
-    assert checkpoint.complete(directory) == [1, 2, 3]
+    assert checkpoint.complete_versions(directory) == [1, 2, 3]
     script.write()
     checkpoint.prune(directory, 1, 1)
-    assert checkpoint.complete(directory) == [1, 3]
+    assert checkpoint.complete_versions(directory) == [1, 3]

@@ -295,9 +295,11 @@ def test_a_runs_own_record_runs_it_again(tmp_path: Path) -> None:
     """`--config run.toml` gives the settings of that run, except for its name; None included."""
     storage = StorageConfig(name="first", storage="relative", keep_checkpoints=None)
     settings = Settings("first", LTEConfig(exclude=("3",)), MergeConfig(merge_iter=3), TrainConfig(steps=7))
-    directory = RunDirectory.of(str(tmp_path), "first")
-    run_start.create(
-        directory, run_record.record(Regression(lr=0.5), GOOD, settings, PlacementConfig(), storage, FailureConfig()), storage
+    directory = RunDirectory.open(str(tmp_path), "first")
+    run_start.create_run(
+        directory,
+        run_record.make_record(Regression(lr=0.5), GOOD, settings, PlacementConfig(), storage, FailureConfig()),
+        storage,
     )
     parsed = parse(Regression, GOOD, ["--config", str(tmp_path / "first" / "run.toml")])
     assert (parsed.lte, parsed.merge, parsed.train) == (settings.lte, settings.merge, settings.train)
@@ -307,7 +309,7 @@ def test_a_runs_own_record_runs_it_again(tmp_path: Path) -> None:
 
 def test_of_two_runs_that_take_a_name_at_once_one_fails(tmp_path: Path) -> None:
     """The folder is made by exactly one of them."""
-    directory = RunDirectory.of(str(tmp_path), "same")
+    directory = RunDirectory.open(str(tmp_path), "same")
     directory.create(exclusive=True)
     with pytest.raises(StorageError, match="taken this name"):
         directory.create(exclusive=True)

@@ -195,9 +195,9 @@ def test_a_runs_record_gives_its_policy_again(tmp_path: Path, mine: str, merge: 
     merge = dataclasses.replace(merge, policy=merge.policy.replace("MINE", mine))
     merge = dataclasses.replace(merge, policy_args=recorded_arguments(merge) or None)  # as the trainer does
     settings, storage = Settings("first", LTEConfig(), merge, TrainConfig()), StorageConfig(name="first", storage=str(tmp_path))
-    directory = RunDirectory.of(str(tmp_path), "first")
-    run_start.create(
-        directory, run_record.record(Regression(), GOOD, settings, PlacementConfig(), storage, FailureConfig()), storage
+    directory = RunDirectory.open(str(tmp_path), "first")
+    run_start.create_run(
+        directory, run_record.make_record(Regression(), GOOD, settings, PlacementConfig(), storage, FailureConfig()), storage
     )
     record = tmp_path / "first" / "run.toml"
     assert merge_of("--config", str(record)) == merge

@@ -62,8 +62,8 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> list[LTETrainer]:
         storage: Any = self.run_config
         if not storage.resume:
             settings = Settings(storage.name, self.lte, self.merge, self.train)
-            record = run_record.record(self.worker, self.program, settings, self.scaling_config, storage, self.failure)  # type: ignore[arg-type]
-            run_start.create(RunDirectory.of(storage.storage, storage.name), record, storage)
+            record = run_record.make_record(self.worker, self.program, settings, self.scaling_config, storage, self.failure)  # type: ignore[arg-type]
+            run_start.create_run(RunDirectory.open(storage.storage, storage.name), record, storage)
 
     monkeypatch.setattr(LTETrainer, "fit", fit)
     monkeypatch.setattr("lte_ray.cli.train._show", lambda result: None)
@@ -123,7 +123,7 @@ def test_the_worker_is_made_again_in_python(
     file.write_text(NET.format(annotation=annotation, default=default))
     flags = ["--worker.value", *given] if given else []
     assert main(["train", f"{file}:Net", "--name", "r", "--storage", str(tmp_path), *flags]) == 0
-    made = make_worker(run_record.read(RunDirectory.of(str(tmp_path), "r")).content)
+    made = make_worker(run_record.read(RunDirectory.open(str(tmp_path), "r")).content)
     assert vars(made) == vars(trainers[0].worker)
     assert type(made.value) is type(trainers[0].worker.value)
 

@@ -176,11 +176,11 @@ def test_links_are_removed_and_never_followed(tmp_path: Path, what: str) -> None
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "precious").write_text("x")
-    directory = RunDirectory.of(str(tmp_path / "runs"), "a")
+    directory = RunDirectory.open(str(tmp_path / "runs"), "a")
     if what != "run":
         directory.create()
     places = {"run": "", "checkpoints": "checkpoints", "checkpoint": "checkpoints/000001", "file": "checkpoints/000001/base"}
-    link = Path(directory.at(places[what]))
+    link = Path(directory.path_to(places[what]))
     link.parent.mkdir(parents=True, exist_ok=True)
     os.symlink(outside / "precious" if what == "file" else outside, link)
     directory.delete(places[what])

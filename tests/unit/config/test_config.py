@@ -15,7 +15,7 @@ from lte_ray.config import (
     TrainConfig,
     check_run_name,
     flag,
-    near,
+    suggest,
 )
 from lte_ray.errors import ConfigError, UserError
 
@@ -117,7 +117,7 @@ def test_flags_are_names_with_dashes() -> None:
     assert (flag("merge_iter"), flag("steps")) == ("--merge-iter", "--steps")
 
 
-def test_near_suggests_a_name_only_if_one_is_near() -> None:
+def test_suggest_names_only_similar_names() -> None:
     """' Did you mean x?', or nothing."""
-    assert near("avrage", ["average", "quorum"]) == " Did you mean average?"
-    assert near("zzz", iter(["average", "quorum"])) == ""
+    assert suggest("avrage", ["average", "quorum"]) == " Did you mean average?"
+    assert suggest("zzz", iter(["average", "quorum"])) == ""

@@ -27,7 +27,7 @@ from lte_ray.config import (
     StorageConfig,
     TrainConfig,
 )
-from lte_ray.config.layer_rules import rules
+from lte_ray.config.layer_rules import parse_rules
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError
 from lte_ray.run import record as run_record
@@ -62,10 +62,12 @@ def test_rules_are_written_as_strings_layer_configs_or_dicts() -> None:
 
 def test_values_of_rules_have_their_types() -> None:
     """Whole numbers, numbers, words, and one value for each head as a tuple."""
-    (rule,) = rules(LTEConfig(layers=["a: lora_r=8,4 lora_alpha=16 lr=1e-3 adapt=TRUE lora_bias=lora base_dtype=nf4"]).layers)
+    (rule,) = parse_rules(
+        LTEConfig(layers=["a: lora_r=8,4 lora_alpha=16 lr=1e-3 adapt=TRUE lora_bias=lora base_dtype=nf4"]).layers
+    )
     assert rule.settings == LayerConfig((8, 4), 16.0, "lora", 1e-3, "nf4", True)
     assert (rule.pattern, rule.kind) == ("a", None)
-    (rule,) = rules(LTEConfig(layers={"@norm": {"lora_r": [8, 4]}}).layers)  # type: ignore[arg-type]
+    (rule,) = parse_rules(LTEConfig(layers={"@norm": {"lora_r": [8, 4]}}).layers)  # type: ignore[arg-type]
     assert (rule.kind, rule.settings.lora_r) == ("norm", (8, 4))
 
 
@@ -86,7 +88,7 @@ def test_what_is_written_is_read_back_exactly(pattern: str, settings: LayerConfi
     """Any settings, as the string that `layers` keeps, give the same settings again, to the last bit."""
     if settings == LayerConfig():
         return
-    (rule,) = rules(LTEConfig(layers={pattern: settings}).layers)  # type: ignore[arg-type]
+    (rule,) = parse_rules(LTEConfig(layers={pattern: settings}).layers)  # type: ignore[arg-type]
     assert rule.pattern == pattern
     assert rule.settings == settings
 
@@ -296,8 +298,8 @@ def test_views_of_a_kind_read_and_set_what_differs_there() -> None:
     lte.lora.linear.lora_bias = True
     lte.lora.conv.adapt = False
     assert (lte.lora.linear.lora_r, lte.lora.conv.lora_r, lte.lora.linear.lora_bias) == (32, 4, True)
-    assert lte.resolve("linear", tuple(rule.kind == "linear" for rule in rules(lte.layers))).rank == 32
-    assert not lte.resolve("conv", tuple(rule.kind == "conv" for rule in rules(lte.layers))).adapt
+    assert lte.resolve("linear", tuple(rule.kind == "linear" for rule in parse_rules(lte.layers))).rank == 32
+    assert not lte.resolve("conv", tuple(rule.kind == "conv" for rule in parse_rules(lte.layers))).adapt
 
 
 def test_views_are_read_and_set_by_key() -> None:
@@ -456,7 +458,7 @@ def test_flags_of_the_wrong_type_leave_with_two(arguments: list[str], capsys: py
 def round_trip(path: Path, lte: LTEConfig, train: TrainConfig, placement: PlacementConfig, merge: MergeConfig) -> Parsed:
     """What the run.toml of such a run gives for another run."""
     storage = StorageConfig(name="r", storage=str(path))
-    record = run_record.record(
+    record = run_record.make_record(
         Regression(width=4), PROGRAM, Settings("r", lte, merge, train), placement, storage, FailureConfig()
     )
     (path / "run.toml").write_bytes(tomli_w.dumps(run_record._plain(record)).encode())

@@ -83,7 +83,7 @@ def test_an_accepted_name_is_one_folder_in_the_root(tmp_path: Path, name: str) -
         check_run_name(name)
     except ConfigError:
         return
-    directory = RunDirectory.of(str(tmp_path), name)
+    directory = RunDirectory.open(str(tmp_path), name)
     assert posixpath.normpath(directory.path) == f"{tmp_path}/{name}"
     directory.create()
     assert [p.name for p in tmp_path.iterdir()] == [name]

@@ -250,7 +250,7 @@ def written(directory: RunDirectory, worker: Tiny, made: Settings, *, old: bool)
 
 @pytest.fixture
 def directory(tmp_path: Path) -> RunDirectory:
-    return RunDirectory.of(str(tmp_path), "test")
+    return RunDirectory.open(str(tmp_path), "test")
 
 
 RESUME = StorageConfig(name="test", resume=True)

@@ -127,7 +127,7 @@ def test_a_head_that_had_not_heard_of_its_merge_is_the_head_that_adopts_it(tmp_p
     for contribution in sent:
         verdicts = done.coordinator.receive(contribution, contribution.buffer).results
     finish(done.heads[1])
-    directory, base = RunDirectory.of(str(tmp_path), "run"), done.coordinator.base.clone()
+    directory, base = RunDirectory.open(str(tmp_path), "run"), done.coordinator.base.clone()
     states = [snapshot(head, CheckpointRequest(4, {head.number: head.sequence})) for head in done.heads]
     files = [checkpoint.write_head(directory, 4, number, *state) for number, state in enumerate(states)]
     files.append(checkpoint.write_base(directory, 4, done.plan, base))
@@ -321,7 +321,7 @@ def test_bad_heads_and_ranks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--rank is 0, but it must be at least 1"):
         export.peft_adapter(run, tmp_path / "adapter", rank=0)
     write_checkpoint(open_run(run), settings(), done)
-    assert checkpoint.complete(open_run(run)) == [3]
+    assert checkpoint.complete_versions(open_run(run)) == [3]
     assert export.peft_adapter(run, tmp_path / "adapter").rank == 4
 
 

@@ -14,8 +14,8 @@ from rich.console import Console
 from lte_ray.errors import StorageError
 from lte_ray.messages import HeadStatus, MergeRecord
 from lte_ray.run import metrics
-from lte_ray.run.display import LineDisplay, LiveDisplay, automatic_display, clock, line, table, volume
-from lte_ray.run.metrics import METRICS, Evaluation, MetricsLog, Progress, throughput
+from lte_ray.run.display import LineDisplay, LiveDisplay, automatic_display, format_bytes, format_duration, line, table
+from lte_ray.run.metrics import METRICS, Evaluation, MetricsLog, Progress, samples_per_second
 from lte_ray.storage import RunDirectory
 
 HEADS = (HeadStatus(0, step=20, samples=320, loss=2.5, version=2, state="waiting"), HeadStatus(1, step=18, state="training"))
@@ -79,7 +79,7 @@ def test_lines_are_for_logs_and_the_table_for_terminals() -> None:
 
 def test_clock_counts_minutes_and_hours() -> None:
     """0:09, 2:03 and 1:02:03."""
-    assert [clock(9.9), clock(123), clock(3723)] == ["0:09", "2:03", "1:02:03"]
+    assert [format_duration(9.9), format_duration(123), format_duration(3723)] == ["0:09", "2:03", "1:02:03"]
 
 
 def record(version: int, at: float) -> MergeRecord:
@@ -88,9 +88,9 @@ def record(version: int, at: float) -> MergeRecord:
 
 def test_throughput_is_samples_over_the_time_between_merges() -> None:
     """Of the last merges; none before there are two."""
-    assert throughput([record(1, 10.0)]) is None
-    assert throughput([record(1, 10.0), record(2, 12.0), record(3, 14.0)]) == 320.0
-    assert throughput([record(k, 2.0 * k) for k in range(30)], window=4) == 320.0
+    assert samples_per_second([record(1, 10.0)]) is None
+    assert samples_per_second([record(1, 10.0), record(2, 12.0), record(3, 14.0)]) == 320.0
+    assert samples_per_second([record(k, 2.0 * k) for k in range(30)], window=4) == 320.0
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -98,7 +98,7 @@ def test_metrics_do_not_wait_for_storage_that_hangs_and_lose_no_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
     """Rows come while a write hangs, and the run goes back to an earlier version; at last storage fails, or works."""
-    directory = RunDirectory.of(str(tmp_path), "r")
+    directory = RunDirectory.open(str(tmp_path), "r")
     directory.create()
     append, go_on, hangs = RunDirectory.append, threading.Event(), [True]
 
@@ -114,11 +114,11 @@ def test_metrics_do_not_wait_for_storage_that_hangs_and_lose_no_row(
     monkeypatch.setattr(RunDirectory, "append", late)
     log = MetricsLog(directory)
     for version in (1, 2, 3):
-        log.merge(record(version, float(version)))
+        log.record_merge(record(version, float(version)))
         log.flush()
     log.rewind(1)
-    log.merge(record(2, 5.0))
-    log.event("still")
+    log.record_merge(record(2, 5.0))
+    log.record_event("still")
     log.flush()
     assert not directory.exists(METRICS)
     go_on.set()
@@ -127,17 +127,17 @@ def test_metrics_do_not_wait_for_storage_that_hangs_and_lose_no_row(
     rows = [json.loads(row) for row in directory.read(METRICS).decode().splitlines()]
     assert [(row["version"], row["at"]) for row in rows if row["kind"] == "merge"] == [(1, 1.0), (2, 5.0)]
     assert rows[-1]["event"] == "still"
-    assert log.trouble == ""
+    assert log.problem == ""
 
 
 def test_metrics_are_appended_and_a_resumed_run_drops_what_it_repeats(tmp_path: Path) -> None:
     """One JSON row for every merge and evaluation; `rewind` keeps the rows up to a version."""
-    directory = RunDirectory.of(str(tmp_path), "r")
+    directory = RunDirectory.open(str(tmp_path), "r")
     directory.create()
     log = MetricsLog(directory)
     for version in (1, 2, 3):
-        log.merge(record(version, float(version)))
-        log.evaluation(Evaluation(version, 10 * version, {"loss": 1.0 / version}))
+        log.record_merge(record(version, float(version)))
+        log.record_evaluation(Evaluation(version, 10 * version, {"loss": 1.0 / version}))
         log.flush()
     log.flush()
     directory.append(METRICS, b'{"kind": "merge", "vers')  # a process died in the middle of a row
@@ -154,21 +154,21 @@ def test_metrics_are_appended_and_a_resumed_run_drops_what_it_repeats(tmp_path: 
 
 def test_rows_that_a_disk_has_spoilt_are_dropped_and_the_others_stay_byte_for_byte(tmp_path: Path) -> None:
     """Bytes that are no UTF-8, UTF-16 and brackets without end are no rows, wherever they are; good ones keep their spaces."""
-    directory = RunDirectory.of(str(tmp_path), "r")
+    directory = RunDirectory.open(str(tmp_path), "r")
     good = [b'{"kind":"merge",  "version": 1}\n', '{"kind": "event", "event": "déjà vu\\u2028"}\r\n'.encode()]
     bad = [b"\xff\xfe garbage\n", '{"kind": "event"}'.encode("utf-16") + b"\n", b"[" * 100_000 + b"\n"]
     directory.write(METRICS, good[0] + b"".join(bad) + good[1] + bad[0])
     log = MetricsLog(directory)
     log.rewind(2)
-    log.merge(record(2, 2.0))
+    log.record_merge(record(2, 2.0))
     log.close()
-    assert log.trouble == ""
+    assert log.problem == ""
     assert directory.read(METRICS).startswith(b"".join(good) + b'{"kind": "merge", "at": 2.0')
 
 
 def test_bytes_are_shown_in_their_unit() -> None:
     """Three digits, in powers of 1000."""
-    assert [volume(n) for n in (0, 999, 1000, 12_345_678, 4.2e9, 5e15)] == [
+    assert [format_bytes(n) for n in (0, 999, 1000, 12_345_678, 4.2e9, 5e15)] == [
         "0 B",
         "999 B",
         "1 kB",

@@ -36,8 +36,10 @@ def recorded(worker: Any, storage: StorageConfig, path: Path, merge: MergeConfig
     """The text of ``run.toml`` as a run writes it."""
     lte, train = LTEConfig(), TrainConfig()
     made = Settings("a", lte, merge or MergeConfig(), train)
-    directory = RunDirectory.of(str(path / "runs"), "a")
-    run_start.create(directory, run_record.record(worker, GOOD, made, PlacementConfig(), storage, FailureConfig()), storage)
+    directory = RunDirectory.open(str(path / "runs"), "a")
+    run_start.create_run(
+        directory, run_record.make_record(worker, GOOD, made, PlacementConfig(), storage, FailureConfig()), storage
+    )
     return (path / "runs" / "a" / "run.toml").read_text()
 
 
@@ -105,7 +107,7 @@ def test_credentials_in_a_uri_that_cannot_be_opened_are_said_to_belong_elsewhere
 ) -> None:
     """What pyarrow finds wrong is told, not that another library may be lacking; and the variables that take credentials."""
     with pytest.raises(StorageError) as raised:
-        RunDirectory.of(uri, "a")
+        RunDirectory.open(uri, "a")
     said = str(raised.value)
     assert said.startswith(f"--storage is '{shown}', which can't be opened: ")
     assert found in said
@@ -117,14 +119,14 @@ def test_credentials_in_a_uri_that_cannot_be_opened_are_said_to_belong_elsewhere
 def test_a_uri_without_credentials_is_told_nothing_of_them() -> None:
     """Only what is wrong with it."""
     with pytest.raises(StorageError, match=r"Unexpected query parameter in S3 URI: 'what'\.$"):
-        RunDirectory.of("s3://b/x?what=1", "a")
+        RunDirectory.open("s3://b/x?what=1", "a")
 
 
 def test_storage_errors_hide_credentials() -> None:
     """Also what pyarrow and fsspec say of a URI that they can't open."""
     for uri in ("s3://KEY:HID/DEN@bucket/x?what=1", "s3://b/x?secret_key=HIDDEN", "nowhere://me:HIDDEN@host/x"):
         with pytest.raises(UserError) as raised:
-            RunDirectory.of(uri, "a")
+            RunDirectory.open(uri, "a")
         assert "HID" not in str(raised.value)
         assert "DEN" not in str(raised.value)
-    assert RunDirectory.of("memory://KEY:SECRET@bucket/x", "a").display == "memory://bucket/x/a"
+    assert RunDirectory.open("memory://KEY:SECRET@bucket/x", "a").display == "memory://bucket/x/a"

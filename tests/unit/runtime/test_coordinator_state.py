@@ -40,7 +40,7 @@ AT = Path("checkpoints", "000003")
 @pytest.fixture
 def directory(tmp_path: Path) -> RunDirectory:
     """A run with a checkpoint of version 3, as two heads leave it."""
-    made = RunDirectory.of(str(tmp_path), "run")
+    made = RunDirectory.open(str(tmp_path), "run")
     made.create()
     files = [checkpoint.write_base(made, 3, PLAN, random_flat(PLAN.base.size, 1).float())]
     files += [checkpoint.write_head(made, 3, head, {"a": torch.ones(2)}, {"step": 4 + head}) for head in LANES]

@@ -39,8 +39,8 @@ def test_what_may_pass_is_tried_again(tmp_path: Path, time: Time, code: str) -> 
     script.write(fail(nth=[1, 2, 3], errno=code))
     directory.write("a/file", b"content")
     assert time.waits == pytest.approx([0.1, 0.2, 0.4])
-    assert (directory.read("a/file"), directory.names("a")) == (b"content", ["file"])
-    assert storage.trouble() == ""
+    assert (directory.read("a/file"), directory.list_names("a")) == (b"content", ["file"])
+    assert storage.pending_problem() == ""
 
 
 @pytest.mark.parametrize("code", PERMANENT)
@@ -62,8 +62,8 @@ def test_patience_ends(tmp_path: Path, time: Time) -> None:
     assert time.waits[:7] == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0])
     assert max(time.waits) == 5
     assert time.now == pytest.approx(60)
-    assert directory.names() == []
-    assert storage.trouble() == ""
+    assert directory.list_names() == []
+    assert storage.pending_problem() == ""
 
 
 @pytest.mark.parametrize(("seconds", "most"), [(0.0, 1), (0.1, 2), (1.0, 5)])
@@ -83,7 +83,7 @@ OPERATIONS: dict[str, tuple[str, str, Callable[[RunDirectory], object]]] = {
     "append": ("read", "reading", lambda d: d.append("file", b"+")),
     "read": ("read", "reading", lambda d: d.read("file")),
     "exists": ("look", "looking for", lambda d: d.exists("file")),
-    "names": ("look", "listing", lambda d: d.names()),
+    "names": ("look", "listing", lambda d: d.list_names()),
     "size": ("look", "looking for", lambda d: d.size("file")),
     "delete": ("delete", "removing", lambda d: d.delete("file")),
     "create": ("make", "making", lambda d: d.create()),
@@ -99,7 +99,7 @@ def test_every_operation_is_tried_again_and_says_so(tmp_path: Path, time: Time, 
     expected_value, expected_state = _outcome(directory, act)
     directory.write("file", b"old")
     said: list[str] = []
-    time.meanwhile = lambda: said.append(storage.trouble())
+    time.meanwhile = lambda: said.append(storage.pending_problem())
     script.write(fail(op=op, nth=[1, 2], errno="ECONNRESET"))
     assert _outcome(directory, act) == (expected_value, expected_state)
     assert [text.split(" has failed ")[0].split(" /")[0] for text in said] == [verb, verb]
@@ -117,7 +117,7 @@ def test_trouble_counts_up(tmp_path: Path, time: Time) -> None:
     directory, script = faulty(tmp_path)
     script.write(fail(errno="ENOSPC"))
     said: list[str] = []
-    time.meanwhile = lambda: said.append(storage.trouble())
+    time.meanwhile = lambda: said.append(storage.pending_problem())
     with pytest.raises(StorageError):
         directory.write("checkpoints/000040/base.safetensors", b"x")
     place = f"writing {directory.path}/checkpoints/000040/base.safetensors"
@@ -159,7 +159,7 @@ def test_an_operation_that_does_not_come_back_is_told_of(tmp_path: Path, monkeyp
         return "done"
 
     def persist() -> None:
-        retry.persist(hang, "writing X", "X can't be written", 60)
+        retry.retry(hang, "writing X", "X can't be written", 60)
 
     for begin, prefix in ((0.0, "writing X"), (100.0, "writing X has failed once (Input/output error); this try")):
         now[0] = begin
@@ -169,12 +169,12 @@ def test_an_operation_that_does_not_come_back_is_told_of(tmp_path: Path, monkeyp
         thread.start()
         assert inside.wait(60)
         now[0] = begin + 10
-        assert "going on" not in storage.trouble()
+        assert "going on" not in storage.pending_problem()
         now[0] = begin + 34
-        assert storage.trouble() == f"{prefix} has been going on for 34 s"
+        assert storage.pending_problem() == f"{prefix} has been going on for 34 s"
         go_on.set()
         thread.join()
-        assert storage.trouble() == ""
+        assert storage.pending_problem() == ""
 
 
 class Stopped(BaseException):
@@ -204,13 +204,13 @@ def test_the_main_thread_hears_signals_and_says_what_it_waits_for_while_storage_
     try:
         ender.start()
         with pytest.raises(Stopped):
-            retry.persist(lambda: go_on.wait(60), "writing X", "X can't be written", 60)
+            retry.retry(lambda: go_on.wait(60), "writing X", "X can't be written", 60)
     finally:
         signal.signal(signal.SIGUSR1, before)
         go_on.set()
         ender.join()
     assert all(text.startswith("writing X has been going on for 0 s") for text in said)
-    assert storage.trouble() == ""
+    assert storage.pending_problem() == ""
 
 
 def test_trouble_names_a_few_and_counts_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,12 +223,12 @@ def test_trouble_names_a_few_and_counts_the_rest(monkeypatch: pytest.MonkeyPatch
         inside.release()
         assert go_on.wait(60)
 
-    threads = [threading.Thread(target=retry.persist, args=(hang, f"reading {n}", f"{n} can't be read", 60)) for n in range(5)]
+    threads = [threading.Thread(target=retry.retry, args=(hang, f"reading {n}", f"{n} can't be read", 60)) for n in range(5)]
     for thread in threads:
         thread.start()
         assert inside.acquire(timeout=60)
     now[0] = 20.0
-    text = storage.trouble()
+    text = storage.pending_problem()
     go_on.set()
     for thread in threads:
         thread.join()
@@ -240,7 +240,7 @@ def test_a_program_error_is_not_waited_out(tmp_path: Path, time: Time) -> None:
     directory, _ = faulty(tmp_path)
     with pytest.raises(TypeError):
         directory.write("file", "text")  # type: ignore[arg-type]
-    assert (time.waits, directory.names(), storage.trouble()) == ([], [], "")
+    assert (time.waits, directory.list_names(), storage.pending_problem()) == ([], [], "")
 
 
 @pytest.mark.parametrize(
@@ -265,22 +265,22 @@ def test_object_stores_say_it_in_words(time: Time, text: str, lasting: bool) -> 
 
     if lasting:
         with pytest.raises(StorageError, match="X can't be written"):
-            retry.persist(attempt, "writing X", "X can't be written", 60)
+            retry.retry(attempt, "writing X", "X can't be written", 60)
     else:
-        assert retry.persist(attempt, "writing X", "X can't be written", 60) == "done"
+        assert retry.retry(attempt, "writing X", "X can't be written", 60) == "done"
     assert len(time.waits) == (0 if lasting else 1)
 
 
 def test_credentials_are_in_no_message(time: Time, caplog: pytest.LogCaptureFixture) -> None:
     """Neither in the error, nor in the log, nor in what is told meanwhile."""
     said: list[str] = []
-    time.meanwhile = lambda: said.append(storage.trouble())
+    time.meanwhile = lambda: said.append(storage.pending_problem())
 
     def attempt() -> None:
         raise OSError("no answer from s3://key:hunter2secret@bucket/run")
 
     with caplog.at_level(logging.WARNING, logger="lte_ray.storage"), pytest.raises(StorageError) as caught:
-        retry.persist(attempt, "writing s3://key:hunter2secret@bucket/run", "it can't be written", 1)
+        retry.retry(attempt, "writing s3://key:hunter2secret@bucket/run", "it can't be written", 1)
     assert said
     assert caplog.messages
     assert all("hunter2" not in text for text in [str(caught.value), *said, *caplog.messages])
@@ -301,7 +301,7 @@ def test_faults_reach_other_processes(tmp_path: Path) -> None:
     while script.met() < 2:
         process.join(0.02)
         assert process.is_alive()
-    assert directory.names() == []
+    assert directory.list_names() == []
     flag.unlink()
     process.join(60)
     assert (process.exitcode, directory.read("file")) == (0, b"from there")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lte_ray.errors import StorageError
-from lte_ray.storage import RunDirectory, parted
+from lte_ray.storage import RunDirectory, split_run_path
 
 NAME = "a run"
 
@@ -21,7 +21,7 @@ NAME = "a run"
 def directory(request: pytest.FixtureRequest, tmp_path: Path) -> RunDirectory:
     """A run directory that isn't there yet, in a folder, under file:// and under fsspec's memory://."""
     places = {"local": str(tmp_path), "file": f"file://{tmp_path}", "memory": f"memory://{uuid.uuid4()}"}
-    return RunDirectory.of(places[request.param], NAME)
+    return RunDirectory.open(places[request.param], NAME)
 
 
 def test_what_is_written_is_read_back(directory: RunDirectory) -> None:
@@ -29,7 +29,7 @@ def test_what_is_written_is_read_back(directory: RunDirectory) -> None:
     for data in (bytes(range(256)) * 9, b"", b"short"):
         directory.write("deep/er/file.bin", data)
         assert directory.read("deep/er/file.bin") == data
-    assert directory.names("deep/er") == ["file.bin"]
+    assert directory.list_names("deep/er") == ["file.bin"]
 
 
 def test_create_leaves_an_empty_folder(directory: RunDirectory) -> None:
@@ -37,15 +37,15 @@ def test_create_leaves_an_empty_folder(directory: RunDirectory) -> None:
     assert not directory.exists()
     directory.create()
     assert directory.exists()
-    assert directory.names() == []
+    assert directory.list_names() == []
 
 
 def test_names_are_sorted_and_none_where_there_is_no_folder(directory: RunDirectory) -> None:
     """Files and folders by name."""
-    assert directory.names("nothing") == []
+    assert directory.list_names("nothing") == []
     for name in ("b", "a", "c/d"):
         directory.write(name, b"x")
-    assert directory.names() == ["a", "b", "c"]
+    assert directory.list_names() == ["a", "b", "c"]
 
 
 def test_append_makes_and_grows_a_file(directory: RunDirectory) -> None:
@@ -63,7 +63,7 @@ def test_delete_removes_files_and_whole_folders_and_is_content_with_nothing(dire
     directory.delete("a")
     directory.delete("c")
     directory.delete("never")
-    assert (directory.names(), directory.exists("c/d"), directory.exists("b")) == (["b"], False, True)
+    assert (directory.list_names(), directory.exists("c/d"), directory.exists("b")) == (["b"], False, True)
     directory.delete()
     assert not directory.exists()
 
@@ -84,7 +84,7 @@ def test_a_run_directory_crosses_processes(directory: RunDirectory) -> None:
 
 def test_a_local_write_leaves_no_part(tmp_path: Path) -> None:
     """Only whole files under their final names are seen, also when a write fails."""
-    directory = RunDirectory.of(str(tmp_path), NAME)
+    directory = RunDirectory.open(str(tmp_path), NAME)
     directory.write("file", b"x")
     (tmp_path / NAME / "taken").mkdir()
     (tmp_path / NAME / "taken" / "inside").touch()
@@ -92,13 +92,13 @@ def test_a_local_write_leaves_no_part(tmp_path: Path) -> None:
         directory.write("taken", b"x")
     with pytest.raises(TypeError):
         directory.write("text", "not bytes")  # type: ignore[arg-type]
-    assert directory.names() == ["file", "taken"]
+    assert directory.list_names() == ["file", "taken"]
 
 
 def test_a_place_below_a_regular_file_is_a_storage_error(tmp_path: Path) -> None:
     """Nothing can be written there; the error names the place and the flag, and looking there finds nothing."""
     (tmp_path / "file").touch()
-    directory = RunDirectory.of(str(tmp_path / "file"), NAME)
+    directory = RunDirectory.open(str(tmp_path / "file"), NAME)
     assert not directory.exists()
     with pytest.raises(StorageError, match=r"file/a run can't be written: .* Give another place with --storage"):
         directory.create()
@@ -113,26 +113,26 @@ def test_a_place_below_a_regular_file_is_a_storage_error(tmp_path: Path) -> None
 def test_a_uri_that_nothing_can_open_is_a_storage_error() -> None:
     """The error names the flag and the URI."""
     with pytest.raises(StorageError, match="--storage is 'nosuch://bucket', which can't be opened"):
-        RunDirectory.of("nosuch://bucket", NAME)
+        RunDirectory.open("nosuch://bucket", NAME)
 
 
 def test_relative_and_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A relative storage is below the current folder, ~ is the home folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert RunDirectory.of("runs", NAME).path == str(tmp_path / "runs" / NAME)
-    assert RunDirectory.of("~/runs", NAME).path == str(tmp_path / "home" / "runs" / NAME)
-    assert RunDirectory.of(f"file://{tmp_path}", NAME).is_local
+    assert RunDirectory.open("runs", NAME).path == str(tmp_path / "runs" / NAME)
+    assert RunDirectory.open("~/runs", NAME).path == str(tmp_path / "home" / "runs" / NAME)
+    assert RunDirectory.open(f"file://{tmp_path}", NAME).is_local
 
 
 def test_a_local_place_is_shown_as_its_path(tmp_path: Path) -> None:
     """display is what the user could give again."""
-    assert RunDirectory.of(str(tmp_path), NAME).display == f"{tmp_path}/{NAME}"
+    assert RunDirectory.open(str(tmp_path), NAME).display == f"{tmp_path}/{NAME}"
 
 
 def test_a_place_of_fsspec_is_shown_as_its_uri() -> None:
     """display is what the user wrote, not the name of the library that opens it."""
-    assert RunDirectory.of("memory://bucket", NAME).display in ("memory://bucket/a run", "memory:///bucket/a run")
+    assert RunDirectory.open("memory://bucket", NAME).display in ("memory://bucket/a run", "memory:///bucket/a run")
 
 
 def test_a_filesystem_of_ones_own_is_used_as_given(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_filesystem_of_ones_own_is_used_as_given(tmp_path: Path) -> None:
     import pyarrow.fs as pafs
 
     sub = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
-    RunDirectory.of("runs", NAME, sub).write("a", b"x")
+    RunDirectory.open("runs", NAME, sub).write("a", b"x")
     assert (tmp_path / "runs" / NAME / "a").read_bytes() == b"x"
 
 
@@ -151,21 +151,21 @@ ESCAPES = ["../x", "..", "a/../../x", "/etc/passwd", "a//b", "a/", "./a", "a/.",
 def test_no_name_leads_out_of_the_run_directory(directory: RunDirectory, name: str) -> None:
     """Whatever is done with it is refused before storage sees it."""
     directory.create()
-    for act in (directory.read, directory.exists, directory.names, directory.delete, directory.size, directory.at):
+    for act in (directory.read, directory.exists, directory.list_names, directory.delete, directory.size, directory.path_to):
         with pytest.raises(StorageError, match="isn't a path inside the run directory"):
             act(name)
     for write in (directory.write, directory.append):
         with pytest.raises(StorageError, match="isn't a path inside the run directory"):
             write(name, b"x")
-    assert directory.names() == []
+    assert directory.list_names() == []
 
 
 @given(st.text(max_size=12))
 def test_any_name_is_inside_or_refused(name: str) -> None:
     """Joined and normalised, what `at` gives begins with the run's path."""
-    directory = RunDirectory.of("/storage", "run")
+    directory = RunDirectory.open("/storage", "run")
     try:
-        path = directory.at(name)
+        path = directory.path_to(name)
     except StorageError:
         return
     assert posixpath.normpath(path) == path
@@ -183,7 +183,7 @@ def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "file").write_bytes(b"x")
-    directory = RunDirectory.of(str(tmp_path), NAME)
+    directory = RunDirectory.open(str(tmp_path), NAME)
     directory.create()
     (tmp_path / NAME / "folder").symlink_to(other)
     (tmp_path / NAME / "file").symlink_to(other / "file")
@@ -191,13 +191,13 @@ def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
     for name in ("folder", "file", "nowhere"):
         assert directory.is_link(name)
         directory.delete(name)
-    assert (directory.names(), (other / "file").read_bytes()) == ([], b"x")
+    assert (directory.list_names(), (other / "file").read_bytes()) == ([], b"x")
 
 
 def test_patience_goes_along(tmp_path: Path) -> None:
     """It is part of the directory that other processes get; a minute by default."""
-    assert RunDirectory.of(str(tmp_path), NAME).patience == 60
-    directory = RunDirectory.of(str(tmp_path), NAME, patience=3)
+    assert RunDirectory.open(str(tmp_path), NAME).patience == 60
+    directory = RunDirectory.open(str(tmp_path), NAME, patience=3)
     assert pickle.loads(pickle.dumps(directory)).patience == 3
 
 
@@ -224,4 +224,4 @@ def test_patience_goes_along(tmp_path: Path) -> None:
 )
 def test_a_runs_directory_is_a_storage_and_a_name(run: str, storage: str, name: str) -> None:
     """A name alone is in the current folder. The parameters of a URI stay with the storage, where they are given."""
-    assert parted(run) == (storage, name)
+    assert split_run_path(run) == (storage, name)

@@ -36,7 +36,7 @@ def test_a_torn_write_never_shows(tmp_path: Path, time: Time, kind: str) -> None
     time.meanwhile = lambda: seen.append(Path(directory.path, "file").read_bytes())
     directory.write("file", b"a new one")
     assert seen == [b"old", b"old"]
-    assert (directory.read("file"), directory.names()) == (b"a new one", ["file"])
+    assert (directory.read("file"), directory.list_names()) == (b"a new one", ["file"])
 
 
 def test_half_a_file_that_storage_keeps_silent_about_is_an_error(tmp_path: Path, time: Time) -> None:
@@ -45,7 +45,7 @@ def test_half_a_file_that_storage_keeps_silent_about_is_an_error(tmp_path: Path,
     script.write(fail("swallow"))
     with pytest.raises(StorageError, match="4 of 8 bytes have arrived"):
         directory.write("file", b"12345678")
-    assert directory.names() == []
+    assert directory.list_names() == []
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -106,7 +106,7 @@ def test_a_local_append_that_broke_off_is_cut_off(
     tmp_path_factory: pytest.TempPathFactory, takes: list[int], silent: bool
 ) -> None:
     """However many bytes of the row got there before, and whether the disk said so."""
-    place = RunDirectory.of(str(tmp_path_factory.mktemp("local")), "run")
+    place = RunDirectory.open(str(tmp_path_factory.mktemp("local")), "run")
     place.create()
     directory = RunDirectory(Worn(place.filesystem, list(takes), silent), place.path)
     with pytest.MonkeyPatch.context() as patch:
@@ -118,7 +118,7 @@ def test_a_local_append_that_broke_off_is_cut_off(
 
 def test_a_local_append_that_is_given_up_leaves_the_file_as_it_was(tmp_path: Path, time: Time) -> None:
     """Half a row isn't left behind."""
-    place = RunDirectory.of(str(tmp_path), "run")
+    place = RunDirectory.open(str(tmp_path), "run")
     place.create()
     place.append("rows", b"first\n")
     directory = RunDirectory(Worn(place.filesystem, [3] * 100, False), place.path, patience=1)
@@ -129,7 +129,7 @@ def test_a_local_append_that_is_given_up_leaves_the_file_as_it_was(tmp_path: Pat
 
 def test_a_real_disk_that_is_full(tmp_path: Path, time: Time) -> None:
     """The system's own limit on file sizes breaks off a write and an append half-way; both work once it is lifted."""
-    directory = RunDirectory.of(str(tmp_path), "run")
+    directory = RunDirectory.open(str(tmp_path), "run")
     directory.create()
     directory.append("rows", b"x" * 60_000)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -151,12 +151,12 @@ def test_a_real_disk_that_is_full(tmp_path: Path, time: Time) -> None:
     assert len(time.waits) == 2
     assert 60_000 < seen[0] < 260_000  # it did break off half-way
     assert directory.read("rows") == b"x" * 60_000 + content
-    assert (directory.read("file"), directory.names()) == (content, ["file", "rows"])
+    assert (directory.read("file"), directory.list_names()) == (content, ["file", "rows"])
 
 
 def test_two_that_remove_the_same_folder(tmp_path: Path, time: Time, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the other has removed first is no failure."""
-    directory = RunDirectory.of(str(tmp_path), "run")
+    directory = RunDirectory.open(str(tmp_path), "run")
     directory.write("a/b", b"x")
 
     class Racing:
@@ -179,7 +179,7 @@ def test_two_that_remove_the_same_folder(tmp_path: Path, time: Time, monkeypatch
 
 def test_a_read_has_a_bound(tmp_path: Path) -> None:
     """A file that is larger than expected isn't read; a folder and a pipe aren't files."""
-    directory = RunDirectory.of(str(tmp_path), "run")
+    directory = RunDirectory.open(str(tmp_path), "run")
     directory.write("file", b"12345")
     assert directory.read("file", limit=5) == b"12345"
     with pytest.raises(StorageError, match="file can't be read: it has 5 bytes where at most 4 are expected"):
@@ -193,7 +193,7 @@ def test_a_read_has_a_bound(tmp_path: Path) -> None:
 
 def test_renaming_where_names_are_not_replaced(tmp_path: Path) -> None:
     """As on HDFS: the old file goes first."""
-    place = RunDirectory.of(str(tmp_path), "run")
+    place = RunDirectory.open(str(tmp_path), "run")
 
     class Strict:
         type_name = "hdfs"
@@ -208,4 +208,4 @@ def test_renaming_where_names_are_not_replaced(tmp_path: Path) -> None:
 
     for data in (b"old", b"new"):
         filesystem.write(Strict(), f"{place.path}/file", data)
-    assert (place.read("file"), place.names()) == (b"new", ["file"])
+    assert (place.read("file"), place.list_names()) == (b"new", ["file"])

@@ -162,11 +162,11 @@ def test_the_error_of_quantising_is_reported_with_each_contribution_and_merge(fo
     head.train_round()
     head.adopt(ContributionResult(0, 1, True, 1), 1, base + 0.1)
     assert head.train_round().base_error == pytest.approx(quantised(head, base + 0.1)[1], rel=1e-6)
-    directory = RunDirectory.of(str(tmp_path), "run")
+    directory = RunDirectory.open(str(tmp_path), "run")
     directory.create()
     log = MetricsLog(directory)
     for record in result.merges:
-        log.merge(record)
+        log.record_merge(record)
     log.close()
     rows = [json.loads(line) for line in directory.read("metrics.jsonl").decode().splitlines()]
     assert [row["base_error"] for row in rows] == [m.base_error for m in result.merges]
@@ -267,7 +267,7 @@ def test_checkpoints_hold_no_codes(form: str, tmp_path: Path) -> None:
     assert {n for n in tensors if n.startswith("factor.")} == {f"factor.{n}" for n in head.converted.factors}
     assert not any(t.dtype in (torch.int8, torch.bfloat16) for t in tensors.values())
     assert not any("quantized" in name for name in tensors)
-    directory = RunDirectory.of(str(tmp_path), "run")
+    directory = RunDirectory.open(str(tmp_path), "run")
     files = [
         checkpoint.write_head(directory, 1, 0, tensors, meta),
         checkpoint.write_base(directory, 1, head.plan, base + 0.1),

@@ -58,7 +58,7 @@ def mend(numbers: list[tuple[int, ...]], room: int = 0, **failure: Any) -> Failu
         failures=FailurePolicy(config),
         initial=SimpleNamespace(plans=range(8)),
         statuses={n: HeadStatus(n, state="training") for process in numbers for n in process},
-        log=SimpleNamespace(event=lambda event, **more: events.append({"event": event, **more})),
+        log=SimpleNamespace(record_event=lambda event, **more: events.append({"event": event, **more})),
         merges=[],
         is_now=lambda heads, state: None,
     )

@@ -95,7 +95,7 @@ def test_a_part_that_is_missing_for_long_is_asked_for_again(monkeypatch: pytest.
 
 def test_a_head_that_cannot_write_its_part_costs_that_checkpoint_and_no_other(tmp_path: Path) -> None:
     """It isn't committed without the part, as it is if the head's process is gone; what it leaves makes room for the next."""
-    directory = RunDirectory.of(str(tmp_path), "r")
+    directory = RunDirectory.open(str(tmp_path), "r")
     write(directory, 2)
     base = random_flat(PLAN.base.size, 1).float()
 
@@ -114,9 +114,9 @@ def test_a_head_that_cannot_write_its_part_costs_that_checkpoint_and_no_other(tm
             await writer.write_base(version, here)
             state, meta = {"reference": torch.zeros(3)}, {"step": 4}
             await writer.add_part(version, 0, checkpoint.write_head(directory, version, 0, state, meta))
-            assert (4 in checkpoint.incomplete(directory)) == (version == 4)
+            assert (4 in checkpoint.incomplete_versions(directory)) == (version == 4)
             await writer.add_part(version, 1, None, why)
-            assert checkpoint.complete(directory) == ([2] if why else [6])
+            assert checkpoint.complete_versions(directory) == ([2] if why else [6])
             assert writer.trouble == (f"checkpoint 4 couldn't be written: {why}" if why else "")
             assert writer.unfinished == []
 
