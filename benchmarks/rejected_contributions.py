@@ -81,7 +81,7 @@ def contributions(run: Run, folder: Path) -> Iterator[Row]:
     for sequence in range(1, 21):
         engine.receive(offer(0, sequence), sound() * sequence)
     yield verdict("1,000 times as large as the 20 before it", engine, offer(0, 21), sound() * 20_000)
-    lanes = engine.assignor.lanes(0)
+    lanes = engine.assignor.start_head(0)
     engine = coordinator(ComposedPolicy(Average()), heads=2)
     yield verdict("trained on another head's data", engine, offer(1, partitions=lanes, batches=3), sound())
     try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Partitions = tuple[tuple[int, int], ...]
-"""Parts of the data order: each the batches `next`, `next` + `stride`, ... (`data.lanes`)."""
+"""Parts of the data order: each the batches `next`, `next` + `stride`, ... (`data.partition`)."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Contribution:
     merging kept the head from training meanwhile.
 
     `batches` and `lanes` are the head's data position, `grant` is the newest grant of lanes that it took and `released` what it
-    gave away; `seals` are checksums of the buffers as they were sent, and `norm` is that of the whole change, where the
+    gave away; `checksums` are checksums of the buffers as they were sent, and `norm` is that of the whole change, where the
     head has computed it.
     """
 
@@ -157,7 +157,7 @@ class CoordinatorReply:
         chain: the merges since the version that the head's process has.
         references: the factors that `version` holds of each head, where the whole base is sent.
         held: what `version` holds of every head.
-        ledger: whose which batches are, at `version` (`engine.ledger`).
+        ledger: whose which batches are, at `version` (`data.assignment`).
         saves: checkpoints into which the asking heads are to write their states, before they rebase.
         begins: of heads that join, where they start.
         orders: what each of these heads is to do next.

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lte_ray.data.partition import Partitions, ordered
+from lte_ray.data.partition import Partitions, to_partitions
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _stand(head: str, of: Mapping[str, Any], version: int, steps: int | None) ->
         step=int(of["step"]),
         samples=int(of["samples"]),
         batches=int(of["batches"]),
-        lanes=ordered(of["lanes"]),
+        lanes=to_partitions(of["lanes"]),
         steps=steps,
     )
 

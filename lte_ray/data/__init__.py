@@ -1,4 +1,4 @@
-"""Data for heads: deterministic shards, and token sets in Arrow files."""
+"""Data for heads: deterministic shards, the partitions behind them and who owns these, and token sets in Arrow files."""
 
 from lte_ray.data.shard import Shard
 from lte_ray.data.tokens import TokenSet, cached_tokens, write_tokens

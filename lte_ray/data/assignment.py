@@ -1,22 +1,18 @@
-"""The coordinator's ledger of the data: which batches the merged contributions hold, and who takes those that are left.
+"""The assignment of the data order's partitions to heads: which batches are merged, and which head trains the others.
 
-Heads come and go while contributions are on their way, so lanes change hands only by what is merged:
+Heads come and go while contributions are in flight, so ownership changes only through merged contributions:
 
-- A head's account is the lanes that it had behind the last step of its last merged contribution. What it trained since then
-  isn't merged: if the head dies, those batches are trained again, by its successor or by who gets its lanes.
-- A grant gives lanes to a head. Orders carry it until a merged contribution says that the head has applied it.
-- A request takes lanes from a head. It splits its own where it stands when it is asked (`partition.split`), and its
-  next contributions say what it gave away. Once one of them is merged, the batches before the split are too, and others
-  get the rest.
+- A head's committed partitions are those that it had after the last step of its last merged contribution. What it has trained
+  since then isn't merged: if the head dies, those batches are trained again, by its successor or by the partitions' new owner.
+- An assignment gives partitions to a head. Directives repeat it until a merged contribution shows that the head applied it.
+- A revocation asks a head to give up half of its partitions. The head splits them at its current position
+  (`partition.split`), and its next contributions carry what it gave up. Once one of them is merged, so are the batches before
+  the split, and the rest becomes available to other heads.
 
-So no slot is in two accounts, and each is merged exactly once, if the caller sees to this: once
-`lanes(head)` was called, no contribution of the head's earlier incarnations is merged. If the coordinator falls back to
-an earlier `state`, heads contribute again what was merged since; those that started since start anew from `lanes`, and so
-does one whose contribution `check` objects to, for it may have applied a grant that the state doesn't know.
-
-The numbers of the data ledger: who owns which lanes, what is on its way, and the same as JSON.
-
-Lanes dealt out anew, for a run that resumes with another number of heads.
+So no slot is owned twice and each is merged exactly once, provided that the caller merges no contribution of an earlier
+incarnation of a head after calling `start_head(head)`. If the coordinator falls back to an earlier `state`, heads contribute
+again what was merged since then. Heads that started since then restart from `start_head`, and so does a head whose
+contribution `mismatch` rejects, since it may have applied an assignment that the state doesn't contain.
 """
 
 from __future__ import annotations
@@ -27,335 +23,376 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lte_ray.data.partition import Partition, Partitions, advance, continues, density, disjoint, initial, joined, ordered, split
+from lte_ray.data.partition import (
+    Partition,
+    Partitions,
+    advance,
+    are_disjoint,
+    coalesce,
+    density,
+    initial_partitions,
+    is_continuation,
+    split,
+    to_partitions,
+)
 from lte_ray.errors import StorageError
 from lte_ray.messages import Assignment
 
 
 @dataclass
 class AssignmentState:
-    """What `PartitionAssignor` keeps.
+    """The state of a `PartitionAssignor`, and its form as JSON.
 
     Attributes:
-        merged: by head, its lanes behind the last step of its last merged contribution.
-        grants: by head, those of which no merged contribution says that they are applied, the oldest first.
-        waiting: heads without lanes that want some, in the order in which they came.
-        asked: by head, the request to give lanes away that it has yet to answer in a merged contribution.
-        honoured: by head, the newest request whose answer was carried out.
-        free: lanes that nobody owns.
-        latest: number of the newest grant or request; 0 if there was none.
+        committed: by head, its partitions after the last step of its last merged contribution.
+        assignments: by head, those that no merged contribution shows as applied yet, oldest first.
+        waiting: heads that want partitions and have none, in the order in which they came.
+        revocations: by head, the revocation that no merged contribution has answered yet.
+        answered: by head, the newest revocation whose answer was carried out.
+        unassigned: partitions that no head owns.
+        last_id: the newest number of an assignment or revocation; 0 before the first.
     """
 
-    merged: dict[int, Partitions]
-    grants: dict[int, tuple[Assignment, ...]] = field(default_factory=dict)
+    committed: dict[int, Partitions]
+    assignments: dict[int, tuple[Assignment, ...]] = field(default_factory=dict)
     waiting: list[int] = field(default_factory=list)
-    asked: dict[int, int] = field(default_factory=dict)
-    honoured: dict[int, int] = field(default_factory=dict)
-    free: Partitions = ()
-    latest: int = 0
+    revocations: dict[int, int] = field(default_factory=dict)
+    answered: dict[int, int] = field(default_factory=dict)
+    unassigned: Partitions = ()
+    last_id: int = 0
 
-    def owned(self, head: int) -> Partitions:
-        """What is merged of a head, and all that it was granted since."""
-        return self.reached(head, self.latest)
+    def partitions_of(self, head: int) -> Partitions:
+        """Returns a head's committed partitions and all that it was assigned since."""
+        return self.partitions_up_to(head, self.last_id)
 
-    def reached(self, head: int, grant: int) -> Partitions:
-        """What is merged of a head, and its grants up to this number."""
-        given = [lane for g in self.grants.get(head, ()) if g.id <= grant for lane in g.partitions]
-        return ordered((*self.merged.get(head, ()), *given))
+    def partitions_up_to(self, head: int, assignment_id: int) -> Partitions:
+        """Returns a head's committed partitions and its assignments up to this number."""
+        assigned = [p for a in self.assignments.get(head, ()) if a.id <= assignment_id for p in a.partitions]
+        return to_partitions((*self.committed.get(head, ()), *assigned))
 
     def owners(self) -> dict[int, Partitions]:
-        """What each head would begin from, by its number; heads without lanes aren't in it."""
-        found = {head: joined(self.owned(head)) for head in sorted({*self.merged, *self.grants})}
-        return {head: lanes for head, lanes in found.items() if lanes}
+        """Returns what each head would start with, by its number; omits heads without partitions."""
+        by_head = {head: coalesce(self.partitions_of(head)) for head in sorted({*self.committed, *self.assignments})}
+        return {head: partitions for head, partitions in by_head.items() if partitions}
 
-    def number(self) -> int:
-        """The next number for a grant or a request."""
-        self.latest += 1
-        return self.latest
+    def next_id(self) -> int:
+        """Returns a new number for an assignment or a revocation."""
+        self.last_id += 1
+        return self.last_id
 
-    def check(self) -> None:
-        """Raises ValueError unless each slot that isn't merged is in exactly one lane."""
-        lanes = [*self.free, *(lane for head in {*self.merged, *self.grants} for lane in self.owned(head))]
-        if not disjoint(lanes) or density(lanes) != 1:
-            raise ValueError(f"the lanes hold a batch of the data twice, or leave one out: {text(ordered(lanes))}")
+    def validate(self) -> None:
+        """Raises ValueError unless each slot that isn't merged is in exactly one partition."""
+        heads = {*self.committed, *self.assignments}
+        partitions = [*self.unassigned, *(p for head in heads for p in self.partitions_of(head))]
+        if not are_disjoint(partitions) or density(partitions) != 1:
+            described = describe_partitions(to_partitions(partitions))
+            raise ValueError(f"the partitions contain a batch of the data twice, or omit one: {described}")
 
-    def state(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+    def to_json(self) -> dict[str, Any]:
+        """Returns the state as JSON data."""
         return {
-            "merged": {str(head): _pairs(lanes) for head, lanes in self.merged.items()},
-            "grants": {str(h): [[g.id, _pairs(g.partitions)] for g in grants] for h, grants in self.grants.items() if grants},
+            "merged": {str(head): _pairs(partitions) for head, partitions in self.committed.items()},
+            "grants": {
+                str(head): [[a.id, _pairs(a.partitions)] for a in every] for head, every in self.assignments.items() if every
+            },
             "waiting": list(self.waiting),
-            "asked": {str(head): number for head, number in self.asked.items()},
-            "honoured": {str(head): number for head, number in self.honoured.items()},
-            "free": _pairs(self.free),
-            "latest": self.latest,
+            "asked": {str(head): number for head, number in self.revocations.items()},
+            "honoured": {str(head): number for head, number in self.answered.items()},
+            "free": _pairs(self.unassigned),
+            "latest": self.last_id,
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> AssignmentState:
-        """The accounts whose `state` this is.
+    def from_json(cls, state: Mapping[str, Any]) -> AssignmentState:
+        """Reads what `to_json` returned.
 
         Raises:
-            StorageError: it is no such state, or its lanes hold a slot twice, or leave one out.
+            StorageError: the data isn't such a state, or its partitions contain a slot twice or omit one.
         """
         try:
-            made = cls(
-                {int(head): ordered(lanes) for head, lanes in state["merged"].items()},
-                {int(h): tuple(Assignment(_number(i), ordered(s)) for i, s in grants) for h, grants in state["grants"].items()},
-                [_number(head) for head in state["waiting"]],
-                {int(head): _number(number) for head, number in state["asked"].items()},
-                {int(head): _number(number) for head, number in state["honoured"].items()},
-                ordered(state["free"]),
-                _number(state["latest"]),
+            restored = cls(
+                {int(head): to_partitions(pairs) for head, pairs in state["merged"].items()},
+                {
+                    int(head): tuple(Assignment(_integer(number), to_partitions(pairs)) for number, pairs in every)
+                    for head, every in state["grants"].items()
+                },
+                [_integer(head) for head in state["waiting"]],
+                {int(head): _integer(number) for head, number in state["asked"].items()},
+                {int(head): _integer(number) for head, number in state["honoured"].items()},
+                to_partitions(state["free"]),
+                _integer(state["latest"]),
             )
-            made.check()
+            restored.validate()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             problem = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise StorageError(
-                f"The ledger of the data can't be read: {problem}. Use the checkpoint before this one."
+                f"The assignment of the data to heads can't be read: {problem}. Use the checkpoint before this one."
             ) from error
-        return made
+        return restored
 
 
-def text(lanes: Partitions) -> str:
-    """Lanes in words, the first eight of them."""
-    shown = ", ".join(f"every {stride} from {first}" for first, stride in lanes[:8])
-    return (shown or "none") + (f" and {len(lanes) - 8} more" if len(lanes) > 8 else "")
+class PartitionAssignor:
+    """Decides which head owns which partitions. The numbers of assignments and revocations increase over the entire run.
+
+    Args:
+        heads: the partitions of each head, together all slots that aren't merged yet; in a new run, `initial_partitions`.
+
+    Raises:
+        ValueError: the partitions contain a slot twice, or omit one.
+    """
+
+    def __init__(self, heads: Mapping[int, Iterable[tuple[int, int]]]) -> None:
+        self._state = AssignmentState({head: to_partitions(pairs) for head, pairs in heads.items()})
+        self._state.validate()
+
+    @property
+    def heads(self) -> set[int]:
+        """The heads that own partitions or wait for some."""
+        state = self._state
+        return {*state.committed, *state.assignments, *state.waiting}
+
+    @property
+    def unassigned(self) -> Partitions:
+        """The partitions that no head owns."""
+        return self._state.unassigned
+
+    def owners(self) -> dict[int, Partitions]:
+        """Returns what each head would start with, by its number; omits heads without partitions."""
+        return self._state.owners()
+
+    def has_partitions(self, head: int) -> bool:
+        """Returns whether the head owns partitions."""
+        return bool(self._state.partitions_of(head))
+
+    def validate(self) -> None:
+        """Raises ValueError unless each slot that isn't merged is in exactly one partition."""
+        self._state.validate()
+
+    def start_head(self, head: int) -> Partitions:
+        """Returns the partitions with which a head starts or restarts; none if it owns none (yet).
+
+        From now on, its assignments count as applied, and what it gave up in contributions that weren't merged as still owned.
+        """
+        state = self._state
+        if partitions := coalesce(state.partitions_of(head)):
+            state.committed[head] = partitions
+            if applied := state.assignments.pop(head, ()):
+                # The head's next contributions name this number, so a coordinator that falls back to an earlier state sees it.
+                state.assignments[head] = (Assignment(applied[-1].id, ()),)
+        return partitions
+
+    def add_head(self, head: int, live: Collection[int]) -> None:
+        """Gives a new head unassigned partitions; without any, it waits until a live head has given up half of its own.
+
+        The revocation goes to the live head with the most partitions; of those, to the one with the smallest sum of strides,
+        then to the lowest number. Nothing changes for a head that owns partitions or waits already.
+        """
+        if not self.has_partitions(head) and head not in self._state.waiting:
+            self._state.waiting.append(head)
+        self._serve_waiting()
+        self._revoke(live)
+
+    def remove_head(self, head: int) -> None:
+        """Frees the partitions of a head that won't return, from its last merged contribution on."""
+        state = self._state
+        state.unassigned = coalesce((*state.unassigned, *state.partitions_of(head)))
+        for by_head in (state.committed, state.assignments, state.revocations, state.answered):
+            by_head.pop(head, None)
+        state.waiting = [other for other in state.waiting if other != head]
+        self._serve_waiting()
+
+    def pending_changes(self, head: int, live: Collection[int]) -> tuple[tuple[Assignment, ...], int]:
+        """Returns the changes for the head's next directive.
+
+        Unassigned partitions that no new head waits for go to the live head with the fewest partitions, then to the lowest
+        number, when it asks.
+
+        Args:
+            head: its number.
+            live: the heads that train now: only they get unassigned partitions and revocations.
+
+        Returns:
+            The assignments that the head may not have applied yet, and the number of a revocation, 0 for none. A head applies
+            an assignment, and answers a revocation, once for each number.
+        """
+        state = self._state
+        self._serve_waiting()
+        self._revoke(live)
+        if state.unassigned and head in live:
+            fewest = min(((len(state.partitions_of(other)), other) for other in live if other != head), default=(math.inf, 0))
+            owned, taken = len(state.partitions_of(head)), 0
+            while taken < len(state.unassigned) and (owned + taken, head) < fewest:
+                taken += 1
+            if taken:
+                self._assign(head, state.unassigned[:taken])
+                state.unassigned = state.unassigned[taken:]
+        return state.assignments.get(head, ()), state.revocations.get(head, 0)
+
+    def mismatch(
+        self, head: int, partitions: Iterable[tuple[int, int]], assignment_id: int = 0, revoked: Assignment | None = None
+    ) -> str:
+        """Returns why a contribution with these partitions can't be merged; empty if it can. Takes `commit`'s arguments."""
+        after = to_partitions((*partitions, *self._given_up(head, revoked)))
+        before = self._state.partitions_up_to(head, assignment_id)
+        if after and is_continuation(after, before):
+            return ""
+        return (
+            f"head {head} trained on data that aren't its own: it has {describe_partitions(after)} left, but what is merged "
+            f"says {describe_partitions(before)}"
+        )
+
+    def commit(
+        self, head: int, partitions: Iterable[tuple[int, int]], assignment_id: int = 0, revoked: Assignment | None = None
+    ) -> None:
+        """Records that a contribution was merged.
+
+        Args:
+            head: the head that made it.
+            partitions: the head's partitions after the contributed steps, without those that it gave up.
+            assignment_id: the newest assignment that these partitions include; 0 if none.
+            revoked: the newest revocation that the head has answered, and the partitions that it gave up, as they were then.
+
+        Raises:
+            ValueError: the partitions don't follow from what was merged before (`mismatch`); nothing is changed.
+        """
+        after = to_partitions(partitions)
+        if reason := self.mismatch(head, after, assignment_id, revoked):
+            raise ValueError(reason)
+        state, given_up = self._state, self._given_up(head, revoked)
+        state.committed[head] = after
+        state.assignments[head] = tuple(a for a in state.assignments.get(head, ()) if a.id > assignment_id)
+        if revoked and given_up:
+            state.answered[head], state.last_id = revoked.id, max(state.last_id, revoked.id)
+            state.revocations.pop(head, None)
+            state.unassigned = coalesce((*state.unassigned, *given_up))
+            self._serve_waiting()
+
+    def state(self) -> dict[str, Any]:
+        """Returns the state as JSON data, for `from_state`."""
+        return self._state.to_json()
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> PartitionAssignor:
+        """Restores what `state` returned.
+
+        Raises:
+            StorageError: the data isn't such a state, or its partitions contain a slot twice or omit one.
+        """
+        restored = cls.__new__(cls)
+        restored._state = AssignmentState.from_json(state)
+        return restored
+
+    @classmethod
+    def repartitioned(cls, state: Mapping[str, Any], num_heads: int) -> PartitionAssignor:
+        """Restores `state` for the heads 0 to num_heads - 1, each of which restarts with `start_head`.
+
+        The same heads keep their partitions, so that their run continues exactly as it was; else see `repartition`.
+
+        Raises:
+            StorageError: as `from_state`.
+            ValueError: num_heads is below 1.
+        """
+        before = AssignmentState.from_json(state)
+        restored = cls(repartition(before.owners(), before.unassigned, num_heads))
+        restored._state.last_id = before.last_id
+        return restored
+
+    def _given_up(self, head: int, revoked: Assignment | None) -> Partitions:
+        """Returns what a contribution gives up; nothing if the answer to that revocation was carried out before."""
+        return to_partitions(revoked.partitions) if revoked and revoked.id > self._state.answered.get(head, 0) else ()
+
+    def _assign(self, head: int, partitions: Partitions) -> None:
+        state = self._state
+        state.assignments[head] = (*state.assignments.get(head, ()), Assignment(state.next_id(), partitions))
+
+    def _serve_waiting(self) -> None:
+        """Distributes the unassigned partitions over the waiting heads; if there are too few, the first heads get one each."""
+        state = self._state
+        if served := state.waiting[: len(state.unassigned)]:
+            for index, head in enumerate(served):
+                self._assign(head, state.unassigned[index :: len(served)])
+            state.waiting, state.unassigned = state.waiting[len(served) :], ()
+
+    def _revoke(self, live: Collection[int]) -> None:
+        """Revokes partitions of as many live heads as wait for some.
+
+        Revocations stand until they are answered, since the head may have split its partitions already. What turns out not to
+        be needed becomes unassigned.
+        """
+        state = self._state
+        candidates: dict[int, Partitions] | None = None
+        while sum(head in live for head in state.revocations) < len(state.waiting):
+            candidates = candidates or {head: state.partitions_of(head) for head in live}
+            ranked = [
+                (-len(partitions), sum(p.stride for p in partitions), head)
+                for head, partitions in candidates.items()
+                if partitions and head not in state.revocations
+            ]
+            if not ranked:
+                break
+            state.revocations[min(ranked)[2]] = state.next_id()
 
 
-def _pairs(lanes: Iterable[tuple[int, int]]) -> list[list[int]]:
-    return [list(lane) for lane in lanes]
+def repartition(owners: Mapping[int, Partitions], unassigned: Iterable[Partition], num_heads: int) -> dict[int, Partitions]:
+    """Redistributes partitions over the heads 0 to num_heads - 1, deterministically.
 
-
-def _number(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{value!r} is no whole number")
-    return value
-
-
-def dealt(owners: Mapping[int, Partitions], free: Iterable[Partition], num_heads: int) -> dict[int, Partitions]:
-    """The same slots, owned by the heads 0 to num_heads - 1; the same for the same arguments.
-
-    - If these heads own them all, nothing changes.
+    - If these heads own all of them, nothing changes.
     - If all slots before some K are merged and none after it, as in a run that merges at barriers, slot K + i goes to head
       (K + i) mod num_heads, as if there had never been other heads.
-    - Else the lanes of heads that are left out, and free ones, are dealt out, the densest first: one to each head that has
-      none, then each to the head that holds the smallest share of the slots. For a head that still has none, the
-      one with the largest share gives half of its lanes (ties: the lowest number).
+    - Else the unassigned partitions and those of removed heads are distributed, the densest first: one to each head without
+      any, then each to the head that owns the smallest fraction of the slots. To a head that is still without any, the head
+      with the largest fraction gives half of its partitions (ties: the lowest number).
 
     Raises:
         ValueError: num_heads is below 1.
     """
     if num_heads < 1:
-        raise ValueError(f"the data can't be shared out among {num_heads} heads")
-    heads, left = range(num_heads), [*free]
-    if not left and set(owners) == set(heads):
+        raise ValueError(f"the data can't be distributed over {num_heads} heads")
+    heads, available = range(num_heads), [*unassigned]
+    if not available and set(owners) == set(heads):
         return dict(owners)
-    every = [*left, *(lane for lanes in owners.values() for lane in lanes)]
-    if (fresh := _fresh(every, num_heads)) is not None:
-        return fresh
-    found = {head: owners.get(head, ()) for head in heads}
-    left += [lane for head, lanes in owners.items() if head not in found for lane in lanes]
-    poorest = [(bool(lanes), density(lanes), head) for head, lanes in found.items()]
+    every = [*available, *(p for partitions in owners.values() for p in partitions)]
+    if (restarted := _restart_at_barrier(every, num_heads)) is not None:
+        return restarted
+    by_head = {head: owners.get(head, ()) for head in heads}
+    available += [p for head, partitions in owners.items() if head not in by_head for p in partitions]
+    poorest = [(bool(partitions), density(partitions), head) for head, partitions in by_head.items()]
     heapq.heapify(poorest)
-    for lane in sorted(joined(left), key=lambda lane: (lane.stride, lane.next)):
-        _, share, head = poorest[0]
-        found[head] = (*found[head], lane)
-        heapq.heapreplace(poorest, (True, share + density([lane]), head))
-    richest = [(-share, head) for _, share, head in poorest]
+    for partition in sorted(coalesce(available), key=lambda p: (p.stride, p.start)):
+        _, fraction, head = poorest[0]
+        by_head[head] = (*by_head[head], partition)
+        heapq.heapreplace(poorest, (True, fraction + density([partition]), head))
+    richest = [(-fraction, head) for _, fraction, head in poorest]
     heapq.heapify(richest)
     for head in heads:
-        if not found[head]:
+        if not by_head[head]:
             giver = richest[0][1]
-            found[giver], found[head] = split(found[giver])
-            heapq.heapreplace(richest, (-density(found[giver]), giver))
-            heapq.heappush(richest, (-density(found[head]), head))
-    return {head: joined(lanes) for head, lanes in found.items()}
+            by_head[giver], by_head[head] = split(by_head[giver])
+            heapq.heapreplace(richest, (-density(by_head[giver]), giver))
+            heapq.heappush(richest, (-density(by_head[head]), head))
+    return {head: coalesce(partitions) for head, partitions in by_head.items()}
 
 
-def _fresh(lanes: list[Partition], num_heads: int) -> dict[int, Partitions] | None:
-    """The lanes of `num_heads` heads from the first slot that isn't merged on; None if one after it is."""
-    first = min(lane.next for lane in lanes)
-    if any(lane.next - lane.stride >= first for lane in lanes):
+def _restart_at_barrier(partitions: list[Partition], num_heads: int) -> dict[int, Partitions] | None:
+    """Returns the partitions of `num_heads` heads from the first unmerged slot on; None if a later slot is merged."""
+    first = min(p.start for p in partitions)
+    if any(p.start - p.stride >= first for p in partitions):
         return None
     taken = {head: len(range(head, first, num_heads)) for head in range(num_heads)}
-    return {head: advance(initial(head, num_heads), batches) for head, batches in taken.items()}
+    return {head: advance(initial_partitions(head, num_heads), batches) for head, batches in taken.items()}
 
 
-class PartitionAssignor:
-    """Who has which lanes. Heads are numbers; those of grants and requests grow over the whole run.
-
-    Args:
-        heads: what each head owns; of a new run `lanes.initial`, together all slots that aren't merged yet.
-
-    Raises:
-        ValueError: the lanes hold a slot twice, or leave one out.
-    """
-
-    def __init__(self, heads: Mapping[int, Iterable[tuple[int, int]]]) -> None:
-        self._accounts = AssignmentState({head: ordered(lanes) for head, lanes in heads.items()})
-        self._accounts.check()
-
-    def check(self, head: int, lanes: Iterable[tuple[int, int]], grant: int = 0, released: Assignment | None = None) -> str:
-        """Why a contribution with these lanes can't be merged; empty if it can. The arguments are those of `merged`."""
-        a = self._accounts
-        now, before = ordered((*lanes, *self._given(head, released))), a.reached(head, grant)
-        if now and continues(now, before):
-            return ""
-        return (
-            f"head {head} trained on data that aren't its own: it has {text(now)} left, but what is merged says {text(before)}"
-        )
-
-    def merged(self, head: int, lanes: Iterable[tuple[int, int]], grant: int = 0, released: Assignment | None = None) -> None:
-        """A contribution was merged.
-
-        Args:
-            head: whose it is.
-            lanes: what the head had after the contributed steps, without what it has given away.
-            grant: the newest grant that these lanes hold; 0 if none.
-            released: the newest request that the head has answered, and the lanes that it gave away, as they were then.
-
-        Raises:
-            ValueError: the lanes don't follow from what was merged before (`check`); nothing is changed.
-        """
-        lanes = ordered(lanes)
-        if reason := self.check(head, lanes, grant, released):
-            raise ValueError(reason)
-        a, given = self._accounts, self._given(head, released)
-        a.merged[head] = lanes
-        a.grants[head] = tuple(g for g in a.grants.get(head, ()) if g.id > grant)
-        if released and given:
-            a.honoured[head], a.latest = released.id, max(a.latest, released.id)
-            a.asked.pop(head, None)
-            a.free = joined((*a.free, *given))
-            self._serve()
-
-    def lanes(self, head: int) -> Partitions:
-        """What a head that starts, or starts again, begins from; nothing if it owns nothing (yet).
-
-        Its grants count as applied from now on, and what it gave away but wasn't merged as never given.
-        """
-        a = self._accounts
-        if found := joined(a.owned(head)):
-            a.merged[head] = found
-            if applied := a.grants.pop(head, ()):  # its next contributions say so, for whoever falls back to an earlier state
-                a.grants[head] = (Assignment(applied[-1].id, ()),)
-        return found
-
-    def ready(self, head: int) -> bool:
-        """Whether the head owns lanes."""
-        return bool(self._accounts.owned(head))
-
-    def drop(self, head: int) -> None:
-        """The head is gone for good: its lanes are free, from its last merged contribution on."""
-        a = self._accounts
-        a.free = joined((*a.free, *a.owned(head)))
-        for record in (a.merged, a.grants, a.asked, a.honoured):
-            record.pop(head, None)
-        a.waiting = [other for other in a.waiting if other != head]
-        self._serve()
-
-    def admit(self, head: int, live: Collection[int]) -> None:
-        """A new head wants lanes. It gets free ones, else it waits until a live head has given half of its own away.
-
-        Which one is asked: the one with the most lanes, of these the one with the smallest sum of strides, then the lowest
-        number. A head that owns lanes, or waits already, stays as it is.
-        """
-        if not self.ready(head) and head not in self._accounts.waiting:
-            self._accounts.waiting.append(head)
-        self._serve()
-        self._ask(live)
-
-    def orders(self, head: int, live: Collection[int]) -> tuple[tuple[Assignment, ...], int]:
-        """What an order to this head carries.
-
-        Free lanes that no new head waits for go to the live head with the fewest lanes (then the lowest number) in its turn.
-
-        Args:
-            head: its number.
-            live: the heads that train now: only they are given free lanes and asked for lanes.
-
-        Returns:
-            The grants that it may not have applied yet, and the request to give half of its lanes away: 0 for none. A head
-            applies a grant, and answers a request, once for each number.
-        """
-        a = self._accounts
-        self._serve()
-        self._ask(live)
-        if a.free and head in live:
-            fewest = min(((len(a.owned(other)), other) for other in live if other != head), default=(math.inf, 0))
-            mine, taken = len(a.owned(head)), 0
-            while taken < len(a.free) and (mine + taken, head) < fewest:
-                taken += 1
-            if taken:
-                self._grant(head, a.free[:taken])
-                a.free = a.free[taken:]
-        return a.grants.get(head, ()), a.asked.get(head, 0)
-
-    @property
-    def heads(self) -> set[int]:
-        """The heads that own lanes, or wait for some."""
-        a = self._accounts
-        return {*a.merged, *a.grants, *a.waiting}
-
-    @property
-    def free(self) -> Partitions:
-        """The lanes that nobody owns."""
-        return self._accounts.free
-
-    def state(self) -> dict[str, Any]:
-        """All of it, for JSON; `from_state` reads it."""
-        return self._accounts.state()
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> PartitionAssignor:
-        """The ledger whose `state` this is.
-
-        Raises:
-            StorageError: it is no such state, or its lanes hold a slot twice, or leave one out.
-        """
-        made = cls.__new__(cls)
-        made._accounts = AssignmentState.from_state(state)
-        return made
-
-    def _given(self, head: int, released: Assignment | None) -> Partitions:
-        """What a contribution gives away; nothing if it tells of an answer that was carried out before."""
-        return ordered(released.partitions) if released and released.id > self._accounts.honoured.get(head, 0) else ()
-
-    def _grant(self, head: int, lanes: Partitions) -> None:
-        a = self._accounts
-        a.grants[head] = (*a.grants.get(head, ()), Assignment(a.number(), lanes))
-
-    def _serve(self) -> None:
-        """Shares the free lanes out among the heads that wait; where they aren't enough, the first get one each."""
-        if served := (a := self._accounts).waiting[: len(a.free)]:
-            for index, head in enumerate(served):
-                self._grant(head, a.free[index :: len(served)])
-            a.waiting, a.free = a.waiting[len(served) :], ()
-
-    def _ask(self, live: Collection[int]) -> None:
-        """As many live heads are asked for lanes as heads wait. Requests stand until they are answered, for the head may have
-        split its lanes already; what isn't needed any more becomes free."""
-        a = self._accounts
-        able: dict[int, Partitions] | None = None
-        while sum(head in live for head in a.asked) < len(a.waiting):
-            able = able or {head: a.owned(head) for head in live}
-            ranks = [(-len(s), sum(lane.stride for lane in s), head) for head, s in able.items() if s and head not in a.asked]
-            if not ranks:
-                break
-            a.asked[min(ranks)[2]] = a.number()
+def describe_partitions(partitions: Partitions) -> str:
+    """Describes partitions in words, up to eight of them."""
+    shown = ", ".join(f"every {stride} from {start}" for start, stride in partitions[:8])
+    return (shown or "none") + (f" and {len(partitions) - 8} more" if len(partitions) > 8 else "")
 
 
-def reshard(state: Mapping[str, Any], num_heads: int) -> PartitionAssignor:
-    """The ledger of a run that resumes with the heads 0 to num_heads - 1: all of them start anew from `lanes`.
+def _pairs(partitions: Iterable[tuple[int, int]]) -> list[list[int]]:
+    return [list(partition) for partition in partitions]
 
-    The same heads keep their lanes, so that such a run goes on exactly as it was; else see `dealing.dealt`.
 
-    Raises:
-        StorageError: it is no state of a ledger.
-        ValueError: num_heads is below 1.
-    """
-    accounts = AssignmentState.from_state(state)
-    made = PartitionAssignor(dealt(accounts.owners(), accounts.free, num_heads))
-    made._accounts.latest = accounts.latest
-    return made
+def _integer(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{value!r} isn't an integer")
+    return value

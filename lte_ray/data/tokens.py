@@ -1,4 +1,4 @@
-"""Token sets: one flat array of tokens in an Arrow file, memory-mapped, so that heads on a node share its pages."""
+"""Token sets: a flat array of tokens in an Arrow file, memory-mapped, so that the heads on a node share its pages."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ COLUMN = "tokens"
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Tokens end to end, cut into windows of `length` + 1, so that each gives `length` inputs with their targets.
+    """A sequence of tokens, cut into windows of `length` + 1 tokens: `length` inputs with their targets.
 
     Attributes:
         tokens: 1-D array of unsigned integers, read-only.
-        length: tokens that a model sees at once.
+        length: the model's context length in tokens.
     """
 
     tokens: NDArray[np.generic]
@@ -30,30 +30,30 @@ class TokenSet:
 
     @classmethod
     def open(cls, path: Path, length: int) -> TokenSet:
-        """Maps a file that `write_tokens` wrote.
+        """Memory-maps a file that `write_tokens` wrote.
 
         Raises:
-            ValueError: it holds too few tokens for one window.
+            ValueError: the file has too few tokens for one window.
         """
         with pa.memory_map(str(path)) as source:
             column = pa.ipc.open_file(source).read_all().column(COLUMN)
         if len(column) <= length:
-            raise ValueError(f"{path} holds {len(column)} tokens, too few for one window of {length}")
+            raise ValueError(f"{path} has {len(column)} tokens, too few for one window of {length}")
         return cls(column.chunk(0).to_numpy(zero_copy_only=True), length)
 
     def __len__(self) -> int:
-        """Number of windows; they don't overlap, except that the last target of one is the first input of the next."""
+        """Returns the number of windows. They don't overlap, but the last target of one is the first input of the next."""
         return (len(self.tokens) - 1) // self.length
 
     def windows(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The windows of these indices: (len(indices), length + 1) int64."""
+        """Returns the windows with these indices: (len(indices), length + 1), int64."""
         starts = np.asarray(indices)[:, None] * self.length
-        found: NDArray[np.int64] = self.tokens[starts + np.arange(self.length + 1)].astype(np.int64)
-        return found
+        windows: NDArray[np.int64] = self.tokens[starts + np.arange(self.length + 1)].astype(np.int64)
+        return windows
 
 
 def write_tokens(path: Path, tokens: NDArray[np.generic]) -> None:
-    """Writes a 1-D token array as an Arrow IPC file; whole or not at all, also when several processes write it at once."""
+    """Writes a 1-D token array as an Arrow IPC file, atomically, even if several processes write it at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table({COLUMN: pa.array(tokens)})
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
@@ -68,11 +68,11 @@ def write_tokens(path: Path, tokens: NDArray[np.generic]) -> None:
 
 
 def cached_tokens(key: str, make: Callable[[], dict[str, NDArray[np.generic]]]) -> dict[str, Path]:
-    """Paths of the token files of a data set, made on first use and kept in the user's cache folder.
+    """Returns the paths of a data set's token files by split name; makes them on first use, in the user's cache folder.
 
     Args:
-        key: names the data set and everything that it depends on (version, tokeniser).
-        make: gives its token arrays by split name; called only where a split's file is missing.
+        key: names the data set and everything that it depends on (version, tokenizer).
+        make: returns its token arrays by split name; called only if a split's file is missing.
     """
     folder = Path(platformdirs.user_cache_dir("lte-ray")) / "tokens" / key
     done = folder / "splits.txt"

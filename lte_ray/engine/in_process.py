@@ -110,7 +110,7 @@ def run_in_process(
             base = published if coordinator.version != heads[verdict.head].version else None
             heads[verdict.head].adopt(verdict, coordinator.version, base)
             heads[verdict.head].batch_stream.apply_assignments(
-                *coordinator.assignor.orders(verdict.head, coordinator.live)
+                *coordinator.assignor.pending_changes(verdict.head, coordinator.live)
             )  # of one that has left
         if coordinator.candidate is not None:
             settle(coordinator.receive_evaluation(evaluate_base(worker, initial, coordinator.candidate)))

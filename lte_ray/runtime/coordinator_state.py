@@ -11,9 +11,9 @@ from typing import Any
 
 from lte_ray import checkpoint
 from lte_ray.config.validation import is_integer
-from lte_ray.data.assignment import PartitionAssignor, reshard
+from lte_ray.data.assignment import PartitionAssignor
 from lte_ray.data.partition import advance
-from lte_ray.data.partition import initial as first_lanes
+from lte_ray.data.partition import initial_partitions as first_lanes
 from lte_ray.engine.coordinator.recovery import Recovered
 from lte_ray.engine.prepare import Initial
 from lte_ray.errors import StorageError
@@ -96,7 +96,7 @@ def load_checkpoint(common: RunContext, initial: Initial, version: int, num_head
         guard = dict(manifest.facts.get("guard") or {})
         same = set(standings) == set(range(num_heads))
         if not same:
-            ledger = reshard(ledger, num_heads).state()
+            ledger = PartitionAssignor.repartitioned(ledger, num_heads).state()
             mean = round(sum(held.step for held in standings.values()) / max(1, len(standings)))
             standings = {h: _at(standings.get(h), mean, version) for h in range(num_heads)}
     except (KeyError, ValueError, TypeError, AttributeError) as error:  # whoever wrote it, it isn't what a run writes

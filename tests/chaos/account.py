@@ -156,9 +156,9 @@ class Account:
 
     def check_slots(self, ledger: PartitionAssignor) -> None:
         """Each batch is merged, or dropped as poison, or owned: exactly one of them."""
-        accounts, gone = ledger._accounts, self.merged.keys() | self.dropped.keys()
-        accounts.check()
-        owned = [*accounts.free, *(lane for h in {*accounts.merged, *accounts.grants} for lane in accounts.owned(h))]
+        gone = self.merged.keys() | self.dropped.keys()
+        ledger.validate()
+        owned = [*ledger.unassigned, *(p for partitions in ledger.owners().values() for p in partitions)]
         for slot in range(max(gone, default=0) + 40):
             inside = any(slot >= n and (slot - n) % s == 0 for n, s in owned)
             if inside == (slot in gone):

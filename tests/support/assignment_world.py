@@ -8,8 +8,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from lte_ray.data.assignment import PartitionAssignor, reshard
-from lte_ray.data.partition import Partitions, advance, initial, ordered, slots, split
+from lte_ray.data.assignment import PartitionAssignor
+from lte_ray.data.partition import Partitions, advance, initial_partitions, slots, split, to_partitions
 from lte_ray.messages import Assignment
 
 EVENTS = ["step", "contribute", "merge", "refuse", "order", "kill", "restart", "drop", "admit", "reshard", "commit", "crash"]
@@ -48,7 +48,7 @@ class Head:
     def obey(self, grants: tuple[Assignment, ...], request: int) -> None:
         for grant in grants:
             if grant.id > self.grant:
-                self.grant, self.lanes = grant.id, ordered((*self.lanes, *grant.partitions))
+                self.grant, self.lanes = grant.id, to_partitions((*self.lanes, *grant.partitions))
         if request > (self.released.id if self.released else 0) and self.lanes:
             self.lanes, given = split(self.lanes)
             self.released = Assignment(request, given)
@@ -56,7 +56,7 @@ class Head:
 
 def ledger(num_heads: int) -> PartitionAssignor:
     """A new run's."""
-    return PartitionAssignor({head: initial(head, num_heads) for head in range(num_heads)})
+    return PartitionAssignor({head: initial_partitions(head, num_heads) for head in range(num_heads)})
 
 
 class World:
@@ -64,7 +64,7 @@ class World:
 
     def __init__(self, num_heads: int) -> None:
         self.ledger = ledger(num_heads)
-        self.heads = {head: Head(self.ledger.lanes(head)) for head in range(num_heads)}
+        self.heads = {head: Head(self.ledger.start_head(head)) for head in range(num_heads)}
         self.down: set[int] = set()
         self.merged: list[int] = []
         self.numbers = itertools.count(num_heads)
@@ -96,11 +96,11 @@ class World:
         sent, it.sent = it.sent, None
         if sent is None:
             return
-        if self.ledger.check(head, sent.lanes, sent.grant, sent.released):
+        if self.ledger.mismatch(head, sent.lanes, sent.grant, sent.released):
             self.kill(head)
             self.restart(head)
             return
-        self.ledger.merged(head, sent.lanes, sent.grant, sent.released)
+        self.ledger.commit(head, sent.lanes, sent.grant, sent.released)
         self.merged += it.trained[it.merged : sent.until]
         it.merged = sent.until
 
@@ -108,7 +108,7 @@ class World:
         self.heads[head].sent = None
 
     def order(self, head: int) -> None:
-        self.heads[head].obey(*self.ledger.orders(head, self.live))
+        self.heads[head].obey(*self.ledger.pending_changes(head, self.live))
 
     def kill(self, head: int) -> None:
         del self.heads[head]
@@ -116,20 +116,20 @@ class World:
 
     def restart(self, head: int) -> None:
         self.down.discard(head)
-        self.ledger.admit(head, self.live)
-        self.heads[head] = Head(self.ledger.lanes(head))
+        self.ledger.add_head(head, self.live)
+        self.heads[head] = Head(self.ledger.start_head(head))
 
     def drop(self, head: int) -> None:
         self.heads.pop(head, None)
         self.down.discard(head)
-        self.ledger.drop(head)
+        self.ledger.remove_head(head)
 
     def admit(self) -> None:
         self.restart(next(self.numbers))
 
     def reshard(self, num_heads: int) -> None:
-        self.ledger = reshard(json.loads(json.dumps(self.ledger.state())), num_heads)
-        self.heads, self.down = {head: Head(self.ledger.lanes(head)) for head in range(num_heads)}, set()
+        self.ledger = PartitionAssignor.repartitioned(json.loads(json.dumps(self.ledger.state())), num_heads)
+        self.heads, self.down = {head: Head(self.ledger.start_head(head)) for head in range(num_heads)}, set()
         self.commit()  # what a resumed run begins with
 
     def commit(self) -> None:
@@ -149,15 +149,15 @@ class World:
                 self.kill(number)
         known = {*map(int, state["merged"]), *map(int, state["grants"]), *state["waiting"]}
         for number in known - self.live - self.down:
-            self.ledger.drop(number)
+            self.ledger.remove_head(number)
 
     def check(self) -> None:
         """No slot was merged twice, none is lost, and the accounts are whole."""
         assert not [slot for slot, count in Counter(self.merged).items() if count > 1]
-        self.ledger._accounts.check()
-        left = [*self.ledger.free, *(lane for lanes in self.ledger._accounts.owners().values() for lane in lanes)]
-        end = 1 + max([lane.next for lane in left] + self.merged)
-        open_ = {slot for lane in left for slot in range(lane.next, end, lane.stride)}
+        self.ledger.validate()
+        left = [*self.ledger.unassigned, *(lane for lanes in self.ledger.owners().values() for lane in lanes)]
+        end = 1 + max([lane.start for lane in left] + self.merged)
+        open_ = {slot for lane in left for slot in range(lane.start, end, lane.stride)}
         assert open_ | set(self.merged) == set(range(end))
         assert open_.isdisjoint(self.merged)
 

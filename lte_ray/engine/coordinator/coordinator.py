@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lte_ray.data.assignment import PartitionAssignor
-from lte_ray.data.partition import initial
+from lte_ray.data.partition import initial_partitions
 from lte_ray.engine.coordinator.aggregator import BaseWeights, MeasuredContribution, MergeOp, NeedsTensors, RemoteShare
 from lte_ray.engine.coordinator.step_budget import StepBudget, StepRateEstimator
 from lte_ray.engine.coordinator.validation import OutlierFilter, check_identity, check_magnitude, check_shape, sum_of_squares
@@ -109,13 +109,13 @@ class Coordinator:
         first = range(settings.lte.num_heads)
         self.members = set(first if members is None else members) & {*first, *(positions or {})}
         """Heads that belong to the run: each contribution counts 1/N, with N their number."""
-        lanes = {n: initial(n, settings.lte.num_heads) for n in first}
+        lanes = {n: initial_partitions(n, settings.lte.num_heads) for n in first}
         self.positions = {n: CommittedPosition(lanes=lanes[n]) for n in first} | dict(positions or {})
         """What the newest version holds of each head."""
         self.assignor = assignor or PartitionAssignor(lanes)
         for gone in self.assignor.heads - self.members:
-            self.assignor.drop(gone)
-        self.live = {n for n in self.members if self.assignor.ready(n)}
+            self.assignor.remove_head(gone)
+        self.live = {n for n in self.members if self.assignor.has_partitions(n)}
         """Heads that train, and that others may have to wait for."""
         self.outlier_filter = OutlierFilter(settings.merge)
         self._fresh = set(fresh)  # heads that have begun with B = 0, and weren't merged since
@@ -149,8 +149,8 @@ class Coordinator:
 
     def next_directive(self, head: int) -> HeadDirective:
         """What a head is to do next."""
-        grants, release = self.assignor.orders(head, self.live)
-        return replace(self.step_budget.next_directive(head, self.live), assignments=grants, revocation=release)
+        assignments, revocation = self.assignor.pending_changes(head, self.live)
+        return replace(self.step_budget.next_directive(head, self.live), assignments=assignments, revocation=revocation)
 
     def receive(self, contribution: Contribution, buffer: Tensor | MeasuredContribution) -> StepResult:
         """A contribution arrived; `buffer` is flat, in the contribution layout; it is only read, and kept until it is merged.
@@ -220,9 +220,9 @@ class Coordinator:
             step = self.step_budget.admit(head, min(steps, default=0))
             self.positions[head] = CommittedPosition(step=step, version=self.version)
             self.members.add(head)
-            self.assignor.admit(head, self.live)
+            self.assignor.add_head(head, self.live)
             fresh = True  # whatever the base holds of one that had this number before isn't this one's
-        if self.assignor.ready(head):  # else nobody may wait for it: those that are to give it lanes do so when they are merged
+        if self.assignor.has_partitions(head):  # else nobody may wait for it: those that are to give it lanes do so when they are merged
             self.live.add(head)
         if fresh:
             self._forget(head)
@@ -238,12 +238,12 @@ class Coordinator:
 
     def has_data(self, head: int) -> bool:
         """Whether a head that has joined owns data to train on."""
-        return self.assignor.ready(head)
+        return self.assignor.has_partitions(head)
 
     def start_head(self, head: int) -> CommittedPosition:
         """What a head that begins now goes on from; batches that it has trained and not contributed are its to train again."""
         self.live.add(head)
-        self.positions[head] = replace(self.positions[head], lanes=self.assignor.lanes(head))
+        self.positions[head] = replace(self.positions[head], lanes=self.assignor.start_head(head))
         return self.positions[head]
 
     def drop(self, head: int) -> StepResult:
@@ -264,7 +264,7 @@ class Coordinator:
         self.step_budget.reclaim(head, self.positions[head].step)
         self.members.discard(head)
         self._forget(head)
-        self.assignor.drop(head)
+        self.assignor.remove_head(head)
         outcome = self._decide()
         return StepResult((*verdicts, *outcome.results), outcome.merges)
 
@@ -335,7 +335,7 @@ class Coordinator:
         return StepResult((verdict, *later.results), later.merges)
 
     def _out_of_place(self, c: Contribution) -> str:
-        return self.assignor.check(c.head, c.partitions, c.assignment_id, c.revoked) if c.partitions else ""
+        return self.assignor.mismatch(c.head, c.partitions, c.assignment_id, c.revoked) if c.partitions else ""
 
     def _share(self, head: int, buffer: Tensor | MeasuredContribution) -> Share:
         if isinstance(buffer, MeasuredContribution):
@@ -474,7 +474,7 @@ class Coordinator:
             c.incarnation, c.sequence, self.version, step, samples, c.batches, c.partitions
         )
         if c.partitions:
-            self.assignor.merged(head, c.partitions, c.assignment_id, c.revoked)
+            self.assignor.commit(head, c.partitions, c.assignment_id, c.revoked)
         norm = self._pending[head].norm
         if norm is not None and c.steps:  # one that holds nothing doesn't show that its head is well again
             self.outlier_filter.record_merge(head, norm, c.steps)

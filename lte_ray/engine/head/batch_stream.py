@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from lte_ray.data.partition import advance, initial, split
+from lte_ray.data.partition import advance, initial_partitions, split
 from lte_ray.data.shard import Shard
 from lte_ray.messages import Assignment, Partitions
 from lte_ray.worker import Batch, Worker, endless_batches
@@ -24,7 +24,7 @@ class BatchStream:
         self._worker, self._head, self._num_heads, self._seed = worker, head, num_heads, seed
         self._batches: Iterator[Batch] | None = None
         self.batches_taken = 0
-        self.partitions: Partitions = initial(head, num_heads) if head < num_heads else ()  # else it is given some
+        self.partitions: Partitions = initial_partitions(head, num_heads) if head < num_heads else ()  # else it is given some
         self.assignment_id = 0
         """The newest grant of lanes that was taken over."""
         self.revoked: Assignment | None = None
@@ -53,7 +53,7 @@ class BatchStream:
 
     def partitions_after(self, taken: int) -> Partitions:
         """The lanes of a head that has taken so many batches, and had no others than at the start."""
-        return advance(initial(self._head, self._num_heads), taken)
+        return advance(initial_partitions(self._head, self._num_heads), taken)
 
     def apply_assignments(self, assignments: Sequence[Assignment], revocation: int) -> None:
         """Takes over lanes, and gives half of what it has away if that is asked; repeats change nothing."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lte_ray.data.partition import ordered
+from lte_ray.data.partition import to_partitions
 from lte_ray.engine.head.optimizer_state import check_shapes, optimizer_state, restore_optimizer
 from lte_ray.errors import StorageError
 from lte_ray.merging.flat_buffer import factors_part, replica_views
@@ -124,11 +124,11 @@ def _restore(head: Head, tensors: dict[str, Tensor], meta: dict[str, Any], base:
     head._losses = [loss.to(head.device) for loss in tensors["losses"]] if "losses" in tensors else []
     # An older release took one batch a step, and knew no lanes.
     taken = _count(meta.get("batches", head.step))
-    lanes: Partitions = ordered(meta["lanes"]) if "lanes" in meta else head.batch_stream.partitions_after(taken)
+    lanes: Partitions = to_partitions(meta["lanes"]) if "lanes" in meta else head.batch_stream.partitions_after(taken)
     head.batch_stream.seek(taken, lanes, _count(meta.get("grant", 0)))
     released = meta.get("released")
     if released is not None:
-        head.batch_stream.revoked = Assignment(_count(released[0]), ordered(released[1:]))
+        head.batch_stream.revoked = Assignment(_count(released[0]), to_partitions(released[1:]))
     restore_optimization(head, state=(tensors, meta))
     head.rng.load_state(tensors, meta["rng"])
     with head.rng.swapped_in():  # now, rather than in the first step, if the generators can't take it

@@ -51,7 +51,7 @@ class Aggregator(Protocol):
     """
 
     def receive(
-        self, ticket: int, head: int, handles: Sequence[Handle], seals: Sequence[int]
+        self, ticket: int, head: int, handles: Sequence[Handle], checksums: Sequence[int]
     ) -> Awaitable[Tensor | MeasuredContribution]:
         """Fetches and decodes a contribution: for `engine.Coordinator.receive`.
 
@@ -138,9 +138,9 @@ class LocalAggregator:
         self._transport, self._engine, self._codecs, self._threads = common.transport, engine, codecs, threads
         self._beside = ThreadPoolExecutor(1, "merge")
 
-    async def receive(self, ticket: int, head: int, handles: Sequence[Handle], seals: Sequence[int]) -> Tensor:
+    async def receive(self, ticket: int, head: int, handles: Sequence[Handle], checksums: Sequence[int]) -> Tensor:
         buffers = [await self._transport.fetch_async(handle) for handle in handles]
-        verify_checksums(buffers, seals)
+        verify_checksums(buffers, checksums)
         # Nobody changes the reference meanwhile: it is this head's, which has nothing else outstanding.
         return self._codecs[head].decode(dict(enumerate(buffers)), self._engine.reference(head))
 
@@ -228,12 +228,12 @@ class ShardedAggregator:
             for number, actor in enumerate(actors)
         ]
 
-    async def receive(self, ticket: int, head: int, handles: Sequence[Handle], seals: Sequence[int]) -> MeasuredContribution:
+    async def receive(self, ticket: int, head: int, handles: Sequence[Handle], checksums: Sequence[int]) -> MeasuredContribution:
         count = len(self._codecs[head].groups)
         if len(handles) != count:
             raise ValueError(f"expected the buffers of groups 0 to {count - 1}, found {list(range(len(handles)))}")
         found = await self._all(
-            (shard, shard.actor.receive.remote(shard.turn, ticket, head, {i: (handles[i], seals[i]) for i in shard.groups}))
+            (shard, shard.actor.receive.remote(shard.turn, ticket, head, {i: (handles[i], checksums[i]) for i in shard.groups}))
             for shard in self._shards
         )
         reasons = [reason for reason in found if isinstance(reason, str)]

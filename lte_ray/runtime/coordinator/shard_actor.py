@@ -92,7 +92,7 @@ class ShardActor:
         buffers = {index: await self._transport.fetch_async(handle) for index, (handle, _) in sent.items()}
         await self._turns.wait_for_turn(turn)  # the reference changes with the merges before it
         try:
-            verify_checksums(list(buffers.values()), [seal for _, seal in sent.values()])
+            verify_checksums(list(buffers.values()), [checksum for _, checksum in sent.values()])
             with torch_threads(self._threads):
                 return self._shard.receive(ticket, head, buffers)
         except ValueError as error:

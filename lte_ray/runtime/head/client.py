@@ -301,14 +301,14 @@ class CoordinatorClient:
     def _publish(self, head: Head, contribution: Contribution) -> Contribution:
         encoded = head.encode(contribution, self._codecs[head.number])
         self.bytes_up[head.number] += sum(buffer.nbytes for buffer in encoded.buffer)
-        sealed = replace(
+        sent = replace(
             encoded,
             checksums=tuple(buffers_checksum([b]) for b in encoded.buffer),
             buffer=tuple(map(self._transport.publish, encoded.buffer)),
         )
         with self._epoch_lock:
-            self._recovery_cache.record_contribution(sealed, head.contributed)
-        return sealed
+            self._recovery_cache.record_contribution(sent, head.contributed)
+        return sent
 
     def _encode_and_submit(self, head: Head, contribution: Contribution, ready: Any) -> ReceivedReply:
         if ready is None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lte_ray.audit import audit, read_rows
 from lte_ray.cli.main import main
-from lte_ray.data.partition import Partitions, advance, initial, joined, split
+from lte_ray.data.partition import Partitions, advance, coalesce, initial_partitions, split
 
 SIZE = 8
 """Samples of a batch."""
@@ -24,7 +24,7 @@ class Run:
     """Writes the rows of a run whose heads train a batch a step and are merged one by one."""
 
     def __init__(self, heads: int) -> None:
-        self.lanes: dict[int, Partitions] = {head: initial(head, heads) for head in range(heads)}
+        self.lanes: dict[int, Partitions] = {head: initial_partitions(head, heads) for head in range(heads)}
         self.held = {head: new_head() for head in range(heads)}
         self.merged = {head: (self.lanes[head], new_head()) for head in range(heads)}
         self.saved = {0: {head: new_head() for head in range(heads)}}
@@ -91,8 +91,8 @@ class Run:
     def leaves(self, head: int, to: int) -> None:
         """The head is dropped; another one gets its lanes, from where they were merged."""
         given = self.merged[head][0]
-        self.lanes[to] = joined((*self.lanes[to], *given))
-        self.merged[to] = (joined((*self.merged[to][0], *given)), self.merged[to][1])
+        self.lanes[to] = coalesce((*self.lanes[to], *given))
+        self.merged[to] = (coalesce((*self.merged[to][0], *given)), self.merged[to][1])
         self.tells("head_dropped", heads=[head])
         del self.lanes[head], self.held[head]
 

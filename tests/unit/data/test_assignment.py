@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lte_ray.data.assignment import PartitionAssignor
-from lte_ray.data.partition import Partition, advance, initial
+from lte_ray.data.partition import Partition, advance, initial_partitions
 from lte_ray.messages import Assignment
 from tests.support.assignment_world import EVENTS, World, ledger
 
@@ -26,10 +26,11 @@ def test_each_batch_is_merged_once_whatever_happens(num_heads: int, events: list
     for event in events:
         world.do(*event)
     world.settle()
-    accounts = world.ledger._accounts
-    assert not world.ledger.free and not accounts.waiting  # every lane has an owner again, and every head lanes
-    assert set(accounts.owners()) == set(world.heads)
-    lowest = min(lane.next for lanes in accounts.owners().values() for lane in lanes)
+    assert (
+        not world.ledger.unassigned and not world.ledger.state()["waiting"]
+    )  # every partition has an owner, and every head some
+    assert set(world.ledger.owners()) == set(world.heads)
+    lowest = min(lane.start for lanes in world.ledger.owners().values() for lane in lanes)
     assert lowest > 0
     assert sorted(slot for slot in world.merged if slot < lowest) == list(range(lowest))
 
@@ -37,62 +38,62 @@ def test_each_batch_is_merged_once_whatever_happens(num_heads: int, events: list
 def test_a_restarted_head_begins_behind_what_was_merged() -> None:
     """Steps that no merged contribution holds are taken again; a grant that was on its way is not lost."""
     book = ledger(3)
-    book.merged(1, advance(initial(1, 3), 4))
-    assert book.lanes(1) == (Partition(13, 3),)
-    book.drop(2)
-    assert book.free == (Partition(2, 3),)
-    (grant,), request = book.orders(0, {0, 1})
+    book.commit(1, advance(initial_partitions(1, 3), 4))
+    assert book.start_head(1) == (Partition(13, 3),)
+    book.remove_head(2)
+    assert book.unassigned == (Partition(2, 3),)
+    (grant,), request = book.pending_changes(0, {0, 1})
     assert (grant.partitions, request) == ((Partition(2, 3),), 0)
-    assert book.orders(0, {0, 1}) == ((grant,), 0)  # until it is acknowledged
-    assert book.lanes(0) == (Partition(0, 3), Partition(2, 3))
+    assert book.pending_changes(0, {0, 1}) == ((grant,), 0)  # until it is acknowledged
+    assert book.start_head(0) == (Partition(0, 3), Partition(2, 3))
     done = Assignment(
         grant.id, ()
     )  # its lanes are among those; but its number is to come back, or an older state would grant them
-    assert book.orders(0, {0, 1}) == ((done,), 0)
-    assert book.lanes(0) == (Partition(0, 3), Partition(2, 3))
-    assert book.orders(0, {0, 1}) == ((done,), 0)
-    book.merged(0, [(2, 3), (3, 3)], grant.id)
-    assert book.orders(0, {0, 1}) == ((), 0)
+    assert book.pending_changes(0, {0, 1}) == ((done,), 0)
+    assert book.start_head(0) == (Partition(0, 3), Partition(2, 3))
+    assert book.pending_changes(0, {0, 1}) == ((done,), 0)
+    book.commit(0, [(2, 3), (3, 3)], grant.id)
+    assert book.pending_changes(0, {0, 1}) == ((), 0)
 
 
 def test_a_grant_counts_when_a_merged_contribution_holds_it() -> None:
     """A contribution from before the grant leaves it on its way."""
     book = ledger(2)
-    book.drop(1)
-    (grant,), _ = book.orders(0, {0})
-    book.merged(0, [(4, 2)])
-    assert book.orders(0, {0})[0] == (grant,)
-    book.merged(0, [(6, 2), (5, 2)], grant=grant.id)
-    assert book.orders(0, {0})[0] == ()
-    assert book.lanes(0) == (Partition(5, 1),)
+    book.remove_head(1)
+    (grant,), _ = book.pending_changes(0, {0})
+    book.commit(0, [(4, 2)])
+    assert book.pending_changes(0, {0})[0] == (grant,)
+    book.commit(0, [(6, 2), (5, 2)], assignment_id=grant.id)
+    assert book.pending_changes(0, {0})[0] == ()
+    assert book.start_head(0) == (Partition(5, 1),)
 
 
 def test_a_new_head_gets_half_of_the_lanes_of_another() -> None:
     """The one with the most lanes is asked, and what it gave away counts once its contribution is merged, and only once."""
     book = ledger(3)
-    book.drop(2)
-    (grant,), _ = book.orders(0, {0, 1})
-    book.merged(0, [(3, 3), (2, 3)], grant=grant.id)
-    book.admit(7, {0, 1})
-    assert not book.ready(7) and book.lanes(7) == ()
-    assert book.orders(1, {0, 1}) == ((), 0)
-    _, request = book.orders(0, {0, 1})
+    book.remove_head(2)
+    (grant,), _ = book.pending_changes(0, {0, 1})
+    book.commit(0, [(3, 3), (2, 3)], assignment_id=grant.id)
+    book.add_head(7, {0, 1})
+    assert not book.has_partitions(7) and book.start_head(7) == ()
+    assert book.pending_changes(1, {0, 1}) == ((), 0)
+    _, request = book.pending_changes(0, {0, 1})
     assert request > grant.id
     given = Assignment(request, (Partition(9, 3),))
-    book.merged(0, [(5, 3)], grant.id, given)
-    assert book.orders(0, {0, 1, 7}) == ((), 0)
-    assert book.ready(7) and book.lanes(7) == (Partition(9, 3),)
-    book.merged(0, [(8, 3)], grant.id, given)  # a head tells of its last answer again and again
-    assert book.lanes(7) == (Partition(9, 3),) and not book.free
+    book.commit(0, [(5, 3)], grant.id, given)
+    assert book.pending_changes(0, {0, 1, 7}) == ((), 0)
+    assert book.has_partitions(7) and book.start_head(7) == (Partition(9, 3),)
+    book.commit(0, [(8, 3)], grant.id, given)  # a head tells of its last answer again and again
+    assert book.start_head(7) == (Partition(9, 3),) and not book.unassigned
 
 
 def test_equal_heads_are_asked_by_density_and_number() -> None:
     """Of heads with one lane each, the one with the densest is asked, then the lowest number."""
     book = PartitionAssignor({3: (Partition(0, 4),), 2: (Partition(2, 4),), 5: (Partition(1, 2),)})
     for head in (8, 9):
-        book.admit(head, {2, 3, 5})
-        book.admit(head, {2, 3, 5})
-    asked = {head: book.orders(head, {2, 3, 5})[1] for head in (2, 3, 5)}
+        book.add_head(head, {2, 3, 5})
+        book.add_head(head, {2, 3, 5})
+    asked = {head: book.pending_changes(head, {2, 3, 5})[1] for head in (2, 3, 5)}
     assert asked[5] == 1 and asked[2] == 2 and asked[3] == 0
 
 
@@ -100,57 +101,57 @@ def test_free_lanes_are_spread_and_go_to_new_heads_first() -> None:
     """Each goes to the live head with the fewest, when its turn comes; heads that wait share what becomes free."""
     book = ledger(5)
     for head in (3, 4):
-        book.drop(head)
-    assert book.orders(1, {0, 1, 2}) == ((), 0)
-    assert [grant.partitions for grant in book.orders(0, {0, 1, 2})[0]] == [(Partition(3, 5),)]
-    assert book.orders(2, {0, 1, 2})[0] == ()
-    assert [grant.partitions for grant in book.orders(1, {0, 1, 2})[0]] == [(Partition(4, 5),)]
+        book.remove_head(head)
+    assert book.pending_changes(1, {0, 1, 2}) == ((), 0)
+    assert [grant.partitions for grant in book.pending_changes(0, {0, 1, 2})[0]] == [(Partition(3, 5),)]
+    assert book.pending_changes(2, {0, 1, 2})[0] == ()
+    assert [grant.partitions for grant in book.pending_changes(1, {0, 1, 2})[0]] == [(Partition(4, 5),)]
     for head in (6, 7):
-        book.admit(head, {2})
-    book.drop(0)
-    assert (book.lanes(6), book.lanes(7)) == ((Partition(0, 5),), (Partition(3, 5),))
-    book.lanes(1)
-    book.admit(8, {2})
-    book.drop(1)  # two lanes, and one head that waits
-    assert book.lanes(8) == (Partition(1, 5), Partition(4, 5)) and not book.free
+        book.add_head(head, {2})
+    book.remove_head(0)
+    assert (book.start_head(6), book.start_head(7)) == ((Partition(0, 5),), (Partition(3, 5),))
+    book.start_head(1)
+    book.add_head(8, {2})
+    book.remove_head(1)  # two lanes, and one head that waits
+    assert book.start_head(8) == (Partition(1, 5), Partition(4, 5)) and not book.unassigned
 
 
 def test_a_request_outlives_its_head_s_restart_but_not_its_answer() -> None:
     """What wasn't merged was never given; the new incarnation is asked again. If the head is gone, another is asked."""
     book = ledger(2)
-    book.admit(2, {0, 1})
-    request = book.orders(0, {0, 1})[1]
-    assert book.lanes(0) == (Partition(0, 2),)
-    assert book.orders(0, {0, 1})[1] == request > 0
-    assert book.orders(1, {1})[1] > request  # while head 0 is down
-    book.merged(0, [(0, 4)], 0, Assignment(request, (Partition(2, 4),)))
-    assert book.orders(0, {0, 1})[1] == 0
-    assert book.lanes(2) == (Partition(2, 4),)
+    book.add_head(2, {0, 1})
+    request = book.pending_changes(0, {0, 1})[1]
+    assert book.start_head(0) == (Partition(0, 2),)
+    assert book.pending_changes(0, {0, 1})[1] == request > 0
+    assert book.pending_changes(1, {1})[1] > request  # while head 0 is down
+    book.commit(0, [(0, 4)], 0, Assignment(request, (Partition(2, 4),)))
+    assert book.pending_changes(0, {0, 1})[1] == 0
+    assert book.start_head(2) == (Partition(2, 4),)
 
 
 def test_requests_after_a_crash_are_newer_than_what_heads_have_answered() -> None:
     """A ledger from an earlier state doesn't know the request; a head that answered it must not ignore the next."""
     book = ledger(2)
-    book.merged(0, [(0, 4)], 0, Assignment(9, (Partition(2, 4),)))
-    assert book.free == (Partition(2, 4),)
+    book.commit(0, [(0, 4)], 0, Assignment(9, (Partition(2, 4),)))
+    assert book.unassigned == (Partition(2, 4),)
     for head in (3, 4):
-        book.admit(head, {0})
-    assert book.orders(0, {0})[1] > 9
+        book.add_head(head, {0})
+    assert book.pending_changes(0, {0})[1] > 9
 
 
 def test_of_a_dropped_head_nothing_is_left() -> None:
     """Whether it owned lanes, was asked for some, or waited; a head that gets its number later is asked nothing old."""
     book = ledger(2)
-    book.merged(0, [(0, 4)], 0, Assignment(1, (Partition(2, 4),)))
-    book.drop(1)
+    book.commit(0, [(0, 4)], 0, Assignment(1, (Partition(2, 4),)))
+    book.remove_head(1)
     for head in (2, 3, 4):
-        book.admit(head, {0})
-    assert book.orders(0, {0})[1]
+        book.add_head(head, {0})
+    assert book.pending_changes(0, {0})[1]
     for head in (4, 3, 0):
-        book.drop(head)
-    assert book.lanes(2) == (Partition(1, 2), Partition(2, 4))
-    book.merged(2, [(1, 2), (2, 4)], book.orders(2, set())[0][-1].id)
-    assert book.free == (Partition(0, 4),)
+        book.remove_head(head)
+    assert book.start_head(2) == (Partition(1, 2), Partition(2, 4))
+    book.commit(2, [(1, 2), (2, 4)], book.pending_changes(2, set())[0][-1].id)
+    assert book.unassigned == (Partition(0, 4),)
     assert book.state() == {"merged": {"2": [[1, 2], [2, 4]]}, "free": [[0, 4]], "latest": book.state()["latest"]} | {
         name: type(value)() for name, value in book.state().items() if name in ("grants", "waiting", "asked", "honoured")
     }
@@ -159,7 +160,7 @@ def test_of_a_dropped_head_nothing_is_left() -> None:
 def test_contributions_that_do_not_follow_are_told() -> None:
     """Backwards, others' lanes, lanes forgotten, a head that owns nothing: one reason each, and nothing is changed."""
     book = ledger(2)
-    book.merged(0, [(4, 2)])
+    book.commit(0, [(4, 2)])
     before = book.state()
     wrong: list[tuple[int, Any, Assignment | None]] = [
         (0, [(2, 2)], None),
@@ -171,8 +172,8 @@ def test_contributions_that_do_not_follow_are_told() -> None:
     ]
     for head, lanes, released in wrong:
         with pytest.raises(ValueError, match=rf"head {head} trained on data that aren't its own: it has .* left, but what is"):
-            book.merged(head, lanes, 0, released)
+            book.commit(head, lanes, 0, released)
         assert book.state() == before
-    assert book.check(0, [(4, 4)], 0, Assignment(1, (Partition(6, 4),))) == ""
+    assert book.mismatch(0, [(4, 4)], 0, Assignment(1, (Partition(6, 4),))) == ""
     with pytest.raises(ValueError, match="every 2 from 5 left, but what is merged says every 2 from 4"):
-        book.merged(0, [(5, 2)])
+        book.commit(0, [(5, 2)])

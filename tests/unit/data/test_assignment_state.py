@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lte_ray.data.assignment import PartitionAssignor, reshard
-from lte_ray.data.partition import Partition, Partitions, advance, density, disjoint, initial
+from lte_ray.data.assignment import PartitionAssignor
+from lte_ray.data.partition import Partition, Partitions, advance, are_disjoint, density, initial_partitions
 from lte_ray.errors import StorageError
 from lte_ray.messages import Assignment
 from tests.support.assignment_world import ledger
@@ -20,12 +20,12 @@ from tests.support.assignment_world import ledger
 def busy() -> PartitionAssignor:
     """A ledger with something in each of its accounts."""
     book = ledger(4)
-    book.drop(3)
-    book.admit(4, {0, 1, 2})
-    book.merged(1, [(9, 4)])
+    book.remove_head(3)
+    book.add_head(4, {0, 1, 2})
+    book.commit(1, [(9, 4)])
     for head in (5, 6):
-        book.admit(head, {0, 1, 2})
-    book.merged(0, [(0, 8)], 0, Assignment(book.orders(0, {0, 1, 2})[1], (Partition(4, 8),)))
+        book.add_head(head, {0, 1, 2})
+    book.commit(0, [(0, 8)], 0, Assignment(book.pending_changes(0, {0, 1, 2})[1], (Partition(4, 8),)))
     return book
 
 
@@ -36,21 +36,21 @@ def test_the_state_goes_through_json() -> None:
     assert all(state[name] for name in ("merged", "grants", "waiting", "asked", "honoured"))
     again = PartitionAssignor.from_state(state)
     for one in (book, again):
-        one.drop(0)
-        one.admit(9, {1, 2})
+        one.remove_head(0)
+        one.add_head(9, {1, 2})
     assert again.state() == book.state()
-    assert [again.orders(head, {1, 2}) for head in (1, 2)] == [book.orders(head, {1, 2}) for head in (1, 2)]
+    assert [again.pending_changes(head, {1, 2}) for head in (1, 2)] == [book.pending_changes(head, {1, 2}) for head in (1, 2)]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda s: s.pop("merged"), "it has no 'merged'"),
-        (lambda s: s["merged"].update({"0": [[0, 0]]}), "is no lane"),
+        (lambda s: s["merged"].update({"0": [[0, 0]]}), "isn't a partition"),
         (lambda s: s["merged"].update({"0": [[1, 8]]}), "a batch of the data twice"),
-        (lambda s: s["merged"].pop("2"), "or leave one out: every 8 from"),
+        (lambda s: s["merged"].pop("2"), "or omit one: every 8 from"),
         (lambda s: s["merged"].update({"x": []}), "invalid literal"),
-        (lambda s: s.update(latest="9"), "'9' is no whole number"),
+        (lambda s: s.update(latest="9"), "'9' isn't an integer"),
         (lambda s: s.update(free=3), "not iterable"),
         (lambda s: s.update(merged=[]), "no attribute"),
     ],
@@ -59,14 +59,16 @@ def test_a_damaged_state_is_one_error(change: Any, message: str) -> None:
     """It says what is wrong, and what to use instead."""
     state = copy.deepcopy(busy().state())
     change(state)
-    with pytest.raises(StorageError, match=rf"ledger of the data can't be read: .*{message}.*Use the checkpoint before this"):
+    with pytest.raises(
+        StorageError, match=rf"assignment of the data to heads can't be read: .*{message}.*Use the checkpoint before this"
+    ):
         PartitionAssignor.from_state(state)
 
 
 def test_lanes_that_are_no_partition_are_refused() -> None:
     """Two owners of a slot, or none."""
     for heads in ({}, {0: [(0, 2)]}, {0: [(0, 1)], 1: [(1, 2)]}, {0: [(0, 2)], 1: [(2, 2)]}):
-        with pytest.raises(ValueError, match="hold a batch of the data twice, or leave one out"):
+        with pytest.raises(ValueError, match="contain a batch of the data twice, or omit one"):
             PartitionAssignor(heads)  # type: ignore[arg-type]
 
 
@@ -75,11 +77,11 @@ def test_after_a_barrier_the_data_are_dealt_as_if_there_had_never_been_other_hea
     """All heads equally far: slot g goes to head g mod num_heads from there on."""
     book = ledger(old)
     for head in range(old):
-        book.merged(head, advance(initial(head, old), rounds))
-    owners = reshard(book.state(), new)._accounts.owners()
+        book.commit(head, advance(initial_partitions(head, old), rounds))
+    owners = PartitionAssignor.repartitioned(book.state(), new).owners()
     first = old * rounds
     for head in range(new):
-        assert owners[head] == advance(initial(head, new), len(range(head, first, new)))
+        assert owners[head] == advance(initial_partitions(head, new), len(range(head, first, new)))
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=7), st.integers(1, 9))
@@ -87,29 +89,32 @@ def test_heads_that_are_not_equally_far_are_resharded_without_gaps(taken: list[i
     """Every head gets lanes, the same ones every time; the same number of heads keeps what it has."""
     book = ledger(len(taken))
     for head, batches in enumerate(taken):
-        book.merged(head, advance(initial(head, len(taken)), batches))
+        book.commit(head, advance(initial_partitions(head, len(taken)), batches))
     state = book.state()
-    made = reshard(state, new)
-    found: dict[int, Partitions] = made._accounts.owners()
+    made = PartitionAssignor.repartitioned(state, new)
+    found: dict[int, Partitions] = made.owners()
     lanes = [lane for lanes in found.values() for lane in lanes]
     assert sorted(found) == list(range(new))
-    assert disjoint(lanes) and density(lanes) == 1
-    left = [lane for lanes in book._accounts.owners().values() for lane in lanes]
+    assert are_disjoint(lanes) and density(lanes) == 1
+    left = [lane for lanes in book.owners().values() for lane in lanes]
     assert sorted(slot for n, s in lanes for slot in range(n, 150, s)) == sorted(m for n, s in left for m in range(n, 150, s))
-    assert made.state() == reshard(state, new).state()
+    assert made.state() == PartitionAssignor.repartitioned(state, new).state()
     if new == len(taken):
-        assert found == book._accounts.owners()
+        assert found == book.owners()
 
 
 def test_resharding_keeps_numbers_growing_and_forgets_who_waited() -> None:
     """Numbers of grants go on; all heads begin anew, so nothing is on its way."""
     book = busy()
-    state = reshard(book.state(), 3).state()
+    state = PartitionAssignor.repartitioned(book.state(), 3).state()
     assert state["latest"] == book.state()["latest"] > 0
     assert not any(state[name] for name in ("grants", "waiting", "asked", "honoured", "free"))
     book = ledger(3)
-    book.merged(0, [(6, 3)])
-    book.drop(2)
-    assert reshard(book.state(), 2)._accounts.owners() == {0: (Partition(2, 3), Partition(6, 3)), 1: (Partition(1, 3),)}
-    with pytest.raises(ValueError, match="can't be shared out among 0 heads"):
-        reshard(book.state(), 0)
+    book.commit(0, [(6, 3)])
+    book.remove_head(2)
+    assert PartitionAssignor.repartitioned(book.state(), 2).owners() == {
+        0: (Partition(2, 3), Partition(6, 3)),
+        1: (Partition(1, 3),),
+    }
+    with pytest.raises(ValueError, match="can't be distributed over 0 heads"):
+        PartitionAssignor.repartitioned(book.state(), 0)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lte_ray import Shard
-from lte_ray.data.partition import Partition, ordered
+from lte_ray.data.partition import Partition, to_partitions
 
 heads, batches, extras, seeds = st.integers(1, 4), st.integers(1, 5), st.integers(0, 30), st.integers(0, 2**31)
 
@@ -58,7 +58,7 @@ def test_cursor_k_is_the_same_as_skipping_k_batches(num_heads: int, batch: int, 
 def test_heads_that_change_share_the_same_batches(old: int, new: int, mine: int, others: int, seed: int) -> None:
     """Whoever owns a lane, its batches are the same: a shard that gets another's lane takes them in the row's order."""
     one, two = Shard(0, old + 1, seed).at(mine), Shard(old, old + 1, seed).at(others)
-    both = Shard(new + 7, new, seed, cursor=5, lanes=ordered((*one.lanes, *two.lanes)))
+    both = Shard(new + 7, new, seed, cursor=5, lanes=to_partitions((*one.lanes, *two.lanes)))
     expected = sorted([*itertools.islice(one.slots(), 12), *itertools.islice(two.slots(), 12)])[:12]
     assert list(itertools.islice(both.slots(), 12)) == expected
     assert take(both, 17, 3, 12) == [take(Shard(0, 1, seed, cursor=slot), 17, 3, 1)[0] for slot in expected]
@@ -99,11 +99,11 @@ def test_too_few_samples_are_an_error_that_says_what_to_change(size: int, batch:
 
 def test_impossible_shards_are_refused() -> None:
     """A cursor that goes back or below 0, a head beyond the others without lanes, numbers that are no lanes."""
-    with pytest.raises(ValueError, match="has 5 batches taken; it can't go back to 4"):
+    with pytest.raises(ValueError, match="has taken 5 batches already; it can't go back to 4"):
         Shard(0, 2, 0, cursor=5).at(4)
     with pytest.raises(ValueError, match="cursor is -1"):
         Shard(0, 2, 0, cursor=-1)
-    with pytest.raises(ValueError, match="head 2 of 2 heads has no lane at the start; give the lanes"):
+    with pytest.raises(ValueError, match="head 2 of 2 heads has no partition at the start; pass its partitions"):
         Shard(2, 2, 0)
-    with pytest.raises(ValueError, match="is no lane"):
+    with pytest.raises(ValueError, match="isn't a partition"):
         Shard(2, 2, 0, lanes=(Partition(0, 0),))

@@ -52,7 +52,7 @@ def test_too_few_tokens_for_a_window_are_an_error(tmp_path: Path, count: int) ->
     """A window of 7 needs 8 tokens; the error names the file and how many it holds."""
     path = tmp_path / "short.arrow"
     write_tokens(path, np.zeros(count, dtype=np.uint8))
-    with pytest.raises(ValueError, match=f"short.arrow holds {count} tokens, too few for one window of 7"):
+    with pytest.raises(ValueError, match=f"short.arrow has {count} tokens, too few for one window of 7"):
         TokenSet.open(path, 7)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
-from lte_ray.data.partition import density, disjoint
+from lte_ray.data.partition import density, are_disjoint
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.in_process import InProcessRun, run_in_process
 from lte_ray.engine.prepare import load_base, merged_state_dict, prepare
@@ -153,7 +153,7 @@ def test_a_head_whose_every_round_is_poison_leaves_and_others_take_its_data(head
     assert [m.heads for m in result.merges] == [(0, 2)] * 4
     assert {weight for m in result.merges for weight in m.weights.values()} == {1 / 2}
     left = [lane for n in (0, 2) for lane in result.coordinator.positions[n].lanes]
-    assert (disjoint(left), density(left)) == (True, 1)
+    assert (are_disjoint(left), density(left)) == (True, 1)
 
 
 class Typed(Tiny):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lte_ray import checkpoint
 from lte_ray.data.assignment import PartitionAssignor
-from lte_ray.data.partition import initial as first_lanes
+from lte_ray.data.partition import initial_partitions as first_lanes
 from lte_ray.errors import StorageError
 from lte_ray.runtime.coordinator_state import CoordinatorState, load_checkpoint
 from lte_ray.storage import RunDirectory

@@ -54,7 +54,7 @@ def test_a_seal_sees_order_ends_and_types(dtype: torch.dtype) -> None:
 
 
 def test_a_seal_sees_zeros() -> None:
-    """Buffers of nothing but zeros, as a crashed transfer leaves them, of each length have another seal."""
+    """Buffers of nothing but zeros, as a crashed transfer leaves them, of each length have another checksum."""
     assert len({buffers_checksum([torch.zeros(size, dtype=torch.uint8)]) for size in range(1000)}) == 1000
 
 
@@ -68,7 +68,7 @@ def test_a_seal_is_of_the_bytes_and_not_of_how_they_lie() -> None:
 @pytest.mark.parametrize("transfer", FORMATS)
 @pytest.mark.parametrize("topk", [1.0, 0.05])
 def test_sealed_contributions_in_every_format(transfer: str, topk: float) -> None:
-    """The buffers that a codec makes, by group: equal ones have equal seals, and one byte changed in any group shows."""
+    """The buffers that a codec makes, by group: equal ones have equal checksums, and one byte changed in any group shows."""
     codec = large(transfer, topk)
     flat = random_flat(codec.plan.contribution.size, 1, torch.float32)
     buffers, _ = codec.encode(flat, None)
@@ -83,16 +83,16 @@ def test_sealed_contributions_in_every_format(transfer: str, topk: float) -> Non
 def test_each_buffer_is_compared_with_its_own_seal() -> None:
     """Equal ones pass; the first that was changed or swapped is named."""
     buffers = [filled(50, torch.uint8, seed) for seed in range(3)]
-    seals = [buffers_checksum([buffer]) for buffer in buffers]
-    verify_checksums(buffers, seals)
+    checksums = [buffers_checksum([buffer]) for buffer in buffers]
+    verify_checksums(buffers, checksums)
     verify_checksums([], [])
     changed = buffers[1].clone()
     changed[7] ^= 16
-    told = rf"buffer 1 didn't arrive as it was sent \(checksum {buffers_checksum([changed]):08x}, expected {seals[1]:08x}\)"
+    told = rf"buffer 1 didn't arrive as it was sent \(checksum {buffers_checksum([changed]):08x}, expected {checksums[1]:08x}\)"
     with pytest.raises(ValueError, match=told):
-        verify_checksums([buffers[0], changed, buffers[2]], seals)
+        verify_checksums([buffers[0], changed, buffers[2]], checksums)
     with pytest.raises(ValueError, match="buffer 0 didn't arrive"):
-        verify_checksums([buffers[1], buffers[0], buffers[2]], seals)
+        verify_checksums([buffers[1], buffers[0], buffers[2]], checksums)
     verify_checksums([changed], [])  # of a sender that makes none
 
 

@@ -87,7 +87,7 @@ def test_a_head_that_no_version_knows_of_is_new_to_the_next_coordinator() -> Non
     )
     assert after.join(1, 1)
     assert 1 in after.assignor.heads
-    grants = after.next_directive(0).revocation or after.assignor.ready(1)
+    grants = after.next_directive(0).revocation or after.assignor.has_partitions(1)
     assert grants  # head 0 is asked for half of its data, or it has been given what was free
 
 

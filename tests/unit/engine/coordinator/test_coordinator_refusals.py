@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lte_ray.data.partition import initial
+from lte_ray.data.partition import initial_partitions
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.errors import PolicyError
 from lte_ray.merging import Average, ComposedPolicy, Decision, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Wait
@@ -109,7 +109,7 @@ def test_the_third_unfit_contribution_in_a_row_quarantines_its_head() -> None:
     assert coordinator.live == coordinator.members == {0, 2}
     assert coordinator.receive(offer(1, 4), GOOD).results[0].reason == "head 1 isn't one of the live heads [0, 2]"
     assert torch.equal(coordinator.base, base)
-    assert coordinator.assignor.free == initial(1, 3)
+    assert coordinator.assignor.unassigned == initial_partitions(1, 3)
 
 
 def test_a_merge_ends_the_count_of_unfit_contributions() -> None:

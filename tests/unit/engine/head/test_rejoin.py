@@ -225,7 +225,7 @@ class World:
         # Some thirty merges of values of size 1.
         assert_near(self.coordinator.base - self.first, self.ledger, 1e-13)
         assert len(set(self.merged)) == len(self.merged)
-        left = [lane for n in self.heads for lane in self.coordinator.assignor.lanes(n)]
+        left = [lane for n in self.heads for lane in self.coordinator.assignor.start_head(n)]
         until = max(self.merged, default=0) + 10
         assert sorted([*self.merged, *itertools.takewhile(lambda slot: slot < until, slots(left))]) == list(range(until))
 

@@ -61,7 +61,7 @@ class Late:
         return SimpleNamespace(remote=lambda *args: asyncio.ensure_future(deliver(self.chance.randrange(20), *args)))
 
 
-def seals(buffers: Sequence[Tensor]) -> list[int]:
+def checksums(buffers: Sequence[Tensor]) -> list[int]:
     return [buffers_checksum([buffer]) for buffer in buffers]
 
 
@@ -88,7 +88,7 @@ def test_calls_that_overtake_each_other_change_nothing(seed: int) -> None:
             for head in (0, 1):
                 flat = random_flat(PLANS[head].contribution.size, 2 * version + head).float()
                 buffers, decoded = codecs[head].encode(flat, one.reference(head))
-                measured = await shards.receive(2 * version + head, head, buffers, seals(buffers))
+                measured = await shards.receive(2 * version + head, head, buffers, checksums(buffers))
                 assert measured.sum_of_squares == pytest.approx(float(decoded.double().square().sum()), rel=1e-5)
                 one.receive(offer(head, version, version=one.version), decoded)
             shards.discard(99)
@@ -124,9 +124,9 @@ def test_what_one_shard_cannot_decode_no_shard_keeps() -> None:
             with pytest.raises(ValueError, match="expected") as whole:
                 codec.decode(dict(enumerate(bad)), None)
             with pytest.raises(ValueError, match="expected") as spread_out:
-                await shards.receive(1, 0, bad, seals(bad))
+                await shards.receive(1, 0, bad, checksums(bad))
             assert str(spread_out.value) == str(whole.value)
-        await shards.receive(2, 0, buffers, seals(buffers))
+        await shards.receive(2, 0, buffers, checksums(buffers))
         await asyncio.gather(*(task for task in asyncio.all_tasks() if task is not asyncio.current_task()))
         assert [shard.actor.actor._shard.undecided for shard in shards._shards] == [1, 1, 1]
 
@@ -141,7 +141,7 @@ def test_what_was_changed_on_its_way_is_refused_and_the_turn_goes_on() -> None:
         shards, common = spread(1, CoordinatorState(0, base))
         codec = common.codecs(PLANS)[0]
         buffers = list(codec.encode(random_flat(codec.plan.contribution.size, 1).float(), None)[0])
-        sent = seals(buffers)
+        sent = checksums(buffers)
         changed = [buffer.clone() for buffer in buffers]
         changed[1].view(torch.uint8)[7] ^= 1
         with pytest.raises(ValueError, match=r"its buffer 0 didn't arrive as it was sent"):  # of this shard's
@@ -167,7 +167,7 @@ def test_shards_go_on_from_a_version_with_its_references() -> None:
         codecs = common.codecs(PLANS)
         flat = random_flat(PLANS[1].contribution.size, 3).float()
         buffers, decoded = codecs[1].encode(flat, held[1])
-        await shards.receive(1, 1, buffers, seals(buffers))
+        await shards.receive(1, 1, buffers, checksums(buffers))
         await shards.merge(8, {1: 0.5})
         settings = dataclasses.replace(common.settings, merge=dataclasses.replace(MERGE, shards=1))
         policy = ComposedPolicy(Average(), Arrival())

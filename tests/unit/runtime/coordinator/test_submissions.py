@@ -43,7 +43,7 @@ class Here:
         self.forgotten: list[int] = []
         self.refusals: list[ContributionResult] = []
 
-    async def receive(self, ticket: int, head: int, handles: Sequence[Tensor], seals: Sequence[int]) -> Tensor:
+    async def receive(self, ticket: int, head: int, handles: Sequence[Tensor], checksums: Sequence[int]) -> Tensor:
         return handles[0]
 
     def discard(self, ticket: int) -> None:
