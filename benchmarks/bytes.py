@@ -2,7 +2,7 @@
 
 GPT-2-124M's shapes, 4 heads of r = 32, embeddings adapted too (they are tied: one weight), one barrier merge after the other.
 
-Up: the buffers that `Codec.encode` makes of a head's contribution, and its pickled message. Their minimum is `least_bytes`:
+Up: the buffers that `Codec.encode` makes of a head's contribution, and its pickled message. Minimum: `min_contribution_bytes`,
 each value that travels in its format, without int8's scales. Down: what a head's `BaseReplica` fetches to
 follow the coordinator's
 base, bit for bit, and the pickled update; what the head contributed itself doesn't cross the network and isn't counted. Its
@@ -39,8 +39,8 @@ from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import gather, views
 from lte_ray.merging.registry import make_policy
 from lte_ray.messages import Contribution, CoordinatorReply, MergeDelta
-from lte_ray.transfer.codec import Codec, least_bytes
-from lte_ray.transfer.groups import groups
+from lte_ray.transfer.codec import Codec, min_contribution_bytes
+from lte_ray.transfer.groups import make_groups
 
 MERGES = 2
 WIDTH = {"fp32": 4, "bf16": 2, "int8": 1}
@@ -51,7 +51,7 @@ def least_down(plan: Plan, merge: MergeConfig, heads: int) -> int:
     width, others = WIDTH[merge.transfer], heads - 1
     weights = sum(min(others * a.rank * sum(a.matrix) * width, math.prod(a.shape) * 4) for a in plan.adapted)
     replicas = plan.contribution.size - plan.factors_size
-    changes = least_bytes(plan, merge) - width * plan.factors_size
+    changes = min_contribution_bytes(plan, merge) - width * plan.factors_size
     return weights + min(others * changes, replicas * 4)
 
 
@@ -72,15 +72,15 @@ def measured(plan: Plan, merge: MergeConfig, heads: int = HEADS, merges: int = M
     settings = Settings("bytes", LTEConfig(num_heads=heads, lora_r=RANK), merge, TrainConfig())
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(plan.base.size, generator=generator).mul_(0.02)
-    parts = groups([plan] * heads, merge)
+    parts = make_groups([plan] * heads, merge)
     codec = Codec(plan, parts, merge)
     coordinator = Coordinator(settings, plan, base, make_policy(merge))
-    downlink = BroadcastLog(parts, [4 * part.base.size for part in codec.parts], [codec.sizes] * heads, 0)
+    downlink = BroadcastLog(parts, [4 * part.base.size for part in codec.group_plans], [codec.buffer_sizes] * heads, 0)
     link = Link(0)
     mirror = BaseReplica([codec] * heads, "none", link)
 
     def handle(index: int) -> tuple[None, Tensor]:
-        return None, gather(codec.parts[index].base, views(plan.base, coordinator.base))
+        return None, gather(codec.group_plans[index].base, views(plan.base, coordinator.base))
 
     mirror.acquire(CoordinatorReply(None, 0, {index: handle(index) for index in range(len(parts))}))
     mirror.release()
@@ -117,7 +117,7 @@ def sizes(wire: Wire) -> dict[str, Any]:
     """A format's bytes and their ratios."""
     plan = gpt2_plan(wire.embeddings)
     found = measured(plan, wire.merge)
-    least = {"up": least_bytes(plan, wire.merge), "down": least_down(plan, wire.merge, HEADS)}
+    least = {"up": min_contribution_bytes(plan, wire.merge), "down": least_down(plan, wire.merge, HEADS)}
     ddp = ddp_bytes(plan, HEADS, MERGE_ITER)
     return {
         "bytes": found,

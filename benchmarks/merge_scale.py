@@ -37,7 +37,7 @@ from lte_ray.merging.flat_buffer import as_matrix, factor_views, views
 from lte_ray.merging.policies.trigger import Arrival, Barrier
 from lte_ray.messages import Contribution
 from lte_ray.transfer.codec import Codec
-from lte_ray.transfer.groups import groups
+from lte_ray.transfer.groups import make_groups
 
 HEADS = (2, 8, 32, 128, 256)
 SHARDS = (1, 2, 4, 8)
@@ -108,9 +108,9 @@ def bare(piece: Piece, base: Tensor, heads: int, merged: int) -> float:
 def shard_seconds(plan: Plan, heads: int, merged: int, shards: int, shard: int, runs: int) -> list[tuple[float, float]]:
     """Of each run: a shard's seconds, and the bare products'."""
     merge = MergeConfig(shards=shards)
-    codec = Codec(plan, groups([plan] * heads, merge), merge)
+    codec = Codec(plan, make_groups([plan] * heads, merge), merge)
     mine = [index for index, group in enumerate(codec.groups) if group.shard == shard]
-    pieces = {i: Piece.of(codec.parts[i], heads) for i in mine} if shards > 1 else {0: Piece.of(plan, heads)}
+    pieces = {i: Piece.of(codec.group_plans[i], heads) for i in mine} if shards > 1 else {0: Piece.of(plan, heads)}
     bases, others = ({i: p.start.clone() for i, p in pieces.items()} for _ in range(2))
     found = []
     for _ in range(runs):

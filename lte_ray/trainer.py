@@ -16,7 +16,7 @@ from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfi
 from lte_ray.engine.head.virtual import check_stackable
 from lte_ray.engine.prepare import extend_plans, prepare
 from lte_ray.engine.settings import Settings
-from lte_ray.merging.registry import gives_weights, make_policy, recorded_arguments
+from lte_ray.merging.registry import make_policy, may_merge_by_weights, resolved_arguments
 from lte_ray.messages import HeadTimes
 from lte_ray.run import record as run_record
 from lte_ray.run.display import automatic_display
@@ -119,7 +119,7 @@ class LTETrainer:
         name = storage.name or f"{type(self.worker).__name__.lower()}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         # Actors get the policy's name only: the object goes to the coordinator alone.
         merge = dataclasses.replace(
-            self.merge, policy=run_record.object_name(self.merge.policy), policy_args=recorded_arguments(self.merge) or None
+            self.merge, policy=run_record.object_name(self.merge.policy), policy_args=resolved_arguments(self.merge) or None
         )
         settings = Settings(name, self.lte, merge, self.train)
         failure.check_heads(self.lte.num_heads)
@@ -147,7 +147,7 @@ class LTETrainer:
             record = run_record.make_record(self.worker, self.program, settings, asked, storage, failure)
             with contextlib.ExitStack() as held:
                 places = held.enter_context(placing.reserve(placement, hosted))
-                groups = placing.groups_of(settings.merge, initial.plans, places.nodes, gives_weights(policy))
+                groups = placing.groups_of(settings.merge, initial.plans, places.nodes, may_merge_by_weights(policy))
                 config, resume = held.enter_context(claim.acquire(record))
                 common = RunContext(
                     worker,

@@ -12,7 +12,7 @@ import tyro
 
 from lte_ray.config import suggest
 from lte_ray.errors import ConfigError
-from lte_ray.merging.policy_args import REQUIRED, Argument, arguments_of, policy_flag
+from lte_ray.merging.policy_args import REQUIRED, Argument, list_arguments, policy_flag
 from lte_ray.merging.registry import find_policy
 
 TABLE = "policy_args"
@@ -37,7 +37,7 @@ def policy_arguments(policy: str) -> dict[str, Argument]:
         ConfigError: there is no such policy.
     """
     found = find_policy(policy)
-    return arguments_of(found) if isinstance(found, type) or hasattr(found, "__code__") else {}
+    return list_arguments(found) if isinstance(found, type) or hasattr(found, "__code__") else {}
 
 
 def policy_section(policy: str, defaults: Mapping[str, Any]) -> tuple[str, Any] | None:

@@ -22,7 +22,7 @@ from lte_ray.layout import Plan
 from lte_ray.merging.registry import make_policy
 from lte_ray.messages import Contribution, MergeRecord
 from lte_ray.transfer.codec import Codec
-from lte_ray.transfer.groups import groups
+from lte_ray.transfer.groups import make_groups
 from lte_ray.worker import Worker
 
 
@@ -38,7 +38,7 @@ class LoopbackTransport:
         self._coordinator = coordinator
         self._codecs: list[Codec] = []
         if merge.transfer != "fp32" or merge.replica_topk < 1:
-            parts = groups(plans, merge)
+            parts = make_groups(plans, merge)
             made = {plan: Codec(plan, parts, merge, dtype) for plan in set(plans)}
             self._codecs = [made[plan] for plan in plans]
 

@@ -1,6 +1,11 @@
-"""Merging: the arithmetic on low-rank products, and the policies that decide what is merged.
+"""Merging: the arithmetic of low-rank products, and the policies that decide which contributions are merged, and how.
 
-A policy is *when* (`when.py`) and *how* (one file each), put together by `scheduled.py`; `registry.py` lists them.
+low_rank      sums, norms and scalar products of low-rank changes
+flat_buffer   named tensors in one flat buffer
+policy        the plug-in point: what a policy sees and what it may decide
+policy_args   a policy's own arguments, checked by their annotations
+policies/     the built-in merge rules by family, and `trigger`: when to merge
+registry      the built-in policies by name; combines a rule and a trigger into a policy
 """
 
 from lte_ray.merging.policies.outer_optimizers import Adam, DelayedNesterov, Momentum, Nesterov

@@ -1,4 +1,4 @@
-"""Named tensors in one flat buffer, so that a whole model crosses a process as one contiguous array."""
+"""Named tensors in one flat buffer, so that an entire model travels between processes as one contiguous array."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lte_ray.layout import Adapted, Layout, Plan
 
 
 def views(layout: Layout, flat: Tensor) -> dict[str, Tensor]:
-    """The named tensors of `flat` (1-D, `layout.size` elements); they share its memory.
+    """Returns the named tensors of `flat` (1-D, `layout.size` elements); they share its memory.
 
     Raises:
-        ValueError: `flat` has another shape.
+        ValueError: `flat` has a different shape.
     """
     if flat.shape != (layout.size,):
         raise ValueError(f"expected a flat buffer of {layout.size} elements, found shape {tuple(flat.shape)}")
@@ -23,12 +23,12 @@ def views(layout: Layout, flat: Tensor) -> dict[str, Tensor]:
 
 
 def as_matrix(spec: Adapted, weight: Tensor) -> Tensor:
-    """A stored, contiguous main weight seen as the matrix W (out x in); shares its memory."""
+    """Views a stored, contiguous main weight as the matrix W (out x in)."""
     return weight.t() if spec.transposed else weight.view(spec.matrix)
 
 
 def as_stored(spec: Adapted, matrix: Tensor) -> Tensor:
-    """A matrix W (out x in) in the shape in which the weight is stored."""
+    """Views a matrix W (out x in) in the shape in which the weight is stored."""
     return matrix.t() if spec.transposed else matrix.reshape(spec.shape)
 
 
@@ -46,27 +46,27 @@ def gather(
 
 
 def factor_views(plan: Plan, factors: Tensor) -> dict[str, Tensor]:
-    """The named factors in the leading part of a contribution (`factors_part`)."""
+    """Returns the named factors of the leading part of a contribution (`factors_part`)."""
     entries = plan.contribution.entries[: 2 * len(plan.adapted)]
     return {e.name: factors[e.offset : e.offset + e.size].view(e.shape) for e in entries}
 
 
 def replica_views(plan: Plan, replicas: Tensor) -> dict[str, Tensor]:
-    """The named replica tensors in the trailing part of a base (`base_replicas`) or contribution (`replica_part`)."""
+    """Returns the named replicas of the trailing part of a base (`base_replicas`) or contribution (`replica_part`)."""
     sizes = [math.prod(r.shape) for r in plan.replicas]
     return {r.name: part.view(r.shape) for r, part in zip(plan.replicas, torch.split(replicas, sizes), strict=True)}
 
 
 def factors_part(plan: Plan, contribution: Tensor) -> Tensor:
-    """The factors in a flat contribution; they lie first."""
+    """Returns the factors in a flat contribution: its leading part."""
     return contribution[: plan.factors_size]
 
 
 def replica_part(plan: Plan, contribution: Tensor) -> Tensor:
-    """The replica changes in a flat contribution; they lie behind the factors."""
+    """Returns the replica changes in a flat contribution, which follow the factors."""
     return contribution[plan.factors_size :]
 
 
 def base_replicas(plan: Plan, base: Tensor) -> Tensor:
-    """The replica parameters in a flat base; they lie behind the main weights."""
+    """Returns the replica parameters in a flat base, which follow the main weights."""
     return base[base.numel() - (plan.contribution.size - plan.factors_size) :]

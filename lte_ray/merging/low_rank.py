@@ -1,8 +1,7 @@
-"""The arithmetic of LTE on low-rank products, as pure functions on tensors (DESIGN section 3).
+"""The arithmetic of LTE on low-rank products, as pure functions of tensors (arXiv 2402.16828).
 
-Products are averaged, never A and B apart: mean(B) mean(A) has cross terms and is another matrix.
-
-Scalar products of low-rank changes, from their factors.
+The products B A are averaged, never A and B separately: mean(B) mean(A) has cross terms and is a different matrix. Norms and
+scalar products of changes come from their factors, without the dense change.
 """
 
 from __future__ import annotations
@@ -16,23 +15,24 @@ from torch import Tensor
 from lte_ray.layout import Adapted, Plan
 from lte_ray.merging.flat_buffer import as_matrix, as_stored, base_replicas, factor_views, factors_part, replica_part, views
 
-MOST_INNER = 2048
-"""Inner size of one product: more terms are added in several, whose concatenated factors need a bounded amount of memory."""
+MAX_INNER_SIZE = 2048
+"""Largest inner size of one matrix product. More terms are added in several products, so that concatenating their factors needs
+bounded memory."""
 
 
 def add_products(weight: Tensor, terms: Sequence[tuple[float, Tensor, Tensor]]) -> None:
-    """weight += sum_k c_k B_k A_k, in place, in one matrix product of inner size sum_k r_k; in several above `MOST_INNER`.
+    """weight += sum_k c_k B_k A_k, in place, as one matrix product of inner size sum_k r_k; several above `MAX_INNER_SIZE`.
 
     Args:
         weight: (out, in).
-        terms: (c, B (out, r), A (r, in)) each; ranks may differ.
+        terms: (c, B (out, r), A (r, in)) each; the ranks r may differ.
     """
-    tall = weight.shape[0] > weight.shape[1]  # of B and A, the smaller takes the factor c
+    tall = weight.shape[0] > weight.shape[1]  # scale the smaller of B and A by c
     left: list[Tensor] = []
     right: list[Tensor] = []
     inner = 0
     for c, b, a in terms:
-        if left and inner + b.shape[1] > MOST_INNER:
+        if left and inner + b.shape[1] > MAX_INNER_SIZE:
             weight.addmm_(torch.cat(left, dim=1), torch.cat(right))
             left, right, inner = [], [], 0
         left.append(b if tall or c == 1.0 else c * b)
@@ -43,9 +43,9 @@ def add_products(weight: Tensor, terms: Sequence[tuple[float, Tensor, Tensor]]) 
 
 
 def fold_reference(spec: Adapted, weight: Tensor, base: Tensor, b: Tensor, a: Tensor) -> None:
-    """weight := W - s B' A': what the base W already holds of this head is taken out of its copy (3.1, 3.4).
+    """weight := W - s B' A': subtracts from a head's copy what the base W already contains of this head.
 
-    Computed in the base's type; `weight` may be of another, and is rounded once. Both are in the stored shape.
+    Computes in the base's type; `weight` may have another, and is rounded once. Both are in the stored shape.
     """
     if weight.dtype == base.dtype and weight.is_contiguous():
         weight.copy_(base)
@@ -59,10 +59,10 @@ class Share:
     """One contribution in a merge.
 
     Attributes:
-        weight: w, what the change counts (1/N in the paper's average).
-        plan: the head's, whose ranks may be its own.
+        weight: w, the change's weight (1/N in the paper's average).
+        plan: the head's plan; ranks may differ between heads.
         contribution: flat, in the plan's contribution layout.
-        reference: the factors (A', B') that the base already holds of this head, flat; None where B' = 0.
+        reference: the factors (A', B') that the base already contains of this head, flat; None if B' = 0.
     """
 
     weight: float
@@ -72,37 +72,37 @@ class Share:
 
 
 def add_contributions(base: Tensor, shares: Sequence[Share]) -> None:
-    """W += sum_n w_n s_n (B_n A_n - B'_n A'_n), p += sum_n w_n (p_n - p'_n), in place on a flat base (3.2, 3.3, 3.6).
+    """W += sum_n w_n s_n (B_n A_n - B'_n A'_n), p += sum_n w_n (p_n - p'_n), in place on a flat base (LTE, eq. 7; reset-less).
 
-    Deterministic: the terms are added in the order of `shares`, whose plans have the same base layout.
+    Deterministic: adds the terms in the order of `shares`, whose plans have the same base layout.
     """
     if not shares:
         return
     weights = views(shares[0].plan.base, base)
     parts = [views(share.plan.contribution, share.contribution) for share in shares]
     references = [None if s.reference is None else factor_views(s.plan, s.reference) for s in shares]
-    for index, of_base in enumerate(shares[0].plan.adapted):
+    for index, adapted in enumerate(shares[0].plan.adapted):
         terms = []
         for share, new, old in zip(shares, parts, references, strict=True):
             spec = share.plan.adapted[index]
             terms.append((share.weight * spec.scaling, new[spec.b], new[spec.a]))
             if old is not None:
                 terms.append((-share.weight * spec.scaling, old[spec.b], old[spec.a]))
-        add_products(as_matrix(of_base, weights[of_base.name]), terms)
+        add_products(as_matrix(adapted, weights[adapted.name]), terms)
     replicas = base_replicas(shares[0].plan, base)
     for share in shares:
         replicas.add_(replica_part(share.plan, share.contribution), alpha=share.weight)
 
 
 def dense_change(share: Share) -> Tensor:
-    """The change of one contribution as a dense flat tensor in the base layout (a new tensor, as large as the base)."""
+    """Returns the change of one contribution as a new dense tensor, flat in the base layout."""
     change = share.contribution.new_zeros(share.plan.base.size)
     add_contributions(change, [share])
     return change
 
 
 def dense_part(share: Share, name: str) -> Tensor:
-    """The change of one entry of the base layout, dense, in its stored shape (a new tensor).
+    """Returns the change of one entry of the base layout as a new dense tensor in the stored shape.
 
     Raises:
         KeyError: the base has no such entry.
@@ -119,7 +119,7 @@ def dense_part(share: Share, name: str) -> Tensor:
 
 
 def squared_norm(share: Share) -> float:
-    """The sum of squares of the whole change, from the r x r products of the factors: |B A|^2 = <B^T B, A A^T>."""
+    """Returns the sum of squares of the entire change, from r x r products of the factors: |B A|^2 = <B^T B, A A^T>."""
     part = views(share.plan.contribution, share.contribution)
     old = None if share.reference is None else factor_views(share.plan, share.reference)
     total = replica_part(share.plan, share.contribution).double().square().sum()
@@ -133,15 +133,15 @@ def squared_norm(share: Share) -> float:
 
 
 def new_reference(share: Share, reset: str) -> Tensor | None:
-    """The reference after a merge: a copy of the contributed factors, or None where B is reset to zero (3.4, 3.7)."""
+    """Returns the reference after a merge: a copy of the contributed factors, or None if B is reset to zero."""
     return None if reset == "B" else factors_part(share.plan, share.contribution).clone()
 
 
-def gram(shares: Sequence[Share]) -> Tensor:
-    """G_ij = <D_i, D_j> of the whole changes D = s (B A - B' A') and replica changes; (k, k), float64. Weights aren't applied.
+def gram_matrix(shares: Sequence[Share]) -> Tensor:
+    """Returns G_ij = <D_i, D_j> of the unweighted changes D = s (B A - B' A') and replica changes: (k, k), float64.
 
-    No dense change is made: <B_i A_i, B_j A_j> is the sum of (B_i^T B_j) * (A_i A_j^T), r x r. Costs two products of
-    R x out x R and R x in x R a layer, R the sum of all ranks.
+    Needs no dense change: <B_i A_i, B_j A_j> is the sum of the elements of (B_i^T B_j) * (A_i A_j^T), r x r. Costs two products
+    per layer, of R x out x R and R x in x R with R the sum of all ranks.
     """
     parts = [views(share.plan.contribution, share.contribution) for share in shares]
     references = [None if s.reference is None else factor_views(s.plan, s.reference) for s in shares]
@@ -157,13 +157,13 @@ def gram(shares: Sequence[Share]) -> Tensor:
                     right.append(factors[spec.a].double())
                     owners += [owner] * spec.rank
         b, a = torch.cat(left, dim=1), torch.cat(right)
-        of = torch.nn.functional.one_hot(torch.tensor(owners, device=b.device), len(shares)).double()
-        total += of.t() @ ((b.t() @ b) * (a @ a.t())) @ of
+        membership = torch.nn.functional.one_hot(torch.tensor(owners, device=b.device), len(shares)).double()
+        total += membership.t() @ ((b.t() @ b) * (a @ a.t())) @ membership
     return total
 
 
 def squared_distances(shares: Sequence[Share]) -> Tensor:
-    """|D_i - D_j|^2, (k, k), float64, never below 0."""
-    products = gram(shares)
+    """Returns |D_i - D_j|^2: (k, k), float64, never below 0."""
+    products = gram_matrix(shares)
     squares = products.diagonal()
     return (squares[:, None] + squares[None, :] - 2 * products).clamp_(min=0)

@@ -1,4 +1,4 @@
-"""The plug-in point: a merge policy looks at what is pending and decides; the coordinator executes.
+"""The plug-in point: a merge policy looks at the pending contributions and decides; the coordinator executes.
 
 A policy is any object with a `decide` method. The shortest useful one::
 
@@ -8,8 +8,8 @@ A policy is any object with a `decide` method. The shortest useful one::
                 return Wait("for a second head")
             return Merge({p.head: 1 / roster.num_heads for p in pending})
 
-Most policies only say *how* to merge: an object with a `merge` method, or a plain function, of the same two arguments. When
-to merge is then the run's `--merge-when` (see `lte_ray.merging.policies.trigger`).
+Most policies decide only *how* to merge: they are an object with a `merge` method, or a plain function, of the same two
+arguments. *When* to merge is then the run's `--when` (see `lte_ray.merging.policies.trigger`).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Pending:
     """A contribution that waits for a decision, as a policy sees it. A head has at most one.
 
     Attributes:
-        head: its number, from 0.
-        version: the base version that it trained on.
-        lag: how many versions the base has moved on since.
+        head: the head's number, from 0.
+        version: the base version on which the head trained.
+        lag: by how many versions that is behind the current base.
         steps: local steps that the head trained since its last accepted contribution.
         samples: samples of those steps.
         loss: mean training loss over those steps.
-        arrived: when it arrived, on the clock of `Roster.now`.
-        share: its factors and its reference, for `combine`.
+        arrived: time of arrival, on the clock of `Roster.now`.
+        share: the contribution's factors and reference, for `combine`.
     """
 
     head: int
@@ -50,31 +50,31 @@ class Pending:
     share: Share = field(repr=False, compare=False)
 
     def change(self) -> Tensor:
-        """Its whole change, dense and flat in the base layout: a new tensor as large as the base.
+        """Returns the entire change as a new dense tensor, flat in the base layout.
 
-        Costs one matrix product a layer, so call it only where weights can't say it.
+        Costs one matrix product per layer and as much memory as the base: use it only if weights can't express the merge.
         """
         return dense_change(self.share)
 
     def part(self, name: str) -> Tensor:
-        """Its change of one entry of the base layout, dense, in the shape in which the entry is stored."""
+        """Returns the change of one entry of the base layout, dense, in the shape in which the entry is stored."""
         return dense_part(self.share, name)
 
     def norm(self) -> float:
-        """The Euclidean norm of its whole change, computed from the factors."""
+        """Returns the Euclidean norm of the entire change, computed from the factors."""
         return math.sqrt(squared_norm(self.share))
 
 
 @dataclass(frozen=True)
 class Roster:
-    """Who takes part, and where the run stands.
+    """The run's heads and progress.
 
     Attributes:
-        num_heads: as configured.
+        num_heads: the configured number of heads.
         live: the heads that may still contribute.
-        version: of the base.
+        version: the version of the base.
         now: seconds on the coordinator's clock.
-        layout: of the base, which a `MergeChange` is laid out in.
+        layout: the layout of the base, and so of a `MergeChange`.
     """
 
     num_heads: int
@@ -86,9 +86,9 @@ class Roster:
 
 @dataclass(frozen=True)
 class Wait:
-    """Merge nothing yet; `reason` says what for.
+    """Merge nothing yet. `reason` says what the policy waits for, as in "for 2 of 4 contributions".
 
-    `until` is when the policy wants to be asked again if nothing happens before (on the clock of `Roster.now`).
+    `until` is when to ask the policy again if nothing happens before, on the clock of `Roster.now`.
     """
 
     reason: str = ""
@@ -97,16 +97,16 @@ class Wait:
 
 @dataclass(frozen=True)
 class Merge:
-    """Merge these heads' contributions: base += sum of weight x change. Heads that aren't named stay pending."""
+    """Merge these heads' contributions: base += sum of weight x change. Other heads' contributions stay pending."""
 
     weights: Mapping[int, float]
 
 
 @dataclass(frozen=True)
 class MergeChange:
-    """Merge `change` (flat, in the base layout), which stands for the contributions of `heads`.
+    """Merge `change` (flat, in the base layout) instead of the contributions of `heads`.
 
-    Running statistics (BatchNorm's) are averaged whatever it says of them.
+    Running statistics of BatchNorm layers are averaged instead, whatever `change` contains for them.
     """
 
     change: Tensor = field(repr=False)
@@ -115,7 +115,7 @@ class MergeChange:
 
 @dataclass(frozen=True)
 class Discard:
-    """Refuse these heads' contributions because of `reason`. Nothing is lost: what they hold rides in their next one."""
+    """Refuse these heads' contributions because of `reason`. Nothing is lost: their next ones include the same progress."""
 
     heads: Collection[int]
     reason: str
@@ -123,10 +123,10 @@ class Discard:
 
 @dataclass(frozen=True)
 class Try:
-    """Evaluate the base that `merge` would give, then do what `judge` says of the values (by the worker's own names).
+    """Evaluate the base that `merge` would result in, then call `judge` with the values, by the worker's own names, to decide.
 
-    Nothing else is decided meanwhile, and no head sees that base before. `judge` gives `merge` itself to keep it, or a
-    `Discard` of its heads.
+    Until then no other decision is made, and no head sees that base. `judge` returns `merge` itself to keep it, or a `Discard`
+    of its heads.
     """
 
     merge: Merge | MergeChange
@@ -138,14 +138,14 @@ Decision = Wait | Merge | MergeChange | Discard | Try
 
 @runtime_checkable
 class MergePolicy(Protocol):
-    """Decides what becomes of the pending contributions.
+    """Decides what to do with the pending contributions.
 
-    A policy that keeps something from one merge to the next (momentum) may also have `state() -> dict[str, Tensor]` and
-    `load_state(tensors)`, so that checkpoints hold it.
+    A policy with state between merges, such as momentum, may also define `state() -> dict[str, Tensor]` and
+    `load_state(tensors)`, so that checkpoints include it.
     """
 
     def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
-        """Called whenever a contribution arrives, a head leaves or a `Wait.until` has come, and after each merge or discard.
+        """Called when a contribution arrives, a head leaves or a `Wait.until` has passed, and after each merge or discard.
 
         `pending` is sorted by head, so a decision that depends on nothing else is the same in every run.
         """
@@ -153,13 +153,13 @@ class MergePolicy(Protocol):
 
 
 def combine(pending: Sequence[Pending], weights: Mapping[int, float], out: Tensor | None = None) -> Tensor:
-    """The sum of weight x change over the heads of `weights`, dense and flat in the base layout.
+    """Returns the sum of weight x change over the heads of `weights`, dense and flat in the base layout.
 
-    One product a layer for all heads together. Added to `out` in place, if given.
+    Costs one matrix product per layer for all heads together. Adds to `out`, in place, if given.
     """
-    chosen = [replace(p.share, weight=weights[p.head]) for p in pending if p.head in weights]
+    shares = [replace(p.share, weight=weights[p.head]) for p in pending if p.head in weights]
     if out is None:
         first = pending[0].share
         out = first.contribution.new_zeros(first.plan.base.size)
-    add_contributions(out, chosen)
+    add_contributions(out, shares)
     return out

@@ -1,4 +1,4 @@
-"""A policy's own arguments: those of its constructor (or of a function, behind the first two), checked by their annotations."""
+"""A policy's own arguments: those of its constructor, or of a function after the first two, checked by their annotations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REQUIRED = inspect.Parameter.empty
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument of a policy: its name, annotation (`Any` where there is none), default (or `REQUIRED`) and help."""
+    """One argument of a policy: its name, annotation (`Any` if there is none), default (or `REQUIRED`) and help text."""
 
     name: str
     annotation: Any
@@ -28,59 +28,61 @@ class Argument:
 
 
 def policy_flag(name: str) -> str:
-    """The flag of a policy's argument: ``max_rise`` -> ``--policy.max-rise``."""
+    """Returns the flag of a policy's argument: ``--policy.max-rise`` for ``max_rise``."""
     return "--policy." + name.replace("_", "-")
 
 
-def arguments_of(policy: Any) -> dict[str, Argument]:
-    """The arguments that a policy's class, or a function ``f(pending, roster, *, ...)``, can be given, by name."""
+def list_arguments(policy: Any) -> dict[str, Argument]:
+    """Returns the arguments that a policy's class, or a function ``f(pending, roster, *, ...)``, accepts, by name."""
     try:
         parameters = list(inspect.signature(policy).parameters.values())
     except (TypeError, ValueError):  # a class whose constructor has no signature
         return {}
     try:
-        made_by: Any = inspect.getattr_static(policy, "__init__") if isinstance(policy, type) else policy
-        hints = typing.get_type_hints(made_by)
-    except (AttributeError, NameError, TypeError):  # annotations that can't be resolved say nothing
+        annotated: Any = inspect.getattr_static(policy, "__init__") if isinstance(policy, type) else policy
+        hints = typing.get_type_hints(annotated)
+    except (AttributeError, NameError, TypeError):  # annotations that can't be resolved aren't checked
         hints = {}
-    told = _docstring_arguments(inspect.getdoc(policy) or "")
+    descriptions = _docstring_arguments(inspect.getdoc(policy) or "")
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if not isinstance(policy, type):
         named = named[2:]
-    return {p.name: Argument(p.name, hints.get(p.name, Any), p.default, told.get(p.name, "")) for p in named}
+    return {p.name: Argument(p.name, hints.get(p.name, Any), p.default, descriptions.get(p.name, "")) for p in named}
 
 
-def checked(policy: Any, given: Mapping[str, Any], called: str) -> dict[str, Any]:
-    """The arguments `given`, if the policy has them and they are of the annotated types.
+def check_arguments(policy: Any, arguments: Mapping[str, Any], display_name: str) -> dict[str, Any]:
+    """Returns the arguments, converted to the annotated types where an equal value of another type is accepted.
 
     Raises:
-        ConfigError: an argument is unknown, of a wrong type, or missing.
+        ConfigError: an argument is unknown, has the wrong type, or is missing.
     """
-    known = arguments_of(policy)
-    for name, value in given.items():
+    known = list_arguments(policy)
+    for name, value in arguments.items():
         if name not in known:
             has = f"It has: {', '.join(policy_flag(n) for n in known)}." if known else "It has none."
-            raise ConfigError(f"The policy {called} has no argument {policy_flag(name)}.{suggest(name, known)} {has}")
+            raise ConfigError(f"The policy {display_name} has no argument {policy_flag(name)}.{suggest(name, known)} {has}")
         if not _fits(value, known[name].annotation):
-            wanted = _called(known[name].annotation)
+            expected = _describe_annotation(known[name].annotation)
             shown = MASK if is_sensitive(name, value) else repr(value)
-            raise ConfigError(f"{policy_flag(name)} is {shown}, but the policy {called} takes {wanted} there.")
-    missing = [policy_flag(n) for n, a in known.items() if a.default is REQUIRED and n not in given]
+            raise ConfigError(f"{policy_flag(name)} is {shown}, but the policy {display_name} takes {expected} there.")
+    missing = [policy_flag(n) for n, a in known.items() if a.default is REQUIRED and n not in arguments]
     if missing:
-        raise ConfigError(f"The policy {called} needs {', '.join(missing)}.")
-    return {name: _as_annotated(value, known[name].annotation) for name, value in given.items()}
+        raise ConfigError(f"The policy {display_name} needs {', '.join(missing)}.")
+    return {name: _convert(value, known[name].annotation) for name, value in arguments.items()}
 
 
-def within(name: str, value: float, low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> None:
-    """Raises ConfigError unless low <= value <= high and finite; `above` and `below` exclude the bound itself."""
+def check_range(
+    name: str, value: float, low: float, high: float = math.inf, *, above: bool = False, below: bool = False
+) -> None:
+    """Raises ConfigError unless the value is finite and low <= value <= high; `above` and `below` exclude the bound itself."""
     if not (low < value if above else low <= value) or not (value < high if below or high == math.inf else value <= high):
         lower = f"{'above' if above else 'at least'} {low:g}"
         upper = "finite" if high == math.inf else f"{'below' if below else 'at most'} {high:g}"
         raise ConfigError(f"{policy_flag(name)} is {value}, but it must be {lower} and {upper}.")
 
 
-def one_of(name: str, value: str, known: Iterable[str]) -> None:
-    """Raises ConfigError unless `value` is one of the `known` words."""
+def check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    """Raises ConfigError unless `value` is one of the choices `known`."""
     known = list(known)
     if value not in known:
         raise ConfigError(
@@ -88,8 +90,8 @@ def one_of(name: str, value: str, known: Iterable[str]) -> None:
         )
 
 
-def _fits(value: Any, wanted: Any) -> bool:
-    origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
+def _fits(value: Any, annotation: Any) -> bool:
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, each) for each in inner)
     if origin is typing.Literal:
@@ -97,40 +99,40 @@ def _fits(value: Any, wanted: Any) -> bool:
     if origin in (list, tuple):
         item = inner[0] if inner else Any
         return isinstance(value, list | tuple) and all(_fits(v, item) for v in value)
-    if wanted is type(None):
+    if annotation is type(None):
         return value is None
-    if wanted is float:
+    if annotation is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
-    if wanted is int:
+    if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if wanted in (bool, str):
-        return isinstance(value, wanted)
-    return True  # an annotation of another kind is the policy's own affair
+    if annotation in (bool, str):
+        return isinstance(value, annotation)
+    return True  # the policy itself must check other annotations
 
 
-def _as_annotated(value: Any, wanted: Any) -> Any:
-    if wanted is float:
+def _convert(value: Any, annotation: Any) -> Any:
+    if annotation is float:
         return float(value)
-    return tuple(value) if typing.get_origin(wanted) is tuple and isinstance(value, list) else value
+    return tuple(value) if typing.get_origin(annotation) is tuple and isinstance(value, list) else value
 
 
-def _called(wanted: Any) -> str:
-    if typing.get_origin(wanted) is typing.Literal:
-        return f"one of {', '.join(map(str, typing.get_args(wanted)))}"
+def _describe_annotation(annotation: Any) -> str:
+    if typing.get_origin(annotation) is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(annotation)))}"
     words = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
-    return words.get(wanted) or str(wanted).replace("typing.", "")
+    return words.get(annotation) or str(annotation).replace("typing.", "")
 
 
 def _docstring_arguments(text: str) -> dict[str, str]:
-    """The entries of a docstring's ``Args:`` section."""
-    told: dict[str, str] = {}
+    """Returns the entries of a docstring's ``Args:`` section."""
+    descriptions: dict[str, str] = {}
     inside, name = False, ""
     for line in text.splitlines():
         if not line.startswith(" "):
             inside = line.strip() == "Args:" if line.strip() else inside
         elif inside and line.startswith("    ") and not line.startswith("     ") and ":" in line:
             name, _, rest = (part.strip() for part in line.partition(":"))
-            told[name] = rest
+            descriptions[name] = rest
         elif inside and name:
-            told[name] += " " + line.strip()
-    return told
+            descriptions[name] += " " + line.strip()
+    return descriptions

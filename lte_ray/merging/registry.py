@@ -1,4 +1,4 @@
-"""The built-in merge policies by name, how a user's own is found, and how *when* and *how* become one policy."""
+"""The built-in merge policies by name, finding a user's own, and combining a merge rule and a trigger into a policy."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lte_ray.merging.policies.gated import LossGate
 from lte_ray.merging.policies.outer_optimizers import Adam, DelayedNesterov, Momentum, Nesterov
 from lte_ray.merging.policies.robust import Clip, Krum, Median, TrimmedMean
 from lte_ray.merging.policies.sparse import Dare, Ties
-from lte_ray.merging.policies.trigger import ComposedPolicy, make_when
+from lte_ray.merging.policies.trigger import ComposedPolicy, make_trigger
 from lte_ray.merging.policies.weighted import Average, Samples, Stale
 from lte_ray.merging.policy import MergePolicy
-from lte_ray.merging.policy_args import REQUIRED, arguments_of, checked, within
+from lte_ray.merging.policy_args import REQUIRED, check_arguments, check_range, list_arguments
 from lte_ray.redaction import mask_secrets
 
 
@@ -44,7 +44,7 @@ class Gated(LossGate):
         metric: str = "",
         higher_is_better: bool = False,
     ) -> None:
-        within("max_rise", max_rise, 0)
+        check_range("max_rise", max_rise, 0)
         self.policy, self.args = policy, tuple(args)
         named = _parse_assignments(self.args)
         try:
@@ -87,93 +87,94 @@ POLICIES: dict[str, type] = {
     "gated": Gated,
 }
 
-BY_WEIGHTS = ("average", "samples", "stale")
-"""Those that look at no tensors, and so can decide where these are in shards."""
+WEIGHT_POLICIES = ("average", "samples", "stale")
+"""Policies that don't look at tensors, and so can decide about tensors that are in shards."""
 
-DENSE = (Momentum, Nesterov, DelayedNesterov, Adam, Median, TrimmedMean, Ties, Dare)
-"""Those that make a change of their own, which heads can't redo from factors."""
+DENSE_POLICIES = (Momentum, Nesterov, DelayedNesterov, Adam, Median, TrimmedMean, Ties, Dare)
+"""Policies that compute a change of their own, which heads can't redo from factors."""
 
 
-def gives_weights(policy: MergePolicy) -> bool:
-    """Whether its merges may be weights of contributions; only of built-in policies is it known that they never are."""
-    rule: Any = getattr(policy, "how", policy)
-    return not isinstance(rule.inner if isinstance(rule, LossGate) else rule, DENSE)
+def may_merge_by_weights(policy: MergePolicy) -> bool:
+    """Returns whether the policy may merge by weights; only of built-in policies is it known that they never do."""
+    rule: Any = policy.rule if isinstance(policy, ComposedPolicy) else policy
+    return not isinstance(rule.inner if isinstance(rule, LossGate) else rule, DENSE_POLICIES)
 
 
 def make_policy(merge: MergeConfig) -> MergePolicy:
-    """The policy that the settings mean: `policy` with its `policy_args`, and `when` unless it decides that itself.
+    """Returns the policy that the settings specify: `policy` with its `policy_args`, and `when` unless it decides that itself.
 
     Raises:
-        ConfigError: the policy can't be found or made, isn't one, or contradicts `when` or `shards`.
+        ConfigError: the policy can't be found or constructed, isn't one, or contradicts `when` or `shards`.
     """
     rule = make_rule(merge.policy, merge.policy_args or {})
-    if merge.shards > 1 and type(rule) in [kind for name, kind in POLICIES.items() if name not in BY_WEIGHTS]:
+    if merge.shards > 1 and type(rule) in [kind for name, kind in POLICIES.items() if name not in WEIGHT_POLICIES]:
         raise ConfigError(
-            f"--policy {_called(merge.policy)} looks at the heads' tensors in one process, so it needs --shards 1, but "
-            f"--shards is {merge.shards}. Leave --shards out, or choose a policy that gives weights: {', '.join(BY_WEIGHTS)}."
+            f"--policy {_display_name(merge.policy)} looks at the heads' tensors in one process, so it needs --shards 1, but "
+            f"--shards is {merge.shards}. Leave --shards out, or choose a policy that gives weights: "
+            f"{', '.join(WEIGHT_POLICIES)}."
         )
     if callable(getattr(rule, "decide", None)):
         if merge.when != "barrier":
             raise ConfigError(
-                f"--policy {_called(merge.policy)} has a decide method, so it decides itself when to merge, and --when "
+                f"--policy {_display_name(merge.policy)} has a decide method, so it decides itself when to merge, and --when "
                 f"{merge.when} contradicts it. Leave --when out, or give the policy a merge method instead of decide."
             )
         return rule  # type: ignore[no-any-return]
-    return ComposedPolicy(rule, make_when(merge), _called(merge.policy))
+    return ComposedPolicy(rule, make_trigger(merge), _display_name(merge.policy))
 
 
 def make_rule(policy: Any, arguments: Mapping[str, Any] | None = None) -> Any:
-    """What `MergeConfig.policy` names, made with its arguments: an object with a `merge` or `decide` method, or a function.
+    """Constructs what `MergeConfig.policy` names: an object with a `merge` or `decide` method, or a function.
 
     Args:
         policy: a built-in name, ``module:Class``, ``file.py:Class`` (or a function or object there), a class, a function
             ``f(pending, roster)``, or a policy object.
-        arguments: of the class's constructor, or keywords of the function.
+        arguments: for the class's constructor, or keywords for the function.
 
     Raises:
         ConfigError: as `make_policy`.
     """
-    found, called, arguments = find_policy(policy), _called(policy), arguments or {}
+    found, name, arguments = find_policy(policy), _display_name(policy), arguments or {}
     if isinstance(found, type):
-        if not _methods(found):
-            raise ConfigError(_lacks_methods(called, found.__name__))
-        values = checked(found, arguments, called)
+        if not _has_methods(found):
+            raise ConfigError(_lacks_methods(name, found.__name__))
+        values = check_arguments(found, arguments, name)
         try:
             return found(**values)
         except ConfigError:
             raise
         except Exception as error:
-            raise ConfigError(f"--policy {called}: {found.__name__}() raised {type(error).__name__}: {error}") from error
+            raise ConfigError(f"--policy {name}: {found.__name__}() raised {type(error).__name__}: {error}") from error
     if inspect.isroutine(found):
-        _check_two_arguments(found, called)
-        values = checked(found, arguments, called)
+        _check_two_arguments(found, name)
+        values = check_arguments(found, arguments, name)
         return functools.partial(found, **values) if values else found
-    if not _methods(found) and not (isinstance(found, functools.partial) and callable(found)):
-        raise ConfigError(_lacks_methods(called, type(found).__name__))
+    if not _has_methods(found) and not (isinstance(found, functools.partial) and callable(found)):
+        raise ConfigError(_lacks_methods(name, type(found).__name__))
     if arguments:
         raise ConfigError(
-            f"--policy {called} is a policy object already, so policy_args can't be given to it: {mask_secrets(arguments)}."
+            f"--policy {name} is a policy object already, so it can't take policy_args: {mask_secrets(arguments)}."
         )
     return found
 
 
-def recorded_arguments(merge: MergeConfig) -> dict[str, Any]:
-    """The policy's arguments as the run has them, defaults included, for ``run.toml``; what isn't plain, as text.
+def resolved_arguments(merge: MergeConfig) -> dict[str, Any]:
+    """Returns the policy's arguments including defaults, for ``run.toml``; values of other than basic types as text.
 
-    Of a policy object, what it keeps in attributes of its constructor's names.
+    For a policy object, reads the attributes with the names of its constructor's arguments.
     """
-    found, given = find_policy(merge.policy), merge.policy_args or {}
+    found, arguments = find_policy(merge.policy), merge.policy_args or {}
     if isinstance(found, type) or inspect.isroutine(found):
-        defaults = {name: a.default for name, a in arguments_of(found).items() if a.default is not REQUIRED}
-        return {name: _plain(value) for name, value in {**defaults, **given}.items()}
-    return {name: _plain(getattr(found, name)) for name in arguments_of(type(found)) if hasattr(found, name)}
+        defaults = {name: a.default for name, a in list_arguments(found).items() if a.default is not REQUIRED}
+        return {name: _plain(value) for name, value in {**defaults, **arguments}.items()}
+    return {name: _plain(getattr(found, name)) for name in list_arguments(type(found)) if hasattr(found, name)}
 
 
 def find_policy(policy: Any) -> Any:
-    """The class, function or object that `policy` means; what is no text is itself.
+    """Returns the class, function or object that a name means; anything but text is returned as it is.
 
     Raises:
-        ConfigError: there is no policy of that name.
+        ConfigError: there is no policy with that name.
     """
     if not isinstance(policy, str):
         return policy
@@ -193,24 +194,23 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)
 
 
-def _methods(found: Any) -> bool:
-    return callable(getattr(found, "decide", None)) or callable(getattr(found, "merge", None))
+def _has_methods(policy: Any) -> bool:
+    return callable(getattr(policy, "decide", None)) or callable(getattr(policy, "merge", None))
 
 
-def _check_two_arguments(function: Any, called: str) -> None:
+def _check_two_arguments(function: Any, name: str) -> None:
     try:
         inspect.signature(function).bind_partial(None, None)
     except (TypeError, ValueError):
-        raise ConfigError(_lacks_methods(called, "function of other arguments")) from None
+        raise ConfigError(_lacks_methods(name, "function with other arguments")) from None
 
 
-def _lacks_methods(called: str, kind: str) -> str:
+def _lacks_methods(name: str, kind: str) -> str:
     return (
-        f"--policy {called} is a {kind} without a merge(pending, roster) or decide(pending, roster) method; a merge policy "
+        f"--policy {name} is a {kind} without a merge(pending, roster) or decide(pending, roster) method; a merge policy "
         "needs one of them (lte_ray.MergePolicy), or is a function f(pending, roster)."
     )
 
 
-def _called(policy: Any) -> str:
-    """How messages call it."""
+def _display_name(policy: Any) -> str:
     return policy if isinstance(policy, str) else getattr(policy, "__name__", None) or type(policy).__name__

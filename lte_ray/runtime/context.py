@@ -21,7 +21,7 @@ from lte_ray.layout import Plan
 from lte_ray.runtime.object_store import Transport
 from lte_ray.storage import RunDirectory
 from lte_ray.transfer.codec import Codec
-from lte_ray.transfer.groups import Group
+from lte_ray.transfer.groups import EntryGroup
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class RunContext:
     settings: Settings
     directory: RunDirectory
     transport: Transport
-    groups: tuple[Group, ...]
+    groups: tuple[EntryGroup, ...]
     keep: RetentionPolicy = RetentionPolicy()
     rejoin: str = "merged"
     faults: str | None = None

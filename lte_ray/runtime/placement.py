@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from lte_ray.config import MergeConfig, PlacementConfig
 from lte_ray.errors import ConfigError, ResourceError
 from lte_ray.layout import Plan
-from lte_ray.transfer.groups import Group, groups
+from lte_ray.transfer.groups import EntryGroup, make_groups
 
 LEAST_SHARE = 0.25
 """CPUs that a head gets at least when heads share cores by default."""
@@ -130,14 +130,14 @@ def _lacks(placement: Placement, actors: int, short: dict[str, float], has: Mapp
     )
 
 
-def groups_of(merge: MergeConfig, plans: Sequence[Plan], nodes: int, redoable: bool = True) -> tuple[Group, ...]:
+def groups_of(merge: MergeConfig, plans: Sequence[Plan], nodes: int, redoable: bool = True) -> tuple[EntryGroup, ...]:
     """The groups in which layers travel.
 
     On one node shared memory carries the base, which is then copied and not sent. That is cheaper for the heads than redoing
     merges from factors, so "auto" takes it. So it does where the policy's merges can't be redone from factors.
     """
     dense = merge.send_down == "auto" and (nodes == 1 or not redoable)
-    return groups(plans, replace(merge, send_down="dense") if dense else merge)
+    return make_groups(plans, replace(merge, send_down="dense") if dense else merge)
 
 
 def placed(strategy: PlacementGroupSchedulingStrategy) -> bool:

@@ -9,7 +9,7 @@ from lte_ray.config import MergeConfig
 from lte_ray.config.cluster_model import ClusterModel
 from lte_ray.layout import Adapted, Plan, Replica
 from lte_ray.transfer.codec import Codec
-from lte_ray.transfer.groups import groups
+from lte_ray.transfer.groups import make_groups
 
 DENSE_BYTES = 4
 """Bytes of a value of the base."""
@@ -25,8 +25,8 @@ class CostModel:
 
     def __init__(self, plans: Sequence[Plan], merge: MergeConfig) -> None:
         plan, count = plans[0], len(plans)
-        parts = groups(plans, merge)
-        sizes = {each: Codec(each, parts, merge).sizes for each in set(plans)}
+        parts = make_groups(plans, merge)
+        sizes = {each: Codec(each, parts, merge).buffer_sizes for each in set(plans)}
         self._up = [sum(sizes[each]) for each in plans]
         self.base = DENSE_BYTES * plan.base.size
         """Bytes of the whole dense base."""

@@ -12,7 +12,7 @@ from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import PolicyError
-from lte_ray.merging.policies.trigger import load_state_of, state_of
+from lte_ray.merging.policies.trigger import get_policy_state, load_policy_state
 from lte_ray.merging.policy import MergePolicy
 from lte_ray.messages import Contribution
 from lte_ray.testing.heads import WalkingHead, plan_of
@@ -73,10 +73,10 @@ class Scene:
         self._end()
 
     def _resume(self) -> None:
-        held = {name: tensor.clone() for name, tensor in state_of(self.watched.policy).items()}
+        held = {name: tensor.clone() for name, tensor in get_policy_state(self.watched.policy).items()}
         self.watched.policy, self.resumed_at = self.remake(), None
         if held:
-            load_state_of(self.watched.policy, held)
+            load_policy_state(self.watched.policy, held)
 
     def _random_event(self) -> None:
         live = sorted(self.coordinator.live)

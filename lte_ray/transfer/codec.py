@@ -1,9 +1,9 @@
-"""What a contribution is on the wire: one buffer of bytes per group of entries, in fp32, bf16 or int8.
+"""A contribution on the wire: one buffer of bytes per group of entries, in fp32, bf16 or int8.
 
-Factors travel in bf16 and int8 as Q(factors - reference), where the reference is the decoded factors of the head's last
-accepted contribution, which the receiver holds; so the rounding error is relative to the change. Replica changes travel
-as Q(change), of the largest elements alone if so set. The head takes the *decoded* contribution as what it
-contributed, so what was left out rides in its next one (error feedback, DESIGN 3.4 and 3.6).
+In bf16 and int8, factors are sent as Q(factors - reference). The reference is the decoded factors of the head's last accepted
+contribution, which the receiver has, so the rounding error is relative to the change. Replica changes are sent as Q(change),
+optionally only the largest elements. The head treats the *decoded* contribution as the contributed one, so its next
+contribution includes the rest (error feedback).
 """
 
 from __future__ import annotations
@@ -16,46 +16,46 @@ from torch import Tensor
 
 from lte_ray.config.merge import MergeConfig
 from lte_ray.layout import Plan
-from lte_ray.transfer.groups import Group, part
-from lte_ray.transfer.packing import Packing, kept, where_bytes
+from lte_ray.transfer.groups import EntryGroup, subplan
+from lte_ray.transfer.packing import Packing, index_bytes, replica_elements_sent
 
 
 class Codec:
     """Packs and unpacks the contributions of heads with one plan.
 
     Args:
-        plan: the head's, whose ranks may be its own.
-        groups: of `groups`; the same for all heads.
-        merge: its `transfer` and `replica_topk`.
-        dtype: of contributions and references. fp32 transfer keeps float64 as it is.
+        plan: the head's plan; ranks may differ between heads.
+        groups: the result of `make_groups`, the same for all heads.
+        merge: gives `transfer` and `replica_topk`.
+        dtype: type of contributions and references. fp32 transfer leaves float64 as it is.
 
     Attributes:
-        parts: each group's own plan: its `contribution` layout is that of `decode_group`'s result, its `base` layout a
-            shard's.
-        sizes: bytes of each group's buffer.
+        group_plans: each group's plan: its `contribution` layout is that of `decode_group`'s result, its `base` layout that of
+            the group's part of the base.
+        buffer_sizes: bytes of each group's buffer.
 
     Raises:
-        ValueError: the groups don't hold each entry of the base once, or the replicas are in several groups.
+        ValueError: the groups don't contain each entry of the base once, or the replicas are in several groups.
     """
 
-    def __init__(self, plan: Plan, groups: Sequence[Group], merge: MergeConfig, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, plan: Plan, groups: Sequence[EntryGroup], merge: MergeConfig, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.plan, self.groups, self.dtype = plan, tuple(groups), dtype
         names = [name for group in self.groups for name in group.names]
         if sorted(names) != sorted(entry.name for entry in plan.base.entries):
-            raise ValueError(f"the groups must hold each entry of the base once; they hold {len(names)}: {names}")
-        self.parts = tuple(part(plan, group.names) for group in self.groups)
-        if sum(bool(each.replicas) for each in self.parts) > 1:
-            raise ValueError(
-                "all replicas must be in one group: which of their changes are the largest is said of all together"
-            )
+            raise ValueError(f"the groups must contain each entry of the base once; they contain {len(names)}: {names}")
+        self.group_plans = tuple(subplan(plan, group.names) for group in self.groups)
+        if sum(bool(each.replicas) for each in self.group_plans) > 1:
+            raise ValueError("all replicas must be in one group, since their largest changes are selected among all of them")
         replicas = plan.contribution.size - plan.factors_size
         self._by_change = merge.transfer != "fp32"
-        self._exact = not self._by_change and kept(replicas, merge) == replicas
-        self._packings = tuple(Packing(each, merge, dtype) for each in self.parts)
-        self._places = tuple(_places(plan, each) for each in self.parts)
+        self._exact = not self._by_change and replica_elements_sent(replicas, merge) == replicas
+        self._packings = tuple(Packing(each, merge, dtype) for each in self.group_plans)
+        self._slices = tuple(_slices(plan, each) for each in self.group_plans)
 
     @property
-    def sizes(self) -> tuple[int, ...]:
+    def buffer_sizes(self) -> tuple[int, ...]:
         return tuple(packing.size for packing in self._packings)
 
     def encode(self, contribution: Tensor, reference: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -63,31 +63,31 @@ class Codec:
 
         Args:
             contribution: flat, in the plan's contribution layout.
-            reference: flat factors; None where there are none yet, or B' = 0.
+            reference: flat factors; None if there are none yet, or B' = 0.
 
         Returns:
-            A buffer (uint8, flat, on the contribution's device) for each group, and the contribution as receivers will decode
-            it, bit for bit (on one kind of device). In fp32, without top-k, both may be the contribution's own memory.
+            A buffer (uint8, flat, on the contribution's device) for each group, and the contribution as receivers decode it,
+            bit for bit (on one kind of device). In fp32, without top-k, both may share the contribution's memory.
 
         Raises:
-            ValueError: a tensor has another size or type than the plan's.
+            ValueError: a tensor's size or type isn't the plan's.
         """
         self._check("contribution", contribution, self.plan.contribution.size)
         self._check("reference", reference, self.plan.factors_size)
         contribution = contribution.contiguous()
         if self._exact:
-            return tuple(_taken(contribution, places).view(torch.uint8) for places in self._places), contribution
+            return tuple(_select(contribution, slices).view(torch.uint8) for slices in self._slices), contribution
         buffers = tuple(
-            packing.encode([contribution[at] for at in places], self._references(reference, places), contribution.device)
-            for packing, places in zip(self._packings, self._places, strict=True)
+            packing.encode([contribution[at] for at in slices], self._references(reference, slices), contribution.device)
+            for packing, slices in zip(self._packings, self._slices, strict=True)
         )
         return buffers, self.decode(dict(enumerate(buffers)), reference)
 
     def decode(self, buffers: Mapping[int, Tensor], reference: Tensor | None) -> Tensor:
-        """The whole contribution, flat, from the buffers of all groups by number. In fp32 it may be a buffer's memory.
+        """Decodes the contribution, flat, from the buffers of all groups by number. In fp32 it may share a buffer's memory.
 
         Raises:
-            ValueError: a buffer is missing or malformed, or the reference is of another size or type.
+            ValueError: a buffer is missing or malformed, or the reference has the wrong size or type.
         """
         self._check("reference", reference, self.plan.factors_size)
         if set(buffers) != set(range(len(self.groups))):
@@ -95,41 +95,43 @@ class Codec:
         if self._exact and len(buffers) == 1:
             return self.decode_group(0, buffers[0], None)
         out = torch.empty(self.plan.contribution.size, dtype=self.dtype, device=buffers[0].device)
-        for index, places in enumerate(self._places):
-            self._packings[index].decode(buffers[index], self._references(reference, places), [out[at] for at in places])
+        for index, slices in enumerate(self._slices):
+            self._packings[index].decode(buffers[index], self._references(reference, slices), [out[at] for at in slices])
         return out
 
     def decode_group(self, index: int, buffer: Tensor, reference: Tensor | None) -> Tensor:
-        """One group's part of the contribution, flat, in the layout `parts[index].contribution`.
+        """Decodes one group's part of the contribution, flat, in the layout `group_plans[index].contribution`.
 
         Args:
-            reference: the group's own part of it, flat (`take_factors`); not used in fp32.
+            index: the group's number.
+            buffer: the group's buffer.
+            reference: the group's part of the reference, flat (`slice_factors`); not used in fp32.
 
         Raises:
-            ValueError: the buffer is malformed, or the reference is of another size or type.
+            ValueError: the buffer is malformed, or the reference has the wrong size or type.
         """
-        packing, own = self._packings[index], self.parts[index]
-        self._check("reference", reference, own.factors_size)
+        packing, plan = self._packings[index], self.group_plans[index]
+        self._check("reference", reference, plan.factors_size)
         if self._exact:
-            return packing.checked(buffer).view(self.dtype)
-        out = torch.empty(own.contribution.size, dtype=self.dtype, device=buffer.device)
-        places = _places(own, own)
-        packing.decode(buffer, self._references(reference, places), [out[at] for at in places])
+            return packing.check_buffer(buffer).view(self.dtype)
+        out = torch.empty(plan.contribution.size, dtype=self.dtype, device=buffer.device)
+        slices = _slices(plan, plan)
+        packing.decode(buffer, self._references(reference, slices), [out[at] for at in slices])
         return out
 
-    def take(self, index: int, contribution: Tensor) -> Tensor:
-        """The group's part of a whole flat contribution, in the layout `parts[index].contribution`; a view where it can be."""
-        return _taken(contribution, self._places[index])
+    def slice_contribution(self, index: int, contribution: Tensor) -> Tensor:
+        """Returns the group's part of a flat contribution (layout `group_plans[index].contribution`); a view if possible."""
+        return _select(contribution, self._slices[index])
 
-    def take_factors(self, index: int, factors: Tensor) -> Tensor:
-        """The group's part of whole flat factors (a reference), which lie first in its contribution; a view where it can be."""
-        return _taken(factors, self._places[index][: len(self.parts[index].adapted)])
+    def slice_factors(self, index: int, factors: Tensor) -> Tensor:
+        """Returns the group's part of flat factors (a reference), the leading part of a contribution; a view if possible."""
+        return _select(factors, self._slices[index][: len(self.group_plans[index].adapted)])
 
-    def _references(self, reference: Tensor | None, places: Sequence[slice]) -> list[Tensor | None]:
-        """What each segment travels as the change from: factors have a reference; replica changes, which lie behind, none."""
+    def _references(self, reference: Tensor | None, slices: Sequence[slice]) -> list[Tensor | None]:
+        """Returns each segment's reference; None for replica changes, which follow the factors, and for all in fp32."""
         if reference is None or not self._by_change:
-            return [None] * len(places)
-        return [reference[at] if at.stop <= len(reference) else None for at in places]
+            return [None] * len(slices)
+        return [reference[at] if at.stop <= len(reference) else None for at in slices]
 
     def _check(self, what: str, tensor: Tensor | None, size: int) -> None:
         if tensor is not None and (tensor.shape != (size,) or tensor.dtype != self.dtype):
@@ -137,27 +139,24 @@ class Codec:
             raise ValueError(f"expected a flat {what} of {size} elements of {self.dtype}, found {found}")
 
 
-def least_bytes(plan: Plan, merge: MergeConfig) -> int:
-    """The fewest bytes of a contribution in its format: all values that travel, and which of the replica elements do.
-
-    Counts no scales.
-    """
+def min_contribution_bytes(plan: Plan, merge: MergeConfig) -> int:
+    """Returns the fewest bytes of a contribution in its format: all values sent, and which replica elements are; no scales."""
     replicas = plan.contribution.size - plan.factors_size
-    count = kept(replicas, merge)
+    count = replica_elements_sent(replicas, merge)
     width = {"fp32": 4, "bf16": 2, "int8": 1}[merge.transfer]
-    return width * (plan.factors_size + count) + where_bytes(replicas, count)
+    return width * (plan.factors_size + count) + index_bytes(replicas, count)
 
 
-def _places(whole: Plan, own: Plan) -> tuple[slice, ...]:
-    """Where each adapted weight's factors, then the replicas, of a part lie in the whole contribution; adjacent each."""
-    starts = {e.name: e.offset for e in whole.contribution.entries}
-    places = [slice(starts[a.a], starts[a.a] + a.rank * sum(a.matrix)) for a in own.adapted]
-    size = own.contribution.size - own.factors_size
-    return (*places, *[slice(whole.factors_size, whole.factors_size + size)] * bool(size))
+def _slices(plan: Plan, subplan: Plan) -> tuple[slice, ...]:
+    """Returns where the subplan's segments are in the plan's contribution: each adapted weight's factors, then the replicas."""
+    starts = {e.name: e.offset for e in plan.contribution.entries}
+    slices = [slice(starts[a.a], starts[a.a] + a.rank * sum(a.matrix)) for a in subplan.adapted]
+    size = subplan.contribution.size - subplan.factors_size
+    return (*slices, *[slice(plan.factors_size, plan.factors_size + size)] * bool(size))
 
 
-def _taken(flat: Tensor, places: Sequence[slice]) -> Tensor:
-    """These pieces of a flat tensor, end to end: a view where they lie so."""
-    if all(a.stop == b.start for a, b in pairwise(places)):
-        return flat[places[0].start : places[-1].stop] if places else flat[:0]
-    return torch.cat([flat[at] for at in places])
+def _select(flat: Tensor, slices: Sequence[slice]) -> Tensor:
+    """Returns these slices of a flat tensor, concatenated: a view if they are adjacent."""
+    if all(a.stop == b.start for a, b in pairwise(slices)):
+        return flat[slices[0].start : slices[-1].stop] if slices else flat[:0]
+    return torch.cat([flat[at] for at in slices])

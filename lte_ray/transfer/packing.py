@@ -1,16 +1,14 @@
-"""How one group's values lie in its buffer of bytes.
+"""The layout of one group's values in its buffer of bytes, and their rounding to bf16 or to int8 in blocks.
 
-    values     of every adapted weight (A, then B), then of the replicas; in the transfer format
-    steps      int8 only: one fp32 step per block of 512 consecutive values; a weight, and the replicas, begin a new block
-    indices    where only some replica elements travel: int32, ascending; or
-    bitmap     a bit an element, where that is fewer bytes (more than one element in 32)
+    values     of each adapted weight (A, then B), then of the replicas; in the transfer format
+    steps      int8 only: one fp32 step per block of 512 consecutive values; each weight, and the replicas, start a new block
+    indices    if only some replica elements are sent: int32, ascending; or
+    bitmap     one bit per element, if that is fewer bytes (more than one element in 32)
 
-The fields lie end to end, those of wider numbers first, so that each is aligned. There is no header: both sides know the plan.
+The fields follow each other, wider numbers first, so that each is aligned. There is no header: both sides know the plan.
 
-Rounding of what travels to bf16 and to int8 in blocks, and back.
-
-Each operation is one IEEE rounding of each element, so the result depends neither on how the work is cut up nor, as far as
-the devices keep to IEEE 754, on the device.
+Each operation rounds each element once, as IEEE 754 specifies. So the result depends neither on how the work is divided nor,
+as far as devices follow IEEE 754, on the device.
 """
 
 from __future__ import annotations
@@ -26,69 +24,72 @@ from lte_ray.layout import Plan
 from lte_ray.transfer.groups import BLOCK
 
 CHUNK = 128 * BLOCK
-"""Values worked on at once on a CPU: what is read and written stays in its cache."""
+"""Values processed at once on a CPU, so that inputs and outputs stay in its cache."""
+
+SAMPLE_SIZE = 1 << 14
+"""Elements sampled to estimate which are the largest."""
 
 
-def to_codes(x: Tensor, reference: Tensor | None, codes: Tensor, steps: Tensor) -> None:
-    """codes := x - reference, rounded to the type of `codes`; in int8, codes := round(that / step), |code| <= 127.
+def encode_values(x: Tensor, reference: Tensor | None, codes: Tensor, steps: Tensor) -> None:
+    """codes := x - reference, rounded to the type of `codes`; in int8, codes := round((x - reference) / step), |code| <= 127.
 
-    A block's step is its largest magnitude / 127, so the error is at most step / 2; it is 0 where all values are. A block
-    with NaN or infinity gets such a step, and so comes out non-finite.
+    A block's step is its largest magnitude / 127, so the error is at most step / 2; the step is 0 if all values are. The step
+    of a block with NaN or infinity is not finite, and so neither are the decoded values.
     """
-    for at, of_steps, columns in _chunks(x, codes):
+    for at, blocks, columns in _chunks(x, codes):
         change = x[at] if reference is None else x[at] - reference[at]
         if codes.dtype != torch.int8:
             codes[at] = change
             continue
         rows = change.view(-1, columns)
         low, high = torch.aminmax(rows, dim=1)
-        step = steps[of_steps].copy_(torch.maximum(high, -low) * (1 / 127))  # a GPU divides by a number so too
+        step = steps[blocks].copy_(torch.maximum(high, -low) * (1 / 127))  # as a GPU divides by a number
         step = torch.where(step == 0, 1.0, step).unsqueeze(1)
         codes[at] = (rows / step).round_().clamp_(-127, 127).view(-1)
 
 
-def from_codes(codes: Tensor, steps: Tensor, reference: Tensor | None, out: Tensor) -> None:
-    """out := codes [x step of the block] + reference."""
-    for at, of_steps, columns in _chunks(out, codes):
+def decode_values(codes: Tensor, steps: Tensor, reference: Tensor | None, out: Tensor) -> None:
+    """out := codes [x the block's step in int8] + reference."""
+    for at, blocks, columns in _chunks(out, codes):
         piece = out[at].copy_(codes[at])
         if codes.dtype == torch.int8:
-            piece.view(-1, columns).mul_(steps[of_steps].unsqueeze(1))
+            piece.view(-1, columns).mul_(steps[blocks].unsqueeze(1))
         if reference is not None:
             piece.add_(reference[at])
 
 
 def _chunks(x: Tensor, codes: Tensor) -> Iterator[tuple[slice, slice, int]]:
-    """Pieces of whole blocks, then the last, shorter one: where they lie, which blocks they are, and a block's length."""
-    whole = len(x) // BLOCK * BLOCK if codes.dtype == torch.int8 else len(x)
-    chunk = CHUNK if x.device.type == "cpu" else max(1, whole)
-    for begin, end in pairwise([*range(0, whole, chunk), whole]):
+    """Yields chunks of full blocks, then the last, shorter block: slice of the values, slice of the blocks, block length."""
+    full = len(x) // BLOCK * BLOCK if codes.dtype == torch.int8 else len(x)
+    chunk = CHUNK if x.device.type == "cpu" else max(1, full)
+    for begin, end in pairwise([*range(0, full, chunk), full]):
         yield slice(begin, end), slice(begin // BLOCK, end // BLOCK), BLOCK
-    if whole < len(x):
-        yield slice(whole, len(x)), slice(whole // BLOCK, whole // BLOCK + 1), len(x) - whole
-
-
-SAMPLE = 1 << 14
-"""Elements that are looked at to guess which are the largest."""
+    if full < len(x):
+        yield slice(full, len(x)), slice(full // BLOCK, full // BLOCK + 1), len(x) - full
 
 
 class Packing:
-    """The buffer of one (part of a) plan's contribution.
+    """Packs the contribution of a group's plan into one buffer, and unpacks it.
 
     Attributes:
-        counts: values that travel of each segment: each adapted weight's factors, then all replicas, if there are any.
+        counts: values sent of each segment: each adapted weight's factors, then all replicas, if there are any.
         size: bytes of the buffer.
     """
 
     def __init__(self, plan: Plan, merge: MergeConfig, dtype: torch.dtype = torch.float32) -> None:
         self.format = merge.transfer
         self._replicas = plan.contribution.size - plan.factors_size
-        self._kept = kept(self._replicas, merge)
-        self.counts = [a.rank * sum(a.matrix) for a in plan.adapted] + [self._kept] * bool(self._replicas)
+        self._num_sent = replica_elements_sent(self._replicas, merge)
+        self.counts = [a.rank * sum(a.matrix) for a in plan.adapted] + [self._num_sent] * bool(self._replicas)
         fields = [
             ("values", {"fp32": dtype, "bf16": torch.bfloat16, "int8": torch.int8}[self.format], sum(self.counts)),
             ("steps", torch.float32, sum(-(-n // BLOCK) for n in self.counts) if self.format == "int8" else 0),
-            ("indices", torch.int32, self._kept if self._sparse and not as_bitmap(self._replicas, self._kept) else 0),
-            ("bitmap", torch.uint8, -(-self._replicas // 8) if self._sparse and as_bitmap(self._replicas, self._kept) else 0),
+            ("indices", torch.int32, self._num_sent if self._sparse and not use_bitmap(self._replicas, self._num_sent) else 0),
+            (
+                "bitmap",
+                torch.uint8,
+                -(-self._replicas // 8) if self._sparse and use_bitmap(self._replicas, self._num_sent) else 0,
+            ),
         ]
         self._fields: dict[str, tuple[torch.dtype, int, int]] = {}
         self.size = 0
@@ -98,54 +99,54 @@ class Packing:
 
     @property
     def _sparse(self) -> bool:
-        return self._kept < self._replicas
+        return self._num_sent < self._replicas
 
     def encode(self, segments: Sequence[Tensor], references: Sequence[Tensor | None], device: torch.device) -> Tensor:
-        """Packs the segments, less their references, into a new buffer (uint8).
+        """Packs the segments, minus their references, into a new buffer (uint8).
 
         Args:
-            segments: flat each, as `counts` but with all replica elements.
-            references: of each segment; None: nothing is taken off.
+            segments: flat tensors, one per entry of `counts`, but with all replica elements.
+            references: the reference of each segment; None subtracts nothing.
         """
         buffer = torch.empty(self.size, dtype=torch.uint8, device=device)
         segments = list(segments)
         if self._sparse:
-            where = largest(segments[-1], self._kept)
-            segments[-1] = segments[-1][where]
-            self._write_where(buffer, where)
-        for x, reference, codes, steps in zip(segments, references, *self._codes(buffer), strict=True):
-            to_codes(x, reference, codes, steps)
+            indices = largest_indices(segments[-1], self._num_sent)
+            segments[-1] = segments[-1][indices]
+            self._write_indices(buffer, indices)
+        for x, reference, codes, steps in zip(segments, references, *self._codes_and_steps(buffer), strict=True):
+            encode_values(x, reference, codes, steps)
         return buffer
 
     def decode(self, buffer: Tensor, references: Sequence[Tensor | None], outs: Sequence[Tensor]) -> None:
-        """Writes what `encode` packed, plus the references, into `outs` (flat each, all replica elements).
+        """Writes what `encode` packed, plus the references, into `outs` (flat tensors, with all replica elements).
 
         Raises:
-            ValueError: the buffer has another length or type, or names replica elements that aren't there.
+            ValueError: the buffer has the wrong length or type, or names replica elements that don't exist.
         """
-        buffer = self.checked(buffer)
+        buffer = self.check_buffer(buffer)
         outs = list(outs)
         if self._sparse:
-            where, replicas = self._read_where(buffer), outs[-1]
-            outs[-1] = replicas.new_empty(self._kept)
-        for codes, steps, reference, out in zip(*self._codes(buffer), references, outs, strict=True):
-            from_codes(codes, steps, reference, out)
+            indices, replicas = self._read_indices(buffer), outs[-1]
+            outs[-1] = replicas.new_empty(self._num_sent)
+        for codes, steps, reference, out in zip(*self._codes_and_steps(buffer), references, outs, strict=True):
+            decode_values(codes, steps, reference, out)
         if self._sparse:
-            replicas.zero_()[where] = outs[-1]
+            replicas.zero_()[indices] = outs[-1]
 
-    def checked(self, buffer: Tensor) -> Tensor:
-        """The buffer, so that it can be viewed as other types.
+    def check_buffer(self, buffer: Tensor) -> Tensor:
+        """Returns the buffer, aligned so that it can be viewed as other types.
 
         Raises:
-            ValueError: it has another length or type.
+            ValueError: the buffer has the wrong length or type.
         """
         if buffer.dtype != torch.uint8 or buffer.shape != (self.size,):
             found = f"{tuple(buffer.shape)} of {buffer.dtype}"
             raise ValueError(f"expected a contribution's buffer of {self.size} bytes ({self.format}), found shape {found}")
         return buffer.contiguous() if buffer.storage_offset() % 8 == 0 else buffer.clone()
 
-    def _codes(self, buffer: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Views of each segment's values and steps in the buffer."""
+    def _codes_and_steps(self, buffer: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Returns views of each segment's values and steps in the buffer."""
         steps = [-(-n // BLOCK) if self.format == "int8" else 0 for n in self.counts]
         return torch.split(self._field(buffer, "values"), self.counts), torch.split(self._field(buffer, "steps"), steps)
 
@@ -153,64 +154,64 @@ class Packing:
         kind, begin, end = self._fields[name]
         return buffer[begin:end].view(kind)
 
-    def _write_where(self, buffer: Tensor, where: Tensor) -> None:
+    def _write_indices(self, buffer: Tensor, indices: Tensor) -> None:
         bitmap = self._field(buffer, "bitmap")
         if not bitmap.numel():
-            self._field(buffer, "indices").copy_(where)
+            self._field(buffer, "indices").copy_(indices)
             return
         bits = torch.zeros(8 * bitmap.numel(), dtype=torch.uint8, device=buffer.device)
-        bits[where] = 1
-        torch.sum(bits.view(-1, 8) * _powers(buffer.device), 1, dtype=torch.uint8, out=bitmap)
+        bits[indices] = 1
+        torch.sum(bits.view(-1, 8) * _powers_of_two(buffer.device), 1, dtype=torch.uint8, out=bitmap)
 
-    def _read_where(self, buffer: Tensor) -> Tensor:
+    def _read_indices(self, buffer: Tensor) -> Tensor:
         bitmap = self._field(buffer, "bitmap")
         if not bitmap.numel():
-            where = self._field(buffer, "indices").long()
-            if bool((where[:-1] >= where[1:]).any()) or int(where[0]) < 0 or int(where[-1]) >= self._replicas:
-                raise ValueError(f"expected {self._kept} ascending indices of replica elements below {self._replicas}")
-            return where
-        where = (bitmap.unsqueeze(1) & _powers(buffer.device)).view(-1).nonzero().view(-1)
-        if where.numel() != self._kept or int(where[-1]) >= self._replicas:
-            found = f"{where.numel()}{f', up to {int(where[-1])}' if where.numel() else ''}"
-            raise ValueError(f"expected {self._kept} replica elements below {self._replicas}, found {found}")
-        return where
+            indices = self._field(buffer, "indices").long()
+            if bool((indices[:-1] >= indices[1:]).any()) or int(indices[0]) < 0 or int(indices[-1]) >= self._replicas:
+                raise ValueError(f"expected {self._num_sent} ascending indices of replica elements below {self._replicas}")
+            return indices
+        indices = (bitmap.unsqueeze(1) & _powers_of_two(buffer.device)).view(-1).nonzero().view(-1)
+        if indices.numel() != self._num_sent or int(indices[-1]) >= self._replicas:
+            found = f"{indices.numel()}{f', up to {int(indices[-1])}' if indices.numel() else ''}"
+            raise ValueError(f"expected {self._num_sent} replica elements below {self._replicas}, found {found}")
+        return indices
 
 
-def kept(replicas: int, merge: MergeConfig) -> int:
-    """How many of so many replica elements travel: their share, or all where that is no more bytes."""
+def replica_elements_sent(replicas: int, merge: MergeConfig) -> int:
+    """Returns how many replica elements are sent: the fraction `replica_topk`, or all if that takes no more bytes."""
     count = min(replicas, max(1, round(merge.replica_topk * replicas)))
     width = {"fp32": 4, "bf16": 2, "int8": 1}[merge.transfer]
-    return count if count * width + where_bytes(replicas, count) < replicas * width else replicas
+    return count if count * width + index_bytes(replicas, count) < replicas * width else replicas
 
 
-def where_bytes(replicas: int, count: int) -> int:
-    """Bytes that say which `count` of the replica elements travel, if not all."""
+def index_bytes(replicas: int, count: int) -> int:
+    """Returns the bytes that encode which `count` replica elements are sent; 0 if all are."""
     if count >= replicas:
         return 0
-    return -(-replicas // 8) if as_bitmap(replicas, count) else 4 * count
+    return -(-replicas // 8) if use_bitmap(replicas, count) else 4 * count
 
 
-def as_bitmap(replicas: int, count: int) -> bool:
-    """Whether a bit an element says in fewer bytes which travel than an int32 each that does, or alone can."""
+def use_bitmap(replicas: int, count: int) -> bool:
+    """Returns whether a bitmap of all elements takes fewer bytes than an int32 index per sent element, or is the only way."""
     return -(-replicas // 8) < 4 * count or replicas >= 2**31
 
 
-def largest(x: Tensor, count: int) -> Tensor:
-    """The ascending indices of the `count` elements of largest |value|; NaN counts as the largest.
+def largest_indices(x: Tensor, count: int) -> Tensor:
+    """Returns the indices, ascending, of the `count` elements of largest |value|; NaN counts as the largest.
 
-    Where few of many are wanted, what is below a bound that a sample suggests is dropped first: exact, and several times
-    faster on a CPU.
+    For few of many elements, first drops the elements below a bound estimated from a sample: exact, and several times faster
+    on a CPU.
     """
     size = x.abs()
-    if len(size) > max(16 * SAMPLE, 4 * count):
-        sample = size[:: len(size) // SAMPLE | 1]  # an odd stride, so that it meets all columns of most matrices
-        share = count / len(size) * len(sample)
-        rank = min(len(sample), int(share + 6 * share**0.5) + 6)
-        found = (size < sample.topk(rank).values[-1]).logical_not_().nonzero().view(-1)
-        if len(found) >= count:
-            return found[size[found].topk(count, sorted=False).indices].sort().values
+    if len(size) > max(16 * SAMPLE_SIZE, 4 * count):
+        sample = size[:: len(size) // SAMPLE_SIZE | 1]  # an odd stride covers all columns of most matrices
+        expected = count / len(size) * len(sample)
+        rank = min(len(sample), int(expected + 6 * expected**0.5) + 6)
+        candidates = (size < sample.topk(rank).values[-1]).logical_not_().nonzero().view(-1)
+        if len(candidates) >= count:
+            return candidates[size[candidates].topk(count, sorted=False).indices].sort().values
     return size.topk(count, sorted=False).indices.sort().values
 
 
-def _powers(device: torch.device) -> Tensor:
+def _powers_of_two(device: torch.device) -> Tensor:
     return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.settings import Settings
-from lte_ray.merging.policies.trigger import state_of
+from lte_ray.merging.policies.trigger import get_policy_state
 from lte_ray.messages import CheckpointRequest
 from lte_ray.runtime.coordinator_state import CoordinatorState
 from tests.chaos.account import Account
@@ -48,7 +48,7 @@ class Cuts:
             "guard": engine.outlier_filter.state(),
         }
         base, held = engine.base_weights.read(lambda version, base, held: (base.clone(), _cloned(held)))
-        policy = _cloned(state_of(engine.policy))
+        policy = _cloned(get_policy_state(engine.policy))
         heads = set(save.sequences)
         self.cuts[save.version] = Kept(
             save.version, as_json(facts), base, held, policy, self.account.copy(), save, set(heads), heads

@@ -10,7 +10,7 @@ from lte_ray.data.assignment import PartitionAssignor
 from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
 from lte_ray.engine.prepare import Initial
 from lte_ray.engine.settings import Settings
-from lte_ray.merging.policies.trigger import load_state_of
+from lte_ray.merging.policies.trigger import load_policy_state
 from lte_ray.merging.registry import make_policy
 from lte_ray.messages import CommittedPosition, Contribution, ContributionResult, CoordinatorReply, JoinReply
 from lte_ray.runtime.coordinator.submissions import _refuses
@@ -66,7 +66,7 @@ class Hub(Cuts):
         if start.guard:
             self.engine.outlier_filter.load_state(start.guard)
         if start.saved is not None and self.disk.kept[start.saved].policy:
-            load_state_of(self.engine.policy, self.disk.kept[start.saved].policy)
+            load_policy_state(self.engine.policy, self.disk.kept[start.saved].policy)
         self.joined: set[int] = set()
         self.together = start.epoch == 0 and (self.engine.step_budget.shared or bool(start.exact))
         self.exact = set(start.exact) if start.epoch == 0 else set[int]()

@@ -9,7 +9,7 @@ import pytest
 
 from lte_ray.cli.flags import parse
 from lte_ray.merging import POLICIES
-from lte_ray.merging.policy_args import arguments_of
+from lte_ray.merging.policy_args import list_arguments
 from tests.support.ray_runs import ROOT
 from workers.regression import Regression
 
@@ -49,5 +49,5 @@ def test_the_command_trains(mine: Path, local_ray: None) -> None:
 
 def test_arguments_that_the_page_names_exist() -> None:
     """Every --policy.NAME is an argument of a built-in policy or of the example."""
-    known = {name.replace("_", "-") for kind in POLICIES.values() for name in arguments_of(kind)} | {"power", "ARGUMENT"}
+    known = {name.replace("_", "-") for kind in POLICIES.values() for name in list_arguments(kind)} | {"power", "ARGUMENT"}
     assert set(re.findall(r"--policy\.([\w-]+)", PAGE)) <= known

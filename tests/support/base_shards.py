@@ -16,7 +16,7 @@ from lte_ray.merging import Decision, Discard, Merge, MergePolicy, Pending, Rost
 from lte_ray.merging.flat_buffer import gather, views
 from lte_ray.messages import Contribution
 from lte_ray.transfer.codec import Codec
-from lte_ray.transfer.groups import groups
+from lte_ray.transfer.groups import make_groups
 from tests.support.helpers import make_plan_of, make_settings, random_flat
 
 HEADS = 3
@@ -44,10 +44,10 @@ class Spread:
 
     def __init__(self, merge: MergeConfig, plans: Sequence[Plan], policy: MergePolicy, base: Tensor, reset: str) -> None:
         settings = dataclasses.replace(make_settings(heads=len(plans), reset=reset), merge=merge)
-        found = groups(plans, merge)
+        found = make_groups(plans, merge)
         self.codecs = [Codec(plan, found, merge) for plan in plans]
         entries = views(plans[0].base, base)
-        parts = {i: gather(part.base, entries) for i, part in enumerate(self.codecs[0].parts)}
+        parts = {i: gather(part.base, entries) for i, part in enumerate(self.codecs[0].group_plans)}
         self.shards = [
             BaseShard(self.codecs, {i: part for i, part in parts.items() if found[i].shard == number}, reset)
             for number in range(merge.shards)
@@ -91,7 +91,7 @@ class Spread:
             for index in shard.groups:
                 found = shard.schedule_read(index, lambda version, part, held: part.clone())
                 shard.catch_up()
-                entries.update(views(self.codecs[0].parts[index].base, found.result()))
+                entries.update(views(self.codecs[0].group_plans[index].base, found.result()))
         return gather(self.codecs[0].plan.base, entries)
 
     def reference(self, index: int, head: int) -> Tensor | None:

@@ -7,7 +7,7 @@ import torch
 from lte_ray.config.merge import MergeConfig
 from lte_ray.layout import Plan
 from lte_ray.transfer.codec import Codec
-from lte_ray.transfer.groups import groups
+from lte_ray.transfer.groups import make_groups
 from tests.support.helpers import make_plan_of
 
 FORMATS = ["fp32", "bf16", "int8"]
@@ -15,7 +15,7 @@ FORMATS = ["fp32", "bf16", "int8"]
 
 def make_codec(plan: Plan, merge: MergeConfig, dtype: torch.dtype = torch.float32) -> Codec:
     """The codec of two heads with this plan."""
-    return Codec(plan, groups([plan, plan], merge), merge, dtype)
+    return Codec(plan, make_groups([plan, plan], merge), merge, dtype)
 
 
 def large(transfer: str, topk: float = 1.0) -> Codec:

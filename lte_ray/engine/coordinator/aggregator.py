@@ -182,7 +182,7 @@ class BaseShard:
         for index, held in self._held.items():
             old = held.get(head)
             flat = codec.decode_group(index, buffers[index], old)
-            shares[index] = Share(1.0, codec.parts[index], flat, old)
+            shares[index] = Share(1.0, codec.group_plans[index], flat, old)
         self._received[ticket] = (head, shares)
         return sum(float(torch.dot(share.contribution, share.contribution)) for share in shares.values())
 

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Collection, Sequence
 
 from lte_ray.messages import MergeDelta
-from lte_ray.transfer.groups import Group
+from lte_ray.transfer.groups import EntryGroup
 
 CHECKSUM_INTERVAL = 10
 """Versions between two checksums."""
@@ -23,7 +23,7 @@ class BroadcastLog:
     """
 
     def __init__(
-        self, groups: Sequence[Group], base_sizes: Sequence[int], sizes: Sequence[Sequence[int]], version: int
+        self, groups: Sequence[EntryGroup], base_sizes: Sequence[int], sizes: Sequence[Sequence[int]], version: int
     ) -> None:
         self._factored = [i for i, group in enumerate(groups) if group.by_factors]
         self.dense_groups = [i for i, group in enumerate(groups) if not group.by_factors]

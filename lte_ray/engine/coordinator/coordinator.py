@@ -222,7 +222,7 @@ class Coordinator:
             self.members.add(head)
             self.assignor.add_head(head, self.live)
             fresh = True  # whatever the base holds of one that had this number before isn't this one's
-        if self.assignor.has_partitions(head):  # else nobody may wait for it: those that are to give it lanes do so when they are merged
+        if self.assignor.has_partitions(head):  # else no one may wait for it: heads give it data when they are merged
             self.live.add(head)
         if fresh:
             self._forget(head)

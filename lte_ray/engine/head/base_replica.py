@@ -157,7 +157,7 @@ class BaseReplica:
                 self._copy(base, index, part)
         for head, factors in fetched.references.items():
             for index, part_ in self._parts.items():
-                part_.references[head] = self._codecs[head].take_factors(index, factors).clone()
+                part_.references[head] = self._codecs[head].slice_factors(index, factors).clone()
         for merged, buffers in fetched.chain:
             self._redo(merged, buffers)
         assert base is not None
@@ -172,7 +172,7 @@ class BaseReplica:
             for head, weight in merged.weights.items():
                 codec, old = self._codecs[head], None if head in merged.fresh else part.references.get(head)
                 flat = codec.decode_group(index, buffers[index][head], old)
-                shares.append((head, Share(weight, codec.parts[index], flat, old)))
+                shares.append((head, Share(weight, codec.group_plans[index], flat, old)))
             with torch_threads(self._threads):
                 add_contributions(part.base, [share for _, share in shares])
             for head, share in shares:
@@ -188,7 +188,7 @@ class BaseReplica:
 
     def _copy(self, base: Tensor, index: int, part: Tensor) -> None:
         into = views(self._codecs[0].plan.base, base)
-        for name, value in views(self._codecs[0].parts[index].base, part).items():
+        for name, value in views(self._codecs[0].group_plans[index].base, part).items():
             into[name].copy_(value)
 
     def _get(self, handle: Any) -> Tensor:

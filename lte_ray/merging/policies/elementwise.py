@@ -1,4 +1,4 @@
-"""For policies that weights can't express: the change computed element by element, one entry of the base at a time."""
+"""Element-by-element merges, for policies that weights can't express; they work on one entry of the base at a time."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor
 from lte_ray.merging.flat_buffer import views
 from lte_ray.merging.policy import Pending, Roster
 
-PIECE = 1 << 18
-"""Elements that a reduction gets at a time, so that what it makes on the way stays small."""
+CHUNK = 1 << 18
+"""Elements per call of a reduction, so that its intermediate results stay small."""
 
 
-def by_elements(
+def reduce_elementwise(
     pending: Sequence[Pending],
     roster: Roster,
     reduce: Callable[[Tensor], Tensor],
     prepare: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The change that `reduce` makes of the contributions' k values of each element, flat in `roster.layout`.
+    """Reduces the contributions' k values of each element to one change, flat in `roster.layout`.
 
-    The dense copies that exist at once are the k of one entry, the one being made, and those of a piece that `reduce` makes.
+    At a time, holds k dense copies of one entry, the result, and what `reduce` allocates for one chunk.
 
     Args:
-        reduce: (k, n) -> (n), for any n: it must look at each column by itself.
-        prepare: applied to each contribution's whole entry, flat, before; it may change it in place.
+        reduce: (k, n) -> (n), for any n: treats each column independently.
+        prepare: applied first to each contribution's entire entry, flat; may change it in place.
     """
     change = pending[0].share.contribution.new_zeros(roster.layout.size)
     for entry in roster.layout.entries:
@@ -36,13 +36,13 @@ def by_elements(
             if prepare is not None:
                 row.copy_(prepare(row))
         out = change[entry.offset : entry.offset + entry.size]
-        for begin in range(0, entry.size, PIECE):
-            out[begin : begin + PIECE] = reduce(stack[:, begin : begin + PIECE])
+        for begin in range(0, entry.size, CHUNK):
+            out[begin : begin + CHUNK] = reduce(stack[:, begin : begin + CHUNK])
     return change
 
 
-def sum_of_entries(pending: Sequence[Pending], roster: Roster, term: Callable[[Pending, str, Tensor], Tensor]) -> Tensor:
-    """The sum over contributions of `term(pending, name, dense change)` of each entry, flat; one dense part at a time."""
+def sum_entries(pending: Sequence[Pending], roster: Roster, term: Callable[[Pending, str, Tensor], Tensor]) -> Tensor:
+    """Returns the sum over contributions of `term(pending, name, dense change)`, flat; works on one dense entry at a time."""
     change = pending[0].share.contribution.new_zeros(roster.layout.size)
     for name, out in views(roster.layout, change).items():
         for p in pending:
@@ -50,14 +50,14 @@ def sum_of_entries(pending: Sequence[Pending], roster: Roster, term: Callable[[P
     return change
 
 
-def share_of_all(pending: Sequence[Pending], roster: Roster) -> float:
-    """k / N: what one value that stands for k of N contributions counts, so that equal contributions merge as by average."""
+def merged_fraction(pending: Sequence[Pending], roster: Roster) -> float:
+    """Returns k / N, the weight of a value that replaces k of N contributions, so that equal ones merge as with the average."""
     return len(pending) / roster.num_heads
 
 
-def largest(values: Tensor, share: float) -> Tensor:
-    """`values` (flat) with all but the given share of largest magnitude set to 0. Of equal magnitudes all are kept."""
-    keep = max(1, round(share * values.numel()))
+def keep_largest(values: Tensor, fraction: float) -> Tensor:
+    """Sets all but the given fraction of largest magnitudes in `values` (flat) to 0; keeps all values of equal magnitude."""
+    keep = max(1, round(fraction * values.numel()))
     if keep >= values.numel():
         return values
     threshold = torch.kthvalue(values.abs(), values.numel() - keep + 1).values

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lte_ray.merging.policies.trigger import as_decision, load_state_of, state_of
+from lte_ray.merging.policies.trigger import get_policy_state, load_policy_state, to_decision
 from lte_ray.merging.policy import Discard, Merge, MergeChange, Pending, Roster, Try
-from lte_ray.merging.policy_args import within
+from lte_ray.merging.policy_args import check_range
 
 
 class LossGate:
@@ -29,14 +29,14 @@ class LossGate:
     """
 
     def __init__(self, inner: Any, *, max_rise: float = 0.0, metric: str = "", higher_is_better: bool = False) -> None:
-        within("max_rise", max_rise, 0)
+        check_range("max_rise", max_rise, 0)
         self.inner, self.max_rise, self.metric, self.higher_is_better = inner, max_rise, metric, higher_is_better
         self._kept: float | None = None
 
     def merge(self, pending: Sequence[Pending], roster: Roster) -> Merge | MergeChange | Discard | Try:
-        before = {name: tensor.clone() for name, tensor in state_of(self.inner).items()}
+        before = {name: tensor.clone() for name, tensor in get_policy_state(self.inner).items()}
         rule: Any = getattr(self.inner, "merge", self.inner)
-        merge: Any = as_decision(rule(pending, roster), pending)
+        merge: Any = to_decision(rule(pending, roster), pending)
         if not isinstance(merge, Merge | MergeChange):
             return merge  # type: ignore[no-any-return]  # a Discard stands; anything else is for the coordinator to judge
         heads = list(merge.weights if isinstance(merge, Merge) else merge.heads)
@@ -47,7 +47,7 @@ class LossGate:
             if math.isfinite(value) and (self._kept is None or cost - self._kept <= self.max_rise):
                 self._kept = cost
                 return merge
-            load_state_of(self.inner, before)
+            load_policy_state(self.inner, before)
             if self._kept is None or not math.isfinite(value):
                 return Discard(heads, f"{name} would have been {value:.6g}")
             last = -self._kept if self.higher_is_better else self._kept
@@ -63,9 +63,9 @@ class LossGate:
         return name, float(values[name])
 
     def state(self) -> dict[str, Tensor]:
-        inner = {f"inner.{name}": tensor for name, tensor in state_of(self.inner).items()}
+        inner = {f"inner.{name}": tensor for name, tensor in get_policy_state(self.inner).items()}
         return inner if self._kept is None else {**inner, "kept": torch.tensor(self._kept, dtype=torch.float64)}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         self._kept = float(tensors["kept"]) if "kept" in tensors else None
-        load_state_of(self.inner, {n.removeprefix("inner."): t for n, t in tensors.items() if n.startswith("inner.")})
+        load_policy_state(self.inner, {n.removeprefix("inner."): t for n, t in tensors.items() if n.startswith("inner.")})

@@ -1,11 +1,4 @@
-"""Outer momentum on the averaged change.
-
-Outer Nesterov momentum, as in DiLoCo.
-
-Outer Nesterov momentum for contributions that arrive one by one.
-
-Outer Adam on the averaged change.
-"""
+"""Outer optimizers: the averaged change is treated as a gradient step, with momentum (plain, Nesterov, delayed) or Adam."""
 
 from __future__ import annotations
 
@@ -16,13 +9,13 @@ from torch import Tensor
 
 from lte_ray.merging.policies.weighted import average_weights
 from lte_ray.merging.policy import MergeChange, Pending, Roster, combine
-from lte_ray.merging.policy_args import within
+from lte_ray.merging.policy_args import check_range
 
 
 class Momentum:
     """m := beta m + D, W += lr m, with D = 1/N sum of the merge's changes (FedAvgM, arXiv 1909.06335).
 
-    All in all each change counts lr / (1 - beta) times: once, with these defaults. Costs one tensor as large as the base.
+    In total, each change counts lr / (1 - beta) times: once, with the defaults. Needs one tensor as large as the base.
 
     Args:
         lr: outer learning rate.
@@ -30,8 +23,8 @@ class Momentum:
     """
 
     def __init__(self, *, lr: float = 0.1, momentum: float = 0.9) -> None:
-        within("lr", lr, 0, above=True)
-        within("momentum", momentum, 0, 1, below=True)
+        check_range("lr", lr, 0, above=True)
+        check_range("momentum", momentum, 0, 1, below=True)
         self.lr, self.momentum = lr, momentum
         self._m: Tensor | None = None
 
@@ -51,11 +44,10 @@ class Momentum:
 class Nesterov(Momentum):
     """m := beta m + D, W += lr (D + beta m), with D = 1/N sum of the merge's changes (DiLoCo, arXiv 2311.08105).
 
-    It is torch.optim.SGD(nesterov=True) on the gradient -D; the defaults are DiLoCo's, whose workers train hundreds of steps
-    between merges. All in all each change counts lr / (1 - beta) times, 7 with these: where heads train few steps between
-    merges, that overshoots, and lr = 1 - beta is safe. Meant for ``--when barrier``: with
-    single arrivals momentum takes up stale changes N times as often (`DelayedNesterov` mends that). Costs one tensor as large
-    as the base.
+    Equals torch.optim.SGD(nesterov=True) on the gradient -D. The defaults are those of DiLoCo, whose workers train hundreds of
+    steps between merges. In total, each change counts lr / (1 - beta) times, here 7: that overshoots if heads train few steps
+    between merges, and lr = 1 - beta is safe. Meant for ``--when barrier``: with single arrivals, momentum accumulates stale
+    changes N times as often (`DelayedNesterov` avoids that). Needs one tensor as large as the base.
 
     Args:
         lr: outer learning rate.
@@ -72,24 +64,24 @@ class Nesterov(Momentum):
 
 
 class DelayedNesterov:
-    """Momentum moves once every K contributions only, by their mean; between, plain steps (arXiv 2401.09135, alg. 3, c = 0).
+    """Updates momentum once every K contributions, with their mean; plain steps in between (arXiv 2401.09135, alg. 3, c = 0).
 
-    Each merge: W += lr D with D = 1/N sum of its changes. When K contributions have come since the last time:
-    m := beta m + their mean change, and W += lr beta m in the same merge. So K = N single arrivals move momentum and base
-    like one `Nesterov` merge of all (exactly, if nobody trains on what is between); with ``--when barrier`` it *is* `Nesterov`.
-    As of `Nesterov`, each change counts lr / (1 - beta) times in the long run: take a lower lr where heads train few steps
-    between merges. Costs two tensors as large as the base.
+    Each merge: W += lr D with D = 1/N sum of its changes. When K contributions have arrived since the last update of m:
+    m := beta m + their mean change, and W += lr beta m in the same merge. So K = N single arrivals update momentum and base
+    as one `Nesterov` merge of all does (exactly, if no head trains on the versions in between); with ``--when barrier`` it
+    *is* `Nesterov`. As there, each change counts lr / (1 - beta) times in the long run: choose a lower lr if heads train few
+    steps between merges. Needs two tensors as large as the base.
 
     Args:
         lr: outer learning rate.
         momentum: beta.
-        delay: K, contributions between two moves of the momentum; 0: as many as there are heads.
+        delay: K, contributions between two updates of the momentum; 0: the number of heads.
     """
 
     def __init__(self, *, lr: float = 0.7, momentum: float = 0.9, delay: int = 0) -> None:
-        within("lr", lr, 0, above=True)
-        within("momentum", momentum, 0, 1, below=True)
-        within("delay", delay, 0)
+        check_range("lr", lr, 0, above=True)
+        check_range("momentum", momentum, 0, 1, below=True)
+        check_range("delay", delay, 0)
         self.lr, self.momentum, self.delay = lr, momentum, delay
         self._m: Tensor | None = None
         self._sum: Tensor | None = None
@@ -110,8 +102,8 @@ class DelayedNesterov:
     def state(self) -> dict[str, Tensor]:
         if self._sum is None:
             return {}
-        held = {"sum": self._sum, "count": torch.tensor(self._count)}
-        return held if self._m is None else {**held, "momentum": self._m}
+        sums = {"sum": self._sum, "count": torch.tensor(self._count)}
+        return sums if self._m is None else {**sums, "momentum": self._m}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         self._sum = tensors["sum"].clone() if "sum" in tensors else None
@@ -123,7 +115,7 @@ class Adam:
     """m := b1 m + (1 - b1) D, v := b2 v + (1 - b2) D^2, W += lr m' / (sqrt(v') + eps), D = 1/N sum of the merge's changes.
 
     FedAdam (arXiv 2003.00295) with Adam's bias corrections m' = m / (1 - b1^t), v' = v / (1 - b2^t). A change far below
-    `eps` counts lr / eps times (once, with these defaults), and no element moves by much more than `lr` in a merge. Costs two
+    `eps` counts lr / eps times (once, with the defaults), and no element moves by much more than `lr` in a merge. Needs two
     tensors as large as the base.
 
     Args:
@@ -134,10 +126,10 @@ class Adam:
     """
 
     def __init__(self, *, lr: float = 1e-3, beta1: float = 0.9, beta2: float = 0.99, eps: float = 1e-3) -> None:
-        within("lr", lr, 0, above=True)
-        within("beta1", beta1, 0, 1, below=True)
-        within("beta2", beta2, 0, 1, below=True)
-        within("eps", eps, 0, above=True)
+        check_range("lr", lr, 0, above=True)
+        check_range("beta1", beta1, 0, 1, below=True)
+        check_range("beta2", beta2, 0, 1, below=True)
+        check_range("eps", eps, 0, above=True)
         self.lr, self.beta1, self.beta2, self.eps = lr, beta1, beta2, eps
         self._m: Tensor | None = None
         self._v: Tensor | None = None

@@ -1,7 +1,4 @@
-"""TIES on products: small changes are dropped, and a sign is elected for each element.
-
-DARE on products: elements are dropped at random and the rest scaled up.
-"""
+"""Sparse merges on the dense products: TIES keeps the largest changes and elects signs, DARE drops elements at random."""
 
 from __future__ import annotations
 
@@ -11,62 +8,62 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lte_ray.merging.policies.elementwise import by_elements, largest, share_of_all, sum_of_entries
+from lte_ray.merging.policies.elementwise import keep_largest, merged_fraction, reduce_elementwise, sum_entries
 from lte_ray.merging.policy import MergeChange, Pending, Roster
-from lte_ray.merging.policy_args import within
+from lte_ray.merging.policy_args import check_range
 
 
 class Ties:
-    """Trim, elect sign, merge (TIES-Merging, arXiv 2306.01708), on the dense products, never on A and B apart.
+    """Trim, elect sign, merge (TIES-Merging, arXiv 2306.01708), on the dense products, never on A and B separately.
 
-    Of each layer's change only the share `density` of largest magnitude is kept. An element's sign is that of its sum over
-    the k contributions; those of that sign are averaged, and count k/N. What is dropped is lost: a contribution counts as
-    merged. Meant for ``--when barrier`` or ``quorum``; of one contribution it only drops.
+    Of each layer's change, keeps the fraction `density` of the elements with the largest magnitudes. An element's sign is that
+    of its sum over the k contributions; the changes with this sign are averaged, and have weight k/N. Other changes are lost: a
+    contribution counts as merged. Meant for ``--when barrier`` or ``quorum``; of a single contribution it only drops elements.
 
     Args:
-        density: share of each layer's elements to keep; the paper keeps 0.2.
+        density: fraction of each layer's elements to keep; the paper keeps 0.2.
     """
 
     def __init__(self, *, density: float = 0.2) -> None:
-        within("density", density, 0, 1, above=True)
+        check_range("density", density, 0, 1, above=True)
         self.density = density
 
     def merge(self, pending: Sequence[Pending], roster: Roster) -> MergeChange:
-        change = by_elements(pending, roster, _elected_mean, prepare=lambda values: largest(values, self.density))
-        return MergeChange(change.mul_(share_of_all(pending, roster)), [p.head for p in pending])
+        change = reduce_elementwise(pending, roster, _elected_mean, prepare=lambda values: keep_largest(values, self.density))
+        return MergeChange(change.mul_(merged_fraction(pending, roster)), [p.head for p in pending])
 
 
 def _elected_mean(values: Tensor) -> Tensor:
-    """(k, n) -> (n): the mean of the values that have the sign of their sum, 0 where there are none."""
-    agreeing = values.sign() == values.sum(dim=0).sign()  # zeros agree with a sum of zero, and add nothing
+    """Returns the mean of the values with the sign of their sum, or 0 if there are none: (k, n) -> (n)."""
+    agreeing = values.sign() == values.sum(dim=0).sign()  # zeros agree with a sum of zero and add nothing
     return (values * agreeing).sum(dim=0) / agreeing.sum(dim=0).clamp(min=1)
 
 
 class Dare:
     """1/N sum of mask * D / (1 - p), each element dropped with probability p (DARE, arXiv 2311.03099), on the dense products.
 
-    In expectation it is the average. The masks depend on (seed, version, head, layer) alone, so a run that is repeated or
-    resumed drops the same elements.
+    Its expected value is the average. The masks depend only on (seed, version, head, layer), so a repeated or resumed run drops
+    the same elements.
 
     Args:
-        drop: p.
-        seed: of the masks.
+        drop: p, the fraction of elements to drop.
+        seed: seed of the masks.
     """
 
     def __init__(self, *, drop: float = 0.5, seed: int = 0) -> None:
-        within("drop", drop, 0, 1, below=True)
+        check_range("drop", drop, 0, 1, below=True)
         self.drop, self.seed = drop, seed
 
     def merge(self, pending: Sequence[Pending], roster: Roster) -> MergeChange:
         scale = 1 / ((1 - self.drop) * roster.num_heads)
 
-        def kept(p: Pending, name: str, change: Tensor) -> Tensor:
+        def drop_and_scale(p: Pending, name: str, change: Tensor) -> Tensor:
             drawn = torch.rand(change.shape, generator=self._generator(roster.version, p.head, name))
             return change.mul_((drawn >= self.drop).to(change)).mul_(scale)
 
-        return MergeChange(sum_of_entries(pending, roster, kept), [p.head for p in pending])
+        return MergeChange(sum_entries(pending, roster, drop_and_scale), [p.head for p in pending])
 
     def _generator(self, version: int, head: int, name: str) -> torch.Generator:
-        """On the CPU, so that the masks are the same on every device."""
+        """Returns a generator on the CPU, so that the masks are the same on every device."""
         digest = hashlib.sha256(f"{self.seed} {version} {head} {name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

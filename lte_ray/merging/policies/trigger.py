@@ -1,8 +1,6 @@
-"""When to merge: what of the pending contributions is merged now, or what to wait for.
+"""When to merge (`MergeTrigger`), and complete policies that combine a trigger with a rule: how to merge (`MergeRule`).
 
-How they are merged is the policy's part (`lte_ray.merging.policies.trigger` puts the two together).
-
-A whole policy, made of *when* to merge and *how* to.
+A trigger selects the pending contributions to merge now, or says what to wait for.
 """
 
 from __future__ import annotations
@@ -15,24 +13,24 @@ from torch import Tensor
 from lte_ray.config import MergeConfig
 from lte_ray.merging.policy import Decision, Discard, Merge, MergeChange, Pending, Roster, Try, Wait
 
-NAMED = 8
-"""Heads that a reason lists by number; of more it gives the count."""
+MAX_LISTED_HEADS = 8
+"""Most heads that a reason lists by number; if there are more, it gives their count."""
 
 
 class MergeTrigger(Protocol):
-    """Chooses the contributions that one merge takes."""
+    """Selects the contributions for one merge."""
 
     def ready(self, pending: Sequence[Pending], roster: Roster) -> Sequence[Pending] | Wait:
-        """The contributions to merge now, at least one, in the order of their heads; or what to wait for."""
+        """Returns the contributions to merge now, at least one, in the order of their heads; or what to wait for."""
         ...
 
 
 class Barrier:
-    """All live heads have contributed: the paper's way."""
+    """Merges when all live heads have contributed, as in the paper."""
 
     def ready(self, pending: Sequence[Pending], roster: Roster) -> Sequence[Pending] | Wait:
         lacking = len(roster.live) - len(pending)
-        if lacking > NAMED:  # at least so many are missing; to name them would cost a pass over all at every arrival
+        if lacking > MAX_LISTED_HEADS:  # at least; naming them would take a pass over all heads at every arrival
             return Wait(f"for {lacking} of {len(roster.live)} heads")
         missing = roster.live - {p.head for p in pending}
         if missing or not pending:
@@ -41,10 +39,10 @@ class Barrier:
 
 
 class Quorum:
-    """The first `size` contributions are there, or `deadline` seconds have passed since the first of them arrived.
+    """Merges when `size` contributions are pending, or `deadline` seconds after the first of them arrived.
 
     Args:
-        size: contributions to merge at; 0: half of the live heads, rounded up. Where fewer heads live, that many.
+        size: contributions to wait for, at most the number of live heads; 0: half of the live heads, rounded up.
         deadline: seconds; 0: none.
     """
 
@@ -65,7 +63,7 @@ class Quorum:
 
 
 class Arrival:
-    """Each contribution is merged on its own, in the order of their arrival."""
+    """Merges each contribution by itself, in the order of arrival."""
 
     def ready(self, pending: Sequence[Pending], roster: Roster) -> Sequence[Pending] | Wait:
         if not pending:
@@ -73,8 +71,8 @@ class Arrival:
         return [min(pending, key=lambda p: (p.arrived, p.head))]
 
 
-def make_when(merge: MergeConfig) -> MergeTrigger:
-    """What `--when`, `--quorum` and `--deadline` say."""
+def make_trigger(merge: MergeConfig) -> MergeTrigger:
+    """Returns the trigger that `--when`, `--quorum` and `--deadline` specify."""
     if merge.when == "quorum":
         return Quorum(merge.quorum, merge.deadline)
     return Arrival() if merge.when == "arrival" else Barrier()
@@ -82,63 +80,63 @@ def make_when(merge: MergeConfig) -> MergeTrigger:
 
 @runtime_checkable
 class MergeRule(Protocol):
-    """How to merge, for an object that leaves *when* to the run's ``--when``."""
+    """How to merge; *when* is decided by the run's ``--when``."""
 
     def merge(self, pending: Sequence[Pending], roster: Roster) -> Merge | MergeChange | Discard | Try:
-        """What becomes of these contributions: at least one, sorted by head.
+        """Decides about these contributions: at least one, sorted by head.
 
-        Weights (a dict of head -> weight) or a change (a flat tensor in `roster.layout`) may be returned as they are.
+        May return weights (a dict of head -> weight) or a change (a flat tensor in `roster.layout`) as they are.
         """
         ...
 
 
 class ComposedPolicy:
-    """Asks `how` once `when` says which contributions are due.
+    """Applies a rule to the contributions that a trigger selects.
 
     Args:
-        how: an object with a `merge` method, or a function of the same two arguments.
-        when: by default when all live heads have contributed.
-        name: what errors call it.
+        rule: an object with a `merge` method, or a function of the same two arguments.
+        trigger: by default `Barrier`.
+        name: the policy's name in errors.
     """
 
     def __init__(
-        self, how: MergeRule | Callable[[Sequence[Pending], Roster], Any], when: MergeTrigger | None = None, name: str = ""
+        self, rule: MergeRule | Callable[[Sequence[Pending], Roster], Any], trigger: MergeTrigger | None = None, name: str = ""
     ) -> None:
-        self.how, self.when = how, when or Barrier()
-        self.name = name or getattr(how, "__name__", type(how).__name__)
+        self.rule, self.trigger = rule, trigger or Barrier()
+        self.name = name or getattr(rule, "__name__", type(rule).__name__)
 
     def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
-        due = self.when.ready(pending, roster)
+        due = self.trigger.ready(pending, roster)
         if isinstance(due, Wait):
             return due
-        merge: Any = getattr(self.how, "merge", self.how)
-        decision: Decision = as_decision(merge(due, roster), due)
+        merge: Any = getattr(self.rule, "merge", self.rule)
+        decision: Decision = to_decision(merge(due, roster), due)
         return decision
 
     def state(self) -> dict[str, Tensor]:
-        """What `how` keeps from one merge to the next; empty if it keeps nothing."""
-        return state_of(self.how)
+        """Returns the rule's state between merges; empty if it has none."""
+        return get_policy_state(self.rule)
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over what `state` gave."""
-        load_state_of(self.how, tensors)
+        """Restores what `state` returned."""
+        load_policy_state(self.rule, tensors)
 
 
-def as_decision(given: Any, due: Sequence[Pending]) -> Any:
-    """Weights as `Merge`, a tensor as `MergeChange` of all that were due; the rest as it is, for the coordinator to judge."""
-    if isinstance(given, Mapping):
-        return Merge(given)
-    if isinstance(given, Tensor):
-        return MergeChange(given, [p.head for p in due])
-    return given
+def to_decision(result: Any, due: Sequence[Pending]) -> Any:
+    """Converts weights to a `Merge` and a tensor to a `MergeChange` of all due contributions; keeps other results."""
+    if isinstance(result, Mapping):
+        return Merge(result)
+    if isinstance(result, Tensor):
+        return MergeChange(result, [p.head for p in due])
+    return result
 
 
-def state_of(policy: Any) -> dict[str, Tensor]:
-    """A policy's `state()`, or nothing if it has none. The tensors may be the policy's own: copy what is kept."""
+def get_policy_state(policy: Any) -> dict[str, Tensor]:
+    """Returns a policy's `state()`, empty if it has none. The tensors may be the policy's own: copy them to keep them."""
     return policy.state() if callable(getattr(policy, "state", None)) else {}
 
 
-def load_state_of(policy: Any, tensors: dict[str, Tensor]) -> None:
-    """Gives a policy what `state_of` gave."""
+def load_policy_state(policy: Any, tensors: dict[str, Tensor]) -> None:
+    """Restores what `get_policy_state` returned; does nothing for a policy without state."""
     if callable(getattr(policy, "load_state", None)):
         policy.load_state(tensors)

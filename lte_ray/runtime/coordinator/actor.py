@@ -22,7 +22,7 @@ from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
 from lte_ray.errors import HeadLost, WorkerFailed
 from lte_ray.fault_injection import inject
 from lte_ray.layout import Plan
-from lte_ray.merging.policies.trigger import load_state_of
+from lte_ray.merging.policies.trigger import load_policy_state
 from lte_ray.messages import (
     CheckpointRequest,
     CommittedPosition,
@@ -118,7 +118,7 @@ class CoordinatorActor:
             manifest = checkpoint.read_manifest(common.directory, start.saved)
             kept = checkpoint.read_policy(common.directory, manifest, settings.merge.policy)
             if kept:
-                load_state_of(self._engine.policy, kept)
+                load_policy_state(self._engine.policy, kept)
         self._joined: set[int] = set()
         # By head, the incarnation that joins, and its call: that of a process that is gone mustn't go on.
         self._joining: dict[int, tuple[int, object]] = {}
@@ -134,8 +134,8 @@ class CoordinatorActor:
         )
         self._cuts = CheckpointManager(common, plans[0], start.saved, start.states)
         self._waiters = BackgroundTasks(self._cuts.abandon_all)
-        parts = [part.base.size * torch.float32.itemsize for part in codecs[0].parts]
-        sizes = [codec.sizes for codec in codecs]
+        parts = [part.base.size * torch.float32.itemsize for part in codecs[0].group_plans]
+        sizes = [codec.buffer_sizes for codec in codecs]
         downlink = BroadcastLog(common.groups, parts, sizes, start.version)
         self._records = Records(
             common, self._engine, self._masters, downlink, self._cuts, [sum(each) for each in sizes], self._waiters

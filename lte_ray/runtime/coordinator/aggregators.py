@@ -189,7 +189,11 @@ class LocalAggregator:
 
     def _part(self, index: int, base: Tensor) -> Tensor:
         codec = self._codecs[0]
-        return base if len(codec.parts) == 1 else gather(codec.parts[index].base, views(codec.plan.base, base), base.dtype)
+        return (
+            base
+            if len(codec.group_plans) == 1
+            else gather(codec.group_plans[index].base, views(codec.plan.base, base), base.dtype)
+        )
 
     def _sum(self, base: Tensor) -> int:
         entries = views(self._engine.plan.base, base)
@@ -228,7 +232,9 @@ class ShardedAggregator:
             for number, actor in enumerate(actors)
         ]
 
-    async def receive(self, ticket: int, head: int, handles: Sequence[Handle], checksums: Sequence[int]) -> MeasuredContribution:
+    async def receive(
+        self, ticket: int, head: int, handles: Sequence[Handle], checksums: Sequence[int]
+    ) -> MeasuredContribution:
         count = len(self._codecs[head].groups)
         if len(handles) != count:
             raise ValueError(f"expected the buffers of groups 0 to {count - 1}, found {list(range(len(handles)))}")
@@ -288,7 +294,7 @@ class ShardedAggregator:
     async def _assembled(self, publishing: Awaitable[Published]) -> Published:
         published, codec = await publishing, self._codecs[0]
         parts = sorted(published.parts.items())
-        pieces = [(handle, _places(codec.plan.base, codec.parts[index].base)) for index, handle in parts]
+        pieces = [(handle, _places(codec.plan.base, codec.group_plans[index].base)) for index, handle in parts]
         return replace(published, parts={-1: AssembledRef(codec.plan.base.size, tuple(pieces))})
 
     def _factors(self, head: int, pieces: Sequence[tuple[int, Handle]]) -> AssembledRef:
@@ -296,7 +302,7 @@ class ShardedAggregator:
         whole = codec.plan.contribution
         placed = []
         for index, handle in sorted(pieces, key=lambda piece: piece[0]):
-            own = codec.parts[index]
+            own = codec.group_plans[index]
             factors = Layout(own.contribution.entries[: 2 * len(own.adapted)])
             placed.append((handle, _places(whole, factors)))
         return AssembledRef(codec.plan.factors_size, tuple(placed))

@@ -15,7 +15,7 @@ from dataclasses import replace
 from lte_ray.engine.coordinator.broadcast_log import CHECKSUM_INTERVAL, BroadcastLog, alternative_bytes
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.coordinator.loss_spike import LossSpikeDetector
-from lte_ray.merging.policies.trigger import state_of
+from lte_ray.merging.policies.trigger import get_policy_state
 from lte_ray.messages import CheckpointRequest, ContributionResult, CoordinatorReply, MergeDelta, MergeRecord
 from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.coordinator.aggregators import Aggregator, Published, Publisher, known
@@ -126,7 +126,7 @@ class Records:
         save = CheckpointRequest(engine.version, sequences, id=time.time_ns())
         standings = {str(head): dataclasses.asdict(held) for head, held in engine.positions.items() if head in engine.members}
         facts = {"standings": standings, "ledger": engine.assignor.state(), "guard": engine.outlier_filter.state()}
-        self._cuts.begin_checkpoint(record, save, facts, state_of(engine.policy))
+        self._cuts.begin_checkpoint(record, save, facts, get_policy_state(engine.policy))
         return save
 
     def after(self, seen: int) -> tuple[MergeRecord, ...]:

@@ -25,7 +25,7 @@ from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.coordinator_state import CoordinatorState
 from lte_ray.runtime.object_store import Handle, at_construction
 from lte_ray.transfer.checksum import base_checksum, verify_checksums
-from lte_ray.transfer.groups import part
+from lte_ray.transfer.groups import subplan
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ class ShardActor:
         fault_injection.arm(common.faults)
         self._transport, settings = common.transport, common.settings
         codecs, plan = common.codecs(plans), plans[0]
-        groups = {index: part(plan, group.names) for index, group in enumerate(common.groups) if group.shard == number}
+        groups = {index: subplan(plan, group.names) for index, group in enumerate(common.groups) if group.shard == number}
         with at_construction():
             whole = common.transport.fetch(start.base)
             factors_of = {head: common.transport.fetch(handle) for head, handle in start.references.items()}
@@ -78,9 +78,9 @@ class ShardActor:
         references: dict[int, dict[int, Tensor]] = {index: {} for index in groups}
         for head, factors in factors_of.items():
             for index in groups:
-                references[index][head] = codecs[head].take_factors(index, factors).clone()
+                references[index][head] = codecs[head].slice_factors(index, factors).clone()
         self._shard = BaseShard(codecs, masters, settings.lte.reset, version=start.version, references=references)
-        mine = [codecs[0].parts[index] for index in groups]
+        mine = [codecs[0].group_plans[index] for index in groups]
         own = Plan(tuple(a for each in mine for a in each.adapted), ())
         self._threads = common.threads(own, plans[0])
         self._beside = ThreadPoolExecutor(1, "merge")

@@ -7,7 +7,7 @@ import torch
 from benchmarks import async_quality, formats, merge_scale, shapes
 from benchmarks import bytes as bytes_
 from lte_ray.config import MergeConfig
-from lte_ray.transfer.codec import least_bytes
+from lte_ray.transfer.codec import min_contribution_bytes
 from tests.support.helpers import BATCH, Tiny, make_plan_of
 
 
@@ -16,7 +16,7 @@ def test_bytes_are_counted_without_a_heads_own_contribution() -> None:
     plan, merge = make_plan_of([(24, 20, 2), (6, 40, 2)], [(5,)]), MergeConfig(send_down="factors")
     found = bytes_.measured(plan, merge, heads=3)
     size = 4 * plan.contribution.size
-    assert size == least_bytes(plan, merge)
+    assert size == min_contribution_bytes(plan, merge)
     assert size < found["up"] < size + 400
     assert 2 * size < found["down"] < 2 * size + 400
 

@@ -14,7 +14,7 @@ from lte_ray.cli.main import main
 from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError
-from lte_ray.merging.registry import make_policy, recorded_arguments
+from lte_ray.merging.registry import make_policy, resolved_arguments
 from lte_ray.run import record as run_record
 from lte_ray.run import start as run_start
 from lte_ray.storage import RunDirectory
@@ -102,7 +102,7 @@ def test_a_policy_without_arguments_has_no_section(mine: str) -> None:
 def test_built_in_policies_can_be_made_of_their_flags(policy: str) -> None:
     """The defaults as flags give the policy that the defaults in Python give."""
     merge = merge_of("--policy", policy)
-    assert recorded_arguments(merge) == recorded_arguments(MergeConfig(policy=policy)) == merge.policy_args
+    assert resolved_arguments(merge) == resolved_arguments(MergeConfig(policy=policy)) == merge.policy_args
     make_policy(merge)
 
 
@@ -193,7 +193,7 @@ def test_a_bad_toml_table_is_one_clear_error(tmp_path: Path, text: str, says: st
 def test_a_runs_record_gives_its_policy_again(tmp_path: Path, mine: str, merge: MergeConfig) -> None:
     """`--config run.toml`: the same policy with the same arguments, those included that were defaults."""
     merge = dataclasses.replace(merge, policy=merge.policy.replace("MINE", mine))
-    merge = dataclasses.replace(merge, policy_args=recorded_arguments(merge) or None)  # as the trainer does
+    merge = dataclasses.replace(merge, policy_args=resolved_arguments(merge) or None)  # as the trainer does
     settings, storage = Settings("first", LTEConfig(), merge, TrainConfig()), StorageConfig(name="first", storage=str(tmp_path))
     directory = RunDirectory.open(str(tmp_path), "first")
     run_start.create_run(

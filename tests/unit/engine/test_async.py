@@ -27,7 +27,7 @@ from lte_ray.merging.low_rank import Share, dense_change
 from lte_ray.merging.registry import make_policy
 from lte_ray.messages import Contribution, ContributionResult, HeadDirective
 from lte_ray.transfer.codec import Codec
-from lte_ray.transfer.groups import groups
+from lte_ray.transfer.groups import make_groups
 from tests.support.helpers import LONG_RUN, Tiny, assert_near, make_settings
 
 HEADS = 3
@@ -61,7 +61,7 @@ class Schedules(RuleBasedStateMachine):
         self.first, self.plan = initial.base, initial.plan
         self.policy = Whims()
         self.coordinator = Coordinator(self.settings, self.plan, initial.base.clone(), self.policy)
-        self.codec = Codec(self.plan, groups(initial.plans, merge), merge, torch.float64)
+        self.codec = Codec(self.plan, make_groups(initial.plans, merge), merge, torch.float64)
         self.heads = [Head(Tiny(), self.settings, n, dtype=torch.float64) for n in range(HEADS)]
         for head in self.heads:
             head.start(0, initial.base)

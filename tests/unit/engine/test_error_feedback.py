@@ -13,7 +13,7 @@ from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import base_replicas, factor_views, factors_part, replica_part, views
 from lte_ray.merging.low_rank import Share, add_contributions
 from lte_ray.transfer.codec import Codec
-from lte_ray.transfer.groups import groups
+from lte_ray.transfer.groups import make_groups
 from tests.support.helpers import assert_near, make_plan_of, random_flat
 
 ROUNDS = 50
@@ -34,7 +34,7 @@ def test_nothing_is_lost_over_time(transfer: str, topk: float) -> None:
     a vector's length that sending leaves out at most, what remains is bounded by rho / (1 - rho) of the longest step.
     """
     merge = MergeConfig(transfer=transfer, replica_topk=topk, shards=2)
-    codec = Codec(PLAN, groups([PLAN] * 3, merge), merge, torch.float64)
+    codec = Codec(PLAN, make_groups([PLAN] * 3, merge), merge, torch.float64)
     base, reference = torch.zeros(PLAN.base.size, dtype=torch.float64), None
     size = PLAN.contribution.size - PLAN.factors_size
     factors, replicas, sent = random_flat(PLAN.factors_size, 0), torch.zeros(size).double(), torch.zeros(size).double()
@@ -69,7 +69,7 @@ def assert_held(plan: Plan, base: Tensor, factors: Tensor) -> None:
 
 def test_without_feedback_rounding_would_add_up() -> None:
     """The same int8 steps, each sent without the rest of those before, end further away."""
-    codec = Codec(PLAN, groups([PLAN], MergeConfig(transfer="int8")), MergeConfig(transfer="int8"), torch.float64)
+    codec = Codec(PLAN, make_groups([PLAN], MergeConfig(transfer="int8")), MergeConfig(transfer="int8"), torch.float64)
     size = PLAN.contribution.size - PLAN.factors_size
     zeros = torch.zeros(PLAN.factors_size, dtype=torch.float64)
     true, with_rest, without = (torch.zeros(size, dtype=torch.float64) for _ in range(3))

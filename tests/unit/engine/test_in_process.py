@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
-from lte_ray.data.partition import density, are_disjoint
+from lte_ray.data.partition import are_disjoint, density
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.in_process import InProcessRun, run_in_process
 from lte_ray.engine.prepare import load_base, merged_state_dict, prepare

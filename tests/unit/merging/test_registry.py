@@ -29,7 +29,7 @@ from lte_ray.merging import (
     Wait,
     make_policy,
 )
-from lte_ray.merging.registry import gives_weights, make_rule, recorded_arguments
+from lte_ray.merging.registry import make_rule, may_merge_by_weights, resolved_arguments
 from tests.support.helpers import offer, random_flat
 from tests.support.policies import PLAN, coordinator_of, pending_of, roster_of
 
@@ -118,9 +118,9 @@ def test_every_built_in_name_makes_its_policy(name: str) -> None:
     policy = make(name)
     assert isinstance(policy, ComposedPolicy)
     assert isinstance(policy, MergePolicy)
-    assert type(policy.how) is POLICIES[name]
+    assert type(policy.rule) is POLICIES[name]
     assert policy.name == name
-    assert make(name).how is not policy.how  # type: ignore[attr-defined]
+    assert make(name).rule is not policy.rule  # type: ignore[attr-defined]
 
 
 def test_every_built_in_name_is_in_the_help() -> None:
@@ -136,7 +136,7 @@ def test_the_default_is_the_papers_average_at_a_barrier() -> None:
     """MergeConfig's defaults."""
     policy = make_policy(MergeConfig())
     assert isinstance(policy, ComposedPolicy)
-    assert (type(policy.how), type(policy.when)) == (Average, Barrier)
+    assert (type(policy.rule), type(policy.trigger)) == (Average, Barrier)
 
 
 @pytest.mark.parametrize(("when", "kind"), [("barrier", Barrier), ("quorum", Quorum), ("arrival", Arrival)])
@@ -145,7 +145,7 @@ def test_a_rule_is_asked_when_the_settings_say(when: str, kind: type) -> None:
     for policy in (a_rule, Rule, halves, "nesterov", f"{__name__}:Rule", f"{__name__}:halves", f"{__name__}:a_rule"):
         made = make(policy, when)
         assert isinstance(made, ComposedPolicy)
-        assert type(made.when) is kind
+        assert type(made.trigger) is kind
 
 
 def test_a_whole_policy_is_taken_as_it_is() -> None:
@@ -165,8 +165,8 @@ def test_a_policy_is_found_in_a_module_or_a_file(tmp_path: Path) -> None:
     """By module:Class, module:object, module:function and path/to/file.py:Class."""
     assert type(make(f"{__name__}:Mine")) is Mine
     assert make(f"{__name__}:a_policy") is a_policy
-    assert make(f"{__name__}:a_rule").how is a_rule  # type: ignore[attr-defined]
-    assert make(f"{__name__}:halves").how is halves  # type: ignore[attr-defined]
+    assert make(f"{__name__}:a_rule").rule is a_rule  # type: ignore[attr-defined]
+    assert make(f"{__name__}:halves").rule is halves  # type: ignore[attr-defined]
     (tmp_path / "policy_h.py").write_text("class Own:\n    def decide(self, pending, roster): return 'own'")
     assert make(f"{tmp_path}/policy_h.py:Own").decide([], None) == "own"  # type: ignore[arg-type]
 
@@ -207,12 +207,12 @@ def nothing(pending: Sequence[Pending], roster: Roster) -> None:
 
 def test_arguments_go_to_the_constructor_or_the_function() -> None:
     """By name; a whole number is a number, a list a tuple."""
-    rule = make(Rule, alpha=3, kind="b", on=True, names=["x"], limit=2.0, free=object).how  # type: ignore[attr-defined]
+    rule = make(Rule, alpha=3, kind="b", on=True, names=["x"], limit=2.0, free=object).rule  # type: ignore[attr-defined]
     assert (rule.alpha, rule.kind, rule.on, rule.names, rule.limit, rule.free) == (3.0, "b", True, ("x",), 2.0, object)
     assert type(rule.alpha) is float
     assert make(Asking, k=3).k == 3  # type: ignore[attr-defined]
     assert make(halves, share=1.0).decide(pending_of(1), roster_of(1)) == Merge({0: 1.0})
-    assert make("nesterov", lr=0.25).how.lr == 0.25  # type: ignore[attr-defined]
+    assert make("nesterov", lr=0.25).rule.lr == 0.25  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_arguments_go_to_the_constructor_or_the_function() -> None:
         (
             a_rule,
             {"alpha": 1.0},
-            r"--policy Rule is a policy object already, so policy_args can't be given to it: \{'alpha': 1.0\}",
+            r"--policy Rule is a policy object already, so it can't take policy_args: \{'alpha': 1.0\}",
         ),
         ("nesterov", {"momentum": 2.0}, "^--policy.momentum is 2.0, but it must be at least 0 and below 1.$"),
     ],
@@ -273,7 +273,7 @@ def test_arguments_are_a_dict_by_name(arguments: object) -> None:
         (3, "is a int without a merge"),
         (Raising, r"Raising\(\) raised KeyError: 'no key'"),
         (f"{__name__}:Raising", r"--policy \S+:Raising: Raising\(\) raised KeyError: 'no key'"),
-        (lambda pending: {}, "is a function of other arguments without a merge"),
+        (lambda pending: {}, "is a function with other arguments without a merge"),
     ],
 )
 def test_what_is_no_policy_is_a_config_error(policy: object, message: str) -> None:
@@ -312,16 +312,16 @@ def test_what_is_no_policy_is_a_config_error(policy: object, message: str) -> No
 def test_what_a_run_records_of_its_policy_makes_it_again(policy: Any, arguments: Any, recorded: dict[str, Any]) -> None:
     """All arguments, defaults included; of an object, its attributes of these names."""
     merge = MergeConfig(policy=policy, policy_args=arguments)
-    assert recorded_arguments(merge) == recorded
+    assert resolved_arguments(merge) == recorded
     if isinstance(policy, str):
         again = make_rule(policy, recorded)
-        assert recorded_arguments(MergeConfig(policy=again)) == recorded
+        assert resolved_arguments(MergeConfig(policy=again)) == recorded
 
 
 def test_policies_that_make_their_own_change_are_known() -> None:
     """Heads can't redo their merges from factors; of a user's own policy nothing is known."""
     for name in POLICIES:
         dense = name in ("momentum", "nesterov", "delayed_nesterov", "adam", "median", "trimmed_mean", "ties", "dare")
-        assert gives_weights(make_policy(MergeConfig(policy=name))) != dense
-    assert not gives_weights(make_policy(MergeConfig(policy="gated", policy_args={"policy": "nesterov"})))
-    assert gives_weights(make_policy(MergeConfig(policy=lambda pending, roster: {})))
+        assert may_merge_by_weights(make_policy(MergeConfig(policy=name))) != dense
+    assert not may_merge_by_weights(make_policy(MergeConfig(policy="gated", policy_args={"policy": "nesterov"})))
+    assert may_merge_by_weights(make_policy(MergeConfig(policy=lambda pending, roster: {})))

@@ -26,7 +26,7 @@ from lte_ray.simulation.cost_model import CostModel, named_plan
 from lte_ray.simulation.delivery import StalenessQueue
 from lte_ray.simulation.network import Link
 from lte_ray.simulation.record import KINDS, VirtualRun
-from lte_ray.transfer.codec import least_bytes
+from lte_ray.transfer.codec import min_contribution_bytes
 from tests.support.helpers import Poisoned, Tiny, assert_near, make_settings
 
 FREE = ClusterModel(step_seconds=1.0, bandwidth=0, latency=0, message_seconds=0, merge_flops=0, merge_memory=0)
@@ -119,7 +119,7 @@ def test_a_contribution_has_the_bytes_of_the_codec(transfer: str, topk: float) -
     """Up, a simulated contribution is as large as a real one: the least there can be, and int8's scales."""
     merge = MergeConfig(transfer=transfer, replica_topk=topk)  # type: ignore[arg-type]
     plan = named_plan("gpt2-124m", 32, 64.0)
-    least = least_bytes(plan, merge)
+    least = min_contribution_bytes(plan, merge)
     assert least <= CostModel([plan, plan], merge).up(1) <= 1.01 * least
 
 

@@ -14,7 +14,7 @@ from lte_ray.config.merge import MergeConfig
 from lte_ray.layout import Plan
 from lte_ray.transfer import packing
 from lte_ray.transfer.checksum import base_checksum
-from lte_ray.transfer.codec import least_bytes
+from lte_ray.transfer.codec import min_contribution_bytes
 from tests.support.codecs import FORMATS, large, make_codec
 from tests.support.helpers import make_plan_of, random_flat
 
@@ -46,12 +46,12 @@ def test_the_receiver_decodes_what_the_sender_says(
     kept = contribution.clone()
     buffers, decoded = codec.encode(contribution, reference)
     assert torch.equal(contribution, kept)
-    assert [b.numel() for b in buffers] == list(codec.sizes)
+    assert [b.numel() for b in buffers] == list(codec.buffer_sizes)
     assert all(b.dtype == torch.uint8 and b.is_contiguous() for b in buffers)
     assert torch.equal(codec.decode(dict(enumerate(buffers)), reference), decoded)
     for index, buffer in enumerate(buffers):
-        old = None if reference is None else codec.take_factors(index, reference)
-        assert torch.equal(codec.decode_group(index, buffer, old), codec.take(index, decoded))
+        old = None if reference is None else codec.slice_factors(index, reference)
+        assert torch.equal(codec.decode_group(index, buffer, old), codec.slice_contribution(index, decoded))
     factors = slice(plan.factors_size)
     change = contribution[factors] - (0 if reference is None else reference[factors])
     worst = {"fp32": 0.0, "bf16": 2.0**-8, "int8": 1 / 254}[merge.transfer] * float(change.abs().max())
@@ -139,8 +139,8 @@ def test_sizes_are_those_of_the_formula(plan: Plan, merge: MergeConfig) -> None:
         count, where = replicas, 0
     steps = [math.ceil(a.rank * sum(a.matrix) / BLOCK) for a in plan.adapted] + [math.ceil(count / BLOCK)]
     least = (plan.factors_size + count) * WIDTH[merge.transfer] + where
-    assert least_bytes(plan, merge) == least
-    assert sum(codec.sizes) == least + 4 * sum(steps) * (merge.transfer == "int8")
+    assert min_contribution_bytes(plan, merge) == least
+    assert sum(codec.buffer_sizes) == least + 4 * sum(steps) * (merge.transfer == "int8")
 
 
 def test_int8_costs_less_than_one_percent_more_than_its_values() -> None:
@@ -148,7 +148,7 @@ def test_int8_costs_less_than_one_percent_more_than_its_values() -> None:
     plan = make_plan_of([(2304, 768, 32), (768, 768, 32), (3072, 768, 32), (768, 3072, 32)] * 12, [(102_144,)])
     for topk in (1.0, 0.1, 0.01):
         merge = MergeConfig(transfer="int8", replica_topk=topk)
-        assert sum(make_codec(plan, merge).sizes) <= 1.01 * least_bytes(plan, merge)
+        assert sum(make_codec(plan, merge).buffer_sizes) <= 1.01 * min_contribution_bytes(plan, merge)
 
 
 @pytest.mark.parametrize("transfer", FORMATS)

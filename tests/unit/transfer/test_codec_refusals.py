@@ -9,7 +9,7 @@ import torch
 
 from lte_ray.config.merge import MergeConfig
 from lte_ray.transfer.codec import Codec
-from lte_ray.transfer.groups import Group
+from lte_ray.transfer.groups import EntryGroup
 from tests.support.codecs import FORMATS, large, make_codec
 from tests.support.helpers import make_plan_of, random_flat
 
@@ -95,6 +95,6 @@ def test_other_sizes_and_groups_are_refused() -> None:
     names = codec.groups[0].names
     for wrong in ([names[:-1]], [names, names[:1]]):
         with pytest.raises(ValueError, match="each entry of the base once"):
-            Codec(codec.plan, [Group(n, 0, False) for n in wrong], MergeConfig())
+            Codec(codec.plan, [EntryGroup(n, 0, False) for n in wrong], MergeConfig())
     with pytest.raises(ValueError, match="all replicas must be in one group"):
-        Codec(codec.plan, [Group(names[:-1], 0, False), Group(names[-1:], 1, False)], MergeConfig())
+        Codec(codec.plan, [EntryGroup(names[:-1], 0, False), EntryGroup(names[-1:], 1, False)], MergeConfig())

@@ -12,7 +12,7 @@ from hypothesis import given
 
 from lte_ray.config import MergeConfig
 from lte_ray.merging.flat_buffer import gather, views
-from lte_ray.merging.registry import BY_WEIGHTS, make_policy
+from lte_ray.merging.registry import WEIGHT_POLICIES, make_policy
 from tests.support.base_shards import HEADS, Whims, both, same
 from tests.support.helpers import offer, random_flat
 
@@ -56,7 +56,7 @@ def test_spread_merging_has_the_bits_of_merging_in_one_place(
             whole, held = one.reference(head), spread.reference(index, head)
             assert (held is None) == (whole is None)
             if whole is not None and held is not None:
-                assert torch.equal(held, spread.codecs[head].take_factors(index, whole))
+                assert torch.equal(held, spread.codecs[head].slice_factors(index, whole))
     assert [shard.undecided for shard in spread.shards] == [len(one.pending_heads)] * shards
 
 
@@ -76,7 +76,7 @@ def test_shards_forget_the_reference_of_a_head_that_begins_afresh() -> None:
         assert torch.equal(one.base, spread.base())
 
 
-@pytest.mark.parametrize("name", BY_WEIGHTS)
+@pytest.mark.parametrize("name", WEIGHT_POLICIES)
 def test_built_in_policies_of_weights_need_no_tensors(name: str) -> None:
     """Barrier and arrival alike: the base is that of merging in one place."""
     for when in ("barrier", "arrival"):
@@ -117,7 +117,7 @@ def test_what_is_asked_at_a_version_is_of_that_version_however_late_it_is_comput
     indices = [i for shard in spread.shards for i in shard.groups]
     expected = views(again.codecs[0].plan.base, again.base())
     for index, future in zip(indices, bases[0], strict=True):
-        assert torch.equal(future.result(), gather(again.codecs[0].parts[index].base, expected))
+        assert torch.equal(future.result(), gather(again.codecs[0].group_plans[index].base, expected))
 
 
 def test_a_question_that_fails_harms_nobody_else() -> None:

@@ -11,13 +11,13 @@ import torch
 from lte_ray.config import MergeConfig
 from lte_ray.errors import ConfigError, PolicyError
 from lte_ray.merging import Decision, Merge, MergeChange, Pending, Roster, Try, Wait, combine
-from lte_ray.merging.registry import BY_WEIGHTS, POLICIES, make_policy
+from lte_ray.merging.registry import POLICIES, WEIGHT_POLICIES, make_policy
 from lte_ray.messages import Contribution
 from tests.support.base_shards import HEADS, Whims, both, same
 from tests.support.helpers import offer, random_flat
 
 
-@pytest.mark.parametrize("name", sorted(set(POLICIES) - set(BY_WEIGHTS)))
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - set(WEIGHT_POLICIES)))
 def test_built_in_policies_that_need_tensors_are_refused_before_a_run(name: str) -> None:
     """The error names the policy and what to change; one shard is no shard."""
     make_policy(MergeConfig(policy=name))

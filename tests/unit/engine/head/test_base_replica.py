@@ -21,7 +21,7 @@ from lte_ray.merging.flat_buffer import gather, views
 from lte_ray.messages import Contribution, CoordinatorReply, MergeDelta
 from lte_ray.transfer.checksum import base_checksum
 from lte_ray.transfer.codec import Codec
-from lte_ray.transfer.groups import groups
+from lte_ray.transfer.groups import make_groups
 from tests.support.helpers import make_plan_of, make_settings, random_flat
 
 HEADS = 3
@@ -46,12 +46,12 @@ class Side:
     def __init__(self, merge: MergeConfig, plans: Sequence[Plan], reset: str = "none") -> None:
         settings = make_settings(heads=len(plans), reset=reset)
         self.settings = dataclasses.replace(settings, merge=merge)
-        self.policy, self.groups = Whims(), groups(plans, merge)
+        self.policy, self.groups = Whims(), make_groups(plans, merge)
         base = random_flat(plans[0].base.size, 1).float()
         self.coordinator = Coordinator(self.settings, plans[0], base, self.policy, plans=plans)
         self.codecs = [Codec(plan, self.groups, merge) for plan in plans]
-        sizes = [part.base.size * 4 for part in self.codecs[0].parts]
-        self.downlink = BroadcastLog(self.groups, sizes, [codec.sizes for codec in self.codecs], 0)
+        sizes = [part.base.size * 4 for part in self.codecs[0].group_plans]
+        self.downlink = BroadcastLog(self.groups, sizes, [codec.buffer_sizes for codec in self.codecs], 0)
         self.buffers: dict[int, tuple[Tensor, ...]] = {}
         self.sequence = 0
         self.incarnations = [0] * len(plans)
@@ -83,7 +83,7 @@ class Side:
         return CoordinatorReply(None, version, parts, chain or (), held, checksum=sums)
 
     def part(self, index: int, base: Tensor) -> Tensor:
-        return gather(self.codecs[0].parts[index].base, views(self.codecs[0].plan.base, base))
+        return gather(self.codecs[0].group_plans[index].base, views(self.codecs[0].plan.base, base))
 
     def mirror(self, reset: str = "none") -> BaseReplica:
         return BaseReplica(self.codecs, reset, lambda handle: handle)
@@ -173,7 +173,7 @@ def test_a_mirror_that_outlives_its_coordinator_redoes_what_the_next_one_merges(
         fresh={0, 2},
     )
     side.downlink = BroadcastLog(
-        side.groups, [c.base.size * 4 for c in side.codecs[0].parts], [c.sizes for c in side.codecs], 2
+        side.groups, [c.base.size * 4 for c in side.codecs[0].group_plans], [c.buffer_sizes for c in side.codecs], 2
     )
     for head in (0, 1, 0, 2):
         side.contribute(head)
@@ -227,7 +227,7 @@ def test_only_new_contributions_are_fetched() -> None:
     for head in (0, 1, 2):
         side.contribute(head)
     follow(mirror, side.update(mirror.redo_from))
-    assert mirror.bytes_fetched - before == 3 * side.codecs[0].sizes[0]
+    assert mirror.bytes_fetched - before == 3 * side.codecs[0].buffer_sizes[0]
 
 
 def test_an_update_that_lacks_merges_is_not_taken() -> None:
@@ -291,7 +291,7 @@ def test_long_chains_are_forgotten() -> None:
     """Once their factors are more bytes than the base, who is so far behind is sent the base."""
     plans = plans_of([2, 2, 2])
     side = Side(MergeConfig(send_down="factors"), plans)
-    size, each = plans[0].base.size * 4, side.codecs[0].sizes[0]
+    size, each = plans[0].base.size * 4, side.codecs[0].buffer_sizes[0]
     for version in range(20):
         side.contribute(version % HEADS)
     kept = [have for have in range(20) if side.downlink.deltas_since(have) is not None]

@@ -20,7 +20,7 @@ from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
 from lte_ray.messages import CheckpointRequest, Contribution, ContributionResult
 from lte_ray.transfer.codec import Codec
-from lte_ray.transfer.groups import groups
+from lte_ray.transfer.groups import make_groups
 from tests.support.helpers import Tiny, make_settings, through_a_file
 
 
@@ -76,7 +76,7 @@ class Run:
         """The contribution, with what the receivers decode as its buffer."""
         made = head.contribute()
         if self.merging == torch.float32:
-            head.encode(made, Codec(head.plan, groups([head.plan], self.settings.merge), self.settings.merge))
+            head.encode(made, Codec(head.plan, make_groups([head.plan], self.settings.merge), self.settings.merge))
         return replace(made, buffer=head.contributed.clone())
 
 

@@ -15,7 +15,7 @@ from lte_ray.config import MergeConfig
 from lte_ray.engine.in_process import run_in_process
 from lte_ray.merging import POLICIES, Average, Try, make_policy
 from lte_ray.merging.flat_buffer import views
-from lte_ray.merging.policy_args import arguments_of
+from lte_ray.merging.policy_args import list_arguments
 from lte_ray.testing import check_policy
 from lte_ray.worker import build_model
 from tests.support.helpers import LONG_RUN, Tiny, assert_near, make_settings, offer, random_flat
@@ -103,7 +103,7 @@ def test_the_order_of_arrival_leaves_no_trace_at_a_barrier(name: str) -> None:
 def test_a_policy_says_what_it_does_and_where_it_is_from(name: str) -> None:
     """Each argument is described, and so is the class; `help` is what `--help` shows."""
     assert POLICIES[name].__doc__
-    for argument in arguments_of(POLICIES[name]).values():
+    for argument in list_arguments(POLICIES[name]).values():
         assert argument.help.endswith("."), argument.name
 
 

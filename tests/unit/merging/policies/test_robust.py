@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lte_ray.errors import ConfigError
 from lte_ray.layout import Adapted, Plan, Replica
 from lte_ray.merging import Average, Clip, Krum, Median, TrimmedMean
-from lte_ray.merging.low_rank import Share, gram, squared_distances
+from lte_ray.merging.low_rank import Share, gram_matrix, squared_distances
 from lte_ray.merging.policies import elementwise
 from tests.support.helpers import assert_near, make_plan_of, random_flat
 from tests.support.policies import PLAN, change_of, dense, pending_of, roster_of, stacked
@@ -52,7 +52,7 @@ def test_pieces_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> No
     """Reducing a layer piece by piece changes nothing."""
     pending, roster = pending_of(5), roster_of(5)
     whole = [policy.merge(pending, roster).change for policy in (Median(), TrimmedMean())]
-    monkeypatch.setattr(elementwise, "PIECE", 7)
+    monkeypatch.setattr(elementwise, "CHUNK", 7)
     assert all(
         torch.equal(policy.merge(pending, roster).change, each)
         for policy, each in zip((Median(), TrimmedMean()), whole, strict=True)
@@ -104,7 +104,7 @@ def test_gram_is_that_of_the_dense_changes(shapes: list[tuple[int, int, int]], h
     plan = make_plan_of(shapes, [(3,), ()], scaling=1.5)
     pending = pending_of(heads, seed, plan=plan, referenced=seed % 2 == 0)
     changes = stacked(pending)
-    assert_near(gram([p.share for p in pending]), changes @ changes.t(), NEAR)
+    assert_near(gram_matrix([p.share for p in pending]), changes @ changes.t(), NEAR)
     for p, change in zip(pending, changes, strict=True):
         assert p.norm() == pytest.approx(float(change.norm()), rel=1e-10)  # a root of a difference of products
 
@@ -114,7 +114,7 @@ def test_gram_takes_heads_of_different_ranks() -> None:
     plans = [make_plan_of([(6, 5, rank), (3, 4, 1)], [(4,)], scaling=2.0) for rank in (1, 2, 4)]
     shares = [Share(1.0, plan, random_flat(plan.contribution.size, i), None) for i, plan in enumerate(plans)]
     changes = torch.stack([dense(_pending(i, share)) for i, share in enumerate(shares)])
-    assert_near(gram(shares), changes @ changes.t(), NEAR)
+    assert_near(gram_matrix(shares), changes @ changes.t(), NEAR)
     assert_near(squared_distances(shares), torch.cdist(changes, changes).square(), 1e-10)  # cdist goes over roots
 
 

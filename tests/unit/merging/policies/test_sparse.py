@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lte_ray.errors import ConfigError
 from lte_ray.merging import Dare, Ties
-from lte_ray.merging.policies.elementwise import largest
+from lte_ray.merging.policies.elementwise import keep_largest
 from tests.support.helpers import assert_near, make_plan_of
 from tests.support.policies import PLAN, pending_of, roster_of, stacked
 
@@ -47,7 +47,7 @@ def test_ties_is_the_papers_algorithm_on_products(heads: int, seed: int, density
 @given(st.lists(st.sampled_from([-2.0, -1.0, 0.0, 1.0, 3.0]), min_size=1, max_size=9), st.floats(0.01, 1.0))
 def test_the_largest_are_kept_with_all_their_equals(values: list[float], share: float) -> None:
     """At least the share asked for, nothing smaller than what is dropped, and the values unchanged."""
-    given_, found = torch.tensor(values), largest(torch.tensor(values), share)
+    given_, found = torch.tensor(values), keep_largest(torch.tensor(values), share)
     kept = found == given_
     assert bool((found[~kept] == 0).all())
     assert int(kept.sum()) >= max(1, round(share * len(values)))

@@ -10,7 +10,7 @@ from lte_ray.config import MergeConfig
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.errors import ConfigError
 from lte_ray.merging import Arrival, Average, Barrier, ComposedPolicy, Quorum, Roster, Wait, make_policy
-from lte_ray.merging.policies.trigger import make_when
+from lte_ray.merging.policies.trigger import make_trigger
 from tests.support.helpers import assert_near, offer, random_flat
 from tests.support.policies import PLAN, coordinator_of, pending_of, roster_of
 
@@ -27,9 +27,9 @@ def living(roster: Roster, *heads: int) -> Roster:
 
 def test_the_settings_choose() -> None:
     """--when, --quorum and --deadline."""
-    assert isinstance(make_when(MergeConfig()), Barrier)
-    assert isinstance(make_when(MergeConfig(when="arrival")), Arrival)
-    quorum = make_when(MergeConfig(when="quorum", quorum=3, deadline=2.5))
+    assert isinstance(make_trigger(MergeConfig()), Barrier)
+    assert isinstance(make_trigger(MergeConfig(when="arrival")), Arrival)
+    quorum = make_trigger(MergeConfig(when="quorum", quorum=3, deadline=2.5))
     assert isinstance(quorum, Quorum)
     assert (quorum.size, quorum.deadline) == (3, 2.5)
 

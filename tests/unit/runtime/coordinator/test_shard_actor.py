@@ -25,7 +25,7 @@ from lte_ray.runtime.coordinator.shard_actor import ShardActor
 from lte_ray.runtime.coordinator_state import CoordinatorState
 from lte_ray.runtime.object_store import AssembledRef
 from lte_ray.transfer.checksum import base_checksum, buffers_checksum
-from lte_ray.transfer.groups import groups
+from lte_ray.transfer.groups import make_groups
 from tests.support.helpers import make_plan_of, make_settings, offer, random_flat
 
 PLANS = tuple(make_plan_of([(24, 20, r), (6, 40, r), (16, 16, r)], [(5,), (3, 2)]) for r in (2, 3))
@@ -67,7 +67,7 @@ def checksums(buffers: Sequence[Tensor]) -> list[int]:
 
 def spread(seed: int, start: CoordinatorState) -> tuple[ShardedAggregator, RunContext]:
     settings = dataclasses.replace(make_settings(heads=2), merge=MERGE)
-    common = RunContext(None, settings, None, Copies(), groups(PLANS, MERGE))  # type: ignore[arg-type]
+    common = RunContext(None, settings, None, Copies(), make_groups(PLANS, MERGE))  # type: ignore[arg-type]
     chance = random.Random(seed)
     actors = [Late(ShardActor(common, PLANS, number, start), chance) for number in range(MERGE.shards)]
     return ShardedAggregator(actors, common.codecs(PLANS), start.version), common
@@ -104,7 +104,7 @@ def test_calls_that_overtake_each_other_change_nothing(seed: int) -> None:
             found = await parts
             assert found.version == version
             for index, part in found.parts.items():
-                entries = views(codecs[0].parts[index].base, part)
+                entries = views(codecs[0].group_plans[index].base, part)
                 assert all(torch.equal(entries[name], views(PLANS[0].base, expected)[name]) for name in entries)
             for head, reference in held.items():
                 assert torch.equal(Copies().fetch(found.references[head]), reference)
