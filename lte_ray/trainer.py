@@ -137,17 +137,17 @@ class LTETrainer:
         asked, more = placing.from_scaling_config(self.scaling_config, self.lte.num_heads)
         if asked.stack_heads == "always" and asked.heads_per_actor > 1:
             check_stackable(self.train, initial.plans)
-        worker, packed = PickledObject.of(self.worker), PickledObject.of(policy)
+        worker, packed = PickledObject.pickle(self.worker), PickledObject.pickle(policy)
         reporter = self.reporter or automatic_display()
         reporter.update(Progress.starting(name, self.train.steps, "starting Ray"))
         with contextlib.closing(reporter), connected():
             placement = placing.resolve(asked, self.lte.num_heads, **more)
             reporter.update(Progress.starting(name, self.train.steps, "starting the heads"))
-            hosted = placing.hosted(placement, self.lte.num_heads)
+            hosted = placing.assign_heads(placement, self.lte.num_heads)
             record = run_record.make_record(self.worker, self.program, settings, asked, storage, failure)
             with contextlib.ExitStack() as held:
                 places = held.enter_context(placing.reserve(placement, hosted))
-                groups = placing.groups_of(settings.merge, initial.plans, places.nodes, may_merge_by_weights(policy))
+                groups = placing.transfer_groups(settings.merge, initial.plans, places.nodes, may_merge_by_weights(policy))
                 config, resume = held.enter_context(claim.acquire(record))
                 common = RunContext(
                     worker,

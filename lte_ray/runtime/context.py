@@ -36,7 +36,7 @@ class PickledObject:
     paths: tuple[str, ...]
 
     @classmethod
-    def of(cls, thing: Any) -> PickledObject:
+    def pickle(cls, thing: Any) -> PickledObject:
         """Packs an object. What of it was loaded from a file is sent by value, as no other process can import it.
 
         Raises:
@@ -54,7 +54,7 @@ class PickledObject:
             ) from error
         return cls(pickled, tuple(os.path.abspath(path) for path in sys.path))
 
-    def open(self) -> Any:
+    def load(self) -> Any:
         """Unpacks it in this process.
 
         Raises:
@@ -91,12 +91,12 @@ class RunContext:
     directory: RunDirectory
     transport: Transport
     groups: tuple[EntryGroup, ...]
-    keep: RetentionPolicy = RetentionPolicy()
+    retention: RetentionPolicy = RetentionPolicy()
     rejoin: str = "merged"
-    faults: str | None = None
-    config: str = ""
+    fault_script: str | None = None
+    run_toml: str = ""
 
-    def threads(self, part: Plan, whole: Plan) -> int:
+    def merge_threads(self, part: Plan, whole: Plan) -> int:
         """Threads to merge `part` of the `whole` plan with; where heads redo merges, the same everywhere."""
         configured, heads = self.settings.merge.merge_threads, self.settings.lte.num_heads
         if any(group.by_factors for group in self.groups):

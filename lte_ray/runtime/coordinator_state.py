@@ -44,37 +44,37 @@ class CoordinatorState:
     version: int
     base: Handle
     references: Mapping[int, Handle] = field(default_factory=dict)
-    standings: Mapping[int, CommittedPosition] = field(default_factory=dict)
-    ledger: Mapping[str, Any] = field(default_factory=dict)
-    taken: Mapping[int, int] = field(default_factory=dict)
-    granted: Mapping[int, int] = field(default_factory=dict)
-    saved: int | None = None
-    exact: frozenset[int] = frozenset()
-    states: frozenset[int] = frozenset()
-    guard: Mapping[str, Any] = field(default_factory=dict)
+    positions: Mapping[int, CommittedPosition] = field(default_factory=dict)
+    assignments: Mapping[str, Any] = field(default_factory=dict)
+    steps_taken: Mapping[int, int] = field(default_factory=dict)
+    step_limits: Mapping[int, int] = field(default_factory=dict)
+    checkpoint_version: int | None = None
+    exact_heads: frozenset[int] = frozenset()
+    saved_heads: frozenset[int] = frozenset()
+    outlier_filter: Mapping[str, Any] = field(default_factory=dict)
     members: frozenset[int] | None = None
     epoch: int = 0
 
-    def standing(self, head: int) -> CommittedPosition:
+    def position(self, head: int) -> CommittedPosition:
         """What it holds of a head; nothing if it doesn't know of it."""
-        return self.standings.get(head, CommittedPosition())
+        return self.positions.get(head, CommittedPosition())
 
     @classmethod
-    def after(cls, found: Recovered, references: Mapping[int, Handle], **more: Any) -> CoordinatorState:
+    def from_recovered(cls, found: Recovered, references: Mapping[int, Handle], **more: Any) -> CoordinatorState:
         """What the heads know, with the factors of those that are alive and of others (`references`)."""
         return cls(
             version=found.version,
             base=found.base,
             references=references,
-            standings=found.positions,
-            ledger=found.assignment_state,
-            taken={head: held.step for head, held in found.positions.items()},
-            granted=found.granted,
+            positions=found.positions,
+            assignments=found.assignment_state,
+            steps_taken={head: held.step for head, held in found.positions.items()},
+            step_limits=found.granted,
             **more,
         )
 
 
-def load_checkpoint(common: RunContext, initial: Initial, version: int, num_heads: int) -> CoordinatorState:
+def load_checkpoint(context: RunContext, initial: Initial, version: int, num_heads: int) -> CoordinatorState:
     """The start from the checkpoint of that version.
 
     With another number of heads than it was written with, the data is dealt out anew, from what was merged on. Heads that are
@@ -84,7 +84,7 @@ def load_checkpoint(common: RunContext, initial: Initial, version: int, num_head
     Raises:
         StorageError: it is damaged.
     """
-    directory = common.directory
+    directory = context.directory
     manifest = checkpoint.read_manifest(directory, version)
     states = {head: checkpoint.read_head(directory, manifest, head)[1] for head in manifest.heads}
     try:
@@ -108,15 +108,15 @@ def load_checkpoint(common: RunContext, initial: Initial, version: int, num_head
     exact = frozenset(states) if same else frozenset()
     return CoordinatorState(
         version=version,
-        base=common.transport.publish(base),
-        references={head: common.transport.publish(factors) for head, factors in references.items()},
-        standings=standings,
-        ledger=ledger,
-        taken={head: stepped[head] if head in exact else held.step for head, held in standings.items()},
-        saved=version,
-        exact=exact,
-        states=frozenset(head for head in states if head in standings),
-        guard=guard,
+        base=context.transport.publish(base),
+        references={head: context.transport.publish(factors) for head, factors in references.items()},
+        positions=standings,
+        assignments=ledger,
+        steps_taken={head: stepped[head] if head in exact else held.step for head, held in standings.items()},
+        checkpoint_version=version,
+        exact_heads=exact,
+        saved_heads=frozenset(head for head in states if head in standings),
+        outlier_filter=guard,
     )
 
 

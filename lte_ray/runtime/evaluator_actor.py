@@ -24,7 +24,7 @@ class EvaluatorActor:
     """Holds one unconverted model in eval mode and loads one base after another into it."""
 
     def __init__(self, common: RunContext, plan: Plan, threads: int, gpu: bool) -> None:
-        fault_injection.arm(common.faults)
+        fault_injection.arm(common.fault_script)
         self._common, self._plan, self._threads = common, plan, threads
         self._device = torch.device("cuda:0" if gpu else "cpu")
         self._model: nn.Module | None = None
@@ -57,7 +57,7 @@ class EvaluatorActor:
             return str(sample(model))
 
     def _open(self) -> Any:
-        self._worker = self._worker or self._common.worker.open()
+        self._worker = self._worker or self._common.worker.load()
         return self._worker
 
     @contextmanager

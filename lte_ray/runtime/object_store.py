@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lte_ray.errors import LTEError
-from lte_ray.runtime.ray_errors import DEAD
+from lte_ray.runtime.ray_errors import PROCESS_DIED
 
 Handle = Any
 
@@ -100,7 +100,7 @@ class ObjectStore:
             raise ObjectLost(f"{type(error).__name__}: {error}") from None
 
 
-LOST = (*DEAD, ray.exceptions.ObjectLostError, ray.exceptions.WorkerCrashedError)
+LOST = (*PROCESS_DIED, ray.exceptions.ObjectLostError, ray.exceptions.WorkerCrashedError)
 """What Ray raises for an object whose owner has died; ObjectLostError is the root of several."""
 
 

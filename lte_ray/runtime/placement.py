@@ -103,7 +103,7 @@ def resolve(config: PlacementConfig, num_heads: int, **more: Any) -> Placement:
     return placement
 
 
-def hosted(placement: Placement, num_heads: int) -> list[tuple[int, ...]]:
+def assign_heads(placement: Placement, num_heads: int) -> list[tuple[int, ...]]:
     """The numbers of each actor's heads."""
     return [tuple(range(n, min(n + placement.heads, num_heads))) for n in range(0, num_heads, placement.heads)]
 
@@ -130,7 +130,7 @@ def _lacks(placement: Placement, actors: int, short: dict[str, float], has: Mapp
     )
 
 
-def groups_of(merge: MergeConfig, plans: Sequence[Plan], nodes: int, redoable: bool = True) -> tuple[EntryGroup, ...]:
+def transfer_groups(merge: MergeConfig, plans: Sequence[Plan], nodes: int, redoable: bool = True) -> tuple[EntryGroup, ...]:
     """The groups in which layers travel.
 
     On one node shared memory carries the base, which is then copied and not sent. That is cheaper for the heads than redoing
@@ -140,7 +140,7 @@ def groups_of(merge: MergeConfig, plans: Sequence[Plan], nodes: int, redoable: b
     return make_groups(plans, replace(merge, send_down="dense") if dense else merge)
 
 
-def placed(strategy: PlacementGroupSchedulingStrategy) -> bool:
+def is_placed(strategy: PlacementGroupSchedulingStrategy) -> bool:
     """Whether its bundle is reserved on a node that is there, so that an actor in it can start."""
     table = placement_group_table(strategy.placement_group)
     if table["state"] == "CREATED":
@@ -149,7 +149,7 @@ def placed(strategy: PlacementGroupSchedulingStrategy) -> bool:
     return node in _nodes()
 
 
-def several_nodes() -> bool:
+def has_several_nodes() -> bool:
     """Whether the cluster has more than one node."""
     return len(_nodes()) > 1
 
@@ -167,7 +167,7 @@ class Reservation:
     """
 
     placement: Placement
-    hosted: list[tuple[int, ...]]
+    heads_by_actor: list[tuple[int, ...]]
     group: Any
     _added: list[Any] = field(default_factory=list)
     _spare: list[Any] = field(default_factory=list)
@@ -182,14 +182,14 @@ class Reservation:
         """On how many nodes they lie."""
         return len(set(placement_group_table(self.group)["bundles_to_node_id"].values()))
 
-    def all(self) -> list[tuple[tuple[int, ...], Any]]:
+    def slots(self) -> list[tuple[tuple[int, ...], Any]]:
         """Each actor's heads, and its scheduling strategy."""
-        return [(numbers, PlacementGroupSchedulingStrategy(self.group, i)) for i, numbers in enumerate(self.hosted)]
+        return [(numbers, PlacementGroupSchedulingStrategy(self.group, i)) for i, numbers in enumerate(self.heads_by_actor)]
 
-    def more(self) -> Any:
+    def add_bundle(self) -> Any:
         """The scheduling strategy of one more actor; None if the cluster has no room now."""
         for strategy in self._spare:
-            if placed(strategy):
+            if is_placed(strategy):
                 self._spare.remove(strategy)
                 return strategy
         free = ray.available_resources()
@@ -202,11 +202,11 @@ class Reservation:
         self._added.append(group)
         return PlacementGroupSchedulingStrategy(group, 0)
 
-    def spare(self, strategy: Any) -> None:
+    def release_bundle(self, strategy: Any) -> None:
         """The actor there is given up: its bundle, which Ray reserves as soon as there is room, is for the next one."""
         self._spare.append(strategy)
 
-    def free(self) -> None:
+    def remove(self) -> None:
         """Gives all of it back."""
         for group in [self.group, *self._added]:
             remove_placement_group(group)
@@ -240,4 +240,4 @@ def reserve(placement: Placement, hosted: list[tuple[int, ...]]) -> Iterator[Res
             )
         yield places
     finally:
-        places.free()
+        places.remove()

@@ -9,7 +9,7 @@ import ray
 from lte_ray.errors import CoordinatorLost, HeadLost, LTEError, RunError, UserError
 from lte_ray.messages import HeadStatus
 
-DEAD = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
+PROCESS_DIED = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
 """What Ray raises for a call to an actor whose process is gone; the second, if its own watch over memory ended it."""
 
 
@@ -28,7 +28,7 @@ def to_lte_error(error: Exception, who: str, status: HeadStatus | None = None) -
         return RunError(f"{who}: {cause}")
     if isinstance(cause, LTEError):
         return cause
-    if isinstance(error, DEAD):
+    if isinstance(error, PROCESS_DIED):
         at = f" at local step {status.step}" if status is not None and status.step else ""
         kind = CoordinatorLost if who == "the coordinator" else HeadLost
         return kind(f"The process of {who} died{at}: {error}")

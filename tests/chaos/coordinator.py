@@ -56,22 +56,22 @@ class Hub(Cuts):
             plans=plans,
             version=start.version,
             references={head: factors.clone() for head, factors in start.references.items()},
-            taken=start.taken,
-            granted=start.granted,
-            positions=start.standings,
+            taken=start.steps_taken,
+            granted=start.step_limits,
+            positions=start.positions,
             members=start.members,
-            assignor=PartitionAssignor.from_state(start.ledger) if start.ledger else None,
+            assignor=PartitionAssignor.from_state(start.assignments) if start.assignments else None,
             clock=lambda: 0.0,
         )
-        if start.guard:
-            self.engine.outlier_filter.load_state(start.guard)
-        if start.saved is not None and self.disk.kept[start.saved].policy:
-            load_policy_state(self.engine.policy, self.disk.kept[start.saved].policy)
+        if start.outlier_filter:
+            self.engine.outlier_filter.load_state(start.outlier_filter)
+        if start.checkpoint_version is not None and self.disk.kept[start.checkpoint_version].policy:
+            load_policy_state(self.engine.policy, self.disk.kept[start.checkpoint_version].policy)
         self.joined: set[int] = set()
-        self.together = start.epoch == 0 and (self.engine.step_budget.shared or bool(start.exact))
-        self.exact = set(start.exact) if start.epoch == 0 else set[int]()
-        self.present = set(start.granted)
-        self.saved, self.states = start.saved, start.states
+        self.together = start.epoch == 0 and (self.engine.step_budget.shared or bool(start.exact_heads))
+        self.exact = set(start.exact_heads) if start.epoch == 0 else set[int]()
+        self.present = set(start.step_limits)
+        self.saved, self.states = start.checkpoint_version, start.saved_heads
         self._published: dict[int, tuple[dict[int, CommittedPosition], dict[str, Any]]] = {}
 
     # -- contributions ---------------------------------------------------------------------------------------------
@@ -192,9 +192,9 @@ class Hub(Cuts):
             self._send(join.call, join.answer)
             return True
         self.together = False
-        exact = incarnation == 0 and self.start.epoch == 0 and head in self.start.exact
+        exact = incarnation == 0 and self.start.epoch == 0 and head in self.start.exact_heads
         if exact and engine.version == self.start.version:
-            begin = JoinReply(engine.positions[head], checkpoint=self.start.saved, exact=True)
+            begin = JoinReply(engine.positions[head], checkpoint=self.start.checkpoint_version, exact=True)
         else:
             standing = engine.start_head(head)
             held = engine.base_weights.read(lambda version, base, held: dict(held)).get(head) if standing.sequence else None

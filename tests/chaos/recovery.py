@@ -41,7 +41,7 @@ class Recovery(Deaths):
         self.hub = self.new_hub(replace(start, members=frozenset(set(self.members) - out)))
         reporting = {number for report in reports for number in report.heads}
         for number, member in self.members.items():
-            held = start.standing(number)
+            held = start.position(number)
             if member.over and number not in reporting and held.step < member.end:  # `FailureHandler._undone`
                 member.over, member.gone = False, True
                 member.incarnation += 1
@@ -71,9 +71,9 @@ class Recovery(Deaths):
             states = frozenset(kept.parts)
             fit = heads_in_checkpoint(found, kept.facts["standings"])
             references |= {head: factors.clone() for head, factors in kept.references.items() if head in fit}
-        exact = self.begin.exact - found.granted.keys() if found.version == self.begin.version else frozenset()
-        return CoordinatorState.after(
-            found, references, saved=saved, exact=exact, states=states, epoch=self.epoch
+        exact = self.begin.exact_heads - found.granted.keys() if found.version == self.begin.version else frozenset()
+        return CoordinatorState.from_recovered(
+            found, references, checkpoint_version=saved, exact_heads=exact, saved_heads=states, epoch=self.epoch
         ), found.astray
 
     def _resumed(self, version: int, heads: int) -> CoordinatorState:
@@ -83,7 +83,10 @@ class Recovery(Deaths):
             return coordinator_state.load_checkpoint(common, self.initial, version, heads)
 
     def _rollback(self, start: CoordinatorState) -> None:
-        self.account.rollback(start.version, None if start.saved is None else self.disk.kept[start.saved].account.momentum)
+        self.account.rollback(
+            start.version,
+            None if start.checkpoint_version is None else self.disk.kept[start.checkpoint_version].account.momentum,
+        )
 
     def on_crash(self, pick: int, amount: int) -> bool:
         """Everything dies; the run is resumed from the newest checkpoint, with another number of heads if `amount` > 4."""

@@ -26,7 +26,7 @@ from lte_ray.runtime.context import PickledObject, RunContext
 from lte_ray.runtime.controller.controller import TrainController
 from lte_ray.runtime.coordinator_state import CoordinatorState
 from lte_ray.runtime.object_store import ObjectStore
-from lte_ray.runtime.placement import Placement, from_scaling_config, groups_of, hosted, reserve, resolve
+from lte_ray.runtime.placement import Placement, assign_heads, from_scaling_config, reserve, resolve, transfer_groups
 from lte_ray.storage import RUN, RunDirectory
 from tests.support.ray_runs import Regression, settings
 
@@ -42,21 +42,21 @@ def actors(path: Path, placement: Placement, **train: Any) -> Iterator[TrainCont
     directory = RunDirectory.open(str(path), "r")
     directory.create()
     initial = prepare(Regression(), config)
-    groups = groups_of(config.merge, initial.plans, 1)
-    common = RunContext(PickledObject.of(Regression()), config, directory, ObjectStore(), groups)
+    groups = transfer_groups(config.merge, initial.plans, 1)
+    common = RunContext(PickledObject.pickle(Regression()), config, directory, ObjectStore(), groups)
     directory.write(RUN, b"")
     session = TrainController(
         common=common,
         initial=initial,
         start=CoordinatorState(0, common.transport.publish(initial.base)),
-        policy=PickledObject.of(make_policy(config.merge)),
+        policy=PickledObject.pickle(make_policy(config.merge)),
         placement=placement,
         failure=FailureConfig(max_failures=0),
         stack="auto",
         reporter=SilentReporter(),
         export=lambda base: None,
     )
-    with reserve(placement, hosted(placement, config.lte.num_heads)) as places, session._actors(places):
+    with reserve(placement, assign_heads(placement, config.lte.num_heads)) as places, session._actors(places):
         yield session
 
 
@@ -123,7 +123,7 @@ def test_rays_workers_are_actors_that_host_one_head_or_several() -> None:
     with pytest.raises(ConfigError, match="or give 2"):
         from_scaling_config(ray.train.ScalingConfig(num_workers=3), 2)
     placement = Placement(cpus=1, gpus=0, heads=2)
-    assert hosted(placement, 5) == [(0, 1), (2, 3), (4,)]
+    assert assign_heads(placement, 5) == [(0, 1), (2, 3), (4,)]
 
 
 def test_an_actor_of_several_heads_gets_their_cores_by_default(local_ray: None) -> None:

@@ -38,7 +38,7 @@ from lte_ray.runtime.evaluator_actor import EvaluatorActor
 from lte_ray.runtime.head.actor import HeadActor, HeadHost
 from lte_ray.runtime.object_store import ObjectLost
 from lte_ray.runtime.placement import Placement, Reservation
-from lte_ray.runtime.ray_errors import DEAD, ray_get
+from lte_ray.runtime.ray_errors import PROCESS_DIED, ray_get
 
 POLL = 0.5
 """Seconds between two looks at the actors."""
@@ -92,11 +92,11 @@ class TrainController:
     def __post_init__(self) -> None:
         self._begun = time.time()
         self.version = self.start.version
-        self.checkpoint = self.start.saved
+        self.checkpoint = self.start.checkpoint_version
         self.log = MetricsLog(self.common.directory)
         self.log.rewind(self.version)
         if self.version:
-            anew = [head for head in range(self.common.settings.lte.num_heads) if not self.start.standing(head).sequence]
+            anew = [head for head in range(self.common.settings.lte.num_heads) if not self.start.position(head).sequence]
             self.log.record_event("resumed", version=self.version, heads=self.common.settings.lte.num_heads, anew=anew)
         self.failures = FailurePolicy(self.failure)
         self.note = ""
@@ -141,7 +141,7 @@ class TrainController:
     @contextlib.contextmanager
     def _actors(self, places: Reservation) -> Iterator[FailureHandler]:
         try:
-            self.crew.launch_all(places.all())
+            self.crew.launch_all(places.slots())
             self.hub.begin(self.start)
             for member in self.crew.members:
                 self.crew.start(member)
@@ -286,7 +286,7 @@ class TrainController:
             evaluation = Evaluation(version, step, values)
             self.evaluations.append(evaluation)
             self.log.record_evaluation(evaluation)
-            if self.common.keep.best:
+            if self.common.retention.best:
                 running = [judging for judging in self._judging if not judging.done()]
                 self._judging = [*running, storage.run_in_thread(lambda: self._judge(evaluation))]
                 wait(self._judging[-1:], BRIEF)
@@ -393,7 +393,7 @@ class TrainController:
                 self.take(self._when_there(mending, self.hub.coordinator.status.remote(self.seen)))
                 final = self.common.transport.fetch(base).clone()
                 break
-            except (*DEAD, CoordinatorLost, ObjectLost, ray.exceptions.GetTimeoutError) as error:
+            except (*PROCESS_DIED, CoordinatorLost, ObjectLost, ray.exceptions.GetTimeoutError) as error:
                 mending.recover(str(error))
                 self._watch(mending)  # heads that died together with it have something to do again
         base = self.common.transport.publish(final)  # the driver's own from here on

@@ -15,7 +15,7 @@ from lte_ray.runtime.context import PickledObject, RunContext
 from lte_ray.runtime.coordinator.actor import CoordinatorActor
 from lte_ray.runtime.coordinator.shard_actor import ShardActor
 from lte_ray.runtime.coordinator_state import CoordinatorState
-from lte_ray.runtime.ray_errors import DEAD
+from lte_ray.runtime.ray_errors import PROCESS_DIED
 
 BESIDE = {"num_cpus": 0, "scheduling_strategy": "DEFAULT"}
 """Ray's options of actors that reserve nothing."""
@@ -74,7 +74,7 @@ class CoordinatorGroup:
                 self._answered.add(number)
                 try:
                     ray.get(ref)
-                except DEAD:
+                except PROCESS_DIED:
                     return f"the process of coordinator shard {number} died"
             elif now - since > (silence if number in self._answered else max(silence, STARTING)):
                 return f"the process of coordinator shard {number} hasn't answered for {now - since:.0f} s"

@@ -18,7 +18,7 @@ from lte_ray.messages import RecoveryReport
 from lte_ray.runtime.controller.head_actors import HeadActorSlot
 from lte_ray.runtime.coordinator_state import CoordinatorState, load_checkpoint
 from lte_ray.runtime.placement import Reservation
-from lte_ray.runtime.ray_errors import DEAD, to_lte_error
+from lte_ray.runtime.ray_errors import PROCESS_DIED, to_lte_error
 
 if TYPE_CHECKING:
     from lte_ray.runtime.controller.controller import TrainController
@@ -103,7 +103,7 @@ class FailureHandler:
         self._asked = None
         try:
             status = ray.get(ref)
-        except DEAD as error:
+        except PROCESS_DIED as error:
             return str(to_lte_error(error, "the coordinator"))
         except ray.exceptions.RayTaskError as error:
             raise to_lte_error(error, "the coordinator") from error
@@ -230,7 +230,7 @@ class FailureHandler:
     def _leave(self, member: HeadActorSlot) -> None:
         """The place is free."""
         self._session.crew.drop(member)
-        self._places.spare(member.strategy)
+        self._places.release_bundle(member.strategy)
         for number in member.numbers:
             self._session.statuses.pop(number, None)
 
@@ -249,7 +249,7 @@ class FailureHandler:
         if not numbers or not may:
             return
         self._grown = now
-        strategy = self._places.more()
+        strategy = self._places.add_bundle()
         if strategy is None:
             return
         self._without_place = self._without_place[1:]
@@ -294,7 +294,7 @@ class FailureHandler:
             for number in member.numbers if member.over else ():
                 hub.coordinator.leave.remote(number)
         members = self._members()
-        held = {str(h): asdict(standing) for h, standing in start.standings.items() if standing.sequence and h in members}
+        held = {str(h): asdict(standing) for h, standing in start.positions.items() if standing.sequence and h in members}
         session.log.record_event("coordinator_restarts", epoch=epoch, version=start.version, reports=len(reports), held=held)
 
     def _undone(self, member: HeadActorSlot, start: CoordinatorState, reports: list[RecoveryReport]) -> bool:
@@ -302,7 +302,7 @@ class FailureHandler:
         if not member.over or set(member.numbers) & {number for report in reports for number in report.heads}:
             return False
         ends = {number: self._session.statuses[number] for number in member.numbers}
-        merged = {number: start.standing(number).step for number in member.numbers}
+        merged = {number: start.position(number).step for number in member.numbers}
         return any(end.state != "quarantined" and merged[number] < end.step for number, end in ends.items())
 
     def _roll_back(self, why: str, good: int) -> None:
@@ -329,7 +329,7 @@ class FailureHandler:
         try:
             ray.get(hub.coordinator.freeze.remote(False), timeout=ANSWER)
             standings, ledger = ray.get(hub.coordinator.data_positions.remote(), timeout=ANSWER)
-        except (*DEAD, ray.exceptions.GetTimeoutError) as error:
+        except (*PROCESS_DIED, ray.exceptions.GetTimeoutError) as error:
             self.recover(  # the next coordinator sees the spike, too, if it doesn't pass
                 f"The process of the coordinator died or hung while the run went back: {error}"
             )
@@ -339,13 +339,13 @@ class FailureHandler:
         for member in crew.members:
             crew.clear(member)
             member.over, member.due = False, time.monotonic()
-        skipped = sum(held.batches - before.standing(head).batches for head, held in standings.items())
+        skipped = sum(held.batches - before.position(head).batches for head, held in standings.items())
         now = {
             head: replace(held, batches=standings[head].batches, lanes=standings[head].lanes)
-            for head, held in before.standings.items()
+            for head, held in before.positions.items()
             if head in standings
         }
-        start = replace(before, standings=now, ledger=ledger, exact=frozenset(), epoch=hub.epoch + 1)
+        start = replace(before, positions=now, assignments=ledger, exact_heads=frozenset(), epoch=hub.epoch + 1)
         checkpoint.remove_after(directory, start.version)
         session.checkpoint = start.version
         self._begin(start)
@@ -442,6 +442,14 @@ class FailureHandler:
                 fit = heads_in_checkpoint(found, manifest.facts.get("standings", {}))
                 known = checkpoint.read_references(session.common.directory, manifest, session.initial.plans)
                 references |= {h: session.common.transport.publish(factors) for h, factors in known.items() if h in fit}
-        exact = session.start.exact - found.granted.keys() if found.version == session.start.version else frozenset()
-        start = CoordinatorState.after(found, references, saved=saved, exact=exact, states=states, guard=guard, epoch=epoch)
+        exact = session.start.exact_heads - found.granted.keys() if found.version == session.start.version else frozenset()
+        start = CoordinatorState.from_recovered(
+            found,
+            references,
+            checkpoint_version=saved,
+            exact_heads=exact,
+            saved_heads=states,
+            outlier_filter=guard,
+            epoch=epoch,
+        )
         return start, found.astray

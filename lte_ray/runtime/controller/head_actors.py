@@ -12,7 +12,7 @@ import ray
 from lte_ray.engine.hang_detector import HangDetector, ProcessHealth
 from lte_ray.messages import HeadStatus
 from lte_ray.runtime.controller.coordinator_group import CoordinatorGroup
-from lte_ray.runtime.placement import placed, several_nodes
+from lte_ray.runtime.placement import has_several_nodes, is_placed
 
 BLIND = 2.0
 """Seconds between two looks at the heads; if there are more, this process was busy itself, or stopped."""
@@ -196,8 +196,8 @@ class HeadActorGroup:
         now, found = time.monotonic(), []
         for member in self.training:
             if member.pulse.answered is None:  # a process that waits for a place isn't hung
-                member.pulse.begun = (member.pulse.begun or now) if placed(member.strategy) else None
-                self.deadlines.several = self.deadlines.several or several_nodes()
+                member.pulse.begun = (member.pulse.begun or now) if is_placed(member.strategy) else None
+                self.deadlines.several = self.deadlines.several or has_several_nodes()
             why = self.deadlines.hung(member.pulse, now, member.asked[1] if member.asked is not None else None)
             if why:
                 found.append((member, why))

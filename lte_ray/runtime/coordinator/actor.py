@@ -89,10 +89,10 @@ class CoordinatorActor:
         start: CoordinatorState,
         shards: Sequence[Any] = (),
     ) -> None:
-        fault_injection.arm(common.faults)
+        fault_injection.arm(common.fault_script)
         inject("coordinator begins", epoch=start.epoch)
         self._common, self._start, settings = common, start, common.settings
-        threads = common.threads(plans[0], plans[0])
+        threads = common.merge_threads(plans[0], plans[0])
         fetch = common.transport.fetch
         with at_construction():  # copies: what came in is shared and read-only
             base = None if shards else fetch(start.base).clone()
@@ -101,21 +101,21 @@ class CoordinatorActor:
             settings,
             plans[0],
             base,
-            policy.open(),
+            policy.load(),
             plans=plans,
             version=start.version,
             references={} if shards else references,
-            taken=start.taken,
-            granted=start.granted,
-            positions=start.standings,
+            taken=start.steps_taken,
+            granted=start.step_limits,
+            positions=start.positions,
             fresh=set(range(len(plans))) - start.references.keys(),
             members=start.members,
-            assignor=PartitionAssignor.from_state(start.ledger) if start.ledger else None,
+            assignor=PartitionAssignor.from_state(start.assignments) if start.assignments else None,
         )
-        if start.guard:
-            self._engine.outlier_filter.load_state(start.guard)
-        if start.saved is not None:
-            manifest = checkpoint.read_manifest(common.directory, start.saved)
+        if start.outlier_filter:
+            self._engine.outlier_filter.load_state(start.outlier_filter)
+        if start.checkpoint_version is not None:
+            manifest = checkpoint.read_manifest(common.directory, start.checkpoint_version)
             kept = checkpoint.read_policy(common.directory, manifest, settings.merge.policy)
             if kept:
                 load_policy_state(self._engine.policy, kept)
@@ -123,16 +123,16 @@ class CoordinatorActor:
         # By head, the incarnation that joins, and its call: that of a process that is gone mustn't go on.
         self._joining: dict[int, tuple[int, object]] = {}
         # All start together where whoever comes first would take the others' steps, or leave the version of their states.
-        self._together = start.epoch == 0 and (self._engine.step_budget.shared or bool(start.exact))
+        self._together = start.epoch == 0 and (self._engine.step_budget.shared or bool(start.exact_heads))
         # Exact states go with the version that they were saved at: nobody trains until all of these have its base.
-        self._exact = set(start.exact) if start.epoch == 0 else set()
+        self._exact = set(start.exact_heads) if start.epoch == 0 else set()
         codecs = common.codecs(plans)
         self._masters: Aggregator = (
             ShardedAggregator(shards, codecs, start.version)
             if shards
             else LocalAggregator(common, self._engine, codecs, threads)
         )
-        self._cuts = CheckpointManager(common, plans[0], start.saved, start.states)
+        self._cuts = CheckpointManager(common, plans[0], start.checkpoint_version, start.saved_heads)
         self._waiters = BackgroundTasks(self._cuts.abandon_all)
         parts = [part.base.size * torch.float32.itemsize for part in codecs[0].group_plans]
         sizes = [codec.buffer_sizes for codec in codecs]
@@ -140,7 +140,7 @@ class CoordinatorActor:
         self._records = Records(
             common, self._engine, self._masters, downlink, self._cuts, [sum(each) for each in sizes], self._waiters
         )
-        self._records.present |= start.granted.keys()  # heads that an earlier coordinator had
+        self._records.present |= start.step_limits.keys()  # heads that an earlier coordinator had
         self._updates = Updates(self._engine, self._masters, downlink, self._records, self._cuts, len(common.groups))
         self._merging = SubmissionLoop(self._engine, self._masters, self._records, self._waiters, common.transport, threads)
 
@@ -182,10 +182,10 @@ class CoordinatorActor:
         # What a checkpoint holds of a head goes with that version's base: who asks again, for the answer was lost, after others
         # have gone on begins from what the base holds of it.
         first = incarnation == 0 and start.epoch == 0 and engine.version == start.version
-        exact = {head for head in plans if first and head in start.exact}
+        exact = {head for head in plans if first and head in start.exact_heads}
         starts = {head: engine.positions[head] if head in exact else engine.start_head(head) for head in plans}
         saved = {head: self._cuts.newest for head in plans.keys() - afresh if head in self._cuts.heads_saved}
-        begins = {head: JoinReply(starts[head], checkpoint=start.saved, exact=True) for head in exact}
+        begins = {head: JoinReply(starts[head], checkpoint=start.checkpoint_version, exact=True) for head in exact}
         for head in plans.keys() - exact:
             reference = await self._updates.reference(head) if starts[head].sequence else None
             begins[head] = JoinReply(starts[head], reference, saved.get(head))

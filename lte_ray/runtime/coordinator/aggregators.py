@@ -24,7 +24,7 @@ from lte_ray.merging.flat_buffer import gather, views
 from lte_ray.messages import CommittedPosition
 from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.object_store import AssembledRef, Handle
-from lte_ray.runtime.ray_errors import DEAD
+from lte_ray.runtime.ray_errors import PROCESS_DIED
 from lte_ray.transfer.checksum import base_checksum, verify_checksums
 from lte_ray.transfer.codec import Codec
 
@@ -319,7 +319,7 @@ class ShardedAggregator:
 async def _answer(number: int, reference: Any) -> Any:
     try:
         return await reference
-    except DEAD as error:
+    except PROCESS_DIED as error:
         raise CoordinatorLost(f"The process of coordinator shard {number} died: {error}") from error
 
 

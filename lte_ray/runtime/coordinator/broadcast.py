@@ -63,7 +63,7 @@ class Records:
         self._in_order = asyncio.Lock()
         self._unseen: tuple[MergeRecord, ...] = ()
         self._seen = engine.version
-        self._best = common.keep.best > 0  # then each that is saved is evaluated
+        self._best = common.retention.best > 0  # then each that is saved is evaluated
         self.last: MergeRecord | None = None
         most = common.settings.merge.rollback_z
         self._spikes = LossSpikeDetector(SPIKE_WINDOW, most) if most else None

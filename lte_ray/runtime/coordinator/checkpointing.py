@@ -84,7 +84,7 @@ class CheckpointManager:
             "step": record.step,
             "taken": record.taken,
             "lte": dataclasses.asdict(settings.lte),
-            "config": self._common.config,
+            "config": self._common.run_toml,
             "losses": {str(head): loss for head, loss in record.losses.items()},
             **json.loads(json.dumps(facts)),
         }
@@ -191,7 +191,7 @@ class CheckpointManager:
         for older in [v for v in self._open if v < version and self._open[v].missing]:
             self._open.pop(older)  # an answer that asked for a part was lost: a newer one is whole
             self._left.add(older)
-        keep = self._common.keep
+        keep = self._common.retention
         await asyncio.to_thread(checkpoint.prune, directory, keep.last, keep.best, keep.best_by, self.last_good_version)
 
     async def _make_room(self) -> None:

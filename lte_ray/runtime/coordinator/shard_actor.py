@@ -66,7 +66,7 @@ class ShardActor:
     """
 
     def __init__(self, common: RunContext, plans: tuple[Plan, ...], number: int, start: CoordinatorState) -> None:
-        fault_injection.arm(common.faults)
+        fault_injection.arm(common.fault_script)
         self._transport, settings = common.transport, common.settings
         codecs, plan = common.codecs(plans), plans[0]
         groups = {index: subplan(plan, group.names) for index, group in enumerate(common.groups) if group.shard == number}
@@ -82,7 +82,7 @@ class ShardActor:
         self._shard = BaseShard(codecs, masters, settings.lte.reset, version=start.version, references=references)
         mine = [codecs[0].group_plans[index] for index in groups]
         own = Plan(tuple(a for each in mine for a in each.adapted), ())
-        self._threads = common.threads(own, plans[0])
+        self._threads = common.merge_threads(own, plans[0])
         self._beside = ThreadPoolExecutor(1, "merge")
         self._turns = Turns()
 

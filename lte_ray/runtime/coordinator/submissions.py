@@ -20,7 +20,7 @@ from lte_ray.runtime.coordinator.aggregators import Aggregator
 from lte_ray.runtime.coordinator.background_tasks import BackgroundTasks
 from lte_ray.runtime.coordinator.broadcast import Records
 from lte_ray.runtime.object_store import Handle, ObjectLost, Transport
-from lte_ray.runtime.ray_errors import DEAD
+from lte_ray.runtime.ray_errors import PROCESS_DIED
 
 AGAIN = 0.05
 """Seconds between two looks whether a contribution that was sent twice has arrived."""
@@ -201,7 +201,7 @@ class SubmissionLoop:
             values = await self._evaluator.evaluate.remote(handle)
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, LTEError) else error) from None
-        except DEAD:  # the driver starts another
+        except PROCESS_DIED:  # the driver starts another
             self._evaluator = None
             self._evaluator_there.clear()
             await self._try(candidate)

@@ -57,7 +57,7 @@ class HeadActor:
     def __init__(
         self, context: RunContext, plans: tuple[Plan, ...], numbers: tuple[int, ...], host: HeadHost, incarnation: int = 0
     ) -> None:
-        fault_injection.arm(context.faults)
+        fault_injection.arm(context.fault_script)
         inject("begins", head=numbers[0], incarnation=incarnation)
         self._context, self._plans, self._numbers, self._host = context, plans, numbers, host
         self._incarnation = incarnation
@@ -133,7 +133,7 @@ class HeadActor:
             reason = "Ray gave this head a GPU, but the torch installed on its node can't use it (no CUDA)."
             raise WorkerFailed(f"head {first}", None, reason)
         try:
-            worker = common.worker.open()
+            worker = common.worker.load()
         except WorkerError as error:
             raise WorkerFailed(f"head {first}", None, str(error)) from error
         if not common.directory.exists(RUN):

@@ -28,7 +28,7 @@ from lte_ray.merging.flat_buffer import factors_part
 from lte_ray.messages import CommittedPosition, Contribution, CoordinatorReply, HeadReport, RecoveryReport
 from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.object_store import ObjectLost, Transport
-from lte_ray.runtime.ray_errors import DEAD
+from lte_ray.runtime.ray_errors import PROCESS_DIED
 from lte_ray.transfer.checksum import buffers_checksum
 from lte_ray.transfer.codec import Codec
 
@@ -92,7 +92,7 @@ class ReconnectingStub:
                     self._forget_coordinator(epoch)
                     continue
                 raise (error.cause if isinstance(error.cause, LTEError) else error) from None
-            except DEAD as error:
+            except PROCESS_DIED as error:
                 if isinstance(error, ray.exceptions.ActorUnavailableError):
                     with self._changed:
                         self._waiting_since = self._waiting_since or time.monotonic()
@@ -212,7 +212,11 @@ class CoordinatorClient:
         self._transport, self._stub, self._numbers, self._overlap = context.transport, stub, tuple(numbers), overlap
         self._codecs = [Codec(plan, context.groups, merge) for plan in plans]
         self.base_replica = BaseReplica(
-            self._codecs, context.settings.lte.reset, context.transport.fetch, numbers, context.threads(plans[0], plans[0])
+            self._codecs,
+            context.settings.lte.reset,
+            context.transport.fetch,
+            numbers,
+            context.merge_threads(plans[0], plans[0]),
         )
         self._recovery_cache = RecoveryCache({number: plans[number] for number in numbers}, context.settings.lte.reset)
         self._epoch_lock = threading.Lock()  # between what comes from a coordinator and the end of its time

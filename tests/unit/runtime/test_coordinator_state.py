@@ -58,19 +58,19 @@ def start(directory: RunDirectory, num_heads: int = 2) -> CoordinatorState:
 def test_the_same_heads_go_on_exactly(directory: RunDirectory) -> None:
     """With what the base holds of them, and the steps that they had taken beyond it."""
     made = start(directory)
-    assert (made.version, made.saved, made.exact, made.states) == (3, 3, {0, 1}, {0, 1})
-    assert [made.standing(head).incarnation for head in (0, 1)] == [0, 1]
-    assert made.taken == {0: 4, 1: 5}
+    assert (made.version, made.checkpoint_version, made.exact_heads, made.saved_heads) == (3, 3, {0, 1}, {0, 1})
+    assert [made.position(head).incarnation for head in (0, 1)] == [0, 1]
+    assert made.steps_taken == {0: 4, 1: 5}
     assert made.references.keys() == {0, 1}
 
 
 def test_another_number_of_heads_takes_the_data_over(directory: RunDirectory) -> None:
     """Nobody goes on exactly; a new head has nothing in the base, and counts as having taken as many steps."""
     made = start(directory, 3)
-    assert made.exact == set()
+    assert made.exact_heads == set()
     assert made.references.keys() == {0, 1}
-    assert made.taken == {0: 4, 1: 4, 2: 4}
-    assert made.standing(2).sequence == 0
+    assert made.steps_taken == {0: 4, 1: 4, 2: 4}
+    assert made.position(2).sequence == 0
 
 
 @pytest.mark.parametrize(

@@ -30,11 +30,11 @@ class Places:
         self.room = room
         self.spared: list[Any] = []
 
-    def more(self) -> Any:
+    def add_bundle(self) -> Any:
         self.room -= 1
         return "a place" if self.room >= 0 else None
 
-    def spare(self, strategy: Any) -> None:
+    def release_bundle(self, strategy: Any) -> None:
         self.spared.append(strategy)
 
 

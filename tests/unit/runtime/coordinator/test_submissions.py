@@ -102,7 +102,9 @@ def test_a_head_that_cannot_write_its_part_costs_that_checkpoint_and_no_other(tm
     async def fetch_async(handle: Handle) -> Tensor:
         return base
 
-    common = SimpleNamespace(directory=directory, keep=RetentionPolicy(1), transport=SimpleNamespace(fetch_async=fetch_async))
+    common = SimpleNamespace(
+        directory=directory, retention=RetentionPolicy(1), transport=SimpleNamespace(fetch_async=fetch_async)
+    )
     writer = checkpointing.CheckpointManager(common, PLAN, 2, (0, 1))  # type: ignore[arg-type]
     here = Published(4, {-1: None})  # type: ignore[dict-item]
 
