@@ -1,20 +1,22 @@
-"""Whether each batch of the data is in exactly one merge.
+"""Checks that each batch of the data is in exactly one merge.
 
-Each merge says which lanes of the data order (`data.lanes`) its heads go on with. All strides divide M, their least common
-multiple, so the order is M progressions (classes) r, r + M, r + 2M, ..., of which a lane (n, s) is M/s. The audit follows for
-each class how far it is merged. A merge must move its head's classes by as many batches as the contribution trained:
+Each merge says with which partitions of the data order (`data.partition`) its heads continue. All strides divide M, their least
+common multiple, so the order consists of M progressions (classes) r, r + M, r + 2M, ...; a partition (start n, stride s) has
+M/s of them. The audit tracks for each class how far it has been merged. A merge must advance its head's classes by as many
+batches as the contribution trained:
 
     more than it trained:   some are in no merge (lost)
-    fewer:                  some are in two (doubled)
+    fewer:                  some are in two merges (doubled)
 
-Where classes go from head to head, a merge alone doesn't say who trained which: there the sums are compared, whenever
-all classes have been merged by the heads that have them.
+Where classes move from one head to another, a single merge doesn't tell which head trained them. The sums are compared there,
+whenever all classes have been merged by the heads that have them.
 
-What was left out on purpose is told by an event, and must show in the numbers; what they don't bear out is lost:
+Batches that are left out on purpose are announced by an event and must show in the numbers. Those that the numbers don't
+confirm are lost:
 
-    refused as poison:  the head's next merge counts steps that its contribution doesn't hold (dropped)
-    rolled back:        until each class was merged again, the lanes move by as many more batches, at most, as the event says
-                        (skipped)
+    refused as harmful: the head's next merge counts steps that its contribution doesn't hold (dropped)
+    rolled back:        until each class has been merged again, the partitions advance by additional batches, at most as many as
+                        the event says (skipped)
 """
 
 from __future__ import annotations
@@ -25,212 +27,214 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lte_ray.audit.reader import Audit, Happening, LostHead, Refused, Resumed, Rollback, Stand
+from lte_ray.audit.reader import Audit, AuditEvent, HeadPosition, LostHeads, Refused, Resumed, Rollback
 from lte_ray.data.partition import Partitions
 
-MOST_CLASSES = 2**20
-"""Of more, the batches aren't followed."""
+MAX_CLASSES = 2**20
+"""With more classes the batches aren't tracked."""
 
 
-def check_data(found: Audit, history: Sequence[Happening]) -> None:
-    """Follows the batches through a run, in the order of its rows, and adds what is wrong to `found`."""
-    flat = [each for each in history if isinstance(each, Stand)]
-    strides = {lane.stride for stand in flat for lane in stand.lanes}
+def check_data(result: Audit, history: Sequence[AuditEvent]) -> None:
+    """Tracks the batches through a run, in the order of its rows, and adds what is wrong to `result`."""
+    positions = [event for event in history if isinstance(event, HeadPosition)]
+    strides = {partition.stride for position in positions for partition in position.partitions}
     modulus = math.lcm(*strides)
-    if flat and (modulus > MOST_CLASSES or not strides):
+    if positions and (modulus > MAX_CLASSES or not strides):
         why = f"their strides {sorted(strides)[:8]} have no small common multiple" if strides else "no row says whose which are"
-        found.problems.append(f"the batches of the data can't be followed: {why}")
+        result.problems.append(f"the batches of the data can't be followed: {why}")
         return
-    found.batches = 0
-    walk = _Walk(found, modulus, _Sizes.of(history))
-    for each in history:
-        match each:
-            case Stand():
-                walk.merged(each)
-            case LostHead():
-                walk.gone(each)
+    result.batches = 0
+    tracker = _BatchTracker(result, modulus, _StepSizes.infer(history))
+    for event in history:
+        match event:
+            case HeadPosition():
+                tracker.advance(event)
+            case LostHeads():
+                tracker.remove_heads(event)
             case Resumed():
-                walk.resumed(each)
+                tracker.resume(event)
             case Refused():
-                walk.refused[each.head].append(each.sequence)
+                tracker.refused[event.head].append(event.sequence)
             case Rollback():
-                walk.allowance.back(each)
+                tracker.allowance.roll_back(event)
 
 
-class _Allowance:
-    """Batches that may be in no merge since the run went back, until each class was merged again."""
+class _SkipAllowance:
+    """Batches that may be in no merge since a rollback, until each class has been merged again."""
 
     def __init__(self, modulus: int) -> None:
         self._modulus = modulus
-        self._left: dict[int, int] = {}  # by the version that the run went back to
-        self._since: set[int] = set()  # classes that were merged since
+        self._remaining: dict[int, int] = {}  # by the version that the run went back to
+        self._merged_since: set[int] = set()  # classes
 
-    def back(self, back: Rollback) -> None:
-        """The run went back; what it skipped earlier, after that version, is among what it skips now."""
-        self._left = {version: left for version, left in self._left.items() if version < back.version}
-        self._left[back.version] = max(0, back.skipped)
-        self._since = set()
+    def roll_back(self, rollback: Rollback) -> None:
+        """Adds the batches of a rollback. They include those of earlier rollbacks to the same or a later version."""
+        earlier = {version: count for version, count in self._remaining.items() if version < rollback.version}
+        self._remaining = {**earlier, rollback.version: max(0, rollback.skipped)}
+        self._merged_since = set()
 
     def spend(self, wanted: int) -> int:
-        """So many of these batches, at most, as were skipped."""
+        """Uses up to `wanted` of these batches, and returns how many."""
         spent = 0
-        for version, left in sorted(self._left.items(), reverse=True):
-            now = max(0, min(left, wanted - spent))
-            self._left[version], spent = left - now, spent + now
+        for version, count in sorted(self._remaining.items(), reverse=True):
+            now = max(0, min(count, wanted - spent))
+            self._remaining[version], spent = count - now, spent + now
         return spent
 
-    def merged(self, classes: Mapping[int, int]) -> None:
-        """These were merged."""
-        if self._left:
-            self._since |= classes.keys()
+    def add_merged(self, classes: Mapping[int, int]) -> None:
+        """Records which classes a merge advanced."""
+        if self._remaining:
+            self._merged_since |= classes.keys()
 
-    def end(self) -> None:
-        """The sums were compared: if all classes were merged since, what is left was never skipped."""
-        if len(self._since) == self._modulus:
-            self._left = {}
+    def close_if_complete(self) -> None:
+        """Ends the allowance, once the sums were compared, if all classes have been merged: the rest was never skipped."""
+        if len(self._merged_since) == self._modulus:
+            self._remaining = {}
 
 
-class _Walk:
-    """Where the data are, by class and by head, while the rows are read."""
+class _BatchTracker:
+    """How far each class has been merged, and by which head, while the rows are read."""
 
-    def __init__(self, found: Audit, modulus: int, sizes: _Sizes) -> None:
-        self._found, self._modulus, self._sizes = found, modulus, sizes
-        self._reached: dict[int, int] = {}  # by class, the first batch that isn't merged
-        self._owners: dict[int, int] = {}  # by class, the head that moved it last
-        self._owned: dict[int, set[int]] = {}  # by head, the classes that its last merge left it
-        self._last: dict[int, Stand] = {}
-        self._gone: set[int] = set()
-        self._balance = self._settled = 0  # batches by which classes were moved, less those that are known; what of it was told
-        self.refused: defaultdict[int, list[int]] = defaultdict(list)  # by head, contributions refused as poison
-        self.allowance = _Allowance(modulus)
+    def __init__(self, result: Audit, modulus: int, sizes: _StepSizes) -> None:
+        self._result, self._modulus, self._sizes = result, modulus, sizes
+        self._next_batch: dict[int, int] = {}  # by class, the first batch that isn't merged
+        self._owners: dict[int, int] = {}  # by class, the head that advanced it last
+        self._classes: dict[int, set[int]] = {}  # by head, the classes that it has after its last merge
+        self._last: dict[int, HeadPosition] = {}
+        self._removed: set[int] = set()
+        self._balance = 0  # batches by which classes were advanced, less those that are accounted for
+        self._reported = 0  # the part of the balance that is in the result
+        self.refused: defaultdict[int, list[int]] = defaultdict(list)  # by head, contributions refused as harmful
+        self.allowance = _SkipAllowance(modulus)
 
-    def gone(self, gone: LostHead) -> None:
-        """Heads have left; who comes under their numbers is another."""
-        for head in gone.heads:
-            self._owned.pop(head, None)
+    def remove_heads(self, lost: LostHeads) -> None:
+        """Heads have left. A later head of the same number is another one."""
+        for head in lost.heads:
+            self._classes.pop(head, None)
             self.refused.pop(head, None)
-            self._gone.add(head)
+            self._removed.add(head)
 
-    def resumed(self, resumed: Resumed) -> None:
-        """Heads begin anew, with data that were others' until then."""
+    def resume(self, resumed: Resumed) -> None:
+        """Heads start again, with data that belonged to others until then."""
         for head in resumed.anew:
-            self._owned.pop(head, None)
+            self._classes.pop(head, None)
             self._last.pop(head, None)
             self.refused.pop(head, None)
-            self._gone.discard(head)
+            self._removed.discard(head)
 
-    def merged(self, stand: Stand) -> None:
+    def advance(self, position: HeadPosition) -> None:
         """A version holds another contribution of a head."""
-        found, head, before = self._found, stand.head, self._before(stand)
-        now, taken = _classes(stand.lanes, self._modulus), 0
-        for place, first in now.items():
-            moved = (first - self._reached.get(place, place)) // self._modulus
+        result, head, before = self._result, position.head, self._previous(position)
+        starts, advanced = _class_starts(position.partitions, self._modulus), 0
+        for index, first in starts.items():
+            moved = (first - self._next_batch.get(index, index)) // self._modulus
             if moved < 0:
-                found.doubled -= moved
-                found.problems.append(f"version {stand.version} takes head {head} back by {-moved} batches, to {first}")
-            taken += max(0, moved)
-            self._reached[place] = first
-        strangers = {self._owners[place] for place in self._owned.get(head, set()) & now.keys()} - {head}
-        if strangers:
-            found.problems.append(f"version {stand.version}: heads {head} and {min(strangers)} own the same batches")
-        self._owners |= dict.fromkeys(now, head)
-        trained = self._sizes.trained(stand, before)
-        dropped = self._dropped(stand, before, trained)
-        found.batches += stand.batches - (before.batches if before else 0) if trained is None else trained
-        found.dropped += dropped
-        self._balance += 0 if trained is None else taken - trained - dropped
-        self._owned[head], self._last[head] = set(now), stand
-        self.allowance.merged(now)
-        self._settle(stand)
+                result.doubled -= moved
+                result.problems.append(f"version {position.version} takes head {head} back by {-moved} batches, to {first}")
+            advanced += max(0, moved)
+            self._next_batch[index] = first
+        other_owners = {self._owners[index] for index in self._classes.get(head, set()) & starts.keys()} - {head}
+        if other_owners:
+            result.problems.append(f"version {position.version}: heads {head} and {min(other_owners)} own the same batches")
+        self._owners |= dict.fromkeys(starts, head)
+        trained = self._sizes.trained_batches(position, before)
+        dropped = self._dropped_batches(position, before, trained)
+        result.batches += position.batches - (before.batches if before else 0) if trained is None else trained
+        result.dropped += dropped
+        self._balance += 0 if trained is None else advanced - trained - dropped
+        self._classes[head], self._last[head] = set(starts), position
+        self.allowance.add_merged(starts)
+        self._compare_sums(position)
 
-    def _before(self, stand: Stand) -> Stand | None:
-        """The merge of the same head before this one."""
-        before = self._last.get(stand.head)
-        if before is not None and stand.head in self._gone and stand.incarnation > before.incarnation:
-            self._gone.discard(stand.head)
-            return None  # it came anew
+    def _previous(self, position: HeadPosition) -> HeadPosition | None:
+        """The position of the same head before this one."""
+        before = self._last.get(position.head)
+        if before is not None and position.head in self._removed and position.incarnation > before.incarnation:
+            self._removed.discard(position.head)
+            return None  # another head has its number
         return before
 
-    def _dropped(self, stand: Stand, before: Stand | None, trained: int | None) -> int:
-        """Batches that the head has trained since its merge before, and that a refusal since then has kept out of this one."""
-        same = before is not None and before.incarnation == stand.incarnation
-        since, refused = before.sequence if before is not None and same else 0, self.refused[stand.head]
-        self.refused[stand.head] = [number for number in refused if number > stand.sequence]
-        if trained is None or not any(since < number < stand.sequence for number in refused):
+    def _dropped_batches(self, position: HeadPosition, before: HeadPosition | None, trained: int | None) -> int:
+        """Batches that the head has trained since its last merge and that a refusal since then has kept out of this one."""
+        same_process = before is not None and before.incarnation == position.incarnation
+        since, refused = before.sequence if before is not None and same_process else 0, self.refused[position.head]
+        self.refused[position.head] = [number for number in refused if number > position.sequence]
+        if trained is None or not any(since < number < position.sequence for number in refused):
             return 0
-        batches = stand.batches - (before.batches if before else 0)
-        steps = stand.step - (before.step if before else 0)
+        batches = position.batches - (before.batches if before else 0)
+        steps = position.step - (before.step if before else 0)
         return max(0, min(batches, steps * self._sizes.batches) - trained)
 
-    def _settle(self, stand: Stand) -> None:
-        """Compares the sums, if all classes were merged by the heads that have them now."""
-        owners, owned = self._owners, self._owned
-        if len(owners) < self._modulus or any(place not in owned.get(head, ()) for place, head in owners.items()):
+    def _compare_sums(self, position: HeadPosition) -> None:
+        """Reports lost and doubled batches, if all classes have been merged by the heads that have them."""
+        owners, classes = self._owners, self._classes
+        if len(owners) < self._modulus or any(index not in classes.get(head, ()) for index, head in owners.items()):
             return
-        more, found = self._balance - self._settled, self._found
-        self._settled = self._balance
+        more, result = self._balance - self._reported, self._result
+        self._reported = self._balance
         skipped = self.allowance.spend(more)
-        self.allowance.end()
-        found.skipped += skipped
+        self.allowance.close_if_complete()
+        result.skipped += skipped
         if more > skipped:
-            found.lost += more - skipped
+            result.lost += more - skipped
             what = f"{more - skipped} batches more than were trained: they are in no merge"
         elif more < 0:
-            found.doubled -= more
+            result.doubled -= more
             what = f"{-more} batches fewer than were trained: these were merged before"
         else:
             return
-        found.problems.append(f"the data moved on up to version {stand.version}, the merge of head {stand.head}, by {what}")
+        result.problems.append(
+            f"the data moved on up to version {position.version}, the merge of head {position.head}, by {what}"
+        )
 
 
 @dataclass(frozen=True)
-class _Sizes:
-    """What a local step takes: `batches` (--accumulate), and `samples` of each batch where all have equally many."""
+class _StepSizes:
+    """What a local step takes: `batches` (--accumulate), and `samples` of each batch if all have equally many."""
 
     batches: int
     samples: int | None
     versions: Sequence[int]
 
     @classmethod
-    def of(cls, history: Sequence[Happening]) -> _Sizes:
-        """By most contributions that follow their head's last one in the rows, without anything that was left out between."""
-        flat = [each for each in history if isinstance(each, Stand)]
-        made = cls(1, None, sorted({stand.version for stand in flat}))
-        last: dict[int, Stand] = {}
-        skipped: set[int] = set()  # heads whose next merge shows what was skipped, too
-        known: list[tuple[int, int, int]] = []  # steps, batches, samples
-        for each in history:
-            if isinstance(each, Rollback):
-                skipped = {stand.head for stand in flat}
-            if not isinstance(each, Stand):
+    def infer(cls, history: Sequence[AuditEvent]) -> _StepSizes:
+        """Infers the sizes from contributions that directly follow their head's previous one in the rows."""
+        positions = [event for event in history if isinstance(event, HeadPosition)]
+        sizes = cls(1, None, sorted({position.version for position in positions}))
+        last: dict[int, HeadPosition] = {}
+        after_rollback: set[int] = set()  # heads whose next merge also shows what was skipped
+        samples: list[tuple[int, int, int]] = []  # steps, batches, samples
+        for event in history:
+            if isinstance(event, Rollback):
+                after_rollback = {position.head for position in positions}
+            if not isinstance(event, HeadPosition):
                 continue
-            before = last.get(each.head)
-            batches = each.batches - (before.batches if before else 0)
-            whole = each.step - (before.step if before else 0) == each.steps and each.head not in skipped
-            if whole and made.follows(each, before) and each.steps and batches > 0:
-                known.append((each.steps, batches, each.samples - (before.samples if before else 0)))
-            last[each.head] = each
-            skipped.discard(each.head)
-        counts = Counter(batches // steps for steps, batches, _ in known if batches % steps == 0)
+            before = last.get(event.head)
+            batches = event.batches - (before.batches if before else 0)
+            complete = event.step - (before.step if before else 0) == event.steps and event.head not in after_rollback
+            if complete and sizes.has_all_versions(event, before) and event.steps and batches > 0:
+                samples.append((event.steps, batches, event.samples - (before.samples if before else 0)))
+            last[event.head] = event
+            after_rollback.discard(event.head)
+        counts = Counter(batches // steps for steps, batches, _ in samples if batches % steps == 0)
         usual = counts.most_common(1)[0][0] if counts else 1
-        sizes = {samples / batches for steps, batches, samples in known if batches == steps * usual}
-        size = int(sizes.pop()) if len(sizes) == 1 else None
-        return cls(usual, size, made.versions)
+        per_batch = {count / batches for steps, batches, count in samples if batches == steps * usual}
+        return cls(usual, int(per_batch.pop()) if len(per_batch) == 1 else None, sizes.versions)
 
-    def follows(self, stand: Stand, before: Stand | None) -> bool:
+    def has_all_versions(self, position: HeadPosition, before: HeadPosition | None) -> bool:
         """Whether the rows hold every version between two merges of a head."""
-        first, last = before.version if before else 0, stand.version
+        first, last = before.version if before else 0, position.version
         return bisect_left(self.versions, last) - bisect_left(self.versions, first + 1) == last - first - 1
 
-    def trained(self, stand: Stand, before: Stand | None) -> int | None:
-        """Batches of the head that were merged since `before`; None if the rows don't say."""
-        if stand.steps is not None and self.follows(stand, before):
-            return stand.steps * self.batches
-        # samples are counted through versions that are in no row, too
-        return None if not self.samples else (stand.samples - (before.samples if before else 0)) // self.samples
+    def trained_batches(self, position: HeadPosition, before: HeadPosition | None) -> int | None:
+        """Batches of the head that were merged since `before`, or None if the rows don't tell."""
+        if position.steps is not None and self.has_all_versions(position, before):
+            return position.steps * self.batches
+        # The samples also count versions that are in no row.
+        return None if not self.samples else (position.samples - (before.samples if before else 0)) // self.samples
 
 
-def _classes(lanes: Partitions, modulus: int) -> dict[int, int]:
-    """By class, the first batch that is in the lanes."""
-    starts = (first + i * stride for first, stride in lanes for i in range(modulus // stride))
+def _class_starts(partitions: Partitions, modulus: int) -> dict[int, int]:
+    """By class, the first batch that is in the partitions."""
+    starts = (first + i * stride for first, stride in partitions for i in range(modulus // stride))
     return {start % modulus: start for start in starts}

@@ -1,20 +1,20 @@
-"""Checkpoints: ``checkpoints/NNNNNN/`` with one file of main weights and one a head, and a manifest written last.
+"""Checkpoints: ``checkpoints/NNNNNN/`` with a file of main weights, a file for each head, and a manifest that is written last.
 
-The folder's number is the base version. Every process writes its own file, so nothing large passes through one of
-them. A folder without a manifest is no checkpoint. Tensors are safetensors, the rest JSON: nothing executes on load.
+The folder's number is the base version. Every process writes its own file, so nothing large passes through one of them. A
+folder without a manifest isn't a checkpoint. Tensors are safetensors, everything else is JSON: loading executes nothing.
 
 Format 2 (since 0.2)::
 
-    manifest.json               what there is, with sizes and checksums; its own checksum; facts (step, standings, ledger, ...)
+    manifest.json               lists the files with sizes and checksums; its own checksum; facts (step, standings, ledger, ...)
     base.safetensors            main weights and replicas, under the model's own names
-    references.safetensors      by head, the factors that the base holds of it ("head-0003", flat)
-    head-0003.safetensors       what that head needs to go on exactly; a head without one goes on from its reference
+    references.safetensors      by head, the factors that the base contains ("head-0003", flat)
+    head-0003.safetensors       what that head needs to resume exactly; a head without a file resumes from its reference
     policy.safetensors          what the merge policy keeps
-    evaluation.json             the worker's judgement, written whenever it is there; not in the manifest
+    evaluation.json             the worker's evaluation, written when it is ready; not in the manifest
 
-A file of a version that is written again has a number in its name (``base.1.safetensors``), so that none is replaced while a
-manifest lists it. Format 1 had no references of its own (they are in the head files), no checksum of the manifest, and could be
-gone on from only with all heads' files; it is still read.
+A file of a version that is written again has a number in its name (``base.1.safetensors``), so that no file is replaced while a
+manifest lists it. Format 1 had no separate references (they are in the head files) and no checksum of the manifest, and a run
+could be resumed only with all heads' files. It can still be read.
 """
 
 from __future__ import annotations

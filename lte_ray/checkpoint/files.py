@@ -1,8 +1,7 @@
-"""The safetensors files of a checkpoint: written under free names, read only if they are what the manifest lists.
+"""The files of a checkpoint: the base, the heads' states and references, the merge policy's tensors, and the evaluation.
 
-The parts of a checkpoint: base, references, heads' states, and what the merge policy keeps.
-
-The worker's judgement of a checkpoint's base, beside it as ``evaluation.json``, and which are the best by it.
+Tensors are written as safetensors under names that no complete checkpoint uses, and read only if they are what the manifest
+lists. ``evaluation.json`` holds the worker's evaluation of the base, by which the best checkpoints are found.
 """
 
 from __future__ import annotations
@@ -28,6 +27,11 @@ from lte_ray.storage import RunDirectory
 BASE = "base.safetensors"
 POLICY = "policy.safetensors"
 REFERENCES = "references.safetensors"
+EVALUATION = "evaluation.json"
+
+MAX_EVALUATION_BYTES = 2**20
+
+_HEAD = re.compile(r"head-(\d{4,9})", re.ASCII)
 
 
 def head_file(head: int) -> str:
@@ -38,16 +42,16 @@ def head_file(head: int) -> str:
 def write_tensors(
     directory: RunDirectory, version: int, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> FileEntry:
-    """Writes one file of a checkpoint; under another name if a complete one has this file already."""
-    copies = {key: value.detach().clone().contiguous() for key, value in tensors.items()}  # they may share memory
-    data = safetensors.torch.save(copies, metadata or None)  # of no tensors and {} it makes a broken header
-    name = _free(directory, version, name)
+    """Writes one file of a checkpoint, under another name if a complete checkpoint already has this file."""
+    copies = {key: value.detach().clone().contiguous() for key, value in tensors.items()}  # tensors may share memory
+    data = safetensors.torch.save(copies, metadata or None)  # with no tensors and {} it writes a broken header
+    name = _free_name(directory, version, name)
     directory.write(f"{version_folder(version)}/{name}", data)
     return FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
 
 
 def read_bytes(directory: RunDirectory, manifest: Manifest, name: str) -> bytes:
-    """The bytes of a file. Raises Damaged if they aren't there or aren't what the manifest lists."""
+    """Reads a file. Raises Damaged if it is missing or isn't what the manifest lists."""
     expected = manifest.entry(name)
     if expected is None:
         path = f"{directory.path_to(version_folder(manifest.version))}/{name}"
@@ -60,24 +64,24 @@ def read_bytes(directory: RunDirectory, manifest: Manifest, name: str) -> bytes:
 
 
 def read_tensors(directory: RunDirectory, manifest: Manifest, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file and its metadata. Raises Damaged whatever is wrong with it, also where its checksum fits."""
+    """Reads the tensors of a file and its metadata. Raises Damaged if they can't be read, even if the checksum is right."""
     data = read_bytes(directory, manifest, name)
     try:
         metadata = _metadata(data)
         return safetensors.torch.load(data), metadata
-    except Exception as error:  # content may be anything, and the reader's errors are of many kinds
+    except Exception as error:  # the content may be anything, and the reader raises many kinds of errors
         raise damage_error(directory, manifest, name, error) from error
 
 
 def damage_error(directory: RunDirectory, manifest: Manifest, name: str, error: BaseException | str) -> Damaged:
-    """The error that says what is wrong with a file."""
+    """Returns the error that says what is wrong with a file."""
     entry = manifest.entry(name)
     path = f"{directory.path_to(version_folder(manifest.version))}/{entry.name if entry else name}"
     return Damaged(f"{path} is damaged: {error if isinstance(error, str) else summarize_error(error)}.")
 
 
 def _metadata(data: bytes) -> dict[str, str]:
-    """The texts in a safetensors header, whose length its first 8 bytes are. Raises ValueError."""
+    """The metadata in a safetensors header, whose length is in the first 8 bytes. Raises ValueError."""
     size = int.from_bytes(data[:8], "little")
     if len(data) < 8 or size > len(data) - 8:
         raise ValueError(f"its header should have {size} bytes, but the file has {len(data)}")
@@ -88,8 +92,8 @@ def _metadata(data: bytes) -> dict[str, str]:
     return metadata
 
 
-def _free(directory: RunDirectory, version: int, name: str) -> str:
-    """The name, with a number if a complete checkpoint of this version has it already: that one stays whole until `commit`."""
+def _free_name(directory: RunDirectory, version: int, name: str) -> str:
+    """The name, with a number if a complete checkpoint of this version uses it: that one stays intact until `commit`."""
     if not directory.exists(f"{version_folder(version)}/{MANIFEST}"):
         return name
     taken = set(directory.list_names(version_folder(version)))
@@ -98,25 +102,22 @@ def _free(directory: RunDirectory, version: int, name: str) -> str:
     return next(free for free in itertools.chain([name], numbered) if free not in taken)
 
 
-_HEAD = re.compile(r"head-(\d{4,9})", re.ASCII)
-
-
 def write_base(directory: RunDirectory, version: int, plan: Plan, base: Tensor) -> FileEntry:
     """Writes the main weights and replicas of `version` under the model's own parameter names."""
     return write_tensors(directory, version, BASE, views(plan.base, base), {})
 
 
 def read_base(directory: RunDirectory, manifest: Manifest, plan: Plan) -> Tensor:
-    """The base of a checkpoint, flat.
+    """Reads the base of a checkpoint, flat.
 
     Raises:
-        StorageError: the file is damaged, or is of another model.
+        StorageError: the file is damaged, or belongs to another model.
     """
     tensors, _ = read_tensors(directory, manifest, BASE)
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     expected = {e.name: e.shape for e in plan.base.entries}
-    if found != expected:
-        differing = repr(sorted(set(found.items()) ^ set(expected.items()))[:4])[:400]
+    if shapes != expected:
+        differing = repr(sorted(set(shapes.items()) ^ set(expected.items()))[:4])[:400]
         raise StorageError(
             f"{directory.path_to(version_folder(manifest.version))} holds another model than the worker "
             f"builds; they differ in {differing}."
@@ -128,41 +129,41 @@ def read_base(directory: RunDirectory, manifest: Manifest, plan: Plan) -> Tensor
 
 
 def write_references(directory: RunDirectory, version: int, references: Mapping[int, Tensor]) -> FileEntry:
-    """Writes, by head, the factors that the base of `version` holds of it: 1-D, `plan.factors_size` elements."""
+    """Writes the references: by head, the factors that the base of `version` contains, 1-D of `plan.factors_size` elements."""
     tensors = {f"head-{head:04d}": reference for head, reference in references.items()}
     return write_tensors(directory, version, REFERENCES, tensors, {})
 
 
 def read_references(directory: RunDirectory, manifest: Manifest, plans: Sequence[Plan] | None = None) -> dict[int, Tensor]:
-    """What `write_references` wrote; none of a head where B' = 0. In format 1 they are in the heads' files.
+    """Reads what `write_references` wrote. A head whose reference has B' = 0 has none. In format 1 they are in heads' files.
 
     Args:
-        plans: each head's, to check the sizes; heads beyond them aren't checked.
+        plans: each head's, to check the sizes. Heads beyond them aren't checked.
 
     Raises:
-        StorageError: a file is damaged, or a reference isn't of these plans.
+        StorageError: a file is damaged, or a reference doesn't fit its plan.
     """
-    found: dict[int, Tensor] = {}
+    references: dict[int, Tensor] = {}
     name = REFERENCES
     if manifest.format == 1:
         for head in manifest.heads:
             tensors, _ = read_tensors(directory, manifest, head_file(head))
             if "reference" in tensors:
-                found[head] = tensors["reference"]
+                references[head] = tensors["reference"]
         name = head_file(min(manifest.heads, default=0))
     elif manifest.entry(REFERENCES) is not None:
         for key, tensor in read_tensors(directory, manifest, REFERENCES)[0].items():
             match = _HEAD.fullmatch(key)
             if match is None:
                 raise damage_error(directory, manifest, name, f"{key!r:.40} is no head")
-            found[int(match[1])] = tensor
-    for head, tensor in found.items():
+            references[int(match[1])] = tensor
+    for head, tensor in references.items():
         if tensor.dim() != 1 or not tensor.dtype.is_floating_point:
             what = f"the reference of head {head} is a {tensor.dtype} of shape {tuple(tensor.shape)}"
             raise damage_error(directory, manifest, name, what)
         if plans is not None and head < len(plans) and tensor.numel() != plans[head].factors_size:
             raise _other_factors(directory, manifest, f"the size of head {head}'s")
-    return found
+    return references
 
 
 def write_head(directory: RunDirectory, version: int, head: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> FileEntry:
@@ -171,10 +172,10 @@ def write_head(directory: RunDirectory, version: int, head: int, tensors: dict[s
 
 
 def read_head(directory: RunDirectory, manifest: Manifest, head: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """One head's state, for `Head.load_state`: tensors by name, and JSON values by name.
+    """Reads one head's state for `Head.load_state`: tensors by name, and JSON values by name.
 
     Raises:
-        StorageError: the file isn't there or is damaged.
+        StorageError: the file is missing or damaged.
     """
     name = head_file(head)
     tensors, metadata = read_tensors(directory, manifest, name)
@@ -188,12 +189,12 @@ def read_head(directory: RunDirectory, manifest: Manifest, head: int) -> tuple[d
 
 
 def write_policy(directory: RunDirectory, version: int, name: str, tensors: dict[str, Tensor]) -> FileEntry:
-    """Writes what the merge policy `name` keeps from one merge to the next."""
+    """Writes the tensors that the merge policy `name` keeps from one merge to the next."""
     return write_tensors(directory, version, POLICY, tensors, {"policy": name})
 
 
 def read_policy(directory: RunDirectory, manifest: Manifest, name: str) -> dict[str, Tensor]:
-    """What `write_policy` wrote; empty if that was nothing, or another policy's.
+    """Reads what `write_policy` wrote. Empty if there is nothing, or if it belongs to another policy.
 
     Raises:
         StorageError: the file is damaged.
@@ -205,20 +206,21 @@ def read_policy(directory: RunDirectory, manifest: Manifest, name: str) -> dict[
 
 
 def check_factors(directory: RunDirectory, manifest: Manifest, plans: Sequence[Plan]) -> None:
-    """Raises StorageError unless the heads' factors are those of the plans. Their settings are: so one head tells.
+    """Raises StorageError unless the heads' factors are those of the plans.
 
-    Without a head's state, which names its factors, the sizes of the references must do.
+    All heads have the same settings, so one head is checked. If the checkpoint holds no head's state, which names the factors,
+    the sizes of the references are checked instead.
     """
     head = next((head for head in manifest.heads if head < len(plans)), None)
     if head is None:
         read_references(directory, manifest, plans)
         return
     tensors, _ = read_head(directory, manifest, head)
-    found = {name.removeprefix("factor."): tuple(t.shape) for name, t in tensors.items() if name.startswith("factor.")}
+    shapes = {name.removeprefix("factor."): tuple(t.shape) for name, t in tensors.items() if name.startswith("factor.")}
     plan = plans[head]
     expected = {e.name: e.shape for e in plan.contribution.entries[: 2 * len(plan.adapted)]}
-    if found != expected:
-        differing = sorted({name.rpartition(".")[0] for name, _ in set(found.items()) ^ set(expected.items())})
+    if shapes != expected:
+        differing = sorted({name.rpartition(".")[0] for name, _ in set(shapes.items()) ^ set(expected.items())})
         more = ", ..." if len(differing) > 8 else ""
         raise _other_factors(directory, manifest, f"{', '.join(differing[:8])}{more}")
 
@@ -231,27 +233,22 @@ def _other_factors(directory: RunDirectory, manifest: Manifest, differing: str) 
     )
 
 
-EVALUATION = "evaluation.json"
-LARGEST = 2**20
-"""Bytes that an evaluation can have."""
-
-
 def write_evaluation(directory: RunDirectory, version: int, values: Mapping[str, float]) -> None:
-    """Writes the figures of a version, before or after its checkpoint is complete. Figures that aren't finite become null."""
+    """Writes the figures of a version, before or after its checkpoint is complete. NaN and infinity become null."""
     finite = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
     data = json.dumps({"version": version, "values": finite}, indent=1).encode()
     directory.write(f"{version_folder(version)}/{EVALUATION}", data)
 
 
 def read_evaluation(directory: RunDirectory, version: int) -> dict[str, float]:
-    """The finite figures of a version, in the order in which the worker gave them.
+    """Reads the finite figures of a version, in the order in which the worker gave them.
 
     Raises:
-        Damaged: there is no evaluation, or it isn't one.
+        Damaged: the evaluation is missing or can't be read.
         StorageError: storage fails.
     """
     path = f"{version_folder(version)}/{EVALUATION}"
-    data = read_file(directory, path, LARGEST)
+    data = read_file(directory, path, MAX_EVALUATION_BYTES)
     try:
         content = json.loads(data)
         values = content["values"].items()
@@ -267,18 +264,18 @@ def read_evaluation(directory: RunDirectory, version: int) -> dict[str, float]:
 
 
 def best_versions(directory: RunDirectory, versions: Iterable[int], count: int, by: str = "") -> list[int]:
-    """The `count` best of the versions, best first; of equals the newest. Those without a readable figure don't count.
+    """The `count` best of the versions, best first. Of equal ones the newest is better; those without a figure don't count.
 
     Args:
-        by: name of the figure, of which the lowest is best; the highest if a dash stands before it. Without a name the first
+        by: name of the figure. The lowest is best, or the highest after a dash ("-accuracy"). Without a name it is the first
             figure of the newest evaluation.
     """
     name, sign = by.removeprefix("-"), -1.0 if by.startswith("-") else 1.0
-    found: list[tuple[float, int]] = []
+    scores: list[tuple[float, int]] = []
     for version in sorted(versions, reverse=True) if count else []:
-        with contextlib.suppress(Damaged):  # a failing storage is no reason to call it bad
+        with contextlib.suppress(Damaged):  # a failing storage doesn't make a version bad
             values = read_evaluation(directory, version)
             name = name or next(iter(values), "")
             if name in values:
-                found.append((sign * values[name], version))
-    return [version for _, version in sorted(found, key=lambda pair: pair[0])[:count]]
+                scores.append((sign * values[name], version))
+    return [version for _, version in sorted(scores, key=lambda pair: pair[0])[:count]]

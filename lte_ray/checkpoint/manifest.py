@@ -1,4 +1,4 @@
-"""The manifest: what belongs to a checkpoint. It is written last and makes it complete."""
+"""The manifest of a checkpoint: what belongs to it. It is written last and makes the checkpoint complete."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from lte_ray.storage import RunDirectory
 T = TypeVar("T")
 
 FORMAT = 2
-"""What is written."""
+"""The format that is written."""
 
 FORMATS = (1, 2)
-"""What is read."""
+"""The formats that can be read."""
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 CHECKSUM = "sha256"
-LARGEST = 64 * 2**20
-"""Bytes that a manifest can have."""
+
+MAX_MANIFEST_BYTES = 64 * 2**20
 
 _NAME = re.compile(r"([A-Za-z0-9_-]{1,64})(\.[1-9][0-9]{0,5})?\.safetensors")
 
 
 class Damaged(StorageError):
-    """A file of a checkpoint isn't there or isn't what was written; another checkpoint may be whole."""
+    """A file of a checkpoint is missing or isn't what was written. Another checkpoint may be intact."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,15 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A complete checkpoint: `heads` are those whose state it holds; `facts` are JSON values (step, standings, ledger, ...)."""
+    """A complete checkpoint.
+
+    Attributes:
+        version: the base version.
+        heads: those whose state the checkpoint holds.
+        files: all its files.
+        facts: JSON values (step, standings, ledger, ...).
+        format: 1 or 2.
+    """
 
     version: int
     heads: tuple[int, ...]
@@ -55,7 +63,7 @@ class Manifest:
     format: int = FORMAT
 
     def entry(self, name: str) -> FileEntry | None:
-        """The file that stands for `name`, if there is one: its own name may have a number."""
+        """The file of this name, if there is one. The name on storage may have a number (`strip_number`)."""
         return next((file for file in self.files if strip_number(file.name) == name), None)
 
 
@@ -65,13 +73,13 @@ def version_folder(version: int) -> str:
 
 
 def strip_number(name: str) -> str:
-    """A file's name without the number that it has where its version was written before: base.1.safetensors."""
-    found = _NAME.fullmatch(name)
-    return f"{found[1]}.safetensors" if found else name
+    """A file's name without the number that it has if its version was written before: ``base.1.safetensors``."""
+    match = _NAME.fullmatch(name)
+    return f"{match[1]}.safetensors" if match else name
 
 
 def manifest_checksum(content: dict[str, Any]) -> bytes:
-    """A manifest as it is written: with the SHA-256 of all the rest (as JSON with sorted keys and without spaces) in it."""
+    """Serializes a manifest with the SHA-256 of its other content (JSON with sorted keys and without spaces) in it."""
     rest = json.loads(json.dumps({name: value for name, value in content.items() if name != CHECKSUM}))
     return json.dumps({**rest, CHECKSUM: _digest(rest)}, indent=1).encode()
 
@@ -79,19 +87,19 @@ def manifest_checksum(content: dict[str, Any]) -> bytes:
 def commit(
     directory: RunDirectory, version: int, heads: Iterable[int], files: Iterable[FileEntry], facts: dict[str, Any]
 ) -> Manifest:
-    """Makes a checkpoint complete by writing its manifest; all its files must be there.
+    """Makes a checkpoint complete by writing its manifest. All its files must have been written.
 
-    If there was one of this version, it is replaced in this one moment, and its files are removed afterwards.
+    A complete checkpoint of this version is replaced in this one moment, and its files are removed afterwards.
 
     Raises:
-        StorageError: a file isn't seen from here, or not as it was written, as happens when nodes write to different disks.
+        StorageError: a file is missing or has another size here, as happens when nodes write to different disks.
     """
     listed = sorted(files, key=lambda file: file.name)
     content = {"format": FORMAT, **asdict(Manifest(version, tuple(sorted(set(heads))), tuple(listed), facts))}
     for file in listed:
-        found = directory.size(f"{version_folder(version)}/{file.name}")
-        if found != file.size:
-            seen = "isn't seen" if found is None else f"has {found} bytes instead of {file.size}"
+        size = directory.size(f"{version_folder(version)}/{file.name}")
+        if size != file.size:
+            seen = "isn't seen" if size is None else f"has {size} bytes instead of {file.size}"
             raise StorageError(
                 f"{directory.path_to(version_folder(version))}/{file.name} was written on another node but {seen} by the "
                 "coordinator. On several nodes --storage must be a place that all of them share (s3://, gs://, NFS)."
@@ -101,31 +109,31 @@ def commit(
     data = manifest_checksum(content)
     directory.write(path, data)
     if replaces:
-        with contextlib.suppress(StorageError):  # it takes space, no more
+        with contextlib.suppress(StorageError):  # old files only take space
             for name in directory.list_names(version_folder(version)):
                 if _NAME.fullmatch(name) and name not in {file.name for file in listed}:
                     directory.delete(f"{version_folder(version)}/{name}")
-    return _parsed(json.loads(data), version)
+    return _parse(json.loads(data), version)
 
 
 def read_manifest(directory: RunDirectory, version: int) -> Manifest:
-    """The manifest of a version.
+    """Reads the manifest of a version.
 
     Raises:
-        Damaged: it isn't there, was torn or edited, or has a format that this release doesn't know.
+        Damaged: it is missing, was torn or edited, or has a format that this release can't read.
         StorageError: storage fails.
     """
     path = f"{version_folder(version)}/{MANIFEST}"
-    data = read_file(directory, path, LARGEST)
+    data = read_file(directory, path, MAX_MANIFEST_BYTES)
     try:
         content = json.loads(data)
-        if _of(int, content["format"]) not in FORMATS:
-            found = str(content["format"])[:20]
-            raise Damaged(f"{directory.path_to(path)} has format {found}, a format that this release of lte-ray can't read.")
-        manifest = _parsed(content, version)
+        if _expect(int, content["format"]) not in FORMATS:
+            shown = str(content["format"])[:20]
+            raise Damaged(f"{directory.path_to(path)} has format {shown}, a format that this release of lte-ray can't read.")
+        manifest = _parse(content, version)
         if manifest.format > 1 or CHECKSUM in content:
-            said = content.pop(CHECKSUM)
-            if said != _digest(content):
+            checksum = content.pop(CHECKSUM)
+            if checksum != _digest(content):
                 raise ValueError("its content isn't what its checksum says; it was torn or edited")
         return manifest
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -133,9 +141,13 @@ def read_manifest(directory: RunDirectory, version: int) -> Manifest:
 
 
 def has_all_heads(manifest: Manifest) -> bool:
-    """Whether a run can go on from it. Since format 2 always: a head without a file goes on from its reference.
+    """Whether a run can be resumed from this checkpoint.
 
-    In format 1 it must hold every head's state. Raises StorageError if it doesn't say how many there were.
+    In format 2 it always can: a head without a file resumes from its reference. In format 1 the checkpoint must hold every
+    head's state.
+
+    Raises:
+        Damaged: the manifest, of format 1, doesn't say how many heads the run had.
     """
     if manifest.format > 1:
         return True
@@ -143,11 +155,17 @@ def has_all_heads(manifest: Manifest) -> bool:
         return len(manifest.heads) >= int(manifest.facts["lte"]["num_heads"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         path = f"{version_folder(manifest.version)}/{MANIFEST}"
-        raise Damaged(f"{path} is damaged: it doesn't say how many heads there were ({summarize_error(error)}).") from error
+        why = summarize_error(error)
+        raise Damaged(f"{path} is damaged: it doesn't say how many heads there were ({why}).") from error
 
 
 def read_file(directory: RunDirectory, path: str, limit: int) -> bytes:
-    """A file of a checkpoint; Damaged if it isn't there, isn't a file, has more than `limit` bytes or is a link to nothing."""
+    """Reads a file of a checkpoint.
+
+    Raises:
+        Damaged: it is missing, isn't a file, has more than `limit` bytes, or is a link that leads nowhere.
+        StorageError: storage fails.
+    """
     try:
         return directory.read(path, limit)
     except StorageError as error:
@@ -156,7 +174,7 @@ def read_file(directory: RunDirectory, path: str, limit: int) -> bytes:
             raise Damaged(f"{directory.path_to(path)} can't be read: it isn't there.") from error
         if isinstance(cause, IsADirectoryError | NotADirectoryError):
             raise Damaged(str(error)) from error
-        if getattr(cause, "errno", None) in (errno.ELOOP, errno.ENAMETOOLONG):  # names in it are plain: it is a link
+        if getattr(cause, "errno", None) in (errno.ELOOP, errno.ENAMETOOLONG):  # our names are short, so it is a link
             raise Damaged(f"{directory.path_to(path)} can't be read: it is a link that leads nowhere.") from error
         if isinstance(cause, ValueError):
             raise Damaged(f"{directory.path_to(path)} is damaged: {summarize_error(cause)}.") from error
@@ -164,7 +182,7 @@ def read_file(directory: RunDirectory, path: str, limit: int) -> bytes:
 
 
 def summarize_error(error: BaseException) -> str:
-    """An error on foreign content in one short line: what it quotes may be anything."""
+    """An error about foreign content in one short line of printable characters, since the content may be anything."""
     text = "".join(c if c.isprintable() else "?" for c in f"{type(error).__name__}: {error}")
     return text[:200].rstrip(".")
 
@@ -173,24 +191,22 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _parsed(content: dict[str, Any], version: int) -> Manifest:
-    files = [FileEntry(_of(str, f["name"]), _of(int, f["size"]), _of(str, f["sha256"])) for f in _of(list, content["files"])]
-    heads = [_of(int, head) for head in _of(list, content["heads"])]
-    if _of(int, content["version"]) != version:
+def _parse(content: dict[str, Any], version: int) -> Manifest:
+    entries = _expect(list, content["files"])
+    files = [FileEntry(_expect(str, f["name"]), _expect(int, f["size"]), _expect(str, f["sha256"])) for f in entries]
+    heads = [_expect(int, head) for head in _expect(list, content["heads"])]
+    if _expect(int, content["version"]) != version:
         raise ValueError(f"it is of version {content['version']!r:.40}")
     for file in files:
         if not _NAME.fullmatch(file.name) or file.size < 0:
             raise ValueError(f"it lists {file.name!r:.40} of {file.size!r:.20} bytes")
-    if (
-        len({strip_number(file.name) for file in files}) != len(files)
-        or len(set(heads)) != len(heads)
-        or any(h < 0 for h in heads)
-    ):
+    names = {strip_number(file.name) for file in files}
+    if len(names) != len(files) or len(set(heads)) != len(heads) or any(head < 0 for head in heads):
         raise ValueError("it lists a file or a head twice, or a head that can't be")
-    return Manifest(version, tuple(heads), tuple(files), _of(dict, content["facts"]), content["format"])
+    return Manifest(version, tuple(heads), tuple(files), _expect(dict, content["facts"]), content["format"])
 
 
-def _of(kind: type[T], value: Any) -> T:
+def _expect(kind: type[T], value: Any) -> T:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"expected {kind.__name__}, found {value!r:.40}")
     return value

@@ -1,7 +1,4 @@
-"""Which checkpoints there are, and which of them are kept.
-
-Which checkpoint a run goes on from: the newest that is whole.
-"""
+"""Which checkpoints a run directory has, which of them are kept, and from which a run resumes."""
 
 from __future__ import annotations
 
@@ -23,8 +20,8 @@ from lte_ray.checkpoint.manifest import (
 from lte_ray.errors import StorageError
 from lte_ray.storage import RunDirectory
 
-TIDYING = 5.0
-"""Seconds of patience with a storage that won't remove what isn't needed any more."""
+CLEANUP_PATIENCE = 5.0
+"""Seconds of retries while storage fails to remove what isn't needed any more."""
 
 
 def complete_versions(directory: RunDirectory) -> list[int]:
@@ -33,13 +30,94 @@ def complete_versions(directory: RunDirectory) -> list[int]:
 
 
 def incomplete_versions(directory: RunDirectory) -> list[int]:
-    """Versions of those that were begun and have no manifest, oldest first."""
+    """Versions of the checkpoints that were begun and have no manifest, oldest first."""
     return [version for version in _versions(directory) if not _is_complete(directory, version)]
 
 
+def newest_resumable(directory: RunDirectory) -> Manifest | None:
+    """The newest complete checkpoint from which a run can be resumed. Skips those with damaged manifests."""
+    for version in reversed(complete_versions(directory)):
+        with contextlib.suppress(StorageError):
+            manifest = read_manifest(directory, version)
+            if has_all_heads(manifest):
+                return manifest
+    return None
+
+
+def read_newest_intact(directory: RunDirectory) -> tuple[Manifest, list[str]]:
+    """Finds the newest complete checkpoint from which a run can be resumed and whose files are all what was written.
+
+    Returns:
+        Its manifest, and one line for each newer checkpoint that was skipped, which says why.
+
+    Raises:
+        StorageError: there is no checkpoint, none is intact, or storage fails: then none is skipped.
+    """
+    versions = complete_versions(directory)
+    if not versions:
+        begun = incomplete_versions(directory)
+        more = f" ({len(begun)} was begun but not completed)" if begun else ""
+        raise StorageError(f"There is no complete checkpoint in {directory.display}{more}.")
+    skipped: list[str] = []
+    for version in reversed(versions):
+        try:
+            manifest = read_manifest(directory, version)
+            if has_all_heads(manifest):
+                verify(directory, manifest)
+                return manifest, [f"{line}; using {version:06d} instead" for line in skipped]
+            content = f"the state of heads {list(manifest.heads)} only" if manifest.heads else "the main weights alone"
+            skipped.append(f"{version_folder(version)}, of an older release, holds {content}")
+        except Damaged as error:
+            skipped.append(str(error).replace(f"{directory.path}/", "").rstrip("."))
+    raise StorageError(f"None of the checkpoints in {directory.display} can be used: {'; '.join(skipped)}.")
+
+
+def verify(directory: RunDirectory, manifest: Manifest) -> None:
+    """Raises Damaged if a file that the manifest lists is missing or isn't what was written."""
+    for file in manifest.files:
+        read_bytes(directory, manifest, strip_number(file.name))
+
+
+def prune(
+    directory: RunDirectory,
+    keep: int | None,
+    keep_best: int = 0,
+    best_by: str = "",
+    rollback_version: int | None = None,
+) -> None:
+    """Removes complete checkpoints, manifest first, so that none is ever half there. Skips those that can't be removed.
+
+    The newest checkpoint from which a run can be resumed always stays: in format 1 it may be an older one.
+
+    Args:
+        keep: how many of the newest stay; None: all.
+        keep_best: how many of the best stay in addition. Only those with a readable evaluation count.
+        best_by: the figure that decides, "-name" if higher is better, "" for the first one (`best_versions`).
+        rollback_version: the newest checkpoint up to this version stays, too: the run rolls back to it, since its loss has
+            spiked later. None: no such.
+    """
+    directory = _with_little_patience(directory)
+    with contextlib.suppress(StorageError):  # no reason to end a run
+        versions = complete_versions(directory)
+        old = versions[:-keep] if keep else []
+        if not old:
+            return
+        resumable = newest_resumable(directory)
+        kept = {*best_versions(directory, versions, keep_best, best_by), resumable.version if resumable else None}
+        kept |= set([version for version in versions if rollback_version is not None and version <= rollback_version][-1:])
+        for version in old:
+            if version not in kept:
+                with contextlib.suppress(StorageError):
+                    _remove(directory, version)
+
+
 def remove_incomplete(directory: RunDirectory, only: Collection[int] | None = None) -> None:
-    """Removes the folders of checkpoints that were never completed, of these versions or of all; as far as storage lets it."""
-    directory = _impatient(directory)
+    """Removes the folders of checkpoints that were never completed, as far as storage allows.
+
+    Args:
+        only: the versions to remove; None: all.
+    """
+    directory = _with_little_patience(directory)
     for version in [version for version in incomplete_versions(directory) if only is None or version in only]:
         with contextlib.suppress(StorageError):  # left for the next time
             directory.delete(version_folder(version))
@@ -51,52 +129,13 @@ def remove_after(directory: RunDirectory, version: int) -> None:
         _remove(directory, later)
 
 
-def newest_resumable(directory: RunDirectory) -> Manifest | None:
-    """The newest complete checkpoint that a run can go on from; those with damaged manifests are passed over."""
-    for version in reversed(complete_versions(directory)):
-        with contextlib.suppress(StorageError):
-            manifest = read_manifest(directory, version)
-            if has_all_heads(manifest):
-                return manifest
-    return None
-
-
-def prune(
-    directory: RunDirectory, keep: int | None, keep_best: int = 0, best_by: str = "", rollback_version: int | None = None
-) -> None:
-    """Removes complete checkpoints, manifest first, so that none is ever half there. One that can't be removed is left.
-
-    Args:
-        keep: how many of the newest stay; None: all.
-        keep_best: how many of the best stay beside them; only those with a readable evaluation count.
-        best_by: the figure to go by, "-name" if higher is better, "" for the first one (`best`).
-        good: the newest until this version stays, too: a run whose loss has spiked since goes back to it. None: no such.
-
-    The newest that a run can go on from stays in any case: of format 1, which can need an older one.
-    """
-    directory = _impatient(directory)
-    with contextlib.suppress(StorageError):  # no reason to end a run
-        versions = complete_versions(directory)
-        old = versions[:-keep] if keep else []
-        if not old:
-            return
-        needed = newest_resumable(directory)
-        staying = {*best_versions(directory, versions, keep_best, best_by), needed.version if needed else None}
-        staying |= set([version for version in versions if rollback_version is not None and version <= rollback_version][-1:])
-        for version in old:
-            if version not in staying:
-                with contextlib.suppress(StorageError):
-                    _remove(directory, version)
-
-
-def _impatient(directory: RunDirectory) -> RunDirectory:
-    """The same place, with little patience."""
-    return dataclasses.replace(directory, patience=min(directory.patience, TIDYING))
+def _with_little_patience(directory: RunDirectory) -> RunDirectory:
+    return dataclasses.replace(directory, patience=min(directory.patience, CLEANUP_PATIENCE))
 
 
 def _remove(directory: RunDirectory, version: int) -> None:
     path = version_folder(version)
-    if not directory.is_link(path):  # what a link leads to isn't ours
+    if not directory.is_link(path):  # the target of a link isn't ours
         directory.delete(f"{path}/{MANIFEST}")
     directory.delete(path)
 
@@ -106,40 +145,6 @@ def _is_complete(directory: RunDirectory, version: int) -> bool:
 
 
 def _versions(directory: RunDirectory) -> list[int]:
-    """Versions of all folders whose names `folder` gives."""
+    """Versions of all folders whose names `version_folder` gives."""
     numbers = [name for name in directory.list_names(FOLDER) if name.isascii() and name.isdigit() and len(name) < 19]
     return sorted(int(name) for name in numbers if f"{FOLDER}/{name}" == version_folder(int(name)))
-
-
-def verify(directory: RunDirectory, manifest: Manifest) -> None:
-    """Raises Damaged if a file that the manifest lists isn't there or isn't what was written."""
-    for file in manifest.files:
-        read_bytes(directory, manifest, strip_number(file.name))
-
-
-def read_newest_intact(directory: RunDirectory) -> tuple[Manifest, list[str]]:
-    """The newest complete checkpoint that a run can go on from and whose files are all what was written.
-
-    Returns:
-        Its manifest, and one line for each newer one that was passed over, which says why.
-
-    Raises:
-        StorageError: there is none at all, none is intact, or storage fails: then nothing is passed over.
-    """
-    versions = complete_versions(directory)
-    if not versions:
-        begun = incomplete_versions(directory)
-        more = f" ({len(begun)} was begun but not completed)" if begun else ""
-        raise StorageError(f"There is no complete checkpoint in {directory.display}{more}.")
-    passed: list[str] = []
-    for version in reversed(versions):
-        try:
-            manifest = read_manifest(directory, version)
-            if has_all_heads(manifest):
-                verify(directory, manifest)
-                return manifest, [f"{line}; using {version:06d} instead" for line in passed]
-            which = f"the state of heads {list(manifest.heads)} only" if manifest.heads else "the main weights alone"
-            passed.append(f"{version_folder(version)}, of an older release, holds {which}")
-        except Damaged as error:
-            passed.append(str(error).replace(f"{directory.path}/", "").rstrip("."))
-    raise StorageError(f"None of the checkpoints in {directory.display} can be used: {'; '.join(passed)}.")

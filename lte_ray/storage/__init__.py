@@ -1,4 +1,4 @@
-"""A run's folder, on any filesystem that pyarrow or fsspec knows, and patience with storage that fails for a while."""
+"""A run's directory on any filesystem that pyarrow or fsspec opens, with retries while storage fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls that may never come back, made in threads of their own: a filesystem that hangs must not hang who uses it."""
+"""Runs calls that may never return in threads of their own, so that a filesystem that hangs doesn't hang its caller."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-NAME = "storage"
-"""Of the threads."""
+THREAD_NAME = "storage"
 
 
 def run_in_thread(call: Callable[[], T]) -> Future[T]:
-    """Makes the call in a thread that doesn't keep the process from ending; gives what will be its result, or its error."""
+    """Runs the call in a daemon thread, which doesn't keep the process alive. Returns a future of its result or error."""
     future: Future[T] = Future()
 
     def run() -> None:
         try:
             future.set_result(call())
-        except BaseException as error:  # whoever asks for the result gets it
+        except BaseException as error:  # raised again where the result is read
             future.set_exception(error)
 
-    threading.Thread(target=run, name=NAME, daemon=True).start()
+    threading.Thread(target=run, name=THREAD_NAME, daemon=True).start()
     return future
 
 
 def has_pending_calls() -> bool:
-    """Whether calls haven't come back. Libraries wait for theirs when the process ends, some for ever."""
-    return any(thread.name == NAME for thread in threading.enumerate())
+    """Whether some calls haven't returned. When a process ends, some libraries wait for theirs without a limit."""
+    return any(thread.name == THREAD_NAME for thread in threading.enumerate())

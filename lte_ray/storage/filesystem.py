@@ -1,6 +1,6 @@
-"""Where a storage is, and what can be said of filesystems in general.
+"""Where a storage is, and single attempts of what a run directory does there.
 
-Single tries of what a run directory does. Each may be made again after it failed, and then does what is left to do.
+Each attempt may be repeated after it failed, and then does what is left to do. `storage.retry` repeats them.
 """
 
 from __future__ import annotations
@@ -18,33 +18,35 @@ import pyarrow.fs as pafs
 from lte_ray.errors import StorageError
 from lte_ray.redaction import without_credentials
 
-WHOLE = ("s3", "gcs", "abfs")
-"""pyarrow's object stores: a file is there when it is complete, so it needs no other name until then."""
+ATOMIC_STORES = ("s3", "gcs", "abfs")
+"""pyarrow's object stores. A file appears there when it is complete, so it needs no temporary name."""
 
+PYARROW_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "file")
+"""Schemes that pyarrow opens itself: its error on such a URI is the one to show."""
 
-OWN = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "file")
-"""Schemes that pyarrow opens itself: what it says of such a URI is what is wrong with it."""
-
-BY_ENVIRONMENT = {
+CREDENTIAL_VARIABLES = {
     "s3": "AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
     "gcs": "GOOGLE_APPLICATION_CREDENTIALS",
     "abfs": "AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET",
     "abfss": "AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET",
 }
-"""Variables that give a store its credentials, by scheme."""
+"""The environment variables that give a store its credentials, by scheme."""
+
+PART_SUFFIX = ".part"
+"""End of the name of a file that isn't complete."""
 
 
-def open_place(storage: str) -> tuple[Any, str]:
-    """The filesystem of a folder or URI, and the path on it. Raises whatever it can't be opened with."""
+def open_filesystem(storage: str) -> tuple[Any, str]:
+    """Opens the filesystem of a folder or URI, and returns it with the path there. Raises the library's own errors."""
     if "://" not in storage:
         return pafs.LocalFileSystem(), str(Path(storage).expanduser().absolute())
     try:
         filesystem, path = pafs.FileSystem.from_uri(storage)
     except pa.ArrowInvalid:
-        if _scheme(storage) in OWN:
+        if _scheme(storage) in PYARROW_SCHEMES:
             raise
-        import fsspec  # the scheme is one of fsspec's
+        import fsspec  # knows more schemes
 
         other, path = fsspec.core.url_to_fs(storage)
         filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(other))
@@ -52,22 +54,22 @@ def open_place(storage: str) -> tuple[Any, str]:
 
 
 def split_run_path(run: str) -> tuple[str, str]:
-    """The storage that a run is in, and its name. A URI's parameters (``?endpoint_override=...``) are of the storage.
+    """Splits the path or URI of a run directory into its storage and its name.
 
-    A name alone is in the current folder.
+    A URI's parameters (``?endpoint_override=...``) belong to the storage. A name alone is in the current folder.
     """
     place, mark, query = run.partition("?") if "://" in run else (run, "", "")
     root, slash, name = place.rstrip("/").rpartition("/")
     return (root or ("/" if slash or not name else ".")) + mark + query, name
 
 
-def advice(storage: str) -> str:
-    """Where credentials belong, if this URI holds some; else empty."""
+def credentials_advice(storage: str) -> str:
+    """Says where credentials belong if this URI holds some, else returns ''."""
     if without_credentials(storage) == storage:
         return ""
-    variables = BY_ENVIRONMENT.get(_scheme(storage))
-    given = f" ({variables})" if variables else ""
-    return f" Credentials don't belong in a URI: give them by the environment{given}, or the machine's role."
+    variables = CREDENTIAL_VARIABLES.get(_scheme(storage))
+    hint = f" ({variables})" if variables else ""
+    return f" Credentials don't belong in a URI: give them by the environment{hint}, or the machine's role."
 
 
 def _scheme(storage: str) -> str:
@@ -84,51 +86,47 @@ def check_inside(relative: str) -> None:
         )
 
 
-def replace_file(filesystem: Any, first: str, path: str) -> None:
-    """Gives a complete file its name, in place of one that has it."""
+def write_file(filesystem: Any, path: str, data: bytes) -> None:
+    """Writes a file under a temporary name and renames it once all bytes have arrived. Leaves nothing if it fails."""
+    temporary = path if filesystem.type_name in ATOMIC_STORES else path + PART_SUFFIX
+    filesystem.create_dir(posixpath.dirname(path), recursive=True)
+    if filesystem.type_name == "local" and os.path.islink(temporary):
+        os.unlink(temporary)  # never write where it leads
     try:
-        filesystem.move(first, path)
+        with filesystem.open_output_stream(temporary) as stream:
+            stream.write(data)
+        check_size(filesystem, temporary, len(data))
+        if temporary != path:
+            replace_file(filesystem, temporary, path)
+    except BaseException:
+        if temporary != path:
+            with contextlib.suppress(Exception):
+                filesystem.delete_file(temporary)
+        raise
+
+
+def check_size(filesystem: Any, path: str, expected: int) -> None:
+    """Raises OSError if storage silently took fewer bytes than it was given."""
+    size = filesystem.get_file_info(path).size
+    if size is not None and size != expected:
+        raise OSError(f"{size} of {expected} bytes have arrived")
+
+
+def replace_file(filesystem: Any, temporary: str, path: str) -> None:
+    """Renames a complete file, replacing an existing one."""
+    try:
+        filesystem.move(temporary, path)
     except Exception as error:
-        # HDFS and the like don't replace: the old one goes first.
+        # HDFS and others refuse to replace, so the old file goes first.
         refuses = isinstance(error, FileExistsError) or filesystem.type_name == "hdfs"
         if not refuses or filesystem.get_file_info(path).type != pafs.FileType.File:
             raise
         filesystem.delete_file(path)
-        filesystem.move(first, path)
+        filesystem.move(temporary, path)
 
 
-PART_SUFFIX = ".part"
-"""End of the name of a file that isn't complete."""
-
-
-def write(filesystem: Any, path: str, data: bytes) -> None:
-    """Writes a file under another name, and gives it its own when all bytes have arrived; leaves nothing if it fails."""
-    first = path if filesystem.type_name in WHOLE else path + PART_SUFFIX
-    filesystem.create_dir(posixpath.dirname(path), recursive=True)
-    if filesystem.type_name == "local" and os.path.islink(first):
-        os.unlink(first)  # never write where it leads to
-    try:
-        with filesystem.open_output_stream(first) as stream:
-            stream.write(data)
-        check(filesystem, first, len(data))
-        if first != path:
-            replace_file(filesystem, first, path)
-    except BaseException:
-        if first != path:
-            with contextlib.suppress(Exception):
-                filesystem.delete_file(first)
-        raise
-
-
-def check(filesystem: Any, path: str, expected: int) -> None:
-    """Raises OSError if storage took less than it was given without saying so."""
-    found = filesystem.get_file_info(path).size
-    if found is not None and found != expected:
-        raise OSError(f"{found} of {expected} bytes have arrived")
-
-
-def read(filesystem: Any, path: str, limit: int | None) -> bytes:
-    """The bytes of a regular file, at most `limit`."""
+def read_file(filesystem: Any, path: str, limit: int | None) -> bytes:
+    """Reads a regular file of at most `limit` bytes."""
     info = filesystem.get_file_info(path)
     if info.type == pafs.FileType.Directory:
         raise IsADirectoryError(errno.EISDIR, "it is a folder")
@@ -140,8 +138,8 @@ def read(filesystem: Any, path: str, limit: int | None) -> bytes:
         return bytes(stream.readall())
 
 
-def delete(filesystem: Any, path: str) -> None:
-    """Removes a file, a link (never what it leads to) or a folder, or does nothing."""
+def delete_path(filesystem: Any, path: str) -> None:
+    """Removes a file, a link (never its target) or a folder with its contents. Does nothing if the path doesn't exist."""
     if filesystem.type_name == "local" and os.path.islink(path):
         os.unlink(path)
         return
@@ -150,30 +148,30 @@ def delete(filesystem: Any, path: str) -> None:
         return
     try:
         (filesystem.delete_dir if kind == pafs.FileType.Directory else filesystem.delete_file)(path)
-    except FileNotFoundError as error:  # somebody else removes it, too
+    except FileNotFoundError as error:  # another process removes it at the same time
         if filesystem.get_file_info(path).type != pafs.FileType.NotFound:
             raise OSError(errno.EBUSY, "others remove parts of it at the same time") from error
 
 
 class Append:
-    """Adds to the end of a local file that nobody else writes. What a failed try has added is cut off before the next."""
+    """Appends to a local file that has no other writer. Before it is repeated, it truncates what a failed attempt added."""
 
     def __init__(self, filesystem: Any, path: str, data: bytes) -> None:
         self._filesystem, self._path, self._data = filesystem, path, data
-        self._before: int | None = None
+        self._size_before: int | None = None
 
     def __call__(self) -> None:
-        """One try."""
+        """Makes one attempt."""
         before = self.undo()
-        self._before = before
+        self._size_before = before
         with self._filesystem.open_append_stream(self._path) as stream:
             stream.write(self._data)
-        check(self._filesystem, self._path, before + len(self._data))
+        check_size(self._filesystem, self._path, before + len(self._data))
 
     def undo(self) -> int:
-        """Cuts off what was added; gives the bytes that are there."""
-        found = int(self._filesystem.get_file_info(self._path).size or 0)
-        if self._before is None or found <= self._before:
-            return found
-        os.truncate(self._path, self._before)
-        return self._before
+        """Truncates what was added. Returns the file's size in bytes."""
+        size = int(self._filesystem.get_file_info(self._path).size or 0)
+        if self._size_before is None or size <= self._size_before:
+            return size
+        os.truncate(self._path, self._size_before)
+        return self._size_before

@@ -1,4 +1,4 @@
-"""One process trains a run at a time."""
+"""The lock of a run directory: one process at a time trains a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lte_ray.storage.run_directory import RunDirectory
 
 try:
     import fcntl
-except ImportError:  # Windows has none
+except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
@@ -22,30 +22,30 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def exclusive_lock(directory: RunDirectory) -> Iterator[None]:
-    """For the block nobody else on this disk trains the run; the lock ends with the process, however that dies.
+    """Holds the run's lock for the block. The system releases it when the process ends, however it ends.
 
-    Object stores, and disks that can't lock, have none: there it is up to whoever submits the run.
+    Object stores, and disks that can't lock, have no lock. There it is up to the user to submit a run only once.
 
     Raises:
-        StorageError: another process trains it.
+        StorageError: another process holds it.
     """
     if fcntl is None or not directory.is_local:
         yield
         return
     path = Path(directory.path_to(LOCK))
-    with _opened(directory, path) as file:
+    with _open_lock(directory, path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StorageError(_taken(directory, path)) from None
+            raise StorageError(_locked_message(directory, path)) from None
         except OSError:
             yield
             return
-        if not _is_there(path, file):  # its holder has just removed it; others may hold a new one
+        if not _is_same_file(path, file):  # its holder has just removed it, and others may hold a new one
             with exclusive_lock(directory):
                 yield
             return
-        with contextlib.suppress(OSError):  # a full disk: then nobody is told who it is
+        with contextlib.suppress(OSError):  # on a full disk the holder stays unnamed
             file.truncate(0)
             file.write(f"{os.getpid()} on {socket.gethostname()}")
             file.flush()
@@ -55,8 +55,15 @@ def exclusive_lock(directory: RunDirectory) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def _opened(directory: RunDirectory, path: Path) -> TextIO:
-    """The file to lock, never one elsewhere that a link leads to: it is written to."""
+def check_unlocked(directory: RunDirectory) -> None:
+    """Raises StorageError if another process trains the run. Releases the lock at once."""
+    if directory.is_local and os.path.exists(directory.path_to(LOCK)):
+        with exclusive_lock(directory):
+            pass
+
+
+def _open_lock(directory: RunDirectory, path: Path) -> TextIO:
+    """Opens the file to lock. Never follows a link, since the file is written to."""
     try:
         if path.is_symlink():
             path.unlink()
@@ -65,25 +72,18 @@ def _opened(directory: RunDirectory, path: Path) -> TextIO:
         raise directory.unwritable(error) from error
 
 
-def _is_there(path: Path, file: TextIO) -> bool:
+def _is_same_file(path: Path, file: TextIO) -> bool:
     try:
         return os.path.samestat(os.lstat(path), os.fstat(file.fileno()))
     except FileNotFoundError:
         return False
 
 
-def check_unlocked(directory: RunDirectory) -> None:
-    """Raises StorageError if another process trains the run; takes nothing for longer than that."""
-    if directory.is_local and os.path.exists(directory.path_to(LOCK)):
-        with exclusive_lock(directory):
-            pass
-
-
-def _taken(directory: RunDirectory, path: Path) -> str:
-    who = ""
+def _locked_message(directory: RunDirectory, path: Path) -> str:
+    holder = ""
     with contextlib.suppress(OSError):  # it may end just now
-        who = path.read_text(encoding="utf-8", errors="replace").strip()
+        holder = path.read_text(encoding="utf-8", errors="replace").strip()
     return (
-        f"The run in {directory.display} is being trained by process {who or 'of another program'}. Wait until it ends, stop "
-        "it, or give another --name."
+        f"The run in {directory.display} is being trained by process {holder or 'of another program'}. Wait until it ends, "
+        "stop it, or give another --name."
     )

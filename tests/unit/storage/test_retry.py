@@ -1,4 +1,4 @@
-"""Storage that fails: what passes is waited out, what doesn't is said at once, and nothing is torn or doubled."""
+"""Storage that fails: transient failures are retried, permanent ones are reported at once, and nothing is torn or doubled."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PERMANENT = ["ENOENT", "EACCES", "EPERM", "EROFS", "EISDIR", "ENOTDIR", "ENAMETO
 
 @pytest.fixture
 def time(monkeypatch: pytest.MonkeyPatch) -> Time:
-    """In place of the real clock."""
+    """Replaces the real clock."""
     made = Time()
     monkeypatch.setattr(retry, "clock", lambda: made.now)
     monkeypatch.setattr(retry, "sleep", made.sleep)
@@ -33,8 +33,8 @@ def time(monkeypatch: pytest.MonkeyPatch) -> Time:
 
 
 @pytest.mark.parametrize("code", TRANSIENT)
-def test_what_may_pass_is_tried_again(tmp_path: Path, time: Time, code: str) -> None:
-    """Three failures, then it works: waits double from 0.1 s, and the file is there once."""
+def test_a_transient_failure_is_retried(tmp_path: Path, time: Time, code: str) -> None:
+    """Three failures, then success: waits double from 0.1 s, and one file exists."""
     directory, script = faulty(tmp_path)
     script.write(fail(nth=[1, 2, 3], errno=code))
     directory.write("a/file", b"content")
@@ -44,8 +44,8 @@ def test_what_may_pass_is_tried_again(tmp_path: Path, time: Time, code: str) -> 
 
 
 @pytest.mark.parametrize("code", PERMANENT)
-def test_what_cannot_pass_fails_at_once(tmp_path: Path, time: Time, code: str) -> None:
-    """No wait, and the system's own words."""
+def test_a_permanent_failure_is_reported_at_once(tmp_path: Path, time: Time, code: str) -> None:
+    """Without a wait, in the system's own words."""
     directory, script = faulty(tmp_path)
     script.write(fail(errno=code))
     with pytest.raises(StorageError, match=f"run/file can't be written: .*{os.strerror(getattr(errno, code))}"):
@@ -54,7 +54,7 @@ def test_what_cannot_pass_fails_at_once(tmp_path: Path, time: Time, code: str) -
 
 
 def test_patience_ends(tmp_path: Path, time: Time) -> None:
-    """After a minute the error says how often and how long it was tried; waits end at 5 s; nothing is left behind."""
+    """After a minute the error says how often and how long it was tried. No wait is longer than 5 s; nothing is left behind."""
     directory, script = faulty(tmp_path)
     script.write(fail("tear", errno="ENOSPC"))
     with pytest.raises(StorageError, match=r"No space left on device. It was tried 18 times in 60 s \(--storage-patience\)"):
@@ -68,7 +68,7 @@ def test_patience_ends(tmp_path: Path, time: Time) -> None:
 
 @pytest.mark.parametrize(("seconds", "most"), [(0.0, 1), (0.1, 2), (1.0, 5)])
 def test_patience_is_a_setting(tmp_path: Path, time: Time, seconds: float, most: int) -> None:
-    """With none there is one try; the last one is at its very end."""
+    """Without patience there is one attempt. The last attempt is made when the patience ends."""
     directory, script = faulty(tmp_path, patience=seconds)
     script.write(fail())
     with pytest.raises(StorageError, match="can't be written"):
@@ -91,20 +91,20 @@ OPERATIONS: dict[str, tuple[str, str, Callable[[RunDirectory], object]]] = {
 
 
 @pytest.mark.parametrize("case", list(OPERATIONS))
-def test_every_operation_is_tried_again_and_says_so(tmp_path: Path, time: Time, case: str) -> None:
-    """`trouble` tells of each while it waits; it comes to the same as without the failures."""
+def test_every_operation_is_retried_and_reported(tmp_path: Path, time: Time, case: str) -> None:
+    """`pending_problem` describes each while it waits. The outcome is the same as without failures."""
     op, verb, act = OPERATIONS[case]
     directory, script = faulty(tmp_path)
     directory.write("file", b"old")
     expected_value, expected_state = _outcome(directory, act)
     directory.write("file", b"old")
-    said: list[str] = []
-    time.meanwhile = lambda: said.append(storage.pending_problem())
+    reported: list[str] = []
+    time.meanwhile = lambda: reported.append(storage.pending_problem())
     script.write(fail(op=op, nth=[1, 2], errno="ECONNRESET"))
     assert _outcome(directory, act) == (expected_value, expected_state)
-    assert [text.split(" has failed ")[0].split(" /")[0] for text in said] == [verb, verb]
-    assert said[0].endswith("has failed once (Connection reset by peer); trying for 60 s more")
-    assert said[1].endswith("has failed 2 times in 0 s (Connection reset by peer); trying for 60 s more")
+    assert [text.split(" has failed ")[0].split(" /")[0] for text in reported] == [verb, verb]
+    assert reported[0].endswith("has failed once (Connection reset by peer); trying for 60 s more")
+    assert reported[1].endswith("has failed 2 times in 0 s (Connection reset by peer); trying for 60 s more")
 
 
 def _outcome(directory: RunDirectory, act: Callable[[RunDirectory], object]) -> tuple[object, list[tuple[str, bytes]]]:
@@ -112,20 +112,20 @@ def _outcome(directory: RunDirectory, act: Callable[[RunDirectory], object]) -> 
     return value, [(name, Path(directory.path, name).read_bytes()) for name in sorted(os.listdir(directory.path))]
 
 
-def test_trouble_counts_up(tmp_path: Path, time: Time) -> None:
-    """How often, how long, why, and how long still."""
+def test_a_pending_problem_counts_up(tmp_path: Path, time: Time) -> None:
+    """How often it failed, for how long, why, and how long it will be retried."""
     directory, script = faulty(tmp_path)
     script.write(fail(errno="ENOSPC"))
-    said: list[str] = []
-    time.meanwhile = lambda: said.append(storage.pending_problem())
+    reported: list[str] = []
+    time.meanwhile = lambda: reported.append(storage.pending_problem())
     with pytest.raises(StorageError):
         directory.write("checkpoints/000040/base.safetensors", b"x")
     place = f"writing {directory.path}/checkpoints/000040/base.safetensors"
-    assert said[7] == f"{place} has failed 8 times in 11 s (No space left on device); trying for 49 s more"
+    assert reported[7] == f"{place} has failed 8 times in 11 s (No space left on device); trying for 49 s more"
 
 
-def test_the_log_says_when_it_begins_and_when_it_ends(tmp_path: Path, time: Time, caplog: pytest.LogCaptureFixture) -> None:
-    """One warning at the first failure and one at the end, good or bad; none if all is well."""
+def test_the_log_has_the_first_failure_and_the_end(tmp_path: Path, time: Time, caplog: pytest.LogCaptureFixture) -> None:
+    """One warning at the first failure and one at the end, good or bad; none without failures."""
     directory, script = faulty(tmp_path, patience=3)
     with caplog.at_level(logging.WARNING, logger="lte_ray.storage"):
         directory.write("file", b"x")
@@ -143,53 +143,53 @@ def test_the_log_says_when_it_begins_and_when_it_ends(tmp_path: Path, time: Time
         assert caplog.messages[1].endswith("in 3 s (Input/output error): given up.")
 
 
-def test_an_operation_that_does_not_come_back_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From another thread, once it goes on for longer than ten seconds; also where a try before it failed."""
+def test_an_operation_that_does_not_return_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From another thread, once it has lasted more than ten seconds, with or without an earlier failure."""
     now = [0.0]
     monkeypatch.setattr(retry, "clock", lambda: now[0])
     monkeypatch.setattr(retry, "sleep", lambda seconds: None)
-    inside, go_on = threading.Event(), threading.Event()
+    inside, resume = threading.Event(), threading.Event()
     failures = iter([OSError(errno.EIO, "no")])
 
     def hang() -> str:
         if now[0] > 30 and (error := next(failures, None)):
             raise error
         inside.set()
-        assert go_on.wait(60)
+        assert resume.wait(60)
         return "done"
 
-    def persist() -> None:
+    def run() -> None:
         retry.retry(hang, "writing X", "X can't be written", 60)
 
     for begin, prefix in ((0.0, "writing X"), (100.0, "writing X has failed once (Input/output error); this try")):
         now[0] = begin
         inside.clear()
-        go_on.clear()
-        thread = threading.Thread(target=persist)
+        resume.clear()
+        thread = threading.Thread(target=run)
         thread.start()
         assert inside.wait(60)
         now[0] = begin + 10
         assert "going on" not in storage.pending_problem()
         now[0] = begin + 34
         assert storage.pending_problem() == f"{prefix} has been going on for 34 s"
-        go_on.set()
+        resume.set()
         thread.join()
         assert storage.pending_problem() == ""
 
 
 class Stopped(BaseException):
-    """What a signal's handler raises."""
+    """Raised by the signal handler."""
 
 
-def test_the_main_thread_hears_signals_and_says_what_it_waits_for_while_storage_hangs(
+def test_the_main_thread_handles_signals_and_logs_what_it_waits_for_while_storage_hangs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A call that doesn't come back is named, again and again, and SIGTERM ends the wait."""
+    """A call that doesn't return is logged repeatedly, and a signal ends the wait."""
     assert threading.current_thread() is threading.main_thread()
-    go_on, warned, said = threading.Event(), threading.Semaphore(0), list[str]()
-    monkeypatch.setattr(retry, "LONG", 0.0)
-    monkeypatch.setattr(retry, "SAID_AGAIN", 0.01)
-    monkeypatch.setattr(retry.log, "warning", lambda *words: (said.append(words[0] % words[1:]), warned.release()))
+    resume, warned, reported = threading.Event(), threading.Semaphore(0), list[str]()
+    monkeypatch.setattr(retry, "SLOW_AFTER", 0.0)
+    monkeypatch.setattr(retry, "LOG_INTERVAL", 0.01)
+    monkeypatch.setattr(retry.log, "warning", lambda *words: (reported.append(words[0] % words[1:]), warned.release()))
 
     def stop(*_: object) -> None:
         raise Stopped
@@ -204,24 +204,24 @@ def test_the_main_thread_hears_signals_and_says_what_it_waits_for_while_storage_
     try:
         ender.start()
         with pytest.raises(Stopped):
-            retry.retry(lambda: go_on.wait(60), "writing X", "X can't be written", 60)
+            retry.retry(lambda: resume.wait(60), "writing X", "X can't be written", 60)
     finally:
         signal.signal(signal.SIGUSR1, before)
-        go_on.set()
+        resume.set()
         ender.join()
-    assert all(text.startswith("writing X has been going on for 0 s") for text in said)
+    assert all(text.startswith("writing X has been going on for 0 s") for text in reported)
     assert storage.pending_problem() == ""
 
 
-def test_trouble_names_a_few_and_counts_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of five operations that hang three are named."""
+def test_a_few_pending_problems_are_described_and_the_rest_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of five operations that hang are described."""
     now = [0.0]
     monkeypatch.setattr(retry, "clock", lambda: now[0])
-    inside, go_on = threading.Semaphore(0), threading.Event()
+    inside, resume = threading.Semaphore(0), threading.Event()
 
     def hang() -> None:
         inside.release()
-        assert go_on.wait(60)
+        assert resume.wait(60)
 
     threads = [threading.Thread(target=retry.retry, args=(hang, f"reading {n}", f"{n} can't be read", 60)) for n in range(5)]
     for thread in threads:
@@ -229,14 +229,14 @@ def test_trouble_names_a_few_and_counts_the_rest(monkeypatch: pytest.MonkeyPatch
         assert inside.acquire(timeout=60)
     now[0] = 20.0
     text = storage.pending_problem()
-    go_on.set()
+    resume.set()
     for thread in threads:
         thread.join()
     assert text == "; ".join([f"reading {n} has been going on for 20 s" for n in range(3)] + ["and 2 more"])
 
 
-def test_a_program_error_is_not_waited_out(tmp_path: Path, time: Time) -> None:
-    """Text in place of bytes is the caller's mistake."""
+def test_a_program_error_is_not_retried(tmp_path: Path, time: Time) -> None:
+    """Text instead of bytes is the caller's mistake."""
     directory, _ = faulty(tmp_path)
     with pytest.raises(TypeError):
         directory.write("file", "text")  # type: ignore[arg-type]
@@ -244,7 +244,7 @@ def test_a_program_error_is_not_waited_out(tmp_path: Path, time: Time) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "lasting"),
+    ("text", "permanent"),
     [
         ("AWS Error ACCESS_DENIED during PutObject operation: Access Denied", True),
         ("AWS Error NO_SUCH_BUCKET during CreateMultipartUpload operation", True),
@@ -254,8 +254,8 @@ def test_a_program_error_is_not_waited_out(tmp_path: Path, time: Time) -> None:
         ("google::cloud::Status(UNAVAILABLE: try again)", False),
     ],
 )
-def test_object_stores_say_it_in_words(time: Time, text: str, lasting: bool) -> None:
-    """They give no number: no permission and no bucket are permanent, a slow or absent network isn't."""
+def test_object_stores_report_errors_in_words(time: Time, text: str, permanent: bool) -> None:
+    """They give no error number. A missing permission or bucket is permanent, a slow or lost network isn't."""
     errors = iter([OSError(text)])
 
     def attempt() -> str:
@@ -263,27 +263,27 @@ def test_object_stores_say_it_in_words(time: Time, text: str, lasting: bool) -> 
             raise error
         return "done"
 
-    if lasting:
+    if permanent:
         with pytest.raises(StorageError, match="X can't be written"):
             retry.retry(attempt, "writing X", "X can't be written", 60)
     else:
         assert retry.retry(attempt, "writing X", "X can't be written", 60) == "done"
-    assert len(time.waits) == (0 if lasting else 1)
+    assert len(time.waits) == (0 if permanent else 1)
 
 
 def test_credentials_are_in_no_message(time: Time, caplog: pytest.LogCaptureFixture) -> None:
-    """Neither in the error, nor in the log, nor in what is told meanwhile."""
-    said: list[str] = []
-    time.meanwhile = lambda: said.append(storage.pending_problem())
+    """Neither in the error, nor in the log, nor in pending problems."""
+    reported: list[str] = []
+    time.meanwhile = lambda: reported.append(storage.pending_problem())
 
     def attempt() -> None:
         raise OSError("no answer from s3://key:hunter2secret@bucket/run")
 
     with caplog.at_level(logging.WARNING, logger="lte_ray.storage"), pytest.raises(StorageError) as caught:
         retry.retry(attempt, "writing s3://key:hunter2secret@bucket/run", "it can't be written", 1)
-    assert said
+    assert reported
     assert caplog.messages
-    assert all("hunter2" not in text for text in [str(caught.value), *said, *caplog.messages])
+    assert all("hunter2" not in text for text in [str(caught.value), *reported, *caplog.messages])
 
 
 def _write_there(pickled: bytes) -> None:
@@ -291,7 +291,7 @@ def _write_there(pickled: bytes) -> None:
 
 
 def test_faults_reach_other_processes(tmp_path: Path) -> None:
-    """The storage fails there, too, until a flag is gone, and counts of both processes are one."""
+    """Storage fails there, too, until a flag is removed, and both processes count together."""
     directory, script = faulty(tmp_path)
     flag = tmp_path / "down"
     flag.touch()

@@ -1,4 +1,4 @@
-"""The run directory on local disks and on fsspec's filesystems: files appear whole or not at all."""
+"""The run directory on local disks and on fsspec's filesystems: files appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ NAME = "a run"
 
 @pytest.fixture(params=["local", "file", "memory"])
 def directory(request: pytest.FixtureRequest, tmp_path: Path) -> RunDirectory:
-    """A run directory that isn't there yet, in a folder, under file:// and under fsspec's memory://."""
+    """A run directory that doesn't exist yet: in a folder, under file:// and under fsspec's memory://."""
     places = {"local": str(tmp_path), "file": f"file://{tmp_path}", "memory": f"memory://{uuid.uuid4()}"}
     return RunDirectory.open(places[request.param], NAME)
 
 
 def test_what_is_written_is_read_back(directory: RunDirectory) -> None:
-    """Bytes of any kind, in folders that are made as needed; a second write replaces the first."""
+    """Any bytes, in folders that are created as needed. A second write replaces the first."""
     for data in (bytes(range(256)) * 9, b"", b"short"):
         directory.write("deep/er/file.bin", data)
         assert directory.read("deep/er/file.bin") == data
@@ -33,14 +33,14 @@ def test_what_is_written_is_read_back(directory: RunDirectory) -> None:
 
 
 def test_create_leaves_an_empty_folder(directory: RunDirectory) -> None:
-    """The folder is there afterwards, and nothing that proved it writable."""
+    """The folder exists afterwards, without the file that proved it writable."""
     assert not directory.exists()
     directory.create()
     assert directory.exists()
     assert directory.list_names() == []
 
 
-def test_names_are_sorted_and_none_where_there_is_no_folder(directory: RunDirectory) -> None:
+def test_names_are_sorted_and_empty_without_a_folder(directory: RunDirectory) -> None:
     """Files and folders by name."""
     assert directory.list_names("nothing") == []
     for name in ("b", "a", "c/d"):
@@ -48,7 +48,7 @@ def test_names_are_sorted_and_none_where_there_is_no_folder(directory: RunDirect
     assert directory.list_names() == ["a", "b", "c"]
 
 
-def test_append_makes_and_grows_a_file(directory: RunDirectory) -> None:
+def test_append_creates_and_extends_a_file(directory: RunDirectory) -> None:
     """Every append adds to the end."""
     directory.create()
     for line in (b"one\n", b"two\n", b"", b"three\n"):
@@ -56,8 +56,8 @@ def test_append_makes_and_grows_a_file(directory: RunDirectory) -> None:
     assert directory.read("metrics.jsonl") == b"one\ntwo\nthree\n"
 
 
-def test_delete_removes_files_and_whole_folders_and_is_content_with_nothing(directory: RunDirectory) -> None:
-    """What is beside them stays."""
+def test_delete_removes_files_and_folders_and_ignores_missing_ones(directory: RunDirectory) -> None:
+    """Their neighbors stay."""
     for name in ("a", "b", "c/d", "c/e/f"):
         directory.write(name, b"x")
     directory.delete("a")
@@ -68,7 +68,7 @@ def test_delete_removes_files_and_whole_folders_and_is_content_with_nothing(dire
     assert not directory.exists()
 
 
-def test_reading_what_is_not_there_is_a_storage_error(directory: RunDirectory) -> None:
+def test_reading_a_missing_file_is_a_storage_error(directory: RunDirectory) -> None:
     """It names the path."""
     directory.create()
     with pytest.raises(StorageError, match="a run/nothing can't be read"):
@@ -76,14 +76,14 @@ def test_reading_what_is_not_there_is_a_storage_error(directory: RunDirectory) -
 
 
 def test_a_run_directory_crosses_processes(directory: RunDirectory) -> None:
-    """A pickled copy is the same place."""
+    """A pickled copy reads the same files."""
     directory.write("a", b"x")
     copy = pickle.loads(pickle.dumps(directory))
     assert (copy.path, copy.read("a")) == (directory.path, b"x")
 
 
 def test_a_local_write_leaves_no_part(tmp_path: Path) -> None:
-    """Only whole files under their final names are seen, also when a write fails."""
+    """Only complete files under their final names exist, also after a failed write."""
     directory = RunDirectory.open(str(tmp_path), NAME)
     directory.write("file", b"x")
     (tmp_path / NAME / "taken").mkdir()
@@ -96,7 +96,7 @@ def test_a_local_write_leaves_no_part(tmp_path: Path) -> None:
 
 
 def test_a_place_below_a_regular_file_is_a_storage_error(tmp_path: Path) -> None:
-    """Nothing can be written there; the error names the place and the flag, and looking there finds nothing."""
+    """Nothing can be written there, nothing exists there, and the error names the place and the flag."""
     (tmp_path / "file").touch()
     directory = RunDirectory.open(str(tmp_path / "file"), NAME)
     assert not directory.exists()
@@ -110,7 +110,7 @@ def test_a_place_below_a_regular_file_is_a_storage_error(tmp_path: Path) -> None
         directory.read("x")
 
 
-def test_a_uri_that_nothing_can_open_is_a_storage_error() -> None:
+def test_a_uri_of_an_unknown_scheme_is_a_storage_error() -> None:
     """The error names the flag and the URI."""
     with pytest.raises(StorageError, match="--storage is 'nosuch://bucket', which can't be opened"):
         RunDirectory.open("nosuch://bucket", NAME)
@@ -126,17 +126,17 @@ def test_relative_and_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_local_place_is_shown_as_its_path(tmp_path: Path) -> None:
-    """display is what the user could give again."""
+    """`display` is what the user could give again."""
     assert RunDirectory.open(str(tmp_path), NAME).display == f"{tmp_path}/{NAME}"
 
 
 def test_a_place_of_fsspec_is_shown_as_its_uri() -> None:
-    """display is what the user wrote, not the name of the library that opens it."""
+    """`display` is what the user wrote, not the name of the library that opens it."""
     assert RunDirectory.open("memory://bucket", NAME).display in ("memory://bucket/a run", "memory:///bucket/a run")
 
 
-def test_a_filesystem_of_ones_own_is_used_as_given(tmp_path: Path) -> None:
-    """With a filesystem, storage is a path of it."""
+def test_a_given_filesystem_is_used(tmp_path: Path) -> None:
+    """With a filesystem, the storage is a path in it."""
     import pyarrow.fs as pafs
 
     sub = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
@@ -149,7 +149,7 @@ ESCAPES = ["../x", "..", "a/../../x", "/etc/passwd", "a//b", "a/", "./a", "a/.",
 
 @pytest.mark.parametrize("name", ESCAPES)
 def test_no_name_leads_out_of_the_run_directory(directory: RunDirectory, name: str) -> None:
-    """Whatever is done with it is refused before storage sees it."""
+    """Every operation rejects it before storage sees it."""
     directory.create()
     for act in (directory.read, directory.exists, directory.list_names, directory.delete, directory.size, directory.path_to):
         with pytest.raises(StorageError, match="isn't a path inside the run directory"):
@@ -161,8 +161,8 @@ def test_no_name_leads_out_of_the_run_directory(directory: RunDirectory, name: s
 
 
 @given(st.text(max_size=12))
-def test_any_name_is_inside_or_refused(name: str) -> None:
-    """Joined and normalised, what `at` gives begins with the run's path."""
+def test_any_name_is_inside_or_rejected(name: str) -> None:
+    """`path_to` gives a normalized path that begins with the run's."""
     directory = RunDirectory.open("/storage", "run")
     try:
         path = directory.path_to(name)
@@ -173,13 +173,13 @@ def test_any_name_is_inside_or_refused(name: str) -> None:
 
 
 def test_sizes_are_those_of_files(directory: RunDirectory) -> None:
-    """A folder and what isn't there have none."""
+    """A folder and a missing file have none."""
     directory.write("a/b", b"12345")
     assert [directory.size(name) for name in ("a/b", "a", "c")] == [5, None, None]
 
 
-def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
-    """Files and folders of others stay."""
+def test_a_link_is_removed_and_not_its_target(tmp_path: Path) -> None:
+    """The target stays, whatever it is."""
     other = tmp_path / "other"
     other.mkdir()
     (other / "file").write_bytes(b"x")
@@ -194,8 +194,8 @@ def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
     assert (directory.list_names(), (other / "file").read_bytes()) == ([], b"x")
 
 
-def test_patience_goes_along(tmp_path: Path) -> None:
-    """It is part of the directory that other processes get; a minute by default."""
+def test_patience_belongs_to_the_directory(tmp_path: Path) -> None:
+    """Other processes get it with the directory. It is a minute by default."""
     assert RunDirectory.open(str(tmp_path), NAME).patience == 60
     directory = RunDirectory.open(str(tmp_path), NAME, patience=3)
     assert pickle.loads(pickle.dumps(directory)).patience == 3
@@ -222,6 +222,6 @@ def test_patience_goes_along(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_runs_directory_is_a_storage_and_a_name(run: str, storage: str, name: str) -> None:
-    """A name alone is in the current folder. The parameters of a URI stay with the storage, where they are given."""
+def test_a_run_path_is_split_into_storage_and_name(run: str, storage: str, name: str) -> None:
+    """A name alone is in the current folder. The parameters of a URI belong to the storage."""
     assert split_run_path(run) == (storage, name)

@@ -1,4 +1,4 @@
-"""Files on storage that breaks off half-way: whole or not at all, each row once, nothing of others removed."""
+"""Writes that break off half-way: files are complete or absent, and each row is there once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.faulty_storage import Time, fail, faulty
 
 @pytest.fixture
 def time(monkeypatch: pytest.MonkeyPatch) -> Time:
-    """In place of the real clock."""
+    """Replaces the real clock."""
     made = Time()
     monkeypatch.setattr(retry, "clock", lambda: made.now)
     monkeypatch.setattr(retry, "sleep", made.sleep)
@@ -28,7 +28,7 @@ def time(monkeypatch: pytest.MonkeyPatch) -> Time:
 
 @pytest.mark.parametrize("kind", ["tear", "swallow"])
 def test_a_torn_write_never_shows(tmp_path: Path, time: Time, kind: str) -> None:
-    """Whether storage says that it took half, or not: the old file stays until the new one is whole."""
+    """Whether storage reports the torn write or not, the old file stays until the new one is complete."""
     directory, script = faulty(tmp_path)
     directory.write("file", b"old")
     script.write(fail(kind, nth=[1, 2]))
@@ -39,8 +39,8 @@ def test_a_torn_write_never_shows(tmp_path: Path, time: Time, kind: str) -> None
     assert (directory.read("file"), directory.list_names()) == (b"a new one", ["file"])
 
 
-def test_half_a_file_that_storage_keeps_silent_about_is_an_error(tmp_path: Path, time: Time) -> None:
-    """If it never takes the whole, that is what the error says."""
+def test_a_silently_torn_file_is_an_error(tmp_path: Path, time: Time) -> None:
+    """If storage never takes all bytes, the error says so."""
     directory, script = faulty(tmp_path, patience=1)
     script.write(fail("swallow"))
     with pytest.raises(StorageError, match="4 of 8 bytes have arrived"):
@@ -58,7 +58,7 @@ def test_half_a_file_that_storage_keeps_silent_about_is_an_error(tmp_path: Path,
 def test_appending_never_doubles_or_loses(
     tmp_path_factory: pytest.TempPathFactory, rows: list[bytes], nth: list[int], kind: str, op: str
 ) -> None:
-    """Whichever operations fail, in whatever way: all rows are there, once, in order."""
+    """Whichever operations fail, and however: all rows are there, once and in order."""
     directory, script = faulty(tmp_path_factory.mktemp("rows"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retry, "sleep", lambda seconds: None)
@@ -68,8 +68,8 @@ def test_appending_never_doubles_or_loses(
         assert directory.read("metrics.jsonl") == b"".join(rows)
 
 
-class Worn:
-    """A local filesystem whose appending takes only some of the bytes, a number of times."""
+class TearingFilesystem:
+    """A local filesystem whose first appends take only some of the bytes."""
 
     type_name = "local"
 
@@ -81,14 +81,14 @@ class Worn:
 
     def open_append_stream(self, path: str) -> Any:
         stream = self._inner.open_append_stream(path)
-        return _Short(stream, self._takes.pop(0), self._silent) if self._takes else stream
+        return _TearingStream(stream, self._takes.pop(0), self._silent) if self._takes else stream
 
 
-class _Short:
+class _TearingStream:
     def __init__(self, stream: Any, takes: int, silent: bool) -> None:
         self._stream, self._takes, self._silent = stream, takes, silent
 
-    def __enter__(self) -> _Short:
+    def __enter__(self) -> _TearingStream:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -105,10 +105,10 @@ class _Short:
 def test_a_local_append_that_broke_off_is_cut_off(
     tmp_path_factory: pytest.TempPathFactory, takes: list[int], silent: bool
 ) -> None:
-    """However many bytes of the row got there before, and whether the disk said so."""
+    """However many bytes of the row arrived, and whether the disk reported it or not."""
     place = RunDirectory.open(str(tmp_path_factory.mktemp("local")), "run")
     place.create()
-    directory = RunDirectory(Worn(place.filesystem, list(takes), silent), place.path)
+    directory = RunDirectory(TearingFilesystem(place.filesystem, list(takes), silent), place.path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retry, "sleep", lambda seconds: None)
         for row in (b"first\n", b"other\n"):
@@ -117,18 +117,18 @@ def test_a_local_append_that_broke_off_is_cut_off(
 
 
 def test_a_local_append_that_is_given_up_leaves_the_file_as_it_was(tmp_path: Path, time: Time) -> None:
-    """Half a row isn't left behind."""
+    """No part of a row is left behind."""
     place = RunDirectory.open(str(tmp_path), "run")
     place.create()
     place.append("rows", b"first\n")
-    directory = RunDirectory(Worn(place.filesystem, [3] * 100, False), place.path, patience=1)
+    directory = RunDirectory(TearingFilesystem(place.filesystem, [3] * 100, False), place.path, patience=1)
     with pytest.raises(StorageError, match=r"rows can't be written: .*No space left"):
         directory.append("rows", b"second\n")
     assert place.read("rows") == b"first\n"
 
 
 def test_a_real_disk_that_is_full(tmp_path: Path, time: Time) -> None:
-    """The system's own limit on file sizes breaks off a write and an append half-way; both work once it is lifted."""
+    """The system's limit on file sizes breaks off a write and an append half-way. Both succeed once it is lifted."""
     directory = RunDirectory.open(str(tmp_path), "run")
     directory.create()
     directory.append("rows", b"x" * 60_000)
@@ -149,18 +149,18 @@ def test_a_real_disk_that_is_full(tmp_path: Path, time: Time) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert len(time.waits) == 2
-    assert 60_000 < seen[0] < 260_000  # it did break off half-way
+    assert 60_000 < seen[0] < 260_000  # the append did break off half-way
     assert directory.read("rows") == b"x" * 60_000 + content
     assert (directory.read("file"), directory.list_names()) == (content, ["file", "rows"])
 
 
-def test_two_that_remove_the_same_folder(tmp_path: Path, time: Time, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the other has removed first is no failure."""
+def test_two_processes_may_remove_the_same_folder(tmp_path: Path, time: Time, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that the other process has removed first is no failure."""
     directory = RunDirectory.open(str(tmp_path), "run")
     directory.write("a/b", b"x")
 
     class Racing:
-        """Somebody else removes the file when this one is about to remove the folder."""
+        """Another process removes the file when this one is about to remove the folder."""
 
         type_name = "local"
 
@@ -178,7 +178,7 @@ def test_two_that_remove_the_same_folder(tmp_path: Path, time: Time, monkeypatch
 
 
 def test_a_read_has_a_bound(tmp_path: Path) -> None:
-    """A file that is larger than expected isn't read; a folder and a pipe aren't files."""
+    """A file that is larger than expected isn't read, nor is a folder or a pipe."""
     directory = RunDirectory.open(str(tmp_path), "run")
     directory.write("file", b"12345")
     assert directory.read("file", limit=5) == b"12345"
@@ -191,8 +191,8 @@ def test_a_read_has_a_bound(tmp_path: Path) -> None:
         directory.read("")
 
 
-def test_renaming_where_names_are_not_replaced(tmp_path: Path) -> None:
-    """As on HDFS: the old file goes first."""
+def test_renaming_where_files_are_not_replaced(tmp_path: Path) -> None:
+    """As on HDFS: the old file is removed first."""
     place = RunDirectory.open(str(tmp_path), "run")
 
     class Strict:
@@ -207,5 +207,5 @@ def test_renaming_where_names_are_not_replaced(tmp_path: Path) -> None:
             place.filesystem.move(first, path)
 
     for data in (b"old", b"new"):
-        filesystem.write(Strict(), f"{place.path}/file", data)
+        filesystem.write_file(Strict(), f"{place.path}/file", data)
     assert (place.read("file"), place.list_names()) == (b"new", ["file"])
