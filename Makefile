@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no
 unexport PYTHONDONTWRITEBYTECODE
 ARGS ?=
 
-.PHONY: help train smoke test lint types floors unit format bench chaos soak docs docs-serve package clean
+.PHONY: help train smoke test test-all lint types floors unit integration format bench chaos soak docs docs-serve package clean
 
 help:  ## Show these targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,7 +18,13 @@ train: $(VENV)/.installed  ## Set up, then train the GPT worker with its default
 smoke: $(VENV)/.installed  ## Set up, then train the smallest worker: a few seconds
 	$(BIN)/lte-ray train workers.regression:Regression --steps 200 $(ARGS)
 
-test: lint types floors unit  ## Set up, then lint, types, floors and tests
+test: lint floors  ## Set up, then lint, floors, types and the tests that take minutes
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target types integration
+	@$(MAKE) --no-print-directory unit
+
+test-all: lint floors types docs  ## Everything that can be tested here: all tests, and the documentation's site (about an hour)
+	LTE_RAY_LONG=1 $(BIN)/python -m pytest -m "not ray" -n auto --dist loadscope $(ARGS)
+	LTE_RAY_LONG=1 $(BIN)/python -m pytest -m ray $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## Check style and formatting
 	$(BIN)/ruff check .
@@ -33,9 +39,11 @@ types: $(VENV)/.installed-dev  ## Check types
 floors: $(VENV)/.installed-dev  ## Check that imports go downward only
 	$(BIN)/lint-imports --no-logo
 
-unit: $(VENV)/.installed-dev  ## Run the tests: on all cores what starts no Ray, then what does (ARGS="-k merge" to pick some)
-	$(BIN)/python -m pytest -m "not ray" -n auto --dist loadscope $(ARGS)
-	$(BIN)/python -m pytest -m ray $(ARGS)
+unit: $(VENV)/.installed-dev  ## Run the tests that start no Ray, on all cores (ARGS="-k merge" to pick some)
+	$(BIN)/python -m pytest -m "not ray and not slow" -n auto --dist loadscope $(ARGS)
+
+integration: $(VENV)/.installed-dev  ## Run the tests on a real Ray
+	$(BIN)/python -m pytest -m "ray and not slow" $(ARGS)
 
 format: $(VENV)/.installed-dev  ## Format the code and mend what can be mended
 	$(BIN)/ruff check --fix .
@@ -56,9 +64,11 @@ bench: $(VENV)/.installed-dev  ## Run the benchmarks and write benchmarks/result
 	$(BIN)/python -m benchmarks.async_quality
 	$(BIN)/python -m benchmarks.checkpoints
 
-chaos: $(VENV)/.installed-dev  ## Run all tests, the long ones too: kill every kind of process at every point, cut off nodes; then explore thousands of schedules (about an hour)
-	LTE_RAY_LONG=1 $(BIN)/python -m pytest -m ray
-	LTE_RAY_LONG=1 $(BIN)/python -m pytest -m "not ray" -n auto --dist loadscope
+FAULT_TESTS := $(addprefix tests/integration/test_,process_kills.py process_kills_long.py driver_kill.py heads_long.py nodes.py storage.py)
+
+chaos: $(VENV)/.installed-dev  ## Kill every kind of process at every point, cut off nodes, then explore thousands of schedules (about an hour)
+	LTE_RAY_LONG=1 $(BIN)/python -m pytest -m ray $(FAULT_TESTS)
+	LTE_RAY_LONG=1 $(BIN)/python -m pytest tests/chaos
 	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 soak: $(VENV)/.installed-dev  ## Kill and stop processes of a run for half an hour, and report (ARGS="--minutes 3")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,15 +10,36 @@ import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("lte-ray", deadline=None, max_examples=25, derandomize=True)
+from tests.support.helpers import LONG_RUN
+
+settings.register_profile("lte-ray", deadline=None, max_examples=25 if LONG_RUN else 10, derandomize=True)
 settings.load_profile("lte-ray")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """For the tests on Ray alone, files that have none aren't imported: what they import takes half a minute."""
-    if config.option.markexpr == "ray" and collection_path.suffix == ".py":
+    """Skips files without Ray tests when only those are selected: importing the others takes half a minute."""
+    if re.match(r"ray\b", config.option.markexpr) and collection_path.name.startswith("test_"):
         return "mark.ray" not in collection_path.read_text() or None
     return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks as slow the cases of a `sweep` that `make test` can leave out.
+
+    Cases are kept in order while they bring a parameter value that no kept case has. `sweep("name", ...)` looks at these
+    parameters only.
+    """
+    kept: dict[str, set[tuple[str, str]]] = {}
+    for item in items:
+        marker = item.get_closest_marker("sweep")
+        if marker is None or not hasattr(item, "callspec"):
+            continue
+        values = {(name, repr(value)) for name, value in item.callspec.params.items() if name in (marker.args or (name,))}
+        seen = kept.setdefault(item.nodeid.partition("[")[0], set())
+        if values <= seen:
+            item.add_marker(pytest.mark.slow)
+        seen |= values
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -15,8 +15,8 @@ from tests.chaos.traffic import CALM
 from tests.chaos.world import KINDS, World
 from tests.support.helpers import LONG_RUN
 
-MANY = 20 if LONG_RUN else 1
-"""How many times as many schedules `make chaos` tries: some thousands."""
+MANY = 60 if LONG_RUN else 1
+"""Factor by which `make test-all` and `make chaos` try more schedules: some thousands."""
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -29,7 +29,7 @@ def schedules(kinds: tuple[str, ...], amount: int = 6) -> st.SearchStrategy[Sche
 
 
 @pytest.mark.parametrize("mode", MODES)
-@settings(max_examples=15 * MANY)
+@settings(max_examples=5 * MANY)
 @given(events=schedules(KINDS))
 def test_nothing_is_lost_or_counted_twice(mode: str, events: Schedule) -> None:
     """After every event the ledgers of weights and of batches hold; without further faults the run ends, all of it merged."""
@@ -40,7 +40,7 @@ def test_nothing_is_lost_or_counted_twice(mode: str, events: Schedule) -> None:
 
 
 @pytest.mark.parametrize("mode", ["barrier", "barrier momentum", "barrier reset"])
-@settings(max_examples=12 * MANY)
+@settings(max_examples=4 * MANY)
 @given(events=schedules((*CALM, "cut", "cut", "ask", "ask", "crash", *["go"] * 6), amount=4))
 def test_a_barrier_run_that_is_killed_and_resumed_ends_bit_for_bit_as_one_that_is_not(mode: str, events: Schedule) -> None:
     """Killed at any points, also with a checkpoint in mid-round: the same base and the same batches."""

@@ -37,6 +37,7 @@ def test_the_command_gives_the_example_its_argument(mine: Path) -> None:
     assert (merge.policy, merge.policy_args) == ("my_policies.py:by_loss", {"power": 2.0})
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_command_trains(mine: Path, local_ray: None) -> None:
     """To its end, and run.toml records the policy and its argument."""

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from tests.docs.pages import PAGES, inline_code
-from tests.support.ray_runs import LONG, ROOT
+from tests.support.ray_runs import ROOT
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-@LONG
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_readmes_program_runs(mine: Path, home: Path, local_ray: None) -> None:
     """With its policy, as printed and to its end."""

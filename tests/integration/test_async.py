@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lte_ray import LTETrainer, MergeConfig, Shard
 from lte_ray.config import PlacementConfig
-from tests.support.ray_runs import LONG, Dropping, assert_same_model, settings, simulated, storage
+from tests.support.ray_runs import Dropping, assert_same_model, settings, simulated, storage
 from workers.regression import Regression
 
 pytestmark = pytest.mark.ray
@@ -52,7 +52,7 @@ def expected(worker: Any, steps: int, **merge: Any) -> dict[str, Tensor]:
     return simulated(worker, **(settings(steps) | {"merge": MergeConfig(merge_iter=5, merge_threads=1, **merge)}))
 
 
-@LONG
+@pytest.mark.slow
 def test_a_barrier_run_by_factors_is_bitwise_the_one_by_bases(local_ray: None, tmp_path: Path) -> None:
     """Heads that redo merges from each other's factors train on the same bits, dropout included."""
     result = fit(tmp_path, Dropping(), 30, send_down="factors")
@@ -60,7 +60,7 @@ def test_a_barrier_run_by_factors_is_bitwise_the_one_by_bases(local_ray: None, t
     assert result.metrics["resyncs"] == 0
 
 
-@pytest.mark.parametrize("down", [pytest.param("dense", marks=LONG), "factors"])
+@pytest.mark.parametrize("down", [pytest.param("dense", marks=pytest.mark.slow), "factors"])
 def test_heads_that_never_wait_lose_no_step(local_ray: None, tmp_path: Path, down: str) -> None:
     """All steps are merged, exactly as many as there are; the faster head takes more of them, and the loss falls."""
     result = fit(tmp_path, Slow(), 60, when="arrival", wait=False, send_down=down)
@@ -75,7 +75,7 @@ def test_heads_that_never_wait_lose_no_step(local_ray: None, tmp_path: Path, dow
     assert result.metrics["times"]["wait"] < 0.1 * result.metrics["times"]["train"] + 0.5  # the slow head's last round
 
 
-@LONG
+@pytest.mark.slow
 def test_a_head_that_falls_behind_is_rebased_in_mid_round(local_ray: None, tmp_path: Path) -> None:
     """The other head merges every step, this one every fifth: with max_lag 2 it never contributes far from its base."""
     lags = {}
@@ -94,7 +94,8 @@ def test_a_head_that_falls_behind_is_rebased_in_mid_round(local_ray: None, tmp_p
     assert lags[1000] >= 4
 
 
-@pytest.mark.parametrize("down", [pytest.param("dense", marks=LONG), "factors"])
+@pytest.mark.slow
+@pytest.mark.parametrize("down", ["dense", "factors"])
 def test_virtual_heads_need_not_wait(local_ray: None, tmp_path: Path, down: str) -> None:
     """Two heads of one actor share main weights: each change of version settles what it holds of both."""
     together = {"heads_per_actor": 2, "stack_heads": "never"}
@@ -103,7 +104,7 @@ def test_virtual_heads_need_not_wait(local_ray: None, tmp_path: Path, down: str)
     assert result.metrics["validation_loss"] < 0.3  # 0.67 before
 
 
-@LONG
+@pytest.mark.slow
 def test_a_deadline_ends_the_wait_for_a_quorum(local_ray: None, tmp_path: Path) -> None:
     """A quorum of both would wait for the slow head; after the deadline the fast one is merged alone."""
     result = fit(tmp_path, Slow(seconds=0.005, slow_seconds=0.3), 20, when="quorum", quorum=2, deadline=0.2, wait=False)
@@ -111,7 +112,7 @@ def test_a_deadline_ends_the_wait_for_a_quorum(local_ray: None, tmp_path: Path) 
     assert sum(row["steps"] for row in merges(result)) == 2 * 20
 
 
-@LONG
+@pytest.mark.slow
 def test_heads_of_different_speed_contribute_together(local_ray: None, tmp_path: Path) -> None:
     """With match_speed the fast head takes more steps a round, so that it hardly waits for the slow one."""
     result = fit(tmp_path, Slow(seconds=0.02, slow_seconds=0.08), 60, match_speed=True)
@@ -120,7 +121,7 @@ def test_heads_of_different_speed_contribute_together(local_ray: None, tmp_path:
     assert max(row["steps"] for row in rows) > 15  # 5 of the slow head's, and more than twice as many of the other's
 
 
-@LONG
+@pytest.mark.slow
 def test_contributions_may_be_due_by_time(local_ray: None, tmp_path: Path) -> None:
     """merge_every: each head takes the steps that fit, once its speed is known."""
     result = fit(tmp_path, Slow(seconds=0.02, slow_seconds=0.08), 60, merge_every="0.4s", when="arrival", wait=False)
@@ -154,7 +155,7 @@ def test_a_policy_may_try_a_merge_first(local_ray: None, tmp_path: Path) -> None
     assert result.metrics["validation_loss"] < 0.4
 
 
-@LONG
+@pytest.mark.slow
 def test_int8_and_topk_lose_little(local_ray: None, tmp_path: Path) -> None:
     """What rounding leaves out rides in the next contribution: the loss is near that of fp32, for a quarter of the bytes."""
     exact = fit(tmp_path / "a", Regression(), 60)
@@ -163,7 +164,7 @@ def test_int8_and_topk_lose_little(local_ray: None, tmp_path: Path) -> None:
     assert small.metrics["validation_loss"] < 1.5 * exact.metrics["validation_loss"] + 0.005
 
 
-@LONG
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "merge", [{"when": "quorum", "quorum": 1}, {"when": "arrival"}, {"wait": False, "max_lag": 0}, {"wait": False}]
 )
@@ -177,7 +178,7 @@ def test_virtual_heads_are_merged_one_by_one_and_saved(local_ray: None, tmp_path
     assert result.checkpoint is not None
 
 
-@LONG
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_policys_momentum(local_ray: None, tmp_path: Path) -> None:
     """Bitwise the run that never stopped: the checkpoint holds what the policy keeps."""
     merge = MergeConfig(merge_iter=5, merge_threads=1, policy="nesterov", policy_args={"lr": 0.3})

@@ -18,7 +18,6 @@ from lte_ray.errors import StorageError
 from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import factor_views
 from lte_ray.storage import RunDirectory
-from tests.support.ray_runs import LONG
 from workers.regression import Regression
 
 OLD = Path(__file__).parents[1] / "fixtures" / "checkpoint-1"
@@ -131,7 +130,7 @@ def test_a_new_one_can_not_pass_for_an_old_one(directory: RunDirectory) -> None:
 
 
 @pytest.mark.ray
-@LONG
+@pytest.mark.slow
 def test_a_run_goes_on_from_it(local_ray: None, directory: RunDirectory) -> None:
     """Its heads take the steps that are left, with the momentum that it kept, and the next checkpoint is of today's format."""
     root, name = str(Path(directory.path).parent), "checkpoint-1"

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 from lte_ray.audit import audit
-from tests.support.ray_runs import LONG, ROOT, descendants
+from tests.support.ray_runs import ROOT, descendants
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -72,7 +72,7 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "COLUMNS": "200", **more}
 
 
-@LONG
+@pytest.mark.slow
 def test_a_users_own_file_trains_with_four_heads(users_file: Path, tmp_path: Path) -> None:
     """The issue's command, as is, from the user's folder; four heads share two cores, and a sibling file is imported."""
     command = "train my/file.py:Net --num-heads 4 --merge-iter 10 --steps 200 --exclude 2 --name first --storage runs"
@@ -92,7 +92,7 @@ def test_a_users_own_file_trains_with_four_heads(users_file: Path, tmp_path: Pat
     assert set(safetensors.torch.load_file(run / "model.safetensors")) == {"0.weight", "0.bias", "2.weight", "2.bias"}
 
 
-@LONG
+@pytest.mark.slow
 def test_a_worker_that_raises_gives_exit_code_1_and_its_traceback(users_file: Path, tmp_path: Path) -> None:
     """The user's own line is in the message, with the head and the step; the last checkpoint stays."""
     flags = "--lora-r 1 --merge-iter 5 --checkpoint-every 1 --worker.fail-at 14 --name a --storage runs"
@@ -107,7 +107,7 @@ def test_a_worker_that_raises_gives_exit_code_1_and_its_traceback(users_file: Pa
     assert sorted(p.name for p in (tmp_path / "runs" / "a" / "checkpoints").iterdir()) == ["000001", "000002"]
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=LONG), signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_an_interrupted_run_takes_everything_down(tmp_path: Path, number: signal.Signals) -> None:
     """Ctrl-C (or `ray job stop`) in the middle: exit code 130, no process of the run is left, and all of it is saved."""
     storage = tmp_path / "runs"
@@ -200,7 +200,7 @@ def test_a_submitted_job_succeeds_and_shows_its_progress(cluster: str, users_fil
     assert {p.name for p in (storage / "job").iterdir()} == {"checkpoints", "metrics.jsonl", "model.safetensors", "run.toml"}
 
 
-@LONG
+@pytest.mark.slow
 def test_a_failing_worker_fails_its_job_with_the_real_traceback(cluster: str, users_file: Path, tmp_path: Path) -> None:
     """`ray job submit` returns 1, and the log has the user's own line."""
     program = f"{BIN}/lte-ray train file.py:Net --exclude 2 --worker.fail-at 7 --name bad --storage {tmp_path}/runs"
@@ -212,7 +212,7 @@ def test_a_failing_worker_fails_its_job_with_the_real_traceback(cluster: str, us
     assert 'raise OSError("the data server hung up")' in said
 
 
-@LONG
+@pytest.mark.slow
 def test_a_stopped_job_goes_on_when_it_is_submitted_again(cluster: str, users_file: Path, tmp_path: Path) -> None:
     """`ray job stop` saves all heads' states; the same submission goes on from there, to the weights of an undisturbed run."""
     flags = "--num-heads 2 --lora-r 4 --lora-alpha 8 --merge-iter 5 --merge-threads 1 --steps 400 --seed 3 --eval-every 0"

@@ -17,11 +17,12 @@ import ray
 from lte_ray import LTEConfig, MergeConfig, TrainConfig, checkpoint
 from lte_ray.audit import audit
 from lte_ray.storage import RunDirectory
-from tests.support.ray_runs import LONG, ROOT, Dropping, Normed, assert_same_model, simulated
+from tests.support.ray_runs import ROOT, Dropping, Normed, assert_same_model, simulated
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 WORKER = """
+import os
 import time
 from dataclasses import dataclass
 
@@ -32,17 +33,19 @@ from workers.regression import Regression
 
 {models}
 class Slow(Normed):
-    def loss(self, model, batch):
-        time.sleep(0.03)
-        return super().loss(model, batch)
+    def train_batches(self, shard):
+        for step, batch in enumerate(super().train_batches(shard), shard.cursor + 1):
+            hold = os.environ.get("HOLD_AT_STEP")
+            time.sleep(1.0 if hold and step > int(hold) else 0.03)
+            yield batch
 """.format(models="\n\n".join(map(inspect.getsource, (Dropping, Normed))))
 
 FLAGS = "--num-heads 2 --lora-r 8 --lora-alpha 16 --merge-iter 5 --merge-threads 1 --steps 60 --seed 3 --checkpoint-every 2"
 
 
-def command(path: Path) -> subprocess.Popen[str]:
-    """`lte-ray train ... --resume`, on the tests' Ray."""
-    (path / "slow.py").write_text(WORKER)
+def command(path: Path, hold_at: int | None = None) -> subprocess.Popen[str]:
+    """`lte-ray train ... --resume`, on the tests' Ray; steps after `hold_at` take a second, so that the run isn't over soon."""
+    (path / "slow.py").write_text(WORKER.replace('os.environ.get("HOLD_AT_STEP")', repr(hold_at)))
     flags = f"--eval-every 0 --cpus-per-head 0.5 --name r --storage {path} --resume"
     return subprocess.Popen(
         [Path(sys.executable).parent / "lte-ray", "train", f"{path}/slow.py:Slow", *FLAGS.split(), *flags.split()],
@@ -58,7 +61,7 @@ def newest(path: Path) -> int:
     return max(checkpoint.complete_versions(RunDirectory.open(str(path), "r")), default=0)
 
 
-@pytest.mark.parametrize("version", [4, pytest.param(2, marks=LONG), pytest.param(8, marks=LONG)])
+@pytest.mark.parametrize("version", [4, pytest.param(2, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
 def test_a_barrier_run_whose_driver_was_killed_is_bitwise_the_run_that_never_stopped(
     local_ray: None, tmp_path: Path, version: int
 ) -> None:
@@ -66,32 +69,32 @@ def test_a_barrier_run_whose_driver_was_killed_is_bitwise_the_run_that_never_sto
 
     Optimizers, data, dropout and running statistics go on.
     """
-    killed = command(tmp_path)
-    deadline = time.monotonic() + 90
+    killed = command(tmp_path, hold_at=5 * version + 2)
+    deadline = time.monotonic() + 300
     while newest(tmp_path) < version and killed.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
-    said, _ = killed.communicate(timeout=30)
+    said, _ = killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL, said
     assert version <= newest(tmp_path) < 12
     again = command(tmp_path)
-    said, _ = again.communicate(timeout=120)
+    said, _ = again.communicate(timeout=400)
     assert again.returncode == 0, said
     lte, merge = LTEConfig(num_heads=2, lora_r=8, lora_alpha=16), MergeConfig(merge_iter=5, merge_threads=1)
     assert_same_model(tmp_path / "r", simulated(Normed(), lte, merge, TrainConfig(steps=60, seed=3)))
     assert audit([json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]).clean
 
 
-@LONG
+@pytest.mark.slow
 def test_two_processes_do_not_train_one_run(local_ray: None, tmp_path: Path) -> None:
     """The second is told who does, and touches nothing; the first goes on to its end."""
-    first = command(tmp_path)
-    deadline = time.monotonic() + 90
+    first = command(tmp_path, hold_at=50)
+    deadline = time.monotonic() + 300
     while not newest(tmp_path) and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     second = command(tmp_path)
-    said, _ = second.communicate(timeout=60)
+    said, _ = second.communicate(timeout=300)
     assert second.returncode == 2, said
     assert f"is being trained by process {first.pid} on" in " ".join(said.split())
-    said, _ = first.communicate(timeout=120)
+    said, _ = first.communicate(timeout=400)
     assert first.returncode == 0, said

@@ -21,9 +21,9 @@ from lte_ray.audit import Audit, audit
 from lte_ray.config import PlacementConfig
 from lte_ray.errors import CoordinatorLost
 from lte_ray.run.metrics import SilentReporter
-from tests.support.ray_runs import LONG, Dropping, storage
+from tests.support.ray_runs import Dropping, storage
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), LONG]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.slow]
 
 
 @dataclass

@@ -16,7 +16,7 @@ from lte_ray.run.record import as_toml
 from lte_ray.run.start import RunClaim, changed_data
 from lte_ray.runtime import placement
 from lte_ray.storage import RunDirectory, check_unlocked, exclusive_lock, lock
-from tests.support.ray_runs import LONG, settings, storage
+from tests.support.ray_runs import settings, storage
 from workers.regression import Regression
 
 
@@ -145,7 +145,7 @@ def test_what_batches_depend_on_is_compared_when_a_run_goes_on() -> None:
 
 
 @pytest.mark.ray
-@LONG
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [20, 10], ids=["more to do", "nothing left"])
 def test_what_others_trained_while_a_driver_waited_for_the_cluster_stays(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, steps: int

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from lte_ray.audit import audit
-from tests.support.ray_runs import LONG
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(420), LONG]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(420), pytest.mark.slow]
 
 
 def run(path: Path, what: str, steps: int) -> list[Any]:

@@ -5,35 +5,43 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray.train
 import torch
-from torch import nn
 
-from lte_ray import LTETrainer, MergeConfig, checkpoint
+from lte_ray import LTETrainer, MergeConfig, Shard, checkpoint
 from lte_ray.audit import audit
 from lte_ray.cli.main import main
 from lte_ray.errors import StorageError
 from lte_ray.run.metrics import Progress
 from lte_ray.storage import RunDirectory
-from tests.support.ray_runs import LONG, Dropping, assert_same_model, settings, simulated, storage
+from tests.support.ray_runs import Dropping, assert_same_model, settings, simulated, storage
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
+@dataclasses.dataclass
 class Slow(Dropping):
-    """Steps of some milliseconds, so that an interruption finds heads in the middle of a round."""
+    """Takes steps of 20 ms, and from step `hold_at` on of a second while the file `hold` exists.
 
-    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        time.sleep(0.02)
-        return super().loss(model, batch)
+    So a run is still in the middle of a round when the driver interrupts it, however loaded the machine is.
+    """
+
+    hold: str = ""
+    hold_at: int = 0
+
+    def train_batches(self, shard: Shard) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for step, batch in enumerate(super().train_batches(shard), shard.cursor + 1):
+            time.sleep(1.0 if self.hold and step > self.hold_at and Path(self.hold).exists() else 0.02)
+            yield batch
 
 
 class Interrupting:
-    """A reporter that interrupts the run, as Ctrl-C does, once it has seen so many local steps."""
+    """A reporter that interrupts the run, as Ctrl-C does, once every head has taken `step` local steps."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -51,15 +59,21 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 def interrupted(path: Path, step: int, kwargs: dict[str, Any]) -> None:
     """Runs until `step` and leaves a checkpoint of all heads, wherever they are."""
-    trainer = LTETrainer(Slow(), run_config=storage(path, "r"), reporter=Interrupting(step), **kwargs)
+    hold = path / "hold"
+    hold.touch()
+    trainer = LTETrainer(
+        Slow(hold=str(hold), hold_at=step), run_config=storage(path, "r"), reporter=Interrupting(step), **kwargs
+    )
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
+    hold.unlink()
     newest, passed = checkpoint.read_newest_intact(RunDirectory.open(str(path), "r"))
     assert passed == []
     assert len(newest.heads) == kwargs["lte"].num_heads
 
 
-@pytest.mark.parametrize("step", [pytest.param(step, marks=LONG) for step in (1, 12, 24)])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 12, 24])
 def test_a_barrier_run_interrupted_anywhere_is_bitwise_the_run_that_never_stopped(
     local_ray: None, tmp_path: Path, step: int
 ) -> None:
@@ -73,13 +87,13 @@ def test_a_barrier_run_interrupted_anywhere_is_bitwise_the_run_that_never_stoppe
     assert audit(rows_of(tmp_path / "r")).clean
 
 
-@pytest.mark.parametrize("heads", [pytest.param(1, marks=LONG), 3])
+@pytest.mark.parametrize("heads", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_an_asynchronous_run_goes_on_with_other_heads_and_merges_each_batch_once(
     local_ray: None, tmp_path: Path, heads: int
 ) -> None:
     """Interrupted with two heads, restored with more or fewer: the data is dealt anew, without a repeat or a hole."""
-    kwargs = settings(steps=60) | {"merge": MergeConfig(merge_iter=5, merge_threads=1, when="arrival", wait=False)}
-    interrupted(tmp_path, 20, kwargs)
+    kwargs = settings(steps=30) | {"merge": MergeConfig(merge_iter=5, merge_threads=1, when="arrival", wait=False)}
+    interrupted(tmp_path, 12, kwargs)
     before, _ = checkpoint.read_newest_intact(RunDirectory.open(str(tmp_path), "r"))
     trainer = LTETrainer.restore(tmp_path / "r", worker=Slow, lte=dataclasses.replace(kwargs["lte"], num_heads=heads))
     result = trainer.fit()
@@ -90,6 +104,7 @@ def test_an_asynchronous_run_goes_on_with_other_heads_and_merges_each_batch_once
     assert set(newest.facts["standings"]) == {str(head) for head in range(heads)}
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_by_its_name_alone(local_ray: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """``--resume NAME`` takes worker and settings from run.toml; flags win; another name is one clear error."""
     flags = ["--num-heads", "1", "--lora-r", "4", "--merge-iter", "5", "--name", "r", "--storage", str(tmp_path)]

@@ -30,7 +30,6 @@ from lte_ray.errors import ContributionRefused, HeadLost, PolicyError, StorageEr
 from lte_ray.run.metrics import Progress
 from lte_ray.storage import RunDirectory
 from tests.support.ray_runs import (
-    LONG,
     Dropping,
     Failing,
     Normed,
@@ -137,7 +136,7 @@ class HalfOfHeadOne:
         return Merge({0: 0.0, 1: 0.5})
 
 
-@LONG
+@pytest.mark.slow
 def test_a_policy_object_is_what_merges(local_ray: None, tmp_path: Path) -> None:
     """The weights after a real run are those that the user's policy says, to the last bit of its simulation."""
     kwargs = settings(steps=10) | {"merge": MergeConfig(merge_iter=5, merge_threads=1, policy=HalfOfHeadOne())}
@@ -175,6 +174,7 @@ def test_a_worker_that_raises_ends_the_run_and_leaves_the_last_checkpoint(local_
     assert_clean(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_failing_evaluation_ends_the_run(local_ray: None, tmp_path: Path) -> None:
     """An error in `evaluate` isn't swallowed: it is named, with its traceback."""
     with pytest.raises(WorkerFailed, match=r"the evaluator:[\s\S]*the validation set is gone"):
@@ -193,6 +193,7 @@ class Broken:
         return Merge({p.head: 0.5 for p in pending})
 
 
+@pytest.mark.slow
 def test_a_policy_that_raises_ends_the_run_by_name(local_ray: None, tmp_path: Path) -> None:
     """Every head is told, nobody waits for ever, and the error names the policy."""
     kwargs = settings() | {"merge": MergeConfig(merge_iter=5, policy=Broken())}
@@ -214,7 +215,7 @@ class Deadly(Regression):
             yield batch
 
 
-@LONG
+@pytest.mark.slow
 def test_a_killed_head_ends_the_run_with_its_number(local_ray: None, tmp_path: Path) -> None:
     """A real SIGKILL, where no failure is allowed: the error says which head's process died."""
     with pytest.raises(HeadLost, match="head 1"):
@@ -229,6 +230,7 @@ class Diverging(Regression):
         return torch.optim.SGD(params, lr=float("inf"))
 
 
+@pytest.mark.slow
 def test_a_diverged_head_is_refused_and_ends_the_run(local_ray: None, tmp_path: Path) -> None:
     """NaN never reaches the base: three refusals in a row quarantine each head, and with the last the run ends and says why."""
     with pytest.raises(ContributionRefused, match=r"NaN, infinite[\s\S]*lower the learning rate"):
@@ -252,7 +254,7 @@ class Poisoned(Regression):
         return super().loss(model, batch[:2]) * batch[2]
 
 
-@LONG
+@pytest.mark.slow
 @pytest.mark.parametrize(("last", "dropped"), [(12, 10), (99, 0)], ids=["two rounds", "for ever"])
 def test_poison_costs_what_it_held_and_nothing_else(local_ray: None, tmp_path: Path, last: int, dropped: int) -> None:
     """Bitwise the simulation, whether the head recovers or is quarantined; to the audit it is dropped, not lost."""
@@ -265,7 +267,7 @@ def test_poison_costs_what_it_held_and_nothing_else(local_ray: None, tmp_path: P
     assert (found.dropped, found.batches) == (dropped, sum(merge.steps for merge in done.merges))
 
 
-@LONG
+@pytest.mark.slow
 def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(local_ray: None, tmp_path: Path) -> None:
     """20 steps, then 20 more from the checkpoint: the same weights as 40 at once.
 
@@ -286,11 +288,11 @@ def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(local_ray: None, tm
     ("stack", "worker", "apart", "tolerance", "stops"),
     [
         ("never", Dropping(), True, 0.0, False),
-        pytest.param("never", Dropping(), True, 0.0, True, marks=LONG),
-        pytest.param("always", Dropping(), False, 0.0, True, marks=LONG),
+        pytest.param("never", Dropping(), True, 0.0, True, marks=pytest.mark.slow),
+        pytest.param("always", Dropping(), False, 0.0, True, marks=pytest.mark.slow),
         # Stacked sums have another order: float32's 1e-7, magnified by 20 steps of Adam, which takes steps of 3e-3 however
         # small the gradient; heads that got each other's gradients, data or state would be off by about that.
-        pytest.param("always", Regression(), True, 1e-4, True, marks=LONG),
+        pytest.param("always", Regression(), True, 1e-4, True, marks=pytest.mark.slow),
     ],
     ids=["never", "never, resumed", "always, as simulated", "always, as apart"],
 )
@@ -327,7 +329,7 @@ class OddOnes(Regression):
         raise ZeroDivisionError("nothing to show")
 
 
-@LONG
+@pytest.mark.slow
 def test_names_of_an_evaluation_and_a_failing_sample_break_nothing(local_ray: None, tmp_path: Path) -> None:
     """The figures are kept apart from ours; the model is there all the same; JSON has null for NaN."""
     result = LTETrainer(OddOnes(), run_config=storage(tmp_path, "r"), **settings(steps=10)).fit()
@@ -373,7 +375,7 @@ class OnlyHeadOne:
         return Merge({1: 1.0})
 
 
-@LONG
+@pytest.mark.slow
 def test_a_run_whose_policy_leaves_a_head_out_is_resumed_with_what_that_head_trained(local_ray: None, tmp_path: Path) -> None:
     """A head that was never merged carries all its steps, and they are in its state: nothing is lost at the resume."""
     kwargs = settings(steps=10) | {"merge": MergeConfig(merge_iter=5, policy=OnlyHeadOne())}
@@ -385,7 +387,7 @@ def test_a_run_whose_policy_leaves_a_head_out_is_resumed_with_what_that_head_tra
     assert {head: held["step"] for head, held in newest.facts["standings"].items()} == {"0": 0, "1": 20}
 
 
-@LONG
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     local_ray: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -17,7 +17,7 @@ from lte_ray import LTEConfig, LTETrainer, MergeConfig, TrainConfig, checkpoint
 from lte_ray.errors import StorageError
 from lte_ray.storage import PART_SUFFIX, RunDirectory
 from tests.support.checkpoint_damage import PLAN, write
-from tests.support.ray_runs import LONG, ROOT, assert_same_model, simulated
+from tests.support.ray_runs import ROOT, assert_same_model, simulated
 from workers.regression import Regression
 
 moto = pytest.importorskip("moto.server")
@@ -86,7 +86,7 @@ def test_checkpoints_are_written_read_and_pruned(storage: str) -> None:
 
 
 @pytest.mark.ray
-@LONG
+@pytest.mark.slow
 def test_a_run_is_trained_stopped_resumed_and_audited_there(storage: str, tmp_path: Path) -> None:
     """With the commands of a local run; bitwise the run that never stopped."""
     flags = "--num-heads 2 --lora-r 8 --lora-alpha 16 --merge-iter 5 --merge-threads 1 --seed 3 --checkpoint-every 1"

@@ -19,7 +19,7 @@ from lte_ray import LTETrainer, Merge, MergeConfig, Pending, Roster
 from lte_ray.config import FailureConfig
 from lte_ray.errors import ConfigError, CoordinatorLost, PolicyError
 from lte_ray.run.metrics import Progress
-from tests.support.ray_runs import LONG, Dropping, assert_same_model, descendants, lte_actors, settings, simulated, storage
+from tests.support.ray_runs import Dropping, assert_same_model, descendants, lte_actors, settings, simulated, storage
 from workers.regression import Regression
 
 pytestmark = pytest.mark.ray
@@ -70,6 +70,7 @@ def assert_gone() -> None:
     assert (shards(), lte_actors()) == ([], [])
 
 
+@pytest.mark.slow
 def test_a_run_with_shards_is_bitwise_the_simulated_one(local_ray: None, tmp_path: Path) -> None:
     """Heads that redo merges from rounded factors, whose parts lie on three shards; no process is left."""
     result = fit(tmp_path, "r", shards=3, **ROUNDED)
@@ -79,7 +80,7 @@ def test_a_run_with_shards_is_bitwise_the_simulated_one(local_ray: None, tmp_pat
     assert_gone()
 
 
-@LONG
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", [{}, ROUNDED], ids=["dense", "factors in int8"])
 def test_a_run_with_shards_is_bitwise_the_one_without(local_ray: None, tmp_path: Path, merge: dict[str, Any]) -> None:
     """Weights, evaluations, checkpoints and bytes are the same, and no process is left."""
@@ -95,7 +96,7 @@ def test_a_run_with_shards_is_bitwise_the_one_without(local_ray: None, tmp_path:
 
 
 @pytest.mark.parametrize("down", ["dense", "factors"])
-@LONG
+@pytest.mark.slow
 def test_heads_that_never_wait_lose_no_step_with_shards(local_ray: None, tmp_path: Path, down: str) -> None:
     """Every step is merged once, evaluations and checkpoints are made on the way, and the loss falls."""
     result = fit(tmp_path, "r", 60, Regression(), when="arrival", wait=False, shards=2, send_down=down)
@@ -106,7 +107,7 @@ def test_heads_that_never_wait_lose_no_step_with_shards(local_ray: None, tmp_pat
     assert_gone()
 
 
-@LONG
+@pytest.mark.slow
 def test_a_resumed_run_with_shards_is_bitwise_the_run_that_never_stopped(local_ray: None, tmp_path: Path) -> None:
     """The shards take up the references from the heads' parts of the checkpoint, and hand them to the heads."""
     merge = {"shards": 2, **ROUNDED}
@@ -129,7 +130,7 @@ def test_a_built_in_policy_that_needs_tensors_is_refused(local_ray: None, tmp_pa
     assert not (tmp_path / "r").exists()
 
 
-@LONG
+@pytest.mark.slow
 def test_a_policy_that_needs_tensors_ends_a_run_with_shards(local_ray: None, tmp_path: Path) -> None:
     """The user's own, when it asks for them; nothing is left."""
     with pytest.raises(PolicyError, match="Curious looked at the tensors of a contribution, which needs --shards 1"):
@@ -156,7 +157,7 @@ class Killer:
         """It shows nothing."""
 
 
-@LONG
+@pytest.mark.slow
 def test_a_shard_that_dies_ends_the_run_by_its_number(local_ray: None, tmp_path: Path) -> None:
     """Where a run is to survive no death; no head waits for ever."""
     kwargs = settings(100_000) | {"merge": MergeConfig(merge_iter=5, merge_threads=1, shards=2)}

@@ -26,11 +26,11 @@ from lte_ray.run.metrics import Progress, SilentReporter
 from lte_ray.storage import RunDirectory
 from tests.support import faulty_storage
 from tests.support.faulty_storage import FaultyHandler, Script, fail
-from tests.support.ray_runs import LONG, Dropping
+from tests.support.ray_runs import Dropping
 
 ray.cloudpickle.register_pickle_by_value(faulty_storage)
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(200), LONG]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(200), pytest.mark.slow]
 
 
 HANGS = 40.0

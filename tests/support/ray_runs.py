@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -18,13 +17,9 @@ from lte_ray.config import StorageConfig
 from lte_ray.engine.in_process import run_in_process
 from lte_ray.engine.prepare import load_base
 from lte_ray.engine.settings import Settings
-from tests.support.helpers import LONG_RUN
 from workers.regression import Regression
 
 ROOT = Path(__file__).resolve().parents[2]
-
-LONG = pytest.mark.skipif(not LONG_RUN, reason="takes long: make chaos runs it")
-"""For what ordinary test runs have no time for."""
 
 
 @dataclass

@@ -212,6 +212,7 @@ def test_copies_and_state_dicts_hold_the_same(form: str) -> None:
 # -- the product -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3, 4)])
 def test_linear_and_its_gradients_are_the_dense_ones(form: str, leading: tuple[int, ...]) -> None:
     """y, dx and db in float64 as F.linear with Q(W) has them, for x of any leading shape; and gradcheck."""

@@ -114,6 +114,7 @@ def test_a_run_goes_on_whatever_its_workers_arguments_are(
     assert vars(resumed) == vars(again) == vars(first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("annotation", "default", "given"), CASES)
 def test_the_worker_is_made_again_in_python(
     tmp_path: Path, trainers: list[LTETrainer], annotation: str, default: str, given: list[str]

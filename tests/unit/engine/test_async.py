@@ -156,7 +156,7 @@ class Schedules(RuleBasedStateMachine):
 
 
 TestSchedules = Schedules.TestCase
-TestSchedules.settings = profile(max_examples=60 if LONG_RUN else 30, stateful_step_count=40, deadline=None)
+TestSchedules.settings = profile(max_examples=60 if LONG_RUN else 12, stateful_step_count=40, deadline=None)
 
 
 def started(count: int) -> tuple[Settings, list[Head], Coordinator]:

@@ -336,6 +336,7 @@ def test_factors_everywhere_with_ranks_of_each_heads_own(name: str, offers: list
     assert {r.name for r in result.plan.replicas if "running" not in r.name} == REPLICAS.get(name, set())
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("lora", [{}, EVERYWHERE], ids=["default", "everywhere"])
 def test_virtual_heads_are_those_apart(name: str, lora: dict[str, Any]) -> None:
     """In turns bitwise; as one batch, where the model can be, up to the order of sums, which Adam's roots magnify."""
@@ -380,6 +381,7 @@ def test_activations_computed_again_change_nothing(name: str, pattern: str) -> N
     assert torch.equal(again.base, plain.base)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("lora", [{}, EVERYWHERE], ids=["default", "everywhere"])
 def test_mixed_precision(name: str, lora: dict[str, Any]) -> None:
     """Under bfloat16 autocast the float32 model learns as well, and the master is float32."""
@@ -395,6 +397,7 @@ def test_mixed_precision(name: str, lora: dict[str, Any]) -> None:
     assert result.base.dtype == torch.float32
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("lora", [{}, EVERYWHERE], ids=["default", "everywhere"])
 @pytest.mark.parametrize("base_dtype", ["bf16", "int8", "nf4"])
 def test_quantised_main_weights(name: str, base_dtype: str, lora: dict[str, Any], offers: list[tuple[int, Tensor]]) -> None:
@@ -411,6 +414,7 @@ def test_quantised_main_weights(name: str, base_dtype: str, lora: dict[str, Any]
     assert outputs(worker, initial.model)["loss"] < 0.97 * before
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize(
     "lora", [{"adapt": ("linear",)}, {"exclude": ("encoder.layers.0.self_attn",)}, {"adapt": ("norm",)}], ids=str
@@ -447,6 +451,7 @@ def test_the_minilm_worker_judges_ranks(few_pairs: FewPairs, monkeypatch: pytest
     assert few_pairs.evaluate(nn.Identity()) == pytest.approx({"recall_at_1": 1 / 3, "mean_reciprocal_rank": 11 / 18})
 
 
+@pytest.mark.slow
 def test_the_minilm_worker_can_be_stacked(few_pairs: FewPairs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its mask has four dimensions, which the model takes without a look at its values."""
     build = FewPairs.build_model

@@ -83,6 +83,7 @@ def largest(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
+@pytest.mark.sweep("kind")
 @pytest.mark.parametrize(("kind", "lte"), CASES)
 @torch.no_grad()
 def test_the_average_on_the_initial_model_is_the_merged_model(tmp_path: Path, kind: str, lte: dict[str, Any]) -> None:
@@ -100,6 +101,7 @@ def test_the_average_on_the_initial_model_is_the_merged_model(tmp_path: Path, ki
     assert written.error < 1e-6
 
 
+@pytest.mark.sweep("kind")
 @pytest.mark.parametrize(("kind", "lte"), [*CASES, ("counting", {})])
 @torch.no_grad()
 def test_a_heads_on_the_merged_model_is_the_head(tmp_path: Path, kind: str, lte: dict[str, Any]) -> None:
@@ -224,6 +226,7 @@ def test_a_change_that_is_no_sum_needs_a_rank(tmp_path: Path, lte: dict[str, Any
     assert full.error < 1e-6
 
 
+@pytest.mark.slow
 def test_a_long_run_is_still_seen_as_a_sum(tmp_path: Path) -> None:
     """300 merges drift by rounding; the departure of a policy that weighs a head by 0.2% more is told from that."""
     run, _ = save_run(tmp_path, "words", settings(steps=300, merge_iter=1))

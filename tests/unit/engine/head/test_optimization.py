@@ -26,7 +26,6 @@ from lte_ray.errors import ConfigError, WorkerFailed
 from lte_ray.layout import Adapted, Plan, Replica
 from lte_ray.messages import ContributionResult
 from tests.support.helpers import BATCH, EPS32, SAMPLES, WORDS, Net, Tiny, assert_near, make_settings, state_of, through_a_file
-from tests.support.ray_runs import LONG
 from workers.regression import Regression
 
 CPU = torch.device("cpu")
@@ -554,7 +553,7 @@ def test_a_loss_that_is_no_scalar_names_what_it_is(loss: Callable[[], Any], foun
         started(Bad(), settings()).train_round()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=LONG)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_run_is_the_eager_run(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """torch.compile orders float32 sums otherwise, and nothing more: traced, and with its compiler, which takes long."""
     traced = nn.Module.compile

@@ -125,6 +125,7 @@ def assert_go_on_alike(run: Run, one: Head, other: Head, version: int) -> None:
         assert all(torch.equal(tensor, right[name]) for name, tensor in left.items())
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("extra", [0, 1, 2])
 def test_a_cut_between_two_merges(case: str, extra: int) -> None:
@@ -154,6 +155,7 @@ def on_its_way(case: str, extra: int) -> tuple[Run, Head, Contribution]:
     return run, head, sent
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("extra", [0, 1, 4])
 def test_a_cut_whose_version_holds_what_is_outstanding(case: str, extra: int) -> None:
@@ -166,6 +168,7 @@ def test_a_cut_whose_version_holds_what_is_outstanding(case: str, extra: int) ->
     assert_go_on_alike(run, head, other, 3)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("extra", [0, 1, 4])
 def test_a_cut_whose_version_lacks_what_is_outstanding(case: str, extra: int) -> None:
@@ -178,6 +181,7 @@ def test_a_cut_whose_version_lacks_what_is_outstanding(case: str, extra: int) ->
     assert_go_on_alike(run, head, other, 3)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", ["momentum, float64", "float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("outstanding", [False, True])
 def test_a_cut_with_reset(case: str, outstanding: bool) -> None:

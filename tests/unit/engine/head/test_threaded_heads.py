@@ -51,6 +51,7 @@ class Failing(Tiny):
         return super().loss(model, batch)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("heads", "reset"), [(2, "none"), (3, "none"), (5, "none"), (3, "B"), *([(2, "B"), (5, "B")] if LONG_RUN else [])]
 )

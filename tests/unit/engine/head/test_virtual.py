@@ -88,6 +88,7 @@ def assert_same_run(together: InProcessRun, apart: InProcessRun, tolerance: floa
         assert merge.losses == pytest.approx(other_merge.losses, rel=max(tolerance, 1e-15))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("reset", ["none", "B"])
 @pytest.mark.parametrize("heads_per_actor", [2, 3, 5])
 def test_heads_that_take_turns_are_bitwise_those_apart(reset: str, heads_per_actor: int) -> None:
@@ -99,6 +100,7 @@ def test_heads_that_take_turns_are_bitwise_those_apart(reset: str, heads_per_act
     assert [m.losses for m in together.merges] == [m.losses for m in apart.merges]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("reset", ["none", "B"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_stacked_heads_are_those_apart(reset: str, optimizer: str) -> None:
@@ -175,6 +177,7 @@ class Plenty(Tiny):
             yield words[indices], (words[indices] * 3 + 1) % 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", ["never", "always"])
 def test_thirty_two_heads_train_in_one_process_or_two(stack: str) -> None:
     """Over two merges: bitwise the heads apart when they take turns, and but for the order of sums when stacked."""
@@ -329,6 +332,7 @@ def test_heads_of_one_actor_may_be_at_different_steps() -> None:
         assert (alone.head, alone.step, alone.steps) == (1, 6, 6)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("stack", ["never", "always"])
 @pytest.mark.parametrize("quorum", [1, 2])
 def test_heads_of_one_actor_go_on_when_their_own_contribution_is_merged(stack: str, quorum: int) -> None:
