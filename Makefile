@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no
 unexport PYTHONDONTWRITEBYTECODE
 ARGS ?=
 
-.PHONY: help train smoke test test-all lint types floors unit integration format bench chaos soak docs docs-serve package clean
+.PHONY: help train smoke test test-all lint types floors unit integration test-lowest format bench chaos soak docs docs-serve package clean
 
 help:  ## Show these targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,10 @@ unit: $(VENV)/.installed-dev  ## Run the tests that start no Ray, on all cores (
 
 integration: $(VENV)/.installed-dev  ## Run the tests on a real Ray
 	$(BIN)/python -m pytest -m "ray and not slow" $(ARGS)
+
+test-lowest: .venv-lowest/.installed  ## Run the tests of `make test` on the lowest versions that pyproject.toml allows, in .venv-lowest
+	.venv-lowest/bin/python -m pytest -m "not ray and not slow" -n auto --dist loadscope $(ARGS)
+	.venv-lowest/bin/python -m pytest -m "ray and not slow" $(ARGS)
 
 format: $(VENV)/.installed-dev  ## Format the code and mend what can be mended
 	$(BIN)/ruff check --fix .
@@ -84,7 +88,7 @@ package: $(VENV)/.installed-package  ## Build the wheel in dist/, check it, and 
 	.ci/package $(BIN)/python
 
 clean:  ## Remove the virtual environment and caches
-	rm -rf $(VENV) dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-lowest dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -104,6 +108,12 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --editable . --group docs
 	@touch $@ $(VENV)/.installed
+
+.venv-lowest/.installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip --disable-pip-version-check install --quiet --no-compile "pip>=25.1"
+	.venv-lowest/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints-lowest.txt --editable . --group test
+	@touch $@
 
 $(VENV)/.installed-package: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --group package

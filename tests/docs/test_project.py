@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import tomllib
 from pathlib import Path
@@ -56,3 +57,18 @@ def test_the_reference_has_every_public_name(page: str, names: list[str]) -> Non
 
 def _yaml(name: str) -> Any:
     return yaml.safe_load((ROOT / name).read_text())
+
+
+def test_the_lowest_versions_are_those_of_the_ranges() -> None:
+    """`make test-lowest` installs the lower end of every range that the library and its tests need."""
+    groups = [PYPROJECT["project"]["dependencies"], PYPROJECT["dependency-groups"]["test"]]
+    groups += PYPROJECT["project"]["optional-dependencies"].values()
+    ranges = dict(re.findall(r"^([\w-]+)(?:\[[\w,]+\])?>=([\d.]+)", "\n".join(itertools.chain(*groups)), flags=re.MULTILINE))
+    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints-lowest.txt").read_text(), flags=re.MULTILINE))
+    assert pins.keys() == ranges.keys()
+    assert {name: _release(pins[name]) for name in ranges} == {name: _release(lowest) for name, lowest in ranges.items()}
+
+
+def _release(version: str) -> list[int]:
+    """A version's numbers without trailing zeros."""
+    return [int(number) for number in re.sub(r"(\.0)+$", "", version).split(".")]
