@@ -55,6 +55,25 @@ def test_the_reference_has_every_public_name(page: str, names: list[str]) -> Non
     assert set(names) <= set(re.findall(r"^::: (\S+)$", (ROOT / f"docs/reference/{page}.md").read_text(), flags=re.MULTILINE))
 
 
+@pytest.mark.parametrize("workflow", sorted((ROOT / ".github/workflows").glob("*.yml")), ids=lambda path: path.stem)
+def test_workflows_call_targets_that_exist(workflow: Path) -> None:
+    """Each `make TARGET` in a workflow is a target of the Makefile, and each script is in the repository."""
+    jobs = yaml.safe_load(workflow.read_text())["jobs"].values()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    called = [run for job in jobs for step in job["steps"] for run in _commands(job, step)]
+    assert called
+    for command in called:
+        assert set(re.findall(r"\bmake ([a-z-]+)", command)) <= targets, command
+        assert all((ROOT / script).exists() for script in re.findall(r"^\.ci/\S+", command)), command
+
+
+def _commands(job: dict[str, Any], step: dict[str, Any]) -> list[str]:
+    """The command of a step, once for each row of the job's matrix."""
+    rows = job.get("strategy", {}).get("matrix", {}).get("include", [{}])
+    run = step.get("run", "")
+    return [re.sub(r"\$\{\{ matrix\.(\w+) \}\}", lambda name, row=row: str(row.get(name[1], name[0])), run) for row in rows]
+
+
 def _yaml(name: str) -> Any:
     return yaml.safe_load((ROOT / name).read_text())
 
