@@ -109,8 +109,8 @@ def parts(head: Head) -> dict[str, int]:
     weights = {p.untyped_storage().data_ptr() for p in head.model.parameters()}
     weights |= {b.untyped_storage().data_ptr() for b in head.model.buffers()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        head._worker.loss(head.model, head.next_batch())
-    references = [t for t in (head._reference, head._replica_reference) if t is not None]
+        head.worker.loss(head.model, head.next_batch())
+    references = [t for t in (head.state.reference, head.state.replica_reference) if t is not None]
     return {
         "main_weights": sum(m.nbytes for m in mains),
         "factors_and_replicas": nbytes(trained),

@@ -12,7 +12,7 @@ from lte_ray.config.cluster_model import ClusterModel
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.coordinator.step_budget import is_shared
 from lte_ray.engine.head.head import Head
-from lte_ray.engine.head.state import rejoin
+from lte_ray.engine.head.snapshot import rejoin
 from lte_ray.engine.in_process import LoopbackTransport, evaluate_base
 from lte_ray.engine.prepare import Initial, prepare
 from lte_ray.engine.process_tuning import head_threads, torch_threads

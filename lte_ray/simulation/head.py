@@ -24,8 +24,15 @@ _NOTHING = torch.zeros(1)
 class Trainee(Protocol):
     """As much of `engine.head.Head` as the simulation needs."""
 
-    version: int
-    samples: int
+    @property
+    def version(self) -> int:
+        """The version of the adopted base."""
+        ...
+
+    @property
+    def samples(self) -> int:
+        """Samples trained on since the run began."""
+        ...
 
     def start(self, version: int, base: Tensor) -> None:
         """Adopts the first base."""

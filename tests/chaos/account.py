@@ -38,8 +38,8 @@ def trained_weights(head: Head) -> Tensor:
     into = views(plan.base, flat)
     with torch.no_grad():
         for spec in plan.adapted:
-            into[spec.name].copy_(spec.scaling * head._factors[spec.b] @ head._factors[spec.a])
-        for name, value in head._replicas.items():
+            into[spec.name].copy_(spec.scaling * head.state.factors[spec.b] @ head.state.factors[spec.a])
+        for name, value in head.state.replicas.items():
             into[name].copy_(value)
     return flat
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lte_ray.engine.head.head import Head
-from lte_ray.engine.head.state import StateMissed, rejoin, restore, snapshot
+from lte_ray.engine.head.snapshot import StateMissed, rejoin, restore, snapshot
 from lte_ray.engine.prepare import Initial
 from lte_ray.engine.settings import Settings
 from lte_ray.messages import CheckpointRequest, ContributionResult, CoordinatorReply
@@ -67,19 +67,19 @@ class Process(Line):
             self._holds_nothing(head)
         self.track.at[sequence] = (torch.zeros_like(base), 0)
         self.head = head
-        self.knowledge.record_start(self.number, head.merged_position.sequence, head.reference)
+        self.knowledge.record_start(self.number, head.state.merged.sequence, head.state.reference)
         self._take_orders(update)
 
     def _holds_nothing(self, head: Head) -> None:
         """A head that has trained nothing would contribute nothing: its factors are the reference, or B = 0."""
-        plan, reference = head.plan, head.reference
+        plan, reference = head.plan, head.state.reference
         for spec in plan.adapted:
-            if reference is None and bool(head._factors[spec.b].any()):
+            if reference is None and bool(head.state.factors[spec.b].any()):
                 raise Broken(f"head {self.number} starts without a reference, and B isn't 0")
         if reference is not None:
-            parts = [head._factors[name].detach().reshape(-1) for spec in plan.adapted for name in (spec.a, spec.b)]
+            parts = [head.state.factors[name].detach().reshape(-1) for spec in plan.adapted for name in (spec.a, spec.b)]
             near(torch.cat(parts), reference, f"head {self.number} starts with other factors than its reference")
-        if any(bool(change.any()) for change in head._replica_change().values()):
+        if any(bool(change.any()) for change in head.state.replica_changes().values()):
             raise Broken(f"head {self.number} starts with replicas that aren't the base's")
 
     @property
@@ -113,7 +113,7 @@ class Process(Line):
         assert self.head is not None and self.track is not None
         contribution = self.head.contribute()
         self.track.offer(contribution.sequence)
-        self.knowledge.record_contribution(contribution, self.head.contributed)
+        self.knowledge.record_contribution(contribution, self.head.state.pending)
         self.call("submit", replace(contribution, buffer=contribution.buffer.clone()))
 
     def look(self) -> None:
@@ -152,7 +152,7 @@ class Process(Line):
             if not verdict.discarded:
                 if verdict.harmful:
                     assert self.track is not None
-                    self.track.drop(head.merged_position.sequence)
+                    self.track.drop(head.state.merged.sequence)
                     if not self.sound:
                         raise Broken(f"head {self.number} has dropped poison, and some is left")
                 self.quarantined = self.quarantined or verdict.quarantined
@@ -189,11 +189,11 @@ class Process(Line):
         head = self.head
         if head is None:
             return False
-        return all(bool(torch.isfinite(p).all()) for p in (*head._factors.values(), *head._replicas.values()))
+        return all(bool(torch.isfinite(p).all()) for p in (*head.state.factors.values(), *head.state.replicas.values()))
 
     def poison(self) -> None:
         """Its next steps give NaN."""
         if self.head is None or self.over:
             return
         with torch.no_grad():
-            self.head._factors[self.head.plan.adapted[0].b].fill_(float("nan"))
+            self.head.state.factors[self.head.plan.adapted[0].b].fill_(float("nan"))

@@ -125,7 +125,7 @@ class World(Recovery):
             h = p.head
             calls = [(call.kind, call.place, len(call.answers)) for call in p.calls]
             lines.append(
-                f"head {number}.{p.incarnation}: step {h.step} of {h.step_limit} final {h._final}, version {h.version}, "
+                f"head {number}.{p.incarnation}: step {h.step}/{h.step_limit} final {h.limit_is_final}, version {h.version}, "
                 f"outstanding {h.outstanding}, over {p.over}/{member.over}, lanes {h.batch_stream.partitions}, calls {calls}"
             )
         return "\n".join(lines)

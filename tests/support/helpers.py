@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.data import Shard
 from lte_ray.engine.head.head import Head
-from lte_ray.engine.head.state import SavedState, snapshot
+from lte_ray.engine.head.snapshot import SavedState, snapshot
 from lte_ray.engine.settings import Settings
 from lte_ray.layout import Adapted, Plan, Replica
 from lte_ray.messages import CheckpointRequest, Contribution
@@ -188,7 +188,7 @@ def random_flat(size: int, seed: int, dtype: torch.dtype = torch.float64) -> Ten
 
 def state_of(head: Head) -> SavedState:
     """The head's state at the version that it has adopted, which holds all that it has heard was merged."""
-    return snapshot(head, CheckpointRequest(head.version, {head.number: head.merged_position.sequence}))
+    return snapshot(head, CheckpointRequest(head.version, {head.number: head.state.merged.sequence}))
 
 
 def through_a_file(state: SavedState) -> SavedState:

@@ -1,188 +1,143 @@
-"""A head's state as a checkpoint holds it: how it is taken between two steps, and how a new process goes on from it."""
+"""What a head has trained, relative to the base: its factors and replicas, their references, and its positions."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from lte_ray.data.partition import to_partitions
-from lte_ray.engine.head.optimizer_state import check_shapes, optimizer_state, restore_optimizer
-from lte_ray.errors import StorageError
-from lte_ray.merging.flat_buffer import factors_part, replica_views
-from lte_ray.messages import Assignment, CheckpointRequest, CommittedPosition, Partitions
-
-if TYPE_CHECKING:
-    from lte_ray.engine.head.head import Head
-
-SavedState = tuple[dict[str, Tensor], dict[str, Any]]
-"""Named CPU tensors, and JSON values."""
+from lte_ray.layout import Plan
+from lte_ray.merging.flat_buffer import base_replicas, factor_views, factors_part, gather, replica_part, replica_views
+from lte_ray.messages import CommittedPosition
 
 
-INVALID_STATE_ERRORS = (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, OverflowError)
-"""What comes of a saved state that isn't what it should be."""
+@dataclass
+class HeadState:
+    """All of a head that changes as it trains, except what its optimizer, generators and batch stream keep themselves.
 
-
-class StateMissed(Exception):
-    """The head has gone on: it can't say any more what it held at that version."""
-
-
-def snapshot(head: Head, request: CheckpointRequest) -> SavedState:
-    """All that the head needs to go on from version `save.version`, beside its base; a copy, to be written in another thread.
-
-    The cut is consistent whatever the head has trained meanwhile: relative to what that version holds of it, its factors and
-    replicas carry all the rest, which rides in its next contribution.
-
-    Raises:
-        StateMissed: a later contribution of this head was merged and adopted already.
+    Attributes:
+        plan: what the head trains.
+        reset: as `LTEConfig.reset`.
+        dtype: of everything that is merged.
+        device: where the head trains.
+        factors: A and B by name; the model's own parameters.
+        replicas: replica parameters and buffers by name; the model's own.
+        reference: the factors (A', B') that the adopted base holds of this head, flat; None where B' = 0.
+        replica_reference: the adopted base's replicas p', flat; None before the head has started.
+        pending: the contribution that has no answer yet, as receivers decode it, flat; None if there is none. Never written to.
+        merged: the position at the last contribution that the head knows was merged.
+        contributed: the position at the last contribution.
+        version: of the adopted base.
+        step: local steps taken since the run began.
+        samples: samples trained on since the run began.
+        sequence: number of the last contribution.
+        losses: of the steps since the last contribution.
+        loss: mean loss of the last contribution; NaN before the first.
     """
-    sequence = request.sequences[head.number]
-    outstanding = head._outstanding
-    contained = outstanding if head.sequence == sequence else None
-    since, reference = head._since, head._reference
-    if contained is not None:
-        since, reference = head._offered, factors_part(head.plan, contained)
-    if since.sequence != sequence:
-        raise StateMissed
-    zero_b = contained is not None and head.settings.lte.reset == "B"
-    b = {spec.b for spec in head.plan.adapted}
-    tensors = {f"factor.{n}": torch.zeros_like(p) if zero_b and n in b else p for n, p in head._factors.items()}
-    if reference is not None and head.settings.lte.reset == "none":
-        tensors["reference"] = reference
-    if contained is not None or head.version != request.version:
-        tensors |= {f"ahead.{name}": change for name, change in head._steps_beyond(contained).items()}
-    else:  # as they are: adding the difference to the base again would round
-        tensors |= {f"replica.{name}": p for name, p in head._replicas.items()}
-        adopted = replica_views(head.plan, head._replica_reference) if head._replica_reference is not None else {}
-        tensors |= {f"adopted.{name}": p for name, p in adopted.items() if head._replicas[name].dtype != head.dtype}
-    tensors |= {f"buffer.{name}": b for name, b in head.local_buffers()}
-    if head._losses:
-        tensors["losses"] = torch.stack(head._losses)
-    optimizer_tensors, optimizer_meta = optimizer_state(head.optimizer, head.schedule)
-    optimizer_meta["scaler"] = head.optimizer_step.scaler.state_dict()
-    rng_tensors, rng_meta = head.rng.state()
-    tensors = {**tensors, **optimizer_tensors, **rng_tensors}
-    meta = {
-        "head": head.number,
-        "version": request.version,
-        "step": head.step,
-        "samples": head.samples,
-        "batches": head.batch_stream.batches_taken,
-        "lanes": [list(lane) for lane in head.batch_stream.partitions],
-        "grant": head.batch_stream.assignment_id,
-        "released": None
-        if head.batch_stream.revoked is None
-        else [head.batch_stream.revoked.id, *head.batch_stream.revoked.partitions],
-        "incarnation": head.incarnation,
-        "sequence": sequence,
-        "since": [since.step, since.samples],
-        # What is on its way and not in this version is contributed anew, at once.
-        "offered": head._offered.step if outstanding is None or contained is not None else since.step,
-        "loss": head._loss,
-        "position": head.optimizer_step.position,
-        "optimizer": optimizer_meta,
-        "rng": rng_meta,
-    }
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}, meta
 
+    plan: Plan
+    reset: str
+    dtype: torch.dtype
+    device: torch.device
+    factors: Mapping[str, Tensor]
+    replicas: Mapping[str, Tensor]
+    merged: CommittedPosition
+    contributed: CommittedPosition
+    reference: Tensor | None = None
+    replica_reference: Tensor | None = None
+    pending: Tensor | None = None
+    version: int = 0
+    step: int = 0
+    samples: int = 0
+    sequence: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+    loss: float = float("nan")
 
-def restore(head: Head, state: SavedState, base: Tensor) -> None:
-    """Takes over what `snapshot` gave, on the base of that version (flat), in the place of `start`.
+    def __post_init__(self) -> None:
+        # Where there is no reference: each A as last merged, or as drawn, which `rewind` restores.
+        self._merged_a = {spec.a: self.factors[spec.a].detach().to("cpu", copy=True) for spec in self.plan.adapted}
 
-    Raises:
-        StorageError: something is missing in it, or of another shape.
-    """
-    tensors, meta = state
-    try:
-        _restore(head, tensors, meta, base)
-    except INVALID_STATE_ERRORS as error:
-        raise StorageError(f"The saved state of head {head.number} can't be used: {type(error).__name__}: {error}.") from error
+    def close_losses(self) -> None:
+        """Sets `loss` to the mean of `losses` (left as it is if there are none) and empties the list."""
+        if self.losses:
+            self.loss = float(torch.stack(self.losses).double().mean())
+        self.losses = []
 
+    # -- what the head has trained ---------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def _restore(head: Head, tensors: dict[str, Tensor], meta: dict[str, Any], base: Tensor) -> None:
-    step, samples = map(_count, meta["since"])
-    standing = CommittedPosition(head.incarnation, _count(meta["sequence"]), _count(meta["version"]), step, samples)
-    head.resume(standing, tensors.get("reference"))
-    direct = all(f"replica.{name}" in tensors for name in head._replicas)
-    ahead = None if direct else {name: tensors[f"ahead.{name}"].to(head.device) for name in head._replicas}
-    head.start(standing.version, base, ahead)
-    for name, parameter in head._factors.items():
-        _copy(parameter, tensors[f"factor.{name}"])
-    if direct:
-        assert head._replica_reference is not None
-        adopted = replica_views(head.plan, head._replica_reference)
-        for name, replica in head._replicas.items():
-            _copy(replica, tensors[f"replica.{name}"])
-            if f"adopted.{name}" in tensors:
-                _copy(adopted[name], tensors[f"adopted.{name}"])
-    for name, buffer in head.local_buffers():
-        _copy(buffer, tensors[f"buffer.{name}"])
-    head.step, head.samples, head._loss = _count(meta["step"]), _count(meta["samples"]), float(meta["loss"])
-    head._offered = CommittedPosition(head.incarnation, standing.sequence, step=_count(meta.get("offered", step)))
-    head._losses = [loss.to(head.device) for loss in tensors["losses"]] if "losses" in tensors else []
-    # An older release took one batch a step, and knew no lanes.
-    taken = _count(meta.get("batches", head.step))
-    lanes: Partitions = to_partitions(meta["lanes"]) if "lanes" in meta else head.batch_stream.partitions_after(taken)
-    head.batch_stream.seek(taken, lanes, _count(meta.get("grant", 0)))
-    released = meta.get("released")
-    if released is not None:
-        head.batch_stream.revoked = Assignment(_count(released[0]), to_partitions(released[1:]))
-    restore_optimization(head, state=(tensors, meta))
-    head.rng.load_state(tensors, meta["rng"])
-    with head.rng.swapped_in():  # now, rather than in the first step, if the generators can't take it
-        pass
+    def gather_contribution(self) -> Tensor:
+        """The factors and replica changes in a new flat buffer, in the plan's contribution layout."""
+        return gather(self.plan.contribution, {**self.factors, **self.replica_changes()}, self.dtype, self.device)
 
+    def replica_changes(self) -> dict[str, Tensor]:
+        """p - p' of each replica: what was trained since the adopted base."""
+        assert self.replica_reference is not None, "start() comes first"
+        before = replica_views(self.plan, self.replica_reference)
+        return {name: p.detach().to(self.dtype) - before[name] for name, p in self.replicas.items()}
 
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{value!r} where a whole number, at least 0, is expected")
-    return value
+    def replica_changes_beyond(self, contained: Tensor | None) -> dict[str, Tensor]:
+        """p - p' of each replica, less what the contribution `contained` (flat) holds of it; empty before the start."""
+        if self.replica_reference is None:
+            return {}
+        changes = self.replica_changes()
+        if contained is not None:
+            for name, contributed in replica_views(self.plan, replica_part(self.plan, contained)).items():
+                changes[name] -= contributed
+        return changes
 
+    # -- rebasing --------------------------------------------------------------------------------------------------------
 
-def _copy(into: Tensor, saved: Tensor) -> None:
-    if saved.shape != into.shape:  # `copy_` would spread a smaller one
-        raise ValueError(f"expected the shape {tuple(into.shape)}, found {tuple(saved.shape)}")
-    into.copy_(saved)
+    def set_reference(self, contained: Tensor) -> None:
+        """A', B' := A^c, B^c of the contribution `contained`, which was merged; with reset, B := 0 and no reference.
 
+        With reset, no step may have been taken since that contribution.
+        """
+        if self.reset == "B":
+            self.reference, factors = None, factor_views(self.plan, factors_part(self.plan, contained))
+            for spec in self.plan.adapted:
+                self.factors[spec.b].zero_()
+                self._merged_a[spec.a] = factors[spec.a]
+        else:
+            self.reference, self._merged_a = factors_part(self.plan, contained), {}
 
-def restore_optimization(head: Head, state: SavedState) -> None:
-    """The optimizer's state and the schedule's."""
-    tensors, meta = state
-    check_shapes(head.optimizer, tensors, {id(p): name for name, p in (*head._factors.items(), *head._replicas.items())})
-    restore_optimizer(head.optimizer, head.schedule, tensors, meta["optimizer"])
-    head.optimizer_step.scaler.load_state_dict(meta["optimizer"].get("scaler") or head.optimizer_step.scaler.state_dict())
-    head.optimizer_step.position = float(meta["position"] if "position" in meta else meta["step"])
+    @torch.no_grad()
+    def rebase_replicas(self, base: Tensor, ahead: Mapping[str, Tensor]) -> None:
+        """p' := the replicas of `base` (flat), and p := p' + `ahead`, which may be empty."""
+        self.replica_reference = base_replicas(self.plan, base).to(self.device, copy=True)
+        before = replica_views(self.plan, self.replica_reference)
+        for name, tensor in self.replicas.items():
+            tensor.copy_(before[name] + ahead[name] if ahead else before[name])
+            if tensor.dtype != self.dtype:  # p' is what this head really adopted, rounded; else every merge counts the rounding
+                before[name].copy_(tensor.to(self.dtype) - ahead[name] if ahead else tensor)
 
+    # -- going back ------------------------------------------------------------------------------------------------------
 
-def rejoin(
-    head: Head, position: CommittedPosition, reference: Tensor | None, version: int, base: Tensor, saved: SavedState | None
-) -> str:
-    """A head that died goes on from what a base holds of it, in the place of `start`.
+    def resume_at(self, position: CommittedPosition, reference: Tensor | None, incarnation: int) -> None:
+        """Takes over a position and the factors that a base holds of this head; B := 0 if there are none."""
+        self.step, self.samples, self.sequence = position.step, position.samples, position.sequence
+        self.merged = self.contributed = replace(position, incarnation=incarnation)
+        self.reference = None if reference is None else reference.to(self.device)
+        self.reset_factors()
 
-    It starts with the factors that were merged last and B A = B' A', so that it contributes nothing that it hasn't trained;
-    with the data that nobody has contributed; and with the optimizer's state of its last checkpoint, if there is one.
+    @torch.no_grad()
+    def drop_unmerged(self) -> None:
+        """A, B := A', B' and p := p': drops all that was trained since the last merged contribution."""
+        assert self.pending is None and self.replica_reference is not None
+        self.reset_factors()
+        for name, value in self._merged_a.items() if self.reference is None else ():
+            self.factors[name].copy_(value)
+        for name, value in replica_views(self.plan, self.replica_reference).items():
+            self.replicas[name].copy_(value)
+        self.losses = []
 
-    Returns:
-        What it had to do without, in words; empty if nothing.
-    """
-    lacks = ""
-    if saved is not None:
-        try:
-            restore_optimization(head, saved)
-            tensors, _ = saved
-            with torch.no_grad():
-                for name, buffer in head.local_buffers():
-                    _copy(buffer, tensors[f"buffer.{name}"])
-                if reference is None and head.settings.lte.reset == "B":
-                    for spec in head.plan.adapted:
-                        _copy(head._factors[spec.a], tensors[f"factor.{spec.a}"])
-        except INVALID_STATE_ERRORS as error:
-            lacks = f"its saved optimizer state can't be used ({type(error).__name__}: {error})"
-            head.optimizer.state.clear()
-    head.resume(position, reference)
-    head.optimizer_step.advance_to(position.step / head.settings.train.steps)
-    head.batch_stream.seek(position.batches, position.lanes)
-    head.start(version, base)
-    return lacks
+    @torch.no_grad()
+    def reset_factors(self) -> None:
+        """A, B := A', B'; without a reference B := 0, and A stays."""
+        if self.reference is not None:
+            for name, value in factor_views(self.plan, self.reference).items():
+                self.factors[name].copy_(value)
+            return
+        for spec in self.plan.adapted:
+            self.factors[spec.b].zero_()

@@ -1,27 +1,18 @@
 """Virtual heads: several heads in one process that share copies of the main weights.
 
-Each is a whole `Head` with its own data, factors, replicas, optimizer and reference; only the frozen weights are shared.
-They train in turns, in lanes that run at the same time, or all at once as one stacked, batched computation.
-
-Heads of one process that train at the same time, in lanes of one thread or a few each.
-
-On CPUs two heads on a core each are faster than one head on both: the threads of one operation wait for each other.
-
-Several heads as one stacked, batched computation: `torch.func.vmap` of one head's loss over the heads.
-
-Every head's own tensors become slices of stacked ones, in place, so that heads, optimizers and checkpoints go on using
-them as they are. The frozen main weights aren't stacked: there is one of them.
+Each is a complete `Head` with its own data, factors, replicas, optimizer and reference; only the frozen weights are shared.
+They train in turns, concurrently in threads (`ThreadedHeads`), or as one batched computation (`VmappedHeads`).
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,16 +25,11 @@ from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.optimization import autocast, check_loss
 from lte_ray.engine.head.rng import watch_draws
 from lte_ray.engine.process_tuning import torch_threads
+from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError
 from lte_ray.layout import Plan
-from lte_ray.worker import Batch, Worker
-
-if TYPE_CHECKING:
-    from lte_ray.engine.head.head import Head
-from collections.abc import Collection
-
-from lte_ray.engine.settings import Settings
 from lte_ray.messages import Contribution
+from lte_ray.worker import Batch, Worker
 
 
 class ThreadedHeads:
@@ -364,7 +350,7 @@ class HeadGroup:
             return
         for head in self.heads:
             head.prepare_to_train()
-        with self.heads[0].timed("train"):
+        with self.heads[0].timer.measure("train"):
             for _ in range(active[self.heads[0]]):
                 if self.heads[0].interrupted():
                     break

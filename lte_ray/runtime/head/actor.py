@@ -164,7 +164,7 @@ class HeadActor:
         base, update = self._copy_if_kept(group, arrived.base), arrived.reply
         for head in group.heads:
             self._missing_state = self._checkpointer.start_head(head, update, base, common) or self._missing_state
-            client.record_start(head, head.reference)
+            client.record_start(head, head.state.reference)
         client.release_base(group.heads[0])
         self._apply_directives(group, update)
         release_freed_memory()
@@ -207,7 +207,7 @@ class HeadActor:
             if due and not self._has_ended(head) and not head.outstanding and not client.awaits_reply(head):
                 contribution = head.contribute()
                 inject("contributes", head=head.number, step=head.step)
-                with head.timed("publish"):
+                with head.timer.measure("publish"):
                     client.send(head, contribution)
         stands = [head for head in group.heads if not self._has_ended(head) or client.awaits_reply(head)]
         if stands and all(head.outstanding if merge.wait else head.steps_left == 0 for head in stands):
@@ -217,7 +217,7 @@ class HeadActor:
         """Until something comes, or something is asked."""
         with ExitStack() as waiting:
             for head in heads:  # they wait together: the actor's time counts once
-                waiting.enter_context(head.timed("wait", 1 / len(heads)))
+                waiting.enter_context(head.timer.measure("wait", 1 / len(heads)))
             arrived = client.received_replies(timeout=POLL_SECONDS)
         self._adopt_replies(group, client, arrived)
         while any(client.awaits_reply(head) and not head.outstanding for head in heads) and self._context.settings.merge.wait:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lte_ray import checkpoint
 from lte_ray.engine.head.head import Head
-from lte_ray.engine.head.state import SavedState, StateMissed, rejoin, restore, snapshot
+from lte_ray.engine.head.snapshot import SavedState, StateMissed, rejoin, restore, snapshot
 from lte_ray.engine.head.virtual import HeadGroup
 from lte_ray.errors import StorageError, WorkerFailed
 from lte_ray.fault_injection import inject
@@ -67,7 +67,7 @@ class HeadCheckpointer:
             if head.number not in request.sequences or (request.id, head.number) in self._written:
                 continue
             self._written.add((request.id, head.number))
-            with head.timed("checkpoint"):
+            with head.timer.measure("checkpoint"):
                 try:
                     state: SavedState | None = snapshot(head, request)
                 except StateMissed:

@@ -239,7 +239,7 @@ class CoordinatorClient:
 
     def record_start(self, head: Head, reference: Tensor | None) -> None:
         """A head here has started with this reference."""
-        self._recovery_cache.record_start(head.number, head.merged_position.sequence, reference)
+        self._recovery_cache.record_start(head.number, head.state.merged.sequence, reference)
 
     def leave(self, head: int) -> None:
         """A head has ended."""
@@ -310,8 +310,9 @@ class CoordinatorClient:
             checksums=tuple(buffers_checksum([b]) for b in encoded.buffer),
             buffer=tuple(map(self._transport.publish, encoded.buffer)),
         )
+        assert head.state.pending is not None
         with self._epoch_lock:
-            self._recovery_cache.record_contribution(sent, head.contributed)
+            self._recovery_cache.record_contribution(sent, head.state.pending)
         return sent
 
     def _encode_and_submit(self, head: Head, contribution: Contribution, ready: Any) -> ReceivedReply:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lte_ray import checkpoint, export
-from lte_ray.engine.head.state import snapshot
+from lte_ray.engine.head.snapshot import snapshot
 from lte_ray.errors import ConfigError, UserError
 from lte_ray.export.delta import average
 from lte_ray.export.run_reader import open_run, read

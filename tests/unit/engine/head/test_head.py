@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lte_ray.adapters import LTELinear
 from lte_ray.engine.head.head import Head
-from lte_ray.engine.head.state import restore
+from lte_ray.engine.head.snapshot import restore
 from lte_ray.engine.prepare import prepare
 from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import base_replicas, replica_part, views

@@ -18,7 +18,7 @@ from lte_ray.config import LTEConfig, TrainConfig
 from lte_ray.data import Shard
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.optimization import OptimizerStep, build_optimizer, checkpoint_activations
-from lte_ray.engine.head.state import restore
+from lte_ray.engine.head.snapshot import restore
 from lte_ray.engine.in_process import run_in_process
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings

@@ -15,7 +15,7 @@ from lte_ray import checkpoint
 from lte_ray.adapters.quantization import Quantized
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.head.head import Head
-from lte_ray.engine.head.state import restore
+from lte_ray.engine.head.snapshot import restore
 from lte_ray.engine.in_process import run_in_process
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings

@@ -16,7 +16,7 @@ from lte_ray.data import Shard
 from lte_ray.data.partition import Partition, slots
 from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
 from lte_ray.engine.head.head import Head
-from lte_ray.engine.head.state import SavedState, rejoin
+from lte_ray.engine.head.snapshot import SavedState, rejoin
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.merging import Average, ComposedPolicy
@@ -80,7 +80,7 @@ def test_a_head_that_rejoins_donates_nothing_that_it_has_not_trained(dtype: str,
     """Its first contribution, if it takes no step, is D = 0 to the last bit, and it computes with W_v alone."""
     dead, settings, bases, state = trained(dtype, reset)
     head = Head(Falling(dtype=dtype), settings, 1, dtype=MERGING[dtype], incarnation=1)
-    reference = None if dead.reference is None else dead.reference.clone()
+    reference = None if dead.state.reference is None else dead.state.reference.clone()
     assert rejoin(head, merged(dead), reference, 2, bases[1], state if saved else None) == ""
     contribution = head.contribute()
     assert not dense_by_hand(head.plan, contribution.buffer, reference).any()
@@ -98,7 +98,7 @@ def test_a_head_that_rejoins_trains_what_was_not_merged() -> None:
     """Its data begin behind the last merged batch; its step, samples and learning rate, too."""
     dead, settings, bases, _ = trained("float64")
     head = Head(Falling(), settings, 1, dtype=torch.float64, incarnation=1)
-    rejoin(head, merged(dead), dead.reference, 2, bases[1], None)
+    rejoin(head, merged(dead), dead.state.reference, 2, bases[1], None)
     assert (head.step, head.samples, head.batch_stream.batches_taken, head.batch_stream.partitions) == (3, 12, 3, ((7, 2),))
     assert {group["lr"] for group in head.optimizer.param_groups} == {0.01 * (1 - 3 / 90)}
     assert not head.optimizer.state
@@ -152,7 +152,7 @@ def test_a_fresh_head_begins_with_b_zero() -> None:
     dead, settings, bases, _ = trained("float64")
     head = Head(Falling(), settings, 1, dtype=torch.float64, incarnation=1)
     rejoin(head, merged(dead), None, 2, bases[1], None)
-    assert head.reference is None
+    assert head.state.reference is None
     assert all(not head.converted.factors[spec.b].any() for spec in head.plan.adapted)
     parameters = dict(head.model.named_parameters())
     for spec in head.plan.adapted:

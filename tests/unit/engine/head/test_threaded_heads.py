@@ -78,7 +78,7 @@ def group_of(worker: Tiny, heads: int, lanes: int, **settings: int) -> HeadGroup
 def next_round(group: HeadGroup) -> None:
     group.train_round()
     for head in group.heads:
-        head._outstanding = None
+        head.state.pending = None
 
 
 def test_heads_of_different_lanes_train_at_the_same_time() -> None:

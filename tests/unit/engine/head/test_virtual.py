@@ -17,7 +17,7 @@ from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.data import Shard
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.head.head import Head
-from lte_ray.engine.head.state import restore
+from lte_ray.engine.head.snapshot import restore
 from lte_ray.engine.head.virtual import HeadGroup, Unstackable
 from lte_ray.engine.in_process import InProcessRun, run_in_process
 from lte_ray.engine.prepare import prepare
@@ -323,11 +323,11 @@ def test_heads_of_one_actor_may_be_at_different_steps() -> None:
         group = HeadGroup(Tiny(), settings, range(2), dtype=torch.float64, stack_heads=stack)
         for head in group.heads:
             head.start(0, prepare(Tiny(), settings, torch.float64).base)
-        group.heads[0].step = 9
+        group.heads[0].state.step = 9
         first, second = group.train_round()
         assert (first.step, second.step) == (12, 3)
         for head in group.heads:
-            head._outstanding = None
+            head.state.pending = None
         (alone,) = group.train_round()
         assert (alone.head, alone.step, alone.steps) == (1, 6, 6)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lte_ray.engine.head.head import Head
-from lte_ray.engine.head.state import SavedState, StateMissed, restore, snapshot
+from lte_ray.engine.head.snapshot import SavedState, StateMissed, restore, snapshot
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
@@ -77,7 +77,7 @@ class Run:
         made = head.contribute()
         if self.merging == torch.float32:
             head.encode(made, Codec(head.plan, make_groups([head.plan], self.settings.merge), self.settings.merge))
-        return replace(made, buffer=head.contributed.clone())
+        return replace(made, buffer=head.state.pending.clone())
 
 
 def _merging(case: str) -> torch.dtype:
@@ -164,7 +164,7 @@ def test_a_cut_whose_version_holds_what_is_outstanding(case: str, extra: int) ->
     state = snapshot(head, CheckpointRequest(3, {1: 2}))
     settle(head, True, 3, run.base(3))
     other = restored(run, state, 3)
-    assert (other.sequence, other.merged_position.step, other.step) == (2, sent.step, sent.step + extra)
+    assert (other.sequence, other.state.merged.step, other.step) == (2, sent.step, sent.step + extra)
     assert_go_on_alike(run, head, other, 3)
 
 
@@ -177,7 +177,7 @@ def test_a_cut_whose_version_lacks_what_is_outstanding(case: str, extra: int) ->
     state = snapshot(head, CheckpointRequest(3, {1: 1}))
     settle(head, False, 3, run.base(3))
     other = restored(run, state, 3)
-    assert (other.sequence, other.merged_position.step, other.step) == (1, 3, 6 + extra)
+    assert (other.sequence, other.state.merged.step, other.step) == (1, 3, 6 + extra)
     assert_go_on_alike(run, head, other, 3)
 
 
@@ -208,7 +208,7 @@ def test_a_cut_behind_the_first_base() -> None:
     state = snapshot(head, CheckpointRequest(2, {1: 0}))
     head.adopt(None, 2, run.base(2))
     other = restored(run, state, 2)
-    assert other.reference is None
+    assert other.state.reference is None
     assert_go_on_alike(run, head, other, 2)
 
 
