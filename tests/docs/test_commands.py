@@ -142,18 +142,45 @@ def test_flags_within_sentences_exist(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.ray
-def test_quick_commands_run(mine: Path, home: Path, local_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
-    """In this process, after the README's first command."""
+def test_quick_commands_run(
+    mine: Path, home: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, after the README's first command; then the Python blocks that need a run."""
     command = page_blocks("README.md", "sh")[1].splitlines()[-1]
     assert main([*shlex.split(command)[1:], "--name", "mine"]) == 0
     save_bert(home)
     for quick, how in RUN.items():
         if how.quick:
-            assert main([os.path.expanduser(word) for word in shlex.split(quick)[1:]]) == 0, quick
+            with contextlib.suppress(SystemExit):  # --help
+                assert main([os.path.expanduser(word) for word in shlex.split(quick)[1:]]) == 0, quick
             assert capsys.readouterr().out, quick
     assert (mine / "out" / "model.safetensors").exists()
     assert (mine / "out-bert" / "config.json").exists()
     assert (mine / "out-head-1" / "adapter_config.json").exists()
+    read_the_run(mine, home / "ray_results" / "mine", monkeypatch)
+
+
+def read_the_run(folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Executes the Python blocks that read a finished run: they load its weights and its adapter, and continue it."""
+    import peft
+    import safetensors.torch
+    import torch
+    from mine import Net  # type: ignore[import-not-found]
+
+    import lte_ray
+    from lte_ray.worker import build_model
+
+    monkeypatch.chdir(run)
+    names = {"worker": Net(), "safetensors": safetensors}
+    exec(page_blocks("docs/runs.md", "python")[0], names)
+    monkeypatch.chdir(folder)
+    adapted = {"peft": peft, "model": build_model(Net(), seed=0)}
+    exec(page_blocks("docs/export.md", "python")[0], adapted)
+    batch = torch.ones(2, 64)
+    torch.testing.assert_close(adapted["model"](batch), names["model"](batch))
+    continued = {"lte_ray": lte_ray}
+    exec(page_blocks("docs/faults.md", "python")[0], continued)
+    assert Path(continued["result"].path) == run
 
 
 def save_bert(home: Path) -> None:

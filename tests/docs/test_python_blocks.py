@@ -1,0 +1,92 @@
+"""Every Python block in the documentation runs as written. test_commands.py runs those that need a finished run."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lte_ray import LTEConfig, Shard
+from lte_ray.config import LayerConfig
+from tests.docs.pages import blocks, page_blocks
+
+ELSEWHERE = {
+    ("README.md", 0): "conftest.py writes mine.py, and test_commands.py trains it",
+    ("README.md", 1): "test_readme.py",
+    ("docs/export.md", 0): "test_commands.py",
+    ("docs/faults.md", 0): "test_commands.py",
+    ("docs/runs.md", 0): "test_commands.py",
+    ("docs/merge-policies.md", 0): "test_merge_policies.py",
+    ("docs/merge-policies.md", 1): "test_merge_policies.py",
+    ("docs/merge-policies.md", 2): "test_merge_policies.py",
+}
+"""Blocks that other tests run, by page and number on it, and where."""
+
+HERE = {
+    ("docs/from-lte.md", 0),
+    ("docs/models.md", 0),
+    ("docs/security.md", 0),
+    ("docs/workers.md", 0),
+    ("docs/workers.md", 1),
+}
+
+
+def run(page: str, number: int, **names: Any) -> dict[str, Any]:
+    """Executes a block with these names, and returns all names after it."""
+    exec(page_blocks(page, "python")[number], names)
+    return names
+
+
+def test_every_block_has_a_test() -> None:
+    """A new block must be listed, and one that is gone must be removed."""
+    pages = sorted(block.page for block in blocks("python"))
+    numbered = {(page, number) for page, group in itertools.groupby(pages) for number, _ in enumerate(group)}
+    assert numbered == HERE | set(ELSEWHERE)
+
+
+def test_a_worker_can_make_batches_from_their_numbers() -> None:
+    """docs/workers.md: the same number gives the same batch, whichever head trains it."""
+    train_batches = run("docs/workers.md", 0, torch=torch)["train_batches"]
+    first, second = itertools.islice(train_batches(None, Shard(0, 1, seed=3)), 2)
+    (other,) = itertools.islice(train_batches(None, Shard(1, 2, seed=3)), 1)
+    assert first.shape == (32, 64)
+    assert not torch.equal(first, second)
+    assert torch.equal(second, other)
+
+
+def test_a_worker_can_give_replicas_another_learning_rate() -> None:
+    """docs/workers.md: each group gets its own rate, which the schedule keeps apart."""
+    names = run("docs/workers.md", 1, torch=torch)
+    groups = [{"params": [nn.Parameter(torch.zeros(2))], "name": name} for name in ("lora", "replica")]
+    optimizer = names["build_optimizer"](None, groups)
+    assert [group["lr"] for group in optimizer.param_groups] == [4e-3, 1e-3]
+    names["build_schedule"](None, optimizer, 10)
+    assert [group["max_lr"] for group in optimizer.param_groups] == [4e-3, 1e-3]
+
+
+def test_rules_for_layers_can_be_given_in_python() -> None:
+    """docs/models.md: as an expression of the two settings classes."""
+    run("docs/models.md", 0, LTEConfig=LTEConfig, LayerConfig=LayerConfig)
+
+
+def test_a_worker_can_read_a_secret_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/security.md: when it trains, not when it is made."""
+    made = run("docs/security.md", 0, os=os)["Mine"]()
+    monkeypatch.setenv("HF_TOKEN", "a secret")
+    made.train_batches(Shard(0, 1, seed=0))
+    assert not vars(made)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_authors_users_can_go_on_to_ray(mine: Path, home: Path, local_ray: None) -> None:
+    """docs/from-lte.md: with a worker of their own, here the README's."""
+    from mine import Net  # type: ignore[import-not-found]
+
+    names = run("docs/from-lte.md", 0, MyWorker=Net)
+    assert (Path(names["result"].path) / "model.safetensors").exists()
