@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+CHECKSUM_INTERVAL = 10
+"""Versions between two checksums of the groups that heads redo from factors."""
+
 Partitions = tuple[tuple[int, int], ...]
 """Parts of the data order: each the batches `next`, `next` + `stride`, ... (`data.partition`)."""
 

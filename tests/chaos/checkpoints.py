@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.settings import Settings
-from lte_ray.merging.policies.trigger import get_policy_state
 from lte_ray.messages import CheckpointRequest
 from lte_ray.runtime.coordinator_state import CoordinatorState
 from tests.chaos.account import Account
@@ -40,15 +38,9 @@ class Cuts:
         save = CheckpointRequest(
             engine.version, {h: engine.positions[h].sequence for h in sorted(self.present & engine.members)}
         )
-        standings = {str(h): dataclasses.asdict(held) for h, held in engine.positions.items() if h in engine.members}
-        facts = {
-            "lte": {"num_heads": self.settings.lte.num_heads},
-            "standings": standings,
-            "ledger": engine.assignor.state(),
-            "guard": engine.outlier_filter.state(),
-        }
+        facts = {"lte": {"num_heads": self.settings.lte.num_heads}, **engine.checkpoint_facts()}
         base, held = engine.base_weights.read(lambda version, base, held: (base.clone(), _cloned(held)))
-        policy = _cloned(get_policy_state(engine.policy))
+        policy = _cloned(engine.policy_state())
         heads = set(save.sequences)
         self.cuts[save.version] = Kept(
             save.version, as_json(facts), base, held, policy, self.account.copy(), save, set(heads), heads

@@ -10,10 +10,8 @@ from lte_ray.data.assignment import PartitionAssignor
 from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
 from lte_ray.engine.prepare import Initial
 from lte_ray.engine.settings import Settings
-from lte_ray.merging.policies.trigger import load_policy_state
 from lte_ray.merging.registry import make_policy
 from lte_ray.messages import CommittedPosition, Contribution, ContributionResult, CoordinatorReply, JoinReply
-from lte_ray.runtime.coordinator.submissions import _refuses
 from lte_ray.runtime.coordinator_state import CoordinatorState
 from tests.chaos.account import Account, Broken
 from tests.chaos.checkpoints import Cuts
@@ -64,11 +62,11 @@ class Hub(Cuts):
             clock=lambda: 0.0,
         )
         if start.outlier_filter:
-            self.engine.outlier_filter.load_state(start.outlier_filter)
+            self.engine.load_outlier_state(start.outlier_filter)
         if start.checkpoint_version is not None and self.disk.kept[start.checkpoint_version].policy:
-            load_policy_state(self.engine.policy, self.disk.kept[start.checkpoint_version].policy)
+            self.engine.load_policy_state(self.disk.kept[start.checkpoint_version].policy)
         self.joined: set[int] = set()
-        self.together = start.epoch == 0 and (self.engine.step_budget.shared or bool(start.exact_heads))
+        self.together = start.epoch == 0 and (self.engine.shares_steps or bool(start.exact_heads))
         self.exact = set(start.exact_heads) if start.epoch == 0 else set[int]()
         self.present = set(start.step_limits)
         self.saved, self.states = start.checkpoint_version, start.saved_heads
@@ -89,9 +87,9 @@ class Hub(Cuts):
             self.decided.append((call, settled))
             return
         own = Submission(c, [call], call.process.track)
-        reason = self.engine.refusal(c)
-        if reason:
-            self._handle(lambda: self.engine.refuse(c, reason), own)
+        refusal = self.engine.check_numbers(c)
+        if refusal is not None:
+            self._handle(lambda: refusal, own)
         else:
             self.arriving[c.head] = own
 
@@ -105,7 +103,7 @@ class Hub(Cuts):
         outcome = event()
         verdicts = list(outcome.results)
         if own is not None:
-            refused = next((verdict for verdict in verdicts if _refuses(verdict, own.contribution)), None)
+            refused = outcome.refusal(own.contribution)
             if refused is None:
                 self.undecided[own.contribution.head] = own
             else:
@@ -153,7 +151,7 @@ class Hub(Cuts):
     def since(self, head: int) -> CoordinatorReply:
         """`Updates.since`, dense."""
         engine = self.engine
-        known = (dict(engine.positions), engine.assignor.state())
+        known = (dict(engine.positions), engine.assignment_state())
         if self.mode.cached:
             known = self._published.setdefault(engine.version, known)
         saves = [kept.save for kept in self.cuts.values() if head in kept.untold]
@@ -197,7 +195,7 @@ class Hub(Cuts):
             begin = JoinReply(engine.positions[head], checkpoint=self.start.checkpoint_version, exact=True)
         else:
             standing = engine.start_head(head)
-            held = engine.base_weights.read(lambda version, base, held: dict(held)).get(head) if standing.sequence else None
+            held = engine.reference(head) if standing.sequence else None
             begin = JoinReply(standing, None if held is None else held.clone(), self.saved if head in self.states else None)
         self.present.add(head)
         join.answer = replace(self.since(head), join_replies={head: begin})

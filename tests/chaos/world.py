@@ -92,7 +92,7 @@ class World(Recovery):
         if any(merged < end for merged, end in ends.values()) and not self.happened["poison"]:  # whose steps are dropped
             raise Broken(f"heads ended and died, and not all of their steps are merged: {ends}")
         steps = {number: process.head.step for number, process in sound.items() if process.head is not None}
-        if not hub.engine.step_budget.shared and set(steps.values()) - {self.settings.train.steps}:
+        if not hub.engine.shares_steps and set(steps.values()) - {self.settings.train.steps}:
             raise Broken(f"not all heads have taken {self.settings.train.steps} steps: {steps}")
         budget, out = hub.engine.step_budget, len(there) < len(self.members)
         taken = {n: budget._granted[n] if n in there else step for n, step in budget._taken.items()}  # who left took no more

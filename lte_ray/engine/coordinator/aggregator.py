@@ -1,43 +1,46 @@
-"""The main weights in the type of all merging, brought up to date beside the decisions about them.
+"""The tensors of merging: the base, and the changes that merges add to it.
 
-The tensors of merging for some groups of entries: the work of one of several coordinator shards.
-
-The coordinator decides by numbers (`Measured`); each shard decodes, checks and merges its own groups' part of every
-contribution: the same operations on each entry, in the same order, as one process for all would do.
-
-What the coordinator knows of contributions whose tensors are in shards: numbers.
+The coordinator decides by numbers. The tensors are in its own process (`LocalTensors`), or spread over coordinator shards
+(`BaseShard`), of which it knows numbers only (`RemoteTensors`). Either way each entry goes through the same operations in the
+same order. `BaseWeights` computes the products when a reader needs them, or in another thread.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from threading import Lock
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from lte_ray.merging.low_rank import Share, add_contributions, new_reference
+from lte_ray.layout import Plan
+from lte_ray.merging.flat_buffer import views
+from lte_ray.merging.low_rank import Share, add_contributions, dense_part, new_reference, squared_norm
 from lte_ray.transfer.codec import Codec
 
 T = TypeVar("T")
 
-Use = Callable[[int, Tensor, Mapping[int, Tensor | None]], T]
-"""What is made of a version's number, its base and the references that it holds, which nothing changes meanwhile."""
+BaseReader = Callable[[int, Tensor, Mapping[int, Tensor | None]], T]
+"""Reads one version: its number, its base and the references that it holds. Nothing changes them meanwhile."""
 
-KEPT = 1000
-"""Versions whose time is remembered."""
+MAX_TIMED_VERSIONS = 1000
+"""Versions whose merge time is remembered until it is asked for."""
+
+
+# -- one base ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class MergeOp:
-    """How one version follows from the one before: base += sum of weight x change over `shares`, or base += `change`.
+    """How a version follows from the one before: base += sum of weight x change over `shares`, or base += `change`.
 
-    `references` are the factors that the new version holds of the heads that were merged.
+    `references` are the factors that the new version holds of the merged heads.
     """
 
     version: int
@@ -46,7 +49,7 @@ class MergeOp:
     references: Mapping[int, Tensor | None] = field(default_factory=dict)
 
     def apply(self, base: Tensor) -> None:
-        """Does it, in place, in the order of the shares."""
+        """Changes `base` in place, in the order of the shares."""
         if self.change is None:
             add_contributions(base, self.shares)
         else:
@@ -54,10 +57,10 @@ class MergeOp:
 
 
 class BaseWeights:
-    """A base, and the operations that lead to the newest version, which may be carried out later and in another thread.
+    """A base, and a queue of the operations that lead from it to the newest version.
 
-    The coordinator decides by numbers; the products are computed when somebody needs them, or beside. Heads that get factors
-    do the same operations in the same order (`BaseReplica`): theirs are equal bit for bit on one kind of hardware.
+    The operations are carried out by `catch_up`, possibly in another thread. Heads that receive factors carry out the same
+    operations in the same order (`BaseReplica`), so on one kind of hardware their base is equal bit for bit.
 
     Args:
         base: flat, in the base layout; taken over and changed in place.
@@ -67,8 +70,8 @@ class BaseWeights:
 
     def __init__(self, base: Tensor, version: int, references: Mapping[int, Tensor | None]) -> None:
         self._base, self._references = base, dict(references)
-        self._done = self.version = version  # computed, and queued
-        self._queue: deque[MergeOp | tuple[Use[Any], Future[Any]]] = deque()
+        self._computed = self.version = version  # `version` counts what is queued, too
+        self._queue: deque[MergeOp | tuple[BaseReader[Any], Future[Any]]] = deque()
         self._seconds: dict[int, float] = {}
         self._lock = Lock()
 
@@ -79,148 +82,52 @@ class BaseWeights:
         self.version = operation.version
 
     def forget_head(self, head: int) -> None:
-        """From here on no version holds factors of this head: what the base has of them is weights like any other."""
+        """Versions from here on hold no factors of this head: its part of the base counts as ordinary weights."""
         self.schedule_read(lambda version, base, references: self._references.pop(head, None))
 
     def catch_up(self) -> Tensor:
-        """Carries out all that is queued and gives the base, which stays the master's own."""
+        """Carries out all queued operations. Returns the base, which this object keeps and changes later."""
         with self._lock:
             return self._catch_up()
 
-    def schedule_read(self, use: Use[T]) -> Future[T]:
-        """What `use` will make of the version that is the newest now, whatever is queued after it; once it is carried out."""
+    def schedule_read(self, read: BaseReader[T]) -> Future[T]:
+        """Queues `read` for the version that is the newest now, whatever is queued after it. `catch_up` carries it out."""
         result: Future[T] = Future()
-        self._queue.append((use, result))
+        self._queue.append((read, result))
         return result
 
-    def read(self, use: Use[T]) -> T:
-        """As `at`, at once."""
-        result = self.schedule_read(use)
+    def read(self, read: BaseReader[T]) -> T:
+        """Reads the newest version now."""
+        result = self.schedule_read(read)
         self.catch_up()
         return result.result()
 
     def pop_seconds(self, version: int) -> float:
-        """How long a version's operation took, which is forgotten here; 0 before it was carried out."""
+        """Seconds that computing a version took, which are forgotten here; 0 before it is computed."""
         return self._seconds.pop(version, 0.0)
 
     def _catch_up(self) -> Tensor:
         while self._queue:
             step = self._queue.popleft()
             if isinstance(step, MergeOp):
-                begun = time.perf_counter()
+                start = time.perf_counter()
                 step.apply(self._base)
                 self._references.update(step.references)
-                self._done = step.version
-                self._seconds[self._done] = time.perf_counter() - begun
-                self._seconds.pop(self._done - KEPT, None)  # which nobody asked for
+                self._computed = step.version
+                self._seconds[self._computed] = time.perf_counter() - start
+                self._seconds.pop(self._computed - MAX_TIMED_VERSIONS, None)  # it was never asked for
             else:
-                self._give(*step)
+                self._read(*step)
         return self._base
 
-    def _give(self, use: Use[Any], result: Future[Any]) -> None:
+    def _read(self, read: BaseReader[Any], result: Future[Any]) -> None:
         try:
-            result.set_result(use(self._done, self._base, self._references))
-        except Exception as error:  # it is the asker's, not that of whoever catches up
+            result.set_result(read(self._computed, self._base, self._references))
+        except Exception as error:  # it concerns the reader, not the caller of `catch_up`
             result.set_exception(error)
 
 
-class BaseShard:
-    """Some groups' part of the base, of every head's reference, and of the contributions that aren't decided.
-
-    `receive`, `merge`, `forget` and `at` are called in one thread; `catch_up`, which computes, may be called in another.
-
-    Args:
-        codecs: each head's; all have the same groups.
-        parts: each group's part of the base by its number, flat, in the layout `Codec.parts[number].base`. Taken over.
-        reset: as `LTEConfig.reset`.
-        version: of the base.
-        references: the factors that it holds of each head, by group, flat (`Codec.take_factors`).
-    """
-
-    def __init__(
-        self,
-        codecs: Sequence[Codec],
-        parts: Mapping[int, Tensor],
-        reset: str,
-        *,
-        version: int = 0,
-        references: Mapping[int, Mapping[int, Tensor]] | None = None,
-    ) -> None:
-        self._codecs, self._reset = codecs, reset
-        self._held: dict[int, dict[int, Tensor | None]] = {index: dict((references or {}).get(index, {})) for index in parts}
-        self._masters = {index: BaseWeights(part, version, self._held[index]) for index, part in parts.items()}
-        self._received: dict[int, tuple[int, dict[int, Share]]] = {}  # by ticket: the head, and its share of each group
-
-    @property
-    def groups(self) -> tuple[int, ...]:
-        """The numbers of its groups."""
-        return tuple(self._masters)
-
-    @property
-    def factored_groups(self) -> tuple[int, ...]:
-        """The numbers of those that heads redo from factors."""
-        return tuple(index for index in self._masters if self._codecs[0].groups[index].by_factors)
-
-    @property
-    def undecided(self) -> int:
-        """How many contributions it keeps."""
-        return len(self._received)
-
-    def receive(self, ticket: int, head: int, buffers: Mapping[int, Tensor]) -> float:
-        """A contribution's buffers of this shard's groups. They are only read, and kept until it is merged or forgotten.
-
-        Args:
-            ticket: the contribution's own number; heads' sequence numbers are repeated by mistaken or restarted heads.
-
-        Returns:
-            The sum of squares of its elements here: NaN or infinity if it holds such.
-
-        Raises:
-            ValueError: a buffer is malformed; nothing is kept.
-        """
-        codec, shares = self._codecs[head], {}
-        for index, held in self._held.items():
-            old = held.get(head)
-            flat = codec.decode_group(index, buffers[index], old)
-            shares[index] = Share(1.0, codec.group_plans[index], flat, old)
-        self._received[ticket] = (head, shares)
-        return sum(float(torch.dot(share.contribution, share.contribution)) for share in shares.values())
-
-    def discard(self, ticket: int) -> None:
-        """A contribution was refused, here or elsewhere, or discarded: its head's reference stays as it is."""
-        self._received.pop(ticket, None)
-
-    def forget_head(self, head: int) -> None:
-        """A head begins with B = 0: from here on no version holds factors of that number."""
-        for index, master in self._masters.items():
-            self._held[index].pop(head, None)
-            master.forget_head(head)
-
-    def merge(self, version: int, weights: Mapping[int, float]) -> None:
-        """The next version: base += sum of weight x change over these tickets, in their order; computed by `catch_up`."""
-        for index, master in self._masters.items():
-            shares = {}
-            for ticket, weight in weights.items():
-                head, received = self._received[ticket]
-                shares[head] = replace(received[index], weight=weight)
-            references = {head: new_reference(share, self._reset) for head, share in shares.items()}
-            master.enqueue(MergeOp(version, list(shares.values()), references=references))
-            self._held[index].update(references)
-        for ticket in weights:
-            del self._received[ticket]
-
-    def schedule_read(self, group: int, use: Use[T]) -> Future[T]:
-        """What `use` will make of a group's part at the version that is the newest now; see `Master.at`."""
-        return self._masters[group].schedule_read(use)
-
-    def catch_up(self) -> None:
-        """Carries out all that is queued."""
-        for master in self._masters.values():
-            master.catch_up()
-
-    def pop_seconds(self, version: int) -> float:
-        """How long a version's products took, which is forgotten here."""
-        return sum(master.pop_seconds(version) for master in self._masters.values())
+# -- what the coordinator sees of the tensors --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -231,14 +138,14 @@ class MeasuredContribution:
 
 
 class NeedsTensors(Exception):
-    """A policy looked at the tensors of a contribution, which aren't in the coordinator's process."""
+    """A policy read the tensors of a contribution, which are in other processes."""
 
 
 class RemoteShare(Share):
-    """Stands for the share of a contribution whose tensors are in shards: to look at it is a `NeedsTensors`."""
+    """Stands for the share of a contribution whose tensors are in shards: reading it raises NeedsTensors."""
 
     def __init__(self) -> None:
-        """It has nothing."""
+        """It has no fields."""
 
     def _missing(self) -> NoReturn:
         raise NeedsTensors
@@ -258,3 +165,270 @@ class RemoteShare(Share):
     @property
     def plan(self) -> NoReturn:
         self._missing()
+
+
+@dataclass(frozen=True)
+class DecidedMerge:
+    """What the next version adds to the base: the shares by weight, or `change` in their place.
+
+    Attributes:
+        version: the next one.
+        shares: of the merged heads, in the order in which they are added.
+        weights: by head; empty where there is a `change`.
+        change: flat, in the base layout.
+        num_heads: N.
+    """
+
+    version: int
+    shares: Mapping[int, Share]
+    weights: Mapping[int, float]
+    change: Tensor | None
+    num_heads: int
+
+
+class MergeTensors(Protocol):
+    """What the coordinator asks of the tensors: `LocalTensors`, or `RemoteTensors` where shards hold them.
+
+    Attributes:
+        dtype: of all merging.
+        local: whether they are in this process, so that policies may read them.
+    """
+
+    dtype: torch.dtype
+    local: bool
+
+    def check_shape(self, head: int, buffer: Any) -> str:
+        """Why a buffer isn't a flat contribution of the head's plan; empty if it is."""
+        ...
+
+    def sum_of_squares(self, buffer: Any) -> float:
+        """Over all elements of a contribution: NaN or infinity if it holds such."""
+        ...
+
+    def share(self, head: int, buffer: Any) -> Share:
+        """What a contribution adds to the base at weight 1."""
+        ...
+
+    def norm(self, share: Share) -> float | None:
+        """The Euclidean norm of a contribution's whole change; None where only its head can tell it."""
+        ...
+
+    def merge(self, merge: DecidedMerge) -> None:
+        """Makes the next version."""
+        ...
+
+    def preview(self, merge: DecidedMerge) -> Tensor:
+        """The base that `merge` would make, as a new tensor."""
+        ...
+
+    def forget_head(self, head: int) -> None:
+        """What the base holds of a head stays in it as ordinary weights."""
+        ...
+
+
+class LocalTensors:
+    """The tensors in the coordinator's own process.
+
+    Args:
+        plan: what is trained.
+        plans: each head's.
+        base: flat, in the base layout; taken over and changed in place. Its type is that of all merging.
+        version: of `base`.
+        references: the factors that `base` holds of each head, flat; None where B' = 0.
+        reset: as `LTEConfig.reset`.
+    """
+
+    local = True
+
+    def __init__(
+        self,
+        plan: Plan,
+        plans: Sequence[Plan],
+        base: Tensor,
+        version: int,
+        references: Mapping[int, Tensor | None],
+        reset: str,
+    ) -> None:
+        self._plan, self._plans, self._reset = plan, plans, reset
+        self._buffers = {replica.name for replica in plan.replicas if replica.buffer}
+        self.dtype = base.dtype
+        self.references = dict(references)
+        self.base_weights = BaseWeights(base, version, references)
+
+    def check_shape(self, head: int, buffer: Tensor) -> str:
+        expected = (self._plans[head].contribution.size,)
+        if buffer.shape == expected and buffer.dtype == self.dtype:
+            return ""
+        return f"it has the shape {tuple(buffer.shape)} and the type {buffer.dtype}, expected {expected} and {self.dtype}"
+
+    def sum_of_squares(self, buffer: Tensor) -> float:
+        return float(torch.dot(buffer, buffer))
+
+    def share(self, head: int, buffer: Tensor) -> Share:
+        return Share(1.0, self._plans[head], buffer, self.references.get(head))
+
+    def norm(self, share: Share) -> float | None:
+        return math.sqrt(squared_norm(share))
+
+    def merge(self, merge: DecidedMerge) -> None:
+        references = {head: new_reference(share, self._reset) for head, share in merge.shares.items()}
+        self.base_weights.enqueue(replace(self._operation(merge), references=references))
+        self.references.update(references)
+
+    def preview(self, merge: DecidedMerge) -> Tensor:
+        base = self.base_weights.catch_up().clone()
+        self._operation(merge).apply(base)
+        return base
+
+    def forget_head(self, head: int) -> None:
+        self.references.pop(head, None)
+        self.base_weights.forget_head(head)
+
+    def _operation(self, merge: DecidedMerge) -> MergeOp:
+        if merge.change is None:
+            return MergeOp(merge.version, [replace(merge.shares[head], weight=w) for head, w in merge.weights.items()])
+        return MergeOp(merge.version, (), self._with_mean_buffers(merge))
+
+    def _with_mean_buffers(self, merge: DecidedMerge) -> Tensor:
+        """The change, with that of running statistics replaced by their mean: an extrapolated variance may be negative."""
+        assert merge.change is not None
+        if not self._buffers:
+            return merge.change
+        change = merge.change.clone()
+        for name, part in views(self._plan.base, change).items():
+            if name in self._buffers:
+                part.copy_(torch.stack([dense_part(share, name) for share in merge.shares.values()]).sum(0) / merge.num_heads)
+        return change
+
+
+class RemoteTensors:
+    """Stands for tensors in coordinator shards: the runtime sends them the merges, and policies must decide by weights."""
+
+    dtype = torch.float32
+    local = False
+
+    def check_shape(self, head: int, buffer: MeasuredContribution) -> str:
+        return ""  # shards check their parts when they decode them
+
+    def sum_of_squares(self, buffer: MeasuredContribution) -> float:
+        return buffer.sum_of_squares
+
+    def share(self, head: int, buffer: MeasuredContribution) -> Share:
+        return RemoteShare()
+
+    def norm(self, share: Share) -> float | None:
+        return None
+
+    def merge(self, merge: DecidedMerge) -> None:
+        """The runtime has the shards do it."""
+
+    def preview(self, merge: DecidedMerge) -> Tensor:
+        raise NeedsTensors
+
+    def forget_head(self, head: int) -> None:
+        """The runtime has the shards do it."""
+
+
+# -- one shard ---------------------------------------------------------------------------------------------------------
+
+
+class BaseShard:
+    """One coordinator shard: some groups' part of the base, of every head's reference, and of the undecided contributions.
+
+    It decodes, checks and merges its own groups' part of every contribution. Call `receive`, `merge`, `discard` and
+    `schedule_read` in one thread; `catch_up`, which computes, may run in another.
+
+    Args:
+        codecs: each head's; all have the same groups.
+        parts: each group's part of the base by its number, flat, in the layout `Codec.group_plans[number].base`. Taken over.
+        reset: as `LTEConfig.reset`.
+        version: of the base.
+        references: the factors that it holds of each head, by group, flat (`Codec.slice_factors`).
+    """
+
+    def __init__(
+        self,
+        codecs: Sequence[Codec],
+        parts: Mapping[int, Tensor],
+        reset: str,
+        *,
+        version: int = 0,
+        references: Mapping[int, Mapping[int, Tensor]] | None = None,
+    ) -> None:
+        self._codecs, self._reset = codecs, reset
+        self._references: dict[int, dict[int, Tensor | None]] = {i: dict((references or {}).get(i, {})) for i in parts}
+        self._weights = {index: BaseWeights(part, version, self._references[index]) for index, part in parts.items()}
+        self._received: dict[int, tuple[int, dict[int, Share]]] = {}  # by ticket: the head, and its share of each group
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """The numbers of its groups."""
+        return tuple(self._weights)
+
+    @property
+    def factored_groups(self) -> tuple[int, ...]:
+        """The numbers of its groups that heads redo from factors."""
+        return tuple(index for index in self._weights if self._codecs[0].groups[index].by_factors)
+
+    @property
+    def undecided(self) -> int:
+        """How many contributions it keeps."""
+        return len(self._received)
+
+    def receive(self, ticket: int, head: int, buffers: Mapping[int, Tensor]) -> float:
+        """Decodes a contribution's buffers. They are only read, and kept until it is merged or discarded.
+
+        Args:
+            ticket: the contribution's own number; faulty or restarted heads repeat sequence numbers.
+            head: whose it is.
+            buffers: by group.
+
+        Returns:
+            The sum of squares of its elements here: NaN or infinity if it holds such.
+
+        Raises:
+            ValueError: a buffer is malformed; nothing is kept.
+        """
+        codec, shares = self._codecs[head], {}
+        for index, references in self._references.items():
+            reference = references.get(head)
+            flat = codec.decode_group(index, buffers[index], reference)
+            shares[index] = Share(1.0, codec.group_plans[index], flat, reference)
+        self._received[ticket] = (head, shares)
+        return sum(float(torch.dot(share.contribution, share.contribution)) for share in shares.values())
+
+    def discard(self, ticket: int) -> None:
+        """Drops a contribution that was refused, here or in another shard, or discarded. Its head's reference stays."""
+        self._received.pop(ticket, None)
+
+    def forget_head(self, head: int) -> None:
+        """A head begins with B = 0: versions from here on hold no factors of that number."""
+        for index, weights in self._weights.items():
+            self._references[index].pop(head, None)
+            weights.forget_head(head)
+
+    def merge(self, version: int, weights: Mapping[int, float]) -> None:
+        """Queues the next version: base += sum of weight x change over these tickets, in their order."""
+        for index, base_weights in self._weights.items():
+            shares = {}
+            for ticket, weight in weights.items():
+                head, received = self._received[ticket]
+                shares[head] = replace(received[index], weight=weight)
+            references = {head: new_reference(share, self._reset) for head, share in shares.items()}
+            base_weights.enqueue(MergeOp(version, list(shares.values()), references=references))
+            self._references[index].update(references)
+        for ticket in weights:
+            del self._received[ticket]
+
+    def schedule_read(self, group: int, read: BaseReader[T]) -> Future[T]:
+        """Queues a read of one group's part of the version that is the newest now; see `BaseWeights.schedule_read`."""
+        return self._weights[group].schedule_read(read)
+
+    def catch_up(self) -> None:
+        """Carries out all that is queued."""
+        for weights in self._weights.values():
+            weights.catch_up()
+
+    def pop_seconds(self, version: int) -> float:
+        """Seconds that a version's products took, which are forgotten here."""
+        return sum(weights.pop_seconds(version) for weights in self._weights.values())

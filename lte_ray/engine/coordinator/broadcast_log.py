@@ -8,9 +8,6 @@ from collections.abc import Collection, Sequence
 from lte_ray.messages import MergeDelta
 from lte_ray.transfer.groups import EntryGroup
 
-CHECKSUM_INTERVAL = 10
-"""Versions between two checksums."""
-
 
 class BroadcastLog:
     """Remembers the last merges as heads redo them, as long as their factors are fewer bytes than the base.

@@ -11,11 +11,7 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from lte_ray.config import MergeConfig
-from lte_ray.engine.coordinator.aggregator import MeasuredContribution
 from lte_ray.messages import Contribution
 
 ABSURD = 1e30
@@ -39,18 +35,6 @@ def check_identity(c: Contribution, run: str, newest: tuple[int, int], version: 
     if c.version > version:
         return f"it was trained on version {c.version}, but the newest is {version}"
     return ""
-
-
-def check_shape(buffer: Tensor | MeasuredContribution, size: int, dtype: torch.dtype) -> str:
-    """Why it isn't a flat contribution of the head's plan; shards have checked their parts' sizes when they decoded them."""
-    if isinstance(buffer, MeasuredContribution) or (buffer.shape == (size,) and buffer.dtype == dtype):
-        return ""
-    return f"it has the shape {tuple(buffer.shape)} and the type {buffer.dtype}, expected {(size,)} and {dtype}"
-
-
-def sum_of_squares(buffer: Tensor | MeasuredContribution) -> float:
-    """The sum of squares of its elements."""
-    return buffer.sum_of_squares if isinstance(buffer, MeasuredContribution) else float(torch.dot(buffer, buffer))
 
 
 def check_magnitude(total: float, scaling: float) -> str:

@@ -10,11 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lte_ray.engine.coordinator.broadcast_log import CHECKSUM_INTERVAL
 from lte_ray.engine.process_tuning import torch_threads
 from lte_ray.merging.flat_buffer import views
 from lte_ray.merging.low_rank import Share, add_contributions, new_reference
-from lte_ray.messages import CoordinatorReply, MergeDelta
+from lte_ray.messages import CHECKSUM_INTERVAL, CoordinatorReply, MergeDelta
 from lte_ray.transfer.checksum import base_checksum
 from lte_ray.transfer.codec import Codec
 

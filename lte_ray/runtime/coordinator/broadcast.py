@@ -12,11 +12,11 @@ from collections import deque
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import replace
 
-from lte_ray.engine.coordinator.broadcast_log import CHECKSUM_INTERVAL, BroadcastLog, alternative_bytes
+from lte_ray.engine.coordinator.broadcast_log import BroadcastLog, alternative_bytes
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.coordinator.loss_spike import LossSpikeDetector
 from lte_ray.merging.policies.trigger import get_policy_state
-from lte_ray.messages import CheckpointRequest, ContributionResult, CoordinatorReply, MergeDelta, MergeRecord
+from lte_ray.messages import CHECKSUM_INTERVAL, CheckpointRequest, ContributionResult, CoordinatorReply, MergeDelta, MergeRecord
 from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.coordinator.aggregators import Aggregator, Published, Publisher, known
 from lte_ray.runtime.coordinator.background_tasks import BackgroundTasks

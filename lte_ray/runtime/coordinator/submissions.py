@@ -36,11 +36,6 @@ class _Submission:
     answer: asyncio.Future[ContributionResult]
 
 
-def _refuses(verdict: ContributionResult, c: Contribution) -> bool:
-    """Whether this is the verdict on that contribution, which has just come, and can't be merged."""
-    return not (verdict.accepted or verdict.discarded) and (verdict.head, verdict.sequence) == (c.head, c.sequence)
-
-
 class SubmissionLoop:
     """Drives the engine's coordinator on one event loop, where nobody's event waits for anybody else's.
 
@@ -95,9 +90,9 @@ class SubmissionLoop:
             return settled
         self._tickets += 1
         own = _Submission(self._tickets, contribution, contribution.buffer, self._waiters.create_future())
-        reason = self._engine.refusal(contribution)
-        if reason:  # it needn't be fetched, and who else holds that number must not be harmed
-            self.handle(lambda: self._engine.refuse(contribution, reason), own)
+        refusal = self._engine.check_numbers(contribution)
+        if refusal is not None:  # no need to fetch it; the head that holds that number now isn't affected
+            self.handle(lambda: refusal, own)
             return await own.answer
         self._arriving[c.head] = (c.incarnation, c.sequence)
         try:
@@ -105,7 +100,7 @@ class SubmissionLoop:
             inject("arrived", version=self._engine.version)
         except ValueError as error:
             reason = f"it can't be decoded: {error}"
-            self.handle(lambda: self._engine.reject(contribution, reason, poison=False), own)
+            self.handle(lambda: self._engine.reject(contribution, reason, harmful=False), own)
         except ObjectLost as error:  # its head has died
             reason = f"it can't be fetched: {error}"
             self.handle(lambda: self._engine.refuse(contribution, reason), own)
@@ -144,7 +139,7 @@ class SubmissionLoop:
     def _carry_out(self, outcome: StepResult, own: _Submission | None) -> None:
         settled = list(outcome.results)
         if own is not None:
-            refused = next((verdict for verdict in settled if _refuses(verdict, own.contribution)), None)
+            refused = outcome.refusal(own.contribution)
             if refused is None:
                 self._undecided[own.contribution.head] = own
             else:

@@ -225,7 +225,7 @@ def test_a_real_run_is_far_from_the_threshold(lr: float, lte: dict, merge: dict,
     guard, receive, judged = OutlierFilter(MergeConfig(max_norm_z=4.0)), Coordinator.receive, []
 
     def watched(self: Coordinator, contribution: object, buffer: object) -> StepResult:
-        c, share = contribution, self._share(contribution.head, buffer)  # type: ignore[attr-defined, arg-type]
+        c, share = contribution, self._tensors.share(contribution.head, buffer)  # type: ignore[attr-defined, arg-type]
         judged.append(offer(guard, c.head, math.sqrt(squared_norm(share)), c.steps))  # type: ignore[attr-defined]
         return receive(self, contribution, buffer)  # type: ignore[arg-type]
 

@@ -12,13 +12,13 @@ from hypothesis import given
 from torch import Tensor
 
 from lte_ray.config import MergeConfig
-from lte_ray.engine.coordinator.broadcast_log import CHECKSUM_INTERVAL, BroadcastLog
+from lte_ray.engine.coordinator.broadcast_log import BroadcastLog
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.head.base_replica import BaseReplica, CannotRedoMerges
 from lte_ray.layout import Plan
 from lte_ray.merging import Decision, Merge, MergeChange, Pending, Roster, Wait
 from lte_ray.merging.flat_buffer import gather, views
-from lte_ray.messages import Contribution, CoordinatorReply, MergeDelta
+from lte_ray.messages import CHECKSUM_INTERVAL, Contribution, CoordinatorReply, MergeDelta
 from lte_ray.transfer.checksum import base_checksum
 from lte_ray.transfer.codec import Codec
 from lte_ray.transfer.groups import make_groups
