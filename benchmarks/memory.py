@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import report, spread
-from lte_ray.adapters.quantization import Quantized
+from lte_ray.adapters.quantization import QuantizedWeight
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.prepare import prepare
@@ -96,7 +96,7 @@ def parts(head: Head) -> dict[str, int]:
     """Bytes of everything that a head needs, counted from its tensors."""
     trained = [p for group in head.optimizer.param_groups for p in group["params"]]
     states = [value for state in head.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    mains = [main.stored for main in head.converted.mains.values()]
+    mains = [main.stored for main in head.converted.main_weights.values()]
     frozen = {id(p) for p in head.model.parameters()}
     kept: dict[int, int] = {}
 
@@ -122,7 +122,7 @@ def parts(head: Head) -> dict[str, int]:
     }
 
 
-def nbytes(tensors: Iterable[Tensor | Quantized]) -> int:
+def nbytes(tensors: Iterable[Tensor | QuantizedWeight]) -> int:
     return sum(t.nbytes for t in tensors)
 
 

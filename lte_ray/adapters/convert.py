@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lte_ray.adapters.factors import Factors, draw_a
-from lte_ray.adapters.layer import HeadLayer, LTELayer, adopt, quantize_weight
+from lte_ray.adapters.factors import Factors, draw_initial_a
+from lte_ray.adapters.layer import HeadLayer, LTELayer, add_factors, quantize_weight
 from lte_ray.adapters.layer_kinds import kind_of
 from lte_ray.adapters.plan import make_plan
-from lte_ray.adapters.quantization import Quantized
+from lte_ray.adapters.quantization import QuantizedWeight
 from lte_ray.config import LTEConfig
 from lte_ray.layout import Adapted, Plan
 from lte_ray.merging.flat_buffer import as_matrix
@@ -29,9 +29,9 @@ class MainWeight:
     """
 
     spec: Adapted
-    stored: nn.Parameter | Quantized
+    stored: nn.Parameter | QuantizedWeight
     factors: Factors
-    held: bool
+    separate_reference: bool
 
     @torch.no_grad()
     def load(self, base: Tensor | None, reference: tuple[Tensor, Tensor] | None) -> float:
@@ -46,14 +46,14 @@ class MainWeight:
         """
         error = 0.0
         if base is None:
-            assert self.held
-        elif isinstance(self.stored, Quantized):
-            error = self.stored.load(as_quantized(self.spec, base))
-        elif self.held or reference is None:
+            assert self.separate_reference
+        elif isinstance(self.stored, QuantizedWeight):
+            error = self.stored.load(quantizer_input(self.spec, base))
+        elif self.separate_reference or reference is None:
             self.stored.copy_(base)
         else:
             fold_reference(self.spec, self.stored, base.to(self.stored.device), reference[1], reference[0])
-        if self.held:
+        if self.separate_reference:
             self.factors.set_reference(*(reference or (None, None)))
         return error
 
@@ -64,7 +64,7 @@ class MainWeight:
         Args:
             into: an earlier weight, which isn't in use any more, to be written to.
         """
-        if isinstance(self.stored, Quantized) or self.held:
+        if isinstance(self.stored, QuantizedWeight) or self.separate_reference:
             return None
         staged = torch.empty_like(self.stored) if into is None else into
         if reference is None:
@@ -95,13 +95,13 @@ class Converted:
     model: nn.Module
     plan: Plan
     parameters: dict[str, nn.Parameter]
-    mains: dict[str, MainWeight]
+    main_weights: dict[str, MainWeight]
     factors: dict[str, nn.Parameter]
 
     @property
     def frozen(self) -> dict[str, nn.Parameter]:
         """Parameters that nothing trains and that are no main weights."""
-        trained = {*self.mains, *(replica.name for replica in self.plan.replicas)}
+        trained = {*self.main_weights, *(replica.name for replica in self.plan.replicas)}
         return {name: p for name, p in self.parameters.items() if name not in trained}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ class Converted:
         return {**self.parameters, **dict(self.model.named_buffers())}
 
 
-def convert(model: nn.Module, lte: LTEConfig, *, seed: int = 0, head: int = 0, hold: bool = False) -> Converted:
+def convert(model: nn.Module, lte: LTEConfig, *, seed: int = 0, head: int = 0, separate_reference: bool = False) -> Converted:
     """Converts `model` in place for one head; outputs are unchanged at first (B = 0).
 
     Parameter objects stay those of the model, and so do all layers, whose class becomes one of `HeadLayer`.
@@ -131,36 +131,38 @@ def convert(model: nn.Module, lte: LTEConfig, *, seed: int = 0, head: int = 0, h
     lora = {}
     for spec in plan.adapted:
         weight = parameters[spec.name]
-        lora[id(weight)] = _draw(spec, weight, seed, head, hold=hold or spec.base_dtype != "fp32")
+        lora[id(weight)] = _draw_factors(
+            spec, weight, seed, head, separate_reference=separate_reference or spec.base_dtype != "fp32"
+        )
         weight.requires_grad_(False)
-    model, _ = plain_projections(model, set(lora))
+    model, _ = split_attention_projections(model, set(lora))
     for module in list(model.modules()):
         pair = lora.get(id(getattr(module, "weight", None)))
         if pair is not None and kind_of(module) is not None:
-            adopt(module, pair, lora.get(id(getattr(module, "bias", None))))
+            add_factors(module, pair, lora.get(id(getattr(module, "bias", None))))
     leave_fast_path(model, LTELayer)
     converted = Converted(model, plan, parameters, {}, {})
     for spec in plan.adapted:
         pair = lora[id(parameters[spec.name])]
         converted.factors.update({spec.a: pair.A, spec.b: pair.B})
-        converted.mains[spec.name] = MainWeight(spec, parameters[spec.name], pair, pair.hold)
-    _store(converted)
+        converted.main_weights[spec.name] = MainWeight(spec, parameters[spec.name], pair, pair.separate_reference)
+    _quantize_main_weights(converted)
     return converted
 
 
-def as_quantized(spec: Adapted, weight: Tensor) -> Tensor:
+def quantizer_input(spec: Adapted, weight: Tensor) -> Tensor:
     """A main weight in the shape in which it is quantised: linear ones as the matrix (out x in)."""
     return as_matrix(spec, weight).contiguous() if len(spec.shape) == 2 else weight
 
 
-def _draw(spec: Adapted, weight: Tensor, seed: int, head: int, *, hold: bool) -> Factors:
-    pair = Factors(spec, weight, hold=hold)
+def _draw_factors(spec: Adapted, weight: Tensor, seed: int, head: int, *, separate_reference: bool) -> Factors:
+    pair = Factors(spec, weight, separate_reference=separate_reference)
     with torch.no_grad():
-        pair.A.copy_(draw_a((spec.rank, spec.matrix[1]), seed, head, spec.name))
+        pair.A.copy_(draw_initial_a((spec.rank, spec.matrix[1]), seed, head, spec.name))
     return pair
 
 
-def plain_projections(model: nn.Module, adapted: set[int]) -> tuple[nn.Module, list[MultiheadAttention]]:
+def split_attention_projections(model: nn.Module, adapted: set[int]) -> tuple[nn.Module, list[MultiheadAttention]]:
     """Replaces every `nn.MultiheadAttention` with an adapted weight (`id`) by one whose projections are layers.
 
     Returns:
@@ -172,11 +174,11 @@ def plain_projections(model: nn.Module, adapted: set[int]) -> tuple[nn.Module, l
             made[id(module)] = MultiheadAttention.from_torch(module)
             hooks = {name: kept for name, kept in vars(module).items() if "_hook" in name}
             vars(made[id(module)]).update(hooks)
-    replace(model, made)
+    replace_modules(model, made)
     return made.get(id(model), model), list(made.values())
 
 
-def replace(model: nn.Module, made: Mapping[int, nn.Module]) -> None:
+def replace_modules(model: nn.Module, made: Mapping[int, nn.Module]) -> None:
     """Puts made[id(module)] in the place of each such module, everywhere."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
@@ -184,23 +186,23 @@ def replace(model: nn.Module, made: Mapping[int, nn.Module]) -> None:
                 parent._modules[name] = made[id(child)]
 
 
-def _layers(model: nn.Module, pair: Factors) -> Sequence[HeadLayer]:
+def _layers_of(model: nn.Module, pair: Factors) -> Sequence[HeadLayer]:
     return [m for m in model.modules() if isinstance(m, HeadLayer) and m.lora is pair]
 
 
-def _store(converted: Converted) -> None:
+def _quantize_main_weights(converted: Converted) -> None:
     """Puts the main weights into the format that the plan says."""
-    for name, main in list(converted.mains.items()):
+    for name, main in list(converted.main_weights.items()):
         if main.spec.base_dtype == "fp32" or len(main.spec.shape) == 1:
             continue
         weight = converted.parameters.pop(name)
-        quantized = Quantized.of(as_quantized(main.spec, weight.detach()), main.spec.base_dtype)
-        for layer in _layers(converted.model, main.factors):
+        quantized = QuantizedWeight.from_weight(quantizer_input(main.spec, weight.detach()), main.spec.base_dtype)
+        for layer in _layers_of(converted.model, main.factors):
             quantize_weight(layer, quantized)
-        converted.mains[name] = MainWeight(main.spec, quantized, main.factors, held=True)
+        converted.main_weights[name] = MainWeight(main.spec, quantized, main.factors, separate_reference=True)
 
 
-def share_frozen(converted: Converted, share: Converted) -> None:
+def share_frozen_weights(converted: Converted, share: Converted) -> None:
     """Has `converted` use the main weights of `share`, and its other parameters that nothing trains."""
     trained = {r.name for r in converted.plan.replicas}
     theirs = {id(converted.parameters[n]): p for n, p in share.parameters.items() if n not in trained}
@@ -211,9 +213,9 @@ def share_frozen(converted: Converted, share: Converted) -> None:
     for name, parameter in share.parameters.items():
         if name not in trained:
             converted.parameters[name] = parameter
-    for name, main in list(converted.mains.items()):
-        stored = share.mains[name].stored
-        if isinstance(stored, Quantized):
-            for layer in _layers(converted.model, main.factors):
+    for name, main in list(converted.main_weights.items()):
+        stored = share.main_weights[name].stored
+        if isinstance(stored, QuantizedWeight):
+            for layer in _layers_of(converted.model, main.factors):
                 layer.quantized = stored
-        converted.mains[name] = MainWeight(main.spec, stored, main.factors, main.held)
+        converted.main_weights[name] = MainWeight(main.spec, stored, main.factors, main.separate_reference)

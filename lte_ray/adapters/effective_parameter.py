@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-COMPUTING: ContextVar[bool] = ContextVar("lte_ray_computing", default=False)
+COMPUTING_LOSS: ContextVar[bool] = ContextVar("lte_ray_computing", default=False)
 """Whether a head computes its loss: elsewhere, parameters are what they are."""
 
 _PROPERTIES = (
@@ -32,29 +32,29 @@ _LOOKS = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {getattr(Tens
 class EffectiveParameter(Tensor):
     """A parameter that may be looked at: shape, type, device. What computes with it gets what trains in its place."""
 
-    _lte_in_use: Callable[[], Tensor]
+    _lte_effective: Callable[[], Tensor]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _LOOKS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        args, kwargs = tree_map(lambda x: x._lte_in_use() if isinstance(x, EffectiveParameter) else x, (args, kwargs or {}))
+        args, kwargs = tree_map(lambda x: x._lte_effective() if isinstance(x, EffectiveParameter) else x, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
-def stand_in(held: Tensor, in_use: Callable[[], Tensor]) -> Tensor:
+def effective_parameter(held: Tensor, in_use: Callable[[], Tensor]) -> Tensor:
     """`held` to look at; whatever computes with it computes with `in_use()`."""
     made: EffectiveParameter = held.detach().as_subclass(EffectiveParameter)
-    made._lte_in_use = in_use
+    made._lte_effective = in_use
     return made
 
 
 @contextmanager
-def computing(really: bool = True) -> Iterator[None]:
+def computing_loss(really: bool = True) -> Iterator[None]:
     """Within the block a head computes its loss (or doesn't)."""
-    token = COMPUTING.set(really)
+    token = COMPUTING_LOSS.set(really)
     try:
         yield
     finally:
-        COMPUTING.reset(token)
+        COMPUTING_LOSS.reset(token)

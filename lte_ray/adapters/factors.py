@@ -26,31 +26,31 @@ class Factors(nn.Module):
     reference_A: Tensor | None  # noqa: N815  # A and B are what the field calls them
     reference_B: Tensor | None  # noqa: N815
 
-    def __init__(self, spec: Adapted, like: Tensor, *, hold: bool = False) -> None:
+    def __init__(self, spec: Adapted, like: Tensor, *, separate_reference: bool = False) -> None:
         super().__init__()
         out_features, in_features = spec.matrix
         self.A = nn.Parameter(like.new_zeros(spec.rank, in_features))
         self.B = nn.Parameter(like.new_zeros(out_features, spec.rank))
-        self.scaling, self.hold, self._in_place = spec.scaling, hold, False
+        self.scaling, self.separate_reference, self._reserved = spec.scaling, separate_reference, False
         self.register_buffer("reference_A", None, persistent=False)
         self.register_buffer("reference_B", None, persistent=False)
 
-    def pair(self) -> tuple[Tensor, Tensor]:
+    def effective_pair(self) -> tuple[Tensor, Tensor]:
         """(A, B), or ([A; A'], [B, -B']) where a reference is held: their product is what the layer adds, over s."""
         if self.reference_A is None or self.reference_B is None:
             return self.A, self.B
         return torch.cat([self.A, self.reference_A]), torch.cat([self.B, -self.reference_B], dim=1)
 
-    def vector(self) -> Tensor:
+    def vector_change(self) -> Tensor:
         """s B A (- s B' A') of a weight that is a vector."""
-        a, b = self.pair()
+        a, b = self.effective_pair()
         return (b @ a)[:, 0] * self.scaling
 
     @torch.no_grad()
     def set_reference(self, a: Tensor | None, b: Tensor | None) -> None:
         """Takes over the reference A', B', without a copy where that is possible; None where B' = 0."""
-        assert self.hold
-        if self._in_place:
+        assert self.separate_reference
+        if self._reserved:
             assert self.reference_A is not None and self.reference_B is not None
             self.reference_A.copy_(self.A if a is None else a)
             self.reference_B.zero_() if b is None else self.reference_B.copy_(b)
@@ -61,12 +61,12 @@ class Factors(nn.Module):
     @torch.no_grad()
     def reserve_reference(self) -> None:
         """From now on the reference lies in memory of its own, so that it can be a slice of a stacked tensor."""
-        assert self.hold
+        assert self.separate_reference
         self.reference_A, self.reference_B = torch.zeros_like(self.A), torch.zeros_like(self.B)
-        self._in_place = True
+        self._reserved = True
 
 
-def draw_a(shape: tuple[int, int], seed: int, head: int, name: str) -> Tensor:
+def draw_initial_a(shape: tuple[int, int], seed: int, head: int, name: str) -> Tensor:
     """The initial A (r x in) of one head and layer: semi-orthogonal rows times sqrt(in / r), float32.
 
     Drawn from (seed, head, layer name) alone, so that every head explores other directions, and a head that is

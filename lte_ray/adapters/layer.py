@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lte_ray.adapters.effective_parameter import COMPUTING, computing, stand_in
+from lte_ray.adapters.effective_parameter import COMPUTING_LOSS, computing_loss, effective_parameter
 from lte_ray.adapters.factors import Factors
-from lte_ray.adapters.layer_kinds import TORCH_KINDS, TRANSPOSED_LINEAR, Kind, kind_of
-from lte_ray.adapters.quantization import Quantized
+from lte_ray.adapters.layer_kinds import TORCH_KINDS, TRANSPOSED_LINEAR, LayerKind, kind_of
+from lte_ray.adapters.quantization import QuantizedWeight
 from lte_ray.adapters.quantization import linear as quantized_linear
 
 
@@ -29,7 +29,7 @@ class HeadLayer(LTELayer):
     A layer becomes one by `adopt`, which changes its class; attributes, hooks and all places that hold it stay.
     """
 
-    kind: ClassVar[Kind]
+    kind: ClassVar[LayerKind]
     plain: ClassVar[type[nn.Module]]
     lora: Factors
     lora_bias: Factors | None
@@ -39,16 +39,16 @@ class HeadLayer(LTELayer):
         bias: Tensor | None = self._parameters.get("bias")
         if self.lora_bias is not None:
             assert bias is not None
-            bias = bias + self.lora_bias.vector()
+            bias = bias + self.lora_bias.vector_change()
         if kind.product is None:
-            return kind.main(self, x, self._weight() + self.lora.vector(), bias)
-        a, b = self.lora.pair()
-        return self._main(x, bias) + kind.product(self, x, a, b, self.lora.scaling)
+            return kind.main(self, x, self._raw_weight() + self.lora.vector_change(), bias)
+        a, b = self.lora.effective_pair()
+        return self._main_output(x, bias) + kind.product(self, x, a, b, self.lora.scaling)
 
-    def _main(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _main_output(self, x: Tensor, bias: Tensor | None) -> Tensor:
         quantized = self._modules.get("quantized")
-        if not isinstance(quantized, Quantized):
-            return self.kind.main(self, x, self._weight(), bias)
+        if not isinstance(quantized, QuantizedWeight):
+            return self.kind.main(self, x, self._raw_weight(), bias)
         if self.kind.name == "linear":
             return quantized_linear(x, quantized, bias)
         dtype = self.lora.A.dtype if self.kind.name == "embedding" else x.dtype
@@ -56,29 +56,29 @@ class HeadLayer(LTELayer):
 
     def plain_forward(self, x: Tensor) -> Tensor:
         """What the layer computed before it had factors, with the parameters that it holds now."""
-        with computing(False):  # it reads the parameters itself, which are the ones in use now
+        with computing_loss(False):  # it reads the parameters itself, which are the ones in use now
             y: Tensor = self.plain.forward(self, x)
         return y
 
-    def _weight(self) -> Tensor:
+    def _raw_weight(self) -> Tensor:
         """The main weight itself, which others don't get while a loss is computed."""
         weight = self._parameters["weight"]
         assert weight is not None
         return weight
 
-    def _in_use(self) -> Tensor:
+    def _effective_weight(self) -> Tensor:
         """W~ + s B A (- s B' A'), in the stored shape: what the layer's output is made with."""
-        held = self._held("weight")
+        held = self._stored("weight")
         if self.kind.product is None:
-            return held + self.lora.vector()
-        a, b = self.lora.pair()
+            return held + self.lora.vector_change()
+        a, b = self.lora.effective_pair()
         product = (b @ a) * self.lora.scaling
         return held + (product.t() if self.kind.transposed else product.reshape(held.shape))
 
-    def _held(self, name: str) -> Tensor:
+    def _stored(self, name: str) -> Tensor:
         """What the layer holds under a parameter's name; a quantised weight as it is unpacked."""
         quantized = self._modules.get("quantized")
-        if name == "weight" and isinstance(quantized, Quantized):
+        if name == "weight" and isinstance(quantized, QuantizedWeight):
             weight = quantized.dequantize(self.lora.A.dtype)
             return weight.t() if self.kind.transposed else weight
         held: Any = super().__getattr__(name)
@@ -86,10 +86,12 @@ class HeadLayer(LTELayer):
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
-            return stand_in(self._held(name), self._in_use) if COMPUTING.get() else self._held(name)
-        if name == "bias" and COMPUTING.get() and (lora := self._modules.get("lora_bias")) is not None:
-            held = self._held(name)
-            return stand_in(held, lambda: held + lora.vector())  # type: ignore[operator]
+            return (
+                effective_parameter(self._stored(name), self._effective_weight) if COMPUTING_LOSS.get() else self._stored(name)
+            )
+        if name == "bias" and COMPUTING_LOSS.get() and (lora := self._modules.get("lora_bias")) is not None:
+            held = self._stored(name)
+            return effective_parameter(held, lambda: held + lora.vector_change())  # type: ignore[operator]
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:
@@ -98,7 +100,7 @@ class HeadLayer(LTELayer):
         return f"{theirs}, {own}" if theirs else own
 
 
-def make_class(mixin: type[nn.Module], plain: type[nn.Module], kind: Kind, module: str) -> type[nn.Module]:
+def make_class(mixin: type[nn.Module], plain: type[nn.Module], kind: LayerKind, module: str) -> type[nn.Module]:
     """The class of `plain` layers with `mixin`'s forward; named LTE + the plain name, in `module`."""
     attributes: dict[str, Any] = {"kind": kind, "plain": plain, "__module__": module}
     if "input" in inspect.signature(plain.forward).parameters:  # whoever calls the layer by keyword still can
@@ -115,7 +117,7 @@ globals().update({made.__name__: made for made in _CLASSES.values()})  # pickle 
 LTELinear = _CLASSES[nn.Linear]
 
 
-def _class_of(plain: type[nn.Module], kind: Kind) -> type[nn.Module]:
+def _class_of(plain: type[nn.Module], kind: LayerKind) -> type[nn.Module]:
     if plain not in _CLASSES:
         _CLASSES[plain] = make_class(HeadLayer, plain, kind, __name__)
         globals()[_CLASSES[plain].__name__] = _CLASSES[plain]
@@ -131,7 +133,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def adopt(layer: nn.Module, lora: Factors, lora_bias: Factors | None) -> HeadLayer:
+def add_factors(layer: nn.Module, lora: Factors, lora_bias: Factors | None) -> HeadLayer:
     """Makes `layer` a layer of a head, in place, with these factors; its main weight gets no gradient any more."""
     kind = kind_of(layer)
     assert kind is not None
@@ -143,7 +145,7 @@ def adopt(layer: nn.Module, lora: Factors, lora_bias: Factors | None) -> HeadLay
 
 
 @torch.no_grad()
-def quantize_weight(layer: HeadLayer, quantized: Quantized) -> None:
+def quantize_weight(layer: HeadLayer, quantized: QuantizedWeight) -> None:
     """Puts a quantised main weight (stored as the matrix or as the weight's own shape) in the place of the parameter."""
     del layer._parameters["weight"]
     layer.quantized = quantized

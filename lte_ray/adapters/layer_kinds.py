@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Kind:
+class LayerKind:
     """One kind of layers.
 
     Attributes:
@@ -89,13 +89,13 @@ def _norm(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-LINEAR = Kind("linear", _linear, _linear_product)
-TRANSPOSED_LINEAR = Kind("linear", _transposed_linear, _linear_product, transposed=True)
-CONV = Kind("conv", _conv, _conv_product)
-EMBEDDING = Kind("embedding", _embedding, _embedding_product)
-NORM = Kind("norm", _norm, None)
+LINEAR = LayerKind("linear", _linear, _linear_product)
+TRANSPOSED_LINEAR = LayerKind("linear", _transposed_linear, _linear_product, transposed=True)
+CONV = LayerKind("conv", _conv, _conv_product)
+EMBEDDING = LayerKind("embedding", _embedding, _embedding_product)
+NORM = LayerKind("norm", _norm, None)
 
-TORCH_KINDS: dict[type[nn.Module], Kind] = {
+TORCH_KINDS: dict[type[nn.Module], LayerKind] = {
     nn.Linear: LINEAR,
     nn.Conv1d: CONV,
     nn.Conv2d: CONV,
@@ -110,7 +110,7 @@ TORCH_KINDS: dict[type[nn.Module], Kind] = {
 }
 
 
-def kind_of(module: nn.Module) -> Kind | None:
+def kind_of(module: nn.Module) -> LayerKind | None:
     """The kind of a layer that can have factors, None for others.
 
     Exact types only: a subclass may use its weight without calling `forward`, or compute something else. So may a layer

@@ -17,23 +17,23 @@ from lte_ray.layout import Adapted, Plan, Replica
 
 
 @dataclass(frozen=True)
-class Place:
+class ParameterUse:
     """Where a parameter is held: by the layer of this name, as its weight, bias, packed biases or something else ("").
 
     `kind` is the layer's kind in `LTEConfig.adapt`, None for layers that can't have factors. `sparse`: gradients are.
     """
 
     layer: str
-    part: str
+    role: str
     kind: str | None = None
     transposed: bool = False
     sparse: bool = False
 
 
-WEIGHT = ("rank", "scaling", "lr", "base_dtype")
+WEIGHT_FIELDS = ("rank", "scaling", "lr", "base_dtype")
 """Settings in which all layers that share an adapted weight must agree."""
 
-BIAS = ("bias", "packed biases")
+BIAS_ROLES = ("bias", "packed biases")
 
 
 def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
@@ -49,16 +49,16 @@ def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
             different settings, or `lte.strict` and something is left over.
         WorkerError: no parameter trains, none is adapted, or one can't be merged (sparse, complex, integer, no shape).
     """
-    places = _places(model)
+    places = _find_uses(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    settings = _Settings(model, lte, head, places)
+    settings = _LayerSettings(model, lte, head, places)
     for name, parameter in parameters.items():
         _check_parameter(name, parameter)
 
     weights = {}
     for name, parameter in parameters.items():
         held = places[id(parameter)]
-        if all(p.part == "weight" and settings.of(p, name).adapt for p in held) and len({p.transposed for p in held}) == 1:
+        if all(p.role == "weight" and settings.resolve(p, name).adapt for p in held) and len({p.transposed for p in held}) == 1:
             weights[name] = held
     with_factors = {p.layer for held in weights.values() for p in held}
     theirs = {name for name, p in parameters.items() if any(place.layer in with_factors for place in places[id(p)])}
@@ -66,10 +66,12 @@ def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
     adapted, replicas, leftover = [], [], []
     for name, parameter in parameters.items():
         held, shape = places[id(parameter)], tuple(parameter.shape)
-        of_factors = all(p.part in BIAS and p.layer in with_factors for p in held)
-        chosen = settings.common(name, held, WEIGHT if name in weights else ("bias", "lr") if of_factors else ("lr",))
+        of_factors = all(p.role in BIAS_ROLES and p.layer in with_factors for p in held)
+        chosen = settings.resolve_shared(
+            name, held, WEIGHT_FIELDS if name in weights else ("bias", "lr") if of_factors else ("lr",)
+        )
         bias = chosen.bias if of_factors else None
-        if bias == "lora" and any(p.part != "bias" for p in held):
+        if bias == "lora" and any(p.role != "bias" for p in held):
             bias = "replica"  # packed biases are added behind the projections
         if name in weights:
             spec = Adapted(name, shape, 1, chosen.scaling, held[0].transposed, chosen.lr, chosen.base_dtype)
@@ -80,12 +82,12 @@ def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
         elif bias != "frozen":
             _check_gradient(name, held)
             replicas.append(Replica(name, shape, chosen.lr))
-            if bias is None and not any(p.kind == NORM.name or settings.unadapted(p, name) for p in held):
+            if bias is None and not any(p.kind == NORM.name or settings.is_unadapted(p, name) for p in held):
                 leftover.append(name)
     replicas += _running_statistics(model)
     if lte.strict and leftover:
         raise ConfigError(_left_over(leftover))
-    _check(adapted, replicas, parameters, lte)
+    _check_plan(adapted, replicas, parameters, lte)
     return Plan(tuple(adapted), tuple(replicas))
 
 
@@ -101,7 +103,7 @@ def make_plans(model: nn.Module, lte: LTEConfig) -> tuple[Plan, ...]:
     return tuple(make_plan(model, lte, head) for head in range(lte.num_heads))
 
 
-def match(patterns: Sequence[str], names: Sequence[str], what: str, flag: str) -> dict[str, set[str]]:
+def match_patterns(patterns: Sequence[str], names: Sequence[str], what: str, flag: str) -> dict[str, set[str]]:
     """For each pattern the names that it matches; a pattern also names all that lies below what it matches.
 
     Raises:
@@ -119,10 +121,10 @@ def match(patterns: Sequence[str], names: Sequence[str], what: str, flag: str) -
     return found
 
 
-class _Settings:
+class _LayerSettings:
     """The settings of each place, with the patterns resolved once."""
 
-    def __init__(self, model: nn.Module, lte: LTEConfig, head: int, places: dict[int, list[Place]]) -> None:
+    def __init__(self, model: nn.Module, lte: LTEConfig, head: int, places: dict[int, list[ParameterUse]]) -> None:
         self._lte, self._head = lte, head
         kinds = {p.layer: p.kind for held in places.values() for p in held}
         layers = {name: kinds[name] for name, _ in model.named_modules(remove_duplicate=False) if name in kinds}
@@ -154,13 +156,13 @@ class _Settings:
             else:
                 self._rules.append(rule.kind)
 
-    def of(self, place: Place, parameter: str = "") -> Resolved:
+    def resolve(self, place: ParameterUse, parameter: str = "") -> Resolved:
         """The settings that hold at `place`."""
         matching = tuple(
             place.kind == rule if isinstance(rule, str) else place.layer in rule or parameter in rule for rule in self._rules
         )
         found = self._lte.resolve(place.kind or "", matching, self._head)
-        adapt = found.adapt and place.kind is not None and not self.excluded(place, parameter)
+        adapt = found.adapt and place.kind is not None and not self.is_excluded(place, parameter)
         return Resolved(adapt, found.rank, found.scaling, found.bias, found.lr, found.base_dtype)
 
     def check_used(self, adapted: set[str], kinds: set[str | None]) -> None:
@@ -182,17 +184,17 @@ class _Settings:
                     "adapt=true in the rule, or leave it out."
                 )
 
-    def excluded(self, place: Place, parameter: str = "") -> bool:
+    def is_excluded(self, place: ParameterUse, parameter: str = "") -> bool:
         """Whether --exclude names the layer or the parameter."""
         return place.layer in self._excluded or parameter in self._excluded
 
-    def unadapted(self, place: Place, parameter: str) -> bool:
+    def is_unadapted(self, place: ParameterUse, parameter: str) -> bool:
         """Whether --exclude or a rule with adapt=false names the layer or the parameter."""
-        return self.excluded(place, parameter) or place.layer in self._adapt_false or parameter in self._adapt_false
+        return self.is_excluded(place, parameter) or place.layer in self._adapt_false or parameter in self._adapt_false
 
-    def common(self, name: str, held: list[Place], fields: Sequence[str]) -> Resolved:
+    def resolve_shared(self, name: str, held: list[ParameterUse], fields: Sequence[str]) -> Resolved:
         """The settings of a parameter, in which all places that hold it must agree on `fields`."""
-        found = {self.of(place, name): place.layer for place in held}
+        found = {self.resolve(place, name): place.layer for place in held}
         chosen, *others = found
         for other in others:
             differing = [f for f in fields if getattr(other, f) != getattr(chosen, f)]
@@ -206,34 +208,34 @@ class _Settings:
 
 def _match_layers(pattern: str, names: list[str], listed: list[str], flag: str) -> set[str]:
     try:
-        return match([pattern], names, "layer", flag)[pattern]
+        return match_patterns([pattern], names, "layer", flag)[pattern]
     except ConfigError:
-        return match([pattern], listed, "layer", flag)[pattern]  # the error lists layers, not every parameter
+        return match_patterns([pattern], listed, "layer", flag)[pattern]  # the error lists layers, not every parameter
 
 
-def _places(model: nn.Module) -> dict[int, list[Place]]:
+def _find_uses(model: nn.Module) -> dict[int, list[ParameterUse]]:
     """Where each parameter is held, by its id."""
     attention = {n for n, m in model.named_modules(remove_duplicate=False) if type(m) is nn.MultiheadAttention}
-    places: dict[int, list[Place]] = {}
+    places: dict[int, list[ParameterUse]] = {}
     for layer, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            places.setdefault(id(parameter), []).append(_place(layer, module, name, attention))
+            places.setdefault(id(parameter), []).append(_describe_use(layer, module, name, attention))
     return places
 
 
-def _place(layer: str, module: nn.Module, name: str, attention: set[str]) -> Place:
+def _describe_use(layer: str, module: nn.Module, name: str, attention: set[str]) -> ParameterUse:
     if type(module) is nn.MultiheadAttention:  # its projections become layers of their own
         if name.endswith("proj_weight"):
-            return Place(layer, "weight", "attention")
+            return ParameterUse(layer, "weight", "attention")
         part = "" if name != "in_proj_bias" else "bias" if module.in_proj_weight is not None else "packed biases"
-        return Place(layer, part, "attention")
+        return ParameterUse(layer, part, "attention")
     parent, _, own = layer.rpartition(".")
     if own == "out_proj" and parent in attention:
-        return Place(layer, name, "attention")
+        return ParameterUse(layer, name, "attention")
     kind = kind_of(module)
     if kind is None:
-        return Place(layer, "", sparse=getattr(module, "sparse", False) is True)
-    return Place(layer, name, kind.name, kind.transposed, getattr(module, "sparse", False) is True)
+        return ParameterUse(layer, "", sparse=getattr(module, "sparse", False) is True)
+    return ParameterUse(layer, name, kind.name, kind.transposed, getattr(module, "sparse", False) is True)
 
 
 def _running_statistics(model: nn.Module) -> Iterator[Replica]:
@@ -253,7 +255,7 @@ def _check_shape(name: str, tensor: torch.Tensor) -> None:
         raise WorkerError(f"{name} has no shape yet (a lazy layer). Pass one batch through the model in build_model().")
 
 
-def _check_gradient(name: str, held: list[Place]) -> None:
+def _check_gradient(name: str, held: list[ParameterUse]) -> None:
     sparse = [p for p in held if p.sparse]
     if sparse:
         adapt = " or adapt it: --adapt ... embedding." if all(p.kind for p in sparse) else "."
@@ -282,7 +284,7 @@ def _left_over(names: list[str]) -> str:
     )
 
 
-def _check(adapted: list[Adapted], replicas: list[Replica], parameters: dict[str, nn.Parameter], lte: LTEConfig) -> None:
+def _check_plan(adapted: list[Adapted], replicas: list[Replica], parameters: dict[str, nn.Parameter], lte: LTEConfig) -> None:
     if not parameters:
         raise WorkerError("The model has no parameter that trains (requires_grad): there is nothing to adapt.")
     if not adapted:

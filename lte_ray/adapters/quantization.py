@@ -25,8 +25,8 @@ from lte_ray.config import BASE_DTYPES
 from lte_ray.errors import ConfigError
 
 FORMATS = BASE_DTYPES
-PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PARTS = ("codes", "scales", "nested_scales", "offset")  # the buffers of a `Quantized`; each format has the first few
+PLAIN_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BUFFER_NAMES = ("codes", "scales", "nested_scales", "offset")  # the buffers of a `Quantized`; each format has the first few
 BLOCK, NESTED_BLOCK = 64, 256
 
 
@@ -40,7 +40,7 @@ def check_format(name: str, device: torch.device) -> None:
         raise ConfigError(f"base_dtype={name!r}: there is no such format. Choose one of {', '.join(FORMATS)}.")
     try:
         weight = torch.linspace(-1, 1, 3 * BLOCK, device=device).view(6, -1)
-        held, x = Quantized.of(weight, name), torch.ones(1, weight.shape[1], device=device, requires_grad=True)
+        held, x = QuantizedWeight.from_weight(weight, name), torch.ones(1, weight.shape[1], device=device, requires_grad=True)
         torch.autograd.grad(linear(x, held, None).sum(), x)
         error = held.load(weight)
     except ConfigError:
@@ -54,7 +54,7 @@ def check_format(name: str, device: torch.device) -> None:
         )
 
 
-class Quantized(nn.Module):
+class QuantizedWeight(nn.Module):
     """One frozen weight in one format, made by `Quantized.of`.
 
     Its buffers move with the model; a change of dtype (`model.half()`, `.to(torch.float64)`) leaves them as they are.
@@ -63,7 +63,7 @@ class Quantized(nn.Module):
     def __init__(self, format: str, shape: torch.Size, parts: tuple[Tensor, ...]) -> None:
         super().__init__()
         self.format, self.shape = format, shape
-        for name, part in zip(PARTS, parts, strict=False):
+        for name, part in zip(BUFFER_NAMES, parts, strict=False):
             self.register_buffer(name, part)
         self._prepare()
 
@@ -73,7 +73,7 @@ class Quantized(nn.Module):
             _nested_code(self.device)
 
     @classmethod
-    def of(cls, weight: Tensor, format: str) -> Self:
+    def from_weight(cls, weight: Tensor, format: str) -> Self:
         """Quantises `weight`, of any shape but an empty one; int8 has a step for each index of the first dimension."""
         if format not in FORMATS or not weight.numel():
             raise ValueError(f"can't hold a weight of shape {tuple(weight.shape)} as {format!r}")
@@ -123,7 +123,7 @@ class Quantized(nn.Module):
         return f"{'x'.join(map(str, self.shape))}, {self.format}"
 
 
-def linear(x: Tensor, weight: Quantized, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """y = x Q(W)^T + b; x is (..., in), the weight (out, in), the result (..., out).
 
     Computes in the dtype of x, or autocast's. The dequantised weight lives for one product: the backward pass makes it
@@ -164,8 +164,8 @@ class _Linear(torch.autograd.Function):
 def quantize(weight: Tensor, format: str) -> tuple[Tensor, ...]:
     """The tensors that stand for `weight`: codes, then what scales them."""
     weight = weight.detach().float().contiguous()
-    if format in PLAIN:
-        return (weight.to(PLAIN[format], copy=True),)
+    if format in PLAIN_DTYPES:
+        return (weight.to(PLAIN_DTYPES[format], copy=True),)
     if format == "int8":
         rows = weight.view(weight.shape[0] if weight.ndim > 1 else 1, -1)
         # 127 times a bf16 number is exact in fp32: what was dequantised gets the same codes and the same steps again
@@ -180,7 +180,7 @@ def quantize(weight: Tensor, format: str) -> tuple[Tensor, ...]:
 def dequantize(format: str, shape: torch.Size, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
     """What `quantize` gave, as a tensor again."""
     codes, *scales = parts
-    if format in PLAIN:
+    if format in PLAIN_DTYPES:
         return codes.to(dtype)
     if format == "int8":
         return codes.to(dtype).mul_(scales[0]).view(shape)

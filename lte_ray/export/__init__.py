@@ -23,7 +23,7 @@ from lte_ray.engine.prepare import merged_state_dict
 from lte_ray.errors import StorageError
 from lte_ray.export import peft as _peft
 from lte_ray.export import pretrained as _pretrained
-from lte_ray.export.run_reader import Written, choose, open_run, read
+from lte_ray.export.run_reader import Written, open_run, read_run, select_checkpoint
 from lte_ray.run.record import MODEL
 
 __all__ = ["Written", "peft_adapter", "safetensors", "save_pretrained"]
@@ -51,11 +51,11 @@ def peft_adapter(
         UserError: no such run, version, head or worker; `out` is taken; PEFT isn't installed or can't hold the change; or the
             average isn't the sum of the heads' products, and no rank is given.
     """
-    place = _free(out)
-    _pretrained.need("peft")
-    saved = read(run, version, worker)
-    with _whole(place) as folder:
-        return _peft.write(saved, folder, head, rank)
+    place = _check_output(out)
+    _pretrained.require_package("peft")
+    saved = read_run(run, version, worker)
+    with _atomic_output(place) as folder:
+        return _peft.write_adapter(saved, folder, head, rank)
 
 
 def save_pretrained(run: Where, out: Where, version: int | None = None, *, worker: Any = None) -> Written:
@@ -63,11 +63,11 @@ def save_pretrained(run: Where, out: Where, version: int | None = None, *, worke
 
     Args and errors as `peft_adapter`; the worker's model must be one of transformers, or hold one and train nothing else.
     """
-    place = _free(out)
-    _pretrained.need("transformers")
-    saved = read(run, version, worker)
-    with _whole(place) as folder:
-        return _pretrained.write(saved, folder)
+    place = _check_output(out)
+    _pretrained.require_package("transformers")
+    saved = read_run(run, version, worker)
+    with _atomic_output(place) as folder:
+        return _pretrained.write_pretrained(saved, folder)
 
 
 def safetensors(run: Where, out: Where, version: int | None = None, *, worker: Any = None) -> Written:
@@ -76,21 +76,21 @@ def safetensors(run: Where, out: Where, version: int | None = None, *, worker: A
 
     Args and errors as `peft_adapter`. The newest of a finished run is a copy, for which the worker isn't needed.
     """
-    place = _free(out)
+    place = _check_output(out)
     directory = open_run(run)
     if version is None and worker is None and directory.exists(MODEL):
         data, summary = directory.read(MODEL), "the run's final merged weights"
     else:
-        manifest = choose(directory, version)
-        saved = read(run, manifest.version, worker)
+        manifest = select_checkpoint(directory, version)
+        saved = read_run(run, manifest.version, worker)
         data = save(merged_state_dict(saved.model, saved.plan, saved.base), {"format": "pt"})
         summary = f"the merged weights of version {manifest.version}"
-    with _whole(place) as folder:
+    with _atomic_output(place) as folder:
         (folder / MODEL).write_bytes(data)
     return Written(f"{MODEL}: {summary}" if place.suffix != ".safetensors" else summary)
 
 
-def _free(out: Where) -> Path:
+def _check_output(out: Where) -> Path:
     """The place to write to. Raises StorageError if something is there already."""
     text = os.fspath(out)
     if "://" in text:
@@ -105,7 +105,7 @@ def _free(out: Where) -> Path:
 
 
 @contextlib.contextmanager
-def _whole(place: Path) -> Iterator[Path]:
+def _atomic_output(place: Path) -> Iterator[Path]:
     """A folder beside `place` that takes its place at the end, and is removed if anything goes wrong."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

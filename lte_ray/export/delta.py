@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lte_ray.errors import UserError
-from lte_ray.export.run_reader import Saved
+from lte_ray.export.run_reader import SavedRun
 from lte_ray.layout import Adapted
 from lte_ray.merging.flat_buffer import as_matrix, base_replicas, factor_views, replica_views, views
 
@@ -27,7 +27,7 @@ Term = tuple[float, Tensor, Tensor]
 """c, B (out x r), A (r x in), for c B A."""
 
 
-def joined(terms: list[Term]) -> tuple[Tensor, Tensor]:
+def concatenate_terms(terms: list[Term]) -> tuple[Tensor, Tensor]:
     """(B, A) with B A = sum_k c_k B_k A_k, of rank sum_k r_k."""
     return torch.cat([c * b for c, b, _ in terms], dim=1), torch.cat([a for _, _, a in terms])
 
@@ -40,15 +40,15 @@ def dense_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return torch.eye(out, dtype=matrix.dtype, device=matrix.device), matrix
 
 
-class Tally:
+class LowRankFit:
     """Picks the smallest factors of each matrix, and adds up their error."""
 
     def __init__(self) -> None:
-        self.exact, self._off, self._size = True, 0.0, 0.0
+        self.exact, self._squared_error, self._squared_norm = True, 0.0, 0.0
 
     @property
     def error(self) -> float:
-        return math.sqrt(self._off / self._size) if self._size else 0.0
+        return math.sqrt(self._squared_error / self._squared_norm) if self._squared_norm else 0.0
 
     def add(self, delta: Tensor, b: Tensor, a: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
         """B and A if their rank is within min(out, in) and `rank`; else the best of `rank`, by SVD, or the change itself."""
@@ -61,13 +61,13 @@ class Tally:
             root = sigma[:most].sqrt()
             b, a = (u[:, :most] * root).to(b.dtype), (root[:, None] * v[:most]).to(a.dtype)
             self.exact = False
-        self._off += float(torch.linalg.vector_norm(delta - b.double() @ a.double())) ** 2
-        self._size += float(torch.linalg.vector_norm(delta)) ** 2
+        self._squared_error += float(torch.linalg.vector_norm(delta - b.double() @ a.double())) ** 2
+        self._squared_norm += float(torch.linalg.vector_norm(delta)) ** 2
         return b, a
 
 
 @dataclass
-class Change:
+class ModelDelta:
     """A change of a model from `start` to `final` (both flat, in the base layout).
 
     Attributes:
@@ -85,13 +85,13 @@ class Change:
     error: float = 0.0
 
 
-def matrices(plan_adapted: tuple[Adapted, ...]) -> list[Adapted]:
+def matrix_weights(plan_adapted: tuple[Adapted, ...]) -> list[Adapted]:
     """The adapted weights that are matrices; vectors (norms, biases) are given as values."""
     return [spec for spec in plan_adapted if len(spec.shape) > 1]
 
 
 @torch.no_grad()
-def of_head(saved: Saved, head: int, rank: int | None = None) -> Change:
+def head_delta(saved: SavedRun, head: int, rank: int | None = None) -> ModelDelta:
     """What head n computes with beyond the merged weights: s_n (B_n A_n - B'_n A'_n) and its own replicas.
 
     It is zero, exactly, where all that the head has trained is merged. `final` is the head's W_v + s (B A - B' A').
@@ -103,15 +103,15 @@ def of_head(saved: Saved, head: int, rank: int | None = None) -> Change:
         ConfigError, StorageError: as `Saved.head`.
     """
     tensors = saved.head(head)
-    plan, change = saved.plans[head], Change(saved.base, saved.base.clone())
+    plan, change = saved.plans[head], ModelDelta(saved.base, saved.base.clone())
     final = views(plan.base, change.final)
     reference = factor_views(plan, tensors["reference"]) if "reference" in tensors else {}
-    tally = Tally()
+    tally = LowRankFit()
     for spec in plan.adapted:
         terms = _head_terms(spec, tensors, reference, saved.base.dtype)
         if not terms:
             continue
-        b, a = joined(terms)
+        b, a = concatenate_terms(terms)
         delta = b.double() @ a.double()
         as_matrix(spec, final[spec.name]).add_(delta)
         if len(spec.shape) > 1:
@@ -131,7 +131,7 @@ def of_head(saved: Saved, head: int, rank: int | None = None) -> Change:
 
 
 @torch.no_grad()
-def average(saved: Saved, rank: int | None = None) -> Change:
+def average_delta(saved: SavedRun, rank: int | None = None) -> ModelDelta:
     """The change of the main weights since the start, W_v - W_0, from the heads' references where the sum telescopes.
 
     Where it doesn't, the best approximation of `rank` is taken. Where the summed rank is above min(out, in), W_v - W_0
@@ -144,27 +144,27 @@ def average(saved: Saved, rank: int | None = None) -> Change:
         UserError: the sum doesn't telescope, and no rank is given.
     """
     start, final = views(saved.plan.base, saved.initial), views(saved.plan.base, saved.base)
-    terms = _references(saved)
-    change, tally = Change(saved.initial, saved.base), Tally()
+    terms = _reference_terms(saved)
+    change, tally = ModelDelta(saved.initial, saved.base), LowRankFit()
     departing = {}
-    for spec in matrices(saved.plan.adapted):
+    for spec in matrix_weights(saved.plan.adapted):
         w0, w = as_matrix(spec, start[spec.name]), as_matrix(spec, final[spec.name])
         delta = w.double() - w0.double()
         if not delta.any():
             continue
-        difference = _departure(delta, w0, w, terms[spec.name], saved.manifest.version)
+        difference = _relative_mismatch(delta, w0, w, terms[spec.name], saved.manifest.version)
         if difference and rank is None:
             departing[spec.name] = difference
             continue
-        b, a = dense_factors(delta.to(w.dtype)) if difference else joined(terms[spec.name])
+        b, a = dense_factors(delta.to(w.dtype)) if difference else concatenate_terms(terms[spec.name])
         change.factors[spec.name] = tally.add(delta, b, a, rank)
     if departing:
-        raise UserError(_no_sum(saved, departing))
+        raise UserError(_mismatch_message(saved, departing))
     change.exact, change.error = tally.exact, tally.error
     return change
 
 
-def _references(saved: Saved) -> dict[str, list[Term]]:
+def _reference_terms(saved: SavedRun) -> dict[str, list[Term]]:
     """w_n s_n B'_n A'_n of all heads, for each weight; w_n = 1/N."""
     terms: dict[str, list[Term]] = {spec.name: [] for spec in saved.plan.adapted}
     for head in saved.manifest.heads:
@@ -177,14 +177,14 @@ def _references(saved: Saved) -> dict[str, list[Term]]:
     return terms
 
 
-def _departure(delta: Tensor, w0: Tensor, w: Tensor, terms: list[Term], version: int) -> float:
+def _relative_mismatch(delta: Tensor, w0: Tensor, w: Tensor, terms: list[Term], version: int) -> float:
     """How far the sum of the terms is from W_v - W_0, relative; 0 if no further than merging's rounding explains.
 
     A merge rounds each element of W, so v merges drift by about sqrt(v) eps ||W||. Products are rounded by their own size.
     """
     if not terms:
         return 1.0
-    b, a = joined(terms)
+    b, a = concatenate_terms(terms)
     apart = float(torch.linalg.vector_norm(delta - b.double() @ a.double()))
     products = sum(c * float(torch.linalg.vector_norm(b)) * float(torch.linalg.vector_norm(a)) for c, b, a in terms)
     size = float(torch.linalg.vector_norm(w)) + float(torch.linalg.vector_norm(w0)) + products
@@ -202,7 +202,7 @@ def _head_terms(spec: Adapted, tensors: dict[str, Tensor], reference: dict[str, 
     return [(spec.scaling, b, a), (-spec.scaling, reference[spec.b], reference[spec.a])]
 
 
-def _no_sum(saved: Saved, departing: dict[str, float]) -> str:
+def _mismatch_message(saved: SavedRun, departing: dict[str, float]) -> str:
     worst = max(departing, key=lambda name: departing[name])
     missing = sorted(set(range(len(saved.plans))) - set(saved.manifest.heads))
     reset = saved.record.get("reset", "none")

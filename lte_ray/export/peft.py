@@ -22,10 +22,10 @@ from lte_ray.adapters.layer_kinds import TRANSPOSED_LINEAR, kind_of
 from lte_ray.engine.prepare import load_base, named_tensors
 from lte_ray.errors import ConfigError, UserError
 from lte_ray.export import delta as changes
-from lte_ray.export.delta import Change, dense_factors
-from lte_ray.export.peft_targets import ELSE, PeftTargets, place, places, targets
-from lte_ray.export.pretrained import beside, need, pretrained_part
-from lte_ray.export.run_reader import Saved, Written
+from lte_ray.export.delta import ModelDelta, dense_factors
+from lte_ray.export.peft_targets import ALTERNATIVE, PeftTargets, plan_targets, target_modules, tensor_owners
+from lte_ray.export.pretrained import names_outside, pretrained_part, require_package
+from lte_ray.export.run_reader import SavedRun, Written
 from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import views
 
@@ -36,7 +36,7 @@ Pair = tuple[Tensor, Tensor]
 """B (out x r), A (r x in)."""
 
 
-def write(saved: Saved, folder: Path, head: int | None, rank: int | None) -> Written:
+def write_adapter(saved: SavedRun, folder: Path, head: int | None, rank: int | None) -> Written:
     """Writes an adapter into an empty folder.
 
     One head's is for the merged weights of the version, the average's (`head` None) for the initial model.
@@ -46,21 +46,21 @@ def write(saved: Saved, folder: Path, head: int | None, rank: int | None) -> Wri
     """
     if rank is not None and rank < 1:
         raise ConfigError(f"--rank is {rank}, but it must be at least 1.")
-    peft = need("peft")
-    change = changes.average(saved, rank) if head is None else changes.of_head(saved, head, rank)
+    peft = require_package("peft")
+    change = changes.average_delta(saved, rank) if head is None else changes.head_delta(saved, head, rank)
     load_base(saved.model, saved.plan, change.start)
-    model, names = _target(saved, change)
+    model, names = _target_model(saved, change)
     factors = {names[name]: pair for name, pair in change.factors.items()}
-    final = {names[name]: value for name, value in _final(saved.plan, change).items() if name in names}
-    matrices = [names[spec.name] for spec in changes.matrices(saved.plan.adapted) if spec.name in names]
-    changed = {names[name] for name in _changed(saved.plan, change)}
-    placement = place(model, matrices, factors, changed - set(matrices))
+    final = {names[name]: value for name, value in _final_values(saved.plan, change).items() if name in names}
+    matrices = [names[spec.name] for spec in changes.matrix_weights(saved.plan.adapted) if spec.name in names]
+    changed = {names[name] for name in _changed_names(saved.plan, change)}
+    placement = plan_targets(model, matrices, factors, changed - set(matrices))
     pairs = {
-        layer: factors[name] if name in factors else _pair(model, layer, final.get(name))
+        layer: factors[name] if name in factors else _full_rank_pair(model, layer, final.get(name))
         for layer, name in placement.lora.items()
     }
-    with quiet():
-        adapted = _adapted(peft, model, placement, pairs, final)
+    with ignore_warnings():
+        adapted = _make_peft_model(peft, model, placement, pairs, final)
         if head is not None:
             adapted.peft_config[ADAPTER].base_model_name_or_path = ""  # it isn't for the weights of that name
         adapted.save_pretrained(str(folder), save_embedding_layers=False)
@@ -71,30 +71,30 @@ def write(saved: Saved, folder: Path, head: int | None, rank: int | None) -> Wri
     return Written(_summary(saved, change, head, placement, ranks, type(model).__name__), max(ranks), change.error)
 
 
-def _target(saved: Saved, change: Change) -> tuple[nn.Module, dict[str, str]]:
+def _target_model(saved: SavedRun, change: ModelDelta) -> tuple[nn.Module, dict[str, str]]:
     """The model that the adapter is for, and the names in it of what the worker's model names.
 
     The one model of transformers that the worker's holds, if nothing else has changed; else the worker's.
     """
     name, part = pretrained_part(saved.model)
-    if part is None or beside(saved.model, name, _changed(saved.plan, change)):
+    if part is None or names_outside(saved.model, name, _changed_names(saved.plan, change)):
         part = saved.model
     own = {id(tensor): inner for inner, tensor in named_tensors(part).items()}
     return part, {outer: own[id(tensor)] for outer, tensor in named_tensors(saved.model).items() if id(tensor) in own}
 
 
-def _changed(plan: Plan, change: Change) -> list[str]:
+def _changed_names(plan: Plan, change: ModelDelta) -> list[str]:
     """Names of all parameters and buffers that have changed."""
     start, final = views(plan.base, change.start), views(plan.base, change.final)
     return [name for name in final if not torch.equal(start[name], final[name])] + list(change.buffers)
 
 
-def _final(plan: Plan, change: Change) -> dict[str, Tensor]:
+def _final_values(plan: Plan, change: ModelDelta) -> dict[str, Tensor]:
     return {**views(plan.base, change.final), **change.buffers}
 
 
 @torch.no_grad()
-def _pair(model: nn.Module, layer: str, final: Tensor | None) -> Pair:
+def _full_rank_pair(model: nn.Module, layer: str, final: Tensor | None) -> Pair:
     """B, A of full rank for a layer whose weight isn't known as factors: the change times the identity."""
     module: Any = model.get_submodule(layer)
     kind, weight = kind_of(module), module.weight
@@ -105,11 +105,13 @@ def _pair(model: nn.Module, layer: str, final: Tensor | None) -> Pair:
     return dense_factors(matrix)
 
 
-def _adapted(peft: Any, model: nn.Module, placement: PeftTargets, pairs: dict[str, Pair], final: dict[str, Tensor]) -> Any:
+def _make_peft_model(
+    peft: Any, model: nn.Module, placement: PeftTargets, pairs: dict[str, Pair], final: dict[str, Tensor]
+) -> Any:
     """`model` as a PeftModel whose adapter holds the change. Works in place."""
-    names = {f"{layer}.{part}": name for name, held in places(model).items() for layer, part in held}
+    names = {f"{layer}.{part}": name for name, held in tensor_owners(model).items() for layer, part in held}
     try:
-        adapted = peft.get_peft_model(model, _config(peft, model, placement, pairs))
+        adapted = peft.get_peft_model(model, _make_config(peft, model, placement, pairs))
     except Exception as error:
         raise UserError(f"PEFT can't adapt the {type(model).__name__}: {type(error).__name__}: {error}") from error
     inner = adapted.get_base_model()
@@ -119,11 +121,11 @@ def _adapted(peft: Any, model: nn.Module, placement: PeftTargets, pairs: dict[st
     if wrong:
         raise UserError(
             f"PEFT takes other layers of the {type(model).__name__} than it should, since it goes by the ends of names: "
-            f"{', '.join(sorted(wrong)[:5])}. {ELSE}"
+            f"{', '.join(sorted(wrong)[:5])}. {ALTERNATIVE}"
         )
     with torch.no_grad():
         for name, layer in layers.items():
-            _fill(layer, *pairs[name])
+            _copy_factors(layer, *pairs[name])
             if placement.bias and f"{name}.bias" in names:
                 layer.get_base_layer().bias.copy_(final[names[f"{name}.bias"]])
         for name, module in copies.items():
@@ -135,7 +137,7 @@ def _adapted(peft: Any, model: nn.Module, placement: PeftTargets, pairs: dict[st
     return adapted
 
 
-def _config(peft: Any, model: nn.Module, placement: PeftTargets, pairs: dict[str, Pair]) -> Any:
+def _make_config(peft: Any, model: nn.Module, placement: PeftTargets, pairs: dict[str, Pair]) -> Any:
     ranks = {layer: b.shape[1] for layer, (b, _) in pairs.items()}
     common = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank != common}
@@ -144,14 +146,14 @@ def _config(peft: Any, model: nn.Module, placement: PeftTargets, pairs: dict[str
         lora_alpha=common,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        target_modules=targets(placement.lora, model),
+        target_modules=target_modules(placement.lora, model),
         modules_to_save=list(placement.full) or None,
         bias="lora_only" if placement.bias else "none",
         fan_in_fan_out=any(kind_of(model.get_submodule(layer)) is TRANSPOSED_LINEAR for layer in pairs),
     )
 
 
-def _fill(layer: Any, b: Tensor, a: Tensor) -> None:
+def _copy_factors(layer: Any, b: Tensor, a: Tensor) -> None:
     """Puts the factors into one of PEFT's layers, in the shapes in which it holds them."""
     if ADAPTER in layer.lora_embedding_A:  # the embedding's matrix is transposed: words are inputs
         layer.lora_embedding_A[ADAPTER].copy_(b.t())
@@ -162,14 +164,16 @@ def _fill(layer: Any, b: Tensor, a: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def ignore_warnings() -> Iterator[None]:
     """Without PEFT's warnings, about what is intended here: both kinds of linear layers, tied weights, copies."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def _summary(saved: Saved, change: Change, head: int | None, placement: PeftTargets, ranks: list[int], model: str) -> str:
+def _summary(
+    saved: SavedRun, change: ModelDelta, head: int | None, placement: PeftTargets, ranks: list[int], model: str
+) -> str:
     span = f"rank {ranks[0]}" if len(set(ranks)) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
     what = f"LoRA adapter of {span} on {len(ranks)} layer(s) of the {model}"
     version = saved.manifest.version

@@ -11,10 +11,10 @@ from torch import nn
 
 from lte_ray.engine.prepare import load_base, named_tensors
 from lte_ray.errors import UserError
-from lte_ray.export.run_reader import Saved, Written
+from lte_ray.export.run_reader import SavedRun, Written
 
 
-def write(saved: Saved, folder: Path) -> Written:
+def write_pretrained(saved: SavedRun, folder: Path) -> Written:
     """Writes the merged weights into an empty folder.
 
     Weights have the type that the worker builds the model in; tied ones stay tied.
@@ -22,14 +22,14 @@ def write(saved: Saved, folder: Path) -> Written:
     Raises:
         UserError: transformers isn't installed, the model isn't one of its models, or a part beside it is trained.
     """
-    need("transformers")
+    require_package("transformers")
     name, model = pretrained_part(saved.model)
     if model is None:
         raise UserError(
             f"--to pretrained needs a model of transformers, but the worker builds a {type(saved.model).__name__}, which "
             f"{'holds several' if name else 'is none and holds none'}. Use --to safetensors."
         )
-    outside = beside(saved.model, name, [e.name for e in saved.plan.base.entries])
+    outside = names_outside(saved.model, name, [e.name for e in saved.plan.base.entries])
     if outside:
         raise UserError(
             f"--to pretrained would lose what the worker's model trains beside its {type(model).__name__}: "
@@ -56,7 +56,7 @@ def pretrained_part(model: nn.Module) -> tuple[str, Any]:
     return next(iter(found.items())) if len(found) == 1 else (next(iter(found), ""), None)
 
 
-def beside(model: nn.Module, part: str, names: Collection[str]) -> list[str]:
+def names_outside(model: nn.Module, part: str, names: Collection[str]) -> list[str]:
     """Those of the parameters and buffers `names` that the module `part` doesn't hold."""
     inner = model.get_submodule(part)
     held = {id(tensor) for tensor in named_tensors(inner).values()}
@@ -64,7 +64,7 @@ def beside(model: nn.Module, part: str, names: Collection[str]) -> list[str]:
     return [name for name in names if id(tensors[name]) not in held]
 
 
-def need(package: str) -> Any:
+def require_package(package: str) -> Any:
     """The package. Raises UserError if it isn't installed."""
     try:
         return importlib.import_module(package)

@@ -29,7 +29,7 @@ from lte_ray.worker import build_model
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedRun:
     """A run at one of its checkpoints.
 
     Attributes:
@@ -104,7 +104,7 @@ def open_run(run: str | os.PathLike[str]) -> RunDirectory:
     return directory
 
 
-def choose(directory: RunDirectory, version: int | None) -> Manifest:
+def select_checkpoint(directory: RunDirectory, version: int | None) -> Manifest:
     """The checkpoint of `version`, by default the newest.
 
     Raises:
@@ -121,7 +121,7 @@ def choose(directory: RunDirectory, version: int | None) -> Manifest:
     return checkpoint.read_manifest(directory, versions[-1] if version is None else version)
 
 
-def read(run: str | os.PathLike[str], version: int | None = None, worker: Any = None) -> Saved:
+def read_run(run: str | os.PathLike[str], version: int | None = None, worker: Any = None) -> SavedRun:
     """Reads a run.
 
     Args:
@@ -135,7 +135,7 @@ def read(run: str | os.PathLike[str], version: int | None = None, worker: Any = 
         ConfigError: the settings in ``run.toml`` are damaged or don't fit the model.
     """
     directory = open_run(run)
-    manifest, record = choose(directory, version), run_record.read(directory)
+    manifest, record = select_checkpoint(directory, version), run_record.read(directory)
     lte, train = record.settings(LTEConfig), record.settings(TrainConfig)
     made = make_worker(record.content, worker)
     with preserve_generators(torch.device("cpu")):  # the caller's random numbers are its own
@@ -147,6 +147,6 @@ def read(run: str | os.PathLike[str], version: int | None = None, worker: Any = 
             raise WorkerError(f"{type(made).__name__}.build_model() raised {type(error).__name__}: {error}") from error
     plans = make_plans(model, lte)
     base = checkpoint.read_base(directory, manifest, plans[0])
-    return Saved(
+    return SavedRun(
         directory, manifest, record.content, model, plans, gather(plans[0].base, named_tensors(model), base.dtype), base
     )

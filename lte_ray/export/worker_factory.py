@@ -17,7 +17,7 @@ from lte_ray.storage import RUN
 from lte_ray.worker import check_worker
 
 
-def make_worker(record: dict[str, Any], given: Any = None) -> Any:
+def make_worker(record: dict[str, Any], override: Any = None) -> Any:
     """The worker that ``run.toml`` (`record`) names, with the settings that it had there.
 
     Args:
@@ -26,13 +26,13 @@ def make_worker(record: dict[str, Any], given: Any = None) -> Any:
     Raises:
         WorkerError: it can't be loaded or made, or lacks a method.
     """
-    program = given or record.get("program", "")
+    program = override or record.get("program", "")
     if isinstance(program, str):
-        what = "--worker" if given else f"The worker that {RUN} names,"
+        what = "--worker" if override else f"The worker that {RUN} names,"
         try:
             kind = load_object(program, what=what, error=WorkerError)
         except WorkerError as error:
-            if given:
+            if override:
                 raise
             raise WorkerError(
                 f"{error} Export from the folder in which the run was started, or say where the worker is now with --worker."
@@ -40,10 +40,10 @@ def make_worker(record: dict[str, Any], given: Any = None) -> Any:
     else:
         kind = program
     check_worker(kind)  # before anything of it is called: whoever wrote run.toml chose the name
-    return _make(kind, record.get("worker", {}), record.get(OMITTED, [])) if inspect.isclass(kind) else kind
+    return _instantiate(kind, record.get("worker", {}), record.get(OMITTED, [])) if inspect.isclass(kind) else kind
 
 
-def _make(kind: type, settings: Any, left_out: Any) -> Any:
+def _instantiate(kind: type, settings: Any, left_out: Any) -> Any:
     if not isinstance(settings, dict):
         raise WorkerError(f"The table [worker] of {RUN} is {settings!r:.80}, not a table of the worker's settings.")
     try:
@@ -54,7 +54,7 @@ def _make(kind: type, settings: Any, left_out: Any) -> Any:
     named = [str(name).removeprefix("worker.") for name in left_out] if isinstance(left_out, list) else []
     omitted = [name for name in named if name in known]
     try:
-        return kind(**{n: _typed(hints.get(n), v, known[n].default) for n, v in settings.items() if n in known})
+        return kind(**{n: _convert(hints.get(n), v, known[n].default) for n, v in settings.items() if n in known})
     except Exception as error:
         lacking = [name for name in omitted if known[name].default is inspect.Parameter.empty]
         if lacking:
@@ -68,24 +68,24 @@ def _make(kind: type, settings: Any, left_out: Any) -> Any:
         ) from error
 
 
-def _typed(hint: Any, value: Any, default: Any) -> Any:
+def _convert(hint: Any, value: Any, default: Any) -> Any:
     """A value from TOML, which knows neither None, tuples, sets, paths nor Enums, as the worker's constructor has it."""
-    options = _options(hint)
+    options = _nested_types(hint)
     if value == NONE and (default is None or type(None) in options):
         return None
     if not isinstance(value, list):
-        return _one(options, value)
+        return _convert_one(options, value)
     kinds = [typing.get_origin(option) or option for option in options]
-    made = [_one(options, each) for each in value]
+    made = [_convert_one(options, each) for each in value]
     return next((kind(made) for kind in kinds if kind in (list, tuple, set, frozenset)), made)
 
 
-def _options(hint: Any) -> list[Any]:
+def _nested_types(hint: Any) -> list[Any]:
     """An annotation and all that stands in it, from outside to inside."""
-    return [hint, *(option for inner in typing.get_args(hint) for option in _options(inner))]
+    return [hint, *(option for inner in typing.get_args(hint) for option in _nested_types(inner))]
 
 
-def _one(options: list[Any], value: Any) -> Any:
+def _convert_one(options: list[Any], value: Any) -> Any:
     for option in options:
         if isinstance(option, type) and issubclass(option, Enum) and str(value) in option.__members__:
             return option[str(value)]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lte_ray.adapters.factors import draw_a
+from lte_ray.adapters.factors import draw_initial_a
 from lte_ray.errors import ConfigError
 from lte_ray.layout import Adapted
 from lte_ray.merging.flat_buffer import as_matrix
@@ -54,7 +54,7 @@ class DrawState(nn.Module):
 
 def draw_head_a(spec: Adapted, seed: int, head: int, draws: int) -> Tensor:
     """Draws a head's A (r x in) from (seed, head, name), as Ray heads do; `draws` is the number of draws before."""
-    return draw_a((spec.rank, spec.matrix[1]), seed, head, f"{spec.name}@{draws}" if draws else spec.name)
+    return draw_initial_a((spec.rank, spec.matrix[1]), seed, head, f"{spec.name}@{draws}" if draws else spec.name)
 
 
 def are_equal(*pairs: tuple[Tensor, Tensor]) -> bool:

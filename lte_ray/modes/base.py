@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lte_ray.adapters.effective_parameter import stand_in
+from lte_ray.adapters.effective_parameter import effective_parameter
 from lte_ray.adapters.layer import LTELayer, make_class
-from lte_ray.adapters.layer_kinds import TORCH_KINDS, TRANSPOSED_LINEAR, Kind
+from lte_ray.adapters.layer_kinds import TORCH_KINDS, TRANSPOSED_LINEAR, LayerKind
 from lte_ray.errors import ConfigError
 from lte_ray.layout import Adapted
 from lte_ray.modes.arithmetic import set_to_mean
@@ -43,7 +43,7 @@ class ModeLayer(LTELayer):
         merged: 1 once `merge_parameters` was called, else 0; a buffer of one number.
     """
 
-    kind: ClassVar[Kind]
+    kind: ClassVar[LayerKind]
     plain: ClassVar[type[nn.Module]]
     mixin: ClassVar[type[nn.Module]]
     merged: Tensor
@@ -76,7 +76,7 @@ class ModeLayer(LTELayer):
     def __getattr__(self, name: str) -> Any:
         value: Any = super().__getattr__(name)
         if value is not None and name in ("weight", "bias") and self._in_forward() and self._differs_by_head(name, value):
-            return stand_in(value, partial(self._resolve_parameter, name))
+            return effective_parameter(value, partial(self._resolve_parameter, name))
         return value
 
     def _in_forward(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 
-from lte_ray.adapters.effective_parameter import stand_in
+from lte_ray.adapters.effective_parameter import effective_parameter
 from lte_ray.modes.arithmetic import set_to_mean
 from lte_ray.modes.batch_split import ACTIVE_HEAD, in_backward, refuse_recomputation, run_each_head
 from lte_ray.modes.parameter_guard import MODEL_RUNNING, TrackedModel, refuse_use, tracked_class
@@ -94,7 +94,9 @@ class HeadLoop(ReplicaLayer):
             for path, looped_name, _ in self.__dict__.get("lte_looped_parameters", ()):
                 if not path and looped_name == name and not value.requires_grad:  # read from outside of any loop
                     what = f"{self.__dict__['lte_name']}.{name}".lstrip(".")
-                    return stand_in(value, partial(refuse_use, what) if MODEL_RUNNING.get() else refuse_recomputation)
+                    return effective_parameter(
+                        value, partial(refuse_use, what) if MODEL_RUNNING.get() else refuse_recomputation
+                    )
         return value
 
     def __reduce__(self) -> tuple[Any, ...]:

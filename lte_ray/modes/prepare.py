@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules import batchnorm
 
-from lte_ray.adapters.convert import plain_projections, replace
+from lte_ray.adapters.convert import replace_modules, split_attention_projections
 from lte_ray.adapters.layer_kinds import kind_of
 from lte_ray.adapters.plan import make_plan
 from lte_ray.config import LTEConfig, suggest
@@ -95,7 +95,7 @@ def prepare_model_for_lte(
     seed = int(torch.randint(2**62, ())) if seed is None else seed
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in selection.replicas)
-    model, attentions = plain_projections(model, set(specs))
+    model, attentions = split_attention_projections(model, set(specs))
     for module in attentions:
         module.__dict__["lte_was_torch_attention"] = True
     _convert_layers(model, config, mode, specs, seed)
@@ -208,7 +208,7 @@ def _insert_replica_layers(model: nn.Module, selection: Selection, mode: str, re
     for name, module in model.named_modules():
         if id(module) in replaced:
             module.__dict__["lte_name"] = name  # for errors
-    replace(model, {key: MultiheadReplicaLayer(m, replicas.num_heads, mode, replicas) for key, m in replaced.items()})
+    replace_modules(model, {key: MultiheadReplicaLayer(m, replicas.num_heads, mode, replicas) for key, m in replaced.items()})
 
 
 def _insert_head_loops(model: nn.Module, replicas: ReplicaParameters, chunk: str) -> None:

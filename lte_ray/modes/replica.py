@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lte_ray.adapters.effective_parameter import stand_in
+from lte_ray.adapters.effective_parameter import effective_parameter
 from lte_ray.errors import ConfigError
 from lte_ray.modes.arithmetic import set_to_mean
 from lte_ray.modes.batch_split import ACTIVE_HEAD, in_backward, move_tensors, refuse_recomputation, run_each_head
@@ -151,8 +151,8 @@ class MultiheadReplicaLayer(ReplicaCompat, ReplicaLayer):
         if head is not None or not self.training or value is self.replicas[0]._parameters.get(name, value):
             return value
         if MODEL_RUNNING.get():
-            return stand_in(value, partial(refuse_use, f"{self.lte_name}.{name}"))
-        return stand_in(value, refuse_recomputation) if recomputed else value
+            return effective_parameter(value, partial(refuse_use, f"{self.lte_name}.{name}"))
+        return effective_parameter(value, refuse_recomputation) if recomputed else value
 
     def _move_to_head_devices(self) -> None:
         """Moves copies to their heads' devices. Parameters shared with the merged module are copied before."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.modules import batchnorm
 
-from lte_ray.adapters.plan import make_plans, match
+from lte_ray.adapters.plan import make_plans, match_patterns
 from lte_ray.config import LTEConfig
 from lte_ray.config.layer_rules import format_rules, parse_rules
 from lte_ray.errors import ConfigError
@@ -112,7 +112,7 @@ def _resolve_replica_layers(
     wanted: set[str] = set()
     for item in replica_layers:
         if isinstance(item, str):
-            wanted |= match([item], [*all_modules, *all_parameters], "layer or parameter", "replica_layers")[item]
+            wanted |= match_patterns([item], [*all_modules, *all_parameters], "layer or parameter", "replica_layers")[item]
             continue
         names = {n for n, m in all_modules.items() if m is item} | {n for n, p in all_parameters.items() if p is item}
         if not names:
@@ -205,7 +205,7 @@ def _check_unmentioned(
         *(n for n, _ in model.named_modules(remove_duplicate=False) if n),
         *dict(model.named_parameters(remove_duplicate=False)),
     ]
-    mentioned = set().union(*match(excluded, names, "layer", "--exclude").values()) if excluded else set()
+    mentioned = set().union(*match_patterns(excluded, names, "layer", "--exclude").values()) if excluded else set()
 
     def is_mentioned(holder: Location) -> bool:
         return holder.layer in mentioned or holder.name.lstrip(".") in mentioned

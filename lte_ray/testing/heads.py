@@ -11,14 +11,14 @@ from lte_ray.layout import Adapted, Plan, Replica
 from lte_ray.messages import ContributionResult
 
 
-def plan_of(rank: int) -> Plan:
+def make_test_plan(rank: int) -> Plan:
     """A plan with two weights, one stored transposed, and two replicas; `rank` is that of the first weight."""
     weights = (Adapted("wide", (5, 4), rank, 1.5), Adapted("turned", (4, 6), 2, 0.5, transposed=True))
     return Plan(weights, (Replica("bias", (3,)), Replica("scale", ())))
 
 
 @dataclass
-class WalkingHead:
+class RandomWalkHead:
     """What one head holds, flat and in float64.
 
     Attributes:
@@ -32,52 +32,52 @@ class WalkingHead:
     random: torch.Generator
     version: int = 0
     step: int = 0
-    since: int = 0
+    contributed_step: int = 0
     sequence: int = 0
     reference: Tensor | None = None
-    offered: Tensor | None = None
-    answer: ContributionResult | None = None
-    held: Tensor = field(init=False)
+    contribution: Tensor | None = None
+    result: ContributionResult | None = None
+    values: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.held = self._noise()  # factors, then replica changes
+        self.values = self._noise()  # factors, then replica changes
         for entry in self.plan.contribution.entries:
             if entry.name.endswith(".lora_B") or not entry.name.endswith(".lora_A"):
-                self.held[entry.offset : entry.offset + entry.size] = 0
+                self.values[entry.offset : entry.offset + entry.size] = 0
 
     def train(self, steps: int) -> None:
         """Takes local steps."""
         self.step += steps
-        self.held += 0.1 * steps * self._noise()
+        self.values += 0.1 * steps * self._noise()
 
     def contribute(self) -> Tensor:
         """The contribution, in the plan's contribution layout."""
         self.sequence += 1
-        self.offered = self.held.clone()
-        return self.offered
+        self.contribution = self.values.clone()
+        return self.contribution
 
     def adopt(self, version: int, reset: str) -> None:
         """Takes the answer and the base of `version` (DESIGN 3.4, 3.6, 3.7)."""
-        assert self.answer is not None and self.offered is not None
-        if self.answer.accepted:
-            self.since = self.step
+        assert self.result is not None and self.contribution is not None
+        if self.result.accepted:
+            self.contributed_step = self.step
             cut = self.plan.factors_size
-            self.held[cut:] -= self.offered[cut:]
+            self.values[cut:] -= self.contribution[cut:]
             if reset == "B":
                 for spec in self.plan.adapted:
                     entry = next(e for e in self.plan.contribution.entries if e.name == spec.b)
-                    self.held[entry.offset : entry.offset + entry.size] = 0
-        self.version, self.offered, self.answer = version, None, None
+                    self.values[entry.offset : entry.offset + entry.size] = 0
+        self.version, self.contribution, self.result = version, None, None
 
-    def accepted(self, reset: str) -> None:
+    def record_acceptance(self, reset: str) -> None:
         """The base holds the offered contribution from now on."""
-        assert self.offered is not None
-        self.reference = None if reset == "B" else self.offered[: self.plan.factors_size].clone()
+        assert self.contribution is not None
+        self.reference = None if reset == "B" else self.contribution[: self.plan.factors_size].clone()
 
     def change(self) -> Tensor:
         """What the offered contribution adds at weight 1: s (B A - B' A') of each weight, then the replica changes; flat."""
-        assert self.offered is not None
-        new = _named(self.plan, self.offered)
+        assert self.contribution is not None
+        new = _named(self.plan, self.contribution)
         old = {} if self.reference is None else _named(self.plan, self.reference)
         parts = []
         for spec in self.plan.adapted:
@@ -86,7 +86,7 @@ class WalkingHead:
                 product = product - old[spec.b] @ old[spec.a]
             product = spec.scaling * product
             parts.append((product.t() if spec.transposed else product).reshape(-1))
-        return torch.cat([*parts, self.offered[self.plan.factors_size :]])
+        return torch.cat([*parts, self.contribution[self.plan.factors_size :]])
 
     def _noise(self) -> Tensor:
         return torch.randn(self.plan.contribution.size, generator=self.random, dtype=torch.float64)

@@ -11,7 +11,7 @@ from lte_ray.config import MergeConfig
 from lte_ray.merging.policies.trigger import ComposedPolicy
 from lte_ray.merging.policy import MergePolicy
 from lte_ray.merging.registry import make_policy
-from lte_ray.testing.scene import Scene
+from lte_ray.testing.scene import Scenario
 from lte_ray.testing.watched import Violation
 
 SHOWN = 30
@@ -67,8 +67,8 @@ def _check(make: Callable[[], Any], when: str, num_heads: int, seed: int, events
     name = getattr(policy, "name", None) or type(policy).__name__
     setting = f"seed {seed}, {num_heads} heads, {events} events, when={when!r}"
 
-    def run(policy: MergePolicy, resumed_at: int | None = None) -> Scene:
-        scene = Scene(policy, lambda: _policy(make, when), num_heads, seed, resumed_at)
+    def run(policy: MergePolicy, resumed_at: int | None = None) -> Scenario:
+        scene = Scenario(policy, lambda: _policy(make, when), num_heads, seed, resumed_at)
         try:
             scene.run(events)
         except Violation as violation:
@@ -87,7 +87,7 @@ def _check(make: Callable[[], Any], when: str, num_heads: int, seed: int, events
         _fail(name, setting, what + _difference(first, resumed), resumed.trace)
 
 
-def _difference(first: Scene, other: Scene) -> str:
+def _difference(first: Scenario, other: Scenario) -> str:
     for one, two in zip(first.trace, other.trace, strict=False):
         if one != two:
             return f"first «{one}», then «{two}»"

@@ -15,7 +15,7 @@ from lte_ray.errors import PolicyError
 from lte_ray.merging.policies.trigger import get_policy_state, load_policy_state
 from lte_ray.merging.policy import MergePolicy
 from lte_ray.messages import Contribution
-from lte_ray.testing.heads import WalkingHead, plan_of
+from lte_ray.testing.heads import RandomWalkHead, make_test_plan
 from lte_ray.testing.watched import ObservedPolicy, Violation
 
 TICKS = 100
@@ -25,7 +25,7 @@ TOLERANCE = 1e-12
 """Of the ledger, relative to the sum of all changes' norms: some hundred float64 sums and products of inner size 2."""
 
 
-class Scene:
+class Scenario:
     """Plays random events, and checks after each that the base holds exactly what was decided.
 
     Args:
@@ -40,18 +40,18 @@ class Scene:
     ) -> None:
         self.trace: list[str] = []
         self.now, self.remake, self.resumed_at = 0.0, remake, resumed_at
-        self.chance = random.Random(seed)
+        self.random = random.Random(seed)
         self.reset = "B" if seed % 2 else "none"
         generator = torch.Generator().manual_seed(seed)
-        plans = [plan_of(1 + head % 3) for head in range(num_heads)]
-        self.heads = [WalkingHead(head, plan, generator) for head, plan in enumerate(plans)]
-        self.start = torch.randn(plans[0].base.size, generator=generator, dtype=torch.float64)
-        self.ledger, self.size = torch.zeros_like(self.start), 0.0
-        self.watched = ObservedPolicy(policy, lambda head: self.heads[head].change(), self.trace.append)
+        plans = [make_test_plan(1 + head % 3) for head in range(num_heads)]
+        self.heads = [RandomWalkHead(head, plan, generator) for head, plan in enumerate(plans)]
+        self.initial_base = torch.randn(plans[0].base.size, generator=generator, dtype=torch.float64)
+        self.total_change, self.total_norm = torch.zeros_like(self.initial_base), 0.0
+        self.policy = ObservedPolicy(policy, lambda head: self.heads[head].change(), self.trace.append)
         lte = LTEConfig(num_heads=num_heads, reset=self.reset)  # type: ignore[arg-type]
         settings = Settings("conformance", lte, MergeConfig(), TrainConfig())
         self.coordinator = Coordinator(
-            settings, plans[0], self.start.clone(), self.watched, plans=plans, clock=lambda: self.now
+            settings, plans[0], self.initial_base.clone(), self.policy, plans=plans, clock=lambda: self.now
         )
 
     @property
@@ -68,42 +68,42 @@ class Scene:
         for event in range(events):
             if self.resumed_at is not None and event >= self.resumed_at and self.coordinator.candidate is None:
                 self._resume()
-            self._pass_time(self.chance.expovariate(1.0))
+            self._pass_time(self.random.expovariate(1.0))
             self._random_event()
         self._end()
 
     def _resume(self) -> None:
-        held = {name: tensor.clone() for name, tensor in get_policy_state(self.watched.policy).items()}
-        self.watched.policy, self.resumed_at = self.remake(), None
+        held = {name: tensor.clone() for name, tensor in get_policy_state(self.policy.policy).items()}
+        self.policy.policy, self.resumed_at = self.remake(), None
         if held:
-            load_policy_state(self.watched.policy, held)
+            load_policy_state(self.policy.policy, held)
 
     def _random_event(self) -> None:
         live = sorted(self.coordinator.live)
-        if self.coordinator.candidate is not None and self.chance.random() < 0.5:
-            self._judge()
+        if self.coordinator.candidate is not None and self.random.random() < 0.5:
+            self._evaluate_trial()
         elif live:
-            head, kind = self.heads[self.chance.choice(live)], self.chance.random()
+            head, kind = self.heads[self.random.choice(live)], self.random.random()
             if kind < 0.04:
                 self._leave(head)
             elif kind < 0.07:
-                self._send_rubbish(head)
-            elif head.answer is not None:
+                self._send_nan(head)
+            elif head.result is not None:
                 head.adopt(self.coordinator.version, self.reset)
-            elif head.offered is None:
-                head.train(self.chance.randint(1, 4))
+            elif head.contribution is None:
+                head.train(self.random.randint(1, 4))
                 self._contribute(head)
             elif self.reset == "none":
                 head.train(1)  # while its contribution is on the way
 
-    def _contribute(self, head: WalkingHead) -> None:
+    def _contribute(self, head: RandomWalkHead) -> None:
         self._play(
-            f"head {head.number} contributes {head.step - head.since} steps from version {head.version}",
+            f"head {head.number} contributes {head.step - head.contributed_step} steps from version {head.version}",
             lambda: self.coordinator.receive(self._record(head), head.contribute()),
         )
 
-    def _record(self, head: WalkingHead) -> Contribution:
-        steps = head.step - head.since
+    def _record(self, head: RandomWalkHead) -> Contribution:
+        steps = head.step - head.contributed_step
         return Contribution(
             run="conformance",
             head=head.number,
@@ -116,19 +116,19 @@ class Scene:
             loss=1 / (1 + head.step),
         )
 
-    def _send_rubbish(self, head: WalkingHead) -> None:
+    def _send_nan(self, head: RandomWalkHead) -> None:
         rubbish = torch.full((head.plan.contribution.size,), torch.nan, dtype=torch.float64)
         self.trace.append(f"{self.now:.3f} head {head.number} sends NaN, which is refused")
         self.coordinator.receive(self._record(head), rubbish)
 
-    def _leave(self, head: WalkingHead) -> None:
+    def _leave(self, head: RandomWalkHead) -> None:
         self._play(f"head {head.number} leaves", lambda: self.coordinator.leave(head.number))
 
-    def _judge(self) -> None:
-        candidate, tried, self.watched.tried = self.coordinator.candidate, self.watched.tried, None
+    def _evaluate_trial(self) -> None:
+        candidate, tried, self.policy.trial_change = self.coordinator.candidate, self.policy.trial_change, None
         assert candidate is not None and tried is not None
-        self._compare(candidate, self.start + self.ledger + tried, "the base that is tried")
-        loss = float(candidate.double().square().mean()) + self.chance.random()
+        self._compare(candidate, self.initial_base + self.total_change + tried, "the base that is tried")
+        loss = float(candidate.double().square().mean()) + self.random.random()
         self._play(
             f"the evaluation of what is tried gives {loss:.6g}",
             lambda: self.coordinator.receive_evaluation({"loss": loss}),
@@ -155,30 +155,30 @@ class Scene:
                 raise error.__cause__ from error
             raise Violation(str(error)) from error
         if tried is not None and outcome.results[0].accepted:  # what was tried is settled before anything else
-            self.watched.expected.insert(0, tried)
+            self.policy.expected_changes.insert(0, tried)
         for verdict in outcome.results:
             head = self.heads[verdict.head]
-            if head.offered is None or head.answer is not None or verdict.sequence != head.sequence:
+            if head.contribution is None or head.result is not None or verdict.sequence != head.sequence:
                 raise Violation(f"head {verdict.head}'s contribution {verdict.sequence} was settled twice")
-            head.answer = verdict
+            head.result = verdict
             if verdict.accepted:
-                head.accepted(self.reset)
-        for change in self.watched.expected:
-            self.ledger += change
-            self.size += float(change.norm())
-        self.watched.expected.clear()
-        self._compare(self.base, self.start + self.ledger, "W_v - W_0")
+                head.record_acceptance(self.reset)
+        for change in self.policy.expected_changes:
+            self.total_change += change
+            self.total_norm += float(change.norm())
+        self.policy.expected_changes.clear()
+        self._compare(self.base, self.initial_base + self.total_change, "W_v - W_0")
 
     def _compare(self, found: Tensor, expected: Tensor, what: str) -> None:
         error = float((found - expected).norm())
-        if not error <= TOLERANCE * (1 + self.size + float(self.start.norm())):
+        if not error <= TOLERANCE * (1 + self.total_norm + float(self.initial_base.norm())):
             raise Violation(f"{what} differs from the sum of all that was decided by {error:g}")
 
     def _end(self) -> None:
         """Heads that owe nothing leave; the others must get their answer."""
         for _ in range(TICKS):
             if self.coordinator.candidate is not None:
-                self._judge()
+                self._evaluate_trial()
             elif free := [h for h in sorted(self.coordinator.live) if h not in self.coordinator.pending_heads]:
                 self._leave(self.heads[free[0]])
             elif not self.coordinator.pending_heads:

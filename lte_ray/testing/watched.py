@@ -27,9 +27,9 @@ class ObservedPolicy:
     def __init__(self, policy: MergePolicy, change_of: Callable[[int], Tensor], note: Callable[[str], None]) -> None:
         self.policy = policy
         self.name = getattr(policy, "name", None) or type(policy).__name__
-        self.expected: list[Tensor] = []
-        self.tried: Tensor | None = None
-        self._given: list[tuple[int, Tensor, Tensor]] = []  # for a version: a change that was given, and a copy
+        self.expected_changes: list[Tensor] = []
+        self.trial_change: Tensor | None = None
+        self._returned_changes: list[tuple[int, Tensor, Tensor]] = []  # for a version: a change that was given, and a copy
         self._change_of, self._note = change_of, note
 
     def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
@@ -45,18 +45,18 @@ class ObservedPolicy:
             if not same or (reference is not None and not torch.equal(p.share.reference, reference)):  # type: ignore[arg-type]
                 raise Violation(f"it changed the tensors of head {p.head}'s contribution, which are only lent to it")
         if isinstance(decision, Try):
-            self.tried = self._expected(decision.merge)
+            self.trial_change = self._expected_change(decision.merge)
         elif isinstance(decision, Merge | MergeChange):
-            self.expected.append(self._expected(decision))
-        for version, change, copy in self._given:
+            self.expected_changes.append(self._expected_change(decision))
+        for version, change, copy in self._returned_changes:
             if not torch.equal(change, copy):
                 raise Violation(f"it changed, after it had decided, the change that it gave for version {version}")
         merge = decision.merge if isinstance(decision, Try) else decision
         if isinstance(merge, MergeChange) and isinstance(merge.change, Tensor) and bool(torch.isfinite(merge.change).all()):
-            self._given.append((roster.version + 1, merge.change, merge.change.clone()))
+            self._returned_changes.append((roster.version + 1, merge.change, merge.change.clone()))
         return decision
 
-    def _expected(self, merge: Merge | MergeChange) -> Tensor:
+    def _expected_change(self, merge: Merge | MergeChange) -> Tensor:
         if isinstance(merge, MergeChange):
             return merge.change.clone() if isinstance(merge.change, Tensor) else torch.tensor(torch.nan)
         try:

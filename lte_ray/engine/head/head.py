@@ -15,8 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lte_ray.adapters.convert import convert, share_frozen
-from lte_ray.adapters.effective_parameter import computing
+from lte_ray.adapters.convert import convert, share_frozen_weights
+from lte_ray.adapters.effective_parameter import computing_loss
 from lte_ray.adapters.quantization import check_format
 from lte_ray.engine.head.batch_stream import BatchStream
 from lte_ray.engine.head.main_weights import MainWeights
@@ -87,13 +87,13 @@ class Head:
                 settings.lte,
                 seed=settings.train.seed,
                 head=number,
-                hold=separate_reference,
+                separate_reference=separate_reference,
             )
             self.model, self.plan = self.converted.model.to(self.device).train(), self.converted.plan
             for base_dtype in {spec.base_dtype for spec in self.plan.adapted} if self.device.type != "cpu" else ():
                 check_format(base_dtype, self.device)  # the driver has checked it on its CPU
             if share_weights is not None:
-                share_frozen(self.converted, share_weights.converted)
+                share_frozen_weights(self.converted, share_weights.converted)
             shared = None if share_weights is None else share_weights.main_weights
             self.main_weights: MainWeights = MainWeights(self.converted, shared, alone)
             checkpoint_activations(self.model, settings.train.checkpoint_activations)
@@ -264,7 +264,7 @@ class Head:
         return loss
 
     def _backward(self, batch: Batch) -> Tensor:
-        with autocast(self.settings.train, self.device), computing():
+        with autocast(self.settings.train, self.device), computing_loss():
             loss = check_loss(self.worker.loss(self.model, batch))
         torch.autograd.backward(self.optimizer_step.scale_loss(loss))
         return loss.detach()

@@ -71,7 +71,7 @@ class MainWeights:
         plan = self._converted.plan
         new, old = views(plan.base, base), None if reference is None else factor_views(plan, reference)
         staged = {}
-        for name, main in self._converted.mains.items():
+        for name, main in self._converted.main_weights.items():
             pair = None if old is None else (old[main.spec.a], old[main.spec.b])
             weight = main.stage(new[name], pair, self._unused.pop(name, None))
             if weight is not None:
@@ -86,16 +86,16 @@ class MainWeights:
         new = None if shared.base is None else views(plan.base, shared.base)
         old = None if reference is None else factor_views(plan, reference)
         errors = [0.0]
-        for name, main in self._converted.mains.items():
+        for name, main in self._converted.main_weights.items():
             pair = None if old is None else (old[main.spec.a], old[main.spec.b])
             if name in staged:
                 self._unused[name] = main.swap(staged[name])
-            elif there and main.held:
+            elif there and main.separate_reference:
                 main.load(None, pair)
             else:
                 assert new is not None
                 errors.append(main.load(new[name], pair))
         if not there:
             shared.loaded, shared.error = shared.version, max(errors)
-        if not self.takes_turns or all(main.held for main in self._converted.mains.values()):
+        if not self.takes_turns or all(main.separate_reference for main in self._converted.main_weights.values()):
             shared.base = None  # nobody needs it again

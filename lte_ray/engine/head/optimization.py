@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
-from lte_ray.adapters.plan import match
+from lte_ray.adapters.plan import match_patterns
 from lte_ray.config import TrainConfig
 from lte_ray.errors import ConfigError
 from lte_ray.layout import Plan
@@ -185,7 +185,7 @@ def match_modules(model: nn.Module, patterns: Sequence[str]) -> set[str]:
     """
     containers = (nn.ModuleList, nn.ModuleDict)  # nobody calls them
     names = [name for name, module in model.named_modules() if name and not isinstance(module, containers)]
-    return set().union(*match(patterns, names, "module", "--checkpoint-activations").values())
+    return set().union(*match_patterns(patterns, names, "module", "--checkpoint-activations").values())
 
 
 def _contexts(norms: Sequence[_NormBase]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from lte_ray.adapters.factors import Factors
-from lte_ray.adapters.quantization import Quantized
+from lte_ray.adapters.quantization import QuantizedWeight
 from lte_ray.errors import WorkerError
 
 ELEMENTWISE = (
@@ -96,7 +96,7 @@ def _group_by_parameter(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Te
 
 def user_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     """The buffers of a converted model that are the user's own."""
-    ours = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, Factors | Quantized))
+    ours = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, Factors | QuantizedWeight))
     return [(name, buffer) for name, buffer in model.named_buffers() if not name.startswith(ours)]
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lte_ray.adapters.effective_parameter import computing
+from lte_ray.adapters.effective_parameter import computing_loss
 from lte_ray.adapters.factors import Factors
 from lte_ray.config import TrainConfig
 from lte_ray.engine.head.head import Head
@@ -165,7 +165,7 @@ class VmappedHeads:
         train, device = self._heads[0].settings.train, self._heads[0].device
         try:
             batch = pytree.tree_map(lambda *leaves: _stack_leaves(leaves), *batches)
-            with warnings.catch_warnings(), autocast(train, device), computing():
+            with warnings.catch_warnings(), autocast(train, device), computing_loss():
                 warnings.filterwarnings("ignore", message="There is a performance drop")  # it is fast enough, and exact
                 losses = torch.vmap(self._head_loss, randomness="different")(self._trained, self._buffers, batch)
             scaled = [head.optimizer_step.scale_loss(loss) for head, loss in zip(self._heads, losses, strict=True)]

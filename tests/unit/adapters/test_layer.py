@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lte_ray.adapters.factors import Factors, draw_a
-from lte_ray.adapters.layer import HeadLayer, adopt
+from lte_ray.adapters.factors import Factors, draw_initial_a
+from lte_ray.adapters.layer import HeadLayer, add_factors
 from lte_ray.layout import Adapted
 from tests.support.helpers import EPS32, assert_near
 
@@ -22,7 +22,7 @@ def make_layer(out: int, inn: int, rank: int, scaling: float, bias: bool) -> Hea
     factors = Factors(Adapted("w", (out, inn), rank, scaling), linear.weight)
     nn.init.normal_(factors.A)
     nn.init.normal_(factors.B)
-    return adopt(linear, factors, None)
+    return add_factors(linear, factors, None)
 
 
 @given(sizes, sizes, st.integers(1, 3), st.sampled_from([0.5, 1.0, 128.0]), st.booleans(), st.sampled_from([(), (3,), (2, 3)]))
@@ -65,14 +65,14 @@ def test_a_new_layer_gives_the_very_output_of_the_one_it_replaces(bias: bool) ->
     nn.init.normal_(factors.A)
     x = torch.randn(3, 6)
     expected = linear(x)
-    assert torch.equal(adopt(linear, factors, None)(x), expected)
+    assert torch.equal(add_factors(linear, factors, None)(x), expected)
 
 
 def test_it_takes_over_weight_bias_and_mode() -> None:
     """Weight and bias are the linear layer's own objects, the weight no longer trains, and eval mode stays."""
     linear = nn.Linear(6, 4).eval()
     weight, bias = linear.weight, linear.bias
-    layer = adopt(linear, Factors(Adapted("w", (4, 6), 2, 4.0), linear.weight), None)
+    layer = add_factors(linear, Factors(Adapted("w", (4, 6), 2, 4.0), linear.weight), None)
     assert layer is linear
     assert layer.weight is weight
     assert layer.bias is bias
@@ -86,7 +86,7 @@ def test_it_takes_over_weight_bias_and_mode() -> None:
 def test_a_is_semi_orthogonal(rank: int, more: int, seed: int) -> None:
     """A A^T = (in / r) I."""
     inn = rank + more
-    a = draw_a((rank, inn), seed, 0, "layer").double()
+    a = draw_initial_a((rank, inn), seed, 0, "layer").double()
     # Householder QR in float32 is orthogonal to about n epsilon.
     assert_near(a @ a.T * rank / inn, torch.eye(rank, dtype=torch.float64), 2 * inn * EPS32)
 
@@ -95,15 +95,15 @@ def test_a_depends_on_seed_head_and_name_alone() -> None:
     """The same (seed, head, name) gives the same A bitwise; changing any one gives another."""
     shape = (3, 8)
     torch.manual_seed(1)
-    first = draw_a(shape, 0, 1, "up.weight")
+    first = draw_initial_a(shape, 0, 1, "up.weight")
     torch.manual_seed(2)
-    assert torch.equal(draw_a(shape, 0, 1, "up.weight"), first)
+    assert torch.equal(draw_initial_a(shape, 0, 1, "up.weight"), first)
     for other in ((9, 1, "up.weight"), (0, 2, "up.weight"), (0, 1, "down.weight")):
-        assert not torch.allclose(draw_a(shape, *other), first, atol=0.1)
+        assert not torch.allclose(draw_initial_a(shape, *other), first, atol=0.1)
 
 
 def test_drawing_a_leaves_the_global_generator_alone() -> None:
     """torch's global random state is the same before and after."""
     before = torch.get_rng_state()
-    draw_a((3, 8), 0, 1, "up.weight")
+    draw_initial_a((3, 8), 0, 1, "up.weight")
     assert torch.equal(torch.get_rng_state(), before)

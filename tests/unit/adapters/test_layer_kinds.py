@@ -136,7 +136,7 @@ CASES = {"linear": linears(), "conv": convolutions(), "embedding": embeddings(),
 def converted_of(case: Case, bias: str, hold: bool, layer: nn.Module | None = None) -> Converted:
     """A copy of the layer, or `layer`, converted, with random factors; an embedding's row for padding never moves from zero."""
     lte = LTEConfig(num_heads=1, lora_r=case.rank, lora_alpha=1.5 * case.rank, adapt=EVERYTHING, lora_bias=bias)  # type: ignore[arg-type]
-    converted = convert(layer or copy.deepcopy(case.layer), lte, hold=hold)
+    converted = convert(layer or copy.deepcopy(case.layer), lte, separate_reference=hold)
     with torch.no_grad():
         for i, (name, factor) in enumerate(converted.factors.items()):
             factor.copy_(draw(*factor.shape, seed=10 + i))
@@ -148,7 +148,7 @@ def converted_of(case: Case, bias: str, hold: bool, layer: nn.Module | None = No
 def references(converted: Converted, padding: int | None) -> Reference:
     """Random A', B' of every main weight."""
     made = {}
-    for i, (name, main) in enumerate(converted.mains.items()):
+    for i, (name, main) in enumerate(converted.main_weights.items()):
         a, b = draw(*main.factors.A.shape, seed=20 + i), draw(*main.factors.B.shape, seed=30 + i)
         if padding is not None:
             b[padding] = 0
@@ -183,7 +183,7 @@ def check_against_dense(case: Case, bias: str, hold: bool, with_reference: bool)
     assert isinstance(layer, HeadLayer)
     reference = references(converted, getattr(case.layer, "padding_idx", None)) if with_reference else {}
     before = {name: p.detach().clone() for name, p in case.layer.named_parameters()}
-    for name, main in converted.mains.items():
+    for name, main in converted.main_weights.items():
         assert main.load(before[name], reference.get(name)) == 0.0
     xs = [case.x.clone().requires_grad_(case.x.is_floating_point()) for _ in range(2)]
     found = layer(xs[0])
@@ -198,7 +198,7 @@ def check_against_dense(case: Case, bias: str, hold: bool, with_reference: bool)
         assert gradient is not None, name
         assert leaf.grad is not None
         assert_near(gradient, leaf.grad, TOLERANCE)
-    for main in converted.mains.values():
+    for main in converted.main_weights.values():
         assert main.stored.grad is None
     if xs[0].requires_grad:
         assert_near(xs[0].grad, xs[1].grad, TOLERANCE)
@@ -362,7 +362,7 @@ def test_a_new_layer_gives_bitwise_the_output_of_the_plain_one(name: str, hold: 
     case = example_case(name)
     plain = copy.deepcopy(case.layer)
     lte = LTEConfig(num_heads=1, lora_r=case.rank, adapt=EVERYTHING, lora_bias="lora")
-    assert torch.equal(convert(case.layer, lte, hold=hold).model(case.x), plain(case.x))
+    assert torch.equal(convert(case.layer, lte, separate_reference=hold).model(case.x), plain(case.x))
 
 
 # -- main weights ------------------------------------------------------------------------------------------------------
@@ -375,13 +375,13 @@ def test_a_held_reference_computes_what_a_folded_one_does(name: str, seed: int) 
     case = example_case(name)
     folded, held = (converted_of(case, "lora", hold) for hold in (False, True))
     for version in range(3):
-        for weight_name, main in folded.mains.items():
+        for weight_name, main in folded.main_weights.items():
             base = draw(*main.spec.shape, seed=100 * seed + version)
             a, b = (draw(*f.shape, seed=100 * seed + 10 * version + i) for i, f in enumerate((main.factors.A, main.factors.B)))
             reference = None if version == 1 else (a, b)  # 1: as after a reset
             main.load(base, reference)
-            held.mains[weight_name].load(base, reference)
-            assert torch.equal(held.mains[weight_name].stored, base)
+            held.main_weights[weight_name].load(base, reference)
+            assert torch.equal(held.main_weights[weight_name].stored, base)
         assert_near(held.model(case.x), folded.model(case.x), TOLERANCE)
 
 
@@ -421,7 +421,7 @@ def test_main_weights_of_any_layout_and_type_take_over_a_base(
     case.layer.weight = nn.Parameter(layout(case.layer.weight.detach().to(dtype)))
     strides = case.layer.weight.stride()
     converted = converted_of(case, "replica", hold, case.layer)  # a deep copy would have another layout
-    main, spec = converted.mains["weight"], converted.plan.adapted[0]
+    main, spec = converted.main_weights["weight"], converted.plan.adapted[0]
     base = draw(*spec.shape, seed=1)
     a, b = draw(*main.factors.A.shape, seed=2), draw(*main.factors.B.shape, seed=3)
     main.load(base, (a, b))

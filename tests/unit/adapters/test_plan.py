@@ -517,7 +517,11 @@ def test_the_format_of_main_weights_is_chosen_layer_by_layer() -> None:
     plan = plan_of(model, **settings)
     assert [(a.name, a.base_dtype) for a in plan.adapted][:2] == [("0.weight", "int8"), ("1.weight", "bf16")]
     converted = convert(model, config(**settings))
-    assert [type(converted.mains[f"{i}.weight"].stored).__name__ for i in range(3)] == ["Quantized", "Quantized", "Parameter"]
+    assert [type(converted.main_weights[f"{i}.weight"].stored).__name__ for i in range(3)] == [
+        "QuantizedWeight",
+        "QuantizedWeight",
+        "Parameter",
+    ]
 
 
 def test_heads_plans_differ_in_rank_and_scaling_only() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lte_ray.adapters import quantization
-from lte_ray.adapters.quantization import FORMATS, Quantized, check_format, linear
+from lte_ray.adapters.quantization import FORMATS, QuantizedWeight, check_format, linear
 from lte_ray.errors import ConfigError
 
 # QLoRA (arXiv 2305.14314), appendix E
@@ -62,7 +62,7 @@ def nf4_by_hand(weight: Tensor) -> tuple[Tensor, Tensor]:
 def test_bf16_errs_by_half_a_unit_of_its_last_place(shape: tuple[int, ...], size: float, seed: int) -> None:
     """|w - q| <= 2^-8 |w|: 8 bits of mantissa, rounded to nearest."""
     weight = draw(*shape, seed=seed) * size
-    error = (Quantized.of(weight, "bf16").dequantize() - weight).abs()
+    error = (QuantizedWeight.from_weight(weight, "bf16").dequantize() - weight).abs()
     assert (error <= 2.0**-8 * weight.abs()).all()
 
 
@@ -72,7 +72,7 @@ def test_int8_errs_by_half_a_step_of_its_row(shape: tuple[int, ...], size: float
     weight = draw(*shape, seed=seed) * size
     rows = weight.view(shape[0] if len(shape) > 1 else 1, -1)
     step = rows.abs().amax(1, keepdim=True) / 127
-    error = (Quantized.of(weight, "int8").dequantize().view(rows.shape) - rows).abs()
+    error = (QuantizedWeight.from_weight(weight, "int8").dequantize().view(rows.shape) - rows).abs()
     assert (error <= step / 2 * (1 + 2.0**-8) * (1 + 1e-4)).all()
 
 
@@ -87,13 +87,13 @@ def test_nf4_errs_as_the_papers_does_but_for_the_scales_8_bits(shape: tuple[int,
     weight = draw(*shape, seed=seed) * size
     nearest, scales = nf4_by_hand(weight)
     spread = (scales.flatten()[::64] - scales.flatten()[::64].mean()).abs().max()
-    error, least = (Quantized.of(weight, "nf4").dequantize() - weight).abs(), (nearest - weight).abs()
+    error, least = (QuantizedWeight.from_weight(weight, "nf4").dequantize() - weight).abs(), (nearest - weight).abs()
     assert (error <= least + 0.0071 * spread + 1e-5 * scales).all()
 
 
 def test_the_known_relative_errors_of_normal_weights(form: str) -> None:
     """fp32 0; bf16 2^-8 / sqrt(12) on average over mantissas; int8 of 3-sigma rows 3.3/127/sqrt(12); nf4 0.09 (QLoRA)."""
-    error = Quantized.of(draw(256, 1024), form).load(draw(256, 1024))
+    error = QuantizedWeight.from_weight(draw(256, 1024), form).load(draw(256, 1024))
     low, high = {"fp32": (0, 0), "bf16": (1e-3, 2.3e-3), "int8": (0.006, 0.009), "nf4": (0.085, 0.097)}[form]
     assert low <= error <= high
 
@@ -101,8 +101,8 @@ def test_the_known_relative_errors_of_normal_weights(form: str) -> None:
 def test_what_was_dequantised_is_held_without_error(form: str) -> None:
     """Q(Q(W)) = Q(W) bit for bit, for fp32, bf16 and int8. nf4 keeps its codes; its 8-bit scales move a little."""
     for shape in SHAPES:
-        once = Quantized.of(draw(*shape), form)
-        twice = Quantized.of(once.dequantize(), form)
+        once = QuantizedWeight.from_weight(draw(*shape), form)
+        twice = QuantizedWeight.from_weight(once.dequantize(), form)
         assert torch.equal(once.codes, twice.codes)
         if form != "nf4":
             assert torch.equal(once.dequantize(), twice.dequantize())
@@ -111,7 +111,7 @@ def test_what_was_dequantised_is_held_without_error(form: str) -> None:
 
 def test_other_dtypes_are_the_fp32_values_rounded_once(form: str) -> None:
     """Q(W) is one fp32 weight; float64 shows it exactly, half precisions round it."""
-    held = Quantized.of(draw(64, 48), form)
+    held = QuantizedWeight.from_weight(draw(64, 48), form)
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
         assert held.dequantize(dtype).dtype == dtype
         rounding = torch.finfo(dtype).eps if form == "nf4" else 0.0  # bitsandbytes' kernels may round as they like
@@ -120,32 +120,35 @@ def test_other_dtypes_are_the_fp32_values_rounded_once(form: str) -> None:
 
 def test_no_weight_gives_nan(form: str) -> None:
     """Zeros stay zeros; zero rows and blocks, one huge entry, tiny rows, transposed, float64, 1-D and 0-D weights work."""
-    zero = Quantized.of(torch.zeros(70, 33), form)
+    zero = QuantizedWeight.from_weight(torch.zeros(70, 33), form)
     assert not zero.dequantize().any()
     assert zero.load(torch.zeros(70, 33)) == 0.0
     odd = draw(128, 64)
     odd[3], odd[7, 5], odd[9] = 0, 1e30, 1e-42
     for weight in (odd, odd.t(), odd.double(), odd[:, ::3], odd[0], odd[0, 0]):
-        held = Quantized.of(weight, form)
+        held = QuantizedWeight.from_weight(weight, form)
         assert held.dequantize().shape == weight.shape
         assert held.dequantize().isfinite().all()
         assert 0 <= held.load(weight) < 0.2
-    assert torch.equal(Quantized.of(odd.t(), form).dequantize(), Quantized.of(odd.t().contiguous(), form).dequantize())
-    assert not Quantized.of(odd, form).dequantize()[3].any()
+    assert torch.equal(
+        QuantizedWeight.from_weight(odd.t(), form).dequantize(),
+        QuantizedWeight.from_weight(odd.t().contiguous(), form).dequantize(),
+    )
+    assert not QuantizedWeight.from_weight(odd, form).dequantize()[3].any()
 
 
 def test_quantising_is_deterministic(form: str) -> None:
     """The same weight gives the same bits."""
-    first, second = (Quantized.of(draw(130, 129), form).parts for _ in range(2))
+    first, second = (QuantizedWeight.from_weight(draw(130, 129), form).parts for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_an_empty_weight_and_an_unknown_format_are_refused() -> None:
     """They never come from a checked configuration."""
     with pytest.raises(ValueError, match="shape"):
-        Quantized.of(torch.zeros(0, 4), "bf16")
+        QuantizedWeight.from_weight(torch.zeros(0, 4), "bf16")
     with pytest.raises(ValueError, match="int4"):
-        Quantized.of(torch.zeros(2, 4), "int4")
+        QuantizedWeight.from_weight(torch.zeros(2, 4), "int4")
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -154,7 +157,7 @@ def test_an_empty_weight_and_an_unknown_format_are_refused() -> None:
 @pytest.mark.parametrize(("shape", "slack"), [((768, 3072), 0.001), ((256, 128), 0.002), ((64, 48), 0.02)])
 def test_memory_against_bf16(form: str, shape: tuple[int, int], slack: float) -> None:
     """Bytes of what it keeps: nf4 0.258 of bf16's, plus the mean and rounding up, int8 half, plus a step a row."""
-    held = Quantized.of(draw(*shape), form)
+    held = QuantizedWeight.from_weight(draw(*shape), form)
     actual = sum(b.untyped_storage().nbytes() for b in held.buffers())
     assert held.nbytes == actual
     rows, columns = shape
@@ -165,11 +168,11 @@ def test_memory_against_bf16(form: str, shape: tuple[int, int], slack: float) ->
 
 def test_load_keeps_its_memory_and_tells_the_error(form: str) -> None:
     """The same storage, the new weight's values, and ||W - Q(W)|| / ||W||, from float64 as well."""
-    held, new = Quantized.of(draw(33, 7), form), draw(33, 7, seed=1, dtype=torch.float64)
+    held, new = QuantizedWeight.from_weight(draw(33, 7), form), draw(33, 7, seed=1, dtype=torch.float64)
     before = [part.data_ptr() for part in held.parts]
     error = held.load(new)
     assert before == [part.data_ptr() for part in held.parts]
-    assert torch.equal(held.dequantize(), Quantized.of(new, form).dequantize())
+    assert torch.equal(held.dequantize(), QuantizedWeight.from_weight(new, form).dequantize())
     expected = float((new.float() - held.dequantize()).double().norm() / new.norm())
     assert error == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
@@ -177,7 +180,7 @@ def test_load_keeps_its_memory_and_tells_the_error(form: str) -> None:
 def test_a_quantised_weight_never_shares_the_callers_memory(form: str) -> None:
     """Even where the format is the weight's own dtype."""
     weight = draw(4, 4)
-    held = Quantized.of(weight, form)
+    held = QuantizedWeight.from_weight(weight, form)
     before = held.dequantize().clone()
     weight.zero_()
     assert torch.equal(held.dequantize(), before)
@@ -188,7 +191,7 @@ def test_a_quantised_weight_never_shares_the_callers_memory(form: str) -> None:
 
 def test_a_change_of_dtype_leaves_it_alone(form: str) -> None:
     """model.double(), half() and to(bfloat16) change the layers around it only."""
-    model = nn.Sequential(nn.Linear(3, 3), Quantized.of(draw(64, 48), form))
+    model = nn.Sequential(nn.Linear(3, 3), QuantizedWeight.from_weight(draw(64, 48), form))
     before = [part.clone() for part in model[1].parts]
     for change in (nn.Module.double, nn.Module.half, nn.Module.bfloat16, nn.Module.float, lambda m: m.to(torch.float64)):
         change(model)
@@ -199,11 +202,11 @@ def test_a_change_of_dtype_leaves_it_alone(form: str) -> None:
 
 def test_copies_and_state_dicts_hold_the_same(form: str) -> None:
     """A deepcopy is its own; a state dict goes into another weight of that shape; no parameter is added."""
-    held, other = Quantized.of(draw(33, 7), form), Quantized.of(draw(33, 7, seed=1), form)
+    held, other = QuantizedWeight.from_weight(draw(33, 7), form), QuantizedWeight.from_weight(draw(33, 7, seed=1), form)
     twin = copy.deepcopy(held)
     other.load_state_dict(held.state_dict())
     held.load(draw(33, 7, seed=2))
-    expected = Quantized.of(draw(33, 7), form).dequantize()
+    expected = QuantizedWeight.from_weight(draw(33, 7), form).dequantize()
     assert torch.equal(twin.dequantize(), expected)
     assert torch.equal(other.dequantize(), expected)
     assert not list(held.parameters())
@@ -216,7 +219,7 @@ def test_copies_and_state_dicts_hold_the_same(form: str) -> None:
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3, 4)])
 def test_linear_and_its_gradients_are_the_dense_ones(form: str, leading: tuple[int, ...]) -> None:
     """y, dx and db in float64 as F.linear with Q(W) has them, for x of any leading shape; and gradcheck."""
-    held = Quantized.of(draw(5, 7), form)
+    held = QuantizedWeight.from_weight(draw(5, 7), form)
     x, bias = (
         draw(*leading, 7, seed=1, dtype=torch.float64).requires_grad_(),
         draw(5, seed=2, dtype=torch.float64).requires_grad_(),
@@ -232,7 +235,7 @@ def test_linear_and_its_gradients_are_the_dense_ones(form: str, leading: tuple[i
 
 def test_nothing_dequantised_is_saved_for_the_backward_pass(form: str) -> None:
     """What autograd keeps is the weight's own codes and scales, byte for byte: no copy of Q(W), no x."""
-    held = Quantized.of(draw(256, 128), form)
+    held = QuantizedWeight.from_weight(draw(256, 128), form)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
         linear(draw(9, 128).requires_grad_(), held, draw(256).requires_grad_())
@@ -243,7 +246,7 @@ def test_nothing_dequantised_is_saved_for_the_backward_pass(form: str) -> None:
 
 def test_a_weight_loaded_between_forward_and_backward_is_noticed(form: str) -> None:
     """The gradient would be another weight's: autograd's own error, not a wrong number."""
-    held, x = Quantized.of(draw(5, 7), form), draw(3, 7).requires_grad_()
+    held, x = QuantizedWeight.from_weight(draw(5, 7), form), draw(3, 7).requires_grad_()
     y = linear(x, held, None)
     held.load(draw(5, 7, seed=1))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -253,7 +256,7 @@ def test_a_weight_loaded_between_forward_and_backward_is_noticed(form: str) -> N
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_vmap_over_inputs_and_biases(form: str, dim: int) -> None:
     """Batched x (any dimension) and bias give what a loop gives, forwards and, in both orders, backwards."""
-    held, x, bias = Quantized.of(draw(5, 7), form), draw(3, 3, 3, 7, seed=1), draw(3, 5, seed=2)
+    held, x, bias = QuantizedWeight.from_weight(draw(5, 7), form), draw(3, 3, 3, 7, seed=1), draw(3, 5, seed=2)
     y = torch.func.vmap(lambda x, b: linear(x, held, b), in_dims=(dim, 0))(x, bias)
     loop = torch.stack([linear(xi, held, b) for xi, b in zip(x.unbind(dim), bias, strict=True)])
     torch.testing.assert_close(y, loop)
@@ -278,7 +281,7 @@ def test_a_first_use_under_a_transform_leaves_nothing_of_it(form: str, moved: bo
     """What weights share on a device is made with them, or as they move there, not inside `torch.func.grad`."""
     shared: dict[torch.device, Tensor] = {}
     monkeypatch.setattr(quantization, "_NESTED_CODES", shared)
-    held = Quantized.of(draw(5, 7), form)
+    held = QuantizedWeight.from_weight(draw(5, 7), form)
     if moved:
         shared.clear()
         held.to("cpu")
@@ -291,7 +294,7 @@ def test_a_first_use_under_a_transform_leaves_nothing_of_it(form: str, moved: bo
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_autocast_computes_in_its_dtype(form: str, low: torch.dtype) -> None:
     """As F.linear does: low-precision output and product, gradients in the dtypes of x and b, float64 left alone."""
-    held, x, bias = Quantized.of(draw(5, 7), form), draw(3, 7).requires_grad_(), draw(5).requires_grad_()
+    held, x, bias = QuantizedWeight.from_weight(draw(5, 7), form), draw(3, 7).requires_grad_(), draw(5).requires_grad_()
     with torch.autocast("cpu", dtype=low):
         y = linear(x, held, bias)
         assert linear(x.double(), held, None).dtype == torch.float64
@@ -304,7 +307,7 @@ def test_autocast_computes_in_its_dtype(form: str, low: torch.dtype) -> None:
 
 def test_a_compiled_model_may_use_it(form: str) -> None:
     """Same values and gradients, in one graph."""
-    held, x = Quantized.of(draw(5, 7), form), draw(3, 7).requires_grad_()
+    held, x = QuantizedWeight.from_weight(draw(5, 7), form), draw(3, 7).requires_grad_()
     compiled = torch.compile(lambda x: linear(x.sin(), held, None).cos(), backend="aot_eager", fullgraph=True)
     expected = linear(x.sin(), held, None).cos()
     torch.testing.assert_close(compiled(x), expected)
@@ -354,7 +357,7 @@ def test_a_kernel_that_fails_or_errs_is_found_before_a_run(monkeypatch: pytest.M
 def test_importing_is_light_and_quiet(nf4: str) -> None:
     """bitsandbytes is imported when nf4 is first used, and then says nothing on the terminal."""
     script = (
-        "import sys, torch; from lte_ray.adapters.quantize import check_format\n"
+        "import sys, torch; from lte_ray.adapters.quantization import check_format\n"
         "check_format('int8', torch.device('cpu')); assert 'bitsandbytes' not in sys.modules\n"
         "check_format('nf4', torch.device('cpu')); assert 'bitsandbytes' in sys.modules\n"
     )
@@ -366,7 +369,7 @@ def test_the_packages_log_level_is_put_back(nf4: str) -> None:
     """Only its import is quiet."""
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
     before = log.level
-    Quantized.of(draw(2, 2), nf4)
+    QuantizedWeight.from_weight(draw(2, 2), nf4)
     assert log.level == before
 
 
@@ -375,8 +378,8 @@ def test_the_packages_log_level_is_put_back(nf4: str) -> None:
 def test_a_gpu_computes_what_the_cpu_does(form: str) -> None:
     """Codes within rounding, the same product and gradient; a model moves there with `.cuda()`."""
     check_format(form, torch.device("cuda"))
-    held = Quantized.of(draw(130, 129), form)
-    there, moved = Quantized.of(draw(130, 129).cuda(), form), copy.deepcopy(held).cuda()
+    held = QuantizedWeight.from_weight(draw(130, 129), form)
+    there, moved = QuantizedWeight.from_weight(draw(130, 129).cuda(), form), copy.deepcopy(held).cuda()
     torch.testing.assert_close(moved.dequantize().cpu(), held.dequantize(), rtol=1e-6, atol=1e-7)
     assert (there.dequantize().cpu() - held.dequantize()).norm() <= 0.02 * held.dequantize().norm()
     x = draw(3, 129)

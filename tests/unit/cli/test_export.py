@@ -102,7 +102,7 @@ def test_an_interrupt_says_that_nothing_was_written(
         raise KeyboardInterrupt
 
     pytest.importorskip("transformers")
-    monkeypatch.setattr("lte_ray.export.pretrained.write", interrupted)
+    monkeypatch.setattr("lte_ray.export.pretrained.write_pretrained", interrupted)
     assert export(run, tmp_path / "out", "--to", "pretrained") == 130
     assert "Interrupted. Nothing was written." in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

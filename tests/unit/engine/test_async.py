@@ -151,7 +151,7 @@ class Schedules(RuleBasedStateMachine):
                 if reference is not None:
                     old = factor_views(self.plan, reference)
                     expected = expected - spec.scaling * old[spec.b] @ old[spec.a]
-                found = as_matrix(spec, head.converted.mains[spec.name].stored.detach())
+                found = as_matrix(spec, head.converted.main_weights[spec.name].stored.detach())
                 assert_near(found, expected, 1e-12)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from lte_ray import export
 from lte_ray.engine.in_process import run_in_process
 from lte_ray.errors import LTEError, StorageError, UserError, WorkerError
-from lte_ray.export.run_reader import open_run, read
+from lte_ray.export.run_reader import open_run, read_run
 from lte_ray.export.worker_factory import make_worker
 from tests.support.export_runs import WORDS, Models, Wrapped, built, gpt2, inputs, logits, save_run, settings, write_checkpoint
 from tests.support.ray_runs import ROOT
@@ -61,7 +61,7 @@ def test_any_versions_weights_load_into_the_unconverted_model(run: Path, tmp_pat
     for version, steps in ((2, 4), (3, 6)):
         written = export.safetensors(run, tmp_path / f"{version}.safetensors", version=version)
         assert written.summary == f"the merged weights of version {version}"
-        base = read(run, version).base
+        base = read_run(run, version).base
         assert torch.equal(base, run_in_process(Models("words"), settings(steps=steps)).base)
         model = built("words")
         model.load_state_dict(safetensors.torch.load_file(tmp_path / f"{version}.safetensors"), strict=True)
@@ -152,7 +152,7 @@ def test_what_fails_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytes
         (folder / "half").write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lte_ray.export.pretrained.write", full)
+    monkeypatch.setattr("lte_ray.export.pretrained.write_pretrained", full)
     with pytest.raises(StorageError, match=r"OUT '.*/out' can't be written: .*No space left on device"):
         export.save_pretrained(run, tmp_path / "out")
     (tmp_path / "file").write_text("")
@@ -180,7 +180,7 @@ def test_a_run_that_is_not_there_is_named(run: Path, tmp_path: Path) -> None:
         with pytest.raises(StorageError, match=message):
             export.safetensors(place, tmp_path / "out")
     with pytest.raises(StorageError, match="has no complete checkpoint"):
-        read(changed(run, tmp_path, "checkpoints", None))
+        read_run(changed(run, tmp_path, "checkpoints", None))
 
 
 def test_a_version_that_is_not_there_is_named_with_those_that_are(run: Path, tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_a_version_that_is_not_there_is_named_with_those_that_are(run: Path, tmp
 def test_a_run_that_cannot_be_made_again_is_an_error(run: Path, tmp_path: Path, text: str, message: str) -> None:
     """Whatever in run.toml doesn't fit is named, as bad input (exit code 2)."""
     with pytest.raises(LTEError, match=message) as caught:
-        read(changed(run, tmp_path, "run.toml", text))
+        read_run(changed(run, tmp_path, "run.toml", text))
     assert caught.value.exit_code == 2
 
 
@@ -251,7 +251,7 @@ def test_reading_a_run_draws_none_of_the_callers_random_numbers(run: Path) -> No
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    saved = read(run)
+    saved = read_run(run)
     assert torch.equal(torch.rand(3), expected)
     assert saved.initial.numel() == saved.base.numel() == 16 * 16 + WORDS * 16
 

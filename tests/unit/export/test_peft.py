@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from lte_ray import checkpoint, export
 from lte_ray.engine.head.snapshot import snapshot
 from lte_ray.errors import ConfigError, UserError
-from lte_ray.export.delta import average
-from lte_ray.export.run_reader import open_run, read
+from lte_ray.export.delta import average_delta
+from lte_ray.export.run_reader import open_run, read_run
 from lte_ray.merging.policy import Decision, Merge, Wait
 from lte_ray.messages import CheckpointRequest
 from lte_ray.storage import RunDirectory
@@ -230,10 +230,10 @@ def test_a_change_that_is_no_sum_needs_a_rank(tmp_path: Path, lte: dict[str, Any
 def test_a_long_run_is_still_seen_as_a_sum(tmp_path: Path) -> None:
     """300 merges drift by rounding; the departure of a policy that weighs a head by 0.2% more is told from that."""
     run, _ = save_run(tmp_path, "words", settings(steps=300, merge_iter=1))
-    assert average(read(run)).error < 1e-5
+    assert average_delta(read_run(run)).error < 1e-5
     run, _ = save_run(tmp_path, "words", settings(steps=300, merge_iter=1, policy=Uneven()), name="uneven")
     with pytest.raises(UserError, match="isn't the sum"):
-        average(read(run))
+        average_delta(read_run(run))
 
 
 def test_a_rank_below_the_sum_truncates_it(tmp_path: Path) -> None:

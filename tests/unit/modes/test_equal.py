@@ -125,7 +125,7 @@ def load(head, base: Tensor, reference: Tensor | None) -> None:  # type: ignore[
         if reference is None:
             head.factors[spec.b].zero_()
         pair = (head.factors[spec.a].detach(), head.factors[spec.b].detach())
-        head.mains[spec.name].load(weights[spec.name], None if reference is None else pair)
+        head.main_weights[spec.name].load(weights[spec.name], None if reference is None else pair)
     for name, value in replica_views(head.plan, base_replicas(head.plan, base)).items():
         tensors[name].copy_(value)
 

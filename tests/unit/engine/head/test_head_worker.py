@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lte_ray.adapters.effective_parameter import computing
+from lte_ray.adapters.effective_parameter import computing_loss
 from lte_ray.data import Shard
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.in_process import run_in_process
@@ -244,7 +244,7 @@ def test_weights_that_are_used_without_a_call_are_those_in_use(stack: str, setti
     load_base(model, done.plan, done.base)
     head = done.heads[0]
     head.prepare_to_train()  # loads the main weights, which heads of one process share
-    with computing():
+    with computing_loss():
         theirs = Bypassing().loss(head.model, batch)
     merged = Bypassing().loss(model, batch)
     # After a merge W~ + s B A is W; nf4 heads compute with a rounded W.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lte_ray import checkpoint
-from lte_ray.adapters.quantization import Quantized
+from lte_ray.adapters.quantization import QuantizedWeight
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.snapshot import restore
@@ -81,7 +81,7 @@ def quantised(head: Head, base: Tensor) -> tuple[dict[str, Tensor], float]:
         weights[spec.name] = weight
         if spec.base_dtype != "fp32" and len(spec.shape) > 1:
             shown = as_matrix(spec, weight) if len(spec.shape) == 2 else weight
-            q = Quantized.of(shown.float(), spec.base_dtype).dequantize().double()
+            q = QuantizedWeight.from_weight(shown.float(), spec.base_dtype).dequantize().double()
             weights[spec.name] = as_stored(spec, q) if len(spec.shape) == 2 else q
             errors.append(
                 float(torch.linalg.vector_norm(shown.float().double() - q) / torch.linalg.vector_norm(shown.double()))
@@ -147,8 +147,8 @@ def test_a_shared_weight_is_quantised_once(form: str) -> None:
     assert head.model.mid.quantized is head.model.twin.quantized
     assert "mid.weight" not in dict(head.model.named_parameters())
     assert head.model.mid.weight.shape == (8, 8)  # who only looks at it still can
-    kinds = {name: type(main.stored) for name, main in head.converted.mains.items()}
-    assert set(kinds.values()) == {Quantized}
+    kinds = {name: type(main.stored) for name, main in head.converted.main_weights.items()}
+    assert set(kinds.values()) == {QuantizedWeight}
 
 
 def test_the_error_of_quantising_is_reported_with_each_contribution_and_merge(form: str, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_the_error_is_that_of_the_layers_that_are_quantised(form: str) -> None:
     """One layer by a rule: the others count as exact."""
     made = settings("fp32", layers=(f"up: base_dtype={form}",))
     head, base = started(Tiny(), made)
-    assert [type(m.stored) for m in head.converted.mains.values()] == [Quantized, nn.Parameter, nn.Parameter]
+    assert [type(m.stored) for m in head.converted.main_weights.values()] == [QuantizedWeight, nn.Parameter, nn.Parameter]
     assert head.train_round().base_error == pytest.approx(quantised(head, base)[1], rel=1e-6)
     dense = dense_model(head, Tiny(), base, None)
     assert_near(head.model(torch.arange(7)), dense(torch.arange(7)), 5000 * EPS64)

@@ -87,14 +87,16 @@ def test_heads_of_different_lanes_train_at_the_same_time() -> None:
     for _ in range(3):
         next_round(group)
     assert all(head.step == 9 for head in group.heads)
-    for name, main in group.heads[0].converted.mains.items():
-        assert group.heads[1].converted.mains[name].stored is not main.stored
+    for name, main in group.heads[0].converted.main_weights.items():
+        assert group.heads[1].converted.main_weights[name].stored is not main.stored
 
 
 def test_heads_of_one_lane_share_their_main_weights() -> None:
     """Seven heads in two lanes: two copies."""
     group = group_of(Tiny(), 7, 2)
-    copies = {id(main.stored) for head in group.heads for name, main in head.converted.mains.items() if name.startswith("up")}
+    copies = {
+        id(main.stored) for head in group.heads for name, main in head.converted.main_weights.items() if name.startswith("up")
+    }
     assert len(copies) == 2
 
 

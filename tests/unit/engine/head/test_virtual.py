@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lte_ray.adapters.effective_parameter import computing
+from lte_ray.adapters.effective_parameter import computing_loss
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.data import Shard
 from lte_ray.engine.coordinator.coordinator import Coordinator
@@ -199,8 +199,8 @@ def test_one_process_holds_one_copy_of_the_main_weights() -> None:
         settings = make_settings(heads=32)
         first, *others = HeadGroup(Tiny(), settings, range(32), dtype=torch.float64, stack_heads=stack).heads
         for other in others:
-            for name, main in first.converted.mains.items():
-                assert other.converted.mains[name].stored is main.stored
+            for name, main in first.converted.main_weights.items():
+                assert other.converted.main_weights[name].stored is main.stored
             theirs = {p.data_ptr() for p in other.model.parameters() if p.requires_grad}
             assert not theirs & {p.data_ptr() for p in first.model.parameters()}
             assert len(theirs) == 2 * 3 + 7  # factors of three weights, and seven replicas
@@ -282,7 +282,7 @@ def test_heads_of_one_actor_may_be_answered_in_any_order() -> None:
         for head in group.heads:
             assert head.version == coordinator.version == 4
             head.prepare_to_train()
-            with computing():
+            with computing_loss():
                 for name in ("up", "mid", "down"):
                     in_use = getattr(head.model, name).weight + 0.0
                     assert_near(in_use.detach(), newest[f"{name}.weight"], 1e-14)
