@@ -37,7 +37,7 @@ from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.config.cluster_model import ClusterModel
 from lte_ray.engine.settings import Settings
 from lte_ray.merging import Pending, Roster
-from lte_ray.simulation.api import train
+from lte_ray.simulation import simulate_training
 from lte_ray.worker import Worker
 from workers.gpt import GPT
 
@@ -104,7 +104,7 @@ def trained(worker: Worker, way: Way, seed: int, steps: int = STEPS) -> dict[str
     """One run: its evaluation, and what the simulator counted."""
     settings = Settings("quality", LTEConfig(num_heads=HEADS), way.merge, TrainConfig(steps=steps, seed=seed, clip_norm=1.0))
     begun = time.perf_counter()
-    record = train(worker, settings, CLUSTER).record
+    record = simulate_training(worker, settings, CLUSTER).record
     return {
         "evaluation": dict(record.evaluation),
         "samples": record.samples,

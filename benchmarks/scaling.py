@@ -13,19 +13,17 @@ from benchmarks.report import report
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.config.cluster_model import ClusterModel
 from lte_ray.engine.settings import Settings
-from lte_ray.simulation.api import keep_time
-from lte_ray.simulation.cost_model import named_plan
-from lte_ray.simulation.record import VirtualRun
+from lte_ray.simulation import SimulationRecord, named_plan, simulate_time
 
 HEADS, SHARDS = (4, 16, 64, 256, 1000, 10_000), (1, 8)
 RANK, STEPS, ROUNDS = 32, 100, 5
 
 
-def simulated(heads: int, merge: MergeConfig, rounds: int) -> tuple[VirtualRun, float]:
+def simulated(heads: int, merge: MergeConfig, rounds: int) -> tuple[SimulationRecord, float]:
     """The run, and the seconds that it took to simulate."""
     settings = Settings("scaling", LTEConfig(num_heads=heads), merge, TrainConfig(steps=STEPS * rounds))
     begun = time.perf_counter()
-    run = keep_time([named_plan("gpt2-124m", RANK, 64.0)], settings, ClusterModel(jitter=0.1))
+    run = simulate_time([named_plan("gpt2-124m", RANK, 64.0)], settings, ClusterModel(jitter=0.1))
     return run, time.perf_counter() - begun
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lte_ray.layout import Adapted, Plan
-from lte_ray.simulation.cost_model import named_plan
+from lte_ray.simulation import named_plan
 
 RANK, ALPHA = 32, 64.0
 DISTINCT = 16

@@ -32,8 +32,7 @@ from lte_ray.layout import Plan
 from lte_ray.merging.registry import make_policy
 from lte_ray.messages import Contribution
 from lte_ray.run.metrics import SilentReporter
-from lte_ray.simulation.api import keep_time
-from lte_ray.simulation.cost_model import CostModel, named_plan
+from lte_ray.simulation import CostModel, named_plan, simulate_time
 from lte_ray.simulation.head import TINY_PLAN, TimedHead
 from workers.regression import Regression
 
@@ -86,7 +85,7 @@ def under_ray(merge: MergeConfig) -> list[float]:
 def simulated(merge: MergeConfig) -> list[float]:
     """The same by the simulator, which knows the steps' times."""
     settings = Settings("simulated", LTEConfig(num_heads=len(PAUSES)), merge, TrainConfig(steps=STEPS, budget="each"))
-    return [head.utilisation for head in keep_time([named_plan("gpt2-124m", 1, 1.0)], settings, _free(LOCAL)).heads]
+    return [head.utilisation for head in simulate_time([named_plan("gpt2-124m", 1, 1.0)], settings, _free(LOCAL)).heads]
 
 
 def _free(cluster: ClusterModel) -> ClusterModel:

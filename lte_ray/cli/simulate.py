@@ -23,7 +23,7 @@ from lte_ray.config.validation import setting, switches, words
 from lte_ray.errors import ConfigError, WorkerError
 from lte_ray.import_object import load_object
 from lte_ray.run.display import format_bytes
-from lte_ray.simulation.record import KINDS, VirtualRun
+from lte_ray.simulation import KINDS, SimulationRecord
 
 SHAPES = ("gpt2-124m", "gpt2-355m", "gpt2-774m", "gpt2-1558m")
 WIDEST = 110
@@ -92,19 +92,18 @@ def simulate(arguments: list[str]) -> None:
     _show(run, _title(program or output.shapes, made), took, worker is not None)
 
 
-def _run(worker: Any, made: dict[type, Any]) -> VirtualRun:
+def _run(worker: Any, made: dict[type, Any]) -> SimulationRecord:
     from lte_ray.engine.prepare import prepare
     from lte_ray.engine.settings import Settings
-    from lte_ray.simulation import api
-    from lte_ray.simulation.cost_model import named_plan
+    from lte_ray.simulation import named_plan, simulate_time, simulate_training
 
     lte, output, cluster = made[LTEConfig], made[Output], made[ClusterModel]
     settings = Settings("simulated", lte, made[MergeConfig], made[TrainConfig])
     if worker is None:
-        return api.keep_time([named_plan(output.shapes, lte.lora_r, lte.lora_alpha)], settings, cluster)
+        return simulate_time([named_plan(output.shapes, lte.lora_r, lte.lora_alpha)], settings, cluster)
     if output.time_only:
-        return api.keep_time(list(prepare(worker, settings).plans), settings, cluster)
-    return api.train(worker, settings, cluster).record
+        return simulate_time(list(prepare(worker, settings).plans), settings, cluster)
+    return simulate_training(worker, settings, cluster).record
 
 
 def _plain(section: Any) -> dict[str, Any]:
@@ -127,7 +126,7 @@ def _title(what: str, made: dict[type, Any]) -> str:
     return f"{what}: {policy}, {merge.when}{waiting}, {every}"
 
 
-def _show(run: VirtualRun, title: str, took: float, with_samples: bool) -> None:
+def _show(run: SimulationRecord, title: str, took: float, with_samples: bool) -> None:
     """The summary and the timeline."""
     from lte_ray.cli.timeline import timeline
 
@@ -144,7 +143,7 @@ def _show(run: VirtualRun, title: str, took: float, with_samples: bool) -> None:
     console.print(timeline(run, min(WIDEST, console.width), unicode=fancy), soft_wrap=True)
 
 
-def _lines(run: VirtualRun, took: float, with_samples: bool) -> Iterator[tuple[str, str]]:
+def _lines(run: SimulationRecord, took: float, with_samples: bool) -> Iterator[tuple[str, str]]:
     if with_samples and run.merges and math.isfinite(run.merges[-1].loss):
         yield "train loss", f"{run.merges[-1].loss:.4g}, from {run.merges[0].loss:.4g} in the first merge"
     each = [head.utilisation for head in run.heads]

@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 
 from rich.text import Text
 
-from lte_ray.simulation.record import Row, Span, VirtualRun
+from lte_ray.simulation.record import Row, SimulationRecord, Span
 
 ROUNDS = 6
 """Rounds of the slowest head that a picture shows, so that each is wide enough to be seen."""
@@ -30,13 +30,13 @@ STYLES = {
 IDLE = " "
 
 
-def window(run: VirtualRun, rounds: int = ROUNDS) -> float:
+def window(run: SimulationRecord, rounds: int = ROUNDS) -> float:
     """The seconds of the run that a picture shows: from its start, about so many rounds of the slowest head."""
     longest = max((head.ended / head.contributions for head in run.heads if head.contributions), default=run.seconds)
     return min(run.seconds, rounds * longest) or 1.0
 
 
-def timeline(run: VirtualRun, width: int, *, unicode: bool = True) -> Text:
+def timeline(run: SimulationRecord, width: int, *, unicode: bool = True) -> Text:
     """One line for each row, a ruler, and what the characters mean.
 
     A column shows what the row was busy with for most of that slice of time.
@@ -118,7 +118,7 @@ COLOURS = {
 LEFT, TOP, WIDTH, ROW, GAP, NARROWEST = 90, 48, 900, 20, 6, 0.25
 
 
-def svg(run: VirtualRun, title: str) -> str:
+def svg(run: SimulationRecord, title: str) -> str:
     """The picture: a bar for each row, a tick where a newer base was adopted while training, a ruler and a legend.
 
     Shows the run's first rounds, as the text does; spans narrower than a quarter of a pixel are joined to their neighbour.
@@ -153,7 +153,7 @@ def svg(run: VirtualRun, title: str) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _figures(run: VirtualRun) -> str:
+def _figures(run: SimulationRecord) -> str:
     return (
         f"{len(run.heads)} heads, {run.versions} merges in {run.seconds:,.4g} s, utilisation {100 * run.utilisation:.1f}%, "
         f"mean staleness {run.mean_lag:.2f} versions"

@@ -1,6 +1,6 @@
-"""A virtual clock: what is to happen, in the order of time and, at one time, of asking. The same in every run.
+"""The virtual clock, and what the simulation draws at random: step times, stragglers and deaths.
 
-What is left to chance, by head: how long steps take, who straggles, who dies. Seeded, so that a run can be repeated.
+Both are deterministic: the same seed gives the same events in the same order.
 """
 
 from __future__ import annotations
@@ -14,26 +14,31 @@ from lte_ray.config.cluster_model import ClusterModel
 
 
 class Clock:
-    """Jumps from event to event. `now` is in virtual seconds, from 0."""
+    """Runs scheduled actions in the order of their times; actions of one time run in the order in which they were scheduled.
+
+    Attributes:
+        now: virtual seconds, from 0.
+        events: actions run so far.
+    """
 
     def __init__(self) -> None:
         self.now = 0.0
         self.events = 0
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-        self._asked = 0
+        self._scheduled = 0
 
-    def at(self, time: float, action: Callable[..., None], *args: Any) -> None:
-        """Lets `action(*args)` happen at `time`, which isn't in the past; after all that was asked for before at that time."""
+    def schedule_at(self, time: float, action: Callable[..., None], *args: Any) -> None:
+        """Schedules `action(*args)` at `time`, which isn't in the past."""
         assert time >= self.now, f"{time} has passed at {self.now}"
-        self._asked += 1
-        heapq.heappush(self._heap, (time, self._asked, action, args))
+        self._scheduled += 1
+        heapq.heappush(self._heap, (time, self._scheduled, action, args))
 
-    def after(self, delay: float, action: Callable[..., None], *args: Any) -> None:
-        """Lets `action(*args)` happen in `delay` seconds."""
-        self.at(self.now + delay, action, *args)
+    def schedule_after(self, delay: float, action: Callable[..., None], *args: Any) -> None:
+        """Schedules `action(*args)` in `delay` seconds."""
+        self.schedule_at(self.now + delay, action, *args)
 
     def run(self, until: Callable[[], bool] | None = None) -> None:
-        """Until nothing is left to happen, or `until` holds after an event."""
+        """Runs actions until none is left, or until `until()` is true after one."""
         while self._heap:
             self.now, _, action, args = heapq.heappop(self._heap)
             self.events += 1
@@ -43,27 +48,27 @@ class Clock:
 
 
 class RandomEvents:
-    """A generator for each head, so that what one head draws leaves the others' draws as they are."""
+    """Draws step times, stragglers and deaths, with a generator for each head: no head's draws change another's."""
 
     def __init__(self, cluster: ClusterModel, seed: int, num_heads: int) -> None:
-        needed = cluster.jitter > 0 or cluster.straggler_rate > 0 or cluster.faults_per_hour > 0
+        is_random = cluster.jitter > 0 or cluster.straggler_rate > 0 or cluster.faults_per_hour > 0
         self._cluster = cluster
-        self._draws = [Random(f"{seed} {n}") for n in range(num_heads)] if needed else []
+        self._generators = [Random(f"{seed} {n}") for n in range(num_heads)] if is_random else []
 
-    def slowness(self, head: int) -> float:
-        """How many times slower than usual the head's next round is."""
-        straggles = bool(self._draws) and self._draws[head].random() < self._cluster.straggler_rate
+    def draw_slowdown(self, head: int) -> float:
+        """The factor by which the head's next round is slower than usual."""
+        straggles = bool(self._generators) and self._generators[head].random() < self._cluster.straggler_rate
         return self._cluster.straggler_factor if straggles else 1.0
 
-    def seconds(self, head: int, steps: int, slowness: float) -> float:
-        """How long so many steps take. Each is lognormal; its mean is the head's step time, times the round's slowness."""
-        one, jitter = self._cluster.step_seconds * self._cluster.speed(head) * slowness, self._cluster.jitter
+    def draw_seconds(self, head: int, steps: int, slowdown: float) -> float:
+        """The time of `steps` steps. Each is lognormal with the mean: the head's step time, times `slowdown`."""
+        one, jitter = self._cluster.step_seconds * self._cluster.speed(head) * slowdown, self._cluster.jitter
         if not jitter:
             return one * steps
-        draw = self._draws[head].lognormvariate
+        draw = self._generators[head].lognormvariate
         return one * sum(draw(-jitter * jitter / 2, jitter) for _ in range(steps))
 
-    def dies_in(self, head: int) -> float | None:
-        """After how many seconds the head dies, if it may: exponential."""
+    def draw_seconds_to_death(self, head: int) -> float | None:
+        """The exponential time until the head dies; None if heads don't die."""
         rate = self._cluster.faults_per_hour / 3600
-        return self._draws[head].expovariate(rate) if rate else None
+        return self._generators[head].expovariate(rate) if rate else None

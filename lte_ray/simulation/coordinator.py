@@ -1,4 +1,4 @@
-"""The coordinator's process under the virtual clock: one message after another, each takes its time."""
+"""The coordinator's process under the virtual clock: it handles one message at a time, and each takes time."""
 
 from __future__ import annotations
 
@@ -16,17 +16,26 @@ from lte_ray.simulation.cost_model import CostModel
 from lte_ray.simulation.head import Answer, Timeline
 from lte_ray.simulation.record import MergeRow
 
-MOST_TICKS = 10_000
-"""How often in a row a policy may ask to be asked again while nothing else happens."""
+MAX_TICKS = 10_000
+"""How often in a row a policy may ask to be called again while nothing else happens."""
 
 Message = Callable[[], StepResult]
 
 
 class SimCoordinator:
-    """Drives the engine's coordinator, and keeps count of what it merged.
+    """Drives the engine's coordinator, and counts what it merged.
 
     Args:
-        evaluate: judges a base, for policies that try one; None where there is no model.
+        evaluate: evaluates a base, for policies that try one; None if there is no model.
+
+    Attributes:
+        merges: one row each.
+        lags: how many contributions were merged at each lag.
+        merged_contributions: how many contributions were merged up to each version.
+        arrivals: contributions that have arrived.
+        busy_seconds: spent on messages and merges.
+        timeline: what the coordinator is doing.
+        base: the newest, which is not written to again.
     """
 
     def __init__(
@@ -34,80 +43,80 @@ class SimCoordinator:
         clock: Clock,
         coordinator: Coordinator,
         cluster: ClusterModel,
-        sizes: CostModel,
+        costs: CostModel,
         evaluate: Callable[[Tensor], Mapping[str, float]] | None,
     ) -> None:
         self.coordinator, self.merges, self.lags = coordinator, list[MergeRow](), Counter[int]()
-        self.merged = [0]  # contributions in all, by version
+        self.merged_contributions = [0]
         self.arrivals = 0
-        self.worked = 0.0  # seconds of messages and merges
-        self.time = Timeline("idle", draw=True)
+        self.busy_seconds = 0.0
+        self.timeline = Timeline("idle", draw=True)
         self.base = coordinator.base.clone()
-        self._clock, self._cluster, self._sizes = clock, cluster, sizes
+        self._clock, self._cluster, self._costs = clock, cluster, costs
         self._evaluate = evaluate
-        self._deliver: Callable[[Answer], None] = lambda answer: None
-        self._moved: Callable[[], None] = lambda: None
-        self._incarnation: dict[int, int] = {}  # of each head's newest contribution
-        self._backlog: deque[Message] = deque()
-        self._busy = self._judging = False
-        self._wake: float | None = None
+        self._send_answer: Callable[[Answer], None] = lambda answer: None
+        self._on_merge: Callable[[], None] = lambda: None
+        self._incarnations: dict[int, int] = {}  # of each head's newest contribution
+        self._queue: deque[Message] = deque()
+        self._busy = self._evaluating = False
+        self._wake_time: float | None = None
         self._ticks = 0
 
-    def connect(self, deliver: Callable[[Answer], None], moved: Callable[[], None]) -> None:
-        """Says who takes answers at the moment they are sent, and who is told of every merge after its answers."""
-        self._deliver, self._moved = deliver, moved
+    def connect(self, send_answer: Callable[[Answer], None], on_merge: Callable[[], None]) -> None:
+        """Sets what sends answers to heads, and what is called after a merge once its answers are sent."""
+        self._send_answer, self._on_merge = send_answer, on_merge
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is being done or waits to be."""
-        return not self._busy and not self._backlog and not self._judging
+        """Whether nothing is being handled or waits to be."""
+        return not self._busy and not self._queue and not self._evaluating
 
     def receive(self, contribution: Contribution) -> None:
-        """A contribution has arrived."""
+        """Enqueues a contribution that has arrived."""
         self.arrivals += 1
-        self.put(lambda: self._receive(contribution))
+        self.enqueue(lambda: self._receive(contribution))
 
-    def put(self, message: Message) -> None:
-        """Something has arrived: what to ask of the coordinator in its turn."""
+    def enqueue(self, message: Message) -> None:
+        """Enqueues a message: a call of the engine's coordinator, to be made in its turn."""
         self._ticks = 0
-        self._backlog.append(message)
+        self._queue.append(message)
         if not self._busy:
-            self._next()
+            self._handle_next()
 
     def _receive(self, contribution: Contribution) -> StepResult:
-        self._incarnation[contribution.head] = contribution.incarnation
+        self._incarnations[contribution.head] = contribution.incarnation
         return self.coordinator.receive(contribution, contribution.buffer)
 
-    def _next(self) -> None:
-        outcome = self._backlog.popleft()()
-        if outcome.merges:
-            self.base = self.coordinator.base.clone()  # the coordinator goes on writing to its own
+    def _handle_next(self) -> None:
+        step = self._queue.popleft()()
+        if step.merges:
+            self.base = self.coordinator.base.clone()  # the engine continues to write to its own
         cost = self._cluster.message_seconds
-        merging = sum(self._sizes.merge_seconds(self._cluster, len(merge.heads)) for merge in outcome.merges)
-        self.worked += cost + merging
+        merging = sum(self._costs.merge_seconds(self._cluster, len(merge.heads)) for merge in step.merges)
+        self.busy_seconds += cost + merging
         self._busy = True
-        self.time.enter("merge" if outcome.merges else "message", self._clock.now)
-        if self._sizes.dense:  # else nobody waits for the base: it is brought up to date beside
+        self.timeline.enter("merge" if step.merges else "message", self._clock.now)
+        if self._costs.dense_bytes:  # else no head waits for the base, which is updated while messages are handled
             cost += merging
         version = self.coordinator.version
-        answers = [Answer(v.head, self._incarnation[v.head], v, version, self.base) for v in outcome.results]
-        self._clock.after(cost, self._done, answers, outcome.merges)
-        self._look_after()
+        answers = [Answer(r.head, self._incarnations[r.head], r, version, self.base) for r in step.results]
+        self._clock.schedule_after(cost, self._finish, answers, step.merges)
+        self._schedule_requests()
 
-    def _done(self, answers: list[Answer], merges: tuple[MergeRecord, ...]) -> None:
-        self.time.enter("idle", self._clock.now)
+    def _finish(self, answers: list[Answer], merges: tuple[MergeRecord, ...]) -> None:
+        self.timeline.enter("idle", self._clock.now)
         for merge in merges:
-            self._note(merge)
+            self._record_merge(merge)
         for answer in answers:
-            self._deliver(answer)
+            self._send_answer(answer)
         self._busy = False
         if merges:
-            self._moved()
-        if self._backlog and not self._busy:
-            self._next()
+            self._on_merge()
+        if self._queue and not self._busy:
+            self._handle_next()
 
-    def _note(self, merge: MergeRecord) -> None:
-        self.merged.append(self.merged[-1] + len(merge.heads))
+    def _record_merge(self, merge: MergeRecord) -> None:
+        self.merged_contributions.append(self.merged_contributions[-1] + len(merge.heads))
         lags = list(merge.lags.values())
         self.lags.update(lags)
         loss = sum(merge.losses.values()) / len(merge.losses)
@@ -124,35 +133,36 @@ class SimCoordinator:
             )
         )
 
-    def _look_after(self) -> None:
-        """What the coordinator wants beside messages: an evaluation, or to be asked again."""
+    def _schedule_requests(self) -> None:
+        """Schedules what the coordinator asks for: an evaluation, or to be called again at some time."""
         candidate = self.coordinator.candidate
-        if candidate is not None and not self._judging:
+        if candidate is not None and not self._evaluating:
             if self._evaluate is None:
                 raise PolicyError(
                     f"The merge policy {type(self.coordinator.policy).__name__} evaluates what it merges, which a simulation "
                     "that only keeps time can't: give a WORKER, without --time-only."
                 )
-            self._judging = True
-            self._clock.after(self._cluster.evaluate_seconds, self._judge, self._evaluate(candidate))
-        wakes = self.coordinator.wakes_at
-        if wakes is not None and (self._wake is None or wakes < self._wake):
-            self._wake = max(wakes, self._clock.now)
-            self._clock.at(self._wake, self._ring, self._wake)
+            self._evaluating = True
+            seconds = self._cluster.evaluate_seconds
+            self._clock.schedule_after(seconds, self._finish_evaluation, self._evaluate(candidate))
+        wake_time = self.coordinator.wakes_at
+        if wake_time is not None and (self._wake_time is None or wake_time < self._wake_time):
+            self._wake_time = max(wake_time, self._clock.now)
+            self._clock.schedule_at(self._wake_time, self._wake_up, self._wake_time)
 
-    def _judge(self, values: Mapping[str, float]) -> None:
-        self._judging = False
-        self.put(lambda: self.coordinator.receive_evaluation(values))
+    def _finish_evaluation(self, values: Mapping[str, float]) -> None:
+        self._evaluating = False
+        self.enqueue(lambda: self.coordinator.receive_evaluation(values))
 
-    def _ring(self, time: float) -> None:
-        if time != self._wake:
-            return  # an earlier one was asked for since
-        self._wake = None
+    def _wake_up(self, time: float) -> None:
+        if time != self._wake_time:
+            return  # an earlier time was scheduled since
+        self._wake_time = None
         ticks = self._ticks + 1
-        if ticks > MOST_TICKS:
+        if ticks > MAX_TICKS:
             raise PolicyError(
-                f"The merge policy {type(self.coordinator.policy).__name__} asked {MOST_TICKS} times in a row to be asked "
+                f"The merge policy {type(self.coordinator.policy).__name__} asked {MAX_TICKS} times in a row to be asked "
                 "again, and decided nothing while nothing else happened."
             )
-        self.put(self.coordinator.tick)
+        self.enqueue(self.coordinator.tick)
         self._ticks = ticks

@@ -1,7 +1,4 @@
-"""Between heads and coordinator: what is sent, how many bytes it has, and who is sent a newer base unasked.
-
-Which heads are too far behind, found without looking at all of them.
-"""
+"""Messages between heads and the coordinator: their bytes and arrival, and bases sent to heads that are too far behind."""
 
 from __future__ import annotations
 
@@ -19,118 +16,122 @@ from lte_ray.simulation.network import Network
 
 
 class StalenessQueue:
-    """Keeps each head's version while nothing is on its way to it.
+    """Finds the heads that are too far behind, without a search through all of them.
+
+    It holds the version of each head to which nothing is being sent.
 
     Args:
-        most: versions that a head may be behind.
+        max_lag: versions by which a head may be behind.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, max_lag: int) -> None:
+        self._max_lag = max_lag
         self._heap: list[tuple[int, int]] = []
-        self._at: dict[int, int] = {}
+        self._versions: dict[int, int] = {}
 
-    def at(self, head: int, version: int) -> None:
-        """The head has adopted this version, and nothing more is on its way."""
-        self._at[head] = version
+    def record_adopted(self, head: int, version: int) -> None:
+        """Records that the head has adopted this version, and that nothing else is being sent to it."""
+        self._versions[head] = version
         heapq.heappush(self._heap, (version, head))
 
-    def sent(self, head: int) -> None:
-        """Something is on its way to the head."""
-        self._at.pop(head, None)
+    def record_sent(self, head: int) -> None:
+        """Records that something is being sent to the head."""
+        self._versions.pop(head, None)
 
-    def behind(self, version: int) -> list[int]:
-        """The heads that are more than `most` versions behind this one. They count as sent to from now on."""
-        found = []
-        while self._heap and version - self._heap[0][0] > self._most:
+    def pop_stale(self, version: int) -> list[int]:
+        """The heads that are more than `max_lag` versions behind `version`; from now on they count as sent to."""
+        stale = []
+        while self._heap and version - self._heap[0][0] > self._max_lag:
             known, head = heapq.heappop(self._heap)
-            if self._at.get(head) == known:
-                del self._at[head]
-                found.append(head)
-        return found
+            if self._versions.get(head) == known:
+                del self._versions[head]
+                stale.append(head)
+        return stale
 
 
 class Delivery:
     """Carries contributions up and answers down.
 
     Args:
-        seats: all heads'.
-        take: what a head does with an answer that has arrived.
+        heads: all heads.
+        on_arrival: what a head does with an answer that has arrived.
     """
 
     def __init__(
         self,
         settings: Settings,
         cluster: ClusterModel,
-        sizes: CostModel,
+        costs: CostModel,
         clock: Clock,
-        desk: SimCoordinator,
-        seats: list[SimHead],
-        take: Callable[[SimHead, Answer], None],
+        coordinator: SimCoordinator,
+        heads: list[SimHead],
+        on_arrival: Callable[[SimHead, Answer], None],
     ) -> None:
-        self.network = Network(cluster, len(seats), settings.merge.shards)
-        self._sizes, self._clock, self._desk, self._seats, self._take = sizes, clock, desk, seats, take
-        self._undelivered: Callable[[SimHead, Answer], None] = lambda seat, answer: None
-        self._returns: Callable[[SimHead, Answer], bool] = lambda seat, answer: False
-        self._lagging = None if settings.merge.wait else StalenessQueue(settings.merge.max_lag)
-        self._sent = [0] * len(seats)  # the version that each head was sent last
+        self.network = Network(cluster, len(heads), settings.merge.shards)
+        self._costs, self._clock, self._coordinator, self._heads = costs, clock, coordinator, heads
+        self._on_arrival = on_arrival
+        self._on_dead_result: Callable[[SimHead, Answer], None] = lambda head, answer: None
+        self._intercept: Callable[[SimHead, Answer], bool] = lambda head, answer: False
+        self._staleness = None if settings.merge.wait else StalenessQueue(settings.merge.max_lag)
+        self._sent_versions = [0] * len(heads)  # the version that each head was sent last
 
-    def watch(self, undelivered: Callable[[SimHead, Answer], None], returns: Callable[[SimHead, Answer], bool]) -> None:
-        """Says who is told of verdicts on what a dead incarnation contributed, and who may take an answer before the head."""
-        self._undelivered, self._returns = undelivered, returns
+    def connect(self, on_dead_result: Callable[[SimHead, Answer], None], intercept: Callable[[SimHead, Answer], bool]) -> None:
+        """Sets what handles results of dead incarnations' contributions, and what may take an answer before the head does."""
+        self._on_dead_result, self._intercept = on_dead_result, intercept
 
-    def up(self, seat: SimHead, contribution: Contribution) -> None:
-        """The head hands over a contribution."""
-        arrival = self.network.up(self._clock.now, seat.number, self._sizes.up(seat.number))
-        self._clock.at(arrival, self._arrive, seat, seat.epoch, contribution)
+    def send_contribution(self, head: SimHead, contribution: Contribution) -> None:
+        """Sends a head's contribution to the coordinator."""
+        arrival = self.network.send_up(self._clock.now, head.number, self._costs.contribution_bytes(head.number))
+        self._clock.schedule_at(arrival, self._arrive, head, head.incarnation, contribution)
 
-    def _arrive(self, seat: SimHead, epoch: int, contribution: Contribution) -> None:
-        if seat.epoch == epoch and seat.doing == "send":
-            seat.time.enter("wait", self._clock.now)
-        self._desk.receive(contribution)
+    def _arrive(self, head: SimHead, incarnation: int, contribution: Contribution) -> None:
+        if head.incarnation == incarnation and head.activity == "send":
+            head.timeline.enter("wait", self._clock.now)
+        self._coordinator.receive(contribution)
 
-    def down(self, answer: Answer) -> None:
-        """The coordinator sends a head what it lacks of the newest version."""
-        seat, verdict = self._seats[answer.head], answer.verdict
-        if verdict is not None and not verdict.accepted:
-            seat.refused += 1
-        if verdict is not None and answer.incarnation != seat.epoch:
-            self._undelivered(seat, answer)
+    def send_answer(self, answer: Answer) -> None:
+        """Sends a head what it lacks of the newest version."""
+        head, result = self._heads[answer.head], answer.result
+        if result is not None and not result.accepted:
+            head.refused += 1
+        if result is not None and answer.incarnation != head.incarnation:
+            self._on_dead_result(head, answer)
             return
-        dense, factors, before = 0, 0, self._sent[answer.head]
+        dense, factors, before = 0, 0, self._sent_versions[answer.head]
         if answer.version > before:
-            own = verdict is not None and verdict.accepted
-            dense, factors = self._sizes.down(self._desk.merged[answer.version] - self._desk.merged[before] - own)
-        self._carry(seat, answer, dense, factors)
+            merged = self._coordinator.merged_contributions
+            accepted = result is not None and result.accepted
+            dense, factors = self._costs.update_bytes(merged[answer.version] - merged[before] - accepted)
+        self._send_down(head, answer, dense, factors)
 
-    def whole(self, answer: Answer) -> None:
-        """The coordinator sends a head the whole base."""
-        self._carry(self._seats[answer.head], answer, self._sizes.base, 0)
+    def send_base(self, answer: Answer) -> None:
+        """Sends a head the complete base."""
+        self._send_down(self._heads[answer.head], answer, self._costs.base_bytes, 0)
 
-    def _carry(self, seat: SimHead, answer: Answer, dense: int, factors: int) -> None:
-        self._sent[seat.number] = answer.version
-        if seat.doing != "train":
-            seat.time.enter("fetch", self._clock.now)
-        if self._lagging is not None:
-            self._lagging.sent(seat.number)
-        arrival = self.network.down(self._clock.now, seat.number, dense, factors)
-        self._clock.at(arrival, self._hand_over, seat, seat.epoch, answer)
+    def _send_down(self, head: SimHead, answer: Answer, dense: int, factors: int) -> None:
+        self._sent_versions[head.number] = answer.version
+        if head.activity != "train":
+            head.timeline.enter("fetch", self._clock.now)
+        if self._staleness is not None:
+            self._staleness.record_sent(head.number)
+        arrival = self.network.send_down(self._clock.now, head.number, dense, factors)
+        self._clock.schedule_at(arrival, self._hand_over, head, head.incarnation, answer)
 
-    def _hand_over(self, seat: SimHead, epoch: int, answer: Answer) -> None:
-        if seat.epoch == epoch and not seat.ended and not self._returns(seat, answer):
-            self._take(seat, answer)
+    def _hand_over(self, head: SimHead, incarnation: int, answer: Answer) -> None:
+        if head.incarnation == incarnation and not head.ended and not self._intercept(head, answer):
+            self._on_arrival(head, answer)
 
-    def adopted(self, seat: SimHead) -> None:
-        """The head has adopted what it was sent; more is sent if it is too far behind again."""
-        if self._lagging is not None:
-            self._lagging.at(seat.number, seat.head.version)
-            self.moved()
+    def record_adopted(self, head: SimHead) -> None:
+        """Records that the head has adopted what it was sent; it is sent more if it is too far behind again."""
+        if self._staleness is not None:
+            self._staleness.record_adopted(head.number, head.trainee.version)
+            self.send_to_stale_heads()
 
-    def moved(self) -> None:
-        """Heads that are too far behind the newest version, and that nothing is on its way to, are sent it."""
-        if self._lagging is not None:
-            version = len(self._desk.merged) - 1
-            for number in self._lagging.behind(version):
-                seat = self._seats[number]
-                if not seat.ended and seat.doing != "dead":
-                    self.down(Answer(number, seat.epoch, None, version, self._desk.base))
+    def send_to_stale_heads(self) -> None:
+        """Sends the newest version to the heads that are too far behind it and to which nothing is being sent."""
+        if self._staleness is not None:
+            version = len(self._coordinator.merged_contributions) - 1
+            for number in self._staleness.pop_stale(version):
+                head = self._heads[number]
+                if not head.ended and head.activity != "dead":
+                    self.send_answer(Answer(number, head.incarnation, None, version, self._coordinator.base))

@@ -1,6 +1,6 @@
-"""One head's place in a simulation: what it is doing, since when, and where its time went.
+"""One head in a simulation: what it is doing, since when, and where its time went.
 
-What the simulation drives as a head: the engine's own, or one that only counts.
+It trains either with the engine's own head or with one that only counts steps (`TimedHead`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NOTHING = torch.zeros(1)
 
 
 class Trainee(Protocol):
-    """As much of `engine.head.Head` as the simulation needs."""
+    """The part of `engine.head.head.Head` that the simulation needs."""
 
     @property
     def version(self) -> int:
@@ -38,8 +38,8 @@ class Trainee(Protocol):
         """Adopts the first base."""
         ...
 
-    def rejoin(self, standing: CommittedPosition, version: int, base: Tensor) -> None:
-        """In the place of `start`: goes on behind what was merged of its predecessor, with B = 0."""
+    def rejoin(self, position: CommittedPosition, version: int, base: Tensor) -> None:
+        """Called instead of `start`: continues from what was merged of its predecessor, with B = 0."""
         ...
 
     def train(self, steps: int) -> None:
@@ -50,8 +50,8 @@ class Trainee(Protocol):
         """Makes the contribution of all steps since the last one."""
         ...
 
-    def adopt(self, verdict: ContributionResult | None, version: int, base: Tensor | None) -> None:
-        """Takes an answer, or a newer base that settles nothing."""
+    def adopt(self, result: ContributionResult | None, version: int, base: Tensor | None) -> None:
+        """Takes the result of the outstanding contribution (None if there is none), and a newer base."""
         ...
 
 
@@ -62,14 +62,14 @@ class TimedHead:
         self._run, self._head, self._incarnation = run, head, incarnation
         self.version = self.step = self.samples = 0
         self._sequence = 0
-        self._accepted = self._offered = 0  # steps at the last accepted contribution, and at the last one
+        self._accepted_step = self._contributed_step = 0
 
     def start(self, version: int, base: Tensor) -> None:
         self.version = version
 
-    def rejoin(self, standing: CommittedPosition, version: int, base: Tensor) -> None:
-        self.step = self.samples = self._accepted = self._offered = standing.step
-        self._sequence, self.version = standing.sequence, version
+    def rejoin(self, position: CommittedPosition, version: int, base: Tensor) -> None:
+        self.step = self.samples = self._accepted_step = self._contributed_step = position.step
+        self._sequence, self.version = position.sequence, version
 
     def train(self, steps: int) -> None:
         self.step += steps
@@ -77,8 +77,8 @@ class TimedHead:
 
     def contribute(self) -> Contribution:
         self._sequence += 1
-        self._offered = self.step
-        steps = self.step - self._accepted
+        self._contributed_step = self.step
+        steps = self.step - self._accepted_step
         return Contribution(
             run=self._run,
             head=self._head,
@@ -92,34 +92,42 @@ class TimedHead:
             buffer=_NOTHING,
         )
 
-    def adopt(self, verdict: ContributionResult | None, version: int, base: Tensor | None) -> None:
-        if verdict is not None and verdict.accepted:
-            self._accepted = self._offered
+    def adopt(self, result: ContributionResult | None, version: int, base: Tensor | None) -> None:
+        if result is not None and result.accepted:
+            self._accepted_step = self._contributed_step
         self.version = version
 
 
-MOST_SPANS = 4000
-"""Spans of a row that are kept to be drawn."""
+MAX_SPANS = 4000
+"""Spans of a row that are kept for drawing."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the coordinator sends to a head: a verdict on its contribution or None, and the newest base.
+    """What the coordinator sends to a head: the result of its contribution, or None, and the newest base.
 
-    A new incarnation is told where its predecessor was merged up to (`standing`).
+    A new incarnation gets the position up to which its predecessor was merged.
     """
 
     head: int
     incarnation: int
-    verdict: ContributionResult | None
+    result: ContributionResult | None
     version: int
     base: Tensor = field(repr=False, compare=False)
-    standing: CommittedPosition | None = None
+    position: CommittedPosition | None = None
 
 
 @dataclass
 class Timeline:
-    """Spans of one row, neighbours of one kind joined. Keeps the first `MOST_SPANS`."""
+    """What one row of the timeline is doing, and the spans in which it did what.
+
+    Attributes:
+        kind: what it is doing now, one of `record.KINDS` or "idle"; since when.
+        seconds: by kind, of the spans that have ended.
+        draw: whether spans are kept; the first `MAX_SPANS` are.
+        truncated: whether there were more.
+        adopted: the times at which a newer base was adopted.
+    """
 
     kind: str
     since: float = 0.0
@@ -127,58 +135,65 @@ class Timeline:
     draw: bool = False
     spans: list[Span] = field(default_factory=list)
     adopted: list[float] = field(default_factory=list)
-    cut: bool = False
+    truncated: bool = False
 
     def enter(self, kind: str, now: float) -> None:
-        """From `now` on the row is busy with `kind`."""
+        """Ends the current span, and begins one of `kind`; does nothing if that is the current kind."""
         if kind == self.kind:
             return
         self.seconds[self.kind] = self.seconds.get(self.kind, 0.0) + now - self.since
         if self.draw and now > self.since:
-            if len(self.spans) < MOST_SPANS:
+            if len(self.spans) < MAX_SPANS:
                 self.spans.append(Span(self.kind, self.since, now))
             else:
-                self.cut = True
+                self.truncated = True
         self.kind, self.since = kind, now
 
-    def mark(self, now: float) -> None:
-        """A newer base was adopted."""
-        if self.draw and len(self.adopted) < MOST_SPANS:
+    def mark_adoption(self, now: float) -> None:
+        """Records that a newer base was adopted."""
+        if self.draw and len(self.adopted) < MAX_SPANS:
             self.adopted.append(now)
 
-    def row(self, name: str) -> Row:
-        """As it is drawn: without the idle time."""
+    def to_row(self, name: str) -> Row:
+        """The row to draw, without the idle time."""
         return Row(name, tuple(span for span in self.spans if span.kind != "idle"), tuple(self.adopted))
 
 
 @dataclass
 class SimHead:
-    """A head and what it is at.
+    """A head and what it is doing.
 
     Attributes:
-        left: local steps that it still has to take, where each head has its own.
-        since: steps since its last contribution; `begun`: when the head began to take them.
-        planned: steps until the next contribution.
-        slow: by how much this round's steps are slower; `spent`: seconds that those taken took.
-        under_way: steps that are being taken, when they began, and how long they take.
-        offered: steps of its newest contribution, which are at risk until it is decided.
-        epoch: its deaths, and so its incarnation; what was under way for an earlier one is void.
+        number: the head's.
+        trainee: takes its steps.
+        speed: by how much its steps are slower than those of speed 1.
+        steps_left: local steps that it still has to take, where each head has its own.
+        timeline: where its time goes.
+        round_steps: steps taken since its last contribution.
+        planned_steps: steps between two contributions.
+        slowdown: by how much this round's steps are slower.
+        round_seconds: the time that this round's steps took.
+        in_progress: steps that are being taken, when they began, and how long they take.
+        contributed_steps: steps of its newest contribution, which are lost if it is refused after the head's death.
+        incarnation: how often it has died; what was scheduled for an earlier one is void.
+        outstanding: whether a contribution has no answer yet.
+        ended, ended_at: whether and when it left.
         inbox: answers that came in the middle of a step.
+        steps, samples, contributions, refused, lost_steps: counts for its record; `samples` are those of dead incarnations.
     """
 
     number: int
-    head: Trainee
+    trainee: Trainee
     speed: float
-    left: int
-    time: Timeline
-    since: int = 0
-    begun: float = 0.0
-    planned: int = 0
-    slow: float = 1.0
-    spent: float = 0.0
-    under_way: tuple[int, float, float] = (0, 0.0, 0.0)
-    offered: int = 0
-    epoch: int = 0
+    steps_left: int
+    timeline: Timeline
+    round_steps: int = 0
+    planned_steps: int = 0
+    slowdown: float = 1.0
+    round_seconds: float = 0.0
+    in_progress: tuple[int, float, float] = (0, 0.0, 0.0)
+    contributed_steps: int = 0
+    incarnation: int = 0
     outstanding: bool = False
     ended: bool = False
     inbox: list[Answer] = field(default_factory=list)
@@ -186,32 +201,32 @@ class SimHead:
     samples: int = 0
     contributions: int = 0
     refused: int = 0
-    lost: int = 0
+    lost_steps: int = 0
     ended_at: float = 0.0
 
-    def finished_at(self, now: float) -> int:
-        """How many of the steps that are under way have been finished."""
-        steps, begun, seconds = self.under_way
-        return int(steps * (now - begun) / seconds) if steps else 0
+    def steps_finished(self, now: float) -> int:
+        """How many of the steps in progress are finished at `now`."""
+        steps, begin, seconds = self.in_progress
+        return int(steps * (now - begin) / seconds) if steps else 0
 
     @property
-    def doing(self) -> str:
-        """What it is at: one of `record.KINDS`, or "idle" at the end."""
-        return self.time.kind
+    def activity(self) -> str:
+        """What the head is doing: one of `record.KINDS`, or "idle" at the end."""
+        return self.timeline.kind
 
-    def record(self, bytes_up: int, bytes_down: int) -> HeadRecord:
-        """As the result holds it."""
+    def to_record(self, bytes_up: int, bytes_down: int) -> HeadRecord:
+        """The head's part of the simulation's record."""
         return HeadRecord(
             head=self.number,
             speed=self.speed,
             steps=self.steps,
-            samples=self.samples + self.head.samples,
+            samples=self.samples + self.trainee.samples,
             contributions=self.contributions,
             refused=self.refused,
-            deaths=self.epoch,
-            lost_steps=self.lost,
+            deaths=self.incarnation,
+            lost_steps=self.lost_steps,
             bytes_up=bytes_up,
             bytes_down=bytes_down,
             ended=self.ended_at,
-            seconds={kind: self.time.seconds.get(kind, 0.0) for kind in KINDS},
+            seconds={kind: self.timeline.seconds.get(kind, 0.0) for kind in KINDS},
         )

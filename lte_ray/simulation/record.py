@@ -1,4 +1,4 @@
-"""What a simulation gives: where the heads' time went, bytes, staleness, losses, and spans of time to draw."""
+"""The record of a simulation: where the heads' time went, bytes, staleness, losses, and spans of time to draw."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 KINDS = ("train", "send", "wait", "fetch", "dead")
-"""What a head's time goes to. Send, wait and fetch are counted only while the head stands still for them."""
+"""What a head's time is spent on. Send, wait and fetch count only while the head stands still for them."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """A row of the timeline was busy with one thing from `start` to `end`, in virtual seconds."""
+    """What a row of the timeline was doing from `start` to `end`, in virtual seconds."""
 
     kind: str
     start: float
@@ -23,7 +23,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the timeline: its spans, in order, and the moments at which a newer base was adopted."""
+    """One row of the timeline: its spans, in order, and the times at which a newer base was adopted."""
 
     name: str
     spans: tuple[Span, ...]
@@ -32,7 +32,7 @@ class Row:
 
 @dataclass(frozen=True)
 class MergeRow:
-    """One merge: at which virtual second, how many contributions, their steps, mean loss and lags."""
+    """One merge: its virtual time, how many contributions it merged, their steps, mean loss and lags."""
 
     version: int
     at: float
@@ -46,7 +46,7 @@ class MergeRow:
 
 @dataclass(frozen=True)
 class HeadRecord:
-    """One head's run. `seconds` says by kind where its time went until it `ended`; `lost_steps` died with it."""
+    """One head's run. `seconds` is its time by kind until it `ended`; `lost_steps` were lost when it died."""
 
     head: int
     speed: float
@@ -69,18 +69,18 @@ class HeadRecord:
 
 
 @dataclass(frozen=True)
-class VirtualRun:
+class SimulationRecord:
     """A finished simulation. Times in virtual seconds.
 
     Attributes:
         seconds: until the last head had ended.
         lags: how many contributions were merged at each lag.
-        coordinator_busy, link_in_busy, link_out_busy: fractions of the time that the coordinator and its link had work for;
-            more than 1 where merging beside the answers can't keep up.
+        coordinator_busy, link_in_busy, link_out_busy: the time for which the coordinator and its links had work, as a fraction
+            of the run's; more than 1 if merging, which goes on while answers are sent, can't keep up.
         arrivals: contributions that reached the coordinator.
-        events: that the simulation went through.
-        cut: whether the rows stop early because there was more than they may hold.
-        evaluation: of the final base, where a model was trained.
+        events: actions that the simulation ran.
+        rows_cut: whether the rows end early, because there were more spans than they may hold.
+        evaluation: of the final base, if a model was trained.
     """
 
     seconds: float
@@ -92,7 +92,7 @@ class VirtualRun:
     link_in_busy: float
     link_out_busy: float
     rows: tuple[Row, ...]
-    cut: bool
+    rows_cut: bool
     events: int
     evaluation: Mapping[str, float] = field(default_factory=dict)
 
@@ -118,7 +118,7 @@ class VirtualRun:
 
     @property
     def lost_steps(self) -> int:
-        """Local steps that died with a head."""
+        """Local steps that were lost when heads died."""
         return sum(head.lost_steps for head in self.heads)
 
     @property
@@ -142,12 +142,12 @@ class VirtualRun:
         return sum(head.bytes_down for head in self.heads)
 
     def share(self, kind: str) -> float:
-        """The fraction of all heads' time that went to this kind."""
+        """The fraction of all heads' time that was spent on this kind."""
         total = sum(sum(head.seconds.values()) for head in self.heads)
         return sum(head.seconds[kind] for head in self.heads) / total if total else 0.0
 
     def to_json(self, **more: Any) -> dict[str, Any]:
-        """All of it as JSON values (NaN as null), after `more`."""
+        """The record as JSON values (NaN as null), after `more`."""
         summary = {
             "seconds": self.seconds,
             "utilisation": self.utilisation,
@@ -170,9 +170,9 @@ class VirtualRun:
         }
         heads = [{**_fields(head), "utilisation": head.utilisation} for head in self.heads]
         rows = [{"name": r.name, "adopted": r.adopted, "spans": [[s.kind, s.start, s.end] for s in r.spans]} for r in self.rows]
-        parts = {"heads": heads, "merges": [_fields(m) for m in self.merges], "rows": rows, "rows_cut": self.cut}
-        found: dict[str, Any] = _finite({**more, **summary, **parts})
-        return found
+        parts = {"heads": heads, "merges": [_fields(m) for m in self.merges], "rows": rows, "rows_cut": self.rows_cut}
+        values: dict[str, Any] = _finite({**more, **summary, **parts})
+        return values
 
 
 def _fields(record: Any) -> dict[str, Any]:

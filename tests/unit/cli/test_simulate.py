@@ -13,16 +13,16 @@ from lte_ray.cli.timeline import COLOURS, STYLES, slices, svg, timeline, window
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.config.cluster_model import ClusterModel
 from lte_ray.engine.settings import Settings
-from lte_ray.simulation.api import keep_time
+from lte_ray.simulation.api import simulate_time
 from lte_ray.simulation.cost_model import named_plan
-from lte_ray.simulation.record import KINDS, Row, Span, VirtualRun
+from lte_ray.simulation.record import KINDS, Row, SimulationRecord, Span
 
 FOUR = ("--num-heads", "4", "--speeds", "1", "1", "1", "4", "--steps", "100")
 
 
-def simulated(**merge: object) -> VirtualRun:
+def simulated(**merge: object) -> SimulationRecord:
     settings = Settings("x", LTEConfig(num_heads=4), MergeConfig(**merge), TrainConfig(steps=100))  # type: ignore[arg-type]
-    return keep_time([named_plan("gpt2-124m", 8, 8.0)], settings, ClusterModel(speeds=(1, 1, 1, 4)))
+    return simulate_time([named_plan("gpt2-124m", 8, 8.0)], settings, ClusterModel(speeds=(1, 1, 1, 4)))
 
 
 def test_shapes_alone_give_a_summary_and_a_picture(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,12 +20,12 @@ from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError, PolicyError
 from lte_ray.layout import Adapted, Plan, Replica
 from lte_ray.merging.policy import Decision, Pending, Roster, Wait
-from lte_ray.simulation.api import keep_time, train
+from lte_ray.simulation.api import simulate_time, simulate_training
 from lte_ray.simulation.clock import Clock
 from lte_ray.simulation.cost_model import CostModel, named_plan
 from lte_ray.simulation.delivery import StalenessQueue
 from lte_ray.simulation.network import Link
-from lte_ray.simulation.record import KINDS, VirtualRun
+from lte_ray.simulation.record import KINDS, SimulationRecord
 from lte_ray.transfer.codec import min_contribution_bytes
 from tests.support.helpers import Poisoned, Tiny, assert_near, make_settings
 
@@ -39,8 +39,8 @@ def settings(heads: int, steps: int = 40, seed: int = 0, **merge: object) -> Set
     return Settings("virtual", LTEConfig(num_heads=heads), MergeConfig(**merge), TrainConfig(steps=steps, seed=seed))  # type: ignore[arg-type]
 
 
-def timed(heads: int, cluster: ClusterModel, steps: int = 40, **merge: object) -> VirtualRun:
-    return keep_time([PLAN], settings(heads, steps, **merge), cluster)
+def timed(heads: int, cluster: ClusterModel, steps: int = 40, **merge: object) -> SimulationRecord:
+    return simulate_time([PLAN], settings(heads, steps, **merge), cluster)
 
 
 def test_a_barrier_costs_what_the_slowest_head_takes() -> None:
@@ -66,7 +66,7 @@ def test_the_same_budget_each_lets_the_slow_head_finish_alone() -> None:
     """With a budget of its own, each head takes its 40 steps: the fast ones leave after 40 seconds, the slow one after 160."""
     own = settings(4, wait=False, when="arrival")
     own = dataclasses.replace(own, train=dataclasses.replace(own.train, budget="each"))
-    run = keep_time([PLAN], own, dataclasses.replace(FREE, speeds=(1, 1, 1, 4)))
+    run = simulate_time([PLAN], own, dataclasses.replace(FREE, speeds=(1, 1, 1, 4)))
     assert [head.ended for head in run.heads] == [40, 40, 40, 160]
     assert run.versions == 16
 
@@ -95,7 +95,7 @@ def test_one_contribution_and_answer_take_what_their_bytes_take() -> None:
     sizes = CostModel([PLAN], MergeConfig(send_down="dense"))
     up, down = 4 * (4 * 50 + 30), 4 * (1200 + 30)
     merging = 2 * 1200 * 4 / 1e5 + 16 * (230 + 1230) / 2e5
-    assert (sizes.up(0), sizes.down(0)) == (up, (down, 0))
+    assert (sizes.contribution_bytes(0), sizes.update_bytes(0)) == (up, (down, 0))
     assert sizes.merge_seconds(cluster, 1) == pytest.approx(merging)
     assert (run.bytes_up, run.bytes_down) == (4 * up, 4 * down)
     send, wait, fetch = up / 1000 + 0.25, 0.125 + merging, down / 1000 + 0.25
@@ -109,9 +109,9 @@ def test_one_contribution_and_answer_take_what_their_bytes_take() -> None:
 
 def test_factors_go_down_where_they_are_fewer_bytes() -> None:
     """Three heads of rank 2 get the others' factors, 100 values a layer, instead of 600; the replicas are dense."""
-    assert CostModel([PLAN] * 3, MergeConfig()).down(2) == (4 * 30, 4 * 2 * 200)
-    assert CostModel([PLAN] * 4, MergeConfig(transfer="bf16")).down(5) == (4 * 30, 2 * 5 * 200)
-    assert CostModel([PLAN] * 30, MergeConfig()).down(29) == (4 * 1230, 0)
+    assert CostModel([PLAN] * 3, MergeConfig()).update_bytes(2) == (4 * 30, 4 * 2 * 200)
+    assert CostModel([PLAN] * 4, MergeConfig(transfer="bf16")).update_bytes(5) == (4 * 30, 2 * 5 * 200)
+    assert CostModel([PLAN] * 30, MergeConfig()).update_bytes(29) == (4 * 1230, 0)
 
 
 @given(st.sampled_from(["fp32", "bf16", "int8"]), st.sampled_from([1.0, 0.3, 0.01]))
@@ -120,7 +120,7 @@ def test_a_contribution_has_the_bytes_of_the_codec(transfer: str, topk: float) -
     merge = MergeConfig(transfer=transfer, replica_topk=topk)  # type: ignore[arg-type]
     plan = named_plan("gpt2-124m", 32, 64.0)
     least = min_contribution_bytes(plan, merge)
-    assert least <= CostModel([plan, plan], merge).up(1) <= 1.01 * least
+    assert least <= CostModel([plan, plan], merge).contribution_bytes(1) <= 1.01 * least
 
 
 def test_shards_share_the_products_and_links_the_bytes() -> None:
@@ -134,17 +134,17 @@ def test_shards_share_the_products_and_links_the_bytes() -> None:
 def test_a_link_carries_one_thing_after_another() -> None:
     """What is handed over while the link is busy leaves after what was there before."""
     link = Link(10)
-    assert [link.carry(0, 20), link.carry(1, 10), link.carry(9, 10)] == [2, 3, 10]
+    assert [link.transmit(0, 20), link.transmit(1, 10), link.transmit(9, 10)] == [2, 3, 10]
     assert (link.busy, link.bytes) == (4, 40)
-    assert Link(0).carry(5, 10**9) == 5
+    assert Link(0).transmit(5, 10**9) == 5
 
 
 def test_the_clock_keeps_the_order_of_asking() -> None:
     """Events of one time happen in the order in which they were asked for, also those asked for meanwhile."""
     clock, seen = Clock(), []
-    clock.at(2, seen.append, "c")
-    clock.at(1, lambda: (seen.append("a"), clock.after(0, seen.append, "b")))
-    clock.at(2, seen.append, "d")
+    clock.schedule_at(2, seen.append, "c")
+    clock.schedule_at(1, lambda: (seen.append("a"), clock.schedule_after(0, seen.append, "b")))
+    clock.schedule_at(2, seen.append, "d")
     clock.run()
     assert (seen, clock.now, clock.events) == (["a", "b", "c", "d"], 2, 4)
 
@@ -152,16 +152,16 @@ def test_the_clock_keeps_the_order_of_asking() -> None:
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=40), st.integers(0, 4))
 def test_heads_that_lag_are_those_more_than_max_lag_behind(events: list[tuple[int, int]], most: int) -> None:
     """Against a search over all heads, for any order of adoptions and merges."""
-    lagging, at, version = StalenessQueue(most), dict.fromkeys(range(6), 0), 0
+    queue, at, version = StalenessQueue(most), dict.fromkeys(range(6), 0), 0
     for head in at:
-        lagging.at(head, 0)
+        queue.record_adopted(head, 0)
     for head, merges in events:
         version += merges
         expected = sorted(h for h, v in at.items() if v is not None and version - v > most)
-        assert sorted(lagging.behind(version)) == expected
+        assert sorted(queue.pop_stale(version)) == expected
         at.update(dict.fromkeys(expected))
         at[head] = version
-        lagging.at(head, version)
+        queue.record_adopted(head, version)
 
 
 def test_a_head_too_far_behind_is_sent_the_newest_base() -> None:
@@ -214,7 +214,7 @@ def test_jitter_keeps_the_mean() -> None:
 def test_the_same_seed_gives_the_same_record_and_another_does_not() -> None:
     """All of the record, spans included."""
     cluster = ClusterModel(jitter=0.2, straggler_rate=0.1, faults_per_hour=100, restart_seconds=1)
-    first, again, other = (keep_time([PLAN], settings(3, seed=seed, wait=False), cluster).to_json() for seed in (1, 1, 2))
+    first, again, other = (simulate_time([PLAN], settings(3, seed=seed, wait=False), cluster).to_json() for seed in (1, 1, 2))
     assert json.dumps(first) == json.dumps(again) != json.dumps(other)
 
 
@@ -246,7 +246,7 @@ def test_every_step_is_merged_or_lost(
 def test_equal_heads_that_wait_are_the_barrier_bit_for_bit(reset: str) -> None:
     """Training under the virtual clock is `simulate`, which is Ray's barrier run."""
     same = make_settings(heads=3, reset=reset)
-    run, reference = train(Tiny(), same, ClusterModel(), torch.float64), run_in_process(Tiny(), same, torch.float64)
+    run, reference = simulate_training(Tiny(), same, ClusterModel(), torch.float64), run_in_process(Tiny(), same, torch.float64)
     assert torch.equal(run.base, reference.base)
     assert [m.loss for m in run.record.merges] == [sum(m.losses.values()) / 3 for m in reference.merges]
     assert run.record.evaluation["loss"] < Tiny().evaluate(prepare(Tiny(), same).model)["loss"]
@@ -256,14 +256,14 @@ def test_one_head_that_does_not_wait_is_the_barrier_bit_for_bit_where_nothing_ta
     """Its answer comes before its next step, so nothing is different."""
     s = make_settings(heads=1)
     free = dataclasses.replace(s, merge=dataclasses.replace(s.merge, when="arrival", wait=False))
-    run = train(Tiny(), free, FREE, torch.float64)
+    run = simulate_training(Tiny(), free, FREE, torch.float64)
     assert torch.equal(run.base, run_in_process(Tiny(), s, torch.float64).base)
 
 
 def test_a_poisoned_head_goes_on_as_it_does_in_the_barrier() -> None:
     """One of its rounds is dropped; all else is as in `simulate`, bit for bit."""
     worker, same = Poisoned(bad=(4,)), make_settings()
-    run, reference = train(worker, same, FREE, torch.float64), run_in_process(worker, same, torch.float64)
+    run, reference = simulate_training(worker, same, FREE, torch.float64), run_in_process(worker, same, torch.float64)
     assert [head.refused for head in run.record.heads] == [0, 1]
     assert torch.equal(run.base, reference.base)
 
@@ -272,7 +272,7 @@ def test_a_poisoned_head_goes_on_as_it_does_in_the_barrier() -> None:
 def test_a_head_that_is_quarantined_leaves(wait: bool) -> None:
     """Its third contribution is its last; where heads share their steps, others take those that it hasn't begun."""
     made = dataclasses.replace(make_settings(heads=3), merge=MergeConfig(3, wait=wait))
-    run = train(Poisoned(), made, FREE, torch.float64).record
+    run = simulate_training(Poisoned(), made, FREE, torch.float64).record
     assert [(head.contributions, head.refused) for head in run.heads][1] == (3, 3)
     assert [head.refused for head in run.heads] == [0, 3, 0]
     assert sum(merge.steps for merge in run.merges) == (24 if wait else 36 - run.heads[1].steps)
@@ -282,7 +282,7 @@ def test_asynchronous_training_loses_no_step_and_learns() -> None:
     """Speeds 1, 1, 4 with steps in flight: all samples are merged, and the merged weights are better than the first."""
     s = make_settings(heads=3, steps=60)
     merge = dataclasses.replace(s.merge, when="arrival", wait=False)
-    run = train(Tiny(), dataclasses.replace(s, merge=merge), ClusterModel(speeds=(1, 1, 4)), torch.float64)
+    run = simulate_training(Tiny(), dataclasses.replace(s, merge=merge), ClusterModel(speeds=(1, 1, 4)), torch.float64)
     assert run.record.steps == 180
     assert run.record.samples == 180 * 4
     assert run.record.max_lag > 0
@@ -293,7 +293,7 @@ def test_a_run_with_faults_trains_to_its_end() -> None:
     """Heads start anew from the base, with B = 0, and nothing is counted twice: the base stays near the run without."""
     s = make_settings(heads=2, steps=60)
     cluster = ClusterModel(step_seconds=1.0, faults_per_hour=150, restart_seconds=2)
-    run = train(Tiny(), s, cluster, torch.float64)
+    run = simulate_training(Tiny(), s, cluster, torch.float64)
     assert run.record.lost_steps > 0
     assert run.record.steps == 120
     assert run.record.evaluation["loss"] < Tiny().evaluate(prepare(Tiny(), s).model)["loss"]
@@ -304,7 +304,7 @@ def test_int8_contributions_are_rounded_on_their_way() -> None:
     s = make_settings(heads=2)
     coarse = dataclasses.replace(s, merge=dataclasses.replace(s.merge, transfer="int8"))
     exact, rounded = run_in_process(Tiny(), s, torch.float64), run_in_process(Tiny(), coarse, torch.float64)
-    assert torch.equal(train(Tiny(), coarse, ClusterModel(), torch.float64).base, rounded.base)
+    assert torch.equal(simulate_training(Tiny(), coarse, ClusterModel(), torch.float64).base, rounded.base)
     assert not torch.equal(exact.base, rounded.base)
     assert_near(rounded.base, exact.base, 1e-2)
 
@@ -335,7 +335,7 @@ def test_a_policy_that_evaluates_needs_a_model() -> None:
     with pytest.raises(PolicyError, match="evaluates what it merges"):
         timed(2, FREE, policy="gated")
     s = make_settings(policy="gated", steps=30)
-    run = train(Tiny(), s, dataclasses.replace(FREE, evaluate_seconds=7.0), torch.float64)
+    run = simulate_training(Tiny(), s, dataclasses.replace(FREE, evaluate_seconds=7.0), torch.float64)
     assert run.record.versions > 0
     assert run.record.seconds >= 30 + 7 * run.record.versions
 
@@ -357,6 +357,6 @@ def test_an_impossible_cluster_is_refused(values: dict[str, object], message: st
 
 def test_a_thousand_heads_are_soon_simulated() -> None:
     """A barrier of 1,000 heads goes through few enough events, and each contribution is decided once."""
-    run = keep_time([named_plan("gpt2-124m", 32, 64.0)], settings(1000, 20), ClusterModel())
+    run = simulate_time([named_plan("gpt2-124m", 32, 64.0)], settings(1000, 20), ClusterModel())
     assert (run.versions, run.arrivals, len(run.rows)) == (2, 2000, 17)
     assert run.events < 20_000
