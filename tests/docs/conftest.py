@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.pages import page_blocks
+from tests.docs.pages import write_files
 
 
 @pytest.fixture
@@ -16,9 +16,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with the README's mine.py and docs/merge-policies.md's my_policies.py, as the current one."""
     folder = tmp_path / "folder"
     folder.mkdir()
-    (folder / "mine.py").write_text(page_blocks("README.md", "python")[0])
-    policies = [text for text in page_blocks("docs/merge-policies.md", "python") if text.startswith("# my_policies.py")]
-    (folder / "my_policies.py").write_text("\n".join(policies))
+    write_files(folder)
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
     yield folder

@@ -62,3 +62,10 @@ def inline_code() -> dict[str, str]:
         for code in re.findall(r"`([^`]+)`", prose):
             found.setdefault(re.sub(r"\s+", " ", code), page.relative_to(ROOT).as_posix())
     return found
+
+
+def write_files(folder: Path) -> None:
+    """Writes the files that commands name: the README's mine.py, and docs/merge-policies.md's my_policies.py."""
+    (folder / "mine.py").write_text(page_blocks("README.md", "python")[0])
+    policies = [text for text in page_blocks("docs/merge-policies.md", "python") if text.startswith("# my_policies.py")]
+    (folder / "my_policies.py").write_text("\n".join(policies))

@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from lte_ray.cli.main import COMMANDS, main
-from tests.docs.pages import LANGUAGES, ROOT, blocks, commands, inline_code, page_blocks
+from tests.docs.pages import LANGUAGES, ROOT, blocks, commands, inline_code, page_blocks, write_files
 from tests.support import export_runs
 
 MINE = "lte-ray train mine.py:Net --num-heads 4 --name mine --resume"
@@ -218,16 +218,13 @@ class Shell:
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
     """A user's folder with the documentation's files, and an empty home directory."""
     folder, home = tmp_path_factory.mktemp("folder"), tmp_path_factory.mktemp("home")
-    (folder / "mine.py").write_text(page_blocks("README.md", "python")[0])
-    policies = [text for text in page_blocks("docs/merge-policies.md", "python") if text.startswith("# my_policies.py")]
-    (folder / "my_policies.py").write_text("\n".join(policies))
+    write_files(folder)
     (folder / ".venv").symlink_to(sys.prefix)
     (folder / ".gitignore").write_text(".venv\n")
     save_bert(home)
     environment = {name: os.environ[name] for name in ("LANG", "PYTHONPATH", "TMPDIR") if name in os.environ}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [environment.get("PYTHONPATH"), str(ROOT)])
-    )  # for `tests`, by bert
+    paths = [environment.get("PYTHONPATH"), str(ROOT)]  # the run `bert` names a worker of the tests
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     path = os.pathsep.join([str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin"])
     return Shell(folder, {**environment, "HOME": str(home), "PATH": path})
 
@@ -253,10 +250,9 @@ class Cluster:
 def cluster(shell: Shell) -> Iterator[Cluster]:
     """The cluster that `cluster/local.sh` starts, on ports that are free, in the same home directory."""
     port = JOB_SERVER if is_free(JOB_SERVER) else free_port()
-    with tempfile.TemporaryDirectory(
-        prefix="ray-", dir="/tmp", ignore_cleanup_errors=True
-    ) as folder:  # sockets need short paths
-        ray = Path(folder) / "ray"
+    # Ray's sockets lie in this folder, and their paths must be short.
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        ray = Path(folder) / "start-ray"
         ports = f"--port {free_port()} --dashboard-port {port} --dashboard-agent-listen-port {free_port()} --num-cpus 4"
         ray.write_text(f'#!/bin/sh\nexec "{Path(sys.executable).parent}/ray" "$@" {ports}\n')
         ray.chmod(0o755)
