@@ -1,8 +1,7 @@
-"""The main weights in the coordinator's own process: products are computed in a thread beside the event loop.
+"""Where the tensors of merging are: in the coordinator's own process (`LocalAggregator`), or in shards (`ShardedAggregator`).
 
-The main weights spread over shard processes: the coordinator's side, which moves numbers and handles only.
-
-Where the main weights are, as the coordinator's process sees it; and their parts for heads, published once a version.
+A local aggregator computes products in a thread of its own, apart from the event loop. A sharded one moves numbers and handles
+only.
 """
 
 from __future__ import annotations
@@ -28,12 +27,14 @@ from lte_ray.runtime.ray_errors import PROCESS_DIED
 from lte_ray.transfer.checksum import base_checksum, verify_checksums
 from lte_ray.transfer.codec import Codec
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Published:
-    """Parts of one version's base, by group (-1: the whole), and the references that it holds, by head.
+    """Parts of one version's base, by group (-1: the whole base), and the references that it holds, by head.
 
-    `held` is what it holds of each head, and `ledger` whose which batches are at that version.
+    `positions` are what the version holds of each head, and `assignment_state` which head owns which batches at it.
     """
 
     version: int
@@ -44,20 +45,19 @@ class Published:
 
 
 class Aggregator(Protocol):
-    """The tensors of merging, in this process (`LocalAggregator`) or in shards (`ShardedAggregator`).
+    """The tensors of merging. All methods are called on one event loop.
 
-    What a method gives is of the version that is the newest when it is called, whatever is merged until the result comes. All
-    are called on one event loop.
+    A result is of the version that is the newest when the method is called, whatever is merged before the result is ready.
     """
 
     def receive(
         self, ticket: int, head: int, handles: Sequence[Handle], checksums: Sequence[int]
     ) -> Awaitable[Tensor | MeasuredContribution]:
-        """Fetches and decodes a contribution: for `engine.Coordinator.receive`.
+        """Fetches and decodes a contribution for `engine.Coordinator.receive`.
 
         Raises:
-            ValueError: it can't be decoded, or didn't arrive as it was sent.
-            ObjectLost: it can't be fetched any more.
+            ValueError: it can't be decoded, or was changed on its way.
+            ObjectLost: it can no longer be fetched.
         """
         ...
 
@@ -66,136 +66,102 @@ class Aggregator(Protocol):
         ...
 
     def forget_head(self, head: int) -> None:
-        """A head begins with B = 0, or has left: nothing that is held of this number is anybody's reference from here on."""
+        """A head begins with B = 0, or has left: factors of this number are no head's reference from here on."""
         ...
 
     def merge(self, version: int, weights: Mapping[int, float]) -> Awaitable[float]:
-        """The engine has decided the next version, of these tickets by weight (none where the policy made the change itself).
+        """Computes the next version, which the engine has decided.
 
-        Gives the seconds that its products took, once they are computed.
+        Args:
+            version: the next one.
+            weights: by ticket; empty where the policy made the change itself.
+
+        Returns:
+            The seconds that the products took, once they are computed.
         """
         ...
 
     def publish_parts(self, groups: Sequence[int], references: bool) -> Awaitable[Published]:
-        """Publishes these groups' parts, and all references if they are wanted."""
+        """Publishes these groups' parts of the base, and all references if wanted."""
         ...
 
     def publish_base(self, references: bool = False) -> Awaitable[Published]:
-        """Publishes the whole base, flat, and all references if they are wanted."""
+        """Publishes the whole base, flat, and all references if wanted."""
         ...
 
     def checksum(self) -> Awaitable[int]:
-        """Of the groups that heads redo from factors, together."""
+        """The sum of the checksums of the groups that heads redo from factors."""
         ...
 
 
-def known(engine: Coordinator) -> Published:
-    """What the newest version holds, without its base."""
-    return Published(engine.version, positions=dict(engine.positions), assignment_state=engine.assignor.state())
-
-
-class Publisher:
-    """Publishes what heads ask for, each version at most once.
-
-    Args:
-        masters: what is published.
-        engine: knows the newest version.
-    """
-
-    def __init__(self, masters: Aggregator, engine: Coordinator) -> None:
-        self._masters, self._engine = masters, engine
-        self._last: dict[tuple[int, ...], Published] = {}
-        self._turn = asyncio.Lock()
-
-    async def newest(self, groups: Sequence[int], references: bool) -> Published:
-        """These groups' parts of the newest version, and all references if they are wanted."""
-        key = (*groups, -1) if references else tuple(groups)
-        if not key:
-            return known(self._engine)
-        async with self._turn:  # whoever comes meanwhile gets what is published now, or waits for what comes next
-            last = self._last.get(key)
-            if last is None or last.version < self._engine.version:
-                there, parts = known(self._engine), self._masters.publish_parts(groups, references)  # of the same version
-                last = replace(await parts, positions=there.positions, assignment_state=there.assignment_state)
-                self._last[key] = last
-        return last
-
-
-T = TypeVar("T")
-
-
 class LocalAggregator:
-    """`Aggregator` of an `engine.Coordinator` that holds the base itself.
+    """`Aggregator` of an engine that holds the base itself.
 
     Args:
-        common: as every actor.
+        context: as for every actor.
         engine: the coordinator.
-        codecs: each head's.
-        threads: that torch computes with.
     """
 
-    def __init__(self, common: RunContext, engine: Coordinator, codecs: Sequence[Codec], threads: int) -> None:
-        self._transport, self._engine, self._codecs, self._threads = common.transport, engine, codecs, threads
-        self._beside = ThreadPoolExecutor(1, "merge")
+    def __init__(self, context: RunContext, engine: Coordinator) -> None:
+        self._transport, self._engine = context.transport, engine
+        self._codecs = context.codecs(engine.plans)
+        self._threads = context.merge_threads(engine.plan, engine.plan)
+        self._executor = ThreadPoolExecutor(1, "merge")
 
     async def receive(self, ticket: int, head: int, handles: Sequence[Handle], checksums: Sequence[int]) -> Tensor:
         buffers = [await self._transport.fetch_async(handle) for handle in handles]
         verify_checksums(buffers, checksums)
-        # Nobody changes the reference meanwhile: it is this head's, which has nothing else outstanding.
+        # The reference doesn't change meanwhile: it is this head's, which has nothing else outstanding.
         return self._codecs[head].decode(dict(enumerate(buffers)), self._engine.reference(head))
 
     def discard(self, ticket: int) -> None:
-        """The engine keeps what isn't decided."""
+        """The engine keeps the undecided contributions itself."""
 
     def forget_head(self, head: int) -> None:
-        """The engine has forgotten what it held of it."""
+        """The engine has forgotten its factors itself."""
 
     async def merge(self, version: int, weights: Mapping[int, float]) -> float:
-        await self._caught_up()
+        await self._catch_up()
         return self._engine.base_weights.pop_seconds(version)
 
     def publish_parts(self, groups: Sequence[int], references: bool) -> Coroutine[Any, Any, Published]:
-        def publish(version: int, base: Tensor, held: Mapping[int, Tensor | None]) -> Published:
-            return Published(
-                version,
-                {index: self._transport.publish(self._part(index, base)) for index in groups},
-                {h: self._transport.publish(factors) for h, factors in held.items() if references and factors is not None},
-            )
+        def publish(version: int, base: Tensor, factors: Mapping[int, Tensor | None]) -> Published:
+            parts = {index: self._transport.publish(self._part(index, base)) for index in groups}
+            return Published(version, parts, self._publish_references(factors) if references else {})
 
-        return self._after(self._engine.base_weights.schedule_read(publish))
+        return self._read(self._engine.base_weights.schedule_read(publish))
 
     def publish_base(self, references: bool = False) -> Coroutine[Any, Any, Published]:
-        def publish(version: int, base: Tensor, held: Mapping[int, Tensor | None]) -> Published:
-            known = {h: f for h, f in held.items() if f is not None} if references else {}
-            return Published(
-                version, {-1: self._transport.publish(base)}, {h: self._transport.publish(f) for h, f in known.items()}
-            )
+        def publish(version: int, base: Tensor, factors: Mapping[int, Tensor | None]) -> Published:
+            parts = {-1: self._transport.publish(base)}
+            return Published(version, parts, self._publish_references(factors) if references else {})
 
-        return self._after(self._engine.base_weights.schedule_read(publish))
+        return self._read(self._engine.base_weights.schedule_read(publish))
 
     def checksum(self) -> Coroutine[Any, Any, int]:
-        return self._after(self._engine.base_weights.schedule_read(lambda version, base, held: self._sum(base)))
+        return self._read(self._engine.base_weights.schedule_read(lambda version, base, factors: self._checksum(base)))
 
-    async def _after(self, result: Future[T]) -> T:
-        await self._caught_up()
+    async def _read(self, result: Future[T]) -> T:
+        await self._catch_up()
         return result.result()
 
-    async def _caught_up(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._beside, self._catch_up)
+    async def _catch_up(self) -> None:
+        def catch_up() -> None:
+            with torch_threads(self._threads):
+                self._engine.base_weights.catch_up()
 
-    def _catch_up(self) -> None:
-        with torch_threads(self._threads):
-            self._engine.base_weights.catch_up()
+        await asyncio.get_running_loop().run_in_executor(self._executor, catch_up)
+
+    def _publish_references(self, factors: Mapping[int, Tensor | None]) -> dict[int, Handle]:
+        return {head: self._transport.publish(flat) for head, flat in factors.items() if flat is not None}
 
     def _part(self, index: int, base: Tensor) -> Tensor:
         codec = self._codecs[0]
-        return (
-            base
-            if len(codec.group_plans) == 1
-            else gather(codec.group_plans[index].base, views(codec.plan.base, base), base.dtype)
-        )
+        if len(codec.group_plans) == 1:
+            return base
+        return gather(codec.group_plans[index].base, views(codec.plan.base, base), base.dtype)
 
-    def _sum(self, base: Tensor) -> int:
+    def _checksum(self, base: Tensor) -> int:
         entries = views(self._engine.plan.base, base)
         names = [name for group in self._codecs[0].groups if group.by_factors for name in group.names]
         return sum(base_checksum(entries[name]) for name in names) % 2**64
@@ -203,7 +169,7 @@ class LocalAggregator:
 
 @dataclass
 class _ShardStub:
-    """One shard's actor, the numbers of its groups, and the calls sent to it that take a turn."""
+    """One shard's actor, the numbers of its groups, and how many calls that take a turn were sent to it."""
 
     actor: Any
     number: int
@@ -238,15 +204,15 @@ class ShardedAggregator:
         count = len(self._codecs[head].groups)
         if len(handles) != count:
             raise ValueError(f"expected the buffers of groups 0 to {count - 1}, found {list(range(len(handles)))}")
-        found = await self._all(
+        answers = await self._gather(
             (shard, shard.actor.receive.remote(shard.turn, ticket, head, {i: (handles[i], checksums[i]) for i in shard.groups}))
             for shard in self._shards
         )
-        reasons = [reason for reason in found if isinstance(reason, str)]
+        reasons = [reason for reason in answers if isinstance(reason, str)]
         if reasons:
             self.discard(ticket)
             raise ValueError(reasons[0])
-        return MeasuredContribution(sum(found))
+        return MeasuredContribution(sum(answers))
 
     def discard(self, ticket: int) -> None:
         for shard in self._shards:
@@ -261,12 +227,12 @@ class ShardedAggregator:
         return self._slowest([(shard, shard.actor.merge.remote(shard.next_turn(), version, weights)) for shard in self._shards])
 
     def publish_parts(self, groups: Sequence[int], references: bool) -> Coroutine[Any, Any, Published]:
-        asked = []
+        calls = []
         for shard in self._shards:
-            mine = tuple(i for i in shard.groups if i in groups)
-            if mine:
-                asked.append((shard, shard.actor.publish.remote(shard.next_turn(), mine, references)))
-        return self._published(self._version, asked)
+            numbers = tuple(i for i in shard.groups if i in groups)
+            if numbers:
+                calls.append((shard, shard.actor.publish.remote(shard.next_turn(), numbers, references)))
+        return self._published(self._version, calls)
 
     def publish_base(self, references: bool = False) -> Coroutine[Any, Any, Published]:
         return self._assembled(self.publish_parts(range(len(self._codecs[0].groups)), references))
@@ -274,46 +240,44 @@ class ShardedAggregator:
     def checksum(self) -> Coroutine[Any, Any, int]:
         return self._sum([(shard, shard.actor.checksum.remote(shard.next_turn())) for shard in self._shards])
 
-    async def _slowest(self, asked: Sequence[tuple[_ShardStub, Any]]) -> float:
-        return float(max(await self._all(asked)))
+    async def _slowest(self, calls: Sequence[tuple[_ShardStub, Any]]) -> float:
+        return float(max(await self._gather(calls)))
 
-    async def _sum(self, asked: Sequence[tuple[_ShardStub, Any]]) -> int:
-        return int(sum(await self._all(asked)) % 2**64)
+    async def _sum(self, calls: Sequence[tuple[_ShardStub, Any]]) -> int:
+        return int(sum(await self._gather(calls)) % 2**64)
 
-    async def _published(self, version: int, asked: Sequence[tuple[_ShardStub, Any]]) -> Published:
+    async def _published(self, version: int, calls: Sequence[tuple[_ShardStub, Any]]) -> Published:
         parts: dict[int, Handle] = {}
-        held: dict[int, list[tuple[int, Handle]]] = {}  # by head: the groups, and its factors there
-        for shard_parts, shard_held in await self._all(asked):
+        pieces: dict[int, list[tuple[int, Handle]]] = {}  # by head: the groups, and its factors there
+        for shard_parts, shard_references in await self._gather(calls):
             parts.update(shard_parts)
-            for index, factors in shard_held.items():
+            for index, factors in shard_references.items():
                 for head, handle in factors.items():
-                    held.setdefault(head, []).append((index, handle))
-        references = {head: self._factors(head, pieces) for head, pieces in held.items()}
-        return Published(version, parts, references)
+                    pieces.setdefault(head, []).append((index, handle))
+        return Published(version, parts, {head: self._assemble_factors(head, each) for head, each in pieces.items()})
 
     async def _assembled(self, publishing: Awaitable[Published]) -> Published:
         published, codec = await publishing, self._codecs[0]
         parts = sorted(published.parts.items())
-        pieces = [(handle, _places(codec.plan.base, codec.group_plans[index].base)) for index, handle in parts]
+        pieces = [(handle, _ranges(codec.plan.base, codec.group_plans[index].base)) for index, handle in parts]
         return replace(published, parts={-1: AssembledRef(codec.plan.base.size, tuple(pieces))})
 
-    def _factors(self, head: int, pieces: Sequence[tuple[int, Handle]]) -> AssembledRef:
+    def _assemble_factors(self, head: int, pieces: Sequence[tuple[int, Handle]]) -> AssembledRef:
         codec = self._codecs[head]
-        whole = codec.plan.contribution
         placed = []
         for index, handle in sorted(pieces, key=lambda piece: piece[0]):
-            own = codec.group_plans[index]
-            factors = Layout(own.contribution.entries[: 2 * len(own.adapted)])
-            placed.append((handle, _places(whole, factors)))
+            plan = codec.group_plans[index]
+            factors = Layout(plan.contribution.entries[: 2 * len(plan.adapted)])
+            placed.append((handle, _ranges(codec.plan.contribution, factors)))
         return AssembledRef(codec.plan.factors_size, tuple(placed))
 
-    async def _all(self, asked: Iterable[tuple[_ShardStub, Any]]) -> list[Any]:
-        """The answers; all were asked before the first is waited for.
+    async def _gather(self, calls: Iterable[tuple[_ShardStub, Any]]) -> list[Any]:
+        """The answers of calls, all of which are sent before the first is awaited.
 
         Raises:
             CoordinatorLost: a shard's process died.
         """
-        return await asyncio.gather(*[_answer(shard.number, reference) for shard, reference in asked])
+        return await asyncio.gather(*[_answer(shard.number, reference) for shard, reference in calls])
 
 
 async def _answer(number: int, reference: Any) -> Any:
@@ -323,7 +287,7 @@ async def _answer(number: int, reference: Any) -> Any:
         raise CoordinatorLost(f"The process of coordinator shard {number} died: {error}") from error
 
 
-def _places(whole: Layout, own: Layout) -> tuple[tuple[int, int], ...]:
-    """Where a layout's entries lie in a larger one."""
+def _ranges(whole: Layout, part: Layout) -> tuple[tuple[int, int], ...]:
+    """Where the entries of `part` lie in `whole`: [begin, end) each."""
     begins = {entry.name: entry.offset for entry in whole.entries}
-    return tuple((begins[entry.name], begins[entry.name] + entry.size) for entry in own.entries)
+    return tuple((begins[entry.name], begins[entry.name] + entry.size) for entry in part.entries)

@@ -1,4 +1,4 @@
-"""Who waits in the coordinator's process, what is done there in the background, and the failure that all are told of."""
+"""Futures and background tasks of the coordinator's process, which all fail together when the run does."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import Any
 
 
 class BackgroundTasks:
-    """Futures and tasks of one event loop, which fail together.
+    """Futures and tasks of one event loop.
 
     Args:
-        abandon: called when a background task fails, before anybody is told.
+        on_failure: called when a background task fails, before the futures fail.
     """
 
-    def __init__(self, abandon: Callable[[], None]) -> None:
-        self._abandon = abandon
+    def __init__(self, on_failure: Callable[[], None]) -> None:
+        self._on_failure = on_failure
         self._futures: set[asyncio.Future[Any]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.failure: Exception | None = None
+        """The first error that ended the run; None while it continues."""
 
     def create_future(self) -> asyncio.Future[Any]:
-        """A new future, which fails with the run."""
+        """Returns a new future, which fails with the run."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if self.failure is not None:
             future.set_exception(self.failure)
@@ -31,25 +32,25 @@ class BackgroundTasks:
         return future
 
     def fail(self, error: Exception) -> None:
-        """Tells all who wait, now or later; what follows from the first failure is no news."""
+        """Fails all futures, present and future ones, with the first error: later ones follow from it."""
         self.failure = self.failure or error
         for future in [future for future in self._futures if not future.done()]:
             future.set_exception(error)
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Does something that nobody waits for; if it fails, the run does."""
-        task = asyncio.get_running_loop().create_task(self._guarded(work))
+        """Runs `work` in the background; if it fails, the run does."""
+        task = asyncio.get_running_loop().create_task(self._run(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     @property
     def busy(self) -> bool:
-        """Whether something is being done in the background."""
+        """Whether a background task is running."""
         return bool(self._tasks)
 
-    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _run(self, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
         except Exception as error:
-            self._abandon()
+            self._on_failure()
             self.fail(error)

@@ -1,85 +1,94 @@
-"""What follows a merge, beside the answers: its products, the record of it, its evaluation and its checkpoint.
-
-What leads a head's process to the newest version.
-"""
+"""What follows a merge, and what heads receive: bases or factors, records of merges, evaluations and checkpoints."""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import time
 from collections import deque
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Mapping, Sequence
 from dataclasses import replace
+
+import torch
 
 from lte_ray.engine.coordinator.broadcast_log import BroadcastLog, alternative_bytes
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.coordinator.loss_spike import LossSpikeDetector
-from lte_ray.merging.policies.trigger import get_policy_state
-from lte_ray.messages import CHECKSUM_INTERVAL, CheckpointRequest, ContributionResult, CoordinatorReply, MergeDelta, MergeRecord
+from lte_ray.messages import (
+    CHECKSUM_INTERVAL,
+    CheckpointRequest,
+    ContributionResult,
+    CoordinatorReply,
+    MergeDelta,
+    MergeRecord,
+)
 from lte_ray.runtime.context import RunContext
-from lte_ray.runtime.coordinator.aggregators import Aggregator, Published, Publisher, known
+from lte_ray.runtime.coordinator.aggregators import Aggregator, Published
 from lte_ray.runtime.coordinator.background_tasks import BackgroundTasks
 from lte_ray.runtime.coordinator.checkpointing import CheckpointManager
 from lte_ray.runtime.object_store import Handle
 
-MOST_REFUSALS = 100
+MAX_REFUSALS = 100
 """Refused contributions that are kept until the driver asks for them."""
 
 SPIKE_WINDOW = 32
 """Merges whose losses a new one's is compared with."""
 
 
-def due(every: int, before: int, after: int) -> bool:
+def is_due(every: int, before: int, after: int) -> bool:
     """Whether a multiple of `every` lies in (before, after]; never if `every` is 0."""
     return every > 0 and after // every > before // every
 
 
-class Records:
-    """Makes merges known: to heads that redo them, to the driver, the evaluator and checkpoints. Lives on one event loop.
+class Broadcaster:
+    """Publishes merges to heads, to the driver, to the evaluator and into checkpoints. Lives on one event loop.
 
     Args:
-        common: as every actor.
-        engine: decided the merges.
-        masters: computes them.
-        downlink: what heads get of them.
-        cuts: the checkpoints that are being written.
-        sizes: bytes of a contribution, by head.
-        waiters: of this process.
+        context: as for every actor.
+        engine: decides the merges.
+        aggregator: computes and publishes them.
+        checkpoints: those that are being written.
+        tasks: of this process.
     """
 
     def __init__(
         self,
-        common: RunContext,
+        context: RunContext,
         engine: Coordinator,
-        masters: Aggregator,
-        downlink: BroadcastLog,
-        cuts: CheckpointManager,
-        sizes: Sequence[int],
-        waiters: BackgroundTasks,
+        aggregator: Aggregator,
+        checkpoints: CheckpointManager,
+        tasks: BackgroundTasks,
     ) -> None:
-        self._train, self._engine, self._masters, self._downlink = common.settings.train, engine, masters, downlink
-        self._cuts, self._sizes, self._waiters = cuts, sizes, waiters
-        self._in_order = asyncio.Lock()
+        self._engine, self._aggregator, self._checkpoints, self._tasks = engine, aggregator, checkpoints, tasks
+        self._train = context.settings.train
+        codecs = context.codecs(engine.plans)
+        base_sizes = [plan.base.size * torch.float32.itemsize for plan in codecs[0].group_plans]
+        self._log = BroadcastLog(context.groups, base_sizes, [codec.buffer_sizes for codec in codecs], engine.version)
+        self._contribution_bytes = [sum(codec.buffer_sizes) for codec in codecs]
+        self._groups = range(len(context.groups))
+        self._start_version = engine.version
+        self._last_record: MergeRecord | None = None
+        self._record_order = asyncio.Lock()
         self._unseen: tuple[MergeRecord, ...] = ()
         self._seen = engine.version
-        self._best = common.retention.best > 0  # then each that is saved is evaluated
-        self.last: MergeRecord | None = None
-        most = common.settings.merge.rollback_z
-        self._spikes = LossSpikeDetector(SPIKE_WINDOW, most) if most else None
+        self._published: dict[tuple[int, ...], Published] = {}
+        self._publishing = asyncio.Lock()
+        self._checksum: tuple[int, int] | None = None  # of the groups that heads redo from factors, and its version
+        self._evaluate_checkpoints = context.retention.best > 0
+        threshold = context.settings.merge.rollback_z
+        self._spikes = LossSpikeDetector(SPIKE_WINDOW, threshold) if threshold else None
         self.spike: tuple[str, int] | None = None
         """Why the loss counts as having spiked, and the last version before it did."""
-        self.refusals: deque[tuple[int, ContributionResult]] = deque(maxlen=MOST_REFUSALS)
+        self.refusals: deque[tuple[int, ContributionResult]] = deque(maxlen=MAX_REFUSALS)
         """The newest refused contributions, numbered from 1."""
-        self.present: set[int] = set()
+        self.reachable_heads: set[int] = set()
         """Heads that have joined, and whose process isn't gone: they can write their state."""
-        self.checksum: tuple[int, int] | None = None
-        """Of the groups that heads redo from factors, and its version."""
 
-    def note(
+    # -- merges ----------------------------------------------------------------------------------------------------------
+
+    def publish_merges(
         self, merges: Sequence[MergeRecord], buffers: Mapping[int, tuple[Handle, ...]], tickets: Mapping[int, int]
     ) -> None:
-        """Makes the merges of one event known.
+        """Has the merges of one event computed, and publishes them.
 
         Args:
             merges: in order; at least one.
@@ -89,47 +98,34 @@ class Records:
         before, newest = merges[0].version - 1, merges[-1].version
         for merge in merges:
             version, engine = merge.version, self._engine
-            redone = MergeDelta(version, merge.weights, {head: buffers[head] for head in merge.heads}, merge.fresh)
-            self._downlink.append(redone if merge.weights else None)
-            seconds = self._masters.merge(version, {tickets[head]: weight for head, weight in merge.weights.items()})
-            record = self.last = replace(
+            delta = MergeDelta(version, merge.weights, {head: buffers[head] for head in merge.heads}, merge.fresh)
+            self._log.append(delta if merge.weights else None)
+            seconds = self._aggregator.merge(version, {tickets[head]: weight for head, weight in merge.weights.items()})
+            record = self._last_record = replace(
                 merge,
-                bytes_up=sum(self._sizes[head] for head in merge.heads),
-                bytes_down=self._downlink.bytes_down(merge.heads, len(engine.live)),
+                bytes_up=sum(self._contribution_bytes[head] for head in merge.heads),
+                bytes_down=self._log.bytes_down(merge.heads, len(engine.live)),
                 bytes_instead=alternative_bytes(engine.plan.base.size, len(engine.members), len(merge.heads), merge.steps),
             )
-            # Of several merges in one event, only the last one's base is ever seen.
-            shows = version == newest and due(self._train.eval_every, before, version)
-            saves = version == newest and due(self._train.checkpoint_every, before, version) and not self._cuts.full
+            # Of several merges in one event, only the last one's base is ever published.
+            last = version == newest
+            saves = last and is_due(self._train.checkpoint_every, before, version) and not self._checkpoints.full
             if saves:
-                self.save(record)
-            if self._spikes is not None and merge.losses:
-                why = self._spikes.record_loss(sum(merge.losses.values()) / len(merge.losses))
-                self._cuts.last_good_version = version - self._spikes.suspicious_merges
-                if why:
-                    self.spike = (why, self._cuts.last_good_version)
-            shows = shows or (saves and self._best)
-            base = self._masters.publish_base(references=saves) if shows or saves else None
-            checked = version == newest and self._downlink.by_factors and version % CHECKSUM_INTERVAL == 0
-            total = self._masters.checksum() if checked else None
-            self._waiters.start(self._settle(record, seconds, total, base, shows, saves))
+                self._begin_checkpoint(record)
+            self._detect_spike(record)
+            evaluates = last and is_due(self._train.eval_every, before, version)
+            evaluates = evaluates or (saves and self._evaluate_checkpoints)
+            base = self._aggregator.publish_base(references=saves) if evaluates or saves else None
+            checked = last and self._log.by_factors and version % CHECKSUM_INTERVAL == 0
+            checksum = self._aggregator.checksum() if checked else None
+            self._tasks.start(self._publish_record(record, seconds, checksum, base, evaluates, saves))
 
-    def refused(self, verdict: ContributionResult) -> None:
-        """A contribution couldn't be merged."""
+    def record_refusal(self, result: ContributionResult) -> None:
+        """Keeps a refused contribution for the driver."""
         number = self.refusals[-1][0] + 1 if self.refusals else 1
-        self.refusals.append((number, verdict))
+        self.refusals.append((number, result))
 
-    def save(self, record: MergeRecord) -> CheckpointRequest:
-        """Begins a checkpoint of the newest version; gives what heads are to be asked."""
-        engine = self._engine
-        sequences = {head: engine.positions[head].sequence for head in sorted(self.present & engine.members)}
-        save = CheckpointRequest(engine.version, sequences, id=time.time_ns())
-        standings = {str(head): dataclasses.asdict(held) for head, held in engine.positions.items() if head in engine.members}
-        facts = {"standings": standings, "ledger": engine.assignor.state(), "guard": engine.outlier_filter.state()}
-        self._cuts.begin_checkpoint(record, save, facts, get_policy_state(engine.policy))
-        return save
-
-    def after(self, seen: int) -> tuple[MergeRecord, ...]:
+    def merges_after(self, seen: int) -> tuple[MergeRecord, ...]:
         """The merges after version `seen`, which are forgotten once they are seen.
 
         May be called in another thread: it only reads what the loop replaces as a whole.
@@ -137,74 +133,113 @@ class Records:
         self._seen = seen
         return tuple(m for m in self._unseen if m.version > seen)
 
-    async def _settle(
+    def _detect_spike(self, record: MergeRecord) -> None:
+        if self._spikes is None or not record.losses:
+            return
+        why = self._spikes.record_loss(sum(record.losses.values()) / len(record.losses))
+        last_good = self._checkpoints.last_good_version = record.version - self._spikes.suspicious_merges
+        if why:
+            self.spike = (why, last_good)
+
+    async def _publish_record(
         self,
         record: MergeRecord,
         seconds: Awaitable[float],
-        total: Awaitable[int] | None,
+        checksum: Awaitable[int] | None,
         base: Awaitable[Published] | None,
-        shows: bool,
+        evaluates: bool,
         saves: bool,
     ) -> None:
-        async with self._in_order:  # the driver asks for what comes after the version that it saw last
+        async with self._record_order:  # the driver asks for the versions after the one that it saw last
             record = replace(record, merge_seconds=await seconds)
-            if total is not None:
-                self.checksum = (record.version, await total)
+            if checksum is not None:
+                self._checksum = (record.version, await checksum)
             if base is not None:
                 published = await base
-                record = replace(record, base=published.parts[-1]) if shows else record
+                record = replace(record, base=published.parts[-1]) if evaluates else record
                 if saves:
-                    self._waiters.start(self._cuts.write_base(record.version, published))
+                    self._tasks.start(self._checkpoints.write_base(record.version, published))
             self._unseen = (*(m for m in self._unseen if m.version > self._seen), record)
 
+    # -- checkpoints -----------------------------------------------------------------------------------------------------
 
-class Updates:
-    """Makes the coordinator's answers to heads, without a verdict.
+    async def checkpoint_last_version(self, early: bool) -> tuple[CheckpointRequest, ...]:
+        """Begins a checkpoint of the last version, unless there is one.
 
-    Args:
-        engine: gives the newest version, and what each head is to do.
-        masters: publish the base.
-        downlink: the merges that heads can redo.
-        records: has the newest checksum.
-        cuts: the checkpoints that are being made, which heads are told of.
-        groups: how many there are.
-    """
+        Args:
+            early: whether heads are in the middle of a round, so that their states differ from those in a checkpoint of that
+                version.
 
-    def __init__(
-        self,
-        engine: Coordinator,
-        masters: Aggregator,
-        downlink: BroadcastLog,
-        records: Records,
-        cuts: CheckpointManager,
-        groups: int,
-    ) -> None:
-        self._engine, self._downlink, self._records, self._cuts = engine, downlink, records, cuts
-        self._groups, self._masters = range(groups), masters
-        self._publisher = Publisher(masters, engine)
+        Returns:
+            What reachable heads must still write into the checkpoints that are open.
+        """
+        checkpoints, version = self._checkpoints, self._engine.version
+        record = self._last_record or self._start_record()
+        complete = checkpoints.newest == version and not early and checkpoints.heads_saved >= self.reachable_heads
+        if record is not None and not complete and version not in checkpoints:
+            self._begin_checkpoint(record)
+            published = await self._aggregator.publish_base(references=True)
+            self._tasks.start(checkpoints.write_base(version, published))
+        requests = checkpoints.missing_requests(self.reachable_heads)
+        checkpoints.take_requests(tuple(self.reachable_heads))
+        return requests
 
-    async def reference(self, head: int) -> Handle | None:
-        """The factors that the newest version holds of this head."""
-        return (await self._masters.publish_parts(self._groups, references=True)).references.get(head)
+    def _begin_checkpoint(self, record: MergeRecord) -> None:
+        """Begins a checkpoint of the newest version."""
+        engine = self._engine
+        heads = sorted(self.reachable_heads & engine.members)
+        request = CheckpointRequest(engine.version, {h: engine.positions[h].sequence for h in heads}, id=time.time_ns())
+        self._checkpoints.begin_checkpoint(record, request, engine.checkpoint_facts(), engine.policy_state())
 
-    async def since(self, numbers: tuple[int, ...], have: int) -> CoordinatorReply:
-        """What leads a process with these heads from version `have` (-1: from nothing) to the newest."""
-        published, chain = known(self._engine), self._downlink.deltas_since(have)
-        if chain is not None:
-            published = await self._publisher.newest(self._downlink.dense_groups, references=False)
-            chain = self._downlink.deltas_since(have)  # merges go on while parts are published
-        if chain is None:
-            published = await self._publisher.newest(self._groups, references=self._downlink.by_factors)
-        version, engine = published.version, self._engine
+    def _start_record(self) -> MergeRecord | None:
+        """The merge that led to the version at which this coordinator started, as far as it is known; None at version 0."""
+        if not self._start_version:
+            return None
+        step = max((position.step for position in self._engine.positions.values()), default=0)
+        return MergeRecord(self._start_version, time.time(), (), 0, 0, {}, 0, 0, step=step, taken=self._engine.steps_taken)
+
+    # -- replies ---------------------------------------------------------------------------------------------------------
+
+    async def reply(self, numbers: Collection[int], have: int) -> CoordinatorReply:
+        """What leads a process with these heads from version `have` (-1: none) to the newest. It has no result."""
+        deltas = self._log.deltas_since(have)
+        if deltas is not None:
+            published = await self._publish_newest(self._log.dense_groups, references=False)
+            deltas = self._log.deltas_since(have)  # merges continue while parts are published
+        if deltas is None:
+            published = await self._publish_newest(self._groups, references=self._log.by_factors)
+        version = published.version
         return CoordinatorReply(
             None,
             version,
             published.parts,
-            tuple(merged for merged in chain or () if merged.version <= version),
+            tuple(delta for delta in deltas or () if delta.version <= version),
             published.references,
             positions=published.positions,
             assignment_state=published.assignment_state,
-            checkpoint_requests=self._cuts.take_requests(numbers),
-            directives={n: engine.next_directive(n) for n in numbers},
-            checksum=self._records.checksum,
+            checkpoint_requests=self._checkpoints.take_requests(numbers),
+            directives={n: self._engine.next_directive(n) for n in numbers},
+            checksum=self._checksum,
         )
+
+    async def publish_reference(self, head: int) -> Handle | None:
+        """Publishes the factors that the newest version holds of this head; None where B' = 0."""
+        return (await self._aggregator.publish_parts(self._groups, references=True)).references.get(head)
+
+    async def _publish_newest(self, groups: Sequence[int], references: bool) -> Published:
+        """Publishes these groups' parts of the newest version, each version once, and all references if wanted."""
+        key = (*groups, -1) if references else tuple(groups)
+        if not key:
+            return self._without_base()
+        async with self._publishing:  # callers that come meanwhile get this one, or wait for the next
+            last = self._published.get(key)
+            if last is None or last.version < self._engine.version:
+                known, parts = self._without_base(), self._aggregator.publish_parts(groups, references)  # of one version
+                last = replace(await parts, positions=known.positions, assignment_state=known.assignment_state)
+                self._published[key] = last
+        return last
+
+    def _without_base(self) -> Published:
+        """What the newest version holds, without its base."""
+        engine = self._engine
+        return Published(engine.version, positions=dict(engine.positions), assignment_state=engine.assignment_state())

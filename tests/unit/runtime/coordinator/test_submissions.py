@@ -26,6 +26,8 @@ from lte_ray.storage import RunDirectory
 from tests.support.checkpoint_damage import FACTS, PLAN, write
 from tests.support.helpers import make_plan_of, make_settings, offer, random_flat
 
+CONTEXT: Any = SimpleNamespace(transport=None, merge_threads=lambda part, whole: 1)
+
 
 class Patient:
     """Merges all heads together."""
@@ -49,11 +51,11 @@ class Here:
     def discard(self, ticket: int) -> None:
         self.forgotten.append(ticket)
 
-    def note(self, merges: Sequence[MergeRecord], buffers: Mapping[int, Any], tickets: Mapping[int, int]) -> None:
-        """What follows a merge isn't asked for here."""
+    def publish_merges(self, merges: Sequence[MergeRecord], buffers: Mapping[int, Any], tickets: Mapping[int, int]) -> None:
+        """What follows a merge isn't tested here."""
 
-    def refused(self, verdict: ContributionResult) -> None:
-        self.refusals.append(verdict)
+    def record_refusal(self, result: ContributionResult) -> None:
+        self.refusals.append(result)
 
 
 def test_what_a_dropped_head_had_contributed_is_settled_and_forgotten() -> None:
@@ -63,7 +65,7 @@ def test_what_a_dropped_head_had_contributed_is_settled_and_forgotten() -> None:
         plan = make_plan_of([(6, 5, 2)], [(4,)])
         engine = Coordinator(make_settings(heads=3), plan, random_flat(plan.base.size, 1).float(), Patient())
         here, waiters = Here(), BackgroundTasks(lambda: None)
-        merging = SubmissionLoop(engine, here, here, waiters, None, 1)  # type: ignore[arg-type]
+        merging = SubmissionLoop(CONTEXT, engine, here, here, waiters)  # type: ignore[arg-type]
         buffers = [random_flat(plan.contribution.size, seed).float() for seed in range(3)]
         told = [asyncio.ensure_future(merging.submit(offer(head, 1, buffer=(buffers[head],)))) for head in (0, 1)]
         await asyncio.sleep(0.01)
@@ -119,7 +121,7 @@ def test_a_head_that_cannot_write_its_part_costs_that_checkpoint_and_no_other(tm
             assert (4 in checkpoint.incomplete_versions(directory)) == (version == 4)
             await writer.add_part(version, 1, None, why)
             assert checkpoint.complete_versions(directory) == ([2] if why else [6])
-            assert writer.trouble == (f"checkpoint 4 couldn't be written: {why}" if why else "")
+            assert writer.problem == (f"checkpoint 4 couldn't be written: {why}" if why else "")
             assert writer.unfinished == []
 
     asyncio.run(run())
