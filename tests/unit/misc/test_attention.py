@@ -1,4 +1,4 @@
-"""MultiheadAttention of linear layers against nn.MultiheadAttention: outputs, weights, gradients, and what survives."""
+"""MultiheadAttention of linear layers against nn.MultiheadAttention: outputs, weights, gradients, and conversion."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -21,15 +21,15 @@ WIDTH, HEADS = 12, 3
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}  # float64 sums of at most a few dozen terms of order 1, in another order
 
 
-class Nudged(nn.Linear):
-    """Stands for an adapted layer: what it adds must arrive."""
+class AddsFlipped(nn.Linear):
+    """Stands for an adapted layer: it adds something to what nn.Linear computes."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + super().forward(x.flip(-1))
 
 
-def theirs(seed: int = 0, **settings: Any) -> nn.MultiheadAttention:
-    """In float64, with biases that aren't zero."""
+def torch_attention(seed: int = 0, **settings: Any) -> nn.MultiheadAttention:
+    """nn.MultiheadAttention in float64, with biases that aren't zero."""
     torch.manual_seed(seed)
     attention = nn.MultiheadAttention(WIDTH, HEADS, **{"batch_first": True, "dtype": torch.float64, **settings})
     for parameter in attention.parameters():
@@ -43,7 +43,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def compare(expected: nn.Module, actual: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], **call: Any) -> None:
-    """Outputs, weights, and gradients of inputs and of all parameters (in their original order) are equal."""
+    """Asserts that outputs, attention weights, and gradients of inputs and of all parameters are equal."""
     distinct = list({id(x): x for x in inputs}.values())
     results = []
     for attention in (expected, actual):
@@ -60,23 +60,23 @@ def compare(expected: nn.Module, actual: nn.Module, inputs: tuple[Tensor, Tensor
         assert_close(weights_a, weights_e, **TIGHT)
     for a, e in zip(inputs_a, inputs_e, strict=True):
         assert_close(a, e, **TIGHT)
-    packed = packed_like(named_a, list(named_e))
+    packed = pack(named_a, list(named_e))
     assert packed.keys() == named_e.keys()
     for name, gradient in named_e.items():
         assert_close(packed[name], gradient, **TIGHT)
 
 
-def packed_like(named: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-    """Ours under the names of nn.MultiheadAttention, three parts put together where those are packed."""
+def pack(named: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    """Our gradients under nn.MultiheadAttention's names; three are concatenated where its parameter is packed."""
     result = {}
     for name in names:
-        own = name.replace("_proj_weight", "_proj.weight").replace("in_proj_bias", "in_proj.bias")
+        our_name = name.replace("_proj_weight", "_proj.weight").replace("in_proj_bias", "in_proj.bias")
         if name in named:
             result[name] = named[name]
-        elif own in named:
-            result[name] = named[own]
+        elif our_name in named:
+            result[name] = named[our_name]
         else:
-            result[name] = torch.cat([named[own.replace("in_proj", f"{x}_proj")] for x in "qkv"])
+            result[name] = torch.cat([named[our_name.replace("in_proj", f"{x}_proj")] for x in "qkv"])
     return result
 
 
@@ -92,18 +92,17 @@ KINDS = {
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=30, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_call_equals_torchs(kind: str, split: bool, data: st.DataObject) -> None:
-    """Any masks, shapes, orders, identities of inputs and flags, in training and in eval mode: equal to 1e-12."""
+    """Any masks, shapes, orders, identities of inputs, and flags, in training and in eval mode: equal to 1e-12."""
     batch, length, keys = (data.draw(st.integers(1, 4), n) for n in ("batch", "length", "keys"))
     batched, batch_first, need_weights, average, train = (
         data.draw(st.booleans(), n) for n in ("batched", "first", "w", "a", "t")
     )
-    expected = theirs(**KINDS[kind], batch_first=batch_first).train(train)
+    expected = torch_attention(**KINDS[kind], batch_first=batch_first).train(train)
     actual = MultiheadAttention.from_torch(expected, split_qkv=split)
 
-    def drawn(size: int, width: int, seed: int) -> Tensor:
+    def draw_input(size: int, width: int, seed: int) -> Tensor:
         shape = (size, width) if not batched else (batch, size, width) if batch_first else (size, batch, width)
         return draw(*shape, seed=seed)
 
@@ -111,8 +110,12 @@ def test_any_call_equals_torchs(kind: str, split: bool, data: st.DataObject) -> 
     pattern = data.draw(st.sampled_from(["qqq", "qkk", "qkv", "qqk", "qkq"] if same_widths else ["qkv"]), "pattern")
     if "qq" in pattern or pattern == "qkq":
         keys = length
-    made = {"q": drawn(length, WIDTH, 1), "k": drawn(keys, expected.kdim, 2), "v": drawn(keys, expected.vdim, 3)}
-    inputs = tuple(made[letter] for letter in pattern)
+    tensors = {
+        "q": draw_input(length, WIDTH, 1),
+        "k": draw_input(keys, expected.kdim, 2),
+        "v": draw_input(keys, expected.vdim, 3),
+    }
+    inputs = tuple(tensors[letter] for letter in pattern)
 
     samples = batch if batched else 1
     kind_of_mask = data.draw(st.sampled_from(["none", "2d", "3d"]), "mask")
@@ -123,7 +126,7 @@ def test_any_call_equals_torchs(kind: str, split: bool, data: st.DataObject) -> 
         mask = draw(*shape, seed=4).detach()
     if data.draw(st.booleans(), "padding"):
         padding = draw(*((samples, keys) if batched else (keys,)), seed=5).detach()
-    if not floats:  # one key is left to everyone: a row with all keys hidden is not a number
+    if not floats:  # no mask hides the first key: a row with all keys hidden gives NaN
         mask, padding = (None if m is None else m > 0.3 for m in (mask, padding))
         for m in (mask, padding):
             if m is not None:
@@ -134,16 +137,16 @@ def test_any_call_equals_torchs(kind: str, split: bool, data: st.DataObject) -> 
 
 @pytest.mark.parametrize(("need_weights", "padded"), list(product([False, True], repeat=2)))
 def test_the_causal_hint_changes_nothing(need_weights: bool, padded: bool) -> None:
-    """With the causal mask, is_causal=True gives what torch gives, whichever path is taken."""
-    expected, x = theirs(), draw(2, 4, WIDTH)
+    """With the causal mask, is_causal=True gives what torch gives, on the fast path and on the other."""
+    expected, x = torch_attention(), draw(2, 4, WIDTH)
     call: dict[str, Any] = {"attn_mask": torch.ones(4, 4, dtype=torch.bool).triu(1), "is_causal": True}
     call["key_padding_mask"] = torch.tensor([[False] * 4, [False, True, False, False]]) if padded else None
     compare(expected, MultiheadAttention.from_torch(expected), (x, x, x), need_weights=need_weights, **call)
 
 
 def test_the_causal_hint_never_hides_an_added_key() -> None:
-    """With add_zero_attn the mask decides, as it does without the hint."""
-    attention, x = MultiheadAttention.from_torch(theirs(add_zero_attn=True)), draw(2, 4, WIDTH)
+    """With add_zero_attn the result is that of the mask without the hint."""
+    attention, x = MultiheadAttention.from_torch(torch_attention(add_zero_attn=True)), draw(2, 4, WIDTH)
     mask = torch.ones(4, 4, dtype=torch.bool).triu(1)
     with_hint = attention(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0]
     assert_close(with_hint, attention(x, x, x, attn_mask=mask, need_weights=True)[0], **TIGHT)
@@ -151,23 +154,23 @@ def test_the_causal_hint_never_hides_an_added_key() -> None:
 
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_dropout_acts_in_training_only_and_draws_as_torch_does(need_weights: bool) -> None:
-    """Equal to torch under the same seed in training; without effect in eval mode."""
-    expected, x = theirs(dropout=0.5), draw(2, 5, WIDTH)
+    """In training it equals torch's under the same seed; in eval mode it has no effect."""
+    expected, x = torch_attention(dropout=0.5), draw(2, 5, WIDTH)
     actual = MultiheadAttention.from_torch(expected)
     outputs = []
     for attention in (expected, actual):
         torch.manual_seed(3)
         outputs.append(attention(x, x, x, need_weights=need_weights)[0])
     assert_close(outputs[1], outputs[0], **TIGHT)
-    still = MultiheadAttention.from_torch(theirs())(x, x, x)[0]
-    assert not torch.allclose(outputs[1], still)
-    assert_close(actual.eval()(x, x, x, need_weights=need_weights)[0], still, **TIGHT)
+    without_dropout = MultiheadAttention.from_torch(torch_attention())(x, x, x)[0]
+    assert not torch.allclose(outputs[1], without_dropout)
+    assert_close(actual.eval()(x, x, x, need_weights=need_weights)[0], without_dropout, **TIGHT)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_parameter_object_survives(kind: str) -> None:
-    """Without split_qkv, nothing is copied, so an optimizer's parameters are still those of the model."""
-    expected = theirs(**KINDS[kind])
+def test_every_parameter_object_is_kept(kind: str) -> None:
+    """Without split_qkv, nothing is copied, so an optimizer keeps the model's parameters."""
+    expected = torch_attention(**KINDS[kind])
     ours = MultiheadAttention.from_torch(expected)
     assert {id(p) for p in ours.parameters()} == {id(p) for p in expected.parameters()}
     if "kdim" not in KINDS[kind]:
@@ -178,8 +181,8 @@ def test_every_parameter_object_survives(kind: str) -> None:
 
 
 def test_split_without_packed_bias_keeps_the_separate_weights() -> None:
-    """Asked to split a module whose weights are separate already, the weights stay objects and only the bias is copied."""
-    expected = theirs(kdim=5, vdim=7)
+    """If the weights are separate already, split_qkv keeps their objects and copies only the bias."""
+    expected = torch_attention(kdim=5, vdim=7)
     ours = MultiheadAttention.from_torch(expected, split_qkv=True)
     assert ours.k_proj.weight is expected.k_proj_weight
     assert ours.in_proj_bias is None
@@ -188,8 +191,8 @@ def test_split_without_packed_bias_keeps_the_separate_weights() -> None:
 
 @pytest.mark.parametrize("split", [False, True])
 def test_mode_type_and_what_trains_are_kept(split: bool) -> None:
-    """Eval mode, bfloat16 and frozen parameters arrive in the new module and its layers; no random number is drawn."""
-    expected = theirs(dtype=torch.bfloat16).eval()
+    """The new module has eval mode, bfloat16, and frozen parameters of the old one; no random number is drawn."""
+    expected = torch_attention(dtype=torch.bfloat16).eval()
     expected.in_proj_weight.requires_grad_(False)
     state = torch.get_rng_state()
     ours = MultiheadAttention.from_torch(expected, split_qkv=split)
@@ -203,7 +206,7 @@ def test_mode_type_and_what_trains_are_kept(split: bool) -> None:
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("widths", [{}, {"kdim": 5, "vdim": 7}])
 def test_the_same_seed_gives_torchs_initial_weights(split: bool, widths: dict[str, int]) -> None:
-    """Constructed under one seed, both are the same function, split or not."""
+    """Constructed under the same seed, both compute the same, split or not."""
     torch.manual_seed(5)
     expected = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, dtype=torch.float64, **widths)
     torch.manual_seed(5)
@@ -215,12 +218,12 @@ def test_the_same_seed_gives_torchs_initial_weights(split: bool, widths: dict[st
 
 
 @pytest.mark.parametrize(("split", "names"), [(False, ["in_proj"]), (True, ["q_proj", "k_proj", "v_proj"])])
-def test_what_an_adapted_layer_adds_arrives(split: bool, names: list[str]) -> None:
-    """Layers that change class in place, or are replaced, compute: W x + W flip(x) is attention with W (1 + flip)."""
-    expected = theirs(bias=False)
+def test_what_an_adapted_layer_adds_counts(split: bool, names: list[str]) -> None:
+    """Layers whose class changes in place are called: W x + W flip(x) is attention with W (1 + flip)."""
+    expected = torch_attention(bias=False)
     ours = MultiheadAttention.from_torch(copy.deepcopy(expected), split_qkv=split)
     for name in [*names, "out_proj"]:
-        getattr(ours, name).__class__ = Nudged
+        getattr(ours, name).__class__ = AddsFlipped
     with torch.no_grad():
         for weight in (expected.in_proj_weight, expected.out_proj.weight):
             weight.add_(weight.flip(1))
@@ -230,13 +233,13 @@ def test_what_an_adapted_layer_adds_arrives(split: bool, names: list[str]) -> No
 
 
 def test_projections_see_samples_first() -> None:
-    """Also with batch_first=False, so that an adapted layer can share out samples by its first dimension."""
-    seen = []
+    """Also with batch_first=False, so that an adapted layer can split samples along the first dimension."""
+    shapes = []
     attention = MultiheadAttention(WIDTH, HEADS, batch_first=False)
     for layer in (attention.in_proj, attention.out_proj):
-        layer.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
+        layer.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[:2])))
     attention(*[torch.randn(5, 2, WIDTH)] * 3)
-    assert seen == [(2, 5), (2, 5)]
+    assert shapes == [(2, 5), (2, 5)]
 
 
 def layers() -> dict[str, nn.Module]:
@@ -252,12 +255,12 @@ def layers() -> dict[str, nn.Module]:
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize(
+    ("train", "grad", "by_hand"), [(False, False, False), (False, True, True), (True, False, True), (True, True, False)]
+)
 @pytest.mark.parametrize("kind", ["layer", "decoder", "encoder", "transformer"])
 def test_inside_torchs_transformers(kind: str, train: bool, grad: bool, by_hand: bool) -> None:
-    """Outputs stay in both modes, with padding and without, where torch would take its fast path and nested tensors."""
+    """Outputs stay the same in both modes, with and without padding, also where torch takes its fast path."""
     model = layers()[kind].train(train)
     ours = copy.deepcopy(model)
     if by_hand:
@@ -279,22 +282,22 @@ def test_inside_torchs_transformers(kind: str, train: bool, grad: bool, by_hand:
         keyword = {} if mask is None else {f"{side}_key_padding_mask": mask for side in sides}
         with torch.set_grad_enabled(grad):
             expected, actual = (m(*((x, y) if two else (x,)), **keyword) for m in (model, ours))
-        seen = slice(None) if mask is None or two else ~padding  # the fast path leaves zeros where nothing is to be seen
-        assert_close(actual[seen], expected[seen], **TIGHT)
+        kept = slice(None) if mask is None or two else ~padding  # the fast path leaves zeros in padded positions
+        assert_close(actual[kept], expected[kept], **TIGHT)
     assert len(calls) == 2 * sum(isinstance(m, MultiheadAttention) for m in ours.modules())
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
 def test_an_encoder_can_be_built_from_a_converted_layer() -> None:
-    """nn.TransformerEncoder clones it and turns nested tensors off by itself."""
+    """nn.TransformerEncoder clones the layer and turns nested tensors off."""
     layer = use_custom_attention(layers()["layer"])
     encoder = nn.TransformerEncoder(layer, 2)
     assert not encoder.use_nested_tensor
     assert len({id(x.self_attn) for x in encoder.layers}) == 2
 
 
-def test_it_survives_copying_and_pickling() -> None:
-    """A copy and an unpickled module compute the same, bitwise."""
+def test_copies_and_pickles_compute_the_same() -> None:
+    """Bitwise."""
     attention, x = MultiheadAttention(WIDTH, HEADS), torch.randn(2, 3, WIDTH)
     for other in (copy.deepcopy(attention), pickle.loads(pickle.dumps(attention))):
         assert torch.equal(other(x, x, x)[0], attention(x, x, x)[0])
@@ -312,8 +315,8 @@ def test_it_works_under_autocast() -> None:
         assert_close(output, attention(x, x, x, attn_mask=mask)[0], rtol=3e-2, atol=3e-2, check_dtype=False)
 
 
-def test_what_cannot_be_is_one_clear_error() -> None:
-    """Constructor and call name what doesn't fit and what would."""
+def test_wrong_arguments_are_one_clear_error() -> None:
+    """Constructor and call name what is wrong and what is expected."""
     with pytest.raises(ConfigError, match="num_heads = 5; change one of them"):
         MultiheadAttention(12, 5)
     with pytest.raises(ConfigError, match="dropout = 2 isn't a probability"):

@@ -1,4 +1,4 @@
-"""Replacements in a model: attention, patch convolutions, norms. Outputs and gradients against the originals."""
+"""Replacements in a model (attention, patch convolutions, norms) against the originals: outputs and gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -24,8 +24,8 @@ from lte_ray.misc import (
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}  # float64 sums of at most a few dozen terms of order 1, in another order
 
 
-class OwnAttention(nn.MultiheadAttention):
-    """A subclass, whose forward could be anything."""
+class AttentionSubclass(nn.MultiheadAttention):
+    """A subclass, whose forward could compute anything."""
 
 
 class Block(nn.Module):
@@ -33,7 +33,7 @@ class Block(nn.Module):
         super().__init__()
         self.first = nn.MultiheadAttention(8, 2, batch_first=True)
         self.again = self.first
-        self.many = nn.ModuleList([nn.MultiheadAttention(8, 4, batch_first=True), OwnAttention(8, 2, batch_first=True)])
+        self.many = nn.ModuleList([nn.MultiheadAttention(8, 4, batch_first=True), AttentionSubclass(8, 2, batch_first=True)])
         self.named = nn.ModuleDict({"wide": nn.MultiheadAttention(8, 2, kdim=8, vdim=8, batch_first=True)})
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,14 +48,14 @@ def draw(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("split", [False, True])
 def test_every_attention_is_replaced_once(split: bool) -> None:
-    """Shared modules stay one, subclasses stay, the model is the same object, and outputs and gradients don't change."""
+    """Shared modules stay shared, subclasses stay, the model is the same object, and outputs and gradients stay the same."""
     torch.manual_seed(0)
     model = Block().double()
     original, x = copy.deepcopy(model), draw(2, 3, 8)
     assert use_custom_attention(model, split_qkv=split) is model
     assert type(model.first) is MultiheadAttention
     assert model.first is model.again
-    assert [type(m) for m in model.many] == [MultiheadAttention, OwnAttention]
+    assert [type(m) for m in model.many] == [MultiheadAttention, AttentionSubclass]
     assert (model.named["wide"].in_proj is None) == split
     assert_close(model(x), original(x), **TIGHT)
     (expected,), (actual,) = (torch.autograd.grad(m(x).sin().sum(), [x]) for m in (original, model))
@@ -63,7 +63,7 @@ def test_every_attention_is_replaced_once(split: bool) -> None:
 
 
 def test_optimizers_keep_their_parameters() -> None:
-    """Without split_qkv, the model's parameters are the same objects in another place, in the same number."""
+    """Without split_qkv, the model's parameters are the same objects."""
     model = Block()
     before = {id(p) for p in model.parameters()}
     use_custom_attention(model)
@@ -71,7 +71,7 @@ def test_optimizers_keep_their_parameters() -> None:
 
 
 def test_a_lone_attention_is_replaced() -> None:
-    """The new module is returned, for there is no parent to hold it."""
+    """The new module is returned, because no parent can hold it."""
     attention = nn.MultiheadAttention(8, 2)
     new = use_custom_attention(attention)
     assert isinstance(new, MultiheadAttention)
@@ -79,14 +79,14 @@ def test_a_lone_attention_is_replaced() -> None:
 
 
 def test_replacing_twice_changes_nothing() -> None:
-    """What is replaced already isn't replaced again."""
+    """A replaced module isn't replaced again."""
     model = use_custom_attention(Block())
     first = model.first
     assert use_custom_attention(model).first is first
 
 
-def projection_equals(conv: nn.Conv2d, x: Tensor) -> None:
-    """Outputs and gradients of input, weight and bias."""
+def assert_projection_equals(conv: nn.Conv2d, x: Tensor) -> None:
+    """Asserts that outputs and gradients of input, weight, and bias are those of the convolution."""
     linear = replace_conv_proj_with_linear(copy.deepcopy(conv))
     assert isinstance(linear, LinearProjection)
     results = []
@@ -97,16 +97,15 @@ def projection_equals(conv: nn.Conv2d, x: Tensor) -> None:
         assert_close(actual.reshape(expected.shape), expected, **TIGHT)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_a_patch_convolution_equals_its_linear_layer(data: st.DataObject) -> None:
-    """Any channels, patch shapes, biases, and image sizes, also such that don't fill the last patch; with and without N."""
+    """Any channels, patch shapes, biases, and image sizes, also ones that don't fill the last patch; with and without N."""
     channels, out, p, q = (data.draw(st.integers(1, 4), name) for name in ("channels", "out", "p", "q"))
     height, width = data.draw(st.integers(p, 11), "height"), data.draw(st.integers(q, 11), "width")
     torch.manual_seed(0)
     conv = nn.Conv2d(channels, out, (p, q), (p, q), bias=data.draw(st.booleans(), "bias")).double()
     batch = data.draw(st.sampled_from([(), (1,), (3,)]), "batch")
-    projection_equals(conv, draw(*batch, channels, height, width))
+    assert_projection_equals(conv, draw(*batch, channels, height, width))
 
 
 @pytest.mark.parametrize(
@@ -119,8 +118,8 @@ def test_a_patch_convolution_equals_its_linear_layer(data: st.DataObject) -> Non
     ],
 )
 def test_what_counts_as_a_projection(settings: dict[str, Any]) -> None:
-    """Padding by name, a padding mode without padding, and 1 x 1 convolutions."""
-    projection_equals(nn.Conv2d(3, 2, **settings).double(), draw(2, 3, 5, 4))
+    """Padding given by name, a padding mode without padding, and 1 x 1 convolutions."""
+    assert_projection_equals(nn.Conv2d(3, 2, **settings).double(), draw(2, 3, 5, 4))
 
 
 @pytest.mark.parametrize(
@@ -137,13 +136,13 @@ def test_what_counts_as_a_projection(settings: dict[str, Any]) -> None:
     ],
 )
 def test_other_convolutions_are_left_alone(conv: nn.Module) -> None:
-    """Overlapping, padded, dilated, grouped, one-dimensional, transposed and not yet made ones."""
+    """Overlapping, padded, dilated, grouped, one-dimensional, transposed, and lazy ones."""
     model = nn.Sequential(conv)
     assert replace_conv_proj_with_linear(model)[0] is conv
 
 
 def test_shared_and_tied_convolutions_keep_their_ties() -> None:
-    """One convolution at two places stays one; two that share a weight are left alone."""
+    """A convolution at two places stays shared; two that share a weight stay as they are."""
     conv, tied, other = nn.Conv2d(1, 1, 2, 2), nn.Conv2d(1, 1, 2, 2), nn.Conv2d(1, 1, 2, 2)
     other.weight = tied.weight
     model = replace_conv_proj_with_linear(nn.Sequential(conv, conv, tied, other))
@@ -152,8 +151,8 @@ def test_shared_and_tied_convolutions_keep_their_ties() -> None:
     assert list(model[2:]) == [tied, other]
 
 
-def test_a_projection_keeps_what_the_convolution_was() -> None:
-    """Mode, frozen weight, bias object, and the weight's look under its old name and shape."""
+def test_a_projection_keeps_the_convolutions_state() -> None:
+    """Training mode, frozen weight, bias object, and the weight under its old name and shape."""
     conv = nn.Conv2d(3, 4, (2, 3), (2, 3)).eval()
     conv.weight.requires_grad_(False)
     weight = conv.weight.clone()
@@ -166,7 +165,7 @@ def test_a_projection_keeps_what_the_convolution_was() -> None:
 
 
 def test_a_wrong_image_is_one_clear_error() -> None:
-    """Other channels, or less than one patch."""
+    """Wrong channels or dimensions, or smaller than one patch."""
     layer = replace_conv_proj_with_linear(nn.Conv2d(3, 4, 4, 4))
     for shape in ((1, 2, 8, 8), (1, 3, 3, 8), (8, 8)):
         with pytest.raises(ConfigError, match=r"\(batch, 3, height, width\) is expected"):
@@ -190,7 +189,7 @@ NORMS = [
 @pytest.mark.parametrize(("norm", "plain", "shape"), NORMS, ids=[type(n[0]).__name__ for n in NORMS])
 @pytest.mark.parametrize("train", [True, False])
 def test_norms_without_affine_parameters(norm: nn.Module, plain: nn.Module, shape: tuple[int, ...], train: bool) -> None:
-    """No parameter is left, flags and state say so, and outputs are those of a norm made without, bitwise."""
+    """No parameter is left, flags and state show it, and outputs are bitwise those of a norm made without parameters."""
     norm, plain = copy.deepcopy(norm).double(), copy.deepcopy(plain).double()
     for parameter in norm.parameters():
         nn.init.normal_(parameter)
@@ -207,7 +206,7 @@ def test_norms_without_affine_parameters(norm: nn.Module, plain: nn.Module, shap
 
 
 def test_torchs_encoder_runs_without_affine_parameters() -> None:
-    """In eval mode too, where its fast path would read the norms' weights; both modes agree."""
+    """Also in eval mode, where the fast path would read the norms' weights: both modes give the same."""
     layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True, dtype=torch.float64)
     model = disable_norm_affine_parameters(nn.TransformerEncoder(layer, 2))
     x, padding = draw(2, 3, 8), torch.tensor([[False] * 3, [False, True, True]])
@@ -217,7 +216,7 @@ def test_torchs_encoder_runs_without_affine_parameters() -> None:
         assert_close(model.layers[0].eval()(x), model.layers[0].train()(x), **TIGHT)
 
 
-def test_a_projection_of_its_own() -> None:
+def test_a_new_projection() -> None:
     """LinearProjection(hidden_dim, patch_size) computes what the convolution with its weight does."""
     for size, channels, bias in ((2, 3, True), ((2, 3), 1, False)):
         layer = LinearProjection(5, size, channels, bias)

@@ -1,4 +1,4 @@
-"""When a MergeCondition merges, and what it calls."""
+"""MergeCondition: when it merges and what it calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lte_ray.misc.merge import MergeCondition
 
 
 class Layer(nn.Module):
-    """Counts its merges; fails with gradients on."""
+    """Counts its merges; fails if gradients are enabled."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,8 +24,8 @@ class Layer(nn.Module):
 
 
 @pytest.mark.parametrize("merge_steps", [1, 2, 3])
-def test_it_merges_every_so_many_steps(merge_steps: int) -> None:
-    """peek says what step will do, step says what it did, and the layer saw just that."""
+def test_it_merges_every_merge_steps_steps(merge_steps: int) -> None:
+    """peek tells what step will do, step returns what it did, and the layer was merged accordingly."""
     layer = Layer()
     condition = MergeCondition(nn.Sequential(nn.ReLU(), layer), merge_steps)
     for clock in range(1, 8):
@@ -36,8 +36,8 @@ def test_it_merges_every_so_many_steps(merge_steps: int) -> None:
         assert layer.merges == clock // merge_steps
 
 
-def test_another_condition_can_be_put_in() -> None:
-    """cond_fn decides and merges, as step_condition does; reset_opt is there."""
+def test_the_condition_can_be_replaced() -> None:
+    """cond_fn decides and merges, as step_condition does; reset_opt exists."""
     layer = Layer()
     condition = MergeCondition(layer, 2)
     assert condition.reset_opt
@@ -49,7 +49,7 @@ def test_another_condition_can_be_put_in() -> None:
 
 
 def test_each_module_merges_once() -> None:
-    """One layer at two places, one inside a wrapper, and one that is no method."""
+    """A layer at two places, one inside a container, and a `merge_parameters` that isn't callable."""
     shared, inner = Layer(), Layer()
     odd = nn.ReLU()
     odd.merge_parameters = "not callable"
@@ -60,8 +60,8 @@ def test_each_module_merges_once() -> None:
     assert condition.clock == 0
 
 
-def test_a_model_can_come_later() -> None:
-    """Without one, step and merge say so, and no step is counted; peek needs none."""
+def test_a_model_can_be_registered_later() -> None:
+    """Without a model, step and merge raise and count no step; peek needs none."""
     condition = MergeCondition(None)
     for call in (condition.step, condition.merge):
         with pytest.raises(ConfigError, match=r"no model to merge; pass one, or call register_model\(model\) first"):

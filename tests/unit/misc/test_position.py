@@ -1,4 +1,4 @@
-"""Sinusoidal position embeddings against their formulas written out."""
+"""Sinusoidal position embeddings against their formulas."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def formula(pos: int, column: int, d: int, base: float) -> float:
 
 @pytest.mark.parametrize("d", [1, 2, 5, 8])
 def test_one_dimension(d: int) -> None:
-    """Even and odd widths; 1e-7: float64 rounded to float32 (values up to 1)."""
+    """Even and odd widths. 1e-7: float64 rounded to float32 (values up to 1)."""
     expected = torch.tensor([[[formula(pos, c, d, 10000) for c in range(d)] for pos in range(40)]])
     actual = sinusoidal(d, 40)
     assert actual.dtype == torch.float32
@@ -31,7 +31,7 @@ def test_one_dimension(d: int) -> None:
 @pytest.mark.parametrize("d", [1, 4, 7])
 @pytest.mark.parametrize("constant", [None, 100.0])
 def test_two_dimensions(d: int, constant: float | None) -> None:
-    """enc(y) + enc(x), row by row, with base height * width or the given one."""
+    """enc(y) + enc(x) in row-major order, with the base height * width or a given one."""
     height, width = 3, 5
     base = constant or height * width
     rows = [[formula(y, c, d, base) + formula(x, c, d, base) for c in range(d)] for y in range(height) for x in range(width)]
@@ -40,7 +40,7 @@ def test_two_dimensions(d: int, constant: float | None) -> None:
 
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_each_position_gets_its_own_embedding(batch_first: bool) -> None:
-    """In both orders the same sequences come out; unbatched ones too."""
+    """Both orders of dimensions give the same; an unbatched sequence works too."""
     x = torch.randn(2, 4, 6)
     expected = x + sinusoidal(6, 4)
     module = PositionalEncoding(6, 9, batch_first=batch_first)
@@ -50,15 +50,15 @@ def test_each_position_gets_its_own_embedding(batch_first: bool) -> None:
 
 
 def test_type_and_buffer() -> None:
-    """The input's type stays, and the table is a buffer that doesn't train."""
+    """The output has the input's type; the table is a buffer that doesn't train."""
     module = PositionalEncoding(6, 9)
     assert module(torch.zeros(1, 9, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert [name for name, _ in module.named_buffers()] == ["pe"]
     assert list(module.parameters()) == []
 
 
-def test_what_cannot_be_is_one_clear_error() -> None:
-    """Too long a sequence, another width, empty sizes."""
+def test_wrong_arguments_are_one_clear_error() -> None:
+    """A sequence that is too long, a wrong width, and sizes below 1."""
     with pytest.raises(ConfigError, match="10 positions is longer than max_len = 9; raise max_len"):
         PositionalEncoding(6, 9)(torch.zeros(1, 10, 6))
     with pytest.raises(ConfigError, match="10 positions"):

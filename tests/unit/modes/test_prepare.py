@@ -1,10 +1,12 @@
-"""What `prepare_model_for_lte` takes, refuses, names and gives back."""
+"""`prepare_model_for_lte`: what it accepts, refuses, names, and returns."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,14 +19,11 @@ from lte_ray.errors import ConfigError
 from lte_ray.misc import MergeCondition
 from lte_ray.modes import merged_state_dict
 from tests.support.helpers import assert_near
-from tests.unit.modes.test_equal import HEADS, SEED, Attention, Tied
-
-MODES = ["ddp", "dmp", "mhlora"]
-PLAIN = LTEConfig(num_heads=HEADS, lora_r=2, lora_alpha=4.0)
+from tests.support.mode_models import HEADS, MODES, SEED, UNIFORM, ModelCase, perturb, prepare
 
 
 class Mixed(nn.Module):
-    """Layers of all sorts: adapted, norms, an embedding, a module of the user's own with parameters, a lone parameter."""
+    """Adapted layers, a norm, an embedding, an activation with a parameter, and lone parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +40,7 @@ class Mixed(nn.Module):
         return torch.cat([self.heads["a"](x), self.heads["b"](x)], -1)
 
 
-LEFT = ["token", "embed.weight", "act.weight", "gates.0", "gates.1"]
+UNMENTIONED = ["token", "embed.weight", "act.weight", "gates.0", "gates.1"]
 WORDS = torch.arange(12).view(4, 3) % 7
 
 
@@ -50,22 +49,22 @@ def mixed() -> Mixed:
     return Mixed().double()
 
 
-def copied(model: nn.Module) -> set[str]:
+def replica_names(model: nn.Module) -> set[str]:
     """Names of the unconverted model's parameters that train as one copy for each head."""
-    found = set()
+    names = set()
     for name, module in model.named_modules():
-        if isinstance(module, MultiheadReplicaLayer) and f"{name}." not in {f"{f}." for f in found}:
-            found |= {f"{name}.{part}" for part, _ in module.main.named_parameters()}
+        if isinstance(module, MultiheadReplicaLayer):
+            names |= {f"{name}.{part}" for part, _ in module.main.named_parameters()}
         for path, part, _ in getattr(module, "lte_looped_parameters", ()):
-            found.add(".".join(filter(None, (name, path, part))))
-    return found
+            names.add(".".join(filter(None, (name, path, part))))
+    return names
 
 
 def trains(model: nn.Module) -> bool:
-    """Whether a step reaches everything that is said to train, and a merge changes all weights of the unconverted model."""
+    """Whether gradients reach exactly what requires them, and merges change all weights of the unconverted model."""
     before = merged_state_dict(model)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(2):  # B is zero at first, so A moves in the second step only
+    for _ in range(2):  # B is zero at first, so A changes only in the second step
         optimizer.zero_grad()
         model(WORDS).sin().sum().backward()
         assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
@@ -76,65 +75,63 @@ def trains(model: nn.Module) -> bool:
 
 
 def test_strict_names_everything_that_was_left_out() -> None:
-    """One error with every parameter and what can be done; biases and norms are known, so they aren't in it."""
-    for mode in ("ddp", "dmp", "mhlora"):
+    """One error lists every parameter and the remedies, but no biases and norms, which always train as replicas."""
+    for mode in MODES:
         with pytest.raises(ConfigError) as caught:
-            prepare_model_for_lte(mixed(), PLAIN, mode=mode)
+            prepare_model_for_lte(mixed(), UNIFORM, mode=mode)
         message = str(caught.value)
-        assert f"5 parameter(s) train without LoRA, but nothing mentions them: {', '.join(LEFT)}. " in message
+        assert f"5 parameter(s) train without LoRA, but nothing mentions them: {', '.join(UNMENTIONED)}. " in message
         for remedy in ("replica_layers=[...]", "requires_grad_(False)", "disable_norm_affine_parameters", "strict=False"):
             assert remedy in message
 
 
 def test_a_refused_model_is_left_as_it_was() -> None:
-    """After the error the model is unconverted, all of it still trains, and it can be prepared."""
+    """After the error the model is unconverted, everything in it still trains, and it can be prepared."""
     model = mixed()
     types = [type(m) for m in model.modules()]
     with pytest.raises(ConfigError):
-        prepare_model_for_lte(model, PLAIN)
+        prepare_model_for_lte(model, UNIFORM)
     assert [type(m) for m in model.modules()] == types
     assert all(p.requires_grad for p in model.parameters())
-    assert trains(prepare_model_for_lte(model, PLAIN, replica_layers=LEFT))
+    assert trains(prepare_model_for_lte(model, UNIFORM, replica_layers=UNMENTIONED))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_not_strict_warns_and_trains_all_of_it(mode: str) -> None:
-    """The warning names what trains without LoRA; each of these trains, as copies in ddp and dmp."""
+def test_strict_false_warns_and_trains_everything(mode: str) -> None:
+    """The warning lists what trains without LoRA; all of these train, as replicas in ddp and dmp."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = prepare_model_for_lte(mixed(), PLAIN, mode=mode, strict=False, seed=SEED)
-    if mode == "mhlora":  # parameters just train there
+        model = prepare_model_for_lte(mixed(), UNIFORM, mode=mode, strict=False, seed=SEED)
+    if mode == "mhlora":  # they are plain parameters that train
         assert not caught
         model(WORDS).sum().backward()
         assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
-        assert {n for n, p in model.named_parameters() if p.requires_grad} >= set(LEFT)
+        assert {n for n, p in model.named_parameters() if p.requires_grad} >= set(UNMENTIONED)
         return
     assert len(caught) == 1
-    assert all(name in str(caught[0].message) for name in LEFT)
+    assert all(name in str(caught[0].message) for name in UNMENTIONED)
     assert caught[0].filename == __file__
-    assert set(LEFT) <= copied(model)
+    assert set(UNMENTIONED) <= replica_names(model)
     assert trains(model)
 
 
-def given(model: Mixed) -> list[tuple[str, list[Any]]]:
-    """Ways of naming the same parameters."""
-    return [
-        ("names", LEFT),
-        ("modules", [model.embed, model.act, model.gates, model.token]),
-        ("parameters", [model.token, model.embed.weight, model.act.weight, *model.gates]),
-        ("patterns", ["t*", "emb*", "act", "gates.*"]),
-        ("mixture", ["token", model.embed, "act.*", model.gates[0], "gates.1"]),
-    ]
+SPELLINGS: dict[str, Callable[[Mixed], list[Any]]] = {
+    "modules": lambda model: [model.embed, model.act, model.gates, model.token],
+    "parameters": lambda model: [model.token, model.embed.weight, model.act.weight, *model.gates],
+    "patterns": lambda model: ["t*", "emb*", "act", "gates.*"],
+    "mixture": lambda model: ["token", model.embed, "act.*", model.gates[0], "gates.1"],
+}
 
 
-@pytest.mark.parametrize("mode", ["ddp", "dmp"])
-@pytest.mark.parametrize("way", range(5))
-def test_replica_layers_are_named_in_many_ways(way: int, mode: str) -> None:
-    """Modules, containers, parameters, names and patterns mean the same, and train the same."""
+@pytest.mark.parametrize(
+    ("spelling", "mode"), [("modules", "ddp"), ("parameters", "dmp"), ("patterns", "dmp"), ("mixture", "ddp")]
+)
+def test_replica_layers_can_be_spelled_in_many_ways(spelling: str, mode: str) -> None:
+    """Modules, containers, parameters, and patterns mean the same as names, and train the same."""
     model, other = mixed(), mixed()
-    prepare_model_for_lte(model, PLAIN, mode=mode, replica_layers=given(model)[way][1], seed=SEED)
-    prepare_model_for_lte(other, PLAIN, mode=mode, replica_layers=LEFT, seed=SEED)
-    assert set(LEFT) <= copied(model)
+    prepare_model_for_lte(model, UNIFORM, mode=mode, replica_layers=SPELLINGS[spelling](model), seed=SEED)
+    prepare_model_for_lte(other, UNIFORM, mode=mode, replica_layers=UNMENTIONED, seed=SEED)
+    assert set(UNMENTIONED) <= replica_names(model)
     assert {n for n, m in model.named_modules() if isinstance(m, LTELayer)} == {"conv", "heads.a", "heads.b"}
     for m in (model, other):
         assert trains(m)
@@ -143,28 +140,28 @@ def test_replica_layers_are_named_in_many_ways(way: int, mode: str) -> None:
 
 
 def test_what_is_named_gets_no_lora() -> None:
-    """A module that could be adapted, a container of such, and one alone instead of a list."""
+    """A module that could be adapted, a container of such modules, and a module instead of a list."""
     model = mixed().requires_grad_(False)
     model.heads.requires_grad_(True)
     model.conv.requires_grad_(True)
-    prepare_model_for_lte(model, PLAIN, replica_layers=model.heads)
+    prepare_model_for_lte(model, UNIFORM, replica_layers=model.heads)
     assert [type(m) for m in model.heads.values()] == [MultiheadReplicaLayer] * 2
     assert isinstance(model.conv, LTELayer)
-    model = prepare_model_for_lte(mixed(), PLAIN, replica_layers=["heads.a", *LEFT])
+    model = prepare_model_for_lte(mixed(), UNIFORM, replica_layers=["heads.a", *UNMENTIONED])
     assert isinstance(model.heads["a"], MultiheadReplicaLayer)
     assert isinstance(model.heads["b"], LTELayer)
 
 
 def test_a_weight_that_is_named_gets_no_lora() -> None:
-    """A parameter of a layer that could be adapted: its forward loops over heads instead."""
-    model = prepare_model_for_lte(mixed(), PLAIN, replica_layers=["heads.a.weight", "heads.a.bias", *LEFT])
+    """A parameter of a layer that could be adapted: the layer's forward runs once for each head instead."""
+    model = prepare_model_for_lte(mixed(), UNIFORM, replica_layers=["heads.a.weight", "heads.a.bias", *UNMENTIONED])
     assert not isinstance(model.heads["a"], LTELayer)
-    assert {"heads.a.weight", "heads.a.bias"} <= copied(model)
+    assert {"heads.a.weight", "heads.a.bias"} <= replica_names(model)
     assert trains(model)
 
 
 def test_unknown_names_are_an_error_with_the_nearest_one() -> None:
-    """In replica_layers, in the config's patterns, in modes and ways of chunking; foreign modules and the model itself."""
+    """In replica_layers, in the config's patterns, in mode and chunk; also modules of other models, and the model itself."""
     model = mixed()
     cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         ({"replica_layers": ["embde"]}, {}, "embde"),
@@ -184,7 +181,7 @@ def test_unknown_names_are_an_error_with_the_nearest_one() -> None:
 
 
 def test_settings_for_ray_heads_are_refused_by_name() -> None:
-    """base_dtype, for all layers or for one, and learning rates: the error says where they are for, and what to do here."""
+    """base_dtype for all layers or for one, and learning rates: the error says where they apply and what to do instead."""
     for settings, message in (
         ({"base_dtype": "nf4"}, r"base_dtype is nf4 for conv.weight: that is for Ray heads .*LTETrainer.*model\.to"),
         ({"layers": ("heads.b: base_dtype=bf16",)}, r"base_dtype is bf16 for heads.b.weight"),
@@ -195,26 +192,26 @@ def test_settings_for_ray_heads_are_refused_by_name() -> None:
 
 
 def test_nothing_to_adapt_is_an_error() -> None:
-    """A model without any layer that could get LoRA, one of which none trains, and one that is frozen."""
+    """A model without a layer that LoRA supports, one whose layers don't train, and one that is frozen."""
     frozen = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.LayerNorm(4))
     for model in (nn.Sequential(nn.LayerNorm(4)), frozen, nn.Sequential(nn.LayerNorm(4)).requires_grad_(False)):
         with pytest.raises(LTEError):
-            prepare_model_for_lte(model, PLAIN)
+            prepare_model_for_lte(model, UNIFORM)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_model_is_prepared_once(mode: str) -> None:
-    """A second time is an error, for the model, a copy of it, and a model that holds it."""
-    model = prepare_model_for_lte(mixed(), PLAIN, mode=mode, replica_layers=LEFT)
+    """A second time is an error for the model, for a copy of it, and for a model that contains it."""
+    model = prepare_model_for_lte(mixed(), UNIFORM, mode=mode, replica_layers=UNMENTIONED)
     for again in (model, copy.deepcopy(model), nn.Sequential(model, nn.Linear(5, 5))):
         with pytest.raises(ConfigError, match="prepared for LTE already"):
-            prepare_model_for_lte(again, PLAIN, strict=False)
+            prepare_model_for_lte(again, UNIFORM, strict=False)
 
 
-def test_a_batch_that_is_not_divisible_says_which_would_be() -> None:
-    """By a layer, by the model, by a loop over heads; evaluation and mhlora take any batch."""
+def test_the_error_for_an_indivisible_batch_names_batches_that_work() -> None:
+    """From a layer, from the model, and from a loop over heads. Evaluation and mhlora take any batch."""
     for arguments in ({}, {"chunk": "model"}, {"mode": "dmp"}):
-        model = prepare_model_for_lte(mixed(), PLAIN, replica_layers=LEFT, **arguments)
+        model = prepare_model_for_lte(mixed(), UNIFORM, replica_layers=UNMENTIONED, **arguments)
         with pytest.raises(ValueError, match=r"batch of 3 can't be split over 2 heads.*Use a batch of 2 or 4"):
             model(WORDS[:3])
         with pytest.raises(ValueError, match=r"batch of 1 can't be split over 2 heads.*Use a batch of 2 "):
@@ -222,13 +219,13 @@ def test_a_batch_that_is_not_divisible_says_which_would_be() -> None:
         with pytest.raises(ValueError, match=r"batch of 0"):
             model(WORDS[:0])
         assert model.eval()(WORDS[:3]).shape == (3, 4, 5)
-    assert prepare_model_for_lte(mixed(), PLAIN, mode="mhlora", replica_layers=LEFT)(WORDS[:3]).shape == (3, 4, 5)
+    assert prepare_model_for_lte(mixed(), UNIFORM, mode="mhlora", replica_layers=UNMENTIONED)(WORDS[:3]).shape == (3, 4, 5)
 
 
 def test_an_error_leaves_the_model_usable() -> None:
-    """After a refused batch the next one trains as if nothing had been."""
+    """After a refused batch the next one gives what it would have given before."""
     for chunk in ("layer", "model"):
-        model = prepare_model_for_lte(mixed(), PLAIN, replica_layers=LEFT, chunk=chunk)
+        model = prepare_model_for_lte(mixed(), UNIFORM, replica_layers=UNMENTIONED, chunk=chunk)
         expected = model(WORDS)
         with pytest.raises(ValueError, match="can't be split"):
             model(WORDS[:3])
@@ -236,16 +233,16 @@ def test_an_error_leaves_the_model_usable() -> None:
         assert model.heads["a"].weight.sum().isfinite()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["ddp", "dmp"])
 def test_fresh_weights(mode: str) -> None:
-    """copy_weights=False draws adapted layers' weights and biases by their own rules and leaves the rest."""
+    """copy_weights=False initializes adapted layers' weights and biases as their constructors do and leaves the rest."""
     torch.manual_seed(1)
     expected = nn.Linear(4, 3)
     model = Mixed().requires_grad_(False)
     model.heads["a"].requires_grad_(True)
     before = copy.deepcopy(model.state_dict())
     torch.manual_seed(1)
-    prepare_model_for_lte(model, PLAIN, copy_weights=False, mode=mode)
+    prepare_model_for_lte(model, UNIFORM, copy_weights=False, mode=mode)
     after = merged_state_dict(model)
     assert torch.equal(after["heads.a.weight"], expected.weight)
     assert torch.equal(after["heads.a.bias"], expected.bias)
@@ -254,14 +251,14 @@ def test_fresh_weights(mode: str) -> None:
     x = torch.randn(2, 4)
     assert_near(model.heads["a"](x), expected(x), 1e-6)  # float32, one product of 4 terms
     torch.manual_seed(1)
-    attention = prepare_model_for_lte(nn.MultiheadAttention(4, 2, batch_first=True), PLAIN, copy_weights=False, mode=mode)
+    attention = prepare_model_for_lte(nn.MultiheadAttention(4, 2, batch_first=True), UNIFORM, copy_weights=False, mode=mode)
     assert attention.in_proj.weight.any()
-    assert not attention.in_proj.bias.any()  # as nn.MultiheadAttention starts
+    assert not attention.in_proj.bias.any()  # as nn.MultiheadAttention initializes it
 
 
 @pytest.mark.filterwarnings("ignore:.*batch_first=False")
 def test_special_attention_scaling_is_the_authors() -> None:
-    """Split or fused, roots of alpha for in_proj, q_proj and k_proj; v_proj, out_proj and other layers keep alpha."""
+    """Split or fused: in_proj, q_proj, and k_proj get sqrt(alpha); v_proj, out_proj, and other layers keep alpha."""
     lte = LTEConfig(num_heads=2, lora_r=2, lora_alpha=16.0)
     for extra, rooted in (({}, {"in_proj"}), ({"kdim": 3, "vdim": 3}, {"q_proj", "k_proj"})):
         for special in (True, False):
@@ -276,37 +273,37 @@ def test_special_attention_scaling_is_the_authors() -> None:
 
 
 def test_seeds_draw_what_ray_heads_draw() -> None:
-    """A of head h is that of a Ray head h with this seed; another seed draws another one, and torch's generator decides."""
-    heads = [convert(mixed(), PLAIN, seed=SEED, head=head) for head in range(HEADS)]
+    """A of head h is that of Ray head h with this seed; without a seed, torch's generator decides."""
+    heads = [convert(mixed(), UNIFORM, seed=SEED, head=head) for head in range(HEADS)]
     for mode in MODES:
-        model = prepare_model_for_lte(mixed(), PLAIN, mode=mode, replica_layers=LEFT, seed=SEED)
+        model = prepare_model_for_lte(mixed(), UNIFORM, mode=mode, replica_layers=UNMENTIONED, seed=SEED)
         layer = model.heads["a"]
-        drawn = [f.weight for f in layer.lora_A] if mode == "dmp" else list(layer.lora_A_weight)
-        for a, head in zip(drawn, heads, strict=True):
+        factors = [f.weight for f in layer.lora_A] if mode == "dmp" else list(layer.lora_A_weight)
+        for a, head in zip(factors, heads, strict=True):
             assert torch.equal(a, head.factors["heads.a.weight.lora_A"])
 
     def unseeded(start: int) -> Tensor:
         torch.manual_seed(start)
-        made: Tensor = prepare_model_for_lte(nn.Sequential(nn.Linear(4, 4)), PLAIN)[0].lora_A_weight
-        return made
+        a: Tensor = prepare_model_for_lte(nn.Sequential(nn.Linear(4, 4)), UNIFORM)[0].lora_A_weight
+        return a
 
     assert torch.equal(unseeded(1), unseeded(1))
     assert not torch.equal(unseeded(1), unseeded(2))
 
 
 def test_a_model_on_the_meta_device() -> None:
-    """It can be prepared, runs without numbers, and merges."""
+    """It can be prepared, called, and merged."""
     with torch.device("meta"):
         model = Mixed()
     for mode in MODES:
-        prepared = prepare_model_for_lte(copy.deepcopy(model), PLAIN, mode=mode, replica_layers=LEFT)
+        prepared = prepare_model_for_lte(copy.deepcopy(model), UNIFORM, mode=mode, replica_layers=UNMENTIONED)
         assert all(p.is_meta for p in prepared.parameters())
         assert prepared(torch.zeros(4, 3, dtype=torch.long, device="meta")).shape == (4, 4, 5)
         MergeCondition(prepared).merge()
 
 
-class Convs(nn.Module):
-    """transformers' Conv1D, whose weight is stored as in x out, beside what is special in other models."""
+class TransposedLinear(nn.Module):
+    """transformers' Conv1D, whose weight is stored as in x out, and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -319,46 +316,32 @@ class Convs(nn.Module):
         return y
 
 
-@pytest.mark.filterwarnings("ignore:.*train without LoRA")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("bias", ["replica", "lora"])
-@pytest.mark.parametrize("kind", ["attention", "bare-attention", "split-attention", "conv1d", "tied", "mixed"])
+LOADED: dict[str, ModelCase] = {
+    "bare-attention": ModelCase(lambda: nn.MultiheadAttention(4, 2, batch_first=True), ()),
+    "split-attention": ModelCase(lambda: nn.MultiheadAttention(4, 2, batch_first=True, kdim=4, vdim=4, add_zero_attn=True), ()),
+    "conv1d": ModelCase(TransposedLinear, ()),
+    "mixed": ModelCase(Mixed, (), words=True),
+}
+
+
+@pytest.mark.parametrize(("bias", "mode"), [("replica", "ddp"), ("lora", "dmp"), ("lora", "mhlora")])
+@pytest.mark.parametrize("kind", list(LOADED))
 def test_merged_weights_load_into_the_unconverted_model(kind: str, bias: str, mode: str) -> None:
     """`load_state_dict(strict=True)` takes them, and the original then computes what evaluation does."""
     if kind == "conv1d":
         pytest.importorskip("transformers")
-    makers = {
-        "attention": Attention,
-        "bare-attention": lambda: nn.MultiheadAttention(4, 2, batch_first=True),
-        "split-attention": lambda: nn.MultiheadAttention(4, 2, batch_first=True, kdim=4, vdim=4, add_zero_attn=True),
-        "conv1d": Convs,
-        "tied": Tied,
-        "mixed": Mixed,
-    }
-
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        made: nn.Module = makers[kind]().double()
-        return made
-
-    lte = LTEConfig(
-        num_heads=HEADS, lora_r=2, lora_alpha=4.0, lora_bias=bias, adapt=("linear", "attention", "conv", "embedding")
-    )
-    model = prepare_model_for_lte(build(), lte, mode=mode, strict=False, seed=SEED)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    case = LOADED[kind]
+    lte = dataclasses.replace(UNIFORM, lora_bias=bias, adapt=("linear", "attention", "conv", "embedding"))
+    model = perturb(prepare(case, mode, lte))
     MergeCondition(model).merge()
-    state, original = merged_state_dict(model), build()
+    state, original = merged_state_dict(model), case.build()
     assert set(state) == set(original.state_dict())
     assert any(not torch.equal(state[name], value) for name, value in original.state_dict().items())
     original.load_state_dict(state, strict=True)
-    if kind in ("tied", "mixed"):
-        inputs: tuple[Tensor, ...] = (WORDS,)
-    else:
-        inputs = (torch.randn(4, 3, 4, generator=generator, dtype=torch.float64),) * (3 if "-attention" in kind else 1)
+    inputs: tuple[Tensor, ...] = (WORDS,)
+    if not case.words:
+        x = torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        inputs = (x,) * (3 if kind.endswith("attention") else 1)
     actual, expected = model.eval()(*inputs), original.eval()(*inputs)
     # 1e-12: products of three such layers of order 10, in float64.
     pairs = zip(actual, expected, strict=True) if isinstance(expected, tuple) else [(actual, expected)]
@@ -367,8 +350,8 @@ def test_merged_weights_load_into_the_unconverted_model(kind: str, bias: str, mo
 
 
 def test_merged_weights_are_a_copy() -> None:
-    """Training on doesn't change a state dict that was taken before."""
-    model = prepare_model_for_lte(mixed(), PLAIN, replica_layers=LEFT)
+    """Further training doesn't change an earlier state dict."""
+    model = prepare_model_for_lte(mixed(), UNIFORM, replica_layers=UNMENTIONED)
     state = merged_state_dict(model)
     before = copy.deepcopy(state)
     assert trains(model)
