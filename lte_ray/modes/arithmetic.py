@@ -47,8 +47,8 @@ class DrawState(nn.Module):
         return seed, count
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for name, own in self._buffers.items():  # checkpoints of the authors' library lack them
-            state_dict.setdefault(prefix + name, own)
+        for name, buffer in self._buffers.items():  # checkpoints of the authors' library lack them
+            state_dict.setdefault(prefix + name, buffer)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

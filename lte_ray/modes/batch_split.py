@@ -132,7 +132,7 @@ def split_arguments(
     leaves, tree = tree_flatten((tuple(args), kwargs))
     sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
     if not sizes:
-        raise ConfigError(f"{where} got no tensor with a batch dimension, so there is nothing to split over heads.")
+        raise ConfigError(f"{where} got no tensor with a batch dimension, so nothing can be split over heads.")
     check_divisible(sizes[0], heads, where, must_be_batch)
     parts = [
         leaf.chunk(heads) if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == sizes[0] else (leaf,) * heads

@@ -76,9 +76,9 @@ class DDPLayer(DDPCompat, StackedLayer):
             s = [spec.scaling for spec in self.specs]
             heads = zip(x.chunk(self.num_heads), a, b, s, strict=True)
             return y + torch.cat([product(self, *arguments) for arguments in heads])
-        alike = isinstance(self.scaling, float)  # otherwise scale B: vmap would round the scales to the type of x
-        parts: Tensor = torch.func.vmap(partial(product, self, s=self.scaling if alike else 1.0))(
-            x.reshape(self.num_heads, -1, *x.shape[1:]), a, b if alike else self.lora.scale(b)
+        same_scale = isinstance(self.scaling, float)  # otherwise scale B: vmap would round the scales to the type of x
+        parts: Tensor = torch.func.vmap(partial(product, self, s=self.scaling if same_scale else 1.0))(
+            x.reshape(self.num_heads, -1, *x.shape[1:]), a, b if same_scale else self.lora.scale(b)
         )
         return y + parts.flatten(0, 1)
 

@@ -1,7 +1,7 @@
 """Modules whose forward runs once for each head, because they hold parameters that train as replicas.
 
-Class tokens, position embeddings, and layer scales are parameters that no layer of their own uses, so no layer can split the
-batch for them.
+Class tokens, position embeddings, and layer scales belong to no layer that could split the batch for them, so the module that
+holds them runs once for each head.
 """
 
 from __future__ import annotations

@@ -36,15 +36,15 @@ def _collect(module: nn.Module, prefix: str, state: dict[str, Any]) -> None:
     """Adds the tensors of `module` and of the modules below it to `state`."""
     if isinstance(module, MultiheadReplicaLayer):
         return _collect(module.main, prefix, state)
-    own: dict[str, Any] = {}
-    module._save_to_state_dict(own, prefix, False)
+    stored: dict[str, Any] = {}
+    module._save_to_state_dict(stored, prefix, False)
     added: set[str] = set()
     if isinstance(module, ModeLayer):
         added = module.lte_added_names
-        own.update({f"{prefix}{name}": value for name, value in module.merged_tensors().items()})
+        stored.update({f"{prefix}{name}": value for name, value in module.merged_tensors().items()})
     if isinstance(module, HeadLoop):
         added = added | {copy_name for parameter in module.lte_looped_parameters for copy_name in parameter.copies}
-    below: dict[str, Any] = {name: value for name, value in own.items() if name.removeprefix(prefix) not in added}
+    below: dict[str, Any] = {name: value for name, value in stored.items() if name.removeprefix(prefix) not in added}
     for name, child in module._modules.items():
         if child is not None and name not in added:
             _collect(child, f"{prefix}{name}.", below)

@@ -93,9 +93,9 @@ def test_the_authors_checkpoints_are_loaded(mode: str, shape: tuple[int, int], m
     model[0].merge_parameters()
     after = state["weight"] + torch.stack(dense).mean(0) - state["weight"]
     assert_near(model(x), F.linear(x, after, state["bias"]), 1e-12)
-    own = model.state_dict()
-    model.load_state_dict(own)
-    assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
+    state_here = model.state_dict()
+    model.load_state_dict(state_here)
+    assert all(torch.equal(value, state_here[name]) for name, value in model.state_dict().items())
     cfg.lora.reset = "B"
     model = lte.prepare_model_for_lte(nn.Sequential(nn.Linear(shape[1], shape[0])), cfg, mode=mode)
     with pytest.raises(lte.LTEError, match="reset='none'"):
