@@ -113,7 +113,7 @@ class Process(Line):
         assert self.head is not None and self.track is not None
         contribution = self.head.contribute()
         self.track.offer(contribution.sequence)
-        self.knowledge.record_contribution(contribution, self.head.state.pending)
+        self.knowledge.record_contribution(self.number, contribution.sequence, self.head.state.pending)
         self.call("submit", replace(contribution, buffer=contribution.buffer.clone()))
 
     def look(self) -> None:

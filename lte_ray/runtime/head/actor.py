@@ -1,4 +1,4 @@
-"""A process of one head or several: a thin shell around `engine.HeadGroup`. `ray.remote` is applied in `crew`."""
+"""The actor of one head or several: it trains them to the end, around the engine's `HeadGroup`."""
 
 from __future__ import annotations
 
@@ -27,15 +27,22 @@ from lte_ray.storage import RUN
 T = TypeVar("T")
 
 MAX_DROPPED = 8
-"""Contributions that were dropped as poison, of which a head's status tells."""
+"""Contributions that a head has dropped as harmful and that its status lists: the newest."""
 
 POLL_SECONDS = 0.2
-"""Seconds after which a head that waits looks whether it is asked for anything."""
+"""Seconds after which a waiting head checks for requests."""
 
 
 @dataclass(frozen=True)
 class HeadHost:
-    """How an actor computes: torch's threads in each lane, lanes, whether it has a GPU, and whether its heads are stacked."""
+    """How an actor computes.
+
+    Attributes:
+        threads: torch's, for each head that trains concurrently.
+        concurrent_heads: how many heads train concurrently.
+        gpu: whether the actor has a GPU.
+        stack_heads: as `HeadGroup`.
+    """
 
     threads: int
     concurrent_heads: int
@@ -44,12 +51,12 @@ class HeadHost:
 
 
 class HeadActor:
-    """Hosts one head or several. `run` trains to the end; all else is answered meanwhile, from another thread.
+    """Hosts one head or several. `run` trains to the end; all other methods answer meanwhile, in other threads.
 
     Args:
-        common: as every actor.
+        context: the run's.
         plans: each head's.
-        numbers: of the heads here.
+        numbers: of the heads of this actor.
         host: how it computes.
         incarnation: how often these heads were started before.
     """
@@ -65,23 +72,21 @@ class HeadActor:
         self._group: HeadGroup | None = None
         self._client: CoordinatorClient | None = None
         self._stub: ReconnectingStub | None = None
-        self._newest_coordinator: tuple[Any, int] | None = (
-            None  # the coordinator that answers, and how many there were before it
-        )
+        self._newest_coordinator: tuple[Any, int] | None = None  # its handle, and its epoch
         self._checkpointer = HeadCheckpointer(context.directory)
         self._left: set[int] = set()
         self._quarantined: dict[int, str] = {}  # and why
-        self._round_steps = dict.fromkeys(numbers, context.settings.merge.merge_iter)  # local steps of a round
+        self._round_steps = dict.fromkeys(numbers, context.settings.merge.merge_iter)
         self._refused = dict.fromkeys(numbers, 0)
         self._dropped: dict[int, tuple[tuple[int, int], ...]] = dict.fromkeys(numbers, ())
-        self._missing_state = ""
+        self._missing_state = ""  # what the heads had to start without, in words
 
     def run(self, coordinator: Any, epoch: int = 0) -> tuple[HeadStatus, ...]:
-        """Trains all local steps of its heads, contributing and rebasing on the way.
+        """Trains all local steps of the heads, contributing and rebasing on the way.
 
         Args:
-            coordinator: its handle; `connect` gives another one.
-            epoch: how many there were before it.
+            coordinator: its handle; `connect` passes another one.
+            epoch: how many coordinators there were before it.
 
         Raises:
             WorkerFailed: the worker's code raised.
@@ -89,11 +94,11 @@ class HeadActor:
         """
         torch.set_num_threads(self._host.concurrent_heads * self._host.threads)
         keep_freed_memory()
-        wait = self._context.settings.merge.wait
         self._stub = stub = ReconnectingStub(coordinator, epoch)
-        if self._newest_coordinator is not None and self._newest_coordinator[1] > epoch:  # it was connected before this began
+        if self._newest_coordinator is not None and self._newest_coordinator[1] > epoch:  # `connect` came before `run`
             stub.connect(*self._newest_coordinator)
-        client = self._client = CoordinatorClient(self._context, self._plans, self._numbers, stub, overlap=not wait)
+        overlap = not self._context.settings.merge.wait
+        client = self._client = CoordinatorClient(self._context, self._plans, self._numbers, stub, overlap)
         group = self._group = self._start_heads(client)
         self._leave_if_ended(group, client)
         while any(not self._has_ended(head) or client.awaits_reply(head) for head in group.heads):
@@ -102,51 +107,45 @@ class HeadActor:
         self._checkpointer.end_training(group, client)
         return self._statuses(group, client)
 
-    def _has_ended(self, head: Head) -> bool:
-        return head.finished or head.number in self._quarantined
-
-    def _statuses(self, group: HeadGroup, client: CoordinatorClient) -> tuple[HeadStatus, ...]:
-        count, mirror = len(group.heads), client.base_replica
-        waiting = self._stub.seconds_waiting if self._stub is not None else 0.0
-        note = (
-            f"no coordinator for {waiting:.0f} s"
-            if waiting > 1
-            else storage.pending_problem() or group.sequential_reason or self._missing_state
-        )
-        return tuple(
-            replace(
-                head.status(),
-                state="quarantined" if head.number in self._quarantined else head.status().state,
-                bytes_up=client.bytes_up[head.number],
-                bytes_down=mirror.bytes_fetched // count,
-                resyncs=mirror.resyncs,
-                refused=self._refused[head.number],
-                dropped=self._dropped[head.number],
-                note=self._quarantined.get(head.number) or note,
-            )
-            for head in group.heads
-        )
+    # -- starting --------------------------------------------------------------------------------------------------------
 
     def _start_heads(self, client: CoordinatorClient) -> HeadGroup:
-        common, first = self._context, self._numbers[0]
+        first = self._numbers[0]
+        group = self._build_group()
+        for head in group.heads:
+            head.interrupted = lambda: self._checkpointer.snapshot_requested
+        inject("built", head=first)
+        received = client.join({head.number: head.plan for head in group.heads}, self._incarnation)
+        assert received.base is not None
+        base, reply = self._copy_if_kept(group, received.base), received.reply
+        for head in group.heads:
+            self._missing_state = self._checkpointer.start_head(head, reply, base, self._context) or self._missing_state
+            client.record_start(head)
+        client.release_base(group.heads[0])
+        self._apply_directives(group, reply)
+        release_freed_memory()
+        inject("started", head=first)
+        return group
+
+    def _build_group(self) -> HeadGroup:
+        context, host, where = self._context, self._host, f"head {self._numbers[0]}"
         if self._device != "cpu" and not torch.cuda.is_available():
             reason = "Ray gave this head a GPU, but the torch installed on its node can't use it (no CUDA)."
-            raise WorkerFailed(f"head {first}", None, reason)
+            raise WorkerFailed(where, None, reason)
         try:
-            worker = common.worker.load()
+            worker = context.worker.load()
         except WorkerError as error:
-            raise WorkerFailed(f"head {first}", None, str(error)) from error
-        if not common.directory.exists(RUN):
+            raise WorkerFailed(where, None, str(error)) from error
+        if not context.directory.exists(RUN):
             reason = (
-                f"{common.directory.display} isn't seen from the node of this head. On several nodes --storage must be a place "
-                "that all of them share (s3://, gs://, NFS)."
+                f"{context.directory.display} isn't seen from the node of this head. On several nodes --storage must be a "
+                "place that all of them share (s3://, gs://, NFS)."
             )
-            raise WorkerFailed(f"head {first}", None, reason)
+            raise WorkerFailed(where, None, reason)
         try:
-            host = self._host
-            group = HeadGroup(
+            return HeadGroup(
                 worker,
-                common.settings,
+                context.settings,
                 self._numbers,
                 device=self._device,
                 stack_heads=host.stack_heads,
@@ -155,24 +154,61 @@ class HeadActor:
                 incarnation=self._incarnation,
             )
         except Unstackable as error:
-            raise WorkerFailed(f"head {first}", None, str(error)) from error
+            raise WorkerFailed(where, None, str(error)) from error
+
+    # -- the loop --------------------------------------------------------------------------------------------------------
+
+    def _run_once(self, group: HeadGroup, client: CoordinatorClient) -> None:
+        """Adopts what was received, trains the heads that may train, sends contributions, or waits if nothing else is to do.
+
+        Heads that wait for merges take a round of steps at once. Others take one step, so that they adopt between two steps;
+        but several heads that share main weights take a round, since each round begins by putting weights in place.
+        """
+        merge = self._context.settings.merge
+        self._adopt_replies(group, client, client.received_replies())
+        self._checkpointer.take_requested_snapshots(group, client)
+        alone, steps = len(group.heads) == 1, dict[int, int]()
         for head in group.heads:
-            head.interrupted = lambda: self._checkpointer.snapshot_requested
-        inject("built", head=first)
-        arrived = client.join({head.number: head.plan for head in group.heads}, self._incarnation)
-        assert arrived.base is not None
-        base, update = self._copy_if_kept(group, arrived.base), arrived.reply
+            if self._has_ended(head) or (merge.wait and (head.outstanding or client.awaits_reply(head))):
+                continue
+            in_round = self._round_steps[head.number]
+            steps[head.number] = max(0, in_round - head.steps_since_contribution) if merge.wait else 1 if alone else in_round
+        group.train(steps)
+        if not merge.wait:
+            client.request_newer_base(group.heads[0], group.heads[0].version + merge.max_lag)
         for head in group.heads:
-            self._missing_state = self._checkpointer.start_head(head, update, base, common) or self._missing_state
-            client.record_start(head, head.state.reference)
-        client.release_base(group.heads[0])
-        self._apply_directives(group, update)
-        release_freed_memory()
-        inject("started", head=first)
-        return group
+            if steps.get(head.number):
+                inject("stepped", head=head.number, step=head.step)
+            self._contribute_if_due(head, client)
+        active = [head for head in group.heads if not self._has_ended(head) or client.awaits_reply(head)]
+        if active and all(head.outstanding if merge.wait else head.steps_left == 0 for head in active):
+            self._wait_for_reply(group, client, active)
+
+    def _contribute_if_due(self, head: Head, client: CoordinatorClient) -> None:
+        at_end = head.steps_left == 0 and not head.finished
+        due = head.steps_since_contribution >= self._round_steps[head.number] or at_end
+        if due and not self._has_ended(head) and not head.outstanding and not client.awaits_reply(head):
+            contribution = head.contribute()
+            inject("contributes", head=head.number, step=head.step)
+            with head.timer.measure("publish"):
+                client.send(head, contribution)
+
+    def _wait_for_reply(self, group: HeadGroup, client: CoordinatorClient, heads: list[Head]) -> None:
+        """Waits until a reply comes, or until it is time to check for requests."""
+        with ExitStack() as waiting:
+            for head in heads:  # they wait together: the actor's time counts once
+                waiting.enter_context(head.timer.measure("wait", 1 / len(heads)))
+            received = client.received_replies(timeout=POLL_SECONDS)
+        self._adopt_replies(group, client, received)
+        # A head whose contribution was merged with that of another head here has learned so; its own reply comes at once.
+        while any(client.awaits_reply(head) and not head.outstanding for head in heads) and self._context.settings.merge.wait:
+            self._adopt_replies(group, client, client.received_replies(timeout=POLL_SECONDS))
+
+    def _has_ended(self, head: Head) -> bool:
+        return head.finished or head.number in self._quarantined
 
     def _leave_if_ended(self, group: HeadGroup, client: CoordinatorClient) -> None:
-        """Heads that have taken all their steps, and whose steps are all merged, leave, so that nobody waits for them."""
+        """Tells the coordinator of heads that have ended, so that it doesn't wait for them."""
         for head in group.heads:
             if self._has_ended(head) and head.number not in self._left and not client.awaits_reply(head):
                 inject("leaving", head=head.number)
@@ -180,101 +216,81 @@ class HeadActor:
                 self._left.add(head.number)
                 head.mark_done()
 
-    def _run_once(self, group: HeadGroup, client: CoordinatorClient) -> None:
-        """Takes what has come, trains the heads that may, hands over what is due, and waits if there is nothing else to do.
+    # -- replies ---------------------------------------------------------------------------------------------------------
 
-        Heads that wait take a whole round of steps; others one step, so that what comes is adopted in between. Several that
-        share main weights take turns on them, so they change rounds, not steps.
-        """
-        merge = self._context.settings.merge
-        self._adopt_replies(group, client, client.received_replies())
-        self._checkpointer.take_requested_snapshots(group, client)
-        alone, todo = len(group.heads) == 1, {}
-        for head in group.heads:
-            if self._has_ended(head) or (merge.wait and (head.outstanding or client.awaits_reply(head))):
-                continue
-            every = self._round_steps[head.number]
-            todo[head.number] = max(0, every - head.steps_since_contribution) if merge.wait else 1 if alone else every
-        group.train(todo)
-        if not merge.wait:
-            client.request_newer_base(group.heads[0], group.heads[0].version + merge.max_lag)
-        for head in group.heads:
-            if todo.get(head.number):
-                inject("stepped", head=head.number, step=head.step)
-            due = head.steps_since_contribution >= self._round_steps[head.number] or (
-                head.steps_left == 0 and not head.finished
-            )
-            if due and not self._has_ended(head) and not head.outstanding and not client.awaits_reply(head):
-                contribution = head.contribute()
-                inject("contributes", head=head.number, step=head.step)
-                with head.timer.measure("publish"):
-                    client.send(head, contribution)
-        stands = [head for head in group.heads if not self._has_ended(head) or client.awaits_reply(head)]
-        if stands and all(head.outstanding if merge.wait else head.steps_left == 0 for head in stands):
-            self._wait_for_reply(group, client, stands)
+    def _adopt_replies(self, group: HeadGroup, client: CoordinatorClient, all_received: list[ReceivedReply]) -> None:
+        for received in all_received:
+            self._adopt_reply(group, client, received)
 
-    def _wait_for_reply(self, group: HeadGroup, client: CoordinatorClient, heads: list[Head]) -> None:
-        """Until something comes, or something is asked."""
-        with ExitStack() as waiting:
-            for head in heads:  # they wait together: the actor's time counts once
-                waiting.enter_context(head.timer.measure("wait", 1 / len(heads)))
-            arrived = client.received_replies(timeout=POLL_SECONDS)
-        self._adopt_replies(group, client, arrived)
-        while any(client.awaits_reply(head) and not head.outstanding for head in heads) and self._context.settings.merge.wait:
-            self._adopt_replies(
-                group, client, client.received_replies(timeout=POLL_SECONDS)
-            )  # merged with another's: theirs come at once
-
-    def _adopt_replies(self, group: HeadGroup, client: CoordinatorClient, all_arrived: list[ReceivedReply]) -> None:
-        for arrived in all_arrived:
-            self._adopt_reply(group, client, arrived)
-
-    def _adopt_reply(self, group: HeadGroup, client: CoordinatorClient, arrived: ReceivedReply) -> None:
-        """Takes an update: all heads here follow its version, each with what that holds of its own."""
-        update, base = arrived.reply, arrived.base
-        inject("adopts", head=group.heads[0].number, step=group.heads[0].step, version=update.version)
-        for save in update.checkpoint_requests:
-            self._checkpointer.take_snapshot(group, client, save)
-        self._apply_directives(group, update)
-        if update.result is not None:
-            self._handle_refusal(group.get(update.result.head), update.result)
+    def _adopt_reply(self, group: HeadGroup, client: CoordinatorClient, received: ReceivedReply) -> None:
+        """Follows a reply: all heads here adopt its version, each with what that version holds of it."""
+        reply, base, first = received.reply, received.base, group.heads[0]
+        inject("adopts", head=first.number, step=first.step, version=reply.version)
+        for request in reply.checkpoint_requests:
+            self._checkpointer.take_snapshot(group, client, request)
+        self._apply_directives(group, reply)
+        if reply.result is not None:
+            self._handle_refusal(group.get(reply.result.head), reply.result)
         if base is not None:
             base = self._copy_if_kept(group, base)
             for head in group.heads:
-                accepted = head.outstanding and update.includes(head.number, head.sequence)
-                verdict = ContributionResult(head.number, head.sequence, True, update.version) if accepted else None
-                head.adopt(verdict, update.version, base, arrived.staged if accepted == arrived.accepted else None)
-            client.release_base(group.heads[0])
-        inject("adopted", head=group.heads[0].number, step=group.heads[0].step, version=update.version)
+                accepted = head.outstanding and reply.includes(head.number, head.sequence)
+                result = ContributionResult(head.number, head.sequence, True, reply.version) if accepted else None
+                head.adopt(result, reply.version, base, received.staged if accepted == received.accepted else None)
+            client.release_base(first)
+        inject("adopted", head=first.number, step=first.step, version=reply.version)
 
-    def _apply_directives(self, group: HeadGroup, update: CoordinatorReply) -> None:
+    def _apply_directives(self, group: HeadGroup, reply: CoordinatorReply) -> None:
         for head in group.heads:
-            if head.number in self._left:  # nobody takes anything of it any more
+            if head.number in self._left:  # it contributes nothing any more
                 continue
-            head.apply_directive(update.directives[head.number])
-            self._round_steps[head.number] = update.directives[head.number].steps
+            head.apply_directive(reply.directives[head.number])
+            self._round_steps[head.number] = reply.directives[head.number].steps
 
-    def _handle_refusal(self, head: Head, verdict: ContributionResult) -> None:
-        """A refused contribution is settled: what it held rides in the next one, or the head has dropped it."""
-        if verdict.accepted or not head.outstanding or verdict.sequence != head.sequence:
+    def _handle_refusal(self, head: Head, result: ContributionResult) -> None:
+        """Settles a refused contribution: its progress is part of the next one, or the head has dropped it."""
+        if result.accepted or not head.outstanding or result.sequence != head.sequence:
             return
-        head.adopt(verdict, head.version, None)
-        if verdict.discarded:  # as the policy wants it
+        head.adopt(result, head.version, None)
+        if result.discarded:  # by the policy
             return
         self._refused[head.number] += 1
-        if verdict.harmful and self._stub is not None:
-            self._dropped[head.number] = (*self._dropped[head.number], (self._stub.epoch, verdict.sequence))[-MAX_DROPPED:]
-        if verdict.quarantined:
+        if result.harmful and self._stub is not None:
+            dropped = (*self._dropped[head.number], (self._stub.epoch, result.sequence))
+            self._dropped[head.number] = dropped[-MAX_DROPPED:]
+        if result.quarantined:
             self._quarantined[head.number] = (
-                f"quarantined, since its contributions were refused again and again: {verdict.reason}"
+                f"quarantined, since its contributions were refused again and again: {result.reason}"
             )
 
     def _copy_if_kept(self, group: HeadGroup, base: Tensor) -> Tensor:
-        """The base as the heads may keep it: heads that take turns do, and the mirror writes to its own."""
+        """Copies a base that heads keep and the replica writes to: heads that take turns on their main weights keep it."""
         groups = self._context.groups
         return base.clone() if len(group.heads) > 1 and (len(groups) > 1 or groups[0].by_factors) else base
 
-    # -- asked from outside --------------------------------------------------------------------------------------------
+    def _statuses(self, group: HeadGroup, client: CoordinatorClient) -> tuple[HeadStatus, ...]:
+        count, replica = len(group.heads), client.base_replica
+        waiting = self._stub.seconds_waiting if self._stub is not None else 0.0
+        note = f"no coordinator for {waiting:.0f} s" if waiting > 1 else ""
+        note = note or storage.pending_problem() or group.sequential_reason or self._missing_state
+        statuses = []
+        for head in group.heads:
+            status = head.status()
+            statuses.append(
+                replace(
+                    status,
+                    state="quarantined" if head.number in self._quarantined else status.state,
+                    bytes_up=client.bytes_up[head.number],
+                    bytes_down=replica.bytes_fetched // count,
+                    resyncs=replica.resyncs,
+                    refused=self._refused[head.number],
+                    dropped=self._dropped[head.number],
+                    note=self._quarantined.get(head.number) or note,
+                )
+            )
+        return tuple(statuses)
+
+    # -- called from other processes -------------------------------------------------------------------------------------
 
     @ray.method(concurrency_group="ctl")
     def status(self) -> tuple[HeadStatus, ...]:
@@ -284,40 +300,36 @@ class HeadActor:
         return self._statuses(self._group, self._client)
 
     @ray.method(concurrency_group="ctl")
-    def save(self, save: CheckpointRequest) -> bool:
-        """The heads are to write their state into this checkpoint as soon as they are between two steps; whether they can."""
+    def save(self, request: CheckpointRequest) -> bool:
+        """Requests the heads' states for a checkpoint, between their next two steps; returns whether there are heads yet."""
         if self._group is None or self._client is None:
             return False
-        self._checkpointer.request_snapshot(save, self._group, self._client)
+        self._checkpointer.request_snapshot(request, self._group, self._client)
         return True
 
     @ray.method(concurrency_group="ctl")
     def report(self, epoch: int) -> RecoveryReport | None:
-        """What this process knows of the run; None if that is nothing. Coordinators before `epoch` don't count any more."""
+        """What this process knows of the run (None if nothing); replies of coordinators before `epoch` are void from now on."""
         group, client = self._group, self._client
         if client is None:
             if self._stub is not None:
                 self._stub.disconnect(epoch)
             return None
-        positions = {
-            head.number: HeadReport(
-                head.step,
-                head.step_limit,
-                head.batch_stream.assignment_id,
-                head.batch_stream.revoked.id if head.batch_stream.revoked else 0,
-            )
-            for head in (group.heads if group is not None else [])
-        }
-        return client.report(positions, epoch)
+        progress = {}
+        for head in group.heads if group is not None else []:
+            stream = head.batch_stream
+            revoked = stream.revoked.id if stream.revoked else 0
+            progress[head.number] = HeadReport(head.step, head.step_limit, stream.assignment_id, revoked)
+        return client.build_report(progress, epoch)
 
     @ray.method(concurrency_group="ctl")
     def connect(self, coordinator: Any, epoch: int) -> None:
-        """Another coordinator answers from now on."""
+        """Connects the heads with another coordinator."""
         self._newest_coordinator = (coordinator, epoch)
         if self._stub is not None:
             self._stub.connect(coordinator, epoch)
 
     @ray.method(concurrency_group="ctl")
     def inspect(self, function: Callable[[HeadGroup], T]) -> T | None:
-        """What `function` says of the engine's heads (for tests and debugging); None before there are any."""
+        """Applies `function` to the engine's heads (for tests and debugging); None before there are any."""
         return None if self._group is None else function(self._group)

@@ -1,4 +1,4 @@
-"""A head process's part in checkpoints: snapshots between two steps, written beside training, and read at the start."""
+"""A head process's part in checkpoints: snapshots between two steps, written while it trains, and read at the start."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lte_ray.storage import RunDirectory
 
 
 class HeadCheckpointer:
-    """Takes snapshots of heads and writes them; nothing that goes wrong with storage keeps a head from training.
+    """Takes snapshots of heads and writes them. Storage that fails doesn't stop a head from training.
 
     Args:
         directory: the run's.
@@ -31,38 +31,37 @@ class HeadCheckpointer:
         self._requests: list[CheckpointRequest] = []
         self._lock = threading.Lock()
         self._training_ended = False
-        self._written: set[tuple[int, int]] = (
-            set()
-        )  # cuts and heads: who is asked twice would write another state over the first
+        # Requests and heads: a head that wrote twice for one checkpoint would overwrite its first state with another.
+        self._written: set[tuple[int, int]] = set()
 
     @property
     def snapshot_requested(self) -> bool:
-        """Whether a snapshot is wanted, so that a round should be left between two steps."""
+        """Whether a snapshot is requested, so that a head should stop its round between two steps."""
         return bool(self._requests)
 
     def request_snapshot(self, request: CheckpointRequest, group: HeadGroup, client: CoordinatorClient) -> None:
-        """A snapshot is wanted; at once, if the heads don't train any more."""
+        """Requests a snapshot; it is taken at once if the heads don't train any more."""
         with self._lock:
             self._requests.append(request)
-            idle = self._training_ended
-        if idle:
+            at_once = self._training_ended
+        if at_once:
             self.take_requested_snapshots(group, client)
 
     def take_requested_snapshots(self, group: HeadGroup, client: CoordinatorClient) -> None:
-        """Between two steps: takes the snapshots that are wanted."""
+        """Takes the snapshots that were requested; to be called between two steps."""
         with self._lock:
-            asked, self._requests = self._requests, []
-        for save in asked:
-            self.take_snapshot(group, client, save)
+            requests, self._requests = self._requests, []
+        for request in requests:
+            self.take_snapshot(group, client, request)
 
     def end_training(self, group: HeadGroup, client: CoordinatorClient) -> None:
-        """The heads train no more: from now on snapshots are taken when they are asked for."""
+        """Records that the heads don't train any more: from now on snapshots are taken when they are requested."""
         with self._lock:
             self._training_ended = True
         self.take_requested_snapshots(group, client)
 
     def take_snapshot(self, group: HeadGroup, client: CoordinatorClient, request: CheckpointRequest) -> None:
-        """Copies the state of the heads that are to write it; writing follows in another thread."""
+        """Copies the states of the heads that the request names; they are written in another thread."""
         for head in group.heads:
             if head.number not in request.sequences or (request.id, head.number) in self._written:
                 continue
@@ -76,35 +75,37 @@ class HeadCheckpointer:
             client.run_in_background(partial(self._write, client, request.version, head.number, state))
 
     def _write(self, client: CoordinatorClient, version: int, number: int, state: SavedState | None) -> None:
-        entry, why = None, ""
+        entry, problem = None, ""
         if state is not None:
             try:
                 entry = checkpoint.write_head(self._directory, version, number, *state)
-            except Exception as error:  # whatever it is: the coordinator waits for an answer
-                said = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
-                why = f"the state of head {number}: {said}"
+            except Exception as error:  # any: the coordinator waits for an answer
+                reason = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
+                problem = f"the state of head {number}: {reason}"
             inject("saved", head=number, version=version)
-        client.call_coordinator("add_checkpoint_part", version, number, entry, why)
+        client.call_coordinator("add_checkpoint_part", version, number, entry, problem)
 
     def start_head(self, head: Head, reply: CoordinatorReply, base: Tensor, context: RunContext) -> str:
-        """Starts a head as the coordinator says. Gives what it had to do without, in words.
+        """Starts a head where the coordinator says.
+
+        Returns:
+            What the head had to do without, in words; empty if nothing.
 
         Raises:
-            WorkerFailed: the state that it is to go on from exactly can't be read.
+            WorkerFailed: the state from which the head must resume exactly can't be read.
         """
-        begin = reply.join_replies[head.number]
-        reference = None if begin.reference is None else context.transport.fetch(begin.reference).clone()
-        saved, lacks = None, ""
-        if begin.checkpoint is not None:
+        join_reply, directory = reply.join_replies[head.number], self._directory
+        reference = None if join_reply.reference is None else context.transport.fetch(join_reply.reference).clone()
+        saved, missing = None, ""
+        if join_reply.checkpoint is not None:
             try:
-                saved = checkpoint.read_head(
-                    self._directory, checkpoint.read_manifest(self._directory, begin.checkpoint), head.number
-                )
-                if begin.exact:
+                manifest = checkpoint.read_manifest(directory, join_reply.checkpoint)
+                saved = checkpoint.read_head(directory, manifest, head.number)
+                if join_reply.exact:
                     restore(head, saved, base)
                     return ""
             except StorageError as error:
-                if begin.exact:
+                if join_reply.exact:
                     raise WorkerFailed(f"head {head.number}", None, str(error)) from error
-                lacks = f"its saved optimizer state can't be read ({error})"
-        return rejoin(head, begin.position, reference, reply.version, base, saved) or lacks
+                missing = f"its saved optimizer state can't be read ({error})"
+        return rejoin(head, join_reply.position, reference, reply.version, base, saved) or missing

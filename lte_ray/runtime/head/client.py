@@ -1,8 +1,7 @@
-"""Carries contributions to the coordinator and updates back, at once or beside the training thread.
+"""A head process's way to the coordinator: contributions up, replies back, and what is needed if the coordinator dies.
 
-A head process's line to the coordinator, which may be cut, and connected to another one.
-
-What a head's process knows of the run, from which a new coordinator goes on if the old one dies.
+`ReconnectingStub` calls the coordinator, and the next one if it dies. `RecoveryCache` keeps what a new coordinator needs to
+know from this process. `CoordinatorClient` sends contributions and fetches what the replies refer to.
 """
 
 from __future__ import annotations
@@ -33,19 +32,19 @@ from lte_ray.transfer.checksum import buffers_checksum
 from lte_ray.transfer.codec import Codec
 
 RETRY_SECONDS = 0.5
-"""Seconds after which a call is made again to a coordinator that can't be reached for the moment."""
+"""Seconds after which a call is repeated if the coordinator can't be reached for the moment."""
 
 
 class StaleCoordinator(Exception):
-    """The coordinator that gave an answer is gone: what it says doesn't count any more."""
+    """The coordinator that gave a reply has died since: the reply is void."""
 
 
 class ReconnectingStub:
-    """Calls the coordinator; while there is none, calls wait for the next.
+    """Calls the coordinator. While there is none, calls wait for the next one.
 
     Args:
         coordinator: its handle.
-        epoch: how many there were before it.
+        epoch: how many coordinators there were before it.
     """
 
     def __init__(self, coordinator: Any, epoch: int) -> None:
@@ -54,28 +53,31 @@ class ReconnectingStub:
         self._waiting_since: float | None = None
 
     def connect(self, coordinator: Any, epoch: int) -> None:
-        """Another coordinator answers from now on."""
+        """Calls another coordinator from now on."""
         with self._changed:
             self._coordinator, self.epoch = coordinator, epoch
             self._changed.notify_all()
 
     def disconnect(self, epoch: int) -> None:
-        """Answers of coordinators before `epoch` don't count any more, and calls wait for that one."""
+        """Makes replies of coordinators before `epoch` void, and calls wait for the coordinator of that epoch."""
         with self._changed:
             if epoch > self.epoch:
                 self._coordinator, self.epoch = None, epoch
 
     @property
     def seconds_waiting(self) -> float:
-        """For how many seconds calls have been waiting for a coordinator that can be reached; 0 if none is."""
+        """For how long calls have been waiting for a coordinator that can be reached; 0 if none waits."""
         since = self._waiting_since
         return 0.0 if since is None else time.monotonic() - since
 
     def call(self, method: str, *args: Any) -> tuple[int, Any]:
-        """What the coordinator answers, and which one it was. As often as it takes: it knows repeats.
+        """Calls a method of the coordinator, as often as it takes; the coordinator recognizes repeated calls.
+
+        Returns:
+            The epoch of the coordinator that replied, and its reply.
 
         Raises:
-            LTEError: it has failed for good.
+            LTEError: the coordinator has failed for good.
         """
         while True:
             with self._changed:
@@ -84,9 +86,9 @@ class ReconnectingStub:
                     self._changed.wait()
                 coordinator, epoch = self._coordinator, self.epoch
             try:
-                answer = ray.get(getattr(coordinator, method).remote(*args))
+                reply = ray.get(getattr(coordinator, method).remote(*args))
                 self._waiting_since = None
-                return epoch, answer
+                return epoch, reply
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, CoordinatorLost | ObjectLost):  # one of its shards, or what it was to fetch, is gone
                     self._forget_coordinator(epoch)
@@ -108,84 +110,105 @@ class ReconnectingStub:
 
 
 NOT_STARTED = HeadReport(-1, 0)
-"""Of a head that hasn't begun."""
+"""The report of a head that hasn't started."""
 
 
 @dataclass
 class _OwnHead:
-    """Of a head here: its factors by the contribution that they follow (None where B' = 0), and what isn't answered yet.
+    """What is cached of a head of this process.
 
-    `ordered` is what orders say that came here, whether the head has taken them or is about to.
+    Attributes:
+        factors: its factors by the sequence number of the contribution that they belong to; None where B' = 0.
+        pending: the sequence number of the contribution without a result; None if there is none.
+        directed: the furthest that directives which reached this process have gone, even if the head hasn't taken them yet.
     """
 
     factors: dict[int, Tensor | None] = field(default_factory=dict)
-    outstanding: Contribution | None = None
+    pending: int | None = None
     directed: HeadReport = NOT_STARTED
 
 
 class RecoveryCache:
-    """Keeps, beside training, the newest version that came here with what it holds, and this process's own contributions.
+    """Keeps the newest version that reached this process, its positions, and this process's contributions to or after it.
+
+    It doesn't ask the heads: they train meanwhile, and adopt a version later than it arrives. Its caller locks it.
 
     Args:
-        plans: all heads'.
-        numbers: of the heads here.
+        plans: of the heads of this process, by number.
         reset: as `LTEConfig.reset`.
     """
 
     def __init__(self, plans: Mapping[int, Plan], reset: str) -> None:
         self._plans, self._reset = plans, reset
         self._heads = {number: _OwnHead() for number in plans}
-        self.version, self.held, self.ledger = -1, dict[int, CommittedPosition](), dict[str, Any]()
+        self._version, self._positions, self._assignment_state = -1, dict[int, CommittedPosition](), dict[str, Any]()
 
     def record_start(self, head: int, sequence: int, factors: Tensor | None) -> None:
-        """A head here starts with these factors in the base."""
+        """Records the factors that the base holds of a head as it starts."""
         self._heads[head].factors[sequence] = factors
 
-    def record_contribution(self, contribution: Contribution, flat: Tensor) -> None:
-        """A head here sends a contribution; `flat` is what receivers make of it."""
-        own, plan = self._heads[contribution.head], self._plans[contribution.head]
-        own.outstanding = contribution
-        own.factors[contribution.sequence] = None if self._reset == "B" else factors_part(plan, flat)
+    def record_contribution(self, head: int, sequence: int, flat: Tensor) -> None:
+        """Records a contribution before it is sent; `flat` is what receivers decode."""
+        own = self._heads[head]
+        own.pending = sequence
+        own.factors[sequence] = None if self._reset == "B" else factors_part(self._plans[head], flat)
 
     def record_reply(self, reply: CoordinatorReply) -> None:
-        """An update has come, and its base is here."""
+        """Records a reply whose base has been fetched."""
         if reply.result is not None and not reply.result.accepted:
             self._settle(reply.result.head, reply.result.sequence, accepted=False)
-        for head in self._heads.keys() & reply.directives.keys():
-            own, order = self._heads[head], reply.directives[head]
-            grant = max([own.directed.assignment_id, *(grant.id for grant in order.assignments)])
-            released = max(own.directed.revoked, order.revocation)
-            own.directed = HeadReport(-1, max(own.directed.limit, order.limit), grant, released)
-        if reply.version <= self.version:
+        for number in self._heads.keys() & reply.directives.keys():
+            head, directive = self._heads[number], reply.directives[number]
+            before = head.directed
+            assignment_id = max([before.assignment_id, *(assignment.id for assignment in directive.assignments)])
+            revoked = max(before.revoked, directive.revocation)
+            head.directed = HeadReport(-1, max(before.limit, directive.limit), assignment_id, revoked)
+        if reply.version <= self._version:
             return
-        self.version, self.held, self.ledger = reply.version, reply.positions, reply.assignment_state
-        for head in self._heads:
-            if head in reply.positions:
-                self._settle(head, reply.positions[head].sequence, accepted=True)
+        self._version, self._positions, self._assignment_state = reply.version, reply.positions, reply.assignment_state
+        for number in self._heads:
+            if number in reply.positions:
+                self._settle(number, reply.positions[number].sequence, accepted=True)
 
     def _settle(self, head: int, sequence: int, accepted: bool) -> None:
+        """Keeps the factors of this contribution only if it was accepted, else all others."""
         own = self._heads[head]
-        if own.outstanding is None or own.outstanding.sequence != sequence:
-            return
-        own.outstanding = None
-        own.factors = {s: f for s, f in own.factors.items() if (s == sequence) == accepted}
+        if own.pending == sequence:
+            own.pending = None
+            own.factors = {s: f for s, f in own.factors.items() if (s == sequence) == accepted}
 
-    def build_report(self, base: Tensor | None, positions: Mapping[int, HeadReport], transport: Transport) -> RecoveryReport:
-        """All of it, published; `positions` are those of the heads that have begun."""
+    def build_report(self, base: Tensor | None, progress: Mapping[int, HeadReport], transport: Transport) -> RecoveryReport:
+        """Builds the report for a new coordinator, with tensors published.
+
+        Args:
+            base: the newest that reached this process; None if none has.
+            progress: of the heads that have started, without factors.
+            transport: publishes the tensors.
+        """
         heads = {}
-        for head, own in self._heads.items():
-            known = {s: None if f is None else transport.publish(f) for s, f in own.factors.items()}
-            at, said = positions.get(head, NOT_STARTED), own.directed
-            limit, grant, released = (max(getattr(at, f), getattr(said, f)) for f in ("limit", "assignment_id", "revoked"))
-            heads[head] = HeadReport(at.step, limit, grant, released, known)
-        return RecoveryReport(self.version, None if base is None else transport.publish(base), self.held, self.ledger, heads)
+        for number, head in self._heads.items():
+            factors = {s: None if f is None else transport.publish(f) for s, f in head.factors.items()}
+            now, directed = progress.get(number, NOT_STARTED), head.directed
+            heads[number] = HeadReport(
+                now.step,
+                max(now.limit, directed.limit),
+                max(now.assignment_id, directed.assignment_id),
+                max(now.revoked, directed.revoked),
+                factors,
+            )
+        published = None if base is None else transport.publish(base)
+        return RecoveryReport(self._version, published, self._positions, self._assignment_state, heads)
 
 
 @dataclass(frozen=True)
 class ReceivedReply:
-    """An update that has come, and the base that it led to (flat), if that is newer than what this process had.
+    """A reply, and what was fetched for it.
 
-    `staged` is what the process's only head makes of that base (`Head.stage`), with its contribution or without (`accepted`).
+    Attributes:
+        reply: the coordinator's.
+        base: flat; None if this process has that version already.
+        accepted: whether `staged` assumes that the outstanding contribution is in the base.
+        staged: what `Head.stage` returned for the base, if the process has one head.
     """
 
     reply: CoordinatorReply
@@ -195,41 +218,42 @@ class ReceivedReply:
 
 
 class CoordinatorClient:
-    """The way between the heads of one process and the coordinator.
+    """Connects the heads of one process with the coordinator.
 
     Args:
-        common: as every actor.
+        context: the run's.
         plans: all heads'.
-        numbers: of the heads here.
-        line: to the coordinator.
-        beside: whether contributions are made ready and sent while the heads train on.
+        numbers: of the heads of this process.
+        stub: calls the coordinator.
+        overlap: whether contributions are encoded and sent while the heads train.
+
+    Attributes:
+        base_replica: this process's copy of the base.
+        bytes_up: bytes of contributions, by head.
     """
 
     def __init__(
         self, context: RunContext, plans: Sequence[Plan], numbers: Sequence[int], stub: ReconnectingStub, overlap: bool
     ) -> None:
-        merge = context.settings.merge
+        merge, reset = context.settings.merge, context.settings.lte.reset
         self._transport, self._stub, self._numbers, self._overlap = context.transport, stub, tuple(numbers), overlap
         self._codecs = [Codec(plan, context.groups, merge) for plan in plans]
-        self.base_replica = BaseReplica(
-            self._codecs,
-            context.settings.lte.reset,
-            context.transport.fetch,
-            numbers,
-            context.merge_threads(plans[0], plans[0]),
-        )
-        self._recovery_cache = RecoveryCache({number: plans[number] for number in numbers}, context.settings.lte.reset)
-        self._epoch_lock = threading.Lock()  # between what comes from a coordinator and the end of its time
+        threads = context.merge_threads(plans[0], plans[0])
+        self.base_replica = BaseReplica(self._codecs, reset, context.transport.fetch, numbers, threads)
         self.bytes_up = dict.fromkeys(numbers, 0)
-        self._pool = ThreadPoolExecutor(len(numbers) + 1, "courier")
-        self._background = ThreadPoolExecutor(1, "aside")  # the others may be waiting for answers
-        self._in_flight: dict[Future[ReceivedReply], int] = {}  # by whose head
+        self._recovery_cache = RecoveryCache({number: plans[number] for number in numbers}, reset)
+        # Held while a reply or contribution is recorded, and while a coordinator's replies become void. Where the replica's
+        # own lock is taken too, that comes first.
+        self._epoch_lock = threading.Lock()
+        self._calls = ThreadPoolExecutor(len(numbers) + 1, "calls")
+        self._background = ThreadPoolExecutor(1, "background")  # the threads of `_calls` may all be waiting for replies
+        self._in_flight: dict[Future[ReceivedReply], int] = {}  # and the head whose contribution it is
         self._newer_base: Future[ReceivedReply] | None = None
         self._stream: torch.cuda.Stream | None = None
         self._weights_swapped: torch.cuda.Event | None = None
 
     def join(self, plans: Mapping[int, Plan], incarnation: int) -> ReceivedReply:
-        """The base to start from; `plans` are those of the models that were built here."""
+        """Joins the run; returns the base to start from. `plans` are those of the models that were built here."""
         while True:
             epoch, reply = self._stub.call("join", plans, incarnation)
             try:
@@ -237,72 +261,78 @@ class CoordinatorClient:
             except StaleCoordinator:
                 continue
 
-    def record_start(self, head: Head, reference: Tensor | None) -> None:
-        """A head here has started with this reference."""
-        self._recovery_cache.record_start(head.number, head.state.merged.sequence, reference)
+    def record_start(self, head: Head) -> None:
+        """Records that a head has started."""
+        state = head.state
+        with self._epoch_lock:
+            self._recovery_cache.record_start(head.number, state.merged.sequence, state.reference)
 
     def leave(self, head: int) -> None:
-        """A head has ended."""
+        """Tells the coordinator that a head has ended."""
         self._stub.call("leave", head)
 
-    def release_base(self, head: Head) -> None:
-        """The base that came last isn't needed any more."""
-        if head.device.type == "cuda":
-            self._weights_swapped = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._weights_swapped.record(torch.cuda.current_stream(head.device))
-        self.base_replica.release()
+    def call_coordinator(self, method: str, *args: Any) -> None:
+        """Calls a method of the coordinator; waits for its reply and drops it."""
+        self._stub.call(method, *args)
 
-    def report(self, positions: Mapping[int, HeadReport], epoch: int) -> RecoveryReport:
-        """What this process knows, for the coordinator of that number; what earlier ones have sent doesn't count any more."""
+    def run_in_background(self, work: Callable[[], None]) -> None:
+        """Runs `work` in another thread, one at a time."""
+        self._background.submit(work)
+
+    def build_report(self, progress: Mapping[int, HeadReport], epoch: int) -> RecoveryReport:
+        """Builds the report for the coordinator of `epoch`; replies of earlier coordinators are void from now on."""
         with self._epoch_lock:
             self._stub.disconnect(epoch)
-        return self.base_replica.read(lambda base: self._report(base, positions))
+        return self.base_replica.read(lambda base: self._build_report(base, progress))
 
-    def _report(self, base: Tensor | None, positions: Mapping[int, HeadReport]) -> RecoveryReport:
-        with self._epoch_lock:  # always after the mirror's own lock
-            return self._recovery_cache.build_report(base, positions, self._transport)
+    def _build_report(self, base: Tensor | None, progress: Mapping[int, HeadReport]) -> RecoveryReport:
+        with self._epoch_lock:
+            return self._recovery_cache.build_report(base, progress, self._transport)
 
-    # -- contributions and answers -----------------------------------------------------------------------------------
+    # -- contributions and replies ---------------------------------------------------------------------------------------
 
     def send(self, head: Head, contribution: Contribution) -> None:
-        """Sends a contribution and fetches what the answer leads to; in another thread, what needn't keep the head."""
+        """Sends a contribution, and fetches what the reply refers to, in another thread.
+
+        With `overlap` the contribution is encoded and published there too.
+        """
         if not self._overlap:
-            encoded = self._publish(head, contribution)
-            self._in_flight[self._pool.submit(self._submit, head, encoded)] = head.number
+            sent = self._publish(head, contribution)
+            self._in_flight[self._calls.submit(self._submit, head, sent)] = head.number
             return
         ready = torch.cuda.Event() if head.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         if ready is not None:
             ready.record(torch.cuda.current_stream(head.device))
-        self._in_flight[self._pool.submit(self._encode_and_submit, head, contribution, ready)] = head.number
+        self._in_flight[self._calls.submit(self._publish_and_submit, head, contribution, ready)] = head.number
 
     def awaits_reply(self, head: Head) -> bool:
-        """Whether the answer to this head's last contribution is still to come, even if its verdict is known by another."""
+        """Whether the reply to this head's last contribution is still to come, even if another reply has told its result."""
         return head.number in self._in_flight.values()
 
     def request_newer_base(self, head: Head, version: int) -> None:
-        """Asks to be told of a version newer than `version`, whatever becomes of contributions; one question at a time."""
+        """Requests a base newer than `version` as soon as there is one; does nothing if one is requested already."""
         if self._newer_base is None:
-            self._newer_base = self._pool.submit(self._wait_for_newer_base, head, version)
-
-    def run_in_background(self, work: Callable[[], None]) -> None:
-        """Does something in another thread."""
-        self._background.submit(work)
-
-    def call_coordinator(self, method: str, *args: Any) -> None:
-        """Tells the coordinator something."""
-        self._stub.call(method, *args)
+            self._newer_base = self._calls.submit(self._wait_for_newer_base, head, version)
 
     def received_replies(self, timeout: float = 0) -> list[ReceivedReply]:
-        """What has come since the last call, after up to `patience` seconds if there is nothing."""
+        """The replies since the last call, by version; waits up to `timeout` seconds if there is none."""
         waiting = {*self._in_flight, *([self._newer_base] if self._newer_base else [])}
         done, _ = wait(waiting, timeout, FIRST_COMPLETED) if waiting else (set(), None)
         for future in done:
             self._in_flight.pop(future, None)
         if self._newer_base in done:
             self._newer_base = None
-        return sorted((future.result() for future in done), key=lambda arrived: arrived.reply.version)
+        return sorted((future.result() for future in done), key=lambda received: received.reply.version)
+
+    def release_base(self, head: Head) -> None:
+        """Says that the base that was received last isn't needed any more."""
+        if head.device.type == "cuda":
+            self._weights_swapped = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._weights_swapped.record(torch.cuda.current_stream(head.device))
+        self.base_replica.release()
 
     def _publish(self, head: Head, contribution: Contribution) -> Contribution:
+        """Encodes a contribution and publishes its buffers; returns the message to send."""
         encoded = head.encode(contribution, self._codecs[head.number])
         self.bytes_up[head.number] += sum(buffer.nbytes for buffer in encoded.buffer)
         sent = replace(
@@ -312,23 +342,24 @@ class CoordinatorClient:
         )
         assert head.state.pending is not None
         with self._epoch_lock:
-            self._recovery_cache.record_contribution(sent, head.state.pending)
+            self._recovery_cache.record_contribution(head.number, sent.sequence, head.state.pending)
         return sent
 
-    def _encode_and_submit(self, head: Head, contribution: Contribution, ready: Any) -> ReceivedReply:
+    def _publish_and_submit(self, head: Head, contribution: Contribution, ready: Any) -> ReceivedReply:
         if ready is None:
             return self._submit(head, self._publish(head, contribution))
-        with torch.cuda.stream(self._side_stream(head)):  # so that copying out doesn't wait for the steps that follow
-            self._side_stream(head).wait_event(ready)
-            encoded = self._publish(head, contribution)
-        return self._submit(head, encoded)
+        stream = self._side_stream(head)
+        with torch.cuda.stream(stream):  # so that copying to the CPU doesn't wait for the steps that follow
+            stream.wait_event(ready)
+            sent = self._publish(head, contribution)
+        return self._submit(head, sent)
 
-    def _submit(self, head: Head, encoded: Contribution) -> ReceivedReply:
-        """The answer to a contribution, of whatever coordinator is there to give it."""
+    def _submit(self, head: Head, sent: Contribution) -> ReceivedReply:
+        """Sends a contribution to the coordinator, and to the next one if that dies; returns the reply."""
         while True:
-            inject("sent", head=encoded.head, step=encoded.step)
-            epoch, reply = self._stub.call("submit", encoded, self._numbers, self.base_replica.redo_from)
-            inject("answered", head=encoded.head, step=encoded.step)
+            inject("sent", head=sent.head, step=sent.step)
+            epoch, reply = self._stub.call("submit", sent, self._numbers, self.base_replica.redo_from)
+            inject("answered", head=sent.head, step=sent.step)
             try:
                 return self._stage(head, self._fetch(reply, epoch))
             except StaleCoordinator:
@@ -343,10 +374,10 @@ class CoordinatorClient:
                 continue
 
     def _fetch(self, reply: CoordinatorReply, epoch: int) -> ReceivedReply:
-        """Fetches what an update leads to. If there is a base, `adopted` has to follow.
+        """Fetches what a reply refers to. If the result has a base, `release_base` must follow.
 
         Raises:
-            Cut: the coordinator that sent it is gone, and with it what it has merged.
+            StaleCoordinator: the coordinator that sent it has died, and what it merged is void.
         """
         while True:
             try:
@@ -354,36 +385,33 @@ class CoordinatorClient:
             except (CannotRedoMerges, ObjectLost):
                 if self._stub.epoch != epoch:
                     raise StaleCoordinator from None
-                now, whole = self._stub.call("wait_for_version", self._numbers, -1, -1)
-                if now != epoch:
+                newest_epoch, complete = self._stub.call("wait_for_version", self._numbers, -1, -1)  # with the complete base
+                if newest_epoch != epoch:
                     raise StaleCoordinator from None
-                reply = replace(
-                    whole, result=reply.result, checkpoint_requests=(*reply.checkpoint_requests, *whole.checkpoint_requests)
-                )
+                requests = (*reply.checkpoint_requests, *complete.checkpoint_requests)
+                reply = replace(complete, result=reply.result, checkpoint_requests=requests)
             else:
                 return ReceivedReply(reply, base)
 
     def _record_reply(self, reply: CoordinatorReply, epoch: int) -> None:
-        """An update was fetched; if it still counts, it's known from now on."""
         with self._epoch_lock:
             if self._stub.epoch != epoch:
                 raise StaleCoordinator
             self._recovery_cache.record_reply(reply)
 
     def _stage(self, head: Head, received: ReceivedReply) -> ReceivedReply:
-        """Computes what the head will adopt, so that it stands still only to put it in place."""
+        """Computes the weights that the head will adopt, so that it stops only to put them in place."""
         if received.base is None or len(self._numbers) > 1 or not self._overlap:
             return received
         accepted = head.outstanding and received.reply.includes(head.number, head.sequence)
         if head.device.type != "cuda":
             return replace(received, accepted=accepted, staged=head.stage(received.base, accepted))
-        with torch.cuda.stream(self._side_stream(head)):
-            if (
-                self._weights_swapped is not None
-            ):  # until then kernels that were queued before may read the weights to be written to
-                self._side_stream(head).wait_event(self._weights_swapped)
+        stream = self._side_stream(head)
+        with torch.cuda.stream(stream):
+            if self._weights_swapped is not None:  # kernels queued before that may read the weights that are written to here
+                stream.wait_event(self._weights_swapped)
             staged = head.stage(received.base, accepted)
-            self._side_stream(head).synchronize()
+            stream.synchronize()
         return replace(received, accepted=accepted, staged=staged)
 
     def _side_stream(self, head: Head) -> torch.cuda.Stream:
