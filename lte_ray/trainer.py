@@ -1,4 +1,4 @@
-"""The Python API: `LTETrainer(worker, ...).fit()` runs a whole training and gives Ray's `Result`."""
+"""The Python API: `LTETrainer(worker, ...).fit()` runs a training from start to end and returns Ray's `Result`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ log = logging.getLogger("lte_ray")
 class LTETrainer:
     """Trains a worker's model with LoRA heads on Ray.
 
-    Connects to RAY_ADDRESS, or to the Ray that is initialised already, or starts a local one for the run.
+    Uses the Ray that is initialized already; else connects to RAY_ADDRESS; else starts a local Ray for the run.
 
     Args:
         worker: what to train: an instance of a `lte_ray.Worker` (or its class, if it needs no arguments).
@@ -45,11 +45,11 @@ class LTETrainer:
         merge: when and how they merge; `policy` may be a policy object.
         train: steps, seed, and how often to evaluate and save.
         scaling_config: resources per head, as `ray.train.ScalingConfig` or `lte_ray.config.PlacementConfig`. By default
-            a GPU each where the cluster has one for every head, else a CPU each.
+            a GPU for each process of heads if the cluster has enough of them, else equal shares of its CPUs.
         run_config: name, storage and checkpoints to keep, as `ray.train.RunConfig` or `lte_ray.config.StorageConfig`
             (which can also resume or overwrite a run).
-        failure: what happens when processes die, and between how many heads the run may have; by default what Ray's
-            `RunConfig` says (`FailureConfig(max_failures=...)`), else ours.
+        failure: what happens when processes die, and how few and how many heads the run may have; by default what Ray's
+            `RunConfig` says (`FailureConfig(max_failures=...)`), else `lte_ray.FailureConfig()`.
         reporter: shows progress; by default a live display on a terminal, else lines.
         program: how ``run.toml`` names the worker; by default its module and class.
     """
@@ -70,15 +70,15 @@ class LTETrainer:
 
     @classmethod
     def restore(cls, path: str | os.PathLike[str], worker: Any = None, **changed: Any) -> LTETrainer:
-        """A trainer that goes on with the run in `path` (its directory, as ``Result.path`` has it, or a URI) from its newest
-        whole checkpoint, with the settings in its ``run.toml``; `fit` starts it.
+        """Returns a trainer that continues the run in `path` from its newest complete checkpoint once `fit` is called.
 
-        The worker that ``run.toml`` names is imported: restore only runs of people whom you trust.
+        The settings are those in the run's ``run.toml``. The worker that it names is imported: restore only runs of people whom
+        you trust.
 
         Args:
-            path: the run's directory.
-            worker: instead of the one that ``run.toml`` names: needed where that can't be imported, or holds a secret.
-            changed: arguments of `LTETrainer` in the place of those that the run had, e.g. `train` with more steps.
+            path: the run's directory, as in ``Result.path``, or its URI.
+            worker: replaces the one that ``run.toml`` names; needed if that can't be imported, or holds a secret.
+            changed: arguments of `LTETrainer` that replace those of the run, e.g. `train` with more steps.
 
         Raises:
             StorageError: there is no run, or ``run.toml`` is damaged.
@@ -117,7 +117,7 @@ class LTETrainer:
         storage, filesystem = _storage(self.run_config)
         failure = self.failure or _failure(self.run_config)
         name = storage.name or f"{type(self.worker).__name__.lower()}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-        # Actors get the policy's name only: the object goes to the coordinator alone.
+        # Settings go to all actors. They hold the policy's name: the policy itself goes to the coordinator only.
         merge = dataclasses.replace(
             self.merge, policy=run_record.object_name(self.merge.policy), policy_args=resolved_arguments(self.merge) or None
         )
@@ -134,64 +134,64 @@ class LTETrainer:
         from lte_ray.runtime.coordinator_state import CoordinatorState, load_checkpoint
         from lte_ray.runtime.object_store import ObjectStore
 
-        asked, more = placing.from_scaling_config(self.scaling_config, self.lte.num_heads)
-        if asked.stack_heads == "always" and asked.heads_per_actor > 1:
+        placement_config, ray_options = placing.from_scaling_config(self.scaling_config, self.lte.num_heads)
+        if placement_config.stack_heads == "always" and placement_config.heads_per_actor > 1:
             check_stackable(self.train, initial.plans)
-        worker, packed = PickledObject.pickle(self.worker), PickledObject.pickle(policy)
+        pickled_worker, pickled_policy = PickledObject.pickle(self.worker), PickledObject.pickle(policy)
         reporter = self.reporter or automatic_display()
         reporter.update(Progress.starting(name, self.train.steps, "starting Ray"))
         with contextlib.closing(reporter), connected():
-            placement = placing.resolve(asked, self.lte.num_heads, **more)
+            placement = placing.resolve(placement_config, self.lte.num_heads, **ray_options)
             reporter.update(Progress.starting(name, self.train.steps, "starting the heads"))
-            hosted = placing.assign_heads(placement, self.lte.num_heads)
-            record = run_record.make_record(self.worker, self.program, settings, asked, storage, failure)
-            with contextlib.ExitStack() as held:
-                places = held.enter_context(placing.reserve(placement, hosted))
-                groups = placing.transfer_groups(settings.merge, initial.plans, places.nodes, may_merge_by_weights(policy))
-                config, resume = held.enter_context(claim.acquire(record))
-                common = RunContext(
-                    worker,
-                    settings,
-                    directory,
-                    ObjectStore(),
-                    groups,
-                    RetentionPolicy(storage.keep_checkpoints, storage.keep_best, storage.best_by),
-                    failure.rejoin,
-                    os.environ.get(fault_injection.VARIABLE),
-                    config,
+            heads_by_actor = placing.assign_heads(placement, self.lte.num_heads)
+            record = run_record.make_record(self.worker, self.program, settings, placement_config, storage, failure)
+            with contextlib.ExitStack() as stack:
+                reservation = stack.enter_context(placing.reserve(placement, heads_by_actor))
+                groups = placing.transfer_groups(settings.merge, initial.plans, reservation.nodes, may_merge_by_weights(policy))
+                run_toml, resume = stack.enter_context(claim.acquire(record))
+                context = RunContext(
+                    worker=pickled_worker,
+                    settings=settings,
+                    directory=directory,
+                    transport=ObjectStore(),
+                    groups=groups,
+                    retention=RetentionPolicy(storage.keep_checkpoints, storage.keep_best, storage.best_by),
+                    rejoin=failure.rejoin,
+                    fault_script=os.environ.get(fault_injection.VARIABLE),
+                    run_toml=run_toml,
                 )
                 if resume:
-                    start = load_checkpoint(common, initial, resume.version, self.lte.num_heads)
+                    start = load_checkpoint(context, initial, resume.version, self.lte.num_heads)
                 else:
-                    start = CoordinatorState(0, common.transport.publish(initial.base))
-                session = TrainController(
-                    common=common,
+                    start = CoordinatorState(0, context.transport.publish(initial.base))
+                controller = TrainController(
+                    context=context,
                     initial=initial,
                     start=start,
-                    policy=packed,
-                    placement=placement,
+                    policy=pickled_policy,
+                    reservation=reservation,
                     failure=failure,
-                    stack=asked.stack_heads,
+                    stack_heads=placement_config.stack_heads,
                     reporter=reporter,
                     export=lambda final: run_record.write_model(directory, initial, final),
                 )
-                session.run(places)
-        return _result(session, directory)
+                controller.run()
+        return _result(controller, directory)
 
 
 def _storage(config: Any) -> tuple[StorageConfig, Any]:
-    """Ray's RunConfig (or ours) as ours, and the filesystem that it names."""
+    """Returns Ray's RunConfig (or ours) as ours, and the filesystem that it names."""
     if config is None or isinstance(config, StorageConfig):
         return config or StorageConfig(), None
     check_run_name(config.name)
-    keep: dict[str, Any] = {"keep_checkpoints": None}
+    retention: dict[str, Any] = {"keep_checkpoints": None}
     if config.checkpoint_config:
-        keep = _kept(config.checkpoint_config)
-    return StorageConfig(name=config.name, storage=config.storage_path, **keep), config.storage_filesystem
+        retention = _retention(config.checkpoint_config)
+    return StorageConfig(name=config.name, storage=config.storage_path, **retention), config.storage_filesystem
 
 
-def _kept(config: ray.train.CheckpointConfig) -> dict[str, Any]:
-    """Ray's rule as ours: with a score the best `num_to_keep`, and the newest in any case; else the newest `num_to_keep`."""
+def _retention(config: ray.train.CheckpointConfig) -> dict[str, Any]:
+    """Returns which checkpoints Ray's rule keeps: the newest `num_to_keep`; with a score the best, and always the newest."""
     number, figure = config.num_to_keep, config.checkpoint_score_attribute
     if number is None or figure is None:
         return {"keep_checkpoints": number}
@@ -200,23 +200,23 @@ def _kept(config: ray.train.CheckpointConfig) -> dict[str, Any]:
 
 
 def _failure(config: Any) -> FailureConfig:
-    """What Ray's RunConfig says of failures. Its default, 0, says nothing: a run shouldn't end since a machine does."""
-    said = getattr(getattr(config, "failure_config", None), "max_failures", 0)
-    return FailureConfig(max_failures=said) if said else FailureConfig()
+    """Returns what Ray's RunConfig says of failures. Its default, 0, is ignored: a lost machine shouldn't end a run."""
+    max_failures = getattr(getattr(config, "failure_config", None), "max_failures", 0)
+    return FailureConfig(max_failures=max_failures) if max_failures else FailureConfig()
 
 
 def default_storage() -> str:
-    """Where runs are kept if nobody says: Ray's own folder."""
+    """Returns where runs are kept by default: Ray's own folder."""
     import ray.train
 
     return str(ray.train.RunConfig().storage_path)
 
 
-def _result(session: TrainController, directory: RunDirectory) -> ray.train.Result:
+def _result(controller: TrainController, directory: RunDirectory) -> ray.train.Result:
     import ray.train
 
-    progress = session.progress()
-    times = [status.times for status in session.statuses.values()]
+    state, progress = controller.state, controller.progress.snapshot()
+    statuses = list(state.statuses.values())
     evaluation = progress.evaluation.values if progress.evaluation else {}
     metrics: dict[str, Any] = {
         **evaluation,
@@ -227,18 +227,21 @@ def _result(session: TrainController, directory: RunDirectory) -> ray.train.Resu
         "samples_per_second": progress.samples_per_second,
         "version": progress.version,
         "seconds": progress.seconds,
-        "times": {f.name: sum(getattr(t, f.name) for t in times) / len(times) for f in dataclasses.fields(HeadTimes)},
-        "merge_seconds": sum(m.merge_seconds for m in session.merges),
-        "bytes_up": sum(status.bytes_up for status in session.statuses.values()),
-        "bytes_down": sum(status.bytes_down for status in session.statuses.values()),
-        "bytes_ddp": sum(merge.bytes_instead.get("ddp", 0) for merge in session.merges),
-        "resyncs": sum(status.resyncs for status in session.statuses.values()),
+        "times": {
+            field.name: sum(getattr(status.times, field.name) for status in statuses) / len(statuses)
+            for field in dataclasses.fields(HeadTimes)
+        },
+        "merge_seconds": sum(merge.merge_seconds for merge in state.merges),
+        "bytes_up": sum(status.bytes_up for status in statuses),
+        "bytes_down": sum(status.bytes_down for status in statuses),
+        "bytes_ddp": sum(merge.bytes_instead.get("ddp", 0) for merge in state.merges),
+        "resyncs": sum(status.resyncs for status in statuses),
     }
-    if session.sample is not None:
-        metrics["sample"] = session.sample
+    if state.sample is not None:
+        metrics["sample"] = state.sample
     saved = None
-    if session.checkpoint is not None:
-        path = directory.path_to(checkpoint.version_folder(session.checkpoint))
+    if state.checkpoint is not None:
+        path = directory.path_to(checkpoint.version_folder(state.checkpoint))
         saved = ray.train.Checkpoint(path, directory.filesystem)
     return ray.train.Result(
         metrics=metrics, checkpoint=saved, error=None, path=directory.path, _storage_filesystem=directory.filesystem

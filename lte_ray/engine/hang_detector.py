@@ -1,28 +1,28 @@
-"""When a process counts as hung: by how long it took to answer and to move before, not by settings that a user must guess."""
+"""Decides when a process counts as hung: by how long processes took before, not by settings that a user must guess."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-ANSWER = 10.0
-"""Seconds without an answer that are never called hung: a busy machine may take as long to schedule a thread."""
+MIN_SILENCE = 10.0
+"""Seconds without an answer that never count as a hang: a busy machine may take as long to schedule a thread."""
 
-PROGRESS = 30.0
-"""Seconds without a step that are never called hung."""
+MIN_STANDSTILL = 30.0
+"""Seconds without a step that never count as a hang."""
 
 STARTING = 900.0
-"""Seconds for a first step: building the model, reading the data, compiling. Also for the first answer of all."""
+"""Seconds for a first step: building the model, reading the data, compiling. Also for the first answer of the run."""
 
-FIRST = 90.0
-"""Seconds until a first answer that are never called hung, though others have given theirs: importing torch takes some. On
-several nodes it is `STARTING`, since a node that is new to the cluster may have to be set up."""
+MIN_START = 90.0
+"""Seconds until a process's first answer that never count as a hang, although others have answered: importing torch takes some.
+On several nodes it is `STARTING`, since a node that is new to the cluster may have to be set up."""
 
-TIMES = 20.0
-"""A process is hung if it takes so many times as long as anything like it took before, to answer or for a step."""
+FACTOR = 20.0
+"""A process hangs if it takes this many times as long, to answer or for a step, as any process took before."""
 
-TIMES_FIRST = 5.0
-"""As much for its first answer: that takes seconds, which differ less than fractions of one."""
+START_FACTOR = 5.0
+"""The same for a first answer: it takes seconds, which vary less than fractions of one."""
 
 
 @dataclass
@@ -31,8 +31,10 @@ class ProcessHealth:
 
     Attributes:
         answered: when it answered last; None before it did.
-        begun: since when it could have answered for the first time; None while nobody knows (it may wait for a place).
+        begun: since when it could have answered for the first time; None while that isn't known (it may wait for a place).
         moved: when `position` changed last.
+        position: what it had done by its last answer.
+        stepped: whether it has taken a step.
     """
 
     answered: float | None = None
@@ -43,67 +45,81 @@ class ProcessHealth:
 
 
 class HangDetector:
-    """What is normal in this run: the longest that any process took to start, to answer, and from one step to the next."""
+    """Knows what is normal in this run.
+
+    Attributes:
+        longest_start, longest_answer, longest_step: the longest that any process took to start, to answer, and from one step to
+            the next; 0 before any did.
+        several_nodes: whether processes are on several nodes.
+    """
 
     def __init__(self) -> None:
-        self.start = self.answer = self.step = 0.0
-        self.several = False
-        """Whether processes are on several nodes."""
+        self.longest_start = self.longest_answer = self.longest_step = 0.0
+        self.several_nodes = False
 
     @property
-    def starting(self) -> float:
-        """Seconds until its first answer after which a process that has begun is hung."""
-        return max(FIRST, TIMES_FIRST * self.start) if self.start and not self.several else STARTING
+    def start_limit(self) -> float:
+        """Seconds until its first answer after which a process that has begun counts as hung."""
+        if not self.longest_start or self.several_nodes:
+            return STARTING
+        return max(MIN_START, START_FACTOR * self.longest_start)
 
     @property
     def silence(self) -> float:
-        """Seconds without an answer after which a process is hung."""
-        return max(ANSWER, TIMES * self.answer)
+        """Seconds without an answer after which a process counts as hung."""
+        return max(MIN_SILENCE, FACTOR * self.longest_answer)
 
     @property
     def standstill(self) -> float:
-        """Seconds without a step after which a head that trains is hung."""
-        return max(PROGRESS, TIMES * self.step)
+        """Seconds without a step after which a head that trains counts as hung."""
+        return max(MIN_STANDSTILL, FACTOR * self.longest_step)
 
-    def note(
-        self, pulse: ProcessHealth, now: float, asked: float, position: Hashable, idle: bool, stepped: bool, head: bool = True
+    def record_answer(
+        self,
+        health: ProcessHealth,
+        now: float,
+        requested_at: float,
+        position: Hashable,
+        idle: bool,
+        stepped: bool,
+        head: bool = True,
     ) -> None:
-        """A process has answered.
+        """Records that a process has answered. Its first answer says how long it took to start; the others, how long to answer.
 
         Args:
-            pulse: its own.
-            asked: when it was asked. Its first answer says how long it took to start; the others, how long to answer.
+            health: of the process.
+            requested_at: when the answer was requested.
             position: changes whenever the process does something.
-            idle: whether it waits for others, and so needn't move.
+            idle: whether it waits for others, so that it need not move.
             stepped: whether it has taken a step since it started.
-            head: whether it is one of heads, which start in their own way.
+            head: whether it hosts heads: others start in another way.
         """
-        if pulse.answered is not None:
-            self.answer = max(self.answer, now - asked)
-        elif pulse.begun is not None and head:
-            self.start = max(self.start, now - pulse.begun)
-        pulse.answered = now
-        if position != pulse.position or idle:
-            if pulse.stepped and not idle:
-                self.step = max(self.step, now - pulse.moved)
-            pulse.moved, pulse.position = now, position
-        pulse.stepped = pulse.stepped or stepped
+        if health.answered is not None:
+            self.longest_answer = max(self.longest_answer, now - requested_at)
+        elif health.begun is not None and head:
+            self.longest_start = max(self.longest_start, now - health.begun)
+        health.answered = now
+        if position != health.position or idle:
+            if health.stepped and not idle:
+                self.longest_step = max(self.longest_step, now - health.moved)
+            health.moved, health.position = now, position
+        health.stepped = health.stepped or stepped
 
-    def hung(self, pulse: ProcessHealth, now: float, asked: float | None) -> str:
-        """Why a process counts as hung; empty if it doesn't.
+    def hang_reason(self, health: ProcessHealth, now: float, requested_at: float | None) -> str:
+        """Returns why a process counts as hung; empty if it doesn't.
 
         Args:
-            asked: since when it owes an answer; None if it doesn't.
+            requested_at: since when it owes an answer; None if it owes none.
         """
-        if pulse.answered is None:
-            if pulse.begun is None or now - pulse.begun <= self.starting:
+        if health.answered is None:
+            if health.begun is None or now - health.begun <= self.start_limit:
                 return ""
-            others = f" (others took at most {self.start:.1f} s)" if self.start else ""
-            return f"it hasn't answered for {now - pulse.begun:.0f} s, since it was started{others}"
-        if asked is not None and now - asked > self.silence:
-            return f"it hasn't answered for {now - asked:.0f} s (others took at most {self.answer:.1f} s)"
-        limit = self.standstill if pulse.stepped else STARTING
-        if now - pulse.moved > limit:
-            usual = f"; a step took at most {self.step:.1f} s" if pulse.stepped else ""
-            return f"it answers, but hasn't moved for {now - pulse.moved:.0f} s{usual}"
+            others = f" (others took at most {self.longest_start:.1f} s)" if self.longest_start else ""
+            return f"it hasn't answered for {now - health.begun:.0f} s, since it was started{others}"
+        if requested_at is not None and now - requested_at > self.silence:
+            return f"it hasn't answered for {now - requested_at:.0f} s (others took at most {self.longest_answer:.1f} s)"
+        limit = self.standstill if health.stepped else STARTING
+        if now - health.moved > limit:
+            usual = f"; a step took at most {self.longest_step:.1f} s" if health.stepped else ""
+            return f"it answers, but hasn't moved for {now - health.moved:.0f} s{usual}"
         return ""

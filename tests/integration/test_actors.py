@@ -36,32 +36,33 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # for the funct
 
 @contextlib.contextmanager
 def actors(path: Path, placement: Placement, **train: Any) -> Iterator[TrainController]:
-    """The actors of a run, which train without anybody who watches them."""
+    """The actors of a run, which train without a controller that watches them."""
     kwargs = settings(**train)
     config = Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"])
     directory = RunDirectory.open(str(path), "r")
     directory.create()
     initial = prepare(Regression(), config)
     groups = transfer_groups(config.merge, initial.plans, 1)
-    common = RunContext(PickledObject.pickle(Regression()), config, directory, ObjectStore(), groups)
+    context = RunContext(PickledObject.pickle(Regression()), config, directory, ObjectStore(), groups)
     directory.write(RUN, b"")
-    session = TrainController(
-        common=common,
-        initial=initial,
-        start=CoordinatorState(0, common.transport.publish(initial.base)),
-        policy=PickledObject.pickle(make_policy(config.merge)),
-        placement=placement,
-        failure=FailureConfig(max_failures=0),
-        stack="auto",
-        reporter=SilentReporter(),
-        export=lambda base: None,
-    )
-    with reserve(placement, assign_heads(placement, config.lte.num_heads)) as places, session._actors(places):
-        yield session
+    with reserve(placement, assign_heads(placement, config.lte.num_heads)) as reservation:
+        controller = TrainController(
+            context=context,
+            initial=initial,
+            start=CoordinatorState(0, context.transport.publish(initial.base)),
+            policy=PickledObject.pickle(make_policy(config.merge)),
+            reservation=reservation,
+            failure=FailureConfig(max_failures=0),
+            stack_heads="auto",
+            reporter=SilentReporter(),
+            export=lambda base: None,
+        )
+        with controller.actors():
+            yield controller
 
 
 def to_the_end(run: TrainController) -> list[tuple[HeadStatus, ...]]:
-    return ray.get([member.run for member in run.crew.members])
+    return ray.get([slot.run for slot in run.heads.slots])
 
 
 def first_weight(group: HeadGroup) -> torch.Tensor:
@@ -86,14 +87,14 @@ def test_heads_reserve_what_was_asked_and_hold_their_own_copies_of_the_main_weig
         to_the_end(run)
         held = [group["bundles"] for group in placement_group_table().values() if group["state"] == "CREATED"]
         assert held == [{0: {"CPU": 2.0}, 1: {"CPU": 2.0}}]
-        assert ray.get(run.crew.members[0].actor.status.remote())[0].step == 5
+        assert ray.get(run.heads.slots[0].actor.status.remote())[0].step == 5
         # the thread count is set where the head trains, so it is read there
-        assert ray.get(run.crew.members[1].actor.inspect.remote(torch_threads)) == 2
-        before = ray.get([member.actor.inspect.remote(first_weight) for member in run.crew.members])
-        _, published, _ = ray.get(run.hub.coordinator.finish.remote())
+        assert ray.get(run.heads.slots[1].actor.inspect.remote(torch_threads)) == 2
+        before = ray.get([slot.actor.inspect.remote(first_weight) for slot in run.heads.slots])
+        _, published, _ = ray.get(run.coordinator.actor.finish.remote())
         base = ObjectStore().fetch(published).clone()
-        ray.get(run.crew.members[0].actor.inspect.remote(perturb))
-        after = ray.get([member.actor.inspect.remote(first_weight) for member in run.crew.members])
+        ray.get(run.heads.slots[0].actor.inspect.remote(perturb))
+        after = ray.get([slot.actor.inspect.remote(first_weight) for slot in run.heads.slots])
         assert torch.equal(after[0], before[0] + 1.0)
         assert torch.equal(after[1], before[1])
         assert torch.equal(ObjectStore().fetch(published), base)
@@ -102,10 +103,10 @@ def test_heads_reserve_what_was_asked_and_hold_their_own_copies_of_the_main_weig
 def test_status_answers_while_a_head_trains(local_ray: None, tmp_path: Path) -> None:
     """A head that trains for long still says where it is."""
     with actors(tmp_path, Placement(cpus=1, gpus=0), steps=100_000) as run:
-        runs = [member.run for member in run.crew.members]
-        while ray.get(run.crew.members[0].actor.status.remote(), timeout=10)[0].step < 5:
+        runs = [slot.run for slot in run.heads.slots]
+        while ray.get(run.heads.slots[0].actor.status.remote(), timeout=10)[0].step < 5:
             assert not ray.wait(runs, timeout=0.05)[0]
-        assert ray.get(run.hub.coordinator.status.remote(0)).version >= 0
+        assert ray.get(run.coordinator.actor.status.remote(0)).version >= 0
 
 
 def test_heads_share_cores_by_default_and_gpus_need_a_gpu_each(local_ray: None) -> None:

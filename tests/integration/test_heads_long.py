@@ -102,7 +102,7 @@ def test_a_run_grows_where_there_is_room(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merge: dict[str, Any]
 ) -> None:
     """A head comes, is given half of somebody's data, and what it trains is merged."""
-    monkeypatch.setattr("lte_ray.runtime.controller.failure_handling.GROW", 1.0)
+    monkeypatch.setattr("lte_ray.runtime.controller.failure_handling.GROW_EVERY", 1.0)
     rows, found = run(tmp_path, Marked(seconds=0.1), 2, FailureConfig(max_heads=3), steps=150, **merge)
     assert [row["head"] for row in events(rows, "head_added")] == [2]
     assert any(2 in row["heads"] for row in rows if row["kind"] == "merge")
@@ -152,8 +152,8 @@ def test_a_loader_that_stands_still_is_said_and_replaced(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its head answers, but takes no step: the watchdog says who waits for what, then the head is killed and started again."""
-    monkeypatch.setattr("lte_ray.runtime.controller.controller.QUIET", 1.0)
-    monkeypatch.setattr("lte_ray.engine.hang_detector.PROGRESS", 4.0)
+    monkeypatch.setattr("lte_ray.runtime.controller.progress.STALLED_AFTER", 1.0)
+    monkeypatch.setattr("lte_ray.engine.hang_detector.MIN_STANDSTILL", 4.0)
 
     class Stuck(Marked):
         """Its loader waits for ever in step 23 of head 1, the first time."""

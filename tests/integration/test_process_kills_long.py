@@ -120,7 +120,7 @@ def test_a_head_that_has_ended_and_dies_with_the_coordinator_loses_nothing(
 
 def test_a_shard_and_an_evaluator_that_hang(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both are found by their silence: the merging side begins anew, and the next evaluation is another process's."""
-    monkeypatch.setattr("lte_ray.runtime.controller.controller.STARTING", 20.0)
+    monkeypatch.setattr("lte_ray.runtime.controller.evaluation.FIRST_ANSWER", 20.0)
     faults = [fault("shard receives", "SIGSTOP", head=1), fault("evaluates", "SIGSTOP")]
     chaos = Chaos(tmp_path, monkeypatch, faults, shards=2, **NOT_WAITING)
     chaos.run()

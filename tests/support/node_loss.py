@@ -57,7 +57,7 @@ def main(folder: Path, what: str) -> int:
     other = cluster.add_node(num_cpus=2)
     ray.init(address=cluster.address, logging_level="error", log_to_driver=False)
     if what == "leave":
-        placement.PATIENCE, failure_handling.GROW = 5.0, 1.0
+        placement.PATIENCE, failure_handling.GROW_EVERY = 5.0, 1.0
     config = settings(600 if what == "leave" else 300) | {
         "lte": LTEConfig(num_heads=4, lora_r=8, lora_alpha=16),
         "merge": MergeConfig(merge_iter=5, merge_threads=1, when="arrival", wait=False),

@@ -1,468 +1,319 @@
-"""One run on Ray, seen from the driver: starts the actors, watches and replaces them, and takes all of it down again.
+"""One run on Ray, seen from the driver: starts the actors, watches and replaces them, and ends them.
 
-The driver owns coordinator, heads and evaluator as siblings, so that none dies with another. It moves no tensors: it
-watches, has versions evaluated, and keeps the metrics.
+The driver owns coordinator, heads and evaluator as siblings, so that none dies with another. It moves no tensors: it watches,
+has versions evaluated, and writes the metrics.
+
+The controller is the root of a tree that imports downward only::
+
+    controller
+    ├── failure_handling, coordinator_recovery, evaluation, progress
+    ├── head_actors
+    ├── coordinator_group
+    └── actor_launcher, run_state
+
+None of these holds the controller. What concerns two of them passes through it: recovery returns the heads that stayed silent,
+and the controller gives them to the failure handler.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
 from torch import Tensor
 
-from lte_ray import checkpoint, storage
+from lte_ray import checkpoint
 from lte_ray.config import FailureConfig
-from lte_ray.engine.coordinator.step_budget import is_shared
 from lte_ray.engine.failure_policy import FailurePolicy
+from lte_ray.engine.hang_detector import HangDetector
 from lte_ray.engine.prepare import Initial
-from lte_ray.engine.process_tuning import available_cores, head_threads
-from lte_ray.errors import ContributionRefused, CoordinatorLost, LTEError, RunError, StorageError, UserError, WorkerFailed
-from lte_ray.messages import CheckpointRequest, HeadStatus, MergeRecord
-from lte_ray.run.metrics import BRIEF, Evaluation, MetricsLog, Progress, Reporter, samples_per_second
+from lte_ray.errors import CoordinatorLost, HeadLost, LTEError, RunError, StorageError, UserError, WorkerFailed
+from lte_ray.messages import CheckpointRequest
+from lte_ray.run.metrics import Reporter
 from lte_ray.runtime.context import PickledObject, RunContext
-from lte_ray.runtime.controller.coordinator_group import BESIDE, CoordinatorGroup
+from lte_ray.runtime.controller.actor_launcher import ActorLauncher
+from lte_ray.runtime.controller.coordinator_group import CoordinatorGroup
+from lte_ray.runtime.controller.coordinator_recovery import CoordinatorRecovery
+from lte_ray.runtime.controller.evaluation import Evaluations
 from lte_ray.runtime.controller.failure_handling import FailureHandler
-from lte_ray.runtime.controller.head_actors import HeadActorGroup
+from lte_ray.runtime.controller.head_actors import HeadActorGroup, HeadActorSlot, SlotState
+from lte_ray.runtime.controller.progress import ProgressMonitor
+from lte_ray.runtime.controller.run_state import PendingEvaluation, RunPhase, RunState
 from lte_ray.runtime.coordinator.actor import CoordinatorStatus
 from lte_ray.runtime.coordinator_state import CoordinatorState
-from lte_ray.runtime.evaluator_actor import EvaluatorActor
-from lte_ray.runtime.head.actor import HeadActor, HeadHost
 from lte_ray.runtime.object_store import ObjectLost
-from lte_ray.runtime.placement import Placement, Reservation
+from lte_ray.runtime.placement import Reservation
 from lte_ray.runtime.ray_errors import PROCESS_DIED, ray_get
 
 POLL = 0.5
-"""Seconds between two looks at the actors."""
-
-MOST_WAITING = 2
-"""Versions that may wait for evaluation; of more, those in the middle are left out, so that memory stays bounded."""
-
-QUIET = 30.0
-"""Seconds without a step or a merge after which the run says what it waits for."""
-
-STARTING = 120.0
-"""Seconds within which the evaluator answers at first: it imports torch and the worker's module."""
+"""Seconds between two polls of the actors."""
 
 JOB_STOP = 3.0
 """Seconds that Ray gives a stopped job by default (RAY_JOB_STOP_WAIT_TIME_S) before it kills it."""
 
-log = logging.getLogger("lte_ray")
+CONFIRM = 1.0
+"""Seconds that a head's process has to confirm that it will write its state, while the run continues."""
+
+LAST_CHECKPOINT = 60.0
+"""Seconds until the last checkpoint must have begun, at the end of a run."""
+
+LAST_CONFIRM = 30.0
+"""Seconds that a head's process has at least to confirm that it will write its state into the last checkpoint."""
 
 
-@dataclass
 class TrainController:
-    """What the driver knows of a run that is on.
+    """Runs one training on Ray from its start to its end.
 
     Args:
-        common: as every actor.
-        initial: model, plans and the first base.
-        start: from where the run starts or goes on.
+        context: what every actor gets.
+        initial: the model, the plans and the first base.
+        start: the state that the run starts from.
         policy: the merge policy.
-        placement: what each actor reserves.
+        reservation: the actors' places in the cluster.
         failure: what happens when processes die.
-        stack: whether an actor's heads are computed as one batch.
+        stack_heads: whether an actor's heads are computed as one batch.
         reporter: shows progress.
-        export: what is done with the final base (flat), as soon as it is there.
+        export: is given the final base (flat) as soon as it is there.
+
+    Attributes:
+        state: what is known of the run.
+        progress: sums it up for displays.
+        heads, coordinator: its processes.
     """
 
-    common: RunContext
-    initial: Initial
-    start: CoordinatorState
-    policy: PickledObject
-    placement: Placement
-    failure: FailureConfig
-    stack: str
-    reporter: Reporter
-    export: Callable[[Tensor], None]
-    merges: list[MergeRecord] = field(default_factory=list)
-    statuses: dict[int, HeadStatus] = field(default_factory=dict)
-    evaluations: list[Evaluation] = field(default_factory=list)
-    checkpoint: int | None = None
-    sample: str | None = None
+    def __init__(
+        self,
+        context: RunContext,
+        initial: Initial,
+        start: CoordinatorState,
+        policy: PickledObject,
+        reservation: Reservation,
+        failure: FailureConfig,
+        stack_heads: str,
+        reporter: Reporter,
+        export: Callable[[Tensor], None],
+    ) -> None:
+        self._context, self._start, self._reservation = context, start, reservation
+        self._failure, self._reporter, self._export = failure, reporter, export
+        self._requested: set[tuple[int, int]] = set()  # checkpoints, by their id, and heads that were asked for their states
+        hang_detector, failure_policy = HangDetector(), FailurePolicy(failure)
+        launcher = self._launcher = ActorLauncher(context, initial, reservation.placement, stack_heads)
+        state = self.state = RunState(context.directory, context.settings.lte.num_heads, start)
+        coordinator = self.coordinator = CoordinatorGroup(context, initial, policy, launcher, hang_detector)
+        heads = self.heads = HeadActorGroup(coordinator, launcher, hang_detector)
+        self.progress = ProgressMonitor(state, heads, context.settings)
+        self._evaluations = Evaluations(state, context, heads, launcher, failure_policy, hang_detector)
+        self._failure_handler = FailureHandler(state, heads, coordinator, failure_policy, reservation, len(initial.plans))
+        self._recovery = CoordinatorRecovery(state, heads, coordinator, failure_policy, context, initial, start)
 
-    def __post_init__(self) -> None:
-        self._begun = time.time()
-        self.version = self.start.version
-        self.checkpoint = self.start.checkpoint_version
-        self.log = MetricsLog(self.common.directory)
-        self.log.rewind(self.version)
-        if self.version:
-            anew = [head for head in range(self.common.settings.lte.num_heads) if not self.start.position(head).sequence]
-            self.log.record_event("resumed", version=self.version, heads=self.common.settings.lte.num_heads, anew=anew)
-        self.failures = FailurePolicy(self.failure)
-        self.note = ""
-        self._trouble = self._merging = ""
-        self._told: set[tuple[int, int]] = set()  # cuts that heads were asked to write to, and the heads
-        self._refused = (0, 0)  # epoch and number of the newest refusal that was noted
-        self._poison: set[tuple[int, int, int]] = set()  # head, epoch and sequence of those that were poison
-        self._pinged: tuple[Any, float] | None = None  # the evaluator's sign of life that hasn't come yet, and since when
-        self._alive: list[Any] = []
-        self._to_evaluate: deque[tuple[int, int, Any]] = deque()
-        self._evaluating: tuple[int, int, Any] | None = None
-        self._evaluator: Any = None
-        self._judging: list[Future[None]] = []  # evaluations that are being written
-        self._moved = (time.monotonic(), (0, 0))
-        self._quiet_said = 0.0
-        self.hub = CoordinatorGroup(self.common, self.initial, self.policy, self._launch, self._end)
-        self.crew = HeadActorGroup(self.hub, self._launch_heads, self._end)
-
-    def run(self, places: Reservation) -> None:
-        """Runs to the end, with the actors in these places.
+    def run(self) -> None:
+        """Runs the training to its end.
 
         Raises:
             RunError: it ended early. All actors are gone, and complete checkpoints remain.
         """
         try:
-            with self._actors(places) as mending:
+            with self.actors():
                 try:
-                    self._watch(mending)
-                    self._finish(mending)
+                    self._train()
+                    self._finish()
                 except BaseException as error:
-                    self._save(error)
+                    self._save_early(error)
                     raise
-        except UserError as error:  # whatever it is, the run had begun
+            self.state.enter(RunPhase.FINISHED)
+        except UserError as error:  # of any kind: the run had begun
             raise RunError(str(error)) from error
         finally:
             with contextlib.suppress(LTEError, OSError):  # must not hide what ended the run
-                self.log.close()
-                checkpoint.remove_incomplete(self.common.directory)
-
-    # -- actors --------------------------------------------------------------------------------------------------------
+                self.state.log.close()
+                checkpoint.remove_incomplete(self._context.directory)
 
     @contextlib.contextmanager
-    def _actors(self, places: Reservation) -> Iterator[FailureHandler]:
+    def actors(self) -> Iterator[None]:
+        """The heads and the coordinator live within the block."""
         try:
-            self.crew.launch_all(places.slots())
-            self.hub.begin(self.start)
-            for member in self.crew.members:
-                self.crew.start(member)
-            if self.common.settings.train.eval_every and self.version == 0:
-                self._to_evaluate.append((0, 0, self.start.base))
-            yield FailureHandler(self, places)
+            self.heads.launch_all(self._reservation.slots())
+            self.coordinator.begin(self._start)
+            for slot in self.heads.slots:
+                self.heads.start(slot)
+            if self._context.settings.train.eval_every and self._start.version == 0:
+                self.state.queue.append(PendingEvaluation(0, 0, self._start.base))
+            yield
         finally:
-            for actor in self._alive:
-                ray.kill(actor)
+            self._launcher.end_all()
 
-    def _launch(self, kind: type, options: dict[str, Any], *args: Any) -> Any:
-        # Every actor answers status calls in a group of its own while it works.
-        handle = ray.remote(concurrency_groups={"ctl": 4})(kind).options(max_restarts=0, **options).remote(*args)
-        self._alive.append(handle)
-        return handle
+    # -- while heads train ---------------------------------------------------------------------------------------------
 
-    def _end(self, actor: Any) -> None:
-        if actor in self._alive:
-            self._alive.remove(actor)
-            ray.kill(actor)
+    def _train(self) -> None:
+        """Until all heads have ended: polls, replaces what has died, evaluates, reports."""
+        self.state.enter(RunPhase.TRAINING)
+        while self.heads.busy:
+            for slot in self.heads.wait_for_ended(POLL):
+                if slot.state is SlotState.TRAINING:  # else it was restarted since the coordinator was lost
+                    self._handle_end(slot)
+            self.state.record_heads(self.heads.poll(), self.coordinator.epoch)
+            self._check_processes()
+            self.state.log.flush()
+            if self.state.have_stepped(self.heads.heads):
+                self._evaluations.poll()
+            self._report()
 
-    def _launch_heads(self, numbers: tuple[int, ...], strategy: Any, incarnation: int) -> Any:
-        placement, (lanes, threads) = self.placement, self._computing
-        resources = {k: v for k, v in placement.bundle.items() if k not in ("CPU", "GPU")}
-        options = {"num_cpus": placement.bundle.get("CPU", 0), "num_gpus": placement.gpus, "resources": resources}
-        options["scheduling_strategy"] = strategy
-        host = HeadHost(threads, lanes, placement.gpus > 0, self.stack)
-        return self._launch(HeadActor, options, self.common, self.initial.plans, numbers, host, incarnation)
+    def _handle_end(self, slot: HeadActorSlot) -> None:
+        """The `run` call of these heads has ended, as it should or with an error.
 
-    @property
-    def _computing(self) -> tuple[int, int]:
-        """Lanes of an actor of heads, and torch's threads in each."""
-        return head_threads(self.common.settings.train.threads_per_head, self.placement.cpus, self.placement.heads)
+        Raises:
+            LTEError: the run can't continue.
+        """
+        try:
+            statuses = ray_get(slot.run, slot.name, self.state.statuses.get(slot.numbers[0]))
+        except CoordinatorLost as error:
+            self._recover(str(error))
+            if slot.state is not SlotState.DROPPED:
+                self._failure_handler.handle_loss(slot, error)
+        except (WorkerFailed, HeadLost) as error:
+            self._failure_handler.handle_loss(slot, error)
+        else:
+            self.state.record_heads(statuses, self.coordinator.epoch)
+            self._failure_handler.handle_finish(slot)
 
-    @property
-    def evaluator(self) -> Any:
-        """Started when it is first needed, so that it doesn't keep the heads from starting."""
-        if self._evaluator is None:
-            lanes, threads = self._computing
-            wanted = self.placement.gpus
-            gpus = wanted if 0 < wanted <= ray.available_resources().get("GPU", 0) else 0  # if the heads leave one
-            spare = max(1, available_cores() - lanes * threads * len(self.crew.members))
-            options = {**BESIDE, "num_gpus": gpus}
-            self._evaluator = self._launch(EvaluatorActor, options, self.common, self.initial.plan, spare, gpus > 0)
-        return self._evaluator
-
-    # -- the loop ------------------------------------------------------------------------------------------------------
-
-    def _watch(self, mending: FailureHandler) -> None:
-        """Until all heads have ended: polls, replaces what has died, evaluates, reports. May be called again."""
-        while self.crew.busy:
-            for member in self.crew.ended(POLL):
-                try:
-                    statuses = ray_get(member.run, member.name, self.statuses.get(member.numbers[0]))
-                except LTEError as error:
-                    mending.head_ended(member, error)
-                else:
-                    self._note(statuses)
-                    self.crew.over(member)
-                    mending.check_quarantined(member)
-            self._note(self.crew.look())
-            mending.look()
-            self.log.flush()
-            if all(n in self.statuses and self.statuses[n].step for member in self.crew.members for n in member.numbers):
-                self._evaluate()
-            self._watchdog()
-            self.reporter.update(self.progress())
-
-    def _note(self, statuses: Any) -> None:
-        self.statuses.update({status.head: status for status in statuses})
-        for status in statuses:  # what a coordinator that is gone can't tell any more, its heads do
-            for epoch, sequence in status.dropped:
-                if epoch < self.hub.epoch and (status.head, epoch, sequence) not in self._poison:
-                    self._poison.add((status.head, epoch, sequence))
-                    why = "poison, as the coordinator said before it was lost"
-                    self.log.record_event("refused", head=status.head, sequence=sequence, why=why, poison=True)
-
-    def is_now(self, heads: tuple[int, ...], state: str) -> None:
-        """What becomes of heads whose process can't say so itself."""
-        self.statuses |= {n: replace(self.statuses[n], state=state, note="") for n in heads if n in self.statuses}
-
-    @property
-    def seen(self) -> int:
-        """The newest version that the driver knows of."""
-        return self.merges[-1].version if self.merges else self.version
-
-    def take(self, status: CoordinatorStatus) -> None:
-        """What the coordinator says."""
-        if status.checkpoint is not None and status.checkpoint != self.checkpoint:
-            self.checkpoint = status.checkpoint
-        if status.storage_problem and status.storage_problem != self._trouble:
-            self.log.record_event("storage", why=status.storage_problem)
-            log.warning("%s", status.storage_problem)
-        self._trouble, self._merging = status.storage_problem, status.waiting_for
-        for number, verdict in status.refusals:
-            if (self.hub.epoch, number) > self._refused:
-                self._refused = (self.hub.epoch, number)
-                if verdict.harmful:
-                    self._poison.add((verdict.head, self.hub.epoch, verdict.sequence))
-                self.log.record_event(
-                    "refused", head=verdict.head, sequence=verdict.sequence, why=verdict.reason, poison=verdict.harmful
-                )
-        for record in [record for record in status.merges if record.version > self.seen]:  # two answers may tell of one
-            if record.base is not None:
-                self._to_evaluate.append((record.version, record.step, record.base))
-            self.log.record_merge(record)
-            self.merges.append(replace(record, base=None))  # a base that is held stays in memory
-        while len(self._to_evaluate) > MOST_WAITING:
-            del self._to_evaluate[1]  # the first one may be version 0, where everything is measured from
-        for save in status.checkpoint_requests:
-            new = {head: n for head, n in save.sequences.items() if (save.id, head) not in self._told}
-            self._told |= {(save.id, head) for head in new}
-            if new:
-                self._ask_to_write(replace(save, sequences=new), limit=1.0)
-        if status.needs_evaluator:
-            self.hub.coordinator.use_evaluator.remote(self.evaluator)
-
-    def rewind(self, version: int) -> None:
-        """The run goes on from an earlier version than was seen: what came after it is made again."""
-        self.merges = [merge for merge in self.merges if merge.version <= version]
-        self.evaluations = [each for each in self.evaluations if each.version <= version]
-        self._to_evaluate.clear()
-        self._evaluating = None
-        self.version = min(version, self.version) if not self.merges else self.version
-        self.log.rewind(version)
-
-    def _evaluate(self, patience: float = 0) -> None:
-        """Takes an evaluation's result if there is one, and starts the next."""
-        if self._evaluating is not None:
-            version, step, ref = self._evaluating
-            if not ray.wait([ref], timeout=patience)[0]:
-                self._check_evaluator()
-                return
-            self._evaluating = None
+    def _check_processes(self) -> None:
+        """Looks after all processes once: the coordinator first, since heads depend on it."""
+        try:
+            self._poll_coordinator()
+        except CoordinatorLost as error:
+            self._recover(str(error))
+        self._failure_handler.drop_starved()
+        if self.coordinator.loss_spike is not None:
             try:
-                values = ray_get(ref, "the evaluator")
-            except (WorkerFailed, UserError):
-                raise
-            except LTEError as error:
-                self._evaluator_died(str(error))
-                return
-            evaluation = Evaluation(version, step, values)
-            self.evaluations.append(evaluation)
-            self.log.record_evaluation(evaluation)
-            if self.common.retention.best:
-                running = [judging for judging in self._judging if not judging.done()]
-                self._judging = [*running, storage.run_in_thread(lambda: self._judge(evaluation))]
-                wait(self._judging[-1:], BRIEF)
-        if self._to_evaluate:
-            version, step, base = self._to_evaluate.popleft()
-            self._evaluating = (version, step, self.evaluator.evaluate.remote(base))
+                self._recovery.roll_back(*self.coordinator.loss_spike)
+            except CoordinatorLost as error:
+                self._recover(str(error))
+        self._failure_handler.check()
 
-    def _judge(self, evaluation: Evaluation) -> None:
-        """Writes an evaluation beside its checkpoint, if there is one."""
-        with contextlib.suppress(StorageError):
-            if evaluation.version in checkpoint.complete_versions(self.common.directory):
-                checkpoint.write_evaluation(self.common.directory, evaluation.version, evaluation.values)
+    def _poll_coordinator(self) -> None:
+        """Records what the coordinator says, and checks its shards.
 
-    def _check_evaluator(self) -> None:
-        """An evaluation may take any time; but its process answers meanwhile, unless it hangs."""
-        now = time.monotonic()
-        self._pinged = self._pinged or (self.evaluator.alive.remote(), now)
-        if ray.wait([self._pinged[0]], timeout=0)[0]:
-            self._pinged = None
-        elif now - self._pinged[1] > max(STARTING, self.crew.deadlines.silence):
-            self._evaluating = None
-            self._evaluator_died(f"The process of the evaluator hasn't answered for {now - self._pinged[1]:.0f} s.")
+        Raises:
+            CoordinatorLost: one of these processes died, or hangs.
+        """
+        status = self.coordinator.poll(self.state.newest_version)
+        if status is not None:
+            self._record(status)
+        self.coordinator.check_shards()
 
-    def _evaluator_died(self, why: str) -> None:
-        """One evaluation is missing; the next is made by another process."""
-        remedy = self.failures.other()
-        self.log.record_event("evaluator_lost", why=why.splitlines()[0][:300])
-        if remedy.action == "stop":
-            raise RunError(remedy.said(why))
-        if self._evaluator is not None:
-            self._end(self._evaluator)
-            self._evaluator = self._pinged = None
+    def _record(self, status: CoordinatorStatus) -> None:
+        self.state.record_coordinator(status, self.coordinator.epoch)
+        self._request_states(status)
+        if status.needs_evaluator:
+            self.coordinator.actor.use_evaluator.remote(self._evaluations.actor)
 
-    def _watchdog(self) -> None:
-        """Says what the run waits for, when nothing has moved for long."""
-        now, where = time.monotonic(), (sum(s.step for s in self.statuses.values()), self.seen)
-        if where != self._moved[1]:
-            self._moved, self._quiet_said, self.note = (now, where), 0.0, ""
-            return
-        still = now - self._moved[0]
-        if still < QUIET:
-            return
-        self.note = f"nothing has moved for {still:.0f} s: {self._explained()}"
-        if still - self._quiet_said >= QUIET:
-            self._quiet_said = still
-            log.warning("%s", self.note)
-            self.log.record_event("still", seconds=round(still), why=self._explained())
+    def _recover(self, why: str) -> None:
+        """Another coordinator replaces one that was lost.
 
-    def _explained(self) -> str:
-        reasons = []
-        for member in self.crew.members:
-            if member.run is None and not member.over:
-                reasons.append(f"{member.name} is to be started again")
-            elif member.pulse.answered is None and not member.over:
-                reasons.append(f"{member.name} is starting, or waits for resources of the cluster")
-        reasons += [f"head {s.head} is {s.state}" + (f" ({s.note})" if s.note else "") for s in self.statuses.values()]
-        if self._merging:
-            reasons.append(f"the coordinator waits {self._merging}")
-        reasons += [trouble for trouble in (storage.pending_problem(), self._trouble) if trouble]
-        return "; ".join(reasons) or "unknown"
+        Raises:
+            LTEError: the run can't continue.
+        """
+        reports, silent = self._recovery.stop_and_collect(why)
+        for slot, error in silent:
+            self._failure_handler.handle_loss(slot, error)
+        self._recovery.restart(reports, why)
 
-    # -- the end -------------------------------------------------------------------------------------------------------
+    def _report(self) -> None:
+        self.progress.check_for_stall()
+        self._reporter.update(self.progress.snapshot())
 
-    def _save(self, why: BaseException) -> None:
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def _request_states(self, status: CoordinatorStatus) -> None:
+        """Has heads that may not have heard of it write their states into checkpoints."""
+        for request in status.checkpoint_requests:
+            new = {head: n for head, n in request.sequences.items() if (request.id, head) not in self._requested}
+            self._requested |= {(request.id, head) for head in new}
+            if new:
+                self._deliver(replace(request, sequences=new), CONFIRM)
+
+    def _deliver(self, request: CheckpointRequest, timeout: float) -> None:
+        """Has heads write their states into a checkpoint, which does without those that can't."""
+        for head in self.heads.request_states(request, timeout):
+            self.coordinator.actor.add_checkpoint_part.remote(request.version, head, None)
+
+    def _write_last(self, end: float, early: bool, least: float = 0.1) -> None:
+        """Has a checkpoint of the last version written, unless there is one.
+
+        Args:
+            end: until when (monotonic). For each checkpoint that isn't complete heads have half of the time that is left.
+            early: whether heads still train.
+            least: seconds that heads have at least.
+        """
+        frozen = self.coordinator.actor.freeze.remote(early)
+        for request in ray.get(frozen, timeout=max(0.1, end - time.monotonic())):
+            self._deliver(request, max(least, (end - time.monotonic()) / 2))
+
+    def _save_early(self, why: BaseException) -> None:
         """The run ends early: its heads write their states into a checkpoint of the last version, as far as time allows."""
-        limit = self.failure.grace or max(1.0, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", JOB_STOP)) - 0.5)
+        self.state.enter(RunPhase.FAILED)
+        limit = self._failure.grace or max(1.0, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", JOB_STOP)) - 0.5)
         end = time.monotonic() + limit
-        self.log.record_event("ended_early", why=f"{type(why).__name__}: {why}"[:500])
+        self.state.log.record_event("ended_early", why=f"{type(why).__name__}: {why}"[:500])
         with contextlib.suppress(ray.exceptions.RayError, LTEError):
             self._write_last(end, early=True)
             left = max(0.1, end - time.monotonic())
-            ray.get(self.hub.coordinator.wait_for_checkpoints.remote(left), timeout=left + 0.5)
-            self.take(ray.get(self.hub.coordinator.status.remote(self.seen), timeout=0.5))
+            ray.get(self.coordinator.actor.wait_for_checkpoints.remote(left), timeout=left + 0.5)
+            self._record(ray.get(self.coordinator.actor.status.remote(self.state.newest_version), timeout=0.5))
 
-    def _write_last(self, end: float, early: bool, least: float = 0.1) -> None:
-        """Has a checkpoint of the last version written, unless there is one, until `end` (monotonic).
+    # -- the end -------------------------------------------------------------------------------------------------------
 
-        For each that is in the making heads have half of what is left, or `least` seconds.
+    def _finish(self) -> None:
+        """Saves and exports the last version, evaluates it, and has a sample made.
+
+        Raises:
+            StorageError: the last checkpoint couldn't be written.
+            LTEError: the run can't continue.
         """
-        coordinator = self.hub.coordinator
-        for save in ray.get(coordinator.freeze.remote(early), timeout=max(0.1, end - time.monotonic())):
-            self._ask_to_write(save, max(least, (end - time.monotonic()) / 2))
-
-    def _ask_to_write(self, save: CheckpointRequest, limit: float) -> None:
-        """Has heads write their states into a checkpoint; it does without those that can't."""
-        asked = {}
-        for member in self.crew.members:
-            if member.actor is not None and set(member.numbers) & save.sequences.keys():
-                asked[member.actor.save.remote(save)] = member
-        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=limit) if asked else ([], [])
-        there = set()
-        for ref in answered:
-            with contextlib.suppress(ray.exceptions.RayError):
-                there |= set(asked[ref].numbers) if ray.get(ref) else set()
-        for head in save.sequences.keys() - there:
-            self.hub.coordinator.add_checkpoint_part.remote(save.version, head, None)
-
-    def _finish(self, mending: FailureHandler) -> None:
-        """The last checkpoint, the export, the last evaluation and the sample."""
         while True:
+            self.state.enter(RunPhase.SAVING)
             try:
-                self._write_last(time.monotonic() + 60.0, early=False, least=30.0)
-                version, base, trouble = self._when_there(mending, self.hub.coordinator.finish.remote())
-                self.take(self._when_there(mending, self.hub.coordinator.status.remote(self.seen)))
-                final = self.common.transport.fetch(base).clone()
+                version, final, trouble = self._save_last()
                 break
             except (*PROCESS_DIED, CoordinatorLost, ObjectLost, ray.exceptions.GetTimeoutError) as error:
-                mending.recover(str(error))
-                self._watch(mending)  # heads that died together with it have something to do again
-        base = self.common.transport.publish(final)  # the driver's own from here on
-        self.export(final)  # first: what follows is the worker's code, and may fail
+                self._recover(str(error))
+                self._train()  # heads that died together with it have steps to take again
+        base = self._context.transport.publish(final)  # the driver owns it, so that it outlives the coordinator
+        self._export(final)  # first: what follows is the worker's code, and may fail
         if trouble:
             raise StorageError(f"{trouble} The merged weights were exported.")
-        step = max((s.step for s in self.statuses.values()), default=0)
-        waiting = [self._evaluating and self._evaluating[0], *(v for v, _, _ in self._to_evaluate)]
-        if version not in [*waiting, *(e.version for e in self.evaluations)]:
-            self._to_evaluate.append((version, step, base))
-        while self._evaluating or self._to_evaluate:
-            self._evaluate(patience=POLL)
-            self._watchdog()
-            self.reporter.update(self.progress("evaluating the merged weights"))
-        wait(self._judging, self.common.directory.patience)
-        try:
-            sampling = self.evaluator.sample.remote(base)
-            while self._evaluator is not None and not ray.wait([sampling], timeout=POLL)[0]:
-                self._check_evaluator()
-            self.sample = ray_get(sampling, "the evaluator")
-        except WorkerFailed as error:  # a sample is for show: no reason to call the run failed
-            self.sample = f"sample() raised: {error.traceback.strip().splitlines()[-1]}"
-        except LTEError as error:
-            self.sample = f"sample() gave nothing: {error}"
+        self.state.enter(RunPhase.EVALUATING)
+        self._evaluations.add_final(version, base)
+        while self._evaluations.busy:
+            self._evaluations.poll(patience=POLL)
+            self._report()
+        self._evaluations.wait_for_writes()
+        self.state.sample = self._evaluations.sample(base)
 
-    def _when_there(self, mending: FailureHandler, answer: Any) -> Any:
-        """The coordinator's answer, while others write their parts of the last checkpoint.
+    def _save_last(self) -> tuple[int, Tensor, str]:
+        """Returns the last version, its base (flat), and what was wrong with its checkpoint.
+
+        Raises:
+            CoordinatorLost: the coordinator died, or hangs. Ray's errors and `ObjectLost` may say the same.
+        """
+        self._write_last(time.monotonic() + LAST_CHECKPOINT, early=False, least=LAST_CONFIRM)
+        version, base, trouble = self._wait_for(self.coordinator.actor.finish.remote())
+        self._record(self._wait_for(self.coordinator.actor.status.remote(self.state.newest_version)))
+        return version, self._context.transport.fetch(base).clone(), trouble
+
+    def _wait_for(self, answer: Any) -> Any:
+        """Returns the coordinator's answer, while heads write their parts of the last checkpoint.
 
         Raises:
             CoordinatorLost: its process died, or hangs.
         """
         while not ray.wait([answer], timeout=POLL)[0]:
-            mending.look_at_end()
-            self._watchdog()
-            self.reporter.update(self.progress("saving the last version"))
+            self._poll_coordinator()
+            self._failure_handler.check_exited()
+            self._report()
         return ray_get(answer, "the coordinator")
-
-    def check_heads(self) -> None:
-        """Raises ContributionRefused if every head of the run is quarantined."""
-        numbers = [n for member in self.crew.members for n in member.numbers]
-        out = [self.statuses[n] for n in numbers if n in self.statuses and self.statuses[n].state == "quarantined"]
-        if numbers and len(out) == len(numbers):
-            raise ContributionRefused(
-                f"Head {out[0].head} was {out[0].note}, and so were all others. If the loss diverged, lower the learning rate "
-                "or --lora-alpha."
-            )
-
-    def progress(self, note: str = "") -> Progress:
-        """The run as it is now."""
-        train = self.common.settings.train
-        statuses = tuple(self.statuses[n] for n in sorted(self.statuses))
-        step = min((s.step for s in statuses), default=0)
-        if is_shared(self.common.settings):
-            step = sum(s.step for s in statuses) // self.common.settings.lte.num_heads
-        rate = samples_per_second(self.merges)
-        recent = self.merges[-10:]
-        taken = sum(m.steps for m in recent[1:]) / len(statuses or (0,))
-        per_step = (recent[-1].at - recent[0].at) / max(1, taken) if len(recent) > 1 else None
-        return Progress(
-            run=self.common.settings.run,
-            step=step,
-            steps=train.steps,
-            samples=sum(s.samples for s in statuses),
-            samples_per_second=rate,
-            version=self.seen,
-            heads=statuses,
-            evaluation=self.evaluations[-1] if self.evaluations else None,
-            seconds=time.time() - self._begun,
-            remaining=None if per_step is None else per_step * (train.steps - step),
-            checkpoint=self.checkpoint,
-            note=next((n for n in (note, self.note, self.log.problem, self._trouble, *(s.note for s in statuses)) if n), ""),
-        )

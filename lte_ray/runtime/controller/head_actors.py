@@ -1,204 +1,311 @@
-"""The head actors of a run, seen from the driver: started, watched, and started again."""
+"""The actors of heads, seen from the driver: started, watched, and started again."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any
 
 import ray
 
 from lte_ray.engine.hang_detector import HangDetector, ProcessHealth
-from lte_ray.messages import HeadStatus
+from lte_ray.messages import CheckpointRequest, HeadStatus
+from lte_ray.runtime.controller.actor_launcher import ActorLauncher
 from lte_ray.runtime.controller.coordinator_group import CoordinatorGroup
 from lte_ray.runtime.placement import has_several_nodes, is_placed
 
 BLIND = 2.0
-"""Seconds between two looks at the heads; if there are more, this process was busy itself, or stopped."""
+"""Seconds between two polls of the heads. If more pass, this process was busy or stopped, which says nothing of the heads."""
+
+STATUS_WAIT = 0.2
+"""Seconds that one poll waits for the heads' answers."""
+
+
+class SlotState(Enum):
+    """What an actor's slot is doing."""
+
+    LAUNCHED = auto()
+    """Its process starts; it isn't told to train before there is a coordinator."""
+    TRAINING = auto()
+    """Its process trains, or still waits for a place in the cluster."""
+    LOST = auto()
+    """Its process is gone, and nothing is decided yet."""
+    RESTARTING = auto()
+    """The next process starts at `restart_at`."""
+    FINISHED = auto()
+    """Its heads have ended their work; the process still writes their states into checkpoints."""
+    EXITED = auto()
+    """Its heads have ended their work, and the process is gone."""
+    DROPPED = auto()
+    """The run continues without these heads."""
+
+
+SLOT_STATES = {
+    SlotState.LAUNCHED: {SlotState.TRAINING},
+    SlotState.TRAINING: {SlotState.LOST, SlotState.FINISHED},
+    SlotState.LOST: {SlotState.RESTARTING, SlotState.DROPPED},
+    SlotState.RESTARTING: {SlotState.TRAINING, SlotState.LOST},
+    SlotState.FINISHED: {SlotState.EXITED},
+    SlotState.EXITED: {SlotState.RESTARTING},  # steps that a lost coordinator hadn't published are taken again
+    SlotState.DROPPED: set[SlotState](),
+}
+"""The states that may follow each state."""
+
+HAS_PROCESS = (SlotState.LAUNCHED, SlotState.TRAINING, SlotState.FINISHED)
+ENDED = (SlotState.FINISHED, SlotState.EXITED)
 
 
 @dataclass(eq=False)
 class HeadActorSlot:
-    """One actor's place: its heads, and the process that is there now, if one is.
+    """The slot of one actor: its heads, and the process that hosts them now, if there is one.
 
     Attributes:
         numbers: of its heads.
-        strategy: where it is scheduled.
-        actor, run: the process, and the call that trains; None while there is none.
-        incarnation: how many there were before.
-        started: when the process was (monotonic).
-        due: when the next one is to start, where one is.
-        asked: the status call that isn't answered yet, and since when.
-        said: whether people were told that the cluster has no place for it.
+        strategy: Ray's scheduling strategy of its processes.
+        incarnation: how many processes there were before.
+        state: what it is doing.
+        actor: the process, in a state of `HAS_PROCESS`.
+        run: the call that trains, while TRAINING.
+        started_at: when the process was told to train (monotonic, like all times here).
+        restart_at: when the next process starts, while RESTARTING.
+        status_request: the status call without an answer, and since when; None if there is none.
+        health: of the process.
     """
 
     numbers: tuple[int, ...]
     strategy: Any
+    incarnation: int = 0
+    state: SlotState = SlotState.LAUNCHED
     actor: Any = None
     run: Any = None
-    incarnation: int = 0
-    started: float = 0.0
-    due: float | None = None
-    asked: tuple[Any, float] | None = None
-    pulse: ProcessHealth = field(default_factory=ProcessHealth)
-    over: bool = False
-    said: bool = False
+    started_at: float = 0.0
+    restart_at: float = 0.0
+    status_request: tuple[Any, float] | None = None
+    health: ProcessHealth = field(default_factory=ProcessHealth)
+
+    def enter(self, state: SlotState) -> None:
+        """Changes the state, in an order that `SLOT_STATES` allows."""
+        assert state in SLOT_STATES[self.state], f"{self.name}: {self.state} can't be followed by {state}"
+        self.state = state
 
     @property
     def name(self) -> str:
-        """As people read it."""
+        """For people."""
         first, last = self.numbers[0], self.numbers[-1]
         return f"head {first}" if first == last else f"heads {first}-{last}"
+
+    @property
+    def has_process(self) -> bool:
+        """Whether there is a process, as far as the driver knows."""
+        return self.state in HAS_PROCESS
+
+    @property
+    def ended(self) -> bool:
+        """Whether its heads have ended their work."""
+        return self.state in ENDED
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether the process has answered a status call, so that it has a place in the cluster and runs."""
+        return self.health.answered is not None
 
 
 class HeadActorGroup:
     """Starts the processes of heads and keeps track of them.
 
     Args:
-        hub: whom they contribute to.
-        launch: starts an actor for these heads under this scheduling strategy and incarnation.
-        end: ends one.
+        coordinator: to which they contribute.
+        launcher: starts and ends actors.
+        hang_detector: the run's.
+
+    Attributes:
+        slots: those that the run has; dropped ones are removed.
+        changed_at: when a slot was dropped or its heads ended for the last time (monotonic).
     """
 
-    def __init__(
-        self, hub: CoordinatorGroup, launch: Callable[[tuple[int, ...], Any, int], Any], end: Callable[[Any], None]
-    ) -> None:
-        self._hub, self._launch, self._end = hub, launch, end
-        self.members: list[HeadActorSlot] = []
-        self.deadlines = HangDetector()
-        self.changed = 0.0  # when a place was given up, or its heads ended, for the last time
-        self._looked: float | None = None
-        self._given_up: dict[int, int] = {}  # by head, the next incarnation
+    def __init__(self, coordinator: CoordinatorGroup, launcher: ActorLauncher, hang_detector: HangDetector) -> None:
+        self._coordinator, self._launcher, self._hang_detector = coordinator, launcher, hang_detector
+        self.slots: list[HeadActorSlot] = []
+        self.changed_at = 0.0
+        self._polled_at: float | None = None
+        self._next_incarnation: dict[int, int] = {}  # of heads that were dropped
+
+    # -- states --------------------------------------------------------------------------------------------------------
+
+    def launch_all(self, slots: Sequence[tuple[tuple[int, ...], Any]]) -> None:
+        """Starts the first processes, by their heads and scheduling strategies. They train once `start` tells them to."""
+        for numbers, strategy in slots:
+            slot = HeadActorSlot(numbers, strategy)
+            slot.actor = self._launcher.launch_heads(numbers, strategy, 0)
+            self.slots.append(slot)
 
     def add(self, numbers: tuple[int, ...], strategy: Any) -> HeadActorSlot:
-        """A new place for heads, with their first process; their numbers may be those of heads that were given up."""
-        member = HeadActorSlot(numbers, strategy, incarnation=max(self._given_up.get(number, 0) for number in numbers))
-        self.members.append(member)
-        self.start(member)
-        return member
+        """Adds a slot and starts its process. The heads may be new ones, or ones that were dropped."""
+        incarnation = max(self._next_incarnation.get(number, 0) for number in numbers)
+        slot = HeadActorSlot(numbers, strategy, incarnation, SlotState.RESTARTING)
+        self.slots.append(slot)
+        self.start(slot)
+        return slot
 
-    def launch_all(self, places: Sequence[tuple[tuple[int, ...], Any]]) -> None:
-        """The first processes; they begin to train when the coordinator is there."""
-        for numbers, strategy in places:
-            member = HeadActorSlot(numbers, strategy)
-            member.actor = self._launch(numbers, strategy, 0)
-            self.members.append(member)
+    def start(self, slot: HeadActorSlot) -> None:
+        """Starts the slot's process, unless it is launched already, and has it train."""
+        if slot.state is not SlotState.LAUNCHED:
+            slot.actor = self._launcher.launch_heads(slot.numbers, slot.strategy, slot.incarnation)
+        slot.enter(SlotState.TRAINING)
+        slot.run = slot.actor.run.remote(self._coordinator.actor, self._coordinator.epoch)
+        slot.started_at = time.monotonic()
+        slot.status_request, slot.health = None, ProcessHealth()
 
-    def start(self, member: HeadActorSlot) -> None:
-        """Starts the process that this place lacks, and has it train."""
-        if member.actor is None:
-            member.actor = self._launch(member.numbers, member.strategy, member.incarnation)
-        member.run = member.actor.run.remote(self._hub.coordinator, self._hub.epoch)
-        member.started, member.said = time.monotonic(), False
-        member.due, member.asked, member.pulse = None, None, ProcessHealth()
+    def end_process(self, slot: HeadActorSlot) -> None:
+        """Ends what is left of the slot's process, if it has one; the next one is another incarnation."""
+        if slot.actor is not None:
+            self._launcher.end(slot.actor)
+        slot.actor = slot.run = slot.status_request = None
+        slot.incarnation += 1
+        if slot.state is SlotState.FINISHED:
+            slot.enter(SlotState.EXITED)
+        elif slot.state in (SlotState.TRAINING, SlotState.RESTARTING):
+            slot.enter(SlotState.LOST)
 
-    def clear(self, member: HeadActorSlot) -> None:
-        """What was there is gone, or is ended now."""
-        if member.actor is not None:
-            self._end(member.actor)
-        member.actor = member.run = member.asked = None
-        member.incarnation += 1
+    def restart(self, slot: HeadActorSlot, delay: float = 0.0) -> None:
+        """Has another process start in `delay` seconds; the one before was ended."""
+        slot.enter(SlotState.RESTARTING)
+        slot.restart_at = time.monotonic() + delay
 
-    def drop(self, member: HeadActorSlot) -> None:
-        """The place is given up."""
-        self.changed = time.monotonic()
-        self.members.remove(member)
-        self._given_up |= dict.fromkeys(member.numbers, member.incarnation)  # of which nobody's contributions count any more
+    def finish(self, slot: HeadActorSlot) -> None:
+        """The slot's heads have ended their work."""
+        slot.enter(SlotState.FINISHED)
+        slot.run = None
+        self.changed_at = time.monotonic()
 
-    def over(self, member: HeadActorSlot) -> None:
-        """The work of these heads is done; their process may still have to write its state."""
-        member.run, member.over = None, True
-        self.changed = time.monotonic()
+    def drop(self, slot: HeadActorSlot) -> None:
+        """Removes a slot whose process was ended. Contributions of that process, still on their way, don't count."""
+        slot.enter(SlotState.DROPPED)
+        self.changed_at = time.monotonic()
+        self.slots.remove(slot)
+        self._next_incarnation |= dict.fromkeys(slot.numbers, slot.incarnation)
 
     @property
     def training(self) -> list[HeadActorSlot]:
-        """Those whose process trains."""
-        return [member for member in self.members if member.run is not None]
+        """The slots that train."""
+        return [slot for slot in self.slots if slot.state is SlotState.TRAINING]
+
+    @property
+    def heads(self) -> list[int]:
+        """The heads of all slots."""
+        return [number for slot in self.slots for number in slot.numbers]
 
     @property
     def busy(self) -> bool:
-        """Whether anybody trains, or is to start again."""
-        return any(not member.over for member in self.members)
+        """Whether any heads still have work."""
+        return any(not slot.ended for slot in self.slots)
 
-    def ended(self, patience: float) -> list[HeadActorSlot]:
-        """Those whose `run` has ended, after up to `patience` seconds."""
-        running = {member.run: member for member in self.training}
-        if not running:
-            time.sleep(patience)
+    def lose(self, slots: Sequence[HeadActorSlot], drop: bool = False) -> Any:
+        """Tells the coordinator that these slots' processes are gone, for good if `drop`. Returns a reference to its answer."""
+        next_incarnations = {number: slot.incarnation for slot in slots for number in slot.numbers}
+        return self._coordinator.lose_heads(next_incarnations, drop)
+
+    # -- what the processes say ----------------------------------------------------------------------------------------
+
+    def wait_for_ended(self, timeout: float) -> list[HeadActorSlot]:
+        """Returns the slots whose `run` call has ended, after up to `timeout` seconds."""
+        slots = {slot.run: slot for slot in self.training}
+        if not slots:
+            time.sleep(timeout)
             return []
-        ray.wait(list(running), num_returns=1, timeout=patience)
-        done, _ = ray.wait(list(running), num_returns=len(running), timeout=0)
-        return [running[ref] for ref in done]
+        ray.wait(list(slots), num_returns=1, timeout=timeout)
+        done, _ = ray.wait(list(slots), num_returns=len(slots), timeout=0)
+        return [slots[ref] for ref in done]
 
-    def look(self) -> list[HeadStatus]:
-        """Asks those that train how they are; what has been answered since the last look."""
-        found: list[HeadStatus] = []
-        self._overlook()
-        for member in self.training:
-            if member.asked is None:
-                member.asked = (member.actor.status.remote(), time.monotonic())
-        waiting = {member.asked[0]: member for member in self.training if member.asked is not None}
-        answered, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0.2) if waiting else ([], [])
+    def poll(self) -> list[HeadStatus]:
+        """Asks the processes that train for their statuses; returns those that came since the last poll."""
+        statuses: list[HeadStatus] = []
+        self._excuse_blind_time()
+        for slot in self.training:
+            if slot.status_request is None:
+                slot.status_request = (slot.actor.status.remote(), time.monotonic())
+        waiting = {slot.status_request[0]: slot for slot in self.training if slot.status_request is not None}
+        answered, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=STATUS_WAIT) if waiting else ([], [])
         now = time.monotonic()
         for ref in answered:
-            member = waiting[ref]
-            assert member.asked is not None
-            asked, member.asked = member.asked[1], None
+            slot = waiting[ref]
+            assert slot.status_request is not None
+            requested_at, slot.status_request = slot.status_request[1], None
             try:
-                statuses: tuple[HeadStatus, ...] = ray.get(ref)
+                answer: tuple[HeadStatus, ...] = ray.get(ref)
             except ray.exceptions.RayError:
-                continue  # `run` of the same actor says it better
-            position = tuple((s.step, s.version, s.state) for s in statuses)
-            idle = all(s.state in ("waiting", "done", "quarantined") for s in statuses)
-            stepped = any(s.first_step_at is not None for s in statuses)
-            self.deadlines.note(member.pulse, now, asked, position, idle, stepped)
-            found += statuses
-        self._looked = time.monotonic()
-        return found
+                continue  # the `run` call of the same actor fails with a better error
+            position = tuple((s.step, s.version, s.state) for s in answer)
+            idle = all(s.state in ("waiting", "done", "quarantined") for s in answer)
+            stepped = any(s.first_step_at is not None for s in answer)
+            self._hang_detector.record_answer(slot.health, now, requested_at, position, idle, stepped)
+            statuses += answer
+        self._polled_at = time.monotonic()
+        return statuses
 
-    def _overlook(self) -> None:
-        """What this process was busy with since it looked last says nothing of how long others took.
+    def _excuse_blind_time(self) -> None:
+        """Doesn't count the time in which this process was busy as time that heads took to move or to answer.
 
-        But for `BLIND` of it: so one that is always busy finds those that hang, too, if later.
+        `BLIND` seconds of it count: so a driver that is always busy still finds heads that hang, if later.
         """
-        blind = time.monotonic() - (self._looked or time.monotonic()) - BLIND
+        blind = time.monotonic() - (self._polled_at or time.monotonic()) - BLIND
         if blind > 0:
-            for member in self.training:
-                member.pulse.moved += blind
-                if member.asked is not None:
-                    member.asked = (member.asked[0], member.asked[1] + blind)
+            for slot in self.training:
+                slot.health.moved += blind
+                if slot.status_request is not None:
+                    slot.status_request = (slot.status_request[0], slot.status_request[1] + blind)
 
-    def gone(self) -> list[HeadActorSlot]:
-        """Those that have ended their work and whose process, which may still have to write its state, is gone or hangs."""
-        now, found = time.monotonic(), []
-        for member in [member for member in self.members if member.over and member.actor is not None]:
-            ref, asked = member.asked = member.asked or (member.actor.status.remote(), now)
+    def hung(self) -> list[tuple[HeadActorSlot, str]]:
+        """Returns the slots whose process hangs, and why it counts as hung."""
+        now, hung = time.monotonic(), []
+        for slot in self.training:
+            if not slot.has_answered:  # a process that waits for a place isn't hung
+                slot.health.begun = (slot.health.begun or now) if is_placed(slot.strategy) else None
+                self._hang_detector.several_nodes = self._hang_detector.several_nodes or has_several_nodes()
+            requested_at = slot.status_request[1] if slot.status_request is not None else None
+            why = self._hang_detector.hang_reason(slot.health, now, requested_at)
+            if why:
+                hung.append((slot, why))
+        return hung
+
+    def exited(self) -> list[HeadActorSlot]:
+        """Returns the finished slots whose process, which may still have to write states, is gone or hangs."""
+        now, exited = time.monotonic(), []
+        for slot in [slot for slot in self.slots if slot.state is SlotState.FINISHED]:
+            ref, requested_at = slot.status_request = slot.status_request or (slot.actor.status.remote(), now)
             if not ray.wait([ref], timeout=0)[0]:
-                if now - asked > self.deadlines.silence:
-                    found.append(member)
+                if now - requested_at > self._hang_detector.silence:
+                    exited.append(slot)
                 continue
-            member.asked = None
+            slot.status_request = None
             try:
                 ray.get(ref)
             except ray.exceptions.RayError:
-                found.append(member)
-        return found
+                exited.append(slot)
+        return exited
 
     def without_place(self, patience: float) -> list[tuple[HeadActorSlot, float]]:
-        """Those for whose process the cluster has had no place for longer than `patience`, and for how many seconds."""
+        """Returns the slots that the cluster has had no place for, for longer than `patience` seconds, and for how long."""
         now = time.monotonic()
-        waits = [(m, now - m.started) for m in self.training if m.pulse.answered is None and m.pulse.begun is None]
-        return [(member, seconds) for member, seconds in waits if seconds > patience]
+        unplaced = [slot for slot in self.training if not slot.has_answered and slot.health.begun is None]
+        return [(slot, now - slot.started_at) for slot in unplaced if now - slot.started_at > patience]
 
-    def hung(self) -> list[tuple[HeadActorSlot, str]]:
-        """Those that have stopped, and how one knows."""
-        now, found = time.monotonic(), []
-        for member in self.training:
-            if member.pulse.answered is None:  # a process that waits for a place isn't hung
-                member.pulse.begun = (member.pulse.begun or now) if is_placed(member.strategy) else None
-                self.deadlines.several = self.deadlines.several or has_several_nodes()
-            why = self.deadlines.hung(member.pulse, now, member.asked[1] if member.asked is not None else None)
-            if why:
-                found.append((member, why))
-        return found
+    def request_states(self, request: CheckpointRequest, timeout: float) -> frozenset[int]:
+        """Has heads write their states into a checkpoint.
+
+        Returns:
+            The heads that can't: they have no process, or it didn't confirm within `timeout` seconds.
+        """
+        slots = {}
+        for slot in self.slots:
+            if slot.has_process and set(slot.numbers) & request.sequences.keys():
+                slots[slot.actor.save.remote(request)] = slot
+        answered, _ = ray.wait(list(slots), num_returns=len(slots), timeout=timeout) if slots else ([], [])
+        confirmed: set[int] = set()
+        for ref in answered:
+            with contextlib.suppress(ray.exceptions.RayError):
+                confirmed |= set(slots[ref].numbers) if ray.get(ref) else set()
+        return frozenset(request.sequences.keys() - confirmed)

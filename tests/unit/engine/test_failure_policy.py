@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lte_ray.config import FailureConfig
-from lte_ray.engine.failure_policy import LONGEST, FailureDecision, FailurePolicy
+from lte_ray.engine.failure_policy import MAX_DELAY, FailureDecision, FailurePolicy
 
 ONE = (0,)
 AGAIN = FailureDecision("restart")
@@ -15,25 +15,25 @@ AGAIN = FailureDecision("restart")
 
 def test_the_first_restart_is_at_once_and_later_ones_wait_twice_as_long() -> None:
     """0, then backoff, 2 backoff, ..., a minute at most; a merged contribution in between begins anew."""
-    failures = FailurePolicy(FailureConfig(head_failures=-1, backoff=3.0))
-    delays = [failures.head(ONE, merged=4, step=9, others=1).delay for _ in range(8)]
-    assert delays == [0.0, 3.0, 6.0, 12.0, 24.0, 48.0, LONGEST, LONGEST]
-    assert failures.head(ONE, merged=5, step=9, others=1) == AGAIN
-    assert failures.total == 9
+    policy = FailurePolicy(FailureConfig(head_failures=-1, backoff=3.0))
+    delays = [policy.decide_head(ONE, merged=4, step=9, others=1).delay for _ in range(8)]
+    assert delays == [0.0, 3.0, 6.0, 12.0, 24.0, 48.0, MAX_DELAY, MAX_DELAY]
+    assert policy.decide_head(ONE, merged=5, step=9, others=1) == AGAIN
+    assert policy.total == 9
 
 
 @given(st.integers(0, 5), st.lists(st.booleans(), max_size=12))
 def test_a_head_that_died_too_often_in_a_row_ends_the_run(most: int, merges: list[bool]) -> None:
     """It survives `head_failures` deaths without a merged contribution in between, and not one more."""
-    failures = FailurePolicy(FailureConfig(head_failures=most))
+    policy = FailurePolicy(FailureConfig(head_failures=most))
     merged, in_a_row = 0, 0
     for merges_first in merges:
         merged += merges_first
         in_a_row = 1 if merges_first else in_a_row + 1
-        remedy = failures.head(ONE, merged=merged, step=merged, others=3)
-        assert remedy.action == ("restart" if in_a_row <= most else "stop")
+        decision = policy.decide_head(ONE, merged=merged, step=merged, others=3)
+        assert decision.action == ("restart" if in_a_row <= most else "stop")
         if in_a_row > most:
-            assert f"it died {in_a_row} times without a merged contribution in between" in remedy.why
+            assert f"it died {in_a_row} times without a merged contribution in between" in decision.why
 
 
 @pytest.mark.parametrize(
@@ -41,11 +41,11 @@ def test_a_head_that_died_too_often_in_a_row_ends_the_run(most: int, merges: lis
 )
 def test_a_head_without_a_place_is_waited_for_unless_the_run_may_do_without(exhausted: str, others: int, action: str) -> None:
     """Lack of room ends no run: it drops the head where that is allowed and enough are left, and else waits on."""
-    failures = FailurePolicy(FailureConfig(exhausted=exhausted, min_heads=2))  # type: ignore[arg-type]
-    remedy = failures.no_place(others, 31.0)
-    assert remedy.action == action
-    assert remedy.why == "the cluster has had no place for it for 31 s"
-    assert failures.total == 0
+    policy = FailurePolicy(FailureConfig(exhausted=exhausted, min_heads=2))  # type: ignore[arg-type]
+    decision = policy.decide_no_place(others, 31.0)
+    assert decision.action == action
+    assert decision.why == "the cluster has had no place for it for 31 s"
+    assert policy.total == 0
 
 
 @pytest.mark.parametrize(
@@ -54,41 +54,41 @@ def test_a_head_without_a_place_is_waited_for_unless_the_run_may_do_without(exha
 )
 def test_a_head_is_dropped_if_enough_others_are_left(exhausted: str, others: int, least: int, action: str) -> None:
     """As `exhausted` and `min_heads` say; a run without heads can't go on."""
-    failures = FailurePolicy(FailureConfig(head_failures=0, exhausted=exhausted, min_heads=least))  # type: ignore[arg-type]
-    assert failures.head(ONE, merged=3, step=8, others=others).action == action
+    policy = FailurePolicy(FailureConfig(head_failures=0, exhausted=exhausted, min_heads=least))  # type: ignore[arg-type]
+    assert policy.decide_head(ONE, merged=3, step=8, others=others).action == action
 
 
 def test_processes_are_counted_apart_and_the_run_as_a_whole() -> None:
     """Each has its own row; `max_failures` bounds the sum, with the coordinator's and the evaluator's deaths."""
-    failures = FailurePolicy(FailureConfig(max_failures=4, head_failures=1))
-    assert failures.head((0, 1), merged=0, step=1, others=2) == AGAIN
-    assert failures.head((2,), merged=0, step=1, others=2) == AGAIN
-    assert failures.other() == AGAIN
-    assert failures.head((2,), merged=1, step=4, others=2) == AGAIN
-    assert failures.other() == FailureDecision("stop", why="--max-failures is 4")
-    assert failures.head((2,), merged=2, step=7, others=2).action == "stop"
+    policy = FailurePolicy(FailureConfig(max_failures=4, head_failures=1))
+    assert policy.decide_head((0, 1), merged=0, step=1, others=2) == AGAIN
+    assert policy.decide_head((2,), merged=0, step=1, others=2) == AGAIN
+    assert policy.decide_other() == AGAIN
+    assert policy.decide_head((2,), merged=1, step=4, others=2) == AGAIN
+    assert policy.decide_other() == FailureDecision("stop", why="--max-failures is 4")
+    assert policy.decide_head((2,), merged=2, step=7, others=2).action == "stop"
 
 
 def test_with_no_failures_allowed_the_first_death_ends_the_run() -> None:
     """Whoever it is; and nothing need be said about a setting that says so."""
-    assert FailurePolicy(FailureConfig(max_failures=0)).head(ONE, merged=5, step=5, others=3) == FailureDecision("stop")
-    assert FailurePolicy(FailureConfig(max_failures=0)).other() == FailureDecision("stop")
+    assert FailurePolicy(FailureConfig(max_failures=0)).decide_head(ONE, merged=5, step=5, others=3) == FailureDecision("stop")
+    assert FailurePolicy(FailureConfig(max_failures=0)).decide_other() == FailureDecision("stop")
 
 
 def test_preemption_is_nobodys_failure() -> None:
     """It isn't counted against `max_failures`: the run goes on however often the cluster takes a node."""
-    failures = FailurePolicy(FailureConfig(max_failures=0))
+    policy = FailurePolicy(FailureConfig(max_failures=0))
     for merged in range(5):
-        assert failures.head(ONE, merged=merged, step=merged, others=0, preempted=True) == AGAIN
-    assert failures.total == 0
+        assert policy.decide_head(ONE, merged=merged, step=merged, others=0, preempted=True) == AGAIN
+    assert policy.total == 0
 
 
 def test_what_fails_before_any_step_is_a_mistake_and_not_bad_luck() -> None:
     """A worker that raises at the start ends the run at once; a process that is killed there is started again."""
-    failures = FailurePolicy(FailureConfig())
-    assert failures.head(ONE, merged=0, step=0, others=3, ever_trained=False) == AGAIN
-    remedy = failures.head(ONE, merged=0, step=0, others=3, raised="ValueError: no", ever_trained=False)
-    assert remedy == FailureDecision("stop", why="it failed before any head took a step")
+    policy = FailurePolicy(FailureConfig())
+    assert policy.decide_head(ONE, merged=0, step=0, others=3, ever_trained=False) == AGAIN
+    decision = policy.decide_head(ONE, merged=0, step=0, others=3, raised="ValueError: no", ever_trained=False)
+    assert decision == FailureDecision("stop", why="it failed before any head took a step")
 
 
 @pytest.mark.parametrize(
@@ -103,8 +103,8 @@ def test_what_fails_before_any_step_is_a_mistake_and_not_bad_luck() -> None:
 )
 def test_the_same_error_at_the_same_step_will_come_again(first: tuple[int, str], second: tuple[int, str], action: str) -> None:
     """Another restart would only meet it once more. What kills the process from outside may not come again."""
-    failures = FailurePolicy(FailureConfig(head_failures=-1))
-    assert failures.head(ONE, merged=2, step=first[0], others=3, raised=first[1]).action == "restart"
-    remedy = failures.head(ONE, merged=3, step=second[0], others=3, raised=second[1])
-    assert remedy.action == action
-    assert ("twice in the same way" in remedy.why) == (action == "stop")
+    policy = FailurePolicy(FailureConfig(head_failures=-1))
+    assert policy.decide_head(ONE, merged=2, step=first[0], others=3, raised=first[1]).action == "restart"
+    decision = policy.decide_head(ONE, merged=3, step=second[0], others=3, raised=second[1])
+    assert decision.action == action
+    assert ("twice in the same way" in decision.why) == (action == "stop")

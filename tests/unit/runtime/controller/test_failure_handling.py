@@ -1,41 +1,44 @@
-"""What the driver decides about places in the cluster and processes that are gone, without a Ray."""
+"""What the driver does about processes of heads that die or find no place, without Ray."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
-from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from lte_ray import FailureConfig
 from lte_ray.engine.failure_policy import FailurePolicy
-from lte_ray.errors import CoordinatorLost, HeadLost
+from lte_ray.engine.hang_detector import HangDetector
+from lte_ray.errors import HeadLost
 from lte_ray.messages import HeadStatus
-from lte_ray.runtime.controller import failure_handling
+from lte_ray.runtime.controller import failure_handling, head_actors
 from lte_ray.runtime.controller.failure_handling import FailureHandler
-from lte_ray.runtime.controller.head_actors import HeadActorGroup, HeadActorSlot
-from lte_ray.runtime.head.client import ReconnectingStub
-from lte_ray.runtime.ray_errors import to_lte_error
+from lte_ray.runtime.controller.head_actors import HeadActorGroup, HeadActorSlot, SlotState
+from lte_ray.runtime.controller.run_state import RunState
+from lte_ray.runtime.coordinator_state import CoordinatorState
+from lte_ray.storage import RunDirectory
 
 
 class Places:
-    """A cluster with room for so many more actors."""
+    """A cluster with room for `room` more actors."""
 
     patience = 30.0
 
-    def __init__(self, room: int = 0) -> None:
+    def __init__(self, room: int) -> None:
         self.room = room
-        self.spared: list[Any] = []
+        self.released: list[Any] = []
 
     def add_bundle(self) -> Any:
         self.room -= 1
         return "a place" if self.room >= 0 else None
 
     def release_bundle(self, strategy: Any) -> None:
-        self.spared.append(strategy)
+        self.released.append(strategy)
 
 
 class Actor:
@@ -45,140 +48,141 @@ class Actor:
         return SimpleNamespace(remote=lambda *args: (name, args))
 
 
-def mend(numbers: list[tuple[int, ...]], room: int = 0, **failure: Any) -> FailureHandler:
+class Run:
     """The driver's side of a run whose processes host these heads, all of them training."""
-    hub = SimpleNamespace(coordinator=Actor(), epoch=0)
-    crew = HeadActorGroup(hub, lambda *_: Actor(), lambda _: None)  # type: ignore[arg-type]
-    config = FailureConfig(**{"exhausted": "drop", **failure})
-    events: list[dict[str, Any]] = []
-    session = SimpleNamespace(
-        crew=crew,
-        hub=hub,
-        failure=config,
-        failures=FailurePolicy(config),
-        initial=SimpleNamespace(plans=range(8)),
-        statuses={n: HeadStatus(n, state="training") for process in numbers for n in process},
-        log=SimpleNamespace(record_event=lambda event, **more: events.append({"event": event, **more})),
-        merges=[],
-        is_now=lambda heads, state: None,
-    )
-    crew.launch_all([(process, process) for process in numbers])
-    for member in crew.members:
-        crew.start(member)
-        member.pulse.answered = member.pulse.begun = time.monotonic()
-    made = FailureHandler(session, Places(room))  # type: ignore[arg-type]
-    made.events = events  # type: ignore[attr-defined]
-    return made
+
+    def __init__(self, path: Path, numbers: list[tuple[int, ...]], room: int, config: FailureConfig) -> None:
+        coordinator: Any = SimpleNamespace(
+            actor=Actor(), epoch=0, lose_heads=lambda *args, **more: None, heads_without_data=lambda after: frozenset()
+        )
+        launcher: Any = SimpleNamespace(launch_heads=lambda *_: Actor(), end=lambda actor: None)
+        self.heads = HeadActorGroup(coordinator, launcher, HangDetector())
+        self.events: list[dict[str, Any]] = []
+        self.state = RunState(RunDirectory.open(str(path), "run"), 8, CoordinatorState(0, None))
+        log: Any = SimpleNamespace(record_event=lambda event, **more: self.events.append({"event": event, **more}))
+        self.state.log = log
+        self.state.record_heads([HeadStatus(n, state="training") for process in numbers for n in process], epoch=0)
+        self.places: Any = Places(room)
+        self.handler = FailureHandler(self.state, self.heads, coordinator, FailurePolicy(config), self.places, 8)
+        self.heads.launch_all([(process, process) for process in numbers])
+        for slot in self.heads.slots:
+            self.heads.start(slot)
+            slot.health.answered = slot.health.begun = slot.health.moved = time.monotonic()
+
+    def rows(self, event: str) -> list[dict[str, Any]]:
+        return [row for row in self.events if row["event"] == event]
+
+    def lose_place(self, slot: HeadActorSlot, seconds: float = 31.0) -> None:
+        """The slot's process dies, and the next one waits for a place for `seconds`."""
+        self.heads.end_process(slot)
+        self.heads.restart(slot)
+        self.heads.start(slot)
+        slot.started_at -= seconds
+        self.handler.check()
+
+    def grow(self) -> None:
+        """Some time passes, after which a head may be added."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(failure_handling, "GROW_EVERY", 0.0)
+            self.handler.check()
 
 
-def told(made: FailureHandler, event: str) -> list[dict[str, Any]]:
-    return [row for row in made.events if row["event"] == event]  # type: ignore[attr-defined]
+Start = Callable[..., Run]
 
 
-def lose_place(made: FailureHandler, member: HeadActorSlot, seconds: float = 31.0) -> None:
-    """Its process died, and the next one has waited for a place for so long."""
-    made._session.crew.clear(member)
-    made._session.crew.start(member)
-    made._do_without(member, seconds)
-
-
-def grow(made: FailureHandler) -> None:
-    made._grow(time.monotonic() + 2 * failure_handling.GROW)
-    made._grown = time.monotonic() - 2 * failure_handling.GROW
-
-
-def test_heads_of_one_process_come_back_together() -> None:
-    """Both are dropped for lack of a place, and share one again."""
-    made = mend([(0, 1), (2, 3)], room=1)
-    lose_place(made, made._session.crew.members[1])
-    assert [row["heads"] for row in told(made, "head_dropped")] == [[2, 3]]
-    assert made._places.spared == [(2, 3)]  # type: ignore[attr-defined]
-    grow(made)
-    back = made._session.crew.members[-1]
-    assert (back.numbers, back.incarnation, back.strategy) == ((2, 3), 2, "a place")
-    assert [row["head"] for row in told(made, "head_added")] == [2, 3]
-    grow(made)
-    assert len(made._session.crew.members) == 2
-
-
-def test_no_head_comes_back_without_room() -> None:
-    """It is asked for again later."""
-    made = mend([(0,), (1,)])
-    lose_place(made, made._session.crew.members[1])
-    grow(made)
-    assert not told(made, "head_added")
-    made._places.room = 1  # type: ignore[attr-defined]
-    grow(made)
-    assert [row["head"] for row in told(made, "head_added")] == [1]
-
-
-def test_a_quarantined_head_keeps_nobody_from_coming_back() -> None:
-    """Its place is over, but the run isn't; once a head has taken all its steps, it is."""
-    made = mend([(0,), (1,), (2,)], room=1)
-    crew, statuses = made._session.crew, made._session.statuses
-    crew.over(crew.members[0])
-    statuses[0] = HeadStatus(0, state="done")
-    lose_place(made, crew.members[2])
-    grow(made)
-    assert not told(made, "head_added")
-    statuses[0] = HeadStatus(0, state="quarantined")
-    grow(made)
-    assert [row["head"] for row in told(made, "head_added")] == [2]
-
-
-def test_heads_that_have_ended_are_nobody_to_go_on_with() -> None:
-    """The last head that trains isn't dropped for lack of a place: what is left of its steps would never be taken."""
-    made = mend([(0,), (1,)])
-    crew = made._session.crew
-    crew.over(crew.members[0])
-    lose_place(made, crew.members[1])
-    lose_place(made, crew.members[1])
-    assert not told(made, "head_dropped")
-    assert len(crew.members) == 2
-    assert ["no place" in row["why"] for row in told(made, "waits_for_place")] == [True, True]  # once for each process
-    made._do_without(crew.members[1], 99.0)
-    assert len(told(made, "waits_for_place")) == 2
-
-
-def test_a_head_that_died_too_often_does_not_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the run may have more heads than it has now: another number is taken."""
-    made = mend([(0,), (1,)], room=1, head_failures=0, max_heads=2)
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    """Makes a run, in a cluster that places no process that hasn't answered yet."""
+    monkeypatch.setattr(head_actors, "is_placed", lambda strategy: False)
+    monkeypatch.setattr(head_actors, "has_several_nodes", lambda: False)
     monkeypatch.setattr(ray, "get", lambda ref, timeout: None)
-    made._head_lost(made._session.crew.members[1], HeadLost("it died"))
-    assert [row["heads"] for row in told(made, "head_dropped")] == [[1]]
-    grow(made)
-    assert [row["head"] for row in told(made, "head_added")] == [2]
+    return lambda numbers, room=0, **failure: Run(tmp_path, numbers, room, FailureConfig(**{"exhausted": "drop", **failure}))
 
 
-def test_what_the_driver_was_busy_with_says_nothing_of_the_heads() -> None:
+def test_heads_of_one_process_come_back_together(start: Start) -> None:
+    """Both are dropped for lack of a place, and share one again."""
+    run = start([(0, 1), (2, 3)], room=1)
+    run.lose_place(run.heads.slots[1])
+    assert [row["heads"] for row in run.rows("head_dropped")] == [[2, 3]]
+    assert run.places.released == [(2, 3)]
+    run.grow()
+    back = run.heads.slots[-1]
+    assert (back.numbers, back.incarnation, back.strategy) == ((2, 3), 2, "a place")
+    assert [row["head"] for row in run.rows("head_added")] == [2, 3]
+    run.grow()
+    assert len(run.heads.slots) == 2
+
+
+def test_no_head_comes_back_without_room(start: Start) -> None:
+    """The driver tries again later."""
+    run = start([(0,), (1,)])
+    run.lose_place(run.heads.slots[1])
+    run.grow()
+    assert not run.rows("head_added")
+    run.places.room = 1
+    run.grow()
+    assert [row["head"] for row in run.rows("head_added")] == [1]
+
+
+def test_a_quarantined_head_does_not_keep_others_from_coming_back(start: Start) -> None:
+    """Its slot has finished, but the run hasn't; once a head has taken all its steps, the run is near its end."""
+    run = start([(0,), (1,), (2,)], room=1)
+    run.heads.finish(run.heads.slots[0])
+    run.state.statuses[0] = HeadStatus(0, state="done")
+    run.lose_place(run.heads.slots[2])
+    run.grow()
+    assert not run.rows("head_added")
+    run.state.statuses[0] = HeadStatus(0, state="quarantined")
+    run.grow()
+    assert [row["head"] for row in run.rows("head_added")] == [2]
+
+
+def test_the_last_head_that_trains_waits_for_a_place(start: Start) -> None:
+    """Heads that have ended can't take its steps, so it isn't dropped. The wait is reported once for each process."""
+    run = start([(0,), (1,)])
+    run.heads.finish(run.heads.slots[0])
+    slot = run.heads.slots[1]
+    run.lose_place(slot)
+    run.lose_place(slot)
+    assert not run.rows("head_dropped")
+    assert len(run.heads.slots) == 2
+    assert ["no place" in row["why"] for row in run.rows("waits_for_place")] == [True, True]
+    slot.started_at -= 60.0
+    run.handler.check()
+    assert len(run.rows("waits_for_place")) == 2
+
+
+def test_a_head_that_died_too_often_does_not_come_again(start: Start) -> None:
+    """If the run may have more heads than it has now, another number is taken."""
+    run = start([(0,), (1,)], room=1, head_failures=0, max_heads=2)
+    run.handler.handle_loss(run.heads.slots[1], HeadLost("it died"))
+    assert [row["heads"] for row in run.rows("head_dropped")] == [[1]]
+    run.grow()
+    assert [row["head"] for row in run.rows("head_added")] == [2]
+
+
+def test_a_head_that_died_is_started_again(start: Start) -> None:
+    """Its slot is LOST no longer than the decision takes; the next process is another incarnation."""
+    run = start([(0,), (1,)])
+    slot = run.heads.slots[1]
+    run.handler.handle_loss(slot, HeadLost("it died"))
+    assert (slot.state, slot.incarnation, slot.has_process) == (SlotState.RESTARTING, 1, False)
+    run.handler.check()
+    assert (slot.state, slot.has_process, slot.has_answered) == (SlotState.TRAINING, True, False)
+    assert [(row["heads"], row["incarnation"]) for row in run.rows("head_restarts")] == [([1], 1)]
+
+
+def test_time_in_which_the_driver_was_busy_does_not_count_against_heads(start: Start) -> None:
     """A minute in which it wrote to a slow disk makes no head's step, and no answer, a minute long."""
-    made = mend([(0,)])
-    crew = made._session.crew
-    (member,) = crew.members
+    run = start([(0,)])
+    heads: Any = run.heads
+    (slot,) = heads.slots
     now = time.monotonic()
-    member.asked, member.pulse.moved, crew._looked = ("status", now - 60.0), now - 61.0, now - 60.0
-    crew._overlook()
-    assert now - member.pulse.moved == pytest.approx(3.0, abs=0.5)
-    assert now - member.asked[1] == pytest.approx(2.0, abs=0.5)
-    crew._looked = time.monotonic() - 1.0
-    before = member.pulse.moved
-    crew._overlook()
-    assert member.pulse.moved == before
-
-
-def test_a_process_that_rays_memory_monitor_ended_is_gone_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray calls it by another name: the line waits for the next coordinator, and the error is ours."""
-    error = OutOfMemoryError("the node was short of memory")
-    assert isinstance(to_lte_error(error, "the coordinator"), CoordinatorLost)
-    answers: list[Any] = [error, ActorDiedError(), 7]
-
-    def get(ref: Any) -> Any:
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            line.connect(Actor(), line.epoch + 1)  # as the driver does
-            raise answer
-        return answer
-
-    monkeypatch.setattr(ray, "get", get)
-    line = ReconnectingStub(Actor(), 0)
-    assert line.call("contribute") == (2, 7)
+    slot.status_request, slot.health.moved, heads._polled_at = ("status", now - 60.0), now - 61.0, now - 60.0
+    heads._excuse_blind_time()
+    assert now - slot.health.moved == pytest.approx(3.0, abs=0.5)
+    assert now - slot.status_request[1] == pytest.approx(2.0, abs=0.5)
+    heads._polled_at = time.monotonic() - 1.0
+    before = slot.health.moved
+    heads._excuse_blind_time()
+    assert slot.health.moved == before

@@ -1,0 +1,76 @@
+"""Starts the actors of a run, with the resources that each may use, and ends them.
+
+The actors' classes are plain Python: `ray.remote` is applied here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+
+from lte_ray.engine.prepare import Initial
+from lte_ray.engine.process_tuning import available_cores, head_threads
+from lte_ray.runtime.context import RunContext
+from lte_ray.runtime.evaluator_actor import EvaluatorActor
+from lte_ray.runtime.head.actor import HeadActor, HeadHost
+from lte_ray.runtime.placement import Placement
+
+UNRESERVED = {"num_cpus": 0, "scheduling_strategy": "DEFAULT"}
+"""Ray's options for actors that reserve nothing."""
+
+
+class ActorLauncher:
+    """Starts actors and keeps track of those that live, so that none outlives the run.
+
+    Args:
+        context: of the run.
+        initial: the model and the plans.
+        placement: what each actor of heads reserves.
+        stack_heads: whether an actor's heads are computed as one batch.
+    """
+
+    def __init__(self, context: RunContext, initial: Initial, placement: Placement, stack_heads: str) -> None:
+        self._context, self._initial, self._placement, self._stack_heads = context, initial, placement, stack_heads
+        self._alive: list[Any] = []
+
+    def launch(self, kind: type, options: dict[str, Any], *args: Any) -> Any:
+        """Starts an actor with these options of Ray's. Its "ctl" group answers calls while it works."""
+        actor = ray.remote(concurrency_groups={"ctl": 4})(kind).options(max_restarts=0, **options).remote(*args)
+        self._alive.append(actor)
+        return actor
+
+    def launch_heads(self, numbers: tuple[int, ...], strategy: Any, incarnation: int) -> Any:
+        """Starts an actor for these heads under a scheduling strategy."""
+        placement, (lanes, threads) = self._placement, self._lanes_and_threads
+        resources = {k: v for k, v in placement.bundle.items() if k not in ("CPU", "GPU")}
+        options = {"num_cpus": placement.bundle.get("CPU", 0), "num_gpus": placement.gpus, "resources": resources}
+        options["scheduling_strategy"] = strategy
+        host = HeadHost(threads, lanes, placement.gpus > 0, self._stack_heads)
+        return self.launch(HeadActor, options, self._context, self._initial.plans, numbers, host, incarnation)
+
+    def launch_evaluator(self, head_actors: int) -> Any:
+        """Starts the evaluator on what the heads' actors, which are `head_actors`, leave: a GPU if there is one, idle cores."""
+        lanes, threads = self._lanes_and_threads
+        wanted = self._placement.gpus
+        gpus = wanted if 0 < wanted <= ray.available_resources().get("GPU", 0) else 0
+        idle_cores = max(1, available_cores() - lanes * threads * head_actors)
+        options = {**UNRESERVED, "num_gpus": gpus}
+        return self.launch(EvaluatorActor, options, self._context, self._initial.plan, idle_cores, gpus > 0)
+
+    @property
+    def _lanes_and_threads(self) -> tuple[int, int]:
+        """Threads in which an actor of heads computes, and torch's threads in each."""
+        per_head = self._context.settings.train.threads_per_head
+        return head_threads(per_head, self._placement.cpus, self._placement.heads)
+
+    def end(self, actor: Any) -> None:
+        """Ends an actor; one that was ended before is left alone."""
+        if actor in self._alive:
+            self._alive.remove(actor)
+            ray.kill(actor)
+
+    def end_all(self) -> None:
+        """Ends all actors that are left."""
+        for actor in self._alive:
+            ray.kill(actor)

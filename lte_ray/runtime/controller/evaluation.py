@@ -1,0 +1,150 @@
+"""Evaluations of the merged weights: one at a time, in the evaluator's process, which is started when it is first needed."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from concurrent.futures import Future, wait
+from typing import Any
+
+import ray
+
+from lte_ray import checkpoint, storage
+from lte_ray.engine.failure_policy import FailurePolicy
+from lte_ray.engine.hang_detector import HangDetector
+from lte_ray.errors import LTEError, RunError, StorageError, UserError, WorkerFailed
+from lte_ray.run.metrics import BRIEF, Evaluation
+from lte_ray.runtime.context import RunContext
+from lte_ray.runtime.controller.actor_launcher import ActorLauncher
+from lte_ray.runtime.controller.head_actors import HeadActorGroup
+from lte_ray.runtime.controller.run_state import PendingEvaluation, RunState
+from lte_ray.runtime.ray_errors import ray_get
+
+FIRST_ANSWER = 120.0
+"""Seconds within which the evaluator first answers: it imports torch and the worker's module."""
+
+POLL = 0.5
+"""Seconds between two checks of the evaluator while a sample is made."""
+
+
+class Evaluations:
+    """Has the versions in the run's queue evaluated, and watches the evaluator.
+
+    Args:
+        state: of the run, with the queue.
+        context: of the run.
+        heads: which leave the evaluator some cores.
+        launcher: starts and ends the evaluator.
+        policy: decides whether another evaluator may start.
+        hang_detector: the run's.
+    """
+
+    def __init__(
+        self,
+        state: RunState,
+        context: RunContext,
+        heads: HeadActorGroup,
+        launcher: ActorLauncher,
+        policy: FailurePolicy,
+        hang_detector: HangDetector,
+    ) -> None:
+        self._state, self._context, self._heads, self._launcher = state, context, heads, launcher
+        self._policy, self._hang_detector = policy, hang_detector
+        self._actor: Any = None
+        self._result: Any = None  # of the version that the evaluator has
+        self._ping: tuple[Any, float] | None = None  # the ping without an answer, and since when
+        self._writes: list[Future[None]] = []  # of evaluations beside their checkpoints
+
+    @property
+    def actor(self) -> Any:
+        """The evaluator's handle. Starting it late keeps it from delaying the heads."""
+        if self._actor is None:
+            self._actor = self._launcher.launch_evaluator(head_actors=len(self._heads.slots))
+        return self._actor
+
+    def poll(self, patience: float = 0) -> None:
+        """Records the result of an evaluation if there is one within `patience` seconds, and starts the next.
+
+        Raises:
+            WorkerFailed: the worker's code raised.
+            RunError: the evaluator died or hung too often.
+        """
+        state = self._state
+        if state.evaluating is not None:
+            if not ray.wait([self._result], timeout=patience)[0]:
+                self._check_alive()
+                return
+            pending, state.evaluating = state.evaluating, None
+            try:
+                values = ray_get(self._result, "the evaluator")
+            except (WorkerFailed, UserError):
+                raise
+            except LTEError as error:
+                self._handle_loss(str(error))
+                return
+            evaluation = Evaluation(pending.version, pending.step, values)
+            state.record_evaluation(evaluation)
+            if self._context.retention.best:
+                running = [write for write in self._writes if not write.done()]
+                self._writes = [*running, storage.run_in_thread(lambda: self._write(evaluation))]
+                wait(self._writes[-1:], BRIEF)
+        if state.queue:
+            pending = state.evaluating = state.queue.popleft()
+            self._result = self.actor.evaluate.remote(pending.base)
+
+    def add_final(self, version: int, base: Any) -> None:
+        """Queues the final version, unless it is or was evaluated already."""
+        state = self._state
+        versions = [pending.version for pending in (state.evaluating, *state.queue) if pending is not None]
+        versions += [evaluation.version for evaluation in state.evaluations]
+        if version not in versions:
+            state.queue.append(PendingEvaluation(version, state.furthest_step, base))
+
+    @property
+    def busy(self) -> bool:
+        """Whether a version is being evaluated, or waits for it."""
+        return self._state.evaluating is not None or bool(self._state.queue)
+
+    def _write(self, evaluation: Evaluation) -> None:
+        """Writes an evaluation beside its checkpoint, if there is one."""
+        with contextlib.suppress(StorageError):
+            if evaluation.version in checkpoint.complete_versions(self._context.directory):
+                checkpoint.write_evaluation(self._context.directory, evaluation.version, evaluation.values)
+
+    def wait_for_writes(self) -> None:
+        """Waits until all evaluations are written, as long as storage is waited for."""
+        wait(self._writes, self._context.directory.patience)
+
+    def sample(self, base: Any) -> str | None:
+        """Returns what the worker's `sample` returns for the weights, or why there is nothing: a sample can't fail a run."""
+        try:
+            result = self.actor.sample.remote(base)
+            while self._actor is not None and not ray.wait([result], timeout=POLL)[0]:
+                self._check_alive()
+            sample: str | None = ray_get(result, "the evaluator")
+        except WorkerFailed as error:
+            return f"sample() raised: {error.traceback.strip().splitlines()[-1]}"
+        except LTEError as error:
+            return f"sample() gave nothing: {error}"
+        return sample
+
+    def _check_alive(self) -> None:
+        """An evaluation may take any time, but its process answers pings meanwhile, unless it hangs."""
+        now = time.monotonic()
+        self._ping = self._ping or (self.actor.alive.remote(), now)
+        ref, since = self._ping
+        if ray.wait([ref], timeout=0)[0]:
+            self._ping = None
+        elif now - since > max(FIRST_ANSWER, self._hang_detector.silence):
+            self._state.evaluating = None
+            self._handle_loss(f"The process of the evaluator hasn't answered for {now - since:.0f} s.")
+
+    def _handle_loss(self, why: str) -> None:
+        """The evaluation is missing; the next one is made by another process."""
+        decision = self._policy.decide_other()
+        self._state.log.record_event("evaluator_lost", why=why.splitlines()[0][:300])
+        if decision.action == "stop":
+            raise RunError(decision.explain(why))
+        if self._actor is not None:
+            self._launcher.end(self._actor)
+            self._actor = self._ping = None

@@ -1,0 +1,197 @@
+"""What the driver knows of a run: its phase, its heads, its merges and evaluations, and the newest checkpoint.
+
+The other modules of the controller read these facts and change them through methods. `RunState` knows none of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+from lte_ray.messages import HeadStatus, MergeRecord
+from lte_ray.run.metrics import Evaluation, MetricsLog
+from lte_ray.runtime.coordinator.actor import CoordinatorStatus
+from lte_ray.runtime.coordinator_state import CoordinatorState
+from lte_ray.storage import RunDirectory
+
+MAX_QUEUED_EVALUATIONS = 2
+"""Versions that may wait for evaluation. If there are more, those in the middle are skipped, so that memory stays bounded."""
+
+log = logging.getLogger("lte_ray")
+
+
+class RunPhase(Enum):
+    """What the run is doing. The value is what a display shows of it."""
+
+    STARTING = ""
+    TRAINING = "training"
+    SAVING = "saving the last version"
+    EVALUATING = "evaluating the merged weights"
+    FINISHED = "finished"
+    FAILED = "failed"
+
+    @property
+    def note(self) -> str:
+        """What a display says of the phase; empty while the heads train, whose progress says enough."""
+        return self.value if self in (RunPhase.SAVING, RunPhase.EVALUATING) else ""
+
+
+PHASES = {
+    RunPhase.STARTING: {RunPhase.TRAINING, RunPhase.FAILED},
+    RunPhase.TRAINING: {RunPhase.SAVING, RunPhase.FAILED},
+    RunPhase.SAVING: {RunPhase.TRAINING, RunPhase.EVALUATING, RunPhase.FAILED},  # back if heads must train again
+    RunPhase.EVALUATING: {RunPhase.FINISHED, RunPhase.FAILED},
+    RunPhase.FINISHED: set[RunPhase](),
+    RunPhase.FAILED: set[RunPhase](),
+}
+"""The phases that may follow each phase."""
+
+
+@dataclass(frozen=True)
+class PendingEvaluation:
+    """A version of the base to evaluate. `step` is the furthest that a head of it had reached; `base` refers to its weights."""
+
+    version: int
+    step: int
+    base: Any
+
+
+class RunState:
+    """The facts of one run.
+
+    Args:
+        directory: of the run.
+        num_heads: heads that it starts with.
+        start: where it starts.
+
+    Attributes:
+        phase: what the run is doing.
+        started_at: when this process began the run (Unix time).
+        statuses: by head, its newest status.
+        merges: in order, since the version that this process started from.
+        evaluations: in order.
+        checkpoint: the newest complete one; None before there is one.
+        sample: what the worker's `sample` returned for the final weights.
+        log: `metrics.jsonl`.
+        waiting_for: what the coordinator waits for, in words.
+        storage_problem: what is wrong with the coordinator's storage; empty if nothing.
+        queue, evaluating: versions that wait for evaluation, and the one that the evaluator has now.
+    """
+
+    def __init__(self, directory: RunDirectory, num_heads: int, start: CoordinatorState) -> None:
+        self.phase = RunPhase.STARTING
+        self.started_at = time.time()
+        self.statuses: dict[int, HeadStatus] = {}
+        self.merges: list[MergeRecord] = []
+        self.evaluations: list[Evaluation] = []
+        self.checkpoint = start.checkpoint_version
+        self.sample: str | None = None
+        self.waiting_for = self.storage_problem = ""
+        self.queue: deque[PendingEvaluation] = deque()
+        self.evaluating: PendingEvaluation | None = None
+        self._first_version = start.version
+        self._newest_refusal = (0, 0)  # epoch and number of the newest refusal in the log
+        self._poison: set[tuple[int, int, int]] = set()  # head, epoch and sequence of the poison contributions in the log
+        self.log = MetricsLog(directory)
+        self.log.rewind(start.version)
+        if start.version:
+            anew = [head for head in range(num_heads) if not start.position(head).sequence]
+            self.log.record_event("resumed", version=start.version, heads=num_heads, anew=anew)
+
+    def enter(self, phase: RunPhase) -> None:
+        """Changes the phase, in an order that `PHASES` allows."""
+        if phase is not self.phase:
+            assert phase in PHASES[self.phase], f"{self.phase} can't be followed by {phase}"
+            self.phase = phase
+
+    @property
+    def newest_version(self) -> int:
+        """The newest version that the driver knows of."""
+        return self.merges[-1].version if self.merges else self._first_version
+
+    # -- heads ---------------------------------------------------------------------------------------------------------
+
+    def record_heads(self, statuses: Iterable[HeadStatus], epoch: int) -> None:
+        """Records statuses of heads; `epoch` is the coordinator's now.
+
+        A coordinator that was lost can't report the poison that it refused; the heads that sent it do.
+        """
+        for status in statuses:
+            self.statuses[status.head] = status
+            for refused_by, sequence in status.dropped:
+                if refused_by < epoch and (status.head, refused_by, sequence) not in self._poison:
+                    self._poison.add((status.head, refused_by, sequence))
+                    why = "poison, as the coordinator said before it was lost"
+                    self.log.record_event("refused", head=status.head, sequence=sequence, why=why, poison=True)
+
+    def set_head_state(self, heads: Iterable[int], state: str) -> None:
+        """Sets the state of heads whose process can't report it."""
+        self.statuses |= {n: replace(self.statuses[n], state=state, note="") for n in heads if n in self.statuses}
+
+    def forget_heads(self, heads: Iterable[int]) -> None:
+        """Forgets heads that have left the run."""
+        for head in heads:
+            self.statuses.pop(head, None)
+
+    def is_quarantined(self, head: int) -> bool:
+        """Whether the head trains no more since its contributions were refused."""
+        return head in self.statuses and self.statuses[head].state == "quarantined"
+
+    def have_stepped(self, heads: Collection[int]) -> bool:
+        """Whether each of these heads has taken a step."""
+        return all(head in self.statuses and self.statuses[head].step for head in heads)
+
+    @property
+    def furthest_step(self) -> int:
+        """The furthest local step of any head."""
+        return max((status.step for status in self.statuses.values()), default=0)
+
+    # -- versions ------------------------------------------------------------------------------------------------------
+
+    def record_coordinator(self, status: CoordinatorStatus, epoch: int) -> None:
+        """Records what the coordinator of this epoch says."""
+        if status.checkpoint is not None:
+            self.checkpoint = status.checkpoint
+        if status.storage_problem and status.storage_problem != self.storage_problem:
+            self.log.record_event("storage", why=status.storage_problem)
+            log.warning("%s", status.storage_problem)
+        self.storage_problem, self.waiting_for = status.storage_problem, status.waiting_for
+        for number, result in status.refusals:
+            if (epoch, number) > self._newest_refusal:
+                self._newest_refusal = (epoch, number)
+                if result.harmful:
+                    self._poison.add((result.head, epoch, result.sequence))
+                self.log.record_event(
+                    "refused", head=result.head, sequence=result.sequence, why=result.reason, poison=result.harmful
+                )
+        for record in status.merges:
+            if record.version > self.newest_version:  # two answers may report the same merge
+                self._record_merge(record)
+
+    def _record_merge(self, record: MergeRecord) -> None:
+        if record.base is not None:
+            self.queue.append(PendingEvaluation(record.version, record.step, record.base))
+            while len(self.queue) > MAX_QUEUED_EVALUATIONS:
+                del self.queue[1]  # the first may be version 0, with which all others are compared
+        self.log.record_merge(record)
+        self.merges.append(replace(record, base=None))  # a reference would keep the base in memory
+
+    def record_evaluation(self, evaluation: Evaluation) -> None:
+        """Records the result of an evaluation."""
+        self.evaluations.append(evaluation)
+        self.log.record_evaluation(evaluation)
+
+    def rewind(self, version: int) -> None:
+        """The run continues from `version`: drops what was recorded of later versions."""
+        self.merges = [merge for merge in self.merges if merge.version <= version]
+        self.evaluations = [evaluation for evaluation in self.evaluations if evaluation.version <= version]
+        self.queue.clear()
+        self.evaluating = None
+        if not self.merges:
+            self._first_version = min(version, self._first_version)
+        self.log.rewind(version)
