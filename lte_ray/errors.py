@@ -6,7 +6,7 @@ The tree::
     ├── UserError                 bad input, found before any actor starts (exit code 2)
     │   ├── ConfigError           a setting, flag or TOML key
     │   ├── WorkerError           the worker: not found, incomplete, or with nothing to train
-    │   ├── ResourceError         the cluster can't hold what was asked
+    │   ├── ResourceError         the cluster lacks the requested resources
     │   └── StorageError          the run directory: taken, missing, or not writable
     └── RunError                  something broke while the run was on (exit code 1)
         ├── WorkerFailed          the worker's own code raised inside a head or the evaluator
@@ -15,7 +15,7 @@ The tree::
         ├── ContributionRefused   a head's contributions were refused again and again
         └── PolicyError           a merge policy raised, or decided something impossible
 
-Each survives pickling, so it can cross a process. Whatever URI a message quotes, its text shows it without credentials.
+Each can be pickled, so it can cross processes. The text of each hides credentials in URIs that it quotes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lte_ray.redaction import redact
 
 
 class LTEError(Exception):
-    """Root of every error that lte-ray raises on purpose."""
+    """Root of all errors that lte-ray raises on purpose."""
 
     exit_code = 1
 
@@ -47,7 +47,7 @@ class WorkerError(UserError):
 
 
 class ResourceError(UserError):
-    """The cluster lacks the CPUs or GPUs that the heads ask for."""
+    """The cluster lacks the CPUs or GPUs that the heads request."""
 
 
 class StorageError(UserError):
@@ -62,8 +62,8 @@ class WorkerFailed(RunError):
     """The worker's own code raised.
 
     Attributes:
-        where: which process it was, e.g. ``head 3`` or ``the evaluator``.
-        step: the local step (counted from 1) that failed, None outside of a step.
+        where: the process, e.g. ``head 3`` or ``the evaluator``.
+        step: the local step (counted from 1) that failed; None outside a step.
         traceback: the formatted traceback of the worker's error.
     """
 
@@ -89,4 +89,4 @@ class ContributionRefused(RunError):
 
 
 class PolicyError(RunError):
-    """A merge policy raised, or returned a decision that can't be carried out."""
+    """A merge policy raised, or returned a decision that can't be executed."""

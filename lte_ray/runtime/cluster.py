@@ -1,4 +1,4 @@
-"""The connection to Ray: the cluster that the environment names, or a local one for this run alone."""
+"""The connection to Ray: the cluster that the environment names, or a local one for this run only."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lte_ray.errors import ResourceError
 
 @contextlib.contextmanager
 def connected() -> Iterator[None]:
-    """Ray is connected within the block: as it was before, or to RAY_ADDRESS, or to a new local Ray that ends with it.
+    """Connects to Ray for the block: an existing connection; else RAY_ADDRESS; else a local Ray that ends with the block.
 
     Raises:
-        ResourceError: RAY_ADDRESS is set, but no cluster answers there, or it wants a token that isn't here.
+        ResourceError: no cluster answers at RAY_ADDRESS, it needs a token that isn't set here, or no local Ray starts.
     """
     if ray.is_initialized():
         yield
@@ -34,9 +34,9 @@ def connected() -> Iterator[None]:
             ray.init(address=address, logging_level=logging.WARNING)
         else:
             for name in ("RAY_enable_metrics_collection", "RAY_event_stats"):
-                os.environ.setdefault(name, "0")  # nobody looks at the metrics of a private Ray; they cost the heads time
+                os.environ.setdefault(name, "0")  # a private Ray's metrics are never read, and cost the heads time
             ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
-    except (KeyboardInterrupt, SystemExit):  # Ray's own handler of SIGTERM exits, and nothing must stay half-started
+    except (KeyboardInterrupt, SystemExit):  # Ray's handler of SIGTERM exits; what has started must end
         ray.shutdown()
         raise KeyboardInterrupt from None
     except ray.exceptions.AuthenticationError as error:
@@ -45,7 +45,7 @@ def connected() -> Iterator[None]:
         change = f"Correct or unset RAY_ADDRESS. If that cluster wants a token: {_token()}" if address else ""
         raise ResourceError(f"No connection to {_place(address)}: {error}. {change}".strip()) from error
     if callable(terminate) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, terminate)  # Ray has put its own there, which ends the process at once
+        signal.signal(signal.SIGTERM, terminate)  # Ray's handler, installed meanwhile, ends the process at once
     try:
         yield
     finally:
@@ -57,17 +57,18 @@ def _place(address: str | None) -> str:
 
 
 def _token() -> str:
-    """What this process would show a cluster that wants a token, never the token itself; and what to change."""
+    """Returns where this process would take a token from, without the token, and what to change."""
     mode = os.environ.get("RAY_AUTH_MODE", "unset")
-    given = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)]
+    variables = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)]
+    source = variables[0] if variables else "~/.ray/auth_token, if it is there"
     return (
-        f"RAY_AUTH_MODE is {mode} here, and the token comes from {given[0] if given else '~/.ray/auth_token, if it is there'}. "
+        f"RAY_AUTH_MODE is {mode} here, and the token comes from {source}. "
         "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's token, or RAY_AUTH_TOKEN_PATH to a file that holds it."
     )
 
 
 def _probe(address: str) -> None:
-    """Ray itself tries for minutes to reach a cluster that isn't there."""
+    """Tries the address once: Ray itself tries for minutes to reach a cluster that doesn't exist."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in host:
         return  # "auto", "local", or a client address

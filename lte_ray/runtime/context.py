@@ -1,7 +1,4 @@
-"""What every actor of a run gets.
-
-How the user's objects reach other processes: pickled, with the places where their modules are found.
-"""
+"""What every actor of a run gets, and how the user's objects reach other processes."""
 
 from __future__ import annotations
 
@@ -28,34 +25,34 @@ from lte_ray.transfer.groups import EntryGroup
 class PickledObject:
     """A worker or policy on its way to an actor.
 
-    Ray gives actors the driver's script folder and working directory, but nothing else of its module path; so that is
-    sent along, and what of it exists on the actor's node is added there.
+    Ray gives actors the driver's script folder and working directory, but nothing else of its module path. So the path is sent
+    along, and folders of it that exist on the actor's node are added to the path there.
     """
 
     pickled: bytes
     paths: tuple[str, ...]
 
     @classmethod
-    def pickle(cls, thing: Any) -> PickledObject:
-        """Packs an object. What of it was loaded from a file is sent by value, as no other process can import it.
+    def pickle(cls, value: Any) -> PickledObject:
+        """Pickles an object. Classes that were loaded from a file are sent by value, since other processes can't import them.
 
         Raises:
             WorkerError: it can't be pickled.
         """
-        for name, module in list(sys.modules.items()):  # a policy of the user's may lie inside one of ours
+        for name, module in list(sys.modules.items()):  # all of them: a built-in policy may contain a policy from a file
             if name.startswith(FILE_MODULE_PREFIX):
                 ray.cloudpickle.register_pickle_by_value(module)
         try:
-            pickled = ray.cloudpickle.dumps(thing)
+            pickled = ray.cloudpickle.dumps(value)
         except Exception as error:
             raise WorkerError(
-                f"{type(thing).__name__} can't be sent to other processes: {type(error).__name__}: {error}. Keep settings "
+                f"{type(value).__name__} can't be sent to other processes: {type(error).__name__}: {error}. Keep settings "
                 "only in its attributes; open files, models and data in the methods that use them."
             ) from error
         return cls(pickled, tuple(os.path.abspath(path) for path in sys.path))
 
     def load(self) -> Any:
-        """Unpacks it in this process.
+        """Unpickles the object in this process.
 
         Raises:
             WorkerError: a module that it needs isn't on this node.
@@ -72,7 +69,7 @@ class PickledObject:
 
 @dataclass(frozen=True)
 class RetentionPolicy:
-    """Checkpoints that are kept: the `last` (None: all), and the `best` by an evaluation's figure."""
+    """Which checkpoints are kept: the newest `last` (None: all), and the `best` ones by the evaluation figure `best_by`."""
 
     last: int | None = None
     best: int = 0
@@ -81,9 +78,18 @@ class RetentionPolicy:
 
 @dataclass(frozen=True)
 class RunContext:
-    """The run's worker, settings and folder, the way tensors travel and in which groups, and which checkpoints are kept.
+    """What every actor of a run gets.
 
-    `rejoin` says how a head that died begins; `faults` names a script of faults (`points`); `config` is what ``run.toml`` says.
+    Attributes:
+        worker: the user's.
+        settings: of the run.
+        directory: of the run.
+        transport: carries tensors between processes.
+        groups: of layers that travel together.
+        retention: which checkpoints are kept.
+        rejoin: how a head that died begins, as `FailureConfig.rejoin`.
+        fault_script: folder of faults for tests (`fault_injection`); None if there are none.
+        run_toml: the text of ``run.toml``.
     """
 
     worker: PickledObject
@@ -97,13 +103,16 @@ class RunContext:
     run_toml: str = ""
 
     def merge_threads(self, part: Plan, whole: Plan) -> int:
-        """Threads to merge `part` of the `whole` plan with; where heads redo merges, the same everywhere."""
+        """Returns the threads to merge `part` of the `whole` plan with.
+
+        Where heads redo merges it is the same number in all processes, since sums depend on it.
+        """
         configured, heads = self.settings.merge.merge_threads, self.settings.lte.num_heads
         if any(group.by_factors for group in self.groups):
             return merge_threads(configured, whole, heads, MAX_REDO_THREADS)
         return merge_threads(configured, part, heads)
 
     def codecs(self, plans: Sequence[Plan]) -> list[Codec]:
-        """Each head's codec; heads with equal plans share one."""
-        made = {plan: Codec(plan, self.groups, self.settings.merge) for plan in set(plans)}
-        return [made[plan] for plan in plans]
+        """Returns each head's codec. Heads with equal plans share one."""
+        by_plan = {plan: Codec(plan, self.groups, self.settings.merge) for plan in set(plans)}
+        return [by_plan[plan] for plan in plans]

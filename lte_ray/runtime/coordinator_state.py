@@ -1,6 +1,6 @@
-"""From what the merging side of a run starts: version 0, a checkpoint, or what the heads know.
+"""The state that a coordinator starts from: version 0, a checkpoint, or what the heads know.
 
-From a checkpoint to where a run starts: with the same heads exactly where they were, or with more or fewer.
+A checkpoint may be continued with the same heads, exactly where they were, or with more or fewer.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from typing import Any
 from lte_ray import checkpoint
 from lte_ray.config.validation import is_integer
 from lte_ray.data.assignment import PartitionAssignor
-from lte_ray.data.partition import advance
-from lte_ray.data.partition import initial_partitions as first_lanes
+from lte_ray.data.partition import advance, initial_partitions
 from lte_ray.engine.coordinator.recovery import Recovered
 from lte_ray.engine.prepare import Initial
 from lte_ray.errors import StorageError
@@ -28,16 +27,17 @@ class CoordinatorState:
 
     Attributes:
         version: of the base.
-        base: the whole, flat.
-        references: the factors that it holds of each head, flat; none where B' = 0.
-        standings: what it holds of each head; empty: nothing.
-        ledger: whose which batches are (`engine.ledger`); empty at the start.
-        taken, granted: local steps that heads have taken, and up to which they may.
-        saved: the newest complete checkpoint, whose policy state is used.
-        exact: heads that go on exactly from their states in it.
-        states: heads whose states it holds.
-        guard: what the guard has seen.
-        members: the heads of the run, where some have left it or come to it since its start.
+        base: refers to the base, flat.
+        references: by head, refers to the factors that the base contains of it, flat; missing where B' = 0.
+        positions: by head, what the base contains of it; missing if nothing.
+        assignment_state: which head owns which batches (`PartitionAssignor.state`); empty at the start of a run.
+        steps_taken: by head, the local steps that it has taken.
+        step_limits: by head, the local steps up to which it may go.
+        checkpoint_version: the newest complete checkpoint, whose policy state is used; None if there is none.
+        exact_heads: heads that continue exactly from their states in it.
+        saved_heads: heads whose states it contains.
+        outlier_filter: the state of the outlier filter.
+        members: the heads of the run, if some have left or joined since its start.
         epoch: how many coordinators there were before.
     """
 
@@ -45,7 +45,7 @@ class CoordinatorState:
     base: Handle
     references: Mapping[int, Handle] = field(default_factory=dict)
     positions: Mapping[int, CommittedPosition] = field(default_factory=dict)
-    assignments: Mapping[str, Any] = field(default_factory=dict)
+    assignment_state: Mapping[str, Any] = field(default_factory=dict)
     steps_taken: Mapping[int, int] = field(default_factory=dict)
     step_limits: Mapping[int, int] = field(default_factory=dict)
     checkpoint_version: int | None = None
@@ -56,93 +56,103 @@ class CoordinatorState:
     epoch: int = 0
 
     def position(self, head: int) -> CommittedPosition:
-        """What it holds of a head; nothing if it doesn't know of it."""
+        """Returns what the base contains of a head."""
         return self.positions.get(head, CommittedPosition())
 
     @classmethod
-    def from_recovered(cls, found: Recovered, references: Mapping[int, Handle], **more: Any) -> CoordinatorState:
-        """What the heads know, with the factors of those that are alive and of others (`references`)."""
+    def from_recovered(cls, recovered: Recovered, references: Mapping[int, Handle], **more: Any) -> CoordinatorState:
+        """Returns the state that the heads know.
+
+        Args:
+            recovered: what their reports amount to.
+            references: those that the heads reported, and others that a checkpoint contains.
+            more: other fields.
+        """
         return cls(
-            version=found.version,
-            base=found.base,
+            version=recovered.version,
+            base=recovered.base,
             references=references,
-            positions=found.positions,
-            assignments=found.assignment_state,
-            steps_taken={head: held.step for head, held in found.positions.items()},
-            step_limits=found.granted,
+            positions=recovered.positions,
+            assignment_state=recovered.assignment_state,
+            steps_taken={head: position.step for head, position in recovered.positions.items()},
+            step_limits=recovered.granted,
             **more,
         )
 
 
 def load_checkpoint(context: RunContext, initial: Initial, version: int, num_heads: int) -> CoordinatorState:
-    """The start from the checkpoint of that version.
+    """Returns the state that the checkpoint of `version` contains.
 
-    With another number of heads than it was written with, the data is dealt out anew, from what was merged on. Heads that are
-    still there go on from their merged factors and their optimizers' states; those that are new start with B = 0; what those
-    that are gone have contributed stays in the base. All count as having taken as many steps.
+    If the number of heads has changed, the data that isn't merged is divided again. Heads that remain continue with their
+    merged factors and their optimizers' states. New ones start with B = 0. Contributions of heads that are gone stay in the
+    base. All heads count as having taken equally many steps.
 
     Raises:
         StorageError: it is damaged.
     """
-    directory = context.directory
+    directory, publish = context.directory, context.transport.publish
     manifest = checkpoint.read_manifest(directory, version)
-    states = {head: checkpoint.read_head(directory, manifest, head)[1] for head in manifest.heads}
+    head_states = {head: checkpoint.read_head(directory, manifest, head)[1] for head in manifest.heads}
     try:
-        before = int(manifest.facts["lte"]["num_heads"])
-        standings = _standings(manifest, states, before)
-        stepped = {head: int(state["step"]) for head, state in states.items()}
-        ledger = dict(manifest.facts.get("ledger") or PartitionAssignor({h: s.lanes for h, s in standings.items()}).state())
-        PartitionAssignor.from_state(ledger)  # so that what is wrong with it is said here
-        guard = dict(manifest.facts.get("guard") or {})
-        same = set(standings) == set(range(num_heads))
-        if not same:
-            ledger = PartitionAssignor.repartitioned(ledger, num_heads).state()
-            mean = round(sum(held.step for held in standings.values()) / max(1, len(standings)))
-            standings = {h: _at(standings.get(h), mean, version) for h in range(num_heads)}
-    except (KeyError, ValueError, TypeError, AttributeError) as error:  # whoever wrote it, it isn't what a run writes
+        positions = _positions(manifest, head_states, int(manifest.facts["lte"]["num_heads"]))
+        steps = {head: int(state["step"]) for head, state in head_states.items()}
+        assignment_state = dict(
+            manifest.facts.get("ledger")
+            or PartitionAssignor({head: position.lanes for head, position in positions.items()}).state()
+        )
+        PartitionAssignor.from_state(assignment_state)  # raises here what is wrong with it
+        outlier_filter = dict(manifest.facts.get("guard") or {})
+        same_heads = set(positions) == set(range(num_heads))
+        if not same_heads:
+            assignment_state = PartitionAssignor.repartitioned(assignment_state, num_heads).state()
+            mean_step = round(sum(position.step for position in positions.values()) / max(1, len(positions)))
+            positions = {head: _at_step(positions.get(head), mean_step, version) for head in range(num_heads)}
+    except (KeyError, ValueError, TypeError, AttributeError) as error:  # intact, but not what a run writes
         where = directory.path_to(checkpoint.version_folder(version))
         raise StorageError(f"{where} can't be continued: {type(error).__name__}: {error}.") from error
     base = checkpoint.read_base(directory, manifest, initial.plan)
     factors = checkpoint.read_references(directory, manifest, initial.plans)
-    references = {h: f for h, f in factors.items() if h in standings and standings[h].sequence}  # not of one before a new head
-    exact = frozenset(states) if same else frozenset()
+    exact_heads = frozenset(head_states) if same_heads else frozenset()
     return CoordinatorState(
         version=version,
-        base=context.transport.publish(base),
-        references={head: context.transport.publish(factors) for head, factors in references.items()},
-        positions=standings,
-        assignments=ledger,
-        steps_taken={head: stepped[head] if head in exact else held.step for head, held in standings.items()},
+        base=publish(base),
+        # A head without a merged contribution is new; factors under its number are an earlier head's.
+        references={h: publish(f) for h, f in factors.items() if h in positions and positions[h].sequence},
+        positions=positions,
+        assignment_state=assignment_state,
+        steps_taken={h: steps[h] if h in exact_heads else position.step for h, position in positions.items()},
         checkpoint_version=version,
-        exact_heads=exact,
-        saved_heads=frozenset(head for head in states if head in standings),
-        outlier_filter=guard,
+        exact_heads=exact_heads,
+        saved_heads=frozenset(head for head in head_states if head in positions),
+        outlier_filter=outlier_filter,
     )
 
 
-def _standings(manifest: checkpoint.Manifest, states: dict[int, dict[str, Any]], before: int) -> dict[int, CommittedPosition]:
-    """What the base holds of each head. An older release noted it in the heads' states alone."""
-    noted = manifest.facts.get("standings")
-    if noted is not None:
-        return {int(head): _standing(held) for head, held in noted.items()}
-    found = {}
-    for head, meta in states.items():
-        batches = meta.get("batches", meta["step"])
-        step, samples = meta["since"]
-        lanes = advance(first_lanes(head, before), batches)
-        found[head] = CommittedPosition(0, meta["sequence"], manifest.version, step, samples, batches, lanes)
-    return found
+def _positions(
+    manifest: checkpoint.Manifest, head_states: dict[int, dict[str, Any]], num_heads: int
+) -> dict[int, CommittedPosition]:
+    """Returns what the base contains of each head. An older release wrote that into the heads' states only."""
+    recorded = manifest.facts.get("standings")
+    if recorded is not None:
+        return {int(head): _position(position) for head, position in recorded.items()}
+    positions = {}
+    for head, state in head_states.items():
+        batches = state.get("batches", state["step"])
+        step, samples = state["since"]
+        partitions = advance(initial_partitions(head, num_heads), batches)
+        positions[head] = CommittedPosition(0, state["sequence"], manifest.version, step, samples, batches, partitions)
+    return positions
 
 
-def _standing(noted: dict[str, Any]) -> CommittedPosition:
-    """As a manifest notes it. Raises KeyError, ValueError or TypeError if that isn't what a run writes."""
-    held = CommittedPosition(**{**noted, "lanes": tuple((n, s) for n, s in noted["lanes"])})
-    numbers = {f.name: getattr(held, f.name) for f in fields(held) if f.name != "lanes"}
+def _position(recorded: dict[str, Any]) -> CommittedPosition:
+    """Returns a position from its fields in a manifest; KeyError, ValueError or TypeError if no run writes such fields."""
+    position = CommittedPosition(**{**recorded, "lanes": tuple((n, s) for n, s in recorded["lanes"])})
+    numbers = {f.name: getattr(position, f.name) for f in fields(position) if f.name != "lanes"}
     wrong = {name: number for name, number in numbers.items() if not is_integer(number) or number < 0}
     if wrong:
-        raise ValueError(f"the standing of a head has {wrong!r:.80}")
-    return held
+        raise ValueError(f"the position of a head has {wrong!r:.80}")
+    return position
 
 
-def _at(held: CommittedPosition | None, step: int, version: int) -> CommittedPosition:
-    return CommittedPosition(step=step, version=version) if held is None else replace(held, step=step)
+def _at_step(position: CommittedPosition | None, step: int, version: int) -> CommittedPosition:
+    return CommittedPosition(step=step, version=version) if position is None else replace(position, step=step)

@@ -1,4 +1,4 @@
-"""The evaluator's process: judges merged weights in an unconverted model, beside the training."""
+"""The evaluator's process: evaluates merged weights in an unconverted model while the heads train."""
 
 from __future__ import annotations
 
@@ -21,22 +21,29 @@ from lte_ray.worker import build_model
 
 
 class EvaluatorActor:
-    """Holds one unconverted model in eval mode and loads one base after another into it."""
+    """Has one unconverted model in eval mode, and loads one base after another into it.
 
-    def __init__(self, common: RunContext, plan: Plan, threads: int, gpu: bool) -> None:
-        fault_injection.arm(common.fault_script)
-        self._common, self._plan, self._threads = common, plan, threads
+    Args:
+        context: what every actor gets.
+        plan: of the base.
+        threads: that torch uses.
+        gpu: whether the actor has a GPU.
+    """
+
+    def __init__(self, context: RunContext, plan: Plan, threads: int, gpu: bool) -> None:
+        fault_injection.arm(context.fault_script)
+        self._context, self._plan, self._threads = context, plan, threads
         self._device = torch.device("cuda:0" if gpu else "cpu")
         self._model: nn.Module | None = None
         self._worker: Any = None
 
     def evaluate(self, base: Handle) -> dict[str, float]:
-        """The worker's figures for one base.
+        """Returns the worker's figures for one base, by name.
 
         Raises:
-            WorkerFailed: the worker's code raised, or didn't return numbers by name.
+            WorkerFailed: the worker's code raised, or returned something else than numbers by name.
         """
-        with self._merged(base) as model:
+        with self._model_of(base) as model:
             values = self._worker.evaluate(model)
             try:
                 return {str(name): float(value) for name, value in values.items()}
@@ -45,28 +52,28 @@ class EvaluatorActor:
 
     @ray.method(concurrency_group="ctl")
     def alive(self) -> bool:
-        """Answers, also while a model is being judged."""
+        """Answers, even while a model is being evaluated."""
         return True
 
     def sample(self, base: Handle) -> str | None:
-        """What the worker's optional `sample` makes of the merged weights."""
-        sample = getattr(self._open(), "sample", None)
+        """Returns the result of the worker's `sample` for the merged weights; None if it has no such method."""
+        sample = getattr(self._load_worker(), "sample", None)
         if sample is None:
             return None
-        with self._merged(base) as model:
+        with self._model_of(base) as model:
             return str(sample(model))
 
-    def _open(self) -> Any:
-        self._worker = self._worker or self._common.worker.load()
+    def _load_worker(self) -> Any:
+        self._worker = self._worker or self._context.worker.load()
         return self._worker
 
     @contextmanager
-    def _merged(self, base: Handle) -> Iterator[nn.Module]:
+    def _model_of(self, base: Handle) -> Iterator[nn.Module]:
         torch.set_num_threads(self._threads)
         try:
             if self._model is None:
-                self._model = build_model(self._open(), self._common.settings.train.seed).to(self._device)
-            load_base(self._model, self._plan, self._common.transport.fetch(base))
+                self._model = build_model(self._load_worker(), self._context.settings.train.seed).to(self._device)
+            load_base(self._model, self._plan, self._context.transport.fetch(base))
             fault_injection.inject("evaluates")
             with torch.no_grad():
                 yield self._model.eval()

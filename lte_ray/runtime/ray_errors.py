@@ -1,4 +1,4 @@
-"""What a call to an actor gave: its result, or Ray's error as one of ours."""
+"""Converts Ray's errors to the library's."""
 
 from __future__ import annotations
 
@@ -10,11 +10,20 @@ from lte_ray.errors import CoordinatorLost, HeadLost, LTEError, RunError, UserEr
 from lte_ray.messages import HeadStatus
 
 PROCESS_DIED = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
-"""What Ray raises for a call to an actor whose process is gone; the second, if its own watch over memory ended it."""
+"""What Ray raises for a call to an actor whose process is gone; the second, if Ray's memory monitor killed it."""
 
 
 def ray_get(ref: Any, who: str, status: HeadStatus | None = None) -> Any:
-    """The result of a call to `who`; errors are raised as ours."""
+    """Returns the result of a call to an actor.
+
+    Args:
+        ref: of the result.
+        who: the actor, for people.
+        status: the newest of its head, if it hosts one.
+
+    Raises:
+        LTEError: the call failed.
+    """
     try:
         return ray.get(ref)
     except ray.exceptions.RayError as error:
@@ -22,7 +31,7 @@ def ray_get(ref: Any, who: str, status: HeadStatus | None = None) -> Any:
 
 
 def to_lte_error(error: Exception, who: str, status: HeadStatus | None = None) -> LTEError:
-    """Ray's error as ours: the one that was raised inside the actor, or that its process is gone."""
+    """Returns the error that was raised inside the actor, or one that says that the process is gone."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, UserError):
         return RunError(f"{who}: {cause}")

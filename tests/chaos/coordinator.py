@@ -58,7 +58,7 @@ class Hub(Cuts):
             granted=start.step_limits,
             positions=start.positions,
             members=start.members,
-            assignor=PartitionAssignor.from_state(start.assignments) if start.assignments else None,
+            assignor=PartitionAssignor.from_state(start.assignment_state) if start.assignment_state else None,
             clock=lambda: 0.0,
         )
         if start.outlier_filter:

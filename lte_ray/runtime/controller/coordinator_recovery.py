@@ -213,7 +213,7 @@ class CoordinatorRecovery:
         before = self._load_newest(versions)
         try:
             ray.get(coordinator.actor.freeze.remote(False), timeout=ANSWER)
-            positions, assignments = ray.get(coordinator.actor.data_positions.remote(), timeout=ANSWER)
+            positions, assignment_state = ray.get(coordinator.actor.data_positions.remote(), timeout=ANSWER)
         except (*PROCESS_DIED, ray.exceptions.GetTimeoutError) as error:
             raise CoordinatorLost(f"The process of the coordinator died or hung while the run went back: {error}") from error
         self._rolled_back_to.add(versions[-1])
@@ -229,7 +229,7 @@ class CoordinatorRecovery:
                 for head, position in before.positions.items()
                 if head in positions
             },
-            assignments=assignments,
+            assignment_state=assignment_state,
             exact_heads=frozenset(),
             epoch=coordinator.epoch + 1,
         )

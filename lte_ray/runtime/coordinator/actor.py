@@ -338,7 +338,7 @@ def _load_engine(
         positions=state.positions,
         fresh=set(range(len(plans))) - state.references.keys(),
         members=state.members,
-        assignor=PartitionAssignor.from_state(state.assignments) if state.assignments else None,
+        assignor=PartitionAssignor.from_state(state.assignment_state) if state.assignment_state else None,
     )
     if state.outlier_filter:
         engine.load_outlier_state(state.outlier_filter)
