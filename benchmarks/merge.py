@@ -48,8 +48,8 @@ def bare(plan: Plan, base: Tensor, new: list[Tensor], old: list[Tensor]) -> None
     references = [factor_views(plan, r) for r in old]
     for spec in plan.adapted:
         for part, reference in zip(parts, references, strict=True):
-            weights[spec.name].addmm_(part[spec.b], part[spec.a], alpha=spec.scaling / HEADS)
-            weights[spec.name].addmm_(reference[spec.b], reference[spec.a], alpha=-spec.scaling / HEADS)
+            weights[spec.name].addmm_(part[spec.b_name], part[spec.a_name], alpha=spec.scaling / HEADS)
+            weights[spec.name].addmm_(reference[spec.b_name], reference[spec.a_name], alpha=-spec.scaling / HEADS)
     replicas = base[plan.base.size - (plan.contribution.size - plan.factors_size) :]
     for contribution in new:
         replicas.add_(replica_part(plan, contribution), alpha=1 / HEADS)

@@ -98,8 +98,8 @@ def bare(piece: Piece, base: Tensor, heads: int, merged: int) -> float:
     weights = views(plan.base, base)
     for spec in plan.adapted:
         weight = as_matrix(spec, weights[spec.name])
-        left = torch.cat([f[spec.b] for f in (*new, *old)], dim=1)
-        right = torch.cat([f[spec.a] for f in (*new, *old)])
+        left = torch.cat([f[spec.b_name] for f in (*new, *old)], dim=1)
+        right = torch.cat([f[spec.a_name] for f in (*new, *old)])
         right[right.shape[0] // 2 :].neg_()
         weight.addmm_(left, right, alpha=spec.scaling / heads)
     return time.process_time() - begun

@@ -73,12 +73,12 @@ class Adapted:
         return (rest, first) if self.transposed else (first, rest)
 
     @property
-    def a(self) -> str:
+    def a_name(self) -> str:
         """Name of A in the contribution layout."""
         return f"{self.name}.lora_A"
 
     @property
-    def b(self) -> str:
+    def b_name(self) -> str:
         """Name of B in the contribution layout."""
         return f"{self.name}.lora_B"
 
@@ -116,7 +116,7 @@ class Plan:
         """A and B of each adapted weight, then the replica parameters' changes."""
         factors: list[tuple[str, tuple[int, ...]]] = []
         for a in self.adapted:
-            factors += [(a.a, (a.rank, a.matrix[1])), (a.b, (a.matrix[0], a.rank))]
+            factors += [(a.a_name, (a.rank, a.matrix[1])), (a.b_name, (a.matrix[0], a.rank))]
         return Layout.from_shapes(factors + [(r.name, r.shape) for r in self.replicas])
 
     @cached_property

@@ -144,7 +144,7 @@ def convert(model: nn.Module, lte: LTEConfig, *, seed: int = 0, head: int = 0, s
     converted = Converted(model, plan, parameters, {}, {})
     for spec in plan.adapted:
         pair = lora[id(parameters[spec.name])]
-        converted.factors.update({spec.a: pair.A, spec.b: pair.B})
+        converted.factors.update({spec.a_name: pair.A, spec.b_name: pair.B})
         converted.main_weights[spec.name] = MainWeight(spec, parameters[spec.name], pair, pair.separate_reference)
     _quantize_main_weights(converted)
     return converted

@@ -173,7 +173,7 @@ def _reference_terms(saved: SavedRun) -> dict[str, list[Term]]:
             continue
         parts = factor_views(plan, reference)
         for spec in plan.adapted:
-            terms[spec.name].append((spec.scaling / len(saved.plans), parts[spec.b], parts[spec.a]))
+            terms[spec.name].append((spec.scaling / len(saved.plans), parts[spec.b_name], parts[spec.a_name]))
     return terms
 
 
@@ -194,12 +194,12 @@ def _relative_mismatch(delta: Tensor, w0: Tensor, w: Tensor, terms: list[Term], 
 
 
 def _head_terms(spec: Adapted, tensors: dict[str, Tensor], reference: dict[str, Tensor], dtype: torch.dtype) -> list[Term]:
-    a, b = tensors[f"factor.{spec.a}"].to(dtype), tensors[f"factor.{spec.b}"].to(dtype)
+    a, b = tensors[f"factor.{spec.a_name}"].to(dtype), tensors[f"factor.{spec.b_name}"].to(dtype)
     if not reference:
         return [(spec.scaling, b, a)] if b.any() else []
-    if torch.equal(a, reference[spec.a]) and torch.equal(b, reference[spec.b]):
+    if torch.equal(a, reference[spec.a_name]) and torch.equal(b, reference[spec.b_name]):
         return []
-    return [(spec.scaling, b, a), (-spec.scaling, reference[spec.b], reference[spec.a])]
+    return [(spec.scaling, b, a), (-spec.scaling, reference[spec.b_name], reference[spec.a_name])]
 
 
 def _mismatch_message(saved: SavedRun, departing: dict[str, float]) -> str:

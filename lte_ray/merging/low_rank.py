@@ -85,9 +85,9 @@ def add_contributions(base: Tensor, shares: Sequence[Share]) -> None:
         terms = []
         for share, new, old in zip(shares, parts, references, strict=True):
             spec = share.plan.adapted[index]
-            terms.append((share.weight * spec.scaling, new[spec.b], new[spec.a]))
+            terms.append((share.weight * spec.scaling, new[spec.b_name], new[spec.a_name]))
             if old is not None:
-                terms.append((-share.weight * spec.scaling, old[spec.b], old[spec.a]))
+                terms.append((-share.weight * spec.scaling, old[spec.b_name], old[spec.a_name]))
         add_products(as_matrix(adapted, weights[adapted.name]), terms)
     replicas = base_replicas(shares[0].plan, base)
     for share in shares:
@@ -110,10 +110,10 @@ def dense_part(share: Share, name: str) -> Tensor:
     part = views(share.plan.contribution, share.contribution)
     for spec in share.plan.adapted:
         if spec.name == name:
-            change = torch.mm(part[spec.b], part[spec.a]).mul_(spec.scaling)
+            change = torch.mm(part[spec.b_name], part[spec.a_name]).mul_(spec.scaling)
             if share.reference is not None:
                 old = factor_views(share.plan, share.reference)
-                change.addmm_(old[spec.b], old[spec.a], alpha=-spec.scaling)
+                change.addmm_(old[spec.b_name], old[spec.a_name], alpha=-spec.scaling)
             return as_stored(spec, change)
     return part[name].clone()
 
@@ -124,9 +124,9 @@ def squared_norm(share: Share) -> float:
     old = None if share.reference is None else factor_views(share.plan, share.reference)
     total = replica_part(share.plan, share.contribution).double().square().sum()
     for spec in share.plan.adapted:
-        b, a = [part[spec.b].double()], [part[spec.a].double()]
+        b, a = [part[spec.b_name].double()], [part[spec.a_name].double()]
         if old is not None:
-            b, a = [*b, -old[spec.b].double()], [*a, old[spec.a].double()]
+            b, a = [*b, -old[spec.b_name].double()], [*a, old[spec.a_name].double()]
         left, right = torch.cat(b, dim=1), torch.cat(a)
         total += spec.scaling**2 * ((left.t() @ left) * (right @ right.t())).sum()
     return max(0.0, float(total))
@@ -153,8 +153,8 @@ def gram_matrix(shares: Sequence[Share]) -> Tensor:
             spec = share.plan.adapted[index]
             for sign, factors in ((1.0, new), (-1.0, old)):
                 if factors is not None:
-                    left.append(factors[spec.b].double() * (sign * spec.scaling))
-                    right.append(factors[spec.a].double())
+                    left.append(factors[spec.b_name].double() * (sign * spec.scaling))
+                    right.append(factors[spec.a_name].double())
                     owners += [owner] * spec.rank
         b, a = torch.cat(left, dim=1), torch.cat(right)
         membership = torch.nn.functional.one_hot(torch.tensor(owners, device=b.device), len(shares)).double()

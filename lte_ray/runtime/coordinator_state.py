@@ -75,7 +75,7 @@ class CoordinatorState:
             positions=recovered.positions,
             assignment_state=recovered.assignment_state,
             steps_taken={head: position.step for head, position in recovered.positions.items()},
-            step_limits=recovered.granted,
+            step_limits=recovered.step_limits,
             **more,
         )
 

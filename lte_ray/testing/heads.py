@@ -65,7 +65,7 @@ class RandomWalkHead:
             self.values[cut:] -= self.contribution[cut:]
             if reset == "B":
                 for spec in self.plan.adapted:
-                    entry = next(e for e in self.plan.contribution.entries if e.name == spec.b)
+                    entry = next(e for e in self.plan.contribution.entries if e.name == spec.b_name)
                     self.values[entry.offset : entry.offset + entry.size] = 0
         self.version, self.contribution, self.result = version, None, None
 
@@ -81,9 +81,9 @@ class RandomWalkHead:
         old = {} if self.reference is None else _named(self.plan, self.reference)
         parts = []
         for spec in self.plan.adapted:
-            product = new[spec.b] @ new[spec.a]
+            product = new[spec.b_name] @ new[spec.a_name]
             if old:
-                product = product - old[spec.b] @ old[spec.a]
+                product = product - old[spec.b_name] @ old[spec.a_name]
             product = spec.scaling * product
             parts.append((product.t() if spec.transposed else product).reshape(-1))
         return torch.cat([*parts, self.contribution[self.plan.factors_size :]])

@@ -150,7 +150,7 @@ def min_contribution_bytes(plan: Plan, merge: MergeConfig) -> int:
 def _slices(plan: Plan, subplan: Plan) -> tuple[slice, ...]:
     """Returns where the subplan's segments are in the plan's contribution: each adapted weight's factors, then the replicas."""
     starts = {e.name: e.offset for e in plan.contribution.entries}
-    slices = [slice(starts[a.a], starts[a.a] + a.rank * sum(a.matrix)) for a in subplan.adapted]
+    slices = [slice(starts[a.a_name], starts[a.a_name] + a.rank * sum(a.matrix)) for a in subplan.adapted]
     size = subplan.contribution.size - subplan.factors_size
     return (*slices, *[slice(plan.factors_size, plan.factors_size + size)] * bool(size))
 

@@ -38,7 +38,7 @@ def trained_weights(head: Head) -> Tensor:
     into = views(plan.base, flat)
     with torch.no_grad():
         for spec in plan.adapted:
-            into[spec.name].copy_(spec.scaling * head.state.factors[spec.b] @ head.state.factors[spec.a])
+            into[spec.name].copy_(spec.scaling * head.state.factors[spec.b_name] @ head.state.factors[spec.a_name])
         for name, value in head.state.replicas.items():
             into[name].copy_(value)
     return flat

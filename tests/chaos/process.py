@@ -74,10 +74,12 @@ class Process(Line):
         """A head that has trained nothing would contribute nothing: its factors are the reference, or B = 0."""
         plan, reference = head.plan, head.state.reference
         for spec in plan.adapted:
-            if reference is None and bool(head.state.factors[spec.b].any()):
+            if reference is None and bool(head.state.factors[spec.b_name].any()):
                 raise Broken(f"head {self.number} starts without a reference, and B isn't 0")
         if reference is not None:
-            parts = [head.state.factors[name].detach().reshape(-1) for spec in plan.adapted for name in (spec.a, spec.b)]
+            parts = [
+                head.state.factors[name].detach().reshape(-1) for spec in plan.adapted for name in (spec.a_name, spec.b_name)
+            ]
             near(torch.cat(parts), reference, f"head {self.number} starts with other factors than its reference")
         if any(bool(change.any()) for change in head.state.replica_changes().values()):
             raise Broken(f"head {self.number} starts with replicas that aren't the base's")
@@ -196,4 +198,4 @@ class Process(Line):
         if self.head is None or self.over:
             return
         with torch.no_grad():
-            self.head.state.factors[self.head.plan.adapted[0].b].fill_(float("nan"))
+            self.head.state.factors[self.head.plan.adapted[0].b_name].fill_(float("nan"))

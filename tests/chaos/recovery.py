@@ -71,10 +71,10 @@ class Recovery(Deaths):
             states = frozenset(kept.parts)
             fit = heads_in_checkpoint(found, kept.facts["standings"])
             references |= {head: factors.clone() for head, factors in kept.references.items() if head in fit}
-        exact = self.begin.exact_heads - found.granted.keys() if found.version == self.begin.version else frozenset()
+        exact = self.begin.exact_heads - found.step_limits.keys() if found.version == self.begin.version else frozenset()
         return CoordinatorState.from_recovered(
             found, references, checkpoint_version=saved, exact_heads=exact, saved_heads=states, epoch=self.epoch
-        ), found.astray
+        ), found.restart_heads
 
     def _resumed(self, version: int, heads: int) -> CoordinatorState:
         """What the runtime makes of a checkpoint."""

@@ -116,7 +116,7 @@ class Chaos:
         layout = Layout(plan.contribution.entries[: 2 * len(plan.adapted)])
         factors = [views(layout, reference.double()) for reference in references.values()]
         for spec in plan.adapted:
-            held = sum(spec.scaling / self.heads * own[spec.b] @ own[spec.a] for own in factors)
+            held = sum(spec.scaling / self.heads * own[spec.b_name] @ own[spec.a_name] for own in factors)
             change = (last[spec.name] - first[spec.name]).double()
             assert float(change.abs().max()) > 0.05
             assert torch.allclose(change, held, rtol=0.0, atol=2e-5), spec.name  # float32, some dozens of sums

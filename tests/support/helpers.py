@@ -135,8 +135,8 @@ class DenseHead:
         start = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         factors = {name: p.detach().clone().requires_grad_() for name, p in like.converted.factors.items()}
         self.w = {spec.name: start[spec.name] for spec in self.plan.adapted}
-        self.a = {spec.name: factors[spec.a] for spec in self.plan.adapted}
-        self.b = {spec.name: factors[spec.b] for spec in self.plan.adapted}
+        self.a = {spec.name: factors[spec.a_name] for spec in self.plan.adapted}
+        self.b = {spec.name: factors[spec.b_name] for spec in self.plan.adapted}
         self.p = {r.name: start[r.name].requires_grad_() for r in self.plan.replicas}
         self.s = like.settings.lte.lora_alpha / like.settings.lte.lora_r
         self.optimizer = worker.build_optimizer([{"params": [*self.a.values(), *self.b.values(), *self.p.values()]}])

@@ -140,8 +140,8 @@ def _adopt_base(head: Any, base: Tensor, reference: Tensor | None) -> None:
     weights, tensors = views(head.plan.base, base), head.tensors()
     for spec in head.plan.adapted:
         if reference is None:
-            head.factors[spec.b].zero_()
-        pair = (head.factors[spec.a].detach(), head.factors[spec.b].detach())
+            head.factors[spec.b_name].zero_()
+        pair = (head.factors[spec.a_name].detach(), head.factors[spec.b_name].detach())
         head.main_weights[spec.name].load(weights[spec.name], None if reference is None else pair)
     for name, value in replica_views(head.plan, base_replicas(head.plan, base)).items():
         tensors[name].copy_(value)

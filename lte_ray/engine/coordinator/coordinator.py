@@ -283,7 +283,7 @@ class Coordinator:
         assert head not in self._pending
         if head not in self.members or head not in self.assignor.heads:  # or one that joined before, but no version knows
             steps = [self.positions[other].step for other in self.live]
-            step = self.step_budget.admit(head, min(steps, default=0))
+            step = self.step_budget.add_head(head, min(steps, default=0))
             self.positions[head] = CommittedPosition(step=step, version=self.version)
             self.members.add(head)
             self.assignor.add_head(head, self.live)

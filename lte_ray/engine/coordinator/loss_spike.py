@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
-ENOUGH = 8
+MIN_WINDOW = 8
 """Merges without which nothing but a loss that isn't finite is suspicious."""
 
-NARROWEST = 0.05
+MIN_RELATIVE_DEVIATION = 0.05
 """Least standard deviation, as a share of the median's absolute value: a loss that stands still has hardly any spread of its
 own, and a few percent of it are no spike. At z = 6 a loss must rise by 30 % at the least."""
 
@@ -38,8 +38,8 @@ class LossSpikeDetector:
     """
 
     def __init__(self, window: int, z: float, patience: int = 3) -> None:
-        if window < ENOUGH or not 1 <= patience <= window:
-            raise ValueError(f"window is {window}, which must be at least {ENOUGH}, and patience {patience}: 1 to window.")
+        if window < MIN_WINDOW or not 1 <= patience <= window:
+            raise ValueError(f"window is {window}, which must be at least {MIN_WINDOW}, and patience {patience}: 1 to window.")
         self._most, self._patience, self._size = z, patience, window
         self._window: deque[float] = deque(maxlen=window)
         self._suspicious: deque[float] = deque(maxlen=window)  # the last in a row
@@ -95,8 +95,8 @@ class LossSpikeDetector:
     def _z(self, loss: float) -> float:
         if not math.isfinite(loss):
             return math.inf
-        if len(self._window) < ENOUGH:
+        if len(self._window) < MIN_WINDOW:
             return 0.0
         middle = median(self._window)
-        scale = max(1.4826 * median(abs(other - middle) for other in self._window), NARROWEST * abs(middle))
+        scale = max(1.4826 * median(abs(other - middle) for other in self._window), MIN_RELATIVE_DEVIATION * abs(middle))
         return (loss - middle) / scale if scale else 0.0  # a loss that was 0 throughout says nothing of what is much

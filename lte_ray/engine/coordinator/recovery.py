@@ -1,7 +1,7 @@
-"""Where a run goes on when its coordinator is lost: the newest version that came to any head.
+"""Where a run continues when its coordinator is lost: at the newest version that any head received.
 
-A version that came to a head can't be unmade: that head may have trained on it. One that came to nobody can: the contributions
-in it are still with their heads, which haven't heard of their verdict, and are sent again. So each is merged exactly once.
+A version that a head received can't be undone: the head may have trained on it. A version that no head received can: the heads
+still have the contributions in it, haven't received their results, and send them again. So each is merged exactly once.
 """
 
 from __future__ import annotations
@@ -15,11 +15,19 @@ from lte_ray.messages import CommittedPosition, RecoveryReport
 
 @dataclass(frozen=True)
 class Recovered:
-    """The version to go on from, with handles to its base and to the factors that it holds of each head.
+    """The version to continue from.
 
-    `astray` are heads that have taken over, or given away, data by orders that are forgotten, and those that are about to begin
-    from a version that may be forgotten: they must start anew.
-    `unknown` are heads of whose factors nobody knows: they start with B = 0, and what was merged stays in the base.
+    Attributes:
+        version: its number.
+        base: handle to the base.
+        positions: what it holds of each head.
+        assignment_state: which head owns which batches at it.
+        references: by head, handles to the factors that it holds.
+        step_limits: up to which step each head may go.
+        restart_heads: heads that must start again: they have taken over or given away data by assignments that are lost, or are
+            about to begin from a version that may be lost.
+        heads_without_factors: heads whose factors no process knows: they start with B = 0, and what was merged stays in the
+            base.
     """
 
     version: int
@@ -27,44 +35,46 @@ class Recovered:
     positions: Mapping[int, CommittedPosition]
     assignment_state: Mapping[str, Any]
     references: Mapping[int, Any]
-    granted: Mapping[int, int]
-    astray: frozenset[int]
-    unknown: frozenset[int]
+    step_limits: Mapping[int, int]
+    restart_heads: frozenset[int]
+    heads_without_factors: frozenset[int]
 
 
 def recover(reports: Sequence[RecoveryReport]) -> Recovered | None:
     """The newest version that the reports know of; None if none of them has a base."""
-    known = [report for report in reports if report.base is not None and report.version >= 0]
-    if not known:
+    with_base = [report for report in reports if report.base is not None and report.version >= 0]
+    if not with_base:
         return None
-    newest = max(known, key=lambda report: report.version)
-    latest = int(newest.assignment_state.get("latest", 0))
-    heads = {head: own for report in reports for head, own in report.heads.items()}
-    references, unknown = {}, set()
-    for head, held in newest.positions.items():
-        if not held.sequence:
+    newest = max(with_base, key=lambda report: report.version)
+    heads = {head: each for report in reports for head, each in report.heads.items()}
+    references, without_factors = {}, set()
+    for head, position in newest.positions.items():
+        if not position.sequence:
             continue
-        if head in heads and held.sequence in heads[head].factors:
-            factors = heads[head].factors[held.sequence]
+        if head in heads and position.sequence in heads[head].factors:
+            factors = heads[head].factors[position.sequence]
             if factors is not None:
                 references[head] = factors
         else:
-            unknown.add(head)
+            without_factors.add(head)
+    latest = int(newest.assignment_state.get("latest", 0))
+    restart = {head for head, each in heads.items() if each.step < 0 or max(each.assignment_id, each.revoked) > latest}
     return Recovered(
         version=newest.version,
         base=newest.base,
         positions=newest.positions,
         assignment_state=newest.assignment_state,
         references=references,
-        granted={head: own.limit for head, own in heads.items() if own.step >= 0},
-        astray=frozenset(head for head, own in heads.items() if own.step < 0 or max(own.assignment_id, own.revoked) > latest)
-        & {head for report in known for head in report.heads},
-        unknown=frozenset(unknown),
+        step_limits={head: each.limit for head, each in heads.items() if each.step >= 0},
+        restart_heads=frozenset(restart & {head for report in with_base for head in report.heads}),
+        heads_without_factors=frozenset(without_factors),
     )
 
 
-def heads_in_checkpoint(found: Recovered, standings: Mapping[str, Mapping[str, Any]]) -> frozenset[int]:
-    """Heads of whose factors nobody knows, but a checkpoint with these standings holds what the version does."""
+def heads_in_checkpoint(recovered: Recovered, standings: Mapping[str, Mapping[str, Any]]) -> frozenset[int]:
+    """The heads without factors of which a checkpoint with these `standings` holds what the version does."""
     return frozenset(
-        head for head in found.unknown if standings.get(str(head), {}).get("sequence") == found.positions[head].sequence
+        head
+        for head in recovered.heads_without_factors
+        if standings.get(str(head), {}).get("sequence") == recovered.positions[head].sequence
     )

@@ -12,10 +12,10 @@ from lte_ray.config import MergeConfig
 from lte_ray.engine.settings import Settings
 from lte_ray.messages import HeadDirective
 
-KEPT = 0.5
+SMOOTHING = 0.5
 """Share of the former estimate that a new measurement of a head's step time leaves."""
 
-MOST = 64
+MAX_ROUND = 64
 """A head takes at most so many times `merge_iter` steps, however slow the slowest is."""
 
 
@@ -34,7 +34,7 @@ class StepRateEstimator:
         """A head has taken `steps` steps in `seconds`."""
         if steps > 0 and seconds > 0:
             new, old = seconds / steps, self._seconds.get(head)
-            self._seconds[head] = new if old is None else KEPT * old + (1 - KEPT) * new
+            self._seconds[head] = new if old is None else SMOOTHING * old + (1 - SMOOTHING) * new
 
     def share(self, head: int, live: Collection[int]) -> float:
         """This head's part of the steps that the live heads take together in any time; equal parts until speeds are known."""
@@ -62,16 +62,16 @@ class StepRateEstimator:
         if merge.every_seconds:
             return max(1, round(merge.every_seconds / own))
         slowest = max(self._seconds.get(other, 0.0) for other in {*live, head})
-        return max(1, min(MOST * merge.merge_iter, int(merge.merge_iter * slowest / own)))
+        return max(1, min(MAX_ROUND * merge.merge_iter, int(merge.merge_iter * slowest / own)))
 
 
-AHEAD = 2
+ROUNDS_AHEAD = 2
 """Rounds that a head may be granted at once: one whose contribution is on its way, and one that it trains meanwhile."""
 
-AWAY = 60.0
+SECONDS_AHEAD = 60.0
 """Seconds that a head may go on while nobody grants it more: another coordinator takes some to be there."""
 
-SLICE = 10
+MIN_GRANTS_LEFT = 10
 """For that it is granted this part of what is left for it, at most, so that all heads end together as before."""
 
 
@@ -120,7 +120,7 @@ class StepBudget:
         """A head has taken `step` local steps in all."""
         self._taken[head] = max(step, self._taken[head])
 
-    def admit(self, head: int, step: int) -> int:
+    def add_head(self, head: int, step: int) -> int:
         """A head is new to the run. Gives the step that it begins at: `step`, so that it ends with the others.
 
         Where heads share the steps, it is what one that had its number before has taken.
@@ -141,7 +141,7 @@ class StepBudget:
         left = max(0, self._total - sum(self._granted.values()))
         # What is left is shared by speed, so that all end together; but rounds shouldn't become ever smaller.
         fair = max(math.ceil(left * self._pace.share(head, live)), min(steps, self._steps) // 4)
-        ahead = max(AHEAD * steps, min(self._pace.steps_within(head, AWAY), fair // SLICE))
+        ahead = max(ROUNDS_AHEAD * steps, min(self._pace.steps_within(head, SECONDS_AHEAD), fair // MIN_GRANTS_LEFT))
         grant = min(left, fair, max(0, self._taken[head] + ahead - self._granted[head]))
         if head not in live:  # it has left, and may hear this all the same: what is free again is for others
             return HeadDirective(steps, self._granted[head], True, self._pace.relative_rate(head, live), self.progress)

@@ -14,7 +14,7 @@ from typing import Any
 from lte_ray.config import MergeConfig
 from lte_ray.messages import Contribution
 
-ABSURD = 1e30
+MAX_CHANGE = 1e30
 """Bound on s times a contribution's sum of squares, and so on every element of s B A: far beyond any weight that trains,
 and far below what overflows float32, so that a merge that has begun can't make the base infinite."""
 
@@ -45,7 +45,7 @@ def check_magnitude(total: float, scaling: float) -> str:
         scaling: the largest s of a layer: s times the sum of squares bounds each element of s B A.
     """
     bound = scaling * total  # NaN and infinity show in it, too
-    if bound < ABSURD:
+    if bound < MAX_CHANGE:
         return ""
     return f"it holds values that are NaN, infinite or absurdly large (s times the sum of squares: {bound:g})"
 
@@ -54,16 +54,16 @@ WINDOW = 32
 """Merged contributions, of all heads, that a new one is compared with. Norms fall while a run trains: over 64 of them the
 median lies so far above the newest that a hundred times the newest passed in 29 % of 4378 places (24 runs); over 32, in 6 %."""
 
-ENOUGH = 16
+MIN_WINDOW = 16
 """Merged contributions without which nothing is judged: a median of fewer tells little."""
 
-WITNESSES = 64
+MAX_JUDGEMENTS = 64
 """Judgements that are remembered, of all heads, to tell a faulty head from a change that all go through."""
 
-QUARANTINE = 3
+QUARANTINE_AFTER = 3
 """A head's refusals in a row after which it is to be quarantined."""
 
-NARROWEST, WIDEST = math.log(1.5), math.log(1.75)
+MIN_DEVIATION, MAX_DEVIATION = math.log(1.5), math.log(1.75)
 """Bounds on one standard deviation of log-norms.
 
 Norms of equal heads in one merge differ by a few percent while they double or treble from a merge to the next in warm-up, so
@@ -100,7 +100,7 @@ class OutlierFilter:
     def __init__(self, settings: MergeConfig) -> None:
         self._most = settings.max_norm_z
         self._window: deque[float] = deque(maxlen=WINDOW)
-        self._judged: deque[tuple[int, float, bool]] = deque(maxlen=WITNESSES)  # head, y, whether it was high
+        self._judged: deque[tuple[int, float, bool]] = deque(maxlen=MAX_JUDGEMENTS)  # head, y, whether it was high
         self._in_a_row: dict[int, int] = {}
 
     def check(self, head: int, norm: float, steps: int) -> str:
@@ -139,10 +139,10 @@ class OutlierFilter:
         Then it is forgotten: it is no witness any more, and whoever takes its place begins at no refusals.
         """
         self._in_a_row[head] = self._in_a_row.get(head, 0) + 1
-        if self._in_a_row[head] < QUARANTINE:
+        if self._in_a_row[head] < QUARANTINE_AFTER:
             return False
         self.reset_refusals(head)
-        self._judged = deque((each for each in self._judged if each[0] != head), maxlen=WITNESSES)
+        self._judged = deque((each for each in self._judged if each[0] != head), maxlen=MAX_JUDGEMENTS)
         return True
 
     def reset_refusals(self, head: int) -> None:
@@ -161,20 +161,20 @@ class OutlierFilter:
         """Takes over what `state` gave; an empty one, of a run that had no guard, is as new."""
         self._window = deque(map(float, state.get("norms", [])), maxlen=WINDOW)
         judged = ((int(head), float(y), bool(high)) for head, y, high in state.get("judged", []))
-        self._judged = deque(judged, maxlen=WITNESSES)
+        self._judged = deque(judged, maxlen=MAX_JUDGEMENTS)
         self._in_a_row = {int(head): int(count) for head, count in state.get("refused", [])}
 
     def _compare(self, y: float) -> tuple[float, float]:
         """z and the median; z is 0 until there are enough to compare with."""
-        if len(self._window) < ENOUGH:
+        if len(self._window) < MIN_WINDOW:
             return 0.0, 0.0
         middle = median(self._window)
         spread = 1.4826 * median(abs(other - middle) for other in self._window)
-        return (y - middle) / min(max(spread, NARROWEST), WIDEST), middle
+        return (y - middle) / min(max(spread, MIN_DEVIATION), MAX_DEVIATION), middle
 
     def _level_changed(self, y: float) -> bool:
         """Whether most heads say so, of whom the newest has just been judged high; then the window begins anew."""
-        agree = [(h, high and abs(other - y) <= self._most * NARROWEST) for h, other, high in self._judged]
+        agree = [(h, high and abs(other - y) <= self._most * MIN_DEVIATION) for h, other, high in self._judged]
         newest = dict(agree)
         if 2 * sum(newest.values()) <= len(newest) or sum(same for _, same in agree) < 2:
             return False

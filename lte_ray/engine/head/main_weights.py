@@ -72,7 +72,7 @@ class MainWeights:
         new, old = views(plan.base, base), None if reference is None else factor_views(plan, reference)
         staged = {}
         for name, main in self._converted.main_weights.items():
-            pair = None if old is None else (old[main.spec.a], old[main.spec.b])
+            pair = None if old is None else (old[main.spec.a_name], old[main.spec.b_name])
             weight = main.stage(new[name], pair, self._unused.pop(name, None))
             if weight is not None:
                 staged[name] = weight
@@ -87,7 +87,7 @@ class MainWeights:
         old = None if reference is None else factor_views(plan, reference)
         errors = [0.0]
         for name, main in self._converted.main_weights.items():
-            pair = None if old is None else (old[main.spec.a], old[main.spec.b])
+            pair = None if old is None else (old[main.spec.a_name], old[main.spec.b_name])
             if name in staged:
                 self._unused[name] = main.swap(staged[name])
             elif there and main.separate_reference:

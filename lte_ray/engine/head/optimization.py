@@ -67,7 +67,7 @@ def build_optimizer(
     """
     groups: dict[tuple[str, float], list[Tensor]] = {}
     for spec in plan.adapted:
-        groups.setdefault(("lora", spec.lr), []).extend([tensors[spec.a], tensors[spec.b]])
+        groups.setdefault(("lora", spec.lr), []).extend([tensors[spec.a_name], tensors[spec.b_name]])
     for replica in plan.replicas:
         if isinstance(tensors[replica.name], nn.Parameter):
             groups.setdefault(("replica", replica.lr), []).append(tensors[replica.name])

@@ -44,7 +44,7 @@ def snapshot(head: Head, request: CheckpointRequest) -> SavedState:
     if merged.sequence != sequence:
         raise StateMissed
     zero_b = contained is not None and head.settings.lte.reset == "B"
-    b = {spec.b for spec in head.plan.adapted}
+    b = {spec.b_name for spec in head.plan.adapted}
     tensors = {f"factor.{n}": torch.zeros_like(p) if zero_b and n in b else p for n, p in state.factors.items()}
     if reference is not None and head.settings.lte.reset == "none":
         tensors["reference"] = reference
@@ -176,7 +176,7 @@ def rejoin(
                     _copy(buffer, tensors[f"buffer.{name}"])
                 if reference is None and head.settings.lte.reset == "B":
                     for spec in head.plan.adapted:
-                        _copy(head.state.factors[spec.a], tensors[f"factor.{spec.a}"])
+                        _copy(head.state.factors[spec.a_name], tensors[f"factor.{spec.a_name}"])
         except INVALID_STATE_ERRORS as error:
             missing = f"its saved optimizer state can't be used ({type(error).__name__}: {error})"
             head.optimizer.state.clear()

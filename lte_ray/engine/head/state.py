@@ -57,7 +57,7 @@ class HeadState:
 
     def __post_init__(self) -> None:
         # Where there is no reference: each A as last merged, or as drawn, which `rewind` restores.
-        self._merged_a = {spec.a: self.factors[spec.a].detach().to("cpu", copy=True) for spec in self.plan.adapted}
+        self._merged_a = {spec.a_name: self.factors[spec.a_name].detach().to("cpu", copy=True) for spec in self.plan.adapted}
 
     def close_losses(self) -> None:
         """Sets `loss` to the mean of `losses` (left as it is if there are none) and empties the list."""
@@ -97,8 +97,8 @@ class HeadState:
         if self.reset == "B":
             self.reference, factors = None, factor_views(self.plan, factors_part(self.plan, contained))
             for spec in self.plan.adapted:
-                self.factors[spec.b].zero_()
-                self._merged_a[spec.a] = factors[spec.a]
+                self.factors[spec.b_name].zero_()
+                self._merged_a[spec.a_name] = factors[spec.a_name]
         else:
             self.reference, self._merged_a = factors_part(self.plan, contained), {}
 
@@ -140,4 +140,4 @@ class HeadState:
                 self.factors[name].copy_(value)
             return
         for spec in self.plan.adapted:
-            self.factors[spec.b].zero_()
+            self.factors[spec.b_name].zero_()

@@ -179,12 +179,12 @@ class CoordinatorRecovery:
             recovered,
             references,
             checkpoint_version=saved,
-            exact_heads=start.exact_heads - recovered.granted.keys() if at_start else frozenset(),
+            exact_heads=start.exact_heads - recovered.step_limits.keys() if at_start else frozenset(),
             saved_heads=saved_heads,
             outlier_filter=outlier_filter,
             epoch=epoch,
         )
-        return state, recovered.astray
+        return state, recovered.restart_heads
 
     # -- a loss that has spiked ----------------------------------------------------------------------------------------
 

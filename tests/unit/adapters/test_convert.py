@@ -59,7 +59,7 @@ def test_layers_that_share_a_weight_share_one_pair_of_factors() -> None:
     original = net()
     weights = dict(original.named_parameters())
     for spec in plan.adapted:
-        weights[spec.name] = weights[spec.name] + spec.scaling * factors[spec.b] @ factors[spec.a]
+        weights[spec.name] = weights[spec.name] + spec.scaling * factors[spec.b_name] @ factors[spec.a_name]
     words = torch.arange(WORDS)
     # 1e-13: five layers of float64 sums of at most 8 terms.
     assert_near(model(words), torch.func.functional_call(original, weights, (words,)), 1e-13)

@@ -167,7 +167,7 @@ def dense_output(
         if replica.name in parameters:
             leaves[replica.name] = parameters[replica.name] = parameters[replica.name].clone().requires_grad_()
     for spec in converted.plan.adapted:
-        product = leaves[spec.b] @ leaves[spec.a]
+        product = leaves[spec.b_name] @ leaves[spec.a_name]
         if spec.name in reference:
             a, b = reference[spec.name]
             product = product - b @ a

@@ -64,7 +64,7 @@ def merged(original: nn.Module, converted: Converted) -> nn.Module:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for spec in converted.plan.adapted:
-            product = converted.factors[spec.b] @ converted.factors[spec.a]
+            product = converted.factors[spec.b_name] @ converted.factors[spec.a_name]
             parameters[spec.name] += as_stored(spec, spec.scaling * product)
     return model
 
@@ -279,7 +279,7 @@ def test_a_layer_called_several_times_is_adapted_once() -> None:
     for model in (converted.model, dense):
         model(x).square().sum().backward()
     spec = converted.plan.adapted[0]
-    a, b, g = converted.factors[spec.a], converted.factors[spec.b], dense.step.weight.grad
+    a, b, g = converted.factors[spec.a_name], converted.factors[spec.b_name], dense.step.weight.grad
     assert_near(a.grad, spec.scaling * b.T @ g, 200 * EPS64)
     assert_near(b.grad, spec.scaling * g @ a.T, 200 * EPS64)
 

@@ -150,7 +150,7 @@ class Schedules(RuleBasedStateMachine):
                 expected = as_matrix(spec, base[spec.name].clone())
                 if reference is not None:
                     old = factor_views(self.plan, reference)
-                    expected = expected - spec.scaling * old[spec.b] @ old[spec.a]
+                    expected = expected - spec.scaling * old[spec.b_name] @ old[spec.a_name]
                 found = as_matrix(spec, head.converted.main_weights[spec.name].stored.detach())
                 assert_near(found, expected, 1e-12)
 
@@ -205,7 +205,7 @@ def test_steps_in_flight_ride_in_the_next_contribution() -> None:
     factors = factor_views(coordinator.plan, second.buffer[: coordinator.plan.factors_size])
     start = views(coordinator.plan.base, prepare(Tiny(), make_settings(heads=1), torch.float64).base)
     for spec in coordinator.plan.adapted:  # one head, weight 1: the base is what the head computes with
-        expected = as_matrix(spec, start[spec.name].clone()) + spec.scaling * factors[spec.b] @ factors[spec.a]
+        expected = as_matrix(spec, start[spec.name].clone()) + spec.scaling * factors[spec.b_name] @ factors[spec.a_name]
         assert_near(as_matrix(spec, views(coordinator.plan.base, coordinator.base)[spec.name]), expected, 1e-13)
     own = replica_views(coordinator.plan, base_replicas(coordinator.plan, coordinator.base))
     for name, value in own.items():

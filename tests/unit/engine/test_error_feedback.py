@@ -64,7 +64,7 @@ def assert_held(plan: Plan, base: Tensor, factors: Tensor) -> None:
     """The base's weights are s B A of the factors."""
     weights, named = views(plan.base, base), factor_views(plan, factors)
     for spec in plan.adapted:
-        assert_near(weights[spec.name], spec.scaling * named[spec.b] @ named[spec.a], 1e-12)
+        assert_near(weights[spec.name], spec.scaling * named[spec.b_name] @ named[spec.a_name], 1e-12)
 
 
 def test_without_feedback_rounding_would_add_up() -> None:

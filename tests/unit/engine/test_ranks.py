@@ -100,7 +100,7 @@ def test_the_ledger_holds_for_trained_heads_of_different_ranks(reset: str, rslor
             words = torch.arange(7)
             for name, weight in {s.name: head.converted.parameters[s.name] for s in head.plan.adapted}.items():
                 spec = next(s for s in head.plan.adapted if s.name == name)
-                product = head.converted.factors[spec.b] @ head.converted.factors[spec.a]
+                product = head.converted.factors[spec.b_name] @ head.converted.factors[spec.a_name]
                 entry = next(e for e in head.plan.base.entries if e.name == name)
                 expected = coordinator.base[entry.offset : entry.offset + entry.size].view(entry.shape)
                 assert_near(weight + spec.scaling * product, expected, 1e-14)

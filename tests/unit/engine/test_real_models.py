@@ -246,7 +246,7 @@ def outputs(worker: Real | FewPairs, model: nn.Module) -> dict[str, Tensor]:
 
 def product(spec: Adapted, factors: dict[str, Tensor]) -> Tensor:
     """s B A, in the shape of the weight."""
-    dense = spec.scaling * (factors[spec.b] @ factors[spec.a])
+    dense = spec.scaling * (factors[spec.b_name] @ factors[spec.a_name])
     return (dense.t() if spec.transposed else dense).reshape(spec.shape)
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lte_ray.engine.coordinator.loss_spike import ENOUGH, NARROWEST, LossSpikeDetector
+from lte_ray.engine.coordinator.loss_spike import MIN_RELATIVE_DEVIATION, MIN_WINDOW, LossSpikeDetector
 
 LOSSES = st.floats(0.01, 100) | st.sampled_from([math.nan, math.inf, 0.0])
 
@@ -27,8 +27,8 @@ def test_a_spike_is_told_once_and_why(patience: int) -> None:
     told = [watch.record_loss(20.0) for _ in range(patience + 3)]
     assert [bool(text) for text in told] == [n == patience - 1 for n in range(patience + 3)]
     assert told[patience - 1] == (
-        f"the training loss 20 is {18 / (NARROWEST * 2):.1f} robust standard deviations above the median (recent median 2), "
-        f"merge {patience} in a row; --rollback-z is 6"
+        f"the training loss 20 is {18 / (MIN_RELATIVE_DEVIATION * 2):.1f} robust standard deviations above the median "
+        f"(recent median 2), merge {patience} in a row; --rollback-z is 6"
     )
     assert watch.suspicious_merges == patience + 3
 
@@ -58,7 +58,7 @@ def test_a_loss_that_falls_or_wavers_is_no_spike(noise: list[float], fall: float
     assert not any(watch.record_loss(5 * fall**turn * (1 + 0.12 * each)) for turn, each in enumerate(noise))
 
 
-@given(st.lists(st.floats(1, 1.2), min_size=ENOUGH, max_size=40), st.floats(1e-6, 1e6))
+@given(st.lists(st.floats(1, 1.2), min_size=MIN_WINDOW, max_size=40), st.floats(1e-6, 1e6))
 def test_the_unit_of_the_loss_does_not_matter(losses: list[float], unit: float) -> None:
     """Three times the largest is a spike in any unit; the threshold is on z alone."""
     watch = LossSpikeDetector(16, 6.0, patience=1)
@@ -68,7 +68,7 @@ def test_the_unit_of_the_loss_does_not_matter(losses: list[float], unit: float) 
 
 def test_the_threshold_is_where_the_formula_has_it() -> None:
     """A spread of its own, median 3 and median deviation 1, and the least one of 5 % where there is none."""
-    for losses, limit in (([1.0, 2.0, 3.0, 4.0, 5.0] * 3, 3 + 6 * 1.4826), ([3.0] * 15, 3 * (1 + 6 * NARROWEST))):
+    for losses, limit in (([1.0, 2.0, 3.0, 4.0, 5.0] * 3, 3 + 6 * 1.4826), ([3.0] * 15, 3 * (1 + 6 * MIN_RELATIVE_DEVIATION))):
         for loss, spike in ((limit * 0.999, False), (limit * 1.001, True)):
             watch = LossSpikeDetector(16, 6.0, patience=1)
             assert not any(watch.record_loss(each) for each in losses)
@@ -99,7 +99,7 @@ def test_a_level_that_lasts_becomes_the_runs_own() -> None:
 def test_nothing_is_judged_when_off_or_too_early() -> None:
     """z = 0; fewer than 8 merges; losses that were 0 throughout."""
     assert not any(filled(z=0.0).record_loss(each) for each in [1e9] * 5 + [math.nan] * 5)
-    assert not any(LossSpikeDetector(16, 6.0, 1).record_loss(10.0**n) for n in range(ENOUGH))
+    assert not any(LossSpikeDetector(16, 6.0, 1).record_loss(10.0**n) for n in range(MIN_WINDOW))
     assert filled(0.0, patience=1).record_loss(1e-9) == ""
 
 
@@ -121,7 +121,7 @@ def test_no_state_is_a_new_watchs() -> None:
     assert watch.state() == LossSpikeDetector(16, 6.0).state()
 
 
-@pytest.mark.parametrize(("window", "patience"), [(ENOUGH - 1, 3), (16, 0), (16, 17)])
+@pytest.mark.parametrize(("window", "patience"), [(MIN_WINDOW - 1, 3), (16, 0), (16, 17)])
 def test_impossible_arguments_are_refused(window: int, patience: int) -> None:
     """The error has both numbers."""
     with pytest.raises(ValueError, match=f"window is {window}, .* patience {patience}"):

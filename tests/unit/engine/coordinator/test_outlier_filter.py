@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
 from lte_ray.engine.coordinator.validation import (
-    ENOUGH,
     GROWTH,
-    NARROWEST,
-    QUARANTINE,
-    WIDEST,
+    MAX_DEVIATION,
+    MAX_JUDGEMENTS,
+    MIN_DEVIATION,
+    MIN_WINDOW,
+    QUARANTINE_AFTER,
     WINDOW,
-    WITNESSES,
     OutlierFilter,
 )
 from lte_ray.engine.in_process import run_in_process
@@ -65,7 +65,7 @@ def test_a_healthy_walk_is_never_refused(moves: list[float], heads: int, data: s
         assert offer(guard, turn % heads, level * (1 + data.draw(st.floats(-0.2, 0.2)))) == ""
 
 
-@given(st.lists(NORMS, min_size=ENOUGH, max_size=2 * WINDOW), st.floats(100, 1e12), st.integers(1, 1000))
+@given(st.lists(NORMS, min_size=MIN_WINDOW, max_size=2 * WINDOW), st.floats(100, 1e12), st.integers(1, 1000))
 def test_a_hundred_times_the_median_is_always_refused(norms: list[float], times: float, steps: int) -> None:
     """However widely the norms before were spread, once there were 16, and each time that one head of 4 offers it."""
     guard = OutlierFilter(MergeConfig())
@@ -83,7 +83,7 @@ def test_what_is_refused_and_why() -> None:
     """The sentence has the norm, its z, the median for as many steps, and the flag; a tenth of it passes."""
     guard = filled(3.1)
     reason = guard.check(0, 812.0, 10)
-    z = math.log(812 / 3.1) / NARROWEST
+    z = math.log(812 / 3.1) / MIN_DEVIATION
     assert reason == (
         f"its norm 812 is {z:.1f} robust standard deviations above the recent contributions' (median 3.1 for 10 steps); "
         "--max-norm-z is 8"
@@ -97,7 +97,7 @@ def test_the_threshold_is_where_the_formula_has_it() -> None:
     spread = OutlierFilter(MergeConfig())
     for turn in range(WINDOW):
         spread.record_merge(turn % 4, 10.0 ** (turn % 3 - 1), 1)
-    for guard, z, scale in ((filled(), 8, NARROWEST), (spread, 8, WIDEST), (filled(z=4.0), 4, NARROWEST)):
+    for guard, z, scale in ((filled(), 8, MIN_DEVIATION), (spread, 8, MAX_DEVIATION), (filled(z=4.0), 4, MIN_DEVIATION)):
         limit = math.exp(z * scale) * (1.0 if guard is spread else 10**-GROWTH)
         assert guard.check(0, limit * 0.999, 1) == ""
         assert guard.check(0, limit * 1.001, 1)
@@ -105,8 +105,8 @@ def test_the_threshold_is_where_the_formula_has_it() -> None:
 
 def test_nothing_is_judged_before_there_were_sixteen() -> None:
     """The 16th merge is the last that anything goes before; with 0 the guard is off."""
-    assert filled(count=ENOUGH - 1).check(0, 1e20, 10) == ""
-    assert filled(count=ENOUGH).check(0, 1e20, 10) != ""
+    assert filled(count=MIN_WINDOW - 1).check(0, 1e20, 10) == ""
+    assert filled(count=MIN_WINDOW).check(0, 1e20, 10) != ""
     assert filled(z=0.0).check(0, 1e20, 10) == ""
 
 
@@ -143,7 +143,7 @@ def test_a_lasting_change_of_level_is_let_through(heads: int, times: float) -> N
     """All heads' norms trebled: none is refused. A thousandfold: half of them are, or the lone one, once."""
     guard = filled(heads=heads, count=max(WINDOW, 2 * heads))
     refused = [bool(offer(guard, turn % heads, times)) for turn in range(5 * heads + WINDOW)]
-    assert sum(refused) == (0 if times == 3.0 else max(1, min(heads, WITNESSES) // 2))
+    assert sum(refused) == (0 if times == 3.0 else max(1, min(heads, MAX_JUDGEMENTS) // 2))
     assert not any(refused[heads if heads > 1 else 1 :])
     assert guard.check(0, 100 * times, 10)  # which is compared with the new level
 
@@ -169,8 +169,8 @@ def test_heads_that_blow_up_apart_from_each_other_are_no_witnesses() -> None:
 def test_the_third_refusal_in_a_row_quarantines() -> None:
     """Counted by head; a fit one between, or a merge, begins anew, and so does whoever takes the head's place."""
     guard = OutlierFilter(MergeConfig())
-    assert [guard.record_refusal(0) for _ in range(QUARANTINE)] == [False, False, True]
-    assert [guard.record_refusal(0) for _ in range(QUARANTINE)] == [False, False, True]
+    assert [guard.record_refusal(0) for _ in range(QUARANTINE_AFTER)] == [False, False, True]
+    assert [guard.record_refusal(0) for _ in range(QUARANTINE_AFTER)] == [False, False, True]
     for mend in (lambda: guard.reset_refusals(1), lambda: guard.record_merge(1, 1.0, 1)):
         assert [guard.record_refusal(1), guard.record_refusal(1), guard.record_refusal(2)] == [False] * 3
         mend()
@@ -185,9 +185,9 @@ def test_the_third_refusal_in_a_row_quarantines() -> None:
 def test_a_quarantined_head_is_no_witness() -> None:
     """Of three heads one was quarantined for a thousandfold; another that sends it now is alone, and refused."""
     guard = filled(heads=3)
-    for _ in range(QUARANTINE):
+    for _ in range(QUARANTINE_AFTER):
         assert offer(guard, 0, 1000.0)
-    for _ in range(QUARANTINE - 1):
+    for _ in range(QUARANTINE_AFTER - 1):
         assert offer(guard, 2, 1.0) == ""
         assert offer(guard, 1, 1000.0)
 

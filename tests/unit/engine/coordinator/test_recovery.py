@@ -32,8 +32,8 @@ def test_the_newest_version_counts_whoever_has_it() -> None:
     assert (found.version, found.base) == (5, "base 5")
     assert {head: held.sequence for head, held in found.positions.items()} == {0: 2, 1: 3}
     assert found.references == {0: "factors 2", 1: "factors 3"}
-    assert found.granted == {0: 10, 1: 14}
-    assert (found.astray, found.unknown) == (frozenset(), frozenset())
+    assert found.step_limits == {0: 10, 1: 14}
+    assert (found.restart_heads, found.heads_without_factors) == (frozenset(), frozenset())
 
 
 def test_a_merge_that_came_to_nobody_never_was() -> None:
@@ -49,21 +49,21 @@ def test_a_head_that_died_with_the_coordinator_is_unknown() -> None:
     found = recover([report(4, {0: 2, 1: 3, 2: 0}, {0: own(2)})])
     assert found is not None
     assert found.references == {0: "factors 2"}
-    assert found.unknown == {1}
+    assert found.heads_without_factors == {1}
 
 
 def test_a_head_whose_process_lacks_the_version_s_factors_is_unknown() -> None:
     """It knows another contribution's only."""
     found = recover([report(4, {0: 2}, {0: own(3)})])
     assert found is not None
-    assert (found.references, found.unknown) == ({}, {0})
+    assert (found.references, found.heads_without_factors) == ({}, {0})
 
 
 def test_factors_that_are_reset_are_known_to_be_none() -> None:
     """With B' = 0 there is no reference, and nothing is missing."""
     found = recover([report(4, {0: 2}, {0: HeadReport(5, 10, factors={2: None})})])
     assert found is not None
-    assert (found.references, found.unknown) == ({}, frozenset())
+    assert (found.references, found.heads_without_factors) == ({}, frozenset())
 
 
 def test_who_followed_forgotten_orders_must_start_anew() -> None:
@@ -71,7 +71,7 @@ def test_who_followed_forgotten_orders_must_start_anew() -> None:
     heads = {0: own(1, assignment_id=3), 1: own(1, assignment_id=2), 2: own(1, revoked=3), 3: own(1)}
     found = recover([report(4, dict.fromkeys(range(4), 1), heads, {"latest": 2})])
     assert found is not None
-    assert found.astray == {0, 2}
+    assert found.restart_heads == {0, 2}
 
 
 def test_where_nobody_has_a_base_there_is_nothing_to_go_on_from() -> None:

@@ -70,8 +70,8 @@ def test_heads_over_merges_are_their_dense_counterparts(optimizer: str) -> None:
             d.train(3)
             sent = parts(plan, c)
             for spec in plan.adapted:
-                assert_near(sent[spec.a], d.a[spec.name], tolerance)
-                assert_near(sent[spec.b], d.b[spec.name], tolerance)
+                assert_near(sent[spec.a_name], d.a[spec.name], tolerance)
+                assert_near(sent[spec.b_name], d.b[spec.name], tolerance)
                 product = d.product(spec.name).detach()
                 merged[spec.name] += 0.5 * (product - held[spec.name])
                 held[spec.name] = product
@@ -109,7 +109,7 @@ def test_a_refused_contribution_rides_in_the_next() -> None:
     assert (second.steps, second.samples, second.sequence, second.step, second.version) == (6, 24, 2, 6, 0)
     sent = parts(head.plan, second)
     for spec in head.plan.adapted:
-        assert_near(sent[spec.b] @ sent[spec.a], dense.b[spec.name] @ dense.a[spec.name], TOLERANCE["sgd"])
+        assert_near(sent[spec.b_name] @ sent[spec.a_name], dense.b[spec.name] @ dense.a[spec.name], TOLERANCE["sgd"])
         assert torch.equal(dict(head.model.named_parameters())[spec.name], before[spec.name])
     for name, p in dense.p.items():
         assert_near(sent[name], p - views(head.plan.base, base)[name], TOLERANCE["sgd"])
@@ -132,7 +132,7 @@ def test_a_refusal_with_a_newer_base_keeps_reference_and_progress() -> None:
     parameters = dict(head.model.named_parameters())
     for spec in plan.adapted:
         # One float64 product and one sum.
-        assert_near(parameters[spec.name], new[spec.name] - s * reference[spec.b] @ reference[spec.a], 1e-15)
+        assert_near(parameters[spec.name], new[spec.name] - s * reference[spec.b_name] @ reference[spec.a_name], 1e-15)
     for replica in plan.replicas:
         kept = trained[replica.name] - views(plan.base, one)[replica.name]
         assert_near(parameters[replica.name], new[replica.name] + kept, 1e-15)
@@ -160,13 +160,15 @@ def test_reset_b_zeroes_b_after_an_accepted_merge_only() -> None:
     first = parts(head.plan, c := head.train_round())
     refuse(head, c)
     factors = head.converted.factors
-    assert all(torch.equal(factors[spec.b], first[spec.b]) and factors[spec.b].any() for spec in head.plan.adapted)
+    assert all(
+        torch.equal(factors[spec.b_name], first[spec.b_name]) and factors[spec.b_name].any() for spec in head.plan.adapted
+    )
     second = parts(head.plan, c := head.train_round())
     accept(head, c, 1, base + 0.1)
     parameters = dict(head.model.named_parameters())
     for spec in head.plan.adapted:
-        assert not factors[spec.b].any()
-        assert torch.equal(factors[spec.a], second[spec.a])
+        assert not factors[spec.b_name].any()
+        assert torch.equal(factors[spec.a_name], second[spec.a_name])
         assert torch.equal(parameters[spec.name], views(head.plan.base, base + 0.1)[spec.name])
     assert not torch.equal(parts(head.plan, head.train_round())["up.weight.lora_B"], second["up.weight.lora_B"])
 

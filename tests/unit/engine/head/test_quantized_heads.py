@@ -96,9 +96,9 @@ def dense_model(head: Head, worker: Tiny, base: Tensor, reference: dict[str, Ten
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for spec in head.plan.adapted:
-            product = head.converted.factors[spec.b] @ head.converted.factors[spec.a]
+            product = head.converted.factors[spec.b_name] @ head.converted.factors[spec.a_name]
             if reference is not None:
-                product = product - reference[spec.b] @ reference[spec.a]
+                product = product - reference[spec.b_name] @ reference[spec.a_name]
             parameters[spec.name].copy_(weights[spec.name] + as_stored(spec, spec.scaling * product))
         for replica in head.plan.replicas:
             parameters[replica.name].copy_(head.converted.parameters[replica.name])
@@ -132,7 +132,7 @@ def test_gradients_go_through_the_quantised_weight(form: str) -> None:
     worker.loss(dense, batch).backward()
     parameters = dict(dense.named_parameters())
     for spec in head.plan.adapted:
-        a, b = head.converted.factors[spec.a], head.converted.factors[spec.b]
+        a, b = head.converted.factors[spec.a_name], head.converted.factors[spec.b_name]
         g = parameters[spec.name].grad
         assert g is not None
         assert_near(a.grad, spec.scaling * b.T @ g, 5000 * EPS64)

@@ -90,7 +90,7 @@ def test_a_head_that_rejoins_donates_nothing_that_it_has_not_trained(dtype: str,
     for replica in head.plan.replicas:
         assert torch.equal(parameters[replica.name], base[replica.name].to(parameters[replica.name].dtype))
     for spec in head.plan.adapted if dtype == "float64" else ():
-        b, a = head.converted.factors[spec.b], head.converted.factors[spec.a]
+        b, a = head.converted.factors[spec.b_name], head.converted.factors[spec.a_name]
         assert_near(parameters[spec.name] + spec.scaling * b @ a, base[spec.name], 1e-15)
 
 
@@ -120,9 +120,9 @@ def test_a_head_that_rejoins_has_the_optimizer_of_its_last_checkpoint() -> None:
         assert torch.equal(entry["momentum_buffer"], state[0][f"optimizer.{index}.momentum_buffer"])
     assert {group["lr"] for group in head.optimizer.param_groups} == {0.01 * (1 - 30 / 90)}
     for spec in head.plan.adapted:
-        assert torch.equal(head.converted.factors[spec.a], state[0][f"factor.{spec.a}"])
-        assert not torch.equal(head.converted.factors[spec.a], drawn[spec.a])
-        assert not head.converted.factors[spec.b].any()
+        assert torch.equal(head.converted.factors[spec.a_name], state[0][f"factor.{spec.a_name}"])
+        assert not torch.equal(head.converted.factors[spec.a_name], drawn[spec.a_name])
+        assert not head.converted.factors[spec.b_name].any()
 
 
 @pytest.mark.parametrize("missing", ["optimizer", "groups", "factor", "shape"])
@@ -153,7 +153,7 @@ def test_a_fresh_head_begins_with_b_zero() -> None:
     head = Head(Falling(), settings, 1, dtype=torch.float64, incarnation=1)
     rejoin(head, merged(dead), None, 2, bases[1], None)
     assert head.state.reference is None
-    assert all(not head.converted.factors[spec.b].any() for spec in head.plan.adapted)
+    assert all(not head.converted.factors[spec.b_name].any() for spec in head.plan.adapted)
     parameters = dict(head.model.named_parameters())
     for spec in head.plan.adapted:
         assert torch.equal(parameters[spec.name], views(head.plan.base, bases[1])[spec.name])

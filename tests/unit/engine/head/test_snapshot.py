@@ -333,7 +333,7 @@ def test_an_optimizer_state_of_another_shape_is_refused_by_name(key: str, shape:
     tensors, meta = through_a_file(snapshot(head, CheckpointRequest(0, {1: 0})))
     with pytest.raises(StorageError) as raised:
         restore(run.head(), (tensors | {f"optimizer.0.{key}": torch.zeros(shape)}, meta), run.base(0))
-    name = head.plan.adapted[0].a
+    name = head.plan.adapted[0].a_name
     assert str(raised.value) == (
         f"The saved state of head 1 can't be used: ValueError: the optimizer's {key} of {name} has the shape {shape}, "
         f"expected {expected}."
