@@ -1,4 +1,4 @@
-"""Checkpoints of the first format, which release 0.1 wrote: a real one is read, and follows the rules that it had."""
+"""Checkpoints of format 1, which release 0.1 wrote: a real one is read and follows the rules of its format."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from lte_ray.merging.flat_buffer import factor_views
 from lte_ray.storage import RunDirectory
 from workers.regression import Regression
 
-OLD = Path(__file__).parents[1] / "fixtures" / "checkpoint-1"
-"""Run of `workers.regression` with 2 heads, 8 steps and outer Nesterov, at its second of four merges; see its run.toml."""
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "checkpoint-1"
+"""A run of `workers.regression` with 2 heads, 8 steps, and outer Nesterov, at its second of four merges; see its run.toml."""
 
 WORKER = Regression(width=4, batch_size=4, samples=64)
 SETTINGS = Settings(
@@ -41,18 +41,18 @@ def initial() -> Initial:
 @pytest.fixture
 def directory(tmp_path: Path) -> RunDirectory:
     """A copy of the old run."""
-    shutil.copytree(OLD, tmp_path / "checkpoint-1")
+    shutil.copytree(FIXTURE, tmp_path / "checkpoint-1")
     return RunDirectory.open(str(tmp_path), "checkpoint-1")
 
 
 def edit(directory: RunDirectory, **changes: object) -> None:
-    """Changes the manifest, which has no checksum of its own."""
+    """Edits the manifest, which has no checksum in this format."""
     path = Path(directory.path, "checkpoints", "000002", "manifest.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_its_manifest_reads(directory: RunDirectory) -> None:
-    """Format, heads, files and facts are what was written."""
+def test_its_manifest_is_read(directory: RunDirectory) -> None:
+    """Format, heads, files, and facts are those that were written."""
     manifest = checkpoint.read_manifest(directory, 2)
     assert (manifest.format, manifest.version, manifest.heads) == (1, 2, (0, 1))
     assert (manifest.facts["step"], manifest.facts["taken"], manifest.facts["lte"]["num_heads"]) == (4, 8, 2)
@@ -62,8 +62,8 @@ def test_its_manifest_reads(directory: RunDirectory) -> None:
     assert checkpoint.newest_resumable(directory) == manifest
 
 
-def test_its_base_and_references_fit_together(directory: RunDirectory, initial: Initial) -> None:
-    """The base is of the model that the worker builds, the references are the heads' factors, just after a merge."""
+def test_its_base_and_references_match(directory: RunDirectory, initial: Initial) -> None:
+    """The base has the shape of the worker's model; right after a merge, references equal the heads' factors."""
     manifest = checkpoint.read_manifest(directory, 2)
     plan: Plan = initial.plan
     base = checkpoint.read_base(directory, manifest, plan)
@@ -75,12 +75,12 @@ def test_its_base_and_references_fit_together(directory: RunDirectory, initial: 
     for head, reference in references.items():
         tensors, meta = checkpoint.read_head(directory, manifest, head)
         assert (meta["head"], meta["version"], meta["step"]) == (head, 2, 4)
-        held = factor_views(plan, reference)
-        assert {n: t.tolist() for n, t in held.items()} == {n: tensors[f"factor.{n}"].tolist() for n in held}
+        factors = factor_views(plan, reference)
+        assert {n: t.tolist() for n, t in factors.items()} == {n: tensors[f"factor.{n}"].tolist() for n in factors}
 
 
-def test_its_policy_state_reads(directory: RunDirectory, initial: Initial) -> None:
-    """The outer momentum is there for the policy that wrote it, and for no other."""
+def test_its_policy_state_is_read(directory: RunDirectory, initial: Initial) -> None:
+    """The policy that wrote the outer momentum gets it; another policy gets nothing."""
     manifest = checkpoint.read_manifest(directory, 2)
     (momentum,) = checkpoint.read_policy(directory, manifest, "nesterov").values()
     assert momentum.shape == initial.base.shape
@@ -88,7 +88,7 @@ def test_its_policy_state_reads(directory: RunDirectory, initial: Initial) -> No
 
 
 def test_it_needs_all_heads_states(directory: RunDirectory) -> None:
-    """One that holds fewer is passed over with a word, and kept back when old ones are removed."""
+    """A checkpoint with fewer can't be resumed from; the error says which heads it has."""
     edit(directory, heads=[1])
     assert not checkpoint.has_all_heads(checkpoint.read_manifest(directory, 2))
     assert checkpoint.newest_resumable(directory) is None
@@ -100,7 +100,7 @@ def test_it_needs_all_heads_states(directory: RunDirectory) -> None:
 
 
 def test_prune_keeps_the_newest_that_can_be_resumed(directory: RunDirectory) -> None:
-    """A newer one of the old format without heads doesn't push it out; one of the new format does."""
+    """A newer checkpoint of format 1 without heads doesn't replace it; one of format 2 does."""
     folder = Path(directory.path, "checkpoints")
     manifest = json.loads((folder / "000002" / "manifest.json").read_text())
     (folder / "000003").mkdir()
@@ -113,8 +113,8 @@ def test_prune_keeps_the_newest_that_can_be_resumed(directory: RunDirectory) -> 
 
 
 @pytest.mark.parametrize("facts", [{}, {"lte": 3}, {"lte": {}}, {"lte": {"num_heads": "many"}}, {"lte": {"num_heads": None}}])
-def test_facts_that_do_not_say_how_many_heads_there_were(directory: RunDirectory, facts: object) -> None:
-    """That is damage."""
+def test_facts_without_the_number_of_heads(directory: RunDirectory, facts: object) -> None:
+    """The checkpoint counts as damaged."""
     edit(directory, facts=facts)
     with pytest.raises(StorageError, match="damaged: it doesn't say how many heads there were"):
         checkpoint.has_all_heads(checkpoint.read_manifest(directory, 2))
@@ -122,8 +122,8 @@ def test_facts_that_do_not_say_how_many_heads_there_were(directory: RunDirectory
         checkpoint.read_newest_intact(directory)
 
 
-def test_a_new_one_can_not_pass_for_an_old_one(directory: RunDirectory) -> None:
-    """Where a manifest has a checksum it must fit, whatever format it says it has."""
+def test_a_checksum_is_verified_in_every_format(directory: RunDirectory) -> None:
+    """A manifest that has a checksum must match it, even if it says that its format is 1."""
     edit(directory, sha256="0" * 64)
     with pytest.raises(StorageError, match=r"000002/manifest.json is damaged: .*torn or edited"):
         checkpoint.read_manifest(directory, 2)
@@ -131,8 +131,8 @@ def test_a_new_one_can_not_pass_for_an_old_one(directory: RunDirectory) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_run_goes_on_from_it(local_ray: None, directory: RunDirectory) -> None:
-    """Its heads take the steps that are left, with the momentum that it kept, and the next checkpoint is of today's format."""
+def test_a_run_resumes_from_it(local_ray: None, directory: RunDirectory) -> None:
+    """Heads take the remaining steps with the stored momentum; the next checkpoint has format 2."""
     root, name = str(Path(directory.path).parent), "checkpoint-1"
     result = LTETrainer(
         WORKER,

@@ -20,20 +20,20 @@ from tests.support.ray_runs import settings, storage
 from workers.regression import Regression
 
 
-def test_a_run_that_is_being_trained_is_not_taken(tmp_path: Path) -> None:
-    """Who does is named; afterwards the folder is as it was."""
+def test_a_run_in_training_is_locked(tmp_path: Path) -> None:
+    """The error names the process that trains it; afterwards the folder is as before."""
     directory = RunDirectory.open(str(tmp_path), "r")
     directory.create()
     check_unlocked(directory)
-    told = f"being trained by process {os.getpid()} on .* give another --name"
-    with exclusive_lock(directory), pytest.raises(StorageError, match=told):
+    message = f"being trained by process {os.getpid()} on .* give another --name"
+    with exclusive_lock(directory), pytest.raises(StorageError, match=message):
         check_unlocked(directory)
     check_unlocked(directory)
     assert directory.list_names() == []
 
 
-def test_a_lock_that_a_dead_process_left_behind_holds_nobody_up(tmp_path: Path) -> None:
-    """The lock ended with the process; only its file is still there."""
+def test_a_dead_process_lock_file_does_not_block(tmp_path: Path) -> None:
+    """The lock ended with the process; only its file remains."""
     directory = RunDirectory.open(str(tmp_path), "r")
     directory.create()
     (tmp_path / "r" / ".lock").write_text("4711 on elsewhere")
@@ -43,7 +43,7 @@ def test_a_lock_that_a_dead_process_left_behind_holds_nobody_up(tmp_path: Path) 
 
 
 def test_a_lock_is_never_written_through_a_link(tmp_path: Path) -> None:
-    """Whoever may write the storage could have a file elsewhere emptied."""
+    """Otherwise a link in the storage could cause a file elsewhere to be overwritten."""
     directory = RunDirectory.open(str(tmp_path), "r")
     directory.create()
     (tmp_path / "victim").write_text("mine")
@@ -58,34 +58,34 @@ def test_a_lock_is_never_written_through_a_link(tmp_path: Path) -> None:
     assert not (tmp_path / "r" / "run.toml").is_symlink()
 
 
-def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its holder ends between another's opening the file and locking it: a third must not get a lock of its own beside that."""
+def test_a_lock_whose_file_was_removed_meanwhile_is_acquired_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its owner ends between another process's open and lock of the file; a third process must not lock a new file as well."""
     directory = RunDirectory.open(str(tmp_path), "r")
     directory.create()
-    flock, ending = lock.fcntl.flock, [(tmp_path / "r" / ".lock").unlink]
+    flock, remove_once = lock.fcntl.flock, [(tmp_path / "r" / ".lock").unlink]
 
-    def late(*args: Any) -> None:
-        if ending:
-            ending.pop()()
+    def lock_late(*args: Any) -> None:
+        if remove_once:
+            remove_once.pop()()
         flock(*args)
 
-    monkeypatch.setattr(lock.fcntl, "flock", late)
+    monkeypatch.setattr(lock.fcntl, "flock", lock_late)
     with exclusive_lock(directory), pytest.raises(StorageError, match="being trained by process"):
         check_unlocked(directory)
     assert directory.list_names() == []
 
 
-def claim_of(path: Path, **more: bool) -> RunClaim:
+def make_claim(path: Path, **storage_settings: bool) -> RunClaim:
     kwargs = settings()
-    made = Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"])  # type: ignore[arg-type]
-    return RunClaim(RunDirectory.open(str(path), "r"), storage(path, "r", **more), made, prepare(Regression(), made))
+    run = Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"])  # type: ignore[arg-type]
+    return RunClaim(RunDirectory.open(str(path), "r"), storage(path, "r", **storage_settings), run, prepare(Regression(), run))
 
 
-def test_what_is_overwritten_is_locked_before_it_is_removed(tmp_path: Path) -> None:
-    """Another that waits to overwrite it, too, finds who was faster; the folder itself stays."""
-    with claim_of(tmp_path).acquire({"old": 1}):
+def test_an_overwritten_run_is_locked_before_it_is_removed(tmp_path: Path) -> None:
+    """A second process that wants to overwrite it gets an error that names the first; the folder itself stays."""
+    with make_claim(tmp_path).acquire({"old": 1}):
         (tmp_path / "r" / "checkpoints").mkdir()
-    first, second = claim_of(tmp_path, overwrite=True), claim_of(tmp_path, overwrite=True)
+    first, second = make_claim(tmp_path, overwrite=True), make_claim(tmp_path, overwrite=True)
     with first.acquire({"new": 1}) as (config, resume):
         assert (config, resume) == ("new = 1\n", None)
         assert sorted(file.name for file in (tmp_path / "r").iterdir()) == [".lock", "run.toml"]
@@ -95,19 +95,19 @@ def test_what_is_overwritten_is_locked_before_it_is_removed(tmp_path: Path) -> N
     assert [file.name for file in (tmp_path / "r").iterdir()] == ["run.toml"]
 
 
-def test_a_link_to_a_run_is_overwritten_and_not_what_it_leads_to(tmp_path: Path) -> None:
-    """The other run stays whole."""
+def test_a_link_to_a_run_is_overwritten_but_not_its_target(tmp_path: Path) -> None:
+    """The linked run stays intact."""
     other = tmp_path / "other"
     other.mkdir()
     (other / "run.toml").write_text("precious = 1")
     (tmp_path / "r").symlink_to(other)
-    with claim_of(tmp_path, overwrite=True).acquire({"new": 1}):
+    with make_claim(tmp_path, overwrite=True).acquire({"new": 1}):
         assert not (tmp_path / "r").is_symlink()
     assert (other / "run.toml").read_text() == "precious = 1"
 
 
-def test_a_run_that_cannot_be_locked_is_one_error(tmp_path: Path) -> None:
-    """As where the folder is another user's: here something else has the lock's name."""
+def test_a_run_that_cannot_be_locked_is_one_clear_error(tmp_path: Path) -> None:
+    """As in another user's folder; here a folder has the lock file's name."""
     directory = RunDirectory.open(str(tmp_path), "r")
     directory.create()
     (tmp_path / "r" / ".lock").mkdir()
@@ -117,23 +117,23 @@ def test_a_run_that_cannot_be_locked_is_one_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("left", [(".writable",), (".lock", "run.toml.part"), ()])
 @pytest.mark.parametrize("how", ["resume", "overwrite"])
-def test_a_run_whose_driver_died_while_it_was_made_is_started_by_the_same_command(
+def test_a_run_whose_driver_died_while_creating_it_is_started_by_the_same_command(
     tmp_path: Path, left: tuple[str, ...], how: str
 ) -> None:
-    """There is no run.toml yet, and nothing else that anybody might miss; with anything else, it isn't ours."""
+    """Without run.toml and without any other file the folder may be used; with other files it isn't a run."""
     (tmp_path / "r").mkdir()
     for name in left:
         (tmp_path / "r" / name).touch()
-    with claim_of(tmp_path, **{how: True}).acquire({"x": 1}) as (config, resume):
+    with make_claim(tmp_path, **{how: True}).acquire({"x": 1}) as (config, resume):
         assert (config, resume) == ("x = 1\n", None)
     (tmp_path / "r" / "run.toml").unlink()
     (tmp_path / "r" / "thesis.tex").touch()
     with pytest.raises(StorageError, match="isn't a run of lte-ray"):
-        claim_of(tmp_path, **{how: True})
+        make_claim(tmp_path, **{how: True})
 
 
-def test_what_batches_depend_on_is_compared_when_a_run_goes_on() -> None:
-    """Seed and the worker's arguments; nothing is said where the checkpoint doesn't know, or one of them was left out."""
+def test_settings_that_determine_batches_are_compared_on_resume() -> None:
+    """Seed and the worker's arguments, unless the checkpoint doesn't have them or one of both lacks the argument."""
     worker = {"batch_size": 64, "rate": 0.1, "token": "x"}
     before = {"seed": 0, "steps": 10, "worker": worker}
     now = as_toml({"seed": 1, "steps": 20, "worker": {"batch_size": 32, "rate": 0.1}})
@@ -146,20 +146,20 @@ def test_what_batches_depend_on_is_compared_when_a_run_goes_on() -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [20, 10], ids=["more to do", "nothing left"])
-def test_what_others_trained_while_a_driver_waited_for_the_cluster_stays(
+@pytest.mark.parametrize("steps", [20, 10], ids=["steps left", "no steps left"])
+def test_a_driver_that_waited_for_the_cluster_continues_from_what_another_trained(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, steps: int
 ) -> None:
-    """The same run is started twice: the one that gets its resources later goes on from what the other has made."""
+    """The same run is started twice: the driver that gets its resources later resumes from the other's checkpoint."""
     run = {"run_config": storage(tmp_path, "r", resume=True)}
-    reserve, others = placement.reserve, [lambda: LTETrainer(Regression(), **run, **settings(steps=10)).fit()]
+    reserve, other_driver = placement.reserve, [lambda: LTETrainer(Regression(), **run, **settings(steps=10)).fit()]
 
-    def waits(*args: object) -> object:
-        if others:
-            others.pop()()
+    def reserve_late(*args: object) -> object:
+        if other_driver:
+            other_driver.pop()()
         return reserve(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(placement, "reserve", waits)
+    monkeypatch.setattr(placement, "reserve", reserve_late)
     result = LTETrainer(Regression(), **run, **settings(steps=steps)).fit()
     assert result.metrics["version"] == steps // 5
     assert ("has taken all 10 local steps a head already: only its model" in caplog.text) == (steps == 10)

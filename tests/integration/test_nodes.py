@@ -1,4 +1,4 @@
-"""Whole nodes that are lost, on a real Ray of several nodes on this machine."""
+"""Loss of nodes, on a real Ray of several nodes on one machine."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(420), pytest.mark.slow]
 
 
 def run(path: Path, what: str, steps: int) -> list[Any]:
-    """The rows of a run that has come to its end though that happened to one of its nodes."""
+    """Runs until the end with this fault of a node; returns the rows of its metrics."""
     script = Path(__file__).parents[1] / "support" / "node_loss.py"
-    done = subprocess.run([sys.executable, script, path, what], capture_output=True, text=True, timeout=270, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["step"] == steps
+    process = subprocess.run([sys.executable, script, path, what], capture_output=True, text=True, timeout=270, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert json.loads(process.stdout.splitlines()[-1])["step"] == steps
     return [json.loads(line) for line in (path / "r" / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("what", ["lose", "cut"])
 def test_a_run_survives_the_loss_of_a_node(tmp_path: Path, what: str) -> None:
-    """Two of four heads are on the node that is lost, or cut off: all steps are taken, and each batch is merged once."""
+    """The node with two of four heads is lost or cut off: all steps are taken, and each batch is merged once."""
     rows = run(tmp_path, what, 300)
     lost = {head for row in rows if row.get("event") in ("head_lost", "head_hung") for head in row["heads"]}
     assert len(lost) >= 2 or (what == "cut" and any(row.get("event") == "coordinator_lost" for row in rows))
-    found = audit(rows)
-    assert (found.samples, found.lost, found.doubled, found.problems) == (4 * 300 * 64, 0, 0, [])
+    report = audit(rows)
+    assert (report.samples, report.lost, report.doubled, report.problems) == (4 * 300 * 64, 0, 0, [])
 
 
-def test_heads_that_no_node_has_a_place_for_are_done_without_until_there_is_room(tmp_path: Path) -> None:
-    """With --exhausted drop: the two that are left go on with all data; when a node joins, the two come back."""
+def test_heads_without_resources_are_dropped_and_added_again_when_a_node_joins(tmp_path: Path) -> None:
+    """With --exhausted drop, the two remaining heads train on all data; when a node joins, the other two come back."""
     rows = run(tmp_path, "leave", 600)
     events = [row for row in rows if row["kind"] == "event"]
     dropped = [row for row in events if row["event"] == "head_dropped"]
@@ -49,12 +49,12 @@ def test_heads_that_no_node_has_a_place_for_are_done_without_until_there_is_room
         for row in rows
         if row["kind"] == "merge" and row["at"] > back[-1]["at"]
     )
-    found = audit(rows)
-    assert (found.lost, found.doubled, found.problems) == (0, 0, [])
+    report = audit(rows)
+    assert (report.lost, report.doubled, report.problems) == (0, 0, [])
 
 
-def may_make_networks() -> bool:
-    """Whether this process may make network namespaces, and join them."""
+def can_create_networks() -> bool:
+    """Whether this process may create and enter network namespaces."""
     tools = all(shutil.which(tool) for tool in ("unshare", "nsenter", "ip"))
     command = ["unshare", "--net", "ip", "link", "add", "type", "veth"]
     return tools and subprocess.run(command, capture_output=True, check=False).returncode == 0
@@ -62,17 +62,17 @@ def may_make_networks() -> bool:
 
 @pytest.mark.parametrize("seconds", [20, 60])
 def test_a_run_survives_a_cut_network(tmp_path: Path, seconds: int) -> None:
-    """Packets between two nodes vanish for a while, and no connection is closed: each batch is merged once all the same."""
-    if not may_make_networks():
-        pytest.skip("needs the right to make network namespaces")
+    """Packets between two nodes are dropped for a while without closing connections: each batch is still merged once."""
+    if not can_create_networks():
+        pytest.skip("needs permission to create network namespaces")
     script = Path(__file__).parents[1] / "support" / "network_cut.py"
     command = ["unshare", "--net", sys.executable, script, tmp_path, str(seconds)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (told,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    assert json.loads(told)["step"] == 300
+    process = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
+    (result,) = [line for line in process.stdout.splitlines() if line.startswith("{")]
+    assert json.loads(result)["step"] == 300
     rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     noticed = {row["event"] for row in rows if row["kind"] == "event"}
     assert noticed & {"head_hung", "head_lost", "coordinator_lost"}
-    found = audit(rows)
-    assert (found.samples, found.lost, found.doubled, found.problems) == (4 * 300 * 64, 0, 0, [])
+    report = audit(rows)
+    assert (report.samples, report.lost, report.doubled, report.problems) == (4 * 300 * 64, 0, 0, [])

@@ -1,4 +1,4 @@
-"""Runs on an object store: a real client of S3, against a server of its protocol on this machine."""
+"""Runs on an object store: a real S3 client against a local server of its protocol."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KEYS = {
 
 @pytest.fixture(scope="module")
 def storage() -> Iterator[str]:
-    """A bucket with a folder for runs, as --storage takes it."""
+    """The URL for --storage of a folder in a bucket."""
     import boto3
 
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -47,8 +47,8 @@ def storage() -> Iterator[str]:
         server.stop()
 
 
-def test_a_run_directory_is_what_it_is_on_a_disk(storage: str) -> None:
-    """Made once, written whole, added to, listed and removed; a wrong bucket is said at once."""
+def test_a_run_directory_works_as_on_a_disk(storage: str) -> None:
+    """It is created once; files are written, appended to, listed, and removed. A wrong bucket is an immediate error."""
     directory = RunDirectory.open(storage, "first")
     directory.create(exclusive=True)
     with pytest.raises(StorageError, match="another run has just taken this name"):
@@ -69,7 +69,7 @@ def test_a_run_directory_is_what_it_is_on_a_disk(storage: str) -> None:
 
 
 def test_checkpoints_are_written_read_and_pruned(storage: str) -> None:
-    """Manifest last; one that has none isn't there; an altered one is named, and the one before it is used."""
+    """Incomplete checkpoints are removed and old ones pruned; a damaged one is named, and the one before it is used."""
     directory = RunDirectory.open(storage, "second")
     for version in (1, 2, 3):
         write(directory, version)
@@ -78,8 +78,8 @@ def test_checkpoints_are_written_read_and_pruned(storage: str) -> None:
     checkpoint.remove_incomplete(directory)
     checkpoint.prune(directory, 2)
     assert checkpoint.complete_versions(directory) == [2, 3]
-    whole = directory.read("checkpoints/000003/head-0001.safetensors")
-    directory.write("checkpoints/000003/head-0001.safetensors", whole[:-1] + bytes([whole[-1] ^ 1]))
+    intact = directory.read("checkpoints/000003/head-0001.safetensors")
+    directory.write("checkpoints/000003/head-0001.safetensors", intact[:-1] + bytes([intact[-1] ^ 1]))
     manifest, passed = checkpoint.read_newest_intact(directory)
     assert manifest.version == 2
     assert "000003/head-0001.safetensors is damaged" in passed[0]
@@ -87,44 +87,44 @@ def test_checkpoints_are_written_read_and_pruned(storage: str) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_run_is_trained_stopped_resumed_and_audited_there(storage: str, tmp_path: Path) -> None:
-    """With the commands of a local run; bitwise the run that never stopped."""
+def test_a_run_on_an_object_store_is_trained_resumed_and_audited(storage: str, tmp_path: Path) -> None:
+    """With the commands of a local run; bitwise equal to the run without interruption."""
     flags = "--num-heads 2 --lora-r 8 --lora-alpha 16 --merge-iter 5 --merge-threads 1 --seed 3 --checkpoint-every 1"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | KEYS
 
     def lte_ray(*arguments: str) -> str:
         command = [Path(sys.executable).parent / "lte-ray", *arguments]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240)
+        assert process.returncode == 0, process.stdout + process.stderr
+        return process.stdout
 
     train = ["train", "workers.regression:Regression", *flags.split(), "--name", "third", "--storage", storage, "--resume"]
     lte_ray(*train, "--steps", "10")
     lte_ray(*train, "--steps", "20")
     directory = RunDirectory.open(storage, "third")
     assert checkpoint.complete_versions(directory)[-1] == 4
-    place, _, query = storage.partition("?")
-    assert LTETrainer.restore(f"{place}/third?{query}").run_config.storage == storage
-    assert "0 batches lost, 0 merged twice" in lte_ray("audit", f"{place}/third?{query}")
+    folder, _, query = storage.partition("?")
+    assert LTETrainer.restore(f"{folder}/third?{query}").run_config.storage == storage
+    assert "0 batches lost, 0 merged twice" in lte_ray("audit", f"{folder}/third?{query}")
     lte, merge = LTEConfig(num_heads=2, lora_r=8, lora_alpha=16), MergeConfig(merge_iter=5, merge_threads=1)
     (tmp_path / "model.safetensors").write_bytes(directory.read("model.safetensors"))
     assert_same_model(tmp_path, simulated(Regression(), lte, merge, TrainConfig(steps=20, seed=3)))
 
 
-def test_sigterm_is_heard_while_a_store_does_not_answer() -> None:
-    """A server takes the connection and says nothing: the command ends all the same, and says what one may do next."""
+def test_sigterm_ends_a_command_that_waits_for_storage() -> None:
+    """A server accepts the connection and never answers: the command still ends and says what to do next."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(60)
-        place = f"s3://b/x?endpoint_override=127.0.0.1:{server.getsockname()[1]}&scheme=http&region=us-east-1"
-        arguments = ["train", "workers.regression:Regression", "--storage", place, "--name", "r"]
+        url = f"s3://b/x?endpoint_override=127.0.0.1:{server.getsockname()[1]}&scheme=http&region=us-east-1"
+        arguments = ["train", "workers.regression:Regression", "--storage", url, "--name", "r"]
         command = [sys.executable, "-c", "from lte_ray.cli.main import entry; entry()", *arguments]
         driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **KEYS})
         try:
-            held, _ = server.accept()
+            connection, _ = server.accept()
             driver.send_signal(signal.SIGTERM)
-            said = driver.communicate(timeout=30)[1]
+            output = driver.communicate(timeout=30)[1]
         finally:
             driver.kill()
-        held.close()
-    assert driver.returncode == 130, said
-    assert "Interrupted" in said
+        connection.close()
+    assert driver.returncode == 130, output
+    assert "Interrupted" in output

@@ -1,4 +1,4 @@
-"""Runs whose storage fails on the way, on a real Ray: nothing is lost, and somebody says so. `make chaos` runs these."""
+"""Runs whose storage fails during training, on a real Ray: nothing is lost, and the failure is reported."""
 
 from __future__ import annotations
 
@@ -33,13 +33,12 @@ ray.cloudpickle.register_pickle_by_value(faulty_storage)
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(200), pytest.mark.slow]
 
 
-HANGS = 40.0
-"""Seconds."""
+HANG_SECONDS = 40.0
 
 
 @dataclass
 class Slow(Dropping):
-    """Steps of 30 ms, so that storage fails while it trains."""
+    """Steps take 30 ms, so that storage fails during training."""
 
     def train_batches(self, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in super().train_batches(shard):
@@ -47,8 +46,8 @@ class Slow(Dropping):
             yield batch
 
 
-class At(SilentReporter):
-    """Has the storage fail from a version on, for some seconds; remembers what people were told."""
+class StorageFault(SilentReporter):
+    """Starts faults of the storage at a version and ends them after some seconds; records the notes it was to display."""
 
     def __init__(self, script: Script, faults: list[dict[str, Any]], version: int, seconds: float) -> None:
         self.script, self.faults, self.version, self.seconds = script, faults, version, seconds
@@ -67,7 +66,7 @@ class At(SilentReporter):
             self.seconds = float("inf")
 
 
-def trainer(path: Path, reporter: At, steps: int = 120, **more: Any) -> LTETrainer:
+def trainer(path: Path, reporter: StorageFault, steps: int = 120, **settings: Any) -> LTETrainer:
     return LTETrainer(
         Slow(),
         lte=LTEConfig(num_heads=2, lora_r=8, lora_alpha=16),
@@ -78,7 +77,7 @@ def trainer(path: Path, reporter: At, steps: int = 120, **more: Any) -> LTETrain
         run_config=ray.train.RunConfig(
             name="r", storage_path=str(path), storage_filesystem=pafs.PyFileSystem(FaultyHandler(reporter.script.path))
         ),
-        **more,
+        **settings,
     )
 
 
@@ -87,7 +86,7 @@ def rows(path: Path) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("faults", "said"),
+    ("faults", "message"),
     [
         ([fail(errno="ENOSPC"), fail(op="append", errno="ENOSPC")], "No space left on device"),
         ([fail(op="*", errno="ETIMEDOUT")], "Connection timed out"),
@@ -98,27 +97,27 @@ def rows(path: Path) -> list[Any]:
     ids=["full disk", "cut off", "slow", "torn", "swallowing"],
 )
 def test_a_run_waits_for_storage_that_fails_for_a_while(
-    local_ray: None, tmp_path: Path, faults: list[dict[str, Any]], said: str | None
+    local_ray: None, tmp_path: Path, faults: list[dict[str, Any]], message: str | None
 ) -> None:
-    """Training goes on, what failed is tried again, and the run ends whole: its last checkpoint, all rows, the model."""
+    """Training continues, failed writes are retried, and the run ends with its last checkpoint, all rows, and the model."""
     script = Script(str(tmp_path / "script.json"))
     script.write()
-    reporter = At(script, faults, version=5, seconds=4.0)
+    reporter = StorageFault(script, faults, version=5, seconds=4.0)
     result = trainer(tmp_path, reporter).fit()
     assert reporter.met > 0, "storage never failed"
     assert result.metrics is not None
     assert result.metrics["step"] == 120
-    found = rows(tmp_path)
-    assert [row["version"] for row in found if row["kind"] == "merge"] == list(range(1, 25))
-    assert audit(found).clean
-    assert said is None or any(said in note for note in reporter.notes), reporter.notes
+    written = rows(tmp_path)
+    assert [row["version"] for row in written if row["kind"] == "merge"] == list(range(1, 25))
+    assert audit(written).clean
+    assert message is None or any(message in note for note in reporter.notes), reporter.notes
     assert checkpoint.complete_versions(RunDirectory.open(str(tmp_path), "r"))[-1] == 24
     assert (tmp_path / "r" / "model.safetensors").exists()
     assert not list(tmp_path.rglob("*.part"))
 
 
-class Watched(At):
-    """Remembers the longest time without a word of the driver, and when it had last heard of a version."""
+class UpdateGaps(StorageFault):
+    """Records the longest time between two updates from the driver."""
 
     longest, last = 0.0, float("inf")
 
@@ -127,10 +126,8 @@ class Watched(At):
         super().update(progress)
 
 
-def test_storage_that_hangs_keeps_no_dead_head_from_being_replaced(
-    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Writing the metrics doesn't come back for longer than the run takes; a head dies meanwhile, and nothing is lost."""
+def test_a_dead_head_is_replaced_while_storage_hangs(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write of the metrics takes longer than the run; a head dies meanwhile, and nothing is lost."""
     script = Script(str(tmp_path / "script.json"))
     script.write()
     faults = tmp_path / "faults"
@@ -138,24 +135,24 @@ def test_storage_that_hangs_keeps_no_dead_head_from_being_replaced(
     (faults / "00.json").write_text(json.dumps({"point": "stepped", "head": 1, "step": 80, "signal": "SIGKILL"}))
     monkeypatch.setenv(fault_injection.VARIABLE, str(faults))
     monkeypatch.setattr(metrics, "REMOTE_EVERY", 0.0)
-    reporter = Watched(script, [fail("slow", match="*metrics.jsonl*", seconds=HANGS)], version=5, seconds=2.0)
+    reporter = UpdateGaps(script, [fail("slow", match="*metrics.jsonl*", seconds=HANG_SECONDS)], version=5, seconds=2.0)
     result = trainer(tmp_path, reporter).fit()
     assert reporter.met > 0, "storage never hung"
-    assert reporter.longest < HANGS / 2
+    assert reporter.longest < HANG_SECONDS / 2
     assert result.metrics is not None
     assert result.metrics["step"] == 120
-    found = rows(tmp_path)
-    assert [row["event"] for row in found if row["kind"] == "event"][:2] == ["head_lost", "head_restarts"]
-    versions = [row["version"] for row in found if row["kind"] == "merge"]  # the other head goes on alone for a while
+    written = rows(tmp_path)
+    assert [row["event"] for row in written if row["kind"] == "event"][:2] == ["head_lost", "head_restarts"]
+    versions = [row["version"] for row in written if row["kind"] == "merge"]  # for a while only of the other head
     assert versions == list(range(1, len(versions) + 1))
-    assert audit(found).clean
+    assert audit(written).clean
 
 
-def test_a_checkpoint_without_a_part_that_could_not_be_written_is_none(local_ray: None, tmp_path: Path) -> None:
-    """One head's files can't be written for a while: each checkpoint that there is has all heads' states; the run says why."""
+def test_a_checkpoint_with_a_missing_part_does_not_count(local_ray: None, tmp_path: Path) -> None:
+    """One head's files can't be written for a while: every complete checkpoint has all heads' states; the run says why."""
     script = Script(str(tmp_path / "script.json"))
     script.write()
-    reporter = At(script, [fail(match="*/head-0001*", errno="EACCES")], version=5, seconds=2.0)
+    reporter = StorageFault(script, [fail(match="*/head-0001*", errno="EACCES")], version=5, seconds=2.0)
     run = trainer(tmp_path, reporter, steps=200)
     run.run_config.checkpoint_config = ray.train.CheckpointConfig(num_to_keep=None)
     run.fit()
@@ -164,36 +161,36 @@ def test_a_checkpoint_without_a_part_that_could_not_be_written_is_none(local_ray
     assert {checkpoint.read_manifest(directory, version).heads for version in checkpoint.complete_versions(directory)} == {
         (0, 1)
     }
-    said = [row["why"] for row in rows(tmp_path) if row.get("event") == "storage"]
-    assert any("couldn't be written: the state of head 1: " in why for why in said), said
+    reasons = [row["why"] for row in rows(tmp_path) if row.get("event") == "storage"]
+    assert any("couldn't be written: the state of head 1: " in why for why in reasons), reasons
     assert checkpoint.complete_versions(directory)[-1] == 40
     assert checkpoint.incomplete_versions(directory) == []
 
 
-def test_a_run_whose_storage_never_comes_back_ends_with_the_weights_exported(
+def test_a_run_whose_storage_never_recovers_exports_its_weights(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No checkpoint can be written from some version on: the run trains to its end, exports, and says what is missing.
+    """From some version on, no checkpoint can be written: the run trains to its end, exports, and says what is missing.
 
-    The next driver goes on from the last whole checkpoint, and comes to the same weights, bit by bit.
+    The next driver resumes from the last complete checkpoint and reaches the same weights, bit by bit.
     """
     script = Script(str(tmp_path / "script.json"))
     script.write()
-    reporter = At(script, [fail(match="*/checkpoints/*", errno="ENOSPC")], version=5, seconds=float("inf"))
-    broken = trainer(tmp_path, reporter)
+    reporter = StorageFault(script, [fail(match="*/checkpoints/*", errno="ENOSPC")], version=5, seconds=float("inf"))
+    failing = trainer(tmp_path, reporter)
     patience = StorageConfig(name="r", storage=str(tmp_path), storage_patience=2.0)
     monkeypatch.setattr("lte_ray.trainer._storage", lambda config: (patience, config.storage_filesystem))
     with pytest.raises(RunError, match=r"No space left on device.*The merged weights were exported"):
-        broken.fit()
+        failing.fit()
     monkeypatch.undo()
     last = checkpoint.complete_versions(RunDirectory.open(str(tmp_path), "r"))[-1]
     assert 4 <= last < 24
     assert audit(rows(tmp_path)).clean
     assert any("No space left on device" in row["why"] for row in rows(tmp_path) if row.get("event") == "storage")
     exported = load_file(tmp_path / "r" / "model.safetensors")
-    again = trainer(tmp_path, reporter)
-    again.run_config = StorageConfig(name="r", storage=str(tmp_path), resume=True)
-    again.fit()
+    resumed = trainer(tmp_path, reporter)
+    resumed.run_config = StorageConfig(name="r", storage=str(tmp_path), resume=True)
+    resumed.fit()
     merged = load_file(tmp_path / "r" / "model.safetensors")
     assert all(torch.equal(merged[name], value) for name, value in exported.items())
     assert audit(rows(tmp_path)).clean
