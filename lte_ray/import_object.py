@@ -1,4 +1,4 @@
-"""Finds a user's class by ``package.module:Class`` or ``path/to/file.py:Class``."""
+"""Imports a user's class from ``package.module:Class`` or ``path/to/file.py:Class``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lte_ray.config import suggest
 from lte_ray.errors import LTEError
 
 FILE_MODULE_PREFIX = "lte_ray_user_"
-"""Modules loaded from a file get names that begin so. No other process can import them, so they travel by value."""
+"""Prefix of modules loaded from a file. Other processes can't import them, so their objects travel by value."""
 
 
 def is_object_path(spec: str) -> bool:
@@ -24,21 +24,21 @@ def is_object_path(spec: str) -> bool:
 
 
 def absolute(spec: str) -> str:
-    """`spec` in a form that is good in every folder: the path of a file in full, anything else as it is."""
+    """`spec` in a form that is valid in every folder: a file's path becomes absolute, anything else stays."""
     place, _, name = spec.rpartition(":")
     return f"{os.path.abspath(place)}:{name}" if place.endswith(".py") else spec
 
 
 def load_object(spec: str, *, what: str, error: type[LTEError]) -> Any:
-    """The object that `spec` names.
+    """Imports the object that `spec` names.
 
     Args:
-        spec: ``package.module:Class`` (importable from the current folder, too) or ``path/to/file.py:Class``.
-        what: what the user calls it, for messages.
+        spec: ``package.module:Class`` (the current folder counts, too) or ``path/to/file.py:Class``.
+        what: how the user knows it, for messages.
         error: the error type to raise.
 
     Raises:
-        error: no such module, file or name; or the module raised while it was imported (chained).
+        error: there is no such module, file or name, or the module raised while it was imported (chained).
     """
     place, _, name = spec.rpartition(":")
     if not place or not name:
@@ -49,15 +49,14 @@ def load_object(spec: str, *, what: str, error: type[LTEError]) -> Any:
         raise error(f"{what} {spec!r}: {reason}") from None
     except Exception as reason:
         raise error(f"{what} {spec!r}: importing {place} raised {type(reason).__name__}: {reason}") from reason
-    found: Any = module
+    value: Any = module
     for part in name.split("."):
-        found = getattr(found, part, None)
-    if found is None:
+        value = getattr(value, part, None)
+    if value is None:
         public = [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__]
-        raise error(
-            f"{what} {spec!r}: {place} has no {name}.{suggest(name, public)} Its classes are: {', '.join(public) or 'none'}."
-        )
-    return found
+        classes = ", ".join(public) or "none"
+        raise error(f"{what} {spec!r}: {place} has no {name}.{suggest(name, public)} Its classes are: {classes}.")
+    return value
 
 
 class _NotFound(Exception):
@@ -65,14 +64,14 @@ class _NotFound(Exception):
 
 
 def _import(name: str) -> ModuleType:
-    # A console script has its own folder on sys.path, not the user's; `python -m` has the user's. Behave like the latter.
+    # A console script has its own folder on sys.path, `python -m` has the user's current folder. Behave like the latter.
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as missing:
         if missing.name is None or not (name == missing.name or name.startswith(missing.name + ".")):
-            raise  # the module is there, but something that it imports is not
+            raise  # the module exists, but something that it imports doesn't
         raise _NotFound(
             f"there is no module {missing.name} on Python's path or in {os.getcwd()}. "
             "Give its full dotted name, or the path of a file that ends in .py."
@@ -87,7 +86,7 @@ def _load_file(place: str) -> ModuleType:
     name = f"{FILE_MODULE_PREFIX}{path.stem}_{digest}"
     if name in sys.modules:
         return sys.modules[name]
-    if str(path.parent) not in sys.path:  # files beside it can be imported, as when Python runs it
+    if str(path.parent) not in sys.path:  # so that the file can import its neighbors, as when Python runs it
         sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None

@@ -13,17 +13,17 @@ from lte_ray.errors import RunError, StorageError
 
 @dataclass(frozen=True)
 class Flags:
-    """Reads a run's metrics.jsonl and says whether each contribution, and each batch of the data, was merged exactly once."""
+    """Reads a run's metrics.jsonl and checks that each contribution, and each batch of the data, was merged exactly once."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help="The run directory, a path or URI.")]
 
 
 def audit(arguments: list[str]) -> None:
-    """Runs the subcommand with the arguments behind ``audit``.
+    """Runs the subcommand with the arguments after ``audit``.
 
     Raises:
-        StorageError: there is no such run, or its metrics can't be read.
-        RunError: something was lost or merged twice.
+        StorageError: the run doesn't exist, or its metrics can't be read.
+        RunError: a batch or contribution was lost or merged twice.
     """
     flags = tyro.cli(Flags, prog="lte-ray audit", args=arguments)
     from lte_ray import audit as auditing
@@ -34,23 +34,23 @@ def audit(arguments: list[str]) -> None:
     if not directory.exists(METRICS):
         raise StorageError(f"{directory.display} has no {METRICS}: nothing was merged there yet.")
     try:
-        found = auditing.audit(auditing.read_rows(directory.read(METRICS)))
+        result = auditing.audit(auditing.read_rows(directory.read(METRICS)))
     except ValueError as error:
         raise StorageError(f"{directory.display}/{METRICS} is damaged: {error}.") from error
     console = Console(highlight=False)
     lines = [
-        f"{found.contributions:,} contributions in {found.merges:,} merges; the newest version holds {found.samples:,} samples "
-        f"in {found.batches:,} batches.",
-        f"{found.lost:,} batches lost, {found.doubled:,} merged twice; {found.reissued:,} local steps that died with their "
+        f"{result.contributions:,} contributions in {result.merges:,} merges; the newest version holds "
+        f"{result.samples:,} samples in {result.batches:,} batches.",
+        f"{result.lost:,} batches lost, {result.doubled:,} merged twice; {result.reissued:,} local steps that died with their "
         "heads were taken again.",
     ]
-    if found.dropped or found.skipped:
+    if result.dropped or result.skipped:
         lines.append(
-            f"{found.dropped:,} batches dropped with refused contributions, {found.skipped:,} skipped when the run went back."
+            f"{result.dropped:,} batches dropped with refused contributions, {result.skipped:,} skipped when the run went back."
         )
-    if found.unlogged:
-        lines.append(f"The rows of {found.unlogged:,} merges died with the driver; the merges after them account for them.")
-    for line in [*lines, *found.described_problems]:
+    if result.unlogged:
+        lines.append(f"The rows of {result.unlogged:,} merges died with the driver; the merges after them account for them.")
+    for line in [*lines, *result.described_problems]:
         console.print(line, markup=False, soft_wrap=True)
-    if not found.clean:
+    if not result.clean:
         raise RunError(f"{directory.display} doesn't hold each contribution exactly once.")

@@ -1,4 +1,4 @@
-"""``lte-ray export``: takes a model out of a run directory. Starts no Ray."""
+"""``lte-ray export``: exports a model from a run directory. Starts no Ray."""
 
 from __future__ import annotations
 
@@ -16,35 +16,36 @@ FORMATS = ("safetensors", "pretrained", "peft")
 
 @dataclass(frozen=True)
 class Flags:
-    """Takes a model out of a run: its merged weights (safetensors, or as transformers' save_pretrained), or a change as a
-    LoRA adapter that PEFT loads."""
+    """Exports a model from a run: its merged weights (safetensors, or a transformers folder), or a change as a LoRA adapter for
+    PEFT."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help="The run directory, a path or URI.")]
     out: Annotated[
         tyro.conf.Positional[str],
-        tyro.conf.arg(metavar="OUT", help="A folder that isn't there yet (with --to safetensors also a file, X.safetensors)."),
+        tyro.conf.arg(
+            metavar="OUT", help="A folder that doesn't exist yet (with --to safetensors also a file, X.safetensors)."
+        ),
     ]
     to: Annotated[str, tyro.conf.arg(metavar="FORMAT", help="safetensors, pretrained or peft.")]
     version: Annotated[int | None, tyro.conf.arg(help="Version of the checkpoint; by default the newest.")] = None
     head: Annotated[
         int | None,
-        tyro.conf.arg(
-            help="With --to peft: this head's change beyond the merged weights; by default the average's since the start."
-        ),
+        tyro.conf.arg(help="With --to peft: this head's change relative to the merged weights; by default the merged change."),
     ] = None
     rank: Annotated[
-        int | None, tyro.conf.arg(help="With --to peft: the largest rank of a weight's change; by default what is exact.")
+        int | None,
+        tyro.conf.arg(help="With --to peft: maximum rank of a weight's change; by default the rank of the exact change."),
     ] = None
-    worker: Annotated[
-        str | None, tyro.conf.arg(help="module:Class or file.py:Class, instead of the worker that run.toml names.")
-    ] = None
+    worker: Annotated[str | None, tyro.conf.arg(help="module:Class or file.py:Class, instead of the worker in run.toml.")] = (
+        None
+    )
 
 
 def export(arguments: list[str]) -> None:
-    """Runs the subcommand with the arguments behind ``export``.
+    """Runs the subcommand with the arguments after ``export``.
 
     Raises:
-        UserError: as the functions of `lte_ray.export`, and for flags that don't fit together.
+        UserError: as the functions of `lte_ray.export`, and for flags that contradict each other.
     """
     flags = tyro.cli(Flags, prog="lte-ray export", args=arguments)
     if flags.to not in FORMATS:

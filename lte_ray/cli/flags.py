@@ -1,4 +1,4 @@
-"""The flags of ``lte-ray train`` and ``simulate``, made from the settings classes, which also serve TOML and Python."""
+"""The flags of ``lte-ray train`` and ``simulate``, derived from the settings classes, which also serve TOML and Python."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Annotated, Any
 import tyro
 
 from lte_ray.cli import toml_config
-from lte_ray.cli.policy_flags import TABLE, chosen_policy, given_arguments, policy_section
+from lte_ray.cli.policy_flags import TABLE, chosen_policy, parsed_arguments, policy_section
 from lte_ray.cli.toml_config import Defaults, FileSettings
 from lte_ray.config import SECTIONS, FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
 from lte_ray.errors import ConfigError, WorkerError
 
-TITLES: Mapping[type, str] = {
+SECTION_TITLES: Mapping[type, str] = {
     LTEConfig: "heads",
     MergeConfig: "merging",
     TrainConfig: "training",
@@ -31,7 +31,7 @@ TITLES: Mapping[type, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Parsed:
-    """What the command line and the TOML file say, validated."""
+    """The validated settings of the command line and the TOML file."""
 
     lte: LTEConfig
     merge: MergeConfig
@@ -64,16 +64,16 @@ def parse(worker: type | None, program: str, arguments: list[str], file: FileSet
 
 
 @dataclasses.dataclass(frozen=True)
-class Face:
-    """A subcommand that has settings: its name, what ``--help`` says first, and its settings classes with their titles."""
+class Subcommand:
+    """A subcommand with settings: its name, its description for ``--help``, and its settings classes with their titles."""
 
-    command: str
-    about: str
+    name: str
+    description: str
     titles: Mapping[type, str]
 
 
 def parse_sections(
-    worker: type | None, program: str, arguments: list[str], face: Face, file: FileSettings | None = None
+    worker: type | None, program: str, arguments: list[str], subcommand: Subcommand, file: FileSettings | None = None
 ) -> tuple[dict[type, Any], Any]:
     """Parses the flags of any subcommand, as `parse`.
 
@@ -86,27 +86,30 @@ def parse_sections(
     policy = chosen_policy(rest, in_file)
     if file and policy != in_file:  # the file's arguments are another policy's
         file.content.pop(TABLE, None)
-    defaults = toml_config.defaults_from(file, worker, policy, face.titles, rest) if file else toml_config.Defaults()
-    flags_class = _flags_class(worker, policy, face, defaults)
+    defaults = toml_config.defaults_from(file, worker, policy, subcommand.titles, rest) if file else toml_config.Defaults()
+    flags_class = _flags_class(worker, policy, subcommand, defaults)
     try:
-        flags: Any = tyro.cli(flags_class, prog=f"lte-ray {face.command} {program}", args=rest, description=face.about)
+        flags: Any = tyro.cli(
+            flags_class, prog=f"lte-ray {subcommand.name} {program}", args=rest, description=subcommand.description
+        )
     except tyro.constructors.UnsupportedTypeAnnotationError as error:
         raise WorkerError(f"{program}: the constructor's parameters can't all be flags; annotate them: {error}") from error
     except ConfigError:
         raise
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and nobody_reads():  # of the help
+        if isinstance(error, BrokenPipeError) and is_stdout_closed():  # of the help
             raise
         raise _not_made(program, error) from error
-    policy_values: dict[type, dict[str, Any]] = {MergeConfig: {TABLE: given_arguments(flags)}}
+    policy_values: dict[type, dict[str, Any]] = {MergeConfig: {TABLE: parsed_arguments(flags)}}
     sections = {
-        kind: _make_section(kind, getattr(flags, title), policy_values.get(kind, {})) for kind, title in face.titles.items()
+        kind: _make_section(kind, getattr(flags, title), policy_values.get(kind, {}))
+        for kind, title in subcommand.titles.items()
     }
     return sections, getattr(flags, "worker", None)
 
 
-def nobody_reads() -> bool:
-    """Whether standard output leads to a process that has ended, as in `lte-ray train --help | head`."""
+def is_stdout_closed() -> bool:
+    """Whether the reader of standard output has ended, as in `lte-ray train --help | head`."""
     if not hasattr(select, "poll"):  # Windows
         return True
     poll = select.poll()
@@ -114,8 +117,8 @@ def nobody_reads() -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
-def without_settings(program: str, kind: type) -> Any:
-    """The worker that has no settings of its own. Raises WorkerError if it can't be made."""
+def make_without_settings(program: str, kind: type) -> Any:
+    """Makes a worker that has no settings of its own. Raises WorkerError if its constructor raises."""
     try:
         return kind()
     except Exception as error:
@@ -126,19 +129,19 @@ def _not_made(program: str, error: Exception) -> WorkerError:
     return WorkerError(f"{program} could not be made: {type(error).__name__}: {error}")
 
 
-_ABOUT = (
-    "Trains WORKER with LoRA heads that are Ray actors. Flags may also stand in a TOML file, under the same names with "
-    "underscores (num_heads = 4), the worker's own in a table [worker] and the merge policy's own in a table [policy_args]: "
-    "--config FILE.toml. Flags win over the file."
+_DESCRIPTION = (
+    "Trains WORKER with LoRA heads that are Ray actors. A TOML file can give the same settings: --config FILE.toml, with "
+    "underscores in the names (num_heads = 4), the worker's own in a table [worker], and the merge policy's own in a table "
+    "[policy_args]. Flags win over the file."
 )
 
-TRAIN = Face("train", _ABOUT, TITLES)
+TRAIN = Subcommand("train", _DESCRIPTION, SECTION_TITLES)
 
 
-def _flags_class(worker: type | None, policy: str, face: Face, defaults: Defaults) -> type:
+def _flags_class(worker: type | None, policy: str, subcommand: Subcommand, defaults: Defaults) -> type:
     """A dataclass of sections, one for each settings class, the policy's arguments and the worker's, for tyro."""
     sections: list[tuple[str, Any]] = []
-    for kind, title in face.titles.items():
+    for kind, title in subcommand.titles.items():
         hints = typing.get_type_hints(kind)
         fields = [
             (

@@ -1,4 +1,4 @@
-"""Entry point of ``lte-ray``: picks the subcommand, and turns errors into messages and exit codes.
+"""Entry point of ``lte-ray``: selects the subcommand, and turns errors into messages and exit codes.
 
 Exit codes: 0 done; 1 the run ended early; 2 bad input, nothing was started; 130 interrupted.
 """
@@ -28,7 +28,7 @@ usage: lte-ray train WORKER [flags]
 
   WORKER   what to train: package.module:Class or path/to/file.py:Class
   RUN      the directory of a run, as train prints it at the end
-  OUT      a folder that isn't there yet
+  OUT      a folder that doesn't exist yet
   FORMAT   safetensors (merged weights), pretrained (a model of transformers) or peft (a LoRA adapter)
   flags    lte-ray train --help lists them; lte-ray train WORKER --help adds the worker's own
 
@@ -52,8 +52,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"lte-ray {lte_ray.__version__}")
         return 0
     if arguments[0] not in COMMANDS:
-        there = ", ".join(f"lte-ray {name} {command.arguments}" for name, command in COMMANDS.items())
-        return _complain(f"There is no command {arguments[0]!r}; there is: {there}.{suggest(arguments[0], COMMANDS)}", 2)
+        known = ", ".join(f"lte-ray {name} {command.arguments}" for name, command in COMMANDS.items())
+        return _complain(
+            f"There is no command {arguments[0]!r}; the commands are: {known}.{suggest(arguments[0], COMMANDS)}", 2
+        )
     command = COMMANDS[arguments[0]]
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -90,7 +92,7 @@ def _audit(arguments: list[str]) -> None:
 
 
 class Command(NamedTuple):
-    """A subcommand: what it runs, its arguments for messages, and what to say when it is interrupted."""
+    """A subcommand: its function, its arguments for messages, and the message after an interrupt."""
 
     run: Callable[[list[str]], None]
     arguments: str
@@ -98,7 +100,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command(_train, "WORKER [flags]", "Complete checkpoints are kept; go on from the last with --resume."),
+    "train": Command(_train, "WORKER [flags]", "Complete checkpoints are kept; continue from the last one with --resume."),
     "export": Command(_export, "RUN OUT --to FORMAT [flags]", "Nothing was written."),
     "simulate": Command(_simulate, "[WORKER] [flags]", "Nothing was written."),
     "audit": Command(_audit, "RUN", "Nothing was written."),
@@ -106,8 +108,8 @@ COMMANDS = {
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """SIGTERM (as `ray job stop` sends it) takes the run down as Ctrl-C does."""
-    signal.signal(number, signal.SIG_IGN)  # once is enough; the way down must not be interrupted
+    """Handles SIGTERM, which `ray job stop` sends, like Ctrl-C."""
+    signal.signal(number, signal.SIG_IGN)  # shutting down must not be interrupted
     raise KeyboardInterrupt
 
 
@@ -119,21 +121,21 @@ def _complain(message: str, code: int) -> int:
 
 
 def entry() -> None:
-    """What the console script calls. Where nobody reads on (`lte-ray train --help | head`), it ends without a word."""
+    """Entry point of the console script. Ends silently if its reader has closed the pipe (`lte-ray train --help | head`)."""
     try:
         try:
             code = main()
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        from lte_ray.cli.flags import nobody_reads
+        from lte_ray.cli.flags import is_stdout_closed
 
-        if not nobody_reads():
+        if not is_stdout_closed():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
-        code = 141  # what a shell says of a process that SIGPIPE ended
-    beside = sys.modules.get("lte_ray.storage.background")
-    if beside is not None and beside.has_pending_calls():  # all is said and done, but pyarrow would wait for its calls
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
+        code = 141  # a shell's code for a process ended by SIGPIPE
+    background = sys.modules.get("lte_ray.storage.background")
+    if background is not None and background.has_pending_calls():  # everything is done, but pyarrow would wait for its calls
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

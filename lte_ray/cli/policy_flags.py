@@ -1,4 +1,4 @@
-"""The flags of the chosen merge policy's own arguments, ``--policy.NAME VALUE``."""
+"""The flags of the chosen merge policy's own arguments: ``--policy.NAME VALUE``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lte_ray.merging.policy_args import REQUIRED, Argument, list_arguments, poli
 from lte_ray.merging.registry import find_policy
 
 TABLE = "policy_args"
-"""The table of these arguments in TOML files, and the settings' field: not a flag itself."""
+"""The name of the table of these arguments in TOML files, and of the settings' field. It isn't a flag itself."""
 
 
 def chosen_policy(arguments: list[str], in_file: str) -> str:
@@ -31,13 +31,13 @@ def chosen_policy(arguments: list[str], in_file: str) -> str:
 
 
 def policy_arguments(policy: str) -> dict[str, Argument]:
-    """The chosen policy's arguments by name; none if it is an object that is made already.
+    """The chosen policy's arguments by name. A policy object has none, since it is made already.
 
     Raises:
         ConfigError: there is no such policy.
     """
-    found = find_policy(policy)
-    return list_arguments(found) if isinstance(found, type) or hasattr(found, "__code__") else {}
+    value = find_policy(policy)
+    return list_arguments(value) if isinstance(value, type) or hasattr(value, "__code__") else {}
 
 
 def policy_section(policy: str, defaults: Mapping[str, Any]) -> tuple[str, Any] | None:
@@ -47,7 +47,7 @@ def policy_section(policy: str, defaults: Mapping[str, Any]) -> tuple[str, Any] 
         defaults: values that replace the defaults of arguments.
 
     Raises:
-        ConfigError: there is no such policy, or it needs an argument that no flag can say.
+        ConfigError: there is no such policy, or it needs an argument that can't be a flag.
     """
     known = [a for a in policy_arguments(policy).values() if _is_flag(a, policy)]
     if not known:
@@ -59,14 +59,14 @@ def policy_section(policy: str, defaults: Mapping[str, Any]) -> tuple[str, Any] 
     return TABLE, Annotated[section, tyro.conf.arg(name="policy")]
 
 
-def given_arguments(flags: Any) -> dict[str, Any] | None:
-    """The policy's arguments as parsed; None if it has none."""
+def parsed_arguments(flags: Any) -> dict[str, Any] | None:
+    """The policy's arguments as parsed, or None if it has none."""
     section = getattr(flags, TABLE, None)
     return None if section is None else {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
 
 
 def check_names(table: Any, policy: str, place: str) -> dict[str, Any]:
-    """The file's table, whose names are those of the policy's arguments.
+    """Checks that the names in the file's table are those of the policy's arguments, and returns it.
 
     Raises:
         ConfigError: it isn't a table, or has an unknown name.
@@ -76,14 +76,14 @@ def check_names(table: Any, policy: str, place: str) -> dict[str, Any]:
     known = policy_arguments(policy)
     for name in table:
         if name not in known:
-            has = f"It has: {', '.join(known)}." if known else "It has none."
+            names = f"It has: {', '.join(known)}." if known else "It has none."
             hint = suggest(name, known)
-            raise ConfigError(f"{place}: the policy {policy} has no argument {name} ({policy_flag(name)}).{hint} {has}")
+            raise ConfigError(f"{place}: the policy {policy} has no argument {name} ({policy_flag(name)}).{hint} {names}")
     return table
 
 
 def _is_flag(argument: Argument, policy: str) -> bool:
-    """Whether a flag can say it; an argument with a default that can't is left to Python."""
+    """Whether an argument can be a flag. One that can't, but has a default, can be given in Python only."""
     if _is_plain(flag_type(argument)):
         return True
     if argument.default is REQUIRED:
@@ -114,6 +114,6 @@ def _default(argument: Argument) -> dict[str, Any]:
     if argument.default is REQUIRED:
         return {}
     value = argument.default
-    if isinstance(value, list | dict | set):  # a dataclass takes no mutable default as it is
+    if isinstance(value, list | dict | set):  # a dataclass allows no mutable default
         return {"default_factory": lambda: value}
     return {"default": value}

@@ -1,4 +1,4 @@
-"""``lte-ray simulate``: what a run would do on a cluster, under a virtual clock. Starts no Ray."""
+"""``lte-ray simulate``: simulates a run on a cluster under a virtual clock. Starts no Ray."""
 
 from __future__ import annotations
 
@@ -16,45 +16,45 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lte_ray.cli.flags import TITLES, Face, parse_sections, without_settings
+from lte_ray.cli.flags import SECTION_TITLES, Subcommand, make_without_settings, parse_sections
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.config.cluster_model import ClusterModel
-from lte_ray.config.validation import setting, switches, words
+from lte_ray.config.validation import check_booleans, check_choice, setting
 from lte_ray.errors import ConfigError, WorkerError
 from lte_ray.import_object import load_object
 from lte_ray.run.display import format_bytes
 from lte_ray.simulation import KINDS, SimulationRecord
 
 SHAPES = ("gpt2-124m", "gpt2-355m", "gpt2-774m", "gpt2-1558m")
-WIDEST = 110
-"""Columns of the picture on a terminal, at most."""
+MAX_WIDTH = 110
+"""Columns of the timeline on a terminal, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What is simulated, and where its record goes."""
+    """What is simulated, and where the record is written."""
 
-    shapes: str = setting("gpt2-124m", f"Without a WORKER, the shapes that heads would train: {', '.join(SHAPES)}.")
-    time_only: bool = setting(False, "With a WORKER: keep time only, and train nothing. Without one it is always so.")
-    json: str = setting("", "File that the whole record is written to.")
-    picture: str = setting("", "File that the timeline is drawn to, as SVG.")
+    shapes: str = setting("gpt2-124m", f"Without a WORKER: the model shapes to simulate: {', '.join(SHAPES)}.")
+    time_only: bool = setting(False, "With a WORKER: simulate only the time, and train nothing. Without one this is always so.")
+    json: str = setting("", "File for the record, as JSON.")
+    picture: str = setting("", "File for the timeline, as SVG.")
 
     def __post_init__(self) -> None:
-        words(self, "shapes", SHAPES)
-        switches(self, "time_only")
+        check_choice(self, "shapes", SHAPES)
+        check_booleans(self, "time_only")
         for name in ("json", "picture"):
             file = getattr(self, name)
             if file and not Path(file).parent.is_dir():
                 raise ConfigError(f"--{name} is {file}, but there is no folder {Path(file).parent}.")
 
 
-FACE = Face(
+SIMULATE = Subcommand(
     "simulate",
-    "Simulates a run on a cluster with heads of given speeds, links and faults. With a WORKER the gradient steps are real and "
-    "the time is virtual; without, or with --time-only, only time is kept, for up to 10,000 heads. Nothing needs a cluster. "
-    "Flags may also stand in a TOML file, as for train: --config FILE.toml.",
+    "Simulates a run on a cluster with the given speeds, links and failures. It needs no cluster. With a WORKER the gradient "
+    "steps are real and the time is virtual. Without one, or with --time-only, only the time is simulated, for up to 10,000 "
+    "heads. A TOML file can give the same settings, as for train: --config FILE.toml.",
     {
-        **{kind: title for kind, title in TITLES.items() if kind in (LTEConfig, MergeConfig, TrainConfig)},
+        **{kind: title for kind, title in SECTION_TITLES.items() if kind in (LTEConfig, MergeConfig, TrainConfig)},
         ClusterModel: "cluster",
         Output: "output",
     },
@@ -62,43 +62,43 @@ FACE = Face(
 
 
 def simulate(arguments: list[str]) -> None:
-    """Runs the subcommand with the arguments behind ``simulate``.
+    """Runs the subcommand with the arguments after ``simulate``.
 
     Raises:
-        LTEError: as a run's, for what doesn't fit together, and for files that can't be written.
+        LTEError: as a run's, for settings that contradict each other, and for files that can't be written.
     """
     named = bool(arguments) and not arguments[0].startswith("-")
     program, rest = (arguments[0], arguments[1:]) if named else ("", arguments)
     kind = load_object(program, what="WORKER", error=WorkerError) if named else None
     if kind is not None and not inspect.isclass(kind):
         raise WorkerError(f"WORKER {program!r} is a {type(kind).__name__}, not a class.")
-    made, worker = parse_sections(kind, program or "[WORKER]", rest, FACE)
+    sections, worker = parse_sections(kind, program or "[WORKER]", rest, SIMULATE)
     if kind is not None and worker is None:
-        worker = without_settings(program, kind)
-    begun = time.perf_counter()
-    run = _run(worker, made)
-    took = time.perf_counter() - begun
-    output: Output = made[Output]
+        worker = make_without_settings(program, kind)
+    started = time.perf_counter()
+    run = _run(worker, sections)
+    took = time.perf_counter() - started
+    output: Output = sections[Output]
     if output.json:
         what = {
             "program": program or output.shapes,
-            "settings": {k.__name__: _plain(s) for k, s in made.items() if k is not Output},
+            "settings": {k.__name__: _plain(s) for k, s in sections.items() if k is not Output},
         }
         _write(output.json, json.dumps(run.to_json(**what), allow_nan=False) + "\n")
     if output.picture:
         from lte_ray.cli.timeline import svg
 
-        _write(output.picture, svg(run, _title(program or output.shapes, made)))
-    _show(run, _title(program or output.shapes, made), took, worker is not None)
+        _write(output.picture, svg(run, _title(program or output.shapes, sections)))
+    _show(run, _title(program or output.shapes, sections), took, worker is not None)
 
 
-def _run(worker: Any, made: dict[type, Any]) -> SimulationRecord:
+def _run(worker: Any, sections: dict[type, Any]) -> SimulationRecord:
     from lte_ray.engine.prepare import prepare
     from lte_ray.engine.settings import Settings
     from lte_ray.simulation import named_plan, simulate_time, simulate_training
 
-    lte, output, cluster = made[LTEConfig], made[Output], made[ClusterModel]
-    settings = Settings("simulated", lte, made[MergeConfig], made[TrainConfig])
+    lte, output, cluster = sections[LTEConfig], sections[Output], sections[ClusterModel]
+    settings = Settings("simulated", lte, sections[MergeConfig], sections[TrainConfig])
     if worker is None:
         return simulate_time([named_plan(output.shapes, lte.lora_r, lte.lora_alpha)], settings, cluster)
     if output.time_only:
@@ -107,7 +107,7 @@ def _run(worker: Any, made: dict[type, Any]) -> SimulationRecord:
 
 
 def _plain(section: Any) -> dict[str, Any]:
-    """A settings class as JSON values; what is no plain value by its text."""
+    """A settings class as JSON values; other objects as text."""
     return json.loads(json.dumps(dataclasses.asdict(section), default=str))  # type: ignore[no-any-return]
 
 
@@ -118,8 +118,8 @@ def _write(file: str, content: str) -> None:
         raise ConfigError(f"{file} can't be written: {error.strerror}.") from error
 
 
-def _title(what: str, made: dict[type, Any]) -> str:
-    merge: MergeConfig = made[MergeConfig]
+def _title(what: str, sections: dict[type, Any]) -> str:
+    merge: MergeConfig = sections[MergeConfig]
     every = f"every {merge.merge_every}" if merge.merge_every else f"every {merge.merge_iter} steps"
     waiting = "" if merge.wait else ", no waiting"
     policy = merge.policy if isinstance(merge.policy, str) else type(merge.policy).__name__
@@ -127,7 +127,7 @@ def _title(what: str, made: dict[type, Any]) -> str:
 
 
 def _show(run: SimulationRecord, title: str, took: float, with_samples: bool) -> None:
-    """The summary and the timeline."""
+    """Prints the summary and the timeline."""
     from lte_ray.cli.timeline import timeline
 
     console = Console(highlight=False)
@@ -140,7 +140,7 @@ def _show(run: SimulationRecord, title: str, took: float, with_samples: bool) ->
         grid.add_row(name, text)
     console.print(Panel(grid, title=Text(title), title_align="left", expand=False))
     fancy = (console.encoding or "").lower().startswith("utf")
-    console.print(timeline(run, min(WIDEST, console.width), unicode=fancy), soft_wrap=True)
+    console.print(timeline(run, min(MAX_WIDTH, console.width), unicode=fancy), soft_wrap=True)
 
 
 def _lines(run: SimulationRecord, took: float, with_samples: bool) -> Iterator[tuple[str, str]]:

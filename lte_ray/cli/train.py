@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lte_ray.cli.flags import Parsed, parse, without_settings
+from lte_ray.cli.flags import Parsed, make_without_settings, parse
 from lte_ray.cli.toml_config import checked
 from lte_ray.config import check_run_name
 from lte_ray.errors import WorkerError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def train(arguments: list[str]) -> None:
-    """Runs the subcommand with the arguments behind ``train``.
+    """Runs the subcommand with the arguments after ``train``.
 
     Raises:
         LTEError: as `LTETrainer.fit`, and for a worker that can't be loaded.
@@ -51,7 +51,7 @@ def train(arguments: list[str]) -> None:
 
 
 def _named_run(arguments: list[str]) -> tuple[str, list[str]] | None:
-    """The run that ``--resume NAME`` names, and the other flags; None where a WORKER comes first and it is a switch."""
+    """The run that ``--resume NAME`` names, and the other flags. None after a WORKER, where ``--resume`` is a switch."""
     if not arguments or not arguments[0].startswith("-") or "--resume" not in arguments:
         return None
     at = arguments.index("--resume")
@@ -84,7 +84,7 @@ def _fit(program: str, kind: type, parsed: Parsed) -> ray.train.Result:
     from lte_ray.trainer import LTETrainer
 
     trainer = LTETrainer(
-        parsed.worker if parsed.worker is not None else without_settings(program, kind),
+        parsed.worker if parsed.worker is not None else make_without_settings(program, kind),
         lte=parsed.lte,
         merge=parsed.merge,
         train=parsed.train,
@@ -97,7 +97,7 @@ def _fit(program: str, kind: type, parsed: Parsed) -> ray.train.Result:
 
 
 def _show(result: ray.train.Result) -> None:
-    """The final summary, and the worker's sample if it gives one."""
+    """Prints the final summary, and the worker's sample if it gives one."""
     console = Console(highlight=False)
     m: dict[str, Any] = result.metrics or {}
     grid = Table.grid(padding=(0, 2))
@@ -111,7 +111,7 @@ def _show(result: ray.train.Result) -> None:
     grid.add_row("trained", f"{m['step']} local steps a head, {m['samples']:,} samples{rate}, {m['version']} merges")
     total = sum(m["times"].values()) or 1.0
     shares = ", ".join(f"{name} {100 * spent / total:.1f}%" for name, spent in m["times"].items() if spent / total >= 0.0005)
-    if shares:  # none if all steps were taken before
+    if shares:  # empty if all steps were taken before
         grid.add_row("heads' time", shares)
     up, down, ddp = (format_bytes(m[name]) for name in ("bytes_up", "bytes_down", "bytes_ddp"))
     grid.add_row("traffic", f"{up} up, {down} down; DDP at every step: {ddp}")

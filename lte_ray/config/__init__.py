@@ -1,7 +1,7 @@
 """The settings of a run: frozen dataclasses that check themselves.
 
-One definition serves four places: the Python API, the flags of ``lte-ray train``, the TOML file, and
-``run.toml``. A field's help text is its documentation in all of them. No file here knows torch or Ray.
+One definition serves the Python API, the flags of ``lte-ray train``, the TOML file and ``run.toml``. A field's help text is its
+documentation in all of them. No module here imports torch or Ray.
 """
 
 from lte_ray.config.failure import FailureConfig
@@ -12,7 +12,7 @@ from lte_ray.config.run import PlacementConfig, StorageConfig, TrainConfig
 from lte_ray.config.validation import check_run_name, flag, suggest
 
 SECTIONS: tuple[type, ...] = (LTEConfig, MergeConfig, TrainConfig, PlacementConfig, FailureConfig, StorageConfig)
-"""Every settings class, in the order in which ``--help`` and ``run.toml`` list them. No field name occurs twice."""
+"""All settings classes, in the order of ``--help`` and ``run.toml``. No field name occurs twice."""
 
 __all__ = [
     "BASE_DTYPES",

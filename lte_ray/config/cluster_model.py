@@ -1,43 +1,46 @@
-"""The settings of a simulated cluster: how fast its heads, links and coordinator are, and what fails."""
+"""The settings of a simulated cluster: the speed of its heads, links and coordinator, and its failures."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lte_ray.config.validation import at_least, setting
+from lte_ray.config.validation import check_at_least, setting
 from lte_ray.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class ClusterModel:
-    """A cluster under a virtual clock. Its defaults are an ordinary one: ten local steps a second, links of 10 Gbit/s."""
+    """A simulated cluster. The defaults describe an ordinary one: ten local steps per second, links of 10 Gbit/s."""
 
-    step_seconds: float = setting(0.1, "Seconds that a local step takes on a head of speed 1.")
+    step_seconds: float = setting(0.1, "Seconds of a local step on a head of speed 1.")
     speeds: tuple[float, ...] = setting(
-        (), "Times that a head's steps take over --step-seconds (4: four times slower), one for each head; fewer are repeated."
+        (),
+        "Duration of a head's steps relative to --step-seconds (4: four times slower), one per head; fewer are repeated.",
     )
-    jitter: float = setting(0.0, "Spread of a step's time: the standard deviation of its logarithm. The mean stays.")
-    straggler_rate: float = setting(0.0, "Probability that all steps until a head's next contribution are slow.")
-    straggler_factor: float = setting(4.0, "How many times slower they are then.")
-    bandwidth: float = setting(1.25e9, "Bytes per second of each head's link, in each direction; 0: no limit.")
+    jitter: float = setting(0.0, "Spread of the step time: the standard deviation of its logarithm. The mean stays.")
+    straggler_rate: float = setting(0.0, "Probability that all steps of a head's round are slow.")
+    straggler_factor: float = setting(4.0, "How many times slower the steps of such a round are.")
+    bandwidth: float = setting(1.25e9, "Bytes per second of each head's link, in each direction; 0: unlimited.")
     coordinator_bandwidth: float = setting(
-        0.0, "Bytes per second of the coordinator's link (of each shard's, with --shards); 0: as a head's."
+        0.0, "Bytes per second of the coordinator's link (of each shard's, with --shards); 0: the same as a head's."
     )
-    latency: float = setting(0.0005, "Seconds that a message takes beside its bytes.")
-    message_seconds: float = setting(0.0005, "Seconds of the coordinator for each message that it gets.")
-    merge_flops: float = setting(2e11, "Floating-point operations per second of the coordinator's products; 0: no limit.")
+    latency: float = setting(0.0005, "Seconds that a message takes in addition to the transfer of its bytes.")
+    message_seconds: float = setting(0.0005, "Seconds that the coordinator spends on each message it receives.")
+    merge_flops: float = setting(
+        2e11, "Floating-point operations per second of the coordinator's matrix products; 0: unlimited."
+    )
     merge_memory: float = setting(
-        2.5e10, "Bytes per second at which the coordinator goes over contributions and weights; 0: no limit."
+        2.5e10, "Bytes per second at which the coordinator reads and writes contributions and weights; 0: unlimited."
     )
-    rebase_seconds: float = setting(0.0, "Seconds that a head stands still to adopt a newer base.")
-    evaluate_seconds: float = setting(0.0, "Seconds of an evaluation that a policy asks for.")
-    faults_per_hour: float = setting(0.0, "How often a head dies, on average; the times between are exponential.")
-    restart_seconds: float = setting(30.0, "Seconds until a head that died asks for the base again.")
+    rebase_seconds: float = setting(0.0, "Seconds that a head stops training to adopt a newer base.")
+    evaluate_seconds: float = setting(0.0, "Seconds of an evaluation that a policy requests.")
+    faults_per_hour: float = setting(0.0, "Failures of a head per hour on average, at exponentially distributed intervals.")
+    restart_seconds: float = setting(30.0, "Seconds until a failed head requests the base again.")
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "jitter", "straggler_rate", "bandwidth", "coordinator_bandwidth", "latency", "message_seconds")
-        at_least(self, 0, "step_seconds", "merge_flops", "merge_memory", "rebase_seconds", "evaluate_seconds")
-        at_least(self, 0, "faults_per_hour", "restart_seconds", "straggler_factor")
+        check_at_least(self, 0, "jitter", "straggler_rate", "bandwidth", "coordinator_bandwidth", "latency", "message_seconds")
+        check_at_least(self, 0, "step_seconds", "merge_flops", "merge_memory", "rebase_seconds", "evaluate_seconds")
+        check_at_least(self, 0, "faults_per_hour", "restart_seconds", "straggler_factor")
         object.__setattr__(self, "speeds", tuple(self.speeds))
         if self.step_seconds <= 0 or not all(isinstance(s, int | float) and 0 < s < float("inf") for s in self.speeds):
             raise ConfigError(

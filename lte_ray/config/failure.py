@@ -1,49 +1,51 @@
-"""The settings of what happens when processes die, and of how many heads there may be."""
+"""The settings of how a run reacts to failures, and of how many heads it may have."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from lte_ray.config.validation import at_least, integers, setting, words
+from lte_ray.config.validation import check_at_least, check_choice, check_integers, setting
 from lte_ray.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class FailureConfig:
-    """What happens when a process dies or hangs. In Python also Ray's ``FailureConfig`` in its ``RunConfig``."""
+    """What happens when a process fails or hangs. In Python also Ray's ``FailureConfig`` in its ``RunConfig``."""
 
     max_failures: int = setting(
-        -1, "Deaths of heads, coordinator and evaluator that a run survives; 0: the first ends it; -1: any number."
+        -1, "Failures of heads, coordinator and evaluator that a run survives; 0: the first one ends it; -1: any number."
     )
     head_failures: int = setting(
-        3, "Deaths of one head in a row, without a merged contribution in between, that it survives; -1: any number."
+        3, "Consecutive failures of one head, without a merged contribution in between, that it survives; -1: any number."
     )
     exhausted: Literal["stop", "drop"] = setting(
         "stop",
-        "What happens to a head that died too often: stop ends the run, drop goes on without it; others take its data. "
-        "With drop a run also goes on without heads that the cluster has no room for, until it has some.",
+        "What to do when a head has failed too often: stop the run, or drop the head and give others its data. With drop a run "
+        "also continues without heads for which the cluster lacks resources, until it has them.",
     )
     backoff: float = setting(
-        1.0, "Seconds before a head's second restart in a row; they double up to a minute. The first is at once."
+        1.0,
+        "Seconds before a head's second consecutive restart, then doubled up to a minute. The first restart is immediate.",
     )
     rejoin: Literal["merged", "fresh"] = setting(
-        "merged", "How a head that died begins: with its factors as they were merged last, or with new ones (B = 0)."
+        "merged",
+        "How a failed head restarts: with its factors as they were merged last (merged), or with new ones, B = 0 (fresh).",
     )
-    min_heads: int = setting(1, "Heads that a run needs; with fewer it stops. A head that is being restarted counts.")
-    max_heads: int = setting(0, "Heads up to which a run grows while the cluster has room for more; 0: --num-heads.")
+    min_heads: int = setting(1, "Minimum number of heads; with fewer the run stops. A head that is being restarted counts.")
+    max_heads: int = setting(0, "Number of heads up to which a run grows while the cluster has resources; 0: --num-heads.")
     grace: float = setting(
         0.0,
-        "Seconds that an interrupted run takes to save itself; 0: what `ray job stop` leaves (RAY_JOB_STOP_WAIT_TIME_S, 3).",
+        "Seconds allowed for saving after an interrupt; 0: as many as `ray job stop` allows (RAY_JOB_STOP_WAIT_TIME_S, 3).",
     )
 
     def __post_init__(self) -> None:
-        integers(self, "max_failures", "head_failures", "min_heads", "max_heads")
-        at_least(self, -1, "max_failures", "head_failures")
-        at_least(self, 1, "min_heads")
-        at_least(self, 0, "max_heads", "backoff", "grace")
-        words(self, "exhausted", ("stop", "drop"))
-        words(self, "rejoin", ("merged", "fresh"))
+        check_integers(self, "max_failures", "head_failures", "min_heads", "max_heads")
+        check_at_least(self, -1, "max_failures", "head_failures")
+        check_at_least(self, 1, "min_heads")
+        check_at_least(self, 0, "max_heads", "backoff", "grace")
+        check_choice(self, "exhausted", ("stop", "drop"))
+        check_choice(self, "rejoin", ("merged", "fresh"))
 
     def check_heads(self, num_heads: int) -> None:
         """Raises ConfigError unless min_heads <= num_heads <= max_heads."""

@@ -128,7 +128,7 @@ def _as_authors(name: str, value: Any) -> Any:
 
 def _check_known(name: str, names: Iterable[str], where: str) -> str:
     if name not in names:
-        raise UnknownSetting(f"There is no setting {where}.{name}.{suggest(name, names)} There are: {', '.join(names)}.")
+        raise UnknownSetting(f"There is no setting {where}.{name}.{suggest(name, names)} The settings are: {', '.join(names)}.")
     return name
 
 

@@ -18,7 +18,15 @@ from lte_ray.config.layer_rules import (
     value_for_head,
 )
 from lte_ray.config.legacy_view import LoraView
-from lte_ray.config.validation import at_least, integers, names_of, setting, suggest, switches, words
+from lte_ray.config.validation import (
+    check_at_least,
+    check_booleans,
+    check_choice,
+    check_integers,
+    setting,
+    suggest,
+    to_name_tuples,
+)
 from lte_ray.errors import ConfigError
 
 
@@ -40,30 +48,30 @@ class LTEConfig:
 
     num_heads: int = setting(
         2,
-        "Number of LoRA heads. Each is a Ray actor with its own copy of the main weights, unless --heads-per-actor is higher.",
+        "Number of LoRA heads. Each is a Ray actor with its own copy of the main weights, unless --heads-per-actor is above 1.",
     )
     lora_r: int | tuple[int, ...] = setting(
-        32, "Rank r of each head's factors A (r x in) and B (out x r); one number, or one for each head."
+        32, "Rank r of each head's factors A (r x in) and B (out x r); one number, or one per head."
     )
     lora_alpha: float | tuple[float, ...] = setting(
-        64.0, "LoRA alpha. A head's product counts as s B A with s = alpha / r; one number, or one for each head."
+        64.0, "LoRA alpha. A head's LoRA update is (alpha / r) B A; one number, or one per head."
     )
-    rslora: bool = setting(False, "Scale by s = alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732).")
+    rslora: bool = setting(False, "Scale the update by alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732).")
     lora_bias: Literal["replica", "frozen", "lora"] = setting(
         "replica",
-        "Biases of layers with LoRA: replica (each head trains a copy, merges average the changes), frozen, or lora (a "
+        "Biases of layers with LoRA: replica (each head trains a copy, and merges average the changes), frozen, or lora (a "
         "vector times a scalar).",
     )
     reset: Literal["none", "B"] = setting(
-        "none", "What a head resets after a merge: none (reset-less LTE, the default) or B (B := 0; A is kept)."
+        "none", "What a head resets after a merge: none (reset-less LTE) or B (B := 0; A is kept)."
     )
     adapt: tuple[Literal["linear", "attention", "conv", "embedding", "norm"], ...] = setting(
         ("linear", "attention", "conv"),
-        "Kinds of layers that get LoRA: linear, attention (nn.MultiheadAttention's projections), conv, embedding, norm (a "
-        "vector times a scalar). All else trains as replicas.",
+        "Kinds of layers with LoRA: linear, attention (the projections of nn.MultiheadAttention), conv, embedding, norm (a "
+        "vector times a scalar). All others train as replicas.",
     )
     exclude: tuple[str, ...] = setting(
-        (), "Names of layers that get no LoRA and train as replicas, with wildcards, e.g. 'head' 'blocks.*.mlp'."
+        (), "Names of layers without LoRA, which train as replicas, with wildcards, e.g. 'head' 'blocks.*.mlp'."
     )
     layers: tuple[str, ...] = setting(
         (),
@@ -71,31 +79,31 @@ class LTEConfig:
         "lora_alpha, lora_bias, lr (a multiplier), base_dtype, adapt=false. Later rules win.",
     )
     base_dtype: Literal["fp32", "bf16", "int8", "nf4"] = setting(
-        "fp32", "Format of the main weights in the heads; the coordinator keeps fp32. nf4 needs lte-ray[quant]."
+        "fp32", "Format of the main weights in the heads; the coordinator keeps them in fp32. nf4 needs lte-ray[quant]."
     )
     strict: bool = setting(
-        False, "Refuse a model with parameters that only train as replicas because nothing else was said about them."
+        False, "Refuse a model with parameters that train as replicas only because no setting mentions them."
     )
 
     def __post_init__(self) -> None:
-        integers(self, "num_heads")
-        at_least(self, 1, "num_heads")
-        switches(self, "rslora", "strict")
+        check_integers(self, "num_heads")
+        check_at_least(self, 1, "num_heads")
+        check_booleans(self, "rslora", "strict")
         for name in ("lora_r", "lora_alpha"):
             value = getattr(self, name)
-            if isinstance(value, list | tuple):  # one value for one head is a number, as flags have it
+            if isinstance(value, list | tuple):  # a list of one value for one head is a number
                 object.__setattr__(self, name, value[0] if len(value) == self.num_heads == 1 else tuple(value))
-        if isinstance(self.lora_bias, bool):  # the authors' way
+        if isinstance(self.lora_bias, bool):  # as in the authors' library
             object.__setattr__(self, "lora_bias", "lora" if self.lora_bias else "frozen")
         check_rank("--lora-r", self.lora_r, self.num_heads)
         check_alpha("--lora-alpha", self.lora_alpha, self.num_heads)
-        words(self, "lora_bias", BIASES)
-        words(self, "reset", ("none", "B"))
-        words(self, "base_dtype", BASE_DTYPES)
+        check_choice(self, "lora_bias", BIASES)
+        check_choice(self, "reset", ("none", "B"))
+        check_choice(self, "base_dtype", BASE_DTYPES)
         if isinstance(self.adapt, str):
             object.__setattr__(self, "adapt", (self.adapt,))
-        names_of(self, "adapt", "exclude")
-        words(self, "adapt", KINDS)
+        to_name_tuples(self, "adapt", "exclude")
+        check_choice(self, "adapt", KINDS)
         object.__setattr__(self, "layers", format_rules(self.layers))
         check_rules(self.layers, self.num_heads)
 
@@ -117,7 +125,7 @@ class LTEConfig:
 
     @staticmethod
     def override_kwargs(cfg: LTEConfig, kwargs: dict[str, Any]) -> LTEConfig:
-        """Sets `kwargs` in `cfg`, as the authors' programs do, and returns it.
+        """Sets `kwargs` in `cfg` in place, as the authors' programs do, and returns it.
 
         Raises:
             ConfigError: there is no such setting.
@@ -128,11 +136,17 @@ class LTEConfig:
 
     @property
     def lora(self) -> LoraView:
-        """The settings as the authors' configuration has them: ``config.lora.lora_r``, ``config.lora.linear.lora_r = 32``."""
+        """The mutable view of the authors' library: ``config.lora.lora_r``, ``config.lora.linear.lora_r = 32``."""
         return LoraView(self)
 
     def resolve(self, kind: str, matching: tuple[bool, ...], head: int = 0) -> Resolved:
-        """The settings of one layer: `matching` says which of the rules in `layers` match it."""
+        """Resolves the settings of one layer of a head.
+
+        Args:
+            kind: the layer's kind.
+            matching: for each rule in `layers`, whether it matches the layer.
+            head: the head's number.
+        """
         values: dict[str, Any] = {
             "lora_r": self.lora_r,
             "lora_alpha": self.lora_alpha,

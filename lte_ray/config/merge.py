@@ -1,4 +1,4 @@
-"""The settings of merging: when, how, and what travels."""
+"""The settings of merging: when and how to merge, and in which format contributions and bases travel."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lte_ray.config.validation import at_least, flag, integers, setting, switches, words
+from lte_ray.config.validation import check_at_least, check_booleans, check_choice, check_integers, flag, setting
 from lte_ray.errors import ConfigError
 
 
@@ -15,64 +15,77 @@ from lte_ray.errors import ConfigError
 class MergeConfig:
     """When and how the heads' contributions are merged."""
 
-    merge_iter: int = setting(10, "Local steps that a head takes between two contributions.")
+    merge_iter: int = setting(10, "Local steps of a head between two contributions.")
     policy: Any = setting(
         "average",
         "How to merge: average, samples, stale, momentum, nesterov, delayed_nesterov, adam, median, trimmed_mean, clip, krum, "
-        "ties, dare, gated, or your own as module:Class or path/to/file.py:Class. With its name, --help lists its arguments.",
+        "ties, dare, gated, or your own as module:Class or path/to/file.py:Class. --policy NAME --help lists its arguments.",
     )
-    policy_args: Mapping[str, Any] | None = setting(None, "The policy's own arguments; as flags, --policy.NAME VALUE.")
-    merge_every: str = setting("", "Time between two contributions of a head instead, as 30s, 5m or 1h.")
+    policy_args: Mapping[str, Any] | None = setting(None, "The policy's own arguments; as flags: --policy.NAME VALUE.")
+    merge_every: str = setting("", "Time between two contributions of a head, instead of --merge-iter: 30s, 5m or 1h.")
     match_speed: bool = setting(
         False,
-        "Faster heads take more steps between two contributions, so that all contribute together; the slowest, merge_iter.",
+        "Let faster heads take more steps between two contributions, so that all contribute together. The slowest head takes "
+        "--merge-iter steps.",
     )
     when: Literal["barrier", "quorum", "arrival"] = setting(
-        "barrier", "When to merge: when all live heads have contributed (the paper), the first of them, or each on its own."
+        "barrier",
+        "When to merge: barrier (all live heads have contributed, as in the paper), quorum (the first few have), or arrival "
+        "(each contribution by itself).",
     )
-    quorum: int = setting(0, "With --when quorum, contributions to merge at; 0: half of the live heads.")
-    deadline: float = setting(0.0, "With --when quorum, seconds after the first contribution to merge anyway; 0: none.")
-    wait: bool = setting(True, "Whether a head waits until its contribution is merged, or trains on meanwhile (--no-wait).")
-    max_lag: int = setting(4, "With --no-wait: a head that falls more than so many versions behind is rebased in mid-round.")
+    quorum: int = setting(0, "With --when quorum: number of contributions to merge at; 0: half of the live heads.")
+    deadline: float = setting(
+        0.0, "With --when quorum: seconds after the first contribution to merge with fewer; 0: no deadline."
+    )
+    wait: bool = setting(
+        True, "Let a head wait until its contribution is merged. With --no-wait it keeps training in the meantime."
+    )
+    max_lag: int = setting(4, "With --no-wait: maximum lag in versions; a head that lags more rebases in mid-round.")
     transfer: Literal["fp32", "bf16", "int8"] = setting(
-        "fp32", "Format in which contributions travel. What rounding leaves out rides in the next contribution."
+        "fp32", "Format in which contributions are sent. The rounding error is added to the next contribution."
     )
     replica_topk: float = setting(
-        1.0, "Share of the replica parameters that a contribution carries: those that changed most. The rest rides in the next."
+        1.0, "Fraction of the replica parameters sent in a contribution, largest changes first. The rest is sent later."
     )
     send_down: Literal["auto", "dense", "factors"] = setting(
-        "auto", "What heads get of a merge: the new base, the factors of what was merged, or for each layer what is less."
+        "auto",
+        "What heads receive after a merge: the new base (dense), the merged factors (factors), or for each layer the smaller "
+        "of the two (auto).",
     )
-    shards: int = setting(1, "Processes that merging is spread over, by layer, for big models.")
-    merge_threads: int = setting(0, "Threads that the coordinator merges with; 0: one per 10^9 operations, up to its cores.")
+    shards: int = setting(1, "Processes that share the merging, by layer, for large models.")
+    merge_threads: int = setting(0, "Threads of the coordinator for merging; 0: one per 10^9 operations, up to its cores.")
     max_norm_z: float = setting(
-        8.0, "Refuse contributions whose norm is so many robust standard deviations (of its log) above recent ones'; 0: never."
+        8.0,
+        "Refuse contributions whose log norm is more than this many robust standard deviations above that of recent ones; "
+        "0: never.",
     )
     rollback_z: float = setting(
-        0.0, "Go back to an earlier base when the loss is so many robust standard deviations above recent merges'; 0: never."
+        0.0,
+        "Roll back to an earlier base when the loss is more than this many robust standard deviations above that of recent "
+        "merges; 0: never.",
     )
 
     def __post_init__(self) -> None:
-        integers(self, "merge_iter", "merge_threads", "quorum", "max_lag", "shards")
-        at_least(self, 1, "merge_iter", "shards")
-        at_least(self, 0, "merge_threads", "quorum", "max_lag", "deadline")
-        switches(self, "match_speed", "wait")
-        words(self, "when", ("barrier", "quorum", "arrival"))
-        words(self, "transfer", ("fp32", "bf16", "int8"))
-        words(self, "send_down", ("auto", "dense", "factors"))
+        check_integers(self, "merge_iter", "merge_threads", "quorum", "max_lag", "shards")
+        check_at_least(self, 1, "merge_iter", "shards")
+        check_at_least(self, 0, "merge_threads", "quorum", "max_lag", "deadline")
+        check_booleans(self, "match_speed", "wait")
+        check_choice(self, "when", ("barrier", "quorum", "arrival"))
+        check_choice(self, "transfer", ("fp32", "bf16", "int8"))
+        check_choice(self, "send_down", ("auto", "dense", "factors"))
         self._check_policy()
-        seconds(self.merge_every)
-        at_least(self, 0, "replica_topk", "max_norm_z", "rollback_z")
+        parse_duration(self.merge_every)
+        check_at_least(self, 0, "replica_topk", "max_norm_z", "rollback_z")
         for name in ("max_norm_z", "rollback_z"):
             if 0 < getattr(self, name) < 1:
                 raise ConfigError(
-                    f"{flag(name)} is {getattr(self, name)}, but it must be 0 (off) or at least 1: what is well lies up to "
-                    "two or three standard deviations above the median."
+                    f"{flag(name)} is {getattr(self, name)}, but it must be 0 (off) or at least 1: healthy values lie up "
+                    "to two or three standard deviations above the median."
                 )
         if not 0 < self.replica_topk <= 1:
             raise ConfigError(f"--replica-topk is {self.replica_topk}, but it must be above 0 and at most 1.")
         if self.merge_every and self.match_speed:
-            raise ConfigError("--merge-every and --match-speed contradict each other: both say how many steps a head takes.")
+            raise ConfigError("--merge-every and --match-speed contradict each other: both set how many steps a head takes.")
 
     def _check_policy(self) -> None:
         if self.when != "quorum" and (self.quorum or self.deadline):
@@ -86,19 +99,19 @@ class MergeConfig:
 
     @property
     def every_seconds(self) -> float:
-        """`merge_every` in seconds; 0 where steps count."""
-        return seconds(self.merge_every)
+        """`merge_every` in seconds; 0 if a round is counted in steps."""
+        return parse_duration(self.merge_every)
 
 
-def seconds(text: str) -> float:
-    """A length of time as ``30s``, ``5m`` or ``1h``, in seconds; 0 for an empty text.
+def parse_duration(text: str) -> float:
+    """Parses ``30s``, ``5m`` or ``1h`` into seconds; an empty text is 0.
 
     Raises:
         ConfigError: it has another form.
     """
     if not text:
         return 0.0
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)", str(text).strip())
-    if not found or float(found[1]) <= 0:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)", str(text).strip())
+    if not match or float(match[1]) <= 0:
         raise ConfigError(f"--merge-every is {text!r}, but it must be a time such as 30s, 5m or 1h.")
-    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]

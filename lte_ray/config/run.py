@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lte_ray.config.validation import at_least, check_run_name, integers, names_of, setting, switches, words
+from lte_ray.config.validation import (
+    check_at_least,
+    check_booleans,
+    check_choice,
+    check_integers,
+    check_run_name,
+    setting,
+    to_name_tuples,
+)
 from lte_ray.errors import ConfigError
 
 PRECISIONS = ("fp32", "bf16-mixed", "fp16-mixed")
@@ -15,73 +23,76 @@ PRECISIONS = ("fp32", "bf16-mixed", "fp16-mixed")
 class TrainConfig:
     """The length of the run, its seed, and how often it is evaluated and saved."""
 
-    steps: int = setting(700, "Local steps of each head; on average, where heads share them (--budget).")
+    steps: int = setting(700, "Local steps of each head, or on average per head if they share the steps (--budget).")
     budget: Literal["auto", "each", "shared"] = setting(
         "auto",
-        "Who takes the steps: each head --steps, or all heads together --steps times --num-heads, whoever is faster more; "
-        "auto: each where heads wait and take equally many, else shared.",
+        "How the steps are divided: each (every head takes --steps), shared (all heads together take --steps times "
+        "--num-heads; faster heads take more), or auto (each if heads wait and take equally many, else shared).",
     )
-    seed: int = setting(0, "Seed of the initial weights, every head's A, the data order and the random number generators.")
-    eval_every: int = setting(10, "Evaluate the merged weights every so many merges, and at both ends; 0: at the end only.")
-    checkpoint_every: int = setting(20, "Write a checkpoint every so many merges, and at the end; 0: at the end only.")
+    seed: int = setting(
+        0, "Seed of the initial weights, of every head's A, of the data order and of the random number generators."
+    )
+    eval_every: int = setting(10, "Evaluate the merged weights every N merges, and at the start and end; 0: only at the end.")
+    checkpoint_every: int = setting(20, "Write a checkpoint every N merges, and at the end; 0: only at the end.")
     threads_per_head: int = setting(
         0,
-        "Threads that torch uses in each head; 0 means the CPUs per head, at least 1. An actor of several heads trains as many "
-        "of them at once as it has CPUs for.",
+        "Threads of torch in each head; 0: the CPUs per head, at least 1. An actor of several heads trains as many of them at "
+        "once as it has CPUs for.",
     )
     precision: Literal["fp32", "bf16-mixed", "fp16-mixed"] = setting(
-        "fp32", "What the heads compute in: fp32, or mixed (torch.autocast; fp16 with loss scaling). Merging stays fp32."
+        "fp32", "Precision of the heads: fp32, or mixed (torch.autocast; fp16 with loss scaling). Merging is always fp32."
     )
-    clip_norm: float = setting(0.0, "Largest norm of a head's gradient (all its factors and replicas); 0: no clipping.")
-    accumulate: int = setting(1, "Batches of a local step: their gradients' mean is one optimizer step.")
+    clip_norm: float = setting(0.0, "Maximum norm of a head's gradient (of all its factors and replicas); 0: no clipping.")
+    accumulate: int = setting(1, "Batches of a local step; the mean of their gradients is used in one optimizer step.")
     checkpoint_activations: tuple[str, ...] = setting(
-        (), "Modules whose activations are computed again in the backward pass, with wildcards, e.g. 'blocks.*'; saves memory."
+        (), "Modules whose activations are recomputed in the backward pass to save memory, with wildcards, e.g. 'blocks.*'."
     )
-    compile: bool = setting(False, "Compile each head's model with torch.compile: slow to start, faster steps.")
+    compile: bool = setting(False, "Compile each head's model with torch.compile: slower start, faster steps.")
 
     def __post_init__(self) -> None:
-        integers(self, "steps", "seed", "eval_every", "checkpoint_every", "threads_per_head", "accumulate")
-        at_least(self, 1, "steps", "accumulate")
-        at_least(self, 0, "seed", "eval_every", "checkpoint_every", "threads_per_head", "clip_norm")
-        words(self, "precision", PRECISIONS)
-        words(self, "budget", ("auto", "each", "shared"))
-        names_of(self, "checkpoint_activations")
-        switches(self, "compile")
+        check_integers(self, "steps", "seed", "eval_every", "checkpoint_every", "threads_per_head", "accumulate")
+        check_at_least(self, 1, "steps", "accumulate")
+        check_at_least(self, 0, "seed", "eval_every", "checkpoint_every", "threads_per_head", "clip_norm")
+        check_choice(self, "precision", PRECISIONS)
+        check_choice(self, "budget", ("auto", "each", "shared"))
+        to_name_tuples(self, "checkpoint_activations")
+        check_booleans(self, "compile")
 
 
 @dataclass(frozen=True)
 class PlacementConfig:
-    """What each head gets of the cluster. In Python this is Ray's ``ScalingConfig``."""
+    """The resources of each head. In Python also Ray's ``ScalingConfig``."""
 
     heads_per_actor: int = setting(
         1,
-        "Heads that one actor hosts (virtual heads). They share what it gets, and one copy of the main weights (on CPUs one "
-        "for each head that trains at the same time).",
+        "Heads in one actor (virtual heads). They share its resources and one copy of the main weights (on CPUs one copy for "
+        "each head that trains at the same time).",
     )
     stack_heads: Literal["auto", "always", "never"] = setting(
         "auto",
-        "Whether an actor computes its heads as one batch or one by one; auto: one batch on a GPU, one by one on CPUs.",
+        "Whether an actor computes its heads as one batch (always) or one by one (never); auto: one batch on a GPU, one by "
+        "one on CPUs.",
     )
     cpus_per_head: float | None = setting(
         None,
-        "CPUs reserved for each head's actor (for all its heads, if it hosts several); by default 1 a head, or an equal share "
-        "(at least 0.25) where they outnumber the CPUs.",
+        "CPUs reserved for each head's actor (for all its heads together, if it has several); by default 1 per head, or an "
+        "equal share (at least 0.25) if there are more heads than CPUs.",
     )
     gpus_per_head: float | None = setting(
         None,
-        "GPUs reserved for each head's actor, fractions allowed; by default 1 where the cluster has one for each, else 0.",
+        "GPUs reserved for each head's actor, fractions allowed; by default 1 if the cluster has one for each, else 0.",
     )
     resource_timeout: float = setting(
-        0.0, "Seconds to wait for a cluster that grows on demand to offer the resources; 0: fail at once if it lacks them."
+        0.0, "Seconds to wait for an autoscaling cluster to provide the resources; 0: fail at once if they are missing."
     )
 
     def __post_init__(self) -> None:
-        integers(self, "heads_per_actor")
-        at_least(self, 1, "heads_per_actor")
-        words(self, "stack_heads", ("auto", "always", "never"))
+        check_integers(self, "heads_per_actor")
+        check_at_least(self, 1, "heads_per_actor")
+        check_choice(self, "stack_heads", ("auto", "always", "never"))
         for name in ("cpus_per_head", "gpus_per_head", "resource_timeout"):
             if getattr(self, name) is not None:
-                at_least(self, 0, name)
+                check_at_least(self, 0, name)
         gpus = self.gpus_per_head or 0
         if gpus > 1 and gpus != int(gpus):
             raise ConfigError(f"--gpus-per-head is {gpus}, but above 1 it must be a whole number.")
@@ -89,31 +100,33 @@ class PlacementConfig:
 
 @dataclass(frozen=True)
 class StorageConfig:
-    """Where the run is kept. In Python this is Ray's ``RunConfig``."""
+    """Where the run is stored. In Python also Ray's ``RunConfig``."""
 
     name: str | None = setting(None, "Name of the run; by default the worker's name and the time.")
     storage: str | None = setting(
-        None, "Folder or URI (s3://, gs://, file://) that holds run directories; by default Ray's own, ~/ray_results."
+        None, "Folder or URI (s3://, gs://, file://) for run directories; by default Ray's, ~/ray_results."
     )
-    keep_checkpoints: int | None = setting(2, "Checkpoints kept, newest first; older ones are removed. 'None' keeps all.")
-    keep_best: int = setting(0, "Checkpoints kept beside the newest: those with the best evaluations. 0: none.")
+    keep_checkpoints: int | None = setting(2, "Number of newest checkpoints to keep; older ones are removed. 'None' keeps all.")
+    keep_best: int = setting(0, "Number of checkpoints with the best evaluations to keep in addition to the newest.")
     best_by: str = setting(
-        "", "Figure of the evaluation that --keep-best goes by, lowest best; '-accuracy': highest best. By default its first."
+        "",
+        "Figure of the evaluation that --keep-best compares; lowest is best, or highest with a dash: '-accuracy'. By default "
+        "the first.",
     )
     storage_patience: float = setting(
-        60.0, "Seconds for which an operation on a storage that fails (full, slow, cut off) is tried again; 0: not at all."
+        60.0, "Seconds for which a failing storage operation (disk full, slow, network lost) is retried; 0: not at all."
     )
     resume: bool = setting(False, "Continue the run of this name from its newest complete checkpoint.")
-    overwrite: bool = setting(False, "Replace the run of this name if there is one.")
+    overwrite: bool = setting(False, "Replace the run of this name, if there is one.")
 
     def __post_init__(self) -> None:
         check_run_name(self.name)
-        switches(self, "resume", "overwrite")
+        check_booleans(self, "resume", "overwrite")
         if self.keep_checkpoints is not None:
-            integers(self, "keep_checkpoints")
-            at_least(self, 1, "keep_checkpoints")
-        integers(self, "keep_best")
-        at_least(self, 0, "keep_best", "storage_patience")
+            check_integers(self, "keep_checkpoints")
+            check_at_least(self, 1, "keep_checkpoints")
+        check_integers(self, "keep_best")
+        check_at_least(self, 0, "keep_best", "storage_patience")
         if not isinstance(self.best_by, str):
             raise ConfigError(f"--best-by is {self.best_by!r}, but it must be the name of a figure.")
         if self.resume and self.overwrite:

@@ -1,4 +1,4 @@
-"""Progress for people: a live table on a terminal, one line now and then everywhere else."""
+"""Progress for people: a live table on a terminal, lines at intervals everywhere else."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rich.text import Text
 
 from lte_ray.run.metrics import Progress, Reporter
 
-FEW = 8
-"""Heads that are shown one by one; of more, the rest is summed up."""
+MAX_HEADS = 8
+"""Heads that are shown one by one. Further ones are summarized."""
 
-LINE_EVERY = 5.0
-"""Seconds between two lines where there is no terminal."""
+LINE_INTERVAL = 5.0
+"""Seconds between two lines without a terminal."""
 
 
 def automatic_display(stream: IO[str] | None = None) -> Reporter:
@@ -29,44 +29,45 @@ def automatic_display(stream: IO[str] | None = None) -> Reporter:
 
 
 class LineDisplay:
-    """A line at most every few seconds, and whenever there is a new evaluation; for logs and `ray job submit`."""
+    """Prints a line every few seconds, and for each new evaluation: for logs and `ray job submit`."""
 
     def __init__(self, console: rich.console.Console) -> None:
-        self._console, self._shown, self._evaluated = console, 0.0, -1
+        self._console, self._printed_at, self._evaluated_version = console, 0.0, -1
 
     def update(self, progress: Progress) -> None:
         evaluated = progress.evaluation.version if progress.evaluation else -1
-        if evaluated != self._evaluated or time.monotonic() - self._shown >= LINE_EVERY:
-            self._shown, self._evaluated = time.monotonic(), evaluated
-            self._console.print(line(progress), soft_wrap=True, markup=False)
+        if evaluated != self._evaluated_version or time.monotonic() - self._printed_at >= LINE_INTERVAL:
+            self._printed_at, self._evaluated_version = time.monotonic(), evaluated
+            self._console.print(format_line(progress), soft_wrap=True, markup=False)
 
     def close(self) -> None: ...
 
 
 class LiveDisplay:
-    """A table that is drawn in place: the run above, a row for every head below."""
+    """A table that is redrawn in place: the run at the top, a row for each head below."""
 
     def __init__(self, console: rich.console.Console) -> None:
         self._live = Live(console=console, refresh_per_second=4)
         self._live.start()
 
     def update(self, progress: Progress) -> None:
-        self._live.update(table(progress))
+        self._live.update(make_table(progress))
 
     def close(self) -> None:
         self._live.stop()
 
 
-def line(p: Progress) -> str:
+def format_line(p: Progress) -> str:
     """One line of progress."""
     parts = [f"step {p.step}/{p.steps}", f"base v{p.version}"]
     if p.samples_per_second is not None:
         parts.append(f"{p.samples_per_second:,.1f} samples/s")
     if not math.isnan(p.train_loss):
         losses = [h.loss for h in p.heads if not math.isnan(h.loss)]
-        parts.append("train loss " + (" ".join(f"{x:.4f}" for x in losses) if len(losses) <= FEW else _range(losses)))
+        shown = " ".join(f"{x:.4f}" for x in losses) if len(losses) <= MAX_HEADS else _format_losses(losses)
+        parts.append(f"train loss {shown}")
     if p.evaluation:
-        parts.append(f"{evaluation_text(p)} (v{p.evaluation.version})")
+        parts.append(f"{format_evaluation(p)} (v{p.evaluation.version})")
     if p.remaining is not None:
         parts.append(f"{format_duration(p.remaining)} left")
     if p.note:
@@ -74,8 +75,8 @@ def line(p: Progress) -> str:
     return "  ".join(parts)
 
 
-def table(p: Progress) -> RenderableType:
-    """The live display of one moment."""
+def make_table(p: Progress) -> RenderableType:
+    """The live display at one moment."""
     top = Table.grid(padding=(0, 2))
     rate = f"{p.samples_per_second:,.1f} samples/s" if p.samples_per_second is not None else ""
     left = f"{format_duration(p.remaining)} left" if p.remaining is not None else ""
@@ -88,31 +89,31 @@ def table(p: Progress) -> RenderableType:
         left,
     )
     saved = f"checkpoint v{p.checkpoint}" if p.checkpoint is not None else "no checkpoint yet"
-    judged = f"{evaluation_text(p)} (v{p.evaluation.version})" if p.evaluation else "not evaluated yet"
+    evaluated = f"{format_evaluation(p)} (v{p.evaluation.version})" if p.evaluation else "not evaluated yet"
     middle = Table.grid(padding=(0, 2))
-    middle.add_row(f"base v{p.version}", Text(judged, style="bold green"), saved, Text(p.note))
+    middle.add_row(f"base v{p.version}", Text(evaluated, style="bold green"), saved, Text(p.note))
     heads = Table(box=None, padding=(0, 2), header_style="dim")
     for title in ("head", "step", "samples", "train loss", "base", "state", "device"):
         heads.add_column(title, justify="left" if title in ("state", "device") else "right")
-    for h in p.heads[:FEW]:
+    for h in p.heads[:MAX_HEADS]:
         loss = "-" if math.isnan(h.loss) else f"{h.loss:.4f}"
         state = f"{h.state}, {h.refused} refused" if h.refused else h.state
         heads.add_row(str(h.head), str(h.step), f"{h.samples:,}", loss, f"v{h.version}", state, h.device)
-    if len(p.heads) > FEW:
-        rest = p.heads[FEW:]
+    if len(p.heads) > MAX_HEADS:
+        rest = p.heads[MAX_HEADS:]
         losses = [h.loss for h in rest if not math.isnan(h.loss)]
         steps, samples = min(h.step for h in rest), sum(h.samples for h in rest)
-        heads.add_row(f"+{len(rest)}", str(steps), f"{samples:,}", _range(losses), "", "", "")
+        heads.add_row(f"+{len(rest)}", str(steps), f"{samples:,}", _format_losses(losses), "", "", "")
     return Group(top, middle, heads) if p.heads else Group(top, middle)
 
 
-def _range(losses: list[float]) -> str:
+def _format_losses(losses: list[float]) -> str:
     """The mean and the range: ``0.0190 (0.0184-0.0197)``."""
     return f"{sum(losses) / len(losses):.4f} ({min(losses):.4f}-{max(losses):.4f})" if losses else "-"
 
 
-def evaluation_text(p: Progress) -> str:
-    """The last evaluation's figures: ``bits_per_byte 2.41``."""
+def format_evaluation(p: Progress) -> str:
+    """The figures of the last evaluation: ``bits_per_byte 2.41``."""
     values = p.evaluation.values if p.evaluation else {}
     return " ".join(f"{name} {value:.4g}" for name, value in values.items()) or "evaluated"
 

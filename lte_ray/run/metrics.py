@@ -1,4 +1,4 @@
-"""What a run reports while it is on: one record for displays, and rows in ``metrics.jsonl``."""
+"""What a run reports while it runs: `Progress` for displays, and the rows of ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from lte_ray.storage import RunDirectory, pending_problem, run_in_thread
 
 METRICS = "metrics.jsonl"
 
-REMOTE_EVERY = 20.0
-"""Seconds between two writes of the metrics on an object store."""
+REMOTE_INTERVAL = 20.0
+"""Seconds between two writes of the metrics to an object store, which rewrites the entire file."""
 
-BRIEF = 0.5
-"""Seconds that the run waits for its metrics to be written, before it goes on with what it has to do."""
+MAX_WRITE_WAIT = 0.5
+"""Seconds that the run waits for its metrics to be written before it continues."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The worker's judgement of one base version."""
+    """The worker's evaluation of one base version."""
 
     version: int
     step: int
@@ -37,7 +37,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Progress:
-    """A run at one moment. Times in seconds; rates over the last rounds, None before there is one."""
+    """A run at one moment. Times are in seconds. Rates cover the last rounds, and are None before the first."""
 
     run: str
     step: int
@@ -54,18 +54,18 @@ class Progress:
 
     @classmethod
     def starting(cls, run: str, steps: int, note: str) -> Progress:
-        """A run that has no heads yet."""
+        """A run without heads yet."""
         return cls(run, 0, steps, 0, None, 0, (), None, 0.0, None, None, note)
 
     @property
     def train_loss(self) -> float:
-        """Mean of the heads' last losses; NaN before there is one."""
+        """Mean of the heads' last losses, or NaN before the first."""
         losses = [h.loss for h in self.heads if math.isfinite(h.loss)]
         return sum(losses) / len(losses) if losses else math.nan
 
 
 class Reporter(Protocol):
-    """Shows progress to people: called a few times a second while the run is on, and once at its end."""
+    """Shows progress to people. It is called a few times per second during the run, and once at its end."""
 
     def update(self, progress: Progress) -> None: ...
 
@@ -81,31 +81,31 @@ class SilentReporter:
 
 
 class MetricsLog:
-    """Rows of ``metrics.jsonl``: one for every merge (kind "merge"), evaluation and event.
+    """The rows of ``metrics.jsonl``: one for each merge (kind "merge"), evaluation and event.
 
-    They are written in another thread: who adds rows never waits long for storage, however that hangs.
+    Another thread writes them, so adding rows never waits long for storage, even if it hangs.
     """
 
     def __init__(self, directory: RunDirectory) -> None:
-        self._directory = dataclasses.replace(directory, patience=0.0)  # it is tried again soon, and nobody waits for it
+        self._directory = dataclasses.replace(directory, patience=0.0)  # the next flush tries again
         self._patience = directory.patience
         self._rows: list[str] = []
-        self._lock = threading.Lock()  # around the rows, never around storage
+        self._lock = threading.Lock()  # guards the rows; never held while storage is used
         self._writing: Future[None] | None = None
         self._flushed = time.monotonic()
-        self._back: int | None = None  # a version after which no rows are to stay in the file, where they still are
+        self._rewind_to: int | None = None  # the version after which rows must still be removed from the file
         self.problem = ""
-        """Why the rows can't be written; empty if they can."""
+        """Why the rows can't be written, or '' if they can."""
 
     def rewind(self, version: int) -> None:
-        """Drops the rows after `version`, which a resumed run writes again; as soon as storage lets it."""
+        """Drops the rows after `version`, which a resumed run writes again. The file follows as soon as storage allows."""
         with self._lock:
-            self._rows = [row for row in self._rows if _stays(row, version)]
-            self._back = _earlier(self._back, version)
-        self._flush(BRIEF)
+            self._rows = [row for row in self._rows if _survives(row, version)]
+            self._rewind_to = _earlier_version(self._rewind_to, version)
+        self._flush(MAX_WRITE_WAIT)
 
     def record_merge(self, record: MergeRecord) -> None:
-        self._row(
+        self._add_row(
             "merge",
             at=record.at,
             version=record.version,
@@ -127,29 +127,26 @@ class MetricsLog:
         )
 
     def record_evaluation(self, evaluation: Evaluation) -> None:
-        self._row("evaluation", at=time.time(), version=evaluation.version, step=evaluation.step, values=evaluation.values)
+        self._add_row("evaluation", at=time.time(), version=evaluation.version, step=evaluation.step, values=evaluation.values)
 
     def record_event(self, name: str, **values: Any) -> None:
-        """Something that happened to the run, beside merges: a process that died, one that came back, ..."""
-        self._row("event", at=time.time(), event=name, **values)
+        """Adds the row of an event: a process that failed, one that was restarted, ..."""
+        self._add_row("event", at=time.time(), event=name, **values)
 
     def flush(self) -> None:
-        """Has the rows since the last flush written; on object stores, which write the whole file anew, only now and then.
-
-        This waits for that no longer than the time of a blink.
-        """
-        if self._directory.is_local or time.monotonic() - self._flushed >= REMOTE_EVERY:
-            self._flush(BRIEF)
+        """Writes the rows since the last flush, on object stores only at intervals. Waits at most `MAX_WRITE_WAIT` for that."""
+        if self._directory.is_local or time.monotonic() - self._flushed >= REMOTE_INTERVAL:
+            self._flush(MAX_WRITE_WAIT)
 
     def close(self) -> None:
-        """Has all rows written, and waits until they are, as long as storage is waited for."""
-        self._flush(max(BRIEF, self._patience))
+        """Writes all rows, and waits for that as long as storage operations are retried."""
+        self._flush(max(MAX_WRITE_WAIT, self._patience))
 
     def _flush(self, limit: float) -> None:
-        end, begun = time.monotonic() + limit, False
-        while self._writing is not None or (not begun and (self._rows or self._back is not None)):
+        end, started = time.monotonic() + limit, False
+        while self._writing is not None or (not started and (self._rows or self._rewind_to is not None)):
             if self._writing is None:
-                self._writing, self._flushed, begun = run_in_thread(self._write), time.monotonic(), True
+                self._writing, self._flushed, started = run_in_thread(self._write), time.monotonic(), True
             if wait([self._writing], max(0.0, end - time.monotonic())).not_done:
                 self.problem = pending_problem()
                 return
@@ -157,28 +154,28 @@ class MetricsLog:
             self._writing = None
 
     def _write(self) -> None:
-        """Writes the rows that there are. What can't be written waits for the next time."""
+        """Writes the pending rows. Those that can't be written stay pending."""
         with self._lock:
-            rows, self._rows, back, self._back = self._rows, [], self._back, None
+            rows, self._rows, version, self._rewind_to = self._rows, [], self._rewind_to, None
         try:
-            self._go_back(back)
+            self._rewind_file(version)
             if rows:
                 self._directory.append(METRICS, ("\n".join(rows) + "\n").encode())
         except StorageError as error:
-            with self._lock:  # the run may have gone back meanwhile
-                waiting = rows if self._back is None else [row for row in rows if _stays(row, self._back)]
-                self._rows, self._back = waiting + self._rows, _earlier(back, self._back)
+            with self._lock:  # the run may have been rewound in the meantime
+                pending = rows if self._rewind_to is None else [row for row in rows if _survives(row, self._rewind_to)]
+                self._rows, self._rewind_to = pending + self._rows, _earlier_version(version, self._rewind_to)
             self.problem = f"{METRICS} can't be written: {error}"
         else:
             self.problem = ""
 
-    def _go_back(self, version: int | None) -> None:
+    def _rewind_file(self, version: int | None) -> None:
         if version is not None and self._directory.exists(METRICS):
             rows = self._directory.read(METRICS).splitlines(keepends=True)
-            self._directory.write(METRICS, b"".join(row for row in rows if _stays(row, version)))
+            self._directory.write(METRICS, b"".join(row for row in rows if _survives(row, version)))
 
-    def _row(self, kind: str, **values: Any) -> None:
-        row = json.dumps(_writable({"kind": kind, **values}), allow_nan=False)
+    def _add_row(self, kind: str, **values: Any) -> None:
+        row = json.dumps(_sanitize({"kind": kind, **values}), allow_nan=False)
         with self._lock:
             self._rows.append(row)
 
@@ -187,22 +184,22 @@ def _by_head(values: Mapping[int, float]) -> dict[str, float]:
     return {str(head): value for head, value in values.items()}
 
 
-def _writable(value: Any) -> Any:
-    """As JSON has it, without NaN and infinity, which are written as null, and without credentials, which errors may quote."""
+def _sanitize(value: Any) -> Any:
+    """Replaces NaN and infinity by None, which JSON has, and removes credentials, which error texts may quote."""
     if isinstance(value, dict):
-        return {name: _writable(inner) for name, inner in value.items()}
+        return {name: _sanitize(inner) for name, inner in value.items()}
     if isinstance(value, str):
         return redact(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _earlier(one: int | None, other: int | None) -> int | None:
-    """The earlier of two versions, of which there may be none."""
+def _earlier_version(one: int | None, other: int | None) -> int | None:
+    """The earlier of two versions; None stands for no version."""
     return min((version for version in (one, other) if version is not None), default=None)
 
 
-def _stays(row: str | bytes, version: int) -> bool:
-    """Whether a row is an event, or of this version or an earlier one; one that is torn, or no JSON in UTF-8, is neither."""
+def _survives(row: str | bytes, version: int) -> bool:
+    """Whether a row stays after a rewind: an event, or a row up to this version. A torn row, or one that isn't JSON, goes."""
     try:
         content = json.loads(row if isinstance(row, str) else row.decode())
         return content.get("kind") == "event" or float(content["version"]) <= version
@@ -211,7 +208,7 @@ def _stays(row: str | bytes, version: int) -> bool:
 
 
 def samples_per_second(merges: list[MergeRecord], window: int = 10) -> float | None:
-    """Samples per second over the last `window` merges, None before two."""
+    """Samples per second over the last `window` merges, or None before the second merge."""
     recent = merges[-(window + 1) :]
     if len(recent) < 2 or recent[-1].at <= recent[0].at:
         return None

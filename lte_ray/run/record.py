@@ -1,4 +1,4 @@
-"""The run directory as a whole: what is written first (``run.toml``) and last (the model), and read again."""
+"""The record of a run: ``run.toml``, which it writes first and which resuming and exporting read, and its final model."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def make_record(
     storage: StorageConfig,
     failure: FailureConfig,
 ) -> dict[str, Any]:
-    """All settings as run, flat, as ``--config run.toml`` takes them; the worker's own under "worker".
+    """Returns all settings of a run, flat, as ``--config run.toml`` takes them; the worker's own are under "worker".
 
-    Secrets (`lte_ray.redaction`) aren't in it: "omitted" lists those that must be given again, and the storage's URI has none.
+    Secrets (`lte_ray.redaction`) are left out: "omitted" lists those that must be given again, and the storage's URI has none.
     """
     place = without_credentials(storage.storage) if storage.storage else None
     place = os.path.abspath(place) if place and "://" not in place else place
@@ -50,12 +50,14 @@ def make_record(
         flat |= {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
     if storage.keep_checkpoints is None:
         flat["keep_checkpoints"] = NONE
-    own, ours = split_secrets(_said(type(worker), worker_settings(worker)), _defaults(type(worker)))
-    of_policy, theirs = split_secrets(settings.merge.policy_args or {}, {})
-    if ours or theirs:
-        flat[OMITTED] = [*(f"worker.{name}" for name in ours), *(f"policy.{name}" for name in theirs)]
-    flat |= {"policy": absolute(object_name(settings.merge.policy)), "policy_args": _named(of_policy)}
-    return {**flat, "worker": _named(own)}
+    arguments = _recordable(type(worker), worker_settings(worker))
+    of_worker, worker_secrets = split_secrets(arguments, _defaults(type(worker)))
+    of_policy, policy_secrets = split_secrets(settings.merge.policy_args or {}, {})
+    if worker_secrets or policy_secrets:
+        names = [*(f"worker.{name}" for name in worker_secrets), *(f"policy.{name}" for name in policy_secrets)]
+        flat[OMITTED] = names
+    flat |= {"policy": absolute(object_name(settings.merge.policy)), "policy_args": _as_flag_values(of_policy)}
+    return {**flat, "worker": _as_flag_values(of_worker)}
 
 
 @dataclass(frozen=True)
@@ -107,13 +109,13 @@ def read(directory: RunDirectory) -> RunRecord:
 
 
 def write_model(directory: RunDirectory, initial: Initial, base: Tensor) -> None:
-    """Writes the merged weights, fp32, under the unconverted model's own names."""
+    """Writes the merged weights in fp32 under the unconverted model's own names."""
     state = merged_state_dict(initial.model, initial.plan, base)
     directory.write(MODEL, safetensors.torch.save(state, {"format": "pt"}))
 
 
 def object_name(thing: Any) -> str:
-    """How a class, function or policy is written in ``run.toml``: itself if it is a name, else module:Name."""
+    """How ``run.toml`` names a class, function or policy: a name as it is, anything else as module:Name."""
     if isinstance(thing, str):
         return thing
     kind = thing if isinstance(thing, type) or inspect.isroutine(thing) else type(thing)
@@ -124,10 +126,10 @@ def _defaults(kind: type) -> dict[str, Any]:
     return {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
 
 
-def _said(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments without those that have a default which TOML can't say (a function, a type, a table ...).
+def _recordable(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments without those that have a default which TOML can't hold (a function, a type, a table ...).
 
-    No flag could say it again, and none needs to.
+    They needn't be recorded, since a resumed run has the same defaults.
     """
     return {name: value for name, value in values.items() if _is_plain(value) or not _is_default(kind, name, value)}
 
@@ -140,39 +142,38 @@ def _is_plain(value: Any) -> bool:
 
 def _is_default(kind: type, name: str, value: Any) -> bool:
     default = _defaults(kind).get(name)
-    made = getattr(kind, "__dataclass_fields__", {}).get(name)
+    field = getattr(kind, "__dataclass_fields__", {}).get(name)
     try:
-        if made is not None and made.default_factory is not dataclasses.MISSING:
-            default = made.default_factory()
+        if field is not None and field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
         return value is default or (type(value) is type(default) and bool(value == default))
-    except Exception:  # it is the worker's own affair, and may be of any kind
+    except Exception:  # a comparison of the worker's own may raise anything
         return False
 
 
-def _named(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by name, as flags say them: None, members of an Enum, and sets, which TOML has as lists."""
-    return {name: _as_flags(value) for name, value in values.items()}
+def _as_flag_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with None and members of an Enum written as flags write them, and sets as lists."""
+    return {name: _as_flag_value(value) for name, value in values.items()}
 
 
-def _as_flags(value: Any) -> Any:
+def _as_flag_value(value: Any) -> Any:
     if isinstance(value, set | frozenset):
         value = sorted(value, key=str)
     if isinstance(value, list | tuple):
-        return [_as_flags(each) if isinstance(each, Enum) else each for each in value]
+        return [_as_flag_value(each) if isinstance(each, Enum) else each for each in value]
     return NONE if value is None else value.name if isinstance(value, Enum) else value
 
 
-def as_toml(record: dict[str, Any]) -> str:
-    """The text of ``run.toml``."""
-    return tomli_w.dumps(_plain(record))
+def format_record(record: dict[str, Any]) -> str:
+    """Returns the text of ``run.toml``: tuples as lists, other objects as text, without values that are None."""
+    return tomli_w.dumps(_to_toml(record))
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Only what TOML can say: no None, tuples as lists, unknown objects as text."""
+def _to_toml(values: dict[str, Any]) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            plain[key] = _plain(value)
+            plain[key] = _to_toml(value)
         elif isinstance(value, list | tuple):
             plain[key] = [v if isinstance(v, str | int | float | bool) else redact(str(v)) for v in value]
         elif value is not None:

@@ -1,4 +1,4 @@
-"""Whether a run may start in its directory, and taking it: no other process trains there meanwhile."""
+"""Checks whether a run may start in its directory, and acquires it, so that no other process trains there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lte_ray.config.validation import is_integer
 from lte_ray.engine.prepare import Initial
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
-from lte_ray.run.record import as_toml
+from lte_ray.run.record import format_record
 from lte_ray.storage import LOCK, PART_SUFFIX, PROBE, RUN, RunDirectory, check_unlocked, exclusive_lock
 
 log = logging.getLogger("lte_ray")
@@ -24,7 +24,7 @@ log = logging.getLogger("lte_ray")
 
 @dataclass
 class RunClaim:
-    """A run directory that this process is to train in; whether it may is checked at once, and again when it is taken.
+    """The run directory that this process will train in. Its constructor checks whether it may, and `acquire` checks again.
 
     Raises:
         StorageError: another process trains there, or as `check_start`.
@@ -37,14 +37,14 @@ class RunClaim:
 
     def __post_init__(self) -> None:
         check_unlocked(self.directory)
-        self._seen = self._versions()
-        self._resume = self._checked()
+        self._checked_versions = self._versions()
+        self._resume = self._find_checkpoint()
 
     def _versions(self) -> list[int]:
         return checkpoint.complete_versions(self.directory) if self.directory.exists() else []
 
-    def _checked(self) -> checkpoint.Manifest | None:
-        """The checkpoint to go on from, if there is one: whole, and of this model. Says what the user should know."""
+    def _find_checkpoint(self) -> checkpoint.Manifest | None:
+        """The checkpoint to resume from, if there is one, intact and of this model. Logs what the user should know."""
         resume, notes = check_start(self.directory, self.storage, self.settings)
         for line in notes:
             log.warning("%s", line)
@@ -55,105 +55,110 @@ class RunClaim:
 
     @contextlib.contextmanager
     def acquire(self, record: dict[str, Any]) -> Iterator[tuple[str, checkpoint.Manifest | None]]:
-        """For the block the directory is this process's alone, with its ``run.toml``; gives that, and what to go on from."""
+        """Holds the directory for the block and writes its ``run.toml``.
+
+        Yields:
+            The text of ``run.toml``, and the checkpoint to resume from, if there is one.
+        """
         directory = self.directory
         if self.storage.overwrite and directory.is_link(""):
-            directory.delete()  # the link, not what it leads to
-        there = directory.exists()
-        with contextlib.ExitStack() as held:
-            if there:
-                held.enter_context(exclusive_lock(directory))
-            if self._versions() != self._seen:  # others have trained it while this waited for the cluster
-                self._resume = self._checked()
+            directory.delete()  # the link, not its target
+        existed = directory.exists()
+        with contextlib.ExitStack() as stack:
+            if existed:
+                stack.enter_context(exclusive_lock(directory))
+            if self._versions() != self._checked_versions:  # another process trained while this one waited for the cluster
+                self._resume = self._find_checkpoint()
             config = create_run(directory, record, self.storage, self._resume)
             if self._resume and (differing := changed_data(self._resume, config)):
                 log.warning(
-                    "%s goes on, but %s. Where that changes the batches, samples of this epoch are repeated or left out.",
+                    "%s continues, but %s. If that changes the batches, samples of this epoch are repeated or left out.",
                     directory.display,
                     ", ".join(differing),
                 )
-            if not there:
-                held.enter_context(exclusive_lock(directory))
+            if not existed:
+                stack.enter_context(exclusive_lock(directory))
             yield config, self._resume
 
 
 def check_start(
     directory: RunDirectory, storage: StorageConfig, settings: Settings
 ) -> tuple[checkpoint.Manifest | None, list[str]]:
-    """Whether the run may start there.
+    """Checks whether the run may start in the directory.
 
     Returns:
-        The checkpoint to go on from, if it is to and there is one, else None; and what the user should know, in lines.
+        The checkpoint to resume from, or None; and lines that the user should see.
 
     Raises:
-        StorageError: the name is taken, what there is to resume is damaged or has other heads, or it isn't a run.
+        StorageError: the name is taken, the run to resume is damaged or has other heads, or the directory isn't a run's.
     """
     place = directory.display
-    there = directory.exists()
-    if there and not (storage.resume or storage.overwrite):
+    exists = directory.exists()
+    if exists and not (storage.resume or storage.overwrite):
         raise StorageError(
             f"A run named {settings.run!r} is already in {place}. Choose another --name, continue it with --resume, "
             "or replace it with --overwrite."
         )
-    if there and storage.overwrite and not _is_run(directory):
+    if exists and storage.overwrite and not _is_run(directory):
         raise StorageError(f"{place} has no {RUN}, so it isn't a run of lte-ray; --overwrite won't remove it.")
     if not storage.resume:
         return None, []
-    if not there or not checkpoint.complete_versions(directory):
-        if there and not _is_run(directory):
+    if not exists or not checkpoint.complete_versions(directory):
+        if exists and not _is_run(directory):
             raise StorageError(f"{place} has no {RUN}, so it isn't a run of lte-ray; --resume won't write there.")
-        what = "has no complete checkpoint" if there else "isn't there"
-        return None, [f"{place} {what}: nothing to resume, the run starts from the beginning."]
+        why = "has no complete checkpoint" if exists else "doesn't exist"
+        return None, [f"{place} {why}: there is nothing to resume, so the run starts from the beginning."]
     manifest, notes = checkpoint.read_newest_intact(directory)
-    manifest = _with_facts(directory, manifest)
-    before, asked = manifest.facts["lte"], json.loads(json.dumps(dataclasses.asdict(settings.lte)))
-    # For settings that there weren't when the run was begun; `checkpoint.check_factors` finds out whether --adapt fits.
-    default = json.loads(json.dumps(dataclasses.asdict(LTEConfig()))) | {"adapt": asked["adapt"]}
-    before = {name: before.get(name, default[name]) for name in asked}
-    same = ("strict", "num_heads")  # which change no head
-    differing = [name for name in asked if asked[name] != before[name] and name not in same]
+    _check_facts(directory, manifest)
+    before, now = manifest.facts["lte"], json.loads(json.dumps(dataclasses.asdict(settings.lte)))
+    # Settings that are newer than the run have their defaults; `checkpoint.check_factors` finds out whether --adapt fits.
+    default = json.loads(json.dumps(dataclasses.asdict(LTEConfig()))) | {"adapt": now["adapt"]}
+    before = {name: before.get(name, default[name]) for name in now}
+    harmless = ("strict", "num_heads")  # these change no head
+    differing = [name for name in now if now[name] != before[name] and name not in harmless]
     if differing:
-        said = ", ".join(f"{flag(name)} was {before[name]} and is {asked[name]}" for name in differing)
-        raise StorageError(f"{place} can't be continued with other heads: {said}. Give the settings as they were.")
+        changes = ", ".join(f"{flag(name)} was {before[name]} and is {now[name]}" for name in differing)
+        raise StorageError(f"{place} can't be continued with other heads: {changes}. Give the settings as they were.")
     heads = before["num_heads"]
-    taken = manifest.facts.get("taken", manifest.facts["step"] * heads)  # which an older release didn't note
+    taken = manifest.facts.get("taken", manifest.facts["step"] * heads)  # an older release didn't record it
     wanted = settings.train.steps * heads
     if taken > wanted or (taken == wanted and heads != settings.lte.num_heads):
-        raise StorageError(f"{place} has taken all {taken // heads} local steps a head already. Raise --steps to continue it.")
-    if taken == wanted:  # the driver may have died just before its end: the same submission again ends the run
+        raise StorageError(
+            f"{place} has already taken all {taken // heads} local steps per head. Raise --steps to continue it."
+        )
+    if taken == wanted:  # the driver may have died just before the end: resubmitting the same command finishes the run
         notes.append(
-            f"{place} has taken all {taken // heads} local steps a head already: only its model is written and evaluated "
-            "again. Raise --steps to train on."
+            f"{place} has already taken all {taken // heads} local steps per head: only its model is written and evaluated "
+            "again. Raise --steps to continue training."
         )
     if heads != settings.lte.num_heads:
-        now = settings.lte.num_heads
-        notes.append(f"The run goes on with {now} heads in the place of {heads}; the data is dealt out anew.")
+        notes.append(f"The run continues with {settings.lte.num_heads} heads instead of {heads}; the data is redistributed.")
     return manifest, notes
 
 
 def changed_data(resume: checkpoint.Manifest, config: str) -> list[str]:
-    """What differs of the settings that batches depend on, the seed and the worker's own: "--seed was 0 and is 1"."""
+    """Describes changes of the settings that determine the batches, the seed and the worker's own: "--seed was 0 and is 1"."""
     try:
         old, new = (_data_settings(toml.parse(str(text).encode())) for text in (resume.facts["config"], config))
-    except (KeyError, ValueError):  # of an older release, or of somebody else: nobody can say
+    except (KeyError, ValueError):  # written by an older release or another program
         return []
     return [f"{flag(n)} was {old[n]} and is {new[n]}" for n in sorted(old.keys() & new.keys()) if old[n] != new[n]]
 
 
 def _data_settings(record: dict[str, Any]) -> dict[str, Any]:
-    """Those that batches depend on, of what ``run.toml`` says."""
+    """The settings in ``run.toml`` that determine the batches."""
     worker = record.get("worker")
-    own = {f"worker.{name}": value for name, value in worker.items()} if isinstance(worker, dict) else {}
-    return {"seed": record["seed"], **own} if "seed" in record else own
+    of_worker = {f"worker.{name}": value for name, value in worker.items()} if isinstance(worker, dict) else {}
+    return {"seed": record["seed"], **of_worker} if "seed" in record else of_worker
 
 
 def _is_run(directory: RunDirectory) -> bool:
-    """Whether it is a run's, or was being made into one when its process died, or is empty."""
+    """Whether the directory is a run's, or empty, or was being created when its process died."""
     return directory.exists(RUN) or set(directory.list_names()) <= {LOCK, PROBE, RUN + PART_SUFFIX}
 
 
-def _with_facts(directory: RunDirectory, manifest: checkpoint.Manifest) -> checkpoint.Manifest:
-    """The manifest, if its facts are those that a run goes on from; whoever wrote it may have left them out."""
+def _check_facts(directory: RunDirectory, manifest: checkpoint.Manifest) -> None:
+    """Raises StorageError if the manifest, which may have been edited, lacks facts that a resumed run needs."""
     facts = manifest.facts
     lte = facts.get("lte")
     numbers = [facts.get("step"), facts.get("taken", 0), lte.get("num_heads") if isinstance(lte, dict) else None]
@@ -162,27 +167,26 @@ def _with_facts(directory: RunDirectory, manifest: checkpoint.Manifest) -> check
             f"{directory.path_to(checkpoint.version_folder(manifest.version))}/{checkpoint.MANIFEST} is damaged: it doesn't "
             "say how far the run was and which heads it had (step, taken, lte)."
         )
-    return manifest
 
 
 def create_run(
     directory: RunDirectory, record: dict[str, Any], storage: StorageConfig, resume: checkpoint.Manifest | None = None
 ) -> str:
-    """Makes the run directory with its ``run.toml``, the first thing that a run writes, once it can start; gives its text.
+    """Creates the run directory, writes its ``run.toml`` and returns the text. This is the first thing that a run writes.
 
-    Checkpoints after the one that it goes on from are of steps that will be taken again: they are removed.
+    Removes checkpoints after `resume`, since their steps will be taken again.
 
     Raises:
-        StorageError: it can't be written, or another run has taken the name meanwhile.
+        StorageError: the directory can't be written, or another run has taken the name in the meantime.
     """
-    there = directory.exists()
+    existed = directory.exists()
     if storage.overwrite:
         for name in directory.list_names():
-            if name != LOCK:  # which is held meanwhile
+            if name != LOCK:  # this process holds it
                 directory.delete(name)
-    directory.create(exclusive=not storage.resume and not (storage.overwrite and there))
+    directory.create(exclusive=not storage.resume and not (storage.overwrite and existed))
     if resume is not None:
         checkpoint.remove_after(directory, resume.version)
-    text = as_toml(record)
+    text = format_record(record)
     directory.write(RUN, text.encode())
     return text

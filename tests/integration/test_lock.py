@@ -12,7 +12,7 @@ from lte_ray import LTETrainer, checkpoint
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
-from lte_ray.run.record import as_toml
+from lte_ray.run.record import format_record
 from lte_ray.run.start import RunClaim, changed_data
 from lte_ray.runtime import placement
 from lte_ray.storage import RunDirectory, check_unlocked, exclusive_lock, lock
@@ -136,10 +136,10 @@ def test_settings_that_determine_batches_are_compared_on_resume() -> None:
     """Seed and the worker's arguments, unless the checkpoint doesn't have them or one of both lacks the argument."""
     worker = {"batch_size": 64, "rate": 0.1, "token": "x"}
     before = {"seed": 0, "steps": 10, "worker": worker}
-    now = as_toml({"seed": 1, "steps": 20, "worker": {"batch_size": 32, "rate": 0.1}})
-    manifest = checkpoint.Manifest(2, (), (), {"config": as_toml(before)})
+    now = format_record({"seed": 1, "steps": 20, "worker": {"batch_size": 32, "rate": 0.1}})
+    manifest = checkpoint.Manifest(2, (), (), {"config": format_record(before)})
     assert changed_data(manifest, now) == ["--seed was 0 and is 1", "--worker.batch-size was 64 and is 32"]
-    assert changed_data(manifest, as_toml(before)) == []
+    assert changed_data(manifest, format_record(before)) == []
     for facts in ({}, {"config": "= broken"}, {"config": "worker = 3"}):
         assert changed_data(checkpoint.Manifest(2, (), (), facts), now) == []
 
@@ -162,7 +162,7 @@ def test_a_driver_that_waited_for_the_cluster_continues_from_what_another_traine
     monkeypatch.setattr(placement, "reserve", reserve_late)
     result = LTETrainer(Regression(), **run, **settings(steps=steps)).fit()
     assert result.metrics["version"] == steps // 5
-    assert ("has taken all 10 local steps a head already: only its model" in caplog.text) == (steps == 10)
+    assert ("has already taken all 10 local steps per head: only its model" in caplog.text) == (steps == 10)
     directory = RunDirectory.open(str(tmp_path), "r")
     assert 2 in checkpoint.complete_versions(directory)
     rows = (tmp_path / "r" / "metrics.jsonl").read_text()

@@ -417,7 +417,7 @@ def test_resume_refuses_what_it_cannot_continue(usual: Usual, tmp_path: Path) ->
     """Other heads, fewer steps than were taken, or more heads for none: one clear error each."""
     shutil.copytree(usual.path / "r", tmp_path / "r")
     again = storage(tmp_path, "r", resume=True)
-    with pytest.raises(StorageError, match=r"has taken all 30 local steps a head already\. Raise --steps"):
+    with pytest.raises(StorageError, match=r"has already taken all 30 local steps per head\. Raise --steps"):
         LTETrainer(Dropping(), run_config=again, **settings(steps=25)).fit()
     more = settings()
     with pytest.raises(StorageError, match="Raise --steps"):

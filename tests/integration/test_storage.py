@@ -134,7 +134,7 @@ def test_a_dead_head_is_replaced_while_storage_hangs(local_ray: None, tmp_path: 
     faults.mkdir()
     (faults / "00.json").write_text(json.dumps({"point": "stepped", "head": 1, "step": 80, "signal": "SIGKILL"}))
     monkeypatch.setenv(fault_injection.VARIABLE, str(faults))
-    monkeypatch.setattr(metrics, "REMOTE_EVERY", 0.0)
+    monkeypatch.setattr(metrics, "REMOTE_INTERVAL", 0.0)
     reporter = UpdateGaps(script, [fail("slow", match="*metrics.jsonl*", seconds=HANG_SECONDS)], version=5, seconds=2.0)
     result = trainer(tmp_path, reporter).fit()
     assert reporter.met > 0, "storage never hung"

@@ -13,7 +13,7 @@ from lte_ray import checkpoint, storage
 from lte_ray.engine.failure_policy import FailurePolicy
 from lte_ray.engine.hang_detector import HangDetector
 from lte_ray.errors import LTEError, RunError, StorageError, UserError, WorkerFailed
-from lte_ray.run.metrics import BRIEF, Evaluation
+from lte_ray.run.metrics import MAX_WRITE_WAIT, Evaluation
 from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.controller.actor_launcher import ActorLauncher
 from lte_ray.runtime.controller.head_actors import HeadActorGroup
@@ -87,7 +87,7 @@ class Evaluations:
             if self._context.retention.best:
                 running = [write for write in self._writes if not write.done()]
                 self._writes = [*running, storage.run_in_thread(lambda: self._write(evaluation))]
-                wait(self._writes[-1:], BRIEF)
+                wait(self._writes[-1:], MAX_WRITE_WAIT)
         if state.queue:
             pending = state.evaluating = state.queue.popleft()
             self._result = self.actor.evaluate.remote(pending.base)

@@ -214,7 +214,7 @@ def test_help_explains_every_field_and_the_workers_own(capsys: pytest.CaptureFix
     assert "Samples of one head's batch." in shown
 
 
-def test_help_that_nobody_reads_to_its_end_ends_without_a_word() -> None:
+def test_help_into_a_closed_pipe_ends_silently() -> None:
     """As in `lte-ray train --help | head`: the exit code of a broken pipe, and nothing on stderr."""
     command = [Path(sys.executable).parent / "lte-ray", "train", "--help"]
     reading, writing = os.pipe()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lte_ray.cli.main import main
-from lte_ray.cli.timeline import COLOURS, STYLES, slices, svg, timeline, window
+from lte_ray.cli.timeline import COLORS, STYLES, shown_seconds, slices, svg, timeline
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.config.cluster_model import ClusterModel
 from lte_ray.engine.settings import Settings
@@ -82,10 +82,10 @@ def test_the_picture_is_well_formed_and_to_scale(tmp_path: Path, capsys: pytest.
     assert "a < b" in texts
     assert {"head 0", "head 3", "coordinator", "train", "wait"} <= set(texts)
     bars = [
-        r for r in root.iter("{http://www.w3.org/2000/svg}rect") if r.get("x") == "90.00" and r.get("fill") == COLOURS["train"]
+        r for r in root.iter("{http://www.w3.org/2000/svg}rect") if r.get("x") == "90.00" and r.get("fill") == COLORS["train"]
     ]
     widths = [float(bar.get("width", 0)) for bar in bars]
-    assert widths[:3] == pytest.approx([1 / window(run) * 900] * 3, abs=0.01)
+    assert widths[:3] == pytest.approx([1 / shown_seconds(run) * 900] * 3, abs=0.01)
     assert widths[3] == pytest.approx(4 * widths[0], abs=0.05)
 
 
@@ -105,7 +105,7 @@ def test_the_picture_is_readable_without_unicode_and_colour() -> None:
         signs = [style[column] for style in STYLES.values()]
         assert len(set(signs)) >= len(signs) - 1
     assert set(KINDS) <= set(STYLES)
-    assert set(KINDS) <= set(COLOURS)
+    assert set(KINDS) <= set(COLORS)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,15 @@ from rich.console import Console
 from lte_ray.errors import StorageError
 from lte_ray.messages import HeadStatus, MergeRecord
 from lte_ray.run import metrics
-from lte_ray.run.display import LineDisplay, LiveDisplay, automatic_display, format_bytes, format_duration, line, table
+from lte_ray.run.display import (
+    LineDisplay,
+    LiveDisplay,
+    automatic_display,
+    format_bytes,
+    format_duration,
+    format_line,
+    make_table,
+)
 from lte_ray.run.metrics import METRICS, Evaluation, MetricsLog, Progress, samples_per_second
 from lte_ray.storage import RunDirectory
 
@@ -42,24 +50,26 @@ def shown(renderable: object) -> str:
 
 def test_a_line_says_where_the_run_is() -> None:
     """Steps, base version, rate, loss of every head that has one, evaluation and time left."""
-    assert line(NOW) == ("step 18/100  base v2  1,234.5 samples/s  train loss 2.5000  bits_per_byte 2.718 (v2)  1:02:05 left")
+    assert format_line(NOW) == (
+        "step 18/100  base v2  1,234.5 samples/s  train loss 2.5000  bits_per_byte 2.718 (v2)  1:02:05 left"
+    )
 
 
 def test_a_run_that_has_not_begun_is_shown_without_figures() -> None:
     """No rate, loss or time left is made up before there is one."""
     start = Progress.starting("gpt", 100, "starting Ray")
-    assert line(start) == "step 0/100  base v0  starting Ray"
-    assert "nan" not in shown(table(start)).lower()
-    assert "starting Ray" in shown(table(start))
+    assert format_line(start) == "step 0/100  base v0  starting Ray"
+    assert "nan" not in shown(make_table(start)).lower()
+    assert "starting Ray" in shown(make_table(start))
 
 
 def test_the_table_has_a_row_for_every_head() -> None:
     """Number, step, samples, loss, base version, state and device; a dash where there is no loss yet."""
-    rows = [row.split() for row in shown(table(NOW)).splitlines()]
+    rows = [row.split() for row in shown(make_table(NOW)).splitlines()]
     assert ["0", "20", "320", "2.5000", "v2", "waiting", "cpu"] in rows
     assert ["1", "18", "0", "-", "v0", "training", "cpu"] in rows
-    assert "bits_per_byte 2.718 (v2)" in shown(table(NOW))
-    assert "checkpoint v1" in shown(table(NOW))
+    assert "bits_per_byte 2.718 (v2)" in shown(make_table(NOW))
+    assert "checkpoint v1" in shown(make_table(NOW))
 
 
 def test_lines_are_for_logs_and_the_table_for_terminals() -> None:
@@ -110,7 +120,7 @@ def test_metrics_do_not_wait_for_storage_that_hangs_and_lose_no_row(
                 raise StorageError("no")
         append(self, name, data)
 
-    monkeypatch.setattr(metrics, "BRIEF", 0.01)
+    monkeypatch.setattr(metrics, "MAX_WRITE_WAIT", 0.01)
     monkeypatch.setattr(RunDirectory, "append", late)
     log = MetricsLog(directory)
     for version in (1, 2, 3):
@@ -181,9 +191,9 @@ def test_bytes_are_shown_in_their_unit() -> None:
 def test_many_heads_are_summed_up() -> None:
     """Of more than eight heads, a line gives the mean loss and its range, and the table one row for the rest."""
     many = replace(NOW, heads=tuple(HeadStatus(n, step=30 + n, samples=100, loss=1.0 + n / 10) for n in range(12)))
-    assert "train loss 1.5500 (1.0000-2.1000)" in line(many)
+    assert "train loss 1.5500 (1.0000-2.1000)" in format_line(many)
     shown = Console(file=io.StringIO(), width=120)
-    shown.print(table(many))
+    shown.print(make_table(many))
     rows = shown.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert any(row.split()[:4] == ["+4", "38", "400", "1.9500"] for row in rows)
     assert not any(row.split()[:1] == ["8"] for row in rows)
