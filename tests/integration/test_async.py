@@ -1,4 +1,4 @@
-"""Merging without waiting on a real Ray: nothing is lost, and what heads redo is the coordinator's base."""
+"""Merging without waiting, on a real Ray: nothing is lost, and heads that redo merges get the coordinator's base."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.ray
 
 @dataclass
 class Slow(Regression):
-    """Each step sleeps; head 0's longer."""
+    """Each step sleeps, longer in head 0."""
 
     seconds: float = 0.01
     slow_seconds: float = 0.06
@@ -62,7 +62,7 @@ def test_a_barrier_run_by_factors_is_bitwise_the_one_by_bases(local_ray: None, t
 
 @pytest.mark.parametrize("down", [pytest.param("dense", marks=pytest.mark.slow), "factors"])
 def test_heads_that_never_wait_lose_no_step(local_ray: None, tmp_path: Path, down: str) -> None:
-    """All steps are merged, exactly as many as there are; the faster head takes more of them, and the loss falls."""
+    """Each step is merged exactly once; the faster head takes more of them, and the loss falls."""
     result = fit(tmp_path, Slow(), 60, when="arrival", wait=False, send_down=down)
     rows = merges(result)
     assert sum(row["steps"] for row in rows) == 2 * 60
@@ -76,30 +76,30 @@ def test_heads_that_never_wait_lose_no_step(local_ray: None, tmp_path: Path, dow
 
 
 @pytest.mark.slow
-def test_a_head_that_falls_behind_is_rebased_in_mid_round(local_ray: None, tmp_path: Path) -> None:
-    """The other head merges every step, this one every fifth: with max_lag 2 it never contributes far from its base."""
+def test_a_head_that_falls_behind_is_rebased_within_a_round(local_ray: None, tmp_path: Path) -> None:
+    """The other head is five times as fast: with max_lag 2, the slow one never contributes from a much older version."""
     lags = {}
-    for most in (2, 1000):
+    for max_lag in (2, 1000):
         result = fit(
-            tmp_path / str(most),
+            tmp_path / str(max_lag),
             Slow(seconds=0.02, slow_seconds=0.1),
             50,
             when="arrival",
             wait=False,
-            max_lag=most,
+            max_lag=max_lag,
             merge_iter=5,
         )
-        lags[most] = max(row["lag"].get("0", 0) for row in merges(result))
-    assert lags[2] <= 2 + 2  # versions that came while one step was under way
+        lags[max_lag] = max(row["lag"].get("0", 0) for row in merges(result))
+    assert lags[2] <= 2 + 2  # two more may be published during one step
     assert lags[1000] >= 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("down", ["dense", "factors"])
-def test_virtual_heads_need_not_wait(local_ray: None, tmp_path: Path, down: str) -> None:
-    """Two heads of one actor share main weights: each change of version settles what it holds of both."""
-    together = {"heads_per_actor": 2, "stack_heads": "never"}
-    result = fit(tmp_path, Regression(), 60, together, when="arrival", wait=False, send_down=down)
+def test_virtual_heads_never_wait(local_ray: None, tmp_path: Path, down: str) -> None:
+    """Two heads of one actor share main weights; each adoption of a version updates the references of both."""
+    one_actor = {"heads_per_actor": 2, "stack_heads": "never"}
+    result = fit(tmp_path, Regression(), 60, one_actor, when="arrival", wait=False, send_down=down)
     assert sum(row["steps"] for row in merges(result)) == 2 * 60
     assert result.metrics["validation_loss"] < 0.3  # 0.67 before
 
@@ -114,26 +114,26 @@ def test_a_deadline_ends_the_wait_for_a_quorum(local_ray: None, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_heads_of_different_speed_contribute_together(local_ray: None, tmp_path: Path) -> None:
-    """With match_speed the fast head takes more steps a round, so that it hardly waits for the slow one."""
+    """With match_speed the fast head takes more steps per round, so that it hardly waits for the slow one."""
     result = fit(tmp_path, Slow(seconds=0.02, slow_seconds=0.08), 60, match_speed=True)
     rows = merges(result)
     assert sum(row["steps"] for row in rows) == 2 * 60
-    assert max(row["steps"] for row in rows) > 15  # 5 of the slow head's, and more than twice as many of the other's
+    assert max(row["steps"] for row in rows) > 15  # the slow head takes 5, the other more than twice as many
 
 
 @pytest.mark.slow
-def test_contributions_may_be_due_by_time(local_ray: None, tmp_path: Path) -> None:
-    """merge_every: each head takes the steps that fit, once its speed is known."""
+def test_contributions_can_be_due_by_time(local_ray: None, tmp_path: Path) -> None:
+    """merge_every: once its speed is known, each head takes the steps that fit into the interval."""
     result = fit(tmp_path, Slow(seconds=0.02, slow_seconds=0.08), 60, merge_every="0.4s", when="arrival", wait=False)
     by_head = {head: [row["steps"] for row in merges(result) if row["heads"] == [head]] for head in (0, 1)}
     assert max(by_head[1]) > 2 * max(by_head[0][1:])
 
 
-class Kept:
-    """Keeps only merges after which the loss is lower than before."""
+class KeepsImprovements:
+    """Keeps only merges that lower the loss."""
 
     def __init__(self) -> None:
-        self.seen: list[float] = []
+        self.losses: list[float] = []
 
     def merge(self, pending: Any, roster: Any) -> Any:
         from lte_ray.merging import Discard, Merge, Try
@@ -142,26 +142,26 @@ class Kept:
         heads = [p.head for p in pending]
 
         def judge(values: Any) -> Any:
-            self.seen.append(values["validation_loss"])
-            return merge if self.seen[-1] <= min(self.seen) else Discard(heads, "the loss rose")
+            self.losses.append(values["validation_loss"])
+            return merge if self.losses[-1] <= min(self.losses) else Discard(heads, "the loss rose")
 
         return Try(merge, judge)
 
 
-def test_a_policy_may_try_a_merge_first(local_ray: None, tmp_path: Path) -> None:
-    """The evaluator judges each candidate before any head sees it; the kept ones' losses only fall."""
-    result = fit(tmp_path, Regression(), 30, policy=Kept())
+def test_a_policy_can_try_a_merge_first(local_ray: None, tmp_path: Path) -> None:
+    """The evaluator evaluates each candidate before any head gets it; losses of the kept ones only fall."""
+    result = fit(tmp_path, Regression(), 30, policy=KeepsImprovements())
     assert 0 < len(merges(result)) <= 6
     assert result.metrics["validation_loss"] < 0.4
 
 
 @pytest.mark.slow
 def test_int8_and_topk_lose_little(local_ray: None, tmp_path: Path) -> None:
-    """What rounding leaves out rides in the next contribution: the loss is near that of fp32, for a quarter of the bytes."""
+    """The next contribution includes what rounding left out: the loss is close to that of fp32, with a quarter of the bytes."""
     exact = fit(tmp_path / "a", Regression(), 60)
-    small = fit(tmp_path / "b", Regression(), 60, transfer="int8", replica_topk=0.5)
-    assert small.metrics["bytes_up"] < 0.3 * exact.metrics["bytes_up"]
-    assert small.metrics["validation_loss"] < 1.5 * exact.metrics["validation_loss"] + 0.005
+    compressed = fit(tmp_path / "b", Regression(), 60, transfer="int8", replica_topk=0.5)
+    assert compressed.metrics["bytes_up"] < 0.3 * exact.metrics["bytes_up"]
+    assert compressed.metrics["validation_loss"] < 1.5 * exact.metrics["validation_loss"] + 0.005
 
 
 @pytest.mark.slow
@@ -169,7 +169,7 @@ def test_int8_and_topk_lose_little(local_ray: None, tmp_path: Path) -> None:
     "merge", [{"when": "quorum", "quorum": 1}, {"when": "arrival"}, {"wait": False, "max_lag": 0}, {"wait": False}]
 )
 def test_virtual_heads_are_merged_one_by_one_and_saved(local_ray: None, tmp_path: Path, merge: dict[str, Any]) -> None:
-    """Heads of one actor whose contributions are answered at different times; a checkpoint at every merge holds nobody up."""
+    """Contributions of one actor's heads are answered at different times; a checkpoint at every merge delays no head."""
     kwargs = settings(30, eval_every=0, checkpoint_every=1, budget="each")
     kwargs["merge"] = MergeConfig(merge_iter=5, merge_threads=1, **merge)
     placement = PlacementConfig(heads_per_actor=2, stack_heads="never")
@@ -179,13 +179,13 @@ def test_virtual_heads_are_merged_one_by_one_and_saved(local_ray: None, tmp_path
 
 
 @pytest.mark.slow
-def test_a_resumed_run_goes_on_with_the_policys_momentum(local_ray: None, tmp_path: Path) -> None:
-    """Bitwise the run that never stopped: the checkpoint holds what the policy keeps."""
+def test_a_resumed_run_keeps_the_policys_momentum(local_ray: None, tmp_path: Path) -> None:
+    """Bitwise equal to the uninterrupted run: the checkpoint has the policy's state."""
     merge = MergeConfig(merge_iter=5, merge_threads=1, policy="nesterov", policy_args={"lr": 0.3})
 
-    def run(name: str, steps: int, **more: Any) -> ray.train.Result:
+    def run(name: str, steps: int, resume: bool = False) -> ray.train.Result:
         return LTETrainer(
-            Regression(), run_config=storage(tmp_path, name, **more), **(settings(steps) | {"merge": merge})
+            Regression(), run_config=storage(tmp_path, name, resume=resume), **(settings(steps) | {"merge": merge})
         ).fit()
 
     run("parts", 15)

@@ -1,4 +1,4 @@
-"""The driver's process is killed without a word, on a real Ray; the same command goes on with the run."""
+"""The driver's process is killed, on a real Ray; the same command resumes the run."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Slow(Normed):
 FLAGS = "--num-heads 2 --lora-r 8 --lora-alpha 16 --merge-iter 5 --merge-threads 1 --steps 60 --seed 3 --checkpoint-every 2"
 
 
-def command(path: Path, hold_at: int | None = None) -> subprocess.Popen[str]:
-    """`lte-ray train ... --resume`, on the tests' Ray; steps after `hold_at` take a second, so that the run isn't over soon."""
+def start_command(path: Path, hold_at: int | None = None) -> subprocess.Popen[str]:
+    """Starts `lte-ray train ... --resume` on the tests' Ray; steps after `hold_at` take a second, so that the run lasts."""
     (path / "slow.py").write_text(WORKER.replace('os.environ.get("HOLD_AT_STEP")', repr(hold_at)))
     flags = f"--eval-every 0 --cpus-per-head 0.5 --name r --storage {path} --resume"
     return subprocess.Popen(
@@ -57,44 +57,44 @@ def command(path: Path, hold_at: int | None = None) -> subprocess.Popen[str]:
     )
 
 
-def newest(path: Path) -> int:
+def newest_version(path: Path) -> int:
     return max(checkpoint.complete_versions(RunDirectory.open(str(path), "r")), default=0)
 
 
 @pytest.mark.parametrize("version", [4, pytest.param(2, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
-def test_a_barrier_run_whose_driver_was_killed_is_bitwise_the_run_that_never_stopped(
+def test_a_barrier_run_whose_driver_was_killed_is_bitwise_the_uninterrupted_run(
     local_ray: None, tmp_path: Path, version: int
 ) -> None:
-    """SIGKILL after a checkpoint: the next driver starts again from it, and nothing is lost or merged twice.
+    """SIGKILL after a checkpoint: the next driver resumes from it, and nothing is lost or merged twice.
 
-    Optimizers, data, dropout and running statistics go on.
+    Optimizers, data, dropout, and running statistics continue.
     """
-    killed = command(tmp_path, hold_at=5 * version + 2)
+    killed = start_command(tmp_path, hold_at=5 * version + 2)
     deadline = time.monotonic() + 300
-    while newest(tmp_path) < version and killed.poll() is None and time.monotonic() < deadline:
+    while newest_version(tmp_path) < version and killed.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
-    said, _ = killed.communicate(timeout=120)
-    assert killed.returncode == -signal.SIGKILL, said
-    assert version <= newest(tmp_path) < 12
-    again = command(tmp_path)
-    said, _ = again.communicate(timeout=400)
-    assert again.returncode == 0, said
+    output, _ = killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL, output
+    assert version <= newest_version(tmp_path) < 12
+    resumed = start_command(tmp_path)
+    output, _ = resumed.communicate(timeout=400)
+    assert resumed.returncode == 0, output
     lte, merge = LTEConfig(num_heads=2, lora_r=8, lora_alpha=16), MergeConfig(merge_iter=5, merge_threads=1)
     assert_same_model(tmp_path / "r", simulated(Normed(), lte, merge, TrainConfig(steps=60, seed=3)))
     assert audit([json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]).clean
 
 
 @pytest.mark.slow
-def test_two_processes_do_not_train_one_run(local_ray: None, tmp_path: Path) -> None:
-    """The second is told who does, and touches nothing; the first goes on to its end."""
-    first = command(tmp_path, hold_at=50)
+def test_two_processes_cannot_train_the_same_run(local_ray: None, tmp_path: Path) -> None:
+    """The second gets an error that names the first and changes nothing; the first finishes."""
+    first = start_command(tmp_path, hold_at=50)
     deadline = time.monotonic() + 300
-    while not newest(tmp_path) and first.poll() is None and time.monotonic() < deadline:
+    while not newest_version(tmp_path) and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    second = command(tmp_path)
-    said, _ = second.communicate(timeout=300)
-    assert second.returncode == 2, said
-    assert f"is being trained by process {first.pid} on" in " ".join(said.split())
-    said, _ = first.communicate(timeout=400)
-    assert first.returncode == 0, said
+    second = start_command(tmp_path)
+    output, _ = second.communicate(timeout=300)
+    assert second.returncode == 2, output
+    assert f"is being trained by process {first.pid} on" in " ".join(output.split())
+    output, _ = first.communicate(timeout=400)
+    assert first.returncode == 0, output

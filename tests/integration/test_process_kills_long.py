@@ -1,4 +1,4 @@
-"""Faults on a real Ray that take long to be found, or to set up. `make chaos` runs these."""
+"""Faults on a real Ray that take long to detect or to set up."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(500), pytest.mark.slow]
 def test_a_head_and_a_coordinator_that_hang_before_their_first_answer(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A minute and a half after they could have answered they are ended and replaced; the others train meanwhile."""
+    """They are killed and replaced after a minute and a half without a first answer; the others train meanwhile."""
     faults = [
         fault("stepped", head=1, step=12),
         fault("begins", "SIGSTOP", head=1, incarnation=1),
@@ -40,7 +40,7 @@ def test_a_head_and_a_coordinator_that_hang_before_their_first_answer(
 def test_a_coordinator_that_hangs_at_the_end_and_a_head_that_dies_while_it_saves(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last checkpoint does without that head; another coordinator ends the run."""
+    """The last checkpoint lacks that head's state; another coordinator ends the run."""
     faults = [fault("snapshot", head=1, step=STEPS), fault("finishes", "SIGSTOP")]
     chaos = Chaos(tmp_path, monkeypatch, faults)
     chaos.run()
@@ -48,8 +48,8 @@ def test_a_coordinator_that_hangs_at_the_end_and_a_head_that_dies_while_it_saves
     assert chaos.events["head_lost"] >= 1
 
 
-class Watching:
-    """Keeps the newest progress."""
+class CountsResyncs:
+    """A reporter that records the largest number of resyncs."""
 
     def __init__(self) -> None:
         self.resyncs = 0
@@ -58,24 +58,24 @@ class Watching:
         self.resyncs = max([self.resyncs, *(status.resyncs for status in progress.heads)])
 
     def close(self) -> None:
-        """Nothing is shown."""
+        """It displays nothing."""
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_heads_that_begin_afresh_leave_no_old_reference_anywhere(
+def test_heads_that_rejoin_fresh_leave_no_old_reference_anywhere(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int
 ) -> None:
-    """Where heads redo merges from factors, their copies stay the coordinator's: no checksum ever differs."""
+    """Heads that redo merges from factors always have the coordinator's base: no checksum ever differs."""
     faults = [fault("stepped", head=1, step=22), fault("stepped", head=0, step=45)]
-    chaos, watching = Chaos(tmp_path, monkeypatch, faults, shards=shards, send_down="factors", **NOT_WAITING), Watching()
-    chaos.run(reporter=watching, rejoin="fresh")
+    chaos, counter = Chaos(tmp_path, monkeypatch, faults, shards=shards, send_down="factors", **NOT_WAITING), CountsResyncs()
+    chaos.run(reporter=counter, rejoin="fresh")
     assert chaos.events["head_restarts"] == 2
-    assert watching.resyncs == 0
+    assert counter.resyncs == 0
 
 
 @dataclass
-class Unequal(Patient):
-    """Head 0 is done long before the others, and says which process it is."""
+class FastHeadZero(Patient):
+    """Head 0 finishes long before the others, and writes its process id to a file."""
 
     def train_batches(self, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
         if shard.head == 0:
@@ -86,8 +86,8 @@ class Unequal(Patient):
             yield batch
 
 
-class Killer:
-    """Kills the process of head 0, which has ended, and the coordinator at once, as soon as that has merged all of it."""
+class KillsHeadAndCoordinator:
+    """A reporter that kills head 0's process and the coordinator as soon as head 0 is done and all of it is merged."""
 
     def __init__(self, script: Path) -> None:
         self.script, self.done = script, False
@@ -103,23 +103,23 @@ class Killer:
             os.kill(pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Nothing is shown."""
+        """It displays nothing."""
 
 
-def test_a_head_that_has_ended_and_dies_with_the_coordinator_loses_nothing(
+def test_a_finished_head_that_dies_with_the_coordinator_loses_nothing(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What nobody else has heard of its last merges is trained again by another process of it."""
+    """A new process of the head trains again what no other process knows of its last merges."""
     chaos = Chaos(tmp_path, monkeypatch, [], merge_iter=20, max_lag=1000, **NOT_WAITING)
-    killer = Killer(chaos.script)
-    chaos.run(Unequal, killer)
+    killer = KillsHeadAndCoordinator(chaos.script)
+    chaos.run(FastHeadZero, killer)
     assert killer.done
     assert chaos.events["coordinator_lost"] == 1
     assert max(row["step"] for row in chaos.rows if row["kind"] == "merge" and 0 in row["heads"]) == STEPS
 
 
 def test_a_shard_and_an_evaluator_that_hang(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both are found by their silence: the merging side begins anew, and the next evaluation is another process's."""
+    """Both are detected because they don't answer: coordinator and shards restart, and another process evaluates next."""
     monkeypatch.setattr("lte_ray.runtime.controller.evaluation.FIRST_ANSWER", 20.0)
     faults = [fault("shard receives", "SIGSTOP", head=1), fault("evaluates", "SIGSTOP")]
     chaos = Chaos(tmp_path, monkeypatch, faults, shards=2, **NOT_WAITING)

@@ -1,4 +1,4 @@
-"""Runs that are interrupted and go on, with the same heads and with others, on a real Ray."""
+"""Runs that are interrupted and resumed, with the same number of heads and with another, on a real Ray."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 @dataclasses.dataclass
 class Slow(Dropping):
-    """Takes steps of 20 ms, and from step `hold_at` on of a second while the file `hold` exists.
+    """Steps take 20 ms; after step `hold_at` they take a second while the file `hold` exists.
 
-    So a run is still in the middle of a round when the driver interrupts it, however loaded the machine is.
+    So a run is still in the middle of a round when the driver interrupts it, even on a loaded machine.
     """
 
     hold: str = ""
@@ -41,7 +41,7 @@ class Slow(Dropping):
 
 
 class Interrupting:
-    """A reporter that interrupts the run, as Ctrl-C does, once every head has taken `step` local steps."""
+    """A reporter that raises KeyboardInterrupt, as Ctrl-C does, once every head has taken `step` local steps."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -53,12 +53,12 @@ class Interrupting:
     def close(self) -> None: ...
 
 
-def rows_of(folder: Path) -> list[dict[str, Any]]:
+def read_rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def interrupted(path: Path, step: int, kwargs: dict[str, Any]) -> None:
-    """Runs until `step` and leaves a checkpoint of all heads, wherever they are."""
+def run_interrupted(path: Path, step: int, kwargs: dict[str, Any]) -> None:
+    """Trains until `step` and asserts that the checkpoint has the states of all heads, wherever they are in a round."""
     hold = path / "hold"
     hold.touch()
     trainer = LTETrainer(
@@ -67,38 +67,37 @@ def interrupted(path: Path, step: int, kwargs: dict[str, Any]) -> None:
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
     hold.unlink()
-    newest, passed = checkpoint.read_newest_intact(RunDirectory.open(str(path), "r"))
-    assert passed == []
+    newest, skipped = checkpoint.read_newest_intact(RunDirectory.open(str(path), "r"))
+    assert skipped == []
     assert len(newest.heads) == kwargs["lte"].num_heads
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 12, 24])
-def test_a_barrier_run_interrupted_anywhere_is_bitwise_the_run_that_never_stopped(
+def test_a_barrier_run_interrupted_anywhere_is_bitwise_the_uninterrupted_run(
     local_ray: None, tmp_path: Path, step: int
 ) -> None:
-    """Ctrl-C in the middle of a round, dropout and all: resumed, it gives the weights of the undisturbed simulation."""
+    """Ctrl-C in the middle of a round: resumed, the run gives the weights of the simulation, dropout included."""
     kwargs = settings(steps=60) | {"merge": MergeConfig(merge_iter=5, merge_threads=1)}
-    if step == 1:  # a round so long that nothing is merged yet would leave nothing to save
+    if step == 1:  # with longer rounds nothing would be merged yet, so nothing would be saved
         kwargs["merge"] = MergeConfig(merge_iter=2, merge_threads=1)
-    interrupted(tmp_path, max(step, 3), kwargs)
+    run_interrupted(tmp_path, max(step, 3), kwargs)
     result = LTETrainer(Slow(), run_config=storage(tmp_path, "r", resume=True), **kwargs).fit()
     assert_same_model(result.path, simulated(Dropping(), **kwargs))
-    assert audit(rows_of(tmp_path / "r")).clean
+    assert audit(read_rows(tmp_path / "r")).clean
 
 
 @pytest.mark.parametrize("heads", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_an_asynchronous_run_goes_on_with_other_heads_and_merges_each_batch_once(
+def test_an_asynchronous_run_resumed_with_more_or_fewer_heads_merges_each_batch_once(
     local_ray: None, tmp_path: Path, heads: int
 ) -> None:
-    """Interrupted with two heads, restored with more or fewer: the data is dealt anew, without a repeat or a hole."""
+    """Interrupted with two heads, restored with more or fewer: the data is repartitioned without repeats or gaps."""
     kwargs = settings(steps=30) | {"merge": MergeConfig(merge_iter=5, merge_threads=1, when="arrival", wait=False)}
-    interrupted(tmp_path, 12, kwargs)
+    run_interrupted(tmp_path, 12, kwargs)
     before, _ = checkpoint.read_newest_intact(RunDirectory.open(str(tmp_path), "r"))
     trainer = LTETrainer.restore(tmp_path / "r", worker=Slow, lte=dataclasses.replace(kwargs["lte"], num_heads=heads))
     result = trainer.fit()
-    found = audit(rows_of(tmp_path / "r"))
-    assert found.problems == []
+    assert audit(read_rows(tmp_path / "r")).problems == []
     assert result.metrics["version"] > before.version
     newest, _ = checkpoint.read_newest_intact(RunDirectory.open(str(tmp_path), "r"))
     assert set(newest.facts["standings"]) == {str(head) for head in range(heads)}
@@ -111,14 +110,14 @@ def test_a_run_is_resumed_by_its_name_alone(local_ray: None, tmp_path: Path, cap
     assert main(["train", "workers.regression:Regression", *flags, "--steps", "10", "--worker.width", "12"]) == 0
     assert main(["train", "--resume", "r", "--storage", str(tmp_path), "--steps", "20"]) == 0
     assert "continues with workers.regression:Regression" in " ".join(capfd.readouterr().err.split())
-    merges = [row for row in rows_of(tmp_path / "r") if row["kind"] == "merge"]
+    merges = [row for row in read_rows(tmp_path / "r") if row["kind"] == "merge"]
     assert [row["version"] for row in merges] == [1, 2, 3, 4]
     assert main(["train", "--resume", "typo", "--storage", str(tmp_path)]) == 2
     assert "There is no run in" in capfd.readouterr().err
 
 
-def test_what_cannot_be_restored_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No run there, a name alone, which is looked for in the current folder, or a damaged run.toml."""
+def test_a_run_that_cannot_be_restored_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder without a run, a name without a folder (searched in the current one), and a damaged run.toml."""
     with pytest.raises(StorageError, match="There is no run in"):
         LTETrainer.restore(tmp_path / "nothing")
     monkeypatch.chdir(tmp_path)
@@ -131,9 +130,9 @@ def test_what_cannot_be_restored_is_one_clear_error(tmp_path: Path, monkeypatch:
 
 
 def test_rays_default_of_no_failures_does_not_make_a_run_fragile() -> None:
-    """Ray's RunConfig says max_failures=0 if nobody says anything; another number counts."""
+    """Ray's RunConfig has max_failures=0 by default, which counts as unset; other numbers count."""
     from lte_ray.trainer import _failure
 
     assert _failure(ray.train.RunConfig(name="r")).max_failures == -1
-    said = ray.train.RunConfig(name="r", failure_config=ray.train.FailureConfig(max_failures=3))
-    assert _failure(said).max_failures == 3
+    explicit = ray.train.RunConfig(name="r", failure_config=ray.train.FailureConfig(max_failures=3))
+    assert _failure(explicit).max_failures == 3
