@@ -1,4 +1,4 @@
-"""`lte-ray train` as users start it: a process of its own, on a Ray of its own or as a job on a cluster."""
+"""`lte-ray train` as users start it: in a new process with its own Ray, or as a job on a cluster."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from beside import SIZE  # a file that lies beside this one
+from sibling import SIZE  # from a file in the same folder
 
 
 class Net:
@@ -59,29 +59,29 @@ class Net:
 
 @pytest.fixture
 def users_file(tmp_path: Path) -> Path:
-    """A user's own worker, in a folder that has nothing to do with the repository."""
+    """A user's worker in a folder outside the repository."""
     folder = tmp_path / "my"
     folder.mkdir()
-    (folder / "beside.py").write_text("SIZE = 40\n")
+    (folder / "sibling.py").write_text("SIZE = 40\n")
     (folder / "file.py").write_text(USERS_FILE)
     return folder / "file.py"
 
 
-def environment(**more: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    return {**kept, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "COLUMNS": "200", **more}
+def environment(**variables: str) -> dict[str, str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return {**inherited, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "COLUMNS": "200", **variables}
 
 
 @pytest.mark.slow
 def test_a_users_own_file_trains_with_four_heads(users_file: Path, tmp_path: Path) -> None:
-    """The issue's command, as is, from the user's folder; four heads share two cores, and a sibling file is imported."""
+    """The command runs in the user's folder; four heads share two cores, and the worker imports a sibling file."""
     command = "train my/file.py:Net --num-heads 4 --merge-iter 10 --steps 200 --exclude 2 --name first --storage runs"
-    done = subprocess.run(
+    process = subprocess.run(
         [BIN / "lte-ray", *command.split()], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "step 200/200" in done.stdout
-    assert re.search(r"trained +200 local steps a head, 12,800 samples", done.stdout)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "step 200/200" in process.stdout
+    assert re.search(r"trained +200 local steps a head, 12,800 samples", process.stdout)
     run = tmp_path / "runs" / "first"
     assert {p.name for p in run.iterdir()} == {
         "checkpoints",
@@ -94,22 +94,22 @@ def test_a_users_own_file_trains_with_four_heads(users_file: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_worker_that_raises_gives_exit_code_1_and_its_traceback(users_file: Path, tmp_path: Path) -> None:
-    """The user's own line is in the message, with the head and the step; the last checkpoint stays."""
+    """The message has the user's line of code, head, and step; the last checkpoint stays."""
     flags = "--lora-r 1 --merge-iter 5 --checkpoint-every 1 --worker.fail-at 14 --name a --storage runs"
     command = f"train {users_file}:Net {flags}"
-    done = subprocess.run(
+    process = subprocess.run(
         [BIN / "lte-ray", *command.split()], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
     )
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert re.search(r"failed in head [01] at local step 14", done.stderr)
-    assert 'raise OSError("the data server hung up")' in done.stderr
-    assert "HeadActor" not in done.stderr
+    assert process.returncode == 1, process.stdout + process.stderr
+    assert re.search(r"failed in head [01] at local step 14", process.stderr)
+    assert 'raise OSError("the data server hung up")' in process.stderr
+    assert "HeadActor" not in process.stderr
     assert sorted(p.name for p in (tmp_path / "runs" / "a" / "checkpoints").iterdir()) == ["000001", "000002"]
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
-def test_an_interrupted_run_takes_everything_down(tmp_path: Path, number: signal.Signals) -> None:
-    """Ctrl-C (or `ray job stop`) in the middle: exit code 130, no process of the run is left, and all of it is saved."""
+def test_an_interrupted_run_ends_its_processes_and_saves(tmp_path: Path, number: signal.Signals) -> None:
+    """Ctrl-C (or `ray job stop`): exit code 130, no process of the run is left, and all heads' states are saved."""
     storage = tmp_path / "runs"
     flags = "--steps 1000000 --checkpoint-every 1000000 --grace 20"
     command = f"train workers.regression:Regression {flags} --name a --storage {storage}"
@@ -151,14 +151,14 @@ def wait_for(condition: object, limit: float = 60) -> None:
     """Returns once the condition holds; fails after `limit` seconds."""
     end = time.monotonic() + limit
     while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end, "it never came to be"
+        assert time.monotonic() < end, "the condition never held"
         time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real `ray start --head` with its job server, on loopback; gives the job server's address."""
-    port, dashboard = 20379, 20265  # explicit ports stay out of Ray's own range, 10002-19999
+    """Starts a real `ray start --head` with its job server on loopback; yields the job server's address."""
+    port, dashboard = 20379, 20265  # outside Ray's own range, 10002-19999
     log = (tmp_path_factory.mktemp("cluster") / "log").open("w+")
     flags = f"--port {port} --dashboard-port {dashboard} --dashboard-agent-listen-port 20266 --num-cpus 4"
     variables = environment(RAY_AUTH_MODE="disabled", RAY=str(BIN / "ray"))
@@ -173,7 +173,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
     finally:
         below = descendants(head.pid)
-        head.terminate()  # `ray start --block` takes its own processes down
+        head.terminate()  # `ray start --block` ends its own processes
         head.wait(timeout=60)
         wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))
         log.close()
@@ -188,33 +188,33 @@ def job(*arguments: str, address: str, cwd: Path = ROOT) -> subprocess.Completed
 
 
 def test_a_submitted_job_succeeds_and_shows_its_progress(cluster: str, users_file: Path, tmp_path: Path) -> None:
-    """The same command under `ray job submit`: progress in its logs, and a complete run directory."""
+    """The same command under `ray job submit`: its log has the progress, and the run directory is complete."""
     storage = tmp_path / "runs"
     program = f"{BIN}/lte-ray train file.py:Net --exclude 2 --steps 200 --num-heads 2 --name job --storage {storage}"
-    done = job("submit", "--working-dir", str(users_file.parent), "--", *program.split(), address=cluster)
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said
-    assert "succeeded" in said
-    assert "step 200/200" in said
-    assert "train loss" in said
+    process = job("submit", "--working-dir", str(users_file.parent), "--", *program.split(), address=cluster)
+    output = process.stdout + process.stderr
+    assert process.returncode == 0, output
+    assert "succeeded" in output
+    assert "step 200/200" in output
+    assert "train loss" in output
     assert {p.name for p in (storage / "job").iterdir()} == {"checkpoints", "metrics.jsonl", "model.safetensors", "run.toml"}
 
 
 @pytest.mark.slow
 def test_a_failing_worker_fails_its_job_with_the_real_traceback(cluster: str, users_file: Path, tmp_path: Path) -> None:
-    """`ray job submit` returns 1, and the log has the user's own line."""
+    """`ray job submit` returns 1, and the log has the user's line of code."""
     program = f"{BIN}/lte-ray train file.py:Net --exclude 2 --worker.fail-at 7 --name bad --storage {tmp_path}/runs"
-    done = job("submit", "--working-dir", str(users_file.parent), "--", *program.split(), address=cluster)
-    said = done.stdout + done.stderr
-    assert done.returncode == 1, said
-    assert "failed" in said
-    assert re.search(r"failed in head [01] at local step 7", said)
-    assert 'raise OSError("the data server hung up")' in said
+    process = job("submit", "--working-dir", str(users_file.parent), "--", *program.split(), address=cluster)
+    output = process.stdout + process.stderr
+    assert process.returncode == 1, output
+    assert "failed" in output
+    assert re.search(r"failed in head [01] at local step 7", output)
+    assert 'raise OSError("the data server hung up")' in output
 
 
 @pytest.mark.slow
-def test_a_stopped_job_goes_on_when_it_is_submitted_again(cluster: str, users_file: Path, tmp_path: Path) -> None:
-    """`ray job stop` saves all heads' states; the same submission goes on from there, to the weights of an undisturbed run."""
+def test_a_stopped_job_resumes_when_it_is_submitted_again(cluster: str, users_file: Path, tmp_path: Path) -> None:
+    """`ray job stop` saves all heads' states; the same submission resumes and reaches the weights of an uninterrupted run."""
     flags = "--num-heads 2 --lora-r 4 --lora-alpha 8 --merge-iter 5 --merge-threads 1 --steps 400 --seed 3 --eval-every 0"
     where = f"--checkpoint-every 1000 --resume --storage {tmp_path}/runs"
     program = f"{BIN}/lte-ray train file.py:Net --cpus-per-head 1 {flags} {where}".split()
@@ -229,11 +229,11 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(cluster: str, users_fi
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     (saved,) = (tmp_path / "runs" / "stopped" / "checkpoints").iterdir()
     assert 3 <= int(saved.name) < 80
-    again = job("submit", *submission, "again", "--", *program, "--name", "stopped", address=cluster)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "step 400/400" in again.stdout
-    whole = job("submit", *submission, "whole", "--", *program, "--name", "whole", address=cluster)
-    assert whole.returncode == 0, whole.stdout + whole.stderr
+    resumed = job("submit", *submission, "again", "--", *program, "--name", "stopped", address=cluster)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "step 400/400" in resumed.stdout
+    uninterrupted = job("submit", *submission, "whole", "--", *program, "--name", "whole", address=cluster)
+    assert uninterrupted.returncode == 0, uninterrupted.stdout + uninterrupted.stderr
     merged, expected = (safetensors.torch.load_file(tmp_path / "runs" / n / "model.safetensors") for n in ("stopped", "whole"))
     assert all(torch.equal(merged[name], value) for name, value in expected.items())
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]

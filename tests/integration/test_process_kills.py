@@ -1,7 +1,7 @@
-"""Processes of every kind are killed, or stopped, at every point of the protocol on a real Ray; nothing is lost or doubled.
+"""Processes of every kind are killed or stopped at every point of the protocol, on a real Ray; no batch is lost or repeated.
 
-A script (`fault_injection`) says which process sends itself which signal at which point. Several faults share one run, for
-starting a run, or a process, takes seconds. While faults are left to come, heads train slowly, so that the run lasts.
+A script (`fault_injection`) says which process sends itself which signal at which point. Several faults share a run, because
+starting a run or a process takes seconds. While faults remain, heads train slowly, so that the run lasts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 STEPS = 100
 LAST = ("leaving.json", "finishes.json")
-"""Names of faults that come at the end."""
+"""Ends of the names of faults that happen at the end of the run."""
 
 HEADS = 3
 NOT_WAITING: dict[str, Any] = {"when": "arrival", "wait": False}
@@ -43,7 +43,7 @@ NOT_WAITING: dict[str, Any] = {"when": "arrival", "wait": False}
 
 @dataclass
 class Patient(Dropping):
-    """Takes its steps slowly while the script has faults left that don't come at the end, and its last steps very slowly."""
+    """Steps are slow, and the last ones very slow, while faults remain that happen before the end of the run."""
 
     script: str = ""
     steps: int = STEPS
@@ -60,7 +60,7 @@ def fault(point: str, signal: str = "SIGKILL", **where: int) -> dict[str, Any]:
 
 
 class Chaos:
-    """A run under a script of faults, and what is left of it."""
+    """A run under a script of faults, and its results."""
 
     def __init__(
         self,
@@ -73,15 +73,15 @@ class Chaos:
     ) -> None:
         self.path, self.faults, self.script, self.heads, self.steps = path, faults, path / "script", heads, steps
         self.script.mkdir()
-        for number, each in enumerate(faults):
-            (self.script / f"{number:02}-{each['point'].replace(' ', '-')}.json").write_text(json.dumps(each))
+        for number, item in enumerate(faults):
+            (self.script / f"{number:02}-{item['point'].replace(' ', '-')}.json").write_text(json.dumps(item))
         monkeypatch.setenv(fault_injection.VARIABLE, str(self.script))
         self.lte = LTEConfig(num_heads=heads, lora_r=8, lora_alpha=16)
         self.merge = MergeConfig(**{"merge_iter": 5, "merge_threads": 1, **merge})
         self.train = TrainConfig(steps=steps, seed=3, budget="each", eval_every=4, checkpoint_every=2)
 
     def run(self, worker: type[Patient] = Patient, reporter: Reporter | None = None, **failure: Any) -> None:
-        """Trains to the end, and asserts what must hold however many processes died."""
+        """Trains to the end and asserts what must hold however many processes died."""
         result = LTETrainer(
             worker(script=str(self.script), steps=self.steps),
             lte=self.lte,
@@ -95,17 +95,17 @@ class Chaos:
         self.model = load_file(Path(result.path) / "model.safetensors")
         self.rows = [json.loads(line) for line in (self.path / "r" / "metrics.jsonl").read_text().splitlines()]
         self.events = Counter(row["event"] for row in self.rows if row["kind"] == "event")
-        assert sorted(path.name for path in self.script.glob("*.json")) == [], "faults that never came"
+        assert sorted(path.name for path in self.script.glob("*.json")) == [], "faults that never happened"
         assert result.metrics is not None
         assert result.metrics["step"] == self.steps
         assert result.metrics["validation_loss"] < 0.3  # 0.67 before
-        found = audit(self.rows)
-        assert found.clean, found.problems
-        assert found.samples == self.heads * self.steps * Dropping().batch_size
+        report = audit(self.rows)
+        assert report.clean, report.problems
+        assert report.samples == self.heads * self.steps * Dropping().batch_size
         self.assert_nothing_left()
 
-    def assert_ledger(self) -> None:
-        """W = W_0 + sum_n s/N B'_n A'_n (DESIGN 3.2): the last version is what it holds of each head, and no more."""
+    def assert_base_is_sum_of_references(self) -> None:
+        """Asserts W = W_0 + sum_n s/N B'_n A'_n: the last version is the initial one plus its references, and no more."""
         directory = RunDirectory.open(str(self.path), "r")
         manifest, _ = checkpoint.read_newest_intact(directory)
         initial = prepare(Dropping(), Settings("r", self.lte, self.merge, self.train))
@@ -116,13 +116,13 @@ class Chaos:
         layout = Layout(plan.contribution.entries[: 2 * len(plan.adapted)])
         factors = [views(layout, reference.double()) for reference in references.values()]
         for spec in plan.adapted:
-            held = sum(spec.scaling / self.heads * own[spec.b_name] @ own[spec.a_name] for own in factors)
+            merged = sum(spec.scaling / self.heads * pair[spec.b_name] @ pair[spec.a_name] for pair in factors)
             change = (last[spec.name] - first[spec.name]).double()
             assert float(change.abs().max()) > 0.05
-            assert torch.allclose(change, held, rtol=0.0, atol=2e-5), spec.name  # float32, some dozens of sums
+            assert torch.allclose(change, merged, rtol=0.0, atol=2e-5), spec.name  # float32, a few dozen sums
 
     def assert_nothing_left(self) -> None:
-        """No actors, no placement groups, no half-written files, no checkpoint without a manifest."""
+        """Asserts that no actor, placement group, partial file, or checkpoint without a manifest is left."""
         assert all(group["state"] == "REMOVED" for group in placement_group_table().values())
         deadline = time.monotonic() + 120
         while lte_actors() and time.monotonic() < deadline:  # they were killed; the kernel takes a moment
@@ -134,11 +134,11 @@ class Chaos:
         assert all((path / "manifest.json").exists() for path in checkpoints)
 
     def count(self, *names: str) -> int:
-        """How many faults of the script are at these points; at any, if none is named."""
-        return sum(not names or each["point"] in names for each in self.faults)
+        """The number of the script's faults at these points, or at any point if none is named."""
+        return sum(not names or item["point"] in names for item in self.faults)
 
-    def undisturbed(self) -> dict[str, Tensor]:
-        """The merged model of the same run without faults, without Ray."""
+    def train_without_faults(self) -> dict[str, Tensor]:
+        """The merged model of the same run without faults and without Ray."""
         return simulated(Dropping(), self.lte, self.merge, self.train)
 
 
@@ -169,7 +169,7 @@ MORE_AT_THE_COORDINATOR = [fault("coordinator begins", epoch=3), fault("finishes
 
 
 def test_one_process_of_each_kind_is_killed(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A head, the evaluator, a shard and the coordinator in one run: all come back, and nothing is lost or merged twice."""
+    """A head, the evaluator, a shard, and the coordinator in one run: all restart, and nothing is lost or merged twice."""
     faults = [
         fault("stepped", head=1, step=7),
         fault("evaluates"),
@@ -188,46 +188,46 @@ def test_one_process_of_each_kind_is_killed(local_ray: None, tmp_path: Path, mon
 def test_heads_killed_at_every_point(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merge: dict[str, Any]
 ) -> None:
-    """Each comes back and takes its steps; the evaluator dies, too. Where heads wait, they don't wait for one that is gone."""
+    """Each restarts and takes its steps; the evaluator dies, too. With a barrier, heads don't wait for a dead head."""
     chaos = Chaos(tmp_path, monkeypatch, AT_HEADS + (MORE_AT_HEADS if merge else []), **merge)
     chaos.run()
     assert chaos.events["head_lost"] >= chaos.count() - chaos.count("evaluates")
     assert chaos.events["head_restarts"] == chaos.events["head_lost"]
     assert chaos.events["evaluator_lost"] == 1
     assert chaos.events["coordinator_lost"] == 0
-    chaos.assert_ledger()
+    chaos.assert_base_is_sum_of_references()
 
 
 @pytest.mark.slow
 def test_a_coordinator_killed_at_every_point_changes_no_bit_of_a_barrier_run(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Heads keep what they know, the next one merges what the last one had not: bitwise the run without faults."""
+    """Heads recover the next coordinator, which merges what the last one had not: bitwise the run without faults."""
     chaos = Chaos(tmp_path, monkeypatch, AT_THE_COORDINATOR)
     chaos.run()
     assert chaos.events["coordinator_lost"] == chaos.events["coordinator_restarts"] == chaos.count()
     assert chaos.events["head_lost"] == 0
-    expected = chaos.undisturbed()
+    expected = chaos.train_without_faults()
     assert chaos.model.keys() == expected.keys()
     assert all(torch.equal(chaos.model[name], value) for name, value in expected.items())
 
 
 @pytest.mark.slow
-def test_a_coordinator_killed_at_every_point_while_heads_go_on(
+def test_a_coordinator_killed_at_every_point_while_heads_train(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The heads train on without it, and each contribution is merged once."""
+    """Heads train without it meanwhile, and each contribution is merged once."""
     chaos = Chaos(tmp_path, monkeypatch, AT_THE_COORDINATOR + MORE_AT_THE_COORDINATOR, **NOT_WAITING)
     chaos.run()
     assert chaos.events["coordinator_lost"] == chaos.events["coordinator_restarts"] == chaos.count()
-    chaos.assert_ledger()
+    chaos.assert_base_is_sum_of_references()
 
 
 @pytest.mark.slow
 def test_a_shard_of_the_coordinator_killed_and_a_head_with_it(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Coordinator and shards start anew together; so do heads, later."""
+    """Coordinator and shards restart together, and later a head does."""
     faults = [fault("shard receives", head=1), fault("answers", version=3), fault("answered", head=2, step=60)]
     chaos = Chaos(tmp_path, monkeypatch, faults, shards=2, send_down="factors", **NOT_WAITING)
     chaos.run()
@@ -237,7 +237,7 @@ def test_a_shard_of_the_coordinator_killed_and_a_head_with_it(
 
 @pytest.mark.slow
 def test_a_head_and_a_coordinator_that_hang(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped processes don't die: they are found by their silence, ended and replaced."""
+    """Stopped processes don't die: they are detected because they don't answer, and are killed and replaced."""
     faults = [fault("stepped", "SIGSTOP", head=1, step=12), fault("decided", "SIGSTOP", version=8)]
     chaos = Chaos(tmp_path, monkeypatch, faults, **NOT_WAITING)
     chaos.run()

@@ -1,4 +1,4 @@
-"""Whole runs on a real Ray, through the Python API."""
+"""Complete runs on a real Ray, through the Python API."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from tests.support.ray_runs import (
 
 pytestmark = pytest.mark.ray
 
-FIRST_ENDS = FailureConfig(max_failures=0)
+NO_FAILURES = FailureConfig(max_failures=0)
 """The first death ends the run."""
 
 
@@ -51,51 +51,51 @@ def model_of(path: str) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(Path(path) / "model.safetensors")
 
 
-class Collect:
-    """A reporter that keeps what it is shown."""
+class RecordingReporter:
+    """A reporter that records all updates."""
 
     def __init__(self) -> None:
-        self.seen: list[Progress] = []
+        self.updates: list[Progress] = []
         self.closed = False
 
     def update(self, progress: Progress) -> None:
-        self.seen.append(progress)
+        self.updates.append(progress)
 
     def close(self) -> None:
         self.closed = True
 
 
-class Usual(NamedTuple):
-    """A run of two heads to its end, which several tests look at."""
+class CompletedRun(NamedTuple):
+    """A completed run of two heads, which several tests check."""
 
     path: Path
     result: ray.train.Result
-    reporter: Collect
+    reporter: RecordingReporter
 
 
 @pytest.fixture(scope="module")
-def usual(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Usual:
-    """Dropout included; evaluated and saved at every second merge; named by Ray's own RunConfig."""
-    path, reporter = tmp_path_factory.mktemp("usual"), Collect()
+def completed(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> CompletedRun:
+    """With dropout; evaluated and saved at every second merge; named by Ray's own RunConfig."""
+    path, reporter = tmp_path_factory.mktemp("completed"), RecordingReporter()
     run_config = ray.train.RunConfig(name="r", storage_path=str(path))
     kwargs = settings(eval_every=2, checkpoint_every=2)
-    return Usual(path, LTETrainer(Dropping(), run_config=run_config, reporter=reporter, **kwargs).fit(), reporter)
+    return CompletedRun(path, LTETrainer(Dropping(), run_config=run_config, reporter=reporter, **kwargs).fit(), reporter)
 
 
-def test_a_barrier_run_is_bitwise_the_same_simulated_and_on_ray(usual: Usual) -> None:
-    """Same seed, same weights, whether the heads are actors or objects in one process; dropout included."""
-    assert_same_model(usual.result.path, simulated(Dropping(), **settings()))
+def test_a_barrier_run_is_bitwise_the_same_simulated_and_on_ray(completed: CompletedRun) -> None:
+    """The same seed gives the same weights, whether heads are actors or objects in one process; dropout included."""
+    assert_same_model(completed.result.path, simulated(Dropping(), **settings()))
 
 
-def test_the_result_holds_metrics_a_checkpoint_and_a_complete_run_directory(usual: Usual) -> None:
-    """`fit` gives Ray's Result; the run directory has what the README says."""
-    result = usual.result
+def test_the_result_has_metrics_a_checkpoint_and_a_complete_run_directory(completed: CompletedRun) -> None:
+    """`fit` returns Ray's Result; the run directory has the files that the README lists."""
+    result = completed.result
     assert isinstance(result, ray.train.Result)
     assert result.metrics["step"] == 30
     assert result.metrics["version"] == 6
     assert result.metrics["samples"] == 2 * 30 * 64
     assert result.metrics["validation_loss"] < 0.6
-    directory = usual.path / "r"
+    directory = completed.path / "r"
     assert result.path == str(directory)
     assert sorted(p.name for p in directory.iterdir()) == ["checkpoints", "metrics.jsonl", "model.safetensors", "run.toml"]
     with result.checkpoint.as_directory() as saved:
@@ -109,26 +109,26 @@ def test_the_result_holds_metrics_a_checkpoint_and_a_complete_run_directory(usua
     assert {row["version"] for row in rows if row["kind"] == "evaluation"} >= {0, 6}
 
 
-def test_the_model_file_loads_strictly_and_gives_the_evaluators_figures(usual: Usual) -> None:
-    """model.safetensors has the unconverted model's names, and its logits are those that were evaluated."""
+def test_the_model_file_loads_strictly_and_gives_the_evaluators_figures(completed: CompletedRun) -> None:
+    """model.safetensors has the unconverted model's names, and its evaluation gives the result's figures."""
     worker = Dropping()
     model = worker.build_model()
-    model.load_state_dict(model_of(usual.result.path), strict=True)
+    model.load_state_dict(model_of(completed.result.path), strict=True)
     with torch.no_grad():
-        assert worker.evaluate(model.eval())["validation_loss"] == usual.result.metrics["validation_loss"]
+        assert worker.evaluate(model.eval())["validation_loss"] == completed.result.metrics["validation_loss"]
 
 
-def test_a_reporter_sees_every_head_and_nothing_is_left_behind(usual: Usual) -> None:
-    """After a run no actor and no placement group of it exists, and no partial file."""
-    assert usual.reporter.closed
-    last = usual.reporter.seen[-1]
+def test_a_reporter_sees_every_head_and_nothing_is_left_behind(completed: CompletedRun) -> None:
+    """After a run, none of its actors, placement groups, and partial files exists."""
+    assert completed.reporter.closed
+    last = completed.reporter.updates[-1]
     assert (last.step, last.version, [h.head for h in last.heads]) == (30, 6, [0, 1])
     assert all(h.state == "done" for h in last.heads)
-    assert_clean(usual.path)
+    assert_clean(completed.path)
 
 
 class HalfOfHeadOne:
-    """Merges head 1 alone, by half; head 0's contributions are waited for, and count nothing."""
+    """Merges head 1 with weight 0.5; it waits for head 0's contributions and gives them weight 0."""
 
     def decide(self, pending: list[Pending], roster: Roster) -> Merge | Wait:
         if len(pending) < roster.num_heads:
@@ -137,14 +137,14 @@ class HalfOfHeadOne:
 
 
 @pytest.mark.slow
-def test_a_policy_object_is_what_merges(local_ray: None, tmp_path: Path) -> None:
-    """The weights after a real run are those that the user's policy says, to the last bit of its simulation."""
+def test_a_policy_object_decides_merges(local_ray: None, tmp_path: Path) -> None:
+    """The weights after a real run are bitwise those of a simulation with the user's policy."""
     kwargs = settings(steps=10) | {"merge": MergeConfig(merge_iter=5, merge_threads=1, policy=HalfOfHeadOne())}
     result = LTETrainer(Regression(), run_config=storage(tmp_path, "r"), **kwargs).fit()
-    ours = simulated(Regression(), **kwargs)
-    assert_same_model(result.path, ours)
+    expected = simulated(Regression(), **kwargs)
+    assert_same_model(result.path, expected)
     average = simulated(Regression(), **settings(steps=10))
-    assert any(not torch.equal(ours[name], value) for name, value in average.items())
+    assert any(not torch.equal(expected[name], value) for name, value in average.items())
 
 
 def assert_clean(path: Path) -> None:
@@ -157,32 +157,32 @@ def assert_clean(path: Path) -> None:
 
 
 def test_a_worker_that_raises_ends_the_run_and_leaves_the_last_checkpoint(local_ray: None, tmp_path: Path) -> None:
-    """The error names the head and the step and carries the worker's traceback; actors go, the others' states are saved."""
-    run = {"run_config": storage(tmp_path, "r"), "failure": FIRST_ENDS}
+    """The error has head, step, and the worker's traceback; actors are ended, and the other heads' states saved."""
+    run = {"run_config": storage(tmp_path, "r"), "failure": NO_FAILURES}
     trainer = LTETrainer(Failing(), **run, **settings(checkpoint_every=1))
     with pytest.raises(WorkerFailed, match=r"head 1 at local step 13") as caught:
         trainer.fit()
     assert "ZeroDivisionError: the disk of the data is gone" in str(caught.value)
     assert "train_batches" in str(caught.value)
     directory = RunDirectory.open(str(tmp_path), "r")
-    newest, passed = checkpoint.read_newest_intact(directory)
+    newest, skipped = checkpoint.read_newest_intact(directory)
     assert newest.version >= 2
     assert newest.facts["standings"]["1"]["step"] == 10
     assert 0 in newest.heads
-    assert passed == []
+    assert skipped == []
     assert not (tmp_path / "r" / "model.safetensors").exists()
     assert_clean(tmp_path)
 
 
 @pytest.mark.slow
 def test_a_failing_evaluation_ends_the_run(local_ray: None, tmp_path: Path) -> None:
-    """An error in `evaluate` isn't swallowed: it is named, with its traceback."""
+    """An error in `evaluate` is raised with its traceback."""
     with pytest.raises(WorkerFailed, match=r"the evaluator:[\s\S]*the validation set is gone"):
         LTETrainer(Failing(in_evaluate=True), run_config=storage(tmp_path, "r"), **settings()).fit()
     assert_clean(tmp_path)
 
 
-class Broken:
+class RaisingPolicy:
     """A policy that raises at the second merge."""
 
     def decide(self, pending: list[Pending], roster: Roster) -> Merge | Wait:
@@ -195,14 +195,14 @@ class Broken:
 
 @pytest.mark.slow
 def test_a_policy_that_raises_ends_the_run_by_name(local_ray: None, tmp_path: Path) -> None:
-    """Every head is told, nobody waits for ever, and the error names the policy."""
-    kwargs = settings() | {"merge": MergeConfig(merge_iter=5, policy=Broken())}
-    with pytest.raises(PolicyError, match="Broken raised LookupError: no weight for you"):
+    """No head waits forever, and the error names the policy."""
+    kwargs = settings() | {"merge": MergeConfig(merge_iter=5, policy=RaisingPolicy())}
+    with pytest.raises(PolicyError, match="RaisingPolicy raised LookupError: no weight for you"):
         LTETrainer(Regression(), run_config=storage(tmp_path, "r"), **kwargs).fit()
     assert_clean(tmp_path)
 
 
-class Deadly(Regression):
+class KilledHead(Regression):
     """Kills its own process in head 1's eighth step, as the kernel does when memory runs out."""
 
     def train_batches(self, shard):  # type: ignore[no-untyped-def]
@@ -216,10 +216,10 @@ class Deadly(Regression):
 
 
 @pytest.mark.slow
-def test_a_killed_head_ends_the_run_with_its_number(local_ray: None, tmp_path: Path) -> None:
-    """A real SIGKILL, where no failure is allowed: the error says which head's process died."""
+def test_a_killed_head_ends_the_run_and_is_named(local_ray: None, tmp_path: Path) -> None:
+    """After a real SIGKILL with max_failures=0, the error says which head's process died."""
     with pytest.raises(HeadLost, match="head 1"):
-        LTETrainer(Deadly(), run_config=storage(tmp_path, "r"), failure=FIRST_ENDS, **settings()).fit()
+        LTETrainer(KilledHead(), run_config=storage(tmp_path, "r"), failure=NO_FAILURES, **settings()).fit()
     assert_clean(tmp_path)
 
 
@@ -232,7 +232,7 @@ class Diverging(Regression):
 
 @pytest.mark.slow
 def test_a_diverged_head_is_refused_and_ends_the_run(local_ray: None, tmp_path: Path) -> None:
-    """NaN never reaches the base: three refusals in a row quarantine each head, and with the last the run ends and says why."""
+    """NaN never reaches the base: three refusals in a row quarantine a head, and with the last head the run ends."""
     with pytest.raises(ContributionRefused, match=r"NaN, infinite[\s\S]*lower the learning rate"):
         LTETrainer(Diverging(), run_config=storage(tmp_path, "r"), **settings()).fit()
     assert_clean(tmp_path)
@@ -255,23 +255,25 @@ class Poisoned(Regression):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("last", "dropped"), [(12, 10), (99, 0)], ids=["two rounds", "for ever"])
-def test_poison_costs_what_it_held_and_nothing_else(local_ray: None, tmp_path: Path, last: int, dropped: int) -> None:
-    """Bitwise the simulation, whether the head recovers or is quarantined; to the audit it is dropped, not lost."""
+@pytest.mark.parametrize(("last", "dropped"), [(12, 10), (99, 0)], ids=["two rounds", "forever"])
+def test_poisoned_batches_cost_their_contributions_and_nothing_else(
+    local_ray: None, tmp_path: Path, last: int, dropped: int
+) -> None:
+    """Bitwise the simulation, whether the head recovers or is quarantined; to the audit its batches are dropped, not lost."""
     kwargs, worker = settings(), Poisoned(last=last)
     result = LTETrainer(worker, run_config=storage(tmp_path, "r"), **kwargs).fit()
-    done = run_in_process(worker, Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"]))
+    in_process = run_in_process(worker, Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"]))
     assert_same_model(result.path, simulated(worker, **kwargs))
-    found = audit(read_rows((tmp_path / "r" / "metrics.jsonl").read_text()))
-    assert found.clean, found.problems
-    assert (found.dropped, found.batches) == (dropped, sum(merge.steps for merge in done.merges))
+    report = audit(read_rows((tmp_path / "r" / "metrics.jsonl").read_text()))
+    assert report.clean, report.problems
+    assert (report.dropped, report.batches) == (dropped, sum(merge.steps for merge in in_process.merges))
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(local_ray: None, tmp_path: Path) -> None:
-    """20 steps, then 20 more from the checkpoint: the same weights as 40 at once.
+def test_a_resumed_run_is_bitwise_the_uninterrupted_run(local_ray: None, tmp_path: Path) -> None:
+    """20 steps, then 20 more from the checkpoint, give the same weights as 40 at once.
 
-    Optimizer, data, dropout and running statistics go on.
+    Optimizer, data, dropout, and running statistics continue.
     """
     LTETrainer(Normed(), run_config=storage(tmp_path, "parts"), **settings(steps=20)).fit()
     resumed = LTETrainer(Normed(), run_config=storage(tmp_path, "parts", resume=True), **settings(steps=40)).fit()
@@ -285,32 +287,34 @@ def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(local_ray: None, tm
 
 
 @pytest.mark.parametrize(
-    ("stack", "worker", "apart", "tolerance", "stops"),
+    ("stack", "worker", "as_separate", "tolerance", "stops"),
     [
         ("never", Dropping(), True, 0.0, False),
         pytest.param("never", Dropping(), True, 0.0, True, marks=pytest.mark.slow),
         pytest.param("always", Dropping(), False, 0.0, True, marks=pytest.mark.slow),
-        # Stacked sums have another order: float32's 1e-7, magnified by 20 steps of Adam, which takes steps of 3e-3 however
-        # small the gradient; heads that got each other's gradients, data or state would be off by about that.
+        # Stacking changes the order of sums: float32's 1e-7, magnified by 20 steps of Adam, whose steps are 3e-3 however small
+        # the gradient. Heads with each other's gradients, data, or state would be off by about 3e-3.
         pytest.param("always", Regression(), True, 1e-4, True, marks=pytest.mark.slow),
     ],
-    ids=["never", "never, resumed", "always, as simulated", "always, as apart"],
+    ids=["never", "never, resumed", "always, as simulated", "always, as separate"],
 )
-def test_virtual_heads_are_the_heads_of_as_many_actors_and_resume(
-    local_ray: None, tmp_path: Path, stack: str, worker: Regression, apart: bool, tolerance: float, stops: bool
+def test_virtual_heads_train_as_heads_of_separate_actors_and_resume(
+    local_ray: None, tmp_path: Path, stack: str, worker: Regression, as_separate: bool, tolerance: float, stops: bool
 ) -> None:
-    """Five heads in actors of two: those of five actors, bitwise in turns and nearly so stacked (bitwise as one process
-    that stacks them draws its dropout); stopped and resumed, too."""
+    """Five heads in actors of two train as five actors do, also if stopped and resumed.
+
+    Bitwise in turns, and nearly so if stacked; stacked heads with dropout equal bitwise one process that stacks them.
+    """
     kwargs = settings(steps=20, checkpoint_every=1)
     kwargs["lte"] = LTEConfig(num_heads=5, lora_r=(2, 2, 4, 4, 8), lora_alpha=16) if stack == "never" else LTEConfig(5, 4)
-    made = Settings("a", kwargs["lte"], kwargs["merge"], kwargs["train"])
-    expected = run_in_process(worker, made) if apart else run_in_process(worker, made, heads_per_actor=2, stack_heads=stack)
+    run = Settings("a", kwargs["lte"], kwargs["merge"], kwargs["train"])
+    expected = run_in_process(worker, run) if as_separate else run_in_process(worker, run, heads_per_actor=2, stack_heads=stack)
     placement = PlacementConfig(heads_per_actor=2, cpus_per_head=0.5, stack_heads=stack)
     if stops:
         first = {**kwargs, "train": dataclasses.replace(kwargs["train"], steps=10)}
         LTETrainer(worker, scaling_config=placement, run_config=storage(tmp_path, "a"), **first).fit()
     result = LTETrainer(worker, scaling_config=placement, run_config=storage(tmp_path, "a", resume=True), **kwargs).fit()
-    start, model = prepare(worker, made).model.state_dict(), worker.build_model()
+    start, model = prepare(worker, run).model.state_dict(), worker.build_model()
     load_base(model, expected.plan, expected.base)
     merged = model_of(result.path)
     for name, value in model.state_dict().items():
@@ -319,8 +323,8 @@ def test_virtual_heads_are_the_heads_of_as_many_actors_and_resume(
     assert result.metrics["samples"] == 5 * 20 * 64
 
 
-class OddOnes(Regression):
-    """Its evaluation's names are those of other things, and its sample fails."""
+class OddEvaluation(Regression):
+    """Its evaluation uses names of the run's own metrics, and its sample fails."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return {"version": 7.0, "step": float("nan"), "acc[/top5]": 0.5}
@@ -330,9 +334,9 @@ class OddOnes(Regression):
 
 
 @pytest.mark.slow
-def test_names_of_an_evaluation_and_a_failing_sample_break_nothing(local_ray: None, tmp_path: Path) -> None:
-    """The figures are kept apart from ours; the model is there all the same; JSON has null for NaN."""
-    result = LTETrainer(OddOnes(), run_config=storage(tmp_path, "r"), **settings(steps=10)).fit()
+def test_odd_names_in_an_evaluation_and_a_failing_sample_break_nothing(local_ray: None, tmp_path: Path) -> None:
+    """The evaluation's figures are separate from the run's; the model is still written; NaN is null in JSON."""
+    result = LTETrainer(OddEvaluation(), run_config=storage(tmp_path, "r"), **settings(steps=10)).fit()
     assert result.metrics["version"] == 2
     assert result.metrics["evaluation"]["version"] == 7.0
     assert result.metrics["sample"] == "sample() raised: ZeroDivisionError: nothing to show"
@@ -342,8 +346,8 @@ def test_names_of_an_evaluation_and_a_failing_sample_break_nothing(local_ray: No
     assert values[-1] == {"version": 7.0, "step": None, "acc[/top5]": 0.5}
 
 
-class Locked:
-    """A policy that can't be sent anywhere."""
+class Unpicklable:
+    """A policy that can't be pickled."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -352,20 +356,20 @@ class Locked:
         return Wait()
 
 
-def test_an_overwrite_that_cannot_start_leaves_the_old_run(usual: Usual, tmp_path: Path) -> None:
-    """What is there goes only when the new run can start; a failed start leaves no folder that blocks the name."""
-    shutil.copytree(usual.path / "r", tmp_path / "r")
-    kwargs = settings() | {"merge": MergeConfig(policy=Locked())}
-    with pytest.raises(WorkerError, match="Locked can't be sent"):
+def test_an_overwrite_that_cannot_start_leaves_the_old_run(completed: CompletedRun, tmp_path: Path) -> None:
+    """The old run is removed only if the new one can start; a failed start leaves no folder that blocks the name."""
+    shutil.copytree(completed.path / "r", tmp_path / "r")
+    kwargs = settings() | {"merge": MergeConfig(policy=Unpicklable())}
+    with pytest.raises(WorkerError, match="Unpicklable can't be sent"):
         LTETrainer(Regression(), run_config=storage(tmp_path, "r", overwrite=True), **kwargs).fit()
     assert (tmp_path / "r" / "model.safetensors").exists()
-    with pytest.raises(WorkerError, match="Locked can't be sent"):
+    with pytest.raises(WorkerError, match="Unpicklable can't be sent"):
         LTETrainer(Regression(), run_config=storage(tmp_path, "new"), **kwargs).fit()
     assert not (tmp_path / "new").exists()
 
 
 class OnlyHeadOne:
-    """Merges head 1 as soon as it is there, and nobody else."""
+    """Merges each contribution of head 1 at once and discards those of head 0."""
 
     def decide(self, pending: list[Pending], roster: Roster) -> Merge | Discard | Wait:
         if not pending:
@@ -376,60 +380,62 @@ class OnlyHeadOne:
 
 
 @pytest.mark.slow
-def test_a_run_whose_policy_leaves_a_head_out_is_resumed_with_what_that_head_trained(local_ray: None, tmp_path: Path) -> None:
-    """A head that was never merged carries all its steps, and they are in its state: nothing is lost at the resume."""
+def test_a_head_that_the_policy_never_merges_keeps_its_steps_on_resume(local_ray: None, tmp_path: Path) -> None:
+    """All its steps are in its saved state, so the resumed run loses nothing."""
     kwargs = settings(steps=10) | {"merge": MergeConfig(merge_iter=5, policy=OnlyHeadOne())}
     LTETrainer(Regression(), run_config=storage(tmp_path, "r"), **kwargs).fit()
     kwargs |= {"train": dataclasses.replace(kwargs["train"], steps=20)}
     resumed = LTETrainer(Regression(), run_config=storage(tmp_path, "r", resume=True), **kwargs).fit()
     assert (resumed.metrics["step"], resumed.metrics["samples"]) == (20, 2 * 20 * 64)
     newest, _ = checkpoint.read_newest_intact(RunDirectory.open(str(tmp_path), "r"))
-    assert {head: held["step"] for head, held in newest.facts["standings"].items()} == {"0": 0, "1": 20}
+    assert {head: position["step"] for head, position in newest.facts["standings"].items()} == {"0": 0, "1": 20}
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(
     local_ray: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One altered byte in a head's file: the file is named, and the run is bitwise the one that never stopped all the same.
+    """One byte of a head's file is changed: the file is named, and the run still is bitwise the uninterrupted one.
 
-    With none left that is whole, nothing starts.
+    If no intact checkpoint is left, nothing starts.
     """
     LTETrainer(Dropping(), run_config=storage(tmp_path, "r"), **settings(steps=10, checkpoint_every=1)).fit()
-    _alter(tmp_path / "r" / "checkpoints" / "000002" / "head-0001.safetensors")
+    _damage(tmp_path / "r" / "checkpoints" / "000002" / "head-0001.safetensors")
     resumed = LTETrainer(Dropping(), run_config=storage(tmp_path, "r", resume=True), **settings(steps=20)).fit()
     assert "head-0001.safetensors is damaged" in caplog.text
     assert "using 000001 instead" in caplog.text
     assert_same_model(resumed.path, simulated(Dropping(), **settings(steps=20)))
     for file in (tmp_path / "r" / "checkpoints").glob("*/base.safetensors"):
-        _alter(file)
+        _damage(file)
     with pytest.raises(StorageError, match=r"base\.safetensors is damaged"):
         LTETrainer(Dropping(), run_config=storage(tmp_path, "r", resume=True), **settings(steps=30)).fit()
 
 
-def _alter(file: Path) -> None:
+def _damage(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
 
 
-def test_resume_refuses_what_it_cannot_continue(usual: Usual, tmp_path: Path) -> None:
-    """Other heads, fewer steps than were taken, or more heads for none: one clear error each."""
-    shutil.copytree(usual.path / "r", tmp_path / "r")
-    again = storage(tmp_path, "r", resume=True)
+def test_resume_refuses_incompatible_settings(completed: CompletedRun, tmp_path: Path) -> None:
+    """Fewer steps than were taken, more heads without more steps, and another rank: one clear error each."""
+    shutil.copytree(completed.path / "r", tmp_path / "r")
+    resume = storage(tmp_path, "r", resume=True)
     with pytest.raises(StorageError, match=r"has already taken all 30 local steps per head\. Raise --steps"):
-        LTETrainer(Dropping(), run_config=again, **settings(steps=25)).fit()
+        LTETrainer(Dropping(), run_config=resume, **settings(steps=25)).fit()
     more = settings()
     with pytest.raises(StorageError, match="Raise --steps"):
-        LTETrainer(Dropping(), run_config=again, **more | {"lte": dataclasses.replace(more["lte"], num_heads=3)}).fit()
+        LTETrainer(Dropping(), run_config=resume, **more | {"lte": dataclasses.replace(more["lte"], num_heads=3)}).fit()
     kwargs = settings(steps=50)
     with pytest.raises(StorageError, match="--lora-r was 8 and is 4"):
-        LTETrainer(Dropping(), run_config=again, **kwargs | {"lte": dataclasses.replace(kwargs["lte"], lora_r=4)}).fit()
+        LTETrainer(Dropping(), run_config=resume, **kwargs | {"lte": dataclasses.replace(kwargs["lte"], lora_r=4)}).fit()
 
 
-def test_a_run_whose_driver_died_just_before_its_end_is_ended_by_the_same_call(usual: Usual, tmp_path: Path) -> None:
-    """All steps are taken and merged, the model isn't written yet: no step is taken again, the same weights are exported."""
-    shutil.copytree(usual.path / "r", tmp_path / "r")
+def test_a_run_whose_driver_died_just_before_its_end_is_completed_by_the_same_call(
+    completed: CompletedRun, tmp_path: Path
+) -> None:
+    """All steps are merged but the model isn't written: no step is taken again, and the same weights are exported."""
+    shutil.copytree(completed.path / "r", tmp_path / "r")
     model, rows = tmp_path / "r" / "model.safetensors", tmp_path / "r" / "metrics.jsonl"
     exported, before = model.read_bytes(), rows.read_text().count('"merge"')
     model.unlink()
@@ -437,13 +443,13 @@ def test_a_run_whose_driver_died_just_before_its_end_is_ended_by_the_same_call(u
     assert model.read_bytes() == exported
     assert rows.read_text().count('"merge"') == before
     assert result.metrics is not None
-    assert usual.result.metrics is not None
+    assert completed.result.metrics is not None
     for name in ("validation_loss", "step", "version"):
-        assert result.metrics[name] == usual.result.metrics[name], name
+        assert result.metrics[name] == completed.result.metrics[name], name
 
 
 def test_rebuilding_gives_the_driver_and_heads_the_same_start(tmp_path: Path) -> None:
-    """`prepare` twice gives bitwise the same version 0."""
+    """Two calls of `prepare` give bitwise the same version 0."""
     kwargs = settings()
     config = Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"])
     assert torch.equal(prepare(Regression(), config).base, prepare(Regression(), config).base)
