@@ -1,6 +1,6 @@
-"""How flat buffers travel between processes: by reference, apart from the messages that name them.
+"""How flat buffers travel between processes: by handle, apart from the messages that refer to them.
 
-One small interface, so that a faster way than Ray's object store can take its place.
+`Transport` is small, so that something faster than Ray's object store can replace it.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ Handle = Any
 
 
 class ObjectLost(LTEError):
-    """A published buffer can't be had any more: the process that held it is gone."""
+    """A published buffer can no longer be fetched: the process that owned it is gone."""
 
 
 class Transport(Protocol):
-    """Publishes flat tensors and fetches them elsewhere by handle."""
+    """Publishes flat tensors, and fetches them in other processes by handle."""
 
     def publish(self, buffer: Tensor) -> Handle:
-        """Makes a copy of `buffer` (1-D, any device) available to other processes, as long as the handle is held."""
+        """Makes a copy of `buffer` (1-D, any device) available to other processes, as long as the handle is kept."""
         ...
 
     def fetch(self, handle: Handle) -> Tensor:
-        """The published buffer on the CPU: read-only, and to be let go soon, since it pins shared memory.
+        """The published buffer on the CPU. It is read-only, and pins shared memory: release it soon.
 
         Raises:
             ObjectLost: its owner has died.
@@ -44,7 +44,7 @@ class Transport(Protocol):
         ...
 
     async def fetch_async(self, handle: Handle) -> Tensor:
-        """As `fetch`, without blocking the event loop while it travels."""
+        """As `fetch`, without blocking the event loop while the buffer travels."""
         ...
 
 
@@ -57,30 +57,30 @@ class StoredRef:
 
 @dataclass(frozen=True)
 class AssembledRef:
-    """A flat buffer of `size` elements whose pieces were published apart: each one's handle, and where it lies in the whole.
+    """A flat buffer of `size` elements whose pieces were published separately.
 
-    A piece may lie there in several places: [begin, end) each, in its own order.
+    `pieces` are each piece's handle, and the ranges [begin, end) of the buffer that it fills, in its own order.
     """
 
     size: int
     pieces: tuple[tuple[Handle, tuple[tuple[int, int], ...]], ...]
 
     def assemble(self, pieces: Sequence[Tensor]) -> Tensor:
-        """The whole, from the pieces in their order."""
-        whole = torch.empty(self.size, dtype=pieces[0].dtype)
-        for piece, (_, places) in zip(pieces, self.pieces, strict=True):
-            taken = 0
-            for begin, end in places:
-                whole[begin:end] = piece[taken : taken + end - begin]
-                taken += end - begin
-        return whole
+        """The buffer, from the pieces in their order."""
+        buffer = torch.empty(self.size, dtype=pieces[0].dtype)
+        for piece, (_, ranges) in zip(pieces, self.pieces, strict=True):
+            offset = 0
+            for begin, end in ranges:
+                buffer[begin:end] = piece[offset : offset + end - begin]
+                offset += end - begin
+        return buffer
 
 
 class ObjectStore:
-    """Ray's object store. Buffers travel as flat numpy arrays, which it hands out without a copy (0.3-0.6 ms)."""
+    """Ray's object store. Buffers travel as flat numpy arrays, which it returns without a copy (0.3-0.6 ms)."""
 
     def publish(self, buffer: Tensor) -> Handle:
-        return StoredRef(ray.put(_on_host(buffer.detach()).numpy()))
+        return StoredRef(ray.put(_to_host(buffer.detach()).numpy()))
 
     def fetch(self, handle: Handle) -> Tensor:
         if isinstance(handle, AssembledRef):
@@ -101,12 +101,12 @@ class ObjectStore:
 
 
 LOST = (*PROCESS_DIED, ray.exceptions.ObjectLostError, ray.exceptions.WorkerCrashedError)
-"""What Ray raises for an object whose owner has died; ObjectLostError is the root of several."""
+"""What Ray raises for an object whose owner has died; ObjectLostError is the base class of several."""
 
 
 @contextlib.contextmanager
 def at_construction() -> Iterator[None]:
-    """Within the block an asyncio actor's constructor may fetch: Ray warns of it, but nothing else runs on its loop yet."""
+    """Allows an asyncio actor's constructor to fetch. Ray warns of that, but nothing else runs on its event loop yet."""
     logger = logging.getLogger("ray._private.worker")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -116,23 +116,23 @@ def at_construction() -> Iterator[None]:
         logger.setLevel(level)
 
 
-_staging = threading.local()
+_thread_local = threading.local()
 
 
-def _on_host(buffer: Tensor) -> Tensor:
-    """The buffer on the CPU. From a GPU through page-locked memory, which is used again and again: each thread has its own."""
+def _to_host(buffer: Tensor) -> Tensor:
+    """The buffer on the CPU. From a GPU it goes through page-locked memory, which each thread keeps and reuses."""
     if buffer.device.type != "cuda":
         return buffer.cpu()
-    kept: dict[tuple[int, torch.dtype], Tensor] = _staging.__dict__.setdefault("kept", {})
+    staging: dict[tuple[int, torch.dtype], Tensor] = _thread_local.__dict__.setdefault("staging", {})
     key = (buffer.numel(), buffer.dtype)
-    if key not in kept:
-        kept[key] = torch.empty(buffer.numel(), dtype=buffer.dtype, pin_memory=True)
-    kept[key].copy_(buffer, non_blocking=True)
+    if key not in staging:
+        staging[key] = torch.empty(buffer.numel(), dtype=buffer.dtype, pin_memory=True)
+    staging[key].copy_(buffer, non_blocking=True)
     torch.cuda.current_stream(buffer.device).synchronize()  # of this thread, not of the one that trains
-    return kept[key]
+    return staging[key]
 
 
 def _read_only(array: Any) -> Tensor:
-    with warnings.catch_warnings():  # torch warns of arrays that it can't write; nobody writes to this one
+    with warnings.catch_warnings():  # torch warns of arrays that it can't write, but this one is never written
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)

@@ -95,10 +95,12 @@ class World(Recovery):
         if not hub.engine.shares_steps and set(steps.values()) - {self.settings.train.steps}:
             raise Broken(f"not all heads have taken {self.settings.train.steps} steps: {steps}")
         budget, out = hub.engine.step_budget, len(there) < len(self.members)
-        taken = {n: budget._granted[n] if n in there else step for n, step in budget._taken.items()}  # who left took no more
+        taken = {
+            n: budget.steps_granted[n] if n in there else step for n, step in budget.steps_taken.items()
+        }  # who left took no more
         out = out or self.happened["drop"] > 0  # what one frees when the others have been told that they end is taken by nobody
-        if budget.shared and not out and sum(taken.values()) < budget._total:
-            raise Broken(f"of {budget._total} steps only {taken} were taken")
+        if budget.shared and not out and sum(taken.values()) < budget.total:
+            raise Broken(f"of {budget.total} steps only {taken} were taken")
         if hub.cuts:
             raise Broken(f"checkpoints {sorted(hub.cuts)} aren't whole")
 

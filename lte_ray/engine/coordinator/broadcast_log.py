@@ -1,4 +1,4 @@
-"""What a head gets of a merge, group by group: the factors of what was merged, or the new base."""
+"""What heads receive of a merge, group by group: the factors of what was merged, or the new base."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lte_ray.transfer.groups import EntryGroup
 
 
 class BroadcastLog:
-    """Remembers the last merges as heads redo them, as long as their factors are fewer bytes than the base.
+    """Keeps the last merges as heads redo them, as long as their factors take fewer bytes than the base.
 
     Args:
-        groups: of `merging.transfer.groups`.
+        groups: of `transfer.groups`.
         base_sizes: bytes of each group's part of the base.
         sizes: bytes of each group's buffer, by head.
         version: the newest.
@@ -22,54 +22,56 @@ class BroadcastLog:
     def __init__(
         self, groups: Sequence[EntryGroup], base_sizes: Sequence[int], sizes: Sequence[Sequence[int]], version: int
     ) -> None:
-        self._factored = [i for i, group in enumerate(groups) if group.by_factors]
+        factored = [i for i, group in enumerate(groups) if group.by_factors]
+        self.by_factors = bool(factored)
+        """Whether any group is sent as factors."""
         self.dense_groups = [i for i, group in enumerate(groups) if not group.by_factors]
-        self._base_size = sum(base_sizes[i] for i in self._factored)
-        self._sizes = [sum(sizes[i] for i in self._factored) for sizes in sizes]
-        self._dense_size = sum(base_sizes[i] for i in self.dense_groups)
-        self._chain: deque[MergeDelta] = deque()
+        """The numbers of the groups that are sent as the base."""
+        self._base_bytes = sum(base_sizes[i] for i in factored)
+        self._factor_bytes = [sum(each[i] for i in factored) for each in sizes]  # by head
+        self._dense_bytes = sum(base_sizes[i] for i in self.dense_groups)
+        self._deltas: deque[MergeDelta] = deque()
         self._version = version
 
-    def append(self, merged: MergeDelta | None) -> None:
-        """The next version; None if it can't be redone from factors, so that all groups go down as the base."""
+    def append(self, delta: MergeDelta | None) -> None:
+        """Adds the next version; None if it can't be redone from factors, so that all groups are sent as the base."""
         self._version += 1
-        if merged is None or not self._factored:
-            self._chain.clear()
+        if delta is None or not self.by_factors:
+            self._deltas.clear()
             return
-        self._chain.append(merged)
-        while self._cost(self._chain) > self._base_size and len(self._chain) > 1:
-            self._chain.popleft()
-
-    @property
-    def by_factors(self) -> bool:
-        """Whether any group goes down by factors."""
-        return bool(self._factored)
+        self._deltas.append(delta)
+        while self._bytes(self._deltas) > self._base_bytes and len(self._deltas) > 1:
+            self._deltas.popleft()
 
     def deltas_since(self, have: int) -> tuple[MergeDelta, ...] | None:
-        """The merges to redo for a head whose process has version `have`; None if it must be sent the whole base."""
-        if not self._factored:
+        """The merges to redo for a process that has version `have`; None if it must receive the whole base."""
+        if not self.by_factors:
             return ()
-        chain = tuple(m for m in self._chain if m.version > have)
-        return chain if have >= 0 and have + len(chain) == self._version else None
+        deltas = tuple(delta for delta in self._deltas if delta.version > have)
+        return deltas if have >= 0 and have + len(deltas) == self._version else None
 
     def bytes_down(self, heads: Collection[int], live: int) -> int:
-        """Bytes that the newest merge, of these heads, costs until all have it.
+        """Bytes until all heads have the newest merge.
 
-        Dense parts go to those that were merged, and their factors to all others; where heads can't redo it, those that were
-        merged get the whole base.
+        The merged heads receive the dense parts, and all others the merged heads' factors. If heads can't redo the merge, the
+        merged heads receive the whole base.
+
+        Args:
+            heads: the merged ones.
+            live: how many heads train.
         """
-        if not self._factored:
-            return self._dense_size * len(heads)
-        if not self._chain:
-            return (self._dense_size + self._base_size) * len(heads)
-        return self._dense_size * len(heads) + sum(self._sizes[h] * max(0, live - 1) for h in heads)
+        if not self.by_factors:
+            return self._dense_bytes * len(heads)
+        if not self._deltas:
+            return (self._dense_bytes + self._base_bytes) * len(heads)
+        return self._dense_bytes * len(heads) + sum(self._factor_bytes[h] * max(0, live - 1) for h in heads)
 
-    def _cost(self, chain: Collection[MergeDelta]) -> int:
-        return sum(self._sizes[head] for merged in chain for head in merged.weights)
+    def _bytes(self, deltas: Collection[MergeDelta]) -> int:
+        return sum(self._factor_bytes[head] for delta in deltas for head in delta.weights)
 
 
 def alternative_bytes(size: int, num_heads: int, merged: int, steps: int) -> dict[str, int]:
-    """Bytes that other ways of training would have sent in the place of one merge, all heads together, in fp32.
+    """Bytes that other ways of training would have sent instead of one merge, all heads together, in fp32.
 
     dense: the whole base down to each merged head, and as much of a change up. ddp: a ring all-reduce of all gradients at every
     local step, 2 (N - 1) / N of them a head. diloco: the same at every merge.

@@ -1,7 +1,4 @@
-"""Who takes the local steps of a run: each head its own, or all heads together, the faster ones more.
-
-How many local steps each head takes between two contributions.
-"""
+"""How many local steps each head takes until its next contribution, and in all: its own share, or one of a common budget."""
 
 from __future__ import annotations
 
@@ -13,17 +10,27 @@ from lte_ray.engine.settings import Settings
 from lte_ray.messages import HeadDirective
 
 SMOOTHING = 0.5
-"""Share of the former estimate that a new measurement of a head's step time leaves."""
+"""Weight of the former estimate of a head's step time when a new measurement comes."""
 
 MAX_ROUND = 64
-"""A head takes at most so many times `merge_iter` steps, however slow the slowest is."""
+"""Longest round of a head, in multiples of `merge_iter`, however slow the slowest head is."""
+
+ROUNDS_AHEAD = 2
+"""Rounds that a head may be granted at once: one whose contribution is on its way, and one that it trains meanwhile."""
+
+SECONDS_AHEAD = 60.0
+"""Seconds that a head may train without a new grant, since replacing a lost coordinator takes a while."""
+
+MIN_GRANTS_LEFT = 10
+"""To train for `SECONDS_AHEAD`, a head is granted at most this fraction (1/10) of its share of the remaining steps, so that all
+heads still end together."""
 
 
 class StepRateEstimator:
     """Speed-matched rounds: the slowest head takes `merge_iter` steps, each other as many as fit the same time.
 
     As the dynamic local updates of asynchronous local SGD (Liu et al. 2024, arXiv 2401.09135, section 5.2). With
-    `merge_every` every head takes what fits that time.
+    `merge_every`, every head takes what fits that time.
     """
 
     def __init__(self, merge: MergeConfig) -> None:
@@ -31,52 +38,42 @@ class StepRateEstimator:
         self._seconds: dict[int, float] = {}  # of a step, by head
 
     def record_steps(self, head: int, steps: int, seconds: float) -> None:
-        """A head has taken `steps` steps in `seconds`."""
+        """Records that a head has taken `steps` steps in `seconds`."""
         if steps > 0 and seconds > 0:
             new, old = seconds / steps, self._seconds.get(head)
             self._seconds[head] = new if old is None else SMOOTHING * old + (1 - SMOOTHING) * new
 
     def share(self, head: int, live: Collection[int]) -> float:
-        """This head's part of the steps that the live heads take together in any time; equal parts until speeds are known."""
-        everyone = {*live, head}
-        if not everyone <= self._seconds.keys():
-            return 1 / len(everyone)
-        return 1 / (self._seconds[head] * sum(1 / self._seconds[other] for other in everyone))
+        """This head's share of the steps that the live heads take together in any time; equal shares until speeds are known."""
+        heads = {*live, head}
+        if not heads <= self._seconds.keys():
+            return 1 / len(heads)
+        return 1 / (self._seconds[head] * sum(1 / self._seconds[other] for other in heads))
 
     def relative_rate(self, head: int, live: Collection[int]) -> float:
-        """The mean step rate of the live heads over this head's: the share of a step that all take while it takes one."""
-        known = {other: self._seconds[other] for other in {*live, head} if other in self._seconds}
-        if head not in known:
+        """The live heads' mean step rate divided by this head's: the steps that a head takes on average while it takes one."""
+        seconds = {other: self._seconds[other] for other in {*live, head} if other in self._seconds}
+        if head not in seconds:
             return 1.0
-        return sum(known[head] / seconds for seconds in known.values()) / len(known)
+        return sum(seconds[head] / each for each in seconds.values()) / len(seconds)
 
     def steps_within(self, head: int, seconds: float) -> int:
-        """The steps that this head takes in so many seconds; 0 until its speed is known."""
+        """The steps that this head takes in that time; 0 until its speed is known."""
         return int(seconds / self._seconds[head]) if head in self._seconds else 0
 
     def round_steps(self, head: int, live: Collection[int]) -> int:
         """The steps of this head's next round, at least 1; `merge_iter` until its speed is known."""
-        own, merge = self._seconds.get(head), self._merge
-        if own is None or not (merge.match_speed or merge.every_seconds):
+        seconds, merge = self._seconds.get(head), self._merge
+        if seconds is None or not (merge.match_speed or merge.every_seconds):
             return merge.merge_iter
         if merge.every_seconds:
-            return max(1, round(merge.every_seconds / own))
+            return max(1, round(merge.every_seconds / seconds))
         slowest = max(self._seconds.get(other, 0.0) for other in {*live, head})
-        return max(1, min(MAX_ROUND * merge.merge_iter, int(merge.merge_iter * slowest / own)))
-
-
-ROUNDS_AHEAD = 2
-"""Rounds that a head may be granted at once: one whose contribution is on its way, and one that it trains meanwhile."""
-
-SECONDS_AHEAD = 60.0
-"""Seconds that a head may go on while nobody grants it more: another coordinator takes some to be there."""
-
-MIN_GRANTS_LEFT = 10
-"""For that it is granted this part of what is left for it, at most, so that all heads end together as before."""
+        return max(1, min(MAX_ROUND * merge.merge_iter, int(merge.merge_iter * slowest / seconds)))
 
 
 def is_shared(settings: Settings) -> bool:
-    """Whether the heads share `steps` x `num_heads` local steps, so that a slow head doesn't train on alone at the end."""
+    """Whether the heads share `steps` x `num_heads` local steps, so that a slow head doesn't train alone at the end."""
     merge, budget = settings.merge, settings.train.budget
     if budget == "auto":
         return not merge.wait or merge.match_speed or bool(merge.merge_every)
@@ -84,11 +81,11 @@ def is_shared(settings: Settings) -> bool:
 
 
 class StepBudget:
-    """Grants local steps, a round or two at a time where they are shared; all together heads take exactly what there is.
+    """Grants local steps. Where heads share them, it grants a round or two at a time, and all heads together take the total.
 
     Args:
         settings: of the run.
-        pace: knows the heads' speeds.
+        step_rates: the heads' speeds.
         taken: steps that heads have taken before (a resumed run).
         granted: up to which step they may go, where they know already.
     """
@@ -101,49 +98,54 @@ class StepBudget:
         granted: Mapping[int, int] | None = None,
     ) -> None:
         self.shared = is_shared(settings)
-        self._steps, self._pace = settings.train.steps, step_rates
-        self._total = settings.train.steps * settings.lte.num_heads
-        self._taken = dict.fromkeys(range(settings.lte.num_heads), 0) | dict(taken)
-        self._granted = dict(self._taken) | dict(granted or {})
+        self._steps, self._step_rates = settings.train.steps, step_rates
+        self.total = settings.train.steps * settings.lte.num_heads
+        """Steps of all heads together, where they share them."""
+        self.steps_taken = dict.fromkeys(range(settings.lte.num_heads), 0) | dict(taken)
+        self.steps_granted = dict(self.steps_taken) | dict(granted or {})
+        """Up to which step each head may go, as far as it is granted already."""
 
     @property
     def taken(self) -> int:
         """Local steps of all heads that contributions have told of."""
-        return sum(self._taken.values())
+        return sum(self.steps_taken.values())
 
     @property
     def progress(self) -> float:
         """The share of all steps that the contributions hold."""
-        return self.taken / self._total
+        return self.taken / self.total
 
     def record_steps(self, head: int, step: int) -> None:
-        """A head has taken `step` local steps in all."""
-        self._taken[head] = max(step, self._taken[head])
+        """Records that a head has taken `step` local steps in all."""
+        self.steps_taken[head] = max(step, self.steps_taken[head])
 
     def add_head(self, head: int, step: int) -> int:
-        """A head is new to the run. Gives the step that it begins at: `step`, so that it ends with the others.
+        """Adds a head that is new to the run.
 
-        Where heads share the steps, it is what one that had its number before has taken.
+        Returns:
+            The step that it begins at: `step`, so that it ends with the others. Where heads share the steps, what an earlier
+            head of its number has taken.
         """
-        begins = self._taken.get(head, 0) if self.shared else step
-        self._taken[head] = self._granted[head] = begins
-        return begins
+        first = self.steps_taken.get(head, 0) if self.shared else step
+        self.steps_taken[head] = self.steps_granted[head] = first
+        return first
 
     def reclaim(self, head: int, step: int) -> None:
-        """A head's process is gone, and what it has contributed ends at `step`: what it was granted beyond is free again."""
-        self._taken[head] = self._granted[head] = step
+        """Takes back what a head was granted beyond `step`, where its contributions end: its process is gone."""
+        self.steps_taken[head] = self.steps_granted[head] = step
 
     def next_directive(self, head: int, live: Collection[int]) -> HeadDirective:
         """What a head is to do next."""
-        steps = self._pace.round_steps(head, live)
+        steps = self._step_rates.round_steps(head, live)
         if not self.shared:
             return HeadDirective(steps, self._steps)
-        left = max(0, self._total - sum(self._granted.values()))
-        # What is left is shared by speed, so that all end together; but rounds shouldn't become ever smaller.
-        fair = max(math.ceil(left * self._pace.share(head, live)), min(steps, self._steps) // 4)
-        ahead = max(ROUNDS_AHEAD * steps, min(self._pace.steps_within(head, SECONDS_AHEAD), fair // MIN_GRANTS_LEFT))
-        grant = min(left, fair, max(0, self._taken[head] + ahead - self._granted[head]))
-        if head not in live:  # it has left, and may hear this all the same: what is free again is for others
-            return HeadDirective(steps, self._granted[head], True, self._pace.relative_rate(head, live), self.progress)
-        self._granted[head] += grant
-        return HeadDirective(steps, self._granted[head], left == grant, self._pace.relative_rate(head, live), self.progress)
+        left = max(0, self.total - sum(self.steps_granted.values()))
+        # The rest is shared by speed, so that all end together. But rounds shouldn't become ever smaller.
+        fair = max(math.ceil(left * self._step_rates.share(head, live)), min(steps, self._steps) // 4)
+        ahead = max(ROUNDS_AHEAD * steps, min(self._step_rates.steps_within(head, SECONDS_AHEAD), fair // MIN_GRANTS_LEFT))
+        grant = min(left, fair, max(0, self.steps_taken[head] + ahead - self.steps_granted[head]))
+        rate = self._step_rates.relative_rate(head, live)
+        if head not in live:  # it has left, and may receive this all the same: what is free again is for others
+            return HeadDirective(steps, self.steps_granted[head], True, rate, self.progress)
+        self.steps_granted[head] += grant
+        return HeadDirective(steps, self.steps_granted[head], left == grant, rate, self.progress)

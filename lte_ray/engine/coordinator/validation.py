@@ -1,6 +1,6 @@
-"""What makes a contribution impossible to merge, one reason a function; empty texts where nothing is wrong.
+"""Why a contribution can't be merged: its numbers, or content that isn't finite or moves the base far more than others did.
 
-Refuses contributions that would move the base far further than others did lately.
+A check returns the reason, as the end of a sentence, or an empty text where nothing is wrong.
 """
 
 from __future__ import annotations
@@ -15,15 +15,43 @@ from lte_ray.config import MergeConfig
 from lte_ray.messages import Contribution
 
 MAX_CHANGE = 1e30
-"""Bound on s times a contribution's sum of squares, and so on every element of s B A: far beyond any weight that trains,
-and far below what overflows float32, so that a merge that has begun can't make the base infinite."""
+"""Bound on s times a contribution's sum of squares, and so on every element of s B A. It is far beyond any trained weight, and
+far below what overflows float32, so that a merge that has begun can't make the base infinite."""
+
+WINDOW = 32
+"""Merged contributions, of all heads, that a new one is compared with. Norms fall while a run trains: with 64, the median lies
+so far above the newest norm that a hundred times the newest passed at 29 % of 4378 places (24 runs); with 32, at 6 %."""
+
+MIN_WINDOW = 16
+"""Merged contributions needed for a judgement: a median of fewer says little."""
+
+MAX_JUDGEMENTS = 64
+"""Judgements that are remembered, of all heads, to tell a faulty head from a change that all heads go through."""
+
+QUARANTINE_AFTER = 3
+"""A head's refusals in a row after which it is quarantined."""
+
+MIN_DEVIATION, MAX_DEVIATION = math.log(1.5), math.log(1.75)
+"""Bounds on one standard deviation of log-norms.
+
+Norms of equal heads in one merge differ by a few percent, while they double or triple from one merge to the next in warm-up.
+So a deviation below 1.5 says how alike heads are, not what is harmless; at 8 deviations, 1.5^8 = 26 times the median passes.
+Norms that fall by orders of magnitude within the window spread widely around their median, though none is extraordinary; above
+1.75, 1.75^8 = 88 times the median would pass."""
+
+GROWTH = 0.75
+"""Norms are divided by steps^GROWTH before they are compared: k steps that agree move weights by k, k random steps by sqrt(k).
+Heads that contributed after ten times the others' steps had norms of 10^0.5 to 10^1.07 times theirs, mostly 10^0.7 to
+10^0.9."""
 
 
 def check_identity(c: Contribution, run: str, newest: tuple[int, int], version: int) -> str:
-    """Why it isn't of this run, this incarnation and this time.
+    """Why a contribution isn't the next one of this run's head.
 
     Args:
-        newest: incarnation and sequence of the head's that were received last.
+        c: the contribution.
+        run: the run's name.
+        newest: incarnation and sequence that were received last of its head.
         version: of the base.
     """
     if c.run != run:
@@ -38,42 +66,16 @@ def check_identity(c: Contribution, run: str, newest: tuple[int, int], version: 
 
 
 def check_magnitude(total: float, scaling: float) -> str:
-    """Why it would spoil the base.
+    """Why a contribution could make the base infinite.
 
     Args:
         total: its sum of squares.
         scaling: the largest s of a layer: s times the sum of squares bounds each element of s B A.
     """
-    bound = scaling * total  # NaN and infinity show in it, too
+    bound = scaling * total  # NaN or infinity if the contribution holds such
     if bound < MAX_CHANGE:
         return ""
     return f"it holds values that are NaN, infinite or absurdly large (s times the sum of squares: {bound:g})"
-
-
-WINDOW = 32
-"""Merged contributions, of all heads, that a new one is compared with. Norms fall while a run trains: over 64 of them the
-median lies so far above the newest that a hundred times the newest passed in 29 % of 4378 places (24 runs); over 32, in 6 %."""
-
-MIN_WINDOW = 16
-"""Merged contributions without which nothing is judged: a median of fewer tells little."""
-
-MAX_JUDGEMENTS = 64
-"""Judgements that are remembered, of all heads, to tell a faulty head from a change that all go through."""
-
-QUARANTINE_AFTER = 3
-"""A head's refusals in a row after which it is to be quarantined."""
-
-MIN_DEVIATION, MAX_DEVIATION = math.log(1.5), math.log(1.75)
-"""Bounds on one standard deviation of log-norms.
-
-Norms of equal heads in one merge differ by a few percent while they double or treble from a merge to the next in warm-up, so
-a deviation below 1.5 says how alike heads are and not what is harmless: at 8 deviations, 1.5^8 = 26 times the median is let
-through. Norms that fall by orders of magnitude within the window spread widely around their median without any being
-extraordinary; above 1.75 their deviation would let through what is 1.75^8 = 88 times the median."""
-
-GROWTH = 0.75
-"""Norms are compared after division by steps^GROWTH: k steps that agree move weights by k, steps of noise by sqrt(k). Heads
-that contributed after ten times the others' steps had norms of 10^0.5 to 10^1.07 times theirs, mostly 10^0.7 to 10^0.9."""
 
 
 class OutlierFilter:
@@ -81,62 +83,67 @@ class OutlierFilter:
 
     With y = log(norm / steps^GROWTH), and y_i of the last `WINDOW` merged contributions of all heads,
 
-        z = (y - median(y_i)) / min(max(1.4826 median|y_i - median(y_i)|, NARROWEST), WIDEST).
+        z = (y - median(y_i)) / min(max(1.4826 median|y_i - median(y_i)|, MIN_DEVIATION), MAX_DEVIATION).
 
-    1.4826 makes the median deviation that of a normal distribution (Leys et al. 2013, doi 10.1016/j.jesp.2013.03.013); half
-    of the window may be outliers. Only z > `max_norm_z` is refused: a small contribution harms nothing.
+    1.4826 makes the median deviation that of a normal distribution (Leys et al. 2013, doi 10.1016/j.jesp.2013.03.013). Half of
+    the window may be outliers. Only z > `max_norm_z` is refused: a small contribution does no harm.
 
-    What is refused isn't merged, so the median alone would hold on to a level that has passed: where the learning rate is
-    raised a hundredfold, or warm-up begins at almost nothing, all heads would be refused for ever. So heads are witnesses:
-    once the newest contributions of more than half of the heads (of those in the last `WITNESSES` judgements), and at least
-    two contributions, were high and within `max_norm_z` times NARROWEST of the newest, it is the level that has changed. It
-    is let through, and the window begins anew with what these witnesses sent; nothing is judged until it holds `ENOUGH`. A
-    faulty minority is never let through; a faulty majority, and a lone head's second in a row, can't be told from a change.
+    Refused contributions aren't merged, so with the median alone a level that has passed would stay the reference: after the
+    learning rate is raised a hundredfold, or where warm-up begins at almost nothing, all heads would be refused forever. So
+    heads are witnesses. The level counts as changed once the newest contributions of more than half of the heads (of those in
+    the last `MAX_JUDGEMENTS` judgements), and at least two contributions, were high and within `max_norm_z` times MIN_DEVIATION
+    of the newest. Then the newest passes, and the window restarts with what these witnesses sent; nothing is judged until it
+    holds `MIN_WINDOW`. A faulty minority never passes. A faulty majority, or a lone head's second high contribution in a row,
+    can't be told from a change.
 
     Args:
         settings: `max_norm_z` is read.
     """
 
     def __init__(self, settings: MergeConfig) -> None:
-        self._most = settings.max_norm_z
+        self._threshold = settings.max_norm_z
         self._window: deque[float] = deque(maxlen=WINDOW)
         self._judged: deque[tuple[int, float, bool]] = deque(maxlen=MAX_JUDGEMENTS)  # head, y, whether it was high
         self._in_a_row: dict[int, int] = {}
 
     def check(self, head: int, norm: float, steps: int) -> str:
-        """Why a contribution is refused, as a sentence's end; empty if it isn't. To be asked once for each.
+        """Why a contribution is an outlier. Call it once for each.
 
         Args:
-            norm: Euclidean norm of the whole change, s (B A - B' A') and replicas (`merging.products.squared_norm`). That of
-                the factors themselves hides it: 7.0 to 7.3 all through a run in which the change's fell from 2.2 to 0.2.
+            head: whose it is.
+            norm: Euclidean norm of the whole change, s (B A - B' A') and replicas (`merging.low_rank.squared_norm`). The norm
+                of the factors themselves says nothing: it was 7.0 to 7.3 throughout a run in which the change's fell from 2.2
+                to 0.2.
             steps: local steps that it holds.
         """
-        if not self._most or norm == 0:
+        if not self._threshold or norm == 0:
             return ""
         if not math.isfinite(norm):
             return f"its norm is {norm}"
         y = _scaled(norm, steps)
         z, middle = self._compare(y)
-        high = z > self._most
+        high = z > self._threshold
         self._judged.append((head, y, high))
         if not high or self._level_changed(y):
             return ""
         typical = math.exp(middle) * max(1, steps) ** GROWTH
         return (
             f"its norm {norm:.3g} is {z:.1f} robust standard deviations above the recent contributions' (median "
-            f"{typical:.3g} for {steps} steps); --max-norm-z is {self._most:g}"
+            f"{typical:.3g} for {steps} steps); --max-norm-z is {self._threshold:g}"
         )
 
     def record_merge(self, head: int, norm: float, steps: int) -> None:
-        """A contribution has become part of the base: later ones are compared with it."""
+        """Records a contribution that has become part of the base: later ones are compared with it."""
         self.reset_refusals(head)
-        if norm:  # a head whose learning rate is 0 says nothing of the others
+        if norm:  # a head whose learning rate is 0 says nothing about the others
             self._window.append(_scaled(norm, steps))
 
     def record_refusal(self, head: int) -> bool:
-        """A head's contribution was refused, here or elsewhere. True at the third in a row: it is to be quarantined.
+        """Records that a head's contribution was refused for its content.
 
-        Then it is forgotten: it is no witness any more, and whoever takes its place begins at no refusals.
+        Returns:
+            Whether to quarantine the head, since this was the third in a row. Then the head is forgotten: it is no longer a
+            witness, and its successor begins without refusals.
         """
         self._in_a_row[head] = self._in_a_row.get(head, 0) + 1
         if self._in_a_row[head] < QUARANTINE_AFTER:
@@ -146,11 +153,11 @@ class OutlierFilter:
         return True
 
     def reset_refusals(self, head: int) -> None:
-        """A head's contribution was found fit, which ends its refusals in a row."""
+        """Ends a head's refusals in a row."""
         self._in_a_row.pop(head, None)
 
     def state(self) -> dict[str, Any]:
-        """All that it remembers, as JSON can hold it."""
+        """All that it remembers, for JSON."""
         return {
             "norms": list(self._window),
             "judged": [list(each) for each in self._judged],
@@ -158,14 +165,14 @@ class OutlierFilter:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state` gave; an empty one, of a run that had no guard, is as new."""
+        """Takes over what `state` gave; an empty one, of a run without a filter, resets it."""
         self._window = deque(map(float, state.get("norms", [])), maxlen=WINDOW)
         judged = ((int(head), float(y), bool(high)) for head, y, high in state.get("judged", []))
         self._judged = deque(judged, maxlen=MAX_JUDGEMENTS)
         self._in_a_row = {int(head): int(count) for head, count in state.get("refused", [])}
 
     def _compare(self, y: float) -> tuple[float, float]:
-        """z and the median; z is 0 until there are enough to compare with."""
+        """Returns z and the median; z is 0 while the window is too small."""
         if len(self._window) < MIN_WINDOW:
             return 0.0, 0.0
         middle = median(self._window)
@@ -173,13 +180,13 @@ class OutlierFilter:
         return (y - middle) / min(max(spread, MIN_DEVIATION), MAX_DEVIATION), middle
 
     def _level_changed(self, y: float) -> bool:
-        """Whether most heads say so, of whom the newest has just been judged high; then the window begins anew."""
-        agree = [(h, high and abs(other - y) <= self._most * MIN_DEVIATION) for h, other, high in self._judged]
+        """Whether most heads went through the same change as the newest, which was judged high; then the window restarts."""
+        agree = [(h, high and abs(other - y) <= self._threshold * MIN_DEVIATION) for h, other, high in self._judged]
         newest = dict(agree)
         if 2 * sum(newest.values()) <= len(newest) or sum(same for _, same in agree) < 2:
             return False
         witnesses = [other for (_, other, _), (_, same) in zip(self._judged, agree, strict=True) if same]
-        self._window = deque(witnesses[:-1], maxlen=WINDOW)  # the newest comes in when it is merged
+        self._window = deque(witnesses[:-1], maxlen=WINDOW)  # the newest is added when it is merged
         self._judged.clear()
         return True
 
