@@ -1,6 +1,6 @@
 """Validation loss of merge policies with heads of speeds 1:1:1:4, over that of the barrier with as many samples.
 
-Each run is the engine's own heads, coordinator and policy under the simulator's virtual clock (`engine.virtual`): the
+Each run is the engine's own heads, coordinator and policy under the simulator's virtual clock (`lte_ray.simulation`): the
 gradient steps are real, the times are what the speeds say, with a spread of a tenth. Four heads train `workers.gpt:GPT`, 1600
 local steps together in every run, so all see equally many samples; under the barrier each takes a quarter of them, elsewhere
 whoever is faster takes more. The worker is smaller than its defaults (2 blocks of 64, windows of 64 bytes), so that a run is

@@ -74,7 +74,8 @@ def run_in_process(
     """Runs all heads to the end, each group of `heads_per_actor` a round at a time in the order of their numbers.
 
     With a policy that waits for all heads the result is that of the same run on Ray, bit for bit on one machine. Heads wait
-    for their merges whatever `wait` says, and time stands still but where the policy waits for it: `engine.virtual` keeps time.
+    for their merges whatever `wait` says. Time stands still except where the policy waits for it: `lte_ray.simulation` has a
+    clock.
 
     Raises:
         WorkerFailed, PolicyError: as on Ray.
