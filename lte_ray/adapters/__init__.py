@@ -1,4 +1,4 @@
-"""The layers of one head, and the conversion of a user's model into them."""
+"""The conversion of a user's model into one head's model: what to adapt, layers with LoRA factors, quantized main weights."""
 
 from lte_ray.adapters.convert import Converted, convert
 from lte_ray.adapters.layer import LTELayer, LTELinear

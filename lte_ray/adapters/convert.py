@@ -1,4 +1,4 @@
-"""Turns a user's model into one head's model, in place."""
+"""Converts a user's model into one head's model, in place."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from lte_ray.misc.convert import leave_fast_path
 
 @dataclass(frozen=True)
 class MainWeight:
-    """A head's copy of one main weight: a parameter that nothing trains, or a quantised weight.
+    """A head's copy of one main weight: a parameter that isn't trained, or a quantized weight.
 
-    `held`: it is W_v itself, and the factors hold the reference; else the reference is folded in, W~ = W_v - s B' A'.
+    With `separate_reference`, it is W_v itself, and the factors store the reference. Otherwise the reference is folded into it:
+    W~ = W_v - s B' A'.
     """
 
     spec: Adapted
@@ -35,14 +36,15 @@ class MainWeight:
 
     @torch.no_grad()
     def load(self, base: Tensor | None, reference: tuple[Tensor, Tensor] | None) -> float:
-        """Takes over W_v (`base`, in the stored shape) and the reference (A', B').
+        """Loads W_v (`base`, in the stored shape) and the reference (A', B').
 
         Args:
-            base: on any device. None if a held weight is W_v already, by the load of another head that it is shared with.
-            reference: None where B' = 0.
+            base: on any device. None if the weight is W_v already, since a head that shares it has loaded it; this needs a
+                separate reference.
+            reference: None if B' = 0.
 
         Returns:
-            The relative error ||W - Q(W)|| / ||W|| of a quantised weight, 0 otherwise.
+            The relative error ||W - Q(W)|| / ||W|| of a quantized weight, 0 otherwise.
         """
         error = 0.0
         if base is None:
@@ -59,10 +61,14 @@ class MainWeight:
 
     @torch.no_grad()
     def stage(self, base: Tensor, reference: tuple[Tensor, Tensor] | None, into: Tensor | None) -> Tensor | None:
-        """What `load` would make of the weight, in another tensor; None where it is quantised or held, and only `load` can.
+        """Computes the weight that `load` would set, in another tensor; None if only `load` can set it.
+
+        That is the case for a quantized weight and for one with a separate reference.
 
         Args:
-            into: an earlier weight, which isn't in use any more, to be written to.
+            base: W_v in the stored shape.
+            reference: (A', B'); None if B' = 0.
+            into: memory to use: an earlier weight that is no longer in use.
         """
         if isinstance(self.stored, QuantizedWeight) or self.separate_reference:
             return None
@@ -74,7 +80,7 @@ class MainWeight:
         return staged
 
     def swap(self, staged: Tensor) -> Tensor:
-        """Takes a staged weight in the place of the one in use, and gives that."""
+        """Puts a staged weight into use, and returns the previous one."""
         assert isinstance(self.stored, nn.Parameter)
         before, self.stored.data = self.stored.data, staged
         return before
@@ -85,10 +91,10 @@ class Converted:
     """A head's model and its parts, under the unconverted model's names.
 
     Attributes:
-        model: what `convert` was given, unless that is a bare `nn.MultiheadAttention`.
-        plan: what of it is trained.
+        model: the model passed to `convert`, unless that is a bare `nn.MultiheadAttention`.
+        plan: which of its parts are trained.
         parameters: all parameters of the unconverted model that are still parameters.
-        mains: the main weights.
+        main_weights: the main weights.
         factors: A and B, under their names in the contribution layout.
     """
 
@@ -100,24 +106,28 @@ class Converted:
 
     @property
     def frozen(self) -> dict[str, nn.Parameter]:
-        """Parameters that nothing trains and that are no main weights."""
+        """Parameters that are neither trained nor main weights."""
         trained = {*self.main_weights, *(replica.name for replica in self.plan.replicas)}
         return {name: p for name, p in self.parameters.items() if name not in trained}
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a plan can name, as it is now: parameters and buffers."""
+        """Returns all that a plan can name, as it is now: parameters and buffers."""
         return {**self.parameters, **dict(self.model.named_buffers())}
 
 
 def convert(model: nn.Module, lte: LTEConfig, *, seed: int = 0, head: int = 0, separate_reference: bool = False) -> Converted:
-    """Converts `model` in place for one head; outputs are unchanged at first (B = 0).
+    """Converts `model` in place for one head; at first, its outputs are unchanged (B = 0).
 
-    Parameter objects stay those of the model, and so do all layers, whose class becomes one of `HeadLayer`.
-    `nn.MultiheadAttention` is replaced by one of plain projections, which hold the same parameters. A is drawn from (seed,
-    head, name).
+    The parameter objects remain those of the model, and so do its layers, whose class becomes a subclass of `HeadLayer`. Each
+    adapted `nn.MultiheadAttention` is replaced by one with plain projections, which has the same parameters. A is drawn from
+    (seed, head, name).
 
     Args:
-        hold: main weights stay W_v, and the factors hold the reference, so that heads can share them.
+        model: the user's model.
+        lte: which layers to adapt, and how.
+        seed: the run's seed.
+        head: the head's number.
+        separate_reference: whether main weights stay W_v and the factors store the reference, so that heads can share them.
 
     Raises:
         ConfigError, WorkerError: as `make_plan`.
@@ -151,7 +161,7 @@ def convert(model: nn.Module, lte: LTEConfig, *, seed: int = 0, head: int = 0, s
 
 
 def quantizer_input(spec: Adapted, weight: Tensor) -> Tensor:
-    """A main weight in the shape in which it is quantised: linear ones as the matrix (out x in)."""
+    """Returns a main weight in the shape in which it is quantized: linear ones as the matrix (out x in)."""
     return as_matrix(spec, weight).contiguous() if len(spec.shape) == 2 else weight
 
 
@@ -163,27 +173,27 @@ def _draw_factors(spec: Adapted, weight: Tensor, seed: int, head: int, *, separa
 
 
 def split_attention_projections(model: nn.Module, adapted: set[int]) -> tuple[nn.Module, list[MultiheadAttention]]:
-    """Replaces every `nn.MultiheadAttention` with an adapted weight (`id`) by one whose projections are layers.
+    """Replaces each `nn.MultiheadAttention` that has an adapted weight (by `id`) by one whose projections are layers.
 
     Returns:
-        The model, and what was put in.
+        The model, and the new modules.
     """
-    made: dict[int, MultiheadAttention] = {}
+    new: dict[int, MultiheadAttention] = {}
     for module in list(model.modules()):
         if type(module) is nn.MultiheadAttention and any(id(p) in adapted for p in module.parameters()):
-            made[id(module)] = MultiheadAttention.from_torch(module)
-            hooks = {name: kept for name, kept in vars(module).items() if "_hook" in name}
-            vars(made[id(module)]).update(hooks)
-    replace_modules(model, made)
-    return made.get(id(model), model), list(made.values())
+            new[id(module)] = MultiheadAttention.from_torch(module)
+            hooks = {name: value for name, value in vars(module).items() if "_hook" in name}
+            vars(new[id(module)]).update(hooks)
+    replace_modules(model, new)
+    return new.get(id(model), model), list(new.values())
 
 
-def replace_modules(model: nn.Module, made: Mapping[int, nn.Module]) -> None:
-    """Puts made[id(module)] in the place of each such module, everywhere."""
+def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+    """Replaces each module by new[id(module)], everywhere in the model."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if id(child) in made:
-                parent._modules[name] = made[id(child)]
+            if id(child) in new:
+                parent._modules[name] = new[id(child)]
 
 
 def _layers_of(model: nn.Module, pair: Factors) -> Sequence[HeadLayer]:
@@ -191,7 +201,7 @@ def _layers_of(model: nn.Module, pair: Factors) -> Sequence[HeadLayer]:
 
 
 def _quantize_main_weights(converted: Converted) -> None:
-    """Puts the main weights into the format that the plan says."""
+    """Quantizes the main weights to the formats that the plan specifies."""
     for name, main in list(converted.main_weights.items()):
         if main.spec.base_dtype == "fp32" or len(main.spec.shape) == 1:
             continue
@@ -203,13 +213,13 @@ def _quantize_main_weights(converted: Converted) -> None:
 
 
 def share_frozen_weights(converted: Converted, share: Converted) -> None:
-    """Has `converted` use the main weights of `share`, and its other parameters that nothing trains."""
+    """Makes `converted` use the main weights of `share` and its other parameters that aren't trained."""
     trained = {r.name for r in converted.plan.replicas}
-    theirs = {id(converted.parameters[n]): p for n, p in share.parameters.items() if n not in trained}
+    shared = {id(converted.parameters[n]): p for n, p in share.parameters.items() if n not in trained}
     for module in converted.model.modules():
         for name, parameter in list(module._parameters.items()):
-            if parameter is not None and id(parameter) in theirs:
-                module._parameters[name] = theirs[id(parameter)]
+            if parameter is not None and id(parameter) in shared:
+                module._parameters[name] = shared[id(parameter)]
     for name, parameter in share.parameters.items():
         if name not in trained:
             converted.parameters[name] = parameter

@@ -1,7 +1,8 @@
-"""Weights that a model uses without calling the layer that holds them: `F.linear(x, self.tokens.weight)`.
+"""Effective weights for models that use a weight without calling its layer, as in `F.linear(x, self.tokens.weight)`.
 
-What the layer holds under that name is the main weight, which gets no gradient and lacks what the factors add. While a
-loss is computed, readers get a stand-in for it: it may be looked at, and what computes with it gets the weight in use.
+The layer's parameter with that name is the main weight, which gets no gradient and lacks the factors' product. While a loss
+is computed, readers get an `EffectiveParameter` instead: it has the parameter's metadata, and operations use the effective
+weight.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 COMPUTING_LOSS: ContextVar[bool] = ContextVar("lte_ray_computing", default=False)
-"""Whether a head computes its loss: elsewhere, parameters are what they are."""
+"""Whether a head is computing its loss: otherwise, readers get the parameters themselves."""
 
 _PROPERTIES = (
     *("shape", "dtype", "device", "ndim", "layout", "itemsize", "nbytes", "data", "grad", "grad_fn", "is_leaf"),
@@ -26,34 +27,34 @@ _METHODS = (
     *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "detach", "get_device", "is_contiguous"),
     *("is_floating_point", "is_complex", "__len__", "__repr__"),
 )
-_LOOKS = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {getattr(Tensor, name) for name in _METHODS}
+_METADATA_ACCESS = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {getattr(Tensor, name) for name in _METHODS}
 
 
 class EffectiveParameter(Tensor):
-    """A parameter that may be looked at: shape, type, device. What computes with it gets what trains in its place."""
+    """Has the metadata of a parameter (shape, type, device); operations on it use the effective parameter."""
 
     _lte_effective: Callable[[], Tensor]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _LOOKS:
+        if func in _METADATA_ACCESS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         args, kwargs = tree_map(lambda x: x._lte_effective() if isinstance(x, EffectiveParameter) else x, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
-def effective_parameter(held: Tensor, in_use: Callable[[], Tensor]) -> Tensor:
-    """`held` to look at; whatever computes with it computes with `in_use()`."""
-    made: EffectiveParameter = held.detach().as_subclass(EffectiveParameter)
-    made._lte_effective = in_use
-    return made
+def effective_parameter(stored: Tensor, effective: Callable[[], Tensor]) -> Tensor:
+    """Returns a tensor with the metadata of `stored`, for which operations use `effective()` instead."""
+    parameter: EffectiveParameter = stored.detach().as_subclass(EffectiveParameter)
+    parameter._lte_effective = effective
+    return parameter
 
 
 @contextmanager
-def computing_loss(really: bool = True) -> Iterator[None]:
-    """Within the block a head computes its loss (or doesn't)."""
-    token = COMPUTING_LOSS.set(really)
+def computing_loss(active: bool = True) -> Iterator[None]:
+    """Marks the block as computing a head's loss, or not."""
+    token = COMPUTING_LOSS.set(active)
     try:
         yield
     finally:

@@ -12,18 +12,18 @@ from lte_ray.layout import Adapted
 
 
 class Factors(nn.Module):
-    """A (r x in) and B (out x r) of one main weight, which counts as W~ + s B A; B starts at zero.
+    """A (r x in) and B (out x r) of one main weight, whose effective value is W~ + s B A; B starts at zero.
 
-    Where the main weight isn't this head's alone, or is quantised, the reference can't be folded into it. Then W~ = W
-    and the factors hold the reference A', B' too, so that the layer adds s (B A - B' A').
+    If heads share the main weight, or it is quantized, the reference can't be folded into it. Then W~ = W, and this module
+    stores the reference A', B' too, so that the layer adds s (B A - B' A').
 
     Args:
         spec: rank, scaling and shape.
-        like: a tensor of the wanted type and device.
-        hold: whether they hold the reference.
+        like: a tensor with the type and device to use.
+        separate_reference: whether to store the reference.
     """
 
-    reference_A: Tensor | None  # noqa: N815  # A and B are what the field calls them
+    reference_A: Tensor | None  # noqa: N815  # A and B are the names in the LoRA literature
     reference_B: Tensor | None  # noqa: N815
 
     def __init__(self, spec: Adapted, like: Tensor, *, separate_reference: bool = False) -> None:
@@ -36,19 +36,19 @@ class Factors(nn.Module):
         self.register_buffer("reference_B", None, persistent=False)
 
     def effective_pair(self) -> tuple[Tensor, Tensor]:
-        """(A, B), or ([A; A'], [B, -B']) where a reference is held: their product is what the layer adds, over s."""
+        """Returns (A, B), or ([A; A'], [B, -B']) with a separate reference: s times their product is what the layer adds."""
         if self.reference_A is None or self.reference_B is None:
             return self.A, self.B
         return torch.cat([self.A, self.reference_A]), torch.cat([self.B, -self.reference_B], dim=1)
 
     def vector_change(self) -> Tensor:
-        """s B A (- s B' A') of a weight that is a vector."""
+        """Returns s B A (- s B' A') of a weight that is a vector."""
         a, b = self.effective_pair()
         return (b @ a)[:, 0] * self.scaling
 
     @torch.no_grad()
     def set_reference(self, a: Tensor | None, b: Tensor | None) -> None:
-        """Takes over the reference A', B', without a copy where that is possible; None where B' = 0."""
+        """Sets the reference A', B', without a copy if possible; None if B' = 0."""
         assert self.separate_reference
         if self._reserved:
             assert self.reference_A is not None and self.reference_B is not None
@@ -60,17 +60,17 @@ class Factors(nn.Module):
 
     @torch.no_grad()
     def reserve_reference(self) -> None:
-        """From now on the reference lies in memory of its own, so that it can be a slice of a stacked tensor."""
+        """Allocates memory for the reference, which it uses from now on, so that it can be a slice of a stacked tensor."""
         assert self.separate_reference
         self.reference_A, self.reference_B = torch.zeros_like(self.A), torch.zeros_like(self.B)
         self._reserved = True
 
 
 def draw_initial_a(shape: tuple[int, int], seed: int, head: int, name: str) -> Tensor:
-    """The initial A (r x in) of one head and layer: semi-orthogonal rows times sqrt(in / r), float32.
+    """Draws the initial A (r x in) of one head and layer: semi-orthogonal rows times sqrt(in / r), float32.
 
-    Drawn from (seed, head, layer name) alone, so that every head explores other directions, and a head that is
-    built again anywhere gets the same A. The factor is that of the authors' code (DESIGN 3.8).
+    Depends only on (seed, head, layer name), so that heads explore different directions, and a head that is rebuilt anywhere
+    gets the same A. The factor sqrt(in / r) is that of the LTE authors' code.
     """
     key = hashlib.sha256(f"{seed}/{head}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)

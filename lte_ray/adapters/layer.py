@@ -1,4 +1,4 @@
-"""One head's layers: the user's own layers, which go on being what they were, with factors beside the main weight."""
+"""One head's layers: the user's own layers, in place, with factors added to the main weight."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from lte_ray.adapters.quantization import linear as quantized_linear
 
 
 class LTELayer(nn.Module):
-    """What all layers with factors are, in every mode: `isinstance(layer, LTELayer)` finds them."""
+    """Base class of all layers with factors, in every mode: `isinstance(layer, LTELayer)` finds them."""
 
 
 class HeadLayer(LTELayer):
     """y = f(x; W~, b) + s (B A)(x): a layer of one head (LTE, arXiv 2402.16828, eq. 5-6).
 
-    W~ = W_v - s B' A' is the head's own copy of the main weight: base version v less what v already holds of this head
-    (the reference A', B'). It gets no gradient. It stays a parameter under the same name, and so does the bias. Where the
-    main weight is shared or quantised, W~ = W_v and the reference is computed beside it (`Factors`).
+    W~ = W_v - s B' A' is the head's own copy of the main weight: base version v minus what v already contains of this head (the
+    reference A', B'). It gets no gradient. It remains a parameter with the same name, and so does the bias. If the main weight
+    is shared or quantized, W~ = W_v, and the reference's product is computed separately (`Factors`).
 
-    A layer becomes one by `adopt`, which changes its class; attributes, hooks and all places that hold it stay.
+    `add_factors` turns a layer into a `HeadLayer` by changing its class, so that its attributes, hooks and all references to it
+    remain.
     """
 
     kind: ClassVar[LayerKind]
@@ -55,34 +56,34 @@ class HeadLayer(LTELayer):
         return self.kind.main(self, x, quantized.dequantize(dtype), bias)
 
     def plain_forward(self, x: Tensor) -> Tensor:
-        """What the layer computed before it had factors, with the parameters that it holds now."""
-        with computing_loss(False):  # it reads the parameters itself, which are the ones in use now
+        """Computes what the layer computed before it had factors, with its current parameters."""
+        with computing_loss(False):  # it reads its parameters itself, which are already the effective ones
             y: Tensor = self.plain.forward(self, x)
         return y
 
     def _raw_weight(self) -> Tensor:
-        """The main weight itself, which others don't get while a loss is computed."""
+        """Returns the main weight itself, for which other readers get an `EffectiveParameter` while a loss is computed."""
         weight = self._parameters["weight"]
         assert weight is not None
         return weight
 
     def _effective_weight(self) -> Tensor:
-        """W~ + s B A (- s B' A'), in the stored shape: what the layer's output is made with."""
-        held = self._stored("weight")
+        """Returns W~ + s B A (- s B' A') in the stored shape: the weight that the layer's output corresponds to."""
+        stored = self._stored("weight")
         if self.kind.product is None:
-            return held + self.lora.vector_change()
+            return stored + self.lora.vector_change()
         a, b = self.lora.effective_pair()
         product = (b @ a) * self.lora.scaling
-        return held + (product.t() if self.kind.transposed else product.reshape(held.shape))
+        return stored + (product.t() if self.kind.transposed else product.reshape(stored.shape))
 
     def _stored(self, name: str) -> Tensor:
-        """What the layer holds under a parameter's name; a quantised weight as it is unpacked."""
+        """Returns the parameter with this name; a quantized weight, dequantized."""
         quantized = self._modules.get("quantized")
         if name == "weight" and isinstance(quantized, QuantizedWeight):
             weight = quantized.dequantize(self.lora.A.dtype)
             return weight.t() if self.kind.transposed else weight
-        held: Any = super().__getattr__(name)
-        return held  # type: ignore[no-any-return]
+        parameter: Any = super().__getattr__(name)
+        return parameter  # type: ignore[no-any-return]
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
@@ -90,20 +91,20 @@ class HeadLayer(LTELayer):
                 effective_parameter(self._stored(name), self._effective_weight) if COMPUTING_LOSS.get() else self._stored(name)
             )
         if name == "bias" and COMPUTING_LOSS.get() and (lora := self._modules.get("lora_bias")) is not None:
-            held = self._stored(name)
-            return effective_parameter(held, lambda: held + lora.vector_change())  # type: ignore[operator]
+            stored = self._stored(name)
+            return effective_parameter(stored, lambda: stored + lora.vector_change())  # type: ignore[operator]
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:
-        own = f"rank={self.lora.A.shape[0]}, s={self.lora.scaling:g}"
-        theirs = self.plain.extra_repr(self)
-        return f"{theirs}, {own}" if theirs else own
+        added = f"rank={self.lora.A.shape[0]}, s={self.lora.scaling:g}"
+        plain = self.plain.extra_repr(self)
+        return f"{plain}, {added}" if plain else added
 
 
 def make_class(mixin: type[nn.Module], plain: type[nn.Module], kind: LayerKind, module: str) -> type[nn.Module]:
-    """The class of `plain` layers with `mixin`'s forward; named LTE + the plain name, in `module`."""
+    """Creates the subclass of `plain` with the forward of `mixin`, named LTE + the plain name, in `module`."""
     attributes: dict[str, Any] = {"kind": kind, "plain": plain, "__module__": module}
-    if "input" in inspect.signature(plain.forward).parameters:  # whoever calls the layer by keyword still can
+    if "input" in inspect.signature(plain.forward).parameters:  # callers may pass it by keyword
 
         def forward(self: Any, input: Tensor) -> Any:
             return mixin.forward(self, input)
@@ -113,7 +114,7 @@ def make_class(mixin: type[nn.Module], plain: type[nn.Module], kind: LayerKind, 
 
 
 _CLASSES = {plain: make_class(HeadLayer, plain, kind, __name__) for plain, kind in TORCH_KINDS.items()}
-globals().update({made.__name__: made for made in _CLASSES.values()})  # pickle finds classes by name
+globals().update({each.__name__: each for each in _CLASSES.values()})  # pickle finds classes by name
 LTELinear = _CLASSES[nn.Linear]
 
 
@@ -125,7 +126,7 @@ def _class_of(plain: type[nn.Module], kind: LayerKind) -> type[nn.Module]:
 
 
 def __getattr__(name: str) -> Any:
-    """The class of transformers' Conv1D, for pickle in a process that hasn't converted one yet."""
+    """Creates the class for Conv1D of transformers, for unpickling in a process that hasn't converted one yet."""
     if name == "LTEConv1D":
         from transformers.pytorch_utils import Conv1D
 
@@ -134,7 +135,7 @@ def __getattr__(name: str) -> Any:
 
 
 def add_factors(layer: nn.Module, lora: Factors, lora_bias: Factors | None) -> HeadLayer:
-    """Makes `layer` a layer of a head, in place, with these factors; its main weight gets no gradient any more."""
+    """Turns `layer` into a `HeadLayer` with these factors, in place; its main weight no longer gets a gradient."""
     kind = kind_of(layer)
     assert kind is not None
     layer.__class__ = _class_of(type(layer), kind)
@@ -146,6 +147,6 @@ def add_factors(layer: nn.Module, lora: Factors, lora_bias: Factors | None) -> H
 
 @torch.no_grad()
 def quantize_weight(layer: HeadLayer, quantized: QuantizedWeight) -> None:
-    """Puts a quantised main weight (stored as the matrix or as the weight's own shape) in the place of the parameter."""
+    """Replaces the layer's main weight by a quantized one, in the shape of the matrix or of the weight."""
     del layer._parameters["weight"]
     layer.quantized = quantized

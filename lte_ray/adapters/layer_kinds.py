@@ -1,7 +1,7 @@
-"""What a layer of each kind computes with its main weight, and with a low-rank product beside it.
+"""What a layer of each kind computes with its main weight and with a low-rank product.
 
-Each kind is a record of pure functions of (layer, input, tensors), so that one head's layer and all in-process modes
-compute the same, and so that `torch.func.vmap` can run over heads. `layer` gives what isn't a tensor: stride, groups, eps.
+Each kind is a record of pure functions of (layer, input, tensors), so that one head's layer and all in-process modes compute
+the same, and so that `torch.func.vmap` can batch over heads. `layer` provides what isn't a tensor: stride, groups, eps.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LayerKind:
-    """One kind of layers.
+    """A kind of layer.
 
     Attributes:
         name: its name in `LTEConfig.adapt`.
-        main: (layer, x, weight, bias) -> the layer's output with these.
-        product: (layer, x, a, b, s) -> what s B A adds to the output, with A (r x in), B (out x r). None where the weight
-            is a vector, for which `main` runs on weight + s B A.
+        main: (layer, x, weight, bias) -> the layer's output with this weight and bias.
+        product: (layer, x, a, b, s) -> what s B A adds to the output, with A (r x in), B (out x r). None if the weight is a
+            vector: then `main` runs on weight + s B A.
         transposed: whether the weight is stored as in x out.
     """
 
@@ -39,12 +39,12 @@ def _linear(layer: nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None) ->
 
 
 def _linear_product(layer: Any, x: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
-    """s (x A^T) B^T; x is (..., in), the result (..., out)."""
+    """Returns s (x A^T) B^T; x is (..., in), the result (..., out)."""
     return F.linear(F.linear(x, a) * s, b)
 
 
 def _transposed_linear(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W + b with W (in x out), as transformers' Conv1D."""
+    """Returns x W + b with W (in x out), as the Conv1D layer of transformers does."""
     y = x.reshape(-1, x.shape[-1])
     y = y @ weight if bias is None else torch.addmm(bias, y, weight)
     return y.view(*x.shape[:-1], weight.shape[1])
@@ -56,10 +56,10 @@ def _conv(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _conv_product(layer: Any, x: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
-    """The convolution of kernel A (r x in/groups x k...), then B as a 1 x 1 convolution.
+    """Convolves with the kernel A (r x in/groups x k...), then with B as a 1 x 1 kernel.
 
-    A group of outputs sees its own inputs only, so A runs over every group of inputs: group g's r channels, mixed by
-    its rows of B, give exactly the convolution with the rows' part of B A.
+    A group of outputs sees only its own inputs, so A runs over each group of inputs: the r channels of group g, mixed by its
+    rows of B, equal the convolution with these rows of B A.
     """
     kernel = a.reshape(a.shape[0], -1, *layer.kernel_size)
     kernel = kernel.repeat(layer.groups, *[1] * (kernel.ndim - 1))
@@ -74,12 +74,12 @@ def _embedding(layer: nn.Embedding, x: Tensor, weight: Tensor, bias: Tensor | No
 
 
 def _embedding_product(layer: nn.Embedding, x: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
-    """s B[x] A: the rows of B (vocabulary x r) by A (r x width)."""
+    """Returns s B[x] A: rows of B (vocabulary x r) times A (r x width)."""
     return F.linear(F.embedding(x, b, layer.padding_idx) * s, a.t())
 
 
 def _norm(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The layer's own forward, on these affine parameters; it keeps its running statistics itself."""
+    """Runs the layer's own forward with these affine parameters; the layer updates its running statistics itself."""
     before = {name: layer._parameters[name] for name in ("weight", "bias") if name in layer._parameters}
     layer._parameters.update({name: value for name, value in (("weight", weight), ("bias", bias)) if name in before})
     try:
@@ -111,21 +111,21 @@ TORCH_KINDS: dict[type[nn.Module], LayerKind] = {
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
-    """The kind of a layer that can have factors, None for others.
+    """Returns the kind of a layer that can have factors, None for others.
 
-    Exact types only: a subclass may use its weight without calling `forward`, or compute something else. So may a layer
-    that was given a `forward` of its own.
+    Accepts exact types only: a subclass may use its weight without calling `forward`, or compute something else. So may a layer
+    whose instance has its own `forward`.
     """
     if "forward" in vars(module):
         return None
     kind = TORCH_KINDS.get(type(module))
     if kind is None:
-        transformers = sys.modules.get("transformers.pytorch_utils")  # its layers can't be there before it is
+        transformers = sys.modules.get("transformers.pytorch_utils")  # without this import, the model has none of its layers
         if transformers is not None and type(module) is transformers.Conv1D:
             return TRANSPOSED_LINEAR
         return None
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
-        return None  # its forward writes into the weight; its gradients aren't those of a product
+        return None  # its forward modifies the weight, or its gradients aren't those of a product
     if kind is NORM and (getattr(module, "weight", None) is None or module.weight.ndim != 1):
         return None
     return kind

@@ -1,4 +1,4 @@
-"""Which parameters of a user's model get factors, and which train as replicas: decided by names, kinds and settings."""
+"""Decides which parameters of a user's model get factors and which train as replicas, by names, kinds and settings."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ from lte_ray.layout import Adapted, Plan, Replica
 
 @dataclass(frozen=True)
 class ParameterUse:
-    """Where a parameter is held: by the layer of this name, as its weight, bias, packed biases or something else ("").
+    """How one layer uses a parameter. A shared parameter has several uses.
 
-    `kind` is the layer's kind in `LTEConfig.adapt`, None for layers that can't have factors. `sparse`: gradients are.
+    Attributes:
+        layer: the layer's name.
+        role: the parameter's role in the layer: weight, bias, packed biases or, if unknown, "".
+        kind: the layer's kind in `LTEConfig.adapt`; None for layers that can't have factors.
+        transposed: whether the layer stores its weight as in x out.
+        sparse: whether the layer's gradients are sparse.
     """
 
     layer: str
@@ -31,68 +36,67 @@ class ParameterUse:
 
 
 WEIGHT_FIELDS = ("rank", "scaling", "lr", "base_dtype")
-"""Settings in which all layers that share an adapted weight must agree."""
+"""Settings on which all layers that share an adapted weight must agree."""
 
 BIAS_ROLES = ("bias", "packed biases")
 
 
 def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
-    """Decides for one head what of an unconverted model is trained and how.
+    """Decides for one head which parameters of an unconverted model are trained, and how.
 
-    A weight is adapted if it trains and every layer that holds it is of a kind that `lte.adapt` names and isn't excluded.
-    So a weight tied to an embedding is a replica unless embeddings are adapted too; a shared one is adapted once. A bias
-    of a layer with LoRA is what `lora_bias` says. Every other parameter that trains is a replica; what doesn't train is
-    left alone.
+    A weight is adapted if it trains and each layer that uses it is of a kind in `lte.adapt` and isn't excluded. So a weight
+    tied to an embedding is a replica unless embeddings are adapted too, and a shared weight is adapted once. `lora_bias`
+    decides about the bias of a layer with LoRA. Each other parameter that trains is a replica; the rest stays as it is.
 
     Raises:
-        ConfigError: a pattern matches nothing, layers that share a weight have
-            different settings, or `lte.strict` and something is left over.
+        ConfigError: a pattern matches nothing, layers that share a weight have different settings, or `lte.strict` is set and a
+            parameter is left over.
         WorkerError: no parameter trains, none is adapted, or one can't be merged (sparse, complex, integer, no shape).
     """
-    places = _find_uses(model)
+    uses_by_id = _find_uses(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    settings = _LayerSettings(model, lte, head, places)
+    settings = _LayerSettings(model, lte, head, uses_by_id)
     for name, parameter in parameters.items():
         _check_parameter(name, parameter)
 
     weights = {}
     for name, parameter in parameters.items():
-        held = places[id(parameter)]
-        if all(p.role == "weight" and settings.resolve(p, name).adapt for p in held) and len({p.transposed for p in held}) == 1:
-            weights[name] = held
-    with_factors = {p.layer for held in weights.values() for p in held}
-    theirs = {name for name, p in parameters.items() if any(place.layer in with_factors for place in places[id(p)])}
-    settings.check_used(with_factors | theirs, {p.kind for held in weights.values() for p in held})
+        uses = uses_by_id[id(parameter)]
+        adapt = all(use.role == "weight" and settings.resolve(use, name).adapt for use in uses)
+        if adapt and len({use.transposed for use in uses}) == 1:
+            weights[name] = uses
+    lora_layers = {use.layer for uses in weights.values() for use in uses}
+    lora_parameters = {n for n, p in parameters.items() if any(use.layer in lora_layers for use in uses_by_id[id(p)])}
+    settings.check_rules_apply(lora_layers | lora_parameters, {use.kind for uses in weights.values() for use in uses})
     adapted, replicas, leftover = [], [], []
     for name, parameter in parameters.items():
-        held, shape = places[id(parameter)], tuple(parameter.shape)
-        of_factors = all(p.role in BIAS_ROLES and p.layer in with_factors for p in held)
-        chosen = settings.resolve_shared(
-            name, held, WEIGHT_FIELDS if name in weights else ("bias", "lr") if of_factors else ("lr",)
-        )
-        bias = chosen.bias if of_factors else None
-        if bias == "lora" and any(p.role != "bias" for p in held):
-            bias = "replica"  # packed biases are added behind the projections
+        uses, shape = uses_by_id[id(parameter)], tuple(parameter.shape)
+        is_lora_bias = all(use.role in BIAS_ROLES and use.layer in lora_layers for use in uses)
+        fields = WEIGHT_FIELDS if name in weights else ("bias", "lr") if is_lora_bias else ("lr",)
+        chosen = settings.resolve_shared(name, uses, fields)
+        bias = chosen.bias if is_lora_bias else None
+        if bias == "lora" and any(use.role != "bias" for use in uses):
+            bias = "replica"  # packed biases are added after the projections
         if name in weights:
-            spec = Adapted(name, shape, 1, chosen.scaling, held[0].transposed, chosen.lr, chosen.base_dtype)
-            # At min(out, in) a product can be any matrix. The scaling stays that of the rank asked for, as in other layers.
+            spec = Adapted(name, shape, 1, chosen.scaling, uses[0].transposed, chosen.lr, chosen.base_dtype)
+            # With rank min(out, in), a product can be any matrix. The scaling remains that of the configured rank.
             adapted.append(replace(spec, rank=1 if parameter.ndim == 1 else min(chosen.rank, *spec.matrix)))
         elif bias == "lora":
             adapted.append(Adapted(name, shape, 1, chosen.scaling, lr=chosen.lr))
         elif bias != "frozen":
-            _check_gradient(name, held)
+            _check_gradient(name, uses)
             replicas.append(Replica(name, shape, chosen.lr))
-            if bias is None and not any(p.kind == NORM.name or settings.is_unadapted(p, name) for p in held):
+            if bias is None and not any(use.kind == NORM.name or settings.is_unadapted(use, name) for use in uses):
                 leftover.append(name)
     replicas += _running_statistics(model)
     if lte.strict and leftover:
-        raise ConfigError(_left_over(leftover))
+        raise ConfigError(_leftover_message(leftover))
     _check_plan(adapted, replicas, parameters, lte)
     return Plan(tuple(adapted), tuple(replicas))
 
 
 def make_plans(model: nn.Module, lte: LTEConfig) -> tuple[Plan, ...]:
-    """Every head's plan; they differ in ranks and scaling only.
+    """Returns each head's plan; plans differ only in ranks and scaling.
 
     Raises:
         ConfigError, WorkerError: as `make_plan`.
@@ -104,49 +108,50 @@ def make_plans(model: nn.Module, lte: LTEConfig) -> tuple[Plan, ...]:
 
 
 def match_patterns(patterns: Sequence[str], names: Sequence[str], what: str, flag: str) -> dict[str, set[str]]:
-    """For each pattern the names that it matches; a pattern also names all that lies below what it matches.
+    """Returns, for each pattern, the names that it matches and all names below these.
 
     Raises:
         ConfigError: a pattern matches nothing.
     """
-    found = {}
+    matches = {}
     for pattern in patterns:
-        hits = {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n, pattern + ".*")}
-        if not hits:
+        matched = {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n, pattern + ".*")}
+        if not matched:
             raise ConfigError(
                 f"{flag} {pattern!r} matches no {what} of the model.{suggest(pattern, names)} "
                 f"Its {what}s are: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}."
             )
-        found[pattern] = hits
-    return found
+        matches[pattern] = matched
+    return matches
 
 
 class _LayerSettings:
-    """The settings of each place, with the patterns resolved once."""
+    """The settings for each use of a parameter. Matches the patterns of --exclude and --layers once."""
 
-    def __init__(self, model: nn.Module, lte: LTEConfig, head: int, places: dict[int, list[ParameterUse]]) -> None:
+    def __init__(self, model: nn.Module, lte: LTEConfig, head: int, uses_by_id: dict[int, list[ParameterUse]]) -> None:
         self._lte, self._head = lte, head
-        kinds = {p.layer: p.kind for held in places.values() for p in held}
+        kinds = {use.layer: use.kind for uses in uses_by_id.values() for use in uses}
         layers = {name: kinds[name] for name, _ in model.named_modules(remove_duplicate=False) if name in kinds}
         names = [*dict.fromkeys([*(n for n in layers if n), *(n for n, _ in model.named_parameters())])]
         listed = [n for n in names if n in layers] or names
         adaptable = {name for name, kind in layers.items() if kind}
-        adaptable |= {name for name, p in model.named_parameters() if any(place.kind for place in places[id(p)])}
+        adaptable |= {name for name, p in model.named_parameters() if any(use.kind for use in uses_by_id[id(p)])}
         self._excluded: set[str] = set()
         self._adapt_false: set[str] = set()
         for pattern in lte.exclude:
             self._excluded |= _match_layers(pattern, names, listed, "--exclude")
-        self._rules: list[set[str] | str] = []
+        self._scopes: list[set[str] | str] = []  # of each rule: names of layers and parameters, or a kind
         for rule, text in zip(parse_rules(lte.layers), lte.layers, strict=True):
             if rule.kind is None:
-                hits = _match_layers(rule.pattern, names, listed, "--layers")
-                self._rules.append(hits)
+                matched = _match_layers(rule.pattern, names, listed, "--layers")
+                self._scopes.append(matched)
                 if rule.settings.adapt is False:
-                    self._adapt_false |= hits
-                if rule.settings.adapt and not hits & adaptable:
+                    self._adapt_false |= matched
+                if rule.settings.adapt and not matched & adaptable:
                     raise ConfigError(
-                        f"--layers {text!r} adapts what can't have factors: {', '.join(sorted(hits)[:5])}. They are replicas: "
-                        "factors are for linear, convolution, embedding and norm layers and attention, of torch's own classes."
+                        f"--layers {text!r} adapts what can't have factors: {', '.join(sorted(matched)[:5])}. "
+                        "They are replicas: factors are for linear, convolution, embedding and norm layers and attention, of "
+                        "torch's own classes."
                     )
             elif rule.kind not in layers.values():
                 raise ConfigError(
@@ -154,56 +159,56 @@ class _LayerSettings:
                     f"It has: {', '.join(sorted({k for k in layers.values() if k})) or 'no kind that can have LoRA'}."
                 )
             else:
-                self._rules.append(rule.kind)
+                self._scopes.append(rule.kind)
 
-    def resolve(self, place: ParameterUse, parameter: str = "") -> Resolved:
-        """The settings that hold at `place`."""
+    def resolve(self, use: ParameterUse, parameter: str = "") -> Resolved:
+        """Returns the settings for one use of a parameter."""
         matching = tuple(
-            place.kind == rule if isinstance(rule, str) else place.layer in rule or parameter in rule for rule in self._rules
+            use.kind == scope if isinstance(scope, str) else use.layer in scope or parameter in scope for scope in self._scopes
         )
-        found = self._lte.resolve(place.kind or "", matching, self._head)
-        adapt = found.adapt and place.kind is not None and not self.is_excluded(place, parameter)
-        return Resolved(adapt, found.rank, found.scaling, found.bias, found.lr, found.base_dtype)
+        resolved = self._lte.resolve(use.kind or "", matching, self._head)
+        adapt = resolved.adapt and use.kind is not None and not self._is_excluded(use, parameter)
+        return Resolved(adapt, resolved.rank, resolved.scaling, resolved.bias, resolved.lr, resolved.base_dtype)
 
-    def check_used(self, adapted: set[str], kinds: set[str | None]) -> None:
-        """Raises ConfigError for a rule that sets something of factors where there are none.
+    def resolve_shared(self, name: str, uses: list[ParameterUse], fields: Sequence[str]) -> Resolved:
+        """Returns the settings of a parameter; all its uses must agree on `fields`."""
+        layers = {self.resolve(use, name): use.layer for use in uses}
+        chosen, *others = layers
+        for other in others:
+            differing = [f for f in fields if getattr(other, f) != getattr(chosen, f)]
+            if differing:
+                raise ConfigError(
+                    f"{layers[chosen]} and {layers[other]} share the parameter {name}, but --layers gives them different "
+                    f"settings ({', '.join(differing)}). A shared parameter has only one setting: give both layers the same."
+                )
+        return chosen
+
+    def check_rules_apply(self, adapted: set[str], kinds: set[str | None]) -> None:
+        """Raises ConfigError for a rule with a setting for factors that applies to no layer with factors.
 
         Args:
             adapted: names of the layers with factors, and of their parameters.
             kinds: the kinds of these layers.
         """
-        for rule, hits, text in zip(parse_rules(self._lte.layers), self._rules, self._lte.layers, strict=True):
+        for rule, scope, text in zip(parse_rules(self._lte.layers), self._scopes, self._lte.layers, strict=True):
             wanted = [f for f in ("lora_r", "lora_alpha", "lora_bias", "base_dtype") if getattr(rule.settings, f) is not None]
-            if rule.settings.lora_bias == "replica":  # which it is anyway
+            if rule.settings.lora_bias == "replica":  # a bias without LoRA is a replica anyway
                 wanted.remove("lora_bias")
-            used = hits in kinds if isinstance(hits, str) else bool(hits & adapted)
-            if wanted and not used and rule.settings.adapt is not False:
-                kind = f"kind {hits}" if isinstance(hits, str) else ", ".join(sorted(hits)[:5])
+            applies = scope in kinds if isinstance(scope, str) else bool(scope & adapted)
+            if wanted and not applies and rule.settings.adapt is not False:
+                described = f"kind {scope}" if isinstance(scope, str) else ", ".join(sorted(scope)[:5])
                 raise ConfigError(
-                    f"--layers {text!r} sets {', '.join(wanted)} for what has no LoRA ({kind}) and trains as replicas. Write "
-                    "adapt=true in the rule, or leave it out."
+                    f"--layers {text!r} sets {', '.join(wanted)} for what has no LoRA ({described}) and trains as replicas. "
+                    "Write adapt=true in the rule, or leave it out."
                 )
 
-    def is_excluded(self, place: ParameterUse, parameter: str = "") -> bool:
-        """Whether --exclude names the layer or the parameter."""
-        return place.layer in self._excluded or parameter in self._excluded
+    def is_unadapted(self, use: ParameterUse, parameter: str) -> bool:
+        """Returns whether --exclude or a rule with adapt=false names the layer or the parameter."""
+        return self._is_excluded(use, parameter) or use.layer in self._adapt_false or parameter in self._adapt_false
 
-    def is_unadapted(self, place: ParameterUse, parameter: str) -> bool:
-        """Whether --exclude or a rule with adapt=false names the layer or the parameter."""
-        return self.is_excluded(place, parameter) or place.layer in self._adapt_false or parameter in self._adapt_false
-
-    def resolve_shared(self, name: str, held: list[ParameterUse], fields: Sequence[str]) -> Resolved:
-        """The settings of a parameter, in which all places that hold it must agree on `fields`."""
-        found = {self.resolve(place, name): place.layer for place in held}
-        chosen, *others = found
-        for other in others:
-            differing = [f for f in fields if getattr(other, f) != getattr(chosen, f)]
-            if differing:
-                raise ConfigError(
-                    f"{found[chosen]} and {found[other]} share the parameter {name}, but --layers gives them other settings "
-                    f"({', '.join(differing)}). A shared parameter has one of each: give both the same."
-                )
-        return chosen
+    def _is_excluded(self, use: ParameterUse, parameter: str) -> bool:
+        """Returns whether --exclude names the layer or the parameter."""
+        return use.layer in self._excluded or parameter in self._excluded
 
 
 def _match_layers(pattern: str, names: list[str], listed: list[str], flag: str) -> set[str]:
@@ -214,23 +219,23 @@ def _match_layers(pattern: str, names: list[str], listed: list[str], flag: str) 
 
 
 def _find_uses(model: nn.Module) -> dict[int, list[ParameterUse]]:
-    """Where each parameter is held, by its id."""
+    """Returns the uses of each parameter, by its id."""
     attention = {n for n, m in model.named_modules(remove_duplicate=False) if type(m) is nn.MultiheadAttention}
-    places: dict[int, list[ParameterUse]] = {}
+    uses_by_id: dict[int, list[ParameterUse]] = {}
     for layer, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            places.setdefault(id(parameter), []).append(_describe_use(layer, module, name, attention))
-    return places
+            uses_by_id.setdefault(id(parameter), []).append(_describe_use(layer, module, name, attention))
+    return uses_by_id
 
 
 def _describe_use(layer: str, module: nn.Module, name: str, attention: set[str]) -> ParameterUse:
     if type(module) is nn.MultiheadAttention:  # its projections become layers of their own
         if name.endswith("proj_weight"):
             return ParameterUse(layer, "weight", "attention")
-        part = "" if name != "in_proj_bias" else "bias" if module.in_proj_weight is not None else "packed biases"
-        return ParameterUse(layer, part, "attention")
-    parent, _, own = layer.rpartition(".")
-    if own == "out_proj" and parent in attention:
+        role = "" if name != "in_proj_bias" else "bias" if module.in_proj_weight is not None else "packed biases"
+        return ParameterUse(layer, role, "attention")
+    parent, _, child = layer.rpartition(".")
+    if child == "out_proj" and parent in attention:
         return ParameterUse(layer, name, "attention")
     kind = kind_of(module)
     if kind is None:
@@ -239,7 +244,7 @@ def _describe_use(layer: str, module: nn.Module, name: str, attention: set[str])
 
 
 def _running_statistics(model: nn.Module) -> Iterator[Replica]:
-    """Batch normalisation's mean and variance change in training too: replicas that no optimizer touches."""
+    """Yields running means and variances of batch normalization: replicas that training changes, but not the optimizer."""
     buffers = dict(model.named_buffers())
     for layer, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
@@ -255,10 +260,10 @@ def _check_shape(name: str, tensor: torch.Tensor) -> None:
         raise WorkerError(f"{name} has no shape yet (a lazy layer). Pass one batch through the model in build_model().")
 
 
-def _check_gradient(name: str, held: list[ParameterUse]) -> None:
-    sparse = [p for p in held if p.sparse]
+def _check_gradient(name: str, uses: list[ParameterUse]) -> None:
+    sparse = [use for use in uses if use.sparse]
     if sparse:
-        adapt = " or adapt it: --adapt ... embedding." if all(p.kind for p in sparse) else "."
+        adapt = " or adapt it: --adapt ... embedding." if all(use.kind for use in sparse) else "."
         raise WorkerError(
             f"Parameter {name} would train as a replica with sparse gradients ({sparse[0].layer or 'the model'} has "
             f"sparse=True), which most optimizers and clipping can't use. Build it with sparse=False{adapt}"
@@ -276,7 +281,7 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
         )
 
 
-def _left_over(names: list[str]) -> str:
+def _leftover_message(names: list[str]) -> str:
     return (
         f"--strict: {len(names)} parameter(s) have no LoRA and would train as replicas: {', '.join(names)}. "
         f"Name them in --exclude (replicas, averaged at merges), add their kind of layer "

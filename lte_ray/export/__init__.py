@@ -1,10 +1,10 @@
-"""Takes a model out of a run: merged weights, a model of transformers, or a change as an adapter for PEFT.
+"""Exports a run's model: as merged weights, as a model for transformers, or as an adapter for PEFT.
 
     lte_ray.export.safetensors("runs/gpt", "gpt.safetensors")
     lte_ray.export.save_pretrained("runs/gpt", "gpt-merged")
     lte_ray.export.peft_adapter("runs/gpt", "gpt-adapter")
 
-Each reads the run directory and starts no Ray. What is written appears whole or not at all.
+Each function reads the run directory without starting Ray, and writes its output atomically.
 """
 
 from __future__ import annotations
@@ -28,55 +28,62 @@ from lte_ray.run.record import MODEL
 
 __all__ = ["Written", "peft_adapter", "safetensors", "save_pretrained"]
 
-Where = str | os.PathLike[str]
+PathLike = str | os.PathLike[str]
 
 
 def peft_adapter(
-    run: Where, out: Where, head: int | None = None, version: int | None = None, rank: int | None = None, *, worker: Any = None
+    run: PathLike,
+    out: PathLike,
+    head: int | None = None,
+    version: int | None = None,
+    rank: int | None = None,
+    *,
+    worker: Any = None,
 ) -> Written:
-    """Writes a LoRA adapter: after `PeftModel.from_pretrained(model, out)` the model computes what the run's does.
+    """Writes a LoRA adapter: after `PeftModel.from_pretrained(model, out)`, the model computes what the run's model does.
 
-    By default it holds the average: the change from the initial model, as the worker builds it, to the merged weights.
+    By default, the adapter contains the average: the change from the initial model, as the worker builds it, to the merged
+    weights.
 
     Args:
         run: path or URI of the run directory.
-        out: a folder that isn't there yet or is empty.
-        head: one head's change instead, beyond the merged weights (`save_pretrained` writes them), which is zero where all
-            its steps are merged.
-        version: of the checkpoint; by default the newest.
-        rank: the largest rank that a weight's change may have; by default what it takes to be exact.
-        worker: instead of the one that ``run.toml`` names: a worker, its class, or module:Class.
+        out: a folder that is empty or doesn't exist.
+        head: export this head's change beyond the merged weights (`save_pretrained` writes these) instead; it is zero if all
+            the head's steps are merged.
+        version: the checkpoint's version; by default the newest.
+        rank: the largest rank of a weight's change; by default the rank of the exact change.
+        worker: overrides the worker that ``run.toml`` names: a worker, its class, or module:Class.
 
     Raises:
-        UserError: no such run, version, head or worker; `out` is taken; PEFT isn't installed or can't hold the change; or the
-            average isn't the sum of the heads' products, and no rank is given.
+        UserError: the run, version, head or worker doesn't exist; `out` isn't empty; PEFT isn't installed or can't represent
+            the change; or the average isn't the sum of the heads' products, and no rank is given.
     """
-    place = _check_output(out)
+    path = _check_output(out)
     _pretrained.require_package("peft")
     saved = read_run(run, version, worker)
-    with _atomic_output(place) as folder:
+    with _atomic_output(path) as folder:
         return _peft.write_adapter(saved, folder, head, rank)
 
 
-def save_pretrained(run: Where, out: Where, version: int | None = None, *, worker: Any = None) -> Written:
+def save_pretrained(run: PathLike, out: PathLike, version: int | None = None, *, worker: Any = None) -> Written:
     """Writes the merged weights as `save_pretrained` of transformers does, for `from_pretrained(out)`.
 
-    Args and errors as `peft_adapter`; the worker's model must be one of transformers, or hold one and train nothing else.
+    Args and errors as `peft_adapter`. The worker's model must be one of transformers, or contain one and train nothing else.
     """
-    place = _check_output(out)
+    path = _check_output(out)
     _pretrained.require_package("transformers")
     saved = read_run(run, version, worker)
-    with _atomic_output(place) as folder:
+    with _atomic_output(path) as folder:
         return _pretrained.write_pretrained(saved, folder)
 
 
-def safetensors(run: Where, out: Where, version: int | None = None, *, worker: Any = None) -> Written:
-    """Writes the merged weights, fp32, under the unconverted model's own names: `out` if it ends in .safetensors, else
-    ``model.safetensors`` in the folder `out`.
+def safetensors(run: PathLike, out: PathLike, version: int | None = None, *, worker: Any = None) -> Written:
+    """Writes the merged weights in fp32, under the unconverted model's own names.
 
-    Args and errors as `peft_adapter`. The newest of a finished run is a copy, for which the worker isn't needed.
+    Writes the file `out` if it ends in .safetensors, else ``model.safetensors`` in the folder `out`. Args and errors as
+    `peft_adapter`. For the newest version of a finished run it copies the run's file, without needing the worker.
     """
-    place = _check_output(out)
+    path = _check_output(out)
     directory = open_run(run)
     if version is None and worker is None and directory.exists(MODEL):
         data, summary = directory.read(MODEL), "the run's final merged weights"
@@ -85,43 +92,43 @@ def safetensors(run: Where, out: Where, version: int | None = None, *, worker: A
         saved = read_run(run, manifest.version, worker)
         data = save(merged_state_dict(saved.model, saved.plan, saved.base), {"format": "pt"})
         summary = f"the merged weights of version {manifest.version}"
-    with _atomic_output(place) as folder:
+    with _atomic_output(path) as folder:
         (folder / MODEL).write_bytes(data)
-    return Written(f"{MODEL}: {summary}" if place.suffix != ".safetensors" else summary)
+    return Written(f"{MODEL}: {summary}" if path.suffix != ".safetensors" else summary)
 
 
-def _check_output(out: Where) -> Path:
-    """The place to write to. Raises StorageError if something is there already."""
+def _check_output(out: PathLike) -> Path:
+    """Returns the path to write to; raises StorageError if it isn't local, or exists and isn't an empty folder."""
     text = os.fspath(out)
     if "://" in text:
         raise StorageError(f"OUT is {text!r}, but it must be a local path. Copy it from there afterwards.")
-    place = Path(text).expanduser().absolute()
-    if place.is_dir() and not place.is_symlink():
-        if any(place.iterdir()) or place.suffix == ".safetensors":
-            raise StorageError(f"OUT is {text!r}, a folder that isn't empty. Name one that isn't there yet, or empty it.")
-    elif place.exists() or place.is_symlink():
-        raise StorageError(f"OUT is {text!r}, which is there already. Name one that isn't.")
-    return place
+    path = Path(text).expanduser().absolute()
+    if path.is_dir() and not path.is_symlink():
+        if any(path.iterdir()) or path.suffix == ".safetensors":
+            raise StorageError(f"OUT is {text!r}, a folder that isn't empty. Name one that doesn't exist yet, or empty it.")
+    elif path.exists() or path.is_symlink():
+        raise StorageError(f"OUT is {text!r}, which exists already. Name one that doesn't.")
+    return path
 
 
 @contextlib.contextmanager
-def _atomic_output(place: Path) -> Iterator[Path]:
-    """A folder beside `place` that takes its place at the end, and is removed if anything goes wrong."""
+def _atomic_output(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder next to `path`, which it renames to `path` at the end and removes on errors."""
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
             yield folder
-            if place.suffix == ".safetensors":
-                os.replace(folder / MODEL, place)
+            if path.suffix == ".safetensors":
+                os.replace(folder / MODEL, path)
             else:
                 umask = os.umask(0)
                 os.umask(umask)
-                folder.chmod(0o777 & ~umask)  # mkdtemp lets nobody else in
-                if place.exists():
-                    place.rmdir()
-                folder.rename(place)
+                folder.chmod(0o777 & ~umask)  # mkdtemp makes it private
+                if path.exists():
+                    path.rmdir()
+                folder.rename(path)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        raise StorageError(f"OUT {str(place)!r} can't be written: {error}.") from error
+        raise StorageError(f"OUT {str(path)!r} can't be written: {error}.") from error

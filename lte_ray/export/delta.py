@@ -1,13 +1,11 @@
-"""What a head, or all of them on average, have changed: as low-rank factors of the weights, and as values of the rest.
+"""The change that a head, or all heads on average, made: low-rank factors of weights, and values of all other tensors.
 
-In reset-less LTE the average telescopes. Every merge adds w_n s_n (B_n A_n - B'_n A'_n) of each head n, and B_n, A_n are
-the next reference. With constant weights w_n the merges sum up to
+In reset-less LTE the average telescopes. Each merge adds w_n s_n (B_n A_n - B'_n A'_n) of each head n, and B_n, A_n become the
+next reference. With constant weights w_n, the merges sum up to
 
     W_v - W_0 = sum_n w_n s_n B'_n A'_n
 
-with the references at version v: a product of rank sum_n r_n. Whether it holds is checked against W_v - W_0.
-
-Sums of low-rank products as one product, of the smallest rank that holds them.
+with the references at version v: a product of rank sum_n r_n. This is verified against W_v - W_0.
 """
 
 from __future__ import annotations
@@ -24,16 +22,16 @@ from lte_ray.layout import Adapted
 from lte_ray.merging.flat_buffer import as_matrix, base_replicas, factor_views, replica_views, views
 
 Term = tuple[float, Tensor, Tensor]
-"""c, B (out x r), A (r x in), for c B A."""
+"""c, B (out x r), A (r x in), representing c B A."""
 
 
 def concatenate_terms(terms: list[Term]) -> tuple[Tensor, Tensor]:
-    """(B, A) with B A = sum_k c_k B_k A_k, of rank sum_k r_k."""
+    """Returns (B, A) with B A = sum_k c_k B_k A_k, of rank sum_k r_k."""
     return torch.cat([c * b for c, b, _ in terms], dim=1), torch.cat([a for _, _, a in terms])
 
 
 def dense_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, A) with B A = the matrix (out x in), of rank min(out, in): itself and the identity."""
+    """Returns (B, A) with B A = the matrix (out x in), of rank min(out, in): the matrix and an identity."""
     out, inner = matrix.shape
     if inner <= out:
         return matrix, torch.eye(inner, dtype=matrix.dtype, device=matrix.device)
@@ -41,7 +39,7 @@ def dense_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class LowRankFit:
-    """Picks the smallest factors of each matrix, and adds up their error."""
+    """Chooses the smallest factors of each matrix, and accumulates their error."""
 
     def __init__(self) -> None:
         self.exact, self._squared_error, self._squared_norm = True, 0.0, 0.0
@@ -51,15 +49,18 @@ class LowRankFit:
         return math.sqrt(self._squared_error / self._squared_norm) if self._squared_norm else 0.0
 
     def add(self, delta: Tensor, b: Tensor, a: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
-        """B and A if their rank is within min(out, in) and `rank`; else the best of `rank`, by SVD, or the change itself."""
+        """Returns B and A if their rank is at most min(out, in) and `rank`.
+
+        Otherwise returns factors of the change itself or, by SVD, of its best approximation of `rank`.
+        """
         full = min(delta.shape)
-        most = full if rank is None else min(rank, full)
-        if a.shape[0] > full and most == full:
+        limit = full if rank is None else min(rank, full)
+        if a.shape[0] > full and limit == full:
             b, a = dense_factors(delta.to(b.dtype))
-        elif a.shape[0] > most:
+        elif a.shape[0] > limit:
             u, sigma, v = torch.linalg.svd(delta, full_matrices=False)
-            root = sigma[:most].sqrt()
-            b, a = (u[:, :most] * root).to(b.dtype), (root[:, None] * v[:most]).to(a.dtype)
+            root = sigma[:limit].sqrt()
+            b, a = (u[:, :limit] * root).to(b.dtype), (root[:, None] * v[:limit]).to(a.dtype)
             self.exact = False
         self._squared_error += float(torch.linalg.vector_norm(delta - b.double() @ a.double())) ** 2
         self._squared_norm += float(torch.linalg.vector_norm(delta)) ** 2
@@ -68,12 +69,14 @@ class LowRankFit:
 
 @dataclass
 class ModelDelta:
-    """A change of a model from `start` to `final` (both flat, in the base layout).
+    """The change of a model from `start` to `final` (both flat, in the base layout).
 
     Attributes:
-        factors: B, A of each changed matrix, so that W_start + B A = W_final, exactly or nearly.
-        buffers: buffers that aren't merged and have changed.
-        exact: whether B A is the change but for rounding, not an approximation of lower rank.
+        start: the parameters before the change.
+        final: the parameters after the change.
+        factors: B, A of each changed matrix, so that W_start + B A = W_final, exactly or approximately.
+        buffers: changed buffers that aren't merged.
+        exact: whether B A equals the change up to rounding, without an approximation of lower rank.
         error: ||W_final - W_start - B A|| / ||W_final - W_start||, Frobenius, over all matrices.
     """
 
@@ -85,28 +88,30 @@ class ModelDelta:
     error: float = 0.0
 
 
-def matrix_weights(plan_adapted: tuple[Adapted, ...]) -> list[Adapted]:
-    """The adapted weights that are matrices; vectors (norms, biases) are given as values."""
-    return [spec for spec in plan_adapted if len(spec.shape) > 1]
+def matrix_weights(adapted: tuple[Adapted, ...]) -> list[Adapted]:
+    """Returns the adapted weights that are matrices; changes of vectors (norms, biases) are exported as values."""
+    return [spec for spec in adapted if len(spec.shape) > 1]
 
 
 @torch.no_grad()
 def head_delta(saved: SavedRun, head: int, rank: int | None = None) -> ModelDelta:
-    """What head n computes with beyond the merged weights: s_n (B_n A_n - B'_n A'_n) and its own replicas.
+    """Returns a head's change beyond the merged weights: s (B A - B' A') and its own replicas.
 
-    It is zero, exactly, where all that the head has trained is merged. `final` is the head's W_v + s (B A - B' A').
+    The change is exactly zero if all that the head has trained is merged. `final` is the head's W_v + s (B A - B' A').
 
     Args:
-        rank: the largest that a weight may have; by default what is exact, at most 2 r.
+        saved: the run at a checkpoint.
+        head: the head's number.
+        rank: the largest rank of a weight's change; by default the exact rank, at most 2 r.
 
     Raises:
-        ConfigError, StorageError: as `Saved.head`.
+        ConfigError, StorageError: as `SavedRun.head`.
     """
     tensors = saved.head(head)
     plan, change = saved.plans[head], ModelDelta(saved.base, saved.base.clone())
     final = views(plan.base, change.final)
     reference = factor_views(plan, tensors["reference"]) if "reference" in tensors else {}
-    tally = LowRankFit()
+    fit = LowRankFit()
     for spec in plan.adapted:
         terms = _head_terms(spec, tensors, reference, saved.base.dtype)
         if not terms:
@@ -115,57 +120,58 @@ def head_delta(saved: SavedRun, head: int, rank: int | None = None) -> ModelDelt
         delta = b.double() @ a.double()
         as_matrix(spec, final[spec.name]).add_(delta)
         if len(spec.shape) > 1:
-            change.factors[spec.name] = tally.add(delta, b, a, rank)
+            change.factors[spec.name] = fit.add(delta, b, a, rank)
     for name, value in replica_views(plan, base_replicas(plan, change.final)).items():
-        if f"ahead.{name}" in tensors:  # where the version was merged while the head trained on
+        if f"ahead.{name}" in tensors:  # the version was merged while the head continued to train
             value.add_(tensors[f"ahead.{name}"])
         else:
             value.copy_(tensors[f"replica.{name}"])
-    built = dict(saved.model.named_buffers())
+    initial = dict(saved.model.named_buffers())
     for name, value in tensors.items():
-        own = name.removeprefix("buffer.")
-        if own != name and own in built and not torch.equal(built[own], value):
-            change.buffers[own] = value
-    change.exact, change.error = tally.exact, tally.error
+        buffer = name.removeprefix("buffer.")
+        if buffer != name and buffer in initial and not torch.equal(initial[buffer], value):
+            change.buffers[buffer] = value
+    change.exact, change.error = fit.exact, fit.error
     return change
 
 
 @torch.no_grad()
 def average_delta(saved: SavedRun, rank: int | None = None) -> ModelDelta:
-    """The change of the main weights since the start, W_v - W_0, from the heads' references where the sum telescopes.
+    """Returns the change of the main weights since the start, W_v - W_0, from the heads' references if the sum telescopes.
 
-    Where it doesn't, the best approximation of `rank` is taken. Where the summed rank is above min(out, in), W_v - W_0
-    itself is taken, times the identity.
+    If it doesn't, approximates W_v - W_0 with `rank`. If the summed rank is above min(out, in), uses W_v - W_0 itself, times
+    the identity.
 
     Args:
-        rank: the largest that a weight may have; by default what is exact.
+        saved: the run at a checkpoint.
+        rank: the largest rank of a weight's change; by default the exact rank.
 
     Raises:
         UserError: the sum doesn't telescope, and no rank is given.
     """
     start, final = views(saved.plan.base, saved.initial), views(saved.plan.base, saved.base)
     terms = _reference_terms(saved)
-    change, tally = ModelDelta(saved.initial, saved.base), LowRankFit()
-    departing = {}
+    change, fit = ModelDelta(saved.initial, saved.base), LowRankFit()
+    mismatched = {}
     for spec in matrix_weights(saved.plan.adapted):
         w0, w = as_matrix(spec, start[spec.name]), as_matrix(spec, final[spec.name])
         delta = w.double() - w0.double()
         if not delta.any():
             continue
-        difference = _relative_mismatch(delta, w0, w, terms[spec.name], saved.manifest.version)
-        if difference and rank is None:
-            departing[spec.name] = difference
+        mismatch = _relative_mismatch(delta, w0, w, terms[spec.name], saved.manifest.version)
+        if mismatch and rank is None:
+            mismatched[spec.name] = mismatch
             continue
-        b, a = dense_factors(delta.to(w.dtype)) if difference else concatenate_terms(terms[spec.name])
-        change.factors[spec.name] = tally.add(delta, b, a, rank)
-    if departing:
-        raise UserError(_mismatch_message(saved, departing))
-    change.exact, change.error = tally.exact, tally.error
+        b, a = dense_factors(delta.to(w.dtype)) if mismatch else concatenate_terms(terms[spec.name])
+        change.factors[spec.name] = fit.add(delta, b, a, rank)
+    if mismatched:
+        raise UserError(_mismatch_message(saved, mismatched))
+    change.exact, change.error = fit.exact, fit.error
     return change
 
 
 def _reference_terms(saved: SavedRun) -> dict[str, list[Term]]:
-    """w_n s_n B'_n A'_n of all heads, for each weight; w_n = 1/N."""
+    """Returns w_n s_n B'_n A'_n of all heads, for each weight; w_n = 1/N."""
     terms: dict[str, list[Term]] = {spec.name: [] for spec in saved.plan.adapted}
     for head in saved.manifest.heads:
         reference, plan = saved.head(head).get("reference"), saved.plans[head]
@@ -178,19 +184,20 @@ def _reference_terms(saved: SavedRun) -> dict[str, list[Term]]:
 
 
 def _relative_mismatch(delta: Tensor, w0: Tensor, w: Tensor, terms: list[Term], version: int) -> float:
-    """How far the sum of the terms is from W_v - W_0, relative; 0 if no further than merging's rounding explains.
+    """Returns the relative error of the terms' sum as W_v - W_0; 0 if the rounding in merges explains it.
 
-    A merge rounds each element of W, so v merges drift by about sqrt(v) eps ||W||. Products are rounded by their own size.
+    A merge rounds each element of W, so v merges drift by about sqrt(v) eps ||W||. The rounding of products is relative to
+    their own size.
     """
     if not terms:
         return 1.0
     b, a = concatenate_terms(terms)
-    apart = float(torch.linalg.vector_norm(delta - b.double() @ a.double()))
+    distance = float(torch.linalg.vector_norm(delta - b.double() @ a.double()))
     products = sum(c * float(torch.linalg.vector_norm(b)) * float(torch.linalg.vector_norm(a)) for c, b, a in terms)
     size = float(torch.linalg.vector_norm(w)) + float(torch.linalg.vector_norm(w0)) + products
-    if apart <= 4 * torch.finfo(w.dtype).eps * math.sqrt(version + 1) * size:
+    if distance <= 4 * torch.finfo(w.dtype).eps * math.sqrt(version + 1) * size:
         return 0.0
-    return apart / float(torch.linalg.vector_norm(delta))
+    return distance / float(torch.linalg.vector_norm(delta))
 
 
 def _head_terms(spec: Adapted, tensors: dict[str, Tensor], reference: dict[str, Tensor], dtype: torch.dtype) -> list[Term]:
@@ -202,8 +209,8 @@ def _head_terms(spec: Adapted, tensors: dict[str, Tensor], reference: dict[str, 
     return [(spec.scaling, b, a), (-spec.scaling, reference[spec.b_name], reference[spec.a_name])]
 
 
-def _mismatch_message(saved: SavedRun, departing: dict[str, float]) -> str:
-    worst = max(departing, key=lambda name: departing[name])
+def _mismatch_message(saved: SavedRun, mismatched: dict[str, float]) -> str:
+    worst = max(mismatched, key=lambda name: mismatched[name])
     missing = sorted(set(range(len(saved.plans))) - set(saved.manifest.heads))
     reset = saved.record.get("reset", "none")
     if missing:
@@ -212,10 +219,10 @@ def _mismatch_message(saved: SavedRun, departing: dict[str, float]) -> str:
         why = f"since the run was made with --reset {reset}"
     else:
         why = (
-            "as it is only where a policy weighs each head by 1/N throughout and the worker builds the same initial model again"
+            "as it is only if the policy gave each head the weight 1/N throughout and the worker builds the same initial model"
         )
     return (
-        f"The change since the start isn't the sum of what the heads hold at version {saved.manifest.version}, {why}: they "
-        f"differ in {len(departing)} weight(s), most in {worst} (by {departing[worst]:.1%} of its change). Give --rank R for "
-        "the best adapter of rank R, whose error is reported, or export the whole weights: --to safetensors or pretrained."
+        f"The change since the start isn't the sum of the heads' changes at version {saved.manifest.version}, {why}: they "
+        f"differ in {len(mismatched)} weight(s), most in {worst} (by {mismatched[worst]:.1%} of its change). Give --rank R for "
+        "the best adapter of rank R, whose error is reported, or export all weights: --to safetensors or pretrained."
     )

@@ -1,7 +1,7 @@
-"""A change as a LoRA adapter that PEFT loads: `PeftModel.from_pretrained(model, folder)` computes what ours does.
+"""Writes a change as a LoRA adapter for PEFT: `PeftModel.from_pretrained(model, folder)` computes what our model does.
 
-PEFT's own classes make the adapter and write it. Our factors have their scaling and weight folded into B, and alpha is the
-rank, so that PEFT's scaling is 1.
+PEFT's own classes create the adapter and write it. The factors' scaling and weight are folded into B, and alpha is the rank, so
+that PEFT's scaling is 1.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import views
 
 ADAPTER = "default"
-"""PEFT's own name for an adapter that has no other."""
+"""PEFT's default name of an adapter."""
 
 Pair = tuple[Tensor, Tensor]
 """B (out x r), A (r x in)."""
@@ -39,10 +39,10 @@ Pair = tuple[Tensor, Tensor]
 def write_adapter(saved: SavedRun, folder: Path, head: int | None, rank: int | None) -> Written:
     """Writes an adapter into an empty folder.
 
-    One head's is for the merged weights of the version, the average's (`head` None) for the initial model.
+    One head's adapter applies to the merged weights of the version, that of the average (`head` None) to the initial model.
 
     Raises:
-        UserError: PEFT isn't installed, it can't hold the change, or the average isn't of low rank and no rank is given.
+        UserError: PEFT isn't installed or can't represent the change, or the average isn't of low rank and no rank is given.
     """
     if rank is not None and rank < 1:
         raise ConfigError(f"--rank is {rank}, but it must be at least 1.")
@@ -62,7 +62,7 @@ def write_adapter(saved: SavedRun, folder: Path, head: int | None, rank: int | N
     with ignore_warnings():
         adapted = _make_peft_model(peft, model, placement, pairs, final)
         if head is not None:
-            adapted.peft_config[ADAPTER].base_model_name_or_path = ""  # it isn't for the weights of that name
+            adapted.peft_config[ADAPTER].base_model_name_or_path = ""  # it isn't for the weights with that name
         adapted.save_pretrained(str(folder), save_embedding_layers=False)
     with safe_open(folder / "adapter_model.safetensors", "pt") as written:
         if placement.bias and not any(key.endswith(".base_layer.bias") for key in written.keys()):  # noqa: SIM118 - no dict
@@ -72,19 +72,20 @@ def write_adapter(saved: SavedRun, folder: Path, head: int | None, rank: int | N
 
 
 def _target_model(saved: SavedRun, change: ModelDelta) -> tuple[nn.Module, dict[str, str]]:
-    """The model that the adapter is for, and the names in it of what the worker's model names.
+    """Returns the model for the adapter, and a mapping from names in the worker's model to names in it.
 
-    The one model of transformers that the worker's holds, if nothing else has changed; else the worker's.
+    It is the one model of transformers in the worker's model if nothing else has changed; else the worker's model.
     """
     name, part = pretrained_part(saved.model)
     if part is None or names_outside(saved.model, name, _changed_names(saved.plan, change)):
         part = saved.model
-    own = {id(tensor): inner for inner, tensor in named_tensors(part).items()}
-    return part, {outer: own[id(tensor)] for outer, tensor in named_tensors(saved.model).items() if id(tensor) in own}
+    inner_names = {id(tensor): inner for inner, tensor in named_tensors(part).items()}
+    outer_tensors = named_tensors(saved.model)
+    return part, {outer: inner_names[id(tensor)] for outer, tensor in outer_tensors.items() if id(tensor) in inner_names}
 
 
 def _changed_names(plan: Plan, change: ModelDelta) -> list[str]:
-    """Names of all parameters and buffers that have changed."""
+    """Returns the names of all parameters and buffers that have changed."""
     start, final = views(plan.base, change.start), views(plan.base, change.final)
     return [name for name in final if not torch.equal(start[name], final[name])] + list(change.buffers)
 
@@ -95,7 +96,7 @@ def _final_values(plan: Plan, change: ModelDelta) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _full_rank_pair(model: nn.Module, layer: str, final: Tensor | None) -> Pair:
-    """B, A of full rank for a layer whose weight isn't known as factors: the change times the identity."""
+    """Returns B, A of full rank for a layer without known factors: the change times the identity."""
     module: Any = model.get_submodule(layer)
     kind, weight = kind_of(module), module.weight
     delta = torch.zeros_like(weight) if final is None else final - weight
@@ -108,8 +109,8 @@ def _full_rank_pair(model: nn.Module, layer: str, final: Tensor | None) -> Pair:
 def _make_peft_model(
     peft: Any, model: nn.Module, placement: PeftTargets, pairs: dict[str, Pair], final: dict[str, Tensor]
 ) -> Any:
-    """`model` as a PeftModel whose adapter holds the change. Works in place."""
-    names = {f"{layer}.{part}": name for name, held in tensor_owners(model).items() for layer, part in held}
+    """Turns `model`, in place, into a PeftModel whose adapter contains the change."""
+    names = {f"{layer}.{part}": name for name, owners in tensor_owners(model).items() for layer, part in owners}
     try:
         adapted = peft.get_peft_model(model, _make_config(peft, model, placement, pairs))
     except Exception as error:
@@ -120,7 +121,7 @@ def _make_peft_model(
     wrong = (set(layers) ^ set(pairs)) | {n for n in [*layers, *copies] for m in [*layers, *copies] if n.startswith(f"{m}.")}
     if wrong:
         raise UserError(
-            f"PEFT takes other layers of the {type(model).__name__} than it should, since it goes by the ends of names: "
+            f"PEFT selects other layers of the {type(model).__name__} than it should, since it compares the ends of names: "
             f"{', '.join(sorted(wrong)[:5])}. {ALTERNATIVE}"
         )
     with torch.no_grad():
@@ -154,18 +155,18 @@ def _make_config(peft: Any, model: nn.Module, placement: PeftTargets, pairs: dic
 
 
 def _copy_factors(layer: Any, b: Tensor, a: Tensor) -> None:
-    """Puts the factors into one of PEFT's layers, in the shapes in which it holds them."""
-    if ADAPTER in layer.lora_embedding_A:  # the embedding's matrix is transposed: words are inputs
+    """Copies the factors into one of PEFT's layers, in PEFT's shapes."""
+    if ADAPTER in layer.lora_embedding_A:  # an embedding's matrix is transposed: words are its inputs
         layer.lora_embedding_A[ADAPTER].copy_(b.t())
         layer.lora_embedding_B[ADAPTER].copy_(a.t())
-    else:  # a convolution of A's kernels, then one of 1 x 1
+    else:  # of a convolution: one with A's kernels, then one with 1 x 1 kernels
         for factor, ours in ((layer.lora_A[ADAPTER].weight, a), (layer.lora_B[ADAPTER].weight, b)):
             factor.copy_(ours.reshape(factor.shape))
 
 
 @contextlib.contextmanager
 def ignore_warnings() -> Iterator[None]:
-    """Without PEFT's warnings, about what is intended here: both kinds of linear layers, tied weights, copies."""
+    """Suppresses PEFT's warnings about what is intended here: both kinds of linear layers, tied weights, copies."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -184,6 +185,6 @@ def _summary(
     else:
         what += f": what head {head} has trained beyond the merged weights of version {version}"
     if placement.full:
-        what += f". {len(placement.full)} module(s) are in it in full: {', '.join(placement.full[:5])}"
+        what += f". {len(placement.full)} module(s) are included in full: {', '.join(placement.full[:5])}"
         what += ", ..." if len(placement.full) > 5 else ""
     return what + f". Relative error of the change: {change.error:.1e}" + ("" if change.exact else " (truncated)")

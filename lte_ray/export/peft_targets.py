@@ -1,8 +1,8 @@
-"""What of a change PEFT can hold as LoRA, and what must travel in full, as a copy of the layer that holds it.
+"""Decides how PEFT can represent a change: which layers get LoRA, and which modules must be copied in full.
 
-PEFT computes LoRA in layers that are called: linear ones, transformers' Conv1D, plain convolutions, embeddings. Its other
-means are a copy of a whole module (`modules_to_save`) and the bias of a layer with LoRA (`bias="lora_only"`). It names
-modules to save by the ends of their names, so a name that is the end of another one matches both.
+PEFT computes LoRA in layers that are called: linear layers, Conv1D of transformers, plain convolutions and embeddings. Apart
+from that, it can copy an entire module (`modules_to_save`) and change the bias of a layer with LoRA (`bias="lora_only"`). It
+compares modules to save with the ends of names, so a name that is the end of another matches both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lte_ray.adapters.layer_kinds import CONV, EMBEDDING, LINEAR, TRANSPOSED_LIN
 from lte_ray.errors import UserError
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-"""Modules that PEFT can't copy, since they aren't called."""
+"""Types of modules that PEFT can't copy, since they aren't called."""
 
 LORA_LAYER_PARTS = (
     "base_layer",
@@ -29,18 +29,18 @@ LORA_LAYER_PARTS = (
     "lora_embedding_B",
     "lora_magnitude_vector",
 )
-"""Modules that PEFT's layers with LoRA have: a module whose name one of these ends with can't be copied beside them."""
+"""Submodules of PEFT's LoRA layers. If one of these names ends with a module's name, PEFT can't copy that module."""
 
-ALTERNATIVE = "Export the whole weights instead: --to safetensors or --to pretrained."
+ALTERNATIVE = "Export all weights instead: --to safetensors or --to pretrained."
 
 
 @dataclass(frozen=True)
 class PeftTargets:
-    """How PEFT holds a change.
+    """How PEFT represents a change.
 
     Attributes:
-        lora: the layers that get LoRA, each with the name of its weight, be its change of low rank or not.
-        full: the modules that travel as copies.
+        lora: the layers that get LoRA, each with the name of its weight, whether its change is of low rank or not.
+        full: the modules to copy in full.
         bias: whether a bias of a layer with LoRA has changed.
     """
 
@@ -52,66 +52,67 @@ class PeftTargets:
 def plan_targets(
     model: nn.Module, matrices: Collection[str], low_rank: Collection[str], values: Collection[str]
 ) -> PeftTargets:
-    """Decides how PEFT holds a change of `model`.
+    """Decides how PEFT represents a change of `model`.
 
     Args:
-        matrices: names of all weights that are known as factors.
-        low_rank: those of them that have changed.
-        values: names of all else that has changed (parameters and buffers).
+        model: the model to adapt.
+        matrices: names of all weights for which factors are known.
+        low_rank: names of those that have changed.
+        values: names of all other changed parameters and buffers.
 
     Raises:
-        UserError: PEFT can't hold it.
+        UserError: PEFT can't represent the change.
     """
-    held, able = tensor_owners(model), _PeftCapabilities(model)
-    weights = {able.first_name(layer): name for name, all_held in held.items() for layer, part in all_held if part == "weight"}
+    owners, peft = tensor_owners(model), _PeftCapabilities(model)
+    weights = {peft.first_name(layer): name for name, uses in owners.items() for layer, part in uses if part == "weight"}
     lora: dict[str, str] = {}
     used: set[str] = set()
     biases: set[str] = set()
     full: set[str] = set()
 
-    def hold(layer: str, part: str) -> None:
-        """As LoRA of full rank where a copy can't be, as the bias of a layer with LoRA, or as a copy."""
-        own = able.first_name(layer)
-        if _clashes(layer) and able.can_hold_lora(layer):
-            lora[own] = weights[own]
-            used.add(own)
-        if part == "bias" and own in lora:
-            biases.add(own)
-        elif own not in lora or part != "weight":
-            full.add(able.copyable_module(layer))
+    def represent(layer: str, part: str) -> None:
+        """Uses LoRA of full rank if PEFT can't copy the layer; else the bias of a layer with LoRA, or a copy."""
+        target = peft.first_name(layer)
+        if _clashes(layer) and peft.can_hold_lora(layer):
+            lora[target] = weights[target]
+            used.add(target)
+        if part == "bias" and target in lora:
+            biases.add(target)
+        elif target not in lora or part != "weight":
+            full.add(peft.copyable_module(layer))
 
     for name in matrices:
-        (layer, part), *others = held[name]
-        if part == "weight" and able.can_hold_lora(layer):
-            lora[able.first_name(layer)] = name
+        (layer, part), *others = owners[name]
+        if part == "weight" and peft.can_hold_lora(layer):
+            lora[peft.first_name(layer)] = name
         else:
-            others = held[name]
-        if name in low_rank:  # where layers share a weight, one gets LoRA: merging it into several would add it several times
-            used |= {own for own, weight in lora.items() if weight == name}
-            for where in others:
-                hold(*where)
+            others = owners[name]
+        if name in low_rank:  # one layer of a shared weight gets LoRA: merging several adapters would add it several times
+            used |= {target for target, weight in lora.items() if weight == name}
+            for use in others:
+                represent(*use)
     for name in values:
-        for where in held[name]:
-            hold(*where)
-    _check_copies(full, [n for n in [*low_rank, *values] if any(able.copyable_module(layer) == "" for layer, _ in held[n])])
+        for use in owners[name]:
+            represent(*use)
+    _check_copies(full, [n for n in [*low_rank, *values] if any(peft.copyable_module(layer) == "" for layer, _ in owners[n])])
     chosen = used | biases or set(list(lora)[:1])
-    full = _with_name_collisions(set(able.modules), full, chosen)
+    full = _with_name_collisions(set(peft.modules), full, chosen)
     kept = {layer: lora[layer] for layer in lora if layer in chosen and not _within(layer, full)}
     _check_mostly_lora(model, chosen, set(kept), full)
     return PeftTargets(kept, tuple(sorted(m for m in full if not _within(m, full - {m}))), bool(biases & set(kept)))
 
 
-def _check_copies(full: set[str], lone: list[str]) -> None:
-    """Refuses what PEFT can't copy."""
+def _check_copies(full: set[str], direct: list[str]) -> None:
+    """Raises UserError for what PEFT can't copy."""
     if "" in full:
         raise UserError(
-            f"PEFT has no place for what the model itself holds: {', '.join(sorted(lone))}. It can only adapt layers, and copy "
-            f"modules below the model. Give them a module of their own. {ALTERNATIVE}"
+            f"PEFT can't represent the model's direct parameters: {', '.join(sorted(direct))}. It can only adapt layers, and "
+            f"copy modules below the model. Move them into a module of their own. {ALTERNATIVE}"
         )
     clashing = sorted(filter(_clashes, full))
     if clashing:
         raise UserError(
-            f"PEFT can't copy {', '.join(clashing)}: it goes by the ends of names, and parts of its own layers end so "
+            f"PEFT can't copy {', '.join(clashing)}: it compares the ends of names, and parts of its own layers end so "
             f"({', '.join(p for p in LORA_LAYER_PARTS if p.endswith(tuple(clashing)))}). {ALTERNATIVE}"
         )
 
@@ -121,22 +122,22 @@ def _clashes(module: str) -> bool:
 
 
 def _check_mostly_lora(model: nn.Module, chosen: set[str], kept: set[str], full: set[str]) -> None:
-    """Refuses what would hardly be an adapter any more."""
+    """Raises UserError if LoRA covers less than half of the changed layers' parameters."""
     sizes = {layer: sum(p.numel() for p in model.get_submodule(layer).parameters()) for layer in chosen}
     if not kept or 2 * sum(sizes[layer] for layer in kept) < sum(sizes.values()):
-        whole = sorted(m for m in full if not _within(m, full - {m}))
+        copied = sorted(m for m in full if not _within(m, full - {m}))
         raise UserError(
-            f"PEFT can hold {'little' if kept else 'none'} of this change as LoRA: it must copy {', '.join(whole[:5])}"
-            f"{', ...' if len(whole) > 5 else ''} whole, for something there that LoRA can't change. {ALTERNATIVE}"
+            f"PEFT can represent {'little' if kept else 'none'} of this change as LoRA: it must copy {', '.join(copied[:5])}"
+            f"{', ...' if len(copied) > 5 else ''} in full, since parts of them change that LoRA can't represent. {ALTERNATIVE}"
         )
 
 
 def target_modules(layers: Collection[str], model: nn.Module) -> list[str] | str:
-    """`target_modules` that PEFT matches with these layers and no other: last names, full names, or a pattern."""
+    """Returns `target_modules` that select exactly these layers in PEFT: last names, full names, or a pattern."""
     names = [name for name, _ in model.named_modules() if name]
-    for form in (sorted({layer.rpartition(".")[2] for layer in layers}), sorted(layers)):
-        if {n for n in names for f in form if n == f or n.endswith(f".{f}")} == set(layers):
-            return form
+    for candidate in (sorted({layer.rpartition(".")[2] for layer in layers}), sorted(layers)):
+        if {n for n in names for f in candidate if n == f or n.endswith(f".{f}")} == set(layers):
+            return candidate
     return "|".join(re.escape(layer) for layer in sorted(layers))
 
 
@@ -147,17 +148,17 @@ class _PeftCapabilities:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self._first = {id(module): name for name, module in model.named_modules()}
         self._parent_counts = Counter(id(child) for module in model.modules() for child in module._modules.values())
-        # They use the weights of layers that they don't call.
+        # These use the weights of layers that they don't call.
         kinds = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
         self._uncalled = [name for name, module in self.modules.items() if isinstance(module, kinds)]
 
     def first_name(self, layer: str) -> str:
-        """The name by which PEFT knows a layer that has several."""
+        """Returns the name that PEFT uses for a layer with several names."""
         name: str = self._first[id(self.modules[layer])]
         return name
 
     def can_hold_lora(self, layer: str) -> bool:
-        """Whether PEFT's LoRA in this layer computes what ours does."""
+        """Returns whether PEFT's LoRA in this layer computes what ours does."""
         module = self.modules[layer]
         kind = kind_of(module)
         if (
@@ -166,35 +167,35 @@ class _PeftCapabilities:
             or any(layer.startswith(f"{name}.") or not name for name in self._uncalled)
         ):
             return False
-        if kind is CONV:  # PEFT's A knows neither groups nor dilation nor other padding than zeros
+        if kind is CONV:  # PEFT's A supports neither groups nor dilation nor padding other than zeros
             plain = module.groups == 1 and set(module.dilation) == {1}
             return plain and module.padding_mode == "zeros"
         return kind in (LINEAR, TRANSPOSED_LINEAR, EMBEDDING)
 
     def copyable_module(self, layer: str) -> str:
-        """The smallest module with this one that PEFT can copy; "" if that is the model."""
+        """Returns the smallest module that contains this one and that PEFT can copy; "" if that is the model."""
         while layer and (isinstance(self.modules[layer], CONTAINERS) or self._is_part(layer)):
             layer = layer.rpartition(".")[0]
         return layer
 
     def _is_part(self, layer: str) -> bool:
-        """Whether it is the output projection of attention, which is never called."""
+        """Returns whether the layer is the output projection of attention, which is never called."""
         return isinstance(self.modules[layer.rpartition(".")[0]], nn.MultiheadAttention)
 
 
 def tensor_owners(model: nn.Module) -> dict[str, list[tuple[str, str]]]:
-    """Where each parameter and buffer is held: (layer, name in it), by the model's own name for it."""
+    """Returns the layers that have each parameter or buffer, as (layer, name in it), by the tensor's name in the model."""
     names = {id(t): name for name, t in [*model.named_buffers(), *model.named_parameters()]}
-    held: dict[str, list[tuple[str, str]]] = {name: [] for name in names.values()}
+    owners: dict[str, list[tuple[str, str]]] = {name: [] for name in names.values()}
     for layer, module in model.named_modules(remove_duplicate=False):
         for part, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None:
-                held[names[id(tensor)]].append((layer, part))
-    return held
+                owners[names[id(tensor)]].append((layer, part))
+    return owners
 
 
 def _with_name_collisions(modules: set[str], full: set[str], lora: set[str]) -> set[str]:
-    """`full`, and the layers with LoRA that PEFT would copy too because a name in it is the end of theirs."""
+    """Returns `full` with the LoRA layers that PEFT would copy too, because a name in `full` is the end of theirs."""
     full = set(full)
     while True:
         copied = {m for m in modules if m.endswith(tuple(full))}
@@ -209,4 +210,4 @@ def _within(layer: str, modules: Collection[str]) -> bool:
 
 
 def _excluded(layer: str, full: set[str]) -> bool:
-    return any(re.match(rf"(^|.*\.){m}($|\..*)", layer) for m in full)  # as PEFT does it
+    return any(re.match(rf"(^|.*\.){m}($|\..*)", layer) for m in full)  # as in PEFT

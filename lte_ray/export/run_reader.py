@@ -1,7 +1,4 @@
-"""A run, read back from its directory: its settings, its worker's model, and what one of its checkpoints holds.
-
-Nothing here writes, and nothing starts Ray.
-"""
+"""Reads a run from its directory: its settings, its worker's model, and one of its checkpoints. Doesn't start Ray."""
 
 from __future__ import annotations
 
@@ -33,11 +30,13 @@ class SavedRun:
     """A run at one of its checkpoints.
 
     Attributes:
-        directory, manifest: where it is, and the checkpoint.
-        record: what ``run.toml`` says, flat; the worker's own settings under "worker".
-        model: unconverted, as the worker builds it under the run's seed: the initial weights W_0.
-        plans: what of it each head trains.
-        initial, base: W_0 and the merged weights W_v, flat in the base layout.
+        directory: the run directory.
+        manifest: the checkpoint's manifest.
+        record: the content of ``run.toml``, flat; the worker's own settings are under "worker".
+        model: the unconverted model, as the worker builds it with the run's seed: the initial weights W_0.
+        plans: each head's plan of the model.
+        initial: W_0, flat in the base layout.
+        base: the merged weights W_v, flat in the base layout.
     """
 
     directory: RunDirectory
@@ -50,21 +49,21 @@ class SavedRun:
 
     @property
     def plan(self) -> Plan:
-        """What is trained; its base layout is that of all heads."""
+        """The first head's plan; its base layout is that of all heads."""
         return self.plans[0]
 
     def head(self, head: int) -> dict[str, Tensor]:
-        """The tensors of one head's state (`Head.state`).
+        """Reads the tensors of one head's state (`engine.head.state`).
 
         Raises:
-            ConfigError: there is no such head.
-            StorageError: the checkpoint doesn't hold it, or the file is damaged.
+            ConfigError: the head doesn't exist.
+            StorageError: the checkpoint doesn't contain it, or the file is damaged.
         """
         if not 0 <= head < len(self.plans):
             raise ConfigError(f"--head is {head}, but the heads of {self.directory.display} are 0 to {len(self.plans) - 1}.")
         if head not in self.manifest.heads:
             raise StorageError(
-                f"The checkpoint of version {self.manifest.version} in {self.directory.display} holds no state of head {head}, "
+                f"The checkpoint of version {self.manifest.version} in {self.directory.display} has no state of head {head}, "
                 f"since the policy merged only heads {list(self.manifest.heads)} there. Choose another --head or --version."
             )
         return checkpoint.read_head(self.directory, self.manifest, head)[0]
@@ -75,8 +74,9 @@ class Written:
     """What an export wrote.
 
     Attributes:
-        summary: in words.
-        rank, error: of an adapter: the largest rank, and ||W - W' - B A|| / ||W - W'||, the relative error of the change.
+        summary: a description in words.
+        rank: the largest rank of an adapter.
+        error: the relative error of an adapter's change, ||W - W' - B A|| / ||W - W'||.
     """
 
     summary: str
@@ -85,30 +85,30 @@ class Written:
 
 
 def open_run(run: str | os.PathLike[str]) -> RunDirectory:
-    """The run directory at a path or URI.
+    """Opens the run directory at a path or URI.
 
     Raises:
-        StorageError: there is none, or nothing here can open such a URI.
+        StorageError: there is none, or the URI isn't supported.
     """
-    place = os.fspath(run).rstrip("/") or "/"
-    if "://" not in place:
-        place = str(Path(place).expanduser().absolute())
+    location = os.fspath(run).rstrip("/") or "/"
+    if "://" not in location:
+        location = str(Path(location).expanduser().absolute())
     try:
-        directory = RunDirectory.open(*split_run_path(place))
-        there, started = directory.exists(), directory.exists(RUN)
+        directory = RunDirectory.open(*split_run_path(location))
+        exists, started = directory.exists(), directory.exists(RUN)
     except Exception as error:
-        raise StorageError(f"RUN is {place!r}, which can't be opened: {error.__cause__ or error}") from error
+        raise StorageError(f"RUN is {location!r}, which can't be opened: {error.__cause__ or error}") from error
     if not started:
-        found = f"which has no {RUN}" if there else "which isn't there"
-        raise StorageError(f"RUN is {place!r}, {found}. It must be a run directory, as lte-ray train prints it at the end.")
+        found = f"which has no {RUN}" if exists else "which doesn't exist"
+        raise StorageError(f"RUN is {location!r}, {found}. It must be a run directory, as lte-ray train prints it at the end.")
     return directory
 
 
 def select_checkpoint(directory: RunDirectory, version: int | None) -> Manifest:
-    """The checkpoint of `version`, by default the newest.
+    """Returns the manifest of the checkpoint of `version`, by default the newest.
 
     Raises:
-        StorageError: there is no complete one.
+        StorageError: there is no complete checkpoint of this version.
     """
     versions = checkpoint.complete_versions(directory)
     if not versions:
@@ -126,25 +126,25 @@ def read_run(run: str | os.PathLike[str], version: int | None = None, worker: An
 
     Args:
         run: path or URI of the run directory.
-        version: of the checkpoint; by default the newest.
-        worker: instead of the one that ``run.toml`` names: a worker, its class, or module:Class.
+        version: the checkpoint's version; by default the newest.
+        worker: overrides the worker that ``run.toml`` names: a worker, its class, or module:Class.
 
     Raises:
-        StorageError: no such run or checkpoint, or it is damaged or of another model.
-        WorkerError: the worker can't be loaded or made, or its model can't be built.
+        StorageError: the run or checkpoint doesn't exist, is damaged, or belongs to a different model.
+        WorkerError: the worker can't be loaded or constructed, or can't build its model.
         ConfigError: the settings in ``run.toml`` are damaged or don't fit the model.
     """
     directory = open_run(run)
     manifest, record = select_checkpoint(directory, version), run_record.read(directory)
     lte, train = record.settings(LTEConfig), record.settings(TrainConfig)
-    made = make_worker(record.content, worker)
-    with preserve_generators(torch.device("cpu")):  # the caller's random numbers are its own
+    instance = make_worker(record.content, worker)
+    with preserve_generators(torch.device("cpu")):  # keeps the caller's random state
         try:
-            model = build_model(made, train.seed)
+            model = build_model(instance, train.seed)
         except UserError:
             raise
         except Exception as error:
-            raise WorkerError(f"{type(made).__name__}.build_model() raised {type(error).__name__}: {error}") from error
+            raise WorkerError(f"{type(instance).__name__}.build_model() raised {type(error).__name__}: {error}") from error
     plans = make_plans(model, lte)
     base = checkpoint.read_base(directory, manifest, plans[0])
     return SavedRun(

@@ -1,4 +1,4 @@
-"""The worker of a run, made again from what ``run.toml`` says."""
+"""Constructs the worker of a run from ``run.toml``."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from lte_ray.worker import check_worker
 
 
 def make_worker(record: dict[str, Any], override: Any = None) -> Any:
-    """The worker that ``run.toml`` (`record`) names, with the settings that it had there.
+    """Returns the worker that ``run.toml`` names, with its recorded settings.
 
     Args:
-        given: instead of the one that it names: a worker (taken as it is), a class, or module:Class.
+        record: the content of ``run.toml``.
+        override: use this instead: a worker (returned as it is), a class, or module:Class.
 
     Raises:
-        WorkerError: it can't be loaded or made, or lacks a method.
+        WorkerError: the worker can't be loaded or constructed, or lacks a method.
     """
     program = override or record.get("program", "")
     if isinstance(program, str):
@@ -39,49 +40,49 @@ def make_worker(record: dict[str, Any], override: Any = None) -> Any:
             ) from error
     else:
         kind = program
-    check_worker(kind)  # before anything of it is called: whoever wrote run.toml chose the name
+    check_worker(kind)  # before calling any of it: the name comes from a file
     return _instantiate(kind, record.get("worker", {}), record.get(OMITTED, [])) if inspect.isclass(kind) else kind
 
 
-def _instantiate(kind: type, settings: Any, left_out: Any) -> Any:
+def _instantiate(kind: type, settings: Any, omitted_names: Any) -> Any:
     if not isinstance(settings, dict):
         raise WorkerError(f"The table [worker] of {RUN} is {settings!r:.80}, not a table of the worker's settings.")
     try:
         hints = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__)  # type: ignore[misc]
-    except Exception:  # annotations that can't be resolved say nothing
+    except Exception:  # without resolvable annotations, values stay as they are
         hints = {}
     known = inspect.signature(kind).parameters
-    named = [str(name).removeprefix("worker.") for name in left_out] if isinstance(left_out, list) else []
+    named = [str(name).removeprefix("worker.") for name in omitted_names] if isinstance(omitted_names, list) else []
     omitted = [name for name in named if name in known]
     try:
         return kind(**{n: _convert(hints.get(n), v, known[n].default) for n, v in settings.items() if n in known})
     except Exception as error:
-        lacking = [name for name in omitted if known[name].default is inspect.Parameter.empty]
-        if lacking:
+        missing = [name for name in omitted if known[name].default is inspect.Parameter.empty]
+        if missing:
             raise WorkerError(
-                f"{kind.__name__} needs {', '.join(lacking)}, which {RUN} leaves out since it holds no secrets. Make the "
-                f"worker in Python and give it: worker={kind.__name__}({lacking[0]}=..., ...)."
+                f"{kind.__name__} needs {', '.join(missing)}, which {RUN} omits since it contains no secrets. Construct the "
+                f"worker in Python and pass it: worker={kind.__name__}({missing[0]}=..., ...)."
             ) from error
         raise WorkerError(
-            f"{kind.__name__} can't be made with the settings in {RUN}, {mask_secrets(settings)}: "
+            f"{kind.__name__} can't be constructed with the settings in {RUN}, {mask_secrets(settings)}: "
             f"{type(error).__name__}: {error}"
         ) from error
 
 
 def _convert(hint: Any, value: Any, default: Any) -> Any:
-    """A value from TOML, which knows neither None, tuples, sets, paths nor Enums, as the worker's constructor has it."""
+    """Converts a value from TOML to the type in the constructor: TOML has no None, tuples, sets, paths or Enums."""
     options = _nested_types(hint)
     if value == NONE and (default is None or type(None) in options):
         return None
     if not isinstance(value, list):
         return _convert_one(options, value)
     kinds = [typing.get_origin(option) or option for option in options]
-    made = [_convert_one(options, each) for each in value]
-    return next((kind(made) for kind in kinds if kind in (list, tuple, set, frozenset)), made)
+    items = [_convert_one(options, each) for each in value]
+    return next((kind(items) for kind in kinds if kind in (list, tuple, set, frozenset)), items)
 
 
 def _nested_types(hint: Any) -> list[Any]:
-    """An annotation and all that stands in it, from outside to inside."""
+    """Returns an annotation and all annotations nested in it, outer ones first."""
     return [hint, *(option for inner in typing.get_args(hint) for option in _nested_types(inner))]
 
 

@@ -1,4 +1,4 @@
-"""For authors of merge policies: `check_policy` runs a policy through what every policy must hold to."""
+"""For authors of merge policies: `check_policy` tests whether a policy meets the requirements for all policies."""
 
 from lte_ray.testing.kit import check_policy
 

@@ -1,4 +1,4 @@
-"""The conformance kit of merge policies."""
+"""The conformance kit for merge policies."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lte_ray.config import MergeConfig
 from lte_ray.merging.policies.trigger import ComposedPolicy
 from lte_ray.merging.policy import MergePolicy
 from lte_ray.merging.registry import make_policy
-from lte_ray.testing.scene import Scenario
-from lte_ray.testing.watched import Violation
+from lte_ray.testing.observed_policy import Violation
+from lte_ray.testing.scenario import Scenario
 
 SHOWN = 30
-"""Events of the trace that a failure shows, the last ones."""
+"""How many of the last events a failure shows."""
 
 
 def check_policy(
@@ -26,40 +26,41 @@ def check_policy(
     seeds: Iterable[int] = range(8),
     events: int = 40,
 ) -> None:
-    """Runs a policy through the engine with heads that contribute, fall behind, leave and send rubbish at random, in float64.
+    """Runs a policy through the engine in float64, with heads that contribute, fall behind, leave and send NaN at random.
 
-    It must hold that
+    Requirements:
 
-    - every decision can be carried out: it is about pending heads, with finite weights or a finite change in the base layout;
-    - what is decided is what is merged: W_v - W_0 is the sum of all that was decided, and contributions are references then;
-    - no contribution waits for ever: where all live heads wait, something is decided, or at a time that comes;
-    - `pending` isn't changed, nor is a change once it is given: merges are carried out later;
-    - the same events lead to the same decisions, bit for bit;
-    - `state` and `load_state` hold all that the policy remembers: one that goes on from a checkpoint decides as the one that
-      never stopped. A policy without them remembers nothing.
+    - Each decision can be executed: it is about pending heads, with finite weights or a finite change in the base layout.
+    - What is decided is what is merged: W_v - W_0 is the sum of all decisions, and merged contributions become references.
+    - No contribution waits forever: if all live heads wait, the policy decides, or does so by a time that it gives.
+    - The policy doesn't modify `pending`, nor a change that it has returned: merges are executed later.
+    - The same events lead to the same decisions, bit for bit.
+    - `state` and `load_state` cover all that the policy remembers: a policy resumed from a checkpoint decides as one that never
+      stopped. A policy without them remembers nothing.
 
     Args:
-        make: makes the policy anew: a class, or a function that gives a policy object, a function ``f(pending, roster)`` or
-            a built-in name.
-        when: the `MergeConfig.when` to run with; by default all of them, and for a policy with a `decide` method its own.
-        heads: numbers of heads.
-        seeds: one run each.
-        events: in each run.
+        make: creates the policy: a class, or a function that returns a policy object, a function ``f(pending, roster)`` or a
+            built-in name.
+        when: the values of `MergeConfig.when` to test; by default all of them, or only the policy's own way if it has a
+            `decide` method.
+        heads: the numbers of heads to test.
+        seeds: the seeds to test, one run each.
+        events: the number of events in each run.
 
     Raises:
-        AssertionError: it doesn't hold; names the policy and shows the events that led there.
-        ConfigError: it is no policy.
+        AssertionError: a requirement is violated; names the policy and shows the events that led there.
+        ConfigError: it isn't a policy.
     """
     decides_itself = not isinstance(_policy(make, "barrier"), ComposedPolicy)
-    for moment in when or (("barrier",) if decides_itself else ("barrier", "quorum", "arrival")):
+    for trigger in when or (("barrier",) if decides_itself else ("barrier", "quorum", "arrival")):
         for num_heads in heads:
             for seed in seeds:
-                _check(make, moment, num_heads, seed, events)
+                _check(make, trigger, num_heads, seed, events)
 
 
 def _policy(make: Callable[[], Any], when: str) -> MergePolicy:
-    deadline = 1.5 if when == "quorum" else 0.0  # so that some merges are made by the clock
-    return make_policy(MergeConfig(policy=make(), when=when, deadline=deadline))  # type: ignore[arg-type]  # checks the word
+    deadline = 1.5 if when == "quorum" else 0.0  # so that some merges happen by the clock
+    return make_policy(MergeConfig(policy=make(), when=when, deadline=deadline))  # type: ignore[arg-type]  # a wrong `when` is a ConfigError
 
 
 def _check(make: Callable[[], Any], when: str, num_heads: int, seed: int, events: int) -> None:
@@ -77,12 +78,12 @@ def _check(make: Callable[[], Any], when: str, num_heads: int, seed: int, events
 
     first, again = run(policy), run(_policy(make, when))
     if first.trace != again.trace or not torch.equal(first.base, again.base):
-        _fail(name, setting, "the same events led to other decisions: " + _difference(first, again), again.trace)
+        _fail(name, setting, "the same events led to different decisions: " + _difference(first, again), again.trace)
     resumed = run(_policy(make, when), resumed_at=events // 2)
     if first.trace != resumed.trace or not torch.equal(first.base, resumed.base):
         what = (
-            f"resumed from its state after event {events // 2} it decided otherwise than without a break; state() must hold "
-            "all that it remembers, and load_state() take it over: "
+            f"resumed from its state after event {events // 2}, it decided differently than without a break; state() must "
+            "return all that it remembers, and load_state() must restore it: "
         )
         _fail(name, setting, what + _difference(first, resumed), resumed.trace)
 

@@ -270,7 +270,7 @@ def test_vmap_over_inputs_and_biases(form: str, dim: int) -> None:
     torch.testing.assert_close(each, expected)
     whole = torch.func.grad(lambda x: torch.func.vmap(loss, in_dims=(dim, 0))(x, bias).sum())(x)
     torch.testing.assert_close(whole, expected)
-    with pytest.raises(NotImplementedError, match="vmap over quantised weights"):
+    with pytest.raises(NotImplementedError, match="vmap over quantized weights"):
         torch.func.vmap(lambda x, c: quantization._Linear.apply(x, form, held.shape, c, *held.parts[1:]))(
             x[:, 0, 0], torch.stack([held.codes] * 3)
         )

@@ -33,7 +33,7 @@ def test_every_format_is_written_and_said(run: Path, tmp_path: Path, capsys: pyt
     assert export(run, tmp_path / "c", "--to", "peft") == 0
     said = capsys.readouterr().out
     assert "/c: LoRA adapter of rank 4 on 8 layer(s) of the GPT2LMHeadModel: the change from the initial model" in said
-    assert "8 module(s) are in it in full: lm_head, transformer.h.0.ln_1" in said
+    assert "8 module(s) are included in full: lm_head, transformer.h.0.ln_1" in said
     assert export(run, tmp_path / "d", "--to", "peft", "--head", "1", "--rank", "3") == 0
     assert "/d: LoRA adapter of rank 3 on 8 layer(s)" in capsys.readouterr().out
     assert (tmp_path / "d" / "adapter_config.json").exists()

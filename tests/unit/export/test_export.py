@@ -92,9 +92,9 @@ def test_from_pretrained_gives_the_merged_model_bitwise(tmp_path: Path, kind: st
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("cnn", "needs a model of transformers, but the worker builds a Cnn, which is none and holds none"),
-        ("headed", r"would lose what the worker's model trains beside its GPT2LMHeadModel: head.weight, head.bias\."),
-        ("pair", "a Pair, which holds several"),
+        ("cnn", "needs a model of transformers, but the worker builds a Cnn, which is none and contains none"),
+        ("headed", r"would lose what the worker's model trains outside of its GPT2LMHeadModel: head.weight, head.bias\."),
+        ("pair", "a Pair, which contains several"),
     ],
 )
 def test_only_one_whole_model_of_transformers_can_be_saved_so(tmp_path: Path, kind: str, message: str) -> None:
@@ -138,7 +138,7 @@ def test_out_must_be_free(run: Path, tmp_path: Path, write: Any) -> None:
     with pytest.raises(StorageError, match=r"OUT is '.*/full', a folder that isn't empty"):
         write(run, tmp_path / "full")
     for name in ("file.safetensors", "link"):
-        with pytest.raises(StorageError, match=rf"OUT is '.*/{name}', which is there already"):
+        with pytest.raises(StorageError, match=rf"OUT is '.*/{name}', which exists already"):
             write(run, tmp_path / name)
     with pytest.raises(StorageError, match=r"OUT is 's3://bucket/out', but it must be a local path"):
         write(run, "s3://bucket/out")
@@ -172,7 +172,7 @@ def test_a_run_that_is_not_there_is_named(run: Path, tmp_path: Path) -> None:
     """Nothing there, another folder, and a scheme that nothing can open."""
     (tmp_path / "other").mkdir()
     for place, message in (
-        (tmp_path / "none", "RUN is '.*/none', which isn't there"),
+        (tmp_path / "none", "RUN is '.*/none', which doesn't exist"),
         (tmp_path / "other", r"RUN is '.*/other', which has no run\.toml"),
         (run / "checkpoints" / "000003", r"which has no run\.toml. It must be a run directory"),
         ("nothing://bucket/run", r"RUN is 'nothing://bucket/run', which can't be opened"),
@@ -204,7 +204,7 @@ def test_a_version_that_is_not_there_is_named_with_those_that_are(run: Path, tmp
             r"holds another model than the worker builds",
         ),
         ('program = "tests.support.export_runs:Words"', "Words can't be used as a worker"),
-        ('program = "tests.support.export_runs:Needy"', "Needy can't be made with the settings in run.toml"),
+        ('program = "tests.support.export_runs:Needy"', "Needy can't be constructed with the settings in run.toml"),
         ('lora_r = "many"\nprogram = "tests.support.export_runs:Models"', "lora_r is 'many'"),
         ("", "The worker that run.toml names, is ''"),
     ],

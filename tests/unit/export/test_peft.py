@@ -205,14 +205,14 @@ class Uneven:
     ("lte", "heads", "why"),
     [
         ({"reset": "B"}, (0, 1), "the run was made with --reset B"),
-        ({"policy": Uneven()}, (0, 1), "weighs each head by 1/N throughout"),
+        ({"policy": Uneven()}, (0, 1), "gave each head the weight 1/N throughout"),
         ({}, (1,), r"heads \[0\] have no state in this checkpoint"),
     ],
 )
 def test_a_change_that_is_no_sum_needs_a_rank(tmp_path: Path, lte: dict[str, Any], heads: tuple[int, ...], why: str) -> None:
     """The error says why and what to do; with --rank the adapter is the best of that rank, and its error is reported."""
     run, _ = save_run(tmp_path, "words", settings(**lte), heads=heads)
-    with pytest.raises(UserError, match=rf"isn't the sum of what the heads hold at version 3, .*{why}.*--rank R"):
+    with pytest.raises(UserError, match=rf"isn't the sum of the heads' changes at version 3, .*{why}.*--rank R"):
         export.peft_adapter(run, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
     written = export.peft_adapter(run, tmp_path / "adapter", rank=3)
@@ -289,9 +289,9 @@ def test_an_adapter_fits_the_model_of_transformers_that_a_worker_wraps(tmp_path:
 @pytest.mark.parametrize(
     ("kind", "lte", "message"),
     [
-        ("lone", {}, r"PEFT has no place for what the model itself holds: scale\..*--to safetensors"),
-        ("enclosed", {}, "PEFT can hold little of this change as LoRA: it must copy body whole"),
-        ("vit", {"adapt": ("conv",)}, r"PEFT can hold none of this change as LoRA: it must copy .*vit\.embeddings"),
+        ("lone", {}, r"PEFT can't represent the model's direct parameters: scale\..*--to safetensors"),
+        ("enclosed", {}, "PEFT can represent little of this change as LoRA: it must copy body in full"),
+        ("vit", {"adapt": ("conv",)}, r"PEFT can represent none of this change as LoRA: it must copy .*vit\.embeddings"),
         ("clash", {}, r"PEFT can't copy layer: .* parts of its own layers end so \(base_layer\)"),
     ],
 )
@@ -319,7 +319,7 @@ def test_bad_heads_and_ranks_are_refused(tmp_path: Path) -> None:
     for head in (-1, 2):
         with pytest.raises(ConfigError, match=rf"--head is {head}, but the heads of .* are 0 to 1"):
             export.peft_adapter(run, tmp_path / "adapter", head=head)
-    with pytest.raises(UserError, match=r"holds no state of head 0, since the policy merged only heads \[1\] there"):
+    with pytest.raises(UserError, match=r"has no state of head 0, since the policy merged only heads \[1\] there"):
         export.peft_adapter(run, tmp_path / "adapter", head=0)
     with pytest.raises(ConfigError, match="--rank is 0, but it must be at least 1"):
         export.peft_adapter(run, tmp_path / "adapter", rank=0)

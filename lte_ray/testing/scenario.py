@@ -1,4 +1,4 @@
-"""One run of random events in the engine: a coordinator, walking heads and a watched policy."""
+"""A run of random events in the engine: a coordinator, heads that do random walks, and an observed policy."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from lte_ray.merging.policies.trigger import get_policy_state, load_policy_state
 from lte_ray.merging.policy import MergePolicy
 from lte_ray.messages import Contribution
 from lte_ray.testing.heads import RandomWalkHead, make_test_plan
-from lte_ray.testing.watched import ObservedPolicy, Violation
+from lte_ray.testing.observed_policy import ObservedPolicy, Violation
 
 TICKS = 100
-"""Times that a policy may put off what all live heads wait for."""
+"""How often a policy may wait again while all live heads wait for it."""
 
 TOLERANCE = 1e-12
-"""Of the ledger, relative to the sum of all changes' norms: some hundred float64 sums and products of inner size 2."""
+"""Relative to the sum of all changes' norms: allows for some hundred float64 sums and products of inner size 2."""
 
 
 class Scenario:
-    """Plays random events, and checks after each that the base holds exactly what was decided.
+    """Plays random events, and checks after each that the base contains exactly what was decided.
 
     Args:
         policy: the policy under test.
-        remake: makes it anew, for the resumption at event `resumed_at`.
+        remake: creates the policy again, to resume it from its state.
         num_heads: heads at the start; odd seeds run with ``reset="B"``.
-        seed: of the events and of what the heads contribute.
+        seed: seed of the events and of the heads' contributions.
+        resumed_at: the event at which to resume the policy, if any.
     """
 
     def __init__(
@@ -60,10 +61,10 @@ class Scenario:
         return self.coordinator.base
 
     def run(self, events: int) -> None:
-        """Plays `events` random events, then lets all heads end.
+        """Plays `events` random events, then lets all heads leave.
 
         Raises:
-            Violation: the policy doesn't hold to something.
+            Violation: the policy violates a requirement.
         """
         for event in range(events):
             if self.resumed_at is not None and event >= self.resumed_at and self.coordinator.candidate is None:
@@ -73,10 +74,10 @@ class Scenario:
         self._end()
 
     def _resume(self) -> None:
-        held = {name: tensor.clone() for name, tensor in get_policy_state(self.policy.policy).items()}
+        state = {name: tensor.clone() for name, tensor in get_policy_state(self.policy.policy).items()}
         self.policy.policy, self.resumed_at = self.remake(), None
-        if held:
-            load_policy_state(self.policy.policy, held)
+        if state:
+            load_policy_state(self.policy.policy, state)
 
     def _random_event(self) -> None:
         live = sorted(self.coordinator.live)
@@ -94,7 +95,7 @@ class Scenario:
                 head.train(self.random.randint(1, 4))
                 self._contribute(head)
             elif self.reset == "none":
-                head.train(1)  # while its contribution is on the way
+                head.train(1)  # while its contribution is pending
 
     def _contribute(self, head: RandomWalkHead) -> None:
         self._play(
@@ -117,22 +118,22 @@ class Scenario:
         )
 
     def _send_nan(self, head: RandomWalkHead) -> None:
-        rubbish = torch.full((head.plan.contribution.size,), torch.nan, dtype=torch.float64)
+        nan = torch.full((head.plan.contribution.size,), torch.nan, dtype=torch.float64)
         self.trace.append(f"{self.now:.3f} head {head.number} sends NaN, which is refused")
-        self.coordinator.receive(self._record(head), rubbish)
+        self.coordinator.receive(self._record(head), nan)
 
     def _leave(self, head: RandomWalkHead) -> None:
         self._play(f"head {head.number} leaves", lambda: self.coordinator.leave(head.number))
 
     def _evaluate_trial(self) -> None:
-        candidate, tried, self.policy.trial_change = self.coordinator.candidate, self.policy.trial_change, None
-        assert candidate is not None and tried is not None
-        self._compare(candidate, self.initial_base + self.total_change + tried, "the base that is tried")
+        candidate, trial_change, self.policy.trial_change = self.coordinator.candidate, self.policy.trial_change, None
+        assert candidate is not None and trial_change is not None
+        self._compare(candidate, self.initial_base + self.total_change + trial_change, "the candidate base")
         loss = float(candidate.double().square().mean()) + self.random.random()
         self._play(
-            f"the evaluation of what is tried gives {loss:.6g}",
+            f"the evaluation of the candidate base gives {loss:.6g}",
             lambda: self.coordinator.receive_evaluation({"loss": loss}),
-            tried,
+            trial_change,
         )
 
     def _pass_time(self, seconds: float) -> None:
@@ -143,25 +144,25 @@ class Scenario:
                 self.now = until
                 return
             self.now = max(self.now, wakes)
-            self._play("the time has come that the policy waited for", self.coordinator.tick)
-        raise Violation(f"it was asked {TICKS} times within {seconds:.3f} seconds, each time as it wanted, and never decided")
+            self._play("the time until which the policy waited has come", self.coordinator.tick)
+        raise Violation(f"it asked to be called {TICKS} times within {seconds:.3f} seconds, and never decided")
 
-    def _play(self, event: str, happen: Callable[[], StepResult], tried: Tensor | None = None) -> None:
+    def _play(self, event: str, execute: Callable[[], StepResult], trial_change: Tensor | None = None) -> None:
         self.trace.append(f"{self.now:.3f} {event}")
         try:
-            outcome = happen()
+            outcome = execute()
         except PolicyError as error:
             if isinstance(error.__cause__, Violation):
                 raise error.__cause__ from error
             raise Violation(str(error)) from error
-        if tried is not None and outcome.results[0].accepted:  # what was tried is settled before anything else
-            self.policy.expected_changes.insert(0, tried)
-        for verdict in outcome.results:
-            head = self.heads[verdict.head]
-            if head.contribution is None or head.result is not None or verdict.sequence != head.sequence:
-                raise Violation(f"head {verdict.head}'s contribution {verdict.sequence} was settled twice")
-            head.result = verdict
-            if verdict.accepted:
+        if trial_change is not None and outcome.results[0].accepted:  # the trial is merged before anything else
+            self.policy.expected_changes.insert(0, trial_change)
+        for result in outcome.results:
+            head = self.heads[result.head]
+            if head.contribution is None or head.result is not None or result.sequence != head.sequence:
+                raise Violation(f"head {result.head}'s contribution {result.sequence} was decided twice")
+            head.result = result
+            if result.accepted:
                 head.record_acceptance(self.reset)
         for change in self.policy.expected_changes:
             self.total_change += change
@@ -169,18 +170,18 @@ class Scenario:
         self.policy.expected_changes.clear()
         self._compare(self.base, self.initial_base + self.total_change, "W_v - W_0")
 
-    def _compare(self, found: Tensor, expected: Tensor, what: str) -> None:
-        error = float((found - expected).norm())
+    def _compare(self, actual: Tensor, expected: Tensor, what: str) -> None:
+        error = float((actual - expected).norm())
         if not error <= TOLERANCE * (1 + self.total_norm + float(self.initial_base.norm())):
             raise Violation(f"{what} differs from the sum of all that was decided by {error:g}")
 
     def _end(self) -> None:
-        """Heads that owe nothing leave; the others must get their answer."""
+        """Lets heads without a pending contribution leave; the others must get a decision."""
         for _ in range(TICKS):
             if self.coordinator.candidate is not None:
                 self._evaluate_trial()
-            elif free := [h for h in sorted(self.coordinator.live) if h not in self.coordinator.pending_heads]:
-                self._leave(self.heads[free[0]])
+            elif idle := [h for h in sorted(self.coordinator.live) if h not in self.coordinator.pending_heads]:
+                self._leave(self.heads[idle[0]])
             elif not self.coordinator.pending_heads:
                 return
             elif self.coordinator.wakes_at is not None:
@@ -188,4 +189,4 @@ class Scenario:
             else:
                 break
         waiting = self.coordinator.pending_heads
-        raise Violation(f"it never decides about heads {waiting}, for which nobody else is left to wait")
+        raise Violation(f"it never decides about heads {waiting}, though no other head is left to wait for")
