@@ -1,4 +1,4 @@
-"""The actors themselves: their own copies of the main weights, their resources and their threads."""
+"""Actors of a run: their copies of the main weights, their resources, and their threads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lte_ray.storage import RUN, RunDirectory
 from tests.support.ray_runs import Regression, settings
 
 pytestmark = pytest.mark.ray
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # for the functions below that look into a head
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # for the functions below that run inside a head
 
 
 @contextlib.contextmanager
@@ -61,7 +61,7 @@ def actors(path: Path, placement: Placement, **train: Any) -> Iterator[TrainCont
             yield controller
 
 
-def to_the_end(run: TrainController) -> list[tuple[HeadStatus, ...]]:
+def wait_for_heads(run: TrainController) -> list[tuple[HeadStatus, ...]]:
     return ray.get([slot.run for slot in run.heads.slots])
 
 
@@ -78,15 +78,15 @@ def torch_threads(group: HeadGroup) -> int:
     return torch.get_num_threads()
 
 
-def test_heads_reserve_what_was_asked_and_hold_their_own_copies_of_the_main_weights(local_ray: None, tmp_path: Path) -> None:
-    """Two heads of 2 CPUs hold a bundle of 2 CPUs each, and torch uses 2 threads in each.
+def test_heads_reserve_resources_and_have_their_own_main_weights(local_ray: None, tmp_path: Path) -> None:
+    """Two heads with 2 CPUs each reserve a bundle of 2 CPUs each, and torch uses 2 threads in each.
 
-    One head's base is perturbed; the other head's and the coordinator's stay as they were.
+    If one head's base is perturbed, the other head's and the coordinator's stay the same.
     """
     with actors(tmp_path, Placement(cpus=2, gpus=0), steps=5) as run:
-        to_the_end(run)
-        held = [group["bundles"] for group in placement_group_table().values() if group["state"] == "CREATED"]
-        assert held == [{0: {"CPU": 2.0}, 1: {"CPU": 2.0}}]
+        wait_for_heads(run)
+        bundles = [group["bundles"] for group in placement_group_table().values() if group["state"] == "CREATED"]
+        assert bundles == [{0: {"CPU": 2.0}, 1: {"CPU": 2.0}}]
         assert ray.get(run.heads.slots[0].actor.status.remote())[0].step == 5
         # the thread count is set where the head trains, so it is read there
         assert ray.get(run.heads.slots[1].actor.inspect.remote(torch_threads)) == 2
@@ -101,7 +101,7 @@ def test_heads_reserve_what_was_asked_and_hold_their_own_copies_of_the_main_weig
 
 
 def test_status_answers_while_a_head_trains(local_ray: None, tmp_path: Path) -> None:
-    """A head that trains for long still says where it is."""
+    """A head reports its step during training."""
     with actors(tmp_path, Placement(cpus=1, gpus=0), steps=100_000) as run:
         runs = [slot.run for slot in run.heads.slots]
         while ray.get(run.heads.slots[0].actor.status.remote(), timeout=10)[0].step < 5:
@@ -109,16 +109,18 @@ def test_status_answers_while_a_head_trains(local_ray: None, tmp_path: Path) -> 
         assert ray.get(run.coordinator.actor.status.remote(0)).version >= 0
 
 
-def test_heads_share_cores_by_default_and_gpus_need_a_gpu_each(local_ray: None) -> None:
-    """On 4 CPUs: two heads get one each, eight get half a one; no GPU is asked for where there is none."""
+def test_heads_share_cores_by_default(local_ray: None) -> None:
+    """On 4 CPUs, two heads get one each and eight get half of one each; without GPUs, none is requested."""
     assert resolve(PlacementConfig(), 2) == Placement(cpus=1.0, gpus=0.0)
     assert resolve(PlacementConfig(), 8) == Placement(cpus=0.5, gpus=0.0)
 
 
-def test_rays_workers_are_actors_that_host_one_head_or_several() -> None:
-    """ScalingConfig(num_workers): left out, one a head; fewer, several heads each; else an error with a number that fits."""
-    read = [from_scaling_config(ray.train.ScalingConfig(num_workers=n), 32)[0].heads_per_actor for n in (1, 32, 4, 5)]
-    assert read == [1, 1, 8, 7]
+def test_num_workers_sets_the_number_of_actors() -> None:
+    """ScalingConfig(num_workers): one actor per head by default; fewer actors host several heads; others are an error."""
+    heads_per_actor = [
+        from_scaling_config(ray.train.ScalingConfig(num_workers=n), 32)[0].heads_per_actor for n in (1, 32, 4, 5)
+    ]
+    assert heads_per_actor == [1, 1, 8, 7]
     with pytest.raises(ConfigError, match="Leave num_workers out for one each, or give 16"):
         from_scaling_config(ray.train.ScalingConfig(num_workers=17), 32)
     with pytest.raises(ConfigError, match="or give 2"):
@@ -128,16 +130,16 @@ def test_rays_workers_are_actors_that_host_one_head_or_several() -> None:
 
 
 def test_an_actor_of_several_heads_gets_their_cores_by_default(local_ray: None) -> None:
-    """On 4 CPUs: 8 heads in two actors get 2 CPUs each, 32 in one all four, 2 in one two."""
-    found = [resolve(PlacementConfig(heads_per_actor=each), heads) for heads, each in ((8, 4), (32, 32), (2, 2))]
-    assert [(p.cpus, p.heads) for p in found] == [(2.0, 4), (4.0, 32), (2.0, 2)]
+    """On 4 CPUs: two actors of 4 heads get 2 CPUs each, one actor of 32 heads gets 4, and one of 2 heads gets 2."""
+    placements = [resolve(PlacementConfig(heads_per_actor=each), heads) for heads, each in ((8, 4), (32, 32), (2, 2))]
+    assert [(p.cpus, p.heads) for p in placements] == [(2.0, 4), (4.0, 32), (2.0, 2)]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_head_with_a_gpu_trains_on_its_first_device(tmp_path: Path) -> None:
-    """Inside its actor a head's GPU is cuda:0, whichever it is on the machine."""
+    """Inside its actor, a head's GPU is cuda:0, whatever its number is on the machine."""
     with ray.init(address="local", num_cpus=2, include_dashboard=False):
         share = 1.0 if torch.cuda.device_count() > 1 else 0.5
         with actors(tmp_path, Placement(cpus=1, gpus=share), steps=5) as run:
-            assert [s.device for (s,) in to_the_end(run)] == ["cuda:0", "cuda:0"]
+            assert [s.device for (s,) in wait_for_heads(run)] == ["cuda:0", "cuda:0"]
