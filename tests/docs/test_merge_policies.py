@@ -1,4 +1,4 @@
-"""docs/merge-policies.md: its examples conform, and train from the command line as printed."""
+"""docs/merge-policies.md: its examples pass the conformance kit and train from the command line as printed."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ COMMAND = re.search(r"^lte-ray train (\S+) (.*--policy my_policies\.py:by_loss.*
 
 
 def test_the_examples_pass_the_conformance_kit_as_printed(mine: Path) -> None:
-    """The last block runs the others through check_policy."""
+    """The page's last block checks the others with check_policy."""
     assert len(BLOCKS) == 3
     exec(BLOCKS[-1], {})
 
 
 def test_the_first_example_is_ten_lines() -> None:
-    """As the page promises, blank lines and comments aside."""
+    """As the page says, without blank lines and comments."""
     lines = [line for line in BLOCKS[0].splitlines() if line.strip() and not line.startswith("#")]
     assert len(lines) <= 10
 
 
 def test_the_command_gives_the_example_its_argument(mine: Path) -> None:
-    """Parsed as printed, and the function's own default is what its help shows."""
+    """The command is parsed as printed."""
     assert COMMAND is not None
     merge = parse(Regression, COMMAND[1], COMMAND[2].split()).merge
     assert (merge.policy, merge.policy_args) == ("my_policies.py:by_loss", {"power": 2.0})
@@ -40,7 +40,7 @@ def test_the_command_gives_the_example_its_argument(mine: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.ray
 def test_the_command_trains(mine: Path, local_ray: None) -> None:
-    """To its end, and run.toml records the policy and its argument."""
+    """It trains to the end, and run.toml records the policy and its argument."""
     from lte_ray.cli.main import main
 
     assert COMMAND is not None

@@ -1,4 +1,4 @@
-"""The documentation is true: its examples run, and what it names exists."""
+"""README and docs: examples run, and files, names, and links exist."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 @pytest.mark.slow
 @pytest.mark.ray
 def test_the_readmes_program_runs(mine: Path, home: Path, local_ray: None) -> None:
-    """With its policy, as printed and to its end."""
+    """As printed, with its policy, to the end."""
     names: dict[str, Any] = {}
     exec(BLOCKS[1], names)
     assert Path(names["result"].path).parent == home / "ray_results"
@@ -28,23 +28,25 @@ def test_the_readmes_program_runs(mine: Path, home: Path, local_ray: None) -> No
 
 
 def test_the_readmes_worker_is_twenty_lines() -> None:
-    """A user's worker is short: 20 lines of code, imports and blank lines aside."""
+    """A user's worker has at most 20 lines of code, without imports and blank lines."""
     lines = [line for line in BLOCKS[0].splitlines() if line.strip() and not line.startswith(("import", "from", "#"))]
     assert len(lines) <= 20
 
 
-def test_the_readmes_tree_names_what_there_is() -> None:
-    """Every file and folder of the library is in the tree, and nothing else."""
+def test_the_readmes_tree_matches_the_package() -> None:
+    """The tree has every file and folder of the package and nothing else."""
     tree = re.search(r"```text\n(lte_ray/ .*?)```", README, flags=re.DOTALL)
     assert tree is not None
     named = set(re.findall(r"^  (\S+)", tree[1], flags=re.MULTILINE))
-    there = {p.name + ("/" if p.is_dir() else "") for p in (ROOT / "lte_ray").iterdir() if not p.name.startswith(("__", "py."))}
-    assert named == there
+    present = {
+        p.name + ("/" if p.is_dir() else "") for p in (ROOT / "lte_ray").iterdir() if not p.name.startswith(("__", "py."))
+    }
+    assert named == present
     for folder in re.findall(r"^(\w+/)", tree[1], flags=re.MULTILINE):
         assert (ROOT / folder).is_dir()
 
 
-def test_every_link_leads_to_a_file_and_a_heading() -> None:
+def test_every_relative_link_has_a_target() -> None:
     """Relative links name files that exist, and headings of these files."""
     for page in PAGES:
         for target, anchor in re.findall(r"\]\((?![a-z]+:)([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
