@@ -104,7 +104,7 @@ def test_status_answers_while_a_head_trains(local_ray: None, tmp_path: Path) -> 
     """A head reports its step during training."""
     with actors(tmp_path, Placement(cpus=1, gpus=0), steps=100_000) as run:
         runs = [slot.run for slot in run.heads.slots]
-        while ray.get(run.heads.slots[0].actor.status.remote(), timeout=10)[0].step < 5:
+        while ray.get(run.heads.slots[0].actor.status.remote(), timeout=120)[0].step < 5:
             assert not ray.wait(runs, timeout=0.05)[0]
         assert ray.get(run.coordinator.actor.status.remote(0)).version >= 0
 

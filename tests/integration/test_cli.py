@@ -133,7 +133,7 @@ def test_an_interrupted_run_ends_its_processes_and_saves(tmp_path: Path, number:
             os.killpg(run.pid, number)  # a terminal sends Ctrl-C to the whole group
         else:
             run.send_signal(number)
-        output, _ = run.communicate(timeout=60)
+        output, _ = run.communicate(timeout=300)
     finally:
         run.kill()
     assert run.returncode == 130, output
@@ -147,7 +147,7 @@ def test_an_interrupted_run_ends_its_processes_and_saves(tmp_path: Path, number:
     assert not list(storage.rglob("*.part"))
 
 
-def wait_for(condition: object, limit: float = 60) -> None:
+def wait_for(condition: object, limit: float = 300) -> None:
     """Returns once the condition holds; fails after `limit` seconds."""
     end = time.monotonic() + limit
     while not condition():  # type: ignore[operator]
@@ -168,13 +168,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     try:
         address = f"http://127.0.0.1:{dashboard}"
         submit = ("submit", "--no-wait", "--", "true")  # works once the job server's agent is up
-        wait_for(lambda: head.poll() is not None or job(*submit, address=address).returncode == 0, limit=90)
+        wait_for(lambda: head.poll() is not None or job(*submit, address=address).returncode == 0, limit=300)
         assert head.poll() is None, Path(log.name).read_text()
         yield address
     finally:
         below = descendants(head.pid)
         head.terminate()  # `ray start --block` ends its own processes
-        head.wait(timeout=60)
+        head.wait(timeout=300)
         wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))
         log.close()
 
@@ -183,7 +183,7 @@ def job(*arguments: str, address: str, cwd: Path = ROOT) -> subprocess.Completed
     verb, *rest = arguments
     command = [BIN / "ray", "job", verb, "--address", address, *rest]
     return subprocess.run(
-        command, cwd=cwd, env=environment(RAY_AUTH_MODE="disabled"), capture_output=True, text=True, check=False, timeout=200
+        command, cwd=cwd, env=environment(RAY_AUTH_MODE="disabled"), capture_output=True, text=True, check=False, timeout=600
     )
 
 

@@ -23,7 +23,7 @@ from lte_ray.errors import CoordinatorLost
 from lte_ray.run.metrics import SilentReporter
 from tests.support.ray_runs import Dropping, storage
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200), pytest.mark.slow]
 
 
 @dataclass

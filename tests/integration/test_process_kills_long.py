@@ -17,7 +17,7 @@ from lte_ray.run.metrics import Progress
 from tests.integration.test_process_kills import NOT_WAITING, STEPS, Chaos, Patient, fault
 from tests.support.ray_runs import descendants
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(500), pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200), pytest.mark.slow]
 
 
 def test_a_head_and_a_coordinator_that_hang_before_their_first_answer(

@@ -94,7 +94,7 @@ def test_a_run_on_an_object_store_is_trained_resumed_and_audited(storage: str, t
 
     def lte_ray(*arguments: str) -> str:
         command = [Path(sys.executable).parent / "lte-ray", *arguments]
-        process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240)
+        process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600)
         assert process.returncode == 0, process.stdout + process.stderr
         return process.stdout
 
@@ -122,7 +122,7 @@ def test_sigterm_ends_a_command_that_waits_for_storage() -> None:
         try:
             connection, _ = server.accept()
             driver.send_signal(signal.SIGTERM)
-            output = driver.communicate(timeout=30)[1]
+            output = driver.communicate(timeout=120)[1]
         finally:
             driver.kill()
         connection.close()

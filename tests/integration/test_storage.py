@@ -30,7 +30,7 @@ from tests.support.ray_runs import Dropping
 
 ray.cloudpickle.register_pickle_by_value(faulty_storage)
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(200), pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200), pytest.mark.slow]
 
 
 HANG_SECONDS = 40.0

@@ -68,7 +68,7 @@ class Node:
     def stop(self) -> None:
         if self._process is not None:
             self._process.terminate()
-            self._process.wait(timeout=60)
+            self._process.wait(timeout=300)
 
 
 def main(folder: Path, seconds: float) -> int:
@@ -91,7 +91,7 @@ def main(folder: Path, seconds: float) -> int:
         time.sleep(seconds)
         before = noted(folder, '"kind": "merge"')
         sh("ip link set cut-here up")
-        end = time.monotonic() + 240
+        end = time.monotonic() + 600
         while thread.is_alive() and time.monotonic() < end:
             node.look_after()
             thread.join(timeout=0.5)
@@ -108,7 +108,7 @@ def main(folder: Path, seconds: float) -> int:
 
 def ready(address: str, head: subprocess.Popen[bytes]) -> None:
     """Connects as soon as the head node answers."""
-    end = time.monotonic() + 90
+    end = time.monotonic() + 300
     while True:
         try:
             ray.init(address=address, _node_ip_address=HERE, logging_level="error", log_to_driver=False)

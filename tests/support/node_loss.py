@@ -86,7 +86,7 @@ def main(folder: Path, what: str) -> int:
                 os.kill(pid, signal.SIGCONT)
             except ProcessLookupError:  # its node was given up
                 continue
-    thread.join(timeout=150)
+    thread.join(timeout=600)
     if found:
         print(json.dumps({name: found[0][name] for name in ("step", "samples", "version")}), flush=True)
     ray.shutdown()
