@@ -1,8 +1,8 @@
-"""What of a model is trained and merged, and where each part lies in a flat buffer.
+"""Which parts of a model are trained and merged, and where each part lies in a flat buffer.
 
-A `Plan` describes a converted model by names and shapes alone, so it crosses processes and the coordinator needs
-no model. It gives two layouts: `base` (main weights and replica parameters; what the coordinator owns and hands
-back) and `contribution` (factors and replica changes; what a head sends). No tensors are kept here.
+A `Plan` describes a converted model by names and shapes alone, so it can cross processes, and the coordinator needs no model.
+It has two layouts: `base` (main weights and replica parameters, which the coordinator owns and publishes) and `contribution`
+(factors and replica changes, which a head sends). No tensors are kept here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Layout:
 
     @classmethod
     def from_shapes(cls, shapes: list[tuple[str, tuple[int, ...]]]) -> Layout:
-        """Lays the named shapes end to end, in their order."""
+        """Lays tensors of these names and shapes end to end, in their order."""
         entries, offset = [], 0
         for name, shape in shapes:
             entries.append(Entry(name, shape, offset))
@@ -47,15 +47,15 @@ class Layout:
 
 @dataclass(frozen=True)
 class Adapted:
-    """A main weight with factors. As a matrix it is W (out x in), the factors are A (rank x in) and B (out x rank).
+    """A main weight with factors. As a matrix it is W (out x in); the factors are A (rank x in) and B (out x rank).
 
     Attributes:
-        name: the unconverted model's name of the parameter.
-        shape: as it is stored, of any number of dimensions.
+        name: of the parameter in the unconverted model.
+        shape: as it is stored, with any number of dimensions.
         rank, scaling: r and s; the head computes with W~ + s B A.
         transposed: whether it is stored as in x out, as transformers' Conv1D does.
         lr: multiplier of the factors' learning rate.
-        base_dtype: format of the heads' copies.
+        base_dtype: format of the heads' copies of W.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Adapted:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """(out, in): the first dimension by all others; a vector of d elements is d x 1."""
+        """(out, in): the first dimension and the product of all others; a vector of d elements is d x 1."""
         first, rest = self.shape[0], math.prod(self.shape[1:])
         return (rest, first) if self.transposed else (first, rest)
 
@@ -85,9 +85,9 @@ class Adapted:
 
 @dataclass(frozen=True)
 class Replica:
-    """A parameter that trains without LoRA: each head trains a copy, merges average the changes.
+    """A parameter that trains without LoRA: each head trains a copy, and merges average the changes.
 
-    Or a `buffer` that training changes, as BatchNorm's running statistics.
+    A `buffer` that training changes, such as BatchNorm's running statistics, is treated alike.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Replica:
 
 @dataclass(frozen=True)
 class Plan:
-    """The trained parts of one head's model, by the unconverted model's own parameter names.
+    """The trained parts of one head's model, by parameter names of the unconverted model.
 
     Heads may differ in their ranks; their `base` is the same.
     """
@@ -113,7 +113,7 @@ class Plan:
 
     @cached_property
     def contribution(self) -> Layout:
-        """A and B of each adapted weight, then the replica parameters' changes."""
+        """A and B of each adapted weight, then the changes of the replica parameters."""
         factors: list[tuple[str, tuple[int, ...]]] = []
         for a in self.adapted:
             factors += [(a.a_name, (a.rank, a.matrix[1])), (a.b_name, (a.matrix[0], a.rank))]
@@ -121,5 +121,5 @@ class Plan:
 
     @cached_property
     def factors_size(self) -> int:
-        """Elements of the factors, which lie first in a contribution."""
+        """Elements of all factors, which come first in a contribution."""
         return sum(a.rank * sum(a.matrix) for a in self.adapted)

@@ -14,7 +14,7 @@ Partitions = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Assignment:
-    """Lanes that a head is given, or gives away, under a number that makes repeats harmless."""
+    """Partitions that a head receives, or gives away. Repeats of one `id` change nothing."""
 
     id: int
     partitions: Partitions
@@ -22,9 +22,16 @@ class Assignment:
 
 @dataclass(frozen=True)
 class CommittedPosition:
-    """What a version of the base holds of one head: where its last merged contribution, made at `version` or before, left it.
+    """What a version of the base holds of one head: where its last merged contribution left it.
 
-    `batches` and `lanes` are the data position: whatever the head trains after it is in no base yet.
+    Checkpoints and logs use these field names. Batches after this data position are in no base yet.
+
+    Attributes:
+        incarnation, sequence: of that contribution.
+        version: the one that it was merged into, at most the base's.
+        step, samples: what the head had trained in all.
+        batches: how many it had taken.
+        lanes: its partitions after them.
     """
 
     incarnation: int = 0
@@ -40,17 +47,24 @@ class CommittedPosition:
 class Contribution:
     """A head's offer to the coordinator: what it learned since its reference.
 
-    `buffer` refers to a flat buffer in the plan's contribution layout (factors, then replica changes). `version` is
-    the base that the head trained on, `sequence` counts the head's contributions from 1 and `incarnation` its
-    restarts, so that repeats and messages from a dead predecessor are told apart. `steps` and `samples` count what
-    was trained since the head's last accepted contribution; `loss` is the mean training loss over those steps.
-    `base_error` is the relative error that quantising the base of `version` made in this head's main weights, the largest
-    over the layers. `seconds` is the time that the steps since its last contribution took, and `stall` the time for which
-    merging kept the head from training meanwhile.
-
-    `batches` and `lanes` are the head's data position, `grant` is the newest grant of lanes that it took and `released` what it
-    gave away; `checksums` are checksums of the buffers as they were sent, and `norm` is that of the whole change, where the
-    head has computed it.
+    Attributes:
+        run: the run's name.
+        head: its number.
+        incarnation, sequence: count the head's restarts, and its contributions from 1, so that repeats and messages of a dead
+            predecessor are told apart.
+        version: of the base that the head trained on.
+        step: local steps that the head has taken in all.
+        steps, samples: what was trained since the head's last accepted contribution.
+        loss: mean training loss over those steps.
+        base_error: relative error of this head's main weights from quantizing the base of `version`, the largest of the layers.
+        seconds: time that the steps since its last contribution took.
+        stall: time for which merging kept the head from training meanwhile.
+        batches, partitions: the head's data position.
+        assignment_id: of the newest assignment that the head has applied; 0 if none.
+        revoked: the partitions that the head has given away last.
+        checksums: of the buffers as they were sent.
+        norm: of the whole change, where the head has computed it.
+        buffer: refers to a flat buffer in the plan's contribution layout (factors, then replica changes).
     """
 
     run: str
@@ -76,10 +90,16 @@ class Contribution:
 
 @dataclass(frozen=True)
 class ContributionResult:
-    """What became of one contribution: merged into `version`, or refused with a `reason`.
+    """The result of one contribution.
 
-    `discarded` by the policy: what it held rides in the next one. `poison`: the head drops what it held and goes on from its
-    last merged contribution. `quarantined`: that happened too often in a row, and the head trains no more.
+    Attributes:
+        head, sequence: of the contribution.
+        accepted: whether it was merged.
+        version: the one that it was merged into, or the newest.
+        reason: why it was refused.
+        discarded: by the policy; what it held rides in the next one.
+        harmful: its content would harm the base: the head drops its changes and continues from its last merged contribution.
+        quarantined: the head's contributions were refused too often in a row, and it trains no more.
     """
 
     head: int
@@ -94,9 +114,9 @@ class ContributionResult:
 
 @dataclass(frozen=True)
 class CheckpointRequest:
-    """A checkpoint of `version`, into which heads write their state as it follows their contribution `sequences[head]`.
+    """A checkpoint of `version`, to which heads write their state as of their contribution `sequences[head]`.
 
-    `cut` tells checkpoints of one version apart: a head that is asked twice writes once.
+    `id` tells checkpoints of one version apart: a head that is asked twice writes once.
     """
 
     version: int
@@ -106,11 +126,16 @@ class CheckpointRequest:
 
 @dataclass(frozen=True)
 class HeadDirective:
-    """What a head is to do: take `steps` local steps until its next contribution, and `limit` in all, counted from the start.
+    """What a head must do next.
 
-    Where heads share their steps, more may be granted unless the limit is `final`; the head's learning-rate schedule
-    then advances by `rate` a step, and at least to `progress`, the share of all heads' steps that are done.
-    `grants` are lanes of data that the head is to take over; `release` asks it to give half of its own away, under that number.
+    Attributes:
+        steps: local steps until its next contribution.
+        limit: local steps in all, counted from the start.
+        final: whether that limit won't be raised. Where heads share their steps, more may be granted otherwise.
+        rate: by how much the head's learning-rate schedule advances a step, where heads share their steps.
+        progress: the share of all heads' steps that are done; the schedule advances at least to it.
+        assignments: partitions of data that the head must take over.
+        revocation: asks the head to give half of its partitions away, under that number; 0: no.
     """
 
     steps: int
@@ -126,8 +151,11 @@ class HeadDirective:
 class JoinReply:
     """Where a head starts: at what the base holds of it.
 
-    `reference` refers to its factors there (None where B' = 0). `saved` is a checkpoint that holds its state: with `exact` all
-    of it is taken over, else what the base doesn't say (the optimizer's state).
+    Attributes:
+        position: that.
+        reference: refers to its factors there; None where B' = 0.
+        checkpoint: one that holds its state, if there is any.
+        exact: whether the head takes over all of that state, or only what the base doesn't say (the optimizer's state).
     """
 
     position: CommittedPosition
@@ -138,9 +166,13 @@ class JoinReply:
 
 @dataclass(frozen=True)
 class MergeDelta:
-    """One merge, as heads redo it from factors: each contribution's weight, in order, and its buffers, one for each group.
+    """One merge, as heads redo it from factors.
 
-    `fresh` are those of its heads whose factors count from B' = 0, whatever earlier versions held of that number.
+    Attributes:
+        version: that it leads to.
+        weights: by head, in order.
+        buffers: each contribution's buffers, one for each group, by head.
+        fresh: those of the heads whose factors count from B' = 0, though earlier versions may hold factors of that number.
     """
 
     version: int
@@ -151,20 +183,20 @@ class MergeDelta:
 
 @dataclass(frozen=True)
 class CoordinatorReply:
-    """The coordinator's answer to a head: the verdict on its contribution, and what leads to the newest base.
+    """The coordinator's reply to a process of heads: the result of a contribution, and what leads to the newest base.
 
     Attributes:
-        verdict: on the contribution that is answered; None if none is.
+        result: of the contribution that is answered; None if none is.
         version: the newest.
-        base: by group, its part of that version's base; for groups that aren't here, `chain` says what to redo.
-        chain: the merges since the version that the head's process has.
+        base_parts: by group, its part of that version's base; other groups are redone from `deltas`.
+        deltas: the merges since the version that the heads' process has.
         references: the factors that `version` holds of each head, where the whole base is sent.
-        held: what `version` holds of every head.
-        ledger: whose which batches are, at `version` (`data.assignment`).
-        saves: checkpoints into which the asking heads are to write their states, before they rebase.
-        begins: of heads that join, where they start.
-        orders: what each of these heads is to do next.
-        checksum: of the groups that travel by factors, at a version.
+        positions: what `version` holds of every head.
+        assignment_state: which head owns which batches, at `version` (`data.assignment`).
+        checkpoint_requests: checkpoints to which these heads must write their states, before they rebase.
+        join_replies: where heads that join start.
+        directives: what each of these heads must do next.
+        checksum: a version, and the checksum of its groups that are sent as factors.
     """
 
     result: ContributionResult | None
@@ -180,15 +212,19 @@ class CoordinatorReply:
     checksum: tuple[int, int] | None = None
 
     def includes(self, head: int, sequence: int) -> bool:
-        """Whether `version` holds the head's contribution of this number as its last."""
+        """Whether this contribution is the last of its head's that `version` holds."""
         return head in self.positions and self.positions[head].sequence == sequence
 
 
 @dataclass(frozen=True)
 class HeadReport:
-    """Of one head: its step, up to which step it may go, and its newest grant and release.
+    """What a process knows of one of its heads.
 
-    `factors` are those that a base may hold of it, by the number of the contribution that they follow: None where B' = 0.
+    Attributes:
+        step: local steps that it has taken; -1 before it begins.
+        limit: up to which step it may go.
+        assignment_id, revoked: numbers of its newest assignment and revocation.
+        factors: those that a base may hold of it, by the number of the contribution that they follow; None where B' = 0.
     """
 
     step: int
@@ -200,9 +236,13 @@ class HeadReport:
 
 @dataclass(frozen=True)
 class RecoveryReport:
-    """What one process of heads knows of the run when the coordinator is lost: the newest version that came to it.
+    """What one process of heads knows of the run when the coordinator is lost.
 
-    `base` is None, and `version` -1, where none has come.
+    Attributes:
+        version: the newest that it received; -1 if none.
+        base: refers to that version's base; None if there is none.
+        positions, assignment_state: as in `CoordinatorReply`, at that version.
+        heads: of this process, by number.
     """
 
     version: int
@@ -214,14 +254,27 @@ class RecoveryReport:
 
 @dataclass(frozen=True)
 class MergeRecord:
-    """One merge, as the coordinator saw it. Times in seconds, `at` in Unix time.
+    """One merge, as the coordinator saw it.
 
-    `step` is the furthest of the merged heads', `taken` the local steps of all heads that contributions have told of.
-    By head: `weights` are those of the contributions (empty where the policy made the change itself), `lags` the versions that
-    they were behind, `head_steps` the local steps that they hold, `stalls` the seconds for which merging kept heads from
-    training since their contributions before, `held` what the new version holds of them.
-    `bytes_up` and `bytes_down` are what these contributions cost until all heads have them; `bytes_instead` is what other ways
-    would have sent in their place (`engine.downlink.bytes_instead`). `fresh` are those whose factors count from B' = 0.
+    Attributes:
+        version: that it led to.
+        at: Unix time in seconds.
+        heads: the merged ones.
+        steps, samples: what their contributions hold, together.
+        losses: mean training loss, by head.
+        bytes_up, bytes_down: what these contributions cost until all heads have them.
+        step: the furthest of the merged heads'.
+        steps_taken: local steps of all heads that contributions have told of.
+        merge_seconds: that the products took.
+        base_error: the largest of the contributions'.
+        weights: of the contributions, by head; empty where the policy made the change itself.
+        lags: how many versions they were behind, by head.
+        head_steps: the local steps that they hold, by head.
+        stalls: seconds for which merging kept a head from training since its contribution before, by head.
+        alternative_bytes: what other ways of training would have sent instead (`broadcast_log.alternative_bytes`).
+        positions: what the new version holds of the merged heads.
+        fresh: those of them whose factors count from B' = 0.
+        base: refers to the new base, where it is published for evaluation.
     """
 
     version: int
@@ -233,22 +286,22 @@ class MergeRecord:
     bytes_up: int
     bytes_down: int
     step: int
-    taken: int = 0
+    steps_taken: int = 0
     merge_seconds: float = 0.0
     base_error: float = 0.0
     weights: dict[int, float] = field(default_factory=dict)
     lags: dict[int, int] = field(default_factory=dict)
     head_steps: dict[int, int] = field(default_factory=dict)
     stalls: dict[int, float] = field(default_factory=dict)
-    bytes_instead: dict[str, int] = field(default_factory=dict)
-    held: dict[int, CommittedPosition] = field(default_factory=dict)
+    alternative_bytes: dict[str, int] = field(default_factory=dict)
+    positions: dict[int, CommittedPosition] = field(default_factory=dict)
     fresh: tuple[int, ...] = ()
     base: Any = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class HeadTimes:
-    """Where a head's time went, in seconds since it began its first step."""
+    """How a head has spent its time, in seconds since it began its first step."""
 
     train: float = 0.0
     publish: float = 0.0
@@ -259,18 +312,28 @@ class HeadTimes:
 
     @property
     def stalled(self) -> float:
-        """For how long merging kept the head from training."""
+        """Seconds for which merging kept the head from training."""
         return self.publish + self.wait + self.fetch + self.rebase
 
 
 @dataclass(frozen=True)
 class HeadStatus:
-    """A head's progress: answered at any time, also in the middle of a step.
+    """A head's progress, which it can tell at any time, also in the middle of a step.
 
-    `bytes_up` are those of its contributions; `bytes_down` are what its process fetched for all its heads, in equal parts.
-    `refused` counts its contributions that couldn't be merged; `dropped` are the newest that were poison: how many coordinators
-    there were before the one that said so, and their sequence numbers. `resyncs` is how often its process's copy of the base
-    had drifted and was fetched anew; `note` says what is unusual.
+    Attributes:
+        head: its number.
+        step, samples, loss: what it has trained, and its mean training loss.
+        version: of its base.
+        state: what it is doing.
+        device: that it trains on.
+        times: how it has spent its time.
+        first_step_at, last_step_at: Unix times in seconds.
+        bytes_up: of its contributions.
+        bytes_down: what its process fetched for all its heads, in equal parts.
+        resyncs: how often its process's copy of the base had drifted and was fetched again.
+        refused: how many of its contributions couldn't be merged.
+        dropped: the newest of these that were harmful: the coordinator's epoch, and their sequence numbers.
+        note: what is unusual.
     """
 
     head: int

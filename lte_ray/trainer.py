@@ -234,7 +234,7 @@ def _result(controller: TrainController, directory: RunDirectory) -> ray.train.R
         "merge_seconds": sum(merge.merge_seconds for merge in state.merges),
         "bytes_up": sum(status.bytes_up for status in statuses),
         "bytes_down": sum(status.bytes_down for status in statuses),
-        "bytes_ddp": sum(merge.bytes_instead.get("ddp", 0) for merge in state.merges),
+        "bytes_ddp": sum(merge.alternative_bytes.get("ddp", 0) for merge in state.merges),
         "resyncs": sum(status.resyncs for status in statuses),
     }
     if state.sample is not None:

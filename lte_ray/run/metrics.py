@@ -122,8 +122,8 @@ class MetricsLog:
             head_steps=_by_head(record.head_steps),
             weight=_by_head(record.weights),
             stall_seconds=_by_head(record.stalls),
-            bytes_instead=record.bytes_instead,
-            held={str(head): dataclasses.asdict(held) for head, held in record.held.items()},
+            bytes_instead=record.alternative_bytes,
+            held={str(head): dataclasses.asdict(held) for head, held in record.positions.items()},
         )
 
     def record_evaluation(self, evaluation: Evaluation) -> None:

@@ -110,13 +110,13 @@ class Account:
         return Account(*of_version, dict(self.merged), dict(self.dropped), self.momentum)
 
     def merge(self, record: MergeRecord, tracks: Mapping[int, Track], members: int) -> None:
-        """A version was made of the contributions that `record.held` names; `tracks` are those of their processes."""
+        """A version was made of the contributions that `record.positions` names; `tracks` are those of their processes."""
         version, before = record.version, self.held[record.version - 1]
         if version in self.weights:
             raise Broken(f"version {version} was made twice")
         total, held = torch.zeros_like(self.weights[version - 1]), dict(before)
         for head in record.heads:
-            standing, track = record.held[head], tracks[head]
+            standing, track = record.positions[head], tracks[head]
             self._once(track, standing, head)
             start, end = self.start(head, track, version - 1), track.at[standing.sequence]
             total += (end[0] - start[0]) / members

@@ -446,7 +446,7 @@ class Coordinator:
             at=time.time(),
             heads=tuple(heads),
             step=max(c.step for c in merged),
-            taken=self.step_budget.taken,
+            steps_taken=self.step_budget.taken,
             steps=sum(c.steps for c in merged),
             samples=sum(c.samples for c in merged),
             losses={c.head: c.loss for c in merged},
@@ -457,7 +457,7 @@ class Coordinator:
             lags={c.head: self.version - 1 - c.version for c in merged},
             head_steps={c.head: c.steps for c in merged},
             stalls={c.head: c.stall for c in merged},
-            held={c.head: self.positions[c.head] for c in merged},
+            positions={c.head: self.positions[c.head] for c in merged},
             fresh=self._pop_fresh(heads),
         )
 

@@ -105,7 +105,7 @@ class Broadcaster:
                 merge,
                 bytes_up=sum(self._contribution_bytes[head] for head in merge.heads),
                 bytes_down=self._log.bytes_down(merge.heads, len(engine.live)),
-                bytes_instead=alternative_bytes(engine.plan.base.size, len(engine.members), len(merge.heads), merge.steps),
+                alternative_bytes=alternative_bytes(engine.plan.base.size, len(engine.members), len(merge.heads), merge.steps),
             )
             # Of several merges in one event, only the last one's base is ever published.
             last = version == newest
@@ -196,7 +196,9 @@ class Broadcaster:
         if not self._start_version:
             return None
         step = max((position.step for position in self._engine.positions.values()), default=0)
-        return MergeRecord(self._start_version, time.time(), (), 0, 0, {}, 0, 0, step=step, taken=self._engine.steps_taken)
+        return MergeRecord(
+            self._start_version, time.time(), (), 0, 0, {}, 0, 0, step=step, steps_taken=self._engine.steps_taken
+        )
 
     # -- replies ---------------------------------------------------------------------------------------------------------
 

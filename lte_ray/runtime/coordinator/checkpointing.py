@@ -92,7 +92,7 @@ class CheckpointManager:
         all_facts = {
             "run": settings.run,
             "step": record.step,
-            "taken": record.taken,
+            "taken": record.steps_taken,
             "lte": dataclasses.asdict(settings.lte),
             "config": self._context.run_toml,
             "losses": {str(head): loss for head, loss in record.losses.items()},

@@ -137,7 +137,7 @@ def test_a_poisoned_head_goes_on_from_its_last_merge_without_what_it_held(heads_
     """Its second round is dropped, with the optimizer's state; all the others are merged."""
     worker = Poisoned(bad=(4,), optimizer="adamw")
     result = run_in_process(worker, make_settings(), torch.float64, heads_per_actor=heads_per_actor)
-    held = [(m.head_steps[1], m.held[1].step, m.held[1].batches) for m in result.merges if 1 in m.heads]
+    held = [(m.head_steps[1], m.positions[1].step, m.positions[1].batches) for m in result.merges if 1 in m.heads]
     assert held == [(3, 3, 3), (3, 9, 9), (3, 12, 12)]
     assert sum(m.head_steps.get(0, 0) for m in result.merges) == 12
     assert bool(result.base.isfinite().all())
