@@ -1,7 +1,4 @@
-"""A head's optimizer and what surrounds its step: mixed precision, accumulation, clipping, learning-rate multipliers.
-
-Activation checkpointing: chosen modules compute their activations again in the backward pass instead of keeping them.
-"""
+"""A head's optimizer step: mixed precision, accumulation, clipping, learning-rate multipliers, activation checkpointing."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ def autocast(train: TrainConfig, device: torch.device) -> AbstractContextManager
 
 
 def check_precision(train: TrainConfig, trained: Mapping[str, Tensor]) -> None:
-    """Raises ConfigError if the gradients of a trained tensor can't be scaled, as --precision asks."""
+    """Raises ConfigError if --precision needs scaled gradients, and a trained tensor's can't be scaled."""
     half = [name for name, tensor in trained.items() if tensor.dtype == torch.float16]
     if train.precision == "fp16-mixed" and half:
         raise ConfigError(
@@ -43,20 +40,20 @@ def check_precision(train: TrainConfig, trained: Mapping[str, Tensor]) -> None:
 
 
 def check_loss(loss: Any) -> Tensor:
-    """Raises TypeError unless the worker's loss is a scalar tensor."""
+    """Returns the worker's loss; raises TypeError unless it is a scalar tensor."""
     if not isinstance(loss, Tensor) or loss.ndim:
-        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TypeError(f"loss() must return a scalar tensor, the mean over the batch; it returned {found}")
+        returned = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"loss() must return a scalar tensor, the mean over the batch; it returned {returned}")
     return loss
 
 
 def build_optimizer(
     worker: Worker, plan: Plan, tensors: Mapping[str, Tensor], total_steps: int
 ) -> tuple[torch.optim.Optimizer, Any]:
-    """The worker's optimizer (AdamW by default) over the plan's parameters, and its schedule if it has one.
+    """Builds the worker's optimizer (by default AdamW) for the plan's parameters, and its schedule if it has one.
 
-    It gets groups named "lora" and "replica", one of each for every learning-rate multiplier there is. The multiplier
-    is applied to the rate that the worker gives the group, before the schedule is made.
+    The worker gets parameter groups named "lora" and "replica", one of each for every learning-rate multiplier. The
+    multiplier is applied to the group's rate that the worker chose, before the schedule is built.
 
     Args:
         tensors: factors and replicas by their names in the contribution layout; buffers among them aren't optimized.
@@ -72,15 +69,17 @@ def build_optimizer(
         if isinstance(tensors[replica.name], nn.Parameter):
             groups.setdefault(("replica", replica.lr), []).append(tensors[replica.name])
     several = any(lr != 1.0 for _, lr in groups)
-    given = [
+    param_groups = [
         {"params": params, "name": name, **({"lr_multiplier": lr} if several else {})} for (name, lr), params in groups.items()
     ]
     build = getattr(worker, "build_optimizer", None)
-    optimizer: torch.optim.Optimizer = build(given) if build else torch.optim.AdamW(given, lr=1e-3, weight_decay=0.0)
+    optimizer: torch.optim.Optimizer = (
+        build(param_groups) if build else torch.optim.AdamW(param_groups, lr=1e-3, weight_decay=0.0)
+    )
     if several:
-        wanted = {id(p): lr for (_, lr), params in groups.items() for p in params}
-        found = {id(p): g.get("lr_multiplier") for g in optimizer.param_groups for p in g["params"]}
-        if any(found.get(p, lr) != lr for p, lr in wanted.items()):
+        expected = {id(p): lr for (_, lr), params in groups.items() for p in params}
+        kept = {id(p): g.get("lr_multiplier") for g in optimizer.param_groups for p in g["params"]}
+        if any(kept.get(p, lr) != lr for p, lr in expected.items()):
             raise ConfigError(
                 "--layers gives learning-rate multipliers (lr=...), but build_optimizer() doesn't keep the parameter groups "
                 "that it is given. Pass `params` on as it is, or copy each group with its keys: {**group, 'lr': ...}."
@@ -92,7 +91,7 @@ def build_optimizer(
 
 
 def build_schedule(build: Callable[..., Any], optimizer: torch.optim.Optimizer, total_steps: int, several: bool) -> Any:
-    """What `build` makes for the optimizer; if there are several multipliers, groups must begin at rates of their own.
+    """Builds the optimizer's schedule. With several multipliers, groups must begin at different rates.
 
     Raises:
         ConfigError: groups of different rates begin at the same one, as with one rate for all in `OneCycleLR`.
@@ -100,47 +99,51 @@ def build_schedule(build: Callable[..., Any], optimizer: torch.optim.Optimizer, 
     before = [group["lr"] for group in optimizer.param_groups]
     schedule = build(optimizer, total_steps)
     now = {lr: group["lr"] for lr, group in zip(before, optimizer.param_groups, strict=True)}
-    moving = [lr for lr in now.values() if lr]  # all may be 0 as a warm-up begins
-    if several and len(set(moving)) < len(moving):
+    nonzero = [lr for lr in now.values() if lr]  # all may be 0 as a warm-up begins
+    if several and len(set(nonzero)) < len(nonzero):
         raise ConfigError(
             "--layers gives learning-rate multipliers (lr=...), but build_schedule() begins at one rate "
-            f"({max(moving, key=moving.count):g}) for groups that had {', '.join(f'{lr:g}' for lr in now)}. Let it "
+            f"({max(nonzero, key=nonzero.count):g}) for groups that had {', '.join(f'{lr:g}' for lr in now)}. Let it "
             "begin from each group's own, as in OneCycleLR(optimizer, max_lr=[g['lr'] for g in optimizer.param_groups], ...)."
         )
     return schedule
 
 
 ROUNDING_STEPS = 1e-6
-"""Of a step, that sums of rates may lack."""
+"""The part of a step that a sum of rates may lack by rounding."""
 
 
 class OptimizerStep:
-    """Turns the gradients of `accumulate` batches into one step of optimizer and schedule."""
+    """Turns the gradients of `accumulate` batches into one step of the optimizer and its schedule.
+
+    Attributes:
+        position: where the schedule stands, in steps of `TrainConfig.steps`.
+        scaler: of fp16 gradients.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: Any, train: TrainConfig, device: torch.device) -> None:
         self._optimizer, self._schedule, self._train = optimizer, schedule, train
         self.position = 0.0
-        """Where the schedule stands, in steps of `TrainConfig.steps`."""
         self.scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16-mixed")
 
     def scale_loss(self, loss: Tensor) -> Tensor:
-        """What to differentiate in the place of a batch's loss."""
+        """The value to differentiate instead of a batch's loss: the loss divided by `accumulate`, and scaled for fp16."""
         share = loss / self._train.accumulate if self._train.accumulate > 1 else loss
         scaled: Tensor = self.scaler.scale(share)
         return scaled
 
     def advance_to(self, progress: float) -> None:
-        """The schedule stands at this share of the run, or further."""
+        """Advances the schedule to this fraction of the run, unless it is there already."""
         by = progress * self._train.steps - self.position
         if by > 0:
-            with warnings.catch_warnings():  # a head that joins later is ahead of its optimizer's first step
+            with warnings.catch_warnings():  # a head that joins late advances before its optimizer's first step
                 warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step", UserWarning)
                 self._advance(by)
 
     def step(self, rate: float = 1.0) -> None:
-        """Clips, steps, and forgets the gradients; advances the schedule by `rate` steps.
+        """Clips the gradients, takes the step, and clears the gradients; advances the schedule by `rate` steps.
 
-        A step whose fp16 gradients overflowed is left out, as torch does.
+        A step whose fp16 gradients overflowed is skipped, as torch does.
         """
         if self._train.clip_norm:
             self.scaler.unscale_(self._optimizer)
@@ -160,7 +163,9 @@ class OptimizerStep:
 
 
 def checkpoint_activations(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Wraps the forward of every module that a pattern names; of nested ones, the outermost.
+    """Has the modules that the patterns name compute their activations again in the backward pass, instead of keeping them.
+
+    Of nested modules the outermost is wrapped.
 
     Raises:
         ConfigError: a pattern matches no module.
@@ -173,29 +178,29 @@ def checkpoint_activations(model: nn.Module, patterns: Sequence[str]) -> None:
         if not any(name.startswith(other + ".") for other in chosen):
             module = modules[name]
             norms = [m for m in module.modules() if isinstance(m, _NormBase) and m.track_running_stats]
-            again: dict[str, Any] = {"context_fn": functools.partial(_contexts, norms)} if norms else {}
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False, **again)
+            options: dict[str, Any] = {"context_fn": functools.partial(_contexts, norms)} if norms else {}
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False, **options)
 
 
 def match_modules(model: nn.Module, patterns: Sequence[str]) -> set[str]:
-    """Names of the modules that the patterns name.
+    """The names of the modules that the patterns name.
 
     Raises:
         ConfigError: a pattern matches no module that can be called.
     """
-    containers = (nn.ModuleList, nn.ModuleDict)  # nobody calls them
+    containers = (nn.ModuleList, nn.ModuleDict)  # which aren't called
     names = [name for name, module in model.named_modules() if name and not isinstance(module, containers)]
     return set().union(*match_patterns(patterns, names, "module", "--checkpoint-activations").values())
 
 
 def _contexts(norms: Sequence[_NormBase]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For computing the activations, and for computing them again."""
+    """The contexts for computing the activations, and for computing them again."""
     return nullcontext(), _frozen_statistics(norms)
 
 
 @contextmanager
 def _frozen_statistics(norms: Sequence[_NormBase]) -> Iterator[None]:
-    """Within, batch normalisation leaves its running statistics alone: a batch counts once."""
+    """Within the block batch normalization doesn't update its running statistics: each batch counts once."""
     before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None

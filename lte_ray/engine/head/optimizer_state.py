@@ -18,13 +18,14 @@ ELEMENTWISE = (
     optim.Adadelta, optim.Adagrad, optim.Adam, optim.Adamax, optim.AdamW, optim.ASGD, optim.NAdam, optim.RAdam, optim.RMSprop,
     optim.Rprop, optim.SGD,
 )  # fmt: skip
-"""Optimizers that keep a number for each element of a parameter, beside `SINGLE` ones. Others may keep what they like."""
+"""Optimizers whose state has a value for each element of a parameter, except `SCALARS`. Others may keep anything."""
 
 SCALARS = {"eta", "mu", "mu_product", "step"}
+"""State entries of `ELEMENTWISE` optimizers that are one value for a parameter."""
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, schedule: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of both. Tensors are named ``optimizer.<parameter index>.<key>``.
+    """The states of the optimizer and its schedule, as tensors named ``optimizer.<parameter index>.<key>`` and JSON values.
 
     Raises:
         WorkerError: the state holds something that is neither a tensor nor JSON.
@@ -48,13 +49,15 @@ def optimizer_state(optimizer: torch.optim.Optimizer, schedule: Any) -> tuple[di
 
 
 def check_shapes(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
-    """Whether what `optimizer_state` gave fits the parameters: a wrong shape would fail, or be spread, only in the next step.
+    """Checks that a saved state fits the parameters: a wrong shape would fail, or be broadcast, only in the next step.
 
     Args:
+        optimizer: of the parameters.
+        tensors: that `optimizer_state` returned.
         names: of the parameters, by their ids.
 
     Raises:
-        ValueError: it doesn't; names the parameter and both shapes.
+        ValueError: it doesn't fit; names the parameter and both shapes.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, entries in _group_by_parameter(tensors).items():
@@ -73,7 +76,7 @@ def check_shapes(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, schedule: Any, tensors: dict[str, Tensor], meta: dict[str, Any]
 ) -> None:
-    """Takes over what `optimizer_state` gave; the parameters are those of the same order."""
+    """Takes over what `optimizer_state` returned; parameters are matched by their order."""
     state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in meta["state"].items()}
     for index, entries in _group_by_parameter(tensors).items():
         state.setdefault(index, {}).update({key: tensor.clone() for key, tensor in entries.items()})
@@ -85,29 +88,29 @@ def restore_optimizer(
 
 def _group_by_parameter(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
     """The optimizer's tensors by its parameters' indices, and by key."""
-    found: dict[int, dict[str, Tensor]] = {}
+    grouped: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
         if kind == "optimizer":
             index, _, key = rest.partition(".")
-            found.setdefault(int(index), {})[key] = tensor
-    return found
+            grouped.setdefault(int(index), {})[key] = tensor
+    return grouped
 
 
 def user_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """The buffers of a converted model that are the user's own."""
-    ours = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, Factors | QuantizedWeight))
-    return [(name, buffer) for name, buffer in model.named_buffers() if not name.startswith(ours)]
+    """The buffers of a converted model that the user's model has, not those that conversion added."""
+    added = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, Factors | QuantizedWeight))
+    return [(name, buffer) for name, buffer in model.named_buffers() if not name.startswith(added)]
 
 
 def _cast_like(fresh: Any, saved: Any) -> Any:
-    """`saved` in the types that `fresh`, the same state of a new object, has: JSON knows no tuples and no integer keys."""
+    """Casts `saved` to the types of `fresh`, the same state of a new object: JSON has no tuples and no integer keys."""
     if isinstance(fresh, Counter):
         return Counter({int(key): value for key, value in saved.items()})
     if isinstance(fresh, dict) and isinstance(saved, dict):
         keys = {str(key): key for key in fresh}
         return {keys.get(k, k): _cast_like(fresh.get(keys.get(k, k)), v) for k, v in saved.items()}
     if isinstance(fresh, list | tuple) and isinstance(saved, list):
-        known = [*fresh, *[None] * (len(saved) - len(fresh))]
-        return type(fresh)(_cast_like(f, s) for f, s in zip(known, saved, strict=False))
+        like = [*fresh, *[None] * (len(saved) - len(fresh))]
+        return type(fresh)(_cast_like(f, s) for f, s in zip(like, saved, strict=False))
     return saved

@@ -1,4 +1,4 @@
-"""A head's own random number generators, so that several heads in one process draw what they would draw alone."""
+"""A head's own random number generators, so that each of several heads in a process draws what it would draw alone."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lte_ray.worker import seed_everything
 
 
 def head_seed(seed: int, head: int, incarnation: int = 0) -> int:
-    """A seed of one head's generators that differs from head to head and restart to restart, below 2**63."""
+    """The seed of one head's generators, below 2**63; it differs between heads and between restarts."""
     again = f"/{incarnation}" if incarnation else ""
     return int.from_bytes(hashlib.sha256(f"{seed}/{head}/rng{again}".encode()).digest()[:8], "little") >> 1
 
 
 class Generators:
-    """Saved states of Python's, numpy's and torch's global generators; `swapped_in` makes them the current ones."""
+    """Saved states of Python's, NumPy's and torch's global generators; `swapped_in` makes them current."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self._device = device
@@ -33,7 +33,7 @@ class Generators:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within the block the global generators continue where this object's left off; the former ones come back."""
+        """Within the block the global generators continue from the saved states; their own states are restored after it."""
         with preserve_generators(self._device):
             _restore(self._state, self._device)
             try:
@@ -42,7 +42,7 @@ class Generators:
                 self._state = _capture(self._device)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The states as tensors and as JSON values."""
+        """The states as tensors and JSON values."""
         cpu, cuda, (kind, keys, *rest), python = self._state
         tensors = {"rng.torch": cpu, "rng.numpy": torch.from_numpy(keys.astype(np.int64))}
         if cuda is not None:
@@ -50,7 +50,7 @@ class Generators:
         return tensors, {"numpy": [kind, *rest], "python": [python[0], list(python[1]), python[2]]}
 
     def load_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Takes over what `state` gave."""
+        """Takes over what `state` returned."""
         kind, *rest = meta["numpy"]
         keys = tensors["rng.numpy"].numpy().astype(np.uint32)
         version, internal, gauss = meta["python"]
@@ -74,7 +74,7 @@ def _restore(state: tuple[Any, ...], device: torch.device) -> None:
 
 @contextmanager
 def watch_draws(device: torch.device) -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether the global generators have moved since the block began."""
+    """Yields a function that returns whether the global generators have drawn since the block began."""
     before = _capture(device)
     yield lambda: not _states_equal(before, _capture(device))
 
@@ -89,7 +89,7 @@ def _states_equal(one: Any, other: Any) -> bool:
 
 @contextmanager
 def preserve_generators(device: torch.device) -> Iterator[None]:
-    """The global generators come out of the block as they went in."""
+    """Restores the states of the global generators after the block."""
     before = _capture(device)
     try:
         yield

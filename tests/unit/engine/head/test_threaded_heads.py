@@ -28,7 +28,7 @@ class Shuffled(Tiny):
 
 
 class Meeting(Tiny):
-    """From its `alone`-th loss on, each waits until another thread computes one, too; some time later it gives up."""
+    """After the first `alone` losses each waits until another thread computes one too, for up to 30 seconds."""
 
     def __init__(self, alone: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Failing(Tiny):
     """Raises in the first step of head 2's second round."""
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        if getattr(model, "steps", 0) == 3 and threading.current_thread().name.startswith("lane"):
+        if getattr(model, "steps", 0) == 3 and threading.current_thread().name.startswith("heads"):
             raise ValueError("no more")
         model.steps = getattr(model, "steps", 0) + 1
         return super().loss(model, batch)
@@ -58,18 +58,20 @@ class Failing(Tiny):
 @pytest.mark.parametrize(
     "worker", [Tiny(optimizer="adamw"), Shuffled(), Tiny(dropout=0.3)], ids=["plain", "shuffled", "dropout"]
 )
-def test_heads_in_lanes_are_bitwise_those_apart(worker: Tiny, heads: int, reset: str) -> None:
-    """Whatever is drawn for the data or by the model, and whichever of turns and lanes the trial finds faster."""
+def test_concurrent_heads_equal_separate_ones_bitwise(worker: Tiny, heads: int, reset: str) -> None:
+    """Whatever the data or the model draws, and whether or not threads turn out to be faster."""
     settings = make_settings(heads=heads, steps=20, reset=reset)
     apart = run_in_process(worker, settings, torch.float64)
-    for lanes in (2, 4):
-        together = run_in_process(worker, settings, torch.float64, heads_per_actor=heads, concurrent_heads=lanes)
+    for concurrent in (2, 4):
+        together = run_in_process(worker, settings, torch.float64, heads_per_actor=heads, concurrent_heads=concurrent)
         assert torch.equal(together.base, apart.base)
         assert [m.losses for m in together.merges] == [m.losses for m in apart.merges]
 
 
-def group_of(worker: Tiny, heads: int, lanes: int, **settings: int) -> HeadGroup:
-    group = HeadGroup(worker, make_settings(heads=heads, **settings), range(heads), dtype=torch.float64, concurrent_heads=lanes)
+def group_of(worker: Tiny, heads: int, concurrent_heads: int, **settings: int) -> HeadGroup:
+    group = HeadGroup(
+        worker, make_settings(heads=heads, **settings), range(heads), dtype=torch.float64, concurrent_heads=concurrent_heads
+    )
     for head in group.heads:
         head.start(0, prepare(worker, make_settings(heads=heads), torch.float64).base)
     return group
@@ -81,9 +83,9 @@ def next_round(group: HeadGroup) -> None:
         head.state.pending = None
 
 
-def test_heads_of_different_lanes_train_at_the_same_time() -> None:
-    """Two losses are computed at once, or the test would wait for ever; and lanes have main weights of their own."""
-    group = group_of(Meeting(alone=2 * 2 * 3), 2, 2)  # two rounds, one by one
+def test_heads_of_different_sets_train_at_the_same_time() -> None:
+    """Two losses are computed at once, or the barrier would break; and each set has its own main weights."""
+    group = group_of(Meeting(alone=2 * 2 * 3), 2, 2)  # two rounds in turns
     for _ in range(3):
         next_round(group)
     assert all(head.step == 9 for head in group.heads)
@@ -91,8 +93,8 @@ def test_heads_of_different_lanes_train_at_the_same_time() -> None:
         assert group.heads[1].converted.main_weights[name].stored is not main.stored
 
 
-def test_heads_of_one_lane_share_their_main_weights() -> None:
-    """Seven heads in two lanes: two copies."""
+def test_heads_of_one_set_share_their_main_weights() -> None:
+    """Seven heads in two sets have two copies."""
     group = group_of(Tiny(), 7, 2)
     copies = {
         id(main.stored) for head in group.heads for name, main in head.converted.main_weights.items() if name.startswith("up")
@@ -101,15 +103,15 @@ def test_heads_of_one_lane_share_their_main_weights() -> None:
 
 
 def test_models_that_draw_train_in_turns() -> None:
-    """Lanes have the global generators in common: dropout keeps to turns, and the group says so."""
-    for dropout, says in ((0.3, "draws random numbers"), (0.0, "")):
+    """Threads share the global generators: heads with dropout train in turns, and the group says so."""
+    for dropout, reason in ((0.3, "draws random numbers"), (0.0, "")):
         group = group_of(Tiny(dropout=dropout), 4, 2)
         next_round(group)
-        assert says in group.sequential_reason
-        assert bool(group.sequential_reason) == bool(says)
+        assert reason in group.sequential_reason
+        assert bool(group.sequential_reason) == bool(reason)
 
 
-def test_drawing_that_begins_late_ends_the_lanes() -> None:
+def test_draws_that_begin_late_end_concurrent_training() -> None:
     """A loss that draws from its tenth step on is noticed after that round."""
 
     class Late(Tiny):
@@ -118,17 +120,17 @@ def test_drawing_that_begins_late_ends_the_lanes() -> None:
             return super().loss(model, batch) + (0 * torch.rand(()) if model.steps > 9 else 0)
 
     group = group_of(Late(), 4, 2, steps=30)
-    group._threaded._sequential_seconds = float("inf")  # lanes are faster
+    group._threaded._sequential_seconds = float("inf")  # threads are faster
     for _ in range(3):
-        group._threaded._rounds = 5  # past the trial
+        group._threaded._calls = 5  # past the trial
         next_round(group)
         assert not group.sequential_reason
     next_round(group)
     assert "draws random numbers" in group.sequential_reason
 
 
-def test_an_error_in_a_lane_names_the_head_and_the_step() -> None:
-    """The other lane ends its round first, and nothing hangs."""
+def test_an_error_in_a_thread_names_the_head_and_the_step() -> None:
+    """The other heads end their rounds first, and nothing hangs."""
     group = group_of(Failing(), 3, 3, steps=12)
     next_round(group)
     with pytest.raises(WorkerFailed, match=r"head [012].*step 4[\s\S]*no more"):
@@ -136,15 +138,15 @@ def test_an_error_in_a_lane_names_the_head_and_the_step() -> None:
 
 
 def test_a_trial_finds_what_is_faster() -> None:
-    """After the third round: lanes that took longer than turns are left, and only those."""
-    for alone, stays in ((1e9, True), (0.0, False)):
+    """After the third round heads train in turns if threads took longer, and only then."""
+    for seconds, stays in ((1e9, True), (0.0, False)):
         group = group_of(Tiny(), 4, 2)
         for _ in range(2):
             next_round(group)
         group._threaded._train_sequentially = lambda heads, threads, kept=group._threaded._train_sequentially: kept(
             heads, threads
         )
-        group._threaded._sequential_seconds = alone
+        group._threaded._sequential_seconds = seconds
         next_round(group)
         assert ("faster" not in group.sequential_reason) == stays
 
