@@ -15,43 +15,43 @@ from lte_ray.data.shard import Shard
 from lte_ray.errors import WorkerError
 
 Batch = Any
-"""Whatever the worker's `train_batches` yields: a tensor, or tuples, lists and dicts of them."""
+"""What the worker's `train_batches` yields: a tensor, or tuples, lists and dicts of them."""
 
 
 class Worker(Protocol):
-    """What to train: a model, its data, its loss, and how to judge it. See `workers/` for examples to copy.
+    """What to train: a model, its data, its loss, and its evaluation. See `workers/` for examples to copy.
 
-    A worker is made once, in the driver, and is pickled to every process, so its constructor keeps settings only;
-    heavy things (data, model) are made in the methods.
+    A worker is made once, in the driver, and is pickled to every process. So its constructor should keep settings only; its
+    methods make what is large (data, model).
     """
 
     def build_model(self) -> nn.Module:
-        """The unconverted model, on the CPU. Called under a fixed seed, once in each process."""
+        """Builds the unconverted model, on the CPU. Called under a fixed seed, once in each process."""
         ...
 
     def train_batches(self, shard: Shard) -> Iterator[Batch]:
-        """This head's batches, from `shard.cursor` on. If it ends, it's called again with the cursor moved on."""
+        """Yields this head's batches, from `shard.cursor` on. When it ends, it is called again with a later cursor."""
         ...
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The mean loss over the batch, a scalar. Tensors in the batch are on the model's device already."""
+        """The mean loss over the batch, a scalar. Tensors in the batch are already on the model's device."""
         ...
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Judges the merged weights, in an unconverted model in eval mode, without gradients."""
+        """Evaluates the merged weights, in an unconverted model in eval mode, without gradients."""
         ...
 
     # Optional:
     #   build_optimizer(params) -> Optimizer       params: parameter groups, named "lora" and "replica"
     #   build_schedule(optimizer, total_steps)     -> a torch learning-rate scheduler, stepped after every local step
-    #   sample(model) -> str                       shown when the run has ended, e.g. generated text
+    #   sample(model) -> str                       shown at the end of the run, e.g. generated text
 
 
 REQUIRED = ("build_model", "train_batches", "loss", "evaluate")
 
 
 def check_worker(worker: object) -> None:
-    """Raises WorkerError unless `worker`, an object or a class, has all the methods of a Worker."""
+    """Raises WorkerError unless `worker`, an object or a class, has all methods of a Worker."""
     kind = worker if isinstance(worker, type) else type(worker)
     missing = [name for name in REQUIRED if not callable(getattr(worker, name, None))]
     if missing:
@@ -62,14 +62,14 @@ def check_worker(worker: object) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds Python's, numpy's and torch's global generators."""
+    """Seeds Python's, NumPy's and torch's global generators."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def build_model(worker: Worker, seed: int) -> nn.Module:
-    """The worker's model, built under `seed`, so that every process starts from equal weights.
+    """Builds the worker's model under `seed`, so that every process starts from equal weights.
 
     Raises:
         WorkerError: it isn't an `nn.Module`.
@@ -82,10 +82,10 @@ def build_model(worker: Worker, seed: int) -> nn.Module:
 
 
 def endless_batches(worker: Worker, shard: Shard) -> Iterator[Batch]:
-    """The worker's batches from `shard.cursor` on; an iterator that ends is asked for again, with the cursor moved on.
+    """Yields the worker's batches from `shard.cursor` on; at the end of an iterator, calls `train_batches` again.
 
     Raises:
-        WorkerError: it ended without a single batch.
+        WorkerError: an iterator ended without a batch.
     """
     cursor = shard.cursor
     while True:
@@ -104,7 +104,7 @@ def endless_batches(worker: Worker, shard: Shard) -> Iterator[Batch]:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with all its tensors on `device`; tuples, lists, named tuples and dicts are walked through."""
+    """The batch with all its tensors on `device`, also those in tuples, lists, named tuples and dicts."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -117,7 +117,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def count_samples(batch: Batch) -> int:
-    """Samples in a batch: the first dimension of its first tensor, 1 if it holds none."""
+    """The number of samples in a batch: the first dimension of its first tensor, 1 if it has none."""
     first = next(_tensors(batch), None)
     return first.shape[0] if first is not None and first.ndim else 1
 
@@ -131,6 +131,6 @@ def _tensors(batch: Batch) -> Iterator[Tensor]:
 
 
 def worker_settings(worker: object) -> dict[str, Any]:
-    """The worker's constructor arguments as it keeps them in attributes of the same names, for ``run.toml``."""
+    """The worker's constructor arguments, read from its attributes of the same names, for ``run.toml``."""
     parameters = inspect.signature(type(worker)).parameters
     return {name: getattr(worker, name) for name in parameters if hasattr(worker, name)}

@@ -1,6 +1,6 @@
-"""The same heads and coordinator without Ray: all in one process, in turns.
+"""A run without Ray: the same heads and coordinator in one process, in turns.
 
-A contribution's way through the transfer format, where head and coordinator are in one process.
+Contributions take the same transfer formats as between processes (`LoopbackTransport`).
 """
 
 from __future__ import annotations
@@ -27,23 +27,25 @@ from lte_ray.worker import Worker
 
 
 class LoopbackTransport:
-    """Encodes what heads send and decodes it as the coordinator does; leaves it as it is where the format loses nothing.
+    """Encodes what heads send and decodes it as the coordinator does; leaves it as it is if the format loses nothing.
 
     Args:
         plans: each head's.
-        coordinator: holds the references that are decoded with.
+        merge: names the format.
+        coordinator: holds the references to decode with.
+        dtype: of the decoded contributions.
     """
 
     def __init__(self, plans: Sequence[Plan], merge: MergeConfig, coordinator: Coordinator, dtype: torch.dtype) -> None:
         self._coordinator = coordinator
         self._codecs: list[Codec] = []
         if merge.transfer != "fp32" or merge.replica_topk < 1:
-            parts = make_groups(plans, merge)
-            made = {plan: Codec(plan, parts, merge, dtype) for plan in set(plans)}
-            self._codecs = [made[plan] for plan in plans]
+            groups = make_groups(plans, merge)
+            codecs = {plan: Codec(plan, groups, merge, dtype) for plan in set(plans)}
+            self._codecs = [codecs[plan] for plan in plans]
 
     def __call__(self, head: Head, contribution: Contribution) -> Contribution:
-        """The contribution as the coordinator has it; the head takes what was decoded as what it contributed."""
+        """Returns the contribution as the coordinator receives it; for the head it counts as what it contributed."""
         if not self._codecs:
             return contribution
         codec = self._codecs[head.number]
@@ -53,7 +55,7 @@ class LoopbackTransport:
 
 @dataclass(frozen=True)
 class InProcessRun:
-    """A finished simulation: the merged base (flat, in `plan.base`), and every merge."""
+    """A finished run: the merged base (flat, in `plan.base`), and every merge."""
 
     plan: Plan
     base: Tensor
@@ -71,11 +73,11 @@ def run_in_process(
     stack_heads: str = "never",
     concurrent_heads: int = 1,
 ) -> InProcessRun:
-    """Runs all heads to the end, each group of `heads_per_actor` a round at a time in the order of their numbers.
+    """Runs all heads to the end: groups of `heads_per_actor` heads in the order of their numbers, a round each at a time.
 
-    With a policy that waits for all heads the result is that of the same run on Ray, bit for bit on one machine. Heads wait
-    for their merges whatever `wait` says. Time stands still except where the policy waits for it: `lte_ray.simulation` has a
-    clock.
+    If the policy waits for all heads, the result equals that of the same run on Ray, bit for bit on one machine. Heads wait
+    for their merges whatever `wait` says, and time passes only when the policy waits for it; `lte_ray.simulation` simulates
+    time too.
 
     Raises:
         WorkerFailed, PolicyError: as on Ray.
@@ -86,16 +88,21 @@ def run_in_process(
     coordinator = Coordinator(
         settings, initial.plan, initial.base.clone(), make_policy(settings.merge), plans=initial.plans, clock=lambda: now
     )
-    transit = LoopbackTransport(initial.plans, settings.merge, coordinator, dtype)
+    transport = LoopbackTransport(initial.plans, settings.merge, coordinator, dtype)
     _, threads = head_threads(settings.train.threads_per_head, 1)
-    merging = merge_threads(settings.merge.merge_threads, initial.plan, settings.lte.num_heads)
+    threads_to_merge = merge_threads(settings.merge.merge_threads, initial.plan, settings.lte.num_heads)
     numbers = range(settings.lte.num_heads)
-    parts = [numbers[n : n + heads_per_actor] for n in numbers[::heads_per_actor]]
     groups = [
         HeadGroup(
-            worker, settings, part, dtype=dtype, stack_heads=stack_heads, concurrent_heads=concurrent_heads, threads=threads
+            worker,
+            settings,
+            numbers[n : n + heads_per_actor],
+            dtype=dtype,
+            stack_heads=stack_heads,
+            concurrent_heads=concurrent_heads,
+            threads=threads,
         )
-        for part in parts
+        for n in numbers[::heads_per_actor]
     ]
     heads = [head for group in groups for head in group.heads]
     merges: list[MergeRecord] = []
@@ -103,44 +110,43 @@ def run_in_process(
     for head in heads:
         head.start(0, initial.base)
 
-    def settle(outcome: StepResult) -> None:
-        merges.extend(outcome.merges)
-        published = coordinator.base.clone() if outcome.results else None  # the coordinator goes on writing to its own
-        for verdict in outcome.results:
-            waiting.discard(verdict.head)
-            base = published if coordinator.version != heads[verdict.head].version else None
-            heads[verdict.head].adopt(verdict, coordinator.version, base)
-            heads[verdict.head].batch_stream.apply_assignments(
-                *coordinator.assignor.pending_changes(verdict.head, coordinator.live)
-            )  # of one that has left
+    def apply(step: StepResult) -> None:
+        merges.extend(step.merges)
+        published = coordinator.base.clone() if step.results else None  # the coordinator continues to write to its own
+        for result in step.results:
+            head = heads[result.head]
+            waiting.discard(result.head)
+            head.adopt(result, coordinator.version, published if coordinator.version != head.version else None)
+            # The partitions of heads that have left are assigned to the others.
+            head.batch_stream.apply_assignments(*coordinator.assignor.pending_changes(head.number, coordinator.live))
         if coordinator.candidate is not None:
-            settle(coordinator.receive_evaluation(evaluate_base(worker, initial, coordinator.candidate)))
+            apply(coordinator.receive_evaluation(evaluate_base(worker, initial, coordinator.candidate)))
 
-    def ready(group: HeadGroup) -> bool:
+    def can_train(group: HeadGroup) -> bool:
         return any(head.number in coordinator.live and head.number not in waiting for head in group.heads)
 
-    while (training := [group for group in groups if ready(group)]) or coordinator.wakes_at is not None:
+    while (training := [group for group in groups if can_train(group)]) or coordinator.wakes_at is not None:
         if not training:
             assert coordinator.wakes_at is not None
             now = max(now, coordinator.wakes_at)
-            settle(coordinator.tick())
+            apply(coordinator.tick())
         for group in training:
             for head in group.heads:
                 if head.done and head.number in coordinator.live and head.number not in waiting:
-                    with torch_threads(merging):
-                        settle(coordinator.leave(head.number))
+                    with torch_threads(threads_to_merge):
+                        apply(coordinator.leave(head.number))
             with torch_threads(threads):
                 contributions = group.train_round(waiting | set(numbers) - coordinator.live)
             waiting.update(c.head for c in contributions)
             for contribution in contributions:
-                with torch_threads(merging):
-                    sent = transit(heads[contribution.head], contribution)
-                    settle(coordinator.receive(sent, sent.buffer))
+                with torch_threads(threads_to_merge):
+                    sent = transport(heads[contribution.head], contribution)
+                    apply(coordinator.receive(sent, sent.buffer))
     return InProcessRun(initial.plan, coordinator.base, tuple(merges), tuple(heads), coordinator)
 
 
 def evaluate_base(worker: Worker, initial: Initial, base: Tensor) -> Mapping[str, float]:
-    """The worker's judgement of a base, by the unconverted model in eval mode."""
+    """The worker's evaluation of a base, in the unconverted model in eval mode."""
     load_base(initial.model, initial.plan, base)
     initial.model.eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The start of every run: checks the worker on this machine, and makes the first main weights."""
+"""The start of every run: checks the worker on this machine, and builds the first base."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lte_ray.worker import Worker, build_model, check_worker, endless_batches
 
 @dataclass(frozen=True)
 class Initial:
-    """The unconverted model as built, what of it each head trains, and version 0 of the base (flat, CPU)."""
+    """The unconverted model as built, the plan of what each head trains, and version 0 of the base (flat, CPU)."""
 
     model: nn.Module
     plans: tuple[Plan, ...]
@@ -31,19 +31,19 @@ class Initial:
 
     @property
     def plan(self) -> Plan:
-        """What is trained; its base layout is that of all heads."""
+        """The first head's plan; all heads have its base layout."""
         return self.plans[0]
 
 
 def prepare(worker: Worker, settings: Settings, dtype: torch.dtype = torch.float32) -> Initial:
-    """Builds the model once and takes one batch, so that bad input is found before any actor starts.
+    """Builds the model and reads one batch, so that bad input is rejected before any actor starts.
 
     Raises:
-        WorkerError: a method is missing or raised, no batch came, or nothing can be adapted.
+        WorkerError: a method is missing or raised, it yielded no batch, or nothing can be adapted.
         ConfigError: the rank or an exclude pattern doesn't fit the model.
     """
     check_worker(worker)
-    with preserve_generators(torch.device("cpu")):  # the caller's random numbers are its own
+    with preserve_generators(torch.device("cpu")):  # the caller's random numbers don't change
         return _prepare(worker, settings, dtype)
 
 
@@ -61,10 +61,10 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
     check_precision(settings.train, {e.name: tensors[e.name] for e in plans[0].base.entries})
     for base_dtype in {spec.base_dtype for spec in plans[0].adapted} - {"fp32"}:
         check_format(base_dtype, torch.device("cpu"))
-    odd = [key for key, value in model.state_dict().items() if not isinstance(value, Tensor)]
-    if odd:
+    not_tensors = [key for key, value in model.state_dict().items() if not isinstance(value, Tensor)]
+    if not_tensors:
         raise WorkerError(
-            f"{name}'s model keeps {', '.join(odd)} in its state dict, which isn't a tensor and can't be exported."
+            f"{name}'s model keeps {', '.join(not_tensors)} in its state dict, which isn't a tensor and can't be exported."
         )
     if {1.0} != {a.lr for a in plans[0].adapted} | {r.lr for r in plans[0].replicas}:
         zeros = {e.name: torch.zeros(e.shape) for e in plans[0].contribution.entries[: 2 * len(plans[0].adapted)]}
@@ -80,39 +80,39 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
 
 
 def extend_plans(initial: Initial, heads: int) -> Initial:
-    """The same for a run that may grow to so many heads: further ones are as the last.
+    """Adds plans for a run that may grow to so many heads: further heads are like the last.
 
     Raises:
-        ConfigError: heads differ, and nobody said what further ones are like.
+        ConfigError: the heads differ, so that it isn't clear what further heads are like.
     """
-    more = heads - len(initial.plans)
-    if more <= 0:
+    added = heads - len(initial.plans)
+    if added <= 0:
         return initial
     if len(set(initial.plans)) > 1:
         raise ConfigError(
             f"--max-heads is {heads}, but ranks or alphas are given for each of {len(initial.plans)} heads. Give one number "
             "for all."
         )
-    return replace(initial, plans=initial.plans + initial.plans[-1:] * more)
+    return replace(initial, plans=initial.plans + initial.plans[-1:] * added)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All of an unconverted model that a plan can name: parameters and buffers."""
+    """The tensors of an unconverted model that a plan can name: parameters and buffers."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 @torch.no_grad()
 def load_base(model: nn.Module, plan: Plan, base: Tensor) -> None:
-    """Copies a flat base into an unconverted model; what isn't trained stays as it was built."""
+    """Copies a flat base into an unconverted model; tensors that aren't trained stay as they were built."""
     tensors = named_tensors(model)
     for name, value in views(plan.base, base).items():
         tensors[name].copy_(value)
 
 
 def merged_state_dict(model: nn.Module, plan: Plan, base: Tensor) -> dict[str, Tensor]:
-    """The whole state dict of the unconverted model with the base's weights, fp32, under its own names.
+    """The complete state dict of the unconverted model with the base's weights, fp32, under its own names.
 
-    Tied weights stand under each of their names, so that `load_state_dict(strict=True)` takes it.
+    Tied weights are there under each of their names, so that `load_state_dict(strict=True)` accepts it.
     """
     load_base(model, plan, base)
     state: Mapping[str, Tensor] = model.state_dict()

@@ -1,6 +1,6 @@
-"""How many threads torch computes with, set on purpose: results depend on it in the last bits, and speed a lot.
+"""Settings of a process that decide its speed: how many threads torch uses, and what happens to freed memory.
 
-How a head's process keeps memory: freed blocks stay with it, to be used again in the next step.
+The number of threads is always set explicitly: results depend on it in the last bits.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import torch
 from lte_ray.layout import Plan
 
 MAX_REDO_THREADS = 4
-"""Threads that merge at most where heads redo merges: the same on every machine, as results depend on it in the last bits."""
+"""The most threads that merge where heads redo merges. It is the same on every machine, since results depend on it."""
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def merge_threads(configured: int, plan: Plan, num_heads: int, limit: int = 0) -> int:
-    """Threads to merge with: as configured, or one for every 10^9 operations of a merge, up to `most` (0: one per core).
+    """Threads to merge with: as configured, or one for every 10^9 operations of a merge, up to `limit` (0: one per core).
 
-    A small merge is over before a second thread pays; what that thread then costs the heads, by waiting actively for more
-    work, is more than the whole merge (measured: a local step of a small model took 1.4 times as long).
+    A small merge ends before a second thread helps. That thread then waits actively for more work, which costs the heads more
+    than the merge itself (measured: a local step of a small model took 1.4 times as long).
     """
     if configured:
         return configured
@@ -39,19 +39,19 @@ def merge_threads(configured: int, plan: Plan, num_heads: int, limit: int = 0) -
 
 
 def head_threads(configured: int, cpus: float, heads: int = 1) -> tuple[int, int]:
-    """Heads of one process that train at the same time, and the threads of each.
+    """Returns how many heads of one process train concurrently, and the threads of each.
 
-    Threads are as configured, or the whole CPUs shared out over the heads, at least 1; as many heads train at once as there are
-    CPUs for.
+    The threads are as configured, or the complete CPUs divided by the heads, at least 1. As many heads train concurrently as
+    there are CPUs for.
     """
-    whole = max(1, int(cpus))
-    threads = configured or max(1, whole // heads)
-    return max(1, min(heads, whole // threads)), threads
+    complete = max(1, int(cpus))
+    threads = configured or max(1, complete // heads)
+    return max(1, min(heads, complete // threads)), threads
 
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Within the block torch uses `count` threads for one operation."""
+    """Within the block torch uses `count` threads for each operation."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -62,14 +62,14 @@ def torch_threads(count: int) -> Iterator[None]:
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGE_THRESHOLD = 1 << 30
-OLD_GLIBC_LIMIT = 32 << 20  # older glibc takes no more
+OLD_GLIBC_LIMIT = 32 << 20  # older glibc accepts no more
 
 
 def keep_freed_memory() -> bool:
-    """Has glibc's allocator keep what a step frees, rather than give it to the kernel and fault it in anew.
+    """Makes glibc's allocator keep what a step frees, rather than return it to the kernel and fault it in again.
 
-    Every step of a model on a CPU allocates the same blocks again; by default each of more than 128 KiB to 32 MiB is
-    mapped and unmapped every time, and more so in threads other than the main one, where Ray runs actors' methods.
+    Every step of a model on a CPU allocates the same blocks again. By default each block above a limit of 128 KiB to 32 MiB is
+    mapped and unmapped every time, more so in threads other than the main one, where Ray runs actors' methods.
     Measured on the GPT worker: 4% more steps a second. The process holds no more than its peak.
 
     Returns:
@@ -85,7 +85,7 @@ def keep_freed_memory() -> bool:
 
 
 def release_freed_memory() -> bool:
-    """Gives the kernel what was freed so far: once, when a head is built, which takes more than it goes on to need.
+    """Returns freed memory to the kernel; called once a head is built, which takes more memory than the head needs later.
 
     Returns:
         Whether it took effect (Linux with glibc).

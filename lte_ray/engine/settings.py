@@ -1,4 +1,4 @@
-"""All that the engine needs to know of a run, in one frozen record that every process gets."""
+"""The settings of a run that the engine needs, in one frozen record that every process gets."""
 
 from __future__ import annotations
 

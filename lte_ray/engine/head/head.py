@@ -343,7 +343,7 @@ class Head:
     # -- rebasing --------------------------------------------------------------------------------------------------------
 
     def adopt(
-        self, verdict: ContributionResult | None, version: int, base: Tensor | None, staged: Mapping[str, Tensor] | None = None
+        self, result: ContributionResult | None, version: int, base: Tensor | None, staged: Mapping[str, Tensor] | None = None
     ) -> None:
         """Takes the result of the outstanding contribution and rebases onto `base`, losing no step.
 
@@ -354,7 +354,7 @@ class Head:
         result says that it is unusable. Then W~ := W_v - s B' A' and p := P_v + (p - what version v holds of it).
 
         Args:
-            verdict: of the outstanding contribution; None if `base` is newer but doesn't settle it, or none is outstanding.
+            result: of the outstanding contribution; None if `base` is newer but doesn't settle it, or none is outstanding.
             version: of `base`.
             base: flat, in the base layout; None if the head has that version already. Heads that take turns on their main
                 weights keep it until the next, so it must not be written to.
@@ -363,14 +363,14 @@ class Head:
         state = self.state
         with self.timer.measure("rebase"):
             contained = None
-            if verdict is not None:
-                assert verdict.sequence == state.sequence and state.pending is not None
+            if result is not None:
+                assert result.sequence == state.sequence and state.pending is not None
                 contribution, state.pending = state.pending, None
-                self._last_was_discarded = verdict.discarded
-                if verdict.accepted:
+                self._last_was_discarded = result.discarded
+                if result.accepted:
                     assert base is not None
                     contained, state.merged = contribution, state.contributed
-                if verdict.harmful:
+                if result.harmful:
                     self.rewind()
             if base is not None:
                 self._rebase(version, base, contained, staged or {})

@@ -1,4 +1,4 @@
-"""Virtual heads in lanes that train at the same time compute what they would compute one by one."""
+"""Virtual heads that train concurrently compute what they would compute one by one."""
 
 from __future__ import annotations
 
