@@ -1,4 +1,4 @@
-"""Bare processes that run heads without Ray and never merge: what the others are measured against."""
+"""Bare processes that run heads without Ray and never merge: the baseline of other benchmarks."""
 
 from __future__ import annotations
 
@@ -16,19 +16,24 @@ from lte_ray.engine.prepare import prepare
 from lte_ray.engine.process_tuning import keep_freed_memory
 from lte_ray.engine.settings import Settings
 
-NICENESS = 15  # at which Ray runs its workers
+NICENESS = 15
+"""The niceness of Ray's workers."""
 
 
 def steps_per_second(worker: Any, steps: Sequence[int]) -> float:
-    """The sum of the rates of one process a head, which begin together; `steps` are those that each head takes.
+    """The sum of the rates of processes with one head each, which start together.
 
-    A rate is taken from the end of the first step to the end of the last. As heads in actors, the processes keep freed memory
-    and run at the niceness of Ray's workers, each with one thread.
+    A rate is taken from the end of the first step to the end of the last. Like heads in actors, the processes keep freed
+    memory and run at the niceness of Ray's workers, each with one thread.
+
+    Args:
+        steps: by head, the steps that it takes.
     """
     context = multiprocessing.get_context("spawn")
     start, rates = context.Barrier(len(steps)), context.Queue()
     processes = [
-        context.Process(target=_train, args=(worker, number, len(steps), own, start, rates)) for number, own in enumerate(steps)
+        context.Process(target=_train, args=(worker, number, len(steps), count, start, rates))
+        for number, count in enumerate(steps)
     ]
     for process in processes:
         process.start()

@@ -1,18 +1,16 @@
-"""Bytes that merging sends: over the fewest that arithmetic allows, and over DDP's; and what the formats cost in loss.
+"""Bytes that merging sends, relative to the arithmetic minimum and to DDP; and the effect of the formats on the loss.
 
-GPT-2-124M's shapes, 4 heads of r = 32, embeddings adapted too (they are tied: one weight), one barrier merge after the other.
+GPT-2-124M's shapes, 4 heads of r = 32, embeddings adapted too (they are tied: one weight), successive barrier merges.
 
-Up: the buffers that `Codec.encode` makes of a head's contribution, and its pickled message. Minimum: `min_contribution_bytes`,
-each value that travels in its format, without int8's scales. Down: what a head's `BaseReplica` fetches to
-follow the coordinator's
-base, bit for bit, and the pickled update; what the head contributed itself doesn't cross the network and isn't counted. Its
-minimum is, for each weight, the three others' factors in the format or the dense weight in fp32, and for each replica the
-others' changes or the dense values, whichever are fewer.
+Up: the buffers of a head's contribution (`Codec.encode`) and its pickled message. Minimum: `min_contribution_bytes`, each value
+in its format, without int8's scales. Down: what a head's `BaseReplica` fetches to follow the coordinator's base bit for bit,
+and the pickled reply. The head's own contribution doesn't cross the network and doesn't count. Its minimum is, for each weight,
+the three others' factors in the format or the dense weight in fp32, and for each replica the others' changes or the dense
+values, whichever is less.
 
-DDP: a head sends 2 (N - 1) / N of all gradients in fp32 at every step, in a ring (what it gets, as much again, isn't
-counted); ours: up and down of a merge together, over 64 steps. Both train the same samples a step. Beside it the same with
-embeddings as replicas, which the default settings make of them; then most of what travels are replica changes, so that
-`replica_topk` tells.
+DDP: a head sends 2 (N - 1) / N of all gradients in fp32 at every step, in a ring (it receives as much, which doesn't count).
+Ours: up and down of a merge together, which covers 64 steps. Both train the same samples per step. Also the same with
+embeddings as replicas, as in the default settings: then most of the bytes are replica changes, so `replica_topk` matters.
 
 Loss: `benchmarks.formats`.
 """
@@ -28,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.formats import HEADS, MERGE_ITER, WIRES, WORKER, Wire, losses
-from benchmarks.report import report
+from benchmarks.report import progress, report
 from benchmarks.shapes import RANK, gpt2_plan
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.engine.coordinator.broadcast_log import BroadcastLog
@@ -47,7 +45,7 @@ WIDTH = {"fp32": 4, "bf16": 2, "int8": 1}
 
 
 def least_down(plan: Plan, merge: MergeConfig, heads: int) -> int:
-    """The fewest bytes that bring a head up to date that has its own contribution: of each entry others' changes or dense."""
+    """The fewest bytes that update a head, which has its own contribution: for each entry others' changes or dense values."""
     width, others = WIDTH[merge.transfer], heads - 1
     weights = sum(min(others * a.rank * sum(a.matrix) * width, math.prod(a.shape) * 4) for a in plan.adapted)
     replicas = plan.contribution.size - plan.factors_size
@@ -56,34 +54,34 @@ def least_down(plan: Plan, merge: MergeConfig, heads: int) -> int:
 
 
 class Link:
-    """Fetches for one head, and counts the bytes that aren't its own. A handle says who made the tensor."""
+    """Fetches for one head, and counts the bytes of other heads. A handle names the head that made the tensor."""
 
     def __init__(self, head: int) -> None:
         self.head, self.bytes = head, 0
 
     def __call__(self, handle: tuple[int | None, Tensor]) -> Tensor:
-        maker, tensor = handle
-        self.bytes += tensor.nbytes if maker != self.head else 0
+        source, tensor = handle
+        self.bytes += tensor.nbytes if source != self.head else 0
         return tensor
 
 
-def measured(plan: Plan, merge: MergeConfig, heads: int = HEADS, merges: int = MERGES) -> dict[str, int]:
-    """Bytes up and down of one head and merge, the mean of some merges that its mirror follows."""
+def measure(plan: Plan, merge: MergeConfig, heads: int = HEADS, merges: int = MERGES) -> dict[str, int]:
+    """Bytes up and down per head and merge, the mean over some merges that the head's replica of the base follows."""
     settings = Settings("bytes", LTEConfig(num_heads=heads, lora_r=RANK), merge, TrainConfig())
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(plan.base.size, generator=generator).mul_(0.02)
     parts = make_groups([plan] * heads, merge)
     codec = Codec(plan, parts, merge)
     coordinator = Coordinator(settings, plan, base, make_policy(merge))
-    downlink = BroadcastLog(parts, [4 * part.base.size for part in codec.group_plans], [codec.buffer_sizes] * heads, 0)
+    log = BroadcastLog(parts, [4 * part.base.size for part in codec.group_plans], [codec.buffer_sizes] * heads, 0)
     link = Link(0)
-    mirror = BaseReplica([codec] * heads, "none", link)
+    replica = BaseReplica([codec] * heads, "none", link)
 
     def handle(index: int) -> tuple[None, Tensor]:
         return None, gather(codec.group_plans[index].base, views(plan.base, coordinator.base))
 
-    mirror.acquire(CoordinatorReply(None, 0, {index: handle(index) for index in range(len(parts))}))
-    mirror.release()
+    replica.acquire(CoordinatorReply(None, 0, {index: handle(index) for index in range(len(parts))}))
+    replica.release()
     up = down = 0
     for number in range(1, merges + 1):
         buffers = {}
@@ -94,52 +92,57 @@ def measured(plan: Plan, merge: MergeConfig, heads: int = HEADS, merges: int = M
             outcome = coordinator.receive(message, decoded)
             up += sum(buffer.nbytes for buffer in buffers[head]) + len(pickle.dumps(message))
         (record,) = outcome.merges
-        downlink.append(MergeDelta(number, record.weights, {h: tuple((h, b) for b in buffers[h]) for h in record.heads}))
-        chain = downlink.deltas_since(mirror.redo_from)
+        log.append(MergeDelta(number, record.weights, {h: tuple((h, b) for b in buffers[h]) for h in record.heads}))
+        chain = log.deltas_since(replica.redo_from)
         assert chain is not None
-        update = CoordinatorReply(None, number, {index: handle(index) for index in downlink.dense_groups}, chain)
+        update = CoordinatorReply(None, number, {index: handle(index) for index in log.dense_groups}, chain)
         before = link.bytes
-        followed = mirror.acquire(update)
+        followed = replica.acquire(update)
         assert followed is not None
-        assert torch.equal(followed, coordinator.base), "a mirror that doesn't follow needs no bytes"
-        mirror.release()
+        assert torch.equal(followed, coordinator.base), "a replica that doesn't follow needs no bytes"
+        replica.release()
         bare = replace(update, base_parts={}, deltas=tuple(replace(merged, buffers={}) for merged in chain))
         down += link.bytes - before + len(pickle.dumps(bare))
     return {"up": round(up / (merges * heads)), "down": round(down / merges)}
 
 
 def ddp_bytes(plan: Plan, heads: int, steps: int) -> float:
-    """What a head sends in a ring all-reduce of fp32 gradients at each of these steps; it gets as much."""
+    """Bytes that a head sends in ring all-reduces of fp32 gradients at these steps. It receives as many."""
     return 2 * (heads - 1) / heads * plan.base.size * 4 * steps
 
 
 def sizes(wire: Wire) -> dict[str, Any]:
     """A format's bytes and their ratios."""
     plan = gpt2_plan(wire.embeddings)
-    found = measured(plan, wire.merge)
+    counted = measure(plan, wire.merge)
     least = {"up": min_contribution_bytes(plan, wire.merge), "down": least_down(plan, wire.merge, HEADS)}
     ddp = ddp_bytes(plan, HEADS, MERGE_ITER)
     return {
-        "bytes": found,
+        "bytes": counted,
         "least": least,
-        "up_over_least": round(found["up"] / least["up"], 5),
-        "down_over_least": round(found["down"] / least["down"], 5),
-        "times_fewer_than_ddp": round(ddp / (found["up"] + found["down"]), 1),
+        "up_over_least": round(counted["up"] / least["up"], 5),
+        "down_over_least": round(counted["down"] / least["down"], 5),
+        "times_fewer_than_ddp": round(ddp / (counted["up"] + counted["down"]), 1),
     }
 
 
 def main() -> None:
-    tables = {name: sizes(wire) for name, wire in WIRES.items()}
+    tables = {}
+    for number, (name, wire) in enumerate(WIRES.items(), 1):
+        tables[name] = sizes(wire)
+        progress(
+            number, len(WIRES), f"{name}: {tables[name]['bytes']['up']:,} bytes up, {tables[name]['bytes']['down']:,} down"
+        )
     for name, of_losses in losses(WORKER, WIRES).items():
         tables[name]["loss"] = of_losses
     merging = [tables[name] for name in ("fp32", "bf16", "int8")]
     report(
         "bytes",
         limits={
-            "up": "bytes of a contribution over the fewest, in each format <= 1.02",
-            "down": "bytes that bring a head up to date over the fewest, in each format <= 1.05",
-            "ddp": "int8, merge_iter=64: bytes that DDP sends over those up and down together >= 400",
-            "loss": "int8: validation loss over fp32 transfer's, worst seed <= 1.01",
+            "up": "bytes of a contribution, ratio to the minimum, in each format <= 1.02",
+            "down": "bytes that update a head, ratio to the minimum, in each format <= 1.05",
+            "ddp": "int8, merge_iter=64: bytes of DDP, ratio to those up and down together >= 400",
+            "loss": "int8: validation loss, ratio to fp32 transfer, worst seed <= 1.01",
         },
         met={
             "up": all(table["up_over_least"] <= 1.02 for table in merging),

@@ -1,9 +1,9 @@
-"""What checkpoints cost the heads: a run that writes one at every merge, over the same run that writes none.
+"""The cost of checkpoints: a run that writes one at every merge, relative to the same run without checkpoints.
 
-Two heads of `workers.gpt:GPT` on one thread each, which don't wait for each other and contribute every 10 steps; the kinds
-alternate. The stall is for how long a head stands still for a checkpoint: it copies its state between two steps, and its
-process writes the copy while it trains on (`times.checkpoint` of the result). Samples/s are taken from the first merge to the
-last; as both heads have a core of the machine, and there are no others here, what writes takes its time from them.
+Two heads of `workers.gpt:GPT` with one thread each, which don't wait for each other and contribute every 10 steps; the kinds
+alternate. The stall is the time for which a checkpoint stops a head's training: the head copies its state between two steps,
+and its process writes the copy while training continues (`times.checkpoint` of the result). Samples/s are taken from the first
+merge to the last. On a machine with two cores, both heads occupy one each, so writing takes time from them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import report, spread
+from benchmarks.report import repeat, report, spread
 from lte_ray import LTEConfig, LTETrainer, MergeConfig, TrainConfig
 from lte_ray.config import PlacementConfig, StorageConfig
 from lte_ray.run.metrics import SilentReporter
@@ -23,7 +23,7 @@ RUNS, STEPS, HEADS, MERGE_ITER = 3, 120, 2, 10
 
 
 def run(every: int) -> dict[str, Any]:
-    """Samples/s, and of the checkpoints: how many, their bytes, and the seconds for which each kept a head from training."""
+    """Samples/s; the number of checkpoints, their size, and the seconds for which each stopped a head's training."""
     with tempfile.TemporaryDirectory() as storage:
         result = LTETrainer(
             GPT(),
@@ -51,13 +51,17 @@ def run(every: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    pairs = [(run(1), run(0)) for _ in range(RUNS)]
+    def describe(pair: tuple[dict[str, Any], dict[str, Any]]) -> str:
+        often, never = pair
+        return f"{often['rate']:.1f} samples/s with checkpoints, {never['rate']:.1f} without, stall {often['stall']:.4f} s"
+
+    pairs = repeat(RUNS, lambda: (run(1), run(0)), describe)
     stall = spread([often["stall"] for often, _ in pairs])
     share = spread([often["stall"] / often["round"] for often, _ in pairs])
     ratio = spread([often["rate"] / never["rate"] for often, never in pairs])
     report(
         "checkpoints",
-        limits={"stall": "for how long a checkpoint keeps a head from training, over a round's 10 steps: median <= 0.02"},
+        limits={"stall": "stall of a head for a checkpoint, ratio to the time of a round of 10 steps: median <= 0.02"},
         met={"stall": share["median"] <= 0.02},
         figures={
             "stall_seconds_of_a_checkpoint": stall,

@@ -1,8 +1,7 @@
-"""The formats that `benchmarks.bytes` compares, and what they cost in loss.
+"""The formats that `benchmarks.bytes` compares, and their effect on the loss.
 
 `workers.gpt:GPT` (2 blocks of 64, windows of 64 bytes, peak learning rate 1e-3, gradients clipped to 1) on 4 heads of r = 32,
-384 steps each, merged every 64: validation loss of the merged weights at the end with the format over that with fp32, for
-each seed.
+384 steps each, merged every 64: the validation loss of the merged weights at the end, relative to fp32 with the same seed.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.report import spread
+from benchmarks.report import progress, spread
 from benchmarks.shapes import ALPHA, RANK
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.engine.in_process import evaluate_base, run_in_process
@@ -27,11 +26,11 @@ WORKER = GPT(width=64, depth=2, context=64, batch_size=8, lr=1e-3)
 
 @dataclass(frozen=True)
 class Wire:
-    """What travels, and in which format."""
+    """What is sent, and in which format."""
 
     merge: MergeConfig
     embeddings: bool = True
-    """Whether they have factors."""
+    """Whether embeddings have factors."""
 
 
 WIRES = {
@@ -56,14 +55,14 @@ def loss(worker: Worker, wire: Wire, seed: int, steps: int = STEPS) -> float:
 
 
 def losses(worker: Worker, wires: Mapping[str, Wire], steps: int = STEPS) -> dict[str, dict[str, Any]]:
-    """Each format's validation losses, and over fp32's of the same seed."""
-    found = {}
-    for name, wire in wires.items():
-        found[name] = [loss(worker, wire, seed, steps) for seed in SEEDS]
-        print(f"{name}: {found[name]} bits per byte", flush=True)
+    """Each format's validation losses, and their ratios to fp32 with the same seed."""
+    by_format = {}
+    for number, (name, wire) in enumerate(wires.items(), 1):
+        by_format[name] = [loss(worker, wire, seed, steps) for seed in SEEDS]
+        progress(number, len(wires), f"{name}: {' '.join(f'{bits:.4f}' for bits in by_format[name])} bits per byte")
     result = {}
-    for name, values in found.items():
-        exact = found["fp32" if wires[name].embeddings else "fp32, embeddings as replicas"]
+    for name, values in by_format.items():
+        exact = by_format["fp32" if wires[name].embeddings else "fp32, embeddings as replicas"]
         ratios = [a / b for a, b in zip(values, exact, strict=True)]
         result[name] = {"bits_per_byte": [round(v, 4) for v in values], "over_fp32": spread(ratios)}
     return result

@@ -1,10 +1,10 @@
-"""Measured bytes of a head over the sum of its parts, for main weights in fp32, bf16 and nf4.
+"""Measured bytes of a head relative to the sum of its parts, for main weights in fp32, bf16 and nf4.
 
-Each head trains a GPT in a process of its own, without Ray. Measured is what torch has allocated at the peak of some rounds
-of steps and rebases, all that the head was built with included. The parts are counted from tensors: main weights, factors
-and replicas, their gradients, optimizer state, references, the contribution that is on its way, and the activations that
-autograd keeps for the backward pass. "resident" is what the process takes of the machine for it: on CPUs the allocator's
-holes come on top, since heads keep freed memory (`engine/memory.py`). The nf4 main weights are also compared with bf16's.
+Each head trains a GPT in its own process, without Ray. "measured" is torch's peak allocation during some rounds of steps and
+rebases, including everything that the head was built with. The parts are counted from tensors: main weights, factors and
+replicas, their gradients, optimizer state, references, the contribution in flight, and the activations that autograd keeps for
+the backward pass. "resident" is the memory of the process: on CPUs it includes the allocator's unused memory, since heads keep
+freed memory (`engine/process_tuning.py`). The nf4 main weights are also compared with bf16.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.report import report, spread
+from benchmarks.report import progress, report, spread
 from lte_ray.adapters.quantization import QuantizedWeight
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.engine.head.head import Head
@@ -34,10 +34,10 @@ FORMATS, RUNS, RANK = ("fp32", "bf16", "nf4"), 3, 32
 WORKER = GPT(width=768, depth=8, attention_heads=12, context=128, batch_size=4)
 
 
-class Allocated:
-    """Within the block: bytes that torch allocates, less what it frees, at the end and at most."""
+class AllocatedBytes:
+    """The bytes that torch allocates within the block, less those that it frees: at the end, and at the peak."""
 
-    def __enter__(self) -> Allocated:
+    def __enter__(self) -> AllocatedBytes:
         self._profile = torch.profiler.profile(profile_memory=True)
         self._profile.__enter__()
         return self
@@ -51,34 +51,34 @@ class Allocated:
 
 
 def resident(line: str = "VmRSS") -> int:
-    """Bytes of this process in memory: now (VmRSS), or the most since the last reset (VmHWM)."""
+    """Resident bytes of this process: now (VmRSS), or the maximum since the last reset (VmHWM)."""
     text = Path("/proc/self/status").read_text()
     return next(int(row.split()[1]) * 1024 for row in text.splitlines() if row.startswith(line))
 
 
-def one(base_dtype: str, resident_only: bool) -> dict[str, int]:
-    """Trains one head here; gives what was measured, and the parts."""
+def measure_here(base_dtype: str, resident_only: bool) -> dict[str, int]:
+    """Trains one head in this process, and returns the measured bytes and the parts."""
     torch.set_num_threads(1)
     keep_freed_memory()
     settings = Settings(
         "memory", LTEConfig(lora_r=RANK, base_dtype=base_dtype), MergeConfig(merge_iter=2), TrainConfig(steps=100)
     )
     tiny = GPT(width=64, depth=1, context=16, batch_size=2)
-    _rounds(Head(tiny, settings, 0), prepare(tiny, settings).base)  # loads whatever is loaded only once
-    base = prepare(WORKER, settings).base  # the coordinator's: in a run it lies in the object store
+    _rounds(Head(tiny, settings, 0), prepare(tiny, settings).base)  # loads everything that is loaded only once
+    base = prepare(WORKER, settings).base  # belongs to the coordinator: in a run it is in the object store
     release_freed_memory()
     before = resident()
-    if resident_only:  # the profiler would be in the way
+    if resident_only:  # the profiler would count, too
         head = Head(WORKER, settings, 0)
         _rounds(head, base)
         release_freed_memory()
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         _rounds(head, base, first=False)
         return {"resident": resident("VmHWM") - before}
-    with Allocated() as built:
+    with AllocatedBytes() as built:
         head = Head(WORKER, settings, 0)
         _rounds(head, base)
-    with Allocated() as trained:
+    with AllocatedBytes() as trained:
         _rounds(head, base, first=False)
     return {"measured": built.end + trained.peak, **parts(head)}
 
@@ -126,17 +126,20 @@ def nbytes(tensors: Iterable[Tensor | QuantizedWeight]) -> int:
     return sum(t.nbytes for t in tensors)
 
 
-def _elsewhere(*arguments: str) -> dict[str, int]:
+def _measure(*arguments: str) -> dict[str, int]:
+    """Measures in another process."""
     done = subprocess.run([sys.executable, "-m", "benchmarks.memory", *arguments], capture_output=True, check=True)
-    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def main() -> None:
     measured: dict[str, list[dict[str, int]]] = {f: [] for f in FORMATS}
-    for _ in range(RUNS):
+    for run in range(1, RUNS + 1):
         for base_dtype in FORMATS:
-            measured[base_dtype].append({**_elsewhere(base_dtype), **_elsewhere(base_dtype, "resident")})
+            figures_of_run = {**_measure(base_dtype), **_measure(base_dtype, "resident")}
+            measured[base_dtype].append(figures_of_run)
+            progress(run, RUNS, f"{base_dtype}: {figures_of_run['measured'] / 2**20:.1f} MiB measured")
     figures: dict[str, Any] = {}
     for base_dtype, runs in measured.items():
         sums = [sum(v for k, v in run.items() if k not in ("measured", "resident")) for run in runs]
@@ -147,11 +150,11 @@ def main() -> None:
         }
     weights = {f: runs[0]["main_weights"] for f, runs in measured.items()}
     figures["nf4_main_weights_over_bf16"] = round(weights["nf4"] / weights["bf16"], 4)
-    limits = {f: f"measured over the sum of the parts, {f}, median <= 1.10" for f in FORMATS}
+    limits = {f: f"measured bytes, ratio to the sum of the parts, {f}, median <= 1.10" for f in FORMATS}
     met = {f: figures[f]["measured_over_parts"]["median"] <= 1.10 for f in FORMATS}
     report(
         "memory",
-        limits={**limits, "main weights": "nf4 over bf16 <= 0.30"},
+        limits={**limits, "main weights": "nf4, ratio to bf16 <= 0.30"},
         met={**met, "main weights": figures["nf4_main_weights_over_bf16"] <= 0.30},
         figures=figures,
     )
@@ -159,6 +162,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        print(json.dumps(one(sys.argv[1], "resident" in sys.argv)))
+        print(json.dumps(measure_here(sys.argv[1], "resident" in sys.argv)))
     else:
         main()

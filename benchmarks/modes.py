@@ -1,9 +1,10 @@
-"""The in-process modes over plain LoRA, in samples/s of whole training steps (forward, backward, AdamW).
+"""The in-process modes relative to plain LoRA, in samples/s of full training steps (forward, backward, AdamW).
 
-ddp: 8 stacked heads of rank r over one plain LoRA of rank 8r, on the same total batch. dmp: 8 heads with a copy of the main
-weights each over 8 plain LoRA models of rank r that train one after the other, each on its part of the batch. The model is a
-transformer on vectors, without affine parameters in its norms, as the authors advise. Plain LoRA is one head's own model.
-virtual: 8 heads in one actor over 8 actors, on the same 2 CPUs (`benchmarks.virtual`). What is compared alternates.
+ddp: 8 stacked heads of rank r, relative to one plain LoRA of rank 8r, on the same total batch. dmp: 8 heads with a copy of the
+main weights each, relative to 8 plain LoRA models of rank r that train one after another, each on its part of the batch. The
+model is a transformer on vectors without affine parameters in its norms, as the authors advise. Plain LoRA is the model of a
+single head. virtual: 8 heads in one actor, relative to 8 actors, on the same 2 CPUs (`benchmarks.virtual`). The compared
+variants alternate.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import lte_ray
 from benchmarks import virtual
-from benchmarks.report import report, spread
+from benchmarks.report import repeat, report, spread
 from lte_ray.adapters import convert
 from lte_ray.engine.process_tuning import keep_freed_memory
 from workers.gpt import Block
@@ -54,10 +55,10 @@ def trainer(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
 
 
 def seconds(step: Callable[[], None]) -> float:
-    begun = time.perf_counter()
+    started = time.perf_counter()
     for _ in range(STEPS):
         step()
-    return (time.perf_counter() - begun) / STEPS
+    return (time.perf_counter() - started) / STEPS
 
 
 def main() -> None:
@@ -76,19 +77,29 @@ def main() -> None:
     steps = {"ddp": ddp, "wide": wide, "dmp": dmp, "sequential": sequential}
     for step in steps.values():
         step()
-    runs = [{name: seconds(step) for name, step in steps.items()} for _ in range(RUNS)]
+    runs = repeat(
+        RUNS,
+        lambda: {name: seconds(step) for name, step in steps.items()},
+        lambda run: ", ".join(f"{name} {BATCH / took:.0f} samples/s" for name, took in run.items()),
+    )
     over_wide = spread([run["wide"] / run["ddp"] for run in runs])
     over_sequential = spread([run["sequential"] / run["dmp"] for run in runs])
-    pairs = [(virtual.measure(HEADS), virtual.measure(1)) for _ in range(RAY_RUNS)]
+    pairs = repeat(
+        RAY_RUNS,
+        lambda: (virtual.measure(HEADS), virtual.measure(1)),
+        lambda pair: (
+            f"virtual heads, ratio to actors: {pair[0][0] / pair[1][0]:.3f} speed, {pair[0][1] / pair[1][1]:.3f} memory"
+        ),
+    )
     speed = spread([ours[0] / theirs[0] for ours, theirs in pairs])
     memory = spread([ours[1] / theirs[1] for ours, theirs in pairs])
     report(
         "modes",
         limits={
-            "ddp": "8 heads over one LoRA of rank 8r, samples/s, median >= 0.7",
-            "dmp": "8 heads over 8 LoRA models in turn, samples/s, median >= 0.95",
-            "virtual": "8 heads in one actor over 8 actors, samples/s, median >= 1.0",
-            "virtual memory": "8 heads in one actor over 8 actors, memory, median <= 0.35",
+            "ddp": "8 heads, samples/s, ratio to one LoRA of rank 8r, median >= 0.7",
+            "dmp": "8 heads, samples/s, ratio to 8 LoRA models in turn, median >= 0.95",
+            "virtual": "8 heads in one actor, samples/s, ratio to 8 actors, median >= 1.0",
+            "virtual memory": "8 heads in one actor, memory, ratio to 8 actors, median <= 0.35",
         },
         met={
             "ddp": over_wide["median"] >= 0.7,

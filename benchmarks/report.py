@@ -1,4 +1,4 @@
-"""What every benchmark shares: medians, and a results file that says on which machine and by which command."""
+"""What all benchmarks share: progress lines, spreads, and a results file that names the machine and the command."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ import json
 import os
 import platform
 import sys
+import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 RESULTS = Path(__file__).parent / "results"
+
+_started = time.monotonic()
 
 
 def machine() -> dict[str, Any]:
@@ -33,8 +39,23 @@ def machine() -> dict[str, Any]:
     }
 
 
+def progress(number: int, total: int, text: str) -> None:
+    """Prints a line on standard error: which repetition of how many is done, after how long, and what it measured."""
+    minutes, seconds = divmod(int(time.monotonic() - _started), 60)
+    print(f"[{number}/{total}] {minutes}:{seconds:02}  {text}", file=sys.stderr, flush=True)
+
+
+def repeat(runs: int, measure: Callable[[], T], describe: Callable[[T], str]) -> list[T]:
+    """Measures `runs` times, prints a line of `progress` after each, and returns the measurements."""
+    results: list[T] = []
+    for number in range(1, runs + 1):
+        results.append(measure())
+        progress(number, runs, describe(results[-1]))
+    return results
+
+
 def report(name: str, *, limits: dict[str, str], met: dict[str, bool], figures: dict[str, Any]) -> None:
-    """Prints the figures and writes ``benchmarks/results/NAME.json``; exits with 1 if a limit is missed."""
+    """Prints the figures, writes ``benchmarks/results/NAME.json``, and exits with 1 if a limit is missed."""
     content = {
         "benchmark": name,
         "command": f"python -m benchmarks.{name}",
@@ -53,7 +74,7 @@ def report(name: str, *, limits: dict[str, str], met: dict[str, bool], figures: 
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Minimum, median and maximum of some runs."""
+    """Minimum, median and maximum of several runs."""
     ordered = sorted(values)
     middle = len(ordered) // 2
     median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

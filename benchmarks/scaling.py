@@ -1,7 +1,7 @@
-"""Where the coordinator saturates: 4 to 10,000 heads on GPT-2-124M's shapes, simulated, time only; and what shards do for it.
+"""Where the coordinator saturates: simulations of 4 to 10,000 heads on GPT-2-124M's shapes, with 1 and 8 shards.
 
-A round is 100 local steps of 0.1 s. Everything else is `ClusterModel`'s defaults: links of 10 Gbit/s, and a coordinator whose
-products and passes over memory are as fast as `benchmarks.simulator` measured. Prints the tables of docs/scaling.md.
+A round is 100 local steps of 0.1 s. All other settings are `ClusterModel`'s defaults: links of 10 Gbit/s, and a coordinator
+whose products and memory accesses are as fast as `benchmarks.simulator` measured. Prints the tables of docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from benchmarks.report import report
+from benchmarks.report import progress, report
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.config.cluster_model import ClusterModel
 from lte_ray.engine.settings import Settings
@@ -20,11 +20,11 @@ RANK, STEPS, ROUNDS = 32, 100, 5
 
 
 def simulated(heads: int, merge: MergeConfig, rounds: int) -> tuple[SimulationRecord, float]:
-    """The run, and the seconds that it took to simulate."""
+    """The simulated run, and the seconds that the simulation took."""
     settings = Settings("scaling", LTEConfig(num_heads=heads), merge, TrainConfig(steps=STEPS * rounds))
-    begun = time.perf_counter()
+    started = time.perf_counter()
     run = simulate_time([named_plan("gpt2-124m", RANK, 64.0)], settings, ClusterModel(jitter=0.1))
-    return run, time.perf_counter() - begun
+    return run, time.perf_counter() - started
 
 
 def row(heads: int, shards: int, when: str, transfer: str) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def row(heads: int, shards: int, when: str, transfer: str) -> dict[str, Any]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The rows as docs/scaling.md has them."""
+    """The rows as in docs/scaling.md."""
     lines = [
         "| heads | shards | contributions/s | versions/s | merging | link in | link out | heads train |",
         "|---|---|---|---|---|---|---|---|",
@@ -74,7 +74,15 @@ def main() -> None:
     figures: dict[str, Any] = {}
     longest = 0.0
     for when, transfer in (("barrier", "fp32"), ("barrier", "int8"), ("arrival", "int8")):
-        rows = [row(heads, shards, when, transfer) for shards in SHARDS for heads in HEADS]
+        rows = []
+        for shards in SHARDS:
+            for heads in HEADS:
+                rows.append(row(heads, shards, when, transfer))
+                progress(
+                    len(rows),
+                    len(SHARDS) * len(HEADS),
+                    f"{when}, {transfer}: {heads:,} heads, {shards} shards, {rows[-1]['contributions_per_second']:.3g}/s",
+                )
         figures[f"{when}, {transfer}"] = rows
         longest = max([longest, *(r["simulated_in_seconds"] for r in rows)])
         print(f"{when}, {transfer}\n\n{markdown(rows)}\n", flush=True)

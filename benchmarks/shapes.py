@@ -1,4 +1,4 @@
-"""GPT-2-124M's shapes, and contributions of random numbers, for benchmarks of merging without a model."""
+"""GPT-2-124M's shapes and random contributions, for benchmarks of merging without a model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lte_ray.simulation import named_plan
 
 RANK, ALPHA = 32, 64.0
 DISTINCT = 16
-"""Contributions that differ; of more heads several hold the same."""
+"""Different contributions. With more heads, several have the same one."""
 
 
 def gpt2_plan(embeddings: bool) -> Plan:
-    """What conversion makes of GPT-2 124M, with or without factors on its embeddings."""
+    """The plan of GPT-2 124M, with or without factors on its embeddings."""
     plan = named_plan("gpt2-124m", RANK, ALPHA)
     if not embeddings:
         return plan
@@ -27,7 +27,7 @@ def gpt2_plan(embeddings: bool) -> Plan:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of the plan: its base before the merge, and what heads contribute to it. Head n's is number n modulo how many."""
+    """A part of the plan: its base before the merge, and the heads' contributions. Head n has number n modulo `DISTINCT`."""
 
     plan: Plan
     start: Tensor
@@ -35,21 +35,21 @@ class Piece:
     references: list[Tensor]
 
     @classmethod
-    def of(cls, plan: Plan, heads: int) -> Piece:
+    def random(cls, plan: Plan, heads: int) -> Piece:
         generator = torch.Generator().manual_seed(0)
 
-        def random(size: int) -> Tensor:
+        def draw(size: int) -> Tensor:
             return torch.randn(size, generator=generator).mul_(0.02)
 
         count = range(min(heads, DISTINCT))
-        references = [random(plan.factors_size) for _ in count]
-        return cls(plan, random(plan.base.size), [random(plan.contribution.size) for _ in count], references)
+        references = [draw(plan.factors_size) for _ in count]
+        return cls(plan, draw(plan.base.size), [draw(plan.contribution.size) for _ in count], references)
 
-    def held(self, heads: int) -> dict[int, Tensor]:
+    def references_of(self, heads: int) -> dict[int, Tensor]:
         """Every head's reference."""
         return {head: self.references[head % DISTINCT] for head in range(heads)}
 
     def difference(self, base: Tensor, other: Tensor) -> float:
-        """How far two new bases' weights are apart, over how far they are from the old ones."""
+        """The distance between the weights of two new bases, relative to their distance from the old weights."""
         size = sum(entry.size for entry in self.plan.base.entries[: len(self.plan.adapted)])
         return float((base - other)[:size].norm() / (other - self.start)[:size].norm())

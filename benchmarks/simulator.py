@@ -1,12 +1,12 @@
-"""Does the simulator tell what a real run does? Utilisation under Ray over the simulator's, heads throttled on purpose.
+"""Does the simulator predict a real run? Utilization under Ray relative to the simulator's, with throttled heads.
 
-Four heads whose every local step sleeps: 20 ms, the last one 80 ms, so that two cores suffice. The simulator is told those
-times and nothing else of the run: its other settings are its defaults for a small model on one machine. Utilisation under Ray
-is taken from what contributions say of their stalls (metrics.jsonl), between each head's second merge and its last, so that
-neither the start nor the end of the run counts.
+Four heads sleep in every local step: 20 ms, the last head 80 ms, so that two cores suffice. The simulator gets these times and
+no other facts of the run: its other settings are the defaults for a small model on one machine. Utilization under Ray comes
+from the stalls that contributions report (metrics.jsonl), between each head's second merge and its last, so that neither the
+start nor the end of the run counts.
 
-Also: whole merges on GPT-2-124M's shapes beside what the simulator's constants (`merge_flops`, `merge_memory`) make of them,
-and the engine's time for a message.
+Also: merges on GPT-2-124M's shapes, compared with the prediction from the simulator's constants (`merge_flops`,
+`merge_memory`), and the engine's time per message.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.report import report, spread
+from benchmarks.report import progress, report, spread
 from lte_ray import LTEConfig, LTETrainer, MergeConfig, Shard, TrainConfig
 from lte_ray.config import PlacementConfig, StorageConfig
 from lte_ray.config.cluster_model import ClusterModel
@@ -39,7 +39,7 @@ from workers.regression import Regression
 PAUSES = (0.02, 0.02, 0.02, 0.08)
 STEPS, MERGE_ITER = 160, 10
 LOCAL = ClusterModel(step_seconds=PAUSES[0], speeds=tuple(p / PAUSES[0] for p in PAUSES), bandwidth=0, jitter=0.02)
-"""The simulated cluster: one machine, so links cost their latency only; without jitter ties would be broken by number."""
+"""The simulated cluster: one machine, so links cost only latency. Without jitter the head number would decide ties."""
 
 WAYS = {
     "barrier": MergeConfig(merge_iter=MERGE_ITER),
@@ -63,7 +63,7 @@ class Throttled(Regression):
 
 
 def under_ray(merge: MergeConfig) -> list[float]:
-    """Each head's utilisation."""
+    """Each head's utilization."""
     with tempfile.TemporaryDirectory() as storage:
         LTETrainer(
             Throttled(),
@@ -83,18 +83,18 @@ def under_ray(merge: MergeConfig) -> list[float]:
 
 
 def simulated(merge: MergeConfig) -> list[float]:
-    """The same by the simulator, which knows the steps' times."""
+    """The same by the simulator, given the step times."""
     settings = Settings("simulated", LTEConfig(num_heads=len(PAUSES)), merge, TrainConfig(steps=STEPS, budget="each"))
     return [head.utilisation for head in simulate_time([named_plan("gpt2-124m", 1, 1.0)], settings, _free(LOCAL)).heads]
 
 
 def _free(cluster: ClusterModel) -> ClusterModel:
-    """Products and copies of a model as small as Regression's take no time to speak of."""
+    """Regression's model is so small that its products and copies take almost no time."""
     return dataclasses.replace(cluster, merge_flops=0, merge_memory=0)
 
 
 def coordinator_constants() -> dict[str, Any]:
-    """What `ClusterModel` says of the coordinator, measured: whole merges on GPT-2-124M's shapes, and a message's decision."""
+    """Measures `ClusterModel`'s constants of the coordinator: merges on GPT-2-124M's shapes, and the decision on a message."""
     plan = named_plan("gpt2-124m", 32, 64.0)
     merges = {}
     for heads in (2, 8):
@@ -104,15 +104,15 @@ def coordinator_constants() -> dict[str, Any]:
     operations = sum(2 * a.matrix[0] * a.matrix[1] * 2 * a.rank for a in plan.adapted)
     left, right, weight = torch.randn(3072, 512), torch.randn(512, 768), torch.zeros(3072, 768)
     weight.addmm_(left, right)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     for _ in range(20):
         weight.addmm_(left, right)
-    flops = 20 * 2 * 3072 * 512 * 768 / (time.perf_counter() - begun)
+    flops = 20 * 2 * 3072 * 512 * 768 / (time.perf_counter() - started)
     many = 64
     settings = Settings("messages", LTEConfig(num_heads=many), MergeConfig(), TrainConfig())
     coordinator = Coordinator(settings, TINY_PLAN, torch.zeros(1), make_policy(settings.merge))
     contributions = [TimedHead("messages", head).contribute() for head in range(many)]
-    begun = time.perf_counter()
+    started = time.perf_counter()
     for contribution in contributions[:-1]:
         coordinator.receive(contribution, contribution.buffer)
     return {
@@ -120,12 +120,12 @@ def coordinator_constants() -> dict[str, Any]:
         "flops_of_products": round(flops),
         "operations_of_a_contribution": operations,
         "seconds_of_a_merge": merges,
-        "seconds_of_a_message_without_ray": (time.perf_counter() - begun) / (many - 1),
+        "seconds_of_a_message_without_ray": (time.perf_counter() - started) / (many - 1),
     }
 
 
 def _merge_seconds(plan: Plan, heads: int) -> float:
-    """From the contributions in hand to a copy of the new base, as `benchmarks.merge` takes it."""
+    """Seconds from the contributions to a copy of the new base, as in `benchmarks.merge`."""
     settings = Settings("merge", LTEConfig(num_heads=heads), MergeConfig(), TrainConfig())
     buffers = [torch.zeros(plan.contribution.size).fill_(1e-3) for _ in range(heads)]
     references = {head: buffer[: plan.factors_size].clone() for head, buffer in enumerate(buffers)}
@@ -135,19 +135,20 @@ def _merge_seconds(plan: Plan, heads: int) -> float:
         Contribution("merge", head, incarnation=0, sequence=1, version=0, step=1, steps=1, samples=1, loss=0.0)
         for head in range(heads)
     ]
-    begun = time.perf_counter()
+    started = time.perf_counter()
     for message, buffer in zip(messages, buffers, strict=True):
         coordinator.receive(message, buffer)
     coordinator.base.clone()
-    return time.perf_counter() - begun
+    return time.perf_counter() - started
 
 
 def main() -> None:
     figures: dict[str, Any] = {"pauses": PAUSES, "constants": coordinator_constants()}
     met = {}
-    for name, merge in WAYS.items():
+    for number, (name, merge) in enumerate(WAYS.items(), 1):
         real, virtual = under_ray(merge), simulated(merge)
         ratio = sum(real) / sum(virtual)
+        progress(number, len(WAYS), f"{name}: utilization {sum(real) / len(real):.3f}, ratio to the simulated one {ratio:.3f}")
         met[name] = 0.9 <= ratio <= 1.1
         figures[name] = {
             "utilisation_under_ray": [round(value, 4) for value in real],
@@ -155,7 +156,7 @@ def main() -> None:
             "ratio": round(ratio, 4),
             "ratio_by_head": spread([a / b for a, b in zip(real, virtual, strict=True)]),
         }
-    limits = {name: f"utilisation under Ray over simulated, {name}: 0.9 to 1.1" for name in WAYS}
+    limits = {name: f"utilization under Ray, ratio to the simulated one, {name}: 0.9 to 1.1" for name in WAYS}
     report("simulator", limits=limits, met=met, figures=figures)
 
 

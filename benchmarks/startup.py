@@ -1,7 +1,7 @@
-"""From the command to the first local step, over the bare time of `import torch` and `ray.init` on this machine.
+"""Time from the command to the first local step, relative to that of `import torch` and `ray.init` on this machine.
 
-Ours is the whole of `lte-ray train workers.gpt:GPT`, from the start of its process until the first merge after one local
-step is done, so it holds that step and a merge, too. The two are alternated; the text is tokenised already.
+Ours is `lte-ray train workers.gpt:GPT` from the start of its process to the end of the first merge after one local step, so it
+includes that step and a merge. The two alternate. The text has been tokenized before.
 """
 
 from __future__ import annotations
@@ -14,31 +14,32 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.report import report, spread
+from benchmarks.report import repeat, report, spread
 
 RUNS = 5
 BARE = "import torch, ray, time; ray.init('local', include_dashboard=False, logging_level='error'); print(time.time())"
-LIMIT = 120.0  # seconds for one process
+TIMEOUT = 120.0
+"""Seconds for one process."""
 
 
 def bare() -> float:
-    """Seconds until torch is imported and a local Ray is up."""
-    begun = time.time()
+    """Seconds until torch is imported and a local Ray runs."""
+    started = time.time()
     done = subprocess.run(
-        [sys.executable, "-c", BARE], capture_output=True, text=True, check=True, env=environment(), timeout=LIMIT
+        [sys.executable, "-c", BARE], capture_output=True, text=True, check=True, env=environment(), timeout=TIMEOUT
     )
-    return float(done.stdout.split()[-1]) - begun
+    return float(done.stdout.split()[-1]) - started
 
 
 def ours() -> float:
-    """Seconds until the first local step of both heads is taken and merged."""
+    """Seconds until the first local step of both heads has been merged."""
     with tempfile.TemporaryDirectory() as storage:
         flags = f"--steps 1 --merge-iter 1 --num-heads 2 --eval-every 0 --name run --storage {storage}"
-        begun = time.time()
+        started = time.time()
         command = [str(Path(sys.executable).parent / "lte-ray"), "train", "workers.gpt:GPT", *flags.split()]
-        subprocess.run(command, capture_output=True, check=True, env=environment(), timeout=LIMIT)
+        subprocess.run(command, capture_output=True, check=True, env=environment(), timeout=TIMEOUT)
         row = json.loads((Path(storage) / "run" / "metrics.jsonl").read_text().splitlines()[0])
-        return float(row["at"]) - begun
+        return float(row["at"]) - started
 
 
 def environment() -> dict[str, str]:
@@ -46,12 +47,14 @@ def environment() -> dict[str, str]:
 
 
 def main() -> None:
-    ours()  # tokenises the text on a fresh machine, and warms the disk's cache
-    pairs = [(ours(), bare()) for _ in range(RUNS)]
+    ours()  # tokenizes the text on a fresh machine, and fills the disk cache
+    pairs = repeat(
+        RUNS, lambda: (ours(), bare()), lambda pair: f"{pair[0]:.1f} s, bare {pair[1]:.1f} s, ratio {pair[0] / pair[1]:.3f}"
+    )
     ratio = spread([a / b for a, b in pairs])
     report(
         "startup",
-        limits={"startup": "median over import torch + ray.init <= 2.5"},
+        limits={"startup": "ratio to import torch + ray.init, median <= 2.5"},
         met={"startup": ratio["median"] <= 2.5},
         figures={
             "first_step_seconds": spread([a for a, _ in pairs]),

@@ -1,8 +1,8 @@
-"""Virtual heads and heads in actors of their own, on the same CPUs: samples/s, and memory (for `benchmarks.modes`).
+"""Virtual heads and heads in separate actors on the same CPUs: samples/s and memory, for `benchmarks.modes`.
 
-Both train `workers.gpt:GPT` under Ray and merge every 10 steps. The rate is taken from the third merge to the last:
-before, virtual heads are tried one by one and at the same time.
-Memory is the proportional set size of all processes that host heads, the largest seen while they train.
+Both train `workers.gpt:GPT` under Ray and merge every 10 steps. The rate is taken from the third merge to the last: before,
+virtual heads are tried one by one and concurrently. Memory is the proportional set size of all processes that host heads, the
+maximum during training.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from workers.gpt import GPT
 STEPS, HEADS, CPUS, TRIAL = 80, 8, 2, 3
 
 
-class Watch(threading.Thread):
-    """Looks every 0.5 s at the memory of the processes below this one that host heads."""
+class MemoryWatch(threading.Thread):
+    """Reads every 0.5 s the memory of this process's descendants that host heads."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.most, self._ended = 0, threading.Event()
+        self.peak, self._ended = 0, threading.Event()
 
     def run(self) -> None:
         while not self._ended.wait(0.5):
-            self.most = max(self.most, sum(map(_proportional, _head_processes())))
+            self.peak = max(self.peak, sum(map(_proportional_bytes, _head_processes())))
 
     def end(self) -> int:
         self._ended.set()
         self.join()
-        return self.most
+        return self.peak
 
 
 def _head_processes() -> list[int]:
@@ -60,7 +60,7 @@ def _head_processes() -> list[int]:
     return [pid for pid in hosts if ours(pid)]
 
 
-def _proportional(pid: int) -> int:
+def _proportional_bytes(pid: int) -> int:
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -69,8 +69,8 @@ def _proportional(pid: int) -> int:
 
 
 def measure(heads_per_actor: int, stack: str = "auto") -> tuple[float, int]:
-    """Samples/s of all heads together, and bytes of their processes."""
-    watch = Watch()
+    """Samples/s of all heads together, and the bytes of their processes."""
+    watch = MemoryWatch()
     watch.start()
     with tempfile.TemporaryDirectory() as storage:
         LTETrainer(

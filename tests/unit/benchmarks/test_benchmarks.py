@@ -1,4 +1,4 @@
-"""The benchmarks of merging run at a tiny size, and count and compare what they say."""
+"""The benchmarks of merging at a tiny size: their counts and comparisons are right."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from tests.support.helpers import BATCH, Tiny, make_plan_of
 
 
 def test_bytes_are_counted_without_a_heads_own_contribution() -> None:
-    """In fp32 by factors: up is the contribution, down that of the two others; beside them only messages of numbers."""
+    """In fp32 by factors: up is the contribution, down those of the two others, plus small messages of numbers."""
     plan, merge = make_plan_of([(24, 20, 2), (6, 40, 2)], [(5,)]), MergeConfig(send_down="factors")
-    found = bytes_.measured(plan, merge, heads=3)
+    found = bytes_.measure(plan, merge, heads=3)
     size = 4 * plan.contribution.size
     assert size == min_contribution_bytes(plan, merge)
     assert size < found["up"] < size + 400
     assert 2 * size < found["down"] < 2 * size + 400
 
 
-def test_the_fewest_bytes_down_are_of_each_entry_the_fewer() -> None:
-    """A wide matrix by the others' factors, a small one dense, replicas dense: 3 changes would be more than the values."""
+def test_the_minimum_down_is_the_smaller_form_of_each_entry() -> None:
+    """A wide matrix by the others' factors, a small one dense, and replicas dense, since 3 changes are more than the values."""
     plan = make_plan_of([(100, 100, 1), (4, 4, 2)], [(5,)])
     assert bytes_.least_down(plan, MergeConfig(), heads=4) == 4 * (3 * 200 + 16 + 5)
     assert bytes_.least_down(plan, MergeConfig(transfer="int8"), heads=4) == 3 * 200 + 3 * 16 + 3 * 5
@@ -34,7 +34,7 @@ def test_embeddings_with_factors_are_the_same_model() -> None:
 
 
 def test_formats_are_compared_in_loss() -> None:
-    """Two merges of a tiny model: fp32 over itself is 1, and int8 is near."""
+    """Two merges of a tiny model: the ratio of fp32 to itself is 1, and that of int8 is close to it."""
 
     class Words(Tiny):
         def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
@@ -46,8 +46,8 @@ def test_formats_are_compared_in_loss() -> None:
     assert 0.9 < found["int8"]["over_fp32"]["median"] < 1.1
 
 
-def test_shards_and_bare_products_make_the_same_weights() -> None:
-    """`point` itself compares them; more heads than distinct contributions, with and without shards."""
+def test_shards_and_bare_products_give_the_same_weights() -> None:
+    """`point` compares them itself: more heads than distinct contributions, with and without shards."""
     plan = make_plan_of([(24, 20, 2), (6, 40, 2), (16, 16, 2)], [(5,)])
     for shards in (1, 3):
         for alone in (False, True):
@@ -56,7 +56,7 @@ def test_shards_and_bare_products_make_the_same_weights() -> None:
 
 
 def test_all_ways_see_equally_many_samples() -> None:
-    """Heads that wait, that don't, and that are speed-matched: all local steps of all of them are merged."""
+    """With and without waiting, and speed-matched: all local steps of all heads are merged."""
     names = ("barrier", "naive, weight 1", "average, quorum of 2", "samples, speed-matched")
-    found = {name: async_quality.trained(Tiny(), async_quality.WAYS[name], seed=0, steps=20) for name in names}
+    found = {name: async_quality.train(Tiny(), async_quality.WAYS[name], seed=0, steps=20) for name in names}
     assert {name: row["samples"] for name, row in found.items()} == dict.fromkeys(names, 4 * 20 * BATCH)
