@@ -7,6 +7,7 @@ The ordinary tests parse what they can in this process. `slow` ones give each co
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import re
 import shlex
@@ -19,10 +20,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 
+import lte_ray
 from lte_ray.cli.main import COMMANDS, main
+from lte_ray.worker import build_model
 from tests.docs.pages import LANGUAGES, ROOT, blocks, commands, inline_code, page_blocks, write_files
 from tests.support import export_runs
 
@@ -66,9 +72,9 @@ DECISIONS: dict[str, Runs | str] = {
     "lte-ray train --resume mine --no-wait": Runs(after=MINE),
     "lte-ray audit ~/ray_results/mine": Runs(after=MINE, quick=True),
     "lte-ray export ~/ray_results/mine out --to safetensors": Runs(after=MINE, quick=True),
-    "lte-ray export ~/ray_results/mine out-mine --to peft": Runs(after=MINE, quick=True),
-    "lte-ray export ~/ray_results/mine out-head-1 --to peft --head 1": Runs(after=MINE, quick=True),
-    "lte-ray export ~/ray_results/bert out-bert --to pretrained": Runs(quick=True),
+    "lte-ray export ~/ray_results/mine out-mine --to peft": Runs(after=MINE),
+    "lte-ray export ~/ray_results/mine out-head-1 --to peft --head 1": Runs(after=MINE),
+    "lte-ray export ~/ray_results/bert out-bert --to pretrained": Runs(),
     "lte-ray train --resume mine --steps 800": Runs(after=MINE),
     "lte-ray train mine.py:Net --num-heads 4 --when arrival --no-wait --match-speed --policy samples": Runs(),
     "lte-ray train mine.py:Net --lora-r 32 --layers '@linear: lora_r=16' '0: lora_r=8 lr=0.5' '2: adapt=false lr=0.1'": Runs(),
@@ -145,42 +151,51 @@ def test_flags_within_sentences_exist(capsys: pytest.CaptureFixture[str]) -> Non
 def test_quick_commands_run(
     mine: Path, home: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In this process, after the README's first command; then the Python blocks that need a run."""
-    command = page_blocks("README.md", "sh")[1].splitlines()[-1]
-    assert main([*shlex.split(command)[1:], "--name", "mine"]) == 0
-    save_bert(home)
+    """In this process, after the README's first command; then the Python block that loads the run's weights."""
+    train_mine()
     for quick, how in RUN.items():
         if how.quick:
             with contextlib.suppress(SystemExit):  # --help
-                assert main([os.path.expanduser(word) for word in shlex.split(quick)[1:]]) == 0, quick
+                assert lte_ray_main(quick) == 0, quick
             assert capsys.readouterr().out, quick
     assert (mine / "out" / "model.safetensors").exists()
-    assert (mine / "out-bert" / "config.json").exists()
-    assert (mine / "out-head-1" / "adapter_config.json").exists()
-    read_the_run(mine, home / "ray_results" / "mine", monkeypatch)
-
-
-def read_the_run(folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Executes the Python blocks that read a finished run: they load its weights and its adapter, and continue it."""
-    import peft
-    import safetensors.torch
-    import torch
-    from mine import Net  # type: ignore[import-not-found]
-
-    import lte_ray
-    from lte_ray.worker import build_model
-
-    monkeypatch.chdir(run)
-    names = {"worker": Net(), "safetensors": safetensors}
+    monkeypatch.chdir(home / "ray_results" / "mine")
+    names = {"worker": new_worker(), "safetensors": safetensors}
     exec(page_blocks("docs/runs.md", "python")[0], names)
-    monkeypatch.chdir(folder)
-    adapted = {"peft": peft, "model": build_model(Net(), seed=0)}
-    exec(page_blocks("docs/export.md", "python")[0], adapted)
-    batch = torch.ones(2, 64)
-    torch.testing.assert_close(adapted["model"](batch), names["model"](batch))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_python_blocks_read_a_run(mine: Path, home: Path, local_ray: None) -> None:
+    """They load its adapter, which gives the merged model's outputs, and continue it."""
+    import peft
+
+    train_mine()
+    assert lte_ray_main("lte-ray export ~/ray_results/mine out-mine --to peft") == 0
+    names = {"peft": peft, "model": build_model(new_worker(), seed=0)}
+    exec(page_blocks("docs/export.md", "python")[0], names)
+    run, batch = home / "ray_results" / "mine", torch.ones(2, 64)
+    merged = new_worker().build_model()
+    merged.load_state_dict(safetensors.torch.load_file(run / "model.safetensors"))
+    torch.testing.assert_close(names["model"](batch), merged(batch))
     continued = {"lte_ray": lte_ray}
     exec(page_blocks("docs/faults.md", "python")[0], continued)
     assert Path(continued["result"].path) == run
+
+
+def train_mine() -> None:
+    """Runs the README's first training command in this process, under the name that other commands read."""
+    assert lte_ray_main(f"{page_blocks('README.md', 'sh')[1].splitlines()[-1]} --name mine") == 0
+
+
+def lte_ray_main(command: str) -> int:
+    """Runs a command of lte-ray in this process."""
+    return main([os.path.expanduser(word) for word in shlex.split(command)[1:]])
+
+
+def new_worker() -> Any:
+    """Returns an object of the README's class."""
+    return importlib.import_module("mine").Net()
 
 
 def save_bert(home: Path) -> None:
