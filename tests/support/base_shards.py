@@ -1,4 +1,4 @@
-"""Shared by the tests of shards: a coordinator of numbers with its shards in one process, beside one that merges itself."""
+"""A coordinator with its shards in one process, and a local one to compare it with."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def plans_of(ranks: Sequence[int]) -> list[Plan]:
     return [make_plan_of([(24, 20, r), (6, 40, r), (16, 16, r), (3, 3, 1)], [(5,), (3, 2)], scaling=0.5) for r in ranks]
 
 
-class Whims:
-    """Waits, discards the first, or merges all that is pending, as the test says."""
+class Scripted:
+    """Waits, discards the first, or merges all that is pending, as the test sets `what`."""
 
     what = "merge"
 
@@ -39,22 +39,22 @@ class Whims:
         return Merge({p.head: 0.3 + 0.1 * p.head - 0.05 * p.lag for p in pending})
 
 
-class Spread:
-    """A coordinator of numbers with its shards, as the runtime puts them together, but in one process."""
+class Sharded:
+    """A coordinator with its shards, wired as in the runtime, but in one process."""
 
     def __init__(self, merge: MergeConfig, plans: Sequence[Plan], policy: MergePolicy, base: Tensor, reset: str) -> None:
         settings = dataclasses.replace(make_settings(heads=len(plans), reset=reset), merge=merge)
-        found = make_groups(plans, merge)
-        self.codecs = [Codec(plan, found, merge) for plan in plans]
+        groups_of = make_groups(plans, merge)
+        self.codecs = [Codec(plan, groups_of, merge) for plan in plans]
         entries = views(plans[0].base, base)
         parts = {i: gather(part.base, entries) for i, part in enumerate(self.codecs[0].group_plans)}
         self.shards = [
-            BaseShard(self.codecs, {i: part for i, part in parts.items() if found[i].shard == number}, reset)
+            BaseShard(self.codecs, {i: part for i, part in parts.items() if groups_of[i].shard == number}, reset)
             for number in range(merge.shards)
         ]
         self.coordinator = Coordinator(settings, plans[0], None, policy, plans=plans)
         self.tickets = 0
-        self.waiting: dict[int, int] = {}
+        self.pending: dict[int, int] = {}
 
     def receive(self, contribution: Contribution, buffers: Sequence[Tensor]) -> StepResult:
         self.tickets += 1
@@ -62,56 +62,56 @@ class Spread:
         squares = sum(shard.receive(ticket, contribution.head, named) for shard in self.shards)
         outcome = self.coordinator.receive(contribution, MeasuredContribution(squares))
         if any(not (v.accepted or v.discarded) for v in outcome.results):
-            self.forget(ticket)
+            self.discard(ticket)
             return outcome
-        self.waiting[contribution.head] = ticket
-        tickets = {v.head: self.waiting.pop(v.head) for v in outcome.results}
+        self.pending[contribution.head] = ticket
+        tickets = {v.head: self.pending.pop(v.head) for v in outcome.results}
         for merge in outcome.merges:
             for shard in self.shards:
                 shard.merge(merge.version, {tickets[head]: weight for head, weight in merge.weights.items()})
-        for verdict in outcome.results:
-            if verdict.discarded:
-                self.forget(tickets[verdict.head])
+        for result in outcome.results:
+            if result.discarded:
+                self.discard(tickets[result.head])
         return outcome
 
-    def begin_afresh(self, head: int, incarnation: int) -> None:
-        """Another process of this head begins with B = 0, and the shards hear of it."""
+    def restart_fresh(self, head: int, incarnation: int) -> None:
+        """Another process of this head begins with B = 0; tells the coordinator and the shards."""
         assert self.coordinator.join(head, incarnation, fresh=True)
         for shard in self.shards:
             shard.forget_head(head)
 
-    def forget(self, ticket: int) -> None:
+    def discard(self, ticket: int) -> None:
         for shard in self.shards:
             shard.discard(ticket)
 
     def base(self) -> Tensor:
-        """The whole, from the shards' parts."""
+        """The whole base, from the shards' parts."""
         entries: dict[str, Tensor] = {}
         for shard in self.shards:
             for index in shard.groups:
-                found = shard.schedule_read(index, lambda version, part, held: part.clone())
+                groups_of = shard.schedule_read(index, lambda version, part, held: part.clone())
                 shard.catch_up()
-                entries.update(views(self.codecs[0].group_plans[index].base, found.result()))
+                entries.update(views(self.codecs[0].group_plans[index].base, groups_of.result()))
         return gather(self.codecs[0].plan.base, entries)
 
     def reference(self, index: int, head: int) -> Tensor | None:
         """A head's reference in one group, as the newest version holds it."""
         (shard,) = [shard for shard in self.shards if index in shard.groups]
-        found = shard.schedule_read(index, lambda version, part, held: held.get(head))
+        groups_of = shard.schedule_read(index, lambda version, part, held: held.get(head))
         shard.catch_up()
-        return found.result()
+        return groups_of.result()
 
 
-def both(merge: MergeConfig, ranks: Sequence[int], reset: str, policy: Callable[[], Any]) -> tuple[Coordinator, Spread]:
-    """The same start in one place and spread."""
+def make_both(merge: MergeConfig, ranks: Sequence[int], reset: str, policy: Callable[[], Any]) -> tuple[Coordinator, Sharded]:
+    """A local and a sharded coordinator with the same base."""
     plans = plans_of(ranks)
     base = random_flat(plans[0].base.size, 1).float()
     settings = dataclasses.replace(make_settings(heads=len(plans), reset=reset), merge=merge)
-    one = Coordinator(settings, plans[0], base.clone(), policy(), plans=plans)
-    return one, Spread(merge, plans, policy(), base, reset)
+    local = Coordinator(settings, plans[0], base.clone(), policy(), plans=plans)
+    return local, Sharded(merge, plans, policy(), base, reset)
 
 
-def same(a: StepResult, b: StepResult) -> None:
-    """Verdict for verdict and record for record; only the clock differs."""
+def assert_same(a: StepResult, b: StepResult) -> None:
+    """Equal results and records, except for the clock."""
     assert a.results == b.results
     assert [dataclasses.replace(m, at=0) for m in a.merges] == [dataclasses.replace(m, at=0) for m in b.merges]

@@ -1,4 +1,4 @@
-"""The coordinator's merges, in float64, against sums written out densely."""
+"""The coordinator's merges, in float64, compared with dense sums."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def factors(contribution: Tensor, plan: Plan = PLAN) -> Tensor:
 
 
 def test_average_waits_for_all_heads_and_merges_their_mean_change() -> None:
-    """W_{v+1} = W_v + 1/N sum_n s (B_n A_n - B'_n A'_n), in two rounds, so that references count in the second."""
+    """W_{v+1} = W_v + 1/N sum_n s (B_n A_n - B'_n A'_n), for two rounds: the second has references."""
     coordinator, base = make(ComposedPolicy(Average()), heads=3)
     before: dict[int, Tensor] = {}
     for sequence in (1, 2):
@@ -63,8 +63,8 @@ def test_average_waits_for_all_heads_and_merges_their_mean_change() -> None:
 
 
 @pytest.mark.parametrize("errors", [(0.25, 0.5, 0.125), (0.5, 0.25, 0.125), (0.25, 0.125, 0.5), (0.0, 0.0, 0.0)])
-def test_a_merge_records_the_largest_quantisation_error_of_its_contributions(errors: tuple[float, ...]) -> None:
-    """Whichever head it came from, and of this merge alone."""
+def test_a_merge_records_the_largest_quantization_error_of_its_contributions(errors: tuple[float, ...]) -> None:
+    """From whichever head, and of this merge only."""
     coordinator, _ = make(ComposedPolicy(Average()), heads=3)
     for head, error in enumerate(errors):
         outcome = coordinator.receive(offer(head, base_error=error), buffer(head))
@@ -75,8 +75,8 @@ def test_a_merge_records_the_largest_quantisation_error_of_its_contributions(err
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_the_order_of_arrival_leaves_no_trace(order: tuple[int, ...]) -> None:
-    """The merged base is bitwise the same in whichever order the heads arrive."""
+def test_the_order_of_arrival_does_not_matter(order: tuple[int, ...]) -> None:
+    """The merged base is bitwise the same for every order of arrival."""
     coordinator, expected = make(ComposedPolicy(Average()), heads=3), make(ComposedPolicy(Average()), heads=3)[0]
     for head in range(3):
         expected.receive(offer(head), buffer(head))
@@ -86,7 +86,7 @@ def test_the_order_of_arrival_leaves_no_trace(order: tuple[int, ...]) -> None:
 
 
 def test_a_reset_run_has_no_references() -> None:
-    """reset="B": the second merge counts each whole product s B A, nothing is taken out."""
+    """reset="B": the second merge adds each product s B A, and subtracts nothing."""
     coordinator, base = make(ComposedPolicy(Average()), reset="B")
     for sequence in (1, 2):
         for head in (0, 1):
@@ -97,7 +97,7 @@ def test_a_reset_run_has_no_references() -> None:
 
 
 class Chance:
-    """Decides at random what to merge, discard or wait for; notes what it decided."""
+    """Decides at random what to merge, discard or wait for, and records the weights."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -125,15 +125,15 @@ class Chance:
     st.integers(0, 999),
     st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 3)), min_size=1, max_size=2),
 )
-def test_the_ledger_holds_whatever_the_policy_does(
+def test_the_base_is_the_weighted_sum_of_accepted_changes_for_every_policy(
     heads: int, rounds: int, seed: int, shapes: list[tuple[int, int, int]]
 ) -> None:
-    """At every version, base_v - base_0 = sum of w D over the accepted contributions, D against the last accepted one;
-    so for weights and replicas, and for merges of any subset."""
+    """At every version, base_v - base_0 = sum of w D over the accepted contributions, where D is relative to the head's last
+    accepted one. It holds for weights and replicas, and for merges of any subset."""
     plan = make_plan_of(shapes, [(3,)], scaling=1.5)
     policy, chance = Chance(seed), random.Random(seed + 1)
     coordinator, start = make(policy, heads, plan=plan)
-    ledger, version = torch.zeros_like(start), 0
+    total, version = torch.zeros_like(start), 0
     accepted: dict[int, Tensor] = {}
     sequences = dict.fromkeys(range(heads), 0)
     sent: dict[int, Tensor] = {}
@@ -145,18 +145,18 @@ def test_the_ledger_holds_whatever_the_policy_does(
             sent[head] = buffer(1000 * turn + head, plan)
             outcome = coordinator.receive(offer(head, sequences[head]), sent[head])
             version += len(outcome.merges)
-            for verdict in outcome.results:
-                assert verdict.sequence == sequences[verdict.head]
-                if verdict.accepted:
-                    change = dense_by_hand(plan, sent[verdict.head], accepted.get(verdict.head))
-                    ledger += policy.weights[verdict.head] * change
-                    accepted[verdict.head] = factors(sent[verdict.head], plan)
+            for result in outcome.results:
+                assert result.sequence == sequences[result.head]
+                if result.accepted:
+                    change = dense_by_hand(plan, sent[result.head], accepted.get(result.head))
+                    total += policy.weights[result.head] * change
+                    accepted[result.head] = factors(sent[result.head], plan)
             assert coordinator.version == version
-            assert_near(coordinator.base - start, ledger, 1e-12)  # up to 24 changes, each of a few float64 products
+            assert_near(coordinator.base - start, total, 1e-12)  # up to 24 changes, each of a few float64 products
 
 
 class Script:
-    """Gives these decisions, one a call (and each is followed by another call), then waits; keeps what it was shown."""
+    """Returns these decisions, one a call (each is followed by another call), then waits. Keeps its arguments."""
 
     def __init__(self, *decisions: Decision) -> None:
         self.decisions = list(decisions)
@@ -168,7 +168,7 @@ class Script:
 
 
 def test_merge_change_adds_exactly_what_the_policy_computed() -> None:
-    """base += change; the contributions that it stands for become their heads' references."""
+    """base += change; the contributions that it replaces become their heads' references."""
     change = random_flat(PLAN.base.size, 5)
     coordinator, base = make(Script(Wait(), MergeChange(change, (1, 0)), Wait(), Wait(), Merge({0: 1.0, 1: 1.0})))
     coordinator.receive(offer(0), first := buffer(0))
@@ -182,20 +182,20 @@ def test_merge_change_adds_exactly_what_the_policy_computed() -> None:
     assert_near(coordinator.base, expected, 1e-14)  # a few float64 products
 
 
-def test_discard_gives_the_reason_and_keeps_base_and_reference() -> None:
-    """Discarded heads get a verdict with the policy's reason; their next contribution counts from the old reference."""
+def test_a_discard_keeps_base_and_reference() -> None:
+    """The result has the policy's reason; the head's next contribution is relative to the old reference."""
     coordinator, base = make(Script(Discard([0], "too old"), Wait(), Merge({0: 0.5})))
     outcome = coordinator.receive(offer(0), buffer(0))
-    (verdict,) = outcome.results
-    assert (verdict.accepted, verdict.version, verdict.reason) == (False, 0, "the policy discarded it: too old")
+    (result,) = outcome.results
+    assert (result.accepted, result.version, result.reason) == (False, 0, "the policy discarded it: too old")
     assert torch.equal(coordinator.base, base)
     assert (coordinator.version, coordinator.pending_heads, outcome.merges) == (0, [], ())
     coordinator.receive(offer(0, 2), second := buffer(1))
     assert_near(coordinator.base, base + 0.5 * dense_by_hand(PLAN, second, None), 1e-14)  # one float64 product
 
 
-def test_policies_see_pending_heads_in_order_and_who_lives() -> None:
-    """Pending is sorted by head, with lag and counts and the dense change; the roster follows those who leave."""
+def test_policies_see_pending_heads_in_order_and_the_live_heads() -> None:
+    """Pending is sorted by head, with lag, counts and dense change; the roster follows heads that leave."""
     policy = Script(Wait(), Wait(), Merge({2: 1.0}), Wait(), Wait())
     coordinator, _ = make(policy, heads=3)
     coordinator.receive(offer(2), buffer(2))
@@ -213,8 +213,8 @@ def test_policies_see_pending_heads_in_order_and_who_lives() -> None:
     assert (roster.live, roster.version) == (frozenset({0, 2}), 1)
 
 
-def test_a_head_that_leaves_lets_the_barrier_go_on() -> None:
-    """The rest merge without it, each still with weight 1/N of the heads configured."""
+def test_a_barrier_does_not_wait_for_a_head_that_leaves() -> None:
+    """The others merge without it, each with weight 1/N of the configured heads."""
     coordinator, base = make(ComposedPolicy(Average()), heads=3)
     coordinator.receive(offer(0), buffer(0))
     coordinator.receive(offer(2), buffer(2))
@@ -224,8 +224,8 @@ def test_a_head_that_leaves_lets_the_barrier_go_on() -> None:
     assert_near(coordinator.base, expected, 1e-14)  # two float64 products
 
 
-def test_a_run_goes_on_from_its_version_and_references() -> None:
-    """A coordinator made with a version and references merges what the first one would."""
+def test_a_run_continues_from_its_version_and_references() -> None:
+    """A coordinator with the first one's version and references merges the same."""
     first, _ = make(ComposedPolicy(Average()))
     for head in (0, 1):
         first.receive(offer(head), buffer(head))

@@ -1,4 +1,4 @@
-"""What the coordinator won't merge: contributions that it refuses, and decisions that can't be carried out."""
+"""What the coordinator doesn't merge: refused contributions, and decisions that can't be carried out."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def make(policy: MergePolicy) -> tuple[Coordinator, Tensor]:
     return Coordinator(make_settings(heads=3), PLAN, base.clone(), policy), base
 
 
-def holding(value: float, at: int = -1) -> Tensor:
+def with_value(value: float, at: int = -1) -> Tensor:
     flat = random_flat(SIZE, 1)
     flat[at] = value
     return flat
 
 
 def expected(shape: str, kind: str) -> str:
-    """What is said of this shape and type, as a pattern."""
+    """The refusal of this shape and type, as a pattern."""
     return re.escape(f"it has the shape {shape} and the type torch.{kind}, expected ({SIZE},) and torch.float64")
 
 
@@ -50,57 +50,57 @@ REFUSED: dict[str, tuple[Contribution, Tensor, str]] = {
     "too long": (offer(1), random_flat(SIZE + 1, 1), expected(f"({SIZE + 1},)", "float64")),
     "not flat": (offer(1), GOOD.view(1, -1), expected(f"(1, {SIZE})", "float64")),
     "another type": (offer(1), GOOD.float(), expected(f"({SIZE},)", "float32")),
-    "NaN in a factor": (offer(1), holding(float("nan"), 0), "NaN, infinite or absurdly large"),
-    "NaN in a replica": (offer(1), holding(float("nan")), "NaN, infinite or absurdly large"),
-    "infinite": (offer(1), holding(float("-inf")), "NaN, infinite or absurdly large"),
-    "absurdly large": (offer(1), holding(1e200), "NaN, infinite or absurdly large"),
+    "NaN in a factor": (offer(1), with_value(float("nan"), 0), "NaN, infinite or absurdly large"),
+    "NaN in a replica": (offer(1), with_value(float("nan")), "NaN, infinite or absurdly large"),
+    "infinite": (offer(1), with_value(float("-inf")), "NaN, infinite or absurdly large"),
+    "absurdly large": (offer(1), with_value(1e200), "NaN, infinite or absurdly large"),
 }
-POISON = ("NaN in a factor", "NaN in a replica", "infinite", "absurdly large")
-UNFIT = ("too short", "too long", "not flat", "another type", *POISON)
+HARMFUL = ("NaN in a factor", "NaN in a replica", "infinite", "absurdly large")
+REJECTED = ("too short", "too long", "not flat", "another type", *HARMFUL)
 
 
 @pytest.mark.parametrize("case", list(REFUSED))
 def test_a_bad_contribution_is_refused_and_nothing_else_is_touched(case: str) -> None:
-    """The verdict carries a readable reason; base, version and what is pending stay, and the next good one is taken.
+    """The result has the reason; base, version and pending contributions stay, and the next good one is accepted.
 
-    What can't be merged because of its content is settled by that: its head sends another, under the next number.
+    One that is rejected for its content uses up its number: its head sends another under the next.
     """
     contribution, buffer, reason = REFUSED[case]
     coordinator, base = make(ComposedPolicy(Average()))
     coordinator.receive(offer(0), GOOD)
     outcome = coordinator.receive(contribution, buffer)
-    (verdict,) = outcome.results
-    assert (verdict.head, verdict.sequence, verdict.accepted) == (contribution.head, contribution.sequence, False)
-    assert verdict.version == 0
-    assert re.search(reason, verdict.reason)
+    (result,) = outcome.results
+    assert (result.head, result.sequence, result.accepted) == (contribution.head, contribution.sequence, False)
+    assert result.version == 0
+    assert re.search(reason, result.reason)
     assert outcome.merges == ()
     assert torch.equal(coordinator.base, base)
     assert (coordinator.version, coordinator.pending_heads, coordinator.live) == (0, [0], {0, 1, 2})
-    unfit = case in UNFIT
-    assert verdict.harmful == (case in POISON)
-    if unfit:
+    rejected = case in REJECTED
+    assert result.harmful == (case in HARMFUL)
+    if rejected:
         (again,) = coordinator.receive(offer(1), GOOD).results
         assert "was received before" in again.reason
-    coordinator.receive(offer(1, 2 if unfit else 1), GOOD)
+    coordinator.receive(offer(1, 2 if rejected else 1), GOOD)
     assert coordinator.pending_heads == [0, 1]
 
 
-def test_an_older_incarnation_is_refused_and_a_newer_one_counts_anew() -> None:
-    """After a restart the head's sequence begins at 1 again; what its dead predecessor sent late is refused."""
+def test_an_older_incarnation_is_refused_and_a_newer_one_counts_from_one() -> None:
+    """After a restart the head's sequence begins at 1; late contributions of its predecessor are refused."""
     coordinator, base = make(Scripted(Discard([0], ""), Wait(), Discard([0], ""), Wait(), Wait()))
     assert coordinator.receive(offer(0, 5), GOOD).results[0].reason.startswith("the policy discarded it")
     assert coordinator.receive(offer(0, 1, incarnation=1), GOOD).results[0].reason.startswith("the policy discarded it")
-    (verdict,) = coordinator.receive(offer(0, 6), GOOD).results
-    assert "is older" in verdict.reason
+    (result,) = coordinator.receive(offer(0, 6), GOOD).results
+    assert "is older" in result.reason
     assert torch.equal(coordinator.base, base)
     assert coordinator.receive(offer(0, 2, incarnation=1), GOOD).results == ()
     assert coordinator.pending_heads == [0]
 
 
-def test_the_third_unfit_contribution_in_a_row_quarantines_its_head() -> None:
-    """It leaves the run, and its data are free for others; a repeat doesn't count."""
+def test_the_third_rejected_contribution_in_a_row_quarantines_its_head() -> None:
+    """It leaves the run, and its data are unassigned; a repeat doesn't count."""
     coordinator, base = make(Scripted(*[Wait()] * 9))
-    bad = holding(float("nan"))
+    bad = with_value(float("nan"))
     for sequence in (1, 2):
         assert not coordinator.receive(offer(1, sequence), bad).results[0].quarantined
         assert not coordinator.receive(offer(1, sequence), bad).results[0].quarantined  # a repeat
@@ -112,27 +112,27 @@ def test_the_third_unfit_contribution_in_a_row_quarantines_its_head() -> None:
     assert coordinator.assignor.unassigned == initial_partitions(1, 3)
 
 
-def test_a_merge_ends_the_count_of_unfit_contributions() -> None:
+def test_a_merge_resets_the_count_of_rejected_contributions() -> None:
     """Two bad ones, a merged one, two bad ones: the head stays."""
     coordinator, _ = make(Scripted(Merge({1: 0.1}), *[Wait()] * 9))
     for sequence in (1, 2, 4, 5):
         if sequence == 4:
             assert coordinator.receive(offer(1, 3), GOOD).results[0].accepted
-        (verdict,) = coordinator.receive(offer(1, sequence), holding(float("nan"))).results
-        assert (verdict.harmful, verdict.quarantined) == (True, False)
+        (result,) = coordinator.receive(offer(1, sequence), with_value(float("nan"))).results
+        assert (result.harmful, result.quarantined) == (True, False)
     assert coordinator.live == {0, 1, 2}
 
 
-def test_a_head_that_has_left_can_contribute_no_more() -> None:
-    """It isn't live any longer."""
+def test_a_head_that_has_left_can_no_longer_contribute() -> None:
+    """It is no longer live."""
     coordinator, _ = make(ComposedPolicy(Average()))
     coordinator.leave(1)
-    (verdict,) = coordinator.receive(offer(1), GOOD).results
-    assert verdict.reason == "head 1 isn't one of the live heads [0, 2]"
+    (result,) = coordinator.receive(offer(1), GOOD).results
+    assert result.reason == "head 1 isn't one of the live heads [0, 2]"
 
 
 class Scripted:
-    """Gives these decisions in turn, or raises those that are exceptions."""
+    """Returns these decisions in turn, or raises those that are exceptions."""
 
     def __init__(self, *decisions: Decision | Exception | object) -> None:
         self.decisions = list(decisions)
@@ -175,7 +175,7 @@ def refuse_decision(decision: object, reason: str) -> None:
 
 @pytest.mark.parametrize("case", list(IMPOSSIBLE))
 def test_an_impossible_decision_is_a_policy_error(case: str) -> None:
-    """It names the policy and what is wrong, before anything is merged."""
+    """The error names the policy and what is wrong; nothing is merged."""
     decision, reason = IMPOSSIBLE[case]
     refuse_decision(decision(), f"The merge policy .*{reason}" if "Scripted" not in reason else reason)
 
@@ -194,13 +194,13 @@ def test_an_impossible_decision_is_a_policy_error(case: str) -> None:
     ids=["text as weight", "None as weight", "None as change", "list as change", "a number as heads", "text as head", "mixed"],
 )
 def test_a_decision_of_wrong_types_is_a_policy_error(decision: Decision) -> None:
-    """What a policy's author may get wrong inside a decision is a PolicyError too, not a raw TypeError."""
+    """A mistake inside a decision is a PolicyError, not a raw TypeError."""
     refuse_decision(decision, "The merge policy Scripted")
 
 
 @pytest.mark.parametrize("last", ["arrives", "leaves"])
-def test_waiting_for_ever_is_a_policy_error(last: str) -> None:
-    """When every live head has contributed, a policy that still waits stops the run with what it waits for."""
+def test_waiting_forever_is_a_policy_error(last: str) -> None:
+    """If every live head has contributed, a policy that still waits ends the run; the error says what it waits for."""
     coordinator, _ = make(Scripted(Wait(), Wait(), Wait("for the moon")))
     coordinator.receive(offer(0), GOOD)
     coordinator.receive(offer(1), GOOD)
@@ -210,7 +210,7 @@ def test_waiting_for_ever_is_a_policy_error(last: str) -> None:
 
 @pytest.mark.parametrize(("weight", "size", "scaling"), [(1e300, 1.0, 2.0), (1.0, 1e18, 1e3)], ids=["weight", "factors"])
 def test_a_merge_never_makes_the_base_infinite(weight: float, size: float, scaling: float) -> None:
-    """Where finite weights and factors overflow float32 in their product, nothing is merged: a refusal or a PolicyError."""
+    """Finite weights or factors whose product overflows float32 aren't merged: a refusal or a PolicyError."""
     plan = make_plan_of([(6, 5, 2)], [(4,)], scaling=scaling)
     base = random_flat(plan.base.size, 99, torch.float32)
     coordinator = Coordinator(make_settings(heads=3), plan, base.clone(), Scripted(Merge({0: weight}), Wait()))

@@ -1,4 +1,4 @@
-"""The shards' processes and the coordinator's side of them, without Ray: calls come late and in any order."""
+"""Shard actors and the coordinator's side of them, without Ray: calls arrive late and in any order."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ PLANS = tuple(make_plan_of([(24, 20, r), (6, 40, r), (16, 16, r)], [(5,), (3, 2)
 MERGE = MergeConfig(shards=3, send_down="factors", transfer="int8", merge_threads=1)
 
 
-class Copies:
-    """Handles are copies of the tensors."""
+class CopyingTransport:
+    """A transport whose handles are copies of the tensors."""
 
     def publish(self, buffer: Tensor) -> Tensor:
         return buffer.clone()
@@ -46,8 +46,8 @@ class Copies:
         return handle
 
 
-class Late:
-    """A handle of an actor whose calls take a random number of turns of the event loop to come there."""
+class LateActor:
+    """An actor handle whose calls arrive after a random number of turns of the event loop."""
 
     def __init__(self, actor: Any, chance: random.Random) -> None:
         self.actor, self.chance = actor, chance
@@ -65,115 +65,118 @@ def checksums(buffers: Sequence[Tensor]) -> list[int]:
     return [buffers_checksum([buffer]) for buffer in buffers]
 
 
-def spread(seed: int, start: CoordinatorState) -> tuple[ShardedAggregator, RunContext]:
+def make_sharded(seed: int, start: CoordinatorState) -> tuple[ShardedAggregator, RunContext]:
     settings = dataclasses.replace(make_settings(heads=2), merge=MERGE)
-    common = RunContext(None, settings, None, Copies(), make_groups(PLANS, MERGE))  # type: ignore[arg-type]
+    context = RunContext(None, settings, None, CopyingTransport(), make_groups(PLANS, MERGE))  # type: ignore[arg-type]
     chance = random.Random(seed)
-    actors = [Late(ShardActor(common, PLANS, number, start), chance) for number in range(MERGE.shards)]
-    return ShardedAggregator(actors, common.codecs(PLANS), start.version), common
+    actors = [LateActor(ShardActor(context, PLANS, number, start), chance) for number in range(MERGE.shards)]
+    return ShardedAggregator(actors, context.codecs(PLANS), start.version), context
 
 
 @given(st.integers(0, 1 << 30))
-def test_calls_that_overtake_each_other_change_nothing(seed: int) -> None:
-    """Merges and questions are sent without waiting for answers: each answer is of the version at which it was asked."""
+def test_calls_that_overtake_each_other_give_the_same_results(seed: int) -> None:
+    """Merges and reads are sent without waiting for answers: each answer is of the version at which it was requested."""
     base = random_flat(PLANS[0].base.size, 1).float()
 
     async def run() -> None:
-        shards, common = spread(seed, CoordinatorState(0, base))
-        codecs = common.codecs(PLANS)
-        settings = dataclasses.replace(common.settings, merge=dataclasses.replace(MERGE, shards=1))
-        one = Coordinator(settings, PLANS[0], base.clone(), ComposedPolicy(Average()), plans=PLANS)
-        asked: list[Any] = []
+        aggregator, context = make_sharded(seed, CoordinatorState(0, base))
+        codecs = context.codecs(PLANS)
+        settings = dataclasses.replace(context.settings, merge=dataclasses.replace(MERGE, shards=1))
+        local = Coordinator(settings, PLANS[0], base.clone(), ComposedPolicy(Average()), plans=PLANS)
+        reads: list[Any] = []
         for version in range(1, 6):
             for head in (0, 1):
                 flat = random_flat(PLANS[head].contribution.size, 2 * version + head).float()
-                buffers, decoded = codecs[head].encode(flat, one.reference(head))
-                measured = await shards.receive(2 * version + head, head, buffers, checksums(buffers))
+                buffers, decoded = codecs[head].encode(flat, local.reference(head))
+                measured = await aggregator.receive(2 * version + head, head, buffers, checksums(buffers))
                 assert measured.sum_of_squares == pytest.approx(float(decoded.double().square().sum()), rel=1e-5)
-                one.receive(offer(head, version, version=one.version), decoded)
-            shards.discard(99)
-            seconds = asyncio.ensure_future(shards.merge(version, {2 * version + head: 0.5 for head in (0, 1)}))
-            whole, total = asyncio.ensure_future(shards.publish_base()), asyncio.ensure_future(shards.checksum())
-            parts = asyncio.ensure_future(shards.publish_parts(range(len(common.groups)), references=True))
-            held = {head: one.reference(head).clone() for head in (0, 1)}  # type: ignore[union-attr]
-            asked.append((version, one.base.clone(), held, seconds, whole, total, parts))
-        for version, expected, held, seconds, whole, total, parts in asked:
-            assert await seconds >= 0
-            assert torch.equal(Copies().fetch((await whole).parts[-1]), expected)
-            assert await total == base_checksum(expected)
-            found = await parts
-            assert found.version == version
-            for index, part in found.parts.items():
+                local.receive(offer(head, version, version=local.version), decoded)
+            aggregator.discard(99)
+            merge_seconds = asyncio.ensure_future(aggregator.merge(version, {2 * version + head: 0.5 for head in (0, 1)}))
+            base_read, checksum = asyncio.ensure_future(aggregator.publish_base()), asyncio.ensure_future(aggregator.checksum())
+            parts = asyncio.ensure_future(aggregator.publish_parts(range(len(context.groups)), references=True))
+            references = {head: local.reference(head).clone() for head in (0, 1)}  # type: ignore[union-attr]
+            reads.append((version, local.base.clone(), references, merge_seconds, base_read, checksum, parts))
+        for version, expected, references, merge_seconds, base_read, checksum, parts in reads:
+            assert await merge_seconds >= 0
+            assert torch.equal(CopyingTransport().fetch((await base_read).parts[-1]), expected)
+            assert await checksum == base_checksum(expected)
+            published = await parts
+            assert published.version == version
+            for index, part in published.parts.items():
                 entries = views(codecs[0].group_plans[index].base, part)
                 assert all(torch.equal(entries[name], views(PLANS[0].base, expected)[name]) for name in entries)
-            for head, reference in held.items():
-                assert torch.equal(Copies().fetch(found.references[head]), reference)
+            for head, reference in references.items():
+                assert torch.equal(CopyingTransport().fetch(published.references[head]), reference)
 
     asyncio.run(run())
 
 
-def test_what_one_shard_cannot_decode_no_shard_keeps() -> None:
-    """The reason is that of decoding all at once, also where a buffer is missing; the next contribution is taken."""
+def test_no_shard_keeps_what_one_cannot_decode() -> None:
+    """The reason is that of decoding all groups at once, also if a buffer is missing; the next contribution is accepted."""
     base = random_flat(PLANS[0].base.size, 1).float()
 
     async def run() -> None:
-        shards, common = spread(1, CoordinatorState(0, base))
-        codec = common.codecs(PLANS)[0]
+        aggregator, context = make_sharded(1, CoordinatorState(0, base))
+        codec = context.codecs(PLANS)[0]
         buffers = list(codec.encode(random_flat(codec.plan.contribution.size, 1).float(), None)[0])
         for bad in (buffers[:2], [*buffers[:2], buffers[2][:-1]]):
-            with pytest.raises(ValueError, match="expected") as whole:
+            with pytest.raises(ValueError, match="expected") as local_error:
                 codec.decode(dict(enumerate(bad)), None)
-            with pytest.raises(ValueError, match="expected") as spread_out:
-                await shards.receive(1, 0, bad, checksums(bad))
-            assert str(spread_out.value) == str(whole.value)
-        await shards.receive(2, 0, buffers, checksums(buffers))
+            with pytest.raises(ValueError, match="expected") as sharded_error:
+                await aggregator.receive(1, 0, bad, checksums(bad))
+            assert str(sharded_error.value) == str(local_error.value)
+        await aggregator.receive(2, 0, buffers, checksums(buffers))
         await asyncio.gather(*(task for task in asyncio.all_tasks() if task is not asyncio.current_task()))
-        assert [shard.actor.actor._shard.undecided for shard in shards._shards] == [1, 1, 1]
+        assert [shard.actor.actor._shard.undecided for shard in aggregator._shards] == [1, 1, 1]
 
     asyncio.run(run())
 
 
-def test_what_was_changed_on_its_way_is_refused_and_the_turn_goes_on() -> None:
-    """One bit of one shard's buffer: the reason names the buffer, no shard keeps its part, and the next one is taken."""
+def test_a_buffer_that_was_changed_on_its_way_is_refused() -> None:
+    """One bit of one shard's buffer: the reason names the buffer, no shard keeps its part, and the next one is accepted."""
     base = random_flat(PLANS[0].base.size, 1).float()
 
     async def run() -> None:
-        shards, common = spread(1, CoordinatorState(0, base))
-        codec = common.codecs(PLANS)[0]
+        aggregator, context = make_sharded(1, CoordinatorState(0, base))
+        codec = context.codecs(PLANS)[0]
         buffers = list(codec.encode(random_flat(codec.plan.contribution.size, 1).float(), None)[0])
         sent = checksums(buffers)
         changed = [buffer.clone() for buffer in buffers]
         changed[1].view(torch.uint8)[7] ^= 1
         with pytest.raises(ValueError, match=r"its buffer 0 didn't arrive as it was sent"):  # of this shard's
-            await shards.receive(1, 0, changed, sent)
-        await shards.receive(2, 0, buffers, sent)
+            await aggregator.receive(1, 0, changed, sent)
+        await aggregator.receive(2, 0, buffers, sent)
         await asyncio.gather(*(task for task in asyncio.all_tasks() if task is not asyncio.current_task()))
-        assert [shard.actor.actor._shard.undecided for shard in shards._shards] == [1, 1, 1]
+        assert [shard.actor.actor._shard.undecided for shard in aggregator._shards] == [1, 1, 1]
 
     asyncio.run(run())
 
 
-def test_shards_go_on_from_a_version_with_its_references() -> None:
-    """As new ones do when the coordinator has died: base, version and every head's factors in their groups."""
+def test_shards_start_from_a_version_with_its_references() -> None:
+    """As after the coordinator has died: base, version and every head's factors in their groups."""
     base = random_flat(PLANS[0].base.size, 1).float()
-    held = {1: random_flat(PLANS[1].factors_size, 2).float()}
+    references = {1: random_flat(PLANS[1].factors_size, 2).float()}
 
     async def run() -> None:
-        shards, common = spread(3, CoordinatorState(7, base, held))
-        found = await shards.publish_base(references=True)
-        assert found.version == 7
-        assert torch.equal(Copies().fetch(found.parts[-1]), base)
-        assert {head: torch.equal(Copies().fetch(handle), held[head]) for head, handle in found.references.items()} == {1: True}
-        codecs = common.codecs(PLANS)
+        aggregator, context = make_sharded(3, CoordinatorState(7, base, references))
+        published = await aggregator.publish_base(references=True)
+        assert published.version == 7
+        assert torch.equal(CopyingTransport().fetch(published.parts[-1]), base)
+        assert {
+            head: torch.equal(CopyingTransport().fetch(handle), references[head])
+            for head, handle in published.references.items()
+        } == {1: True}
+        codecs = context.codecs(PLANS)
         flat = random_flat(PLANS[1].contribution.size, 3).float()
-        buffers, decoded = codecs[1].encode(flat, held[1])
-        await shards.receive(1, 1, buffers, checksums(buffers))
-        await shards.merge(8, {1: 0.5})
-        settings = dataclasses.replace(common.settings, merge=dataclasses.replace(MERGE, shards=1))
+        buffers, decoded = codecs[1].encode(flat, references[1])
+        await aggregator.receive(1, 1, buffers, checksums(buffers))
+        await aggregator.merge(8, {1: 0.5})
+        settings = dataclasses.replace(context.settings, merge=dataclasses.replace(MERGE, shards=1))
         policy = ComposedPolicy(Average(), Arrival())
-        one = Coordinator(settings, PLANS[0], base.clone(), policy, plans=PLANS, version=7, references=dict(held))
-        one.receive(offer(1, 1, version=7), decoded)
-        assert one.version == 8
-        assert torch.equal(Copies().fetch((await shards.publish_base()).parts[-1]), one.base)
+        local = Coordinator(settings, PLANS[0], base.clone(), policy, plans=PLANS, version=7, references=dict(references))
+        local.receive(offer(1, 1, version=7), decoded)
+        assert local.version == 8
+        assert torch.equal(CopyingTransport().fetch((await aggregator.publish_base()).parts[-1]), local.base)
 
     asyncio.run(run())

@@ -1,4 +1,4 @@
-"""The coordinator's process on its event loop, without Ray: who is told what, whatever becomes of the heads."""
+"""The event loop of the coordinator's process, without Ray: the results of contributions, and checkpoints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.helpers import make_plan_of, make_settings, offer, random_fla
 CONTEXT: Any = SimpleNamespace(transport=None, merge_threads=lambda part, whole: 1)
 
 
-class Patient:
+class MergeTogether:
     """Merges all heads together."""
 
     def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
@@ -38,18 +38,18 @@ class Patient:
         return Merge({p.head: 1 / len(pending) for p in pending})
 
 
-class Here:
-    """The tensors in this process, and what was said of each contribution."""
+class FakeAggregator:
+    """An aggregator and broadcaster that record discarded tickets and refusals."""
 
     def __init__(self) -> None:
-        self.forgotten: list[int] = []
+        self.discarded: list[int] = []
         self.refusals: list[ContributionResult] = []
 
     async def receive(self, ticket: int, head: int, handles: Sequence[Tensor], checksums: Sequence[int]) -> Tensor:
         return handles[0]
 
     def discard(self, ticket: int) -> None:
-        self.forgotten.append(ticket)
+        self.discarded.append(ticket)
 
     def publish_merges(self, merges: Sequence[MergeRecord], buffers: Mapping[int, Any], tickets: Mapping[int, int]) -> None:
         """What follows a merge isn't tested here."""
@@ -58,45 +58,45 @@ class Here:
         self.refusals.append(result)
 
 
-def test_what_a_dropped_head_had_contributed_is_settled_and_forgotten() -> None:
-    """Its verdict comes, nothing of it stays behind, and the others' contributions are merged without it."""
+def test_the_contribution_of_a_dropped_head_is_refused_and_discarded() -> None:
+    """Its result arrives, nothing of it is kept, and the others are merged without it."""
 
     async def run() -> None:
         plan = make_plan_of([(6, 5, 2)], [(4,)])
-        engine = Coordinator(make_settings(heads=3), plan, random_flat(plan.base.size, 1).float(), Patient())
-        here, waiters = Here(), BackgroundTasks(lambda: None)
-        merging = SubmissionLoop(CONTEXT, engine, here, here, waiters)  # type: ignore[arg-type]
+        engine = Coordinator(make_settings(heads=3), plan, random_flat(plan.base.size, 1).float(), MergeTogether())
+        fake, tasks = FakeAggregator(), BackgroundTasks(lambda: None)
+        submissions = SubmissionLoop(CONTEXT, engine, fake, fake, tasks)  # type: ignore[arg-type]
         buffers = [random_flat(plan.contribution.size, seed).float() for seed in range(3)]
-        told = [asyncio.ensure_future(merging.submit(offer(head, 1, buffer=(buffers[head],)))) for head in (0, 1)]
+        pending = [asyncio.ensure_future(submissions.submit(offer(head, 1, buffer=(buffers[head],)))) for head in (0, 1)]
         await asyncio.sleep(0.01)
-        assert merging._undecided.keys() == {0, 1}
-        merging.handle(lambda: engine.drop(1))
-        verdict = await told[1]
-        assert not verdict.accepted
-        assert "head 1 has left the run" in verdict.reason
-        assert here.forgotten == [2]
-        assert merging._undecided.keys() == {0}
-        assert (await merging.submit(offer(2, 1, buffer=(buffers[2],)))).accepted
-        assert (await told[0]).accepted
-        assert not merging._undecided
+        assert submissions._undecided.keys() == {0, 1}
+        submissions.handle(lambda: engine.drop(1))
+        result = await pending[1]
+        assert not result.accepted
+        assert "head 1 has left the run" in result.reason
+        assert fake.discarded == [2]
+        assert submissions._undecided.keys() == {0}
+        assert (await submissions.submit(offer(2, 1, buffer=(buffers[2],)))).accepted
+        assert (await pending[0]).accepted
+        assert not submissions._undecided
 
     asyncio.run(run())
 
 
-def test_a_part_that_is_missing_for_long_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The answer that asked may be lost: three such checkpoints would keep all others from being begun."""
-    cut = checkpointing._OpenCheckpoint({}, CheckpointRequest(4, {0: 2, 1: 3}), set(), {0, 1}, {})
-    writer = checkpointing.CheckpointManager.__new__(checkpointing.CheckpointManager)
-    writer._open = {4: cut}
-    assert writer.missing_requests({0}, {0, 1}) == (CheckpointRequest(4, {0: 2}),)
-    assert writer.missing_requests((), {0, 1}) == ()
-    now = cut.begun + checkpointing.REQUEST_AGAIN + 1
+def test_a_part_that_is_missing_for_long_is_requested_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reply that requested it may be lost: three such checkpoints would keep others from being begun."""
+    opened = checkpointing._OpenCheckpoint({}, CheckpointRequest(4, {0: 2, 1: 3}), set(), {0, 1}, {})
+    manager = checkpointing.CheckpointManager.__new__(checkpointing.CheckpointManager)
+    manager._open = {4: opened}
+    assert manager.missing_requests({0}, {0, 1}) == (CheckpointRequest(4, {0: 2}),)
+    assert manager.missing_requests((), {0, 1}) == ()
+    now = opened.begun + checkpointing.REQUEST_AGAIN + 1
     monkeypatch.setattr(checkpointing.time, "monotonic", lambda: now)
-    assert writer.missing_requests((), {0, 1}) == (CheckpointRequest(4, {0: 2, 1: 3}),)
+    assert manager.missing_requests((), {0, 1}) == (CheckpointRequest(4, {0: 2, 1: 3}),)
 
 
-def test_a_head_that_cannot_write_its_part_costs_that_checkpoint_and_no_other(tmp_path: Path) -> None:
-    """It isn't committed without the part, as it is if the head's process is gone; what it leaves makes room for the next."""
+def test_a_head_that_cannot_write_its_part_costs_only_that_checkpoint(tmp_path: Path) -> None:
+    """It isn't committed without the part, as it would be if the head's process were gone; the next one removes its files."""
     directory = RunDirectory.open(str(tmp_path), "r")
     write(directory, 2)
     base = random_flat(PLAN.base.size, 1).float()
@@ -107,22 +107,22 @@ def test_a_head_that_cannot_write_its_part_costs_that_checkpoint_and_no_other(tm
     common = SimpleNamespace(
         directory=directory, retention=RetentionPolicy(1), transport=SimpleNamespace(fetch_async=fetch_async)
     )
-    writer = checkpointing.CheckpointManager(common, PLAN, 2, (0, 1))  # type: ignore[arg-type]
-    here = Published(4, {-1: None})  # type: ignore[dict-item]
+    manager = checkpointing.CheckpointManager(common, PLAN, 2, (0, 1))  # type: ignore[arg-type]
+    published = Published(4, {-1: None})  # type: ignore[dict-item]
 
     async def run() -> None:
         for version, why in ((4, "the state of head 1: No space left on device"), (6, "")):
-            writer._open[version] = checkpointing._OpenCheckpoint(
+            manager._open[version] = checkpointing._OpenCheckpoint(
                 FACTS, CheckpointRequest(version, {0: 1, 1: 1}), set(), {0, 1}, {}
             )
-            await writer.write_base(version, here)
+            await manager.write_base(version, published)
             state, meta = {"reference": torch.zeros(3)}, {"step": 4}
-            await writer.add_part(version, 0, checkpoint.write_head(directory, version, 0, state, meta))
+            await manager.add_part(version, 0, checkpoint.write_head(directory, version, 0, state, meta))
             assert (4 in checkpoint.incomplete_versions(directory)) == (version == 4)
-            await writer.add_part(version, 1, None, why)
+            await manager.add_part(version, 1, None, why)
             assert checkpoint.complete_versions(directory) == ([2] if why else [6])
-            assert writer.problem == (f"checkpoint 4 couldn't be written: {why}" if why else "")
-            assert writer.unfinished == []
+            assert manager.problem == (f"checkpoint 4 couldn't be written: {why}" if why else "")
+            assert manager.unfinished == []
 
     asyncio.run(run())
     assert checkpoint.read_manifest(directory, 6).heads == (0,)
