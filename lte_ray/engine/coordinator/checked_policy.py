@@ -106,13 +106,13 @@ class CheckedPolicy:
         """
         if isinstance(decision, Merge):
             return None
-        given: Any = decision.change
-        if not isinstance(given, Tensor) or given.shape != (self._size,):
-            shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        unchecked: Any = decision.change
+        if not isinstance(unchecked, Tensor) or unchecked.shape != (self._size,):
+            shape = tuple(unchecked.shape) if isinstance(unchecked, Tensor) else type(unchecked).__name__
             raise PolicyError(
                 f"{self._name} gave a change of shape {shape}; it must be finite and flat, {(self._size,)}, in the base layout."
             )
-        change: Tensor = given.to(self._dtype)
+        change: Tensor = unchecked.to(self._dtype)
         if not bool(torch.isfinite(change).all()):
             raise PolicyError(f"{self._name} gave a change that holds NaN or infinity; it must be finite.")
         return change

@@ -131,7 +131,9 @@ class Coordinator:
         self._fresh = set(fresh)  # heads that have begun with B = 0, and weren't merged since
         self._pending: dict[int, _Received] = {}
         # Incarnation and sequence last received, by head.
-        self._newest = {n: (held.incarnation, held.sequence) for n, held in self.positions.items() if held.sequence}
+        self._newest = {
+            n: (position.incarnation, position.sequence) for n, position in self.positions.items() if position.sequence
+        }
         # What the policy sees of them, sorted by head: with 10,000 heads too much to build for every event.
         self._shown: list[Pending] = []
         self._trial: tuple[Try, Tensor] | None = None  # and the base that is tried
@@ -176,7 +178,7 @@ class Coordinator:
 
     def checkpoint_facts(self) -> dict[str, Any]:
         """What a checkpoint's manifest says of the coordinator."""
-        standings = {str(head): dataclasses.asdict(held) for head, held in self.positions.items() if head in self.members}
+        standings = {str(head): dataclasses.asdict(each) for head, each in self.positions.items() if head in self.members}
         return {"standings": standings, "ledger": self.assignment_state(), "guard": self.outlier_filter.state()}
 
     def policy_state(self) -> dict[str, Tensor]:
@@ -220,12 +222,12 @@ class Coordinator:
 
     def merged_result(self, c: Contribution) -> ContributionResult | None:
         """The result of a contribution that was merged before: a head that sends it again hasn't received it."""
-        held = self.positions.get(c.head)
-        if held is None or not held.sequence or c.run != self.settings.run:
+        position = self.positions.get(c.head)
+        if position is None or not position.sequence or c.run != self.settings.run:
             return None
-        if (c.incarnation, c.sequence) != (held.incarnation, held.sequence):
+        if (c.incarnation, c.sequence) != (position.incarnation, position.sequence):
             return None
-        return ContributionResult(c.head, c.sequence, True, held.version)
+        return ContributionResult(c.head, c.sequence, True, position.version)
 
     def check_numbers(self, c: Contribution) -> StepResult | None:
         """The refusal of a contribution whose numbers forbid to merge it; None if they don't."""
