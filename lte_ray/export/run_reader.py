@@ -53,7 +53,7 @@ class SavedRun:
         return self.plans[0]
 
     def head(self, head: int) -> dict[str, Tensor]:
-        """Reads the tensors of one head's state (`engine.head.state`).
+        """Reads the tensors of one head's state (`engine.head.snapshot`).
 
         Raises:
             ConfigError: the head doesn't exist.

@@ -1,4 +1,4 @@
-"""What lte-ray does with a worker: checks it, asks it for batches, and moves and counts them."""
+"""A worker is checked, called for batches, and its batches are moved and counted."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Pair = namedtuple("Pair", "inputs targets")
 
 
 def test_a_complete_worker_passes() -> None:
-    """Optional methods aren't asked for."""
+    """Optional methods aren't needed."""
     check_worker(Tiny())
 
 
-def test_a_worker_that_lacks_methods_is_told_which() -> None:
+def test_the_error_names_the_methods_that_a_worker_lacks() -> None:
     """The error names the class, what it lacks (also what can't be called), and what a worker needs."""
 
     class Half:
@@ -39,7 +39,7 @@ def test_a_worker_that_lacks_methods_is_told_which() -> None:
 
 
 def test_a_model_is_built_from_its_seed_alone() -> None:
-    """The same seed gives the same weights, whatever was drawn before; what isn't a module is refused."""
+    """The same seed gives the same weights, whatever was drawn before; a model that isn't a module is an error."""
 
     def weights(seed: int) -> torch.Tensor:
         return torch.cat([p.flatten() for p in build_model(Regression(width=4), seed).parameters()])
@@ -58,7 +58,7 @@ def test_a_model_is_built_from_its_seed_alone() -> None:
 
 
 class Listed:
-    """Yields batch numbers from the cursor on, a few at a time, and notes what it was asked for."""
+    """Yields batch numbers from the cursor on, a few at a time, and records its calls."""
 
     def __init__(self, at_a_time: int) -> None:
         self.at_a_time, self.asked = at_a_time, []
@@ -69,15 +69,15 @@ class Listed:
 
 
 def test_batches_never_end() -> None:
-    """An iterator that ends is asked for again with the cursor moved on, from the shard's own cursor."""
+    """When an iterator ends, `train_batches` is called again with a later cursor, counted from the shard's own."""
     worker, shard = Listed(3), Shard(1, 4, 9, cursor=5)
     batches = endless_batches(worker, shard)  # type: ignore[arg-type]
     assert [next(batches) for _ in range(8)] == list(range(5, 13))
     assert worker.asked == [shard.at(5), shard.at(8), shard.at(11)]
 
 
-def test_a_list_of_batches_will_do() -> None:
-    """Anything that can be iterated is taken, so each epoch may be a list."""
+def test_batches_may_be_a_list() -> None:
+    """Anything that can be iterated is accepted, so each epoch may be a list."""
 
     class Lists:
         def train_batches(self, shard: Shard) -> list[str]:
@@ -88,7 +88,7 @@ def test_a_list_of_batches_will_do() -> None:
 
 
 def test_an_empty_iterator_is_an_error_that_names_the_head() -> None:
-    """At once, and also where batches run out later."""
+    """At once, and also if batches run out later."""
     with pytest.raises(WorkerError, match=r"ended at once, without a batch, for head 1 of 4 at cursor 5"):
         next(endless_batches(Listed(0), Shard(1, 4, 0, 5)))  # type: ignore[arg-type]
     worker = Listed(2)
@@ -112,7 +112,7 @@ def test_what_cannot_be_iterated_is_an_error() -> None:
 
 
 def test_to_device_moves_every_tensor_and_keeps_the_rest() -> None:
-    """Tensors, tuples, named tuples, lists and dicts, nested; whatever else is in a batch stays the same object."""
+    """Tensors, tuples, named tuples, lists and dicts, nested; anything else in a batch stays the same object."""
     meta, other = torch.device("meta"), object()
     x = torch.zeros(2, 3)
     assert to_device(x, meta).device == meta
@@ -154,13 +154,13 @@ def test_samples_are_the_first_dimension_of_the_first_tensor(batch: object, samp
 
 
 @pytest.mark.parametrize("first", [["a", "b", "c"], {"id": 7}, ()], ids=["list of names", "dict of numbers", "empty tuple"])
-def test_what_holds_no_tensor_is_passed_over(first: object) -> None:
-    """A list of file names or a dict of numbers before the tensors doesn't decide how many samples there are."""
+def test_values_without_tensors_are_skipped(first: object) -> None:
+    """A list of file names or a dict of numbers before the tensors doesn't decide the number of samples."""
     assert count_samples((first, FIVE)) == 5
 
 
 def test_a_workers_settings_are_its_constructor_arguments() -> None:
-    """By name, as far as it keeps them."""
+    """By name, if it keeps them in attributes."""
     assert worker_settings(Regression(width=4, lr=0.5)) == {"width": 4, "batch_size": 64, "samples": 8192, "lr": 0.5}
 
     class Forgetful:

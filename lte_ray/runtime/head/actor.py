@@ -200,7 +200,7 @@ class HeadActor:
                 waiting.enter_context(head.timer.measure("wait", 1 / len(heads)))
             received = client.received_replies(timeout=POLL_SECONDS)
         self._adopt_replies(group, client, received)
-        # A head whose contribution was merged with that of another head here has learned so; its own reply comes at once.
+        # A head whose contribution was merged with that of another head here knows that already; its reply comes at once.
         while any(client.awaits_reply(head) and not head.outstanding for head in heads) and self._context.settings.merge.wait:
             self._adopt_replies(group, client, client.received_replies(timeout=POLL_SECONDS))
 

@@ -149,9 +149,9 @@ class RecoveryCache:
 
     def record_contribution(self, head: int, sequence: int, flat: Tensor) -> None:
         """Records a contribution before it is sent; `flat` is what receivers decode."""
-        own = self._heads[head]
-        own.pending = sequence
-        own.factors[sequence] = None if self._reset == "B" else factors_part(self._plans[head], flat)
+        cached = self._heads[head]
+        cached.pending = sequence
+        cached.factors[sequence] = None if self._reset == "B" else factors_part(self._plans[head], flat)
 
     def record_reply(self, reply: CoordinatorReply) -> None:
         """Records a reply whose base has been fetched."""
@@ -172,10 +172,10 @@ class RecoveryCache:
 
     def _settle(self, head: int, sequence: int, accepted: bool) -> None:
         """Keeps the factors of this contribution only if it was accepted, else all others."""
-        own = self._heads[head]
-        if own.pending == sequence:
-            own.pending = None
-            own.factors = {s: f for s, f in own.factors.items() if (s == sequence) == accepted}
+        cached = self._heads[head]
+        if cached.pending == sequence:
+            cached.pending = None
+            cached.factors = {s: f for s, f in cached.factors.items() if (s == sequence) == accepted}
 
     def build_report(self, base: Tensor | None, progress: Mapping[int, HeadReport], transport: Transport) -> RecoveryReport:
         """Builds the report for a new coordinator, with tensors published.
@@ -243,7 +243,7 @@ class CoordinatorClient:
         self.bytes_up = dict.fromkeys(numbers, 0)
         self._recovery_cache = RecoveryCache({number: plans[number] for number in numbers}, reset)
         # Held while a reply or contribution is recorded, and while a coordinator's replies become void. Where the replica's
-        # own lock is taken too, that comes first.
+        # lock is taken too, that comes first.
         self._epoch_lock = threading.Lock()
         self._calls = ThreadPoolExecutor(len(numbers) + 1, "calls")
         self._background = ThreadPoolExecutor(1, "background")  # the threads of `_calls` may all be waiting for replies
@@ -306,7 +306,7 @@ class CoordinatorClient:
         self._in_flight[self._calls.submit(self._publish_and_submit, head, contribution, ready)] = head.number
 
     def awaits_reply(self, head: Head) -> bool:
-        """Whether the reply to this head's last contribution is still to come, even if another reply has told its result."""
+        """Whether the reply to this head's last contribution is still to come, even if the result is known already."""
         return head.number in self._in_flight.values()
 
     def request_newer_base(self, head: Head, version: int) -> None:

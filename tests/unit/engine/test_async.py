@@ -1,4 +1,4 @@
-"""Heads that never wait: nothing that they learn is lost or counted twice, whatever arrives when."""
+"""Heads that never wait: nothing that they learn is lost or counted twice, in any order of arrivals."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HEADS = 3
 
 
 class Whims:
-    """Merges, discards or waits as the test says next."""
+    """Merges, discards or waits as the test says."""
 
     def __init__(self) -> None:
         self.next: list[tuple[str, float]] = []
@@ -50,7 +50,7 @@ class Whims:
 
 
 class Schedules(RuleBasedStateMachine):
-    """Heads train, contribute, leave and hear of merges at any time; answers are late, refused or overtaken by others."""
+    """Heads train, contribute, leave and receive replies at any time; replies are late, refused or overtaken by others."""
 
     @initialize(transfer=st.sampled_from(["fp32", "int8"]), topk=st.sampled_from([1.0, 0.5]))
     def start(self, transfer: str, topk: float) -> None:
@@ -69,7 +69,7 @@ class Schedules(RuleBasedStateMachine):
         self.answers: dict[int, tuple[ContributionResult, int, Tensor]] = {}  # on their way to a head
         self.pending: dict[int, Tensor] = {}  # decoded, at the coordinator
         self.references: dict[int, Tensor] = {}
-        self.ledger = torch.zeros_like(self.first)
+        self.sum_of_changes = torch.zeros_like(self.first)
         self.bases = {0: initial.base.clone()}
         self.known: dict[int, dict[int, Tensor]] = {0: {}}  # references that a version holds
 
@@ -80,7 +80,7 @@ class Schedules(RuleBasedStateMachine):
                 record = next(records)
                 for head, weight in record.weights.items():
                     share = Share(weight, self.plan, self.pending[head], self.references.get(head))
-                    self.ledger += dense_change(share)
+                    self.sum_of_changes += dense_change(share)
                     self.references[head] = self.pending[head][: self.plan.factors_size].clone()
                 self.bases[record.version] = self.coordinator.base.clone()
                 self.known[record.version] = dict(self.references)
@@ -117,7 +117,7 @@ class Schedules(RuleBasedStateMachine):
     @precondition(lambda self: self.answers)
     @rule(data=st.data(), ahead=st.booleans(), steps=st.integers(0, 2))
     def answer(self, data: st.DataObject, ahead: bool, steps: int) -> None:
-        """Perhaps computed ahead, while the head takes further steps."""
+        """Staged in advance or not, while the head takes further steps."""
         head = self.heads[data.draw(st.sampled_from(sorted(self.answers)))]
         verdict, version, base = self.answers.pop(head.number)
         if version <= head.version:
@@ -128,8 +128,8 @@ class Schedules(RuleBasedStateMachine):
         head.adopt(verdict, version, base, staged)
 
     @rule(head=st.integers(0, HEADS - 1))
-    def hear_of_a_newer_version(self, head: int) -> None:
-        """Mid-round: an answer that is on its way is then settled with it, as the update says what the version holds."""
+    def receive_newer_version(self, head: int) -> None:
+        """In mid-round: the reply that is on its way is then settled too, since the newer one says what its version holds."""
         one, newest = self.heads[head], self.coordinator.version
         if newest > one.version:
             verdict = self.answers.pop(head)[0] if head in self.answers else None
@@ -138,7 +138,7 @@ class Schedules(RuleBasedStateMachine):
     @invariant()
     def the_base_is_the_sum_of_what_was_accepted(self) -> None:
         if hasattr(self, "coordinator"):
-            assert_near(self.coordinator.base - self.first, self.ledger, 1e-12)
+            assert_near(self.coordinator.base - self.first, self.sum_of_changes, 1e-12)
 
     @invariant()
     def a_head_computes_with_its_base_and_what_that_lacks_of_it(self) -> None:
@@ -169,14 +169,14 @@ def started(count: int) -> tuple[Settings, list[Head], Coordinator]:
 
 
 class Arrivals:
-    """Merges each contribution at once, with the weight that it has in the average of all."""
+    """Merges each contribution at once, with its weight in the average of all."""
 
     def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
         return Merge({pending[0].head: 1 / roster.num_heads}) if pending else Wait("for any")
 
 
-def test_n_arrivals_are_one_barrier_merge_if_nobody_trains_in_between() -> None:
-    """Each carries its own weight, 1/N (DESIGN 3.3)."""
+def test_n_arrivals_equal_one_barrier_merge_without_steps_in_between() -> None:
+    """Each has its own weight, 1/N, as in the average of the paper."""
     settings, heads, barrier = started(3)
     arrivals = Coordinator(settings, barrier.plan, barrier.base.clone(), Arrivals())
     for _ in range(3):
@@ -191,8 +191,8 @@ def test_n_arrivals_are_one_barrier_merge_if_nobody_trains_in_between() -> None:
     assert (arrivals.version, barrier.version) == (9, 3)
 
 
-def test_steps_in_flight_ride_in_the_next_contribution() -> None:
-    """A head that trained on while its contribution was merged ends where one ends that is merged without a stop."""
+def test_steps_in_flight_are_part_of_the_next_contribution() -> None:
+    """A head that trains while its contribution is merged ends where a head ends that stops for the merge."""
     _, (head,), coordinator = started(1)
     first = head.train_round()
     head.train(2)
@@ -213,7 +213,7 @@ def test_steps_in_flight_ride_in_the_next_contribution() -> None:
 
 
 def test_settings_that_contradict_each_other_are_errors() -> None:
-    """Before anything starts: the reset variant can't train on, and a quorum is no more than there are heads."""
+    """Before anything starts: the reset variant can't train on, and a quorum is at most the number of heads."""
     plain = make_settings(reset="B")
     with pytest.raises(ConfigError, match="--reset B and --no-wait contradict each other"):
         dataclasses.replace(plain, merge=MergeConfig(wait=False))
@@ -223,15 +223,15 @@ def test_settings_that_contradict_each_other_are_errors() -> None:
 
 @pytest.mark.parametrize(("text", "expected"), [("", 0.0), ("30s", 30.0), ("1.5m", 90.0), ("2h", 7200.0)])
 def test_times_are_read_with_their_unit(text: str, expected: float) -> None:
-    """`merge_every`; without a unit, or of nothing, it is an error that says how to write it."""
+    """`merge_every`: without a unit, or if not positive, it is an error that says how to write it."""
     assert MergeConfig(merge_every=text).every_seconds == expected
     for wrong in ("30", "0s", "s", "-1s", "1 day"):
         with pytest.raises(ConfigError, match=r"--merge-every is .* must be a time such as 30s, 5m or 1h"):
             MergeConfig(merge_every=wrong)
 
 
-def test_the_pace_follows_the_slowest_or_the_clock() -> None:
-    """Steps of a round: all the same until speeds are known, then those that fit the slowest head's, or the time."""
+def test_round_steps_follow_the_slowest_head_or_the_clock() -> None:
+    """The same steps for all until speeds are known, then those that fit the slowest head's time, or the given time."""
     matched, timed, plain = (
         StepRateEstimator(m) for m in (MergeConfig(match_speed=True), MergeConfig(merge_every="2s"), MergeConfig())
     )
@@ -248,7 +248,7 @@ def test_the_pace_follows_the_slowest_or_the_clock() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 12), st.floats(0.01, 4)), max_size=80), st.booleans())
 def test_a_shared_budget_is_used_up_exactly(rounds: list[tuple[int, int, float]], match: bool) -> None:
-    """Whoever comes when: nobody is granted more than there is, and heads that go on until the last grant take all of it."""
+    """No more is granted than there is, in any order, and heads that continue to the last grant take all of it."""
     plain = make_settings(heads=4, steps=17)
     settings = dataclasses.replace(plain, merge=MergeConfig(merge_iter=5, wait=False, match_speed=match))
     pace = StepRateEstimator(settings.merge)
@@ -267,8 +267,8 @@ def test_a_shared_budget_is_used_up_exactly(rounds: list[tuple[int, int, float]]
     assert budget.progress == 1.0
 
 
-def test_a_schedule_follows_the_whole_run_where_steps_are_shared() -> None:
-    """A head that takes half the steps goes twice as fast through its schedule, and never backwards; at rate 1, a step each."""
+def test_a_schedule_follows_the_complete_run_if_steps_are_shared() -> None:
+    """A head that takes half the steps advances twice as fast, and never goes back; at rate 1, a step each."""
 
     class Scheduled(Tiny):
         def build_schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> object:
@@ -289,8 +289,8 @@ def test_a_schedule_follows_the_whole_run_where_steps_are_shared() -> None:
     assert rates == pytest.approx([0.9, 0.65, 0.25, 0.15])
 
 
-def test_a_head_offers_again_what_was_discarded_unless_that_was_all() -> None:
-    """A contribution that a policy discards after the head took its last steps: these are still to be offered."""
+def test_a_head_contributes_again_what_was_discarded_unless_it_is_done() -> None:
+    """A contribution that the policy discards after the head's last steps: new steps are still contributed."""
     _, (head,), _ = started(1)
     head.train(5)
     first = head.contribute()
@@ -306,8 +306,8 @@ def test_a_head_offers_again_what_was_discarded_unless_that_was_all() -> None:
 
 
 @pytest.mark.parametrize(("heads", "steps", "merge_iter"), [(8, 1, 10), (4, 30, 40), (3, 700, 10)])
-def test_a_shared_budget_leaves_something_for_everybody(heads: int, steps: int, merge_iter: int) -> None:
-    """The first to come don't take all, however few steps there are."""
+def test_a_shared_budget_leaves_steps_for_every_head(heads: int, steps: int, merge_iter: int) -> None:
+    """The first heads don't take everything, however few steps there are."""
     plain = make_settings(heads=heads, steps=steps)
     settings = dataclasses.replace(plain, merge=MergeConfig(merge_iter=merge_iter, wait=False))
     budget = StepBudget(settings, StepRateEstimator(settings.merge), {})
@@ -316,8 +316,8 @@ def test_a_shared_budget_leaves_something_for_everybody(heads: int, steps: int, 
     assert sum(limit > 0 for limit in limits) >= heads / 2
 
 
-def test_running_statistics_are_averaged_whatever_a_policy_makes_of_them() -> None:
-    """An outer optimizer extrapolates; a variance must not become negative by that."""
+def test_running_statistics_are_averaged_under_any_policy() -> None:
+    """An outer optimizer extrapolates; a variance must not become negative."""
     plan = Plan((), (Replica("weight", (2,)), Replica("running_var", (2,), buffer=True)))
     settings = dataclasses.replace(make_settings(heads=2), merge=MergeConfig(policy="nesterov"))
     coordinator = Coordinator(settings, plan, torch.ones(4, dtype=torch.float64), make_policy(settings.merge))
@@ -330,8 +330,8 @@ def test_running_statistics_are_averaged_whatever_a_policy_makes_of_them() -> No
     assert float(coordinator.base[0]) < 1 + 3 * mean  # while the weights go further
 
 
-def test_a_policy_that_asks_to_be_woken_for_ever_is_named() -> None:
-    """Every live head waits for it, and each time it wants some more time: an error, and no silent stall."""
+def test_a_policy_that_asks_to_be_woken_forever_is_named() -> None:
+    """Every live head waits for it, and each time it asks for more time: an error instead of a silent stall."""
 
     class Sleepy:
         def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
@@ -346,8 +346,8 @@ def test_a_policy_that_asks_to_be_woken_for_ever_is_named() -> None:
         list(woken)
 
 
-def test_an_older_order_takes_nothing_back() -> None:
-    """Answers may come in another order than they were given: what was granted stays granted."""
+def test_an_older_directive_takes_nothing_back() -> None:
+    """Replies may arrive in another order than they were sent: what was granted stays granted."""
     _, (head,), _ = started(1)
     head.apply_directive(HeadDirective(5, 9, final=False))
     head.apply_directive(HeadDirective(5, 4, final=False))

@@ -1,4 +1,4 @@
-"""What rounding and top-k leave out of a contribution rides in the next one: nothing is lost over time."""
+"""What rounding and top-k leave out of a contribution is part of the next one: nothing is lost in the long run."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def assert_held(plan: Plan, base: Tensor, factors: Tensor) -> None:
 
 
 def test_without_feedback_rounding_would_add_up() -> None:
-    """The same int8 steps, each sent without the rest of those before, end further away."""
+    """The same int8 steps, each sent without what the earlier ones left out, end further away."""
     codec = Codec(PLAN, make_groups([PLAN], MergeConfig(transfer="int8")), MergeConfig(transfer="int8"), torch.float64)
     size = PLAN.contribution.size - PLAN.factors_size
     zeros = torch.zeros(PLAN.factors_size, dtype=torch.float64)

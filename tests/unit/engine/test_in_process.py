@@ -1,4 +1,4 @@
-"""Whole runs in one process: deterministic, and equal to plain training where they must be."""
+"""Complete runs in one process: deterministic, and equal to plain training where they should be."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def initial_base(**changes: object) -> torch.Tensor:
 
 @pytest.mark.parametrize("reset", ["none", "B"])
 def test_the_same_run_twice_is_bitwise_the_same(reset: str) -> None:
-    """Bases, losses and counts of two equal simulations agree in every bit, with dropout; another seed's don't."""
+    """Bases, losses and counts of two equal runs agree in every bit, with dropout; another seed's don't."""
     first, second = (run(Tiny(dropout=0.3, optimizer="adamw"), reset=reset) for _ in range(2))
     assert torch.equal(first.base, second.base)
     assert [m.losses for m in first.merges] == [m.losses for m in second.merges]
@@ -41,7 +41,7 @@ def test_the_same_run_twice_is_bitwise_the_same(reset: str) -> None:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_one_head_that_merges_every_step_trains_as_if_it_never_merged(optimizer: str) -> None:
-    """N = 1, reset-less: merges move s B A between W~ and the base, the effective weights train on as in one dense run."""
+    """N = 1 without reset: merges move s B A between W~ and the base; the effective weights train as in one dense run."""
     worker = Tiny(optimizer=optimizer)
     merged = run(worker, heads=1, steps=15, merge_iter=1)
     settings = make_settings(heads=1, steps=15)
@@ -56,7 +56,7 @@ def test_one_head_that_merges_every_step_trains_as_if_it_never_merged(optimizer:
 
 
 def test_merging_often_differs_from_merging_once() -> None:
-    """With several heads it matters when they merge: after each step, or once at the end."""
+    """With several heads it matters whether they merge after each step, or once at the end."""
     often, once = run(merge_iter=1), run(merge_iter=12)
     assert (len(often.merges), len(once.merges)) == (12, 1)
     assert not torch.allclose(often.base, once.base, atol=1e-6)
@@ -74,7 +74,7 @@ def test_steps_that_merge_iter_does_not_divide_are_all_trained_and_merged(steps:
 
 
 class Counting:
-    """Merges each head as it comes, with weight 0, and counts."""
+    """Merges each head as it arrives, with weight 0, and counts."""
 
     merged = 0
 
@@ -85,8 +85,8 @@ class Counting:
         return Merge({p.head: 0.0 for p in pending})
 
 
-def test_a_policy_object_is_what_merges() -> None:
-    """A user's own object is asked, not a copy, and its weights count: with weight 0 the base never moves."""
+def test_a_policy_object_decides_merges() -> None:
+    """The user's own object is called, not a copy, and its weights count: with weight 0 the base never moves."""
     policy = Counting()
     result = run(policy=policy)
     assert (policy.merged, len(result.merges)) == (8, 8)
@@ -94,7 +94,7 @@ def test_a_policy_object_is_what_merges() -> None:
 
 
 class FirstTwo:
-    """Merges whenever two heads are there, or all who are left."""
+    """Merges as soon as two heads wait, or all that are left."""
 
     def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
         if len(pending) < min(2, len(roster.live)) or not pending:
@@ -111,7 +111,7 @@ def test_a_quorum_brings_every_step_of_every_head_into_the_base() -> None:
 
 
 class Fickle:
-    """Discards every second offer of head 1."""
+    """Discards every second contribution of head 1."""
 
     def __init__(self) -> None:
         self.turn = 0
@@ -125,7 +125,7 @@ class Fickle:
         return Merge({pending[0].head: 0.5})
 
 
-def test_what_was_discarded_rides_in_the_next_merge() -> None:
+def test_what_was_discarded_is_part_of_the_next_merge() -> None:
     """Head 1's merges count the steps of the discarded rounds before them, so none is lost."""
     result = run(policy=Fickle())
     assert [m.steps for m in result.merges if m.heads == (0,)] == [3, 3, 3, 3]
@@ -133,8 +133,8 @@ def test_what_was_discarded_rides_in_the_next_merge() -> None:
 
 
 @pytest.mark.parametrize("heads_per_actor", [1, 2])
-def test_a_poisoned_head_goes_on_from_its_last_merge_without_what_it_held(heads_per_actor: int) -> None:
-    """Its second round is dropped, with the optimizer's state; all the others are merged."""
+def test_a_head_with_a_nan_continues_from_its_last_merge(heads_per_actor: int) -> None:
+    """Its second round is dropped, with the optimizer's state; all other rounds are merged."""
     worker = Poisoned(bad=(4,), optimizer="adamw")
     result = run_in_process(worker, make_settings(), torch.float64, heads_per_actor=heads_per_actor)
     held = [(m.head_steps[1], m.positions[1].step, m.positions[1].batches) for m in result.merges if 1 in m.heads]
@@ -146,8 +146,8 @@ def test_a_poisoned_head_goes_on_from_its_last_merge_without_what_it_held(heads_
 
 
 @pytest.mark.parametrize("heads_per_actor", [1, 3])
-def test_a_head_whose_every_round_is_poison_leaves_and_others_take_its_data(heads_per_actor: int) -> None:
-    """After the third; then each of the others' contributions counts a half, and no batch is left out."""
+def test_a_head_with_nans_in_every_round_leaves_and_others_take_its_data(heads_per_actor: int) -> None:
+    """It leaves after the third; then each of the others' contributions counts a half, and no batch is left out."""
     result = run_in_process(Poisoned(), make_settings(heads=3), torch.float64, heads_per_actor=heads_per_actor)
     assert [head.step for head in result.heads] == [12, 9, 12]
     assert [m.heads for m in result.merges] == [(0, 2)] * 4
@@ -167,7 +167,7 @@ class Typed(Tiny):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_models_of_any_floating_type_are_merged_in_float32(dtype: torch.dtype) -> None:
-    """Heads train in the worker's own type; the master is float32, and after the last merge they hold it, rounded."""
+    """Heads train in the worker's own type; the base is float32, and after the last merge heads hold it, rounded."""
     worker = Typed()
     worker.dtype = dtype
     result = run_in_process(worker, make_settings())
@@ -180,7 +180,7 @@ def test_models_of_any_floating_type_are_merged_in_float32(dtype: torch.dtype) -
 
 @pytest.mark.parametrize("reset", ["none", "B"])
 def test_the_regression_worker_learns(reset: str) -> None:
-    """Two heads on a small network bring the merged weights' validation loss below half of what it was."""
+    """Two heads on a small network reduce the merged weights' validation loss to less than half."""
     worker = Regression(width=8, batch_size=16, samples=512, lr=1e-2)
     lte = LTEConfig(num_heads=2, lora_r=4, lora_alpha=8.0, reset=reset)  # type: ignore[arg-type]
     settings = Settings("test", lte, MergeConfig(merge_iter=10), TrainConfig(steps=120))
@@ -194,7 +194,7 @@ def test_the_regression_worker_learns(reset: str) -> None:
 
 
 def test_merged_weights_load_into_the_unconverted_model() -> None:
-    """merged_state_dict has the model's own names, tied ones under each, in float32, with the base's values."""
+    """merged_state_dict has the model's own names, tied weights under each, in float32, with the base's values."""
     initial = prepare(Tiny(), make_settings(), torch.float64)
     result = run()
     state = merged_state_dict(initial.model, initial.plan, result.base)
@@ -212,8 +212,8 @@ class Broken:
         raise RuntimeError("no idea")
 
 
-def test_a_simulation_ends_with_the_errors_of_a_real_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bad input is found before any head trains; a policy that raises ends the run."""
+def test_a_run_ends_with_the_errors_of_a_run_on_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bad input is rejected before any head trains; a policy that raises ends the run."""
     with pytest.raises(PolicyError, match="Broken raised RuntimeError: no idea"):
         run(policy=Broken())
     with pytest.raises(ConfigError, match="--exclude 'nothing' matches no layer"):
@@ -225,7 +225,7 @@ def test_a_simulation_ends_with_the_errors_of_a_real_run(monkeypatch: pytest.Mon
         run()
 
 
-def test_prepare_finds_a_worker_that_fails_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_rejects_a_worker_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """What build_model and train_batches raise, also for the last head only, is a WorkerError with the traceback."""
     monkeypatch.setattr(Tiny, "build_model", lambda self: 1 / 0)
     with pytest.raises(WorkerError, match=r"(?s)Tiny.build_model\(\) raised:.*ZeroDivisionError"):
@@ -242,7 +242,7 @@ def test_prepare_finds_a_worker_that_fails_before_anything_starts(monkeypatch: p
 
 
 def test_batch_statistics_are_merged_with_the_weights() -> None:
-    """The merged running mean is the average of what the heads saw, so that the evaluator's model is usable."""
+    """The merged running mean is the average of the heads' means, so that the evaluated model is usable."""
 
     class Normed(Regression):
         def build_model(self) -> nn.Module:

@@ -13,7 +13,7 @@ from lte_ray.engine.process_tuning import keep_freed_memory, release_freed_memor
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_freed_blocks_are_kept_for_the_next_step() -> None:
-    """After the call a block of 24 MiB that was freed is handed out again with its pages: no new page faults."""
+    """After the call a freed block of 24 MiB is reused with its pages: no new page faults."""
     import resource
 
     assert keep_freed_memory()
@@ -34,6 +34,6 @@ def test_freed_blocks_are_kept_for_the_next_step() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "linux", reason="elsewhere it does nothing")
-def test_other_systems_are_left_alone() -> None:
-    """No glibc, no effect."""
+def test_other_systems_are_unaffected() -> None:
+    """Without glibc it has no effect."""
     assert not keep_freed_memory()

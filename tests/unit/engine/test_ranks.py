@@ -1,4 +1,4 @@
-"""Heads of different ranks and alphas: merged, resumed, and continued from checkpoints that knew nothing of them."""
+"""Heads of different ranks and alphas: merged, resumed, and continued from checkpoints that had none."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def settings(worker_steps: int = 12, **changes: Any) -> Settings:
 
 
 class Immediate:
-    """Merges every contribution as it comes, by a third."""
+    """Merges every contribution as it arrives, with weight 1/3."""
 
     def decide(self, pending: Sequence[Pending], roster: Roster) -> Merge | Wait:
         return Merge({p.head: 1 / 3 for p in pending}) if pending else Wait()
@@ -64,7 +64,7 @@ def factors(plan: Plan, contribution: Tensor) -> Tensor:
 
 
 def test_each_head_has_its_own_rank_and_scaling() -> None:
-    """By the number of the head, for all layers and in a rule; the base layout is one."""
+    """By the head's number, for all layers and in a rule; all heads have one base layout."""
     plans = make_plans(Net(), settings().lte)
     assert [[a.rank for a in plan.adapted] for plan in plans] == [[1, 2, 1], [2, 1, 2], [5, 8, 5]]
     assert [[a.scaling for a in plan.adapted] for plan in plans] == [[1.0, 1.5, 1.0], [2.0, 3.0, 2.0], [0.5, 3 / 8, 0.5]]
@@ -74,8 +74,8 @@ def test_each_head_has_its_own_rank_and_scaling() -> None:
 
 @pytest.mark.parametrize("reset", ["none", "B"])
 @pytest.mark.parametrize("rslora", [False, True])
-def test_the_ledger_holds_for_trained_heads_of_different_ranks(reset: str, rslora: bool) -> None:
-    """W_v - W_0 = sum of w s_n (B_n A_n - B'_n A'_n) over all merges; right after one each head computes with W_v."""
+def test_merges_of_trained_heads_of_different_ranks_add_up(reset: str, rslora: bool) -> None:
+    """W_v - W_0 = sum of w s_n (B_n A_n - B'_n A'_n) for all merges; right after one each head computes with W_v."""
     worker, made = Tiny(), settings(reset=reset, rslora=rslora)
     initial = prepare(worker, made, torch.float64)
     coordinator = Coordinator(made, initial.plan, initial.base.clone(), ComposedPolicy(Average()), plans=initial.plans)
@@ -114,7 +114,7 @@ def test_the_ledger_holds_for_trained_heads_of_different_ranks(reset: str, rslor
 
 @given(st.lists(st.tuples(st.integers(1, 4), st.floats(0.1, 8)), min_size=1, max_size=4), st.integers(1, 5), st.integers(0, 99))
 def test_merges_of_any_ranks_are_sums_of_dense_changes(ranks: list[tuple[int, float]], rounds: int, seed: int) -> None:
-    """Arrivals one at a time, in any order, with any weights: the base moves by w D of each, and by nothing else."""
+    """One at a time, in any order, with any weights: the base moves by w D of each contribution, and by nothing else."""
     lte = LTEConfig(num_heads=len(ranks), lora_r=tuple(r for r, _ in ranks), lora_alpha=tuple(a for _, a in ranks))
     plans = make_plans(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 6, bias=False)), lte)
     chance = random.Random(seed)
@@ -138,7 +138,7 @@ def test_merges_of_any_ranks_are_sums_of_dense_changes(ranks: list[tuple[int, fl
 
 
 def test_a_contribution_of_another_heads_size_is_refused() -> None:
-    """The coordinator knows each head's own layout."""
+    """The coordinator knows each head's layout."""
     worker, made = Tiny(), settings()
     initial = prepare(worker, made, torch.float64)
     coordinator = Coordinator(made, initial.plan, initial.base.clone(), ComposedPolicy(Average()), plans=initial.plans)
@@ -152,8 +152,8 @@ def test_a_contribution_of_another_heads_size_is_refused() -> None:
 
 
 @pytest.mark.parametrize("large", [0, 1, 2])
-def test_what_is_absurd_is_judged_by_the_scalings_of_all_heads(large: int) -> None:
-    """A buffer that merges where every s is 1 is refused of a head whose own s would carry it beyond the bound."""
+def test_the_bound_of_values_depends_on_the_scaling_of_each_head(large: int) -> None:
+    """A buffer that could be merged with s = 1 is refused from a head whose s makes it exceed the bound."""
     alphas = tuple(1e6 if head == large else 1.0 for head in range(3))
     base = torch.zeros(make_plans(Net(), settings().lte)[0].base.size)
     for alpha, accepted in (((1.0, 1.0, 1.0), True), (alphas, False)):
@@ -169,8 +169,8 @@ def test_what_is_absurd_is_judged_by_the_scalings_of_all_heads(large: int) -> No
         assert bool(torch.isfinite(coordinator.base).all())
 
 
-def test_a_simulation_with_equal_ranks_given_one_by_one_is_that_of_one_rank() -> None:
-    """(2, 2, 2) is 2, bitwise; and another order of ranks is another run."""
+def test_equal_ranks_given_one_by_one_equal_one_rank() -> None:
+    """(2, 2, 2) is 2, bitwise; another order of ranks is another run."""
     one, each = (run_in_process(Tiny(), settings(lora_r=r, lora_alpha=4.0, layers=()), torch.float64) for r in (2, (2, 2, 2)))
     assert torch.equal(one.base, each.base)
     first, second = (
@@ -182,7 +182,7 @@ def test_a_simulation_with_equal_ranks_given_one_by_one_is_that_of_one_rank() ->
 
 @pytest.mark.parametrize("head", [0, 1, 2])
 @pytest.mark.parametrize("reset", ["none", "B"])
-def test_a_restored_head_of_any_rank_goes_on_bitwise_the_same(head: int, reset: str) -> None:
+def test_a_restored_head_of_any_rank_continues_bitwise_the_same(head: int, reset: str) -> None:
     """Through safetensors and JSON, with a reference of its own size."""
     worker, made = Tiny(dropout=0.3, optimizer="adamw"), settings(reset=reset)
     base = prepare(worker, made, torch.float64).base
@@ -212,7 +212,7 @@ OLD = ("num_heads", "lora_r", "lora_alpha", "reset", "exclude")
 
 @dataclasses.dataclass
 class Convolutional(Tiny):
-    """With a convolution, which had no factors then."""
+    """With a convolution, which older releases didn't adapt."""
 
     def build_model(self) -> nn.Module:
         model = Net().double()
@@ -224,7 +224,7 @@ class Convolutional(Tiny):
 
 
 def written(directory: RunDirectory, worker: Tiny, made: Settings, *, old: bool) -> tuple[Manifest, list[Head], Tensor]:
-    """A checkpoint after one merge, as it is written now, or as it was: without the new settings, cursor and scaler."""
+    """A checkpoint after one merge, as written now, or by an older release: without newer settings, cursor and scaler."""
     initial = prepare(worker, made, torch.float64)
     coordinator = Coordinator(made, initial.plan, initial.base.clone(), ComposedPolicy(Average()), plans=initial.plans)
     heads = [Head(worker, made, n, dtype=torch.float64) for n in range(made.lte.num_heads)]
@@ -257,8 +257,8 @@ RESUME = StorageConfig(name="test", resume=True)
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_a_checkpoint_of_before_and_of_now_is_resumed_bitwise(directory: RunDirectory, old: bool) -> None:
-    """The settings are those of before or the defaults; each head goes on as the one that wasn't stopped."""
+def test_an_old_and_a_new_checkpoint_are_resumed_bitwise(directory: RunDirectory, old: bool) -> None:
+    """Its settings are those of the older release or the defaults; each head continues as the one that wasn't stopped."""
     worker = Tiny(dropout=0.3, optimizer="adamw")
     made = make_settings() if old else settings()
     _, heads, base = written(directory, worker, made, old=old)
@@ -286,14 +286,14 @@ def test_a_checkpoint_of_before_and_of_now_is_resumed_bitwise(directory: RunDire
     ],
 )
 def test_a_run_is_not_continued_with_other_heads(directory: RunDirectory, changes: dict[str, Any], says: str) -> None:
-    """What differs is named, as it was and as it is."""
+    """The error names what differs: the value before, and the value now."""
     written(directory, Tiny(), settings(), old=False)
     with pytest.raises(StorageError, match=says):
         run_start.check_start(directory, RESUME, settings(**changes))
 
 
 def test_settings_that_came_later_are_compared_with_their_defaults(directory: RunDirectory) -> None:
-    """A run of before went on as the defaults say; --adapt is free, as then only nn.Linear layers had factors."""
+    """An older run used the defaults; --adapt may differ, since only nn.Linear layers had factors then."""
     written(directory, Tiny(), make_settings(), old=True)
     made = make_settings()
     for changes in ({"rslora": True}, {"lora_bias": "frozen"}, {"base_dtype": "int8"}, {"layers": ("up: lr=2",)}):
@@ -301,8 +301,8 @@ def test_settings_that_came_later_are_compared_with_their_defaults(directory: Ru
             run_start.check_start(directory, RESUME, dataclasses.replace(made, lte=dataclasses.replace(made.lte, **changes)))
 
 
-def test_a_run_of_before_whose_convolutions_had_no_factors_says_how_to_go_on(directory: RunDirectory) -> None:
-    """Its heads have no factors for what is adapted by default now: refused before any head starts; --adapt linear resumes."""
+def test_an_old_run_whose_convolutions_had_no_factors_says_how_to_resume(directory: RunDirectory) -> None:
+    """Its heads have no factors for what is adapted by default now: an error before any head starts; --adapt linear resumes."""
     worker, made = Convolutional(), make_settings()
     linear = dataclasses.replace(made, lte=dataclasses.replace(made.lte, adapt=("linear",)))
     _, heads, base = written(directory, worker, linear, old=True)

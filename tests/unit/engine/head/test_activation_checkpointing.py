@@ -24,7 +24,7 @@ def settings(*patterns: str) -> Settings:
 
 
 def test_a_run_is_bitwise_the_same() -> None:
-    """Dropout included, which draws the same numbers when activations are computed again."""
+    """Dropout too, which draws the same numbers when activations are recomputed."""
     worker = Tiny(dropout=0.3)
     again = run_in_process(worker, settings("up", "mid", "dropout"), torch.float64)
     assert torch.equal(again.base, run_in_process(worker, settings(), torch.float64).base)
@@ -32,7 +32,7 @@ def test_a_run_is_bitwise_the_same() -> None:
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_batch_statistics_count_a_batch_once(momentum: float | None) -> None:
-    """Running mean, variance and count are those of a model without checkpointing, also as cumulative averages."""
+    """Running mean, variance and count equal those of a model without checkpointing, also as cumulative averages."""
     models = []
     for patterns in ((), ("0",)):
         torch.manual_seed(0)
@@ -50,21 +50,21 @@ def test_batch_statistics_count_a_batch_once(momentum: float | None) -> None:
 
 
 def test_a_pattern_that_names_no_module_is_refused() -> None:
-    """With the modules that there are."""
+    """The error lists the modules of the model."""
     with pytest.raises(ConfigError, match=r"--checkpoint-activations 'midd' matches no module.*Did you mean mid"):
         run_in_process(Tiny(), settings("midd"), torch.float64)
 
 
 class OwnCheckpoints(Tiny):
-    """Computes its activations again by itself, as models do after `gradient_checkpointing_enable()`."""
+    """Recomputes its activations itself, as models do after `gradient_checkpointing_enable()`."""
 
     def loss(self, model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         words, following = batch
         return F.cross_entropy(checkpoint(model, words, use_reentrant=False), following)
 
 
-def test_one_batch_of_heads_cannot_be_computed_again() -> None:
-    """Stacked heads refuse the setting at once, and a model that does it by itself when it fails: both with a reason."""
+def test_stacked_heads_reject_recomputed_activations() -> None:
+    """Stacked heads reject the setting at once, and a model that recomputes by itself when it fails; each says why."""
     with pytest.raises(Unstackable, match="--checkpoint-activations and --stack-heads always don't go together"):
         run_in_process(Tiny(), settings("mid"), torch.float64, heads_per_actor=2, stack_heads="always")
     with pytest.raises(Unstackable, match="can't be computed as one batch"):

@@ -1,4 +1,4 @@
-"""Heads that redo merges from factors have the coordinator's base bit for bit, and notice if they haven't."""
+"""Heads that redo merges from factors have the coordinator's base bit for bit, and detect it if they don't."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ HEADS = 3
 
 
 class Whims:
-    """Merges what is pending as the test says, or adds a change of its own."""
+    """Merges pending contributions as the test says, or adds a change of its own."""
 
-    what = "merge"
+    action = "merge"
 
     def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
-        if not pending or self.what == "wait":
+        if not pending or self.action == "wait":
             return Wait("for the test", until=roster.now + 1e9)
-        if self.what == "change":
+        if self.action == "change":
             return MergeChange(random_flat(roster.layout.size, roster.version).float(), [p.head for p in pending])
         return Merge({p.head: 0.3 + 0.1 * p.head for p in pending})
 
 
-class Side:
+class CoordinatorSide:
     """The coordinator's side without processes: handles are the tensors themselves."""
 
     def __init__(self, merge: MergeConfig, plans: Sequence[Plan], reset: str = "none") -> None:
@@ -51,19 +51,19 @@ class Side:
         self.coordinator = Coordinator(self.settings, plans[0], base, self.policy, plans=plans)
         self.codecs = [Codec(plan, self.groups, merge) for plan in plans]
         sizes = [part.base.size * 4 for part in self.codecs[0].group_plans]
-        self.downlink = BroadcastLog(self.groups, sizes, [codec.buffer_sizes for codec in self.codecs], 0)
+        self.broadcast_log = BroadcastLog(self.groups, sizes, [codec.buffer_sizes for codec in self.codecs], 0)
         self.buffers: dict[int, tuple[Tensor, ...]] = {}
         self.sequence = 0
         self.incarnations = [0] * len(plans)
 
-    def begin_afresh(self, head: int) -> None:
-        """Another process of this head begins with B = 0; what the others keep of the one before isn't its reference."""
+    def start_fresh(self, head: int) -> None:
+        """A new process of this head starts with B = 0: the reference that others keep of the one before is void."""
         self.incarnations[head] += 1
         assert self.coordinator.join(head, self.incarnations[head], fresh=True)
 
-    def contribute(self, head: int, what: str = "merge") -> None:
+    def contribute(self, head: int, action: str = "merge") -> None:
         plan, self.sequence = self.coordinator.plans[head], self.sequence + 1
-        self.policy.what = what
+        self.policy.action = action
         flat, reference = random_flat(plan.contribution.size, self.sequence).float(), self.coordinator.reference(head)
         self.buffers[head], decoded = self.codecs[head].encode(flat, reference)
         contribution = Contribution(
@@ -71,12 +71,14 @@ class Side:
         )
         for record in self.coordinator.receive(contribution, decoded).merges:
             merged = MergeDelta(record.version, record.weights, {h: self.buffers[h] for h in record.heads}, record.fresh)
-            self.downlink.append(merged if record.weights else None)
+            self.broadcast_log.append(merged if record.weights else None)
 
-    def update(self, have: int, checked: bool = True) -> CoordinatorReply:
+    def make_reply(self, redo_from: int, checked: bool = True) -> CoordinatorReply:
         base, version = self.coordinator.base.clone(), self.coordinator.version
-        chain = self.downlink.deltas_since(have)
-        parts = {i: self.part(i, base) for i in (self.downlink.dense_groups if chain is not None else range(len(self.groups)))}
+        chain = self.broadcast_log.deltas_since(redo_from)
+        parts = {
+            i: self.part(i, base) for i in (self.broadcast_log.dense_groups if chain is not None else range(len(self.groups)))
+        }
         held = {h: r for h in range(HEADS) if (r := self.coordinator.reference(h)) is not None} if chain is None else {}
         of_factors = [self.part(i, base) for i, group in enumerate(self.groups) if group.by_factors]
         sums = (version, sum(map(base_checksum, of_factors)) % 2**64) if checked else None
@@ -85,14 +87,14 @@ class Side:
     def part(self, index: int, base: Tensor) -> Tensor:
         return gather(self.codecs[0].group_plans[index].base, views(self.codecs[0].plan.base, base))
 
-    def mirror(self, reset: str = "none") -> BaseReplica:
+    def replica(self, reset: str = "none") -> BaseReplica:
         return BaseReplica(self.codecs, reset, lambda handle: handle)
 
 
-def follow(mirror: BaseReplica, update: CoordinatorReply) -> Tensor | None:
-    base = mirror.acquire(update)
+def follow(replica: BaseReplica, reply: CoordinatorReply) -> Tensor | None:
+    base = replica.acquire(reply)
     if base is not None:
-        mirror.release()
+        replica.release()
     return base
 
 
@@ -113,54 +115,54 @@ events = st.lists(
     st.lists(st.booleans(), min_size=30, max_size=30),
     st.integers(1, 3),
 )
-def test_a_mirror_has_the_coordinators_bits(
+def test_a_replica_has_the_coordinators_bits(
     events: list, down: str, transfer: str, reset: str, looks: list[bool], shards: int
 ) -> None:
-    """Whatever was merged how, in whichever groups, and however many versions it missed in between."""
-    side = Side(MergeConfig(send_down=down, transfer=transfer, shards=shards), plans_of([2, 3, 1]), reset)  # type: ignore[arg-type]
-    mirror = side.mirror(reset)
-    follow(mirror, side.update(-1))
+    """Whatever was merged, in whichever groups, and however many versions the replica missed."""
+    side = CoordinatorSide(MergeConfig(send_down=down, transfer=transfer, shards=shards), plans_of([2, 3, 1]), reset)  # type: ignore[arg-type]
+    replica = side.replica(reset)
+    follow(replica, side.make_reply(-1))
     waiting: set[int] = set()
     for (head, what), look in zip(events, looks, strict=False):
         if head in waiting:
             continue
         if what == "fresh":
-            side.begin_afresh(head)
+            side.start_fresh(head)
             continue
         waiting.add(head)
         side.contribute(head, what)
         waiting = set(side.coordinator.pending_heads)
-        if look and side.coordinator.version > mirror.version:
-            base = follow(mirror, side.update(mirror.redo_from))
+        if look and side.coordinator.version > replica.version:
+            base = follow(replica, side.make_reply(replica.redo_from))
             assert base is not None
             assert torch.equal(base, side.coordinator.base)
-    assert mirror.resyncs == 0
+    assert replica.resyncs == 0
 
 
 @pytest.mark.parametrize("transfer", ["fp32", "int8"])
-def test_a_head_that_began_afresh_is_redone_without_the_reference_of_the_one_before(transfer: str) -> None:
-    """Others keep the factors of the head that had its number: they don't count from then on."""
-    side = Side(MergeConfig(send_down="factors", transfer=transfer), plans_of([2, 3, 1]))  # type: ignore[arg-type]
-    mirror = side.mirror()
-    follow(mirror, side.update(-1))
+def test_a_fresh_head_is_redone_without_its_predecessors_reference(transfer: str) -> None:
+    """Others drop the factors of the head that had its number."""
+    side = CoordinatorSide(MergeConfig(send_down="factors", transfer=transfer), plans_of([2, 3, 1]))  # type: ignore[arg-type]
+    replica = side.replica()
+    follow(replica, side.make_reply(-1))
     for afresh in (False, True, False):
         if afresh:
-            side.begin_afresh(0)
+            side.start_fresh(0)
         side.contribute(0)
-        base = follow(mirror, side.update(mirror.redo_from))
+        base = follow(replica, side.make_reply(replica.redo_from))
         assert base is not None
         assert torch.equal(base, side.coordinator.base)
-    assert mirror.resyncs == 0
+    assert replica.resyncs == 0
 
 
-def test_a_mirror_that_outlives_its_coordinator_redoes_what_the_next_one_merges() -> None:
-    """Where the next one has lost a head's factors, that head begins with B = 0, and those that the mirror kept don't count."""
-    side = Side(MergeConfig(send_down="factors"), plans_of([2, 3, 1]))
-    mirror = side.mirror()
-    follow(mirror, side.update(-1))
+def test_a_replica_that_outlives_its_coordinator_redoes_the_next_ones_merges() -> None:
+    """If the next one has lost a head's factors, that head starts with B = 0, and the replica's factors of it are void."""
+    side = CoordinatorSide(MergeConfig(send_down="factors"), plans_of([2, 3, 1]))
+    replica = side.replica()
+    follow(replica, side.make_reply(-1))
     side.contribute(0)
     side.contribute(1)
-    follow(mirror, side.update(mirror.redo_from))
+    follow(replica, side.make_reply(replica.redo_from))
     kept = {1: side.coordinator.reference(1)}
     side.coordinator = Coordinator(
         side.settings,
@@ -172,128 +174,128 @@ def test_a_mirror_that_outlives_its_coordinator_redoes_what_the_next_one_merges(
         references={head: factors.clone() for head, factors in kept.items() if factors is not None},
         fresh={0, 2},
     )
-    side.downlink = BroadcastLog(
+    side.broadcast_log = BroadcastLog(
         side.groups, [c.base.size * 4 for c in side.codecs[0].group_plans], [c.buffer_sizes for c in side.codecs], 2
     )
     for head in (0, 1, 0, 2):
         side.contribute(head)
-        base = follow(mirror, side.update(mirror.redo_from))
+        base = follow(replica, side.make_reply(replica.redo_from))
         assert base is not None
         assert torch.equal(base, side.coordinator.base)
-    assert mirror.resyncs == 0
+    assert replica.resyncs == 0
 
 
-def test_drift_is_found_at_a_checksum_and_mended_by_the_whole_base() -> None:
-    """One flipped bit in a head's copy: found when the checksum comes, and gone with the next update."""
-    side = Side(MergeConfig(send_down="factors"), plans_of([2, 2, 2]))
-    mirror = side.mirror()
-    follow(mirror, side.update(-1))
-    part = next(iter(mirror._parts.values())).base
+def test_drift_is_detected_by_a_checksum_and_corrected_by_the_complete_base() -> None:
+    """A flipped bit is detected when the checksum comes, and corrected by the next reply."""
+    side = CoordinatorSide(MergeConfig(send_down="factors"), plans_of([2, 2, 2]))
+    replica = side.replica()
+    follow(replica, side.make_reply(-1))
+    part = next(iter(replica._parts.values())).base
     part.view(torch.int32)[7] ^= 1 << 16  # a high bit, so that no sum before the check rounds it away
     for version in range(1, CHECKSUM_INTERVAL + 1):
         side.contribute(version % HEADS)
-        update = side.update(mirror.redo_from, checked=version == CHECKSUM_INTERVAL)
-        follow(mirror, update)
-        assert mirror.resyncs == (version == CHECKSUM_INTERVAL)
-    assert mirror.redo_from == -1
+        reply = side.make_reply(replica.redo_from, checked=version == CHECKSUM_INTERVAL)
+        follow(replica, reply)
+        assert replica.resyncs == (version == CHECKSUM_INTERVAL)
+    assert replica.redo_from == -1
     side.contribute(0)
-    base = follow(mirror, side.update(mirror.redo_from))
+    base = follow(replica, side.make_reply(replica.redo_from))
     assert base is not None
     assert torch.equal(base, side.coordinator.base)
     side.contribute(1)
-    base = follow(mirror, side.update(mirror.redo_from))  # from factors again
+    base = follow(replica, side.make_reply(replica.redo_from))  # from factors again
     assert base is not None
     assert torch.equal(base, side.coordinator.base)
 
 
-def test_a_checksum_of_equal_copies_says_nothing() -> None:
-    """Fifty versions by factors, each tenth checked."""
-    side = Side(MergeConfig(send_down="factors", transfer="int8"), plans_of([2, 2, 2]))
-    mirror = side.mirror()
-    follow(mirror, side.update(-1))
+def test_equal_copies_have_equal_checksums() -> None:
+    """Fifty versions by factors, of which every tenth is checked."""
+    side = CoordinatorSide(MergeConfig(send_down="factors", transfer="int8"), plans_of([2, 2, 2]))
+    replica = side.replica()
+    follow(replica, side.make_reply(-1))
     for version in range(1, 51):
         side.contribute(version % HEADS)
-        follow(mirror, side.update(mirror.redo_from, checked=version % CHECKSUM_INTERVAL == 0))
-    assert mirror.resyncs == 0
-    assert torch.equal(mirror._base, side.coordinator.base)
+        follow(replica, side.make_reply(replica.redo_from, checked=version % CHECKSUM_INTERVAL == 0))
+    assert replica.resyncs == 0
+    assert torch.equal(replica._base, side.coordinator.base)
 
 
 def test_only_new_contributions_are_fetched() -> None:
-    """By factors a mirror fetches each merged contribution once and nothing else."""
-    side = Side(MergeConfig(send_down="factors"), plans_of([2, 2, 2]))
-    mirror = side.mirror()
-    follow(mirror, side.update(-1))
-    before = mirror.bytes_fetched
+    """By factors a replica fetches each merged contribution once and nothing else."""
+    side = CoordinatorSide(MergeConfig(send_down="factors"), plans_of([2, 2, 2]))
+    replica = side.replica()
+    follow(replica, side.make_reply(-1))
+    before = replica.bytes_fetched
     for head in (0, 1, 2):
         side.contribute(head)
-    follow(mirror, side.update(mirror.redo_from))
-    assert mirror.bytes_fetched - before == 3 * side.codecs[0].buffer_sizes[0]
+    follow(replica, side.make_reply(replica.redo_from))
+    assert replica.bytes_fetched - before == 3 * side.codecs[0].buffer_sizes[0]
 
 
-def test_an_update_that_lacks_merges_is_not_taken() -> None:
-    """The process then asks for the whole base; its own copy stays as it was."""
-    side = Side(MergeConfig(send_down="factors"), plans_of([2, 2, 2]))
-    mirror = side.mirror()
-    follow(mirror, side.update(-1))
+def test_a_reply_that_lacks_merges_is_rejected() -> None:
+    """The process then requests the complete base; its own copy stays as it was."""
+    side = CoordinatorSide(MergeConfig(send_down="factors"), plans_of([2, 2, 2]))
+    replica = side.replica()
+    follow(replica, side.make_reply(-1))
     side.contribute(0)
     side.contribute(1)
-    update = side.update(1)  # only the second merge
-    before = mirror._base.clone()
+    reply = side.make_reply(1)  # only the second merge
+    before = replica._base.clone()
     for _ in range(2):  # and nothing stays locked
         with pytest.raises(CannotRedoMerges):
-            mirror.acquire(update)
-    assert torch.equal(mirror._base, before)
-    assert follow(mirror, side.update(-1)) is not None
+            replica.acquire(reply)
+    assert torch.equal(replica._base, before)
+    assert follow(replica, side.make_reply(-1)) is not None
 
 
 @pytest.mark.parametrize("down", ["factors", "dense"])
-def test_an_update_that_does_not_count_changes_nothing(down: str) -> None:
-    """Who sent it is gone, or a buffer is: the process still has the version before, whole, and follows the next."""
-    side = Side(MergeConfig(send_down=down), plans_of([2, 2, 2]))  # type: ignore[arg-type]
-    mirror = side.mirror()
-    follow(mirror, side.update(-1))
+def test_a_void_reply_changes_nothing(down: str) -> None:
+    """Its coordinator is gone, or a buffer is: the process keeps its complete version, and follows the next reply."""
+    side = CoordinatorSide(MergeConfig(send_down=down), plans_of([2, 2, 2]))  # type: ignore[arg-type]
+    replica = side.replica()
+    follow(replica, side.make_reply(-1))
     side.contribute(0)
-    follow(mirror, side.update(mirror.redo_from))
-    before = mirror.read(lambda base: base.clone())  # type: ignore[union-attr]
+    follow(replica, side.make_reply(replica.redo_from))
+    before = replica.read(lambda base: base.clone())  # type: ignore[union-attr]
     side.contribute(1)
-    update = side.update(mirror.redo_from)
+    reply = side.make_reply(replica.redo_from)
 
     def gone(*_: object) -> None:
         raise KeyError("gone")
 
-    fetch, noted = mirror._fetch, list[int]()
+    fetch, noted = replica._fetch, list[int]()
     for _ in range(2):  # and nothing stays locked
         with pytest.raises(KeyError):
-            mirror.acquire(update, gone)
-        mirror._fetch = gone  # type: ignore[assignment]
+            replica.acquire(reply, gone)
+        replica._fetch = gone  # type: ignore[assignment]
         with pytest.raises(KeyError):
-            mirror.acquire(update, lambda: noted.append(0))
-        mirror._fetch = fetch
-        assert (mirror.version, mirror.redo_from, noted) == (1, 1 if down == "factors" else -1, [])
-        assert torch.equal(mirror.read(lambda base: base.clone()), before)  # type: ignore[union-attr]
-    assert torch.equal(follow(mirror, update), side.coordinator.base)  # type: ignore[arg-type]
+            replica.acquire(reply, lambda: noted.append(0))
+        replica._fetch = fetch
+        assert (replica.version, replica.redo_from, noted) == (1, 1 if down == "factors" else -1, [])
+        assert torch.equal(replica.read(lambda base: base.clone()), before)  # type: ignore[union-attr]
+    assert torch.equal(follow(replica, reply), side.coordinator.base)  # type: ignore[arg-type]
 
 
-def test_an_older_update_changes_nothing() -> None:
-    """Answers may come in another order than they were given."""
-    side = Side(MergeConfig(send_down="factors"), plans_of([2, 2, 2]))
-    mirror = side.mirror()
-    follow(mirror, side.update(-1))
+def test_an_older_reply_changes_nothing() -> None:
+    """Replies may arrive in another order than they were sent."""
+    side = CoordinatorSide(MergeConfig(send_down="factors"), plans_of([2, 2, 2]))
+    replica = side.replica()
+    follow(replica, side.make_reply(-1))
     side.contribute(0)
-    old = side.update(0)
+    old = side.make_reply(0)
     side.contribute(1)
-    follow(mirror, side.update(0))
-    assert follow(mirror, old) is None
-    assert mirror.version == 2
+    follow(replica, side.make_reply(0))
+    assert follow(replica, old) is None
+    assert replica.version == 2
 
 
-def test_long_chains_are_forgotten() -> None:
-    """Once their factors are more bytes than the base, who is so far behind is sent the base."""
+def test_long_chains_are_dropped() -> None:
+    """Once their factors are more bytes than the base, a process so far behind is sent the base."""
     plans = plans_of([2, 2, 2])
-    side = Side(MergeConfig(send_down="factors"), plans)
+    side = CoordinatorSide(MergeConfig(send_down="factors"), plans)
     size, each = plans[0].base.size * 4, side.codecs[0].buffer_sizes[0]
     for version in range(20):
         side.contribute(version % HEADS)
-    kept = [have for have in range(20) if side.downlink.deltas_since(have) is not None]
+    kept = [have for have in range(20) if side.broadcast_log.deltas_since(have) is not None]
     assert kept == list(range(20 - size // each, 20))
-    assert side.downlink.deltas_since(-1) is None
+    assert side.broadcast_log.deltas_since(-1) is None

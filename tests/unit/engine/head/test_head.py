@@ -22,7 +22,7 @@ TOLERANCE = {"sgd": 1e-13, "adamw": 1e-11}
 
 
 def make_head(worker: Tiny, head: int = 0, **changes: object) -> tuple[Head, Tensor]:
-    """A head that has started, and the base it started from."""
+    """A head that has started, and the base that it started from."""
     settings = make_settings(**changes)  # type: ignore[arg-type]
     made = Head(worker, settings, head, dtype=torch.float64)
     base = prepare(worker, settings, torch.float64).base
@@ -47,7 +47,7 @@ def flat(plan: Plan, weights: dict[str, Tensor]) -> Tensor:
 
 
 def effective(head: Head) -> dict[str, Tensor]:
-    """What the head computes with: W~ + s B A."""
+    """The weights that the head computes with: W~ + s B A."""
     layers = {id(m.weight): m for m in head.model.modules() if isinstance(m, LTELinear)}
     parameters = dict(head.model.named_parameters())
     chosen = {spec.name: layers[id(parameters[spec.name])] for spec in head.plan.adapted}
@@ -55,9 +55,8 @@ def effective(head: Head) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_heads_over_merges_are_their_dense_counterparts(optimizer: str) -> None:
-    """Over four barrier merges, contributions hold (A, B, p - p'), W~ is W - s B'A', and right after a merge each head
-    computes with the merged weights."""
+def test_heads_equal_their_dense_counterparts_after_merges(optimizer: str) -> None:
+    """Contributions hold (A, B, p - p'), W~ is W - s B'A', and a head computes with the merged weights right after a merge."""
     worker, tolerance = Tiny(optimizer=optimizer), TOLERANCE[optimizer]
     heads = [make_head(worker, n)[0] for n in (0, 1)]
     dense = [DenseHead(worker, head) for head in heads]
@@ -93,8 +92,8 @@ def test_heads_over_merges_are_their_dense_counterparts(optimizer: str) -> None:
             assert (head.version, head.step) == (version, 3 * version)
 
 
-def test_a_refused_contribution_rides_in_the_next() -> None:
-    """After a refusal the head is untouched; its next contribution holds all since the start, steps and samples too."""
+def test_a_refused_contribution_is_part_of_the_next() -> None:
+    """A refusal leaves the head untouched; its next contribution holds all since the start, steps and samples too."""
     worker = Tiny()
     head, base = make_head(worker)
     dense = DenseHead(worker, head)
@@ -118,7 +117,7 @@ def test_a_refused_contribution_rides_in_the_next() -> None:
 
 
 def test_a_refusal_with_a_newer_base_keeps_reference_and_progress() -> None:
-    """Onto W_2 without its last contribution: W~ = W_2 - s B' A' with the old reference, p = P_2 + (p - P_1)."""
+    """On W_2 without its last contribution: W~ = W_2 - s B' A' with the old reference, p = P_2 + (p - P_1)."""
     head, base = make_head(Tiny())
     plan, s = head.plan, head.plan.adapted[0].scaling
     first = head.train_round()
@@ -155,7 +154,7 @@ def test_progress_from_before_a_newer_base_is_contributed_once() -> None:
 
 
 def test_reset_b_zeroes_b_after_an_accepted_merge_only() -> None:
-    """reset="B": accepted means B := 0, A kept and W~ = W_1; refused means B stays, to ride in the next."""
+    """With reset="B", accepted means B := 0, A kept and W~ = W_1; refused means B is kept for the next contribution."""
     head, base = make_head(Tiny(), reset="B")
     first = parts(head.plan, c := head.train_round())
     refuse(head, c)
@@ -174,7 +173,7 @@ def test_reset_b_zeroes_b_after_an_accepted_merge_only() -> None:
 
 
 @pytest.mark.parametrize("reset", ["none", "B"])
-def test_the_optimizer_keeps_its_state_over_merges(reset: str) -> None:
+def test_the_optimizer_keeps_its_state_across_merges(reset: str) -> None:
     """Moments and step counts are bitwise the same before and after a rebase."""
     head, base = make_head(Tiny(optimizer="adamw"), reset=reset)
     contribution = head.train_round()
@@ -197,8 +196,8 @@ class Scheduled(Tiny):
 
 @pytest.mark.parametrize("reset", ["none", "B"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_restored_head_goes_on_bitwise_the_same(optimizer: str, reset: str) -> None:
-    """Through safetensors and JSON: data, dropout, optimizer, schedule, reference and counts all go on as they would."""
+def test_a_restored_head_continues_bitwise_the_same(optimizer: str, reset: str) -> None:
+    """Through safetensors and JSON: data, dropout, optimizer, schedule, reference and counts continue as they would have."""
     worker = Scheduled(dropout=0.3, optimizer=optimizer)
     head, base = make_head(worker, reset=reset)
     one = base + 0.1
@@ -243,7 +242,7 @@ def rounded_head(lr: float) -> tuple[Head, list[Tensor]]:
 
 @pytest.mark.parametrize("accepted", [(True,) * 5, (False,) * 5, (True, False, True, True, False)], ids=["yes", "no", "mixed"])
 def test_replicas_in_bfloat16_that_do_not_train_contribute_nothing(accepted: tuple[bool, ...]) -> None:
-    """p - p' is what was trained, from the rounded base that the head adopted: rounding it is no progress."""
+    """p - p' is what was trained, from the rounded base that the head adopted: rounding the base isn't progress."""
     head, (first, *bases) = rounded_head(lr=0.0)
     head.start(0, first)
     for version, (base, answer) in enumerate(zip(bases, accepted, strict=True), 1):
@@ -255,7 +254,7 @@ def test_replicas_in_bfloat16_that_do_not_train_contribute_nothing(accepted: tup
 
 
 def test_steps_of_bfloat16_replicas_beyond_the_base_are_counted_without_its_rounding() -> None:
-    """What was refused rides along over new bases as it was, and is gone once it is accepted."""
+    """Refused progress stays as it was on newer bases, and is gone once it is accepted."""
     head, (first, *bases) = rounded_head(lr=0.05)
     head.start(0, first)
     contribution = head.train_round()

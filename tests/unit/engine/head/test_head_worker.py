@@ -32,14 +32,14 @@ def make_head(worker: Tiny, head: int = 0, **changes: object) -> Head:
 
 
 def next_round(head: Head) -> Contribution:
-    """A round whose contribution is refused, so that the head simply trains on."""
+    """A round whose contribution is refused, so that the head continues to train."""
     contribution = head.train_round()
     head.adopt(ContributionResult(head.number, contribution.sequence, False, 0, "a test"), 0, None)
     return contribution
 
 
 def test_heads_in_one_process_draw_what_each_would_draw_alone() -> None:
-    """With dropout, two heads that take turns send bitwise what they send when each runs alone."""
+    """With dropout, two heads that take turns send bitwise what each sends when it runs alone."""
     worker = Tiny(dropout=0.5)
     alone = []
     for n in (0, 1):
@@ -62,7 +62,7 @@ class Drawing(Tiny):
 
 
 def test_each_head_has_its_own_python_numpy_and_torch_numbers() -> None:
-    """Two heads draw different numbers, the same head the same again, and the caller's generators don't notice."""
+    """Two heads draw different numbers, the same head the same again, and the caller's generators don't change."""
 
     def states() -> tuple[object, ...]:
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
@@ -84,13 +84,13 @@ def test_each_head_has_its_own_python_numpy_and_torch_numbers() -> None:
 
 
 class Finite(Tiny):
-    """Two batches at a time: the iterator ends and is asked for again."""
+    """Yields two batches at a time, and is then called again."""
 
     def train_batches(self, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
         return itertools.islice(super().train_batches(shard), 2)
 
 
-def test_iterators_that_end_are_asked_again_with_the_cursor_moved_on() -> None:
+def test_iterators_that_end_are_called_again_with_a_later_cursor() -> None:
     """A worker that yields two batches at a time trains as one whose batches never end."""
     finite, endless = make_head(Finite()), make_head(Tiny())
     assert torch.equal(next_round(finite).buffer, next_round(endless).buffer)
@@ -98,7 +98,7 @@ def test_iterators_that_end_are_asked_again_with_the_cursor_moved_on() -> None:
 
 
 def test_the_last_round_takes_the_steps_that_are_left() -> None:
-    """Of 8 steps with merge_iter=3 the rounds take 3, 3 and 2; then the head is done. Samples and losses fit."""
+    """Of 8 steps with merge_iter=3 the rounds take 3, 3 and 2; then the head is done. Samples and losses agree."""
     head = make_head(Tiny(), steps=8)
     taken, samples = [], 0
     while not head.done:
@@ -111,8 +111,8 @@ def test_the_last_round_takes_the_steps_that_are_left() -> None:
     assert status.loss == contribution.loss
 
 
-def test_a_rounds_loss_is_the_mean_over_its_steps() -> None:
-    """The contribution's loss is the mean of the losses that the worker gave in this round."""
+def test_a_rounds_loss_is_the_mean_of_its_steps() -> None:
+    """The contribution's loss is the mean of the worker's losses in this round."""
 
     class Noting(Tiny):
         def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -147,7 +147,7 @@ class Failing(Tiny):
 
 
 def test_an_error_in_the_workers_code_names_head_and_step() -> None:
-    """WorkerFailed says where and at which step, with the worker's own traceback, chained."""
+    """WorkerFailed names the head and the step, with the worker's own traceback, chained."""
     worker = Failing()
     worker.error = ValueError("boom 42")
     head = make_head(worker, 1)
@@ -163,7 +163,7 @@ def test_an_error_in_the_workers_code_names_head_and_step() -> None:
 
 
 def test_an_error_of_lte_rays_own_keeps_its_message_without_a_traceback() -> None:
-    """A WorkerError from within a step becomes a WorkerFailed with that message alone."""
+    """A WorkerError within a step becomes a WorkerFailed with that message alone."""
     worker = Failing()
     worker.error = WorkerError("what to change")
     head = make_head(worker)
@@ -190,10 +190,10 @@ def end_at_once(*_: object) -> Iterator[tuple[Tensor, Tensor]]:
         ("train_batches", end_at_once, 1, "ended at once, without a batch"),
     ],
 )
-def test_every_method_of_the_worker_is_blamed(
+def test_an_error_in_any_method_of_the_worker_names_the_head(
     monkeypatch: pytest.MonkeyPatch, method: str, replacement: Callable[..., object], step: int | None, text: str
 ) -> None:
-    """Whatever the worker's method raises names the head, and the step where there is one."""
+    """What the worker's method raises names the head, and the step if there is one."""
     worker = Tiny()
     monkeypatch.setattr(worker, method, replacement, raising=False)
     with pytest.raises(WorkerFailed) as raised:
@@ -203,7 +203,7 @@ def test_every_method_of_the_worker_is_blamed(
 
 
 def test_without_an_optimizer_of_its_own_a_worker_gets_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default is AdamW over the two groups "lora" and "replica", which hold what trains and nothing else."""
+    """The default is AdamW with the two groups "lora" and "replica", which hold what trains and nothing else."""
     monkeypatch.delattr(Tiny, "build_optimizer")
     head = make_head(Tiny())
     groups = head.optimizer.param_groups
@@ -214,7 +214,7 @@ def test_without_an_optimizer_of_its_own_a_worker_gets_adamw(monkeypatch: pytest
 
 
 class Bypassing(Tiny):
-    """Computes with the weight of `down` and `mid` without calling them, and with that of `up` both ways."""
+    """Computes with the weights of `down` and `mid` without calling the layers, and with that of `up` both ways."""
 
     def build_model(self) -> nn.Module:
         model = super().build_model()
@@ -235,8 +235,8 @@ class Bypassing(Tiny):
 
 @pytest.mark.parametrize("settings", [{}, {"lora_bias": "lora"}, {"base_dtype": "nf4"}])
 @pytest.mark.parametrize("stack", ["never", "always"])
-def test_weights_that_are_used_without_a_call_are_those_in_use(stack: str, settings: dict[str, Any]) -> None:
-    """What a head trains is what the merged model then computes: with one head, both losses agree after the last merge."""
+def test_weights_used_without_a_call_include_the_factors(stack: str, settings: dict[str, Any]) -> None:
+    """A head trains what the merged model then computes: with one head, both losses agree after the last merge."""
     plain = make_settings(heads=2, steps=6)
     run = dataclasses.replace(plain, lte=dataclasses.replace(plain.lte, **settings))
     done = run_in_process(Bypassing(), run, torch.float64, heads_per_actor=2, stack_heads=stack)

@@ -1,4 +1,4 @@
-"""What surrounds an optimizer step: accumulation, clipping, precision, multipliers, recomputed activations, compilation."""
+"""An optimizer step: accumulation, clipping, precision, multipliers, recomputed activations, compilation."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def started(worker: Any, made: Settings, head: int = 0, dtype: torch.dtype = tor
 
 
 def restored(head: Head, worker: Any, made: Settings) -> Head:
-    """Another head that goes on from this one's state, through safetensors and JSON."""
+    """Another head that continues from this one's state, through safetensors and JSON."""
     tensors, meta = state_of(head)
     other = Head(worker, made, head.number, dtype=head.dtype, incarnation=1)
     base = prepare(worker, made, head.dtype).base
@@ -60,7 +60,7 @@ def trained(head: Head) -> dict[str, Tensor]:
 
 @dataclass
 class Single(Tiny):
-    """Tiny in float32, with dropout off unless said."""
+    """Tiny in float32, by default without dropout."""
 
     def build_model(self) -> nn.Module:
         return Net(self.dropout)
@@ -71,7 +71,7 @@ class Single(Tiny):
 
 @dataclass
 class Sized(Tiny):
-    """Tiny with batches of another size, of which each is several of Tiny's in a row."""
+    """Tiny with batches of another size: several of Tiny's in a row."""
 
     times: int = 1
 
@@ -86,7 +86,7 @@ class Sized(Tiny):
 @pytest.mark.parametrize("times", [2, 3])
 @pytest.mark.parametrize("clip", [0.0, 0.2])
 def test_accumulating_k_batches_is_one_batch_k_times_as_large(times: int, clip: float) -> None:
-    """Means of equal batches: the same steps, losses and counts, with clipping too; over four merges of two heads."""
+    """Means of equal batches: the same steps, losses and counts, with clipping too, for four merges of two heads."""
     runs = [
         run_in_process(Sized(), settings({"accumulate": times, "clip_norm": clip}), torch.float64),
         run_in_process(Sized(times=times), settings({"clip_norm": clip}), torch.float64),
@@ -101,7 +101,7 @@ def test_accumulating_k_batches_is_one_batch_k_times_as_large(times: int, clip: 
 
 
 def test_an_accumulating_head_resumes_with_the_next_batch() -> None:
-    """The cursor counts batches, not steps; dropout and momentum go on as they would."""
+    """The cursor counts batches, not steps; dropout and momentum continue as they would have."""
     worker, made = Tiny(dropout=0.3), settings({"accumulate": 3})
     head = started(worker, made)
     head.train_round()
@@ -113,7 +113,7 @@ def test_an_accumulating_head_resumes_with_the_next_batch() -> None:
 
 
 def test_a_head_resumed_with_another_accumulate_neither_repeats_nor_skips_batches() -> None:
-    """What was taken before the checkpoint counts by batches, whatever a step is made of now."""
+    """What was taken before the checkpoint counts by batches, however many a step takes now."""
     seen: list[Tensor] = []
 
     class Watching(Tiny):
@@ -136,8 +136,8 @@ def test_a_head_resumed_with_another_accumulate_neither_repeats_nor_skips_batche
 
 
 @pytest.mark.parametrize("clip", [0.01, 0.3, 1e6])
-def test_clipping_is_torchs_over_all_factors_and_replicas(clip: float) -> None:
-    """One norm over the whole head, as clip_grad_norm_ over all parameters; a large bound changes nothing."""
+def test_clipping_is_torchs_for_all_factors_and_replicas(clip: float) -> None:
+    """One norm for the head, as clip_grad_norm_ of all parameters; a large bound changes nothing."""
     worker = Tiny()
     clipped, plain = started(worker, settings({"clip_norm": clip})), started(worker, settings())
     for head in (clipped, plain):
@@ -160,7 +160,7 @@ def test_clipping_is_torchs_over_all_factors_and_replicas(clip: float) -> None:
 
 
 def test_bf16_mixed_computes_in_bfloat16_and_keeps_float32() -> None:
-    """Forward products are bf16; factors, replicas, gradients, contributions and the merged base are fp32, and it learns."""
+    """Products are bf16; factors, replicas, gradients, contributions and the merged base are fp32, and the head learns."""
     types: set[torch.dtype] = set()
 
     class Watching(Single):
@@ -182,7 +182,7 @@ def test_bf16_mixed_computes_in_bfloat16_and_keeps_float32() -> None:
 
 @pytest.mark.parametrize("clip", [0.0, 1e6])
 def test_fp16_mixed_trains_on_a_cpu_with_loss_scaling(clip: float) -> None:
-    """Scaled losses give unscaled steps: near those of an fp32 run from the first step that doesn't overflow on."""
+    """Scaled losses give unscaled steps: near those of an fp32 run from the first step that doesn't overflow."""
     mixed, full = (
         started(Single(), settings({"precision": p, "clip_norm": clip}), dtype=torch.float32) for p in ("fp16-mixed", "fp32")
     )
@@ -198,8 +198,8 @@ def test_fp16_mixed_trains_on_a_cpu_with_loss_scaling(clip: float) -> None:
 
 
 @pytest.mark.parametrize("clip", [0.0, 1.0])
-def test_a_step_whose_gradients_overflow_is_left_out(clip: float) -> None:
-    """Nothing moves, no moment is touched, the scale is halved, and the next step is taken; the step is counted."""
+def test_a_step_whose_gradients_overflow_is_skipped(clip: float) -> None:
+    """Weights and moments don't change, the scale is halved, and the next step is taken; the step is counted."""
     head = started(Single(optimizer="adamw"), settings({"precision": "fp16-mixed", "clip_norm": clip}), dtype=torch.float32)
     head.optimizer_step.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     before = trained(head)
@@ -218,7 +218,7 @@ def test_a_step_whose_gradients_overflow_is_left_out(clip: float) -> None:
 
 
 def test_the_loss_scale_survives_a_checkpoint() -> None:
-    """It goes on from where it was, bitwise; a checkpoint without one (of fp32, or of an older release) starts afresh."""
+    """It continues bitwise; from a checkpoint without one (of fp32, or of an older release) it starts again."""
     worker, made = Single(), settings({"precision": "fp16-mixed"})
     head = started(worker, made, dtype=torch.float32)
     head.train_round()
@@ -238,7 +238,7 @@ def test_the_loss_scale_survives_a_checkpoint() -> None:
 
 
 def test_a_float16_model_is_refused_under_fp16_mixed_before_any_head_starts() -> None:
-    """Its gradients can't be unscaled. It trains as it is, and its parameters in float32 train mixed."""
+    """Its gradients can't be unscaled. It trains without mixed precision, and with it once its parameters are in float32."""
 
     class Half(Tiny):
         def build_model(self) -> nn.Module:
@@ -290,14 +290,14 @@ class Scheduled(Tiny):
 
 
 def multipliers(head: Head) -> dict[str, float]:
-    """What each trained parameter's rate is of the rate 0.01 that the worker gives, and of the schedule."""
+    """The ratio of each trained parameter's rate to the worker's rate of 0.01, times the schedule's."""
     rates = {id(p): group["lr"] for group in head.optimizer.param_groups for p in group["params"]}
     parameters = {**head.converted.factors, **{r.name: head.converted.parameters[r.name] for r in head.plan.replicas}}
     return {name: rates[id(p)] / (0.01 * (1 - head.step / 12)) for name, p in parameters.items()}
 
 
 def test_multipliers_hold_under_a_schedule_and_in_a_resumed_run() -> None:
-    """At every step each parameter's rate is multiplier times schedule times rate; a resumed head goes on bitwise the same."""
+    """At every step each rate is multiplier times schedule times rate; a resumed head continues bitwise the same."""
     made = settings(lte={"layers": RULES}, steps=12, merge_iter=2)
     expected = {"up.weight.lora_A": 2.0, "up.weight.lora_B": 2.0, "up.bias": 2.0, "scale": 0.1, "down.bias": 0.0}
     head = started(Scheduled(), made)
@@ -336,14 +336,14 @@ class Dropping(Tiny):
 
 
 class Renaming(Tiny):
-    """Makes new groups without the keys of those that it got."""
+    """Makes new groups without the keys of those that it was given."""
 
     def build_optimizer(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.SGD([{"params": group["params"], "lr": 0.01} for group in params])
 
 
 class Splitting(Tiny):
-    """Splits each group by whether it decays, keeping what the groups hold, and leaves out what it doesn't train."""
+    """Splits each group by whether it decays, keeps the groups' keys, and leaves out what it doesn't train."""
 
     def build_optimizer(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
         groups = []
@@ -356,14 +356,14 @@ class Splitting(Tiny):
 
 @pytest.mark.parametrize("worker", [Dropping(), Renaming()])
 def test_an_optimizer_that_drops_the_groups_is_an_error_if_there_are_multipliers(worker: Tiny) -> None:
-    """It says how to keep them. Without multipliers the worker may do as it likes."""
+    """The error says how to keep them. Without multipliers the worker is free."""
     started(worker, settings()).train_round()
     with pytest.raises(WorkerFailed, match=r"(?s)build_optimizer\(\) doesn't keep the parameter groups.*\{\*\*group"):
         started(worker, settings(lte={"layers": RULES}))
 
 
 class OneCycle(Tiny):
-    """A schedule that replaces the rates which the groups had."""
+    """A schedule that replaces the groups' rates."""
 
     def build_schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> lr_scheduler.LRScheduler:
         return lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=total_steps)
@@ -378,7 +378,7 @@ class OwnCycles(Tiny):
 
 
 def test_a_schedule_that_forgets_the_multipliers_is_an_error_that_says_how_to_keep_them() -> None:
-    """OneCycleLR with one rate for all is refused if there are multipliers, and only then; with a rate for each, they hold."""
+    """OneCycleLR with one rate for all is an error only if there are multipliers; with a rate for each group they hold."""
     started(OneCycle(), settings()).train_round()
     with pytest.raises(WorkerFailed, match=r"(?s)build_schedule\(\).*one rate \(0.0004\).*max_lr=\[g\['lr'\]"):
         started(OneCycle(), settings(lte={"layers": RULES}))
@@ -401,7 +401,7 @@ def test_an_optimizer_may_split_the_groups_that_it_is_given() -> None:
 
 
 def test_groups_are_named_and_one_for_each_multiplier() -> None:
-    """Without multipliers exactly two, without further keys, as workers have always got them."""
+    """Without multipliers there are two, without further keys, as before multipliers existed."""
     plan = Plan(
         (Adapted("a", (2, 2), 1, 1.0), Adapted("b", (2, 2), 1, 1.0, lr=2.0)), (Replica("c", (2,)), Replica("d", (2,), lr=2.0))
     )
@@ -473,7 +473,7 @@ def gradients(patterns: tuple[str, ...], seed: int = 0) -> tuple[dict[str, Tenso
     [((), 1), (("blocks.*",), 2), (("blocks",), 2), (("blocks.0", "blocks.0.norm", "out"), 2), (("*",), 2), (("blocks.1",), 1)],
 )
 def test_recomputed_activations_give_bitwise_the_same_gradients(patterns: tuple[str, ...], times: int) -> None:
-    """With dropout, keywords and batch normalisation, whose statistics count the batch once; nested ones wrap the outermost."""
+    """With dropout, keywords and batch normalization, which counts a batch once; of nested modules the outermost is wrapped."""
     expected, statistics, _ = gradients(())
     found, kept, calls = gradients(patterns)
     assert calls == times
@@ -495,7 +495,7 @@ def test_a_run_with_recomputed_activations_is_bitwise_the_run_without() -> None:
 
 @pytest.mark.parametrize("patterns", [("blcoks.*",), ("blocks.7",), ("out", "nothing")])
 def test_a_pattern_without_a_module_is_an_error_before_any_head_starts(patterns: tuple[str, ...]) -> None:
-    """The pattern is named, and what there is."""
+    """The error names the pattern and the modules of the model."""
 
     class Stacked(Regression):
         def build_model(self) -> nn.Module:
@@ -506,7 +506,7 @@ def test_a_pattern_without_a_module_is_an_error_before_any_head_starts(patterns:
 
 
 def test_a_list_without_modules_is_no_module() -> None:
-    """Nobody calls a ModuleList; one that names none below it is an error in the check and in the head alike."""
+    """A ModuleList isn't called; a pattern that names nothing below one is an error, in the check and in the head."""
     model = nn.Module()
     model.blocks, model.out = nn.ModuleList(), nn.Linear(4, 4)
     with pytest.raises(ConfigError, match="'blocks' matches no module"):
@@ -525,7 +525,7 @@ def test_a_list_without_modules_is_no_module() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "fp16-mixed"])
 def test_a_schedule_is_stepped_once_a_step(precision: str) -> None:
-    """However many batches a step has."""
+    """However many batches a step takes."""
     weight = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     schedule = lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
@@ -542,8 +542,8 @@ def test_a_schedule_is_stepped_once_a_step(precision: str) -> None:
 @pytest.mark.parametrize(
     ("loss", "found"), [(lambda: torch.ones(3), r"shape \(3,\)"), (lambda: 1.0, "float"), (lambda: None, "NoneType")]
 )
-def test_a_loss_that_is_no_scalar_names_what_it_is(loss: Callable[[], Any], found: str) -> None:
-    """The error names head and step."""
+def test_a_loss_that_is_no_scalar_is_an_error(loss: Callable[[], Any], found: str) -> None:
+    """The error names the head, the step and what was returned."""
 
     class Bad(Tiny):
         def loss(self, model: nn.Module, batch: Any) -> Any:
@@ -555,7 +555,7 @@ def test_a_loss_that_is_no_scalar_names_what_it_is(loss: Callable[[], Any], foun
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_run_is_the_eager_run(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-    """torch.compile orders float32 sums otherwise, and nothing more: traced, and with its compiler, which takes long."""
+    """torch.compile changes the order of float32 sums, and nothing else: traced, and with its compiler, which takes long."""
     traced = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda model: traced(model, backend=backend))
     worker = Single()

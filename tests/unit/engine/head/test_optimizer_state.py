@@ -1,4 +1,4 @@
-"""Optimizers and schedules survive a checkpoint: through safetensors and JSON they go on bitwise the same."""
+"""Optimizers and schedules survive a checkpoint: through safetensors and JSON they continue bitwise the same."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def take_steps(optimizer: Optimizer, schedule: Any, first: int, count: int) -> l
 
 
 def check_round_trip(build: Callable[[nn.Parameter], Optimizer], plan: Callable[[Optimizer], Any] = lambda _: None) -> None:
-    """Three steps, a checkpoint, and eight more, in the first process and in another."""
+    """Three steps, a checkpoint, and eight more steps, in the first process and in another."""
     weight = nn.Parameter(torch.ones(3, 2))
     optimizer = build(weight)
     schedule = plan(optimizer)
@@ -63,8 +63,8 @@ def check_round_trip(build: Callable[[nn.Parameter], Optimizer], plan: Callable[
         ("ASGD", {}),
     ],
 )
-def test_an_optimizer_goes_on_as_it_would(kind: str, options: dict[str, Any]) -> None:
-    """torch's optimizers take the very steps that they would have taken without the checkpoint."""
+def test_an_optimizer_continues_as_without_the_checkpoint(kind: str, options: dict[str, Any]) -> None:
+    """torch's optimizers take the steps that they would have taken without the checkpoint."""
     check_round_trip(lambda weight: getattr(torch.optim, kind)([weight], **({"lr": 0.01} | options)))
 
 
@@ -82,13 +82,13 @@ def test_an_optimizer_goes_on_as_it_would(kind: str, options: dict[str, Any]) ->
     ids=["lambda", "one cycle", "cosine", "restarts", "sequential", "multi-step", "sequential multi-step"],
 )
 @pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")  # SequentialLR's own
-def test_a_schedule_goes_on_as_it_would(plan: Callable[[Optimizer], Any]) -> None:
-    """torch's schedules give the very learning rates that they would have given without the checkpoint."""
+def test_a_schedule_continues_as_without_the_checkpoint(plan: Callable[[Optimizer], Any]) -> None:
+    """torch's schedules yield the rates that they would have yielded without the checkpoint."""
     check_round_trip(lambda weight: torch.optim.SGD([weight], lr=0.1, momentum=0.9), plan)
 
 
 def test_a_state_that_is_neither_tensor_nor_json_is_an_error() -> None:
-    """The worker's author is told that it can't be saved without pickle."""
+    """The error says that it can't be saved without pickle."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
     optimizer.param_groups[0]["thing"] = object()
     with pytest.raises(WorkerError, match="can't be saved without pickle"):

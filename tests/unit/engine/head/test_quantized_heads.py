@@ -1,4 +1,4 @@
-"""Heads whose main weights are quantised: what they compute, what they report, and that merging knows nothing of it."""
+"""Heads whose main weights are quantized: what they compute and report, and that merging is unaffected."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FORMATS = ["bf16", "int8", "nf4"]
 
 @pytest.fixture(params=FORMATS)
 def form(request: pytest.FixtureRequest) -> str:
-    """Each format that can be had here."""
+    """Each format that this machine supports."""
     if request.param == "nf4":
         pytest.importorskip("bitsandbytes")
     return str(request.param)
@@ -43,7 +43,7 @@ def settings(form: str, **lte: Any) -> Settings:
 
 
 class Kinds(nn.Module):
-    """A linear layer, one transposed, convolutions, an embedding, attention and a norm."""
+    """A linear layer, a transposed one, convolutions, an embedding, attention and a norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,8 +73,8 @@ def started(worker: Tiny, made: Settings, head: int = 0) -> tuple[Head, Tensor]:
     return one, base
 
 
-def quantised(head: Head, base: Tensor) -> tuple[dict[str, Tensor], float]:
-    """Q(W) in float64 of every main weight that is quantised, and the largest relative error, by a quantiser of its own."""
+def quantized(head: Head, base: Tensor) -> tuple[dict[str, Tensor], float]:
+    """Q(W) in float64 of every main weight that is quantized, and the largest relative error, by a separate quantizer."""
     weights, errors = {}, [0.0]
     for spec in head.plan.adapted:
         weight = views(head.plan.base, base)[spec.name]
@@ -90,9 +90,9 @@ def quantised(head: Head, base: Tensor) -> tuple[dict[str, Tensor], float]:
 
 
 def dense_model(head: Head, worker: Tiny, base: Tensor, reference: dict[str, Tensor] | None) -> nn.Module:
-    """The unconverted model with Q(W) + s (B A - B' A') in the place of each main weight, and the head's replicas."""
+    """The unconverted model with Q(W) + s (B A - B' A') instead of each main weight, and the head's replicas."""
     model = worker.build_model()
-    weights, _ = quantised(head, base)
+    weights, _ = quantized(head, base)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for spec in head.plan.adapted:
@@ -106,7 +106,7 @@ def dense_model(head: Head, worker: Tiny, base: Tensor, reference: dict[str, Ten
 
 
 @pytest.mark.parametrize(("worker", "lte"), [(Tiny(), {}), (Many(), EVERYTHING)], ids=["tiny", "every kind"])
-def test_a_head_computes_with_the_quantised_weight_beside_exact_products(form: str, worker: Tiny, lte: dict[str, Any]) -> None:
+def test_a_head_computes_with_the_quantized_weight_and_exact_products(form: str, worker: Tiny, lte: dict[str, Any]) -> None:
     """Q(W) x + s (B A - B' A') x in all layers, before and after merges; gradients are those of that dense model."""
     head, base = started(worker, settings(form, **lte))
     words, reference = torch.arange(7), None
@@ -122,7 +122,7 @@ def test_a_head_computes_with_the_quantised_weight_beside_exact_products(form: s
         head.adopt(ContributionResult(0, version, True, version), version, base)
 
 
-def test_gradients_go_through_the_quantised_weight(form: str) -> None:
+def test_gradients_pass_through_the_quantized_weight(form: str) -> None:
     """Each factor's gradient is that through the dense weight: dA = s B^T dW, dB = s dW A^T."""
     worker = Tiny()
     head, base = started(worker, settings(form))
@@ -141,8 +141,8 @@ def test_gradients_go_through_the_quantised_weight(form: str) -> None:
         assert_near(head.converted.parameters[replica.name].grad, parameters[replica.name].grad, 5000 * EPS64)
 
 
-def test_a_shared_weight_is_quantised_once(form: str) -> None:
-    """Both layers hold the same codes, which are in no state dict twice under a parameter's name."""
+def test_a_shared_weight_is_quantized_once(form: str) -> None:
+    """Both layers hold the same codes, and no state dict has them twice."""
     head, _ = started(Tiny(), settings(form))
     assert head.model.mid.quantized is head.model.twin.quantized
     assert "mid.weight" not in dict(head.model.named_parameters())
@@ -151,17 +151,17 @@ def test_a_shared_weight_is_quantised_once(form: str) -> None:
     assert set(kinds.values()) == {QuantizedWeight}
 
 
-def test_the_error_of_quantising_is_reported_with_each_contribution_and_merge(form: str, tmp_path: Path) -> None:
-    """||W - Q(W)|| / ||W||, the largest over the layers, of the version that was trained on; it reaches metrics.jsonl."""
+def test_the_quantization_error_is_reported_with_each_contribution_and_merge(form: str, tmp_path: Path) -> None:
+    """||W - Q(W)|| / ||W||, the largest of all layers, of the version that was trained on; metrics.jsonl has it."""
     result = run_in_process(Tiny(), settings(form), torch.float64)
     fresh = prepare(Tiny(), settings(form), torch.float64).base
-    _, expected = quantised(result.heads[0], fresh)
+    _, expected = quantized(result.heads[0], fresh)
     assert expected > 0
     assert result.merges[0].base_error == pytest.approx(expected, rel=1e-6)  # norms of the fp32 weights
     head, base = started(Tiny(), settings(form))
     head.train_round()
     head.adopt(ContributionResult(0, 1, True, 1), 1, base + 0.1)
-    assert head.train_round().base_error == pytest.approx(quantised(head, base + 0.1)[1], rel=1e-6)
+    assert head.train_round().base_error == pytest.approx(quantized(head, base + 0.1)[1], rel=1e-6)
     directory = RunDirectory.open(str(tmp_path), "run")
     directory.create()
     log = MetricsLog(directory)
@@ -175,24 +175,24 @@ def test_the_error_of_quantising_is_reported_with_each_contribution_and_merge(fo
     assert all(row["base_error"] < {"bf16": 2.0**-9, "int8": 0.01, "nf4": 0.15}[form] for row in rows)
 
 
-def test_without_quantisation_the_error_is_zero() -> None:
-    """fp32 heads fold the reference and hold the base's own weights."""
+def test_without_quantization_the_error_is_zero() -> None:
+    """fp32 heads fold the reference into the base's own weights."""
     assert {m.base_error for m in run_in_process(Tiny(), settings("fp32")).merges} == {0.0}
 
 
-def test_the_error_is_that_of_the_layers_that_are_quantised(form: str) -> None:
-    """One layer by a rule: the others count as exact."""
+def test_the_error_is_that_of_the_quantized_layers(form: str) -> None:
+    """A rule quantizes one layer: the others count as exact."""
     made = settings("fp32", layers=(f"up: base_dtype={form}",))
     head, base = started(Tiny(), made)
     assert [type(m.stored) for m in head.converted.main_weights.values()] == [QuantizedWeight, nn.Parameter, nn.Parameter]
-    assert head.train_round().base_error == pytest.approx(quantised(head, base)[1], rel=1e-6)
+    assert head.train_round().base_error == pytest.approx(quantized(head, base)[1], rel=1e-6)
     dense = dense_model(head, Tiny(), base, None)
     assert_near(head.model(torch.arange(7)), dense(torch.arange(7)), 5000 * EPS64)
 
 
 @pytest.mark.parametrize("reset", ["none", "B"])
-def test_merging_is_exact_whatever_the_heads_hold(form: str, reset: str) -> None:
-    """The ledger holds as with float32 heads: W_v - W_0 = sum of w D, with no trace of Q; the base is no quantised one."""
+def test_merging_is_exact_for_quantized_heads(form: str, reset: str) -> None:
+    """As with float32 heads, W_v - W_0 = sum of w D, without a trace of Q; the base isn't quantized."""
     worker, made = Tiny(), settings(form, reset=reset)
     initial = prepare(worker, made, torch.float64)
     coordinator = Coordinator(made, initial.plan, initial.base.clone(), ComposedPolicy(Average()), plans=initial.plans)
@@ -210,13 +210,13 @@ def test_merging_is_exact_whatever_the_heads_hold(form: str, reset: str) -> None
         assert_near(coordinator.base - initial.base, ledger, 1e-13)
         for verdict in outcome.results:
             heads[verdict.head].adopt(verdict, version, coordinator.base.clone())
-    quantised_base = quantised(heads[0], coordinator.base)[0]
+    quantized_base = quantized(heads[0], coordinator.base)[0]
     exact = views(initial.plan.base, coordinator.base)
-    assert not any(torch.equal(exact[name], q) for name, q in quantised_base.items())
+    assert not any(torch.equal(exact[name], q) for name, q in quantized_base.items())
 
 
 def test_a_run_in_bfloat16_or_8_bits_ends_near_the_float32_run() -> None:
-    """What quantising changes is small beside what is learned."""
+    """Quantization changes little, compared with what is learned."""
     full = run_in_process(Tiny(), settings("fp32")).base
     start = prepare(Tiny(), settings("fp32")).base
     for form, most in (("bf16", 0.05), ("int8", 0.1)):
@@ -226,8 +226,8 @@ def test_a_run_in_bfloat16_or_8_bits_ends_near_the_float32_run() -> None:
 
 
 @pytest.mark.parametrize(("worker", "lte"), [(Tiny(dropout=0.3), {}), (Many(), EVERYTHING)], ids=["tiny", "every kind"])
-def test_a_restored_head_goes_on_bitwise_the_same(form: str, worker: Tiny, lte: dict[str, Any]) -> None:
-    """The codes come from the base again; factors, replicas and references from the state."""
+def test_a_restored_head_continues_bitwise_the_same(form: str, worker: Tiny, lte: dict[str, Any]) -> None:
+    """The codes are computed from the base again; factors, replicas and references come from the state."""
     made = settings(form, **lte)
     head, base = started(worker, made)
     head.train_round()
@@ -243,7 +243,7 @@ def test_a_restored_head_goes_on_bitwise_the_same(form: str, worker: Tiny, lte: 
             each.adopt(ContributionResult(0, sequence, sequence == 2, sequence), sequence, base - 0.1 * sequence)
 
 
-def test_a_head_that_is_refused_keeps_its_reference_beside_the_new_base(form: str) -> None:
+def test_a_refused_head_keeps_its_reference_on_the_new_base(form: str) -> None:
     """Q(W_2) + s (B A - B' A') with the old reference."""
     worker = Tiny()
     head, base = started(worker, settings(form))
@@ -257,7 +257,7 @@ def test_a_head_that_is_refused_keeps_its_reference_beside_the_new_base(form: st
 
 
 def test_checkpoints_hold_no_codes(form: str, tmp_path: Path) -> None:
-    """A head's file has factors, replicas, reference, optimizer and generators; the base's file the exact weights."""
+    """A head's file has factors, replicas, reference, optimizer and generators; the base's file has the exact weights."""
     head, base = started(Many(), settings(form, **EVERYTHING))
     head.train_round()
     head.adopt(ContributionResult(0, 1, True, 1), 1, base + 0.1)
@@ -276,8 +276,8 @@ def test_checkpoints_hold_no_codes(form: str, tmp_path: Path) -> None:
     assert torch.equal(checkpoint.read_base(directory, manifest, head.plan), base + 0.1)
 
 
-def test_users_own_buffers_are_kept_beside_the_codes(form: str) -> None:
-    """A model's buffers go through a checkpoint; ours don't."""
+def test_checkpoints_hold_the_users_buffers_and_no_codes(form: str) -> None:
+    """A checkpoint holds the model's buffers, not those that conversion added."""
 
     class Counting(Tiny):
         def build_model(self) -> nn.Module:

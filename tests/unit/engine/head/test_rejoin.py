@@ -1,4 +1,4 @@
-"""A head that died goes on from what the base holds of it: it donates nothing that it hasn't trained, and no batch is lost."""
+"""A head that died continues from what the base holds of it: it contributes only what it trains, and no batch is lost."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.helpers import Tiny, assert_near, dense_by_hand, make_setting
 
 @dataclass
 class Falling(Tiny):
-    """With a learning rate that falls after every step, in a type of its own."""
+    """With a learning rate that falls after every step, in any floating-point type."""
 
     dtype: str = "float64"
 
@@ -54,7 +54,7 @@ MERGING = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch
 
 
 def trained(dtype: str, reset: str = "none") -> tuple[Head, Settings, list[Tensor], SavedState]:
-    """A head merged into version 1, which has trained on; the bases of versions 1 and 2; and its state at version 1."""
+    """A head merged into version 1 that has trained since; the bases of versions 1 and 2; and its state at version 1."""
     worker, settings = Falling(dtype=dtype, optimizer="sgd"), make_settings(steps=90, reset=reset)
     first = prepare(worker, settings, MERGING[dtype]).base
     noise = torch.randn(2, len(first), generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -69,15 +69,15 @@ def trained(dtype: str, reset: str = "none") -> tuple[Head, Settings, list[Tenso
 
 
 def merged(head: Head) -> CommittedPosition:
-    """What the coordinator says that versions 1 and 2 hold of it: three batches of three steps."""
+    """The coordinator's position of the head in versions 1 and 2: three batches of three steps."""
     return CommittedPosition(0, 1, 1, 3, 12, 3, (Partition(7, 2),))
 
 
 @pytest.mark.parametrize("saved", [False, True])
 @pytest.mark.parametrize("reset", ["none", "B"])
 @pytest.mark.parametrize("dtype", MERGING)
-def test_a_head_that_rejoins_donates_nothing_that_it_has_not_trained(dtype: str, reset: str, saved: bool) -> None:
-    """Its first contribution, if it takes no step, is D = 0 to the last bit, and it computes with W_v alone."""
+def test_a_rejoined_head_contributes_nothing_that_it_has_not_trained(dtype: str, reset: str, saved: bool) -> None:
+    """Its first contribution, without a step, is D = 0 to the last bit, and it computes with W_v alone."""
     dead, settings, bases, state = trained(dtype, reset)
     head = Head(Falling(dtype=dtype), settings, 1, dtype=MERGING[dtype], incarnation=1)
     reference = None if dead.state.reference is None else dead.state.reference.clone()
@@ -94,8 +94,8 @@ def test_a_head_that_rejoins_donates_nothing_that_it_has_not_trained(dtype: str,
         assert_near(parameters[spec.name] + spec.scaling * b @ a, base[spec.name], 1e-15)
 
 
-def test_a_head_that_rejoins_trains_what_was_not_merged() -> None:
-    """Its data begin behind the last merged batch; its step, samples and learning rate, too."""
+def test_a_rejoined_head_trains_what_was_not_merged() -> None:
+    """Its data, step, samples and learning rate continue after the last merged batch."""
     dead, settings, bases, _ = trained("float64")
     head = Head(Falling(), settings, 1, dtype=torch.float64, incarnation=1)
     rejoin(head, merged(dead), dead.state.reference, 2, bases[1], None)
@@ -108,8 +108,8 @@ def test_a_head_that_rejoins_trains_what_was_not_merged() -> None:
     assert head.batch_stream.partitions == ((9, 2),)
 
 
-def test_a_head_that_rejoins_has_the_optimizer_of_its_last_checkpoint() -> None:
-    """Momentum as it was saved, the learning rate at least where the merged steps are; A, too, where B is reset."""
+def test_a_rejoined_head_has_the_optimizer_of_its_last_checkpoint() -> None:
+    """Momentum as saved, the learning rate at least that of the merged steps; A too, where B is reset."""
     dead, settings, bases, state = trained("float64", "B")
     head = Head(Falling(), settings, 1, dtype=torch.float64, incarnation=1)
     drawn = {name: p.detach().clone() for name, p in head.converted.factors.items()}
@@ -127,7 +127,7 @@ def test_a_head_that_rejoins_has_the_optimizer_of_its_last_checkpoint() -> None:
 
 @pytest.mark.parametrize("missing", ["optimizer", "groups", "factor", "shape"])
 def test_a_head_rejoins_without_a_saved_state_that_cannot_be_used(missing: str) -> None:
-    """It says what it had to do without, starts with a new optimizer, and donates nothing that it hasn't trained."""
+    """It names what is missing, starts with a new optimizer, and contributes nothing that it hasn't trained."""
     dead, settings, bases, (tensors, meta) = trained("float64", "B")
     if missing == "optimizer":
         meta = {name: value for name, value in meta.items() if name != missing}
@@ -147,8 +147,8 @@ def test_a_head_rejoins_without_a_saved_state_that_cannot_be_used(missing: str) 
     assert head.contribute().steps == 1
 
 
-def test_a_fresh_head_begins_with_b_zero() -> None:
-    """Its predecessor's factors stay in the base as weights of its own; it draws its A anew and contributes what it trains."""
+def test_a_fresh_head_starts_with_b_zero() -> None:
+    """Its predecessor's factors stay in the base as plain weights; it draws its own A, and contributes what it trains."""
     dead, settings, bases, _ = trained("float64")
     head = Head(Falling(), settings, 1, dtype=torch.float64, incarnation=1)
     rejoin(head, merged(dead), None, 2, bases[1], None)
@@ -161,7 +161,7 @@ def test_a_fresh_head_begins_with_b_zero() -> None:
 
 
 class World:
-    """Heads that die at any time and a coordinator, with an account of what was merged, dense, and of whose batches."""
+    """Heads that die at any time and a coordinator, with a dense account of what was merged, and of which batches."""
 
     def __init__(self, policy: str, heads: int = 3) -> None:
         self.worker, self.settings = Tiny(), make_settings(heads=heads, steps=1000)
@@ -206,7 +206,7 @@ class World:
                 head.adopt(verdict, self.coordinator.version, base)
 
     def kill(self, n: int, fresh: bool) -> None:
-        """What it trained and didn't contribute is gone; what it contributed is merged, before or after it is back."""
+        """What it trained and didn't contribute is lost; what it contributed is merged, before or after it is back."""
         self.deaths[n] += 1
         self.settle(self.coordinator.lose(n))
         if n in self.coordinator.pending_heads:  # a barrier holds without it, as soon as all others are in
@@ -237,8 +237,8 @@ class World:
         max_size=40,
     ),
 )
-def test_over_deaths_nothing_is_lost_or_counted_twice(policy: str, events: list[tuple[str, int]]) -> None:
-    """W_v - W_0 = sum of w D over what was merged, replicas too; each batch is merged once, and those of the dead are left."""
+def test_after_deaths_nothing_is_lost_or_counted_twice(policy: str, events: list[tuple[str, int]]) -> None:
+    """W_v - W_0 = sum of w D of what was merged, replicas too; each batch is merged once, or was lost in a death."""
     world = World(policy)
     for what, n in events:
         if what == "train":

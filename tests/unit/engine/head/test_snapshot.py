@@ -1,4 +1,4 @@
-"""A head that goes on from its snapshot and the base trains on, bit for bit, as the head that was never stopped."""
+"""A head that continues from its snapshot and the base trains, bit for bit, as the head that was never stopped."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ CASES: dict[str, tuple[Callable[[], Tiny], dict[str, Any]]] = {
 
 @dataclass
 class Run:
-    """One head, the bases that it may adopt, and its way through the transfer format."""
+    """One head, the bases that it may adopt, and the transfer format that it uses."""
 
     worker: Tiny
     settings: Settings
@@ -73,7 +73,7 @@ class Run:
         return base if version == 0 else base + (0.05 * noise).to(self.merging)
 
     def contribute(self, head: Head) -> Contribution:
-        """The contribution, with what the receivers decode as its buffer."""
+        """The contribution, with what receivers decode as its buffer."""
         made = head.contribute()
         if self.merging == torch.float32:
             head.encode(made, Codec(head.plan, make_groups([head.plan], self.settings.merge), self.settings.merge))
@@ -95,7 +95,7 @@ def settle(head: Head, accepted: bool, version: int, base: Tensor | None) -> Non
 
 
 def restored(run: Run, state: SavedState, version: int) -> Head:
-    """Another process's head, which has gone another way before."""
+    """Another process's head, which trained something else before it was restored."""
     head = run.head()
     restore(head, through_a_file(state), run.base(version))
     return head
@@ -106,8 +106,8 @@ def everything(head: Head) -> dict[str, Tensor]:
     return {name: t.detach().clone() for name, t in (*head.model.named_parameters(), *head.model.named_buffers())}
 
 
-def assert_go_on_alike(run: Run, one: Head, other: Head, version: int) -> None:
-    """Over three more rounds with merges, contributions, weights, losses and data are the same bits."""
+def assert_continue_alike(run: Run, one: Head, other: Head, version: int) -> None:
+    """In three more rounds with merges, contributions, weights, losses and data are the same bits."""
     for number in range(version + 1, version + 4):
         assert one.batch_stream.partitions == other.batch_stream.partitions
         assert one.batch_stream.batches_taken == other.batch_stream.batches_taken
@@ -128,8 +128,8 @@ def assert_go_on_alike(run: Run, one: Head, other: Head, version: int) -> None:
 @pytest.mark.sweep
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("extra", [0, 1, 2])
-def test_a_cut_between_two_merges(case: str, extra: int) -> None:
-    """Nothing outstanding, in mid-round or behind a merge: the head goes on from version 2 as it would have."""
+def test_a_snapshot_between_two_merges(case: str, extra: int) -> None:
+    """Nothing outstanding, in mid-round or right after a merge: the head continues from version 2 as it would have."""
     run = Run.of(case)
     head = started(run)
     for version in (1, 2):
@@ -139,11 +139,11 @@ def test_a_cut_between_two_merges(case: str, extra: int) -> None:
         settle(head, True, version, run.base(version))
     head.train(extra)
     state = snapshot(head, CheckpointRequest(2, {0: 9, 1: 2}))
-    assert_go_on_alike(run, head, restored(run, state, 2), 2)
+    assert_continue_alike(run, head, restored(run, state, 2), 2)
 
 
-def on_its_way(case: str, extra: int) -> tuple[Run, Head, Contribution]:
-    """A head whose second contribution isn't answered, and that has trained `extra` steps since."""
+def with_pending(case: str, extra: int) -> tuple[Run, Head, Contribution]:
+    """A head whose second contribution has no answer, and that has trained `extra` steps since."""
     run = Run.of(case)
     head = started(run)
     head.train(3)
@@ -158,34 +158,34 @@ def on_its_way(case: str, extra: int) -> tuple[Run, Head, Contribution]:
 @pytest.mark.sweep
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("extra", [0, 1, 4])
-def test_a_cut_whose_version_holds_what_is_outstanding(case: str, extra: int) -> None:
-    """The head hasn't heard yet that version 3 holds its contribution: only what it has trained since rides in the next."""
-    run, head, sent = on_its_way(case, extra)
+def test_a_snapshot_of_a_version_that_holds_the_pending_contribution(case: str, extra: int) -> None:
+    """The head doesn't know that version 3 holds its contribution: only what it trained since is in its next."""
+    run, head, sent = with_pending(case, extra)
     state = snapshot(head, CheckpointRequest(3, {1: 2}))
     settle(head, True, 3, run.base(3))
     other = restored(run, state, 3)
     assert (other.sequence, other.state.merged.step, other.step) == (2, sent.step, sent.step + extra)
-    assert_go_on_alike(run, head, other, 3)
+    assert_continue_alike(run, head, other, 3)
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("extra", [0, 1, 4])
-def test_a_cut_whose_version_lacks_what_is_outstanding(case: str, extra: int) -> None:
-    """All since the last merged contribution rides in the next one, as if the outstanding one were refused."""
-    run, head, _ = on_its_way(case, extra)
+def test_a_snapshot_of_a_version_that_lacks_the_pending_contribution(case: str, extra: int) -> None:
+    """All since the last merged contribution is in the next one, as if the pending one were refused."""
+    run, head, _ = with_pending(case, extra)
     state = snapshot(head, CheckpointRequest(3, {1: 1}))
     settle(head, False, 3, run.base(3))
     other = restored(run, state, 3)
     assert (other.sequence, other.state.merged.step, other.step) == (1, 3, 6 + extra)
-    assert_go_on_alike(run, head, other, 3)
+    assert_continue_alike(run, head, other, 3)
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("case", ["momentum, float64", "float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("outstanding", [False, True])
-def test_a_cut_with_reset(case: str, outstanding: bool) -> None:
-    """B is zero behind each merge, and in the snapshot of a head that waits for one."""
+def test_a_snapshot_with_reset(case: str, outstanding: bool) -> None:
+    """B is zero after each merge, and in the snapshot of a head that waits for one."""
     run = Run.of(case, reset="B")
     head = started(run)
     head.train(3)
@@ -197,11 +197,11 @@ def test_a_cut_with_reset(case: str, outstanding: bool) -> None:
     assert "reference" not in state[0]
     if outstanding:
         settle(head, True, 1, run.base(1))
-    assert_go_on_alike(run, head, restored(run, state, 1), 1)
+    assert_continue_alike(run, head, restored(run, state, 1), 1)
 
 
-def test_a_cut_behind_the_first_base() -> None:
-    """A head of which version 2 holds nothing yet, and which has trained on version 0."""
+def test_a_snapshot_of_a_head_that_was_never_merged() -> None:
+    """Version 2 holds nothing of the head yet, which has trained on version 0."""
     run = Run.of("bfloat16")
     head = started(run)
     head.train(2)
@@ -209,7 +209,7 @@ def test_a_cut_behind_the_first_base() -> None:
     head.adopt(None, 2, run.base(2))
     other = restored(run, state, 2)
     assert other.state.reference is None
-    assert_go_on_alike(run, head, other, 2)
+    assert_continue_alike(run, head, other, 2)
 
 
 @given(
@@ -217,7 +217,7 @@ def test_a_cut_behind_the_first_base() -> None:
     way=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.booleans(), st.booleans()), max_size=4),
     last=st.tuples(st.integers(0, 3), st.booleans(), st.booleans(), st.integers(0, 3)),
 )
-def test_a_cut_anywhere(case: str, way: list[tuple[int, int, bool, bool]], last: tuple[int, bool, bool, int]) -> None:
+def test_a_snapshot_anywhere(case: str, way: list[tuple[int, int, bool, bool]], last: tuple[int, bool, bool, int]) -> None:
     """After any rounds (steps, steps meanwhile, merged or not, onto a newer base or not), at any step, of any version."""
     run = Run.of(case)
     head = started(run)
@@ -241,7 +241,7 @@ def test_a_cut_anywhere(case: str, way: list[tuple[int, int, bool, bool]], last:
         settle(head, held, at, run.base(at))
     elif at > version:
         head.adopt(None, at, run.base(at))
-    assert_go_on_alike(run, head, restored(run, state, at), at)
+    assert_continue_alike(run, head, restored(run, state, at), at)
 
 
 def test_a_snapshot_is_a_copy() -> None:
@@ -257,8 +257,8 @@ def test_a_snapshot_is_a_copy() -> None:
     assert tensors["losses"].shape == (3,)
 
 
-def test_a_snapshot_leaves_its_head_alone() -> None:
-    """A head of which snapshots are taken trains the very bits of one of which none are."""
+def test_a_snapshot_does_not_change_its_head() -> None:
+    """A head of which snapshots are taken trains the same bits as one without."""
     run = Run.of("bfloat16, int8")
     one, other = started(run), started(run)
     one.train(2)
@@ -269,12 +269,12 @@ def test_a_snapshot_leaves_its_head_alone() -> None:
     snapshot(one, CheckpointRequest(1, {1: 0}))
     for head in (one, other):
         settle(head, True, 1, run.base(1))
-    assert_go_on_alike(run, one, other, 1)
+    assert_continue_alike(run, one, other, 1)
 
 
 @pytest.mark.parametrize("sequence", [0, 1])
-def test_a_head_that_has_gone_on_has_missed_it(sequence: int) -> None:
-    """Once a later contribution was merged and adopted, what an earlier version held of the head is forgotten."""
+def test_a_head_that_adopted_a_later_contribution_has_missed_it(sequence: int) -> None:
+    """Once a later contribution is merged and adopted, the state at an earlier version is lost."""
     run = Run.of("momentum, float64")
     head = started(run)
     for version in (1, 2):
@@ -311,7 +311,7 @@ HOSTILE: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], SavedState]] = 
 
 @pytest.mark.parametrize("damage", HOSTILE.values(), ids=HOSTILE.keys())
 def test_a_state_that_cannot_be_used_is_an_error(damage: Callable[[dict[str, Tensor], dict[str, Any]], SavedState]) -> None:
-    """It names the head and what is wrong, whatever a file held, and no other error comes out."""
+    """The error names the head and what is wrong, whatever the file holds; no other error is raised."""
     run = Run.of("momentum, float64")
     head = started(run)
     head.train(3)
@@ -326,7 +326,7 @@ def test_a_state_that_cannot_be_used_is_an_error(damage: Callable[[dict[str, Ten
     ("key", "shape", "expected"), [("exp_avg_sq", (3, 3), "(2, 6)"), ("exp_avg", (), "(2, 6)"), ("step", (2,), "()")]
 )
 def test_an_optimizer_state_of_another_shape_is_refused_by_name(key: str, shape: tuple[int, ...], expected: str) -> None:
-    """Also one that torch would spread over the parameter: head, parameter and both shapes are named."""
+    """Also one that torch would broadcast: the error names the head, the parameter and both shapes."""
     run = Run.of("dropout, AdamW")
     head = started(run)
     head.train(3)

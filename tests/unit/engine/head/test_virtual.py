@@ -1,4 +1,4 @@
-"""Virtual heads: several heads in one process compute what they would compute apart, in turns or as one batch."""
+"""Virtual heads: several heads in one process compute what they would compute separately, in turns or as one batch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STACKED = 1e-12
 
 
 class Images(nn.Module):
-    """Convolution, batch normalisation, attention and a lone parameter."""
+    """Convolution, batch normalization, attention and a lone parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,8 +91,8 @@ def assert_same_run(together: InProcessRun, apart: InProcessRun, tolerance: floa
 @pytest.mark.sweep
 @pytest.mark.parametrize("reset", ["none", "B"])
 @pytest.mark.parametrize("heads_per_actor", [2, 3, 5])
-def test_heads_that_take_turns_are_bitwise_those_apart(reset: str, heads_per_actor: int) -> None:
-    """Dropout included: each head has its own generators, and folds its own reference into the shared main weights."""
+def test_heads_that_take_turns_equal_separate_ones_bitwise(reset: str, heads_per_actor: int) -> None:
+    """With dropout: each head has its own generators, and folds its own reference into the shared main weights."""
     settings, worker = make_settings(heads=5, steps=11, reset=reset), Tiny(dropout=0.3, optimizer="adamw")
     apart = run_in_process(worker, settings, torch.float64)
     together = run_in_process(worker, settings, torch.float64, heads_per_actor=heads_per_actor)
@@ -103,16 +103,16 @@ def test_heads_that_take_turns_are_bitwise_those_apart(reset: str, heads_per_act
 @pytest.mark.sweep
 @pytest.mark.parametrize("reset", ["none", "B"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_stacked_heads_are_those_apart(reset: str, optimizer: str) -> None:
-    """One batched computation gives every head its own gradients, whatever its optimizer; tied weights are one."""
+def test_stacked_heads_equal_separate_ones(reset: str, optimizer: str) -> None:
+    """One batched computation gives every head its own gradients, for any optimizer; tied weights are one."""
     settings, worker = make_settings(heads=5, steps=11, reset=reset), Tiny(optimizer=optimizer)
     together = run_in_process(worker, settings, torch.float64, heads_per_actor=5, stack_heads="always")
     assert_same_run(together, run_in_process(worker, settings, torch.float64), STACKED)
 
 
 @pytest.mark.parametrize("train", [{}, {"accumulate": 2}, {"clip_norm": 0.1}])
-def test_stacked_convolutions_norms_and_attention_are_those_apart(train: dict[str, object]) -> None:
-    """Also their running statistics, vector adapters, accumulated and clipped gradients."""
+def test_stacked_convolutions_norms_and_attention_equal_separate_ones(train: dict[str, object]) -> None:
+    """Also running statistics, vector adapters, accumulated and clipped gradients."""
     settings = pictures(**train)
     together = run_in_process(Pictures(), settings, torch.float64, heads_per_actor=4, stack_heads="always")
     assert_same_run(
@@ -122,7 +122,7 @@ def test_stacked_convolutions_norms_and_attention_are_those_apart(train: dict[st
 
 @dataclasses.dataclass
 class Disturbing:
-    """Averages, and leaves the global generators somewhere else each time, as an evaluation between rounds may."""
+    """Averages, and draws from the global generators, as an evaluation between rounds may."""
 
     seed: int
 
@@ -135,7 +135,7 @@ class Disturbing:
 
 @pytest.mark.parametrize("heads_per_actor", [2, 4])
 def test_stacked_heads_draw_from_their_own_generators(heads_per_actor: int) -> None:
-    """Dropout is bitwise the same whatever happens to the global generators, which come out as they went in."""
+    """Dropout is bitwise the same whatever draws from the global generators, which stacked heads don't change."""
 
     def run(policy: object, dropout: float = 0.3) -> InProcessRun:
         made = make_settings(heads=4, steps=9, policy=policy)
@@ -161,7 +161,7 @@ class Chance(Tiny):
 
 
 def test_stacked_heads_draw_numbers_of_their_own_and_new_ones_each_step() -> None:
-    """No two heads share a dropout mask, and no round repeats the last one's."""
+    """No two heads share a dropout mask, and no round repeats one."""
     run = run_in_process(
         Chance(), make_settings(heads=3, steps=4, merge_iter=1), torch.float64, heads_per_actor=3, stack_heads="always"
     )
@@ -169,7 +169,7 @@ def test_stacked_heads_draw_numbers_of_their_own_and_new_ones_each_step() -> Non
 
 
 class Plenty(Tiny):
-    """Tiny with data for 32 heads, of which each sees other words."""
+    """Tiny with data for 32 heads, each of which sees other words."""
 
     def train_batches(self, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
         words = torch.randint(7, (640,), generator=torch.Generator().manual_seed(0))
@@ -180,7 +180,7 @@ class Plenty(Tiny):
 @pytest.mark.slow
 @pytest.mark.parametrize("stack", ["never", "always"])
 def test_thirty_two_heads_train_in_one_process_or_two(stack: str) -> None:
-    """Over two merges: bitwise the heads apart when they take turns, and but for the order of sums when stacked."""
+    """In two merges: bitwise equal to separate heads in turns, and up to the order of sums when stacked."""
     settings = make_settings(heads=32, steps=6)
     apart = run_in_process(Plenty(), settings, torch.float64)
     assert not torch.allclose(apart.base, prepare(Plenty(), settings, torch.float64).base, atol=1e-3)
@@ -194,7 +194,7 @@ def test_thirty_two_heads_train_in_one_process_or_two(stack: str) -> None:
 
 
 def test_one_process_holds_one_copy_of_the_main_weights() -> None:
-    """All heads of a group compute with the same main weights; factors and replicas are their own."""
+    """All heads of a group compute with the same main weights; each has its own factors and replicas."""
     for stack in ("always", "never"):
         settings = make_settings(heads=32)
         first, *others = HeadGroup(Tiny(), settings, range(32), dtype=torch.float64, stack_heads=stack).heads
@@ -207,7 +207,7 @@ def test_one_process_holds_one_copy_of_the_main_weights() -> None:
 
 
 def test_heads_rebase_onto_versions_that_lack_their_contribution() -> None:
-    """A policy that merges two heads at a time lets heads of one group adopt different contributions; nothing is lost."""
+    """A policy that merges two heads at a time has heads of one group adopt different contributions; nothing is lost."""
 
     class Two:
         def decide(self, pending: list[Pending], roster: Roster) -> object:
@@ -222,8 +222,8 @@ def test_heads_rebase_onto_versions_that_lack_their_contribution() -> None:
     assert len(runs[0].merges) == 8
 
 
-def test_what_cannot_be_stacked_is_said_or_done_in_turns() -> None:
-    """Batches of different sizes, and other ranks: an error that says so if stacking was asked for, else turns."""
+def test_what_cannot_be_stacked_is_an_error_or_done_in_turns() -> None:
+    """Batches of different sizes, and different ranks: an error if heads must be stacked, else turns."""
     settings = pictures()
     with pytest.raises(Unstackable, match="stack expects each tensor to be equal size"):
         run_in_process(Pictures(ragged=True), settings, torch.float64, heads_per_actor=4, stack_heads="always")
@@ -244,8 +244,8 @@ def test_what_cannot_be_stacked_is_said_or_done_in_turns() -> None:
     assert last.samples == 9  # 3 steps of 3 samples: the batches that couldn't be stacked weren't dropped
 
 
-def test_stacked_heads_go_on_from_a_saved_state() -> None:
-    """States taken from heads apart, put into a stacked group, train on as the heads apart do."""
+def test_stacked_heads_continue_from_a_saved_state() -> None:
+    """States of separate heads, restored into a stacked group, continue as the separate heads do."""
     settings = make_settings(heads=3, steps=12)
     whole = run_in_process(Tiny(), settings, torch.float64)
     half = run_in_process(
@@ -261,7 +261,7 @@ def test_stacked_heads_go_on_from_a_saved_state() -> None:
 
 
 def test_heads_of_one_actor_may_be_answered_in_any_order() -> None:
-    """One is merged after its neighbour but adopts first: both end on the newest version, which holds their own work once."""
+    """One is merged after its neighbor but adopts first: both end on the newest version, which holds their work once."""
     settings = make_settings(heads=2)
     for stack in ("never", "always"):
         group = HeadGroup(Tiny(), settings, range(2), dtype=torch.float64, stack_heads=stack)
@@ -309,15 +309,15 @@ class Averaging(Tiny):
         return super().loss(model, batch)
 
 
-def test_a_model_that_writes_to_frozen_parameters_is_told_to_use_buffers() -> None:
-    """They would be shared by virtual heads, and lost by checkpoints: the first round says so."""
+def test_a_model_that_writes_to_frozen_parameters_is_an_error() -> None:
+    """Virtual heads would share them, and checkpoints would lose them: the first round raises an error."""
     for heads_per_actor in (1, 2):
         with pytest.raises(WorkerFailed, match=r"writes to slow, .* Make them buffers"):
             run_in_process(Averaging(), make_settings(), torch.float64, heads_per_actor=heads_per_actor)
 
 
 def test_heads_of_one_actor_may_be_at_different_steps() -> None:
-    """A head that is done leaves; the others go on alone, stacked or not."""
+    """A head that is done leaves; the others continue, stacked or not."""
     settings = make_settings(heads=2, steps=12)
     for stack in ("never", "always"):
         group = HeadGroup(Tiny(), settings, range(2), dtype=torch.float64, stack_heads=stack)
@@ -335,8 +335,8 @@ def test_heads_of_one_actor_may_be_at_different_steps() -> None:
 @pytest.mark.sweep
 @pytest.mark.parametrize("stack", ["never", "always"])
 @pytest.mark.parametrize("quorum", [1, 2])
-def test_heads_of_one_actor_go_on_when_their_own_contribution_is_merged(stack: str, quorum: int) -> None:
-    """With a quorum some of them are answered and others not: nobody waits for ever, and all steps are merged."""
+def test_heads_of_one_actor_continue_when_their_own_contribution_is_merged(stack: str, quorum: int) -> None:
+    """With a quorum some have an answer and others don't: none waits forever, and all steps are merged."""
     plain = make_settings(heads=3, steps=12)
     settings = dataclasses.replace(plain, merge=MergeConfig(merge_iter=3, when="quorum", quorum=quorum))
     together = run_in_process(Tiny(), settings, torch.float64, heads_per_actor=3, stack_heads=stack)
