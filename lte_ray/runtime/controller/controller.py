@@ -21,7 +21,6 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import ray
@@ -100,7 +99,6 @@ class TrainController:
     ) -> None:
         self._context, self._start, self._reservation = context, start, reservation
         self._failure, self._reporter, self._export = failure, reporter, export
-        self._requested: set[tuple[int, int]] = set()  # checkpoints, by their id, and heads that were asked for their states
         hang_detector, failure_policy = HangDetector(), FailurePolicy(failure)
         launcher = self._launcher = ActorLauncher(context, initial, reservation.placement, stack_heads)
         state = self.state = RunState(context.directory, context.settings.lte.num_heads, start)
@@ -208,7 +206,8 @@ class TrainController:
 
     def _record(self, status: CoordinatorStatus) -> None:
         self.state.record_coordinator(status, self.coordinator.epoch)
-        self._request_states(status)
+        for request in status.checkpoint_requests:
+            self._deliver(request, CONFIRM)
         if status.needs_evaluator:
             self.coordinator.actor.use_evaluator.remote(self._evaluations.actor)
 
@@ -229,16 +228,8 @@ class TrainController:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    def _request_states(self, status: CoordinatorStatus) -> None:
-        """Has heads that may not have heard of it write their states into checkpoints."""
-        for request in status.checkpoint_requests:
-            new = {head: n for head, n in request.sequences.items() if (request.id, head) not in self._requested}
-            self._requested |= {(request.id, head) for head in new}
-            if new:
-                self._deliver(replace(request, sequences=new), CONFIRM)
-
     def _deliver(self, request: CheckpointRequest, timeout: float) -> None:
-        """Has heads write their states into a checkpoint, which does without those that can't."""
+        """Asks heads for their parts of a checkpoint, which is completed without those that can't be reached."""
         for head in self.heads.request_states(request, timeout):
             self.coordinator.actor.add_checkpoint_part.remote(request.version, head, None)
 

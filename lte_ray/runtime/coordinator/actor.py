@@ -299,7 +299,7 @@ class CoordinatorActor:
     async def status(self, seen: int) -> CoordinatorStatus:
         """What has happened after version `seen`. Merges are forgotten here once they are seen.
 
-        Runs in another thread than the event loop, so it only reads.
+        Runs in another thread than the event loop, so it only reads, and remembers which heads the driver asks.
         """
         engine, broadcaster, reachable = self._engine, self._broadcaster, self._broadcaster.reachable_heads
         return CoordinatorStatus(
@@ -311,7 +311,7 @@ class CoordinatorActor:
             members=tuple(engine.members),
             without_data=tuple(h for h in tuple(self._joined) if h in engine.members and not engine.has_data(h)),
             storage_problem=storage.pending_problem() or self._checkpoints.problem,
-            checkpoint_requests=self._checkpoints.missing_requests(reachable - engine.live, reachable),
+            checkpoint_requests=self._checkpoints.requests_by_driver(heads=reachable - engine.live, late=reachable),
             spike=broadcaster.spike,
             refusals=tuple(broadcaster.refusals),
         )

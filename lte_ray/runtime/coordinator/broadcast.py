@@ -180,9 +180,7 @@ class Broadcaster:
             self._begin_checkpoint(record)
             published = await self._aggregator.publish_base(references=True)
             self._tasks.start(checkpoints.write_base(version, published))
-        requests = checkpoints.missing_requests(self.reachable_heads)
-        checkpoints.take_requests(tuple(self.reachable_heads))
-        return requests
+        return checkpoints.last_requests(self.reachable_heads)
 
     def _begin_checkpoint(self, record: MergeRecord) -> None:
         """Begins a checkpoint of the newest version."""
@@ -219,7 +217,7 @@ class Broadcaster:
             published.references,
             positions=published.positions,
             assignment_state=published.assignment_state,
-            checkpoint_requests=self._checkpoints.take_requests(numbers),
+            checkpoint_requests=self._checkpoints.requests_in_reply(numbers),
             directives={n: self._engine.next_directive(n) for n in numbers},
             checksum=self._checksum,
         )

@@ -1,4 +1,10 @@
-"""Checkpoints while they are being written: the coordinator's files, one from each head, then the manifest."""
+"""Checkpoints while they are being written: the coordinator's files, one from each head, then the manifest.
+
+`CheckpointManager` alone decides, and remembers, which head is asked for its part, and how. A head that trains is asked in the
+next reply to it, so that it takes its snapshot before it adopts the new version. That reply may be lost, and a head that has
+ended gets no more replies: the driver carries requests to these, and the checkpoint is completed without heads that it can't
+reach. So a request may arrive twice; a head acts on it once.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +27,7 @@ from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.coordinator.aggregators import Published
 
 REQUEST_AGAIN = 30.0
-"""Seconds after which heads are asked again for their parts: a reply that asked them may have been lost."""
+"""Seconds after which the driver asks heads that still owe their parts: a reply that asked them may have been lost."""
 
 MAX_OPEN = 3
 """Checkpoints that may be open at once; with that many, storage is too slow, and no other is begun."""
@@ -34,8 +40,9 @@ class _OpenCheckpoint:
     Attributes:
         facts: for the manifest.
         request: what heads are asked for.
-        unasked: heads that haven't been asked yet.
         missing: heads whose part isn't here.
+        asked_in_reply: heads that were asked in a reply, which may have been lost.
+        asked_by_driver: heads that the driver asks, which knows whether they have heard.
         policy: what the merge policy keeps.
         files, heads: what is written, and the heads whose parts are.
         base_written: whether the coordinator's own files are written.
@@ -44,9 +51,10 @@ class _OpenCheckpoint:
 
     facts: dict[str, Any]
     request: CheckpointRequest
-    unasked: set[int]
     missing: set[int]
     policy: dict[str, Tensor]
+    asked_in_reply: set[int] = field(default_factory=set)
+    asked_by_driver: set[int] = field(default_factory=set)
     files: list[checkpoint.FileEntry] = field(default_factory=list)
     heads: list[int] = field(default_factory=list)
     base_written: bool = False
@@ -99,8 +107,7 @@ class CheckpointManager:
             **json.loads(json.dumps(facts)),
         }
         tensors = {name: tensor.clone() for name, tensor in policy.items()}
-        heads = set(request.sequences)
-        self._open[request.version] = _OpenCheckpoint(all_facts, request, set(heads), heads, tensors)
+        self._open[request.version] = _OpenCheckpoint(all_facts, request, set(request.sequences), tensors)
 
     def __contains__(self, version: object) -> bool:
         return version in self._open
@@ -115,31 +122,41 @@ class CheckpointManager:
         """Whether no other one should be begun now."""
         return len(self._open) >= MAX_OPEN
 
-    def take_requests(self, numbers: Collection[int]) -> tuple[CheckpointRequest, ...]:
-        """The requests that these heads haven't been sent yet. From now on they count as sent."""
+    def requests_in_reply(self, heads: Collection[int]) -> tuple[CheckpointRequest, ...]:
+        """Returns what these heads are to write that they weren't asked for yet, for a reply to them."""
         requests = []
         for version in self.unfinished:
             each = self._open[version]
-            if each.unasked & set(numbers):
-                each.unasked -= set(numbers)
-                requests.append(each.request)
+            asked = each.missing.intersection(heads) - each.asked_in_reply - each.asked_by_driver
+            each.asked_in_reply |= asked
+            requests += _narrowed(each.request, asked)
         return tuple(requests)
 
-    def missing_requests(self, heads: Collection[int], late: Collection[int] = ()) -> tuple[CheckpointRequest, ...]:
-        """Requests for the parts that are missing, even if they were sent: they may not have arrived.
+    def requests_by_driver(self, heads: Collection[int], late: Collection[int] = ()) -> tuple[CheckpointRequest, ...]:
+        """Returns what heads are to write that the driver must ask, once each.
 
-        Changes nothing, so any thread may call it.
+        May be called in another thread than the event loop's: it only adds to sets of its own.
 
         Args:
-            heads: whose parts are requested at once.
-            late: whose parts are requested once they have been missing for `REQUEST_AGAIN` seconds.
+            heads: heads that get no more replies.
+            late: heads that do, but that are asked if their part has been missing for `REQUEST_AGAIN` seconds.
         """
         requests, now = [], time.monotonic()
         for each in list(self._open.values()):
-            asked = set(heads) | (set(late) if now - each.begun > REQUEST_AGAIN else set())
-            sequences = {head: each.request.sequences[head] for head in each.missing & asked}
-            if sequences:
-                requests.append(dataclasses.replace(each.request, sequences=sequences))
+            candidates = {*heads, *late} if now - each.begun > REQUEST_AGAIN else set(heads)
+            asked = (each.missing & candidates) - each.asked_by_driver
+            each.asked_by_driver |= asked
+            requests += _narrowed(each.request, asked)
+        return tuple(requests)
+
+    def last_requests(self, heads: Collection[int]) -> tuple[CheckpointRequest, ...]:
+        """Returns all that these heads still owe, for the driver: from now on no reply asks them."""
+        requests = []
+        for version in self.unfinished:
+            each = self._open[version]
+            asked = each.missing.intersection(heads)
+            each.asked_by_driver |= asked
+            requests += _narrowed(each.request, asked)
         return tuple(requests)
 
     async def write_base(self, version: int, published: Published) -> None:
@@ -227,3 +244,9 @@ class CheckpointManager:
         while self._open and time.monotonic() < end:
             await asyncio.sleep(0.005)
         return not self._open
+
+
+def _narrowed(request: CheckpointRequest, heads: Collection[int]) -> list[CheckpointRequest]:
+    """Returns the request for these heads only; an empty list if there are none."""
+    sequences = {head: request.sequences[head] for head in sorted(heads)}
+    return [dataclasses.replace(request, sequences=sequences)] if sequences else []

@@ -226,8 +226,8 @@ class HeadActor:
         """Follows a reply: all heads here adopt its version, each with what that version holds of it."""
         reply, base, first = received.reply, received.base, group.heads[0]
         inject("adopts", head=first.number, step=first.step, version=reply.version)
-        for request in reply.checkpoint_requests:
-            self._checkpointer.take_snapshot(group, client, request)
+        self._checkpointer.request_snapshots(reply.checkpoint_requests, group, client)
+        self._checkpointer.take_requested_snapshots(group, client)  # before the heads adopt the new version
         self._apply_directives(group, reply)
         if reply.result is not None:
             self._handle_refusal(group.get(reply.result.head), reply.result)
@@ -304,7 +304,7 @@ class HeadActor:
         """Requests the heads' states for a checkpoint, between their next two steps; returns whether there are heads yet."""
         if self._group is None or self._client is None:
             return False
-        self._checkpointer.request_snapshot(request, self._group, self._client)
+        self._checkpointer.request_snapshots([request], self._group, self._client)
         return True
 
     @ray.method(concurrency_group="ctl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor
@@ -22,6 +23,9 @@ from lte_ray.storage import RunDirectory
 class HeadCheckpointer:
     """Takes snapshots of heads and writes them. Storage that fails doesn't stop a head from training.
 
+    Requests arrive in replies of the coordinator or through the driver, and some arrive twice. Either way they come here, and
+    each head writes once for a checkpoint.
+
     Args:
         directory: the run's.
     """
@@ -31,7 +35,7 @@ class HeadCheckpointer:
         self._requests: list[CheckpointRequest] = []
         self._lock = threading.Lock()
         self._training_ended = False
-        # Requests and heads: a head that wrote twice for one checkpoint would overwrite its first state with another.
+        # By request and head: a second snapshot would overwrite the state whose checksum the coordinator has.
         self._written: set[tuple[int, int]] = set()
 
     @property
@@ -39,10 +43,10 @@ class HeadCheckpointer:
         """Whether a snapshot is requested, so that a head should stop its round between two steps."""
         return bool(self._requests)
 
-    def request_snapshot(self, request: CheckpointRequest, group: HeadGroup, client: CoordinatorClient) -> None:
-        """Requests a snapshot; it is taken at once if the heads don't train any more."""
+    def request_snapshots(self, requests: Sequence[CheckpointRequest], group: HeadGroup, client: CoordinatorClient) -> None:
+        """Requests snapshots; they are taken at once if the heads don't train any more."""
         with self._lock:
-            self._requests.append(request)
+            self._requests += requests
             at_once = self._training_ended
         if at_once:
             self.take_requested_snapshots(group, client)
@@ -52,7 +56,7 @@ class HeadCheckpointer:
         with self._lock:
             requests, self._requests = self._requests, []
         for request in requests:
-            self.take_snapshot(group, client, request)
+            self._take_snapshots(group, client, request)
 
     def end_training(self, group: HeadGroup, client: CoordinatorClient) -> None:
         """Records that the heads don't train any more: from now on snapshots are taken when they are requested."""
@@ -60,7 +64,7 @@ class HeadCheckpointer:
             self._training_ended = True
         self.take_requested_snapshots(group, client)
 
-    def take_snapshot(self, group: HeadGroup, client: CoordinatorClient, request: CheckpointRequest) -> None:
+    def _take_snapshots(self, group: HeadGroup, client: CoordinatorClient, request: CheckpointRequest) -> None:
         """Copies the states of the heads that the request names; they are written in another thread."""
         for head in group.heads:
             if head.number not in request.sequences or (request.id, head.number) in self._written:

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -83,18 +82,6 @@ def test_the_contribution_of_a_dropped_head_is_refused_and_discarded() -> None:
     asyncio.run(run())
 
 
-def test_a_part_that_is_missing_for_long_is_requested_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reply that requested it may be lost: three such checkpoints would keep others from being begun."""
-    opened = checkpointing._OpenCheckpoint({}, CheckpointRequest(4, {0: 2, 1: 3}), set(), {0, 1}, {})
-    manager = checkpointing.CheckpointManager.__new__(checkpointing.CheckpointManager)
-    manager._open = {4: opened}
-    assert manager.missing_requests({0}, {0, 1}) == (CheckpointRequest(4, {0: 2}),)
-    assert manager.missing_requests((), {0, 1}) == ()
-    now = opened.begun + checkpointing.REQUEST_AGAIN + 1
-    monkeypatch.setattr(checkpointing.time, "monotonic", lambda: now)
-    assert manager.missing_requests((), {0, 1}) == (CheckpointRequest(4, {0: 2, 1: 3}),)
-
-
 def test_a_head_that_cannot_write_its_part_costs_only_that_checkpoint(tmp_path: Path) -> None:
     """It isn't committed without the part, as it would be if the head's process were gone; the next one removes its files."""
     directory = RunDirectory.open(str(tmp_path), "r")
@@ -112,9 +99,7 @@ def test_a_head_that_cannot_write_its_part_costs_only_that_checkpoint(tmp_path: 
 
     async def run() -> None:
         for version, why in ((4, "the state of head 1: No space left on device"), (6, "")):
-            manager._open[version] = checkpointing._OpenCheckpoint(
-                FACTS, CheckpointRequest(version, {0: 1, 1: 1}), set(), {0, 1}, {}
-            )
+            manager._open[version] = checkpointing._OpenCheckpoint(FACTS, CheckpointRequest(version, {0: 1, 1: 1}), {0, 1}, {})
             await manager.write_base(version, published)
             state, meta = {"reference": torch.zeros(3)}, {"step": 4}
             await manager.add_part(version, 0, checkpoint.write_head(directory, version, 0, state, meta))
