@@ -21,15 +21,15 @@ TOLERANCE = 1e-11
 """Of numbers around 1 to 10 that some hundred operations in float64 made."""
 
 
-class Broken(AssertionError):
+class InvariantBroken(AssertionError):
     """An invariant doesn't hold."""
 
 
-def near(found: Tensor, expected: Tensor, what: str) -> None:
-    """Raises Broken unless they are equal up to the rounding of float64."""
+def assert_close(found: Tensor, expected: Tensor, what: str) -> None:
+    """Raises InvariantBroken unless they are equal up to the rounding of float64."""
     error = float((found - expected).abs().max())
     if not error <= TOLERANCE * max(1.0, float(expected.abs().max())):
-        raise Broken(f"{what}: off by {error:.3g}\n{found}\n{expected}")
+        raise InvariantBroken(f"{what}: off by {error:.3g}\n{found}\n{expected}")
 
 
 def trained_weights(head: Head) -> Tensor:
@@ -70,10 +70,10 @@ class Track:
         self.total = self.total + change
         self.slots += [(slot, False) for slot in slots]
 
-    def offer(self, sequence: int) -> None:
+    def record_contribution(self, sequence: int) -> None:
         self.at[sequence] = (self.total, len(self.slots))
 
-    def carried(self, sequence: int) -> tuple[Tensor, list[tuple[int, bool]]]:
+    def unmerged(self, sequence: int) -> tuple[Tensor, list[tuple[int, bool]]]:
         """What isn't in the contribution of that number, nor in those before."""
         total, slots = self.at[sequence]
         return self.total - total, self.slots[slots:]
@@ -113,7 +113,7 @@ class Account:
         """A version was made of the contributions that `record.positions` names; `tracks` are those of their processes."""
         version, before = record.version, self.held[record.version - 1]
         if version in self.weights:
-            raise Broken(f"version {version} was made twice")
+            raise InvariantBroken(f"version {version} was made twice")
         total, held = torch.zeros_like(self.weights[version - 1]), dict(before)
         for head in record.heads:
             standing, track = record.positions[head], tracks[head]
@@ -123,11 +123,11 @@ class Account:
             held[head] = (track, standing.sequence)
             for slot, poison in track.slots[start[1] : end[1]]:
                 if slot in self.merged or slot in self.dropped:
-                    raise Broken(f"batch {slot} of head {head} is merged twice: {self.merged.get(slot)} and {version}")
+                    raise InvariantBroken(f"batch {slot} of head {head} is merged twice: {self.merged.get(slot)} and {version}")
                 (self.dropped if poison else self.merged)[slot] = version
             self.keys.setdefault(version, []).append((track, standing.sequence))
             if record.weights and abs(record.weights[head] - 1 / members) > 0:
-                raise Broken(f"head {head} counts {record.weights[head]} in a run of {members}")
+                raise InvariantBroken(f"head {head} counts {record.weights[head]} in a run of {members}")
         if not record.weights:
             self.momentum = total if self.momentum is None else 0.9 * self.momentum + total
             total = 0.1 * self.momentum
@@ -140,12 +140,12 @@ class Account:
 
     def _once(self, track: Track, standing: CommittedPosition, head: int) -> None:
         if any(of is track and number == standing.sequence for keys in self.keys.values() for of, number in keys):
-            raise Broken(f"contribution {standing.incarnation}.{standing.sequence} of head {head} is merged twice")
+            raise InvariantBroken(f"contribution {standing.incarnation}.{standing.sequence} of head {head} is merged twice")
 
     def rollback(self, version: int, momentum: Tensor | None) -> None:
         """The run goes on from that version: what came after it never was."""
         if version not in self.weights:
-            raise Broken(f"version {version} never was")
+            raise InvariantBroken(f"version {version} never was")
         for of_version in (self.weights, self.held, self.keys):
             for newer in [v for v in of_version if v > version]:
                 del of_version[newer]
@@ -162,4 +162,6 @@ class Account:
         for slot in range(max(gone, default=0) + 40):
             inside = any(slot >= n and (slot - n) % s == 0 for n, s in owned)
             if inside == (slot in gone):
-                raise Broken(f"batch {slot} is {'still owned though merged' if inside else 'neither merged nor owned'}")
+                raise InvariantBroken(
+                    f"batch {slot} is {'still owned though merged' if inside else 'neither merged nor owned'}"
+                )

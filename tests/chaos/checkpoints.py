@@ -1,4 +1,4 @@
-"""Checkpoints of the chaos world while they are made: what `runtime.records` and `runtime.cuts` do, as values."""
+"""Checkpoints of the chaos world while they are made: what `runtime.coordinator.checkpointing` does, as values."""
 
 from __future__ import annotations
 
@@ -12,72 +12,73 @@ from lte_ray.engine.settings import Settings
 from lte_ray.messages import CheckpointRequest
 from lte_ray.runtime.coordinator_state import CoordinatorState
 from tests.chaos.account import Account
-from tests.chaos.parts import Disk, Kept, as_json
+from tests.chaos.parts import Disk, StoredCheckpoint, through_json
 
-MOST_OPEN = 3
-"""As `runtime.cuts.MOST_OPEN`."""
+MAX_OPEN = 3
+"""As `runtime.coordinator.checkpointing.MAX_OPEN`."""
 
 
-class Cuts:
-    """The part of a coordinator's process that makes checkpoints (`Hub`)."""
+class ChaosCheckpoints:
+    """The part of a coordinator's process that makes checkpoints (`ChaosCoordinator`)."""
 
     settings: Settings
     start: CoordinatorState
     account: Account
     disk: Disk
     engine: Coordinator
-    present: set[int]
-    cuts: dict[int, Kept]
-    saved: int | None
-    states: frozenset[int]
-    cuts_next: bool
+    reachable_heads: set[int]
+    checkpoints: dict[int, StoredCheckpoint]
+    newest: int | None
+    heads_saved: frozenset[int]
+    begins_at_next_merge: bool
 
-    def cut(self) -> None:
-        """Begins a checkpoint of the newest version; `CheckpointManager.begin`."""
-        engine, self.cuts_next = self.engine, False
-        save = CheckpointRequest(
-            engine.version, {h: engine.positions[h].sequence for h in sorted(self.present & engine.members)}
+    def begin_checkpoint(self) -> None:
+        """Begins a checkpoint of the newest version; `CheckpointManager.begin_checkpoint`."""
+        engine, self.begins_at_next_merge = self.engine, False
+        request = CheckpointRequest(
+            engine.version, {h: engine.positions[h].sequence for h in sorted(self.reachable_heads & engine.members)}
         )
         facts = {"lte": {"num_heads": self.settings.lte.num_heads}, **engine.checkpoint_facts()}
-        base, held = engine.base_weights.read(lambda version, base, held: (base.clone(), _cloned(held)))
+        base, references = engine.base_weights.read(lambda version, base, held: (base.clone(), _cloned(held)))
         policy = _cloned(engine.policy_state())
-        heads = set(save.sequences)
-        self.cuts[save.version] = Kept(
-            save.version, as_json(facts), base, held, policy, self.account.copy(), save, set(heads), heads
+        self.checkpoints[request.version] = StoredCheckpoint(
+            request.version, through_json(facts), base, references, policy, self.account.copy(), request, set(request.sequences)
         )
 
     @property
-    def may_cut(self) -> bool:
+    def may_begin(self) -> bool:
         """Whether a checkpoint may be begun now."""
-        return self.engine.version not in (*self.cuts, self.saved, self.start.version) and len(self.cuts) < MOST_OPEN
+        return (
+            self.engine.version not in (*self.checkpoints, self.newest, self.start.version) and len(self.checkpoints) < MAX_OPEN
+        )
 
     def freeze(self) -> None:
-        """The run ends: nothing is merged any more, and the last version is saved; `CoordinatorActor.freeze`."""
-        there = self.saved == self.engine.version and self.states >= self.present
-        if self.engine.version > self.start.version and not there and self.engine.version not in self.cuts:
-            self.cut()
+        """The run ends: nothing more is merged, and the last version is saved; `CoordinatorActor.freeze`."""
+        complete = self.newest == self.engine.version and self.heads_saved >= self.reachable_heads
+        if self.engine.version > self.start.version and not complete and self.engine.version not in self.checkpoints:
+            self.begin_checkpoint()
 
-    def add(self, version: int, head: int, part: Any) -> None:
-        """A head's part of a checkpoint has come, or won't; `CheckpointManager.add`."""
-        kept = self.cuts.get(version)
-        if kept is None or head not in kept.missing:
+    def add_part(self, version: int, head: int, part: Any) -> None:
+        """A head's part of a checkpoint has arrived, or won't; `CheckpointManager.add_part`."""
+        stored = self.checkpoints.get(version)
+        if stored is None or head not in stored.missing:
             return
-        kept.missing.discard(head)
+        stored.missing.discard(head)
         if part is not None:
-            kept.parts[head] = part
+            stored.parts[head] = part
         self.commit(version)
 
     def commit(self, version: int) -> None:
-        """`CheckpointManager._commit`."""
-        kept = self.cuts.get(version)
-        if kept is None or kept.missing or not kept.own:
+        """Commits a complete checkpoint; `CheckpointManager._commit_if_complete`."""
+        stored = self.checkpoints.get(version)
+        if stored is None or stored.missing or not stored.base_written:
             return
-        self.disk.commit(kept)
-        if self.saved is None or version > self.saved:
-            self.saved, self.states = version, frozenset(kept.parts)
-        del self.cuts[version]
-        for older in [v for v in self.cuts if v < version and self.cuts[v].missing]:
-            del self.cuts[older]
+        self.disk.commit(stored)
+        if self.newest is None or version > self.newest:
+            self.newest, self.heads_saved = version, frozenset(stored.parts)
+        del self.checkpoints[version]
+        for older in [v for v in self.checkpoints if v < version and self.checkpoints[v].missing]:
+            del self.checkpoints[older]
 
 
 def _cloned(tensors: Mapping[Any, Tensor | None]) -> dict[Any, Tensor]:

@@ -13,14 +13,14 @@ from lte_ray.engine.settings import Settings
 from lte_ray.merging.registry import make_policy
 from lte_ray.messages import CommittedPosition, Contribution, ContributionResult, CoordinatorReply, JoinReply
 from lte_ray.runtime.coordinator_state import CoordinatorState
-from tests.chaos.account import Account, Broken
-from tests.chaos.checkpoints import Cuts
-from tests.chaos.client import Joining, Submission
-from tests.chaos.parts import Call, Disk, Kept, Mode, copied
+from tests.chaos.account import Account, InvariantBroken
+from tests.chaos.checkpoints import ChaosCheckpoints
+from tests.chaos.client import PendingJoin, Submission
+from tests.chaos.parts import Call, Disk, Mode, StoredCheckpoint, copy_reply
 
 
 @dataclass
-class Hub(Cuts):
+class ChaosCoordinator(ChaosCheckpoints):
     """One coordinator, from its start to its death.
 
     Args:
@@ -39,10 +39,10 @@ class Hub(Cuts):
     undecided: dict[int, Submission] = field(default_factory=dict)
     arriving: dict[int, Submission] = field(default_factory=dict)
     decided: list[tuple[Call, ContributionResult]] = field(default_factory=list)
-    behind: list[Call] = field(default_factory=list)
-    joins: list[Joining] = field(default_factory=list)
-    cuts: dict[int, Kept] = field(default_factory=dict)
-    cuts_next: bool = False
+    waiting_calls: list[Call] = field(default_factory=list)
+    joins: list[PendingJoin] = field(default_factory=list)
+    checkpoints: dict[int, StoredCheckpoint] = field(default_factory=dict)
+    begins_at_next_merge: bool = False
 
     def __post_init__(self) -> None:
         start, plans = self.start, self.initial.plans
@@ -63,13 +63,13 @@ class Hub(Cuts):
         )
         if start.outlier_filter:
             self.engine.load_outlier_state(start.outlier_filter)
-        if start.checkpoint_version is not None and self.disk.kept[start.checkpoint_version].policy:
-            self.engine.load_policy_state(self.disk.kept[start.checkpoint_version].policy)
+        if start.checkpoint_version is not None and self.disk.checkpoints[start.checkpoint_version].policy:
+            self.engine.load_policy_state(self.disk.checkpoints[start.checkpoint_version].policy)
         self.joined: set[int] = set()
         self.together = start.epoch == 0 and (self.engine.shares_steps or bool(start.exact_heads))
         self.exact = set(start.exact_heads) if start.epoch == 0 else set[int]()
-        self.present = set(start.step_limits)
-        self.saved, self.states = start.checkpoint_version, start.saved_heads
+        self.reachable_heads = set(start.step_limits)
+        self.newest, self.heads_saved = start.checkpoint_version, start.saved_heads
         self._published: dict[int, tuple[dict[int, CommittedPosition], dict[str, Any]]] = {}
 
     # -- contributions ---------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ class Hub(Cuts):
         else:
             self.arriving[c.head] = own
 
-    def fetched(self, head: int) -> None:
+    def receive(self, head: int) -> None:
         """The contribution that was being fetched is here: the engine gets it."""
         own = self.arriving.pop(head)
         self._handle(lambda: self.engine.receive(own.contribution, own.contribution.buffer), own)
@@ -110,17 +110,17 @@ class Hub(Cuts):
                 verdicts.remove(refused)
                 self.decided += [(call, refused) for call in own.calls]
                 if "its own" in refused.reason:
-                    raise Broken(refused.reason)
+                    raise InvariantBroken(refused.reason)
         settled = [(verdict, self.undecided.pop(verdict.head)) for verdict in verdicts]
         tracks = {verdict.head: submission.track for verdict, submission in settled}
         if self.undecided.keys() != set(self.engine.pending_heads):
-            raise Broken(
+            raise InvariantBroken(
                 f"heads {sorted(self.undecided)} wait for a verdict, but those of {self.engine.pending_heads} are to be decided"
             )
         for merge in outcome.merges:
             self.account.merge(merge, tracks, len(self.engine.members))
-        if outcome.merges and self.cuts_next and self.may_cut:
-            self.cut()
+        if outcome.merges and self.begins_at_next_merge and self.may_begin:
+            self.begin_checkpoint()
         for verdict, submission in settled:
             self.decided += [(call, verdict) for call in submission.calls]
 
@@ -129,49 +129,49 @@ class Hub(Cuts):
 
     def lose(self, head: int, drop: bool) -> None:
         """`CoordinatorActor.lose`."""
-        self.present.discard(head)
+        self.reachable_heads.discard(head)
         self.joins = [join for join in self.joins if join.call.process.number != head]
         self._handle(lambda: (self.engine.drop if drop else self.engine.lose)(head))
-        for version in list(self.cuts):
-            self.add(version, head, None)
+        for version in list(self.checkpoints):
+            self.add_part(version, head, None)
 
     # -- answers ---------------------------------------------------------------------------------------------------
 
-    def answer(self, index: int) -> None:
+    def reply_to(self, index: int) -> None:
         """Makes the answer to a contribution that is decided, from what is the newest now."""
         call, verdict = self.decided.pop(index)
-        self._send(call, replace(self.since(call.process.number), result=verdict))
+        self._send(call, replace(self.reply(call.process.number), result=verdict))
 
-    def tell_newer(self) -> None:
+    def reply_to_waiting(self) -> None:
         """Answers those that wait for a version that is there."""
-        for call in [call for call in self.behind if call.payload < self.engine.version]:
-            self.behind.remove(call)
-            self._send(call, self.since(call.process.number))
+        for call in [call for call in self.waiting_calls if call.payload < self.engine.version]:
+            self.waiting_calls.remove(call)
+            self._send(call, self.reply(call.process.number))
 
-    def since(self, head: int) -> CoordinatorReply:
+    def reply(self, head: int) -> CoordinatorReply:
         """`Updates.since`, dense."""
         engine = self.engine
         known = (dict(engine.positions), engine.assignment_state())
         if self.mode.cached:
             known = self._published.setdefault(engine.version, known)
-        saves = [kept.save for kept in self.cuts.values() if head in kept.untold]
-        for kept in self.cuts.values():
-            kept.untold.discard(head)
+        opened = [c for c in self.checkpoints.values() if head in c.missing - c.asked_in_reply - c.asked_by_driver]
+        for each in opened:
+            each.asked_in_reply.add(head)
         return CoordinatorReply(
             None,
             engine.version,
             {0: engine.base.clone()},
             positions=known[0],
             assignment_state=known[1],
-            checkpoint_requests=tuple(saves),
+            checkpoint_requests=tuple(each.request for each in opened),
             directives={head: engine.next_directive(head)},
         )
 
     def _send(self, call: Call, update: CoordinatorReply) -> None:
         if call.process.alive and call in call.process.calls:
-            call.answers.append((self.start.epoch, copied(update)))
+            call.answers.append((self.start.epoch, copy_reply(update)))
 
-    def joining(self, join: Joining) -> bool:
+    def continue_join(self, join: PendingJoin) -> bool:
         """`CoordinatorActor.join`, as far as it can go now; whether it went on."""
         head, incarnation, engine = join.call.process.number, join.call.process.incarnation, self.engine
         if join.stage == "asked":
@@ -183,11 +183,11 @@ class Hub(Cuts):
             return True
         if (self.together and not self.joined >= engine.live) or not engine.has_data(head):
             return False
-        if join.answer is not None:
+        if join.reply is not None:
             if self.exact & engine.live:
                 return False
             self.joins.remove(join)
-            self._send(join.call, join.answer)
+            self._send(join.call, join.reply)
             return True
         self.together = False
         exact = incarnation == 0 and self.start.epoch == 0 and head in self.start.exact_heads
@@ -196,8 +196,10 @@ class Hub(Cuts):
         else:
             standing = engine.start_head(head)
             held = engine.reference(head) if standing.sequence else None
-            begin = JoinReply(standing, None if held is None else held.clone(), self.saved if head in self.states else None)
-        self.present.add(head)
-        join.answer = replace(self.since(head), join_replies={head: begin})
+            begin = JoinReply(
+                standing, None if held is None else held.clone(), self.newest if head in self.heads_saved else None
+            )
+        self.reachable_heads.add(head)
+        join.reply = replace(self.reply(head), join_replies={head: begin})
         self.exact.discard(head)
         return True

@@ -1,4 +1,4 @@
-"""What the chaos world is made of: a tiny worker that notes its batches, runs' settings, and what travels or is kept."""
+"""What the chaos world is made of: a tiny worker that notes its batches, runs' settings, and what travels or is stored."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ MOST_HEADS = 5
 """Heads up to which a world grows."""
 
 
-class Fit:
-    """Learns a linear map; batch g is a function of its slot g alone. `trained` lists the slots whose loss was asked for."""
+class LinearFit:
+    """Learns a linear map. Batch g depends on its slot g only. `trained` lists the slots whose loss was computed."""
 
     def __init__(self) -> None:
         self.trained: list[int] = []
@@ -49,7 +49,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Mode:
-    """How a world merges. `cached`: what answers say that a version holds is as of the first answer with that version."""
+    """How a world merges. `cached`: replies describe a version as the first reply with that version did."""
 
     when: str = "barrier"
     wait: bool = True
@@ -95,10 +95,10 @@ class Call:
     """A call of a head's process, made again until it is answered.
 
     Attributes:
-        process: who calls; None: nobody waits for the answer any more.
+        process: the caller.
         kind: submit, newer, join, leave or saved; `payload` is its argument.
-        place: `wire`: on its way to the coordinator (again); `held`: there.
-        answers: on their way back, with the number of the coordinator that gave them.
+        place: "wire": on its way to the coordinator; "held": the coordinator has it.
+        answers: replies on their way back, with their coordinators' epochs.
     """
 
     process: Any
@@ -109,20 +109,21 @@ class Call:
 
 
 @dataclass
-class Part:
-    """A head's part of a checkpoint, and what the accounts say that it carries beyond the version."""
+class HeadPart:
+    """A head's part of a checkpoint, and what it contains beyond that version, by the account."""
 
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
-    carried: Tensor
+    unmerged: Tensor
     slots: list[tuple[int, bool]]
 
 
 @dataclass
-class Kept:
-    """A checkpoint as values.
+class StoredCheckpoint:
+    """A checkpoint, as values.
 
-    `missing` are the heads whose parts aren't there yet, `told` those that the driver asked for them; `account` as it was then.
+    `missing` are the heads whose parts aren't there yet; `asked_in_reply` and `asked_by_driver` as in `CheckpointManager`.
+    `account` is a copy from when it was begun.
     """
 
     version: int
@@ -131,46 +132,46 @@ class Kept:
     references: dict[int, Tensor]
     policy: dict[str, Tensor]
     account: Any
-    save: CheckpointRequest
-    untold: set[int]
+    request: CheckpointRequest
     missing: set[int]
-    own: bool = False
-    told: set[int] = field(default_factory=set)
-    parts: dict[int, Part] = field(default_factory=dict)
+    base_written: bool = False
+    asked_in_reply: set[int] = field(default_factory=set)
+    asked_by_driver: set[int] = field(default_factory=set)
+    parts: dict[int, HeadPart] = field(default_factory=dict)
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """Whose states it holds."""
+        """The heads whose states it contains."""
         return tuple(sorted(self.parts))
 
 
 class Disk:
-    """Complete checkpoints by version; it stands for `lte_ray.checkpoint` as `runtime.resuming` reads it."""
+    """Complete checkpoints by version; replaces `lte_ray.checkpoint` for `runtime.coordinator_state`."""
 
     def __init__(self) -> None:
-        self.kept: dict[int, Kept] = {}
+        self.checkpoints: dict[int, StoredCheckpoint] = {}
 
-    def commit(self, kept: Kept) -> None:
-        self.kept[kept.version] = kept
+    def commit(self, stored: StoredCheckpoint) -> None:
+        self.checkpoints[stored.version] = stored
 
-    def read_manifest(self, directory: Any, version: int) -> Kept:
-        return self.kept[version]
+    def read_manifest(self, directory: Any, version: int) -> StoredCheckpoint:
+        return self.checkpoints[version]
 
-    def read_head(self, directory: Any, kept: Kept, head: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        part = kept.parts[head]
+    def read_head(self, directory: Any, stored: StoredCheckpoint, head: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        part = stored.parts[head]
         return {name: t.clone() for name, t in part.tensors.items()}, json.loads(json.dumps(part.meta))
 
-    def read_base(self, directory: Any, kept: Kept, plan: Any) -> Tensor:
-        return kept.base.clone()
+    def read_base(self, directory: Any, stored: StoredCheckpoint, plan: Any) -> Tensor:
+        return stored.base.clone()
 
-    def read_references(self, directory: Any, kept: Kept, *shape: Any) -> dict[int, Tensor]:
-        return {head: factors.clone() for head, factors in kept.references.items()}
+    def read_references(self, directory: Any, stored: StoredCheckpoint, *shape: Any) -> dict[int, Tensor]:
+        return {head: factors.clone() for head, factors in stored.references.items()}
 
     def version_folder(self, version: int) -> str:
         return f"{version:06d}"
 
 
-class Here:
+class LocalTransport:
     """A transport within one process: handles are copies."""
 
     def publish(self, buffer: Tensor) -> Tensor:
@@ -180,16 +181,16 @@ class Here:
         return handle
 
     def path_to(self, name: str) -> str:
-        """As a directory: where something lies, for errors."""
+        """Where something is, for errors; so that it can replace a run directory."""
         return name
 
 
-def as_json(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The value as JSON brings it back."""
-    made: dict[str, Any] = json.loads(json.dumps(value))
-    return made
+def through_json(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the value as JSON preserves it."""
+    loaded: dict[str, Any] = json.loads(json.dumps(value))
+    return loaded
 
 
-def copied(update: CoordinatorReply) -> CoordinatorReply:
-    """An update as another process gets it: nothing in it changes any more."""
-    return copy.deepcopy(update)
+def copy_reply(reply: CoordinatorReply) -> CoordinatorReply:
+    """Returns a reply as another process gets it: later changes of its contents don't reach it."""
+    return copy.deepcopy(reply)

@@ -11,23 +11,23 @@ import torch
 from lte_ray.engine.prepare import extend_plans, prepare
 from lte_ray.runtime.coordinator_state import CoordinatorState
 from tests.chaos.account import Account
-from tests.chaos.coordinator import Hub
-from tests.chaos.parts import MOST_HEADS, Call, Disk, Fit, Mode
-from tests.chaos.process import Process
+from tests.chaos.coordinator import ChaosCoordinator
+from tests.chaos.parts import MOST_HEADS, Call, Disk, LinearFit, Mode
+from tests.chaos.process import ChaosHeadProcess
 
 
 @dataclass(eq=False)
-class Member:
+class Slot:
     """A head's place, as the driver sees it; `gone`: it knows that the process is. `end`: the step at which it was over."""
 
-    process: Process | None
+    process: ChaosHeadProcess | None
     incarnation: int = 0
-    gone: bool = False
-    over: bool = False
-    end: int = 0
+    lost: bool = False
+    ended: bool = False
+    end_step: int = 0
 
 
-class Run:
+class ChaosRun:
     """One run: its members, its coordinator (None while there is none), its checkpoints, and what is on the wire.
 
     Args:
@@ -35,41 +35,41 @@ class Run:
     """
 
     saved: int | None
-    hub: Hub | None
+    coordinator: ChaosCoordinator | None
 
     def __init__(self, mode: Mode) -> None:
         self.mode, self.settings = mode, mode.settings()
-        self.initial = extend_plans(prepare(Fit(), self.settings, torch.float64), MOST_HEADS)
+        self.initial = extend_plans(prepare(LinearFit(), self.settings, torch.float64), MOST_HEADS)
         self.account = Account({0: self.initial.base.clone()}, {0: {}})
         self.first = self.account.copy()
         self.disk, self.epoch = Disk(), 0
-        self.begin, self.saved = CoordinatorState(0, self.initial.base), None
-        self.ghosts: list[Call] = []
-        self.echoes: list[Call] = []  # contributions that were answered
+        self.start, self.saved = CoordinatorState(0, self.initial.base), None
+        self.orphaned_calls: list[Call] = []
+        self.answered_calls: list[Call] = []  # contributions that were answered
         self.happened: Counter[str] = Counter()
         self.launch()
 
     def launch(self) -> None:
         self.incarnations: dict[int, int] = {}
-        self.members = {n: Member(self.process(n, 0)) for n in range(self.settings.lte.num_heads)}
-        self.hub = self.new_hub(self.begin)
+        self.slots = {n: Slot(self.new_process(n, 0)) for n in range(self.settings.lte.num_heads)}
+        self.coordinator = self.new_coordinator(self.start)
 
-    def process(self, number: int, incarnation: int) -> Process:
-        return Process(self.settings, self.initial, number, incarnation, self.epoch, self.disk)
+    def new_process(self, number: int, incarnation: int) -> ChaosHeadProcess:
+        return ChaosHeadProcess(self.settings, self.initial, number, incarnation, self.epoch, self.disk)
 
-    def new_hub(self, start: CoordinatorState) -> Hub:
-        return Hub(self.mode, self.settings, self.initial, start, self.account, self.disk)
-
-    @property
-    def processes(self) -> list[Process]:
-        return [member.process for _, member in sorted(self.members.items()) if member.process is not None]
+    def new_coordinator(self, start: CoordinatorState) -> ChaosCoordinator:
+        return ChaosCoordinator(self.mode, self.settings, self.initial, start, self.account, self.disk)
 
     @property
-    def wire(self) -> list[Call]:
+    def processes(self) -> list[ChaosHeadProcess]:
+        return [member.process for _, member in sorted(self.slots.items()) if member.process is not None]
+
+    @property
+    def calls_on_the_wire(self) -> list[Call]:
         """Calls that are on their way to the coordinator, those of the dead included."""
-        return [call for p in self.processes for call in p.calls if call.place == "wire"] + self.ghosts
+        return [call for p in self.processes for call in p.calls if call.place == "wire"] + self.orphaned_calls
 
 
-def one(found: list[Any], pick: int) -> Any:
+def pick_one(found: list[Any], pick: int) -> Any:
     """One of a list; None if it is empty."""
     return found[pick % len(found)] if found else None

@@ -49,9 +49,9 @@ def test_a_barrier_run_that_is_killed_and_resumed_ends_bit_for_bit_as_one_that_i
         killed.do(*event)
     for world in (calm, killed):
         world.settle()
-    assert calm.hub is not None
-    assert killed.hub is not None
-    assert torch.equal(killed.hub.engine.base, calm.hub.engine.base)
+    assert calm.coordinator is not None
+    assert killed.coordinator is not None
+    assert torch.equal(killed.coordinator.engine.base, calm.coordinator.engine.base)
     assert killed.account.merged.keys() == calm.account.merged.keys()
 
 
@@ -62,8 +62,8 @@ def test_a_head_whose_first_answer_after_a_resume_was_lost_begins_on_the_base_th
     resumed = [("go", 3, 5), ("crash", 42, 4), ("go", 20, 3), ("go", 8, 1), ("go", 12, 2), ("go", 1, 1), ("lose_answer", 38, 5)]
     for event in begun + resumed:
         world.do(*event)
-    assert world.hub is not None
-    assert world.hub.engine.version > world.begin.version
+    assert world.coordinator is not None
+    assert world.coordinator.engine.version > world.start.version
     assert [call.kind for process in world.processes for call in process.calls if call.place == "wire"] == ["join"]
     world.settle()
 
@@ -73,13 +73,13 @@ def test_a_run_that_dropped_a_head_resumes_with_as_many_as_before() -> None:
     world = World(MODES["barrier"])
     for version, faults in ((1, ("kill", "drop")), (2, ("cut",))):
         for turn in range(200):
-            if world.hub is not None and world.hub.engine.version >= version:
+            if world.coordinator is not None and world.coordinator.engine.version >= version:
                 break
             world.do("go", turn, 1)
         assert all(world.do(kind, 0) for kind in faults)
     for turn in range(200):
         world.do("go", turn, 1)
         world.do("ask")
-    assert world.disk.kept
+    assert world.disk.checkpoints
     assert world.do("crash", 2 * world.settings.lte.num_heads, 1)
     world.settle()
