@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.support.helpers import LONG_RUN
+from tests.support import LONG_RUN
 
 settings.register_profile("lte-ray", deadline=None, max_examples=25 if LONG_RUN else 10, derandomize=True)
 settings.load_profile("lte-ray")

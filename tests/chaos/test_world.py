@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.chaos.parts import MODES
 from tests.chaos.traffic import CALM
 from tests.chaos.world import KINDS, World
-from tests.support.helpers import LONG_RUN
+from tests.support import LONG_RUN
 
 MANY = 60 if LONG_RUN else 1
 """Factor by which `make test-all` and `make chaos` try more schedules: some thousands."""

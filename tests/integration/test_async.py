@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lte_ray import LTETrainer, MergeConfig, Shard
 from lte_ray.config import PlacementConfig
-from tests.support.ray_runs import Dropping, assert_same_model, settings, simulated, storage
+from tests.support.ray_runs import DropoutRegression, assert_same_model, merged_in_process, settings, storage
 from workers.regression import Regression
 
 pytestmark = pytest.mark.ray
@@ -49,14 +49,14 @@ def merges(result: ray.train.Result) -> list[dict[str, Any]]:
 
 def expected(worker: Any, steps: int, **merge: Any) -> dict[str, Tensor]:
     """The merged model of the same run without Ray."""
-    return simulated(worker, **(settings(steps) | {"merge": MergeConfig(merge_iter=5, merge_threads=1, **merge)}))
+    return merged_in_process(worker, **(settings(steps) | {"merge": MergeConfig(merge_iter=5, merge_threads=1, **merge)}))
 
 
 @pytest.mark.slow
 def test_a_barrier_run_by_factors_is_bitwise_the_one_by_bases(local_ray: None, tmp_path: Path) -> None:
     """Heads that redo merges from each other's factors train on the same bits, dropout included."""
-    result = fit(tmp_path, Dropping(), 30, send_down="factors")
-    assert_same_model(result.path, expected(Dropping(), 30))
+    result = fit(tmp_path, DropoutRegression(), 30, send_down="factors")
+    assert_same_model(result.path, expected(DropoutRegression(), 30))
     assert result.metrics["resyncs"] == 0
 
 

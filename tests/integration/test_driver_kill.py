@@ -17,7 +17,7 @@ import ray
 from lte_ray import LTEConfig, MergeConfig, TrainConfig, checkpoint
 from lte_ray.audit import audit
 from lte_ray.storage import RunDirectory
-from tests.support.ray_runs import ROOT, Dropping, Normed, assert_same_model, simulated
+from tests.support.ray_runs import ROOT, BatchNormRegression, DropoutRegression, assert_same_model, merged_in_process
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -32,13 +32,13 @@ from workers.regression import Regression
 
 
 {models}
-class Slow(Normed):
+class Slow(BatchNormRegression):
     def train_batches(self, shard):
         for step, batch in enumerate(super().train_batches(shard), shard.cursor + 1):
             hold = os.environ.get("HOLD_AT_STEP")
             time.sleep(1.0 if hold and step > int(hold) else 0.03)
             yield batch
-""".format(models="\n\n".join(map(inspect.getsource, (Dropping, Normed))))
+""".format(models="\n\n".join(map(inspect.getsource, (DropoutRegression, BatchNormRegression))))
 
 FLAGS = "--num-heads 2 --lora-r 8 --lora-alpha 16 --merge-iter 5 --merge-threads 1 --steps 60 --seed 3 --checkpoint-every 2"
 
@@ -81,7 +81,7 @@ def test_a_barrier_run_whose_driver_was_killed_is_bitwise_the_uninterrupted_run(
     output, _ = resumed.communicate(timeout=400)
     assert resumed.returncode == 0, output
     lte, merge = LTEConfig(num_heads=2, lora_r=8, lora_alpha=16), MergeConfig(merge_iter=5, merge_threads=1)
-    assert_same_model(tmp_path / "r", simulated(Normed(), lte, merge, TrainConfig(steps=60, seed=3)))
+    assert_same_model(tmp_path / "r", merged_in_process(BatchNormRegression(), lte, merge, TrainConfig(steps=60, seed=3)))
     assert audit([json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]).clean
 
 

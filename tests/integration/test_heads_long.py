@@ -21,13 +21,13 @@ from lte_ray.audit import Audit, audit
 from lte_ray.config import PlacementConfig
 from lte_ray.errors import CoordinatorLost
 from lte_ray.run.metrics import SilentReporter
-from tests.support.ray_runs import Dropping, storage
+from tests.support.ray_runs import DropoutRegression, storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200), pytest.mark.slow]
 
 
 @dataclass
-class Faulty(Dropping):
+class Faulty(DropoutRegression):
     """Steps of some milliseconds.
 
     `kills` is (head, step): the head's process dies each time at that step. From step `spikes` on, all heads get 12 batches
@@ -134,7 +134,7 @@ def test_heads_that_share_a_process_die_and_restart_together(local_ray: None, tm
     rows, report = run(once, Once(), 4, FailureConfig(), heads_per_actor=2)
     assert [row["heads"] for row in events(rows, "head_restarts")] == [[2, 3]]
     assert report.clean, report.problems
-    assert report.samples == 4 * 60 * Dropping().batch_size
+    assert report.samples == 4 * 60 * DropoutRegression().batch_size
 
 
 def test_a_run_rolls_back_after_a_loss_spike(local_ray: None, tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_a_loader_that_hangs_is_reported_and_its_head_replaced(
     assert any("head 0 is waiting" in why and "head 1 is training" in why for why in reports), reports
     assert [row["heads"] for row in events(rows, "head_restarts")] == [[1]]
     assert report.clean, report.problems
-    assert report.samples == 2 * 60 * Dropping().batch_size
+    assert report.samples == 2 * 60 * DropoutRegression().batch_size
 
 
 def test_a_coordinator_that_keeps_dying_before_it_merges_ends_the_run(

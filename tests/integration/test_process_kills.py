@@ -29,7 +29,7 @@ from lte_ray.layout import Layout
 from lte_ray.merging.flat_buffer import views
 from lte_ray.run.metrics import Reporter, SilentReporter
 from lte_ray.storage import RunDirectory
-from tests.support.ray_runs import Dropping, lte_actors, simulated, storage
+from tests.support.ray_runs import DropoutRegression, lte_actors, merged_in_process, storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -42,7 +42,7 @@ NOT_WAITING: dict[str, Any] = {"when": "arrival", "wait": False}
 
 
 @dataclass
-class Patient(Dropping):
+class Patient(DropoutRegression):
     """Steps are slow, and the last ones very slow, while faults remain that happen before the end of the run."""
 
     script: str = ""
@@ -101,14 +101,14 @@ class Chaos:
         assert result.metrics["validation_loss"] < 0.3  # 0.67 before
         report = audit(self.rows)
         assert report.clean, report.problems
-        assert report.samples == self.heads * self.steps * Dropping().batch_size
+        assert report.samples == self.heads * self.steps * DropoutRegression().batch_size
         self.assert_nothing_left()
 
     def assert_base_is_sum_of_references(self) -> None:
         """Asserts W = W_0 + sum_n s/N B'_n A'_n: the last version is the initial one plus its references, and no more."""
         directory = RunDirectory.open(str(self.path), "r")
         manifest, _ = checkpoint.read_newest_intact(directory)
-        initial = prepare(Dropping(), Settings("r", self.lte, self.merge, self.train))
+        initial = prepare(DropoutRegression(), Settings("r", self.lte, self.merge, self.train))
         plan = initial.plan
         first, last = views(plan.base, initial.base), views(plan.base, checkpoint.read_base(directory, manifest, plan))
         references = checkpoint.read_references(directory, manifest, initial.plans)
@@ -139,7 +139,7 @@ class Chaos:
 
     def train_without_faults(self) -> dict[str, Tensor]:
         """The merged model of the same run without faults and without Ray."""
-        return simulated(Dropping(), self.lte, self.merge, self.train)
+        return merged_in_process(DropoutRegression(), self.lte, self.merge, self.train)
 
 
 AT_HEADS = [

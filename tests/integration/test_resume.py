@@ -19,13 +19,13 @@ from lte_ray.cli.main import main
 from lte_ray.errors import StorageError
 from lte_ray.run.metrics import Progress
 from lte_ray.storage import RunDirectory
-from tests.support.ray_runs import Dropping, assert_same_model, settings, simulated, storage
+from tests.support.ray_runs import DropoutRegression, assert_same_model, merged_in_process, settings, storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 @dataclasses.dataclass
-class Slow(Dropping):
+class Slow(DropoutRegression):
     """Steps take 20 ms; after step `hold_at` they take a second while the file `hold` exists.
 
     So a run is still in the middle of a round when the driver interrupts it, even on a loaded machine.
@@ -83,7 +83,7 @@ def test_a_barrier_run_interrupted_anywhere_is_bitwise_the_uninterrupted_run(
         kwargs["merge"] = MergeConfig(merge_iter=2, merge_threads=1)
     run_interrupted(tmp_path, max(step, 3), kwargs)
     result = LTETrainer(Slow(), run_config=storage(tmp_path, "r", resume=True), **kwargs).fit()
-    assert_same_model(result.path, simulated(Dropping(), **kwargs))
+    assert_same_model(result.path, merged_in_process(DropoutRegression(), **kwargs))
     assert audit(read_rows(tmp_path / "r")).clean
 
 

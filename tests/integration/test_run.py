@@ -30,14 +30,14 @@ from lte_ray.errors import ContributionRefused, HeadLost, PolicyError, StorageEr
 from lte_ray.run.metrics import Progress
 from lte_ray.storage import RunDirectory
 from tests.support.ray_runs import (
-    Dropping,
-    Failing,
-    Normed,
+    BatchNormRegression,
+    DropoutRegression,
+    FailingWorker,
     Regression,
     assert_same_model,
     lte_actors,
+    merged_in_process,
     settings,
-    simulated,
     storage,
 )
 
@@ -79,12 +79,14 @@ def completed(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Com
     path, reporter = tmp_path_factory.mktemp("completed"), RecordingReporter()
     run_config = ray.train.RunConfig(name="r", storage_path=str(path))
     kwargs = settings(eval_every=2, checkpoint_every=2)
-    return CompletedRun(path, LTETrainer(Dropping(), run_config=run_config, reporter=reporter, **kwargs).fit(), reporter)
+    return CompletedRun(
+        path, LTETrainer(DropoutRegression(), run_config=run_config, reporter=reporter, **kwargs).fit(), reporter
+    )
 
 
 def test_a_barrier_run_is_bitwise_the_same_simulated_and_on_ray(completed: CompletedRun) -> None:
     """The same seed gives the same weights, whether heads are actors or objects in one process; dropout included."""
-    assert_same_model(completed.result.path, simulated(Dropping(), **settings()))
+    assert_same_model(completed.result.path, merged_in_process(DropoutRegression(), **settings()))
 
 
 def test_the_result_has_metrics_a_checkpoint_and_a_complete_run_directory(completed: CompletedRun) -> None:
@@ -111,7 +113,7 @@ def test_the_result_has_metrics_a_checkpoint_and_a_complete_run_directory(comple
 
 def test_the_model_file_loads_strictly_and_gives_the_evaluators_figures(completed: CompletedRun) -> None:
     """model.safetensors has the unconverted model's names, and its evaluation gives the result's figures."""
-    worker = Dropping()
+    worker = DropoutRegression()
     model = worker.build_model()
     model.load_state_dict(model_of(completed.result.path), strict=True)
     with torch.no_grad():
@@ -141,9 +143,9 @@ def test_a_policy_object_decides_merges(local_ray: None, tmp_path: Path) -> None
     """The weights after a real run are bitwise those of a simulation with the user's policy."""
     kwargs = settings(steps=10) | {"merge": MergeConfig(merge_iter=5, merge_threads=1, policy=HalfOfHeadOne())}
     result = LTETrainer(Regression(), run_config=storage(tmp_path, "r"), **kwargs).fit()
-    expected = simulated(Regression(), **kwargs)
+    expected = merged_in_process(Regression(), **kwargs)
     assert_same_model(result.path, expected)
-    average = simulated(Regression(), **settings(steps=10))
+    average = merged_in_process(Regression(), **settings(steps=10))
     assert any(not torch.equal(expected[name], value) for name, value in average.items())
 
 
@@ -159,7 +161,7 @@ def assert_clean(path: Path) -> None:
 def test_a_worker_that_raises_ends_the_run_and_leaves_the_last_checkpoint(local_ray: None, tmp_path: Path) -> None:
     """The error has head, step, and the worker's traceback; actors are ended, and the other heads' states saved."""
     run = {"run_config": storage(tmp_path, "r"), "failure": NO_FAILURES}
-    trainer = LTETrainer(Failing(), **run, **settings(checkpoint_every=1))
+    trainer = LTETrainer(FailingWorker(), **run, **settings(checkpoint_every=1))
     with pytest.raises(WorkerFailed, match=r"head 1 at local step 13") as caught:
         trainer.fit()
     assert "ZeroDivisionError: the disk of the data is gone" in str(caught.value)
@@ -178,7 +180,7 @@ def test_a_worker_that_raises_ends_the_run_and_leaves_the_last_checkpoint(local_
 def test_a_failing_evaluation_ends_the_run(local_ray: None, tmp_path: Path) -> None:
     """An error in `evaluate` is raised with its traceback."""
     with pytest.raises(WorkerFailed, match=r"the evaluator:[\s\S]*the validation set is gone"):
-        LTETrainer(Failing(in_evaluate=True), run_config=storage(tmp_path, "r"), **settings()).fit()
+        LTETrainer(FailingWorker(in_evaluate=True), run_config=storage(tmp_path, "r"), **settings()).fit()
     assert_clean(tmp_path)
 
 
@@ -263,7 +265,7 @@ def test_poisoned_batches_cost_their_contributions_and_nothing_else(
     kwargs, worker = settings(), Poisoned(last=last)
     result = LTETrainer(worker, run_config=storage(tmp_path, "r"), **kwargs).fit()
     in_process = run_in_process(worker, Settings("r", kwargs["lte"], kwargs["merge"], kwargs["train"]))
-    assert_same_model(result.path, simulated(worker, **kwargs))
+    assert_same_model(result.path, merged_in_process(worker, **kwargs))
     report = audit(read_rows((tmp_path / "r" / "metrics.jsonl").read_text()))
     assert report.clean, report.problems
     assert (report.dropped, report.batches) == (dropped, sum(merge.steps for merge in in_process.merges))
@@ -275,9 +277,9 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_run(local_ray: None, tmp_pat
 
     Optimizer, data, dropout, and running statistics continue.
     """
-    LTETrainer(Normed(), run_config=storage(tmp_path, "parts"), **settings(steps=20)).fit()
-    resumed = LTETrainer(Normed(), run_config=storage(tmp_path, "parts", resume=True), **settings(steps=40)).fit()
-    expected = simulated(Normed(), **settings(steps=40))
+    LTETrainer(BatchNormRegression(), run_config=storage(tmp_path, "parts"), **settings(steps=20)).fit()
+    resumed = LTETrainer(BatchNormRegression(), run_config=storage(tmp_path, "parts", resume=True), **settings(steps=40)).fit()
+    expected = merged_in_process(BatchNormRegression(), **settings(steps=40))
     assert_same_model(resumed.path, expected)
     assert float((expected["0.running_var"] - 1).abs().max()) > 0.001
     assert resumed.metrics["step"] == 40
@@ -289,9 +291,9 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_run(local_ray: None, tmp_pat
 @pytest.mark.parametrize(
     ("stack", "worker", "as_separate", "tolerance", "stops"),
     [
-        ("never", Dropping(), True, 0.0, False),
-        pytest.param("never", Dropping(), True, 0.0, True, marks=pytest.mark.slow),
-        pytest.param("always", Dropping(), False, 0.0, True, marks=pytest.mark.slow),
+        ("never", DropoutRegression(), True, 0.0, False),
+        pytest.param("never", DropoutRegression(), True, 0.0, True, marks=pytest.mark.slow),
+        pytest.param("always", DropoutRegression(), False, 0.0, True, marks=pytest.mark.slow),
         # Stacking changes the order of sums: float32's 1e-7, magnified by 20 steps of Adam, whose steps are 3e-3 however small
         # the gradient. Heads with each other's gradients, data, or state would be off by about 3e-3.
         pytest.param("always", Regression(), True, 1e-4, True, marks=pytest.mark.slow),
@@ -399,16 +401,16 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(
 
     If no intact checkpoint is left, nothing starts.
     """
-    LTETrainer(Dropping(), run_config=storage(tmp_path, "r"), **settings(steps=10, checkpoint_every=1)).fit()
+    LTETrainer(DropoutRegression(), run_config=storage(tmp_path, "r"), **settings(steps=10, checkpoint_every=1)).fit()
     _damage(tmp_path / "r" / "checkpoints" / "000002" / "head-0001.safetensors")
-    resumed = LTETrainer(Dropping(), run_config=storage(tmp_path, "r", resume=True), **settings(steps=20)).fit()
+    resumed = LTETrainer(DropoutRegression(), run_config=storage(tmp_path, "r", resume=True), **settings(steps=20)).fit()
     assert "head-0001.safetensors is damaged" in caplog.text
     assert "using 000001 instead" in caplog.text
-    assert_same_model(resumed.path, simulated(Dropping(), **settings(steps=20)))
+    assert_same_model(resumed.path, merged_in_process(DropoutRegression(), **settings(steps=20)))
     for file in (tmp_path / "r" / "checkpoints").glob("*/base.safetensors"):
         _damage(file)
     with pytest.raises(StorageError, match=r"base\.safetensors is damaged"):
-        LTETrainer(Dropping(), run_config=storage(tmp_path, "r", resume=True), **settings(steps=30)).fit()
+        LTETrainer(DropoutRegression(), run_config=storage(tmp_path, "r", resume=True), **settings(steps=30)).fit()
 
 
 def _damage(file: Path) -> None:
@@ -422,13 +424,17 @@ def test_resume_refuses_incompatible_settings(completed: CompletedRun, tmp_path:
     shutil.copytree(completed.path / "r", tmp_path / "r")
     resume = storage(tmp_path, "r", resume=True)
     with pytest.raises(StorageError, match=r"has already taken all 30 local steps per head\. Raise --steps"):
-        LTETrainer(Dropping(), run_config=resume, **settings(steps=25)).fit()
+        LTETrainer(DropoutRegression(), run_config=resume, **settings(steps=25)).fit()
     more = settings()
     with pytest.raises(StorageError, match="Raise --steps"):
-        LTETrainer(Dropping(), run_config=resume, **more | {"lte": dataclasses.replace(more["lte"], num_heads=3)}).fit()
+        LTETrainer(
+            DropoutRegression(), run_config=resume, **more | {"lte": dataclasses.replace(more["lte"], num_heads=3)}
+        ).fit()
     kwargs = settings(steps=50)
     with pytest.raises(StorageError, match="--lora-r was 8 and is 4"):
-        LTETrainer(Dropping(), run_config=resume, **kwargs | {"lte": dataclasses.replace(kwargs["lte"], lora_r=4)}).fit()
+        LTETrainer(
+            DropoutRegression(), run_config=resume, **kwargs | {"lte": dataclasses.replace(kwargs["lte"], lora_r=4)}
+        ).fit()
 
 
 def test_a_run_whose_driver_died_just_before_its_end_is_completed_by_the_same_call(
@@ -439,7 +445,7 @@ def test_a_run_whose_driver_died_just_before_its_end_is_completed_by_the_same_ca
     model, rows = tmp_path / "r" / "model.safetensors", tmp_path / "r" / "metrics.jsonl"
     exported, before = model.read_bytes(), rows.read_text().count('"merge"')
     model.unlink()
-    result = LTETrainer(Dropping(), run_config=storage(tmp_path, "r", resume=True), **settings()).fit()
+    result = LTETrainer(DropoutRegression(), run_config=storage(tmp_path, "r", resume=True), **settings()).fit()
     assert model.read_bytes() == exported
     assert rows.read_text().count('"merge"') == before
     assert result.metrics is not None

@@ -16,8 +16,8 @@ import torch
 from lte_ray import LTEConfig, LTETrainer, MergeConfig, TrainConfig, checkpoint
 from lte_ray.errors import StorageError
 from lte_ray.storage import PART_SUFFIX, RunDirectory
-from tests.support.checkpoint_damage import PLAN, write
-from tests.support.ray_runs import ROOT, assert_same_model, simulated
+from tests.support.checkpoint_damage import PLAN, write_checkpoint
+from tests.support.ray_runs import ROOT, assert_same_model, merged_in_process
 from workers.regression import Regression
 
 moto = pytest.importorskip("moto.server")
@@ -72,7 +72,7 @@ def test_checkpoints_are_written_read_and_pruned(storage: str) -> None:
     """Incomplete checkpoints are removed and old ones pruned; a damaged one is named, and the one before it is used."""
     directory = RunDirectory.open(storage, "second")
     for version in (1, 2, 3):
-        write(directory, version)
+        write_checkpoint(directory, version)
     checkpoint.write_base(directory, 4, PLAN, torch.zeros(PLAN.base.size))
     assert checkpoint.complete_versions(directory) == [1, 2, 3]
     checkpoint.remove_incomplete(directory)
@@ -108,7 +108,7 @@ def test_a_run_on_an_object_store_is_trained_resumed_and_audited(storage: str, t
     assert "0 batches lost, 0 merged twice" in lte_ray("audit", f"{folder}/third?{query}")
     lte, merge = LTEConfig(num_heads=2, lora_r=8, lora_alpha=16), MergeConfig(merge_iter=5, merge_threads=1)
     (tmp_path / "model.safetensors").write_bytes(directory.read("model.safetensors"))
-    assert_same_model(tmp_path, simulated(Regression(), lte, merge, TrainConfig(steps=20, seed=3)))
+    assert_same_model(tmp_path, merged_in_process(Regression(), lte, merge, TrainConfig(steps=20, seed=3)))
 
 
 def test_sigterm_ends_a_command_that_waits_for_storage() -> None:

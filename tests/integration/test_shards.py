@@ -19,13 +19,21 @@ from lte_ray import LTETrainer, Merge, MergeConfig, Pending, Roster
 from lte_ray.config import FailureConfig
 from lte_ray.errors import ConfigError, CoordinatorLost, PolicyError
 from lte_ray.run.metrics import Progress
-from tests.support.ray_runs import Dropping, assert_same_model, descendants, lte_actors, settings, simulated, storage
+from tests.support.ray_runs import (
+    DropoutRegression,
+    assert_same_model,
+    descendants,
+    lte_actors,
+    merged_in_process,
+    settings,
+    storage,
+)
 from workers.regression import Regression
 
 pytestmark = pytest.mark.ray
 
 
-class Deep(Dropping):
+class Deep(DropoutRegression):
     """Several adapted weights of several shapes, and dropout."""
 
     def build_model(self) -> nn.Module:
@@ -75,7 +83,7 @@ def test_a_run_with_shards_is_bitwise_the_simulated_one(local_ray: None, tmp_pat
     """Heads redo merges from rounded factors that three shards hold; no process is left."""
     result = fit(tmp_path, "r", shards=3, **ROUNDED)
     merge = MergeConfig(merge_iter=5, merge_threads=1, **ROUNDED)
-    assert_same_model(result.path, simulated(Deep(), **settings(20) | {"merge": merge}))
+    assert_same_model(result.path, merged_in_process(Deep(), **settings(20) | {"merge": merge}))
     assert result.metrics["resyncs"] == 0
     assert_no_processes_left()
 

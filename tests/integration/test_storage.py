@@ -26,7 +26,7 @@ from lte_ray.run.metrics import Progress, SilentReporter
 from lte_ray.storage import RunDirectory
 from tests.support import faulty_storage
 from tests.support.faulty_storage import FaultyHandler, Script, fail
-from tests.support.ray_runs import Dropping
+from tests.support.ray_runs import DropoutRegression
 
 ray.cloudpickle.register_pickle_by_value(faulty_storage)
 
@@ -37,7 +37,7 @@ HANG_SECONDS = 40.0
 
 
 @dataclass
-class Slow(Dropping):
+class Slow(DropoutRegression):
     """Steps take 30 ms, so that storage fails during training."""
 
     def train_batches(self, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:

@@ -16,55 +16,55 @@ EVENTS = ["step", "contribute", "merge", "refuse", "order", "kill", "restart", "
 
 
 @dataclass
-class Sent:
+class SentContribution:
     """A contribution: the slots that it holds end at `until` of all that its head has trained."""
 
     until: int
-    lanes: Partitions
-    grant: int
-    released: Assignment | None
+    partitions: Partitions
+    assignment_id: int
+    revoked: Assignment | None
 
 
 @dataclass
-class Head:
+class WorldHead:
     """One incarnation of a head: what it owns, has trained, and how much of that was merged."""
 
-    lanes: Partitions
-    grant: int = 0
-    released: Assignment | None = None
+    partitions: Partitions
+    assignment_id: int = 0
+    revoked: Assignment | None = None
     trained: list[int] = field(default_factory=list)
     merged: int = 0
-    sent: Sent | None = None
+    sent: SentContribution | None = None
 
     def step(self, batches: int) -> None:
-        if self.lanes:
-            self.trained += itertools.islice(slots(self.lanes), batches)
-            self.lanes = advance(self.lanes, batches)
+        if self.partitions:
+            self.trained += itertools.islice(slots(self.partitions), batches)
+            self.partitions = advance(self.partitions, batches)
 
     def contribute(self) -> None:
-        if self.sent is None and self.lanes:
-            self.sent = Sent(len(self.trained), self.lanes, self.grant, self.released)
+        if self.sent is None and self.partitions:
+            self.sent = SentContribution(len(self.trained), self.partitions, self.assignment_id, self.revoked)
 
-    def obey(self, grants: tuple[Assignment, ...], request: int) -> None:
+    def apply_changes(self, grants: tuple[Assignment, ...], request: int) -> None:
         for grant in grants:
-            if grant.id > self.grant:
-                self.grant, self.lanes = grant.id, to_partitions((*self.lanes, *grant.partitions))
-        if request > (self.released.id if self.released else 0) and self.lanes:
-            self.lanes, given = split(self.lanes)
-            self.released = Assignment(request, given)
+            if grant.id > self.assignment_id:
+                self.assignment_id, self.partitions = grant.id, to_partitions((*self.partitions, *grant.partitions))
+        if request > (self.revoked.id if self.revoked else 0) and self.partitions:
+            self.partitions, given = split(self.partitions)
+            self.revoked = Assignment(request, given)
 
 
-def ledger(num_heads: int) -> PartitionAssignor:
+def new_assignor(num_heads: int) -> PartitionAssignor:
     """A new run's."""
     return PartitionAssignor({head: initial_partitions(head, num_heads) for head in range(num_heads)})
 
 
-class World:
+class AssignmentWorld:
     """A coordinator's ledger, the heads that run, and every slot that was merged."""
 
     def __init__(self, num_heads: int) -> None:
-        self.ledger = ledger(num_heads)
-        self.heads = {head: Head(self.ledger.start_head(head)) for head in range(num_heads)}
+        self.assignor = new_assignor(num_heads)
+        self.heads = {head: WorldHead(self.assignor.start_head(head)) for head in range(num_heads)}
         self.down: set[int] = set()
         self.merged: list[int] = []
         self.numbers = itertools.count(num_heads)
@@ -74,7 +74,7 @@ class World:
     def live(self) -> set[int]:
         return set(self.heads)
 
-    def do(self, event: str, pick: int, amount: int) -> None:
+    def play(self, event: str, pick: int, amount: int) -> None:
         """One event; where it needs a head, the `pick`-th of those that there are."""
         known = sorted(self.heads if event in EVENTS[:6] else self.down if event == "restart" else self.live | self.down)
         if event in ("admit", "reshard", "commit", "crash"):
@@ -96,11 +96,11 @@ class World:
         sent, it.sent = it.sent, None
         if sent is None:
             return
-        if self.ledger.mismatch(head, sent.lanes, sent.grant, sent.released):
+        if self.assignor.mismatch(head, sent.partitions, sent.assignment_id, sent.revoked):
             self.kill(head)
             self.restart(head)
             return
-        self.ledger.commit(head, sent.lanes, sent.grant, sent.released)
+        self.assignor.commit(head, sent.partitions, sent.assignment_id, sent.revoked)
         self.merged += it.trained[it.merged : sent.until]
         it.merged = sent.until
 
@@ -108,7 +108,7 @@ class World:
         self.heads[head].sent = None
 
     def order(self, head: int) -> None:
-        self.heads[head].obey(*self.ledger.pending_changes(head, self.live))
+        self.heads[head].apply_changes(*self.assignor.pending_changes(head, self.live))
 
     def kill(self, head: int) -> None:
         del self.heads[head]
@@ -116,30 +116,30 @@ class World:
 
     def restart(self, head: int) -> None:
         self.down.discard(head)
-        self.ledger.add_head(head, self.live)
-        self.heads[head] = Head(self.ledger.start_head(head))
+        self.assignor.add_head(head, self.live)
+        self.heads[head] = WorldHead(self.assignor.start_head(head))
 
     def drop(self, head: int) -> None:
         self.heads.pop(head, None)
         self.down.discard(head)
-        self.ledger.remove_head(head)
+        self.assignor.remove_head(head)
 
     def admit(self) -> None:
         self.restart(next(self.numbers))
 
     def reshard(self, num_heads: int) -> None:
-        self.ledger = PartitionAssignor.repartitioned(json.loads(json.dumps(self.ledger.state())), num_heads)
-        self.heads, self.down = {head: Head(self.ledger.start_head(head)) for head in range(num_heads)}, set()
+        self.assignor = PartitionAssignor.repartitioned(json.loads(json.dumps(self.assignor.state())), num_heads)
+        self.heads, self.down = {head: WorldHead(self.assignor.start_head(head)) for head in range(num_heads)}, set()
         self.commit()  # what a resumed run begins with
 
     def commit(self) -> None:
-        state = json.loads(json.dumps(self.ledger.state()))
+        state = json.loads(json.dumps(self.assignor.state()))
         self.committed: Any = state, len(self.merged), {n: (head, head.merged) for n, head in self.heads.items()}
 
     def crash(self) -> None:
         """The coordinator is lost, with all merges since its last commit. Heads that were there then contribute again."""
         state, merged, heads = self.committed
-        self.ledger = PartitionAssignor.from_state(state)
+        self.assignor = PartitionAssignor.from_state(state)
         del self.merged[merged:]
         for number, head in list(self.heads.items()):
             head.sent = None
@@ -149,13 +149,13 @@ class World:
                 self.kill(number)
         known = {*map(int, state["merged"]), *map(int, state["grants"]), *state["waiting"]}
         for number in known - self.live - self.down:
-            self.ledger.remove_head(number)
+            self.assignor.remove_head(number)
 
     def check(self) -> None:
         """No slot was merged twice, none is lost, and the accounts are whole."""
         assert not [slot for slot, count in Counter(self.merged).items() if count > 1]
-        self.ledger.validate()
-        left = [*self.ledger.unassigned, *(lane for lanes in self.ledger.owners().values() for lane in lanes)]
+        self.assignor.validate()
+        left = [*self.assignor.unassigned, *(lane for lanes in self.assignor.owners().values() for lane in lanes)]
         end = 1 + max([lane.start for lane in left] + self.merged)
         open_ = {slot for lane in left for slot in range(lane.start, end, lane.stride)}
         assert open_ | set(self.merged) == set(range(end))

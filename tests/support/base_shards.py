@@ -17,24 +17,25 @@ from lte_ray.merging.flat_buffer import gather, views
 from lte_ray.messages import Contribution
 from lte_ray.transfer.codec import Codec
 from lte_ray.transfer.groups import make_groups
-from tests.support.helpers import make_plan_of, make_settings, random_flat
+from tests.support.plans import plan_from_shapes, random_flat
+from tests.support.tiny_worker import make_settings
 
 HEADS = 3
 
 
-def plans_of(ranks: Sequence[int]) -> list[Plan]:
-    return [make_plan_of([(24, 20, r), (6, 40, r), (16, 16, r), (3, 3, 1)], [(5,), (3, 2)], scaling=0.5) for r in ranks]
+def plans_with_ranks(ranks: Sequence[int]) -> list[Plan]:
+    return [plan_from_shapes([(24, 20, r), (6, 40, r), (16, 16, r), (3, 3, 1)], [(5,), (3, 2)], scaling=0.5) for r in ranks]
 
 
 class Scripted:
     """Waits, discards the first, or merges all that is pending, as the test sets `what`."""
 
-    what = "merge"
+    next_decision = "merge"
 
     def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
-        if not pending or self.what == "wait":
+        if not pending or self.next_decision == "wait":
             return Wait("for the test", until=roster.now + 1e9)
-        if self.what == "discard":
+        if self.next_decision == "discard":
             return Discard([pending[0].head], "the test says so")
         return Merge({p.head: 0.3 + 0.1 * p.head - 0.05 * p.lag for p in pending})
 
@@ -104,7 +105,7 @@ class Sharded:
 
 def make_both(merge: MergeConfig, ranks: Sequence[int], reset: str, policy: Callable[[], Any]) -> tuple[Coordinator, Sharded]:
     """A local and a sharded coordinator with the same base."""
-    plans = plans_of(ranks)
+    plans = plans_with_ranks(ranks)
     base = random_flat(plans[0].base.size, 1).float()
     settings = dataclasses.replace(make_settings(heads=len(plans), reset=reset), merge=merge)
     local = Coordinator(settings, plans[0], base.clone(), policy(), plans=plans)

@@ -14,15 +14,15 @@ import torch
 from lte_ray import checkpoint
 from lte_ray.errors import StorageError
 from lte_ray.storage import RunDirectory
-from tests.support.helpers import make_plan_of, random_flat
+from tests.support.plans import plan_from_shapes, random_flat
 
-PLAN = make_plan_of([(6, 5, 2)], [(4,)], scaling=2.0)
+PLAN = plan_from_shapes([(6, 5, 2)], [(4,)], scaling=2.0)
 HEADS = (0, 1)
 FACTS = {"step": 4, "taken": 8, "samples": 64, "lte": {"num_heads": 2, "lora_r": 2}}
-AT = "checkpoints/000001"
+FOLDER = "checkpoints/000001"
 
 
-def write(directory: RunDirectory, version: int = 1) -> checkpoint.Manifest:
+def write_checkpoint(directory: RunDirectory, version: int = 1) -> checkpoint.Manifest:
     """A whole checkpoint with every kind of file."""
     directory.create()
     factors = {e.name: torch.ones(e.shape) for e in PLAN.contribution.entries[: 2 * len(PLAN.adapted)]}
@@ -35,14 +35,14 @@ def write(directory: RunDirectory, version: int = 1) -> checkpoint.Manifest:
     return checkpoint.commit(directory, version, HEADS, files, FACTS)
 
 
-def copied(intact: Path, to: Path) -> RunDirectory:
+def copy_run(intact: Path, to: Path) -> RunDirectory:
     """A run directory `to`/run like the intact one."""
     shutil.rmtree(to / "run", ignore_errors=True)
     shutil.copytree(intact, to / "run")
     return RunDirectory.open(str(to), "run")
 
 
-def snapshot(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     """All files in a folder, and what they hold."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -75,19 +75,19 @@ def read_all(directory: RunDirectory) -> list[str]:
     return said
 
 
-def checked(directory: RunDirectory) -> list[str]:
+def read_and_check(directory: RunDirectory) -> list[str]:
     """As `read_all`: with whatever is read, nothing is changed, and each complaint is one printable line."""
     root = Path(directory.path).parent
-    before = snapshot(root)
+    before = read_files(root)
     said = read_all(directory)
-    assert snapshot(root) == before
+    assert read_files(root) == before
     for text in said:
         assert len(text) < 1_000
         assert all(line.isprintable() for line in text.split("\n"))
     return said
 
 
-def forged(tmp_path: Path, name: str, content: bytes) -> None:
+def forge_file(tmp_path: Path, name: str, content: bytes) -> None:
     """Puts the file there, with a manifest that lists it as it is."""
     folder = tmp_path / "run" / "checkpoints" / "000001"
     (folder / name).write_bytes(content)

@@ -8,7 +8,7 @@ from lte_ray.config.merge import MergeConfig
 from lte_ray.layout import Plan
 from lte_ray.transfer.codec import Codec
 from lte_ray.transfer.groups import make_groups
-from tests.support.helpers import make_plan_of
+from tests.support.plans import plan_from_shapes
 
 FORMATS = ["fp32", "bf16", "int8"]
 
@@ -18,7 +18,7 @@ def make_codec(plan: Plan, merge: MergeConfig, dtype: torch.dtype = torch.float3
     return Codec(plan, make_groups([plan, plan], merge), merge, dtype)
 
 
-def large(transfer: str, topk: float = 1.0) -> Codec:
+def large_codec(transfer: str, topk: float = 1.0) -> Codec:
     """Blocks with a rest in every segment, and replicas of which few enough may travel for indices."""
-    plan = make_plan_of([(40, 30, 3), (7, 200, 5)], [(1300,), (5,)])
+    plan = plan_from_shapes([(40, 30, 3), (7, 200, 5)], [(1300,), (5,)])
     return make_codec(plan, MergeConfig(transfer=transfer, replica_topk=topk, send_down="dense"))

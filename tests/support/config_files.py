@@ -11,7 +11,7 @@ from workers.regression import Regression
 GOOD = "workers.regression:Regression"
 
 
-def outcome(path: Path, *flags: str, worker: type | None = Regression) -> Parsed | UserError | int:
+def parse_config(path: Path, *flags: str, worker: type | None = Regression) -> Parsed | UserError | int:
     """Settings, one of our errors, or the exit code where a flag doesn't parse; anything else is raised."""
     try:
         return parse(worker, GOOD, ["--config", str(path), *flags])

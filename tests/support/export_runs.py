@@ -23,7 +23,7 @@ from lte_ray.run import record as run_record
 from lte_ray.run import start as run_start
 from lte_ray.storage import RunDirectory
 from lte_ray.worker import build_model
-from tests.support.helpers import state_of
+from tests.support.head_states import head_state
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 SEED, CLASSES, WORDS = 5, 6, 40
@@ -235,7 +235,7 @@ IMAGES = ("cnn", "resnet", "vit")
 
 
 @dataclass
-class Models:
+class ExportWorker:
     """Trains one of the models on noise, so that everything in it changes."""
 
     kind: str = "gpt2"
@@ -260,7 +260,7 @@ class Models:
         return torch.optim.Adam(params, lr=self.lr)
 
 
-class Needy(Models):
+class Needy(ExportWorker):
     """Has a setting that no run of another worker knows."""
 
     def __init__(self, need: int) -> None:
@@ -287,7 +287,7 @@ def settings(**lte: Any) -> Settings:
     return Settings("run", LTEConfig(**{"num_heads": 2, "lora_r": 2, "lora_alpha": 8.0} | lte), merge, train)
 
 
-def finish(head: Any, steps: int = 2) -> None:
+def train_without_contributing(head: Any, steps: int = 2) -> None:
     """Lets a head go on without contributing, so that it is ahead of the main weights."""
     with head.rng.swapped_in():
         for _ in range(steps):
@@ -304,7 +304,7 @@ def save_run(
     heads: tuple[int, ...] = (0, 1),
     ahead: bool = False,
     whole: bool = True,
-    worker: Models | None = None,
+    worker: ExportWorker | None = None,
 ) -> tuple[Path, InProcessRun]:
     """Trains without Ray and leaves what a run leaves: ``run.toml``, a checkpoint, ``model.safetensors``.
 
@@ -314,12 +314,12 @@ def save_run(
         whole: whether the run has ended.
         worker: instead of the one that builds `kind`.
     """
-    worker = worker or Models(kind)
+    worker = worker or ExportWorker(kind)
     directory = RunDirectory.open(str(root), name)
     storage = StorageConfig(name=name, storage=str(root))
     record = run_record.make_record(
         worker,
-        "tests.support.export_runs:Models",
+        "tests.support.export_runs:ExportWorker",
         dataclasses.replace(given, run=name),
         PlacementConfig(),
         storage,
@@ -329,7 +329,7 @@ def save_run(
     done = run_in_process(worker, given)
     if ahead:
         for head in done.heads:
-            finish(head)
+            train_without_contributing(head)
     write_checkpoint(directory, given, done, heads)
     if whole:
         run_record.write_model(directory, prepare(worker, given), done.base)
@@ -339,11 +339,11 @@ def save_run(
 def write_checkpoint(directory: RunDirectory, given: Settings, done: InProcessRun, heads: tuple[int, ...] = (0, 1)) -> None:
     version = done.coordinator.version
     files = [checkpoint.write_base(directory, version, done.plan, done.base)]
-    files += [checkpoint.write_head(directory, version, head, *state_of(done.heads[head])) for head in heads]
+    files += [checkpoint.write_head(directory, version, head, *head_state(done.heads[head])) for head in heads]
     facts = {"run": "run", "step": given.train.steps, "lte": dataclasses.asdict(given.lte), "losses": {}}
     checkpoint.commit(directory, version, heads, files, facts)
 
 
 def built(kind: str) -> nn.Module:
     """The initial model, as a user builds it."""
-    return build_model(Models(kind), SEED).eval()
+    return build_model(ExportWorker(kind), SEED).eval()

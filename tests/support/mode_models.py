@@ -16,7 +16,7 @@ from lte_ray.merging.flat_buffer import base_replicas, gather, replica_part, rep
 from lte_ray.merging.low_rank import Share, add_contributions, new_reference
 from lte_ray.misc import MergeCondition
 from lte_ray.modes import merged_state_dict
-from tests.support.helpers import assert_near
+from tests.support.numerics import assert_near
 
 MODES = ["ddp", "dmp", "mhlora"]
 HEADS, SEED = 2, 3

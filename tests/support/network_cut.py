@@ -23,7 +23,7 @@ import ray  # noqa: E402
 
 from lte_ray import LTEConfig, LTETrainer, MergeConfig  # noqa: E402
 from lte_ray.config import PlacementConfig  # noqa: E402
-from tests.support.node_loss import Slow, noted  # noqa: E402
+from tests.support.node_loss import SlowRegression, count_rows  # noqa: E402
 from tests.support.ray_runs import settings, storage  # noqa: E402
 
 HERE, THERE = "10.77.0.1", "10.77.0.2"
@@ -31,34 +31,34 @@ PORT = 6379
 RAY = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus", "2"]
 
 
-def sh(command: str) -> None:
+def run_command(command: str) -> None:
     subprocess.run(command.split(), check=True)
 
 
-def joined() -> subprocess.Popen[bytes]:
+def join_networks() -> subprocess.Popen[bytes]:
     """A process whose network is another, joined to ours."""
     other = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
     ours = Path("/proc/self/ns/net").readlink()
     while Path(f"/proc/{other.pid}/ns/net").readlink() == ours:
         time.sleep(0.01)
-    sh("ip link set lo up")
-    sh("ip link add cut-here type veth peer name cut-there")
-    sh(f"ip link set cut-there netns {other.pid}")
-    sh(f"ip addr add {HERE}/24 dev cut-here")
-    sh("ip link set cut-here up")
+    run_command("ip link set lo up")
+    run_command("ip link add cut-here type veth peer name cut-there")
+    run_command(f"ip link set cut-there netns {other.pid}")
+    run_command(f"ip addr add {HERE}/24 dev cut-here")
+    run_command("ip link set cut-here up")
     for command in ("ip link set lo up", f"ip addr add {THERE}/24 dev cut-there", "ip link set cut-there up"):
-        sh(f"nsenter --target {other.pid} --net {command}")
+        run_command(f"nsenter --target {other.pid} --net {command}")
     return other
 
 
-class Node:
+class CutOffNode:
     """The node that is cut off; whoever looks after it starts it again when it has ended."""
 
     def __init__(self, network: int, log: Path) -> None:
         self._network, self._log, self.starts = network, log, 0
         self._process: subprocess.Popen[bytes] | None = None
 
-    def look_after(self) -> None:
+    def restart_if_ended(self) -> None:
         if self._process is None or self._process.poll() is not None:
             self.starts += 1
             command = [*RAY, "--address", f"{HERE}:{PORT}", "--node-ip-address", THERE]
@@ -73,27 +73,27 @@ class Node:
 
 def main(folder: Path, seconds: float) -> int:
     """Runs it; 0 if all is well."""
-    network = joined()
+    network = join_networks()
     start = [*RAY, "--head", "--port", str(PORT), "--node-ip-address", HERE, "--include-dashboard", "false"]
     head = subprocess.Popen(start, stdout=(folder / "head.log").open("wb"), stderr=subprocess.STDOUT)
-    node = Node(network.pid, folder / "node.log")
+    node = CutOffNode(network.pid, folder / "node.log")
     found: list[Any] = []
     try:
-        ready(f"{HERE}:{PORT}", head)
-        node.look_after()
+        connect(f"{HERE}:{PORT}", head)
+        node.restart_if_ended()
         while ray.cluster_resources().get("CPU", 0) < 4:
             time.sleep(0.2)
         thread = threading.Thread(target=lambda: found.append(train(folder)), daemon=True)
         thread.start()
-        while noted(folder, '"kind": "merge"') < 20 and thread.is_alive():
+        while count_rows(folder, '"kind": "merge"') < 20 and thread.is_alive():
             time.sleep(0.1)
-        sh("ip link set cut-here down")
+        run_command("ip link set cut-here down")
         time.sleep(seconds)
-        before = noted(folder, '"kind": "merge"')
-        sh("ip link set cut-here up")
+        before = count_rows(folder, '"kind": "merge"')
+        run_command("ip link set cut-here up")
         end = time.monotonic() + 600
         while thread.is_alive() and time.monotonic() < end:
-            node.look_after()
+            node.restart_if_ended()
             thread.join(timeout=0.5)
         print(
             json.dumps({**(found[0] if found else {}), "merges_until_the_end_of_the_cut": before, "starts": node.starts}),
@@ -106,7 +106,7 @@ def main(folder: Path, seconds: float) -> int:
     return 0 if found else 1
 
 
-def ready(address: str, head: subprocess.Popen[bytes]) -> None:
+def connect(address: str, head: subprocess.Popen[bytes]) -> None:
     """Connects as soon as the head node answers."""
     end = time.monotonic() + 300
     while True:
@@ -126,7 +126,7 @@ def train(folder: Path) -> dict[str, Any]:
         "merge": MergeConfig(merge_iter=5, merge_threads=1, when="arrival", wait=False),
     }
     placed = PlacementConfig(cpus_per_head=1.0)
-    metrics = LTETrainer(Slow(), run_config=storage(folder, "r"), scaling_config=placed, **config).fit().metrics
+    metrics = LTETrainer(SlowRegression(), run_config=storage(folder, "r"), scaling_config=placed, **config).fit().metrics
     assert metrics is not None
     return {name: metrics[name] for name in ("step", "samples", "version")}
 

@@ -34,7 +34,7 @@ CUT = 20.0
 """Seconds for which a node is cut off: longer than heads may be silent."""
 
 
-class Slow(Regression):
+class SlowRegression(Regression):
     """Steps of 30 ms, so that things happen while it trains."""
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
@@ -42,7 +42,7 @@ class Slow(Regression):
         return super().loss(model, batch)
 
 
-def noted(folder: Path, what: str) -> int:
+def count_rows(folder: Path, what: str) -> int:
     """How many rows of the run's metrics hold this."""
     try:
         return (folder / "r" / "metrics.jsonl").read_text().count(what)
@@ -64,15 +64,15 @@ def main(folder: Path, what: str) -> int:
     }
     placed = PlacementConfig(cpus_per_head=1.0)
     failure = FailureConfig(exhausted="drop" if what == "leave" else "stop")
-    trainer = LTETrainer(Slow(), run_config=storage(folder, "r"), scaling_config=placed, failure=failure, **config)
+    trainer = LTETrainer(SlowRegression(), run_config=storage(folder, "r"), scaling_config=placed, failure=failure, **config)
     found: list[Any] = []
     thread = threading.Thread(target=lambda: found.append(trainer.fit().metrics), daemon=True)
     thread.start()
-    while noted(folder, '"kind": "merge"') < 20 and thread.is_alive():
+    while count_rows(folder, '"kind": "merge"') < 20 and thread.is_alive():
         time.sleep(0.1)
     if what in ("lose", "leave"):
         cluster.remove_node(other, allow_graceful=False)
-        while what == "leave" and noted(folder, '"head_dropped"') < 2 and thread.is_alive():
+        while what == "leave" and count_rows(folder, '"head_dropped"') < 2 and thread.is_alive():
             time.sleep(0.1)
         cluster.add_node(num_cpus=2)
     else:

@@ -11,12 +11,14 @@ from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.layout import Plan
 from lte_ray.merging import MergeChange, Pending, Roster, combine
 from lte_ray.merging.low_rank import Share
-from tests.support.helpers import dense_by_hand, make_plan_of, make_settings, random_flat
+from tests.support.dense_reference import dense_change_by_formula
+from tests.support.plans import plan_from_shapes, random_flat
+from tests.support.tiny_worker import make_settings
 
-PLAN = make_plan_of([(6, 5, 2), (3, 4, 1)], [(4,), ()], scaling=2.0)
+PLAN = plan_from_shapes([(6, 5, 2), (3, 4, 1)], [(4,), ()], scaling=2.0)
 
 
-def pending_of(
+def make_pending(
     heads: int,
     seed: int = 0,
     *,
@@ -38,21 +40,21 @@ def pending_of(
     return made
 
 
-def roster_of(num_heads: int, *, version: int = 7, now: float = 0.0, plan: Plan = PLAN) -> Roster:
+def make_roster(num_heads: int, *, version: int = 7, now: float = 0.0, plan: Plan = PLAN) -> Roster:
     return Roster(num_heads, frozenset(range(num_heads)), version, now, plan.base)
 
 
-def dense(p: Pending) -> Tensor:
+def dense_change(p: Pending) -> Tensor:
     """Its change, from the formula."""
-    return dense_by_hand(p.share.plan, p.share.contribution, p.share.reference)
+    return dense_change_by_formula(p.share.plan, p.share.contribution, p.share.reference)
 
 
-def stacked(pending: Sequence[Pending]) -> Tensor:
+def dense_changes(pending: Sequence[Pending]) -> Tensor:
     """All changes, dense, (k, size of the base)."""
-    return torch.stack([dense(p) for p in pending])
+    return torch.stack([dense_change(p) for p in pending])
 
 
-def change_of(decision: object, pending: Sequence[Pending]) -> Tensor:
+def change_from_decision(decision: object, pending: Sequence[Pending]) -> Tensor:
     """What a Merge or MergeChange adds to the base."""
     if isinstance(decision, MergeChange):
         assert list(decision.heads) == [p.head for p in pending]
@@ -60,7 +62,7 @@ def change_of(decision: object, pending: Sequence[Pending]) -> Tensor:
     return combine(pending, decision.weights)  # type: ignore[attr-defined]
 
 
-def coordinator_of(policy: object, heads: int, now: list[float] | None = None) -> tuple[Coordinator, Tensor]:
+def make_coordinator(policy: object, heads: int, now: list[float] | None = None) -> tuple[Coordinator, Tensor]:
     """A coordinator on a clock that shows `now[0]`, and a copy of its first base."""
     base, clock = random_flat(PLAN.base.size, 99), now or [0.0]
     coordinator = Coordinator(make_settings(heads=heads), PLAN, base.clone(), policy, clock=lambda: clock[0])  # type: ignore[arg-type]

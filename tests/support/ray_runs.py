@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
-class Failing(Regression):
+class FailingWorker(Regression):
     """Raises in local step `at` of head `head`, or in evaluate."""
 
     head: int = 1
@@ -43,14 +43,14 @@ class Failing(Regression):
 
 
 @dataclass
-class Dropping(Regression):
+class DropoutRegression(Regression):
     """Regression with dropout, so that results depend on every head's random numbers."""
 
     def build_model(self) -> nn.Module:
         return nn.Sequential(*super().build_model(), nn.Dropout(0.1))
 
 
-class Normed(Dropping):
+class BatchNormRegression(DropoutRegression):
     """With batch normalisation, whose running statistics are merged, and a buffer that overlaps another."""
 
     def build_model(self) -> nn.Module:
@@ -73,7 +73,7 @@ def storage(path: Path, name: str, **more: object) -> StorageConfig:
     return StorageConfig(name=name, storage=str(path), **more)  # type: ignore[arg-type]
 
 
-def simulated(worker: Any, lte: LTEConfig, merge: MergeConfig, train: TrainConfig) -> dict[str, Tensor]:
+def merged_in_process(worker: Any, lte: LTEConfig, merge: MergeConfig, train: TrainConfig) -> dict[str, Tensor]:
     """The merged model of a run with these settings, all in this process."""
     done = run_in_process(worker, Settings("r", lte, merge, train))
     model = worker.build_model()

@@ -12,7 +12,7 @@ from torch import nn
 from lte_ray import Shard
 from lte_ray.errors import WorkerError
 from lte_ray.worker import build_model, check_worker, count_samples, endless_batches, to_device, worker_settings
-from tests.support.helpers import Tiny
+from tests.support.tiny_worker import Tiny
 from workers.regression import Regression
 
 Pair = namedtuple("Pair", "inputs targets")

@@ -12,7 +12,8 @@ from lte_ray.adapters import LTELinear, convert
 from lte_ray.adapters.plan import make_plan
 from lte_ray.config import LTEConfig
 from lte_ray.errors import ConfigError, WorkerError
-from tests.support.helpers import ADAPTED, REPLICAS, WORDS, Net, assert_near
+from tests.support.numerics import assert_near
+from tests.support.tiny_worker import ADAPTED, REPLICAS, WORDS, Net
 
 LTE = LTEConfig(num_heads=2, lora_r=2, lora_alpha=4.0)
 

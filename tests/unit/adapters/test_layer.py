@@ -11,7 +11,7 @@ from torch import nn
 from lte_ray.adapters.factors import Factors, draw_initial_a
 from lte_ray.adapters.layer import HeadLayer, add_factors
 from lte_ray.layout import Adapted
-from tests.support.helpers import EPS32, assert_near
+from tests.support.numerics import EPS32, assert_near
 
 sizes = st.integers(1, 7)
 

@@ -24,7 +24,7 @@ from lte_ray.adapters.layer import HeadLayer
 from lte_ray.config import LTEConfig
 from lte_ray.layout import Adapted
 from lte_ray.merging.flat_buffer import as_stored
-from tests.support.helpers import EPS64, assert_near
+from tests.support.numerics import EPS64, assert_near
 
 transformers_utils = pytest.importorskip("transformers.pytorch_utils")
 

@@ -17,7 +17,7 @@ from lte_ray.config import LTEConfig
 from lte_ray.errors import ConfigError, UserError, WorkerError
 from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import as_stored
-from tests.support.helpers import EPS64, assert_near
+from tests.support.numerics import EPS64, assert_near
 
 EVERYTHING = ("linear", "attention", "conv", "embedding", "norm")
 

@@ -8,12 +8,13 @@ from benchmarks import async_quality, formats, merge_scale, shapes
 from benchmarks import bytes as bytes_
 from lte_ray.config import MergeConfig
 from lte_ray.transfer.codec import min_contribution_bytes
-from tests.support.helpers import BATCH, Tiny, make_plan_of
+from tests.support.plans import plan_from_shapes
+from tests.support.tiny_worker import BATCH, Tiny
 
 
 def test_bytes_are_counted_without_a_heads_own_contribution() -> None:
     """In fp32 by factors: up is the contribution, down those of the two others, plus small messages of numbers."""
-    plan, merge = make_plan_of([(24, 20, 2), (6, 40, 2)], [(5,)]), MergeConfig(send_down="factors")
+    plan, merge = plan_from_shapes([(24, 20, 2), (6, 40, 2)], [(5,)]), MergeConfig(send_down="factors")
     found = bytes_.measure(plan, merge, heads=3)
     size = 4 * plan.contribution.size
     assert size == min_contribution_bytes(plan, merge)
@@ -23,7 +24,7 @@ def test_bytes_are_counted_without_a_heads_own_contribution() -> None:
 
 def test_the_minimum_down_is_the_smaller_form_of_each_entry() -> None:
     """A wide matrix by the others' factors, a small one dense, and replicas dense, since 3 changes are more than the values."""
-    plan = make_plan_of([(100, 100, 1), (4, 4, 2)], [(5,)])
+    plan = plan_from_shapes([(100, 100, 1), (4, 4, 2)], [(5,)])
     assert bytes_.least_down(plan, MergeConfig(), heads=4) == 4 * (3 * 200 + 16 + 5)
     assert bytes_.least_down(plan, MergeConfig(transfer="int8"), heads=4) == 3 * 200 + 3 * 16 + 3 * 5
 
@@ -48,7 +49,7 @@ def test_formats_are_compared_in_loss() -> None:
 
 def test_shards_and_bare_products_give_the_same_weights() -> None:
     """`point` compares them itself: more heads than distinct contributions, with and without shards."""
-    plan = make_plan_of([(24, 20, 2), (6, 40, 2), (16, 16, 2)], [(5,)])
+    plan = plan_from_shapes([(24, 20, 2), (6, 40, 2), (16, 16, 2)], [(5,)])
     for shards in (1, 3):
         for alone in (False, True):
             row = merge_scale.point(plan, merge_scale.DISTINCT + 2, shards, alone)

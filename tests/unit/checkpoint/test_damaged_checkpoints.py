@@ -18,7 +18,7 @@ from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
 from lte_ray.run import start as run_start
 from lte_ray.storage import RunDirectory
-from tests.support.checkpoint_damage import AT, checked, copied, snapshot, write
+from tests.support.checkpoint_damage import FOLDER, copy_run, read_and_check, read_files, write_checkpoint
 
 FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 
@@ -27,13 +27,13 @@ FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max
 def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory with one good checkpoint of version 1; to be copied."""
     root = tmp_path_factory.mktemp("intact")
-    write(RunDirectory.open(str(root), "run"))
+    write_checkpoint(RunDirectory.open(str(root), "run"))
     return root / "run"
 
 
 def test_the_intact_one_is_read_without_complaint(intact: Path, tmp_path: Path) -> None:
     """But for head 9, which it doesn't hold: so that the complaints below are about what was done to it."""
-    assert len(checked(copied(intact, tmp_path))) == 1
+    assert len(read_and_check(copy_run(intact, tmp_path))) == 1
 
 
 FILES = ["manifest.json", "base.safetensors", "head-0000.safetensors", "references.safetensors", "policy.safetensors"]
@@ -43,15 +43,15 @@ FILES = ["manifest.json", "base.safetensors", "head-0000.safetensors", "referenc
 @given(name=st.sampled_from(FILES), data=st.data())
 def test_any_changed_byte_is_noticed(intact: Path, tmp_path: Path, name: str, data: st.DataObject) -> None:
     """Bytes flipped, cut off, put in or added anywhere: a complaint about that file, unless it means the same."""
-    directory = copied(intact, tmp_path)
-    file = tmp_path / "run" / AT / name
+    directory = copy_run(intact, tmp_path)
+    file = tmp_path / "run" / FOLDER / name
     content = file.read_bytes()
     at = data.draw(st.integers(0, len(content) - 1))
     more = data.draw(st.binary(max_size=4))
     cut = data.draw(st.integers(0, 4))
     changed = content[:at] + more + content[at + cut :]
     file.write_bytes(changed)
-    said = checked(directory)
+    said = read_and_check(directory)
     if changed != content and not (name == "manifest.json" and same_json(changed, content)):
         assert any(name in text and "damaged" in text for text in said)
 
@@ -87,12 +87,12 @@ values = st.recursive(scalars, lambda v: st.lists(v, max_size=3) | st.dictionari
 @given(data=st.data(), new=values)
 def test_any_value_in_a_manifest_is_taken_or_one_error(intact: Path, tmp_path: Path, data: st.DataObject, new: Any) -> None:
     """Whatever stands in the place of whichever value."""
-    directory = copied(intact, tmp_path)
-    file = tmp_path / "run" / AT / "manifest.json"
+    directory = copy_run(intact, tmp_path)
+    file = tmp_path / "run" / FOLDER / "manifest.json"
     manifest = json.loads(file.read_text())
     made = replaced(manifest, data.draw(st.sampled_from(places(manifest))), new)
     file.write_bytes(checkpoint.manifest_checksum(made) if isinstance(made, dict) else json.dumps(made).encode())
-    checked(directory)
+    read_and_check(directory)
 
 
 MANIFESTS: dict[str, bytes] = {
@@ -106,32 +106,32 @@ MANIFESTS: dict[str, bytes] = {
 @pytest.mark.parametrize("case", list(MANIFESTS))
 def test_a_manifest_that_is_none_is_one_error(intact: Path, tmp_path: Path, case: str) -> None:
     """It names the file."""
-    directory = copied(intact, tmp_path)
-    (tmp_path / "run" / AT / "manifest.json").write_bytes(MANIFESTS[case])
+    directory = copy_run(intact, tmp_path)
+    (tmp_path / "run" / FOLDER / "manifest.json").write_bytes(MANIFESTS[case])
     with pytest.raises(StorageError, match=r"manifest\.json"):
         checkpoint.read_manifest(directory, 1)
-    checked(directory)
+    read_and_check(directory)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_folder_in_place_of_a_file_is_one_error(intact: Path, tmp_path: Path, name: str) -> None:
     """It names the file."""
-    directory = copied(intact, tmp_path)
-    file = tmp_path / "run" / AT / name
+    directory = copy_run(intact, tmp_path)
+    file = tmp_path / "run" / FOLDER / name
     file.unlink()
     file.mkdir()
-    assert any(name in text for text in checked(directory))
+    assert any(name in text for text in read_and_check(directory))
 
 
 @pytest.mark.parametrize("name", ["²", "٣", "1", "0000001", "-1", "+1", "1e3", " 1", "999999999999999999999", "000001 ", "x"])
 def test_folders_that_are_no_versions_are_passed_over(intact: Path, tmp_path: Path, name: str) -> None:
     """Numbers that this library wouldn't have written, in whatever digits."""
-    directory = copied(intact, tmp_path)
+    directory = copy_run(intact, tmp_path)
     (tmp_path / "run" / "checkpoints" / name).mkdir()
     assert checkpoint.complete_versions(directory) == [1]
     checkpoint.remove_incomplete(directory)
     checkpoint.prune(directory, 1)
-    checked(directory)
+    read_and_check(directory)
     assert checkpoint.complete_versions(directory) == [1]
 
 
@@ -139,28 +139,28 @@ def test_folders_that_are_no_versions_are_passed_over(intact: Path, tmp_path: Pa
 def test_removing_checkpoints_never_follows_a_link(intact: Path, tmp_path: Path, act: str) -> None:
     """A checkpoint that is a link to another run's stays whole there."""
     other = tmp_path / "other"
-    shutil.copytree(intact / AT, other)
+    shutil.copytree(intact / FOLDER, other)
     if act == "remove_incomplete":
         (other / "manifest.json").rename(other / "kept.json")
-    before = snapshot(other)
-    directory = copied(intact, tmp_path)
+    before = read_files(other)
+    directory = copy_run(intact, tmp_path)
     folder = tmp_path / "run" / "checkpoints"
     if act == "prune":
-        write(directory, 2)
+        write_checkpoint(directory, 2)
         (folder / "000000").symlink_to(other)
         checkpoint.prune(directory, 1)
     else:
         (folder / "000003").symlink_to(other)
         checkpoint.remove_after(directory, 1) if act == "remove_after" else checkpoint.remove_incomplete(directory)
-    assert snapshot(other) == before
+    assert read_files(other) == before
 
 
 @FUZZ
 @given(data=st.data(), new=values)
 def test_any_facts_are_gone_on_from_or_one_error(intact: Path, tmp_path: Path, data: st.DataObject, new: Any) -> None:
     """What a resumed run looks at first: how far the run was, and which heads it had."""
-    directory = copied(intact, tmp_path)
-    file = tmp_path / "run" / AT / "manifest.json"
+    directory = copy_run(intact, tmp_path)
+    file = tmp_path / "run" / FOLDER / "manifest.json"
     manifest = json.loads(file.read_text())
     place = data.draw(st.sampled_from([p for p in places(manifest) if p[:1] == ("facts",)]))
     file.write_bytes(checkpoint.manifest_checksum(replaced(manifest, place, new)))

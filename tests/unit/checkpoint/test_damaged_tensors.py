@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lte_ray.storage import RunDirectory
-from tests.support.checkpoint_damage import AT, checked, copied, forged, write
+from tests.support.checkpoint_damage import FOLDER, copy_run, forge_file, read_and_check, write_checkpoint
 
 FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 
@@ -22,7 +22,7 @@ FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max
 def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory with one good checkpoint of version 1; to be copied."""
     root = tmp_path_factory.mktemp("intact")
-    write(RunDirectory.open(str(root), "run"))
+    write_checkpoint(RunDirectory.open(str(root), "run"))
     return root / "run"
 
 
@@ -52,9 +52,9 @@ TENSORS: dict[str, bytes] = {
 @pytest.mark.parametrize("case", list(TENSORS))
 def test_a_forged_file_is_one_error(intact: Path, tmp_path: Path, name: str, case: str) -> None:
     """With a checksum that fits: what it holds is another model's, or no tensors; never an error of another kind."""
-    directory = copied(intact, tmp_path)
-    forged(tmp_path, name, TENSORS[case])
-    said = checked(directory)
+    directory = copy_run(intact, tmp_path)
+    forge_file(tmp_path, name, TENSORS[case])
+    said = read_and_check(directory)
     assert len(said) > 1 or name[0] in "rp"  # references may be none, and a policy keeps what it likes
 
 
@@ -62,10 +62,10 @@ def test_a_forged_file_is_one_error(intact: Path, tmp_path: Path, name: str, cas
 @given(data=st.data())
 def test_a_forged_header_is_taken_or_one_error(intact: Path, tmp_path: Path, data: st.DataObject) -> None:
     """Any byte of a head's header changed, with a checksum that fits."""
-    directory = copied(intact, tmp_path)
-    content = bytearray((intact / AT / "head-0000.safetensors").read_bytes())
+    directory = copy_run(intact, tmp_path)
+    content = bytearray((intact / FOLDER / "head-0000.safetensors").read_bytes())
     size = 8 + int.from_bytes(content[:8], "little")
     for at in data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=4)):
         content[at] = data.draw(st.integers(0, 255))
-    forged(tmp_path, "head-0000.safetensors", bytes(content))
-    checked(directory)
+    forge_file(tmp_path, "head-0000.safetensors", bytes(content))
+    read_and_check(directory)

@@ -16,9 +16,9 @@ from lte_ray import checkpoint
 from lte_ray.checkpoint import FileEntry, Manifest
 from lte_ray.errors import StorageError
 from lte_ray.storage import RunDirectory
-from tests.support.helpers import make_plan_of, random_flat
+from tests.support.plans import plan_from_shapes, random_flat
 
-PLAN = make_plan_of([(6, 5, 2)], [(4,), ()])
+PLAN = plan_from_shapes([(6, 5, 2)], [(4,), ()])
 BASE = random_flat(PLAN.base.size, 1, torch.float32)
 TENSORS = {
     "factor.w0.lora_A": torch.randn(2, 5, dtype=torch.float64),
@@ -179,7 +179,7 @@ def test_another_models_base_is_refused(
     """The error names the parameters in which the models differ."""
     manifest = checkpoint.read_manifest(shared, 7)
     with pytest.raises(StorageError, match=rf"holds another model than the worker builds; they differ in .*'{differing}'"):
-        checkpoint.read_base(shared, manifest, make_plan_of(shapes, replicas))
+        checkpoint.read_base(shared, manifest, plan_from_shapes(shapes, replicas))
 
 
 def test_a_head_that_the_checkpoint_does_not_hold_is_a_storage_error(shared: RunDirectory) -> None:

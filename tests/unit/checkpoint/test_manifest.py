@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from lte_ray import checkpoint
 from lte_ray.errors import StorageError
 from lte_ray.storage import RunDirectory
-from tests.support.helpers import make_plan_of, random_flat
+from tests.support.plans import plan_from_shapes, random_flat
 
-PLAN = make_plan_of([(3, 4, 1)], [])
+PLAN = plan_from_shapes([(3, 4, 1)], [])
 PATH = "checkpoints/000007/manifest.json"
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 values = st.recursive(scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3))

@@ -19,9 +19,9 @@ from lte_ray.checkpoint import Manifest
 from lte_ray.errors import StorageError
 from lte_ray.storage import RunDirectory
 from tests.support.faulty_storage import fail, faulty
-from tests.support.helpers import make_plan_of, random_flat
+from tests.support.plans import plan_from_shapes, random_flat
 
-PLAN = make_plan_of([(6, 5, 2)], [(4,)])
+PLAN = plan_from_shapes([(6, 5, 2)], [(4,)])
 BASE = random_flat(PLAN.base.size, 1, torch.float32)
 
 

@@ -41,9 +41,9 @@ def test_every_format_is_written_and_said(run: Path, tmp_path: Path, capsys: pyt
 
 def test_the_worker_may_be_elsewhere(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--worker` names it, here as a file, with the settings of the run."""
-    (tmp_path / "moved.py").write_text("from tests.support.export_runs import Models\n")
+    (tmp_path / "moved.py").write_text("from tests.support.export_runs import ExportWorker\n")
     monkeypatch.chdir(tmp_path)
-    assert export(run, "out", "--to", "safetensors", "--version", "3", "--worker", "moved.py:Models") == 0
+    assert export(run, "out", "--to", "safetensors", "--version", "3", "--worker", "moved.py:ExportWorker") == 0
     left = safetensors.torch.load_file(run / "model.safetensors")
     found = safetensors.torch.load_file("out/model.safetensors")
     assert all(torch.equal(found[name], value) for name, value in left.items())

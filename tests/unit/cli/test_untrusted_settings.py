@@ -18,7 +18,7 @@ from lte_ray.cli.main import main
 from lte_ray.config import SECTIONS
 from lte_ray.errors import ConfigError, UserError
 from lte_ray.storage import RunDirectory
-from tests.support.config_files import GOOD, outcome
+from tests.support.config_files import GOOD, parse_config
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -80,7 +80,7 @@ def test_no_setting_but_the_policy_names_code(tmp_path: Path, evil: tuple[str, P
     file = tmp_path / "x.toml"
     for value in (name, [name], {"a": name}):
         file.write_text(tomli_w.dumps({"program": name, key: value, "worker": {"lr": name}}))
-        outcome(file)
+        parse_config(file)
         assert not marker.exists()
 
 
@@ -103,7 +103,7 @@ def test_any_value_for_any_setting_is_taken_or_one_error(tmp_path: Path, key: st
         file.write_text(tomli_w.dumps({"num_heads": 3, key: value}), encoding="utf-8")
     except (TypeError, ValueError):  # lone surrogates
         return
-    found = outcome(file)
+    found = parse_config(file)
     assert isinstance(found, Parsed | UserError) or found == 2, found
     if isinstance(found, Parsed) and key != "overwrite":
         assert not found.storage.overwrite
@@ -165,7 +165,7 @@ def test_what_is_no_file_is_one_error(tmp_path: Path, place: str) -> None:
     """Also an endless one, of which only the first megabyte is read."""
     (tmp_path / "file").write_text("")
     places = {"folder": ".", "missing": "x.toml", "device": "/dev/zero", "file in a file": "file/x.toml", "NUL": "a\0b"}
-    found = outcome(tmp_path / places[place])
+    found = parse_config(tmp_path / places[place])
     assert isinstance(found, ConfigError)
     assert str(found).startswith("--config ")
 

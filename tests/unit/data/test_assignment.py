@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lte_ray.data.assignment import PartitionAssignor
 from lte_ray.data.partition import Partition, advance, initial_partitions
 from lte_ray.messages import Assignment
-from tests.support.assignment_world import EVENTS, World, ledger
+from tests.support.assignment_world import EVENTS, AssignmentWorld, new_assignor
 
 
 @settings(max_examples=300)
@@ -22,22 +22,22 @@ from tests.support.assignment_world import EVENTS, World, ledger
 @example(1, [("admit", 0, 0), ("order", 0, 0), ("commit", 0, 0), ("crash", 0, 0)])
 def test_each_batch_is_merged_once_whatever_happens(num_heads: int, events: list[tuple[str, int, int]]) -> None:
     """Steps, merges, refusals, kills, restarts, drops, new heads, resumes with other heads and crashes, in any order."""
-    world = World(num_heads)
+    world = AssignmentWorld(num_heads)
     for event in events:
-        world.do(*event)
+        world.play(*event)
     world.settle()
     assert (
-        not world.ledger.unassigned and not world.ledger.state()["waiting"]
+        not world.assignor.unassigned and not world.assignor.state()["waiting"]
     )  # every partition has an owner, and every head some
-    assert set(world.ledger.owners()) == set(world.heads)
-    lowest = min(lane.start for lanes in world.ledger.owners().values() for lane in lanes)
+    assert set(world.assignor.owners()) == set(world.heads)
+    lowest = min(lane.start for lanes in world.assignor.owners().values() for lane in lanes)
     assert lowest > 0
     assert sorted(slot for slot in world.merged if slot < lowest) == list(range(lowest))
 
 
 def test_a_restarted_head_begins_behind_what_was_merged() -> None:
     """Steps that no merged contribution holds are taken again; a grant that was on its way is not lost."""
-    book = ledger(3)
+    book = new_assignor(3)
     book.commit(1, advance(initial_partitions(1, 3), 4))
     assert book.start_head(1) == (Partition(13, 3),)
     book.remove_head(2)
@@ -58,7 +58,7 @@ def test_a_restarted_head_begins_behind_what_was_merged() -> None:
 
 def test_a_grant_counts_when_a_merged_contribution_holds_it() -> None:
     """A contribution from before the grant leaves it on its way."""
-    book = ledger(2)
+    book = new_assignor(2)
     book.remove_head(1)
     (grant,), _ = book.pending_changes(0, {0})
     book.commit(0, [(4, 2)])
@@ -70,7 +70,7 @@ def test_a_grant_counts_when_a_merged_contribution_holds_it() -> None:
 
 def test_a_new_head_gets_half_of_the_lanes_of_another() -> None:
     """The one with the most lanes is asked, and what it gave away counts once its contribution is merged, and only once."""
-    book = ledger(3)
+    book = new_assignor(3)
     book.remove_head(2)
     (grant,), _ = book.pending_changes(0, {0, 1})
     book.commit(0, [(3, 3), (2, 3)], assignment_id=grant.id)
@@ -99,7 +99,7 @@ def test_equal_heads_are_asked_by_density_and_number() -> None:
 
 def test_free_lanes_are_spread_and_go_to_new_heads_first() -> None:
     """Each goes to the live head with the fewest, when its turn comes; heads that wait share what becomes free."""
-    book = ledger(5)
+    book = new_assignor(5)
     for head in (3, 4):
         book.remove_head(head)
     assert book.pending_changes(1, {0, 1, 2}) == ((), 0)
@@ -118,7 +118,7 @@ def test_free_lanes_are_spread_and_go_to_new_heads_first() -> None:
 
 def test_a_request_outlives_its_head_s_restart_but_not_its_answer() -> None:
     """What wasn't merged was never given; the new incarnation is asked again. If the head is gone, another is asked."""
-    book = ledger(2)
+    book = new_assignor(2)
     book.add_head(2, {0, 1})
     request = book.pending_changes(0, {0, 1})[1]
     assert book.start_head(0) == (Partition(0, 2),)
@@ -131,7 +131,7 @@ def test_a_request_outlives_its_head_s_restart_but_not_its_answer() -> None:
 
 def test_requests_after_a_crash_are_newer_than_what_heads_have_answered() -> None:
     """A ledger from an earlier state doesn't know the request; a head that answered it must not ignore the next."""
-    book = ledger(2)
+    book = new_assignor(2)
     book.commit(0, [(0, 4)], 0, Assignment(9, (Partition(2, 4),)))
     assert book.unassigned == (Partition(2, 4),)
     for head in (3, 4):
@@ -141,7 +141,7 @@ def test_requests_after_a_crash_are_newer_than_what_heads_have_answered() -> Non
 
 def test_of_a_dropped_head_nothing_is_left() -> None:
     """Whether it owned lanes, was asked for some, or waited; a head that gets its number later is asked nothing old."""
-    book = ledger(2)
+    book = new_assignor(2)
     book.commit(0, [(0, 4)], 0, Assignment(1, (Partition(2, 4),)))
     book.remove_head(1)
     for head in (2, 3, 4):
@@ -159,7 +159,7 @@ def test_of_a_dropped_head_nothing_is_left() -> None:
 
 def test_contributions_that_do_not_follow_are_told() -> None:
     """Backwards, others' lanes, lanes forgotten, a head that owns nothing: one reason each, and nothing is changed."""
-    book = ledger(2)
+    book = new_assignor(2)
     book.commit(0, [(4, 2)])
     before = book.state()
     wrong: list[tuple[int, Any, Assignment | None]] = [

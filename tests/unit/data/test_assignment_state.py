@@ -14,12 +14,12 @@ from lte_ray.data.assignment import PartitionAssignor
 from lte_ray.data.partition import Partition, Partitions, advance, are_disjoint, density, initial_partitions
 from lte_ray.errors import StorageError
 from lte_ray.messages import Assignment
-from tests.support.assignment_world import ledger
+from tests.support.assignment_world import new_assignor
 
 
 def busy() -> PartitionAssignor:
     """A ledger with something in each of its accounts."""
-    book = ledger(4)
+    book = new_assignor(4)
     book.remove_head(3)
     book.add_head(4, {0, 1, 2})
     book.commit(1, [(9, 4)])
@@ -75,7 +75,7 @@ def test_lanes_that_are_no_partition_are_refused() -> None:
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 50))
 def test_after_a_barrier_the_data_are_dealt_as_if_there_had_never_been_other_heads(old: int, new: int, rounds: int) -> None:
     """All heads equally far: slot g goes to head g mod num_heads from there on."""
-    book = ledger(old)
+    book = new_assignor(old)
     for head in range(old):
         book.commit(head, advance(initial_partitions(head, old), rounds))
     owners = PartitionAssignor.repartitioned(book.state(), new).owners()
@@ -87,7 +87,7 @@ def test_after_a_barrier_the_data_are_dealt_as_if_there_had_never_been_other_hea
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=7), st.integers(1, 9))
 def test_heads_that_are_not_equally_far_are_resharded_without_gaps(taken: list[int], new: int) -> None:
     """Every head gets lanes, the same ones every time; the same number of heads keeps what it has."""
-    book = ledger(len(taken))
+    book = new_assignor(len(taken))
     for head, batches in enumerate(taken):
         book.commit(head, advance(initial_partitions(head, len(taken)), batches))
     state = book.state()
@@ -109,7 +109,7 @@ def test_resharding_keeps_numbers_growing_and_forgets_who_waited() -> None:
     state = PartitionAssignor.repartitioned(book.state(), 3).state()
     assert state["latest"] == book.state()["latest"] > 0
     assert not any(state[name] for name in ("grants", "waiting", "asked", "honoured", "free"))
-    book = ledger(3)
+    book = new_assignor(3)
     book.commit(0, [(6, 3)])
     book.remove_head(2)
     assert PartitionAssignor.repartitioned(book.state(), 2).owners() == {

@@ -28,7 +28,9 @@ from lte_ray.merging.registry import make_policy
 from lte_ray.messages import Contribution, ContributionResult, HeadDirective
 from lte_ray.transfer.codec import Codec
 from lte_ray.transfer.groups import make_groups
-from tests.support.helpers import LONG_RUN, Tiny, assert_near, make_settings
+from tests.support import LONG_RUN
+from tests.support.numerics import assert_near
+from tests.support.tiny_worker import Tiny, make_settings
 
 HEADS = 3
 

@@ -14,10 +14,11 @@ from lte_ray.merging.flat_buffer import base_replicas, factor_views, factors_par
 from lte_ray.merging.low_rank import Share, add_contributions
 from lte_ray.transfer.codec import Codec
 from lte_ray.transfer.groups import make_groups
-from tests.support.helpers import assert_near, make_plan_of, random_flat
+from tests.support.numerics import assert_near
+from tests.support.plans import plan_from_shapes, random_flat
 
 ROUNDS = 50
-PLAN = make_plan_of([(20, 30, 2), (7, 90, 3)], [(600,), (5,)], 0.5)
+PLAN = plan_from_shapes([(20, 30, 2), (7, 90, 3)], [(600,), (5,)], 0.5)
 ROUNDING = {"fp32": 0.0, "bf16": 2.0**-8, "int8": math.sqrt(512) / 254}  # of a vector's length, at most (block by block)
 
 

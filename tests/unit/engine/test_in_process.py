@@ -18,7 +18,9 @@ from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError, PolicyError, WorkerError
 from lte_ray.merging import Decision, Discard, Merge, Pending, Roster, Wait
 from lte_ray.merging.flat_buffer import views
-from tests.support.helpers import DenseHead, Poisoned, Tiny, assert_near, make_settings
+from tests.support.dense_reference import DenseHead
+from tests.support.numerics import assert_near
+from tests.support.tiny_worker import NaNLosses, Tiny, make_settings
 from workers.regression import Regression
 
 
@@ -135,7 +137,7 @@ def test_what_was_discarded_is_part_of_the_next_merge() -> None:
 @pytest.mark.parametrize("heads_per_actor", [1, 2])
 def test_a_head_with_a_nan_continues_from_its_last_merge(heads_per_actor: int) -> None:
     """Its second round is dropped, with the optimizer's state; all other rounds are merged."""
-    worker = Poisoned(bad=(4,), optimizer="adamw")
+    worker = NaNLosses(bad_batches=(4,), optimizer="adamw")
     result = run_in_process(worker, make_settings(), torch.float64, heads_per_actor=heads_per_actor)
     held = [(m.head_steps[1], m.positions[1].step, m.positions[1].batches) for m in result.merges if 1 in m.heads]
     assert held == [(3, 3, 3), (3, 9, 9), (3, 12, 12)]
@@ -148,7 +150,7 @@ def test_a_head_with_a_nan_continues_from_its_last_merge(heads_per_actor: int) -
 @pytest.mark.parametrize("heads_per_actor", [1, 3])
 def test_a_head_with_nans_in_every_round_leaves_and_others_take_its_data(heads_per_actor: int) -> None:
     """It leaves after the third; then each of the others' contributions counts a half, and no batch is left out."""
-    result = run_in_process(Poisoned(), make_settings(heads=3), torch.float64, heads_per_actor=heads_per_actor)
+    result = run_in_process(NaNLosses(), make_settings(heads=3), torch.float64, heads_per_actor=heads_per_actor)
     assert [head.step for head in result.heads] == [12, 9, 12]
     assert [m.heads for m in result.merges] == [(0, 2)] * 4
     assert {weight for m in result.merges for weight in m.weights.values()} == {1 / 2}
@@ -236,7 +238,7 @@ def test_prepare_rejects_a_worker_that_fails(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(WorkerError, match=r"(?s)Tiny.train_batches\(\) raised, for head 2:.*ZeroDivisionError"):
         prepare(Tiny(), make_settings(heads=3))
     monkeypatch.undo()
-    monkeypatch.setattr("tests.support.helpers.SAMPLES", 3)
+    monkeypatch.setattr("tests.support.tiny_worker.SAMPLES", 3)
     with pytest.raises(WorkerError, match=r"(?s)raised, for head 0:.*3 samples can't fill a batch of 4; use more data"):
         prepare(Tiny(), make_settings())
 

@@ -32,17 +32,11 @@ from lte_ray.merging.low_rank import Share, add_contributions, dense_change
 from lte_ray.messages import ContributionResult
 from lte_ray.run import start as run_start
 from lte_ray.storage import RunDirectory
-from tests.support.helpers import (
-    Net,
-    Tiny,
-    assert_near,
-    dense_by_hand,
-    make_settings,
-    offer,
-    random_flat,
-    state_of,
-    through_a_file,
-)
+from tests.support.dense_reference import dense_change_by_formula
+from tests.support.head_states import head_state, through_file
+from tests.support.numerics import assert_near
+from tests.support.plans import make_contribution, random_flat
+from tests.support.tiny_worker import Net, Tiny, make_settings
 
 LTE: dict[str, Any] = {"lora_r": (1, 2, 5), "lora_alpha": (1.0, 4.0, 2.5), "layers": ("mid: lora_r=2,1,8 lora_alpha=3",)}
 
@@ -88,7 +82,7 @@ def test_merges_of_trained_heads_of_different_ranks_add_up(reset: str, rslora: b
             contribution = head.train_round()
             buffer = contribution.buffer
             reference = before[head.number]
-            ledger += dense_by_hand(head.plan, buffer, reference) / 3
+            ledger += dense_change_by_formula(head.plan, buffer, reference) / 3
             before[head.number] = None if reset == "B" else factors(head.plan, buffer).clone()
             outcome = coordinator.receive(contribution, buffer)
         assert [m.version for m in outcome.merges] == [version]
@@ -127,7 +121,7 @@ def test_merges_of_any_ranks_are_sums_of_dense_changes(ranks: list[tuple[int, fl
         for head in chosen:
             sent = random_flat(plans[head].contribution.size, 1000 * turn + head)
             share = Share(chance.uniform(-1, 1), plans[head], sent, before[head])
-            by_hand = dense_by_hand(plans[head], sent, before[head])
+            by_hand = dense_change_by_formula(plans[head], sent, before[head])
             assert_near(dense_change(share), share.weight * by_hand, 1e-14)
             ledger += share.weight * by_hand
             shares.append(share)
@@ -162,7 +156,7 @@ def test_the_bound_of_values_depends_on_the_scaling_of_each_head(large: int) -> 
         coordinator = Coordinator(made, plans[0], base.clone(), Immediate(), plans=plans)
         size = plans[large].contribution.size
         sent = torch.full((size,), math.sqrt(1e27 / size))
-        (verdict,) = coordinator.receive(offer(large), sent).results
+        (verdict,) = coordinator.receive(make_contribution(large), sent).results
         assert verdict.accepted == accepted
         assert ("absurdly large" in verdict.reason) != accepted
         assert bool(coordinator.base.any()) == accepted
@@ -190,12 +184,12 @@ def test_a_restored_head_of_any_rank_continues_bitwise_the_same(head: int, reset
     one.start(0, base)
     one.train_round()
     one.adopt(ContributionResult(head, 1, True, 1), 1, base + 0.1)
-    tensors, meta = state_of(one)
+    tensors, meta = head_state(one)
     assert ("reference" in tensors) == (reset == "none")
     if reset == "none":
         assert tensors["reference"].shape == (one.plan.factors_size,)
     other = Head(worker, made, head, dtype=torch.float64, incarnation=1)
-    restore(other, through_a_file((tensors, meta)), base + 0.1)
+    restore(other, through_file((tensors, meta)), base + 0.1)
     for sequence in (2, 3):
         expected, found = one.train_round(), other.train_round()
         assert torch.equal(found.buffer, expected.buffer)
@@ -236,7 +230,7 @@ def written(directory: RunDirectory, worker: Tiny, made: Settings, *, old: bool)
     for verdict in outcome.results:
         head = heads[verdict.head]
         head.adopt(verdict, 1, coordinator.base.clone())
-        tensors, meta = state_of(head)
+        tensors, meta = head_state(head)
         if old:
             for new in ("batches", "lanes", "grant", "released", "offered", "position"):
                 del meta[new]

@@ -30,7 +30,7 @@ from lte_ray.layout import Adapted, Plan
 from lte_ray.merging.flat_buffer import views
 from lte_ray.messages import Contribution
 from lte_ray.worker import build_model
-from tests.support.helpers import assert_near
+from tests.support.numerics import assert_near
 from workers import minilm
 from workers.minilm import MiniLM
 

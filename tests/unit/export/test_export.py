@@ -20,7 +20,18 @@ from lte_ray.engine.in_process import run_in_process
 from lte_ray.errors import LTEError, StorageError, UserError, WorkerError
 from lte_ray.export.run_reader import open_run, read_run
 from lte_ray.export.worker_factory import make_worker
-from tests.support.export_runs import WORDS, Models, Wrapped, built, gpt2, inputs, logits, save_run, settings, write_checkpoint
+from tests.support.export_runs import (
+    WORDS,
+    ExportWorker,
+    Wrapped,
+    built,
+    gpt2,
+    inputs,
+    logits,
+    save_run,
+    settings,
+    write_checkpoint,
+)
 from tests.support.ray_runs import ROOT
 
 
@@ -28,7 +39,7 @@ from tests.support.ray_runs import ROOT
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the words model with the checkpoints of versions 2 and 3."""
     path, _ = save_run(tmp_path_factory.mktemp("runs"), "words", settings())
-    write_checkpoint(open_run(path), settings(), run_in_process(Models("words"), settings(steps=4)))
+    write_checkpoint(open_run(path), settings(), run_in_process(ExportWorker("words"), settings(steps=4)))
     return path
 
 
@@ -62,7 +73,7 @@ def test_any_versions_weights_load_into_the_unconverted_model(run: Path, tmp_pat
         written = export.safetensors(run, tmp_path / f"{version}.safetensors", version=version)
         assert written.summary == f"the merged weights of version {version}"
         base = read_run(run, version).base
-        assert torch.equal(base, run_in_process(Models("words"), settings(steps=steps)).base)
+        assert torch.equal(base, run_in_process(ExportWorker("words"), settings(steps=steps)).base)
         model = built("words")
         model.load_state_dict(safetensors.torch.load_file(tmp_path / f"{version}.safetensors"), strict=True)
         assert torch.equal(torch.cat([model.mid.weight.flatten(), model.embed.weight.flatten()]), base)  # type: ignore[union-attr, operator]
@@ -120,7 +131,7 @@ class Pair(nn.Module):
         return self.first(words).logits + self.second(words).logits
 
 
-class Paired(Models):
+class Paired(ExportWorker):
     def __init__(self) -> None:
         super().__init__("gpt2")
 
@@ -198,14 +209,17 @@ def test_a_version_that_is_not_there_is_named_with_those_that_are(run: Path, tmp
             'program = "no.such:Worker"',
             r"run.toml names, 'no.such:Worker': there is no module no.* folder in which .* --worker",
         ),
-        ('program = "tests.support.export_runs:Models"\n[worker]\nkind = "none"', r"build_model\(\) raised KeyError: 'none'"),
         (
-            'lora_r = 2\nprogram = "tests.support.export_runs:Models"\n[worker]\nkind = "cnn"',
+            'program = "tests.support.export_runs:ExportWorker"\n[worker]\nkind = "none"',
+            r"build_model\(\) raised KeyError: 'none'",
+        ),
+        (
+            'lora_r = 2\nprogram = "tests.support.export_runs:ExportWorker"\n[worker]\nkind = "cnn"',
             r"holds another model than the worker builds",
         ),
         ('program = "tests.support.export_runs:Words"', "Words can't be used as a worker"),
         ('program = "tests.support.export_runs:Needy"', "Needy can't be constructed with the settings in run.toml"),
-        ('lora_r = "many"\nprogram = "tests.support.export_runs:Models"', "lora_r is 'many'"),
+        ('lora_r = "many"\nprogram = "tests.support.export_runs:ExportWorker"', "lora_r is 'many'"),
         ("", "The worker that run.toml names, is ''"),
     ],
 )

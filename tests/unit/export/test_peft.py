@@ -26,7 +26,7 @@ from lte_ray.export.run_reader import open_run, read_run
 from lte_ray.merging.policy import Decision, Merge, Wait
 from lte_ray.messages import CheckpointRequest
 from lte_ray.storage import RunDirectory
-from tests.support.export_runs import built, finish, inputs, logits, save_run, settings, write_checkpoint
+from tests.support.export_runs import built, inputs, logits, save_run, settings, train_without_contributing, write_checkpoint
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -124,11 +124,11 @@ def test_a_head_that_had_not_heard_of_its_merge_is_the_head_that_adopts_it(tmp_p
     sent = []
     for head in done.heads:
         done.coordinator.join(head.number, 0)
-        finish(head)
+        train_without_contributing(head)
         sent.append(head.contribute())
     for contribution in sent:
         verdicts = done.coordinator.receive(contribution, contribution.buffer).results
-    finish(done.heads[1])
+    train_without_contributing(done.heads[1])
     directory, base = RunDirectory.open(str(tmp_path), "run"), done.coordinator.base.clone()
     states = [snapshot(head, CheckpointRequest(4, {head.number: head.sequence})) for head in done.heads]
     files = [checkpoint.write_head(directory, 4, number, *state) for number, state in enumerate(states)]

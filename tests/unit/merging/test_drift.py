@@ -8,10 +8,10 @@ from torch import Tensor
 
 from lte_ray.merging.flat_buffer import factors_part
 from lte_ray.merging.low_rank import Share, add_contributions
-from tests.support.helpers import make_plan_of
+from tests.support.plans import plan_from_shapes
 
 CYCLES = 1000
-PLAN = make_plan_of([(24, 16, 2)], [(24,)], scaling=2.0)
+PLAN = plan_from_shapes([(24, 16, 2)], [(24,)], scaling=2.0)
 
 
 def merged(dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from lte_ray.layout import Adapted, Layout, Plan
 from lte_ray.merging.flat_buffer import base_replicas, factor_views, factors_part, gather, replica_part, replica_views, views
 from lte_ray.merging.low_rank import Share, add_contributions, add_products, dense_change, fold_reference, new_reference
-from tests.support.helpers import assert_near, dense_by_hand, make_plan_of, random_flat, split
+from tests.support.dense_reference import dense_change_by_formula, split_flat
+from tests.support.numerics import assert_near
+from tests.support.plans import plan_from_shapes, random_flat
 
 sizes = st.integers(1, 6)
 plans = st.builds(
-    make_plan_of,
+    plan_from_shapes,
     st.lists(st.tuples(sizes, sizes, st.integers(1, 3)), min_size=1, max_size=3),
     st.lists(st.lists(st.integers(1, 4), max_size=2).map(tuple), max_size=2),
     st.sampled_from([0.25, 1.0, 2.0]),
@@ -37,7 +39,7 @@ def test_a_merge_is_the_weighted_sum_of_dense_changes(plan: Plan, kinds: list[tu
     base = before.clone()
     made = make_shares(plan, kinds)
     add_contributions(base, made)
-    expected = before + sum(s.weight * dense_by_hand(plan, s.contribution, s.reference) for s in made)
+    expected = before + sum(s.weight * dense_change_by_formula(plan, s.contribution, s.reference) for s in made)
     assert_near(base, expected, 1e-13)  # sums of at most 4 x 2 x 3 float64 products
 
 
@@ -48,7 +50,7 @@ def test_dense_change_is_the_unweighted_change(plan: Plan, has_reference: bool) 
     kept = share.contribution.clone()
     change = dense_change(share)
     assert change.shape == (plan.base.size,)
-    assert_near(change, dense_by_hand(plan, share.contribution, share.reference), 1e-13)  # as above
+    assert_near(change, dense_change_by_formula(plan, share.contribution, share.reference), 1e-13)  # as above
     assert torch.equal(share.contribution, kept)
 
 
@@ -66,11 +68,11 @@ def test_single_merges_equal_one_merge_of_all(plan: Plan, heads: int) -> None:
 
 def test_products_are_averaged_not_factors() -> None:
     """The merge is mean(B A), which is far from mean(B) mean(A): the cross terms are another matrix."""
-    plan = make_plan_of([(6, 5, 2)], [])
+    plan = plan_from_shapes([(6, 5, 2)], [])
     contributions = [random_flat(plan.contribution.size, n) for n in range(3)]
     base = torch.zeros(plan.base.size, dtype=torch.float64)
     add_contributions(base, [Share(1 / 3, plan, c, None) for c in contributions])
-    pairs = [split(c, [(2, 5), (6, 2)]) for c in contributions]
+    pairs = [split_flat(c, [(2, 5), (6, 2)]) for c in contributions]
     averaged = sum(b @ a for a, b in pairs) / 3
     wrong = (sum(b for _, b in pairs) / 3) @ (sum(a for a, _ in pairs) / 3)
     assert_near(base.view(6, 5), averaged, 1e-14)  # three float64 products of inner size 2
@@ -79,7 +81,7 @@ def test_products_are_averaged_not_factors() -> None:
 
 def test_a_merge_of_the_reference_itself_changes_no_weight() -> None:
     """A head that has learned nothing since its reference adds nothing to the main weights."""
-    plan = make_plan_of([(6, 5, 2), (3, 4, 1)], [(3,)])
+    plan = plan_from_shapes([(6, 5, 2), (3, 4, 1)], [(3,)])
     contribution = random_flat(plan.contribution.size, 1)
     replica_part(plan, contribution).zero_()
     base = random_flat(plan.base.size, 2)
@@ -90,7 +92,7 @@ def test_a_merge_of_the_reference_itself_changes_no_weight() -> None:
 
 def test_the_same_shares_give_the_same_bits() -> None:
     """The same shares in the same order give the same bits."""
-    plan = make_plan_of([(6, 5, 2)], [(4,)])
+    plan = plan_from_shapes([(6, 5, 2)], [(4,)])
     made = make_shares(plan, [(0.3, True), (0.7, False)])
     first, second = torch.zeros(2, plan.base.size, dtype=torch.float64)
     add_contributions(first, made)
@@ -122,7 +124,7 @@ def test_adding_no_products_is_nothing() -> None:
 
 def test_the_new_reference_is_the_contributed_factors_or_none_after_a_reset() -> None:
     """Reset-less: a copy of the factors. reset="B": none, as B' = 0."""
-    plan = make_plan_of([(6, 5, 2)], [(4,)])
+    plan = plan_from_shapes([(6, 5, 2)], [(4,)])
     contribution = random_flat(plan.contribution.size, 1)
     reference = new_reference(Share(1.0, plan, contribution, None), "none")
     assert reference is not None
@@ -134,7 +136,7 @@ def test_the_new_reference_is_the_contributed_factors_or_none_after_a_reset() ->
 
 def test_layouts_hold_weights_first_and_replicas_last() -> None:
     """base: weights, replicas. contribution: A and B of each weight, then replica changes, without gaps."""
-    plan = make_plan_of([(6, 5, 2), (3, 4, 1)], [(4,), ()])
+    plan = plan_from_shapes([(6, 5, 2), (3, 4, 1)], [(4,), ()])
     assert [(e.name, e.shape, e.offset) for e in plan.base.entries] == [
         ("w0", (6, 5), 0),
         ("w1", (3, 4), 30),
@@ -165,7 +167,7 @@ def test_views_share_memory_and_refuse_another_size() -> None:
 
 def test_parts_of_buffers_are_where_the_layouts_say() -> None:
     """Factors and replicas cut from flat buffers are the views of the whole layouts."""
-    plan = make_plan_of([(6, 5, 2), (3, 4, 1)], [(4,), (2, 2)])
+    plan = plan_from_shapes([(6, 5, 2), (3, 4, 1)], [(4,), (2, 2)])
     base, contribution = random_flat(plan.base.size, 1), random_flat(plan.contribution.size, 2)
     whole = views(plan.contribution, contribution)
     parts = factor_views(plan, factors_part(plan, contribution)) | replica_views(plan, replica_part(plan, contribution))

@@ -30,8 +30,8 @@ from lte_ray.merging import (
     make_policy,
 )
 from lte_ray.merging.registry import make_rule, may_merge_by_weights, resolved_arguments
-from tests.support.helpers import offer, random_flat
-from tests.support.policies import PLAN, coordinator_of, pending_of, roster_of
+from tests.support.plans import make_contribution, random_flat
+from tests.support.policies import PLAN, make_coordinator, make_pending, make_roster
 
 
 def make(policy: Any, when: Any = "barrier", **arguments: Any) -> MergePolicy:
@@ -182,12 +182,12 @@ def test_a_policy_is_found_in_a_module_or_a_file(tmp_path: Path) -> None:
 )
 def test_weights_and_decisions_are_taken_from_rules(rule: object, expected: Decision) -> None:
     """A dict is Merge; a decision is itself."""
-    assert make(rule).decide(pending_of(2), roster_of(2)) == expected
+    assert make(rule).decide(make_pending(2), make_roster(2)) == expected
 
 
 def test_a_tensor_is_the_change_of_all_that_were_due() -> None:
     """With all their heads."""
-    decision = make(ones).decide(pending_of(2), roster_of(2))
+    decision = make(ones).decide(make_pending(2), make_roster(2))
     assert isinstance(decision, MergeChange)
     assert decision.heads == [0, 1]
     assert float(decision.change.sum()) == PLAN.base.size
@@ -196,9 +196,9 @@ def test_a_tensor_is_the_change_of_all_that_were_due() -> None:
 def test_errors_call_a_scheduled_policy_by_its_own_name() -> None:
     """Not by that of what asks it when."""
     for policy, name in ((lambda pending, roster: None, "<lambda>"), (f"{__name__}:nothing", f"{__name__}:nothing")):
-        coordinator, _ = coordinator_of(make(policy), heads=1)
+        coordinator, _ = make_coordinator(make(policy), heads=1)
         with pytest.raises(PolicyError, match=f"The merge policy {name} decided None"):
-            coordinator.receive(offer(0), random_flat(PLAN.contribution.size, 1))
+            coordinator.receive(make_contribution(0), random_flat(PLAN.contribution.size, 1))
 
 
 def nothing(pending: Sequence[Pending], roster: Roster) -> None:
@@ -211,7 +211,7 @@ def test_arguments_go_to_the_constructor_or_the_function() -> None:
     assert (rule.alpha, rule.kind, rule.on, rule.names, rule.limit, rule.free) == (3.0, "b", True, ("x",), 2.0, object)
     assert type(rule.alpha) is float
     assert make(Asking, k=3).k == 3  # type: ignore[attr-defined]
-    assert make(halves, share=1.0).decide(pending_of(1), roster_of(1)) == Merge({0: 1.0})
+    assert make(halves, share=1.0).decide(make_pending(1), make_roster(1)) == Merge({0: 1.0})
     assert make("nesterov", lr=0.25).rule.lr == 0.25  # type: ignore[attr-defined]
 
 

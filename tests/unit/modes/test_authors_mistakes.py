@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lte_ray import LTEConfig, prepare_model_for_lte
 from lte_ray.misc import MergeCondition, use_custom_attention
 from lte_ray.modes import merged_state_dict
-from tests.support.helpers import assert_near
 from tests.support.mode_models import MODES, UNIFORM, factors, one_linear, perturb
+from tests.support.numerics import assert_near
 
 
 @pytest.mark.parametrize("mode", MODES)

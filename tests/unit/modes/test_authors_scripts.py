@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import lte_ray as lte
 from lte_ray.modes import merged_state_dict
-from tests.support.helpers import assert_near
 from tests.support.mode_models import MODES
+from tests.support.numerics import assert_near
 
 HEADS, CLASSES, SIZE = 4, 10, 8
 AUTHORS_SETTINGS = {"lora_r": 32, "lora_alpha": 4096, "num_heads": 32}  # of README and example

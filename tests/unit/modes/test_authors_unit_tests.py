@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import lte_ray as lte
-from tests.support.helpers import assert_near
+from tests.support.numerics import assert_near
 
 HEADS = 4
 

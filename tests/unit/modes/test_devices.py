@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from lte_ray import LTEConfig, MultiheadReplicaLayer, prepare_model_for_lte
 from lte_ray.misc import MergeCondition
 from lte_ray.modes import dmp, merged_state_dict, replica
-from tests.support.helpers import assert_near
 from tests.support.mode_models import HEADS, SEED, ModelCase, adam, device_types, head_device_on_meta, loss
+from tests.support.numerics import assert_near
 
 WIDTH = 4
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -12,7 +12,6 @@ import lte_ray
 from lte_ray import LTEConfig, LTELayer, prepare_model_for_lte
 from lte_ray.misc import MergeCondition
 from lte_ray.modes import merged_state_dict
-from tests.support.helpers import assert_near
 from tests.support.mode_models import (
     HEADS,
     LAYERS,
@@ -25,6 +24,7 @@ from tests.support.mode_models import (
     perturb,
     prepare,
 )
+from tests.support.numerics import assert_near
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -12,7 +12,6 @@ from lte_ray.config import LTEConfig
 from lte_ray.merging.flat_buffer import as_matrix
 from lte_ray.misc import MergeCondition
 from lte_ray.modes import merged_state_dict
-from tests.support.helpers import assert_near
 from tests.support.mode_models import (
     HEADS,
     LAYERS,
@@ -25,6 +24,7 @@ from tests.support.mode_models import (
     train_heads,
     train_mode,
 )
+from tests.support.numerics import assert_near
 
 
 def config_of(kind: str, reset: str) -> LTEConfig:

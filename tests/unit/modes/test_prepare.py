@@ -18,8 +18,8 @@ from lte_ray.adapters import convert
 from lte_ray.errors import ConfigError
 from lte_ray.misc import MergeCondition
 from lte_ray.modes import merged_state_dict
-from tests.support.helpers import assert_near
 from tests.support.mode_models import HEADS, MODES, SEED, UNIFORM, ModelCase, perturb, prepare
+from tests.support.numerics import assert_near
 
 
 class Mixed(nn.Module):

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from lte_ray import LTEError, MultiheadReplicaLayer, ReplicaLayer, prepare_model_for_lte
-from tests.support.helpers import assert_near
 from tests.support.mode_models import (
     HEADS,
     LTE,
@@ -23,6 +22,7 @@ from tests.support.mode_models import (
     train_heads,
     train_mode,
 )
+from tests.support.numerics import assert_near
 
 WIDTH = 4
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lte_ray import LTEConfig, prepare_model_for_lte
 from lte_ray.misc import MergeCondition, distributed
 from lte_ray.modes import merged_state_dict
-from tests.support.helpers import assert_near
+from tests.support.numerics import assert_near
 
 HEADS, WORLD, SAMPLES, STEPS, MERGE_STEPS = 2, 2, 8, 6, 3
 ROOT, MODULE = Path(__file__).resolve().parents[3], "tests.unit.modes.test_torchrun"

@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from lte_ray import LTEConfig, LTEError, prepare_model_for_lte
 from lte_ray.misc import MergeCondition
 from lte_ray.modes import merged_state_dict
-from tests.support.helpers import assert_near
 from tests.support.mode_models import (
     LTE,
     MODES,
@@ -29,6 +28,7 @@ from tests.support.mode_models import (
     train_heads,
     train_mode,
 )
+from tests.support.numerics import assert_near
 from workers.gpt import GPT
 
 LINEAR_ONLY = dataclasses.replace(LTE, adapt=("linear",))

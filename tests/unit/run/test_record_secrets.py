@@ -16,7 +16,7 @@ from lte_ray.export.worker_factory import make_worker
 from lte_ray.run import record as run_record
 from lte_ray.run import start as run_start
 from lte_ray.storage import RunDirectory
-from tests.support.config_files import GOOD, outcome
+from tests.support.config_files import GOOD, parse_config
 from workers.regression import Regression
 
 
@@ -53,14 +53,14 @@ def test_secrets_are_not_written_and_asked_for_again(tmp_path: Path) -> None:
     assert record["worker"] == {"tokens": 5}
     assert record["storage"] == "s3://bucket/runs?region=eu"
     file = tmp_path / "runs" / "a" / "run.toml"
-    found = outcome(file, worker=Needy)
+    found = parse_config(file, worker=Needy)
     assert isinstance(found, ConfigError)
     assert "leaves out --worker.api-token, --worker.password, --worker.source" in str(found)
     given = ("--worker.api-token", "again", "--worker.password=x", "--worker.source", "/d")
-    parsed = outcome(file, *given, worker=Needy)
+    parsed = parse_config(file, *given, worker=Needy)
     assert isinstance(parsed, Parsed)
     assert (parsed.worker.api_token, parsed.worker.password, parsed.worker.tokens) == ("again", "x", 5)
-    assert isinstance(outcome(file), ConfigError | Parsed)  # another worker has other arguments
+    assert isinstance(parse_config(file), ConfigError | Parsed)  # another worker has other arguments
 
 
 def test_a_run_without_secrets_omits_nothing(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_policys_secrets_are_not_written(tmp_path: Path) -> None:
     text = recorded(Regression(), StorageConfig(), tmp_path, merge)
     assert "SECRET" not in text
     assert tomllib.loads(text)["omitted"] == ["policy.hub_token"]
-    found = outcome(tmp_path / "runs" / "a" / "run.toml")
+    found = parse_config(tmp_path / "runs" / "a" / "run.toml")
     assert isinstance(found, ConfigError)
     assert "--policy.hub-token" in str(found)
 

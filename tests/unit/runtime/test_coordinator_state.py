@@ -19,10 +19,10 @@ from lte_ray.data.partition import initial_partitions as first_lanes
 from lte_ray.errors import StorageError
 from lte_ray.runtime.coordinator_state import CoordinatorState, load_checkpoint
 from lte_ray.storage import RunDirectory
-from tests.support.helpers import make_plan_of, random_flat
+from tests.support.plans import plan_from_shapes, random_flat
 from tests.unit.checkpoint.test_damaged_checkpoints import FUZZ, places, replaced, values
 
-PLAN = make_plan_of([(6, 5, 2)], [(4,)], scaling=2.0)
+PLAN = plan_from_shapes([(6, 5, 2)], [(4,)], scaling=2.0)
 LANES = {head: first_lanes(head, 2) for head in (0, 1)}
 FACTS = {
     "step": 4,

@@ -27,7 +27,8 @@ from lte_ray.simulation.delivery import StalenessQueue
 from lte_ray.simulation.network import Link
 from lte_ray.simulation.record import KINDS, SimulationRecord
 from lte_ray.transfer.codec import min_contribution_bytes
-from tests.support.helpers import Poisoned, Tiny, assert_near, make_settings
+from tests.support.numerics import assert_near
+from tests.support.tiny_worker import NaNLosses, Tiny, make_settings
 
 FREE = ClusterModel(step_seconds=1.0, bandwidth=0, latency=0, message_seconds=0, merge_flops=0, merge_memory=0)
 """Nothing but steps takes time: one second each."""
@@ -262,7 +263,7 @@ def test_one_head_that_does_not_wait_equals_the_barrier_if_nothing_takes_time() 
 
 def test_a_head_with_a_nan_continues_as_in_the_barrier() -> None:
     """One of its rounds is dropped; all else is as in `run_in_process`, bit for bit."""
-    worker, same = Poisoned(bad=(4,)), make_settings()
+    worker, same = NaNLosses(bad_batches=(4,)), make_settings()
     run, reference = simulate_training(worker, same, FREE, torch.float64), run_in_process(worker, same, torch.float64)
     assert [head.refused for head in run.record.heads] == [0, 1]
     assert torch.equal(run.base, reference.base)
@@ -272,7 +273,7 @@ def test_a_head_with_a_nan_continues_as_in_the_barrier() -> None:
 def test_a_head_that_is_quarantined_leaves(wait: bool) -> None:
     """Its third contribution is its last; if heads share their steps, others take those that it hasn't begun."""
     made = dataclasses.replace(make_settings(heads=3), merge=MergeConfig(3, wait=wait))
-    run = simulate_training(Poisoned(), made, FREE, torch.float64).record
+    run = simulate_training(NaNLosses(), made, FREE, torch.float64).record
     assert [(head.contributions, head.refused) for head in run.heads][1] == (3, 3)
     assert [head.refused for head in run.heads] == [0, 3, 0]
     assert sum(merge.steps for merge in run.merges) == (24 if wait else 36 - run.heads[1].steps)

@@ -13,8 +13,8 @@ from torch import Tensor
 from lte_ray.errors import ConfigError, PolicyError
 from lte_ray.merging import Average, ComposedPolicy, Decision, Merge, MergeChange, Pending, Roster, Try, Wait, combine
 from lte_ray.testing import check_policy
-from tests.support.helpers import offer, random_flat
-from tests.support.policies import PLAN, coordinator_of
+from tests.support.plans import make_contribution, random_flat
+from tests.support.policies import PLAN, make_coordinator
 
 
 class Raises:
@@ -183,11 +183,11 @@ def test_a_misbehaving_policy_ends_the_run_with_an_error_that_names_it(policy: t
     """PolicyError in the engine, whatever the policy does; the base stays as it was."""
     made = policy()
     scheduled = made if hasattr(made, "decide") else ComposedPolicy(made)
-    coordinator, base = coordinator_of(scheduled, heads=1)
+    coordinator, base = make_coordinator(scheduled, heads=1)
     with pytest.raises(PolicyError, match=says):  # noqa: PT012 - Raises does so at its second merge, OtherJudge later
         for sequence in (1, 2):
             base = coordinator.base.clone()
-            coordinator.receive(offer(0, sequence), random_flat(PLAN.contribution.size, sequence))
+            coordinator.receive(make_contribution(0, sequence), random_flat(PLAN.contribution.size, sequence))
             if coordinator.candidate is not None:
                 coordinator.receive_evaluation({"loss": 1.0})
     assert torch.equal(coordinator.base, base)

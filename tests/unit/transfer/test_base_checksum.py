@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lte_ray.transfer.checksum import base_checksum
-from tests.support.helpers import random_flat
+from tests.support.plans import random_flat
 
 
 @given(st.integers(1, 200_000), st.integers(0, 2**31), st.sampled_from([torch.float32, torch.float64]))

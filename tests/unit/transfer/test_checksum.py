@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lte_ray.transfer.checksum import buffers_checksum, verify_checksums
-from tests.support.codecs import FORMATS, large
-from tests.support.helpers import random_flat
+from tests.support.codecs import FORMATS, large_codec
+from tests.support.plans import random_flat
 
 TYPES = [torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -69,7 +69,7 @@ def test_a_seal_is_of_the_bytes_and_not_of_how_they_lie() -> None:
 @pytest.mark.parametrize("topk", [1.0, 0.05])
 def test_sealed_contributions_in_every_format(transfer: str, topk: float) -> None:
     """The buffers that a codec makes, by group: equal ones have equal checksums, and one byte changed in any group shows."""
-    codec = large(transfer, topk)
+    codec = large_codec(transfer, topk)
     flat = random_flat(codec.plan.contribution.size, 1, torch.float32)
     buffers, _ = codec.encode(flat, None)
     before = buffers_checksum(buffers)

@@ -15,15 +15,15 @@ from lte_ray.layout import Plan
 from lte_ray.transfer import packing
 from lte_ray.transfer.checksum import base_checksum
 from lte_ray.transfer.codec import min_contribution_bytes
-from tests.support.codecs import FORMATS, large, make_codec
-from tests.support.helpers import make_plan_of, random_flat
+from tests.support.codecs import FORMATS, large_codec, make_codec
+from tests.support.plans import plan_from_shapes, random_flat
 
 WIDTH = {"fp32": 4, "bf16": 2, "int8": 1}
 BLOCK = 512
 
 sizes = st.integers(1, 60)
 plans = st.builds(
-    make_plan_of,
+    plan_from_shapes,
     st.lists(st.tuples(sizes, sizes, st.integers(1, 12)), min_size=1, max_size=4),
     st.lists(st.lists(st.integers(0, 40), max_size=2).map(tuple), max_size=3),
 )
@@ -74,7 +74,7 @@ def test_fp32_is_exact_and_copies_nothing(plan: Plan, dtype: torch.dtype) -> Non
 @given(st.integers(1, 1500), st.floats(-30, 30), st.sampled_from([torch.float32, torch.float64]), st.booleans())
 def test_int8_is_wrong_by_at_most_half_a_step(size: int, power: float, dtype: torch.dtype, has_zero_block: bool) -> None:
     """|error| <= largest of the block / 254, up to the roundings of the step and the product."""
-    codec = make_codec(make_plan_of([(1, 1, 1)], [(size,)]), MergeConfig(transfer="int8", send_down="dense"), dtype)
+    codec = make_codec(plan_from_shapes([(1, 1, 1)], [(size,)]), MergeConfig(transfer="int8", send_down="dense"), dtype)
     contribution = random_flat(2 + size, 3, dtype) * 10**power
     if has_zero_block:
         contribution[2 : 2 + BLOCK] = 0
@@ -88,7 +88,7 @@ def test_int8_is_wrong_by_at_most_half_a_step(size: int, power: float, dtype: to
 @pytest.mark.parametrize("transfer", ["bf16", "int8"])
 def test_pieces_that_fit_a_cache_change_no_bit(transfer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of several pieces and a rest are rounded as in one piece."""
-    codec = make_codec(make_plan_of([(300, 400, 200)], [(1000,)]), MergeConfig(transfer=transfer))
+    codec = make_codec(plan_from_shapes([(300, 400, 200)], [(1000,)]), MergeConfig(transfer=transfer))
     contribution = random_flat(codec.plan.contribution.size, 4, torch.float32)
     reference = random_flat(codec.plan.factors_size, 5, torch.float32)
     assert codec.plan.factors_size > 2 * packing.CHUNK
@@ -103,7 +103,7 @@ def test_pieces_that_fit_a_cache_change_no_bit(transfer: str, monkeypatch: pytes
 @pytest.mark.parametrize("topk", [0.01, 0.1, 0.5])
 def test_topk_carries_the_largest_changes(transfer: str, topk: float) -> None:
     """The share of the largest |value| arrives, rounded; the others are zero; in fp32 what arrives is exact."""
-    codec = large(transfer, topk)
+    codec = large_codec(transfer, topk)
     begin = codec.plan.factors_size
     contribution = random_flat(codec.plan.contribution.size, 4, torch.float32)
     _, decoded = codec.encode(contribution, None)
@@ -116,7 +116,7 @@ def test_topk_carries_the_largest_changes(transfer: str, topk: float) -> None:
 
 def test_the_largest_of_many_are_found_exactly() -> None:
     """Also where a sample says first what may be among them, wherever they lie, with ties and NaN."""
-    plan = make_plan_of([(1, 1, 1)], [(400_000,)])
+    plan = plan_from_shapes([(1, 1, 1)], [(400_000,)])
     codec = make_codec(plan, MergeConfig(replica_topk=0.001))
     normal, heavy = random_flat(plan.contribution.size, 5, torch.float32), random_flat(plan.contribution.size, 6, torch.float32)
     heavy[2::25] *= 1000  # just those that are the sample, which then suggests too high a bound
@@ -145,7 +145,7 @@ def test_sizes_are_those_of_the_formula(plan: Plan, merge: MergeConfig) -> None:
 
 def test_int8_costs_less_than_one_percent_more_than_its_values() -> None:
     """On GPT-2's shapes at rank 32."""
-    plan = make_plan_of([(2304, 768, 32), (768, 768, 32), (3072, 768, 32), (768, 3072, 32)] * 12, [(102_144,)])
+    plan = plan_from_shapes([(2304, 768, 32), (768, 768, 32), (3072, 768, 32), (768, 3072, 32)] * 12, [(102_144,)])
     for topk in (1.0, 0.1, 0.01):
         merge = MergeConfig(transfer="int8", replica_topk=topk)
         assert sum(make_codec(plan, merge).buffer_sizes) <= 1.01 * min_contribution_bytes(plan, merge)
@@ -155,7 +155,7 @@ def test_int8_costs_less_than_one_percent_more_than_its_values() -> None:
 @pytest.mark.parametrize("topk", [1.0, 0.5])
 def test_buffers_and_contributions_may_lie_anywhere(transfer: str, topk: float) -> None:
     """Unaligned or strided memory, as a message may have it, gives the same values."""
-    codec = large(transfer, topk)
+    codec = large_codec(transfer, topk)
     contribution = random_flat(codec.plan.contribution.size, 4, torch.float32)
     (buffer,), decoded = codec.encode(contribution, None)
     moved = torch.cat([buffer.new_zeros(3), buffer])[3:]
@@ -171,7 +171,7 @@ def test_buffers_and_contributions_may_lie_anywhere(transfer: str, topk: float) 
 @pytest.mark.parametrize("topk", [1.0, 0.5, 0.01])
 def test_a_gpu_sends_the_same_bytes(transfer: str, topk: float) -> None:
     """Encoding, decoding and checksums give a CPU's bits."""
-    codec = large(transfer, topk)
+    codec = large_codec(transfer, topk)
     contribution = random_flat(codec.plan.contribution.size, 4, torch.float32)
     reference = random_flat(codec.plan.factors_size, 5, torch.float32)
     (here,), decoded = codec.encode(contribution, reference)

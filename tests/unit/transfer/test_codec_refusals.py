@@ -10,8 +10,8 @@ import torch
 from lte_ray.config.merge import MergeConfig
 from lte_ray.transfer.codec import Codec
 from lte_ray.transfer.groups import EntryGroup
-from tests.support.codecs import FORMATS, large, make_codec
-from tests.support.helpers import make_plan_of, random_flat
+from tests.support.codecs import FORMATS, large_codec, make_codec
+from tests.support.plans import plan_from_shapes, random_flat
 
 
 @pytest.mark.parametrize("transfer", FORMATS)
@@ -20,7 +20,7 @@ from tests.support.helpers import make_plan_of, random_flat
 @pytest.mark.parametrize("at", [0, 5, -1])
 def test_non_finite_stays_non_finite(transfer: str, topk: float, value: float, at: int) -> None:
     """In a factor or a replica change, with and without a reference: the receiver sees it and can refuse it."""
-    codec = large(transfer, topk)
+    codec = large_codec(transfer, topk)
     contribution = random_flat(codec.plan.contribution.size, 7, torch.float32)
     contribution[at] = value
     for reference in (None, random_flat(codec.plan.factors_size, 8, torch.float32)):
@@ -29,7 +29,7 @@ def test_non_finite_stays_non_finite(transfer: str, topk: float, value: float, a
 
 def test_float64_beyond_float32_comes_out_non_finite() -> None:
     """A value that a step or bf16 can't hold isn't cut off silently."""
-    plan = make_plan_of([(4, 4, 1)], [(3,)])
+    plan = plan_from_shapes([(4, 4, 1)], [(3,)])
     for transfer in ("bf16", "int8"):
         contribution = random_flat(plan.contribution.size, 7)
         contribution[0] = 1e300
@@ -42,7 +42,7 @@ def test_float64_beyond_float32_comes_out_non_finite() -> None:
 @pytest.mark.parametrize("topk", [1.0, 0.5, 0.01])
 def test_malformed_buffers_are_refused(transfer: str, topk: float) -> None:
     """Another length, type or shape is named with what was expected; nothing is read beyond the end."""
-    codec = large(transfer, topk)
+    codec = large_codec(transfer, topk)
     (buffer,), _ = codec.encode(random_flat(codec.plan.contribution.size, 4, torch.float32), None)
     longer = torch.cat([buffer, buffer[:1]])
     for bad in (buffer[:-1], longer, buffer[:0], buffer.view(1, -1), buffer.to(torch.int8)):
@@ -54,7 +54,7 @@ def test_malformed_buffers_are_refused(transfer: str, topk: float) -> None:
 @pytest.mark.parametrize("index", [-1, 1305, 2**31 - 1])
 def test_indices_out_of_range_are_refused(index: int) -> None:
     """First or last, they never reach the tensor; nor do repeated ones."""
-    codec = large("fp32", 0.01)
+    codec = large_codec("fp32", 0.01)
     (buffer,), _ = codec.encode(random_flat(codec.plan.contribution.size, 4, torch.float32), None)
     indices = buffer[-4 * 13 :].view(torch.int32)
     assert bool((indices[1:] > indices[:-1]).all())
@@ -67,7 +67,7 @@ def test_indices_out_of_range_are_refused(index: int) -> None:
 
 def test_wrong_bitmaps_are_refused() -> None:
     """A bit too many or too few, none, and one beyond the last element."""
-    codec = large("int8", 0.5)
+    codec = large_codec("int8", 0.5)
     (buffer,), _ = codec.encode(random_flat(codec.plan.contribution.size, 4, torch.float32), None)
     bitmap = buffer[-164:]
     beyond = bitmap.clone()
@@ -80,7 +80,7 @@ def test_wrong_bitmaps_are_refused() -> None:
 
 def test_other_sizes_and_groups_are_refused() -> None:
     """A contribution or reference of another plan or type, a missing buffer, groups that don't fit the plan."""
-    codec = large("int8")
+    codec = large_codec("int8")
     whole = random_flat(codec.plan.contribution.size, 4, torch.float32)
     buffers, _ = codec.encode(whole, None)
     with pytest.raises(ValueError, match="expected a flat contribution of"):

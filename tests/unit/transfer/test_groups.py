@@ -18,7 +18,8 @@ from lte_ray.merging.low_rank import Share, add_contributions
 from lte_ray.transfer.codec import Codec
 from lte_ray.transfer.groups import make_groups, subplan
 from tests.support.codecs import FORMATS
-from tests.support.helpers import assert_near, make_plan_of, random_flat
+from tests.support.numerics import assert_near
+from tests.support.plans import plan_from_shapes, random_flat
 
 shapes = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.just(1)), min_size=1, max_size=8)
 replicas = st.lists(st.lists(st.integers(0, 9), max_size=2).map(tuple), max_size=3)
@@ -27,7 +28,7 @@ ranks = st.lists(st.integers(1, 12), min_size=1, max_size=5)
 
 def plans_of(shapes: list[tuple[int, int, int]], replicas: list[tuple[int, ...]], ranks: list[int]) -> list[Plan]:
     """A plan for each of the ranks; the base is the same."""
-    return [make_plan_of([(out, inner, rank) for out, inner, _ in shapes], replicas) for rank in ranks]
+    return [plan_from_shapes([(out, inner, rank) for out, inner, _ in shapes], replicas) for rank in ranks]
 
 
 @given(shapes, replicas, ranks, st.sampled_from(FORMATS))

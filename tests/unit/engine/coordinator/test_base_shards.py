@@ -14,7 +14,7 @@ from lte_ray.config import MergeConfig
 from lte_ray.merging.flat_buffer import gather, views
 from lte_ray.merging.registry import WEIGHT_POLICIES, make_policy
 from tests.support.base_shards import HEADS, Scripted, assert_same, make_both
-from tests.support.helpers import offer, random_flat
+from tests.support.plans import make_contribution, random_flat
 
 
 @given(
@@ -42,13 +42,15 @@ def test_sharded_merging_is_bitwise_equal_to_local_merging(
                 assert local.join(head, incarnations[head], fresh=True)
                 sharded.restart_fresh(head, incarnations[head])
             continue
-        local.policy.what = sharded.coordinator.policy.what = what  # type: ignore[attr-defined]
+        local.policy.next_decision = sharded.coordinator.policy.next_decision = what  # type: ignore[attr-defined]
         codec, plan = sharded.codecs[head], local.plans[head]
         flat, reference = random_flat(plan.contribution.size, sequence).float(), local.reference(head)
         if what == "nan":
             flat[0] = float("nan")
         buffers, decoded = codec.encode(flat, reference)
-        contribution = dataclasses.replace(offer(head, sequence, version=local.version), incarnation=incarnations[head])
+        contribution = dataclasses.replace(
+            make_contribution(head, sequence, version=local.version), incarnation=incarnations[head]
+        )
         assert_same(local.receive(contribution, decoded), sharded.receive(contribution, buffers))
         assert torch.equal(local.base, sharded.base())
     for index in range(len(sharded.codecs[0].groups)):
@@ -71,7 +73,7 @@ def test_shards_forget_the_reference_of_a_head_that_restarts_fresh() -> None:
         buffers, decoded = sharded.codecs[0].encode(
             random_flat(local.plans[0].contribution.size, sequence).float(), local.reference(0)
         )
-        contribution = dataclasses.replace(offer(0, sequence, version=local.version), incarnation=incarnation)
+        contribution = make_contribution(0, sequence, version=local.version, incarnation=incarnation)
         assert_same(local.receive(contribution, decoded), sharded.receive(contribution, buffers))
         assert torch.equal(local.base, sharded.base())
 
@@ -86,7 +88,7 @@ def test_built_in_weight_policies_need_no_tensors(name: str) -> None:
             for head in (2, 0, 1):
                 flat = random_flat(local.plan.contribution.size, 10 * sequence + head).float()
                 buffers, decoded = sharded.codecs[head].encode(flat, local.reference(head))
-                contribution = offer(head, sequence, samples=4 + head)
+                contribution = make_contribution(head, sequence, samples=4 + head)
                 assert_same(local.receive(contribution, decoded), sharded.receive(contribution, buffers))
         assert local.version == (3 if when == "barrier" else 9)
         assert torch.equal(local.base, sharded.base())
@@ -99,7 +101,7 @@ def test_a_read_is_of_the_version_at_which_it_was_scheduled() -> None:
     for sequence in range(1, 6):
         codec = sharded.codecs[0]
         flat = random_flat(codec.plan.contribution.size, sequence).float()
-        sharded.receive(offer(0, sequence), codec.encode(flat, None)[0])
+        sharded.receive(make_contribution(0, sequence), codec.encode(flat, None)[0])
         for shard in sharded.shards:
             versions += [(sequence, shard.schedule_read(i, lambda version, part, held: version)) for i in shard.groups]
         if sequence == 3:
@@ -113,7 +115,7 @@ def test_a_read_is_of_the_version_at_which_it_was_scheduled() -> None:
     _, again = make_both(MergeConfig(shards=2), [2, 2, 2], "none", Scripted)
     for sequence in range(1, 4):
         flat = random_flat(again.codecs[0].plan.contribution.size, sequence).float()
-        again.receive(offer(0, sequence), again.codecs[0].encode(flat, None)[0])
+        again.receive(make_contribution(0, sequence), again.codecs[0].encode(flat, None)[0])
     indices = [i for shard in sharded.shards for i in shard.groups]
     expected = views(again.codecs[0].plan.base, again.base())
     for index, future in zip(indices, bases[0], strict=True):

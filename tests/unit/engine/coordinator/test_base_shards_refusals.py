@@ -14,7 +14,7 @@ from lte_ray.merging import Decision, Merge, MergeChange, Pending, Roster, Try, 
 from lte_ray.merging.registry import POLICIES, WEIGHT_POLICIES, make_policy
 from lte_ray.messages import Contribution
 from tests.support.base_shards import HEADS, Scripted, assert_same, make_both
-from tests.support.helpers import offer, random_flat
+from tests.support.plans import make_contribution, random_flat
 
 
 @pytest.mark.parametrize("name", sorted(set(POLICIES) - set(WEIGHT_POLICIES)))
@@ -53,20 +53,20 @@ def test_a_policy_that_reads_tensors_needs_one_shard(what: Callable, reason: str
     _, sharded = make_both(MergeConfig(shards=2), [2, 2], "none", lambda: ReadsTensors(what))
     buffers, _ = sharded.codecs[0].encode(random_flat(sharded.codecs[0].plan.contribution.size, 1).float(), None)
     with pytest.raises(PolicyError, match=rf"The merge policy ReadsTensors {reason}.*needs --shards 1, but --shards is 2"):
-        sharded.receive(offer(0), buffers)
+        sharded.receive(make_contribution(0), buffers)
     assert sharded.coordinator.version == 0
 
 
 BAD: dict[str, tuple[Contribution, float | None]] = {
-    "another run": (offer(1, run="other"), None),
-    "unknown head": (offer(7), None),
-    "repeat": (offer(0), None),
-    "stale incarnation": (offer(0, 9, incarnation=-1), None),
-    "undecided": (offer(0, 2), None),
-    "too new": (offer(1, version=1), None),
-    "NaN": (offer(1), float("nan")),
-    "infinite": (offer(1), float("-inf")),
-    "absurdly large": (offer(1), 1e16),
+    "another run": (make_contribution(1, run="other"), None),
+    "unknown head": (make_contribution(7), None),
+    "repeat": (make_contribution(0), None),
+    "stale incarnation": (make_contribution(0, 9, incarnation=-1), None),
+    "undecided": (make_contribution(0, 2), None),
+    "too new": (make_contribution(1, version=1), None),
+    "NaN": (make_contribution(1), float("nan")),
+    "infinite": (make_contribution(1), float("-inf")),
+    "absurdly large": (make_contribution(1), 1e16),
 }
 
 
@@ -75,9 +75,9 @@ BAD: dict[str, tuple[Contribution, float | None]] = {
 def test_shards_refuse_the_same_with_the_same_reasons(case: str, at: int) -> None:
     """Nothing of it is kept, and what was pending before stays."""
     local, sharded = make_both(MergeConfig(shards=3), [2, 2, 2], "none", Scripted)
-    local.policy.what = sharded.coordinator.policy.what = "wait"  # type: ignore[attr-defined]
+    local.policy.next_decision = sharded.coordinator.policy.next_decision = "wait"  # type: ignore[attr-defined]
     contribution, value = BAD[case]
-    for sent, number in ((offer(0), 1), (contribution, 2)):
+    for sent, number in ((make_contribution(0), 1), (contribution, 2)):
         codec = sharded.codecs[0]
         flat = random_flat(codec.plan.contribution.size, number).float()
         if value is not None and number == 2:

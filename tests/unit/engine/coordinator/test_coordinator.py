@@ -15,9 +15,12 @@ from torch import Tensor
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.layout import Plan
 from lte_ray.merging import Average, ComposedPolicy, Decision, Discard, Merge, MergeChange, Pending, Roster, Wait
-from tests.support.helpers import assert_near, dense_by_hand, make_plan_of, make_settings, offer, random_flat
+from tests.support.dense_reference import dense_change_by_formula
+from tests.support.numerics import assert_near
+from tests.support.plans import make_contribution, plan_from_shapes, random_flat
+from tests.support.tiny_worker import make_settings
 
-PLAN = make_plan_of([(6, 5, 2), (3, 4, 1)], [(4,), ()], scaling=2.0)
+PLAN = plan_from_shapes([(6, 5, 2), (3, 4, 1)], [(4,), ()], scaling=2.0)
 
 
 def make(policy: object, heads: int = 2, reset: str = "none", plan: Plan = PLAN) -> tuple[Coordinator, Tensor]:
@@ -42,12 +45,12 @@ def test_average_waits_for_all_heads_and_merges_their_mean_change() -> None:
     for sequence in (1, 2):
         sent = {head: buffer(10 * sequence + head) for head in range(3)}
         for head in (0, 1):
-            outcome = coordinator.receive(offer(head, sequence), sent[head])
+            outcome = coordinator.receive(make_contribution(head, sequence), sent[head])
             assert (outcome.results, outcome.merges) == ((), ())
         assert coordinator.pending_heads == [0, 1]
         assert coordinator.waiting_for == "for heads [2]"
-        outcome = coordinator.receive(offer(2, sequence), sent[2])
-        base = base + sum(dense_by_hand(PLAN, sent[h], before.get(h)) for h in range(3)) / 3
+        outcome = coordinator.receive(make_contribution(2, sequence), sent[2])
+        base = base + sum(dense_change_by_formula(PLAN, sent[h], before.get(h)) for h in range(3)) / 3
         before = {h: factors(sent[h]) for h in sent}
         assert_near(coordinator.base, base, 1e-14)  # 3 x 2 products of inner size 2, in float64
         assert [(v.head, v.sequence, v.accepted, v.version) for v in outcome.results] == [
@@ -67,10 +70,10 @@ def test_a_merge_records_the_largest_quantization_error_of_its_contributions(err
     """From whichever head, and of this merge only."""
     coordinator, _ = make(ComposedPolicy(Average()), heads=3)
     for head, error in enumerate(errors):
-        outcome = coordinator.receive(offer(head, base_error=error), buffer(head))
+        outcome = coordinator.receive(make_contribution(head, base_error=error), buffer(head))
     assert [m.base_error for m in outcome.merges] == [max(errors)]
     for head in range(3):
-        outcome = coordinator.receive(offer(head, 2, base_error=0.01 * head), buffer(head))
+        outcome = coordinator.receive(make_contribution(head, 2, base_error=0.01 * head), buffer(head))
     assert [m.base_error for m in outcome.merges] == [0.02]
 
 
@@ -79,9 +82,9 @@ def test_the_order_of_arrival_does_not_matter(order: tuple[int, ...]) -> None:
     """The merged base is bitwise the same for every order of arrival."""
     coordinator, expected = make(ComposedPolicy(Average()), heads=3), make(ComposedPolicy(Average()), heads=3)[0]
     for head in range(3):
-        expected.receive(offer(head), buffer(head))
+        expected.receive(make_contribution(head), buffer(head))
     for head in order:
-        coordinator[0].receive(offer(head), buffer(head))
+        coordinator[0].receive(make_contribution(head), buffer(head))
     assert torch.equal(coordinator[0].base, expected.base)
 
 
@@ -91,8 +94,8 @@ def test_a_reset_run_has_no_references() -> None:
     for sequence in (1, 2):
         for head in (0, 1):
             sent = buffer(10 * sequence + head)
-            base = base + dense_by_hand(PLAN, sent, None) / 2
-            coordinator.receive(offer(head, sequence), sent)
+            base = base + dense_change_by_formula(PLAN, sent, None) / 2
+            coordinator.receive(make_contribution(head, sequence), sent)
     assert_near(coordinator.base, base, 1e-14)  # as above
 
 
@@ -130,7 +133,7 @@ def test_the_base_is_the_weighted_sum_of_accepted_changes_for_every_policy(
 ) -> None:
     """At every version, base_v - base_0 = sum of w D over the accepted contributions, where D is relative to the head's last
     accepted one. It holds for weights and replicas, and for merges of any subset."""
-    plan = make_plan_of(shapes, [(3,)], scaling=1.5)
+    plan = plan_from_shapes(shapes, [(3,)], scaling=1.5)
     policy, chance = Chance(seed), random.Random(seed + 1)
     coordinator, start = make(policy, heads, plan=plan)
     total, version = torch.zeros_like(start), 0
@@ -143,12 +146,12 @@ def test_the_base_is_the_weighted_sum_of_accepted_changes_for_every_policy(
                 continue
             sequences[head] += 1
             sent[head] = buffer(1000 * turn + head, plan)
-            outcome = coordinator.receive(offer(head, sequences[head]), sent[head])
+            outcome = coordinator.receive(make_contribution(head, sequences[head]), sent[head])
             version += len(outcome.merges)
             for result in outcome.results:
                 assert result.sequence == sequences[result.head]
                 if result.accepted:
-                    change = dense_by_hand(plan, sent[result.head], accepted.get(result.head))
+                    change = dense_change_by_formula(plan, sent[result.head], accepted.get(result.head))
                     total += policy.weights[result.head] * change
                     accepted[result.head] = factors(sent[result.head], plan)
             assert coordinator.version == version
@@ -171,42 +174,42 @@ def test_merge_change_adds_exactly_what_the_policy_computed() -> None:
     """base += change; the contributions that it replaces become their heads' references."""
     change = random_flat(PLAN.base.size, 5)
     coordinator, base = make(Script(Wait(), MergeChange(change, (1, 0)), Wait(), Wait(), Merge({0: 1.0, 1: 1.0})))
-    coordinator.receive(offer(0), first := buffer(0))
-    outcome = coordinator.receive(offer(1), buffer(1))
+    coordinator.receive(make_contribution(0), first := buffer(0))
+    outcome = coordinator.receive(make_contribution(1), buffer(1))
     assert torch.equal(coordinator.base, base + change)
     assert outcome.merges[0].heads == (0, 1)
-    coordinator.receive(offer(0, 2), first)  # the same factors again: only the replica change is new
-    coordinator.receive(offer(1, 2), torch.zeros_like(first))
-    expected = base + change + dense_by_hand(PLAN, first, factors(first))
-    expected = expected + dense_by_hand(PLAN, torch.zeros_like(first), factors(buffer(1)))
+    coordinator.receive(make_contribution(0, 2), first)  # the same factors again: only the replica change is new
+    coordinator.receive(make_contribution(1, 2), torch.zeros_like(first))
+    expected = base + change + dense_change_by_formula(PLAN, first, factors(first))
+    expected = expected + dense_change_by_formula(PLAN, torch.zeros_like(first), factors(buffer(1)))
     assert_near(coordinator.base, expected, 1e-14)  # a few float64 products
 
 
 def test_a_discard_keeps_base_and_reference() -> None:
     """The result has the policy's reason; the head's next contribution is relative to the old reference."""
     coordinator, base = make(Script(Discard([0], "too old"), Wait(), Merge({0: 0.5})))
-    outcome = coordinator.receive(offer(0), buffer(0))
+    outcome = coordinator.receive(make_contribution(0), buffer(0))
     (result,) = outcome.results
     assert (result.accepted, result.version, result.reason) == (False, 0, "the policy discarded it: too old")
     assert torch.equal(coordinator.base, base)
     assert (coordinator.version, coordinator.pending_heads, outcome.merges) == (0, [], ())
-    coordinator.receive(offer(0, 2), second := buffer(1))
-    assert_near(coordinator.base, base + 0.5 * dense_by_hand(PLAN, second, None), 1e-14)  # one float64 product
+    coordinator.receive(make_contribution(0, 2), second := buffer(1))
+    assert_near(coordinator.base, base + 0.5 * dense_change_by_formula(PLAN, second, None), 1e-14)  # one float64 product
 
 
 def test_policies_see_pending_heads_in_order_and_the_live_heads() -> None:
     """Pending is sorted by head, with lag, counts and dense change; the roster follows heads that leave."""
     policy = Script(Wait(), Wait(), Merge({2: 1.0}), Wait(), Wait())
     coordinator, _ = make(policy, heads=3)
-    coordinator.receive(offer(2), buffer(2))
-    coordinator.receive(offer(0), buffer(0))
+    coordinator.receive(make_contribution(2), buffer(2))
+    coordinator.receive(make_contribution(0), buffer(0))
     coordinator.leave(1)
     pending, roster = policy.seen[1]
     assert [(p.head, p.version, p.lag, p.steps, p.samples, p.loss) for p in pending] == [
         (0, 0, 0, 3, 12, 1.0),
         (2, 0, 0, 3, 12, 1.0),
     ]
-    assert_near(pending[0].change(), dense_by_hand(PLAN, buffer(0), None), 1e-14)  # one float64 product
+    assert_near(pending[0].change(), dense_change_by_formula(PLAN, buffer(0), None), 1e-14)  # one float64 product
     assert (roster.num_heads, roster.live, roster.version) == (3, frozenset({0, 1, 2}), 0)
     pending, roster = policy.seen[3]
     assert [(p.head, p.lag) for p in pending] == [(0, 1)]
@@ -216,11 +219,11 @@ def test_policies_see_pending_heads_in_order_and_the_live_heads() -> None:
 def test_a_barrier_does_not_wait_for_a_head_that_leaves() -> None:
     """The others merge without it, each with weight 1/N of the configured heads."""
     coordinator, base = make(ComposedPolicy(Average()), heads=3)
-    coordinator.receive(offer(0), buffer(0))
-    coordinator.receive(offer(2), buffer(2))
+    coordinator.receive(make_contribution(0), buffer(0))
+    coordinator.receive(make_contribution(2), buffer(2))
     outcome = coordinator.leave(1)
     assert [(v.head, v.accepted) for v in outcome.results] == [(0, True), (2, True)]
-    expected = base + (dense_by_hand(PLAN, buffer(0), None) + dense_by_hand(PLAN, buffer(2), None)) / 3
+    expected = base + (dense_change_by_formula(PLAN, buffer(0), None) + dense_change_by_formula(PLAN, buffer(2), None)) / 3
     assert_near(coordinator.base, expected, 1e-14)  # two float64 products
 
 
@@ -228,11 +231,11 @@ def test_a_run_continues_from_its_version_and_references() -> None:
     """A coordinator with the first one's version and references merges the same."""
     first, _ = make(ComposedPolicy(Average()))
     for head in (0, 1):
-        first.receive(offer(head), buffer(head))
+        first.receive(make_contribution(head), buffer(head))
     references = {h: factors(buffer(h)).clone() for h in (0, 1)}
     second = Coordinator(first.settings, PLAN, first.base.clone(), ComposedPolicy(Average()), version=1, references=references)
     for coordinator in (first, second):
         for head in (0, 1):
-            coordinator.receive(offer(head, 2, version=1), buffer(5 + head))
+            coordinator.receive(make_contribution(head, 2, version=1), buffer(5 + head))
     assert torch.equal(second.base, first.base)
     assert (second.version, first.version) == (2, 2)

@@ -10,9 +10,10 @@ import pytest
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.settings import Settings
 from lte_ray.merging import Decision, Merge, Pending, Roster, Try, Wait
-from tests.support.helpers import make_plan_of, make_settings, offer, random_flat
+from tests.support.plans import make_contribution, plan_from_shapes, random_flat
+from tests.support.tiny_worker import make_settings
 
-PLAN = make_plan_of([(6, 5, 2), (3, 4, 1)], [(4,), ()], scaling=2.0)
+PLAN = plan_from_shapes([(6, 5, 2), (3, 4, 1)], [(4,), ()], scaling=2.0)
 
 
 class TryAll:
@@ -40,7 +41,7 @@ def test_dropping_a_head_voids_the_trial_of_its_contribution() -> None:
     """The evaluated base isn't merged; the policy is asked again, about the remaining heads."""
     coordinator = make(TryAll(), make_settings(heads=3))
     for head in range(3):
-        coordinator.receive(offer(head), random_flat(PLAN.contribution.size, head))
+        coordinator.receive(make_contribution(head), random_flat(PLAN.contribution.size, head))
     assert coordinator.candidate is not None
     (result,) = coordinator.drop(1).results
     assert not result.accepted
@@ -59,7 +60,9 @@ def test_a_new_head_uses_no_budget_before_it_trains(budget: str) -> None:
     for sequence in (1, 2, 3):
         for head in (0, 1):
             partitions = coordinator.positions[head].lanes
-            contribution = dataclasses.replace(offer(head, sequence, version=coordinator.version), partitions=partitions)
+            contribution = dataclasses.replace(
+                make_contribution(head, sequence, version=coordinator.version), partitions=partitions
+            )
             assert coordinator.receive(contribution, random_flat(PLAN.contribution.size, head)).merges
     before = coordinator.step_budget.taken
     coordinator.join(2, 0)
@@ -73,7 +76,7 @@ def test_a_head_that_no_version_knows_is_new_to_the_next_coordinator() -> None:
     """It was dropped and added again, and the coordinator died before a merge of it: it waits for data, and isn't forgotten."""
     settings = make_settings(heads=2)
     before = make(MergeAll(), settings)
-    before.receive(offer(1), random_flat(PLAN.contribution.size, 1))
+    before.receive(make_contribution(1), random_flat(PLAN.contribution.size, 1))
     before.drop(1)
     after = Coordinator(
         settings,

@@ -14,9 +14,10 @@ from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.errors import PolicyError
 from lte_ray.merging import Average, ComposedPolicy, Decision, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Wait
 from lte_ray.messages import Contribution
-from tests.support.helpers import make_plan_of, make_settings, offer, random_flat
+from tests.support.plans import make_contribution, plan_from_shapes, random_flat
+from tests.support.tiny_worker import make_settings
 
-PLAN = make_plan_of([(6, 5, 2)], [(4,)], scaling=2.0)
+PLAN = plan_from_shapes([(6, 5, 2)], [(4,)], scaling=2.0)
 SIZE = PLAN.contribution.size
 
 
@@ -38,22 +39,22 @@ def expected(shape: str, kind: str) -> str:
 
 GOOD = random_flat(SIZE, 1)
 REFUSED: dict[str, tuple[Contribution, Tensor, str]] = {
-    "another run": (offer(1, run="other"), GOOD, "it belongs to run 'other', not 'test'"),
-    "unknown head": (offer(3), GOOD, r"head 3 isn't one of the live heads \[0, 1, 2\]"),
-    "negative head": (offer(-1), GOOD, "head -1 isn't one of the live heads"),
-    "repeat": (offer(0), GOOD, "incarnation 0 sequence 1 of head 0 was received before, or is older"),
-    "undecided": (offer(0, 2), GOOD, "head 0 has a contribution that isn't decided yet"),
-    "too new": (offer(1, version=1), GOOD, "it was trained on version 1, but the newest is 0"),
-    "sequence 0": (offer(1, 0), GOOD, "its sequence is 0, but a head counts its contributions from 1"),
-    "negative sequence": (offer(1, -1, incarnation=1), GOOD, "its sequence is -1"),
-    "too short": (offer(1), GOOD[:-1], expected(f"({SIZE - 1},)", "float64")),
-    "too long": (offer(1), random_flat(SIZE + 1, 1), expected(f"({SIZE + 1},)", "float64")),
-    "not flat": (offer(1), GOOD.view(1, -1), expected(f"(1, {SIZE})", "float64")),
-    "another type": (offer(1), GOOD.float(), expected(f"({SIZE},)", "float32")),
-    "NaN in a factor": (offer(1), with_value(float("nan"), 0), "NaN, infinite or absurdly large"),
-    "NaN in a replica": (offer(1), with_value(float("nan")), "NaN, infinite or absurdly large"),
-    "infinite": (offer(1), with_value(float("-inf")), "NaN, infinite or absurdly large"),
-    "absurdly large": (offer(1), with_value(1e200), "NaN, infinite or absurdly large"),
+    "another run": (make_contribution(1, run="other"), GOOD, "it belongs to run 'other', not 'test'"),
+    "unknown head": (make_contribution(3), GOOD, r"head 3 isn't one of the live heads \[0, 1, 2\]"),
+    "negative head": (make_contribution(-1), GOOD, "head -1 isn't one of the live heads"),
+    "repeat": (make_contribution(0), GOOD, "incarnation 0 sequence 1 of head 0 was received before, or is older"),
+    "undecided": (make_contribution(0, 2), GOOD, "head 0 has a contribution that isn't decided yet"),
+    "too new": (make_contribution(1, version=1), GOOD, "it was trained on version 1, but the newest is 0"),
+    "sequence 0": (make_contribution(1, 0), GOOD, "its sequence is 0, but a head counts its contributions from 1"),
+    "negative sequence": (make_contribution(1, -1, incarnation=1), GOOD, "its sequence is -1"),
+    "too short": (make_contribution(1), GOOD[:-1], expected(f"({SIZE - 1},)", "float64")),
+    "too long": (make_contribution(1), random_flat(SIZE + 1, 1), expected(f"({SIZE + 1},)", "float64")),
+    "not flat": (make_contribution(1), GOOD.view(1, -1), expected(f"(1, {SIZE})", "float64")),
+    "another type": (make_contribution(1), GOOD.float(), expected(f"({SIZE},)", "float32")),
+    "NaN in a factor": (make_contribution(1), with_value(float("nan"), 0), "NaN, infinite or absurdly large"),
+    "NaN in a replica": (make_contribution(1), with_value(float("nan")), "NaN, infinite or absurdly large"),
+    "infinite": (make_contribution(1), with_value(float("-inf")), "NaN, infinite or absurdly large"),
+    "absurdly large": (make_contribution(1), with_value(1e200), "NaN, infinite or absurdly large"),
 }
 HARMFUL = ("NaN in a factor", "NaN in a replica", "infinite", "absurdly large")
 REJECTED = ("too short", "too long", "not flat", "another type", *HARMFUL)
@@ -67,7 +68,7 @@ def test_a_bad_contribution_is_refused_and_nothing_else_is_touched(case: str) ->
     """
     contribution, buffer, reason = REFUSED[case]
     coordinator, base = make(ComposedPolicy(Average()))
-    coordinator.receive(offer(0), GOOD)
+    coordinator.receive(make_contribution(0), GOOD)
     outcome = coordinator.receive(contribution, buffer)
     (result,) = outcome.results
     assert (result.head, result.sequence, result.accepted) == (contribution.head, contribution.sequence, False)
@@ -79,21 +80,25 @@ def test_a_bad_contribution_is_refused_and_nothing_else_is_touched(case: str) ->
     rejected = case in REJECTED
     assert result.harmful == (case in HARMFUL)
     if rejected:
-        (again,) = coordinator.receive(offer(1), GOOD).results
+        (again,) = coordinator.receive(make_contribution(1), GOOD).results
         assert "was received before" in again.reason
-    coordinator.receive(offer(1, 2 if rejected else 1), GOOD)
+    coordinator.receive(make_contribution(1, 2 if rejected else 1), GOOD)
     assert coordinator.pending_heads == [0, 1]
 
 
 def test_an_older_incarnation_is_refused_and_a_newer_one_counts_from_one() -> None:
     """After a restart the head's sequence begins at 1; late contributions of its predecessor are refused."""
     coordinator, base = make(Scripted(Discard([0], ""), Wait(), Discard([0], ""), Wait(), Wait()))
-    assert coordinator.receive(offer(0, 5), GOOD).results[0].reason.startswith("the policy discarded it")
-    assert coordinator.receive(offer(0, 1, incarnation=1), GOOD).results[0].reason.startswith("the policy discarded it")
-    (result,) = coordinator.receive(offer(0, 6), GOOD).results
+    assert coordinator.receive(make_contribution(0, 5), GOOD).results[0].reason.startswith("the policy discarded it")
+    assert (
+        coordinator.receive(make_contribution(0, 1, incarnation=1), GOOD)
+        .results[0]
+        .reason.startswith("the policy discarded it")
+    )
+    (result,) = coordinator.receive(make_contribution(0, 6), GOOD).results
     assert "is older" in result.reason
     assert torch.equal(coordinator.base, base)
-    assert coordinator.receive(offer(0, 2, incarnation=1), GOOD).results == ()
+    assert coordinator.receive(make_contribution(0, 2, incarnation=1), GOOD).results == ()
     assert coordinator.pending_heads == [0]
 
 
@@ -102,12 +107,12 @@ def test_the_third_rejected_contribution_in_a_row_quarantines_its_head() -> None
     coordinator, base = make(Scripted(*[Wait()] * 9))
     bad = with_value(float("nan"))
     for sequence in (1, 2):
-        assert not coordinator.receive(offer(1, sequence), bad).results[0].quarantined
-        assert not coordinator.receive(offer(1, sequence), bad).results[0].quarantined  # a repeat
-    (third,) = coordinator.receive(offer(1, 3), bad).results
+        assert not coordinator.receive(make_contribution(1, sequence), bad).results[0].quarantined
+        assert not coordinator.receive(make_contribution(1, sequence), bad).results[0].quarantined  # a repeat
+    (third,) = coordinator.receive(make_contribution(1, 3), bad).results
     assert (third.harmful, third.quarantined) == (True, True)
     assert coordinator.live == coordinator.members == {0, 2}
-    assert coordinator.receive(offer(1, 4), GOOD).results[0].reason == "head 1 isn't one of the live heads [0, 2]"
+    assert coordinator.receive(make_contribution(1, 4), GOOD).results[0].reason == "head 1 isn't one of the live heads [0, 2]"
     assert torch.equal(coordinator.base, base)
     assert coordinator.assignor.unassigned == initial_partitions(1, 3)
 
@@ -117,8 +122,8 @@ def test_a_merge_resets_the_count_of_rejected_contributions() -> None:
     coordinator, _ = make(Scripted(Merge({1: 0.1}), *[Wait()] * 9))
     for sequence in (1, 2, 4, 5):
         if sequence == 4:
-            assert coordinator.receive(offer(1, 3), GOOD).results[0].accepted
-        (result,) = coordinator.receive(offer(1, sequence), with_value(float("nan"))).results
+            assert coordinator.receive(make_contribution(1, 3), GOOD).results[0].accepted
+        (result,) = coordinator.receive(make_contribution(1, sequence), with_value(float("nan"))).results
         assert (result.harmful, result.quarantined) == (True, False)
     assert coordinator.live == {0, 1, 2}
 
@@ -127,7 +132,7 @@ def test_a_head_that_has_left_can_no_longer_contribute() -> None:
     """It is no longer live."""
     coordinator, _ = make(ComposedPolicy(Average()))
     coordinator.leave(1)
-    (result,) = coordinator.receive(offer(1), GOOD).results
+    (result,) = coordinator.receive(make_contribution(1), GOOD).results
     assert result.reason == "head 1 isn't one of the live heads [0, 2]"
 
 
@@ -168,7 +173,7 @@ def refuse_decision(decision: object, reason: str) -> None:
     """The decision raises PolicyError for this reason, and the base stays as it was."""
     coordinator, base = make(Scripted(decision))
     with pytest.raises(PolicyError, match=reason):
-        coordinator.receive(offer(0), GOOD)
+        coordinator.receive(make_contribution(0), GOOD)
     assert torch.equal(coordinator.base, base)
     assert coordinator.version == 0
 
@@ -202,20 +207,20 @@ def test_a_decision_of_wrong_types_is_a_policy_error(decision: Decision) -> None
 def test_waiting_forever_is_a_policy_error(last: str) -> None:
     """If every live head has contributed, a policy that still waits ends the run; the error says what it waits for."""
     coordinator, _ = make(Scripted(Wait(), Wait(), Wait("for the moon")))
-    coordinator.receive(offer(0), GOOD)
-    coordinator.receive(offer(1), GOOD)
+    coordinator.receive(make_contribution(0), GOOD)
+    coordinator.receive(make_contribution(1), GOOD)
     with pytest.raises(PolicyError, match=r"Scripted waits for the moon, but every live head .* the run could never go on"):
-        coordinator.receive(offer(2), GOOD) if last == "arrives" else coordinator.leave(2)
+        coordinator.receive(make_contribution(2), GOOD) if last == "arrives" else coordinator.leave(2)
 
 
 @pytest.mark.parametrize(("weight", "size", "scaling"), [(1e300, 1.0, 2.0), (1.0, 1e18, 1e3)], ids=["weight", "factors"])
 def test_a_merge_never_makes_the_base_infinite(weight: float, size: float, scaling: float) -> None:
     """Finite weights or factors whose product overflows float32 aren't merged: a refusal or a PolicyError."""
-    plan = make_plan_of([(6, 5, 2)], [(4,)], scaling=scaling)
+    plan = plan_from_shapes([(6, 5, 2)], [(4,)], scaling=scaling)
     base = random_flat(plan.base.size, 99, torch.float32)
     coordinator = Coordinator(make_settings(heads=3), plan, base.clone(), Scripted(Merge({0: weight}), Wait()))
     try:
-        outcome = coordinator.receive(offer(0), torch.full((SIZE,), size))
+        outcome = coordinator.receive(make_contribution(0), torch.full((SIZE,), size))
     except PolicyError:
         pass
     else:

@@ -16,7 +16,7 @@ from lte_ray.engine.head.virtual import Unstackable
 from lte_ray.engine.in_process import run_in_process
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError
-from tests.support.helpers import Tiny, make_settings
+from tests.support.tiny_worker import Tiny, make_settings
 
 
 def settings(*patterns: str) -> Settings:

@@ -22,7 +22,8 @@ from lte_ray.messages import CHECKSUM_INTERVAL, Contribution, CoordinatorReply, 
 from lte_ray.transfer.checksum import base_checksum
 from lte_ray.transfer.codec import Codec
 from lte_ray.transfer.groups import make_groups
-from tests.support.helpers import make_plan_of, make_settings, random_flat
+from tests.support.plans import plan_from_shapes, random_flat
+from tests.support.tiny_worker import make_settings
 
 HEADS = 3
 
@@ -99,7 +100,7 @@ def follow(replica: BaseReplica, reply: CoordinatorReply) -> Tensor | None:
 
 
 def plans_of(ranks: Sequence[int]) -> list[Plan]:
-    return [make_plan_of([(24, 20, r), (6, 40, r), (16, 16, r)], [(5,), (3, 2)]) for r in ranks]
+    return [plan_from_shapes([(24, 20, r), (6, 40, r), (16, 16, r)], [(5,), (3, 2)]) for r in ranks]
 
 
 events = st.lists(

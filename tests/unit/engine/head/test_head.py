@@ -15,7 +15,10 @@ from lte_ray.engine.prepare import prepare
 from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import base_replicas, replica_part, views
 from lte_ray.messages import Contribution, ContributionResult
-from tests.support.helpers import EPS32, DenseHead, Tiny, assert_near, make_settings, state_of, through_a_file
+from tests.support.dense_reference import DenseHead
+from tests.support.head_states import head_state, through_file
+from tests.support.numerics import EPS32, assert_near
+from tests.support.tiny_worker import Tiny, make_settings
 
 # SGD only adds float64 rounding up over some ten steps. Adam divides by a root that may be small, which magnifies it.
 TOLERANCE = {"sgd": 1e-13, "adamw": 1e-11}
@@ -202,9 +205,9 @@ def test_a_restored_head_continues_bitwise_the_same(optimizer: str, reset: str) 
     head, base = make_head(worker, reset=reset)
     one = base + 0.1
     accept(head, head.train_round(), 1, one)
-    tensors, meta = state_of(head)
+    tensors, meta = head_state(head)
     restored = Head(worker, head.settings, 0, dtype=torch.float64, incarnation=1)
-    restore(restored, through_a_file((tensors, meta)), one)
+    restore(restored, through_file((tensors, meta)), one)
     for sequence in (2, 3):
         expected, found = head.train_round(), restored.train_round()
         assert torch.equal(found.buffer, expected.buffer)

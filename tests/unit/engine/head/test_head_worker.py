@@ -21,7 +21,7 @@ from lte_ray.engine.prepare import load_base, prepare
 from lte_ray.errors import WorkerError, WorkerFailed
 from lte_ray.messages import Contribution, ContributionResult
 from lte_ray.worker import build_model
-from tests.support.helpers import BATCH, Tiny, make_settings
+from tests.support.tiny_worker import BATCH, Tiny, make_settings
 
 
 def make_head(worker: Tiny, head: int = 0, **changes: object) -> Head:

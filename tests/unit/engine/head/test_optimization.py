@@ -25,7 +25,9 @@ from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError, WorkerFailed
 from lte_ray.layout import Adapted, Plan, Replica
 from lte_ray.messages import ContributionResult
-from tests.support.helpers import BATCH, EPS32, SAMPLES, WORDS, Net, Tiny, assert_near, make_settings, state_of, through_a_file
+from tests.support.head_states import head_state, through_file
+from tests.support.numerics import EPS32, assert_near
+from tests.support.tiny_worker import BATCH, SAMPLES, WORDS, Net, Tiny, make_settings
 from workers.regression import Regression
 
 CPU = torch.device("cpu")
@@ -47,10 +49,10 @@ def started(worker: Any, made: Settings, head: int = 0, dtype: torch.dtype = tor
 
 def restored(head: Head, worker: Any, made: Settings) -> Head:
     """Another head that continues from this one's state, through safetensors and JSON."""
-    tensors, meta = state_of(head)
+    tensors, meta = head_state(head)
     other = Head(worker, made, head.number, dtype=head.dtype, incarnation=1)
     base = prepare(worker, made, head.dtype).base
-    restore(other, through_a_file((tensors, meta)), base)
+    restore(other, through_file((tensors, meta)), base)
     return other
 
 
@@ -230,7 +232,7 @@ def test_the_loss_scale_survives_a_checkpoint() -> None:
     assert torch.equal(other.train_round().buffer, head.train_round().buffer)
     plain = started(worker, settings(), dtype=torch.float32)
     assert restored(plain, worker, made).optimizer_step.scaler.get_scale() == 65536.0
-    tensors, meta = state_of(plain)
+    tensors, meta = head_state(plain)
     del meta["optimizer"]["scaler"]
     other = Head(worker, made, 0)
     restore(other, (tensors, meta), prepare(worker, made).base)

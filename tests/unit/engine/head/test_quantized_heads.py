@@ -24,7 +24,10 @@ from lte_ray.merging.flat_buffer import as_matrix, as_stored, views
 from lte_ray.messages import ContributionResult
 from lte_ray.run.metrics import MetricsLog
 from lte_ray.storage import RunDirectory
-from tests.support.helpers import EPS64, Net, Tiny, assert_near, dense_by_hand, make_settings, state_of, through_a_file
+from tests.support.dense_reference import dense_change_by_formula
+from tests.support.head_states import head_state, through_file
+from tests.support.numerics import EPS64, assert_near
+from tests.support.tiny_worker import Net, Tiny, make_settings
 
 FORMATS = ["bf16", "int8", "nf4"]
 
@@ -203,7 +206,7 @@ def test_merging_is_exact_for_quantized_heads(form: str, reset: str) -> None:
     for version in range(1, 5):
         for head in heads:
             contribution = head.train_round()
-            ledger += dense_by_hand(head.plan, contribution.buffer, before[head.number]) / 2
+            ledger += dense_change_by_formula(head.plan, contribution.buffer, before[head.number]) / 2
             before[head.number] = None if reset == "B" else contribution.buffer[: head.plan.factors_size].clone()
             outcome = coordinator.receive(contribution, contribution.buffer)
         # 8 changes, each of float64 products of inner size 4.
@@ -232,9 +235,9 @@ def test_a_restored_head_continues_bitwise_the_same(form: str, worker: Tiny, lte
     head, base = started(worker, made)
     head.train_round()
     head.adopt(ContributionResult(0, 1, True, 1), 1, base + 0.1)
-    tensors, meta = state_of(head)
+    tensors, meta = head_state(head)
     other = Head(worker, made, 0, dtype=torch.float64, incarnation=1)
-    restore(other, through_a_file((tensors, meta)), base + 0.1)
+    restore(other, through_file((tensors, meta)), base + 0.1)
     for sequence in (2, 3):
         expected, found = head.train_round(), other.train_round()
         assert torch.equal(found.buffer, expected.buffer)
@@ -261,7 +264,7 @@ def test_checkpoints_hold_no_codes(form: str, tmp_path: Path) -> None:
     head, base = started(Many(), settings(form, **EVERYTHING))
     head.train_round()
     head.adopt(ContributionResult(0, 1, True, 1), 1, base + 0.1)
-    tensors, meta = state_of(head)
+    tensors, meta = head_state(head)
     kinds = {name.partition(".")[0] for name in tensors}
     assert kinds == {"factor", "reference", "optimizer", "rng"}  # everything has factors here: no replicas
     assert {n for n in tensors if n.startswith("factor.")} == {f"factor.{n}" for n in head.converted.factors}
@@ -293,7 +296,7 @@ def test_checkpoints_hold_the_users_buffers_and_no_codes(form: str) -> None:
     head, base = started(Counting(), settings(form))
     head.train_round()
     head.adopt(ContributionResult(0, 1, True, 1), 1, base)
-    tensors, meta = state_of(head)
+    tensors, meta = head_state(head)
     assert {n for n in tensors if n.startswith("buffer.")} == {"buffer.count", "buffer.up.seen"}
     other = Head(Counting(), head.settings, 0, dtype=torch.float64)
     restore(other, (tensors, meta), base)

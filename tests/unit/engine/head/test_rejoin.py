@@ -23,7 +23,10 @@ from lte_ray.merging import Average, ComposedPolicy
 from lte_ray.merging.flat_buffer import views
 from lte_ray.merging.policy import Decision, Merge, Pending, Roster, Wait
 from lte_ray.messages import CommittedPosition, Contribution, ContributionResult
-from tests.support.helpers import Tiny, assert_near, dense_by_hand, make_settings, state_of, through_a_file
+from tests.support.dense_reference import dense_change_by_formula
+from tests.support.head_states import head_state, through_file
+from tests.support.numerics import assert_near
+from tests.support.tiny_worker import Tiny, make_settings
 
 
 @dataclass
@@ -63,9 +66,9 @@ def trained(dtype: str, reset: str = "none") -> tuple[Head, Settings, list[Tenso
     head.start(0, first)
     head.train_round()
     head.adopt(ContributionResult(1, 1, True, 1), 1, bases[0])
-    state = state_of(head)
+    state = head_state(head)
     head.train(2)
-    return head, settings, bases, through_a_file(state)
+    return head, settings, bases, through_file(state)
 
 
 def merged(head: Head) -> CommittedPosition:
@@ -83,7 +86,7 @@ def test_a_rejoined_head_contributes_nothing_that_it_has_not_trained(dtype: str,
     reference = None if dead.state.reference is None else dead.state.reference.clone()
     assert rejoin(head, merged(dead), reference, 2, bases[1], state if saved else None) == ""
     contribution = head.contribute()
-    assert not dense_by_hand(head.plan, contribution.buffer, reference).any()
+    assert not dense_change_by_formula(head.plan, contribution.buffer, reference).any()
     numbers = (contribution.incarnation, contribution.sequence, contribution.version, contribution.steps, contribution.samples)
     assert numbers == (1, 2, 2, 0, 0)
     parameters, base = dict(head.model.named_parameters()), views(head.plan.base, bases[1])
@@ -157,7 +160,7 @@ def test_a_fresh_head_starts_with_b_zero() -> None:
     parameters = dict(head.model.named_parameters())
     for spec in head.plan.adapted:
         assert torch.equal(parameters[spec.name], views(head.plan.base, bases[1])[spec.name])
-    assert not dense_by_hand(head.plan, head.contribute().buffer, None).any()
+    assert not dense_change_by_formula(head.plan, head.contribute().buffer, None).any()
 
 
 class World:
@@ -195,7 +198,7 @@ class World:
         for record in outcome.merges:
             for n, weight in record.weights.items():
                 contribution, batches = self.offered.pop(n)
-                self.ledger += weight * dense_by_hand(self.plan, contribution.buffer, self.references.get(n))
+                self.ledger += weight * dense_change_by_formula(self.plan, contribution.buffer, self.references.get(n))
                 self.references[n] = contribution.buffer[: self.plan.factors_size]
                 self.merged += batches
         base = self.coordinator.base.clone()

@@ -21,7 +21,8 @@ from lte_ray.errors import StorageError
 from lte_ray.messages import CheckpointRequest, Contribution, ContributionResult
 from lte_ray.transfer.codec import Codec
 from lte_ray.transfer.groups import make_groups
-from tests.support.helpers import Tiny, make_settings, through_a_file
+from tests.support.head_states import through_file
+from tests.support.tiny_worker import Tiny, make_settings
 
 
 @dataclass
@@ -97,7 +98,7 @@ def settle(head: Head, accepted: bool, version: int, base: Tensor | None) -> Non
 def restored(run: Run, state: SavedState, version: int) -> Head:
     """Another process's head, which trained something else before it was restored."""
     head = run.head()
-    restore(head, through_a_file(state), run.base(version))
+    restore(head, through_file(state), run.base(version))
     return head
 
 
@@ -317,7 +318,7 @@ def test_a_state_that_cannot_be_used_is_an_error(damage: Callable[[dict[str, Ten
     head.train(3)
     run.contribute(head)
     settle(head, True, 1, run.base(1))
-    state = through_a_file(snapshot(head, CheckpointRequest(1, {1: 1})))
+    state = through_file(snapshot(head, CheckpointRequest(1, {1: 1})))
     with pytest.raises(StorageError, match=r"The saved state of head 1 can't be used: .+"):
         restore(run.head(), damage(*state), run.base(1))
 
@@ -330,7 +331,7 @@ def test_an_optimizer_state_of_another_shape_is_refused_by_name(key: str, shape:
     run = Run.of("dropout, AdamW")
     head = started(run)
     head.train(3)
-    tensors, meta = through_a_file(snapshot(head, CheckpointRequest(0, {1: 0})))
+    tensors, meta = through_file(snapshot(head, CheckpointRequest(0, {1: 0})))
     with pytest.raises(StorageError) as raised:
         restore(run.head(), (tensors | {f"optimizer.0.{key}": torch.zeros(shape)}, meta), run.base(0))
     name = head.plan.adapted[0].a_name

@@ -15,7 +15,8 @@ from lte_ray.engine.in_process import run_in_process
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.process_tuning import head_threads
 from lte_ray.errors import WorkerFailed
-from tests.support.helpers import LONG_RUN, Tiny, make_settings
+from tests.support import LONG_RUN
+from tests.support.tiny_worker import Tiny, make_settings
 
 
 class Shuffled(Tiny):

@@ -26,7 +26,9 @@ from lte_ray.errors import WorkerFailed
 from lte_ray.merging import Average, ComposedPolicy, Decision, Merge, Pending, Roster, Wait
 from lte_ray.merging.flat_buffer import views
 from lte_ray.worker import seed_everything
-from tests.support.helpers import Tiny, assert_near, make_settings, state_of
+from tests.support.head_states import head_state
+from tests.support.numerics import assert_near
+from tests.support.tiny_worker import Tiny, make_settings
 
 STACKED = 1e-12
 """Relative error that batching may cause over a whole run in float64: other orders of sums of at most a few hundred terms."""
@@ -79,7 +81,7 @@ def assert_same_run(together: InProcessRun, apart: InProcessRun, tolerance: floa
     """The bases and every head's factors, replicas and losses agree."""
     assert_near(together.base, apart.base, tolerance)
     for one, other in zip(together.heads, apart.heads, strict=True):
-        (tensors, _), (others, _) = state_of(one), state_of(other)
+        (tensors, _), (others, _) = head_state(one), head_state(other)
         assert tensors.keys() == others.keys()
         for name in tensors:
             if not name.startswith("rng."):
@@ -254,7 +256,7 @@ def test_stacked_heads_continue_from_a_saved_state() -> None:
     group = HeadGroup(Tiny(), settings, range(3), dtype=torch.float64, stack_heads="always")
     base = half.base.clone()
     for head, saved in zip(group.heads, half.heads, strict=True):
-        restore(head, state_of(saved), base)
+        restore(head, head_state(saved), base)
     contributions = group.train_round()
     assert [c.sequence for c in contributions] == [3, 3, 3]
     assert contributions[1].loss == pytest.approx(whole.merges[2].losses[1], rel=1e-12)

@@ -18,8 +18,19 @@ from lte_ray.merging.flat_buffer import views
 from lte_ray.merging.policy_args import list_arguments
 from lte_ray.testing import check_policy
 from lte_ray.worker import build_model
-from tests.support.helpers import LONG_RUN, Tiny, assert_near, make_settings, offer, random_flat
-from tests.support.policies import PLAN, change_of, coordinator_of, dense, pending_of, roster_of, stacked
+from tests.support import LONG_RUN
+from tests.support.numerics import assert_near
+from tests.support.plans import make_contribution, random_flat
+from tests.support.policies import (
+    PLAN,
+    change_from_decision,
+    dense_change,
+    dense_changes,
+    make_coordinator,
+    make_pending,
+    make_roster,
+)
+from tests.support.tiny_worker import Tiny, make_settings
 
 NEUTRAL: dict[str, dict[str, Any]] = {
     "average": {},
@@ -67,10 +78,12 @@ def test_every_policy_is_neutral_or_known_not_to_be() -> None:
 @pytest.mark.parametrize(("num_heads", "contributing"), [(1, 1), (4, 4), (5, 3), (5, 1)])
 def test_equal_contributions_merge_as_by_average(name: str, num_heads: int, contributing: int) -> None:
     """k of N equal changes D add k/N D, whatever the policy: what stands for k contributions counts as much as they."""
-    pending = pending_of(contributing, same=True)
-    decision = POLICIES[name](**NEUTRAL[name]).merge(pending, roster_of(num_heads))
+    pending = make_pending(contributing, same=True)
+    decision = POLICIES[name](**NEUTRAL[name]).merge(pending, make_roster(num_heads))
     merge = decision.merge if isinstance(decision, Try) else decision
-    assert_near(change_of(merge, pending), contributing / num_heads * dense(pending[0]), 1e-14)  # a few float64 sums
+    assert_near(
+        change_from_decision(merge, pending), contributing / num_heads * dense_change(pending[0]), 1e-14
+    )  # a few float64 sums
 
 
 @pytest.mark.parametrize(
@@ -78,10 +91,10 @@ def test_equal_contributions_merge_as_by_average(name: str, num_heads: int, cont
 )
 def test_one_or_two_contributions_merge_as_by_average(name: str, heads: int) -> None:
     """There is no majority among so few, so the robust policies average; TIES elects a sign among two, and Clip clips."""
-    pending = pending_of(heads)
-    decision = POLICIES[name](**NEUTRAL[name]).merge(pending, roster_of(4))
+    pending = make_pending(heads)
+    decision = POLICIES[name](**NEUTRAL[name]).merge(pending, make_roster(4))
     merge = decision.merge if isinstance(decision, Try) else decision
-    assert_near(change_of(merge, pending), stacked(pending).sum(dim=0) / 4, 1e-14)  # a few float64 sums
+    assert_near(change_from_decision(merge, pending), dense_changes(pending).sum(dim=0) / 4, 1e-14)  # a few float64 sums
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
@@ -89,9 +102,9 @@ def test_the_order_of_arrival_leaves_no_trace_at_a_barrier(name: str) -> None:
     """Whichever head comes last, the merged base is bitwise the same, in two rounds."""
     bases = []
     for order in itertools.permutations(range(3)):
-        coordinator, _ = coordinator_of(make_policy(MergeConfig(policy=name)), heads=3)
+        coordinator, _ = make_coordinator(make_policy(MergeConfig(policy=name)), heads=3)
         for sequence, head in itertools.product((1, 2), order):
-            coordinator.receive(offer(head, sequence), random_flat(PLAN.contribution.size, 10 * sequence + head))
+            coordinator.receive(make_contribution(head, sequence), random_flat(PLAN.contribution.size, 10 * sequence + head))
             if coordinator.candidate is not None:
                 coordinator.receive_evaluation({"loss": 1.0})
         assert coordinator.version == 2
@@ -134,4 +147,4 @@ def test_every_policy_trains(name: str) -> None:
 
 def test_average_counts_each_contribution_once_however_many_there_are() -> None:
     """w = 1/N with N configured, also where fewer heads live or merge."""
-    assert Average().merge(pending_of(2), roster_of(4)).weights == {0: 0.25, 1: 0.25}
+    assert Average().merge(make_pending(2), make_roster(4)).weights == {0: 0.25, 1: 0.25}

@@ -12,20 +12,21 @@ from torch import Tensor
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.errors import ConfigError, PolicyError
 from lte_ray.merging import ComposedPolicy, Discard, Gated, Try
-from tests.support.helpers import assert_near, offer, random_flat
-from tests.support.policies import PLAN, coordinator_of, dense, pending_of, roster_of
+from tests.support.numerics import assert_near
+from tests.support.plans import make_contribution, random_flat
+from tests.support.policies import PLAN, dense_change, make_coordinator, make_pending, make_roster
 
 
 def contribute(coordinator: Coordinator, sequence: int) -> Tensor:
     """The only head contributes; gives what it sent."""
     sent = random_flat(PLAN.contribution.size, sequence)
-    coordinator.receive(offer(0, sequence), sent)
+    coordinator.receive(make_contribution(0, sequence), sent)
     return sent
 
 
 def test_a_merge_that_raises_the_loss_is_discarded_with_the_figures() -> None:
     """The first is kept, the second too at an equal loss, the third isn't, and the next is judged by the last that was kept."""
-    coordinator, _ = coordinator_of(ComposedPolicy(Gated()), heads=1)
+    coordinator, _ = make_coordinator(ComposedPolicy(Gated()), heads=1)
     verdicts = []
     for sequence, loss in enumerate([2.0, 2.0, 2.5, 1.0], start=1):
         before = coordinator.base.clone()
@@ -46,18 +47,18 @@ def test_a_merge_that_raises_the_loss_is_discarded_with_the_figures() -> None:
 
 def test_what_was_discarded_rides_in_the_next_contribution() -> None:
     """The reference stays the last one that was kept, so the next merge counts the whole change since."""
-    coordinator, base = coordinator_of(ComposedPolicy(Gated()), heads=1)
+    coordinator, base = make_coordinator(ComposedPolicy(Gated()), heads=1)
     kept = contribute(coordinator, 1)
     coordinator.receive_evaluation({"loss": 1.0})
     contribute(coordinator, 2)
     coordinator.receive_evaluation({"loss": 3.0})
     last = contribute(coordinator, 3)
     coordinator.receive_evaluation({"loss": 1.0})
-    first, second = pending_of(1, referenced=False)[0], pending_of(1)[0]
+    first, second = make_pending(1, referenced=False)[0], make_pending(1)[0]
     first.share.contribution.copy_(kept)
     second.share.contribution.copy_(last)
     second.share.reference.copy_(kept[: PLAN.factors_size])  # type: ignore[union-attr]
-    assert_near(coordinator.base, base + dense(first) + dense(second), 1e-13)  # two float64 products a layer
+    assert_near(coordinator.base, base + dense_change(first) + dense_change(second), 1e-13)  # two float64 products a layer
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_the_gate_is_max_rise_from_the_last_kept(gated: Gated, values: list[floa
     """Of the first metric or the named one; NaN and infinity are never kept."""
     found = []
     for value in values:
-        decision = gated.merge(pending_of(1), roster_of(1))
+        decision = gated.merge(make_pending(1), make_roster(1))
         assert isinstance(decision, Try)
         judged = decision.judge({"loss": value, "accuracy": value})
         assert judged is decision.merge or isinstance(judged, Discard)
@@ -88,15 +89,15 @@ def test_the_inner_policys_memory_goes_back_with_the_merge() -> None:
         Gated(policy="nesterov", args=("lr=0.5", "momentum=0.8")),
         Gated(policy="nesterov", args=("lr=0.5", "momentum=0.8")),
     )
-    first, wrong, last = (pending_of(1, seed) for seed in range(3))
+    first, wrong, last = (make_pending(1, seed) for seed in range(3))
     for policy in (gated, plain):
-        decision = policy.merge(first, roster_of(1))
+        decision = policy.merge(first, make_roster(1))
         assert isinstance(decision, Try)
         decision.judge({"loss": 1.0})
-    decision = gated.merge(wrong, roster_of(1))
+    decision = gated.merge(wrong, make_roster(1))
     assert isinstance(decision, Try)
     assert isinstance(decision.judge({"loss": 9.0}), Discard)
-    changes = [policy.merge(last, roster_of(1)).merge.change for policy in (gated, plain)]  # type: ignore[union-attr]
+    changes = [policy.merge(last, make_roster(1)).merge.change for policy in (gated, plain)]  # type: ignore[union-attr]
     assert torch.equal(*changes)
 
 
@@ -112,7 +113,7 @@ def test_the_inner_policys_memory_goes_back_with_the_merge() -> None:
 def test_the_reason_has_the_figures(gated: Gated, values: list[float], reason: str) -> None:
     """As the worker's evaluation gave them."""
     for value in values:
-        decision = gated.merge(pending_of(1), roster_of(1))
+        decision = gated.merge(make_pending(1), make_roster(1))
         assert isinstance(decision, Try)
         judged = decision.judge({"loss": value})
     assert judged == Discard([0], reason)
@@ -120,7 +121,7 @@ def test_the_reason_has_the_figures(gated: Gated, values: list[float], reason: s
 
 def test_the_gate_needs_its_metric() -> None:
     """A metric that the worker doesn't give is a PolicyError that lists those it gives."""
-    coordinator, _ = coordinator_of(ComposedPolicy(Gated(metric="acuracy"), name="gated"), heads=1)
+    coordinator, _ = make_coordinator(ComposedPolicy(Gated(metric="acuracy"), name="gated"), heads=1)
     contribute(coordinator, 1)
     with pytest.raises(PolicyError, match=r"policy gated raised .*--policy.metric is 'acuracy', but .* gave: loss, accuracy"):
         coordinator.receive_evaluation({"loss": 1.0, "accuracy": 0.5})

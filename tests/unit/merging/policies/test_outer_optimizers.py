@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lte_ray.errors import ConfigError
 from lte_ray.merging import Adam, ComposedPolicy, DelayedNesterov, MergeChange, Momentum, Nesterov
-from tests.support.helpers import assert_near, random_flat
-from tests.support.policies import PLAN, pending_of, roster_of, stacked
+from tests.support.numerics import assert_near
+from tests.support.plans import random_flat
+from tests.support.policies import PLAN, dense_changes, make_pending, make_roster
 
 NEAR = 1e-13
 """Some ten float64 operations an element over a few merges."""
@@ -31,10 +32,10 @@ def test_an_outer_optimizer_steps_as_torchs(policy: object, make: Optimizer) -> 
     base = random_flat(PLAN.base.size, 1).requires_grad_()
     expected, found = make([base]), base.detach().clone()
     for turn in range(4):
-        pending = pending_of(3, seed=turn)
-        base.grad = -stacked(pending).sum(dim=0) / 3
+        pending = make_pending(3, seed=turn)
+        base.grad = -dense_changes(pending).sum(dim=0) / 3
         expected.step()
-        found += policy.merge(pending, roster_of(3)).change  # type: ignore[attr-defined]
+        found += policy.merge(pending, make_roster(3)).change  # type: ignore[attr-defined]
         assert_near(found, base, NEAR)
 
 
@@ -43,9 +44,9 @@ def test_n_arrivals_of_delayed_nesterov_are_one_nesterov_merge(heads: int) -> No
     """Where nobody trains on what is between: the sum of the N changes, in three cycles."""
     delayed, at_once = DelayedNesterov(), Nesterov()
     for turn in range(3):
-        pending = pending_of(heads, seed=turn)
-        changes = [delayed.merge([p], roster_of(heads)).change for p in pending]
-        assert_near(torch.stack(changes).sum(dim=0), at_once.merge(pending, roster_of(heads)).change, NEAR)
+        pending = make_pending(heads, seed=turn)
+        changes = [delayed.merge([p], make_roster(heads)).change for p in pending]
+        assert_near(torch.stack(changes).sum(dim=0), at_once.merge(pending, make_roster(heads)).change, NEAR)
 
 
 @pytest.mark.parametrize("delay", [1, 2, 5])
@@ -53,55 +54,55 @@ def test_delayed_nesterov_is_its_formula(delay: int) -> None:
     """W += lr D / N each; every K contributions m := beta m + their mean, W += lr beta m besides."""
     policy, buffer, count, m = DelayedNesterov(lr=0.5, momentum=0.8, delay=delay), 0.0, 0, 0.0
     for turn in range(11):
-        pending = pending_of(1, seed=turn)
-        change = stacked(pending)[0]
+        pending = make_pending(1, seed=turn)
+        change = dense_changes(pending)[0]
         buffer, count = buffer + change, count + 1
         expected = 0.5 * change / 3
         if count == delay:
             m, buffer, count = 0.8 * m + buffer / delay, 0.0, 0
             expected = expected + 0.5 * 0.8 * m
-        assert_near(policy.merge(pending, roster_of(3)).change, expected, NEAR)
+        assert_near(policy.merge(pending, make_roster(3)).change, expected, NEAR)
 
 
 def test_momentum_counts_each_change_once_in_the_long_run() -> None:
     """With the defaults lr / (1 - beta) = 1: after one contribution and many of nothing, the base has moved by it."""
-    policy, nothing = Momentum(), pending_of(1, referenced=False)
+    policy, nothing = Momentum(), make_pending(1, referenced=False)
     nothing[0].share.contribution.zero_()
-    first = pending_of(1, seed=1)
-    moved = policy.merge(first, roster_of(1)).change.clone()
+    first = make_pending(1, seed=1)
+    moved = policy.merge(first, make_roster(1)).change.clone()
     for _ in range(400):
-        moved += policy.merge(nothing, roster_of(1)).change
-    assert_near(moved, stacked(first)[0], 1e-13)  # 0.9^400 is 5e-19; 400 sums
+        moved += policy.merge(nothing, make_roster(1)).change
+    assert_near(moved, dense_changes(first)[0], 1e-13)  # 0.9^400 is 5e-19; 400 sums
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0])
 def test_adam_with_its_defaults_averages_small_changes_and_bounds_big_ones(size: float) -> None:
     """The first merge moves each element by lr D / (|D| + eps): D itself far below eps = lr, and lr at most."""
-    pending = pending_of(1, referenced=False)
+    pending = make_pending(1, referenced=False)
     pending[0].share.contribution.mul_(size)
-    found, change = Adam().merge(pending, roster_of(1)).change, stacked(pending)[0]
+    found, change = Adam().merge(pending, make_roster(1)).change, dense_changes(pending)[0]
     assert_near(found * 1e3, change / (change.abs() + 1e-3), NEAR)
 
 
 @pytest.mark.parametrize("policy", [Momentum(), Nesterov(), DelayedNesterov(), Adam()], ids=lambda p: type(p).__name__)
 def test_a_change_isnt_touched_by_later_merges(policy: object) -> None:
     """The coordinator carries decisions out later, so what was returned must stay."""
-    first = policy.merge(pending_of(2), roster_of(2)).change  # type: ignore[attr-defined]
+    first = policy.merge(make_pending(2), make_roster(2)).change  # type: ignore[attr-defined]
     kept = first.clone()
-    policy.merge(pending_of(2, seed=1), roster_of(2))  # type: ignore[attr-defined]
+    policy.merge(make_pending(2, seed=1), make_roster(2))  # type: ignore[attr-defined]
     assert torch.equal(first, kept)
 
 
 @pytest.mark.parametrize("policy", [Momentum, Nesterov, DelayedNesterov, Adam])
 def test_state_before_the_first_merge_is_empty_and_loading_it_begins_anew(policy: type) -> None:
     """A run that is resumed at version 0 merges as one that starts; state reaches the policy through ComposedPolicy."""
-    scheduled, pending = ComposedPolicy(policy()), pending_of(2)
+    scheduled, pending = ComposedPolicy(policy()), make_pending(2)
     assert scheduled.state() == {}
-    first = scheduled.decide(pending, roster_of(2))
+    first = scheduled.decide(pending, make_roster(2))
     assert scheduled.state() != {}
     scheduled.load_state({})
     assert scheduled.state() == {}
-    again = scheduled.decide(pending, roster_of(2))
+    again = scheduled.decide(pending, make_roster(2))
     assert isinstance(first, MergeChange)
     assert isinstance(again, MergeChange)
     assert torch.equal(first.change, again.change)

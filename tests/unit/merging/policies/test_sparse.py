@@ -13,8 +13,9 @@ from torch import Tensor
 from lte_ray.errors import ConfigError
 from lte_ray.merging import Dare, Ties
 from lte_ray.merging.policies.elementwise import keep_largest
-from tests.support.helpers import assert_near, make_plan_of
-from tests.support.policies import PLAN, pending_of, roster_of, stacked
+from tests.support.numerics import assert_near
+from tests.support.plans import plan_from_shapes
+from tests.support.policies import PLAN, dense_changes, make_pending, make_roster
 
 NEAR = 1e-13
 """A few float64 products of inner size 4 and sums of some contributions."""
@@ -39,9 +40,9 @@ def ties_by_hand(changes: Tensor, density: float) -> Tensor:
 @given(st.integers(1, 5), st.integers(0, 99), st.sampled_from([0.1, 0.2, 0.5, 1.0]))
 def test_ties_is_the_papers_algorithm_on_products(heads: int, seed: int, density: float) -> None:
     """Layer by layer; k/N times the disjoint mean."""
-    pending = pending_of(heads, seed)
-    expected = ties_by_hand(stacked(pending), density) * heads / 6
-    assert_near(Ties(density=density).merge(pending, roster_of(6)).change, expected, NEAR)
+    pending = make_pending(heads, seed)
+    expected = ties_by_hand(dense_changes(pending), density) * heads / 6
+    assert_near(Ties(density=density).merge(pending, make_roster(6)).change, expected, NEAR)
 
 
 @given(st.lists(st.sampled_from([-2.0, -1.0, 0.0, 1.0, 3.0]), min_size=1, max_size=9), st.floats(0.01, 1.0))
@@ -57,9 +58,9 @@ def test_the_largest_are_kept_with_all_their_equals(values: list[float], share: 
 
 def test_dare_drops_by_elements_of_the_product_and_scales_the_rest() -> None:
     """Each element of one head's change is dropped, or D / ((1 - p) N)."""
-    pending = pending_of(1)
-    found = Dare(drop=0.75).merge(pending, roster_of(2)).change
-    scaled = stacked(pending)[0] * 4 / 2
+    pending = make_pending(1)
+    found = Dare(drop=0.75).merge(pending, make_roster(2)).change
+    scaled = dense_changes(pending)[0] * 4 / 2
     dropped = found == 0
     assert_near(found[~dropped], scaled[~dropped], NEAR)
     assert 0 < int(dropped.sum()) < found.numel()
@@ -67,26 +68,26 @@ def test_dare_drops_by_elements_of_the_product_and_scales_the_rest() -> None:
 
 def test_dare_is_the_average_in_expectation() -> None:
     """The mean over seeds comes near the mean change: within 5 standard errors in each element."""
-    plan = make_plan_of([(3, 3, 2)], [(2,)])
-    pending, runs, drop = pending_of(2, plan=plan), 2000, 0.4
-    changes = stacked(pending)
-    found = torch.stack([Dare(drop=drop, seed=seed).merge(pending, roster_of(2, plan=plan)).change for seed in range(runs)])
+    plan = plan_from_shapes([(3, 3, 2)], [(2,)])
+    pending, runs, drop = make_pending(2, plan=plan), 2000, 0.4
+    changes = dense_changes(pending)
+    found = torch.stack([Dare(drop=drop, seed=seed).merge(pending, make_roster(2, plan=plan)).change for seed in range(runs)])
     deviation = (changes.square().sum(dim=0) / 4 * drop / (1 - drop)).sqrt()  # of a sum of two Bernoulli variables
     assert bool(((found.mean(dim=0) - changes.mean(dim=0)).abs() <= 5 * deviation / runs**0.5).all())
 
 
 def test_dares_masks_depend_on_seed_version_head_and_layer_alone() -> None:
     """The same again are the same; another of any of them is another mask; the other heads don't matter."""
-    pending = pending_of(2, same=True)
+    pending = make_pending(2, same=True)
 
     def mask(seed: int, version: int, head: int) -> Tensor:
-        return Dare(seed=seed).merge([pending[head]], roster_of(1, version=version)).change == 0
+        return Dare(seed=seed).merge([pending[head]], make_roster(1, version=version)).change == 0
 
     first = mask(0, 7, 0)
     assert torch.equal(mask(0, 7, 0), first)
     assert not any(torch.equal(each, first) for each in (mask(1, 7, 0), mask(0, 8, 0), mask(0, 7, 1)))
-    both = Dare().merge(pending, roster_of(1)).change
-    alone = [Dare().merge([p], roster_of(1)).change for p in pending]
+    both = Dare().merge(pending, make_roster(1)).change
+    alone = [Dare().merge([p], make_roster(1)).change for p in pending]
     assert_near(both, alone[0] + alone[1], NEAR)
 
 

@@ -11,13 +11,14 @@ from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.errors import ConfigError
 from lte_ray.merging import Arrival, Average, Barrier, ComposedPolicy, Quorum, Roster, Wait, make_policy
 from lte_ray.merging.policies.trigger import make_trigger
-from tests.support.helpers import assert_near, offer, random_flat
-from tests.support.policies import PLAN, coordinator_of, pending_of, roster_of
+from tests.support.numerics import assert_near
+from tests.support.plans import make_contribution, random_flat
+from tests.support.policies import PLAN, make_coordinator, make_pending, make_roster
 
 
 def send(coordinator: Coordinator, head: int, sequence: int = 1) -> list[tuple[int, ...]]:
     """A head contributes; gives the heads of each merge that followed."""
-    outcome = coordinator.receive(offer(head, sequence), random_flat(PLAN.contribution.size, 10 * sequence + head))
+    outcome = coordinator.receive(make_contribution(head, sequence), random_flat(PLAN.contribution.size, 10 * sequence + head))
     return [merge.heads for merge in outcome.merges]
 
 
@@ -44,12 +45,12 @@ def test_a_quorum_that_doesnt_count_is_a_config_error(name: str, value: float, w
 
 def test_barrier_takes_all_or_waits_for_those_missing() -> None:
     """By number, or of many by count."""
-    pending, roster = pending_of(3), roster_of(3)
+    pending, roster = make_pending(3), make_roster(3)
     assert Barrier().ready(pending, roster) == pending
     assert Barrier().ready(pending[::2], roster) == Wait("for heads [1]")
     assert Barrier().ready(pending[:2], living(roster, 0, 1)) == pending[:2]
     assert Barrier().ready([], living(roster)) == Wait("for heads []")
-    assert Barrier().ready(pending, roster_of(20)) == Wait("for 17 of 20 heads")
+    assert Barrier().ready(pending, make_roster(20)) == Wait("for 17 of 20 heads")
 
 
 @pytest.mark.parametrize(
@@ -61,29 +62,29 @@ def test_barrier_takes_all_or_waits_for_those_missing() -> None:
 )  # fmt: skip
 def test_quorum_takes_what_is_there_once_it_is_enough(size: int, live: int, there: int, ready: bool) -> None:
     """The first k; 0 is half of the live heads; never more than live."""
-    pending = pending_of(there)
-    found = Quorum(size).ready(pending, living(roster_of(9), *range(live)))
+    pending = make_pending(there)
+    found = Quorum(size).ready(pending, living(make_roster(9), *range(live)))
     assert found == pending if ready else isinstance(found, Wait) and found.until is None
 
 
 def test_a_quorum_of_nothing_waits() -> None:
     """Also when the last head has left."""
-    assert Quorum(2).ready([], roster_of(3)) == Wait("for 2 of 2 contributions")
-    assert isinstance(Quorum(2).ready([], living(roster_of(3))), Wait)
+    assert Quorum(2).ready([], make_roster(3)) == Wait("for 2 of 2 contributions")
+    assert isinstance(Quorum(2).ready([], living(make_roster(3))), Wait)
 
 
 def test_a_deadline_is_after_the_first_contribution() -> None:
     """Asked again then, it takes what is there."""
-    pending = pending_of(2)  # which arrived at 0 and 1
+    pending = make_pending(2)  # which arrived at 0 and 1
     quorum = Quorum(3, deadline=1.5)
-    assert quorum.ready(pending, roster_of(4, now=1.0)) == Wait("for 1 of 3 contributions", until=1.5)
-    assert quorum.ready(pending, roster_of(4, now=1.5)) == pending
+    assert quorum.ready(pending, make_roster(4, now=1.0)) == Wait("for 1 of 3 contributions", until=1.5)
+    assert quorum.ready(pending, make_roster(4, now=1.5)) == pending
 
 
 def test_a_deadline_merges_by_the_coordinators_clock() -> None:
     """The coordinator wakes the policy at the time it asked for, and the late head's contribution opens another quorum."""
     now = [10.0]
-    coordinator, _ = coordinator_of(ComposedPolicy(Average(), Quorum(3, deadline=2.0)), heads=3, now=now)
+    coordinator, _ = make_coordinator(ComposedPolicy(Average(), Quorum(3, deadline=2.0)), heads=3, now=now)
     assert send(coordinator, 1) == []
     assert coordinator.wakes_at == 12.0
     now[0] = 11.0
@@ -99,15 +100,15 @@ def test_a_deadline_merges_by_the_coordinators_clock() -> None:
 
 def test_arrival_takes_one_at_a_time_in_order() -> None:
     """The one that arrived first."""
-    pending = pending_of(3)
+    pending = make_pending(3)
     late = dataclasses.replace(pending[0], arrived=9.0)
-    assert Arrival().ready([late, *pending[1:]], roster_of(3)) == [pending[1]]
-    assert Arrival().ready([], roster_of(3)) == Wait("for a contribution")
+    assert Arrival().ready([late, *pending[1:]], make_roster(3)) == [pending[1]]
+    assert Arrival().ready([], make_roster(3)) == Wait("for a contribution")
 
 
 def test_each_arrival_is_a_version() -> None:
     """Of one head, with its own weight."""
-    coordinator, _ = coordinator_of(make_policy(MergeConfig(when="arrival")), heads=3)
+    coordinator, _ = make_coordinator(make_policy(MergeConfig(when="arrival")), heads=3)
     assert [send(coordinator, head) for head in (2, 0, 1)] == [[(2,)], [(0,)], [(1,)]]
     assert coordinator.version == 3
 
@@ -115,8 +116,8 @@ def test_each_arrival_is_a_version() -> None:
 @pytest.mark.parametrize("heads", [1, 2, 5])
 def test_n_arrivals_are_one_barrier_merge_where_nobody_trains_between(heads: int) -> None:
     """Each carries its own 1/N: the bases agree to rounding, and with one head bit for bit."""
-    one_by_one, _ = coordinator_of(make_policy(MergeConfig(when="arrival")), heads)
-    at_once, _ = coordinator_of(make_policy(MergeConfig()), heads)
+    one_by_one, _ = make_coordinator(make_policy(MergeConfig(when="arrival")), heads)
+    at_once, _ = make_coordinator(make_policy(MergeConfig()), heads)
     for sequence in (1, 2):
         for head in range(heads):
             send(one_by_one, head, sequence)
@@ -128,6 +129,6 @@ def test_n_arrivals_are_one_barrier_merge_where_nobody_trains_between(heads: int
 def test_a_head_that_leaves_completes_barrier_and_quorum() -> None:
     """Whoever is left is enough then."""
     for policy in (make_policy(MergeConfig()), make_policy(MergeConfig(when="quorum", quorum=2))):
-        coordinator, _ = coordinator_of(policy, heads=2)
+        coordinator, _ = make_coordinator(policy, heads=2)
         assert send(coordinator, 0) == []
         assert [m.heads for m in coordinator.leave(1).merges] == [(0,)]

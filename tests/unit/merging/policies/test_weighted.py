@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lte_ray.errors import ConfigError
 from lte_ray.merging import Clip, Samples, Stale
 from lte_ray.merging.policies.weighted import RollingWeights
-from tests.support.policies import dense, pending_of, roster_of
+from tests.support.policies import dense_change, make_pending, make_roster
 
 AMOUNTS = st.lists(st.floats(0.01, 100.0), min_size=1, max_size=6)
 ROUNDING = 1e-13
@@ -82,7 +82,7 @@ def test_nothing_at_all_is_the_average() -> None:
 
 def test_samples_weigh_in_proportion() -> None:
     """FedAvg's n_i / n where all heads merge together."""
-    merge = Samples().merge(pending_of(3, samples=[10, 20, 70]), roster_of(3))
+    merge = Samples().merge(make_pending(3, samples=[10, 20, 70]), make_roster(3))
     assert merge.weights == pytest.approx({0: 0.1, 1: 0.2, 2: 0.7})
 
 
@@ -98,16 +98,16 @@ def test_samples_weigh_in_proportion() -> None:
 )
 def test_discounts_are_the_formulas(stale: Stale, discounts: list[float]) -> None:
     """Of lags 0, 1 and 3; normalised over one merge of all."""
-    merge = stale.merge(pending_of(3, lags=[0, 1, 3]), roster_of(3))
+    merge = stale.merge(make_pending(3, lags=[0, 1, 3]), make_roster(3))
     assert list(merge.weights.values()) == pytest.approx([d / sum(discounts) for d in discounts])
 
 
 @given(st.sampled_from(["none", "constant", "polynomial"]), st.integers(1, 5), st.integers(0, 9), st.booleans())
 def test_equally_stale_contributions_are_the_average(discount: str, heads: int, lag: int, at_once: bool) -> None:
     """A discount that hits all alike changes nothing, at once or one by one: the weights stay normalised."""
-    stale, pending = Stale(discount=discount), pending_of(heads, lags=[lag] * heads)  # type: ignore[arg-type]
+    stale, pending = Stale(discount=discount), make_pending(heads, lags=[lag] * heads)  # type: ignore[arg-type]
     merges = [pending] if at_once else [[p] for p in pending]
-    weights = {h: w for batch in merges for h, w in stale.merge(batch, roster_of(heads)).weights.items()}
+    weights = {h: w for batch in merges for h, w in stale.merge(batch, make_roster(heads)).weights.items()}
     assert weights == pytest.approx(dict.fromkeys(range(heads), 1 / heads), rel=ROUNDING)
 
 
@@ -115,9 +115,9 @@ def test_equally_stale_contributions_are_the_average(discount: str, heads: int, 
 def test_a_cycle_with_the_same_lags_weighs_as_much_as_the_averages(lags: list[int], discount: str) -> None:
     """One by one, in steady state: late heads get less, fresh ones more, and all together 1."""
     stale, heads = Stale(discount=discount), len(lags)  # type: ignore[arg-type]
-    pending, weights = pending_of(heads, lags=lags), {}
+    pending, weights = make_pending(heads, lags=lags), {}
     for _ in range(2):
-        weights = {p.head: stale.merge([p], roster_of(heads)).weights[p.head] for p in pending}
+        weights = {p.head: stale.merge([p], make_roster(heads)).weights[p.head] for p in pending}
     assert sum(weights.values()) == pytest.approx(1, rel=ROUNDING)
     ordered = sorted(range(heads), key=lambda h: lags[h])
     assert all(weights[a] >= weights[b] * (1 - ROUNDING) for a, b in itertools.pairwise(ordered))
@@ -125,30 +125,30 @@ def test_a_cycle_with_the_same_lags_weighs_as_much_as_the_averages(lags: list[in
 
 def test_stale_may_count_samples_too() -> None:
     """d_i n_i, normalised."""
-    merge = Stale(power=1.0, by_samples=True).merge(pending_of(2, lags=[0, 1], samples=[10, 60]), roster_of(2))
+    merge = Stale(power=1.0, by_samples=True).merge(make_pending(2, lags=[0, 1], samples=[10, 60]), make_roster(2))
     assert merge.weights == pytest.approx({0: 0.25, 1: 0.75})
 
 
 def test_clip_bounds_the_norm_by_a_number() -> None:
     """w |D| is at most max_norm / N, and shorter contributions keep 1/N."""
-    pending = pending_of(3)
-    norms = [float(dense(p).norm()) for p in pending]
+    pending = make_pending(3)
+    norms = [float(dense_change(p).norm()) for p in pending]
     most = sorted(norms)[1]
-    weights = Clip(max_norm=most).merge(pending, roster_of(4)).weights
+    weights = Clip(max_norm=most).merge(pending, make_roster(4)).weights
     assert [weights[h] * 4 * norms[h] for h in range(3)] == pytest.approx([min(n, most) for n in norms])
 
 
 def test_clip_bounds_the_norm_by_the_others() -> None:
     """Without a number, `times` the median norm of the last N contributions, also of those that came before."""
-    clip, pending = Clip(times=1.5), pending_of(3)
-    norms = [float(dense(p).norm()) for p in pending]
+    clip, pending = Clip(times=1.5), make_pending(3)
+    norms = [float(dense_change(p).norm()) for p in pending]
     for p in pending[:2]:
-        clip.merge([p], roster_of(3))
-    huge = pending_of(1, seed=5)[0]
+        clip.merge([p], make_roster(3))
+    huge = make_pending(1, seed=5)[0]
     huge.share.contribution.mul_(100)
-    weight = clip.merge([huge], roster_of(3)).weights[0]
-    median = sorted([*norms[:2], float(dense(huge).norm())])[1]
-    assert weight * 3 * float(dense(huge).norm()) == pytest.approx(1.5 * median)
+    weight = clip.merge([huge], make_roster(3)).weights[0]
+    median = sorted([*norms[:2], float(dense_change(huge).norm())])[1]
+    assert weight * 3 * float(dense_change(huge).norm()) == pytest.approx(1.5 * median)
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,10 @@ from lte_ray.runtime.coordinator.checkpointing import CheckpointManager
 from lte_ray.runtime.coordinator.submissions import SubmissionLoop
 from lte_ray.transfer.checksum import base_checksum, buffers_checksum
 from lte_ray.transfer.groups import make_groups
-from tests.support.helpers import make_plan_of, make_settings, offer, random_flat
+from tests.support.plans import make_contribution, plan_from_shapes, random_flat
+from tests.support.tiny_worker import make_settings
 
-PLAN = make_plan_of([(24, 20, 2), (6, 40, 2)], [(5,)])
+PLAN = plan_from_shapes([(24, 20, 2), (6, 40, 2)], [(5,)])
 MERGE = MergeConfig(wait=False, when="arrival", send_down="factors", merge_threads=1)
 
 
@@ -77,7 +78,7 @@ class Process:
         flat = scale * random_flat(PLAN.contribution.size, 10 * sequence + head).float()
         buffers = tuple(self.codec.encode(flat, self.engine.reference(head))[0])
         checksums = tuple(buffers_checksum([buffer]) for buffer in buffers)
-        contribution = offer(head, sequence, version=self.engine.version, checksums=checksums, buffer=buffers)
+        contribution = make_contribution(head, sequence, version=self.engine.version, checksums=checksums, buffer=buffers)
         result = await self.submissions.submit(contribution)
         while self.tasks.busy:
             await asyncio.sleep(0)

@@ -26,9 +26,10 @@ from lte_ray.runtime.coordinator_state import CoordinatorState
 from lte_ray.runtime.object_store import AssembledRef
 from lte_ray.transfer.checksum import base_checksum, buffers_checksum
 from lte_ray.transfer.groups import make_groups
-from tests.support.helpers import make_plan_of, make_settings, offer, random_flat
+from tests.support.plans import make_contribution, plan_from_shapes, random_flat
+from tests.support.tiny_worker import make_settings
 
-PLANS = tuple(make_plan_of([(24, 20, r), (6, 40, r), (16, 16, r)], [(5,), (3, 2)]) for r in (2, 3))
+PLANS = tuple(plan_from_shapes([(24, 20, r), (6, 40, r), (16, 16, r)], [(5,), (3, 2)]) for r in (2, 3))
 MERGE = MergeConfig(shards=3, send_down="factors", transfer="int8", merge_threads=1)
 
 
@@ -90,7 +91,7 @@ def test_calls_that_overtake_each_other_give_the_same_results(seed: int) -> None
                 buffers, decoded = codecs[head].encode(flat, local.reference(head))
                 measured = await aggregator.receive(2 * version + head, head, buffers, checksums(buffers))
                 assert measured.sum_of_squares == pytest.approx(float(decoded.double().square().sum()), rel=1e-5)
-                local.receive(offer(head, version, version=local.version), decoded)
+                local.receive(make_contribution(head, version, version=local.version), decoded)
             aggregator.discard(99)
             merge_seconds = asyncio.ensure_future(aggregator.merge(version, {2 * version + head: 0.5 for head in (0, 1)}))
             base_read, checksum = asyncio.ensure_future(aggregator.publish_base()), asyncio.ensure_future(aggregator.checksum())
@@ -175,7 +176,7 @@ def test_shards_start_from_a_version_with_its_references() -> None:
         settings = dataclasses.replace(context.settings, merge=dataclasses.replace(MERGE, shards=1))
         policy = ComposedPolicy(Average(), Arrival())
         local = Coordinator(settings, PLANS[0], base.clone(), policy, plans=PLANS, version=7, references=dict(references))
-        local.receive(offer(1, 1, version=7), decoded)
+        local.receive(make_contribution(1, 1, version=7), decoded)
         assert local.version == 8
         assert torch.equal(CopyingTransport().fetch((await aggregator.publish_base()).parts[-1]), local.base)
 

@@ -22,8 +22,9 @@ from lte_ray.runtime.coordinator.background_tasks import BackgroundTasks
 from lte_ray.runtime.coordinator.submissions import SubmissionLoop
 from lte_ray.runtime.object_store import Handle
 from lte_ray.storage import RunDirectory
-from tests.support.checkpoint_damage import FACTS, PLAN, write
-from tests.support.helpers import make_plan_of, make_settings, offer, random_flat
+from tests.support.checkpoint_damage import FACTS, PLAN, write_checkpoint
+from tests.support.plans import make_contribution, plan_from_shapes, random_flat
+from tests.support.tiny_worker import make_settings
 
 CONTEXT: Any = SimpleNamespace(transport=None, merge_threads=lambda part, whole: 1)
 
@@ -61,12 +62,14 @@ def test_the_contribution_of_a_dropped_head_is_refused_and_discarded() -> None:
     """Its result arrives, nothing of it is kept, and the others are merged without it."""
 
     async def run() -> None:
-        plan = make_plan_of([(6, 5, 2)], [(4,)])
+        plan = plan_from_shapes([(6, 5, 2)], [(4,)])
         engine = Coordinator(make_settings(heads=3), plan, random_flat(plan.base.size, 1).float(), MergeTogether())
         fake, tasks = FakeAggregator(), BackgroundTasks(lambda: None)
         submissions = SubmissionLoop(CONTEXT, engine, fake, fake, tasks)  # type: ignore[arg-type]
         buffers = [random_flat(plan.contribution.size, seed).float() for seed in range(3)]
-        pending = [asyncio.ensure_future(submissions.submit(offer(head, 1, buffer=(buffers[head],)))) for head in (0, 1)]
+        pending = [
+            asyncio.ensure_future(submissions.submit(make_contribution(head, 1, buffer=(buffers[head],)))) for head in (0, 1)
+        ]
         await asyncio.sleep(0.01)
         assert submissions._undecided.keys() == {0, 1}
         submissions.handle(lambda: engine.drop(1))
@@ -75,7 +78,7 @@ def test_the_contribution_of_a_dropped_head_is_refused_and_discarded() -> None:
         assert "head 1 has left the run" in result.reason
         assert fake.discarded == [2]
         assert submissions._undecided.keys() == {0}
-        assert (await submissions.submit(offer(2, 1, buffer=(buffers[2],)))).accepted
+        assert (await submissions.submit(make_contribution(2, 1, buffer=(buffers[2],)))).accepted
         assert (await pending[0]).accepted
         assert not submissions._undecided
 
@@ -85,7 +88,7 @@ def test_the_contribution_of_a_dropped_head_is_refused_and_discarded() -> None:
 def test_a_head_that_cannot_write_its_part_costs_only_that_checkpoint(tmp_path: Path) -> None:
     """It isn't committed without the part, as it would be if the head's process were gone; the next one removes its files."""
     directory = RunDirectory.open(str(tmp_path), "r")
-    write(directory, 2)
+    write_checkpoint(directory, 2)
     base = random_flat(PLAN.base.size, 1).float()
 
     async def fetch_async(handle: Handle) -> Tensor:

@@ -1,0 +1,18 @@
+"""Numeric comparison of tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPS64 = torch.finfo(torch.float64).eps
+
+
+EPS32 = torch.finfo(torch.float32).eps
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """The relative Frobenius error is at most `tolerance` (against at least 1, so that a zero can be compared)."""
+    assert actual.shape == expected.shape
+    error = float(torch.linalg.vector_norm((actual.double() - expected.double()).detach()))
+    assert error <= tolerance * max(1.0, float(torch.linalg.vector_norm(expected.detach().double()))), error
