@@ -1,7 +1,7 @@
-"""The chaos world's own account of what was trained and merged: dense, in float64, from what heads' weights did.
+"""The chaos world's account of what was trained and merged: dense, in float64, from the changes of heads' weights.
 
-It knows no references and no factors: what a contribution adds is the change of s B A and of the replicas that its head's
-steps made since the contribution before it, as measured while they were taken.
+It knows no references and no factors. A contribution adds the change of s B A and of the replicas that its head's steps made
+since the contribution before it, as measured during the steps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def assert_close(found: Tensor, expected: Tensor, what: str) -> None:
 
 
 def trained_weights(head: Head) -> Tensor:
-    """s B A of each layer, then the replicas: flat in the base layout."""
+    """Returns s B A of each layer and the replicas, flat in the base layout."""
     plan, flat = head.plan, torch.zeros(head.plan.base.size, dtype=torch.float64)
     into = views(plan.base, flat)
     with torch.no_grad():
@@ -45,7 +45,7 @@ def trained_weights(head: Head) -> Tensor:
 
 
 def effective_weights(head: Head) -> Tensor:
-    """What the head's model computes with, seen from outside: W from the outputs for unit vectors, b from that for 0."""
+    """Returns the weights that the model computes with, from its outputs: W from those for unit vectors, b from that for 0."""
     with torch.no_grad():
         bias = head.model(torch.zeros(1, 3, dtype=torch.float64))
         weight = (head.model(torch.eye(3, dtype=torch.float64)) - bias).t()
@@ -54,7 +54,7 @@ def effective_weights(head: Head) -> Tensor:
 
 @dataclass(eq=False)
 class Track:
-    """Of one process of a head: all that it has trained, and where its contributions stood.
+    """What one process of a head has trained, and where its contributions were made.
 
     Attributes:
         total: the change of the weights by all its steps.
@@ -74,12 +74,12 @@ class Track:
         self.at[sequence] = (self.total, len(self.slots))
 
     def unmerged(self, sequence: int) -> tuple[Tensor, list[tuple[int, bool]]]:
-        """What isn't in the contribution of that number, nor in those before."""
+        """Returns what is neither in the contribution of that number nor in those before."""
         total, slots = self.at[sequence]
         return self.total - total, self.slots[slots:]
 
     def drop(self, sequence: int) -> None:
-        """What was trained since is poison."""
+        """What was trained since that contribution is poison."""
         total, slots = self.at[sequence]
         self.total = total
         self.slots[slots:] = [(slot, True) for slot, _ in self.slots[slots:]]
@@ -91,10 +91,10 @@ class Account:
 
     Attributes:
         weights: by version, flat in the base layout.
-        held: by version and head, whose last merged contribution it was, and its number.
-        keys: by version, what was merged into it: the process, and the number of its contribution.
-        merged, dropped: by slot, the version whose merge held it, or skipped it as poison.
-        momentum: by version, the outer momentum behind it, where the policy has one.
+        held: by version and head, the process of its last merged contribution, and the contribution's number.
+        keys: by version, what was merged into it: processes, and the numbers of their contributions.
+        merged, dropped: by slot, the version whose merge contains it, or skips it as poison.
+        momentum: the outer momentum, if the policy has one.
     """
 
     weights: dict[int, Tensor]
@@ -105,27 +105,27 @@ class Account:
     momentum: Tensor | None = None
 
     def copy(self) -> Account:
-        """As it is now."""
+        """Returns a copy."""
         of_version = (dict(self.weights), {v: dict(held) for v, held in self.held.items()}, dict(self.keys))
         return Account(*of_version, dict(self.merged), dict(self.dropped), self.momentum)
 
     def merge(self, record: MergeRecord, tracks: Mapping[int, Track], members: int) -> None:
-        """A version was made of the contributions that `record.positions` names; `tracks` are those of their processes."""
+        """Records a version that contains the contributions in `record.positions`; `tracks` are those of their processes."""
         version, before = record.version, self.held[record.version - 1]
         if version in self.weights:
             raise InvariantBroken(f"version {version} was made twice")
         total, held = torch.zeros_like(self.weights[version - 1]), dict(before)
         for head in record.heads:
-            standing, track = record.positions[head], tracks[head]
-            self._once(track, standing, head)
-            start, end = self.start(head, track, version - 1), track.at[standing.sequence]
+            position, track = record.positions[head], tracks[head]
+            self._once(track, position, head)
+            start, end = self.start(head, track, version - 1), track.at[position.sequence]
             total += (end[0] - start[0]) / members
-            held[head] = (track, standing.sequence)
+            held[head] = (track, position.sequence)
             for slot, poison in track.slots[start[1] : end[1]]:
                 if slot in self.merged or slot in self.dropped:
                     raise InvariantBroken(f"batch {slot} of head {head} is merged twice: {self.merged.get(slot)} and {version}")
                 (self.dropped if poison else self.merged)[slot] = version
-            self.keys.setdefault(version, []).append((track, standing.sequence))
+            self.keys.setdefault(version, []).append((track, position.sequence))
             if record.weights and abs(record.weights[head] - 1 / members) > 0:
                 raise InvariantBroken(f"head {head} counts {record.weights[head]} in a run of {members}")
         if not record.weights:
@@ -134,16 +134,16 @@ class Account:
         self.weights[version], self.held[version] = self.weights[version - 1] + total, held
 
     def start(self, head: int, track: Track, version: int) -> tuple[Tensor, int]:
-        """Where a version holds the head's process: at its last merged contribution; at its begin, if that was another's."""
+        """Returns where a version has a process: at its last merged contribution; at its start if that is another process's."""
         of, sequence = self.held[version].get(head, (None, 0))
         return track.at[sequence] if of is track else (torch.zeros_like(track.total), 0)
 
-    def _once(self, track: Track, standing: CommittedPosition, head: int) -> None:
-        if any(of is track and number == standing.sequence for keys in self.keys.values() for of, number in keys):
-            raise InvariantBroken(f"contribution {standing.incarnation}.{standing.sequence} of head {head} is merged twice")
+    def _once(self, track: Track, position: CommittedPosition, head: int) -> None:
+        if any(of is track and number == position.sequence for keys in self.keys.values() for of, number in keys):
+            raise InvariantBroken(f"contribution {position.incarnation}.{position.sequence} of head {head} is merged twice")
 
     def rollback(self, version: int, momentum: Tensor | None) -> None:
-        """The run goes on from that version: what came after it never was."""
+        """The run continues from that version: later ones are void."""
         if version not in self.weights:
             raise InvariantBroken(f"version {version} never was")
         for of_version in (self.weights, self.held, self.keys):
@@ -155,7 +155,7 @@ class Account:
         self.momentum = momentum
 
     def check_slots(self, ledger: PartitionAssignor) -> None:
-        """Each batch is merged, or dropped as poison, or owned: exactly one of them."""
+        """Checks that each batch is merged, dropped as poison, or owned: exactly one of these."""
         gone = self.merged.keys() | self.dropped.keys()
         ledger.validate()
         owned = [*ledger.unassigned, *(p for partitions in ledger.owners().values() for p in partitions)]

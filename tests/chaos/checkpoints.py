@@ -19,7 +19,7 @@ MAX_OPEN = 3
 
 
 class ChaosCheckpoints:
-    """The part of a coordinator's process that makes checkpoints (`ChaosCoordinator`)."""
+    """The part of `ChaosCoordinator` that makes checkpoints."""
 
     settings: Settings
     start: CoordinatorState

@@ -15,7 +15,7 @@ from tests.chaos.parts import Call, LocalTransport
 
 @dataclass
 class Received:
-    """An reply that was fetched, and its base where that is newer than what the process had."""
+    """A reply that was received, and its base if that is newer than what the process had."""
 
     reply: CoordinatorReply
     base: Tensor | None

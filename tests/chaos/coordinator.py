@@ -1,4 +1,4 @@
-"""The coordinator's process in the chaos world: what `runtime.coordinator` and its parts do around the real engine."""
+"""The coordinator's process in the chaos world: the real engine, and what `runtime.coordinator` does around it."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class ChaosCoordinator(ChaosCheckpoints):
 
     Args:
         mode, settings, initial: of the run.
-        start: from where.
-        account: told of every merge.
-        disk: where checkpoints go.
+        start: the state that it starts from.
+        account: records every merge.
+        disk: stores checkpoints.
     """
 
     mode: Mode
@@ -75,7 +75,7 @@ class ChaosCoordinator(ChaosCheckpoints):
     # -- contributions ---------------------------------------------------------------------------------------------
 
     def submit(self, call: Call) -> None:
-        """A contribution has come; `Merging.contribute` until it is fetched."""
+        """A contribution arrives; `SubmissionLoop.submit` until it is fetched."""
         c: Contribution = call.payload
         key = (c.incarnation, c.sequence)
         for here in (self.arriving.get(c.head), self.undecided.get(c.head)):
@@ -86,49 +86,49 @@ class ChaosCoordinator(ChaosCheckpoints):
         if settled is not None:
             self.decided.append((call, settled))
             return
-        own = Submission(c, [call], call.process.track)
+        submission = Submission(c, [call], call.process.track)
         refusal = self.engine.check_numbers(c)
         if refusal is not None:
-            self._handle(lambda: refusal, own)
+            self._handle(lambda: refusal, submission)
         else:
-            self.arriving[c.head] = own
+            self.arriving[c.head] = submission
 
     def receive(self, head: int) -> None:
-        """The contribution that was being fetched is here: the engine gets it."""
-        own = self.arriving.pop(head)
-        self._handle(lambda: self.engine.receive(own.contribution, own.contribution.buffer), own)
+        """The contribution that was being fetched is complete: the engine receives it."""
+        submission = self.arriving.pop(head)
+        self._handle(lambda: self.engine.receive(submission.contribution, submission.contribution.buffer), submission)
 
-    def _handle(self, event: Callable[[], StepResult], own: Submission | None = None) -> None:
-        """`Merging.handle`: the outcome goes to whom it concerns."""
+    def _handle(self, event: Callable[[], StepResult], submission: Submission | None = None) -> None:
+        """Gives the engine an event, and its results to the calls that wait for them; `SubmissionLoop.handle`."""
         outcome = event()
-        verdicts = list(outcome.results)
-        if own is not None:
-            refused = outcome.refusal(own.contribution)
+        results = list(outcome.results)
+        if submission is not None:
+            refused = outcome.refusal(submission.contribution)
             if refused is None:
-                self.undecided[own.contribution.head] = own
+                self.undecided[submission.contribution.head] = submission
             else:
-                verdicts.remove(refused)
-                self.decided += [(call, refused) for call in own.calls]
+                results.remove(refused)
+                self.decided += [(call, refused) for call in submission.calls]
                 if "its own" in refused.reason:
                     raise InvariantBroken(refused.reason)
-        settled = [(verdict, self.undecided.pop(verdict.head)) for verdict in verdicts]
-        tracks = {verdict.head: submission.track for verdict, submission in settled}
+        decided = [(result, self.undecided.pop(result.head)) for result in results]
+        tracks = {result.head: each.track for result, each in decided}
         if self.undecided.keys() != set(self.engine.pending_heads):
             raise InvariantBroken(
-                f"heads {sorted(self.undecided)} wait for a verdict, but those of {self.engine.pending_heads} are to be decided"
+                f"heads {sorted(self.undecided)} wait for a result, but those of {self.engine.pending_heads} are to be decided"
             )
         for merge in outcome.merges:
             self.account.merge(merge, tracks, len(self.engine.members))
         if outcome.merges and self.begins_at_next_merge and self.may_begin:
             self.begin_checkpoint()
-        for verdict, submission in settled:
-            self.decided += [(call, verdict) for call in submission.calls]
+        for result, each in decided:
+            self.decided += [(call, result) for call in each.calls]
 
     def leave(self, head: int) -> None:
         self._handle(lambda: self.engine.leave(head))
 
     def lose(self, head: int, drop: bool) -> None:
-        """`CoordinatorActor.lose`."""
+        """A head's process is gone; `CoordinatorActor.lose`."""
         self.reachable_heads.discard(head)
         self.joins = [join for join in self.joins if join.call.process.number != head]
         self._handle(lambda: (self.engine.drop if drop else self.engine.lose)(head))
@@ -138,18 +138,18 @@ class ChaosCoordinator(ChaosCheckpoints):
     # -- answers ---------------------------------------------------------------------------------------------------
 
     def reply_to(self, index: int) -> None:
-        """Makes the answer to a contribution that is decided, from what is the newest now."""
-        call, verdict = self.decided.pop(index)
-        self._send(call, replace(self.reply(call.process.number), result=verdict))
+        """Replies to a contribution that is decided, with what is the newest now."""
+        call, result = self.decided.pop(index)
+        self._send(call, replace(self.reply(call.process.number), result=result))
 
     def reply_to_waiting(self) -> None:
-        """Answers those that wait for a version that is there."""
+        """Replies to the calls that waited for a version that exists now."""
         for call in [call for call in self.waiting_calls if call.payload < self.engine.version]:
             self.waiting_calls.remove(call)
             self._send(call, self.reply(call.process.number))
 
     def reply(self, head: int) -> CoordinatorReply:
-        """`Updates.since`, dense."""
+        """Returns a reply for a head, without a result; `Broadcaster.reply`, with whole bases."""
         engine = self.engine
         known = (dict(engine.positions), engine.assignment_state())
         if self.mode.cached:
@@ -172,7 +172,7 @@ class ChaosCoordinator(ChaosCheckpoints):
             call.answers.append((self.start.epoch, copy_reply(update)))
 
     def continue_join(self, join: PendingJoin) -> bool:
-        """`CoordinatorActor.join`, as far as it can go now; whether it went on."""
+        """Continues a call of `CoordinatorActor.join` as far as it can go now. Returns whether it got further."""
         head, incarnation, engine = join.call.process.number, join.call.process.incarnation, self.engine
         if join.stage == "asked":
             if head in engine.pending_heads:
@@ -192,14 +192,14 @@ class ChaosCoordinator(ChaosCheckpoints):
         self.together = False
         exact = incarnation == 0 and self.start.epoch == 0 and head in self.start.exact_heads
         if exact and engine.version == self.start.version:
-            begin = JoinReply(engine.positions[head], checkpoint=self.start.checkpoint_version, exact=True)
+            join_reply = JoinReply(engine.positions[head], checkpoint=self.start.checkpoint_version, exact=True)
         else:
-            standing = engine.start_head(head)
-            held = engine.reference(head) if standing.sequence else None
-            begin = JoinReply(
-                standing, None if held is None else held.clone(), self.newest if head in self.heads_saved else None
+            position = engine.start_head(head)
+            reference = engine.reference(head) if position.sequence else None
+            join_reply = JoinReply(
+                position, None if reference is None else reference.clone(), self.newest if head in self.heads_saved else None
             )
         self.reachable_heads.add(head)
-        join.reply = replace(self.reply(head), join_replies={head: begin})
+        join.reply = replace(self.reply(head), join_replies={head: join_reply})
         self.exact.discard(head)
         return True

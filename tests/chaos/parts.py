@@ -1,4 +1,4 @@
-"""What the chaos world is made of: a tiny worker that notes its batches, runs' settings, and what travels or is stored."""
+"""Parts of the chaos world: a tiny worker that records its batches, settings of runs, calls, and stored checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deaths of the coordinator and of whole runs in a chaos world: what `runtime.mending` and `runtime.resuming` do."""
+"""Deaths of the coordinator and of whole runs in a chaos world: what `runtime.controller.coordinator_recovery` does."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tests.chaos.parts import LocalTransport
 
 
 class Recovery(Deaths):
-    """The coordinator dies, or everything does; the run goes on from what heads know, or from a checkpoint."""
+    """The coordinator dies, or everything does. The run continues from what heads know, or from a checkpoint."""
 
     def on_kill_hub(self, pick: int, amount: int) -> bool:
-        """The coordinator dies; what it has answered may still arrive."""
+        """The coordinator dies; replies that it has sent may still arrive."""
         if self.coordinator is None:
             return False
         self.coordinator = None
@@ -30,57 +30,59 @@ class Recovery(Deaths):
         return True
 
     def on_recover(self, pick: int, amount: int) -> bool:
-        """Another coordinator goes on; `FailureHandler._recover`."""
+        """Another coordinator continues; `CoordinatorRecovery.restart`."""
         if self.coordinator is not None:
             return False
         self.epoch += 1
         reports = [process.report(self.epoch) for process in self.processes]
         start, astray = self._state_after(reports)
         self._roll_back_account(start)
-        out = {n for n, m in self.slots.items() if m.ended and m.process is not None and m.process.quarantined}
-        self.coordinator = self.new_coordinator(replace(start, members=frozenset(set(self.slots) - out)))
+        quarantined = {n for n, m in self.slots.items() if m.ended and m.process is not None and m.process.quarantined}
+        self.coordinator = self.new_coordinator(replace(start, members=frozenset(set(self.slots) - quarantined)))
         reporting = {number for report in reports for number in report.heads}
-        for number, member in self.slots.items():
+        for number, slot in self.slots.items():
             held = start.position(number)
-            if member.ended and number not in reporting and held.step < member.end_step:  # `FailureHandler._undone`
-                member.ended, member.lost = False, True
-                member.incarnation += 1
-            if number in astray and member.process is not None and not member.ended:
-                member.process.alive = False
-                member.process, member.lost = None, True
-                member.incarnation += 1
-        for number, member in sorted(self.slots.items()):
-            if member.lost:
+            if slot.ended and number not in reporting and held.step < slot.end_step:  # `CoordinatorRecovery._ended_unmerged`
+                slot.ended, slot.lost = False, True
+                slot.incarnation += 1
+            if number in astray and slot.process is not None and not slot.ended:
+                slot.process.alive = False
+                slot.process, slot.lost = None, True
+                slot.incarnation += 1
+        for number, slot in sorted(self.slots.items()):
+            if slot.lost:
                 self.coordinator.lose(number, False)
-            if member.ended:
+            if slot.ended:
                 self.coordinator.leave(number)
         return True
 
     def _state_after(self, reports: list[RecoveryReport]) -> tuple[CoordinatorState, Iterable[int]]:
-        """`FailureHandler._start`."""
-        saved, found = self.saved, recover(reports)
-        if found is None or (saved is not None and saved > found.version):
+        """Returns the state to continue from, and the heads that must start again; `CoordinatorRecovery._state_after`."""
+        saved, recovered = self.saved, recover(reports)
+        if recovered is None or (saved is not None and saved > recovered.version):
             if saved is None or saved == self.start.version:
                 self._restore_account(saved)
                 return replace(self.start, epoch=self.epoch), frozenset()
             self._restore_account(saved)
             return replace(self._load(saved, self.settings.lte.num_heads), epoch=self.epoch), list(self.slots)
-        references, states = dict(found.references), frozenset[int]()
+        references, states = dict(recovered.references), frozenset[int]()
         if saved is not None:
-            kept = self.disk.checkpoints[saved]
-            states = frozenset(kept.parts)
-            fit = heads_in_checkpoint(found, kept.facts["standings"])
-            references |= {head: factors.clone() for head, factors in kept.references.items() if head in fit}
-        exact = self.start.exact_heads - found.step_limits.keys() if found.version == self.start.version else frozenset()
+            stored = self.disk.checkpoints[saved]
+            states = frozenset(stored.parts)
+            matching = heads_in_checkpoint(recovered, stored.facts["standings"])
+            references |= {head: factors.clone() for head, factors in stored.references.items() if head in matching}
+        exact = (
+            self.start.exact_heads - recovered.step_limits.keys() if recovered.version == self.start.version else frozenset()
+        )
         return CoordinatorState.from_recovered(
-            found, references, checkpoint_version=saved, exact_heads=exact, saved_heads=states, epoch=self.epoch
-        ), found.restart_heads
+            recovered, references, checkpoint_version=saved, exact_heads=exact, saved_heads=states, epoch=self.epoch
+        ), recovered.restart_heads
 
     def _load(self, version: int, heads: int) -> CoordinatorState:
-        """What the runtime makes of a checkpoint."""
-        common: Any = SimpleNamespace(directory=LocalTransport(), transport=LocalTransport())
+        """Loads a checkpoint as the runtime does."""
+        context: Any = SimpleNamespace(directory=LocalTransport(), transport=LocalTransport())
         with patch.object(coordinator_state, "checkpoint", self.disk):
-            return coordinator_state.load_checkpoint(common, self.initial, version, heads)
+            return coordinator_state.load_checkpoint(context, self.initial, version, heads)
 
     def _roll_back_account(self, start: CoordinatorState) -> None:
         self.account.rollback(
@@ -89,9 +91,9 @@ class Recovery(Deaths):
         )
 
     def on_crash(self, pick: int, amount: int) -> bool:
-        """Everything dies; the run is resumed from the newest checkpoint, with another number of heads if `amount` > 4."""
+        """Everything dies. The run resumes from the newest checkpoint, with another number of heads if `amount` > 4."""
         if not self.disk.checkpoints and pick % 4:
-            return False  # to begin at the start again and again shows little
+            return False  # starting from version 0 again and again tests little
         heads = self.settings.lte.num_heads
         if amount > 4:
             heads = 1 + (heads + pick) % 4
@@ -109,5 +111,5 @@ class Recovery(Deaths):
         return True
 
     def _restore_account(self, saved: int | None) -> None:
-        """The account is that of a checkpoint, or of the start."""
+        """Sets the account back to that of a checkpoint, or of the start."""
         self.account = self.first.copy() if saved is None else self.disk.checkpoints[saved].account.copy()

@@ -1,4 +1,4 @@
-"""The state of a chaos world: its driver's view of the run, and everything that lives or lies somewhere."""
+"""The state of a chaos world: the driver's view of the run, its processes, its checkpoints and the messages on the way."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ from tests.chaos.process import ChaosHeadProcess
 
 @dataclass(eq=False)
 class Slot:
-    """A head's place, as the driver sees it; `gone`: it knows that the process is. `end`: the step at which it was over."""
+    """A head's slot, as the driver sees it.
+
+    Attributes:
+        process: None if it is dead.
+        incarnation: processes that there were before.
+        lost: whether the driver knows that the process is dead.
+        ended: whether the head has ended its work, at step `end_step`.
+    """
 
     process: ChaosHeadProcess | None
     incarnation: int = 0
@@ -28,10 +35,18 @@ class Slot:
 
 
 class ChaosRun:
-    """One run: its members, its coordinator (None while there is none), its checkpoints, and what is on the wire.
+    """One run.
 
     Args:
         mode: how it merges.
+
+    Attributes:
+        coordinator: None while there is none.
+        saved: the newest complete checkpoint that the driver knows of.
+        slots: by head.
+        orphaned_calls: contributions of dead processes that may still arrive.
+        answered_calls: contributions that were answered, and that may arrive again.
+        happened: how often each kind of event did.
     """
 
     saved: int | None
@@ -45,7 +60,7 @@ class ChaosRun:
         self.disk, self.epoch = Disk(), 0
         self.start, self.saved = CoordinatorState(0, self.initial.base), None
         self.orphaned_calls: list[Call] = []
-        self.answered_calls: list[Call] = []  # contributions that were answered
+        self.answered_calls: list[Call] = []
         self.happened: Counter[str] = Counter()
         self.launch()
 
@@ -62,14 +77,14 @@ class ChaosRun:
 
     @property
     def processes(self) -> list[ChaosHeadProcess]:
-        return [member.process for _, member in sorted(self.slots.items()) if member.process is not None]
+        return [slot.process for _, slot in sorted(self.slots.items()) if slot.process is not None]
 
     @property
     def calls_on_the_wire(self) -> list[Call]:
-        """Calls that are on their way to the coordinator, those of the dead included."""
+        """Calls on their way to the coordinator, also those of dead processes."""
         return [call for p in self.processes for call in p.calls if call.place == "wire"] + self.orphaned_calls
 
 
-def pick_one(found: list[Any], pick: int) -> Any:
-    """One of a list; None if it is empty."""
-    return found[pick % len(found)] if found else None
+def pick_one(choices: list[Any], pick: int) -> Any:
+    """Returns one of a list; None if it is empty."""
+    return choices[pick % len(choices)] if choices else None

@@ -1,4 +1,4 @@
-"""The whole protocol under chaos: whatever dies, is late, repeated, lost or poisoned, nothing is lost and nothing counts twice.
+"""The whole protocol under chaos: whatever dies, is late, repeated, lost or poisoned, nothing is lost or counted twice.
 
 `python -m benchmarks.chaos --schedules 5000` explores more of the same.
 """
@@ -32,7 +32,7 @@ def schedules(kinds: tuple[str, ...], amount: int = 6) -> st.SearchStrategy[Sche
 @settings(max_examples=5 * MANY)
 @given(events=schedules(KINDS))
 def test_nothing_is_lost_or_counted_twice(mode: str, events: Schedule) -> None:
-    """After every event the ledgers of weights and of batches hold; without further faults the run ends, all of it merged."""
+    """After every event the accounts of weights and batches balance; without further faults the run ends, all of it merged."""
     world = World(MODES[mode])
     for event in events:
         world.do(*event)
@@ -43,7 +43,7 @@ def test_nothing_is_lost_or_counted_twice(mode: str, events: Schedule) -> None:
 @settings(max_examples=4 * MANY)
 @given(events=schedules((*CALM, "cut", "cut", "ask", "ask", "crash", *["go"] * 6), amount=4))
 def test_a_barrier_run_that_is_killed_and_resumed_ends_bit_for_bit_as_one_that_is_not(mode: str, events: Schedule) -> None:
-    """Killed at any points, also with a checkpoint in mid-round: the same base and the same batches."""
+    """Killed at any points, even with a checkpoint in mid-round, it ends with the same base and the same batches."""
     calm, killed = World(MODES[mode]), World(MODES[mode])
     for event in events:
         killed.do(*event)
@@ -56,7 +56,7 @@ def test_a_barrier_run_that_is_killed_and_resumed_ends_bit_for_bit_as_one_that_i
 
 
 def test_a_head_whose_first_answer_after_a_resume_was_lost_begins_on_the_base_that_it_gets() -> None:
-    """Others have merged meanwhile: its saved state goes with the base of the checkpoint, which isn't there any more."""
+    """Others have merged meanwhile, so its saved state, which belongs to the checkpoint's base, can't be used."""
     world = World(MODES["arrival no-wait"])
     begun = [("go", 37, 6), ("fetch", 24, 3), ("cut", 6, 2), ("go", 49, 3), ("cut", 59, 6), ("go", 59, 1), ("go", 53, 6)]
     resumed = [("go", 3, 5), ("crash", 42, 4), ("go", 20, 3), ("go", 8, 1), ("go", 12, 2), ("go", 1, 1), ("lose_answer", 38, 5)]
@@ -69,7 +69,7 @@ def test_a_head_whose_first_answer_after_a_resume_was_lost_begins_on_the_base_th
 
 
 def test_a_run_that_dropped_a_head_resumes_with_as_many_as_before() -> None:
-    """The new head of that number begins with B = 0: what the checkpoint knows of the old one isn't its reference."""
+    """The new head of that number starts with B = 0: the checkpoint's factors are those of the dropped head."""
     world = World(MODES["barrier"])
     for version, faults in ((1, ("kill", "drop")), (2, ("cut",))):
         for turn in range(200):

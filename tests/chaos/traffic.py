@@ -1,4 +1,7 @@
-"""What happens in a chaos world without deaths: training, messages in any order, late, again or lost, poison, checkpoints."""
+"""What happens in a chaos world without deaths: training, poison, checkpoints, and messages late, repeated, lost or reordered.
+
+The names of events are recorded in `benchmarks/results/chaos.json`: they stay.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ from tests.chaos.process import ChaosHeadProcess
 from tests.chaos.run import ChaosRun, pick_one
 
 CALM = ("train", "contribute", "deliver", "hub", "fetch", "adopt", "hub", "deliver", "end")
-"""What happens in a run without faults."""
+"""Events of a run without faults."""
 
 
 class Traffic(ChaosRun):
-    """Events `on_NAME(pick, amount)`: whether it happened; `pick` says which of several, `amount` how much."""
+    """Events `on_NAME(pick, amount)`: `pick` chooses among several, `amount` says how much. Each returns if it happened."""
 
     def do(self, kind: str, pick: int = 0, amount: int = 1) -> bool:
         """Lets an event happen, if it can."""
@@ -42,7 +45,7 @@ class Traffic(ChaosRun):
         return True
 
     def on_repeat(self, pick: int, amount: int) -> bool:
-        """A call that has reached the coordinator reaches it once more; only its first answer counts."""
+        """A call that reached the coordinator reaches it again; only the first reply counts."""
         kinds = ("submit", "newer", "leave", "saved")
         call = pick_one([c for p in self.processes for c in p.calls if c.place == "held" and c.kind in kinds], pick)
         if call is None or self.coordinator is None:
@@ -51,7 +54,7 @@ class Traffic(ChaosRun):
         return True
 
     def on_lose_answer(self, pick: int, amount: int) -> bool:
-        """An answer is lost, and the call made again."""
+        """A reply is lost, and the call is made again."""
         call = pick_one([call for p in self.processes for call in p.calls if call.answers], pick)
         if call is not None:
             call.answers.clear()
@@ -60,38 +63,38 @@ class Traffic(ChaosRun):
 
     def _receive(self, call: Call) -> None:
         assert self.coordinator is not None
-        hub, process = self.coordinator, call.process
+        coordinator, process = self.coordinator, call.process
         if call.kind == "submit":
-            hub.submit(call)
+            coordinator.submit(call)
         elif call.kind == "newer":
-            hub.waiting_calls.append(call)
+            coordinator.waiting_calls.append(call)
         elif call.kind == "join":
-            hub.joins.append(PendingJoin(call))
+            coordinator.joins.append(PendingJoin(call))
         else:
             if call.kind == "leave":
-                hub.leave(process.number)
+                coordinator.leave(process.number)
             else:
-                hub.add_part(*call.payload)
+                coordinator.add_part(*call.payload)
             if call in process.calls:
                 process.calls.remove(call)
 
     def on_hub(self, pick: int, amount: int) -> bool:
-        """The coordinator does one of the things that it has begun: fetches, answers, lets heads join, writes its files."""
-        hub = self.coordinator
-        if hub is None:
+        """The coordinator continues one thing that it has begun: fetches, replies, lets a head join, or writes its files."""
+        coordinator = self.coordinator
+        if coordinator is None:
             return False
-        todo: list[Any] = [lambda head=head: hub.receive(head) for head in hub.arriving]
-        todo += [lambda index=index: hub.reply_to(index) for index in range(len(hub.decided))]
-        todo += [lambda join=join: hub.continue_join(join) for join in hub.joins]
+        todo: list[Any] = [lambda head=head: coordinator.receive(head) for head in coordinator.arriving]
+        todo += [lambda index=index: coordinator.reply_to(index) for index in range(len(coordinator.decided))]
+        todo += [lambda join=join: coordinator.continue_join(join) for join in coordinator.joins]
         todo += [
             lambda version=version: self._write_own(version)
-            for version, kept in hub.checkpoints.items()
-            if not kept.base_written
+            for version, stored in coordinator.checkpoints.items()
+            if not stored.base_written
         ]
-        if any(call.payload < hub.engine.version for call in hub.waiting_calls):
-            todo.append(hub.reply_to_waiting)
+        if any(call.payload < coordinator.engine.version for call in coordinator.waiting_calls):
+            todo.append(coordinator.reply_to_waiting)
         begin = pick % len(todo) if todo else 0
-        return any(act() is not False for act in todo[begin:] + todo[:begin])  # the first that can go on
+        return any(act() is not False for act in todo[begin:] + todo[:begin])  # the first that can continue
 
     def _write_own(self, version: int) -> None:
         assert self.coordinator is not None
@@ -99,7 +102,7 @@ class Traffic(ChaosRun):
         self.coordinator.commit(version)
 
     def on_fetch(self, pick: int, amount: int) -> bool:
-        """An answer reaches its process."""
+        """A reply reaches its process."""
         call = pick_one([call for p in self.processes for call in p.calls if call.answers], pick)
         if call is None or not call.process.fetch(call):
             return False
@@ -108,7 +111,7 @@ class Traffic(ChaosRun):
         return True
 
     def on_echo(self, pick: int, amount: int) -> bool:
-        """A contribution that was answered long ago reaches the coordinator once more."""
+        """A contribution that was answered long ago reaches the coordinator again."""
         call = pick_one(self.answered_calls, pick)
         if call is None or self.coordinator is None:
             return False
@@ -116,7 +119,7 @@ class Traffic(ChaosRun):
         return True
 
     def on_adopt(self, pick: int, amount: int) -> bool:
-        """A process takes what has been fetched; the first thing is where it begins."""
+        """A process adopts what it received; the first reply starts its head."""
         process = pick_one([p for p in self.processes if p.received and not p.ended], pick)
         if process is not None:
             process.adopt() if process.head is not None else process.begin()
@@ -129,7 +132,7 @@ class Traffic(ChaosRun):
         return process is not None
 
     def on_cut(self, pick: int, amount: int) -> bool:
-        """A checkpoint of the newest version is begun; or, where there is one, of the next as soon as it is merged."""
+        """A checkpoint of the newest version is begun; if that has one, of the next version as soon as it is merged."""
         if self.coordinator is None:
             return False
         self.coordinator.begins_at_next_merge = not self.coordinator.may_begin
@@ -138,29 +141,31 @@ class Traffic(ChaosRun):
         return True
 
     def on_ask(self, pick: int, amount: int) -> bool:
-        """The driver hears from the coordinator, and has heads that hear nothing any more write to checkpoints."""
+        """The driver polls the coordinator, and asks heads that get no more replies for their parts of checkpoints."""
         if self.coordinator is None:
             return False
         self.saved = self.coordinator.newest
-        for version, kept in list(self.coordinator.checkpoints.items()):
-            for number in [n for n in kept.missing if n in self.slots and self.slots[n].process is None]:
-                self.coordinator.add_part(version, number, None)  # it can't
+        for version, stored in list(self.coordinator.checkpoints.items()):
+            for number in [n for n in stored.missing if n in self.slots and self.slots[n].process is None]:
+                self.coordinator.add_part(version, number, None)  # its process is dead
         return sum(self._request_part(process) for process in self.processes if process.left) > 0
 
     def _request_part(self, process: ChaosHeadProcess) -> bool:
         assert self.coordinator is not None
         lacking = (
-            kept for kept in self.coordinator.checkpoints.values() if process.number in kept.missing - kept.asked_by_driver
+            stored
+            for stored in self.coordinator.checkpoints.values()
+            if process.number in stored.missing - stored.asked_by_driver
         )
-        kept = next(lacking, None)
-        if kept is None or process.head is None:
+        stored = next(lacking, None)
+        if stored is None or process.head is None:
             return False
-        kept.asked_by_driver.add(process.number)
-        process._take_snapshot(process.head, kept.request)
+        stored.asked_by_driver.add(process.number)
+        process._take_snapshot(process.head, stored.request)
         return True
 
     def on_go(self, pick: int, amount: int) -> bool:
-        """Several things that aren't faults happen, in an order that `pick` gives."""
+        """Several events without faults happen, in an order that depends on `pick`."""
         moved = False
         for turn in range(12 * amount):
             pick = (pick * 1103515245 + 12345) % 2**31

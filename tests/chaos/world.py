@@ -1,8 +1,12 @@
 """A whole run in one process, without threads, Ray or time, to which anything may happen, one event after another.
 
-The heads, the coordinator, snapshots and recovery are the real ones; what carries messages between them is restated from
-`lte_ray.runtime`: `chaos_process` and `chaos_line` (head, courier, line), `chaos_hub` and `chaos_cuts` (coordinator, merging,
-cuts), `chaos_deaths` and `chaos_recovery` (mending, crew, session). `chaos_account` says what must be true.
+Heads, coordinator, snapshots and recovery are the real ones. What carries messages between them mirrors `lte_ray.runtime`:
+
+- `process`, `client`: `runtime.head`
+- `coordinator`, `checkpoints`: `runtime.coordinator`
+- `run`, `deaths`, `recovery`: `runtime.controller`
+
+`account` says what must be true.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from tests.chaos.recovery import Recovery
 from tests.chaos.traffic import CALM
 
 FAIR = ("recover", "notice", "restart", "ask", *dict.fromkeys(CALM), "turn_away")
-"""What happens in a run that is left alone; the driver's part included."""
+"""Events of a run without further faults, including what the driver does."""
 
 FAULTS = (
     "kill",
@@ -32,20 +36,20 @@ FAULTS = (
     "echo",
     "poison",
 )
-"""What may go wrong, and the driver's answers to it."""
+"""Faults, and how the driver responds."""
 
 KINDS = (*CALM, *FAULTS, "poison", "cut", "cut", "ask", *["go"] * 12)
-"""Of events in a schedule, by how often they are drawn."""
+"""Kinds of events in a schedule, each as often as it is to be drawn."""
 
 ROUNDS = 400
-"""Rounds in which a run without faults must end from any state."""
+"""Rounds in which a run without further faults must end, from any state."""
 
 
 class World(Recovery):
     """A run, its events (`do`), its end (`settle`), and the invariants."""
 
     def do(self, kind: str, pick: int = 0, amount: int = 1) -> bool:
-        """Lets an event happen, if it can; `pick` says which of several, `amount` how much. Then checks all invariants."""
+        """Lets an event happen, if it can, then checks all invariants. `pick` chooses among several, `amount` says how much."""
         if not getattr(self, f"on_{kind}")(pick, amount):
             return False
         self.happened[kind] += 1
@@ -55,9 +59,9 @@ class World(Recovery):
         return True
 
     def settle(self) -> None:
-        """No more faults: the run must end, with everything merged and saved."""
+        """Lets the run end without further faults, with everything merged and saved."""
         for _ in range(ROUNDS):
-            if self.coordinator is not None and all(member.ended for member in self.slots.values()):
+            if self.coordinator is not None and all(slot.ended for slot in self.slots.values()):
                 break
             happened = [self.do(kind, pick, 9) for kind in FAIR for pick in range(6)]
             if not any(happened):
@@ -67,73 +71,79 @@ class World(Recovery):
         self.end()
 
     def end(self) -> None:
-        """Everything that was trained and isn't poison is merged, everybody took their steps, and the last version is saved."""
-        hub = self.coordinator
-        assert hub is not None
-        hub.freeze()
+        """Checks the end: all that isn't poison is merged, all steps are taken, and the last version is saved."""
+        coordinator = self.coordinator
+        assert coordinator is not None
+        coordinator.freeze()
         self.on_ask(0, 1)
         for process in self.processes:
             while self._request_part(process):
                 pass
         while self.on_hub(0, 1) or self.on_deliver(0, 1):
             pass
-        sound = {number: m.process for number, m in self.slots.items() if m.process is not None and not m.process.quarantined}
-        for number, process in sound.items():
+        active = {number: m.process for number, m in self.slots.items() if m.process is not None and not m.process.quarantined}
+        for number, process in active.items():
             assert process.track is not None
-            carried, slots = process.track.unmerged(hub.engine.positions[number].sequence)
+            carried, slots = process.track.unmerged(coordinator.engine.positions[number].sequence)
             assert_close(carried, torch.zeros_like(carried), f"head {number} has ended with something that isn't merged")
             if not all(poison for _, poison in slots):
                 raise InvariantBroken(f"head {number} has ended, and batches {slots} aren't merged")
-        there = {*sound, *(number for number, member in self.slots.items() if member.process is None)}
-        if not there:
+        heads = {*active, *(number for number, slot in self.slots.items() if slot.process is None)}
+        if not heads:
             return  # all are quarantined, so the run ends with an error
-        self._check_members(hub, there)
-        ends = {n: (held.step, self.slots[n].end_step) for n, held in hub.engine.positions.items() if n in there - set(sound)}
+        self._check_members(coordinator, heads)
+        ends = {
+            n: (held.step, self.slots[n].end_step)
+            for n, held in coordinator.engine.positions.items()
+            if n in heads - set(active)
+        }
         if any(merged < end for merged, end in ends.values()) and not self.happened["poison"]:  # whose steps are dropped
             raise InvariantBroken(f"heads ended and died, and not all of their steps are merged: {ends}")
-        steps = {number: process.head.step for number, process in sound.items() if process.head is not None}
-        if not hub.engine.shares_steps and set(steps.values()) - {self.settings.train.steps}:
+        steps = {number: process.head.step for number, process in active.items() if process.head is not None}
+        if not coordinator.engine.shares_steps and set(steps.values()) - {self.settings.train.steps}:
             raise InvariantBroken(f"not all heads have taken {self.settings.train.steps} steps: {steps}")
-        budget, out = hub.engine.step_budget, len(there) < len(self.slots)
+        budget, out = coordinator.engine.step_budget, len(heads) < len(self.slots)
         taken = {
-            n: budget.steps_granted[n] if n in there else step for n, step in budget.steps_taken.items()
-        }  # who left took no more
-        out = out or self.happened["drop"] > 0  # what one frees when the others have been told that they end is taken by nobody
+            n: budget.steps_granted[n] if n in heads else step for n, step in budget.steps_taken.items()
+        }  # a head that left took no more
+        out = out or self.happened["drop"] > 0  # steps that a head frees after the others know their last one aren't taken
         if budget.shared and not out and sum(taken.values()) < budget.total:
             raise InvariantBroken(f"of {budget.total} steps only {taken} were taken")
-        if hub.checkpoints:
-            raise InvariantBroken(f"checkpoints {sorted(hub.checkpoints)} aren't whole")
+        if coordinator.checkpoints:
+            raise InvariantBroken(f"checkpoints {sorted(coordinator.checkpoints)} aren't whole")
 
-    def _check_members(self, hub: ChaosCoordinator, there: set[int]) -> None:
-        dead = {number for number in there if self.slots[number].process is None}
-        idle = dead - hub.engine.positions.keys()  # they came, did nothing, and nobody else knew of them
-        if hub.engine.members != there - idle:
-            raise InvariantBroken(f"the members are {hub.engine.members}, but the driver has {there}")
-        if hub.engine.assignor.heads - there:
-            raise InvariantBroken(f"heads {hub.engine.assignor.heads - there} own batches, and have left the run")
+    def _check_members(self, coordinator: ChaosCoordinator, heads: set[int]) -> None:
+        dead = {number for number in heads if self.slots[number].process is None}
+        idle = dead - coordinator.engine.positions.keys()  # they came, did nothing, and nobody else knew of them
+        if coordinator.engine.members != heads - idle:
+            raise InvariantBroken(f"the members are {coordinator.engine.members}, but the driver has {heads}")
+        if coordinator.engine.assignor.heads - heads:
+            raise InvariantBroken(f"heads {coordinator.engine.assignor.heads - heads} own batches, and have left the run")
 
     def explain(self) -> str:
-        """Where everything stands, for people."""
-        hub, lines = self.coordinator, []
-        if hub is not None:
-            engine = hub.engine
+        """Returns where everything stands, for people."""
+        coordinator, lines = self.coordinator, []
+        if coordinator is not None:
+            engine = coordinator.engine
             lines.append(f"version {engine.version}, live {engine.live}, members {engine.members}, waits {engine.waiting_for}")
-            lines.append(f"pending {engine.pending_heads}, joins {len(hub.joins)}, undecided {list(hub.undecided)}")
-        for number, member in sorted(self.slots.items()):
-            p = member.process
+            lines.append(
+                f"pending {engine.pending_heads}, joins {len(coordinator.joins)}, undecided {list(coordinator.undecided)}"
+            )
+        for number, slot in sorted(self.slots.items()):
+            p = slot.process
             if p is None or p.head is None:
-                lines.append(f"head {number}: {'no process' if p is None else 'no head'}, gone {member.lost}")
+                lines.append(f"head {number}: {'no process' if p is None else 'no head'}, gone {slot.lost}")
                 continue
             h = p.head
             calls = [(call.kind, call.place, len(call.answers)) for call in p.calls]
             lines.append(
                 f"head {number}.{p.incarnation}: step {h.step}/{h.step_limit} final {h.limit_is_final}, version {h.version}, "
-                f"outstanding {h.outstanding}, over {p.over}/{member.ended}, lanes {h.batch_stream.partitions}, calls {calls}"
+                f"outstanding {h.outstanding}, over {p.over}/{slot.ended}, lanes {h.batch_stream.partitions}, calls {calls}"
             )
         return "\n".join(lines)
 
     def check(self) -> None:
-        """What must hold after every event."""
+        """Checks what must hold after every event."""
         account = self.account
         if self.coordinator is not None:
             version = self.coordinator.engine.version
