@@ -1,4 +1,4 @@
-"""Finding a user's class by module or file, and every way in which that fails."""
+"""Importing a user's class from a module or file, and every way in which that fails."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lte_ray.import_object import FILE_MODULE_PREFIX, absolute, is_object_path, 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty current folder; imports and sys.path are put back afterwards."""
+    """An empty current folder. Imports and sys.path are restored afterwards."""
     before = set(sys.modules)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
@@ -42,7 +42,7 @@ def test_a_class_of_an_installed_module() -> None:
 
 
 def test_a_module_in_the_current_folder(folder: Path) -> None:
-    """As with `python -m`, also where the console script's own folder is on sys.path instead."""
+    """As with `python -m`, even if sys.path has the console script's folder instead."""
     (folder / "mine_a").mkdir()
     (folder / "mine_a" / "net.py").write_text("class Net: pass")
     assert load("mine_a.net:Net").__module__ == "mine_a.net"  # type: ignore[attr-defined]
@@ -50,7 +50,7 @@ def test_a_module_in_the_current_folder(folder: Path) -> None:
 
 @pytest.mark.parametrize("spec", ["sub/net.py:Net", "./sub/net.py:Net", "{folder}/sub/net.py:Net", "~/sub/net.py:Net"])
 def test_a_class_of_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
-    """A relative, absolute or home path; its module gets a name that no other process can import."""
+    """A relative, absolute or home path. The module's name can't be imported by other processes."""
     monkeypatch.setenv("HOME", str(folder))
     (folder / "sub").mkdir()
     (folder / "sub" / "net.py").write_text("class Net: size = 3")
@@ -60,7 +60,7 @@ def test_a_class_of_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch, spec: 
 
 
 def test_a_file_is_loaded_once_and_by_its_path(folder: Path) -> None:
-    """The same file gives the same class; another file of the same name gives another."""
+    """The same file gives the same class, and another file of the same name another class."""
     for name in ("one", "two"):
         (folder / name).mkdir()
         (folder / name / "net.py").write_text(f"class Net: where = {name!r}")
@@ -85,7 +85,7 @@ def test_dataclasses_in_a_file_work(folder: Path) -> None:
 
 @pytest.mark.parametrize("spec", ["Net", "", ":Net", "module:", ":"])
 def test_a_wrong_form_is_explained(spec: str) -> None:
-    """Both forms are named, with the type of error that the caller asked for."""
+    """The error names both forms, and has the type that the caller requested."""
     with pytest.raises(ConfigError) as raised:
         load_object(spec, what="--policy", error=ConfigError)
     assert str(raised.value) == f"--policy is {spec!r}, but it must be package.module:Class or path/to/file.py:Class."
@@ -106,12 +106,12 @@ def test_a_missing_submodule(folder: Path) -> None:
 
 @pytest.mark.parametrize("spec", ["none.py:Net", "sub/none.py:Net", "folder.py:Net"])
 def test_a_missing_file(folder: Path, spec: str) -> None:
-    """The error names the whole path; a folder is no file."""
+    """The error names the absolute path; a folder isn't a file."""
     (folder / "folder.py").mkdir()
     assert f"there is no file {folder / spec.removesuffix(':Net')}." in str(error_of(spec))
 
 
-def test_a_missing_class_suggests_a_near_name(folder: Path) -> None:
+def test_a_missing_class_suggests_a_similar_name(folder: Path) -> None:
     """The error lists the classes of the module, but not those that it imports."""
     (folder / "net.py").write_text("from pathlib import Path\nclass Network: pass\nclass Other: pass\nvalue = 3")
     message = str(error_of("net.py:Netwrok"))
@@ -122,44 +122,44 @@ def test_a_missing_class_suggests_a_near_name(folder: Path) -> None:
 
 @pytest.mark.parametrize("place", ["raising_e.py", "raising_e"])
 def test_a_module_that_raises(folder: Path, place: str) -> None:
-    """The error says what it raised, chained; a later attempt, once it is mended, succeeds."""
+    """The error names what the module raised, chained. Once the file is fixed, another attempt succeeds."""
     file = folder / "raising_e.py"
     file.write_text("raise ValueError('boom')")
     error = error_of(f"{place}:Net")
     assert f"importing {place} raised ValueError: boom" in str(error)
     assert isinstance(error.__cause__, ValueError)
-    file.write_text("class Net:\n    mended = True\n")  # of another size: Python looks at that and at the second
-    assert load(f"{place}:Net").mended  # type: ignore[attr-defined]
+    file.write_text("class Net:\n    fixed = True\n")  # of another size: Python compares size and second
+    assert load(f"{place}:Net").fixed  # type: ignore[attr-defined]
 
 
 def test_a_module_with_a_syntax_error(folder: Path) -> None:
-    """It counts as one that raised."""
+    """It is treated like a module that raises."""
     (folder / "wrong.py").write_text("class Net(:")
     assert "importing wrong.py raised SyntaxError" in str(error_of("wrong.py:Net"))
 
 
 @pytest.mark.parametrize("place", ["importing_f.py", "importing_f"])
 def test_an_import_inside_the_module_that_is_missing(folder: Path, place: str) -> None:
-    """The error is about what is missing inside, not about the module itself."""
+    """The error names the missing import, not the module itself."""
     (folder / "importing_f.py").write_text("import nowhere_g\nclass Net: pass")
     error = error_of(f"{place}:Net")
     assert f"importing {place} raised ModuleNotFoundError: No module named 'nowhere_g'" in str(error)
 
 
 def test_a_relative_module_is_an_error_too() -> None:
-    """`.module:Class` can't be imported from nowhere."""
+    """`.module:Class` has no package to be relative to."""
     assert "importing .net raised" in str(error_of(".net:Net"))
 
 
-def test_what_looks_like_an_object() -> None:
-    """Whatever has a colon is no built-in name."""
+def test_object_paths_have_a_colon() -> None:
+    """A name with a colon isn't the name of a built-in policy."""
     assert is_object_path("a:B")
     assert is_object_path("a.py:B")
     assert not is_object_path("average")
 
 
-def test_a_file_is_named_in_full_and_a_module_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What run.toml says of a worker or policy is good in every folder."""
+def test_a_file_becomes_absolute_and_a_module_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names of a worker and a policy in run.toml are valid in every folder."""
     monkeypatch.chdir(tmp_path)
     assert absolute("mine/net.py:Net") == f"{tmp_path}/mine/net.py:Net"
     assert absolute("package.module:Net") == "package.module:Net"

@@ -1,4 +1,4 @@
-"""What `import lte_ray` offers and what it doesn't load."""
+"""The public names of `import lte_ray`, and what it doesn't load."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import pytest
 import lte_ray
 
 
-def test_all_is_sorted_and_can_be_got() -> None:
-    """`__all__` is sorted, and each of its names is an object that is called so."""
+def test_all_is_sorted_and_importable() -> None:
+    """`__all__` is sorted, and each of its names is the name of its object."""
     assert list(lte_ray.__all__) == sorted(set(lte_ray.__all__))
     assert all(getattr(lte_ray, name).__name__ == name for name in lte_ray.__all__)
     assert set(lte_ray.__all__) <= set(dir(lte_ray))
 
 
-def test_the_settings_that_a_trainer_takes_are_public() -> None:
-    """A run's settings are written with names of `lte_ray` alone; what replaces Ray's own classes is in `lte_ray.config`."""
+def test_the_settings_of_a_trainer_are_public() -> None:
+    """`lte_ray` alone is enough to write a run's settings. Replacements of Ray's classes are in `lte_ray.config`."""
     assert {"LTEConfig", "MergeConfig", "TrainConfig", "FailureConfig"} <= set(lte_ray.__all__)
 
 
 def test_nothing_else_is_public() -> None:
-    """Names without an underscore are those of `__all__`, submodules, or what the file itself imports."""
-    own = "import lte_ray; print(*(n for n in dir(lte_ray) if not n.startswith('_')))"
-    found = subprocess.run([sys.executable, "-c", own], capture_output=True, text=True, check=True).stdout.split()
+    """Names without an underscore are those of `__all__`, submodules, or imports of the file."""
+    code = "import lte_ray; print(*(n for n in dir(lte_ray) if not n.startswith('_')))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert set(found) - {"annotations", "importlib", "TYPE_CHECKING", "Any"} == set(lte_ray.__all__)
 
 
@@ -41,18 +41,18 @@ def test_type_checkers_see_the_same_names() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     """As with any module."""
     with pytest.raises(AttributeError, match="module 'lte_ray' has no attribute 'Nothing'"):
-        lte_ray.Nothing  # noqa: B018 - getting it is what is tested
+        lte_ray.Nothing  # noqa: B018 - the access is tested
 
 
 @pytest.mark.parametrize("module", ["lte_ray", "lte_ray.config", "lte_ray.errors", "lte_ray.layout", "lte_ray.messages"])
 def test_import_loads_neither_ray_nor_tyro_nor_torch(module: str) -> None:
-    """A fresh Python that imports it has none of the heavy libraries loaded."""
+    """A fresh Python that imports the module has loaded none of the heavy libraries."""
     code = f"import sys, {module}; print(*sorted({{'ray', 'tyro', 'torch', 'pyarrow', 'numpy'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 
 def test_submodules_are_loaded_when_they_are_first_used() -> None:
-    """`lte_ray.testing` without an import of its own; until then nothing of it is there."""
+    """`lte_ray.testing` needs no separate import, and isn't loaded before."""
     code = "import sys, lte_ray; print('lte_ray.testing' in sys.modules, lte_ray.testing.check_policy.__name__)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == (
         "False check_policy\n"
@@ -60,6 +60,6 @@ def test_submodules_are_loaded_when_they_are_first_used() -> None:
 
 
 def test_the_engine_and_the_trainer_load_no_ray() -> None:
-    """Everything below the runtime, and the trainer until it is used, does without Ray."""
+    """Ray isn't loaded by anything below the runtime, nor by the trainer before it is used."""
     code = "import sys, lte_ray.engine.in_process, lte_ray.checkpoint, lte_ray.trainer; print('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -1,4 +1,4 @@
-"""Secrets are told from what only sounds like them, by name and inside URIs, and never leave the process in a text."""
+"""Secrets are recognized by name and inside URIs, and appear in no text."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ PLAIN = [
 
 @pytest.mark.parametrize("name", SECRETS)
 def test_names_of_secrets(name: str) -> None:
-    """In snake, camel, kebab and shouted case."""
+    """In snake, camel, kebab and upper case."""
     assert is_secret(name)
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_names_that_only_sound_like_secrets(name: str) -> None:
-    """Counts, vocabulary, attention's keys, and the places where a secret is kept."""
+    """Counts, vocabulary, attention keys, and paths of secrets."""
     assert not is_secret(name)
 
 
@@ -60,7 +60,7 @@ URIS = {
 
 @pytest.mark.parametrize("uri", list(URIS))
 def test_uris_lose_their_credentials_and_nothing_else(uri: str) -> None:
-    """Containers, hosts, ports, paths and harmless parameters stay; doing it twice changes nothing."""
+    """Containers, hosts, ports, paths and harmless parameters stay. Doing it twice changes nothing."""
     assert without_credentials(uri) == URIS[uri]
     assert without_credentials(URIS[uri]) == URIS[uri]
 
@@ -82,8 +82,8 @@ def test_uris_lose_their_credentials_and_nothing_else(uri: str) -> None:
         "a.b:C",
     ],
 )
-def test_what_holds_no_credentials_stays_as_it_is(text: str) -> None:
-    """Also where there is an @ or a colon for another reason."""
+def test_text_without_credentials_stays(text: str) -> None:
+    """Also if it contains an @ or a colon for another reason."""
     assert without_credentials(text) == text
 
 
@@ -91,8 +91,8 @@ SAFE = st.text("abcXYZ019+", min_size=8, max_size=12)
 
 
 @given(key=SAFE, secret=st.text("abcXYZ019+/=", min_size=8, max_size=30).filter(lambda s: len(set(s)) > 3), path=SAFE)
-def test_no_piece_of_a_secret_is_left_in_a_message(key: str, secret: str, path: str) -> None:
-    """Whatever the secret, quoted with its URI or alone, the text of an error has neither it nor the key."""
+def test_no_part_of_a_secret_is_in_a_message(key: str, secret: str, path: str) -> None:
+    """An error's text contains neither the secret nor the key, quoted with its URI or alone."""
     uri = f"s3://{key}q:{secret}q@bucket/{path}z"
     said = redact(f"--storage is {uri!r}; parsing {uri} failed at {secret}q", uri)
     assert f"{secret}q" not in said
@@ -101,7 +101,7 @@ def test_no_piece_of_a_secret_is_left_in_a_message(key: str, secret: str, path: 
 
 
 def test_errors_show_no_credentials_also_after_pickling() -> None:
-    """Every error cleans its text itself; the worker's traceback, too."""
+    """Every error redacts its own text, including a worker's traceback."""
     for error in (
         StorageError("'s3://KEY:SECRET@bucket/x' can't be opened"),
         WorkerFailed("head 0", 3, "OSError: https://me:SECRET@host/x"),
@@ -123,7 +123,7 @@ class Login:
 
 
 class Loop:
-    """An object that holds itself."""
+    """An object that contains itself."""
 
     def __init__(self) -> None:
         self.me = self
@@ -145,14 +145,14 @@ class Inherited(Slotted):
 
 
 class Named(NamedTuple):
-    """A setting that is a tuple, too."""
+    """A setting that is a named tuple."""
 
     user: str
     password: str | None
 
 
 class Private:
-    """A slot whose name Python changes."""
+    """A slot whose name Python mangles."""
 
     __slots__ = ("__secret",)
 
@@ -162,7 +162,7 @@ class Private:
 
 
 class Touchy:
-    """An object that runs code when it is looked at."""
+    """An object that runs code when its attributes are read."""
 
     __slots__ = ("me",)
 
@@ -226,13 +226,13 @@ def test_secrets_are_found_in_slots_named_tuples_and_lists_of_pairs(value: objec
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_has_no_secret_inside_is_looked_at_without_running_it(value: object) -> None:
-    """No property or ``__getattr__`` is called, empty slots and loops are no trouble, and a list of words has no values."""
+def test_objects_without_secrets_are_searched_without_running_their_code(value: object) -> None:
+    """No property or ``__getattr__`` is called; empty slots and loops cause no error; a list of words has no values."""
     assert not is_sensitive("options", value)
 
 
-def test_values_with_a_secret_inside_are_hidden_whole() -> None:
-    """URIs, tables, lists and objects are looked into; what is plain, absent or a switch stays."""
+def test_values_that_contain_a_secret_are_hidden() -> None:
+    """URIs, tables, lists and objects are searched; plain values, None and switches stay."""
     assert is_sensitive("data", "s3://KEY:SECRET@bucket/x")
     assert is_sensitive("sources", ["/a", "https://me:pw@host/x"])
     assert is_sensitive("options", {"auth": {"password": "x"}})
@@ -246,8 +246,8 @@ def test_values_with_a_secret_inside_are_hidden_whole() -> None:
     assert not is_sensitive("kind", Login)
 
 
-def test_left_out_are_secrets_and_named_are_those_to_give_again() -> None:
-    """A secret that has its default needn't be given again, but isn't written either."""
+def test_secrets_are_left_out_and_those_to_give_again_are_named() -> None:
+    """A secret that has its default isn't written, but needn't be given again."""
     values = {"lr": 0.1, "api_token": "abc", "password": "default", "tokens": 5}
     kept, named = split_secrets(values, {"lr": 0.1, "api_token": "none", "password": "default"})
     assert kept == {"lr": 0.1, "tokens": 5}

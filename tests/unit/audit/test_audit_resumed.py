@@ -1,4 +1,4 @@
-"""The audit of runs that resume with other heads, whose numbers mean others then."""
+"""The audit of runs that are resumed with other heads, so that numbers are reused."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def merge(version: int, held: dict[int, dict[str, Any]]) -> dict[str, Any]:
     return {"kind": "merge", "version": version, "heads": list(held), "head_steps": steps, "held": rows}
 
 
-def test_a_head_that_begins_anew_at_a_resume_is_another() -> None:
-    """Four heads, then two, then four: heads 2 and 3 are counted from 1 again, and have data that 0 and 1 had meanwhile."""
+def test_a_head_that_starts_at_a_resume_is_a_new_one() -> None:
+    """Four heads, then two, then four: heads 2 and 3 count from 1 again, with data that heads 0 and 1 had in between."""
     four = {head: {"sequence": 1, "step": 2, "lanes": [[8 + head, 4]]} for head in range(4)}
     two = {head: {"sequence": 2, "step": 4, "lanes": [[12 + head, 2]]} for head in range(2)}
     rows = [

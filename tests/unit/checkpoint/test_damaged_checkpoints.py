@@ -1,4 +1,4 @@
-"""Checkpoints that somebody damaged or made up: always one StorageError, nothing executed, nothing outside touched."""
+"""Damaged and forged checkpoints: always one StorageError; nothing is executed, and no file outside is touched."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory with one good checkpoint of version 1; to be copied."""
+    """A run directory with one intact checkpoint of version 1, for copies."""
     root = tmp_path_factory.mktemp("intact")
     write_checkpoint(RunDirectory.open(str(root), "run"))
     return root / "run"
 
 
-def test_the_intact_one_is_read_without_complaint(intact: Path, tmp_path: Path) -> None:
-    """But for head 9, which it doesn't hold: so that the complaints below are about what was done to it."""
+def test_the_intact_checkpoint_is_read(intact: Path, tmp_path: Path) -> None:
+    """The only error is about head 9, which it doesn't hold, so the errors below come from the damage."""
     assert len(read_and_check(copy_run(intact, tmp_path))) == 1
 
 
@@ -41,8 +41,8 @@ FILES = ["manifest.json", "base.safetensors", "head-0000.safetensors", "referenc
 
 @FUZZ
 @given(name=st.sampled_from(FILES), data=st.data())
-def test_any_changed_byte_is_noticed(intact: Path, tmp_path: Path, name: str, data: st.DataObject) -> None:
-    """Bytes flipped, cut off, put in or added anywhere: a complaint about that file, unless it means the same."""
+def test_any_changed_byte_is_detected(intact: Path, tmp_path: Path, name: str, data: st.DataObject) -> None:
+    """Bytes flipped, cut off, inserted or appended anywhere: an error about that file, unless its meaning is the same."""
     directory = copy_run(intact, tmp_path)
     file = tmp_path / "run" / FOLDER / name
     content = file.read_bytes()
@@ -57,7 +57,7 @@ def test_any_changed_byte_is_noticed(intact: Path, tmp_path: Path, name: str, da
 
 
 def same_json(one: bytes, other: bytes) -> bool:
-    """White space and the like may be others."""
+    """Whether two texts have the same JSON value, apart from white space."""
     try:
         return bool(json.loads(one) == json.loads(other))
     except (ValueError, RecursionError):
@@ -65,7 +65,7 @@ def same_json(one: bytes, other: bytes) -> bool:
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where in a JSON value something stands."""
+    """The paths of all values in a JSON value."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path, *(p for key, each in inner for p in places(each, (*path, key)))]
 
@@ -85,8 +85,8 @@ values = st.recursive(scalars, lambda v: st.lists(v, max_size=3) | st.dictionari
 
 @FUZZ
 @given(data=st.data(), new=values)
-def test_any_value_in_a_manifest_is_taken_or_one_error(intact: Path, tmp_path: Path, data: st.DataObject, new: Any) -> None:
-    """Whatever stands in the place of whichever value."""
+def test_any_value_in_a_manifest_is_accepted_or_one_error(intact: Path, tmp_path: Path, data: st.DataObject, new: Any) -> None:
+    """Any value replaced by any other."""
     directory = copy_run(intact, tmp_path)
     file = tmp_path / "run" / FOLDER / "manifest.json"
     manifest = json.loads(file.read_text())
@@ -104,8 +104,8 @@ MANIFESTS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("case", list(MANIFESTS))
-def test_a_manifest_that_is_none_is_one_error(intact: Path, tmp_path: Path, case: str) -> None:
-    """It names the file."""
+def test_an_invalid_manifest_is_one_error(intact: Path, tmp_path: Path, case: str) -> None:
+    """The error names the file."""
     directory = copy_run(intact, tmp_path)
     (tmp_path / "run" / FOLDER / "manifest.json").write_bytes(MANIFESTS[case])
     with pytest.raises(StorageError, match=r"manifest\.json"):
@@ -115,7 +115,7 @@ def test_a_manifest_that_is_none_is_one_error(intact: Path, tmp_path: Path, case
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_folder_in_place_of_a_file_is_one_error(intact: Path, tmp_path: Path, name: str) -> None:
-    """It names the file."""
+    """The error names the file."""
     directory = copy_run(intact, tmp_path)
     file = tmp_path / "run" / FOLDER / name
     file.unlink()
@@ -124,8 +124,8 @@ def test_a_folder_in_place_of_a_file_is_one_error(intact: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("name", ["²", "٣", "1", "0000001", "-1", "+1", "1e3", " 1", "999999999999999999999", "000001 ", "x"])
-def test_folders_that_are_no_versions_are_passed_over(intact: Path, tmp_path: Path, name: str) -> None:
-    """Numbers that this library wouldn't have written, in whatever digits."""
+def test_folders_that_are_not_versions_are_skipped(intact: Path, tmp_path: Path, name: str) -> None:
+    """Numbers that this library doesn't write, in any digits."""
     directory = copy_run(intact, tmp_path)
     (tmp_path / "run" / "checkpoints" / name).mkdir()
     assert checkpoint.complete_versions(directory) == [1]
@@ -137,7 +137,7 @@ def test_folders_that_are_no_versions_are_passed_over(intact: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("act", ["prune", "remove_after", "remove_incomplete"])
 def test_removing_checkpoints_never_follows_a_link(intact: Path, tmp_path: Path, act: str) -> None:
-    """A checkpoint that is a link to another run's stays whole there."""
+    """A checkpoint that is a link to another run's stays intact there."""
     other = tmp_path / "other"
     shutil.copytree(intact / FOLDER, other)
     if act == "remove_incomplete":
@@ -157,8 +157,8 @@ def test_removing_checkpoints_never_follows_a_link(intact: Path, tmp_path: Path,
 
 @FUZZ
 @given(data=st.data(), new=values)
-def test_any_facts_are_gone_on_from_or_one_error(intact: Path, tmp_path: Path, data: st.DataObject, new: Any) -> None:
-    """What a resumed run looks at first: how far the run was, and which heads it had."""
+def test_any_facts_are_accepted_or_one_error(intact: Path, tmp_path: Path, data: st.DataObject, new: Any) -> None:
+    """The facts that a resumed run reads first: how far the run was, and which heads it had."""
     directory = copy_run(intact, tmp_path)
     file = tmp_path / "run" / FOLDER / "manifest.json"
     manifest = json.loads(file.read_text())

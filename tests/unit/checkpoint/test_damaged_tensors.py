@@ -1,4 +1,4 @@
-"""Files of tensors that somebody made up, listed by a manifest that fits: one StorageError, whatever they hold."""
+"""Forged tensor files that their manifest lists: one StorageError, for any content."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory with one good checkpoint of version 1; to be copied."""
+    """A run directory with one intact checkpoint of version 1, for copies."""
     root = tmp_path_factory.mktemp("intact")
     write_checkpoint(RunDirectory.open(str(root), "run"))
     return root / "run"
@@ -51,17 +51,17 @@ TENSORS: dict[str, bytes] = {
 @pytest.mark.parametrize("name", [f"{name}.safetensors" for name in ("base", "head-0000", "references", "policy")])
 @pytest.mark.parametrize("case", list(TENSORS))
 def test_a_forged_file_is_one_error(intact: Path, tmp_path: Path, name: str, case: str) -> None:
-    """With a checksum that fits: what it holds is another model's, or no tensors; never an error of another kind."""
+    """With a right checksum: it holds another model, or no tensors. Never another kind of error."""
     directory = copy_run(intact, tmp_path)
     forge_file(tmp_path, name, TENSORS[case])
     said = read_and_check(directory)
-    assert len(said) > 1 or name[0] in "rp"  # references may be none, and a policy keeps what it likes
+    assert len(said) > 1 or name[0] in "rp"  # references may be empty, and a policy may keep anything
 
 
 @FUZZ
 @given(data=st.data())
-def test_a_forged_header_is_taken_or_one_error(intact: Path, tmp_path: Path, data: st.DataObject) -> None:
-    """Any byte of a head's header changed, with a checksum that fits."""
+def test_a_forged_header_is_accepted_or_one_error(intact: Path, tmp_path: Path, data: st.DataObject) -> None:
+    """Any byte of a head's header changed, with a right checksum."""
     directory = copy_run(intact, tmp_path)
     content = bytearray((intact / FOLDER / "head-0000.safetensors").read_bytes())
     size = 8 + int.from_bytes(content[:8], "little")

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or nothing, bitwise, and damage is named."""
+"""Checkpoints are complete or absent, are restored bit for bit, and errors name damaged files."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def directory(tmp_path: Path) -> RunDirectory:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """A run with one checkpoint, for properties that put back what they change."""
+    """A run with one checkpoint, for properties that restore what they change."""
     directory = RunDirectory.open(str(tmp_path_factory.mktemp("shared")), "run")
     write(directory)
     return directory
 
 
 def test_what_is_written_is_read_back_bitwise(directory: RunDirectory) -> None:
-    """Base, heads' tensors of all types, their numbers and the facts are the same."""
+    """The base, heads' tensors of all types, their numbers and the facts are the same."""
     written = write(directory)
     manifest = checkpoint.read_manifest(directory, 7)
     assert manifest == written
@@ -66,7 +66,7 @@ def test_what_is_written_is_read_back_bitwise(directory: RunDirectory) -> None:
 
 
 def test_the_base_is_stored_under_the_models_own_names(directory: RunDirectory) -> None:
-    """A checkpoint's folder holds the documented files, and base.safetensors opens with any safetensors reader."""
+    """The folder holds the documented files, and any safetensors reader opens base.safetensors."""
     import safetensors.torch
 
     write(directory)
@@ -78,14 +78,14 @@ def test_the_base_is_stored_under_the_models_own_names(directory: RunDirectory) 
 
 
 def test_a_float64_base_keeps_its_type(directory: RunDirectory) -> None:
-    """The base is read in the type that it was written in."""
+    """The base is read in the type in which it was written."""
     base = random_flat(PLAN.base.size, 2)
     manifest = checkpoint.commit(directory, 1, (), [checkpoint.write_base(directory, 1, PLAN, base)], {})
     assert torch.equal(checkpoint.read_base(directory, manifest, PLAN), base)
 
 
 def test_without_a_manifest_a_checkpoint_is_not_complete(directory: RunDirectory) -> None:
-    """It isn't listed and is removed by remove_incomplete, which leaves complete ones alone."""
+    """It isn't listed, and `remove_incomplete` removes it but keeps complete ones."""
     write(directory, 7)
     checkpoint.write_base(directory, 9, PLAN, BASE)
     assert checkpoint.complete_versions(directory) == [7]
@@ -97,14 +97,14 @@ def test_without_a_manifest_a_checkpoint_is_not_complete(directory: RunDirectory
 
 
 def test_a_run_without_checkpoints_has_none(directory: RunDirectory) -> None:
-    """Nothing to list, to remove or to prune is no error."""
+    """Listing, removing and pruning nothing is no error."""
     checkpoint.remove_incomplete(directory)
     checkpoint.prune(directory, 1)
     assert checkpoint.complete_versions(directory) == []
 
 
 def test_commit_refuses_a_file_that_it_does_not_see(directory: RunDirectory) -> None:
-    """As when another node wrote to its own disk: there is no manifest then, and the error says what storage must be."""
+    """As when another node wrote to its own disk: no manifest is written, and the error says what storage is needed."""
     file = checkpoint.write_base(directory, 7, PLAN, BASE)
     directory.delete("checkpoints/000007/base.safetensors")
     with pytest.raises(StorageError, match=r"written on another node .* --storage must be a place that all of them share"):
@@ -116,7 +116,7 @@ def test_commit_refuses_a_file_that_it_does_not_see(directory: RunDirectory) -> 
     ("keep", "left"), [(None, [2, 10, 999999, 1000000]), (1, [1000000]), (3, [10, 999999, 1000000]), (9, None)]
 )
 def test_prune_keeps_the_newest(directory: RunDirectory, keep: int | None, left: list[int] | None) -> None:
-    """By version, not by name; None keeps all, and incomplete ones aren't counted."""
+    """By version, not by name. None keeps all; incomplete checkpoints don't count."""
     versions = [2, 10, 999999, 1000000]
     for version in versions:
         checkpoint.commit(directory, version, (), [], {})
@@ -126,18 +126,18 @@ def test_prune_keeps_the_newest(directory: RunDirectory, keep: int | None, left:
     assert directory.exists("checkpoints/2000000")
 
 
-@pytest.mark.parametrize(("good", "left"), [(3, [3, 5]), (4, [3, 5]), (5, [5]), (0, [5]), (None, [5])])
-def test_prune_keeps_where_a_run_goes_back_to(directory: RunDirectory, good: int | None, left: list[int]) -> None:
-    """The newest checkpoint until the last good version, however many were written since."""
+@pytest.mark.parametrize(("rollback_version", "left"), [(3, [3, 5]), (4, [3, 5]), (5, [5]), (0, [5]), (None, [5])])
+def test_prune_keeps_the_rollback_version(directory: RunDirectory, rollback_version: int | None, left: list[int]) -> None:
+    """The newest checkpoint up to the rollback version, however many were written since."""
     for version in (1, 3, 5):
         checkpoint.commit(directory, version, (), [], {})
-    checkpoint.prune(directory, 1, rollback_version=good)
+    checkpoint.prune(directory, 1, rollback_version=rollback_version)
     assert checkpoint.complete_versions(directory) == left
 
 
 @given(st.sampled_from(["base.safetensors", "head-0001.safetensors"]), st.integers(0), st.integers(1, 255))
-def test_one_altered_byte_is_named_as_damage(shared: RunDirectory, name: str, at: int, change: int) -> None:
-    """Whichever byte of a file is another, reading it is a StorageError that names the file."""
+def test_one_changed_byte_is_damage(shared: RunDirectory, name: str, at: int, change: int) -> None:
+    """If any byte of a file differs, reading it is a StorageError that names the file."""
     path = f"checkpoints/000007/{name}"
     intact = shared.read(path)
     damaged = bytearray(intact)
@@ -146,8 +146,8 @@ def test_one_altered_byte_is_named_as_damage(shared: RunDirectory, name: str, at
 
 
 @given(st.sampled_from(["base.safetensors", "head-0001.safetensors"]), st.integers(0))
-def test_a_truncated_file_is_named_as_damage(shared: RunDirectory, name: str, length: int) -> None:
-    """Wherever it ends, down to an empty file."""
+def test_a_truncated_file_is_damage(shared: RunDirectory, name: str, length: int) -> None:
+    """At any length, down to an empty file."""
     path = f"checkpoints/000007/{name}"
     intact = shared.read(path)
     read_damaged(shared, path, intact[: length % len(intact)], intact)
@@ -183,13 +183,13 @@ def test_another_models_base_is_refused(
 
 
 def test_a_head_that_the_checkpoint_does_not_hold_is_a_storage_error(shared: RunDirectory) -> None:
-    """Reading it names the file that isn't there."""
+    """The error names the missing file."""
     with pytest.raises(StorageError, match=r"head-0005.safetensors can't be read"):
         checkpoint.read_head(shared, checkpoint.read_manifest(shared, 7), 5)
 
 
 def test_references_are_read_back_bitwise(directory: RunDirectory) -> None:
-    """By head, also of heads with long numbers; a head that isn't there has none."""
+    """By head, also with long numbers; a missing head has none."""
     references = {head: torch.randn(PLAN.factors_size) for head in (0, 3, 12345)}
     files = [checkpoint.write_references(directory, 7, references)]
     manifest = checkpoint.commit(directory, 7, (), files, {})
@@ -199,7 +199,7 @@ def test_references_are_read_back_bitwise(directory: RunDirectory) -> None:
 
 
 def test_without_references_there_are_none(directory: RunDirectory) -> None:
-    """As at the start, where B' = 0, and where an empty file was written."""
+    """As at the start, where B' = 0, and with an empty file."""
     assert checkpoint.read_references(directory, checkpoint.commit(directory, 1, (), [], {})) == {}
     files = [checkpoint.write_references(directory, 2, {})]
     assert checkpoint.read_references(directory, checkpoint.commit(directory, 2, (), files, {})) == {}
@@ -216,15 +216,15 @@ def test_without_references_there_are_none(directory: RunDirectory) -> None:
         ("head-0001", torch.ones(4, dtype=torch.int64)),
     ],
 )
-def test_references_that_are_none_are_damage(directory: RunDirectory, name: str, tensor: torch.Tensor) -> None:
-    """Other names, shapes and types than `write_references` writes, with checksums that fit."""
+def test_invalid_references_are_damage(directory: RunDirectory, name: str, tensor: torch.Tensor) -> None:
+    """Names, shapes and types that `write_references` doesn't write, with right checksums."""
     file = forge(directory, "references.safetensors", safetensors.torch.save({name: tensor}))
     with pytest.raises(StorageError, match=r"references.safetensors is damaged: "):
         checkpoint.read_references(directory, checkpoint.commit(directory, 7, (), [file], {}))
 
 
 def test_references_of_other_ranks_are_refused(directory: RunDirectory) -> None:
-    """The number of factors must be the plan's; without heads' states that is what `check_factors` goes by."""
+    """The number of factors must be the plan's. `check_factors` uses it if there are no heads' states."""
     files = [checkpoint.write_references(directory, 7, {0: torch.zeros(PLAN.factors_size + 1)})]
     manifest = checkpoint.commit(directory, 7, (), files, {})
     for read in (checkpoint.read_references, checkpoint.check_factors):
@@ -234,7 +234,7 @@ def test_references_of_other_ranks_are_refused(directory: RunDirectory) -> None:
 
 
 def forge(directory: RunDirectory, name: str, data: bytes) -> FileEntry:
-    """A file with a checksum that fits, whatever it holds."""
+    """Writes a file of any content, and returns its entry with a right checksum."""
     directory.write(f"checkpoints/000007/{name}", data)
     return FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
 
@@ -268,7 +268,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("case", list(HOSTILE))
 def test_hostile_head_files_are_damage(directory: RunDirectory, case: str) -> None:
-    """With checksums that fit: one error that names the file, never another."""
+    """With right checksums: one error that names the file, and no other."""
     manifest = checkpoint.commit(directory, 7, (1,), [forge(directory, "head-0001.safetensors", HOSTILE[case])], {})
     checkpoint.verify(directory, manifest)
     with pytest.raises(StorageError, match=r"000007/head-0001.safetensors is damaged: .{,220}\.$"):
@@ -276,8 +276,8 @@ def test_hostile_head_files_are_damage(directory: RunDirectory, case: str) -> No
 
 
 @given(st.integers(0), st.binary(min_size=1, max_size=3))
-def test_any_head_file_with_a_fitting_checksum_is_read_or_damage(shared: RunDirectory, at: int, new: bytes) -> None:
-    """Whatever bytes stand wherever in it."""
+def test_any_head_file_with_a_right_checksum_is_read_or_damage(shared: RunDirectory, at: int, new: bytes) -> None:
+    """With any bytes at any position."""
     intact = shared.read("checkpoints/000007/head-0001.safetensors")
     at %= len(intact)
     other = RunDirectory.open("memory://fuzzed", "run")
@@ -295,7 +295,7 @@ def test_any_head_file_with_a_fitting_checksum_is_read_or_damage(shared: RunDire
 
 @pytest.mark.parametrize("dtypes", [(torch.int64, torch.int64, torch.int64), (torch.float32, torch.float64, torch.float32)])
 def test_a_base_of_mixed_or_whole_numbers_is_damage(directory: RunDirectory, dtypes: tuple[torch.dtype, ...]) -> None:
-    """It would be merged in a type that nobody chose."""
+    """Otherwise it would be merged in a type that nobody chose."""
     tensors = {e.name: torch.ones(e.shape, dtype=kind) for e, kind in zip(PLAN.base.entries, dtypes, strict=True)}
     file = forge(directory, "base.safetensors", safetensors.torch.save(tensors))
     with pytest.raises(StorageError, match=r"base.safetensors is damaged: its weights are of torch\."):
@@ -303,17 +303,17 @@ def test_a_base_of_mixed_or_whole_numbers_is_damage(directory: RunDirectory, dty
 
 
 def test_a_file_is_not_read_beyond_what_the_manifest_lists(directory: RunDirectory) -> None:
-    """A file that has grown is damage by its size alone."""
+    """A file that has grown is damaged; its size is enough to tell."""
     manifest = write(directory)
     name = "checkpoints/000007/base.safetensors"
     with open(directory.path_to(name), "ab") as file:
-        file.truncate(2**40)  # takes no space on the disk, and would take a terabyte of memory
+        file.truncate(2**40)  # needs no space on the disk, but a terabyte of memory to read
     with pytest.raises(StorageError, match=rf"{name} is damaged: .*it has {2**40} bytes where at most"):
         checkpoint.verify(directory, manifest)
 
 
 def test_commit_refuses_a_file_of_another_size(directory: RunDirectory) -> None:
-    """As where the coordinator sees a stale or torn copy."""
+    """As when the coordinator sees a stale or torn copy."""
     file = checkpoint.write_base(directory, 7, PLAN, BASE)
     directory.write("checkpoints/000007/base.safetensors", b"torn")
     with pytest.raises(StorageError, match=f"but has 4 bytes instead of {file.size} by the coordinator"):

@@ -1,4 +1,4 @@
-"""Manifests that are damaged: whatever their bytes are, reading gives a manifest that works or a StorageError."""
+"""Damaged manifests: reading any bytes gives a valid manifest or a StorageError."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 @pytest.fixture(scope="module")
 def intact(directory: RunDirectory) -> dict[str, Any]:
-    """What the manifest says before anything is damaged."""
+    """The content of the manifest before it is damaged."""
     content: dict[str, Any] = json.loads(directory.read(PATH))
     return content
 
 
 def read(directory: RunDirectory, data: bytes) -> None:
-    """Reads the checkpoint with this manifest; only a StorageError may come of it."""
+    """Reads the checkpoint with this manifest. It may raise only StorageError."""
     directory.write(PATH, data)
     with contextlib.suppress(StorageError):
         manifest = checkpoint.read_manifest(directory, 7)
@@ -50,7 +50,7 @@ def read(directory: RunDirectory, data: bytes) -> None:
 
 
 def test_the_intact_manifest_reads(directory: RunDirectory, intact: dict[str, Any]) -> None:
-    """The checkpoint that the other tests damage is whole."""
+    """The checkpoint that the other tests damage is intact."""
     directory.write(PATH, json.dumps(intact).encode())
     manifest = checkpoint.read_manifest(directory, 7)
     assert (manifest.version, manifest.heads, manifest.facts) == (7, (0,), {"step": 3})
@@ -59,7 +59,7 @@ def test_the_intact_manifest_reads(directory: RunDirectory, intact: dict[str, An
 
 @given(st.binary(max_size=60))
 def test_random_bytes_give_a_storage_error(directory: RunDirectory, data: bytes) -> None:
-    """Bytes that no manifest has are a StorageError."""
+    """Bytes that aren't a manifest are a StorageError."""
     directory.write(PATH, data)
     with pytest.raises(StorageError, match=r"manifest.json is damaged"):
         checkpoint.read_manifest(directory, 7)
@@ -67,7 +67,7 @@ def test_random_bytes_give_a_storage_error(directory: RunDirectory, data: bytes)
 
 @given(st.integers(0))
 def test_a_truncated_manifest_is_damaged(directory: RunDirectory, intact: dict[str, Any], length: int) -> None:
-    """Wherever it ends."""
+    """At any length."""
     data = json.dumps(intact).encode()
     directory.write(PATH, data[: length % len(data)])
     with pytest.raises(StorageError, match=r"manifest.json is damaged"):
@@ -76,7 +76,7 @@ def test_a_truncated_manifest_is_damaged(directory: RunDirectory, intact: dict[s
 
 @given(values)
 def test_random_json_gives_a_storage_error(directory: RunDirectory, content: object) -> None:
-    """JSON of any other form, also what isn't an object at all, is a StorageError."""
+    """JSON of any other form, object or not, is a StorageError."""
     directory.write(PATH, json.dumps(content).encode())
     with pytest.raises(StorageError, match=r"manifest.json is damaged"):
         checkpoint.read_manifest(directory, 7)
@@ -84,14 +84,14 @@ def test_random_json_gives_a_storage_error(directory: RunDirectory, content: obj
 
 @pytest.mark.parametrize("key", ["format", "version", "heads", "files", "facts"])
 def test_a_manifest_that_lacks_a_part_is_damaged(directory: RunDirectory, intact: dict[str, Any], key: str) -> None:
-    """Each part is needed."""
+    """Each part is required."""
     directory.write(PATH, json.dumps({k: v for k, v in intact.items() if k != key}).encode())
     with pytest.raises(StorageError, match=f"manifest.json is damaged: KeyError: '{key}'"):
         checkpoint.read_manifest(directory, 7)
 
 
 def test_a_format_of_another_release_is_refused(directory: RunDirectory, intact: dict[str, Any]) -> None:
-    """The error says so, instead of guessing."""
+    """The error says so."""
     directory.write(PATH, json.dumps(intact | {"format": checkpoint.FORMAT + 1}).encode())
     with pytest.raises(StorageError, match="a format that this release of lte-ray can't read"):
         checkpoint.read_manifest(directory, 7)
@@ -101,7 +101,7 @@ def test_a_format_of_another_release_is_refused(directory: RunDirectory, intact:
 def test_a_part_of_a_wrong_type_gives_no_other_error(
     directory: RunDirectory, intact: dict[str, Any], key: str, value: object
 ) -> None:
-    """Reading the checkpoint with anything in place of one part works or is a StorageError."""
+    """With any value in one part, reading succeeds or is a StorageError."""
     read(directory, json.dumps(intact | {key: value}).encode())
 
 
@@ -115,8 +115,8 @@ def test_a_file_entry_of_a_wrong_type_gives_no_other_error(
 
 
 @given(st.data())
-def test_an_edited_manifest_is_noticed(directory: RunDirectory, intact: dict[str, Any], data: st.DataObject) -> None:
-    """Any other value in the place of any part: it says that it was torn or edited, or what is wrong with the part."""
+def test_an_edited_manifest_is_detected(directory: RunDirectory, intact: dict[str, Any], data: st.DataObject) -> None:
+    """With any other value in any part, the error says that it was torn or edited, or what is wrong with the part."""
     key = data.draw(st.sampled_from(sorted(set(intact) - {"format"})))
     value = data.draw(values.filter(lambda v: json.dumps(v) != json.dumps(intact[key])))
     directory.write(PATH, json.dumps(intact | {key: value}).encode())
@@ -124,8 +124,8 @@ def test_an_edited_manifest_is_noticed(directory: RunDirectory, intact: dict[str
         checkpoint.read_manifest(directory, 7)
 
 
-def test_a_fact_that_was_edited_is_noticed(directory: RunDirectory, intact: dict[str, Any]) -> None:
-    """Nothing else is wrong with it; written anew by `seal` it is taken."""
+def test_an_edited_fact_is_detected(directory: RunDirectory, intact: dict[str, Any]) -> None:
+    """Nothing else is wrong: with a new checksum the manifest is accepted."""
     edited = intact | {"facts": {"step": 4}}
     directory.write(PATH, json.dumps(edited).encode())
     with pytest.raises(
@@ -141,17 +141,17 @@ facts = st.dictionaries(st.text(max_size=5) | st.integers(), values, max_size=4)
 
 @given(facts)
 def test_any_facts_are_read_back(directory: RunDirectory, facts: dict[Any, Any]) -> None:
-    """As JSON has them: heads' numbers become text, and `commit` gives what reading gives."""
+    """As JSON: heads' numbers become text, and `commit` returns what reading returns."""
     manifest = checkpoint.commit(directory, 8, (), [], facts)
-    assert repr(checkpoint.read_manifest(directory, 8)) == repr(manifest)  # NaN equals nothing, but is written the same
+    assert repr(checkpoint.read_manifest(directory, 8)) == repr(manifest)  # NaN is unequal to itself, but has one text
     assert repr(manifest.facts) == repr(json.loads(json.dumps(facts)))
 
 
 @pytest.mark.parametrize(
     "name", ["../base.safetensors", "/etc/passwd", "a/b.safetensors", "manifest.json", "", "a.0.safetensors"]
 )
-def test_files_elsewhere_can_not_be_listed(directory: RunDirectory, intact: dict[str, Any], name: str) -> None:
-    """Only plain names of safetensors files, also with a checksum that fits."""
+def test_files_elsewhere_cannot_be_listed(directory: RunDirectory, intact: dict[str, Any], name: str) -> None:
+    """Only plain names of safetensors files are accepted, also with a right checksum."""
     first, *rest = intact["files"]
     directory.write(PATH, checkpoint.manifest_checksum(intact | {"files": [first | {"name": name}, *rest]}))
     with pytest.raises(StorageError, match=r"manifest\.json is damaged: ValueError: it lists"):
@@ -159,7 +159,7 @@ def test_files_elsewhere_can_not_be_listed(directory: RunDirectory, intact: dict
 
 
 def test_nothing_can_be_listed_twice(directory: RunDirectory, intact: dict[str, Any]) -> None:
-    """No file, whatever number its name has, and no head."""
+    """Neither a file, with any number in its name, nor a head."""
     first = intact["files"][0]
     stem = first["name"].removesuffix(".safetensors")
     twice = {"files": [*intact["files"], first | {"name": f"{stem}.1.safetensors"}]}

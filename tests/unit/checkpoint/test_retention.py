@@ -1,4 +1,4 @@
-"""Which checkpoint is used and which are kept, whatever happened to the newer ones."""
+"""Which checkpoint a run resumes from and which are kept, if newer ones are damaged."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def place(directory: RunDirectory, version: int, name: str) -> Path:
     return Path(directory.path, "checkpoints", f"{version:06d}", name)
 
 
-def test_the_newest_is_used_if_it_is_whole(directory: RunDirectory) -> None:
-    """Without a word; in format 2 it needs no head's state to be gone on from."""
+def test_the_newest_is_used_if_it_is_intact(directory: RunDirectory) -> None:
+    """Without a warning. In format 2 it needs no head's state."""
     for version in (10, 20):
         write(directory, version)
     newest = checkpoint.commit(directory, 30, (), [checkpoint.write_base(directory, 30, PLAN, BASE)], {})
@@ -77,13 +77,13 @@ def linked(path: Path, to: str) -> None:
 
 FILES = ["base.safetensors", "head-0001.safetensors", "references.safetensors", "manifest.json"]
 NONE = {"gone", "a link to nothing", "a link to itself", "a link to a name too long"}
-"""What makes a manifest one that isn't there: then there is no checkpoint to be named."""
+"""Damage that makes a manifest count as missing, so that no checkpoint is named."""
 CASES = [(name, how) for name in FILES for how in DAMAGE if name != "manifest.json" or how not in NONE]
 
 
 @pytest.mark.parametrize(("name", "how"), CASES)
-def test_a_damaged_one_is_named_and_the_one_before_is_used(directory: RunDirectory, name: str, how: str) -> None:
-    """One readable line for each that was passed over, with the file and what is used instead."""
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(directory: RunDirectory, name: str, how: str) -> None:
+    """One line for each checkpoint that was skipped, with the file and the checkpoint that is used instead."""
     for version in (20, 40, 60):
         write(directory, version)
     for version in (40, 60):
@@ -98,8 +98,8 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(directory: RunDirecto
         assert line.isprintable()
 
 
-def test_none_that_is_whole_is_an_error_that_names_all(directory: RunDirectory) -> None:
-    """Every file that is damaged."""
+def test_without_an_intact_checkpoint_the_error_names_all(directory: RunDirectory) -> None:
+    """It names every damaged file."""
     for version in (20, 40):
         write(directory, version)
         flip(place(directory, version, "base.safetensors"))
@@ -110,8 +110,8 @@ def test_none_that_is_whole_is_an_error_that_names_all(directory: RunDirectory) 
     assert all(f"checkpoints/{version}/base.safetensors is damaged" in str(caught.value) for version in ("000040", "000020"))
 
 
-def test_none_at_all_is_another_error(directory: RunDirectory) -> None:
-    """Also where one was begun, which it tells."""
+def test_without_a_checkpoint_the_error_says_so(directory: RunDirectory) -> None:
+    """It also says if one was begun."""
     with pytest.raises(StorageError, match=r"There is no complete checkpoint in .*/run\.$"):
         checkpoint.read_newest_intact(directory)
     checkpoint.write_base(directory, 9, PLAN, BASE)
@@ -121,7 +121,7 @@ def test_none_at_all_is_another_error(directory: RunDirectory) -> None:
 
 @pytest.mark.parametrize("name", ["manifest.json", "base.safetensors"])
 def test_storage_that_fails_is_not_damage(tmp_path: Path, name: str) -> None:
-    """Or the run would go on from an older one because the network was down."""
+    """Otherwise a run would resume from an older checkpoint while the network is down."""
     directory, script = faulty(tmp_path, patience=0)
     for version in (20, 40):
         write(directory, version)
@@ -131,8 +131,8 @@ def test_storage_that_fails_is_not_damage(tmp_path: Path, name: str) -> None:
     assert not isinstance(caught.value, checkpoint.Damaged)
 
 
-def test_a_version_that_is_written_again_replaces_nothing_in_place(directory: RunDirectory) -> None:
-    """Until the new manifest is there the old checkpoint is whole; then the old files are gone."""
+def test_a_version_that_is_written_again_replaces_no_file_in_place(directory: RunDirectory) -> None:
+    """The old checkpoint is intact until the new manifest is written; then the old files are removed."""
     old = write(directory, 7)
     again = BASE + 1
     files = [checkpoint.write_base(directory, 7, PLAN, again)]
@@ -173,7 +173,7 @@ figures = st.dictionaries(st.sampled_from(["loss", "accuracy"]), st.sampled_from
 def test_prune_keeps_the_newest_and_the_best(
     tmp_path_factory: pytest.TempPathFactory, given: list[dict[str, float] | None], keep: int, keep_best: int, by: str
 ) -> None:
-    """As sorting all versions by the figure, those of equal figures by age, would have it."""
+    """The best are the first of all versions, sorted by the figure, and by age for equal figures."""
     root = tmp_path_factory.mktemp("prune")
     directory = RunDirectory.open(str(root), "run")
     for version, values in enumerate(given):
@@ -189,7 +189,7 @@ def test_prune_keeps_the_newest_and_the_best(
 
 
 def test_without_a_name_the_first_figure_counts(directory: RunDirectory) -> None:
-    """Of the newest evaluation, lowest best; a dash alone turns it around."""
+    """The first one of the newest evaluation; lowest is best, or highest with a dash alone."""
     for version, loss in enumerate([1.0, 5.0, 3.0, 4.0]):
         checkpoint.commit(directory, version, (), [], {})
         checkpoint.write_evaluation(directory, version, {"loss": loss, "accuracy": -loss} if version else {"accuracy": loss})
@@ -204,8 +204,8 @@ def test_without_a_name_the_first_figure_counts(directory: RunDirectory) -> None
     "data",
     [b"", b"[]", b"null", b'{"version": 1}', b'{"version": 2, "values": {}}', b'{"version": 1, "values": 3}', b"[" * 9999],
 )
-def test_an_evaluation_that_is_none_does_not_count(directory: RunDirectory, data: bytes) -> None:
-    """Reading it says what is wrong; removing old checkpoints goes on without it."""
+def test_an_invalid_evaluation_does_not_count(directory: RunDirectory, data: bytes) -> None:
+    """Reading it is an error; pruning continues without it."""
     for version in (1, 2, 3):
         checkpoint.commit(directory, version, (), [], {})
         checkpoint.write_evaluation(directory, version, {"loss": float(version)})
@@ -218,7 +218,7 @@ def test_an_evaluation_that_is_none_does_not_count(directory: RunDirectory, data
 
 
 def test_an_evaluation_holds_plain_json(directory: RunDirectory) -> None:
-    """Figures that aren't finite are null; they aren't read; text isn't a figure."""
+    """Figures that aren't finite are null and aren't read; text isn't a figure."""
     checkpoint.write_evaluation(directory, 5, {"b": 1, "a": math.nan, "c": -math.inf})
     path = place(directory, 5, "evaluation.json")
     content = json.loads(path.read_text())
@@ -230,8 +230,8 @@ def test_an_evaluation_holds_plain_json(directory: RunDirectory) -> None:
     assert checkpoint.read_evaluation(directory, 5) == {"b": 1.0}
 
 
-def test_storage_that_fails_removes_no_best_one(tmp_path: Path) -> None:
-    """An evaluation that can't be reached now may be the best: nothing is removed, and nothing is raised."""
+def test_failing_storage_removes_no_best_checkpoint(tmp_path: Path) -> None:
+    """An evaluation that can't be read now may be the best: nothing is removed, and nothing is raised."""
     directory, script = faulty(tmp_path, patience=0)
     for version in (1, 2, 3):
         checkpoint.commit(directory, version, (), [], {})

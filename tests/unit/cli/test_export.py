@@ -1,4 +1,4 @@
-"""`lte-ray export`: what it writes and says, and what it refuses."""
+"""`lte-ray export`: its files, its output, and its errors."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def export(run: Path | str, out: Path | str, *flags: str) -> int:
     return main(["export", str(run), str(out), *flags])
 
 
-def test_every_format_is_written_and_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The line names the place, what is there, and of an adapter its rank and error."""
+def test_every_format_is_written_and_reported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The line names the place, its contents, and the rank and error of an adapter."""
     pytest.importorskip("peft")
     assert export(run, tmp_path / "a.safetensors", "--to", "safetensors") == 0
     assert capsys.readouterr().out == f"{tmp_path}/a.safetensors: the run's final merged weights.\n"
@@ -39,8 +39,8 @@ def test_every_format_is_written_and_said(run: Path, tmp_path: Path, capsys: pyt
     assert (tmp_path / "d" / "adapter_config.json").exists()
 
 
-def test_the_worker_may_be_elsewhere(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--worker` names it, here as a file, with the settings of the run."""
+def test_the_worker_may_have_moved(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--worker` names it, here as a file; it gets the settings of the run."""
     (tmp_path / "moved.py").write_text("from tests.support.export_runs import ExportWorker\n")
     monkeypatch.chdir(tmp_path)
     assert export(run, "out", "--to", "safetensors", "--version", "3", "--worker", "moved.py:ExportWorker") == 0
@@ -65,7 +65,7 @@ def test_the_worker_may_be_elsewhere(run: Path, tmp_path: Path, monkeypatch: pyt
 def test_bad_flags_are_errors(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], message: str
 ) -> None:
-    """Exit code 2, one message, and nothing written."""
+    """Exit code 2, one message, and no file."""
     pytest.importorskip("peft")
     assert export(run, tmp_path / "out", *flags) == 2
     assert message in capsys.readouterr().err
@@ -73,7 +73,7 @@ def test_bad_flags_are_errors(
 
 
 def test_missing_arguments_and_help(capsys: pytest.CaptureFixture[str]) -> None:
-    """What is missing ends with 2; the help lists all flags."""
+    """Missing arguments end with exit code 2; the help lists all flags."""
     with pytest.raises(SystemExit) as ended:
         main(["export", "run"])
     assert ended.value.code == 2
@@ -85,7 +85,7 @@ def test_missing_arguments_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_usage_names_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    """And a mistyped one is recognised."""
+    """A mistyped command gets a suggestion."""
     assert main([]) == 2
     assert "lte-ray export RUN OUT --to FORMAT [flags]" in capsys.readouterr().out
     assert main(["exprot"]) == 2
@@ -95,7 +95,7 @@ def test_the_usage_names_the_command(capsys: pytest.CaptureFixture[str]) -> None
 def test_an_interrupt_says_that_nothing_was_written(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exit code 130, and nothing is left."""
+    """Exit code 130, and no file."""
 
     def interrupted(saved: object, folder: Path) -> None:
         (folder / "half").write_text("half")

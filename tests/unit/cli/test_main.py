@@ -1,4 +1,4 @@
-"""The command line, without a Ray of its own: bad input is found before anything starts."""
+"""The command line without a Ray of its own: bad input is rejected before anything starts."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ def function():
 
 @pytest.fixture
 def net(tmp_path: Path) -> str:
-    """A user's file outside of the repository."""
+    """A user's file outside the repository."""
     path = tmp_path / "net.py"
     path.write_text(NET)
     return str(path)
 
 
 def complaint(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: str) -> str:
-    """What `lte-ray train` says on standard error; it must exit with 2 and leave nothing in the storage folder."""
+    """The error output of `lte-ray train`, which must exit with 2 and write nothing to the storage folder."""
     storage = tmp_path / "runs"
     try:
         code = main(["train", *arguments, "--storage", str(storage)])
@@ -129,7 +129,7 @@ def complaint(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: st
 def test_bad_flags_are_one_clear_error(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], says: str
 ) -> None:
-    """Exit code 2, and the message names the flag and what to do."""
+    """Exit code 2; the message names the flag and says what to do."""
     assert says in complaint(capsys, tmp_path, *arguments)
 
 
@@ -151,12 +151,12 @@ def test_bad_flags_are_one_clear_error(
 def test_bad_workers_are_one_clear_error(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, net: str, name: str, says: str
 ) -> None:
-    """Exit code 2, and the message says what the worker lacks."""
+    """Exit code 2; the message says what the worker lacks."""
     assert says in complaint(capsys, tmp_path, f"{net}:{name}", "--lora-r", "4")
 
 
 def test_a_missing_worker_and_an_unknown_command_are_errors(capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 2, with how to do it right."""
+    """Exit code 2; the message shows the correct form."""
     assert main(["train"]) == 2
     assert "needs a WORKER first" in capsys.readouterr().err
     assert main(["trian"]) == 2
@@ -175,7 +175,7 @@ def test_storage_that_cannot_be_written_is_an_error(
 
 
 def test_a_name_that_is_taken_is_an_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """What is there stays untouched; --overwrite refuses to remove what is no run."""
+    """Existing files stay, and --overwrite refuses to remove a folder that isn't a run."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
     command = ["train", GOOD, "--storage", str(tmp_path), "--name", "mine"]
@@ -188,7 +188,7 @@ def test_a_name_that_is_taken_is_an_error(capsys: pytest.CaptureFixture[str], tm
 
 @pytest.mark.ray
 def test_more_heads_than_resources_is_an_error(capsys: pytest.CaptureFixture[str], tmp_path: Path, local_ray: None) -> None:
-    """It says what was asked, what the cluster has, and how to change it."""
+    """It says what was requested, what the cluster has, and what to change."""
     said = complaint(capsys, tmp_path, GOOD, "--num-heads", "17", "--worker.batch-size", "8")
     assert "17 heads ask for 4.25 CPU (0.25 CPU each), but the cluster has 4 CPU" in said
     assert "--num-heads to at most 16" in said
@@ -198,14 +198,14 @@ def test_more_heads_than_resources_is_an_error(capsys: pytest.CaptureFixture[str
 
 
 def test_help_explains_every_field_and_the_workers_own(capsys: pytest.CaptureFixture[str]) -> None:
-    """Each field of each settings class is listed with its help text, and so are the worker's."""
+    """Each field of each settings class, and each argument of the worker, is listed with its help text."""
     with pytest.raises(SystemExit) as leaving:
         main(["train", GOOD, "--help"])
     assert leaving.value.code == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for kind in SECTIONS:
         for field in dataclasses.fields(kind):
-            if field.name == "policy_args":  # whose flags are the policy's own
+            if field.name == "policy_args":  # its flags are the policy's arguments
                 continue
             name = flag(field.name).replace("--", "--no-") if field.default is True else flag(field.name)
             assert name in shown
@@ -225,7 +225,7 @@ def test_help_into_a_closed_pipe_ends_silently() -> None:
 
 
 def test_a_toml_file_gives_settings_and_flags_win(tmp_path: Path) -> None:
-    """Flat keys for lte-ray's settings, a table [worker] for the worker's own."""
+    """Flat keys for lte-ray's settings, and a table [worker] for the worker's."""
     path = tmp_path / "settings.toml"
     path.write_text(
         'num_heads = 4\nsteps = 70\nexclude = ["3"]\nresume = false\nname = "n"\n[worker]\nbatch_size = 8\nlr = 0.1\n'
@@ -248,7 +248,7 @@ def test_a_toml_file_gives_settings_and_flags_win(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_toml_file_is_one_clear_error(tmp_path: Path, text: str, says: str) -> None:
-    """The file and the key are named."""
+    """The error names the file and the key."""
     path = tmp_path / "settings.toml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=says.replace(".", r"\.").replace("?", r"\?")):
@@ -267,16 +267,16 @@ class Switches:
 @pytest.mark.parametrize("on", [True, False])
 @pytest.mark.parametrize("off", [True, False])
 @pytest.mark.parametrize("names", [[], ["c"]])
-def test_toml_says_yes_no_and_nothing(tmp_path: Path, on: bool, off: bool, names: list[str]) -> None:
-    """Booleans and empty lists of the file count, whatever the defaults are."""
+def test_toml_gives_booleans_and_empty_lists(tmp_path: Path, on: bool, off: bool, names: list[str]) -> None:
+    """They count for any default."""
     path = tmp_path / "settings.toml"
     path.write_text(tomli_w.dumps({"worker": {"on": on, "off": off, "names": names}}))
     assert parse(Switches, "x:Switches", ["--config", str(path)]).worker == Switches(on, off, tuple(names))
 
 
 @pytest.mark.parametrize("on", [True, False])
-def test_a_flag_turns_every_switch_of_a_file_round(tmp_path: Path, on: bool) -> None:
-    """The settings' own and the worker's, whatever the default and the file say; of two flags the last counts."""
+def test_a_flag_wins_over_every_switch_of_a_file(tmp_path: Path, on: bool) -> None:
+    """Switches of the settings and of the worker, for any default and any value in the file; of two flags the last counts."""
     path = tmp_path / "settings.toml"
     switches = [f.name for kind in SECTIONS for f in dataclasses.fields(kind) if isinstance(f.default, bool)]
     ours = [name for name in switches if name not in ("resume", "overwrite")]  # they contradict each other
@@ -292,7 +292,7 @@ def test_a_flag_turns_every_switch_of_a_file_round(tmp_path: Path, on: bool) -> 
 
 
 def test_a_runs_own_record_runs_it_again(tmp_path: Path) -> None:
-    """`--config run.toml` gives the settings of that run, except for its name; None included."""
+    """`--config run.toml` gives the settings of that run, None included, but not its name."""
     storage = StorageConfig(name="first", storage="relative", keep_checkpoints=None)
     settings = Settings("first", LTEConfig(exclude=("3",)), MergeConfig(merge_iter=3), TrainConfig(steps=7))
     directory = RunDirectory.open(str(tmp_path), "first")
@@ -307,8 +307,8 @@ def test_a_runs_own_record_runs_it_again(tmp_path: Path) -> None:
     assert parsed.storage == StorageConfig(storage=str(Path("relative").absolute()), keep_checkpoints=None)
 
 
-def test_of_two_runs_that_take_a_name_at_once_one_fails(tmp_path: Path) -> None:
-    """The folder is made by exactly one of them."""
+def test_two_runs_cannot_take_one_name_at_once(tmp_path: Path) -> None:
+    """Exactly one of them creates the folder."""
     directory = RunDirectory.open(str(tmp_path), "same")
     directory.create(exclusive=True)
     with pytest.raises(StorageError, match="taken this name"):
@@ -318,7 +318,7 @@ def test_of_two_runs_that_take_a_name_at_once_one_fails(tmp_path: Path) -> None:
 def test_a_cluster_that_does_not_answer_is_an_error_at_once(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """RAY_ADDRESS names a port where nobody listens: exit code 2, without Ray's minutes of trying."""
+    """RAY_ADDRESS names a closed port: exit code 2, without the minutes for which Ray retries."""
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     assert "No cluster answers at RAY_ADDRESS=127.0.0.1:1" in complaint(capsys, tmp_path, GOOD)

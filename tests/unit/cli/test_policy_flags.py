@@ -61,7 +61,7 @@ made = Mine(alpha=0.25)
 
 @pytest.fixture
 def mine(tmp_path: Path) -> str:
-    """A user's file of policies."""
+    """A user's file with policies."""
     (tmp_path / "mine.py").write_text(MINE)
     return str(tmp_path / "mine.py")
 
@@ -71,7 +71,7 @@ def merge_of(*arguments: str) -> MergeConfig:
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What `lte-ray train` says on standard error; it must exit with 2."""
+    """The error output of `lte-ray train`, which must exit with 2."""
     try:
         code = main(["train", GOOD, *arguments])
     except SystemExit as leaving:
@@ -81,7 +81,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_flags_give_the_policys_arguments(mine: str) -> None:
-    """Of a user's class and function, and of built-in ones; with the defaults of those that aren't given."""
+    """For a user's class and function, and for built-in policies; arguments that aren't given have their defaults."""
     merge = merge_of("--policy", f"{mine}:Mine", "--policy.alpha", "0.5", "--policy.no-on", "--policy.names", "b", "c")
     assert merge.policy == f"{mine}:Mine"
     assert merge.policy_args == {"alpha": 0.5, "on": False, "names": ("b", "c"), "limit": None, "bare": 3}
@@ -93,21 +93,21 @@ def test_flags_give_the_policys_arguments(mine: str) -> None:
 
 
 def test_a_policy_without_arguments_has_no_section(mine: str) -> None:
-    """Nothing is given to one, nor to an object that is made already."""
+    """A policy without arguments and a policy object get none."""
     assert merge_of().policy_args is None
     assert merge_of("--policy", f"{mine}:made").policy_args is None
 
 
 @pytest.mark.parametrize("policy", ["gated", "stale", "clip", "delayed_nesterov", "krum", "adam"])
-def test_built_in_policies_can_be_made_of_their_flags(policy: str) -> None:
-    """The defaults as flags give the policy that the defaults in Python give."""
+def test_built_in_policies_can_be_made_from_their_flags(policy: str) -> None:
+    """The defaults of the flags give the same policy as the defaults in Python."""
     merge = merge_of("--policy", policy)
     assert resolved_arguments(merge) == resolved_arguments(MergeConfig(policy=policy)) == merge.policy_args
     make_policy(merge)
 
 
 def test_help_lists_the_chosen_policys_arguments(capsys: pytest.CaptureFixture[str], mine: str) -> None:
-    """With their help from the docstring; others', and `policy_args` itself, aren't flags."""
+    """With their help from the docstring. Arguments of other policies, and `policy_args` itself, aren't flags."""
     with pytest.raises(SystemExit) as leaving:
         main(["train", GOOD, "--policy", f"{mine}:Mine", "--help"])
     assert leaving.value.code == 0
@@ -137,7 +137,7 @@ def test_help_lists_the_chosen_policys_arguments(capsys: pytest.CaptureFixture[s
 def test_bad_policy_flags_are_one_clear_error(
     capsys: pytest.CaptureFixture[str], mine: str, arguments: list[str], says: str
 ) -> None:
-    """Exit code 2, and the message names the flag."""
+    """Exit code 2; the message names the flag."""
     assert says in complaint(capsys, *[argument.replace("MINE", mine) for argument in arguments])
 
 
@@ -147,7 +147,7 @@ def written(tmp_path: Path, text: str) -> str:
 
 
 def test_a_toml_table_gives_arguments_and_flags_win(tmp_path: Path, mine: str) -> None:
-    """[policy_args], typed as TOML has it."""
+    """A table [policy_args] with TOML's types."""
     text = tomli_w.dumps({"policy": f"{mine}:Mine", "policy_args": {"alpha": 2, "on": False, "names": [], "limit": 0.5}})
     path = written(tmp_path, text)
     assert merge_of("--config", path).policy_args == {"alpha": 2.0, "on": False, "names": (), "limit": 0.5, "bare": 3}
@@ -156,8 +156,8 @@ def test_a_toml_table_gives_arguments_and_flags_win(tmp_path: Path, mine: str) -
     }  # fmt: skip
 
 
-def test_another_policy_than_the_files_doesnt_get_the_files_arguments(tmp_path: Path) -> None:
-    """They aren't its own; the same policy named again does."""
+def test_a_file_gives_no_arguments_to_another_policy(tmp_path: Path) -> None:
+    """The same policy, named again by a flag, gets them."""
     path = written(tmp_path, 'policy = "nesterov"\n[policy_args]\nlr = 0.25\n')
     assert merge_of("--config", path, "--policy", "krum").policy_args == {"faulty": 1, "keep": 0}
     assert merge_of("--config", path, "--policy", "nesterov").policy_args == {"lr": 0.25, "momentum": 0.9}
@@ -173,7 +173,7 @@ def test_another_policy_than_the_files_doesnt_get_the_files_arguments(tmp_path: 
     ],
 )
 def test_a_bad_toml_table_is_one_clear_error(tmp_path: Path, text: str, says: str) -> None:
-    """The file and the key are named."""
+    """The error names the file and the key."""
     with pytest.raises(ConfigError, match=says):
         merge_of("--config", written(tmp_path, text))
 
@@ -191,7 +191,7 @@ def test_a_bad_toml_table_is_one_clear_error(tmp_path: Path, text: str, says: st
     ids=lambda merge: f"{merge.policy}",
 )
 def test_a_runs_record_gives_its_policy_again(tmp_path: Path, mine: str, merge: MergeConfig) -> None:
-    """`--config run.toml`: the same policy with the same arguments, those included that were defaults."""
+    """`--config run.toml` gives the same policy with the same arguments, including those that were defaults."""
     merge = dataclasses.replace(merge, policy=merge.policy.replace("MINE", mine))
     merge = dataclasses.replace(merge, policy_args=resolved_arguments(merge) or None)  # as the trainer does
     settings, storage = Settings("first", LTEConfig(), merge, TrainConfig()), StorageConfig(name="first", storage=str(tmp_path))

@@ -1,4 +1,4 @@
-"""The page of rejected inputs says what happens: each command is run again."""
+"""The page of rejected inputs is true: each command is run again."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from benchmarks.rejected_runner import ROOT, first_line, run_in, surroundings
 
 
 @pytest.mark.parametrize("title", list(CATEGORIES))
-def test_bad_input_is_rejected_with_a_line_that_says_why(title: str) -> None:
-    """Nothing is taken, nothing ends in Python's own error, nothing shows a secret or a path of this machine."""
+def test_bad_input_is_rejected_with_a_reason(title: str) -> None:
+    """No input is accepted, ends in a traceback, or shows a secret or a path of this machine."""
     with surroundings() as folder:
         rows = list(CATEGORIES[title](run_in(folder), folder))
         assert not list(folder.rglob("model.safetensors.part"))
@@ -25,14 +25,14 @@ def test_bad_input_is_rejected_with_a_line_that_says_why(title: str) -> None:
 
 
 def test_the_page_lists_every_category_and_input() -> None:
-    """`python -m benchmarks.rejected` writes it; at least forty rows."""
+    """`python -m benchmarks.rejected` writes at least forty rows."""
     text = PAGE.read_text()
     assert [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")] == list(CATEGORIES)
     assert sum(line.startswith("| ") for line in text.splitlines()) - len(CATEGORIES) > 40
 
 
-def test_the_first_line_is_found_in_frames_and_behind_warnings() -> None:
-    """As tyro draws them; and with what was raised, where the line announces it."""
+def test_the_first_line_is_found_in_frames_and_after_warnings() -> None:
+    """In tyro's frames, and together with the error that the line announces."""
     assert first_line("╭─ Value error ─╮\n│ no number │\n│ ──── │\n╰───╯\n") == "no number"
     assert first_line("a warning\nerror: it raised:\n\nTraceback\nOSError: x\n") == "error: it raised: ... OSError: x"
     assert first_line("") == ""

@@ -1,4 +1,4 @@
-"""What `lte-ray train` writes into run.toml it can also go on with: by name, by --config and from Python."""
+"""A run can be continued from the run.toml that `lte-ray train` writes: by name, by --config and in Python."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import torch
 
-class Colour(enum.Enum):
+class Color(enum.Enum):
     RED = 1
     BLUE = 2
 
@@ -54,7 +54,7 @@ class Net:
 
 @pytest.fixture
 def trainers(monkeypatch: pytest.MonkeyPatch) -> list[LTETrainer]:
-    """The trainers that the command line has made: each writes run.toml, as a run that starts does, and trains nothing."""
+    """The trainers that the command line makes. Each writes run.toml, as a run that starts does, and trains nothing."""
     made: list[LTETrainer] = []
 
     def fit(self: LTETrainer) -> None:
@@ -86,10 +86,10 @@ CASES = [
     ("dict[str, int]", "field(default_factory=dict)", []),
     ("dict[str, int]", "field(default_factory=lambda: {'a': 1})", []),
     ("tuple[tuple[int, int], ...]", "((1, 2), (3, 4))", []),
-    ("Colour", "Colour.RED", []),
-    ("Colour", "Colour.RED", ["BLUE"]),
+    ("Color", "Color.RED", []),
+    ("Color", "Color.RED", ["BLUE"]),
     ("Size", "Size.SMALL", ["LARGE"]),
-    ("tuple[Colour, ...]", "(Colour.RED,)", ["BLUE", "RED"]),
+    ("tuple[Color, ...]", "(Color.RED,)", ["BLUE", "RED"]),
     ("set[str]", "field(default_factory=lambda: {'a'})", []),
     ("frozenset[int]", "frozenset()", ["3", "4"]),
     ("pathlib.Path", "pathlib.Path('/x')", ["/y"]),
@@ -98,10 +98,10 @@ CASES = [
 
 
 @pytest.mark.parametrize(("annotation", "default", "given"), CASES)
-def test_a_run_goes_on_whatever_its_workers_arguments_are(
+def test_a_run_is_continued_with_any_arguments_of_its_worker(
     tmp_path: Path, trainers: list[LTETrainer], annotation: str, default: str, given: list[str]
 ) -> None:
-    """Those that no flag can say have their default again; the others what they were given."""
+    """Arguments that can't be flags have their defaults again, the others their given values."""
     file = tmp_path / "net.py"
     file.write_text(NET.format(annotation=annotation, default=default))
     flags = ["--worker.width", "5", *(["--worker.value", *given] if given else [])]
@@ -119,7 +119,7 @@ def test_a_run_goes_on_whatever_its_workers_arguments_are(
 def test_the_worker_is_made_again_in_python(
     tmp_path: Path, trainers: list[LTETrainer], annotation: str, default: str, given: list[str]
 ) -> None:
-    """With the same arguments, of the same types, as `LTETrainer.restore` and exports need it."""
+    """With the same arguments of the same types, for `LTETrainer.restore` and exports."""
     file = tmp_path / "net.py"
     file.write_text(NET.format(annotation=annotation, default=default))
     flags = ["--worker.value", *given] if given else []
@@ -129,8 +129,8 @@ def test_the_worker_is_made_again_in_python(
     assert type(made.value) is type(trainers[0].worker.value)
 
 
-def test_a_policys_argument_that_is_none_is_none_again(tmp_path: Path, trainers: list[LTETrainer]) -> None:
-    """By name and from Python, whatever its default."""
+def test_none_as_a_policys_argument_is_restored(tmp_path: Path, trainers: list[LTETrainer]) -> None:
+    """By name and in Python, for any default."""
     (tmp_path / "mine.py").write_text("def mine(pending, roster, *, low: int | None = None, high: int | None = 5): ...")
     command = ["train", "workers.regression:Regression", "--name", "r", "--storage", str(tmp_path)]
     assert main([*command, "--policy", f"{tmp_path / 'mine.py'}:mine", "--policy.high", "None"]) == 0
@@ -141,7 +141,7 @@ def test_a_policys_argument_that_is_none_is_none_again(tmp_path: Path, trainers:
 
 
 def test_flags_win_over_a_named_runs_switches(tmp_path: Path, trainers: list[LTETrainer]) -> None:
-    """A run that didn't wait is resumed as one that does."""
+    """A run without waiting is resumed with waiting."""
     command = ["train", "workers.regression:Regression", "--name", "r", "--storage", str(tmp_path)]
     assert main([*command, "--no-wait", "--when", "arrival"]) == 0
     assert main(["train", "--resume", "r", "--storage", str(tmp_path)]) == 0

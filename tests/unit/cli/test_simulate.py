@@ -1,4 +1,4 @@
-"""`lte-ray simulate`: what it prints, writes and refuses. Nothing starts Ray."""
+"""`lte-ray simulate`: its output, its files and its errors. It starts no Ray."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def simulated(**merge: object) -> SimulationRecord:
 
 
 def test_shapes_alone_give_a_summary_and_a_picture(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a worker: utilisation, bytes, staleness, and a row for each head and the coordinator."""
+    """Without a worker: utilization, bytes, staleness, and a row for each head and the coordinator."""
     monkeypatch.setenv("COLUMNS", "100")
     assert main(["simulate", *FOUR]) == 0
     out = capsys.readouterr().out
@@ -41,7 +41,7 @@ def test_shapes_alone_give_a_summary_and_a_picture(capsys: pytest.CaptureFixture
 
 
 def test_a_worker_trains_for_real(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its evaluation and its losses are printed, and its own flags are taken."""
+    """Its evaluation and losses are printed, and its own flags are accepted."""
     command = ["simulate", "workers.regression:Regression", "--num-heads", "2", "--steps", "40", "--worker.width", "8"]
     assert main([*command, "--when", "arrival", "--no-wait", "--policy", "stale"]) == 0
     out = capsys.readouterr().out
@@ -51,7 +51,7 @@ def test_a_worker_trains_for_real(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_with_time_only_a_worker_only_gives_its_shapes(capsys: pytest.CaptureFixture[str]) -> None:
-    """The bytes are those of the worker's model; nothing is evaluated."""
+    """The bytes are those of the worker's model; there is no evaluation."""
     assert main(["simulate", "workers.regression:Regression", "--num-heads", "2", "--steps", "20", "--time-only"]) == 0
     out = capsys.readouterr().out
     assert "validation" not in out
@@ -59,7 +59,7 @@ def test_with_time_only_a_worker_only_gives_its_shapes(capsys: pytest.CaptureFix
 
 
 def test_the_record_holds_the_settings_and_all_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """JSON without NaN; the same command writes the same record."""
+    """JSON without NaN. The same command writes the same record."""
     for name in ("a.json", "b.json"):
         assert main(["simulate", *FOUR, "--jitter", "0.1", "--json", str(tmp_path / name)]) == 0
     assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
@@ -90,13 +90,13 @@ def test_the_picture_is_well_formed_and_to_scale(tmp_path: Path, capsys: pytest.
 
 
 def test_a_slice_shows_what_fills_most_of_it() -> None:
-    """Ten slices of ten seconds; a short wait vanishes, idle time is empty."""
+    """Ten slices of ten seconds: a short wait disappears, and idle time is empty."""
     row = Row("head 0", (Span("train", 0, 3.4), Span("wait", 3.4, 3.6), Span("train", 3.6, 5), Span("dead", 5, 7)))
     assert slices(row, 10, 10) == ["train"] * 5 + ["dead"] * 2 + [None] * 3
 
 
-def test_the_picture_is_readable_without_unicode_and_colour() -> None:
-    """Plain ASCII has a sign for each kind, all different."""
+def test_the_picture_is_readable_without_unicode_and_color() -> None:
+    """ASCII has a different sign for each kind."""
     text = timeline(simulated(wait=False, when="arrival"), 80, unicode=False).plain
     assert text.isascii()
     assert "# train" in text
@@ -120,10 +120,10 @@ def test_the_picture_is_readable_without_unicode_and_colour() -> None:
         (["--step-seconds", "-1"], "--step-seconds is -1.0"),
     ],
 )
-def test_what_cannot_be_simulated_is_refused(
+def test_settings_that_cannot_be_simulated_are_refused(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One error with exit code 1 or 2, and nothing written."""
+    """One error with exit code 1 or 2, and no file."""
     monkeypatch.chdir(tmp_path)
     assert main(["simulate", *arguments]) in (1, 2)
     captured = capsys.readouterr()
@@ -133,7 +133,7 @@ def test_what_cannot_be_simulated_is_refused(
 
 
 def test_a_runs_toml_may_be_simulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run.toml's settings are taken as far as they count here; its resources are left aside."""
+    """The settings of a run.toml that matter here are used; its resources are ignored."""
     (tmp_path / "run.toml").write_text(
         'program = "x:Y"\nname = "a"\nnum_heads = 3\nsteps = 20\ncpus_per_head = 2.0\nspeeds = [1.0, 2.0]\n'
     )

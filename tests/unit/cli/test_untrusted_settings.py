@@ -1,4 +1,4 @@
-"""Settings from outside execute nothing and end in one clear error; links lead nowhere."""
+"""Untrusted settings execute nothing and end in one clear error; links aren't followed."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ EXECUTING = {"eval", "exec", "compile", "__import__"}
 UNPICKLING = {"pickle", "dill", "marshal", "shelve", "joblib", "yaml", "subprocess"}
 
 
-def test_the_library_has_nothing_that_executes_what_it_reads() -> None:
-    """No eval, exec, unpickling, torch.load or numpy.load; only `Package`, which carries objects inside one run, unpickles."""
+def test_the_library_executes_nothing_that_it_reads() -> None:
+    """No eval, exec, torch.load or numpy.load. Only `PickledObject`, which carries objects within one run, unpickles."""
     found = []
     for file in sorted((ROOT / "lte_ray").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -45,13 +45,14 @@ def test_the_library_has_nothing_that_executes_what_it_reads() -> None:
     assert [f.partition(":")[0] for f in found] == ["lte_ray/runtime/context.py"], found
 
 
-def test_what_unpickles_is_only_used_by_the_actors_of_a_run() -> None:
-    """`Package` is opened in actors and made in the trainer: no module that reads storage knows it."""
+def test_only_the_actors_of_a_run_unpickle() -> None:
+    """The trainer makes each `PickledObject`, and actors open it. No module that reads storage knows it."""
     users = {
         str(file.relative_to(ROOT / "lte_ray"))
         for file in (ROOT / "lte_ray").rglob("*.py")
-        if "runtime.package" in file.read_text()
+        if "PickledObject" in file.read_text()
     }
+    assert "runtime/context.py" in users
     assert all(user.startswith("runtime/") or user == "trainer.py" for user in users), users
 
 
@@ -64,7 +65,7 @@ class Evil: ...
 
 @pytest.fixture
 def evil(tmp_path: Path) -> tuple[str, Path]:
-    """A file that tells when it is imported: how settings would name it, and where it then writes."""
+    """A file that writes a marker when it is imported: how settings would name it, and the marker's path."""
     marker = tmp_path / "executed"
     (tmp_path / "evil.py").write_text(EVIL.format(marker=str(marker)))
     return f"{tmp_path / 'evil.py'}:Evil", marker
@@ -75,7 +76,7 @@ KEYS = sorted(field.name for kind in SECTIONS for field in dataclasses.fields(ki
 
 @pytest.mark.parametrize("key", [k for k in KEYS if k != "policy"])
 def test_no_setting_but_the_policy_names_code(tmp_path: Path, evil: tuple[str, Path], key: str) -> None:
-    """A file for --config that gives any other setting, or the worker's, a module imports nothing."""
+    """A file for --config imports nothing, even if another setting, or one of the worker's, names a module."""
     name, marker = evil
     file = tmp_path / "x.toml"
     for value in (name, [name], {"a": name}):
@@ -94,8 +95,8 @@ values = st.recursive(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(key=st.sampled_from([*KEYS, "worker", "policy_args", "omitted", "program", "else"]), value=values)
-def test_any_value_for_any_setting_is_taken_or_one_error(tmp_path: Path, key: str, value: Any) -> None:
-    """Settings, or a UserError, or exit code 2; never a raw exception, and no text of it is read as a flag."""
+def test_any_value_for_any_setting_is_accepted_or_one_error(tmp_path: Path, key: str, value: Any) -> None:
+    """Settings, a UserError, or exit code 2; never another exception. No text in the file is read as a flag."""
     if key == "policy" and isinstance(value, str) and ":" in value:
         return
     file = tmp_path / "x.toml"
@@ -146,7 +147,7 @@ MALFORMED: dict[str, bytes] = {
 
 @pytest.mark.parametrize("case", list(MALFORMED))
 def test_malformed_files_are_one_error(capsys: pytest.CaptureFixture[str], tmp_path: Path, case: str) -> None:
-    """Exit code 2 through the command line, no traceback, nothing written, and the message isn't a screenful."""
+    """Exit code 2 from the command line, no traceback, no file, and a short message."""
     file = tmp_path / "x.toml"
     file.write_bytes(MALFORMED[case])
     try:
@@ -161,8 +162,8 @@ def test_malformed_files_are_one_error(capsys: pytest.CaptureFixture[str], tmp_p
 
 
 @pytest.mark.parametrize("place", ["folder", "missing", "device", "file in a file", "NUL"])
-def test_what_is_no_file_is_one_error(tmp_path: Path, place: str) -> None:
-    """Also an endless one, of which only the first megabyte is read."""
+def test_a_path_that_is_not_a_file_is_one_error(tmp_path: Path, place: str) -> None:
+    """Also an endless device, of which only the first megabyte is read."""
     (tmp_path / "file").write_text("")
     places = {"folder": ".", "missing": "x.toml", "device": "/dev/zero", "file in a file": "file/x.toml", "NUL": "a\0b"}
     found = parse_config(tmp_path / places[place])
@@ -172,7 +173,7 @@ def test_what_is_no_file_is_one_error(tmp_path: Path, place: str) -> None:
 
 @pytest.mark.parametrize("what", ["run", "checkpoints", "checkpoint", "file"])
 def test_links_are_removed_and_never_followed(tmp_path: Path, what: str) -> None:
-    """--overwrite and pruning delete the link itself, whatever in the run directory is one."""
+    """--overwrite and pruning delete the link itself, anywhere in the run directory."""
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "precious").write_text("x")

@@ -1,4 +1,4 @@
-"""Settings check themselves, and each has the help text that all its users show."""
+"""Settings check themselves, and each has a help text."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ INVALID = [
 
 @pytest.mark.parametrize(("kind", "name", "value"), [(k, n, v) for k, n, values in INVALID for v in values])
 def test_a_bad_value_names_its_flag_and_itself(kind: type, name: str, value: object) -> None:
-    """The error is a ConfigError (and a ValueError) that says the flag and the value."""
+    """The error is a ConfigError (and a ValueError) with the flag and the value."""
     with pytest.raises(ConfigError) as raised:
         kind(**{name: value})
     assert str(raised.value).startswith(f"{flag(name)} is {value!r}, but it must be ")
@@ -63,15 +63,15 @@ SMALLEST = [
 
 
 @pytest.mark.parametrize("config", SMALLEST, ids=lambda config: type(config).__name__)
-def test_the_smallest_valid_values_are_taken_and_frozen(config: object) -> None:
-    """The bounds themselves are allowed, and nothing can be changed later."""
+def test_the_bounds_are_valid_and_settings_are_frozen(config: object) -> None:
+    """The smallest valid values are accepted, and can't be changed later."""
     name = dataclasses.fields(config)[0].name  # type: ignore[arg-type]
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(config, name, 1)
 
 
 def test_resume_needs_a_name_and_excludes_overwrite() -> None:
-    """Both errors name the flags that contradict each other."""
+    """The errors name the flags that contradict each other."""
     with pytest.raises(ConfigError, match="--resume needs --name"):
         StorageConfig(resume=True)
     with pytest.raises(ConfigError, match="--resume and --overwrite contradict each other"):
@@ -88,7 +88,7 @@ def test_every_field_has_help_and_a_valid_default() -> None:
 
 
 def test_no_field_name_occurs_twice() -> None:
-    """Flags and TOML keys are flat, so names must differ over all sections; so do the flags that are made of them."""
+    """Flags and TOML keys are flat, so names and flags must differ in all sections."""
     names = [field.name for section in SECTIONS for field in dataclasses.fields(section)]
     assert len(names) == len(set(names)) == len({flag(name) for name in names})
 
@@ -96,7 +96,7 @@ def test_no_field_name_occurs_twice() -> None:
 def test_sections_are_all_the_settings_classes() -> None:
     """No settings class of the module is left out of SECTIONS."""
     module = vars(__import__("lte_ray.config", fromlist=["config"]))
-    of_layers = {module["LayerConfig"], module["Rule"], module["Resolved"]}  # what a section's field is made of
+    of_layers = {module["LayerConfig"], module["Rule"], module["Resolved"]}  # parts of a section's field
     assert {kind for kind in module.values() if dataclasses.is_dataclass(kind)} - of_layers == set(SECTIONS)
 
 
@@ -107,7 +107,7 @@ def test_scaling_is_alpha_over_r() -> None:
 
 @pytest.mark.parametrize("name", [None, "a", "vit-2024", "second try", "ünïcode", "a.b", "a-b"])
 def test_run_names_are_any_one_folder_name(name: str | None) -> None:
-    """Whatever is a plain folder name (or None) is a run name."""
+    """A run name is None or any plain folder name."""
     check_run_name(name)
     assert StorageConfig(name=name).name == name
 

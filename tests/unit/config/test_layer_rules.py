@@ -1,4 +1,4 @@
-"""Settings of single layers, the authors' way of writing them, and that flags, TOML and Python say the same."""
+"""Settings of single layers, the authors' mutable view, and the equivalence of flags, TOML and Python."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PROGRAM = "workers.regression:Regression"
 
 
 def refusal(**settings: Any) -> str:
-    """The message with which the settings are refused."""
+    """The error message of bad settings."""
     with pytest.raises(ConfigError) as raised:
         LTEConfig(**settings)
     return str(raised.value)
@@ -46,7 +46,7 @@ def refusal(**settings: Any) -> str:
 
 
 def test_rules_are_written_as_strings_layer_configs_or_dicts() -> None:
-    """All three give the same configuration, in their order."""
+    """All three give the same configuration, in order."""
     texts = ("blocks.*: lora_r=8 lora_bias=frozen", "head: lora_alpha=2.5,3.0 lr=0.1 adapt=false", "@conv: base_dtype=int8")
     first = LayerConfig(lora_r=8, lora_bias="frozen")
     second = {"lora_alpha": (2.5, 3.0), "lr": 0.1, "adapt": False}
@@ -60,7 +60,7 @@ def test_rules_are_written_as_strings_layer_configs_or_dicts() -> None:
 
 
 def test_values_of_rules_have_their_types() -> None:
-    """Whole numbers, numbers, words, and one value for each head as a tuple."""
+    """Whole numbers, numbers, words, and tuples for one value per head."""
     (rule,) = parse_rules(
         LTEConfig(layers=["a: lora_r=8,4 lora_alpha=16 lr=1e-3 adapt=TRUE lora_bias=lora base_dtype=nf4"]).layers
     )
@@ -83,8 +83,8 @@ patterns = st.from_regex(r"\A[A-Za-z0-9_.*?\[\]:äß-]{1,20}\Z") | st.sampled_fr
 
 
 @given(patterns, layer_configs)
-def test_what_is_written_is_read_back_exactly(pattern: str, settings: LayerConfig) -> None:
-    """Any settings, as the string that `layers` keeps, give the same settings again, to the last bit."""
+def test_rules_are_parsed_back_exactly(pattern: str, settings: LayerConfig) -> None:
+    """Any settings, formatted as in `layers`, give the same settings again, bit for bit."""
     if settings == LayerConfig():
         return
     (rule,) = parse_rules(LTEConfig(layers={pattern: settings}).layers)  # type: ignore[arg-type]
@@ -123,8 +123,8 @@ def test_what_is_written_is_read_back_exactly(pattern: str, settings: LayerConfi
         ("@: lr=2", "'' isn't a kind of layers"),
     ],
 )
-def test_a_bad_rule_is_quoted_and_says_what_would_be_good(rule: str, says: str) -> None:
-    """Alone or among others, in the constructor, before any model is there."""
+def test_a_bad_rule_is_quoted_with_what_to_change(rule: str, says: str) -> None:
+    """Alone or among others, in the constructor, before a model exists."""
     for layers in ([rule], ["fine: lr=2", rule]):
         message = refusal(layers=layers)
         assert f"--layers {rule!r}" in message
@@ -153,14 +153,14 @@ def test_a_bad_rule_is_quoted_and_says_what_would_be_good(rule: str, says: str) 
     ],
 )
 def test_bad_layers_in_python_are_one_clear_error(layers: Any, says: str) -> None:
-    """Of any wrong type, key or value."""
+    """For any wrong type, key or value."""
     message = refusal(layers=layers)
     assert "--layers" in message
     assert says in message
 
 
 def test_a_later_rule_wins_setting_by_setting() -> None:
-    """What it doesn't say stays as an earlier one has it; without any match the settings for all hold."""
+    """Settings that it doesn't name keep an earlier rule's value, or the value for all layers."""
     lte = LTEConfig(layers=("a: lora_r=8 lora_alpha=4", "b: lora_r=16 lr=0.5", "c: lr=2 adapt=false"))
     chosen = lte.resolve("linear", (True, True, False))
     assert (chosen.rank, chosen.scaling, chosen.lr, chosen.adapt) == (16, 4 / 16, 0.5, True)
@@ -203,7 +203,7 @@ def test_a_later_rule_wins_setting_by_setting() -> None:
     ],
 )
 def test_bad_settings_for_all_layers_name_their_flag(settings: dict[str, Any], says: str) -> None:
-    """Of any wrong type or value, in the constructor."""
+    """For any wrong type or value, in the constructor."""
     assert says in refusal(**settings)
 
 
@@ -227,14 +227,14 @@ def test_bad_settings_for_all_layers_name_their_flag(settings: dict[str, Any], s
     ],
 )
 def test_bad_settings_of_training_and_resources_name_their_flag(kind: type, settings: dict[str, Any], says: str) -> None:
-    """One clear error each, whatever the type of what was given."""
+    """One clear error each, for any type of value."""
     with pytest.raises(ConfigError) as raised:
         kind(**settings)
     assert says in str(raised.value)
 
 
 def test_collections_become_tuples() -> None:
-    """So that configurations are equal and hashable however they were written, and go into run.toml and manifests."""
+    """Configurations are equal and hashable in any notation, and can be written to run.toml and manifests."""
     lte = LTEConfig(lora_r=[4, 8], lora_alpha=[1, 2], adapt=["conv"], exclude=["a"])  # type: ignore[arg-type]
     assert lte == LTEConfig(lora_r=(4, 8), lora_alpha=(1.0, 2.0), adapt=("conv",), exclude=("a",))
     assert LTEConfig(exclude={"a"}).exclude == ("a",)  # type: ignore[arg-type]
@@ -256,8 +256,8 @@ def test_scaling_is_alpha_over_r_or_over_its_root() -> None:
     assert [rooted.resolve("linear", (True,), head).scaling for head in (0, 1)] == [1.0, 0.5]
 
 
-def test_a_bool_is_the_authors_way_to_say_what_biases_do() -> None:
-    """True: factors for biases; False: frozen."""
+def test_a_bool_sets_biases_as_in_the_authors_library() -> None:
+    """True: biases have factors; False: they are frozen."""
     assert LTEConfig(lora_bias=True) == LTEConfig(lora_bias="lora")  # type: ignore[arg-type]
     assert LTEConfig(lora_bias=False) == LTEConfig(lora_bias="frozen")  # type: ignore[arg-type]
 
@@ -265,7 +265,7 @@ def test_a_bool_is_the_authors_way_to_say_what_biases_do() -> None:
 # -- the authors' way --------------------------------------------------------------------------------------------------
 
 
-def test_default_has_the_authors_values_and_takes_overrides() -> None:
+def test_default_has_the_authors_values_and_accepts_overrides() -> None:
     """r = 8, alpha = 16, one head, frozen biases; an unknown name is an error with a suggestion."""
     lte = LTEConfig.default()
     assert (lte.num_heads, lte.lora_r, lte.lora_alpha, lte.lora_bias) == (1, 8, 16.0, "frozen")
@@ -277,8 +277,8 @@ def test_default_has_the_authors_values_and_takes_overrides() -> None:
         LTEConfig.default(lora_r=0)
 
 
-def test_views_read_and_set_what_holds_for_all() -> None:
-    """config.lora.lora_r = 4, as programs written for the authors' code do after they made the configuration."""
+def test_views_read_and_set_the_settings_for_all_layers() -> None:
+    """``config.lora.lora_r = 4``, as programs for the authors' library do after they made the configuration."""
     lte = LTEConfig.default()
     lte.lora.lora_r = 4
     lte.lora.lora_bias = True
@@ -289,8 +289,8 @@ def test_views_read_and_set_what_holds_for_all() -> None:
     assert lte.layers == ("a: lr=2",)
 
 
-def test_views_of_a_kind_read_and_set_what_differs_there() -> None:
-    """Reading gives what was set, else what holds for all."""
+def test_views_of_a_kind_read_and_set_what_differs() -> None:
+    """Reading gives the value that was set, else the value for all layers."""
     lte = LTEConfig.default(lora_r=4)
     assert (lte.lora.linear.lora_r, lte.lora.linear.lr, lte.lora.linear.adapt, lte.lora.norm.adapt) == (4, 1.0, True, False)
     lte.lora.linear.lora_r = 32
@@ -301,8 +301,8 @@ def test_views_of_a_kind_read_and_set_what_differs_there() -> None:
     assert not lte.resolve("conv", tuple(rule.kind == "conv" for rule in parse_rules(lte.layers))).adapt
 
 
-def test_views_are_read_and_set_by_key() -> None:
-    """As dicts are; lora_bias is what it says in an if; a copy is one of its own; printed, they show their values."""
+def test_views_have_keys() -> None:
+    """As in a dict. lora_bias works in an if, a clone is independent, and the repr shows the values."""
     lte = LTEConfig.default(lora_r=4)
     assert lte.lora["lora_r"] == lte.lora.get("lora_r") == dict(lte.lora)["lora_r"] == dict(lte.lora.items())["lora_r"] == 4
     assert LTEConfig.default(**lte.lora) == lte
@@ -323,8 +323,8 @@ def test_views_are_read_and_set_by_key() -> None:
     assert lte.num_heads == 3
 
 
-def test_what_a_view_of_a_kind_set_last_counts() -> None:
-    """Set again, or after a rule for the kind, the new value holds; a rule for single layers still wins over it."""
+def test_the_last_value_set_for_a_kind_counts() -> None:
+    """Also after a rule for the kind; a rule for single layers still wins."""
     lte = LTEConfig(layers=("blocks.0: lora_r=2", "@linear: lora_r=4 lr=3", "blocks.1: lora_r=1"))
     for rank in (16, 32):
         lte.lora.linear.lora_r = rank
@@ -349,8 +349,8 @@ def test_what_a_view_of_a_kind_set_last_counts() -> None:
         ("exclude", "a", "must be a list of names"),
     ],
 )
-def test_a_value_that_is_refused_leaves_the_configuration_as_it_was(name: str, value: Any, says: str) -> None:
-    """Unknown names are errors too, to set and to read."""
+def test_a_rejected_value_does_not_change_the_configuration(name: str, value: Any, says: str) -> None:
+    """Reading or setting an unknown name is an error, too."""
     lte = LTEConfig(lora_r=(2, 4))
     before = dataclasses.replace(lte)
     with pytest.raises(ConfigError, match=says):
@@ -372,7 +372,7 @@ def test_a_value_that_is_refused_leaves_the_configuration_as_it_was(name: str, v
         ("adapt", "maybe", "adapt is 'maybe'"),
     ],
 )
-def test_a_value_that_is_refused_leaves_a_kind_as_it_was(name: str, value: Any, says: str) -> None:
+def test_a_rejected_value_does_not_change_a_kind(name: str, value: Any, says: str) -> None:
     """As for all layers."""
     lte = LTEConfig(layers=("@linear: lora_r=4",))
     with pytest.raises(ConfigError, match=says):
@@ -380,8 +380,8 @@ def test_a_value_that_is_refused_leaves_a_kind_as_it_was(name: str, value: Any, 
     assert lte == LTEConfig(layers=("@linear: lora_r=4",))
 
 
-def test_the_number_of_heads_is_not_changed_under_values_for_each_head() -> None:
-    """Two ranks can't serve three heads, and the error says so."""
+def test_the_number_of_heads_must_fit_values_per_head() -> None:
+    """Two ranks don't fit three heads, and the error says so."""
     lte = LTEConfig(layers=("a: lora_r=2,4",))
     with pytest.raises(ConfigError, match="lora_r has 2 values"):
         lte.lora.num_heads = 3
@@ -389,7 +389,7 @@ def test_the_number_of_heads_is_not_changed_under_values_for_each_head() -> None
 
 
 def test_views_and_configurations_are_copied_and_pickled() -> None:
-    """Programs keep them in objects that cross processes."""
+    """Programs keep them in objects that are sent to other processes."""
     lte = LTEConfig(lora_r=(2, 4), layers=("a: lr=2",))
     lte.lora.linear.lr = 0.5
     for again in (copy.deepcopy(lte), pickle.loads(pickle.dumps(lte))):
@@ -407,8 +407,8 @@ def parsed(*arguments: str) -> Parsed:
     return parse(Regression, PROGRAM, list(arguments))
 
 
-def test_flags_say_ranks_kinds_rules_and_switches() -> None:
-    """Several values after one flag; a rule is one argument."""
+def test_flags_give_ranks_kinds_rules_and_switches() -> None:
+    """A flag may have several values; a rule is one argument."""
     lte = parsed("--lora-r", "8", "8", "32", "64", "--num-heads", "4", "--lora-alpha", "1", "2.5", "3", "4").lte
     assert lte == LTEConfig(num_heads=4, lora_r=(8, 8, 32, 64), lora_alpha=(1.0, 2.5, 3.0, 4.0))
     assert parsed("--lora-r", "8", "--lora-alpha", "1e3").lte == LTEConfig(lora_r=8, lora_alpha=1000.0)
@@ -445,7 +445,7 @@ def test_flags_that_contradict_each_other_are_one_clear_error(arguments: list[st
     "arguments",
     [["--adapt", "lin"], ["--lora-bias", "True"], ["--lora-r", "8.5"], ["--precision", "fp16"], ["--strict", "yes"]],
 )
-def test_flags_of_the_wrong_type_leave_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_of_the_wrong_type_exit_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """The message names the flag or the value."""
     with pytest.raises(SystemExit) as leaving:
         parsed(*arguments)
@@ -455,7 +455,7 @@ def test_flags_of_the_wrong_type_leave_with_two(arguments: list[str], capsys: py
 
 
 def round_trip(path: Path, lte: LTEConfig, train: TrainConfig, placement: PlacementConfig, merge: MergeConfig) -> Parsed:
-    """What the run.toml of such a run gives for another run."""
+    """The settings that the run.toml of such a run gives to another run."""
     storage = StorageConfig(name="r", storage=str(path))
     record = run_record.make_record(
         Regression(width=4), PROGRAM, Settings("r", lte, merge, train), placement, storage, FailureConfig()
@@ -495,8 +495,8 @@ EVERYTHING = (
 )
 
 
-def test_everything_differs_from_the_defaults_there() -> None:
-    """So that the round trip below is one of every field."""
+def test_the_example_differs_from_every_default() -> None:
+    """So the round trip below tests every field."""
     for config in EVERYTHING:
         for field in dataclasses.fields(config):
             assert getattr(config, field.name) != field.default, field.name
@@ -512,10 +512,10 @@ def test_everything_differs_from_the_defaults_there() -> None:
         (LTEConfig.default(lora_bias=True, lora_alpha=16), TrainConfig(), PlacementConfig(cpus_per_head=0)),
     ],
 )
-def test_a_run_toml_gives_the_very_settings_of_its_run(
+def test_a_run_toml_gives_the_settings_of_its_run(
     tmp_path: Path, lte: LTEConfig, train: TrainConfig, placement: PlacementConfig
 ) -> None:
-    """--config run.toml: every field of every section, in its type."""
+    """--config run.toml gives every field of every section, in its type."""
     merge = MergeConfig(merge_iter=3, merge_threads=2)
     again = round_trip(tmp_path, lte, train, placement, merge)
     assert (again.lte, again.train, again.placement, again.merge) == (lte, train, placement, merge)
@@ -530,7 +530,7 @@ def test_a_run_toml_gives_the_very_settings_of_its_run(
 def test_any_settings_survive_a_run_toml(
     tmp_path_factory: pytest.TempPathFactory, layer: LayerConfig, rank: int, alpha: float, stack: Any
 ) -> None:
-    """Numbers to the last bit, through TOML and flags."""
+    """Numbers stay the same bit for bit, through TOML and flags."""
     layers = {} if layer == LayerConfig() else {"blocks.[0-9]*": layer}
     lte = LTEConfig(lora_r=(rank, 1), lora_alpha=alpha, layers=layers)  # type: ignore[arg-type]
     train, placement = TrainConfig(clip_norm=alpha, accumulate=rank), PlacementConfig(stack_heads=stack, cpus_per_head=alpha)

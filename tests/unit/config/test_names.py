@@ -1,4 +1,4 @@
-"""Names of runs: whatever is accepted is one folder directly in the storage root, and every trick that isn't is refused."""
+"""Run names: an accepted name is one folder directly in the storage, and every other name is rejected."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ BAD: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("case", list(BAD))
-def test_names_that_could_lead_elsewhere_are_refused(case: str) -> None:
-    """One line, printable, naming what is wrong; a long name isn't repeated whole."""
+def test_names_that_could_lead_elsewhere_are_rejected(case: str) -> None:
+    """The error is one printable line that says what is wrong; it shortens a long name."""
     with pytest.raises(ConfigError, match=r"--name is .*must be one plain folder name") as raised:
         check_run_name(BAD[case])
     said = str(raised.value)
@@ -70,15 +70,15 @@ def test_names_that_could_lead_elsewhere_are_refused(case: str) -> None:
 @pytest.mark.parametrize(
     "name", ["a", "vit-2024", "second try", "ünïcode", "a.b", "模型-1", "a..b", "x" * 255, "a@b", "~", "$HOME"]
 )
-def test_plain_names_are_taken(name: str) -> None:
-    """Of any script, with dots, dashes and spaces inside."""
+def test_plain_names_are_accepted(name: str) -> None:
+    """In any script, with dots, dashes and spaces inside."""
     check_run_name(name)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
 @given(name=st.text(max_size=12) | st.text("./\\~ \0-a\u2024\uff0f", max_size=6))
 def test_an_accepted_name_is_one_folder_in_the_root(tmp_path: Path, name: str) -> None:
-    """It is made directly there, under exactly this name, and the root holds nothing else."""
+    """It is created there under exactly this name, and the storage contains nothing else."""
     try:
         check_run_name(name)
     except ConfigError:

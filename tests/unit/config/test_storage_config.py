@@ -1,4 +1,4 @@
-"""Settings of storage: what is refused, and what Ray's own words for checkpoints come to."""
+"""Settings of storage: rejected values, and the translation of Ray's checkpoint settings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lte_ray.trainer import _storage
         ("storage_patience", "long", "--storage-patience is 'long', but it must be a number"),
     ],
 )
-def test_what_is_refused(setting: str, value: Any, said: str) -> None:
+def test_bad_values_are_rejected(setting: str, value: Any, said: str) -> None:
     """One error that names the flag and what it must be."""
     with pytest.raises(ConfigError, match=said):
         StorageConfig(**{setting: value})
@@ -40,8 +40,8 @@ def test_what_is_refused(setting: str, value: Any, said: str) -> None:
         ({"checkpoint_score_attribute": "loss", "checkpoint_score_order": "min"}, (None, 0, "")),
     ],
 )
-def test_rays_checkpoint_config_is_ours(tmp_path: Path, given: dict[str, Any], expected: tuple[Any, ...]) -> None:
-    """Ray keeps the best by a score and the newest in any case, else the newest; it orders from the highest by default."""
+def test_rays_checkpoint_config_is_translated(tmp_path: Path, given: dict[str, Any], expected: tuple[Any, ...]) -> None:
+    """With a score Ray keeps the best and the newest checkpoint, else the newest ones; by default the highest score is best."""
     import ray.train
 
     config = ray.train.CheckpointConfig(**given)

@@ -1,4 +1,4 @@
-"""What people see of a run, and what is written down of it."""
+"""Displays of a run, and its metrics file."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def shown(renderable: object) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
-def test_a_line_says_where_the_run_is() -> None:
-    """Steps, base version, rate, loss of every head that has one, evaluation and time left."""
+def test_a_line_shows_the_progress() -> None:
+    """Steps, base version, rate, losses of the heads, evaluation and remaining time."""
     assert format_line(NOW) == (
         "step 18/100  base v2  1,234.5 samples/s  train loss 2.5000  bits_per_byte 2.718 (v2)  1:02:05 left"
     )
 
 
-def test_a_run_that_has_not_begun_is_shown_without_figures() -> None:
-    """No rate, loss or time left is made up before there is one."""
+def test_a_run_that_has_not_started_is_shown_without_figures() -> None:
+    """No rate, loss or remaining time is shown before it is known."""
     start = Progress.starting("gpt", 100, "starting Ray")
     assert format_line(start) == "step 0/100  base v0  starting Ray"
     assert "nan" not in shown(make_table(start)).lower()
@@ -64,7 +64,7 @@ def test_a_run_that_has_not_begun_is_shown_without_figures() -> None:
 
 
 def test_the_table_has_a_row_for_every_head() -> None:
-    """Number, step, samples, loss, base version, state and device; a dash where there is no loss yet."""
+    """Number, step, samples, loss, base version, state and device; a dash for a missing loss."""
     rows = [row.split() for row in shown(make_table(NOW)).splitlines()]
     assert ["0", "20", "320", "2.5000", "v2", "waiting", "cpu"] in rows
     assert ["1", "18", "0", "-", "v0", "training", "cpu"] in rows
@@ -73,7 +73,7 @@ def test_the_table_has_a_row_for_every_head() -> None:
 
 
 def test_lines_are_for_logs_and_the_table_for_terminals() -> None:
-    """A stream that is no terminal gets lines: one at once, and one for every new evaluation."""
+    """A stream that isn't a terminal gets lines: one at once, and one for every new evaluation."""
     stream = io.StringIO()
     display = automatic_display(stream)
     assert isinstance(display, LineDisplay)
@@ -87,7 +87,7 @@ def test_lines_are_for_logs_and_the_table_for_terminals() -> None:
     terminal.close()
 
 
-def test_clock_counts_minutes_and_hours() -> None:
+def test_durations_have_minutes_and_hours() -> None:
     """0:09, 2:03 and 1:02:03."""
     assert [format_duration(9.9), format_duration(123), format_duration(3723)] == ["0:09", "2:03", "1:02:03"]
 
@@ -97,17 +97,17 @@ def record(version: int, at: float) -> MergeRecord:
 
 
 def test_throughput_is_samples_over_the_time_between_merges() -> None:
-    """Of the last merges; none before there are two."""
+    """Over the last merges; None before the second merge."""
     assert samples_per_second([record(1, 10.0)]) is None
     assert samples_per_second([record(1, 10.0), record(2, 12.0), record(3, 14.0)]) == 320.0
     assert samples_per_second([record(k, 2.0 * k) for k in range(30)], window=4) == 320.0
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_metrics_do_not_wait_for_storage_that_hangs_and_lose_no_row(
+def test_metrics_do_not_wait_for_hanging_storage_and_lose_no_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
-    """Rows come while a write hangs, and the run goes back to an earlier version; at last storage fails, or works."""
+    """Rows are added while a write hangs, and the run is rewound; finally storage fails, or works."""
     directory = RunDirectory.open(str(tmp_path), "r")
     directory.create()
     append, go_on, hangs = RunDirectory.append, threading.Event(), [True]
@@ -133,7 +133,7 @@ def test_metrics_do_not_wait_for_storage_that_hangs_and_lose_no_row(
     assert not directory.exists(METRICS)
     go_on.set()
     log.close()
-    log.close()  # what failed is tried again
+    log.close()  # the failed write is repeated
     rows = [json.loads(row) for row in directory.read(METRICS).decode().splitlines()]
     assert [(row["version"], row["at"]) for row in rows if row["kind"] == "merge"] == [(1, 1.0), (2, 5.0)]
     assert rows[-1]["event"] == "still"
@@ -141,7 +141,7 @@ def test_metrics_do_not_wait_for_storage_that_hangs_and_lose_no_row(
 
 
 def test_metrics_are_appended_and_a_resumed_run_drops_what_it_repeats(tmp_path: Path) -> None:
-    """One JSON row for every merge and evaluation; `rewind` keeps the rows up to a version."""
+    """One JSON row for each merge and evaluation; `rewind` keeps the rows up to a version."""
     directory = RunDirectory.open(str(tmp_path), "r")
     directory.create()
     log = MetricsLog(directory)
@@ -162,8 +162,8 @@ def test_metrics_are_appended_and_a_resumed_run_drops_what_it_repeats(tmp_path: 
     assert rows[0]["train_loss"] == {"0": 1.0, "1": 2.0}
 
 
-def test_rows_that_a_disk_has_spoilt_are_dropped_and_the_others_stay_byte_for_byte(tmp_path: Path) -> None:
-    """Bytes that are no UTF-8, UTF-16 and brackets without end are no rows, wherever they are; good ones keep their spaces."""
+def test_damaged_rows_are_dropped_and_the_others_stay_byte_for_byte(tmp_path: Path) -> None:
+    """Bytes that aren't UTF-8 or JSON aren't rows, anywhere in the file; good rows keep their white space."""
     directory = RunDirectory.open(str(tmp_path), "r")
     good = [b'{"kind":"merge",  "version": 1}\n', '{"kind": "event", "event": "déjà vu\\u2028"}\r\n'.encode()]
     bad = [b"\xff\xfe garbage\n", '{"kind": "event"}'.encode("utf-16") + b"\n", b"[" * 100_000 + b"\n"]
@@ -188,8 +188,8 @@ def test_bytes_are_shown_in_their_unit() -> None:
     ]
 
 
-def test_many_heads_are_summed_up() -> None:
-    """Of more than eight heads, a line gives the mean loss and its range, and the table one row for the rest."""
+def test_many_heads_are_summarized() -> None:
+    """For more than eight heads, a line has the mean loss and its range, and the table one row for the rest."""
     many = replace(NOW, heads=tuple(HeadStatus(n, step=30 + n, samples=100, loss=1.0 + n / 10) for n in range(12)))
     assert "train loss 1.5500 (1.0000-2.1000)" in format_line(many)
     shown = Console(file=io.StringIO(), width=120)

@@ -1,4 +1,4 @@
-"""Secrets stay out of run.toml and of messages, and are asked for again where they are needed."""
+"""Secrets are in neither run.toml nor messages, and must be given again when a run is resumed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from workers.regression import Regression
 
 
 class Needy:
-    """A worker that takes secrets."""
+    """A worker with secrets."""
 
     def __init__(self, api_token: str, password: str = "", tokens: int = 5, source: str = "/data") -> None:
         self.api_token, self.password, self.tokens, self.source = api_token, password, tokens, source
@@ -43,8 +43,8 @@ def recorded(worker: Any, storage: StorageConfig, path: Path, merge: MergeConfig
     return (path / "runs" / "a" / "run.toml").read_text()
 
 
-def test_secrets_are_not_written_and_asked_for_again(tmp_path: Path) -> None:
-    """run.toml says which are left out; --config refuses to go on without them, and takes them as flags."""
+def test_secrets_are_not_written_and_must_be_given_again(tmp_path: Path) -> None:
+    """run.toml lists those that it leaves out; --config needs them as flags."""
     worker = Needy("SECRET", "hunter2", source="s3://KEY:SECRET@bucket/data")
     text = recorded(worker, StorageConfig(storage="s3://KEY:SECRET@bucket/runs?region=eu"), tmp_path)
     assert not {s for s in ("SECRET", "hunter2", "KEY") if s in text}
@@ -64,19 +64,19 @@ def test_secrets_are_not_written_and_asked_for_again(tmp_path: Path) -> None:
 
 
 def test_a_run_without_secrets_omits_nothing(tmp_path: Path) -> None:
-    """The key is there only if something is left out; a secret that has its default isn't asked for."""
+    """The key exists only if something is left out; a secret that has its default needn't be given."""
     assert "omitted" not in recorded(Regression(), StorageConfig(), tmp_path)
 
 
 def test_an_export_says_which_secret_is_missing(tmp_path: Path) -> None:
-    """The worker can't be made again without; the message says how to give it."""
+    """The worker can't be made without it; the message says how to give it."""
     record = tomllib.loads(recorded(Needy("SECRET"), StorageConfig(), tmp_path))
-    with pytest.raises(WorkerError, match=r"needs api_token, which run.toml leaves out .* worker=Needy\(api_token=\.\.\."):
+    with pytest.raises(WorkerError, match=r"needs api_token, which run.toml omits .* worker=Needy\(api_token=\.\.\."):
         make_worker(record | {"program": f"{__file__}:Needy"})
 
 
 def test_a_policys_secrets_are_not_written(tmp_path: Path) -> None:
-    """Its arguments are treated as the worker's."""
+    """Its arguments are treated like the worker's."""
     (tmp_path / "mine.py").write_text("def mine(pending, roster, *, hub_token='', rate=1.0): ...")
     merge = MergeConfig(policy=f"{tmp_path / 'mine.py'}:mine", policy_args={"hub_token": "SECRET", "rate": 2.0})
     text = recorded(Regression(), StorageConfig(), tmp_path, merge)
@@ -102,10 +102,8 @@ def test_a_policys_secrets_are_not_written(tmp_path: Path) -> None:
         ("nowhere://me:HIDDEN@host/x", "nowhere://host/x", "Protocol not known", "by the environment, or the machine's role."),
     ],
 )
-def test_credentials_in_a_uri_that_cannot_be_opened_are_said_to_belong_elsewhere(
-    uri: str, shown: str, found: str, change: str
-) -> None:
-    """What pyarrow finds wrong is told, not that another library may be lacking; and the variables that take credentials."""
+def test_an_error_says_where_credentials_of_a_uri_belong(uri: str, shown: str, found: str, change: str) -> None:
+    """It has pyarrow's reason, not one about a missing library, and names the variables for credentials."""
     with pytest.raises(StorageError) as raised:
         RunDirectory.open(uri, "a")
     said = str(raised.value)
@@ -116,14 +114,14 @@ def test_credentials_in_a_uri_that_cannot_be_opened_are_said_to_belong_elsewhere
     assert not any(word in said for word in ("HIDDEN", "abc", "s3fs"))
 
 
-def test_a_uri_without_credentials_is_told_nothing_of_them() -> None:
-    """Only what is wrong with it."""
+def test_an_error_without_credentials_does_not_mention_them() -> None:
+    """It says only what is wrong."""
     with pytest.raises(StorageError, match=r"Unexpected query parameter in S3 URI: 'what'\.$"):
         RunDirectory.open("s3://b/x?what=1", "a")
 
 
 def test_storage_errors_hide_credentials() -> None:
-    """Also what pyarrow and fsspec say of a URI that they can't open."""
+    """Also in the texts of pyarrow and fsspec about a URI that they can't open."""
     for uri in ("s3://KEY:HID/DEN@bucket/x?what=1", "s3://b/x?secret_key=HIDDEN", "nowhere://me:HIDDEN@host/x"):
         with pytest.raises(UserError) as raised:
             RunDirectory.open(uri, "a")
