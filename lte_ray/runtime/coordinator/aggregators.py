@@ -103,7 +103,7 @@ class LocalAggregator:
     """
 
     def __init__(self, context: RunContext, engine: Coordinator) -> None:
-        self._transport, self._engine = context.transport, engine
+        self._transport, self._engine, self._weights = context.transport, engine, engine.base_weights
         self._codecs = context.codecs(engine.plans)
         self._threads = context.merge_threads(engine.plan, engine.plan)
         self._executor = ThreadPoolExecutor(1, "merge")
@@ -122,24 +122,24 @@ class LocalAggregator:
 
     async def merge(self, version: int, weights: Mapping[int, float]) -> float:
         await self._catch_up()
-        return self._engine.base_weights.pop_seconds(version)
+        return self._weights.pop_seconds(version)
 
     def publish_parts(self, groups: Sequence[int], references: bool) -> Coroutine[Any, Any, Published]:
         def publish(version: int, base: Tensor, factors: Mapping[int, Tensor | None]) -> Published:
             parts = {index: self._transport.publish(self._part(index, base)) for index in groups}
             return Published(version, parts, self._publish_references(factors) if references else {})
 
-        return self._read(self._engine.base_weights.schedule_read(publish))
+        return self._read(self._weights.schedule_read(publish))
 
     def publish_base(self, references: bool = False) -> Coroutine[Any, Any, Published]:
         def publish(version: int, base: Tensor, factors: Mapping[int, Tensor | None]) -> Published:
             parts = {-1: self._transport.publish(base)}
             return Published(version, parts, self._publish_references(factors) if references else {})
 
-        return self._read(self._engine.base_weights.schedule_read(publish))
+        return self._read(self._weights.schedule_read(publish))
 
     def checksum(self) -> Coroutine[Any, Any, int]:
-        return self._read(self._engine.base_weights.schedule_read(lambda version, base, factors: self._checksum(base)))
+        return self._read(self._weights.schedule_read(lambda version, base, factors: self._checksum(base)))
 
     async def _read(self, result: Future[T]) -> T:
         await self._catch_up()
@@ -148,7 +148,7 @@ class LocalAggregator:
     async def _catch_up(self) -> None:
         def catch_up() -> None:
             with torch_threads(self._threads):
-                self._engine.base_weights.catch_up()
+                self._weights.catch_up()
 
         await asyncio.get_running_loop().run_in_executor(self._executor, catch_up)
 
