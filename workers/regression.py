@@ -1,4 +1,4 @@
-"""The smallest useful worker: a small network learns to imitate a random one. Seconds on a CPU."""
+"""The smallest useful worker: a small network learns to imitate a random one. It takes seconds on a CPU."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Regression:
     """Fits the outputs of a fixed random network on random inputs."""
 
     width: int = 32
-    """Inputs and outputs of both networks."""
+    """Number of inputs and of outputs of both networks."""
     batch_size: int = 64
-    """Samples of one head's batch."""
+    """Samples in one head's batch."""
     samples: int = 8192
     """Training samples, shared by the heads."""
     lr: float = 3e-3

@@ -1,4 +1,4 @@
-"""What is done about processes that die: restarts, later and later; then doing without, or the end."""
+"""What happens when processes die: restarts, later and later; then dropping heads, or the end of the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ AGAIN = FailureDecision("restart")
 
 
 def test_the_first_restart_is_at_once_and_later_ones_wait_twice_as_long() -> None:
-    """0, then backoff, 2 backoff, ..., a minute at most; a merged contribution in between begins anew."""
+    """0, then backoff, 2 backoff, ..., a minute at most. A merged contribution in between resets the delay."""
     policy = FailurePolicy(FailureConfig(head_failures=-1, backoff=3.0))
     delays = [policy.decide_head(ONE, merged=4, step=9, others=1).delay for _ in range(8)]
     assert delays == [0.0, 3.0, 6.0, 12.0, 24.0, 48.0, MAX_DELAY, MAX_DELAY]
@@ -40,7 +40,7 @@ def test_a_head_that_died_too_often_in_a_row_ends_the_run(most: int, merges: lis
     ("exhausted", "others", "action"), [("drop", 2, "drop"), ("drop", 1, "restart"), ("stop", 2, "restart")]
 )
 def test_a_head_without_a_place_is_waited_for_unless_the_run_may_do_without(exhausted: str, others: int, action: str) -> None:
-    """Lack of room ends no run: it drops the head where that is allowed and enough are left, and else waits on."""
+    """Lack of room ends no run: it drops the head if that is allowed and enough are left; else the head waits."""
     policy = FailurePolicy(FailureConfig(exhausted=exhausted, min_heads=2))  # type: ignore[arg-type]
     decision = policy.decide_no_place(others, 31.0)
     assert decision.action == action
@@ -53,13 +53,13 @@ def test_a_head_without_a_place_is_waited_for_unless_the_run_may_do_without(exha
     [("drop", 2, 1, "drop"), ("drop", 2, 2, "drop"), ("drop", 1, 2, "stop"), ("drop", 0, 1, "stop"), ("stop", 2, 1, "stop")],
 )
 def test_a_head_is_dropped_if_enough_others_are_left(exhausted: str, others: int, least: int, action: str) -> None:
-    """As `exhausted` and `min_heads` say; a run without heads can't go on."""
+    """As `exhausted` and `min_heads` say; a run without heads can't continue."""
     policy = FailurePolicy(FailureConfig(head_failures=0, exhausted=exhausted, min_heads=least))  # type: ignore[arg-type]
     assert policy.decide_head(ONE, merged=3, step=8, others=others).action == action
 
 
-def test_processes_are_counted_apart_and_the_run_as_a_whole() -> None:
-    """Each has its own row; `max_failures` bounds the sum, with the coordinator's and the evaluator's deaths."""
+def test_deaths_count_for_their_process_and_for_the_run() -> None:
+    """`head_failures` bounds those of one process; `max_failures` all, with the coordinator's and the evaluator's."""
     policy = FailurePolicy(FailureConfig(max_failures=4, head_failures=1))
     assert policy.decide_head((0, 1), merged=0, step=1, others=2) == AGAIN
     assert policy.decide_head((2,), merged=0, step=1, others=2) == AGAIN
@@ -70,13 +70,13 @@ def test_processes_are_counted_apart_and_the_run_as_a_whole() -> None:
 
 
 def test_with_no_failures_allowed_the_first_death_ends_the_run() -> None:
-    """Whoever it is; and nothing need be said about a setting that says so."""
+    """Of any process. The setting says so itself, so there is no reason to give."""
     assert FailurePolicy(FailureConfig(max_failures=0)).decide_head(ONE, merged=5, step=5, others=3) == FailureDecision("stop")
     assert FailurePolicy(FailureConfig(max_failures=0)).decide_other() == FailureDecision("stop")
 
 
-def test_preemption_is_nobodys_failure() -> None:
-    """It isn't counted against `max_failures`: the run goes on however often the cluster takes a node."""
+def test_preemption_is_not_a_failure() -> None:
+    """It doesn't count against `max_failures`: the run continues however often the cluster takes a node."""
     policy = FailurePolicy(FailureConfig(max_failures=0))
     for merged in range(5):
         assert policy.decide_head(ONE, merged=merged, step=merged, others=0, preempted=True) == AGAIN
@@ -84,7 +84,7 @@ def test_preemption_is_nobodys_failure() -> None:
 
 
 def test_what_fails_before_any_step_is_a_mistake_and_not_bad_luck() -> None:
-    """A worker that raises at the start ends the run at once; a process that is killed there is started again."""
+    """A worker that raises at the start ends the run at once; a process that is killed then is started again."""
     policy = FailurePolicy(FailureConfig())
     assert policy.decide_head(ONE, merged=0, step=0, others=3, ever_trained=False) == AGAIN
     decision = policy.decide_head(ONE, merged=0, step=0, others=3, raised="ValueError: no", ever_trained=False)
@@ -102,7 +102,7 @@ def test_what_fails_before_any_step_is_a_mistake_and_not_bad_luck() -> None:
     ],
 )
 def test_the_same_error_at_the_same_step_will_come_again(first: tuple[int, str], second: tuple[int, str], action: str) -> None:
-    """Another restart would only meet it once more. What kills the process from outside may not come again."""
+    """A restart would meet it again. What kills the process from outside may not happen again."""
     policy = FailurePolicy(FailureConfig(head_failures=-1))
     assert policy.decide_head(ONE, merged=2, step=first[0], others=3, raised=first[1]).action == "restart"
     decision = policy.decide_head(ONE, merged=3, step=second[0], others=3, raised=second[1])

@@ -1,4 +1,4 @@
-"""A process is hung by what was normal before, on a clock that the test moves."""
+"""Whether a process hangs depends on what was normal before; the test moves the clock."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_process_that_waits_for_a_place_is_not_hung() -> None:
 
 
 def test_a_process_that_stops_before_its_first_answer_is_found() -> None:
-    """A quarter of an hour while nobody has started; then five times as long as anybody took, 90 s at least."""
+    """After a quarter of an hour before any has started; then after five times the longest start, 90 s at least."""
     detector = HangDetector()
     assert detector.hang_reason(ProcessHealth(begun=0.0), now=STARTING, requested_at=0.0) == ""
     assert (
@@ -52,7 +52,7 @@ def test_a_process_that_stops_before_its_first_answer_is_found() -> None:
 
 
 def test_silence_is_judged_by_the_longest_answer() -> None:
-    """Ten seconds at least, twenty times as long as any answer took; who isn't asked owes none."""
+    """Ten seconds at least, or twenty times the longest answer. A process that isn't asked owes no answer."""
     detector, health = HangDetector(), ProcessHealth()
     beat(detector, health, 0.0, 1)
     assert detector.hang_reason(health, MIN_SILENCE, requested_at=0.0) == ""
@@ -69,7 +69,7 @@ def test_silence_is_judged_by_the_longest_answer() -> None:
 
 
 def test_standstill_is_judged_by_the_longest_step() -> None:
-    """Half a minute at least, twenty times as long as any step took; of all processes together."""
+    """Half a minute at least, or twenty times the longest step of any process."""
     detector, health, other = HangDetector(), ProcessHealth(), ProcessHealth()
     for now, position in ((0.0, 1), (4.0, 2), (5.0, 3)):
         beat(detector, health, now, position)
@@ -89,7 +89,7 @@ def test_standstill_is_judged_by_the_longest_step() -> None:
 
 
 def test_quick_steps_leave_half_a_minute() -> None:
-    """A busy machine, or a slow batch, isn't a dead lock."""
+    """A busy machine or a slow batch isn't a deadlock."""
     detector, health = HangDetector(), ProcessHealth()
     for step in range(10):
         beat(detector, health, step / 100, step)
@@ -98,8 +98,8 @@ def test_quick_steps_leave_half_a_minute() -> None:
     assert "hasn't moved" in detector.hang_reason(health, 0.09 + MIN_STANDSTILL + 1, requested_at=None)
 
 
-def test_whoever_waits_for_others_need_not_move() -> None:
-    """For hours; and what it waited isn't taken for a step's time."""
+def test_a_process_that_waits_for_others_need_not_move() -> None:
+    """For hours. The time that it waited doesn't count as a step's."""
     detector, health = HangDetector(), ProcessHealth()
     beat(detector, health, 0.0, 1)
     beat(detector, health, 1.0, 2)
@@ -111,7 +111,7 @@ def test_whoever_waits_for_others_need_not_move() -> None:
 
 
 def test_a_first_step_may_take_long() -> None:
-    """Building, reading and compiling: a quarter of an hour, and it doesn't make later steps' detector longer."""
+    """Building, reading and compiling: a quarter of an hour, which doesn't extend the limit of later steps."""
     detector, health = HangDetector(), ProcessHealth()
     beat(detector, health, 0.0, 0)
     assert detector.hang_reason(health, STARTING - 1, requested_at=None) == ""
@@ -123,7 +123,7 @@ def test_a_first_step_may_take_long() -> None:
 
 @given(st.lists(st.tuples(st.floats(0.001, 100.0), st.floats(0.001, 1.0)), min_size=1, max_size=20))
 def test_nothing_that_is_as_slow_as_before_is_hung(turns: list[tuple[float, float]]) -> None:
-    """After any history, a step or an answer up to twenty times as long as the longest is let through, and one longer isn't."""
+    """After any history: a step or an answer may take up to twenty times as long as the longest, and no longer."""
     detector, health, now = HangDetector(), ProcessHealth(), 0.0
     beat(detector, health, now, 1)
     for position, (step, took) in enumerate(turns, start=2):

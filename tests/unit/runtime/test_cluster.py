@@ -1,4 +1,4 @@
-"""What a user sees who can't be connected to Ray; `ray.init` is replaced here, `test_ray_run` has the real one."""
+"""The errors of a user who can't connect to Ray. `ray.init` is a fake here; tests/integration has the real one."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lte_ray.runtime import cluster
 
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is connected or can be, and the environment says nothing."""
+    """There is no connection, none can be made, and the environment names none."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(cluster, "_probe", lambda address: None)
     for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
 
 
-def said(monkeypatch: pytest.MonkeyPatch, error: Exception, **environment: str) -> str:
-    """The user's error where Ray raises this one."""
+def error_text(monkeypatch: pytest.MonkeyPatch, error: Exception, **environment: str) -> str:
+    """Returns the text of the user's error if Ray raises `error`."""
 
     def fails(**arguments: Any) -> None:
         raise error
@@ -35,9 +35,9 @@ def said(monkeypatch: pytest.MonkeyPatch, error: Exception, **environment: str) 
 
 
 def test_a_token_that_is_not_there_is_one_error_that_says_where_to_give_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cluster, Ray's reason without its page of help, what was found here and what to set."""
+    """It has the cluster, Ray's reason without its page of help, what was found here, and what to set."""
     missing = ray.exceptions.AuthenticationError("Token authentication is enabled but no authentication token was found")
-    text = said(monkeypatch, missing, RAY_ADDRESS="10.0.0.1:6379", RAY_AUTH_MODE="token")
+    text = error_text(monkeypatch, missing, RAY_ADDRESS="10.0.0.1:6379", RAY_AUTH_MODE="token")
     assert text == (
         "No connection to the cluster at RAY_ADDRESS=10.0.0.1:6379: Token authentication is enabled but no authentication "
         "token was found. RAY_AUTH_MODE is token here, and the token comes from ~/.ray/auth_token, if it is there. Set "
@@ -45,16 +45,16 @@ def test_a_token_that_is_not_there_is_one_error_that_says_where_to_give_it(monke
     )
 
 
-def test_a_cluster_that_refuses_a_token_is_told_from_one_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray says only that it couldn't connect: the error names the token as a reason, and doesn't show it."""
+def test_a_failed_connection_may_be_a_refused_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray says only that it couldn't connect: the error names the token as a possible reason, and doesn't show it."""
     refused = ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379")
-    text = said(monkeypatch, refused, RAY_ADDRESS="10.0.0.1:6379")
+    text = error_text(monkeypatch, refused, RAY_ADDRESS="10.0.0.1:6379")
     assert "Correct or unset RAY_ADDRESS. If that cluster wants a token: RAY_AUTH_MODE is unset here," in text
-    text = said(monkeypatch, refused, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0123456789abcdef")
+    text = error_text(monkeypatch, refused, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0123456789abcdef")
     assert "RAY_AUTH_MODE is token here, and the token comes from RAY_AUTH_TOKEN." in text
     assert "0123456789abcdef" not in text
 
 
 def test_a_local_ray_that_does_not_start_is_not_blamed_on_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing was asked for that could be corrected."""
-    assert said(monkeypatch, RuntimeError("no room")) == "No connection to a local Ray: no room."
+    """There is no address to correct."""
+    assert error_text(monkeypatch, RuntimeError("no room")) == "No connection to a local Ray: no room."

@@ -1,4 +1,4 @@
-"""From a checkpoint to a start: what a manifest says is gone on from as it is, or refused in one line."""
+"""From a checkpoint to a state: what a manifest says is used as it is, or refused with one error."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ AT = Path("checkpoints", "000003")
 
 @pytest.fixture
 def directory(tmp_path: Path) -> RunDirectory:
-    """A run with a checkpoint of version 3, as two heads leave it."""
+    """A run of two heads with a checkpoint of version 3."""
     made = RunDirectory.open(str(tmp_path), "run")
     made.create()
     files = [checkpoint.write_base(made, 3, PLAN, random_flat(PLAN.base.size, 1).float())]
@@ -55,8 +55,8 @@ def start(directory: RunDirectory, num_heads: int = 2) -> CoordinatorState:
     return load_checkpoint(common, initial, 3, num_heads)
 
 
-def test_the_same_heads_go_on_exactly(directory: RunDirectory) -> None:
-    """With what the base holds of them, and the steps that they had taken beyond it."""
+def test_the_same_heads_continue_exactly(directory: RunDirectory) -> None:
+    """With what the base contains of them, and the steps that they had taken since."""
     made = start(directory)
     assert (made.version, made.checkpoint_version, made.exact_heads, made.saved_heads) == (3, 3, {0, 1}, {0, 1})
     assert [made.position(head).incarnation for head in (0, 1)] == [0, 1]
@@ -64,8 +64,8 @@ def test_the_same_heads_go_on_exactly(directory: RunDirectory) -> None:
     assert made.references.keys() == {0, 1}
 
 
-def test_another_number_of_heads_takes_the_data_over(directory: RunDirectory) -> None:
-    """Nobody goes on exactly; a new head has nothing in the base, and counts as having taken as many steps."""
+def test_another_number_of_heads_takes_over_the_data(directory: RunDirectory) -> None:
+    """No head continues exactly. A new one has nothing in the base, and counts as having taken as many steps."""
     made = start(directory, 3)
     assert made.exact_heads == set()
     assert made.references.keys() == {0, 1}
@@ -79,7 +79,7 @@ def test_another_number_of_heads_takes_the_data_over(directory: RunDirectory) ->
     ids=str,
 )
 def test_facts_that_no_run_writes_are_one_error(directory: RunDirectory, facts: dict[str, Any]) -> None:
-    """Before any actor starts."""
+    """It is raised before any actor starts."""
     file = Path(directory.path) / AT / "manifest.json"
     manifest = json.loads(file.read_text())
     file.write_bytes(checkpoint.manifest_checksum({**manifest, "facts": {**manifest["facts"], **facts}}))
@@ -89,8 +89,8 @@ def test_facts_that_no_run_writes_are_one_error(directory: RunDirectory, facts: 
 
 @FUZZ
 @given(data=st.data(), new=values, heads=st.sampled_from([1, 2, 4]))
-def test_any_facts_are_a_start_or_one_error(directory: RunDirectory, data: st.DataObject, new: Any, heads: int) -> None:
-    """Whatever stands in the place of whichever fact."""
+def test_any_facts_give_a_state_or_one_error(directory: RunDirectory, data: st.DataObject, new: Any, heads: int) -> None:
+    """Whatever replaces whichever fact."""
     file = Path(directory.path) / AT / "manifest.json"
     whole = file.read_bytes()
     manifest = json.loads(whole)

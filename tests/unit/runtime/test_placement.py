@@ -1,4 +1,4 @@
-"""What heads get where nothing is asked for, from what a cluster says that it has."""
+"""What heads get by default, from what a cluster has."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lte_ray.runtime import placement
 
 
 @pytest.mark.parametrize(
-    ("gpus", "heads", "each", "found", "told"),
+    ("gpus", "heads", "each", "expected", "warning"),
     [
         (1.0, 4, 1, 0.0, "has 1 GPU for 4 processes of heads, .*--gpus-per-head 0.25.*--heads-per-actor 4"),
         (2.0, 3, 1, 0.0, "has 2 GPU for 3 processes of heads, .*--gpus-per-head 0.5.*--heads-per-actor 2"),
@@ -20,18 +20,18 @@ from lte_ray.runtime import placement
         (0.0, 4, 1, 0.0, ""),
     ],
 )
-def test_gpus_that_are_not_used_are_told(
+def test_a_warning_says_how_to_use_idle_gpus(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     gpus: float,
     heads: int,
     each: int,
-    found: float,
-    told: str,
+    expected: float,
+    warning: str,
 ) -> None:
-    """By default a head gets a whole GPU or none; where there are too few, a warning says how to share them."""
+    """By default a process of heads gets one GPU, or none if there are too few: a warning then says how to share them."""
     monkeypatch.setattr(placement.ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": gpus})
-    assert placement.resolve(PlacementConfig(heads_per_actor=each), heads).gpus == found
-    assert len(caplog.messages) == bool(told)
-    if told:
-        assert re.search(told, caplog.messages[0])
+    assert placement.resolve(PlacementConfig(heads_per_actor=each), heads).gpus == expected
+    assert len(caplog.messages) == bool(warning)
+    if warning:
+        assert re.search(warning, caplog.messages[0])
