@@ -133,7 +133,7 @@ class TrainController:
 
     @contextlib.contextmanager
     def actors(self) -> Iterator[None]:
-        """The heads and the coordinator live within the block."""
+        """Starts the heads and the coordinator, and ends all actors after the block."""
         try:
             self.heads.launch_all(self._reservation.slots())
             self.coordinator.begin(self._start)
@@ -148,7 +148,7 @@ class TrainController:
     # -- while heads train ---------------------------------------------------------------------------------------------
 
     def _train(self) -> None:
-        """Until all heads have ended: polls, replaces what has died, evaluates, reports."""
+        """Watches the processes until all heads have ended: replaces those that die, has versions evaluated, reports."""
         self.state.enter(RunPhase.TRAINING)
         while self.heads.busy:
             for slot in self.heads.wait_for_ended(POLL):
@@ -162,7 +162,7 @@ class TrainController:
             self._report()
 
     def _handle_end(self, slot: HeadActorSlot) -> None:
-        """The `run` call of these heads has ended, as it should or with an error.
+        """Deals with heads whose `run` call has returned or failed.
 
         Raises:
             LTEError: the run can't continue.
@@ -180,7 +180,7 @@ class TrainController:
             self._failure_handler.handle_finish(slot)
 
     def _check_processes(self) -> None:
-        """Looks after all processes once: the coordinator first, since heads depend on it."""
+        """Checks all processes once, the coordinator first, since heads depend on it."""
         try:
             self._poll_coordinator()
         except CoordinatorLost as error:
@@ -212,7 +212,7 @@ class TrainController:
             self.coordinator.actor.use_evaluator.remote(self._evaluations.actor)
 
     def _recover(self, why: str) -> None:
-        """Another coordinator replaces one that was lost.
+        """Replaces a coordinator that was lost.
 
         Raises:
             LTEError: the run can't continue.
@@ -234,7 +234,7 @@ class TrainController:
             self.coordinator.actor.add_checkpoint_part.remote(request.version, head, None)
 
     def _write_last(self, end: float, early: bool, least: float = 0.1) -> None:
-        """Has a checkpoint of the last version written, unless there is one.
+        """Has heads write the checkpoints that are open, among them one of the last version unless it is complete.
 
         Args:
             end: until when (monotonic). For each checkpoint that isn't complete heads have half of the time that is left.
@@ -246,7 +246,7 @@ class TrainController:
             self._deliver(request, max(least, (end - time.monotonic()) / 2))
 
     def _save_early(self, why: BaseException) -> None:
-        """The run ends early: its heads write their states into a checkpoint of the last version, as far as time allows."""
+        """Ends a run early: heads write their states into a checkpoint of the last version, as far as time allows."""
         self.state.enter(RunPhase.FAILED)
         limit = self._failure.grace or max(1.0, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", JOB_STOP)) - 0.5)
         end = time.monotonic() + limit
@@ -269,15 +269,15 @@ class TrainController:
         while True:
             self.state.enter(RunPhase.SAVING)
             try:
-                version, final, trouble = self._save_last()
+                version, final, problem = self._save_last()
                 break
             except (*PROCESS_DIED, CoordinatorLost, ObjectLost, ray.exceptions.GetTimeoutError) as error:
                 self._recover(str(error))
                 self._train()  # heads that died together with it have steps to take again
         base = self._context.transport.publish(final)  # the driver owns it, so that it outlives the coordinator
         self._export(final)  # first: what follows is the worker's code, and may fail
-        if trouble:
-            raise StorageError(f"{trouble} The merged weights were exported.")
+        if problem:
+            raise StorageError(f"{problem} The merged weights were exported.")
         self.state.enter(RunPhase.EVALUATING)
         self._evaluations.add_final(version, base)
         while self._evaluations.busy:
@@ -293,9 +293,9 @@ class TrainController:
             CoordinatorLost: the coordinator died, or hangs. Ray's errors and `ObjectLost` may say the same.
         """
         self._write_last(time.monotonic() + LAST_CHECKPOINT, early=False, least=LAST_CONFIRM)
-        version, base, trouble = self._wait_for(self.coordinator.actor.finish.remote())
+        version, base, problem = self._wait_for(self.coordinator.actor.finish.remote())
         self._record(self._wait_for(self.coordinator.actor.status.remote(self.state.newest_version)))
-        return version, self._context.transport.fetch(base).clone(), trouble
+        return version, self._context.transport.fetch(base).clone(), problem
 
     def _wait_for(self, answer: Any) -> Any:
         """Returns the coordinator's answer, while heads write their parts of the last checkpoint.

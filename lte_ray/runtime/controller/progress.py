@@ -64,7 +64,7 @@ class ProgressMonitor:
         reasons += [f"head {s.head} is {s.state}" + (f" ({s.note})" if s.note else "") for s in state.statuses.values()]
         if state.waiting_for:
             reasons.append(f"the coordinator waits {state.waiting_for}")
-        reasons += [trouble for trouble in (storage.pending_problem(), state.storage_problem) if trouble]
+        reasons += [problem for problem in (storage.pending_problem(), state.storage_problem) if problem]
         return "; ".join(reasons) or "unknown"
 
     def snapshot(self) -> Progress:
