@@ -1,4 +1,4 @@
-"""Contributions and decisions that would spoil the base, for `benchmarks.rejected`: the run goes on, and says why."""
+"""Contributions and decisions that would damage the base, for `benchmarks.rejected`."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ HEADS = 3
 
 
 def coordinator(policy: MergePolicy, heads: int = HEADS) -> Coordinator:
-    """With a base of zeros."""
+    """A coordinator with a base of zeros."""
     settings = Settings("run", LTEConfig(num_heads=heads, lora_r=2), MergeConfig(), TrainConfig())
     return Coordinator(settings, PLAN, torch.zeros(PLAN.base.size), policy)
 
 
 def offer(head: int, sequence: int = 1, **changes: Any) -> Contribution:
-    """A sound contribution's numbers, but for `changes`."""
+    """The numbers of a valid contribution, with `changes`."""
     sound = {"run": "run", "incarnation": 0, "version": 0, "step": 3 * sequence, "steps": 3, "samples": 12, "loss": 1.0}
     return Contribution(head=head, sequence=sequence, **(sound | changes))
 
 
 def sound(value: float | None = None) -> Tensor:
-    """A contribution's tensors; with one element of this value."""
+    """The tensors of a valid contribution, or with one element of this value."""
     flat = torch.full((SIZE,), 0.1)
     if value is not None:
         flat[0] = value
@@ -62,11 +62,11 @@ REFUSED: dict[str, tuple[Contribution, Tensor]] = {
     "of sequence -1": (offer(1, -1), sound()),
     "the next, while one isn't decided": (offer(0, 2), sound()),
 }
-"""Contributions that come after a sound one of head 0; the coordinator waits for two more heads."""
+"""Contributions after a valid one of head 0, while the coordinator waits for two more heads."""
 
 
 def contributions(run: Run, folder: Path) -> Iterator[Row]:
-    """What heads send. Extend `REFUSED`, or add a scene below."""
+    """Contributions of heads. Extend `REFUSED`, or add a scene below."""
     for given, (contribution, buffer) in REFUSED.items():
         engine = coordinator(ComposedPolicy(Average()))
         engine.receive(offer(0), sound())
@@ -74,7 +74,7 @@ def contributions(run: Run, folder: Path) -> Iterator[Row]:
     engine = coordinator(ComposedPolicy(Average()))
     engine.leave(1)
     yield verdict("of a head that has left", engine, offer(1), sound())
-    engine = coordinator(_Deciding(Discard([1], "for the test"), Wait()))
+    engine = coordinator(_ScriptedPolicy(Discard([1], "for the test"), Wait()))
     engine.receive(offer(1, incarnation=1), sound())
     yield verdict("of a predecessor that died", engine, offer(1, 5, incarnation=0), sound())
     engine = coordinator(ComposedPolicy(Average()), heads=1)
@@ -86,20 +86,20 @@ def contributions(run: Run, folder: Path) -> Iterator[Row]:
     yield verdict("trained on another head's data", engine, offer(1, partitions=lanes, batches=3), sound())
     try:
         verify_checksums([sound()], [base_checksum(sound()) ^ 1])
-    except ValueError as error:  # what the runtime refuses it with
+    except ValueError as error:  # the runtime's reason
         yield Row("a checksum that doesn't match", "refused", str(error))
 
 
 def verdict(given: str, engine: Coordinator, contribution: Contribution, buffer: Tensor) -> Row:
-    """What the coordinator answers. The base must stay as it was."""
+    """The coordinator's answer. The base must not change."""
     before = engine.base.clone()
     found = engine.receive(contribution, buffer).results
     refused = len(found) == 1 and not found[0].accepted and torch.equal(engine.base, before)
     return Row(given, "refused" if refused else TAKEN, found[0].reason if found else "")
 
 
-class _Deciding:
-    """Decides these in turn."""
+class _ScriptedPolicy:
+    """Makes the given decisions in turn."""
 
     name = "mine"
 
@@ -126,9 +126,9 @@ DECISIONS: dict[str, Any] = {
 
 
 def decisions(run: Run, folder: Path) -> Iterator[Row]:
-    """What a merge policy can decide wrongly: the run ends, and the base stays."""
+    """Wrong decisions of a merge policy: the run ends, and the base doesn't change."""
     for given, decision in DECISIONS.items():
-        engine = coordinator(_Deciding(decision))
+        engine = coordinator(_ScriptedPolicy(decision))
         try:
             engine.receive(offer(0), sound())
         except PolicyError as error:

@@ -1,4 +1,4 @@
-"""Bad places and damaged runs, for `benchmarks.rejected`."""
+"""Bad storage and damaged runs, for `benchmarks.rejected`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PLACES = {
 
 
 def storage(run: Run, folder: Path) -> Iterator[Row]:
-    """Names and places of runs."""
+    """Names and storages of runs."""
     from lte_ray.errors import StorageError
     from lte_ray.storage import RunDirectory
 
@@ -58,19 +58,19 @@ def storage(run: Run, folder: Path) -> Iterator[Row]:
     for given, place in {"a file as storage": folder / "file", "/proc as storage": Path("/proc")}.items():
         try:
             RunDirectory.open(str(place), "a").create(exclusive=True)
-        except StorageError as error:  # by the command line, once Ray has the resources
+        except StorageError as error:  # the command line reports it once Ray has the resources
             yield Row(given, str(error.exit_code), shorten_paths(str(error).splitlines()[0], folder))
 
 
 def checkpoints(run: Run, folder: Path) -> Iterator[Row]:
-    """Runs that are damaged, made up, or of another model; exported and resumed."""
+    """Damaged and forged runs, and runs of another model, exported and resumed."""
     run_at, out = folder / "runs" / "a", folder / "out.safetensors"
     at = run_at / "checkpoints" / "000002"
 
     def fresh() -> None:
         shutil.rmtree(run_at, ignore_errors=True)
         shutil.copytree(RUN, run_at)
-        (run_at / "model.safetensors").unlink()  # which an export would take as it is
+        (run_at / "model.safetensors").unlink()  # an export would use it as it is
 
     def exported(*flags: str, run_of: Path = run_at, to: str = "safetensors") -> tuple[str, str]:
         out.unlink(missing_ok=True)
@@ -82,7 +82,7 @@ def checkpoints(run: Run, folder: Path) -> Iterator[Row]:
         )
 
     for given, damage in damages(run_at, at).items():
-        if "facts" not in given:  # an export needs none
+        if "facts" not in given:  # an export needs no facts
             fresh()
             damage()
             yield Row(f"export: {given}", *exported())
@@ -105,7 +105,7 @@ def checkpoints(run: Run, folder: Path) -> Iterator[Row]:
 
 
 def damages(run_at: Path, at: Path) -> dict[str, Callable[[], object]]:
-    """What can be wrong with a run, and how to make it so."""
+    """What can be wrong with a run, and how to damage it so."""
     manifest, base, toml = at / "manifest.json", at / "base.safetensors", run_at / "run.toml"
 
     def edited(**values: object) -> None:

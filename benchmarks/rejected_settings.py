@@ -150,7 +150,7 @@ def settings(run: Run, folder: Path) -> Iterator[Row]:
 
 
 def workers(run: Run, folder: Path) -> Iterator[Row]:
-    """What stands in the place of WORKER."""
+    """Bad values of WORKER."""
     (folder / "net.py").write_text(WORKERS)
     (folder / "broken.py").write_text("import nothing_of_this_name")
     yield Row("no WORKER", *run("train"))
@@ -173,7 +173,7 @@ def workers(run: Run, folder: Path) -> Iterator[Row]:
 
 
 def policies(run: Run, folder: Path) -> Iterator[Row]:
-    """Merge policies that aren't, and arguments that they don't have."""
+    """Invalid merge policies, and unknown arguments."""
     (folder / "mine.py").write_text(WORKERS)
     given = [
         "--policy avrage",
@@ -192,7 +192,7 @@ def policies(run: Run, folder: Path) -> Iterator[Row]:
 
 
 def audits(run: Run, folder: Path) -> Iterator[Row]:
-    """What `lte-ray audit` is pointed at."""
+    """Bad values of RUN for `lte-ray audit`."""
     yield Row("no RUN", *run("audit"))
     yield Row("a folder that isn't there", *run("audit", str(folder / "nowhere")))
     (folder / "empty").mkdir()

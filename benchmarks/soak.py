@@ -1,10 +1,10 @@
-"""The soak: a run whose processes are killed and stopped at random for half an hour, coordinator and driver included.
+"""The soak: for half an hour, a run's processes are killed and stopped at random, including the coordinator and the driver.
 
     python -m benchmarks.soak --minutes 30 --faults-per-hour 125 --heads 4
 
-A run of ``lte-ray train`` without faults comes first, a third as long. Then the same command runs under faults: their gaps are
-exponential, their kinds drawn by `KINDS`, both seeded. When the driver dies, the same command is given again, with `--resume`.
-Each head's step is mostly sleep, for a step on a GPU of its own (`benchmarks.soak_worker`).
+First ``lte-ray train`` runs without faults for a third of the time. Then the same command runs under faults at exponential
+intervals, of kinds drawn by `KINDS`, both seeded. When the driver dies, the command is run again with `--resume`. Each head's
+step is mostly sleep, in place of a step on its own GPU (`benchmarks.soak_worker`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.soak_account import Fault
 from benchmarks.soak_processes import CLASSES, Driver, actors, adopt_orphans, reap
-from benchmarks.soak_report import Soaked, tell
+from benchmarks.soak_report import SoakResult, write_report
 from benchmarks.soak_watch import Watch
 
 KINDS = {
@@ -31,22 +31,22 @@ KINDS = {
     "driver SIGKILL": 5,
     "driver SIGTERM": 5,
 }
-"""Kinds of faults, and how many of a hundred each is."""
+"""Kinds of faults, and their percentages."""
 
-LOOK = 0.1
-"""Seconds between two looks at the run."""
+POLL_INTERVAL = 0.1
+"""Seconds between two polls of the run."""
 PATIENCE = 180.0
-"""Seconds for the run to be at full strength before and after the faults."""
+"""Seconds to wait for all heads before and after the faults."""
 
 
 @dataclass
 class Soak:
-    """One run under watch.
+    """One run, its faults, and what is observed.
 
     Args:
-        driver: of the run.
-        heads: how many.
-        draw: gives times and kinds of faults.
+        driver: the run's driver.
+        heads: number of heads.
+        draw: generator of the times and kinds of faults.
     """
 
     driver: Driver
@@ -56,18 +56,18 @@ class Soak:
     starts: list[float] = field(default_factory=list)
     ends: list[float] = field(default_factory=list)
     strays: list[str] = field(default_factory=list)
-    unasked: list[str] = field(default_factory=list)
+    unexpected_ends: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.watch = Watch(self.driver)
 
     def start(self) -> None:
-        """Gives the command (again)."""
+        """Starts the command."""
         self.starts.append(time.time())
         self.driver.start()
 
-    def look(self, seconds: float) -> None:
-        """Watches for so long; if the command ends though nobody ended it, that is noted, and it is given again."""
+    def observe(self, seconds: float) -> None:
+        """Observes the run. If the command ends unexpectedly, records that and starts it again."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             self.watch.look()
@@ -75,91 +75,93 @@ class Soak:
             if not self.driver.alive:
                 assert self.driver.process is not None
                 said = self.driver.log.read_text(errors="replace").strip().splitlines()[-3:]
-                self.unasked.append(f"exit code {self.driver.process.returncode}: {' / '.join(said)}")
-                self.again()
-            time.sleep(LOOK)
+                self.unexpected_ends.append(f"exit code {self.driver.process.returncode}: {' / '.join(said)}")
+                self.restart()
+            time.sleep(POLL_INTERVAL)
 
-    def again(self) -> None:
-        """The command has ended: what it left behind is noted and ended, and it is given again."""
+    def restart(self) -> None:
+        """Starts the command again after it has ended. Records and ends the processes that it left behind."""
         self.watch.look()
-        self.strays += self.driver.sweep(patience=2.0)  # Ray's agents may outlive a driver that was killed by a minute
+        self.strays += self.driver.sweep(patience=2.0)  # Ray's agents may outlive a killed driver by a minute
         self.start()
 
-    def full(self, since: float) -> bool:
-        """Whether every head has been merged since then (Unix time)."""
-        there = {head for row in self.watch.merges if row["at"] > since for head in row["held"]}
-        return len(there) == self.heads
+    def all_merged(self, since: float) -> bool:
+        """Whether every head has been merged since this Unix time."""
+        heads = {head for row in self.watch.merges if row["at"] > since for head in row["held"]}
+        return len(heads) == self.heads
 
-    def until_full(self, since: float) -> None:
-        """Watches until every head has been merged since then."""
+    def wait_for_all(self, since: float) -> None:
+        """Observes the run until every head has been merged since this Unix time."""
         end = time.monotonic() + PATIENCE
-        while not self.full(since) and time.monotonic() < end:
-            self.look(0.5)
+        while not self.all_merged(since) and time.monotonic() < end:
+            self.observe(0.5)
 
-    def hurt(self, kind: str) -> None:
-        """Does that to a process, as soon as there is one."""
+    def inject(self, kind: str) -> None:
+        """Injects a fault of this kind into a process, as soon as there is one."""
         who, signal_name = kind.split()
         number = signal.Signals[signal_name]
         if who == "driver":
             self.faults.append(Fault(time.time(), kind))
             self.driver.end(number)
-            self.again()
+            self.restart()
             return
         while not (targets := actors(CLASSES[who])):
-            self.look(LOOK)
+            self.observe(POLL_INTERVAL)
         fault = Fault(time.time(), kind)
         if self.draw.choice(targets).send(number):
             self.faults.append(fault)
 
     def under_faults(self, seconds: float, an_hour: float) -> None:
-        """Faults at random times for so long."""
+        """Injects faults at random times for `seconds`, `an_hour` per hour on average."""
         end, due = time.monotonic() + seconds, time.monotonic()
         while (due := due + self.draw.expovariate(an_hour / 3600)) < end:
             kind = self.draw.choices(list(KINDS), list(KINDS.values()))[0]
-            self.look(max(0.0, due - time.monotonic()))
+            self.observe(max(0.0, due - time.monotonic()))
             print(f"{time.strftime('%H:%M:%S')}  {kind}", flush=True)
-            self.hurt(kind)
-        self.look(max(0.0, end - time.monotonic()))
+            self.inject(kind)
+        self.observe(max(0.0, end - time.monotonic()))
 
     def stop(self) -> list[str]:
-        """Ends the run as `ray job stop` would; gives what is left of it then."""
+        """Ends the run as `ray job stop` would. Returns the processes that remain."""
         self.watch.look()
         self.driver.end(signal.SIGTERM)
         self.watch.look()
         return self.driver.sweep()
 
 
-def soaked(place: Path, name: str, heads: int, minutes: float, an_hour: float, seed: int) -> Soaked:
-    """A run for so many minutes, with so many faults an hour."""
+def run_soak(place: Path, name: str, heads: int, minutes: float, an_hour: float, seed: int) -> SoakResult:
+    """Observes a run for `minutes`, with `an_hour` faults per hour."""
     soak = Soak(Driver(place, name, heads, place / f"{name}.log"), heads, random.Random(seed))
     soak.start()
-    soak.until_full(0.0)
-    begun = time.time()
+    soak.wait_for_all(0.0)
+    started = time.time()
     if an_hour:
         soak.under_faults(60 * minutes, an_hour)
-        soak.until_full(time.time())
+        soak.wait_for_all(time.time())
     else:
-        soak.look(60 * minutes)
+        soak.observe(60 * minutes)
     ended = time.time()
     left = soak.stop()
-    return Soaked(soak.driver, heads, begun, ended, soak.watch, soak.faults, soak.starts, soak.strays, soak.unasked, left)
+    return SoakResult(
+        soak.driver, heads, started, ended, soak.watch, soak.faults, soak.starts, soak.strays, soak.unexpected_ends, left
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=30.0, help="how long under faults (default: 30)")
-    parser.add_argument("--faults-per-hour", type=float, default=125.0, help="how many (default: 125)")
+    parser.add_argument("--minutes", type=float, default=30.0, help="duration under faults (default: 30)")
+    parser.add_argument("--faults-per-hour", type=float, default=125.0, help="faults per hour (default: 125)")
     parser.add_argument("--heads", type=int, default=4, help="LoRA heads (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, help="of the faults' times and kinds (default: 0)")
-    parser.add_argument("--keep", type=Path, help="a folder for the runs and what they print; by default a temporary one")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the faults' times and kinds (default: 0)")
+    parser.add_argument("--keep", type=Path, help="folder for the runs and their logs; by default a temporary one")
     flags = parser.parse_args()
     adopt_orphans()
     with tempfile.TemporaryDirectory() as temporary:
         place = flags.keep or Path(temporary)
         place.mkdir(parents=True, exist_ok=True)
-        calm = soaked(place, "calm", flags.heads, flags.minutes / 3, 0.0, flags.seed)
-        hurt = soaked(place, "soak", flags.heads, flags.minutes, flags.faults_per_hour, flags.seed)
-        tell(calm, hurt, vars(flags) | {"keep": None})
+        calm = run_soak(place, "calm", flags.heads, flags.minutes / 3, 0.0, flags.seed)
+        faulty = run_soak(place, "soak", flags.heads, flags.minutes, flags.faults_per_hour, flags.seed)
+        write_report(calm, faulty, vars(flags) | {"keep": None})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the soak's figures are made of: rows of ``metrics.jsonl``, and the times of the faults."""
+"""Computes the soak's figures from rows of ``metrics.jsonl`` and the times of the faults."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Span = tuple[float, float]
 
 
 LONG = 2.0
-"""Times the median of a head's stretches from which on one counts as long."""
+"""A stretch counts as long from this multiple of the median of its head's stretches."""
 
 
 @dataclass
 class Fault:
-    """One fault: when it was sent (Unix time), of which kind, and the head that the driver then missed, if it was one's."""
+    """One fault: its Unix time, its kind, and the head that the driver then reported, if it hit one."""
 
     at: float
     kind: str
@@ -33,7 +33,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Between two merges of one process of a head: from when to when (Unix time), and how many samples it contributed."""
+    """The time between two merges of one process of a head (Unix time), and the samples that it contributed."""
 
     head: int
     begin: float
@@ -42,12 +42,12 @@ class Stretch:
 
 
 def stretches(merges: Sequence[Row], starts: Sequence[float]) -> list[Stretch]:
-    """When one process of a head was at work, from merge to merge; `starts` are those of drivers (Unix time).
+    """The stretches in which a process of a head worked, from merge to merge; `starts` are the Unix times of driver starts.
 
-    While there is no coordinator a head's contribution waits, and what it trains meanwhile comes with the one behind it: a
-    stretch that is much longer than most is one with the next.
+    Without a coordinator a head's contribution waits, and what the head trains in the meantime comes with the next one. So a
+    stretch that is much longer than most is joined with the next.
     """
-    found: list[Stretch] = []
+    parts: list[Stretch] = []
     last: dict[str, tuple[float, Row]] = {}
     for row in merges:
         for head, held in row["held"].items():
@@ -57,40 +57,40 @@ def stretches(merges: Sequence[Row], starts: Sequence[float]) -> list[Stretch]:
                 continue
             if any(before[0] < start <= row["at"] for start in starts) or held["samples"] <= before[1]["samples"]:
                 continue
-            found.append(Stretch(int(head), before[0], row["at"], held["samples"] - before[1]["samples"]))
+            parts.append(Stretch(int(head), before[0], row["at"], held["samples"] - before[1]["samples"]))
     return [
-        piece for head in sorted({piece.head for piece in found}) for piece in _joined([p for p in found if p.head == head])
+        piece for head in sorted({piece.head for piece in parts}) for piece in _join_long([p for p in parts if p.head == head])
     ]
 
 
-def _joined(pieces: Sequence[Stretch]) -> list[Stretch]:
-    """Those of one head, in order."""
+def _join_long(pieces: Sequence[Stretch]) -> list[Stretch]:
+    """Joins long stretches of one head with the next; `pieces` are in order."""
     long = LONG * statistics.median(piece.end - piece.begin for piece in pieces)
-    made: list[Stretch] = []
-    waited: Stretch | None = None  # one that is long, and was followed by nothing yet
+    joined: list[Stretch] = []
+    waited: Stretch | None = None  # the last one, if it is long and not joined
     for piece in pieces:
         if waited is not None and waited.end == piece.begin:
-            made[-1] = Stretch(piece.head, waited.begin, piece.end, waited.samples + piece.samples)
+            joined[-1] = Stretch(piece.head, waited.begin, piece.end, waited.samples + piece.samples)
             waited = None
         else:
-            made.append(piece)
+            joined.append(piece)
             waited = piece if piece.end - piece.begin > long else None
-    return made
+    return joined
 
 
 def rate(pieces: Iterable[Stretch], spans: Sequence[Span], but: Sequence[int | None] = ()) -> tuple[float, float]:
-    """Samples/s of a head, and the head-seconds that this is measured over, within spans of time.
+    """Samples/s per head within spans of time, and the head-seconds that they cover.
 
     Args:
-        pieces: of all heads.
-        spans: from when to when.
+        pieces: the stretches of all heads.
+        spans: begin and end of each span.
         but: for each span, the head that doesn't count in it.
     """
     samples = seconds = 0.0
     for piece in pieces:
         skip = but or [None] * len(spans)
-        own = _union([span for span, head in zip(spans, skip, strict=True) if head != piece.head])
-        for begin, end in own:
+        counted = _union([span for span, head in zip(spans, skip, strict=True) if head != piece.head])
+        for begin, end in counted:
             inside = min(end, piece.end) - max(begin, piece.begin)
             if inside > 0:
                 seconds += inside
@@ -98,8 +98,8 @@ def rate(pieces: Iterable[Stretch], spans: Sequence[Span], but: Sequence[int | N
     return (samples / seconds if seconds else 0.0), seconds
 
 
-def name_heads(faults: Sequence[Fault], events: Sequence[Row]) -> None:
-    """Finds out which head each fault hit: the driver says so when it misses it."""
+def assign_heads(faults: Sequence[Fault], events: Sequence[Row]) -> None:
+    """Assigns to each fault the head that it hit, which the driver reports when it notices."""
     open_ = [fault for fault in faults if fault.of_head]
     for event in events:
         if event["event"] in ("head_lost", "head_hung"):
@@ -113,8 +113,8 @@ def name_heads(faults: Sequence[Fault], events: Sequence[Row]) -> None:
                 open_.remove(earlier[0])
 
 
-def back(fault: Fault, merges: Sequence[Row], starts: Sequence[float], heads: int) -> float | None:
-    """When the run was at full strength again (Unix time); None if that never came."""
+def recovered_at(fault: Fault, merges: Sequence[Row], starts: Sequence[float], heads: int) -> float | None:
+    """The Unix time at which all heads had merged again after the fault, or None if that never happened."""
     if fault.of_head and fault.head is None:
         return None
     needed = {str(fault.head)} if fault.of_head else {str(head) for head in range(heads)}
@@ -136,7 +136,7 @@ def next_merge(fault: Fault, merges: Sequence[Row]) -> float | None:
 
 
 def quantiles(values: Iterable[float | None]) -> dict[str, float | int]:
-    """Median, 90th percentile and largest of what is known."""
+    """Number, median, 90th percentile and maximum of the known values."""
     known = sorted(value for value in values if value is not None)
     if not known:
         return {"number": 0}
@@ -150,7 +150,7 @@ def quantiles(values: Iterable[float | None]) -> dict[str, float | int]:
 
 
 def fit(points: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """A straight line through values over time (s): its slope for an hour, and the values at the start and at the end."""
+    """Fits a line through values over time in seconds: its slope per hour, and the values at the start and the end."""
     if len(points) < 3:
         return {"samples": len(points)}
     line = statistics.linear_regression([at for at, _ in points], [value for _, value in points])

@@ -1,4 +1,4 @@
-"""The processes of the soak: ``lte-ray train``, started again and again, what is below it, and how that is cleared away."""
+"""The processes of the soak: the command ``lte-ray train``, which is restarted, its descendants, and how they are ended."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = f"{ROOT}/benchmarks/soak_worker.py:Paced"
 ADOPT_ORPHANS = 36
-"""prctl's PR_SET_CHILD_SUBREAPER: processes whose parents die become this one's children, so that none is lost sight of."""
+"""prctl's PR_SET_CHILD_SUBREAPER: processes whose parents die become children of this process."""
 
 _drivers: set[int] = set()
-"""Process numbers of all drivers that were started; `subprocess` takes note of their ends."""
+"""Process numbers of all drivers that were started. `subprocess` reaps them."""
 
 
 def adopt_orphans() -> None:
-    """From now on no process that this one starts, or that those start, can get away unseen."""
+    """From now on, all descendants of this process stay its descendants, even if their parents die."""
     if ctypes.CDLL(None, use_errno=True).prctl(ADOPT_ORPHANS, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed: the soak needs Linux")
 
 
 @dataclass(frozen=True)
 class Process:
-    """One living process: its parent, when it started (in clock ticks since boot), and its command line."""
+    """One living process: its parent, its start (clock ticks since boot), and its command line."""
 
     pid: int
     parent: int
@@ -38,13 +38,13 @@ class Process:
 
     @property
     def rss(self) -> int:
-        """Bytes of memory that it holds; 0 if it is gone."""
+        """Resident bytes of memory; 0 if it has ended."""
         with contextlib.suppress(OSError):
             return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         return 0
 
     def send(self, number: signal.Signals) -> bool:
-        """Sends the signal, unless the process is gone."""
+        """Sends the signal. Returns False if the process has ended."""
         with contextlib.suppress(OSError):
             os.kill(self.pid, number)
             return True
@@ -52,31 +52,31 @@ class Process:
 
 
 def below(root: int) -> list[Process]:
-    """All living processes below `root`."""
-    found: dict[int, Process] = {}
+    """All living descendants of `root`."""
+    processes: dict[int, Process] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 state, parent, *rest = (entry / "stat").read_text().rpartition(")")[2].split()
                 line = (entry / "cmdline").read_text(errors="replace").replace("\0", " ").strip()
                 if state not in "ZX":
-                    found[int(entry.name)] = Process(int(entry.name), int(parent), int(rest[17]), line)
+                    processes[int(entry.name)] = Process(int(entry.name), int(parent), int(rest[17]), line)
     inside: set[int] = {root}
-    while more := {p.pid for p in found.values() if p.parent in inside and p.pid not in inside}:
+    while more := {p.pid for p in processes.values() if p.parent in inside and p.pid not in inside}:
         inside |= more
-    return [found[pid] for pid in sorted(inside - {root}) if pid in found]
+    return [processes[pid] for pid in sorted(inside - {root}) if pid in processes]
 
 
 CLASSES = {"head": "HeadActor", "coordinator": "CoordinatorActor", "evaluator": "EvaluatorActor"}
 
 
 def actors(kind: str) -> list[Process]:
-    """Living actors of lte-ray whose class has this name, below this process."""
+    """Living actors of lte-ray whose class has this name, among the descendants of this process."""
     return [process for process in below(os.getpid()) if process.line.startswith("ray::") and kind in process.line]
 
 
 def reap() -> None:
-    """Takes note of orphans' ends, so that no zombies pile up. Not of the driver's, which `subprocess` looks after."""
+    """Reaps ended orphans, so that no zombies remain. Not the driver, which `subprocess` reaps."""
     for process in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
         with contextlib.suppress(OSError, ValueError):
             if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z" and int(process) not in _drivers:
@@ -85,12 +85,12 @@ def reap() -> None:
 
 @dataclass
 class Driver:
-    """The command that trains, started again and again.
+    """The command that trains, which can be started repeatedly.
 
     Args:
-        storage, name: of the run.
-        heads: how many.
-        log: takes all that it prints.
+        storage, name: the storage and name of the run.
+        heads: number of heads.
+        log: file for its output.
     """
 
     storage: Path
@@ -102,7 +102,7 @@ class Driver:
 
     @property
     def command(self) -> list[str]:
-        """As a user would give it."""
+        """The command as a user would type it."""
         merging = "--when arrival --no-wait --merge-iter 20 --lora-r 8 --lora-alpha 16 --cpus-per-head 0.25"
         keeping = "--steps 10000000 --checkpoint-every 40 --eval-every 40 --head-failures -1"
         place = ["--storage", str(self.storage), "--name", self.name, "--resume"]
@@ -110,7 +110,7 @@ class Driver:
 
     @property
     def metrics(self) -> Path:
-        """What the run writes about itself."""
+        """The run's metrics file."""
         return self.storage / self.name / "metrics.jsonl"
 
     @property
@@ -119,7 +119,7 @@ class Driver:
         return self.process is not None and self.process.poll() is None
 
     def start(self) -> None:
-        """Starts the command, which goes on from what there is."""
+        """Starts the command, which resumes the run if there is one."""
         arguments = [sys.executable, "-c", "from lte_ray.cli.main import entry; entry()", *self.command[1:]]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         env.pop("RAY_ADDRESS", None)
@@ -128,19 +128,19 @@ class Driver:
         _drivers.add(self.process.pid)
 
     def end(self, number: signal.Signals, patience: float = 60.0) -> float:
-        """Ends the command by this signal; gives the seconds that it took."""
+        """Ends the command by this signal. Returns the seconds until it ended."""
         assert self.process is not None
-        begun = time.monotonic()
+        started = time.monotonic()
         self.process.send_signal(number)
         try:
             self.process.wait(patience)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        return time.monotonic() - begun
+        return time.monotonic() - started
 
     def sweep(self, patience: float = 10.0) -> list[str]:
-        """After the command has ended: waits for its processes to end; ends those that don't. Gives these processes' names."""
+        """Waits for the processes of an ended command to end, and kills those that don't. Returns their names."""
         end = time.monotonic() + patience
         while below(os.getpid()) and time.monotonic() < end:
             reap()

@@ -1,4 +1,4 @@
-"""The soak's report: ``benchmarks/results/soak.json``, and a table for people."""
+"""The soak's report: ``benchmarks/results/soak.json`` and a printed table."""
 
 from __future__ import annotations
 
@@ -8,88 +8,96 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.report import report
-from benchmarks.soak_account import Fault, back, fit, name_heads, next_merge, quantiles, rate, stretches
+from benchmarks.soak_account import Fault, assign_heads, fit, next_merge, quantiles, rate, recovered_at, stretches
 from benchmarks.soak_processes import CLASSES, Driver
 from benchmarks.soak_watch import Watch
 from lte_ray.audit import audit, read_rows
 
 MIB = 2**20
 WARM = 20.0
-"""Seconds after which a coordinator's memory counts: before, it still loads what it needs."""
+"""Seconds after which a coordinator's memory counts. Before, it is still loading."""
 FLAT = 0.05
-"""The share of its memory by which the coordinator, or the object store, may grow over the run (with 4 MiB for either)."""
+"""The fraction by which the memory of the coordinator, or of the object store, may grow during the run (or 4 MiB)."""
 
 
 @dataclass
-class Soaked:
-    """A run that was watched, from when every head had been merged until it was stopped."""
+class SoakResult:
+    """An observed run, from the moment when every head had been merged until it was stopped."""
 
     driver: Driver
     heads: int
-    begun: float
+    started: float
     ended: float
     watch: Watch
     faults: list[Fault]
     starts: list[float]
     strays: list[str]
-    unasked: list[str]
+    unexpected_ends: list[str]
     left: list[str]
 
 
-def tell(calm: Soaked, hurt: Soaked, flags: dict[str, Any]) -> None:
-    """Prints and writes all of it; exits with 1 if a limit is missed."""
-    figures = _figures(calm, hurt, flags)
+def write_report(calm: SoakResult, faulty: SoakResult, flags: dict[str, Any]) -> None:
+    """Prints and writes the report. Exits with 1 if a limit is missed."""
+    figures = _figures(calm, faulty, flags)
     _table(figures)
     limits, met = _limits(figures)
     report("soak", limits=limits, met=met, figures=figures)
 
 
-def _figures(calm: Soaked, hurt: Soaked, flags: dict[str, Any]) -> dict[str, Any]:
-    merges, starts = hurt.watch.merges, hurt.starts
-    name_heads(hurt.faults, hurt.watch.events)
-    returns = [back(fault, merges, starts, hurt.heads) for fault in hurt.faults]
-    usual, _ = rate(stretches(calm.watch.merges, calm.starts), [(calm.begun, calm.ended)])
+def _figures(calm: SoakResult, faulty: SoakResult, flags: dict[str, Any]) -> dict[str, Any]:
+    merges, starts = faulty.watch.merges, faulty.starts
+    assign_heads(faulty.faults, faulty.watch.events)
+    returns = [recovered_at(fault, merges, starts, faulty.heads) for fault in faulty.faults]
+    usual, _ = rate(stretches(calm.watch.merges, calm.starts), [(calm.started, calm.ended)])
     pieces = stretches(merges, starts)
-    away = [(f, (f.at, end)) for f, end in zip(hurt.faults, returns, strict=True) if f.of_head and end is not None]
-    hub = [(f.at, end) for f, end in zip(hurt.faults, returns, strict=True) if "coordinator" in f.kind and end is not None]
+    away = [(f, (f.at, end)) for f, end in zip(faulty.faults, returns, strict=True) if f.of_head and end is not None]
+    coordinator_away = [
+        (f.at, end) for f, end in zip(faulty.faults, returns, strict=True) if "coordinator" in f.kind and end is not None
+    ]
     survivors, measured = rate(pieces, [span for _, span in away], [fault.head for fault, _ in away])
-    beside, _ = rate(pieces, hub)
-    final = audit(read_rows(hurt.driver.metrics.read_text()))
-    kept = {row["version"]: row["at"] for row in read_rows(hurt.driver.metrics.read_text()) if row["kind"] == "merge"}
+    others, _ = rate(pieces, coordinator_away)
+    final = audit(read_rows(faulty.driver.metrics.read_text()))
+    kept = {row["version"]: row["at"] for row in read_rows(faulty.driver.metrics.read_text()) if row["kind"] == "merge"}
     undone = [row for row in merges if kept.get(row["version"]) != row["at"]]
     seconds = merges[-1]["at"] - merges[0]["at"]
-    by_kind = sorted({fault.kind for fault in hurt.faults})
+    by_kind = sorted({fault.kind for fault in faulty.faults})
     return {
         "asked": {name: value for name, value in flags.items() if value is not None},
-        "run": " ".join(word.rpartition("/")[2] if "soak_worker" in word else word for word in hurt.driver.command[:-5]),
+        "run": " ".join(word.rpartition("/")[2] if "soak_worker" in word else word for word in faulty.driver.command[:-5]),
         "a_step": "sleeps 50 ms, for a step on the head's own GPU, and computes for some milliseconds",
-        "minutes": {"fault_free": round((calm.ended - calm.begun) / 60, 2), "faults": round((hurt.ended - hurt.begun) / 60, 2)},
-        "faults": {"number": len(hurt.faults), "an_hour": round(3600 * len(hurt.faults) / (hurt.ended - hurt.begun), 1)},
-        "faults_by_kind": dict(Counter(fault.kind for fault in hurt.faults)),
+        "minutes": {
+            "fault_free": round((calm.ended - calm.started) / 60, 2),
+            "faults": round((faulty.ended - faulty.started) / 60, 2),
+        },
+        "faults": {
+            "number": len(faulty.faults),
+            "an_hour": round(3600 * len(faulty.faults) / (faulty.ended - faulty.started), 1),
+        },
+        "faults_by_kind": dict(Counter(fault.kind for fault in faulty.faults)),
         "samples_per_second": {
-            "fault_free": round(hurt.heads * usual, 1),
+            "fault_free": round(faulty.heads * usual, 1),
             "whole_run": round(final.samples / seconds, 1),
-            "whole_run_over_fault_free": round(final.samples / seconds / (hurt.heads * usual), 4),
+            "whole_run_over_fault_free": round(final.samples / seconds / (faulty.heads * usual), 4),
         },
         "survivors": {
             "over_fault_free": round(survivors / usual, 4),
             "head_seconds": round(measured),
-            "while_the_coordinator_was_away": round(beside / usual, 4),
+            "while_the_coordinator_was_away": round(others / usual, 4),
         },
-        "seconds_to_next_merge": quantiles(next_merge(fault, merges) for fault in hurt.faults),
+        "seconds_to_next_merge": quantiles(next_merge(fault, merges) for fault in faulty.faults),
         "seconds_to_next_merge_by_kind": {
-            kind: quantiles(next_merge(fault, merges) for fault in hurt.faults if fault.kind == kind) for kind in by_kind
+            kind: quantiles(next_merge(fault, merges) for fault in faulty.faults if fault.kind == kind) for kind in by_kind
         },
         "seconds_to_full_strength_by_kind": {
             kind: quantiles(
                 None if end is None else end - fault.at
-                for fault, end in zip(hurt.faults, returns, strict=True)
+                for fault, end in zip(faulty.faults, returns, strict=True)
                 if fault.kind == kind
             )
             for kind in by_kind
             if not kind.startswith("evaluator")
         },
-        "never_back": [fault.kind for fault, end in zip(hurt.faults, returns, strict=True) if end is None],
+        "never_back": [fault.kind for fault, end in zip(faulty.faults, returns, strict=True) if end is None],
         "contributions": {
             "merged": final.contributions,
             "batches_lost": final.lost,
@@ -100,31 +108,31 @@ def _figures(calm: Soaked, hurt: Soaked, flags: dict[str, Any]) -> dict[str, Any
             "merges_that_died_with_the_driver_and_were_made_again": len(undone),
         },
         "left_over": {
-            "processes_at_the_end": hurt.left,
-            "placement_groups": _groups(hurt),
-            "ended_for_dead_drivers": dict(Counter(name.split(" ")[0] for name in hurt.strays)),
+            "processes_at_the_end": faulty.left,
+            "placement_groups": _groups(faulty),
+            "ended_for_dead_drivers": dict(Counter(name.split(" ")[0] for name in faulty.strays)),
         },
-        "unasked_ends_of_the_driver": hurt.unasked,
-        "events": dict(Counter(event["event"] for event in hurt.watch.events)),
-        "memory_MiB": {name: _memory(each) for name, each in (("fault_free", calm), ("faults", hurt))},
+        "unasked_ends_of_the_driver": faulty.unexpected_ends,
+        "events": dict(Counter(event["event"] for event in faulty.watch.events)),
+        "memory_MiB": {name: _memory(each) for name, each in (("fault_free", calm), ("faults", faulty))},
     }
 
 
-def _memory(soaked: Soaked) -> dict[str, Any]:
+def _memory(result: SoakResult) -> dict[str, Any]:
     first: dict[int, float] = {}
-    for sample in soaked.watch.memory:
+    for sample in result.watch.memory:
         first.setdefault(sample.pid, sample.at)
-    warm = [s for s in soaked.watch.memory if s.at - first[s.pid] >= WARM and soaked.begun <= s.at <= soaked.ended]
-    store = [s for s in soaked.watch.memory if s.store is not None and soaked.begun <= s.at <= soaked.ended]
+    warm = [s for s in result.watch.memory if s.at - first[s.pid] >= WARM and result.started <= s.at <= result.ended]
+    store = [s for s in result.watch.memory if s.store is not None and result.started <= s.at <= result.ended]
     return {
         "coordinator": fit([(s.at, s.coordinator / MIB) for s in warm]),
         "object_store": fit([(s.at, (s.store or 0) / MIB) for s in store]),
     }
 
 
-def _groups(soaked: Soaked) -> int | None:
-    """Placement groups beyond the run's one, at the end; None if they couldn't be counted."""
-    known = [sample.groups for sample in soaked.watch.memory if sample.groups is not None]
+def _groups(result: SoakResult) -> int | None:
+    """Placement groups at the end in addition to the run's one; None if they couldn't be counted."""
+    known = [sample.groups for sample in result.watch.memory if sample.groups is not None]
     return max(0, known[-1] - 1) if known else None
 
 
@@ -137,7 +145,7 @@ def _limits(figures: dict[str, Any]) -> tuple[dict[str, str], dict[str, bool]]:
     ours = [name for name in left["ended_for_dead_drivers"] if any(kind in name for kind in CLASSES.values())]
     flat = f"growth over the run, by a straight line, at most 4 MiB or {FLAT:.0%}"
     checks = {
-        "survivors": ("samples/s of heads that live while another is away, over fault-free: >= 0.977",
+        "survivors": ("samples/s of the other heads while one is away, ratio to fault-free: >= 0.977",
                       figures["survivors"]["over_fault_free"] >= 0.977),
         "next_merge": ("seconds from a fault to the next merge, median: <= 5",
                        figures["seconds_to_next_merge"].get("median", math.inf) <= 5),
@@ -155,7 +163,7 @@ def _limits(figures: dict[str, Any]) -> tuple[dict[str, str], dict[str, bool]]:
 
 
 def _table(figures: dict[str, Any]) -> None:
-    """By kind of fault: how many, and the times until the next merge and until full strength."""
+    """Prints, by kind of fault, the number and the times until the next merge and until all heads merged again."""
     merge, full = figures["seconds_to_next_merge_by_kind"], figures["seconds_to_full_strength_by_kind"]
     print(f"\n{'fault':22} {'number':>6}  {'next merge, s':>20}  {'full strength, s':>20}")
     for kind, number in sorted(figures["faults_by_kind"].items()):

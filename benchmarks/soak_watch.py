@@ -1,4 +1,4 @@
-"""What the soak sees of a run while it is on: all rows of ``metrics.jsonl``, also those that are taken back, and memory."""
+"""Observes a run for the soak: all rows of ``metrics.jsonl``, including those that are removed later, and memory."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ EVERY = 5.0
 """Seconds between two samples of memory."""
 
 RESOURCE = 1e4
-"""Ray counts resources in ten-thousandths."""
+"""Ray counts resources in units of 1/10,000."""
 
 
 @dataclass
 class Memory:
-    """One sample: when (Unix time), the coordinator's process and its bytes, and what Ray's object store holds, in bytes."""
+    """One sample: Unix time, the coordinator's process and its bytes, the bytes in Ray's object store, and placement groups."""
 
     at: float
     pid: int
@@ -32,10 +32,10 @@ class Memory:
 
 @dataclass
 class Watch:
-    """Follows one run through all its drivers.
+    """Observes one run through all its drivers.
 
     Args:
-        driver: of the run.
+        driver: the run's driver.
     """
 
     driver: Driver
@@ -45,18 +45,18 @@ class Watch:
     _due: float = 0.0
 
     def look(self) -> None:
-        """Reads what is new; to be called some times a second."""
+        """Reads new rows, and samples memory when due. To be called several times per second."""
         with contextlib.suppress(OSError):
             self._follow()
         if time.monotonic() >= self._due:
             self._due = time.monotonic() + EVERY
             for process in actors("CoordinatorActor")[:1]:
-                store, groups = _ray_says(below_raylet())
+                store, groups = _read_debug_state(raylet_logs())
                 self.memory.append(Memory(time.time(), process.pid, process.rss, store, groups))
 
     def _follow(self) -> None:
         size = self.driver.metrics.stat().st_size
-        if size < self._read:  # rows were taken back, and the file is written anew
+        if size < self._read:  # the run was rewound, and the file rewritten
             self._read = 0
         with self.driver.metrics.open("rb") as file:
             file.seek(self._read)
@@ -70,7 +70,7 @@ class Watch:
 
     @property
     def merges(self) -> list[dict[str, Any]]:
-        """All merges that ever were, by time."""
+        """All merges, including those that were undone, by time."""
         return sorted((row for row in self.rows.values() if row["kind"] == "merge"), key=lambda row: row["at"])
 
     @property
@@ -79,19 +79,19 @@ class Watch:
         return sorted((row for row in self.rows.values() if row["kind"] == "event"), key=lambda row: row["at"])
 
 
-def below_raylet() -> Path | None:
-    """Where the Ray that runs below this process keeps its logs."""
+def raylet_logs() -> Path | None:
+    """The log folder of the Ray that this process's descendants run."""
     import os
 
     for process in below(os.getpid()):
-        found = re.search(r"/[^ =]*/session_\d[\w-]*", process.line) if "raylet" in process.line.split(" ")[0] else None
-        if found:
-            return Path(found.group()) / "logs"
+        match = re.search(r"/[^ =]*/session_\d[\w-]*", process.line) if "raylet" in process.line.split(" ")[0] else None
+        if match:
+            return Path(match.group()) / "logs"
     return None
 
 
-def _ray_says(logs: Path | None) -> tuple[int | None, int | None]:
-    """Bytes in the object store, and how many placement groups there are, by the raylet's own account of a few seconds ago."""
+def _read_debug_state(logs: Path | None) -> tuple[int | None, int | None]:
+    """Bytes in the object store and the number of placement groups, from the raylet's debug file, a few seconds old."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         text = (logs / "debug_state.txt").read_text()  # type: ignore[operator]
         total, available = re.search(r'"total":\{(.*?)\}, "available": \{(.*?)\}', text).groups()  # type: ignore[union-attr]

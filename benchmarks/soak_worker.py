@@ -1,7 +1,7 @@
-"""What the heads of the soak train: a small network whose steps mostly sleep.
+"""The worker of the soak: a small network whose steps mostly sleep.
 
-The sleep stands in for a step on the head's own GPU: four heads that compute all the time would take each other's CPU on a
-small machine, and one that starts again would slow the others down for a reason that has nothing to do with it.
+The sleep replaces a step on the head's own GPU. Four heads that compute all the time would compete for CPUs on a small machine,
+and a head that restarts would slow the others down for an unrelated reason.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SLEEP = 0.05
 
 @dataclass
 class Paced(Regression):
-    """Regression on so wide a network that its base (264 KB) travels through the object store, as larger models' do."""
+    """Regression on a network so wide that its base (264 KB) goes through the object store, as with larger models."""
 
     width: int = 128
     """Inputs and outputs of both networks."""
@@ -33,6 +33,6 @@ class Paced(Regression):
     def train_batches(self, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
         due = time.perf_counter()
         for batch in super().train_batches(shard):
-            due = max(due + SLEEP, time.perf_counter())  # a step that came late isn't made up for
+            due = max(due + SLEEP, time.perf_counter())  # a late step isn't compensated
             time.sleep(max(0.0, due - time.perf_counter()))
             yield batch

@@ -58,9 +58,9 @@ def parse(worker: type | None, program: str, arguments: list[str], file: FileSet
         ConfigError: a value is out of range, or the TOML file is missing, malformed or has unknown keys.
         WorkerError: the worker's constructor has parameters that can't be flags, or raised.
     """
-    sections, made = parse_sections(worker, program, arguments, TRAIN, file)
+    sections, instance = parse_sections(worker, program, arguments, TRAIN, file)
     lte, merge, train, placement, failure, storage = (sections[kind] for kind in SECTIONS)
-    return Parsed(lte, merge, train, placement, failure, storage, made)
+    return Parsed(lte, merge, train, placement, failure, storage, instance)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ def parse_sections(
     except Exception as error:
         if isinstance(error, BrokenPipeError) and is_stdout_closed():  # of the help
             raise
-        raise _not_made(program, error) from error
+        raise _constructor_error(program, error) from error
     policy_values: dict[type, dict[str, Any]] = {MergeConfig: {TABLE: parsed_arguments(flags)}}
     sections = {
         kind: _make_section(kind, getattr(flags, title), policy_values.get(kind, {}))
@@ -122,11 +122,11 @@ def make_without_settings(program: str, kind: type) -> Any:
     try:
         return kind()
     except Exception as error:
-        raise _not_made(program, error) from error
+        raise _constructor_error(program, error) from error
 
 
-def _not_made(program: str, error: Exception) -> WorkerError:
-    return WorkerError(f"{program} could not be made: {type(error).__name__}: {error}")
+def _constructor_error(program: str, error: Exception) -> WorkerError:
+    return WorkerError(f"{program} could not be constructed: {type(error).__name__}: {error}")
 
 
 _DESCRIPTION = (
@@ -169,8 +169,8 @@ def _with_defaults(worker: type, defaults: Mapping[str, Any]) -> Any:
         return worker
     # In its signature a dataclass shows the default of a field with a factory as a placeholder.
     fields = dataclasses.fields(worker) if dataclasses.is_dataclass(worker) else ()
-    made = {f.name: f.default_factory() for f in fields if f.init and f.default_factory is not dataclasses.MISSING}
-    return functools.partial(worker, **made | dict(defaults))
+    factory_defaults = {f.name: f.default_factory() for f in fields if f.init and f.default_factory is not dataclasses.MISSING}
+    return functools.partial(worker, **factory_defaults | dict(defaults))
 
 
 def _make_section(kind: type, section: Any, more: dict[str, Any]) -> Any:

@@ -53,11 +53,11 @@ def read(path: Path) -> FileSettings:
         raise ConfigError(f"{where} isn't valid TOML: {error}.") from error
     if "program" not in content and OMITTED in content:
         raise ConfigError(f"{where} has {OMITTED!r}, which only a run.toml has. Remove that line.")
-    return checked(where, content)
+    return from_content(where, content)
 
 
-def checked(where: str, content: Mapping[str, Any]) -> FileSettings:
-    """The settings in a file; of a ``run.toml`` all but its worker's and its own name.
+def from_content(where: str, content: Mapping[str, Any]) -> FileSettings:
+    """Returns the settings in a parsed file. Those of a ``run.toml`` don't include the worker's and the run's name.
 
     Raises:
         ConfigError: the merge policy isn't text.
@@ -132,12 +132,12 @@ def _check_given(where: str, omitted: Any, arguments: list[str], known: Mapping[
     """Raises ConfigError unless a flag gives each secret that the file leaves out and that this run takes."""
     if not isinstance(omitted, list) or not all(isinstance(name, str) for name in omitted):
         raise ConfigError(f"{where}: {OMITTED} must be a list of names.")
-    given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    flags = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
     missing = []
     for entry in omitted:
         table, _, name = entry.partition(".")
         wanted = f"--{table}.{name.replace('_', '-')}"
-        if name in known.get(table, {}) and not any(g == wanted or g.startswith(wanted + ".") for g in given):
+        if name in known.get(table, {}) and not any(f == wanted or f.startswith(wanted + ".") for f in flags):
             missing.append(wanted)
     if missing:
         raise ConfigError(

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lte_ray.cli.flags import Parsed, make_without_settings, parse
-from lte_ray.cli.toml_config import checked
+from lte_ray.cli.toml_config import from_content
 from lte_ray.config import check_run_name
 from lte_ray.errors import WorkerError
 from lte_ray.import_object import load_object
@@ -75,7 +75,7 @@ def _train_again(name: str, flags: list[str]) -> ray.train.Result:
     kind = load_object(record.program, what=f"The worker that {RUN} names,", error=WorkerError)
     if not inspect.isclass(kind):
         raise WorkerError(f"{record.program!r}, which {RUN} names, is a {type(kind).__name__}, not a class.")
-    file = checked(record.path, record.content)
+    file = from_content(record.path, record.content)
     file.content.update(storage=place)
     return _fit(record.program, kind, parse(kind, record.program, [*flags, "--name", name, "--resume"], file))
 

@@ -1,4 +1,4 @@
-"""Settings as TOML: parsed with bounds, since anybody may have written the file, and converted to the types of settings."""
+"""Settings as TOML: parsed with bounds, since the file may come from anywhere, and converted to the types of settings."""
 
 from __future__ import annotations
 

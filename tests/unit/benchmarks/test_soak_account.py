@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.soak_account import Fault, back, fit, name_heads, next_merge, quantiles, rate, stretches
+from benchmarks.soak_account import Fault, assign_heads, fit, next_merge, quantiles, rate, recovered_at, stretches
 
 
 def merge(at: float, head: int, samples: int, incarnation: int = 0) -> dict[str, Any]:
@@ -55,11 +55,11 @@ def test_faults_are_matched_with_heads_and_recoveries() -> None:
     """A kill is matched with a loss that the driver reports, a stop with a hang, until the head's next process merges."""
     faults = [Fault(10.5, "head SIGKILL"), Fault(11.0, "head SIGSTOP"), Fault(30.5, "driver SIGKILL")]
     events = [{"event": "head_lost", "at": 11.2, "heads": [1], "incarnation": 0}]
-    name_heads(faults, events)
+    assign_heads(faults, events)
     assert [fault.head for fault in faults] == [1, None, None]
-    assert back(faults[0], run(), [-5.0, 35.0], 2) == 15
-    assert back(faults[1], run(), [-5.0, 35.0], 2) is None
-    assert back(faults[2], run(), [-5.0, 35.0], 2) == 40
+    assert recovered_at(faults[0], run(), [-5.0, 35.0], 2) == 15
+    assert recovered_at(faults[1], run(), [-5.0, 35.0], 2) is None
+    assert recovered_at(faults[2], run(), [-5.0, 35.0], 2) == 40
     assert [next_merge(fault, run()) for fault in faults] == [0.5, 1.0, 9.5]
 
 
@@ -67,7 +67,7 @@ def test_a_head_that_dies_with_the_driver_during_its_recovery() -> None:
     """The restarted driver's head counts, with any incarnation."""
     fault = Fault(29.0, "head SIGKILL", head=1, incarnation=1, noticed=29.5)
     rows = [row for row in run() if not ("1" in row["held"] and 29 <= row["at"] <= 31)]
-    assert back(fault, rows, [-5.0, 35.0], 2) == 40
+    assert recovered_at(fault, rows, [-5.0, 35.0], 2) == 40
 
 
 def test_lines_and_quantiles() -> None:
