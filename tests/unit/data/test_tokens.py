@@ -19,7 +19,7 @@ from workers.gpt import END, GPT, read_standard_library
 
 @given(st.integers(1, 9), st.integers(2, 60))
 def test_windows_overlap_by_one_target(length: int, count: int) -> None:
-    """Window i holds tokens i L to (i + 1) L inclusive: its last target is the next one's first input."""
+    """Window i contains tokens i L to (i + 1) L inclusive: its last target is the next window's first input."""
     tokens = np.arange(count, dtype=np.uint8)
     data = TokenSet(tokens, length)
     assert len(data) == (count - 1) // length
@@ -36,7 +36,7 @@ def test_windows_come_in_the_order_asked() -> None:
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_written_tokens_open_as_they_were(tmp_path: Path, dtype: type) -> None:
-    """The file holds the same tokens of the same type, read-only, and nothing is left beside it."""
+    """The file contains the same tokens of the same type, read-only, and no other file remains."""
     tokens = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, 1000, endpoint=True).astype(dtype)
     path = tmp_path / "new" / "train.arrow"
     write_tokens(path, tokens)
@@ -49,7 +49,7 @@ def test_written_tokens_open_as_they_were(tmp_path: Path, dtype: type) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 7])
 def test_too_few_tokens_for_a_window_are_an_error(tmp_path: Path, count: int) -> None:
-    """A window of 7 needs 8 tokens; the error names the file and how many it holds."""
+    """A window of 7 needs 8 tokens; the error names the file and its number of tokens."""
     path = tmp_path / "short.arrow"
     write_tokens(path, np.zeros(count, dtype=np.uint8))
     with pytest.raises(ValueError, match=f"short.arrow has {count} tokens, too few for one window of 7"):
@@ -57,7 +57,7 @@ def test_too_few_tokens_for_a_window_are_an_error(tmp_path: Path, count: int) ->
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    """An array that can't be written leaves neither the file nor a part of it."""
+    """An array that can't be written leaves no file, not even a partial one."""
     with pytest.raises(Exception, match="1-dimensional"):
         write_tokens(tmp_path / "bad.arrow", np.zeros((2, 2), dtype=np.uint8))
     assert list(tmp_path.iterdir()) == []
@@ -65,7 +65,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """An empty cache folder; the list that `make` notes its calls in."""
+    """Sets up an empty cache folder, and returns the list in which `make` records its calls."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return []
 
@@ -104,7 +104,7 @@ def test_a_make_that_fails_leaves_no_cache(calls: list[int]) -> None:
 
 
 def write_library(root: Path, content: str) -> dict[str, str]:
-    """Some 200 source files, and some that are none or are skipped; gives the former's contents by name."""
+    """Writes 200 source files and some to be skipped; returns the contents of the former by name."""
     files = {f"package{i % 3}/module{i}.py": f"# {i} {content}" for i in range(200)}
     skipped = {"test/a.py": "# test", "x/tests/b.py": "# tests", "site-packages/c.py": "# site", "d.txt": "text"}
     for name, text in (files | skipped).items():
@@ -114,7 +114,7 @@ def write_library(root: Path, content: str) -> dict[str, str]:
 
 
 def test_the_standard_library_is_split_by_file_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each file is in exactly one split, followed by a zero byte, whatever it holds; tests and other files in none."""
+    """Each file is in exactly one split, whatever its content, followed by a zero byte; tests and other files in none."""
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     membership = []
     for content in ("one", "another"):

@@ -1,4 +1,4 @@
-"""Merging a thousand times drifts in bfloat16 and not in float32 (DESIGN 3.10)."""
+"""A thousand merges drift in bfloat16, not in float32."""
 
 from __future__ import annotations
 

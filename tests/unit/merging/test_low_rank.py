@@ -1,4 +1,4 @@
-"""The arithmetic of merging, against dense float64 sums written out here."""
+"""The arithmetic of merging, compared with dense float64 sums."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_merge_is_the_weighted_sum_of_dense_changes(plan: Plan, kinds: list[tu
 
 @given(plans, st.booleans())
 def test_dense_change_is_the_unweighted_change(plan: Plan, has_reference: bool) -> None:
-    """It is the change of weight 1 as a new tensor, and leaves the contribution as it was."""
+    """It is the change with weight 1 as a new tensor; the contribution isn't modified."""
     (share,) = make_shares(plan, [(1.0, has_reference)])
     kept = share.contribution.clone()
     change = dense_change(share)
@@ -56,7 +56,7 @@ def test_dense_change_is_the_unweighted_change(plan: Plan, has_reference: bool) 
 
 @given(plans, st.integers(1, 5))
 def test_single_merges_equal_one_merge_of_all(plan: Plan, heads: int) -> None:
-    """N merges of one head with weight 1/N give what one merge of all N gives."""
+    """N merges of one head with weight 1/N equal one merge of all N."""
     made = make_shares(plan, [(1 / heads, n % 2 == 0) for n in range(heads)])
     together = random_flat(plan.base.size, 7)
     apart = together.clone()
@@ -67,7 +67,7 @@ def test_single_merges_equal_one_merge_of_all(plan: Plan, heads: int) -> None:
 
 
 def test_products_are_averaged_not_factors() -> None:
-    """The merge is mean(B A), which is far from mean(B) mean(A): the cross terms are another matrix."""
+    """The merge is mean(B A), which differs from mean(B) mean(A) by the cross terms."""
     plan = plan_from_shapes([(6, 5, 2)], [])
     contributions = [random_flat(plan.contribution.size, n) for n in range(3)]
     base = torch.zeros(plan.base.size, dtype=torch.float64)
@@ -80,7 +80,7 @@ def test_products_are_averaged_not_factors() -> None:
 
 
 def test_a_merge_of_the_reference_itself_changes_no_weight() -> None:
-    """A head that has learned nothing since its reference adds nothing to the main weights."""
+    """A head that hasn't changed since its reference adds nothing to the main weights."""
     plan = plan_from_shapes([(6, 5, 2), (3, 4, 1)], [(3,)])
     contribution = random_flat(plan.contribution.size, 1)
     replica_part(plan, contribution).zero_()
@@ -155,7 +155,7 @@ def test_layouts_hold_weights_first_and_replicas_last() -> None:
 
 
 def test_views_share_memory_and_refuse_another_size() -> None:
-    """Writing into a view writes into the buffer; a buffer of another size is no buffer of this layout."""
+    """Writing to a view writes to the buffer; a buffer of another size is refused."""
     layout = Layout.from_shapes([("a", (2, 2)), ("b", (3,))])
     flat = torch.zeros(7)
     views(layout, flat)["b"].fill_(1.0)
@@ -166,7 +166,7 @@ def test_views_share_memory_and_refuse_another_size() -> None:
 
 
 def test_parts_of_buffers_are_where_the_layouts_say() -> None:
-    """Factors and replicas cut from flat buffers are the views of the whole layouts."""
+    """Factors and replicas sliced from flat buffers equal the views of the complete layouts."""
     plan = plan_from_shapes([(6, 5, 2), (3, 4, 1)], [(4,), (2, 2)])
     base, contribution = random_flat(plan.base.size, 1), random_flat(plan.contribution.size, 2)
     whole = views(plan.contribution, contribution)

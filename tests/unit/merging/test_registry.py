@@ -1,4 +1,4 @@
-"""How a merge policy is found and made: by name, as an object, class or function, in a module or file, with arguments."""
+"""Finding and constructing a merge policy: by name, as an object, class or function, from a module or file, with arguments."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def make(policy: Any, when: Any = "barrier", **arguments: Any) -> MergePolicy:
 
 
 class Mine:
-    """A policy of a user's that decides itself when to merge."""
+    """A user's policy that decides itself when to merge."""
 
     def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
         return Wait()
 
 
 class Rule:
-    """A policy of a user's that says how, with arguments of every kind.
+    """A user's merge rule, with arguments of every kind.
 
     Args:
         alpha: a number.
@@ -77,11 +77,11 @@ class Rule:
 
 
 class Empty:
-    """No policy."""
+    """Not a policy."""
 
 
 class Raising(Mine):
-    """Can't be made."""
+    """Can't be constructed."""
 
     def __init__(self) -> None:
         raise KeyError("no key")
@@ -95,17 +95,17 @@ class Asking(Mine):
 
 
 def halves(pending: Sequence[Pending], roster: Roster, share: float = 0.5) -> dict[int, float]:
-    """A function that gives weights."""
+    """A function that returns weights."""
     return {p.head: share / roster.num_heads for p in pending}
 
 
 def ones(pending: Sequence[Pending], roster: Roster) -> torch.Tensor:
-    """A function that gives a change."""
+    """A function that returns a change."""
     return torch.ones(roster.layout.size, dtype=torch.float64)
 
 
 def discards(pending: Sequence[Pending], roster: Roster) -> Discard:
-    """A function that gives a decision."""
+    """A function that returns a decision."""
     return Discard([p.head for p in pending], "because")
 
 
@@ -114,7 +114,7 @@ a_policy, a_rule = Mine(), Rule(alpha=0.5)
 
 @pytest.mark.parametrize("name", list(POLICIES))
 def test_every_built_in_name_makes_its_policy(name: str) -> None:
-    """Each is of its class, made anew, and waits as --when says."""
+    """Each is a new instance of its class, and waits as --when says."""
     policy = make(name)
     assert isinstance(policy, ComposedPolicy)
     assert isinstance(policy, MergePolicy)
@@ -141,7 +141,7 @@ def test_the_default_is_the_papers_average_at_a_barrier() -> None:
 
 @pytest.mark.parametrize(("when", "kind"), [("barrier", Barrier), ("quorum", Quorum), ("arrival", Arrival)])
 def test_a_rule_is_asked_when_the_settings_say(when: str, kind: type) -> None:
-    """An object with `merge`, its class and a function alike."""
+    """An object with `merge`, its class, and a function."""
     for policy in (a_rule, Rule, halves, "nesterov", f"{__name__}:Rule", f"{__name__}:halves", f"{__name__}:a_rule"):
         made = make(policy, when)
         assert isinstance(made, ComposedPolicy)
@@ -149,7 +149,7 @@ def test_a_rule_is_asked_when_the_settings_say(when: str, kind: type) -> None:
 
 
 def test_a_whole_policy_is_taken_as_it_is() -> None:
-    """A policy object is itself; a class is made without arguments."""
+    """A policy object is used as it is; a class is constructed without arguments."""
     assert make(a_policy) is a_policy
     assert type(make(Mine)) is Mine
 
@@ -181,7 +181,7 @@ def test_a_policy_is_found_in_a_module_or_a_file(tmp_path: Path) -> None:
     ],
 )
 def test_weights_and_decisions_are_taken_from_rules(rule: object, expected: Decision) -> None:
-    """A dict is Merge; a decision is itself."""
+    """A dict becomes a Merge; a decision stays as it is."""
     assert make(rule).decide(make_pending(2), make_roster(2)) == expected
 
 
@@ -194,7 +194,7 @@ def test_a_tensor_is_the_change_of_all_that_were_due() -> None:
 
 
 def test_errors_call_a_scheduled_policy_by_its_own_name() -> None:
-    """Not by that of what asks it when."""
+    """Not by that of ComposedPolicy."""
     for policy, name in ((lambda pending, roster: None, "<lambda>"), (f"{__name__}:nothing", f"{__name__}:nothing")):
         coordinator, _ = make_coordinator(make(policy), heads=1)
         with pytest.raises(PolicyError, match=f"The merge policy {name} decided None"):
@@ -206,7 +206,7 @@ def nothing(pending: Sequence[Pending], roster: Roster) -> None:
 
 
 def test_arguments_go_to_the_constructor_or_the_function() -> None:
-    """By name; a whole number is a number, a list a tuple."""
+    """By name; integers are accepted for floats, and lists for tuples."""
     rule = make(Rule, alpha=3, kind="b", on=True, names=["x"], limit=2.0, free=object).rule  # type: ignore[attr-defined]
     assert (rule.alpha, rule.kind, rule.on, rule.names, rule.limit, rule.free) == (3.0, "b", True, ("x",), 2.0, object)
     assert type(rule.alpha) is float
@@ -246,7 +246,7 @@ def test_arguments_go_to_the_constructor_or_the_function() -> None:
     ],
 )
 def test_wrong_arguments_are_config_errors(policy: object, arguments: dict[str, Any], message: str) -> None:
-    """Unknown names with those near and all there are, wrong types with what is taken, and what is missing."""
+    """Unknown names with similar ones and all others, wrong types with the accepted ones, and missing arguments."""
     with pytest.raises(ConfigError, match=message):
         make(policy, **arguments)
 
@@ -277,7 +277,7 @@ def test_arguments_are_a_dict_by_name(arguments: object) -> None:
     ],
 )
 def test_what_is_no_policy_is_a_config_error(policy: object, message: str) -> None:
-    """The error names the flag, what was found, and what to give instead."""
+    """The error names the flag, what was found, and what to use instead."""
     with pytest.raises(ConfigError, match=message) as raised:
         make(policy)
     assert flag("policy") in str(raised.value)
@@ -310,7 +310,7 @@ def test_what_is_no_policy_is_a_config_error(policy: object, message: str) -> No
     ],
 )
 def test_what_a_run_records_of_its_policy_makes_it_again(policy: Any, arguments: Any, recorded: dict[str, Any]) -> None:
-    """All arguments, defaults included; of an object, its attributes of these names."""
+    """All arguments, including defaults; for an object, its attributes with these names."""
     merge = MergeConfig(policy=policy, policy_args=arguments)
     assert resolved_arguments(merge) == recorded
     if isinstance(policy, str):
@@ -319,7 +319,7 @@ def test_what_a_run_records_of_its_policy_makes_it_again(policy: Any, arguments:
 
 
 def test_policies_that_make_their_own_change_are_known() -> None:
-    """Heads can't redo their merges from factors; of a user's own policy nothing is known."""
+    """Heads can't redo their merges from factors; nothing is known about a user's own policy."""
     for name in POLICIES:
         dense = name in ("momentum", "nesterov", "delayed_nesterov", "adam", "median", "trimmed_mean", "ties", "dare")
         assert may_merge_by_weights(make_policy(MergeConfig(policy=name))) != dense

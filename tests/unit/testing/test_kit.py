@@ -1,4 +1,4 @@
-"""The conformance kit finds what policies do wrong, and says it readably."""
+"""The conformance kit detects faults of policies and describes them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class NaNChange:
 
 
 class WrongShape:
-    """A change of another layout."""
+    """Returns a change of the wrong layout."""
 
     def merge(self, pending: Sequence[Pending], roster: Roster) -> Tensor:
         return torch.ones(3)
@@ -62,21 +62,21 @@ class Nothing:
 
 
 class NeverDecides:
-    """Waits for what can't come."""
+    """Waits for something that can't happen."""
 
     def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
         return Wait("for the moon")
 
 
 class PutsOff:
-    """Waits for a time, again and again."""
+    """Waits for a time, repeatedly."""
 
     def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
         return Wait("a little longer", until=roster.now + 1.0)
 
 
 class Hurries:
-    """Waits for a time that is past."""
+    """Waits for a time in the past."""
 
     def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
         return Wait("for yesterday", until=roster.now - 1.0)
@@ -99,7 +99,7 @@ class Mutates:
 
 
 class Sorts:
-    """Reorders the list that it was lent."""
+    """Reorders the list of its argument."""
 
     def decide(self, pending: list[Pending], roster: Roster) -> Decision:
         ready = len(pending) >= len(roster.live) and pending
@@ -108,7 +108,7 @@ class Sorts:
 
 
 class Chance:
-    """Draws from a generator that nobody seeds."""
+    """Draws from an unseeded generator."""
 
     drawn = random.Random(0)
 
@@ -117,7 +117,7 @@ class Chance:
 
 
 class Forgetful:
-    """Has a memory that a checkpoint doesn't hold."""
+    """Has state that a checkpoint doesn't include."""
 
     def __init__(self) -> None:
         self.merges = 0
@@ -128,7 +128,7 @@ class Forgetful:
 
 
 class Remembering(Forgetful):
-    """Has it saved."""
+    """Saves its state."""
 
     def state(self) -> dict[str, Tensor]:
         return {"merges": torch.tensor(self.merges)}
@@ -138,14 +138,14 @@ class Remembering(Forgetful):
 
 
 class LoadsNothing(Remembering):
-    """Saves it, but doesn't take it over."""
+    """Saves its state, but doesn't restore it."""
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         pass
 
 
 class Writes:
-    """Changes, after its decision, the tensor that it gave."""
+    """Modifies, after its decision, the tensor that it returned."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
@@ -156,7 +156,7 @@ class Writes:
 
 
 class OtherJudge:
-    """Judges what it didn't try."""
+    """Decides about something other than what it tried."""
 
     def merge(self, pending: Sequence[Pending], roster: Roster) -> Try:
         weights = {p.head: 0.5 for p in pending}
@@ -238,7 +238,7 @@ def test_a_deadline_of_its_own_is_kept() -> None:
     """A policy may wait for a time, if it decides then."""
 
     class Patient:
-        """Merges what is there a second after the first arrived, or all."""
+        """Merges the pending contributions a second after the first arrived, or all."""
 
         def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
             if not pending:

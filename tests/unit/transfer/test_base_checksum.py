@@ -1,4 +1,4 @@
-"""The number that tells whether two bases hold the same bits."""
+"""The checksum that compares the bits of two bases."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.plans import random_flat
 
 @given(st.integers(1, 200_000), st.integers(0, 2**31), st.sampled_from([torch.float32, torch.float64]))
 def test_a_checksum_sees_any_flipped_bit(size: int, which: int, dtype: torch.dtype) -> None:
-    """And nothing else: a copy has the same; pieces' add up; it is a number of 64 bits."""
+    """A copy has the same checksum, those of pieces add up, and it has 64 bits."""
     flat = random_flat(size, 1, dtype)
     before = base_checksum(flat)
     assert 0 <= before < 2**64
@@ -26,7 +26,7 @@ def test_a_checksum_sees_any_flipped_bit(size: int, which: int, dtype: torch.dty
 
 
 def test_a_checksum_sees_changes_that_cancel() -> None:
-    """One element an ulp up and another one down, which a plain sum of the bits would miss: each of 500 such pairs."""
+    """One element an ulp up and another one down, which a plain sum of the bits would miss; for 500 such pairs."""
     flat = random_flat(1000, 1, torch.float32)
     for at in range(500):
         other = flat.clone()

@@ -1,4 +1,4 @@
-"""The number that tells whether a contribution's buffers arrived as they were sent."""
+"""The checksum that verifies a contribution's buffers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ TYPES = [torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32, 
 
 
 def filled(size: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
-    """Random bytes, as elements of this type: NaN are among them."""
+    """Returns random bytes as elements of this type, including NaN."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (size * dtype.itemsize,), dtype=torch.uint8, generator=generator).view(dtype)
 
 
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=4), st.integers(0, 2**31), st.sampled_from(TYPES))
-def test_a_seal_sees_any_flipped_bit(sizes: list[int], which: int, dtype: torch.dtype) -> None:
-    """In any buffer of any type; a copy has the same; it has 32 bits and leaves the buffers as they are."""
+def test_a_checksum_detects_any_flipped_bit(sizes: list[int], which: int, dtype: torch.dtype) -> None:
+    """In any buffer of any type; a copy has the same checksum, which has 32 bits; buffers aren't modified."""
     buffers = [filled(size, dtype, seed) for seed, size in enumerate([*sizes, 1])]
     copies = [buffer.clone() for buffer in buffers]
     before = buffers_checksum(buffers)
@@ -36,8 +36,8 @@ def test_a_seal_sees_any_flipped_bit(sizes: list[int], which: int, dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_a_seal_sees_order_ends_and_types(dtype: torch.dtype) -> None:
-    """Swapped or missing buffers, elements that change places, shorter and longer ones, another boundary or type."""
+def test_a_checksum_detects_order_ends_and_types(dtype: torch.dtype) -> None:
+    """Swapped or missing buffers, swapped elements, shorter and longer buffers, another boundary or type."""
     a, b = filled(100, dtype, 1), filled(100, dtype, 2)
     others = [
         [b, a],
@@ -53,13 +53,13 @@ def test_a_seal_sees_order_ends_and_types(dtype: torch.dtype) -> None:
     assert len({buffers_checksum(each) for each in [[a, b], *others]}) == len(others) + 1
 
 
-def test_a_seal_sees_zeros() -> None:
-    """Buffers of nothing but zeros, as a crashed transfer leaves them, of each length have another checksum."""
+def test_a_checksum_detects_zeros() -> None:
+    """Buffers of zeros, as a crashed transfer leaves them, have a different checksum for each length."""
     assert len({buffers_checksum([torch.zeros(size, dtype=torch.uint8)]) for size in range(1000)}) == 1000
 
 
-def test_a_seal_is_of_the_bytes_and_not_of_how_they_lie() -> None:
-    """Views with gaps, and what was offset in memory."""
+def test_a_checksum_depends_on_bytes_not_on_memory_layout() -> None:
+    """For views with gaps, and views with an offset in memory."""
     whole = filled(200, torch.float32)
     assert buffers_checksum([whole[::2]]) == buffers_checksum([whole[::2].clone()])
     assert buffers_checksum([whole[1:]]) == buffers_checksum([whole[1:].clone()])
@@ -67,8 +67,8 @@ def test_a_seal_is_of_the_bytes_and_not_of_how_they_lie() -> None:
 
 @pytest.mark.parametrize("transfer", FORMATS)
 @pytest.mark.parametrize("topk", [1.0, 0.05])
-def test_sealed_contributions_in_every_format(transfer: str, topk: float) -> None:
-    """The buffers that a codec makes, by group: equal ones have equal checksums, and one byte changed in any group shows."""
+def test_checksums_of_contributions_in_every_format(transfer: str, topk: float) -> None:
+    """For a codec's buffers, by group: equal buffers have equal checksums; one changed byte in any group changes them."""
     codec = large_codec(transfer, topk)
     flat = random_flat(codec.plan.contribution.size, 1, torch.float32)
     buffers, _ = codec.encode(flat, None)
@@ -80,8 +80,8 @@ def test_sealed_contributions_in_every_format(transfer: str, topk: float) -> Non
         assert buffers_checksum(changed) != before
 
 
-def test_each_buffer_is_compared_with_its_own_seal() -> None:
-    """Equal ones pass; the first that was changed or swapped is named."""
+def test_each_buffer_is_compared_with_its_own_checksum() -> None:
+    """Intact buffers pass; the error names the first one that was changed or swapped."""
     buffers = [filled(50, torch.uint8, seed) for seed in range(3)]
     checksums = [buffers_checksum([buffer]) for buffer in buffers]
     verify_checksums(buffers, checksums)
@@ -98,7 +98,7 @@ def test_each_buffer_is_compared_with_its_own_seal() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_seal_on_a_gpu_is_the_same() -> None:
+def test_a_checksum_on_a_gpu_is_the_same() -> None:
     """Its bytes are copied to the CPU."""
     whole = filled(1000, torch.uint8)
     assert buffers_checksum([whole.cuda()]) == buffers_checksum([whole])

@@ -1,4 +1,4 @@
-"""What a contribution is on the wire: round trips, rounding and sizes."""
+"""The codec: round trips, rounding and sizes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ merges = st.builds(
 def test_the_receiver_decodes_what_the_sender_says(
     plan: Plan, merge: MergeConfig, shards: int, has_reference: bool, dtype: torch.dtype
 ) -> None:
-    """All groups at once or one by one, bit for bit, and near the contribution; buffers have the promised sizes."""
+    """All groups at once or one by one, bit for bit, and close to the contribution; buffers have the declared sizes."""
     codec = make_codec(plan, replace(merge, shards=min(shards, len(plan.adapted))), dtype)
     contribution = random_flat(plan.contribution.size, 1, dtype)
     reference = random_flat(plan.factors_size, 2, dtype) if has_reference else None
@@ -61,7 +61,7 @@ def test_the_receiver_decodes_what_the_sender_says(
 
 @given(plans, st.sampled_from([torch.float32, torch.float64]))
 def test_fp32_is_exact_and_copies_nothing(plan: Plan, dtype: torch.dtype) -> None:
-    """What is decoded is the contribution, and in one group its very memory; float64 stays float64."""
+    """Decoding returns the contribution, with one group in the same memory; float64 stays float64."""
     codec = make_codec(plan, MergeConfig(send_down="dense"), dtype)
     contribution = random_flat(plan.contribution.size, 1, dtype)
     buffers, decoded = codec.encode(contribution, random_flat(plan.factors_size, 2, dtype))
@@ -73,7 +73,7 @@ def test_fp32_is_exact_and_copies_nothing(plan: Plan, dtype: torch.dtype) -> Non
 
 @given(st.integers(1, 1500), st.floats(-30, 30), st.sampled_from([torch.float32, torch.float64]), st.booleans())
 def test_int8_is_wrong_by_at_most_half_a_step(size: int, power: float, dtype: torch.dtype, has_zero_block: bool) -> None:
-    """|error| <= largest of the block / 254, up to the roundings of the step and the product."""
+    """|error| <= largest magnitude of the block / 254, up to the rounding of the step and of the product."""
     codec = make_codec(plan_from_shapes([(1, 1, 1)], [(size,)]), MergeConfig(transfer="int8", send_down="dense"), dtype)
     contribution = random_flat(2 + size, 3, dtype) * 10**power
     if has_zero_block:
@@ -87,7 +87,7 @@ def test_int8_is_wrong_by_at_most_half_a_step(size: int, power: float, dtype: to
 
 @pytest.mark.parametrize("transfer", ["bf16", "int8"])
 def test_pieces_that_fit_a_cache_change_no_bit(transfer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors of several pieces and a rest are rounded as in one piece."""
+    """Tensors of several chunks and a remainder are rounded as in one chunk."""
     codec = make_codec(plan_from_shapes([(300, 400, 200)], [(1000,)]), MergeConfig(transfer=transfer))
     contribution = random_flat(codec.plan.contribution.size, 4, torch.float32)
     reference = random_flat(codec.plan.factors_size, 5, torch.float32)
@@ -102,7 +102,7 @@ def test_pieces_that_fit_a_cache_change_no_bit(transfer: str, monkeypatch: pytes
 @pytest.mark.parametrize("transfer", FORMATS)
 @pytest.mark.parametrize("topk", [0.01, 0.1, 0.5])
 def test_topk_carries_the_largest_changes(transfer: str, topk: float) -> None:
-    """The share of the largest |value| arrives, rounded; the others are zero; in fp32 what arrives is exact."""
+    """The fraction with the largest |value| arrives, rounded, in fp32 exactly; the others are zero."""
     codec = large_codec(transfer, topk)
     begin = codec.plan.factors_size
     contribution = random_flat(codec.plan.contribution.size, 4, torch.float32)
@@ -115,7 +115,7 @@ def test_topk_carries_the_largest_changes(transfer: str, topk: float) -> None:
 
 
 def test_the_largest_of_many_are_found_exactly() -> None:
-    """Also where a sample says first what may be among them, wherever they lie, with ties and NaN."""
+    """Also if a sample preselects the candidates, wherever they are, with ties and NaN."""
     plan = plan_from_shapes([(1, 1, 1)], [(400_000,)])
     codec = make_codec(plan, MergeConfig(replica_topk=0.001))
     normal, heavy = random_flat(plan.contribution.size, 5, torch.float32), random_flat(plan.contribution.size, 6, torch.float32)
@@ -130,7 +130,7 @@ def test_the_largest_of_many_are_found_exactly() -> None:
 
 @given(plans, merges)
 def test_sizes_are_those_of_the_formula(plan: Plan, merge: MergeConfig) -> None:
-    """Values x width, a step per block of each weight and of the replicas, and 4 bytes an index or a bit an element."""
+    """Values x width, one step per block of each weight and of the replicas, and 4 bytes per index or one bit per element."""
     codec = make_codec(plan, merge)
     replicas = plan.contribution.size - plan.factors_size
     count = min(replicas, max(1, round(merge.replica_topk * replicas)))
@@ -154,7 +154,7 @@ def test_int8_costs_less_than_one_percent_more_than_its_values() -> None:
 @pytest.mark.parametrize("transfer", FORMATS)
 @pytest.mark.parametrize("topk", [1.0, 0.5])
 def test_buffers_and_contributions_may_lie_anywhere(transfer: str, topk: float) -> None:
-    """Unaligned or strided memory, as a message may have it, gives the same values."""
+    """Unaligned or strided memory, as in a message, has the same values."""
     codec = large_codec(transfer, topk)
     contribution = random_flat(codec.plan.contribution.size, 4, torch.float32)
     (buffer,), decoded = codec.encode(contribution, None)
@@ -170,7 +170,7 @@ def test_buffers_and_contributions_may_lie_anywhere(transfer: str, topk: float) 
 @pytest.mark.parametrize("transfer", FORMATS)
 @pytest.mark.parametrize("topk", [1.0, 0.5, 0.01])
 def test_a_gpu_sends_the_same_bytes(transfer: str, topk: float) -> None:
-    """Encoding, decoding and checksums give a CPU's bits."""
+    """Encoding, decoding and checksums have the same bits as on a CPU."""
     codec = large_codec(transfer, topk)
     contribution = random_flat(codec.plan.contribution.size, 4, torch.float32)
     reference = random_flat(codec.plan.factors_size, 5, torch.float32)

@@ -1,4 +1,4 @@
-"""Contributions that can't be right: malformed buffers are refused, and non-finite values never vanish in rounding."""
+"""Invalid contributions: malformed buffers are refused, and rounding never hides non-finite values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.plans import plan_from_shapes, random_flat
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("at", [0, 5, -1])
 def test_non_finite_stays_non_finite(transfer: str, topk: float, value: float, at: int) -> None:
-    """In a factor or a replica change, with and without a reference: the receiver sees it and can refuse it."""
+    """In a factor or a replica change, with and without a reference: the receiver can detect and refuse it."""
     codec = large_codec(transfer, topk)
     contribution = random_flat(codec.plan.contribution.size, 7, torch.float32)
     contribution[at] = value
@@ -28,7 +28,7 @@ def test_non_finite_stays_non_finite(transfer: str, topk: float, value: float, a
 
 
 def test_float64_beyond_float32_comes_out_non_finite() -> None:
-    """A value that a step or bf16 can't hold isn't cut off silently."""
+    """A value beyond the range of a step or of bf16 isn't clipped silently."""
     plan = plan_from_shapes([(4, 4, 1)], [(3,)])
     for transfer in ("bf16", "int8"):
         contribution = random_flat(plan.contribution.size, 7)
@@ -41,7 +41,7 @@ def test_float64_beyond_float32_comes_out_non_finite() -> None:
 @pytest.mark.parametrize("transfer", FORMATS)
 @pytest.mark.parametrize("topk", [1.0, 0.5, 0.01])
 def test_malformed_buffers_are_refused(transfer: str, topk: float) -> None:
-    """Another length, type or shape is named with what was expected; nothing is read beyond the end."""
+    """The error names a wrong length, type or shape and the expected one; nothing is read beyond the end."""
     codec = large_codec(transfer, topk)
     (buffer,), _ = codec.encode(random_flat(codec.plan.contribution.size, 4, torch.float32), None)
     longer = torch.cat([buffer, buffer[:1]])
@@ -53,7 +53,7 @@ def test_malformed_buffers_are_refused(transfer: str, topk: float) -> None:
 
 @pytest.mark.parametrize("index", [-1, 1305, 2**31 - 1])
 def test_indices_out_of_range_are_refused(index: int) -> None:
-    """First or last, they never reach the tensor; nor do repeated ones."""
+    """First or last, they never reach the tensor; neither do repeated ones."""
     codec = large_codec("fp32", 0.01)
     (buffer,), _ = codec.encode(random_flat(codec.plan.contribution.size, 4, torch.float32), None)
     indices = buffer[-4 * 13 :].view(torch.int32)
@@ -66,7 +66,7 @@ def test_indices_out_of_range_are_refused(index: int) -> None:
 
 
 def test_wrong_bitmaps_are_refused() -> None:
-    """A bit too many or too few, none, and one beyond the last element."""
+    """One bit too many or too few, no bit, and one beyond the last element."""
     codec = large_codec("int8", 0.5)
     (buffer,), _ = codec.encode(random_flat(codec.plan.contribution.size, 4, torch.float32), None)
     bitmap = buffer[-164:]
@@ -79,7 +79,7 @@ def test_wrong_bitmaps_are_refused() -> None:
 
 
 def test_other_sizes_and_groups_are_refused() -> None:
-    """A contribution or reference of another plan or type, a missing buffer, groups that don't fit the plan."""
+    """A contribution or reference of another plan or type, a missing buffer, groups that don't match the plan."""
     codec = large_codec("int8")
     whole = random_flat(codec.plan.contribution.size, 4, torch.float32)
     buffers, _ = codec.encode(whole, None)

@@ -1,4 +1,4 @@
-"""Which entries travel together: the rule by which heads get them, and the shards' balance."""
+"""Groups of entries: how heads receive them, and the balance of shards."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ ranks = st.lists(st.integers(1, 12), min_size=1, max_size=5)
 
 
 def plans_of(shapes: list[tuple[int, int, int]], replicas: list[tuple[int, ...]], ranks: list[int]) -> list[Plan]:
-    """A plan for each of the ranks; the base is the same."""
+    """Returns one plan per rank; all have the same base."""
     return [plan_from_shapes([(out, inner, rank) for out, inner, _ in shapes], replicas) for rank in ranks]
 
 
 @given(shapes, replicas, ranks, st.sampled_from(FORMATS))
 def test_a_weight_goes_down_the_way_that_is_fewer_bytes(shapes: list, replicas: list, ranks: list, transfer: str) -> None:
-    """Summed over the heads: the other heads' factors against the dense base in fp32."""
+    """Compares, summed over the heads, the other heads' factors with the dense base in fp32."""
     plans = plans_of(shapes, replicas, ranks)
     found = make_groups(plans, MergeConfig(transfer=transfer))
     by_factors = {name for group in found if group.by_factors for name in group.names}
@@ -57,14 +57,14 @@ def test_a_weight_goes_down_the_way_that_is_fewer_bytes(shapes: list, replicas: 
     ],
 )
 def test_replicas_go_down_as_changes_where_that_costs_little(heads: int, replica: int, transfer: str, expected: bool) -> None:
-    """No more bytes, or at most 2% of what the factors take, so that heads need nothing but contributions."""
+    """If that is no more bytes, or at most 2% of the factors', so that heads need only contributions."""
     plans = plans_of([(100, 100, 10)], [(replica,)], [10] * heads)
     (found,) = [group for group in make_groups(plans, MergeConfig(transfer=transfer)) if "p0" in group.names]
     assert found.by_factors == expected
 
 
 def test_either_way_can_be_forced() -> None:
-    """`send_down` holds for all weights and replicas."""
+    """`send_down` applies to all weights and replicas."""
     plans = plans_of([(64, 64, 1), (2, 2, 1)], [(3,)], [2, 2])
     for way in ("factors", "dense"):
         found = make_groups(plans, MergeConfig(send_down=way))
@@ -73,7 +73,7 @@ def test_either_way_can_be_forced() -> None:
 
 @given(shapes, replicas, ranks, st.integers(1, 8), st.sampled_from(["auto", "dense", "factors"]))
 def test_shards_hold_each_entry_once(shapes: list, replicas: list, ranks: list, shards: int, send_down: str) -> None:
-    """Every name is in one group, in the plan's order; no shard is empty or has two groups of a kind; replicas are together."""
+    """Each name is in one group, in the plan's order; no shard is empty or has two groups of a kind; replicas are together."""
     plans = plans_of(shapes, replicas, ranks)
     shards = min(shards, len(shapes))
     found = make_groups(plans, MergeConfig(shards=shards, send_down=send_down))
@@ -100,7 +100,7 @@ def test_shards_are_balanced(shapes: list, ranks: list, shards: int) -> None:
 
 
 def test_the_costliest_weights_are_spread_first() -> None:
-    """Four small weights and one as large as all of them: 4 and 1, wherever the large one comes."""
+    """Four small weights and one as large as all of them: 4 and 1, wherever the large one is."""
     for at in range(5):
         shapes = [(8, 8, 1)] * 4
         shapes.insert(at, (16, 16, 1))
@@ -117,13 +117,13 @@ def test_replicas_count_as_work() -> None:
 
 
 def test_more_shards_than_weights_are_refused() -> None:
-    """The error says both numbers."""
+    """The error names both numbers."""
     with pytest.raises(ConfigError, match=r"--shards is 3, but the model has 2 adapted weights"):
         make_groups(plans_of([(4, 4, 1)] * 2, [(3,)], [1]), MergeConfig(shards=3))
 
 
 def test_a_part_has_only_known_entries() -> None:
-    """Its layouts are the whole's with the other entries left out; unknown names are refused."""
+    """Its layouts are those of the plan without the other entries; unknown names are refused."""
     (plan,) = plans_of([(4, 3, 1), (2, 5, 1)], [(3,), (2, 2)], [2])
     second, last = plan.adapted[1], plan.replicas[1]
     assert subplan(plan, [last.name, second.name]) == Plan((second,), (last,))
@@ -134,7 +134,7 @@ def test_a_part_has_only_known_entries() -> None:
 @pytest.mark.parametrize("transfer", FORMATS)
 @pytest.mark.parametrize("topk", [1.0, 0.3])
 def test_shards_change_no_bit_of_what_travels(transfer: str, topk: float) -> None:
-    """However the entries are spread, a contribution is decoded to the same values."""
+    """However the entries are distributed, a contribution is decoded to the same values."""
     plans = plans_of([(40, 30, 1), (7, 200, 1), (90, 5, 1)], [(700,), (5,)], [3, 3])
     contribution = random_flat(plans[0].contribution.size, 1, torch.float32)
     reference = random_flat(plans[0].factors_size, 2, torch.float32)
@@ -149,7 +149,7 @@ def test_shards_change_no_bit_of_what_travels(transfer: str, topk: float) -> Non
 
 @pytest.mark.parametrize("transfer", FORMATS)
 def test_parts_merge_as_the_whole(transfer: str) -> None:
-    """Groups merged apart, each from its own buffers alone, give the base that one merge gives."""
+    """Groups merged separately, each from its own buffers, result in the base of one merge."""
     plans = plans_of([(12, 9, 1), (7, 20, 1), (9, 5, 1)], [(70,), (5,)], [3, 2])
     merge = MergeConfig(transfer=transfer, replica_topk=0.3, shards=2)
     split = make_groups(plans, merge)

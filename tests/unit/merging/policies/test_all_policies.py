@@ -59,25 +59,25 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     st.integers(1, 60),
 )
 def test_every_built_in_policy_conforms(name: str, when: str, heads: int, seed: int, events: int) -> None:
-    """Ledger, determinism, resumption and liveness hold in runs of random contributions, lags, refusals and leaves."""
+    """The conformance kit passes: totals, determinism, resumption and liveness in runs of random events."""
     check_policy(POLICIES[name], when=[when], heads=[heads], seeds=[seed], events=events)
 
 
 @pytest.mark.parametrize("inner", ["nesterov", "delayed_nesterov", "adam", "stale", "clip"])
 def test_gating_a_policy_that_remembers_conforms(inner: str) -> None:
-    """Gated takes the inner policy's memory back with a merge that isn't kept, and saves it."""
+    """Gated restores the inner policy's state after a merge that isn't kept, and saves it."""
     check_policy(lambda: POLICIES["gated"](policy=inner), seeds=range(6 if LONG_RUN else 3))
 
 
 def test_every_policy_is_neutral_or_known_not_to_be() -> None:
-    """The table above leaves out Adam only."""
+    """The table above omits only Adam."""
     assert set(POLICIES) - set(NEUTRAL) == {"adam"}
 
 
 @pytest.mark.parametrize("name", list(NEUTRAL))
 @pytest.mark.parametrize(("num_heads", "contributing"), [(1, 1), (4, 4), (5, 3), (5, 1)])
 def test_equal_contributions_merge_as_by_average(name: str, num_heads: int, contributing: int) -> None:
-    """k of N equal changes D add k/N D, whatever the policy: what stands for k contributions counts as much as they."""
+    """k of N equal changes D add k/N D with each policy: a value that replaces k contributions has their weight."""
     pending = make_pending(contributing, same=True)
     decision = POLICIES[name](**NEUTRAL[name]).merge(pending, make_roster(num_heads))
     merge = decision.merge if isinstance(decision, Try) else decision
@@ -90,7 +90,7 @@ def test_equal_contributions_merge_as_by_average(name: str, num_heads: int, cont
     ("name", "heads"), [(n, h) for n in NEUTRAL for h in (1, 2) if (n, h) not in {("ties", 2), ("clip", 2)}]
 )
 def test_one_or_two_contributions_merge_as_by_average(name: str, heads: int) -> None:
-    """There is no majority among so few, so the robust policies average; TIES elects a sign among two, and Clip clips."""
+    """So few have no majority, so the robust policies average; TIES elects a sign among two, and Clip clips."""
     pending = make_pending(heads)
     decision = POLICIES[name](**NEUTRAL[name]).merge(pending, make_roster(4))
     merge = decision.merge if isinstance(decision, Try) else decision
@@ -99,7 +99,7 @@ def test_one_or_two_contributions_merge_as_by_average(name: str, heads: int) -> 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_the_order_of_arrival_leaves_no_trace_at_a_barrier(name: str) -> None:
-    """Whichever head comes last, the merged base is bitwise the same, in two rounds."""
+    """Whichever head arrives last, the merged base is bitwise the same, in two rounds."""
     bases = []
     for order in itertools.permutations(range(3)):
         coordinator, _ = make_coordinator(make_policy(MergeConfig(policy=name)), heads=3)
@@ -146,5 +146,5 @@ def test_every_policy_trains(name: str) -> None:
 
 
 def test_average_counts_each_contribution_once_however_many_there_are() -> None:
-    """w = 1/N with N configured, also where fewer heads live or merge."""
+    """w = 1/N with the configured N, even if fewer heads are live or merge."""
     assert Average().merge(make_pending(2), make_roster(4)).weights == {0: 0.25, 1: 0.25}

@@ -1,4 +1,4 @@
-"""Loss-gated merging: what makes the model worse isn't merged, and leaves no trace."""
+"""Loss-gated merging: a merge that makes the model worse leaves no trace."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.support.policies import PLAN, dense_change, make_coordinator, make_pe
 
 
 def contribute(coordinator: Coordinator, sequence: int) -> Tensor:
-    """The only head contributes; gives what it sent."""
+    """Lets the only head contribute, and returns the contribution."""
     sent = random_flat(PLAN.contribution.size, sequence)
     coordinator.receive(make_contribution(0, sequence), sent)
     return sent
 
 
 def test_a_merge_that_raises_the_loss_is_discarded_with_the_figures() -> None:
-    """The first is kept, the second too at an equal loss, the third isn't, and the next is judged by the last that was kept."""
+    """The first is kept, so is the second with equal loss, not the third; the next is compared with the last one kept."""
     coordinator, _ = make_coordinator(ComposedPolicy(Gated()), heads=1)
     verdicts = []
     for sequence, loss in enumerate([2.0, 2.0, 2.5, 1.0], start=1):
@@ -46,7 +46,7 @@ def test_a_merge_that_raises_the_loss_is_discarded_with_the_figures() -> None:
 
 
 def test_what_was_discarded_rides_in_the_next_contribution() -> None:
-    """The reference stays the last one that was kept, so the next merge counts the whole change since."""
+    """The reference remains that of the last merge kept, so the next merge includes the entire change since then."""
     coordinator, base = make_coordinator(ComposedPolicy(Gated()), heads=1)
     kept = contribute(coordinator, 1)
     coordinator.receive_evaluation({"loss": 1.0})
@@ -72,7 +72,7 @@ def test_what_was_discarded_rides_in_the_next_contribution() -> None:
     ],
 )
 def test_the_gate_is_max_rise_from_the_last_kept(gated: Gated, values: list[float], kept: list[bool]) -> None:
-    """Of the first metric or the named one; NaN and infinity are never kept."""
+    """For the first metric or the named one; NaN and infinity are never kept."""
     found = []
     for value in values:
         decision = gated.merge(make_pending(1), make_roster(1))
@@ -84,7 +84,7 @@ def test_the_gate_is_max_rise_from_the_last_kept(gated: Gated, values: list[floa
 
 
 def test_the_inner_policys_memory_goes_back_with_the_merge() -> None:
-    """Momentum of a merge that was discarded is forgotten: the next change is as if it had never been."""
+    """Momentum of a discarded merge is forgotten: the next change is as if that merge had never happened."""
     gated, plain = (
         Gated(policy="nesterov", args=("lr=0.5", "momentum=0.8")),
         Gated(policy="nesterov", args=("lr=0.5", "momentum=0.8")),
@@ -111,7 +111,7 @@ def test_the_inner_policys_memory_goes_back_with_the_merge() -> None:
     ],
 )
 def test_the_reason_has_the_figures(gated: Gated, values: list[float], reason: str) -> None:
-    """As the worker's evaluation gave them."""
+    """They are those of the worker's evaluation."""
     for value in values:
         decision = gated.merge(make_pending(1), make_roster(1))
         assert isinstance(decision, Try)
@@ -120,7 +120,7 @@ def test_the_reason_has_the_figures(gated: Gated, values: list[float], reason: s
 
 
 def test_the_gate_needs_its_metric() -> None:
-    """A metric that the worker doesn't give is a PolicyError that lists those it gives."""
+    """A metric that the worker doesn't return is a PolicyError that lists those it returns."""
     coordinator, _ = make_coordinator(ComposedPolicy(Gated(metric="acuracy"), name="gated"), heads=1)
     contribute(coordinator, 1)
     with pytest.raises(PolicyError, match=r"policy gated raised .*--policy.metric is 'acuracy', but .* gave: loss, accuracy"):
@@ -157,7 +157,7 @@ class Whole:
     ],
 )
 def test_a_wrong_inner_policy_is_a_config_error(make: Callable[[], object], says: str) -> None:
-    """Before the run: what was asked, what there is."""
+    """Before the run; it names the setting and the choices."""
     with pytest.raises(ConfigError, match=says):
         make()
 

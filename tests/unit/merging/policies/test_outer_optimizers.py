@@ -41,7 +41,7 @@ def test_an_outer_optimizer_steps_as_torchs(policy: object, make: Optimizer) -> 
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_n_arrivals_of_delayed_nesterov_are_one_nesterov_merge(heads: int) -> None:
-    """Where nobody trains on what is between: the sum of the N changes, in three cycles."""
+    """If no head trains on the versions in between: the sum of the N changes, in three cycles."""
     delayed, at_once = DelayedNesterov(), Nesterov()
     for turn in range(3):
         pending = make_pending(heads, seed=turn)
@@ -65,7 +65,7 @@ def test_delayed_nesterov_is_its_formula(delay: int) -> None:
 
 
 def test_momentum_counts_each_change_once_in_the_long_run() -> None:
-    """With the defaults lr / (1 - beta) = 1: after one contribution and many of nothing, the base has moved by it."""
+    """With the defaults lr / (1 - beta) = 1: after one contribution and many of zeros, the base has moved by it."""
     policy, nothing = Momentum(), make_pending(1, referenced=False)
     nothing[0].share.contribution.zero_()
     first = make_pending(1, seed=1)
@@ -77,7 +77,7 @@ def test_momentum_counts_each_change_once_in_the_long_run() -> None:
 
 @pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0])
 def test_adam_with_its_defaults_averages_small_changes_and_bounds_big_ones(size: float) -> None:
-    """The first merge moves each element by lr D / (|D| + eps): D itself far below eps = lr, and lr at most."""
+    """The first merge moves each element by lr D / (|D| + eps): by D far below eps = lr, and by lr at most."""
     pending = make_pending(1, referenced=False)
     pending[0].share.contribution.mul_(size)
     found, change = Adam().merge(pending, make_roster(1)).change, dense_changes(pending)[0]
@@ -86,7 +86,7 @@ def test_adam_with_its_defaults_averages_small_changes_and_bounds_big_ones(size:
 
 @pytest.mark.parametrize("policy", [Momentum(), Nesterov(), DelayedNesterov(), Adam()], ids=lambda p: type(p).__name__)
 def test_a_change_isnt_touched_by_later_merges(policy: object) -> None:
-    """The coordinator carries decisions out later, so what was returned must stay."""
+    """The coordinator executes decisions later, so a returned change must not be modified."""
     first = policy.merge(make_pending(2), make_roster(2)).change  # type: ignore[attr-defined]
     kept = first.clone()
     policy.merge(make_pending(2, seed=1), make_roster(2))  # type: ignore[attr-defined]
@@ -95,7 +95,7 @@ def test_a_change_isnt_touched_by_later_merges(policy: object) -> None:
 
 @pytest.mark.parametrize("policy", [Momentum, Nesterov, DelayedNesterov, Adam])
 def test_state_before_the_first_merge_is_empty_and_loading_it_begins_anew(policy: type) -> None:
-    """A run that is resumed at version 0 merges as one that starts; state reaches the policy through ComposedPolicy."""
+    """A run resumed at version 0 merges as a new one; the state passes through ComposedPolicy."""
     scheduled, pending = ComposedPolicy(policy()), make_pending(2)
     assert scheduled.state() == {}
     first = scheduled.decide(pending, make_roster(2))

@@ -1,4 +1,4 @@
-"""Robust policies, against dense arithmetic; and what a wrong head can do to them."""
+"""Robust policies, compared with dense arithmetic; and what a bad head can do to them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_median_is_that_of_each_element(heads: int, seed: int) -> None:
 
 @given(st.integers(1, 9), st.integers(0, 99), st.sampled_from([0.0, 0.1, 0.25, 1 / 3, 0.49]))
 def test_the_trimmed_mean_is_that_of_each_element(heads: int, seed: int, trim: float) -> None:
-    """The mean of what is left of the sorted changes, without floor(trim k) at each end; k/N times."""
+    """k/N times the mean of the sorted changes without floor(trim k) at each end."""
     pending, out = (
         make_pending(heads, seed),
         {0.0: 0, 0.1: 0, 0.25: heads // 4, 1 / 3: heads // 3, 0.49: int(0.49 * heads)}[trim],
@@ -43,7 +43,7 @@ def test_the_trimmed_mean_is_that_of_each_element(heads: int, seed: int, trim: f
 
 
 def test_trim_counts_heads_not_rounding_errors() -> None:
-    """0.1 of 30 contributions is 3 at each end, though 0.1 * 30 needn't be 3 in floating point."""
+    """0.1 of 30 contributions is 3 at each end, though 0.1 * 30 may not be 3 in floating point."""
     plan = plan_from_shapes([], [(1,)])
     pending = make_pending(30, plan=plan, referenced=False)
     for i, p in enumerate(pending):
@@ -53,7 +53,7 @@ def test_trim_counts_heads_not_rounding_errors() -> None:
 
 
 def test_pieces_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reducing a layer piece by piece changes nothing."""
+    """Reducing a layer chunk by chunk changes nothing."""
     pending, roster = make_pending(5), make_roster(5)
     whole = [policy.merge(pending, roster).change for policy in (Median(), TrimmedMean())]
     monkeypatch.setattr(elementwise, "CHUNK", 7)
@@ -64,7 +64,7 @@ def test_pieces_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_transposed_weight_is_laid_out_as_it_is_stored() -> None:
-    """Changes of weights stored as in x out, and of several dimensions, come out in the base's own layout."""
+    """Changes of weights stored as in x out, and of several dimensions, are returned in the base's layout."""
     plan = Plan((Adapted("t", (4, 6), 2, 1.5, transposed=True), Adapted("c", (3, 2, 2), 1, 1.0)), (Replica("p", (2,)),))
     pending = make_pending(3, plan=plan)
     expected = torch.stack([p.change() for p in pending]).median(dim=0).values
@@ -77,7 +77,7 @@ ROBUST: list[Callable[[], object]] = [Median, TrimmedMean, lambda: Krum(faulty=1
 @pytest.mark.parametrize("make", ROBUST)
 @pytest.mark.parametrize("wrong", [0, 2, 4])
 def test_one_wrong_head_of_five_cant_move_the_base_far(make: Callable[[], object], wrong: int) -> None:
-    """However large its contribution is, the change stays within what the sound ones span; the average doesn't."""
+    """However large its contribution is, the change stays within the range of the good ones; the average doesn't."""
     pending = make_pending(5, referenced=False)
     pending[wrong].share.contribution.mul_(1e6)
     sound = dense_changes([p for p in pending if p.head != wrong])
@@ -90,7 +90,7 @@ def test_one_wrong_head_of_five_cant_move_the_base_far(make: Callable[[], object
 
 
 def test_clipping_bounds_a_wrong_head_by_the_others() -> None:
-    """It counts at most twice the median norm."""
+    """Its weighted norm is at most twice the median norm."""
     pending = make_pending(5, referenced=False)
     pending[3].share.contribution.mul_(1e6)
     found = change_from_decision(Clip().merge(pending, make_roster(5)), pending)
@@ -114,7 +114,7 @@ def test_gram_is_that_of_the_dense_changes(shapes: list[tuple[int, int, int]], h
 
 
 def test_gram_takes_heads_of_different_ranks() -> None:
-    """The base is the same, the factors aren't."""
+    """The base is the same, the factors differ."""
     plans = [plan_from_shapes([(6, 5, rank), (3, 4, 1)], [(4,)], scaling=2.0) for rank in (1, 2, 4)]
     shares = [Share(1.0, plan, random_flat(plan.contribution.size, i), None) for i, plan in enumerate(plans)]
     changes = torch.stack([dense_change(_pending(i, share)) for i, share in enumerate(shares)])
@@ -129,7 +129,7 @@ def _pending(head: int, share: Share) -> object:
 
 
 def krum_by_hand(changes: torch.Tensor, faulty: int, keep: int) -> list[int]:
-    """The heads that Krum keeps, from dense distances (Blanchard et al. 2017, section 4)."""
+    """Returns the heads that Krum keeps, from dense distances (Blanchard et al. 2017, section 4)."""
     k = len(changes)
     scores = []
     for i in range(k):
@@ -140,7 +140,7 @@ def krum_by_hand(changes: torch.Tensor, faulty: int, keep: int) -> list[int]:
 
 @given(st.integers(3, 7), st.integers(0, 99), st.integers(0, 2), st.integers(0, 3))
 def test_krum_keeps_those_with_the_nearest_neighbours(heads: int, seed: int, faulty: int, keep: int) -> None:
-    """By dense distances; those kept share the weight k/N, the others weigh 0."""
+    """By dense distances; those kept share the weight k/N, the others have weight 0."""
     pending = make_pending(heads, seed)
     weights = Krum(faulty=faulty, keep=keep).merge(pending, make_roster(8)).weights
     m = min(heads, keep or heads - faulty)

@@ -76,12 +76,12 @@ def test_equal_amounts_are_the_average(num_heads: int, amount: float, contributi
 
 
 def test_nothing_at_all_is_the_average() -> None:
-    """Amounts of 0 only (no samples) don't divide by zero."""
+    """Amounts of only 0 (no samples) don't divide by zero."""
     assert RollingWeights().weights({0: 0.0, 1: 0.0}, 4) == {0: 0.25, 1: 0.25}
 
 
 def test_samples_weigh_in_proportion() -> None:
-    """FedAvg's n_i / n where all heads merge together."""
+    """FedAvg's n_i / n if all heads merge together."""
     merge = Samples().merge(make_pending(3, samples=[10, 20, 70]), make_roster(3))
     assert merge.weights == pytest.approx({0: 0.1, 1: 0.2, 2: 0.7})
 
@@ -97,14 +97,14 @@ def test_samples_weigh_in_proportion() -> None:
     ],
 )
 def test_discounts_are_the_formulas(stale: Stale, discounts: list[float]) -> None:
-    """Of lags 0, 1 and 3; normalised over one merge of all."""
+    """For lags 0, 1 and 3; normalized over one merge of all."""
     merge = stale.merge(make_pending(3, lags=[0, 1, 3]), make_roster(3))
     assert list(merge.weights.values()) == pytest.approx([d / sum(discounts) for d in discounts])
 
 
 @given(st.sampled_from(["none", "constant", "polynomial"]), st.integers(1, 5), st.integers(0, 9), st.booleans())
 def test_equally_stale_contributions_are_the_average(discount: str, heads: int, lag: int, at_once: bool) -> None:
-    """A discount that hits all alike changes nothing, at once or one by one: the weights stay normalised."""
+    """An equal discount for all changes nothing, at once or one by one: the weights stay normalized."""
     stale, pending = Stale(discount=discount), make_pending(heads, lags=[lag] * heads)  # type: ignore[arg-type]
     merges = [pending] if at_once else [[p] for p in pending]
     weights = {h: w for batch in merges for h, w in stale.merge(batch, make_roster(heads)).weights.items()}
@@ -113,7 +113,7 @@ def test_equally_stale_contributions_are_the_average(discount: str, heads: int, 
 
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=5), st.sampled_from(["constant", "polynomial"]))
 def test_a_cycle_with_the_same_lags_weighs_as_much_as_the_averages(lags: list[int], discount: str) -> None:
-    """One by one, in steady state: late heads get less, fresh ones more, and all together 1."""
+    """One by one, in steady state: late heads get less, fresh ones more, together 1."""
     stale, heads = Stale(discount=discount), len(lags)  # type: ignore[arg-type]
     pending, weights = make_pending(heads, lags=lags), {}
     for _ in range(2):
@@ -124,7 +124,7 @@ def test_a_cycle_with_the_same_lags_weighs_as_much_as_the_averages(lags: list[in
 
 
 def test_stale_may_count_samples_too() -> None:
-    """d_i n_i, normalised."""
+    """d_i n_i, normalized."""
     merge = Stale(power=1.0, by_samples=True).merge(make_pending(2, lags=[0, 1], samples=[10, 60]), make_roster(2))
     assert merge.weights == pytest.approx({0: 0.25, 1: 0.75})
 
