@@ -1,11 +1,13 @@
 """Merging: the arithmetic of low-rank products, and the policies that decide which contributions are merged, and how.
 
-low_rank      sums, norms and scalar products of low-rank changes
-flat_buffer   named tensors in one flat buffer
-policy        the plug-in point: what a policy sees and what it may decide
-policy_args   a policy's own arguments, checked by their annotations
-policies/     the built-in merge rules by family, and `trigger`: when to merge
-registry      the built-in policies by name; combines a rule and a trigger into a policy
+    low_rank      sums, norms and scalar products of low-rank changes
+    flat_buffer   named tensors in one flat buffer
+    policy        the plug-in point: what a policy sees and what it may decide
+    policy_args   a policy's own arguments, checked by their annotations
+    policies/     the built-in merge rules by family, and `trigger`: when to merge
+    registry      the built-in policies by name; combines a rule and a trigger into a policy
+
+Nothing here depends on the coordinator, which executes the decisions.
 """
 
 from lte_ray.merging.policies.outer_optimizers import Adam, DelayedNesterov, Momentum, Nesterov

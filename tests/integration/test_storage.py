@@ -25,7 +25,7 @@ from lte_ray.run import metrics
 from lte_ray.run.metrics import Progress, SilentReporter
 from lte_ray.storage import RunDirectory
 from tests.support import faulty_storage
-from tests.support.faulty_storage import FaultyHandler, Script, fail
+from tests.support.faulty_storage import FaultScript, FaultyHandler, fail
 from tests.support.ray_runs import DropoutRegression
 
 ray.cloudpickle.register_pickle_by_value(faulty_storage)
@@ -49,7 +49,7 @@ class Slow(DropoutRegression):
 class StorageFault(SilentReporter):
     """Starts faults of the storage at a version and ends them after some seconds; records the notes it was to display."""
 
-    def __init__(self, script: Script, faults: list[dict[str, Any]], version: int, seconds: float) -> None:
+    def __init__(self, script: FaultScript, faults: list[dict[str, Any]], version: int, seconds: float) -> None:
         self.script, self.faults, self.version, self.seconds = script, faults, version, seconds
         self.since: float | None = None
         self.met = 0
@@ -61,7 +61,7 @@ class StorageFault(SilentReporter):
             self.since = time.monotonic()
             self.script.write(*self.faults)
         elif self.since is not None and time.monotonic() - self.since > self.seconds:
-            self.met = self.script.met()
+            self.met = self.script.count_met()
             self.script.write()
             self.seconds = float("inf")
 
@@ -100,7 +100,7 @@ def test_a_run_waits_for_storage_that_fails_for_a_while(
     local_ray: None, tmp_path: Path, faults: list[dict[str, Any]], message: str | None
 ) -> None:
     """Training continues, failed writes are retried, and the run ends with its last checkpoint, all rows, and the model."""
-    script = Script(str(tmp_path / "script.json"))
+    script = FaultScript(str(tmp_path / "script.json"))
     script.write()
     reporter = StorageFault(script, faults, version=5, seconds=4.0)
     result = trainer(tmp_path, reporter).fit()
@@ -128,7 +128,7 @@ class UpdateGaps(StorageFault):
 
 def test_a_dead_head_is_replaced_while_storage_hangs(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write of the metrics takes longer than the run; a head dies meanwhile, and nothing is lost."""
-    script = Script(str(tmp_path / "script.json"))
+    script = FaultScript(str(tmp_path / "script.json"))
     script.write()
     faults = tmp_path / "faults"
     faults.mkdir()
@@ -150,7 +150,7 @@ def test_a_dead_head_is_replaced_while_storage_hangs(local_ray: None, tmp_path: 
 
 def test_a_checkpoint_with_a_missing_part_does_not_count(local_ray: None, tmp_path: Path) -> None:
     """One head's files can't be written for a while: every complete checkpoint has all heads' states; the run says why."""
-    script = Script(str(tmp_path / "script.json"))
+    script = FaultScript(str(tmp_path / "script.json"))
     script.write()
     reporter = StorageFault(script, [fail(match="*/head-0001*", errno="EACCES")], version=5, seconds=2.0)
     run = trainer(tmp_path, reporter, steps=200)
@@ -174,7 +174,7 @@ def test_a_run_whose_storage_never_recovers_exports_its_weights(
 
     The next driver resumes from the last complete checkpoint and reaches the same weights, bit by bit.
     """
-    script = Script(str(tmp_path / "script.json"))
+    script = FaultScript(str(tmp_path / "script.json"))
     script.write()
     reporter = StorageFault(script, [fail(match="*/checkpoints/*", errno="ENOSPC")], version=5, seconds=float("inf"))
     failing = trainer(tmp_path, reporter)

@@ -1,4 +1,4 @@
-"""Heads that obey the data ledger's orders, and a world in which anything may happen to them; with numbers only."""
+"""A model of heads that apply assignments and revocations, to which anything may happen; with numbers only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EVENTS = ["step", "contribute", "merge", "refuse", "order", "kill", "restart", "
 
 @dataclass
 class SentContribution:
-    """A contribution: the slots that it holds end at `until` of all that its head has trained."""
+    """A contribution: of all slots that its head has trained, it includes those up to index `until`."""
 
     until: int
     partitions: Partitions
@@ -27,7 +27,7 @@ class SentContribution:
 
 @dataclass
 class WorldHead:
-    """One incarnation of a head: what it owns, has trained, and how much of that was merged."""
+    """One incarnation of a head: its partitions, the slots that it has trained, and how many of these are merged."""
 
     partitions: Partitions
     assignment_id: int = 0
@@ -55,12 +55,12 @@ class WorldHead:
 
 
 def new_assignor(num_heads: int) -> PartitionAssignor:
-    """A new run's."""
+    """Returns the assignor of a new run."""
     return PartitionAssignor({head: initial_partitions(head, num_heads) for head in range(num_heads)})
 
 
 class AssignmentWorld:
-    """A coordinator's ledger, the heads that run, and every slot that was merged."""
+    """A coordinator's assignor, the running heads, and all merged slots."""
 
     def __init__(self, num_heads: int) -> None:
         self.assignor = new_assignor(num_heads)
@@ -75,7 +75,7 @@ class AssignmentWorld:
         return set(self.heads)
 
     def play(self, event: str, pick: int, amount: int) -> None:
-        """One event; where it needs a head, the `pick`-th of those that there are."""
+        """Plays one event; if it needs a head, for the `pick`-th of those available."""
         known = sorted(self.heads if event in EVENTS[:6] else self.down if event == "restart" else self.live | self.down)
         if event in ("admit", "reshard", "commit", "crash"):
             getattr(self, event)(*([1 + amount % 6] if event == "reshard" else []))
@@ -91,7 +91,7 @@ class AssignmentWorld:
         self.heads[head].contribute()
 
     def merge(self, head: int) -> None:
-        """What the head has sent is merged; where it doesn't fit the ledger, the head starts anew."""
+        """Merges what the head has sent; if that doesn't match the assignor's state, restarts the head."""
         it = self.heads[head]
         sent, it.sent = it.sent, None
         if sent is None:
@@ -137,7 +137,7 @@ class AssignmentWorld:
         self.committed: Any = state, len(self.merged), {n: (head, head.merged) for n, head in self.heads.items()}
 
     def crash(self) -> None:
-        """The coordinator is lost, with all merges since its last commit. Heads that were there then contribute again."""
+        """Loses the coordinator with all merges since its last commit. Heads from before it contribute again."""
         state, merged, heads = self.committed
         self.assignor = PartitionAssignor.from_state(state)
         del self.merged[merged:]
@@ -152,7 +152,7 @@ class AssignmentWorld:
             self.assignor.remove_head(number)
 
     def check(self) -> None:
-        """No slot was merged twice, none is lost, and the accounts are whole."""
+        """Asserts that no slot was merged twice, none is lost, and the state is consistent."""
         assert not [slot for slot, count in Counter(self.merged).items() if count > 1]
         self.assignor.validate()
         left = [*self.assignor.unassigned, *(lane for lanes in self.assignor.owners().values() for lane in lanes)]
@@ -162,7 +162,7 @@ class AssignmentWorld:
         assert open_.isdisjoint(self.merged)
 
     def settle(self) -> None:
-        """All heads are up, and merge all that they train, until nobody waits for lanes."""
+        """Starts all heads and merges all that they train, until no head waits for partitions."""
         for head in sorted(self.down):
             self.restart(head)
         if not self.heads:

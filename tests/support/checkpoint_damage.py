@@ -1,4 +1,4 @@
-"""A small checkpoint to be damaged, and all the reading that a resumed run or an export does."""
+"""A small checkpoint to damage, and everything that a resumed run or an export reads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FOLDER = "checkpoints/000001"
 
 
 def write_checkpoint(directory: RunDirectory, version: int = 1) -> checkpoint.Manifest:
-    """A whole checkpoint with every kind of file."""
+    """Writes a complete checkpoint with every kind of file."""
     directory.create()
     factors = {e.name: torch.ones(e.shape) for e in PLAN.contribution.entries[: 2 * len(PLAN.adapted)]}
     state = {f"factor.{name}": tensor for name, tensor in factors.items()} | {"reference": torch.zeros(3)}
@@ -36,19 +36,19 @@ def write_checkpoint(directory: RunDirectory, version: int = 1) -> checkpoint.Ma
 
 
 def copy_run(intact: Path, to: Path) -> RunDirectory:
-    """A run directory `to`/run like the intact one."""
+    """Copies the intact run directory to `to`/run."""
     shutil.rmtree(to / "run", ignore_errors=True)
     shutil.copytree(intact, to / "run")
     return RunDirectory.open(str(to), "run")
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """All files in a folder, and what they hold."""
+    """Returns the contents of all files in a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def read_all(directory: RunDirectory) -> list[str]:
-    """Reads all that a resumed run or an export reads, and gives what was complained about."""
+    """Reads all that a resumed run or an export reads, and returns the error messages."""
     said: list[str] = []
 
     def attempt(read: Callable[..., Any], *arguments: Any) -> Any:
@@ -76,7 +76,7 @@ def read_all(directory: RunDirectory) -> list[str]:
 
 
 def read_and_check(directory: RunDirectory) -> list[str]:
-    """As `read_all`: with whatever is read, nothing is changed, and each complaint is one printable line."""
+    """As `read_all`, and asserts that reading changes nothing and that messages are short and printable."""
     root = Path(directory.path).parent
     before = read_files(root)
     said = read_all(directory)
@@ -88,7 +88,7 @@ def read_and_check(directory: RunDirectory) -> list[str]:
 
 
 def forge_file(tmp_path: Path, name: str, content: bytes) -> None:
-    """Puts the file there, with a manifest that lists it as it is."""
+    """Writes the file, and a manifest with its size and hash."""
     folder = tmp_path / "run" / "checkpoints" / "000001"
     (folder / name).write_bytes(content)
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -1,4 +1,4 @@
-"""Shared by the tests of transfer: codecs for small plans."""
+"""Codecs for small plans."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ FORMATS = ["fp32", "bf16", "int8"]
 
 
 def make_codec(plan: Plan, merge: MergeConfig, dtype: torch.dtype = torch.float32) -> Codec:
-    """The codec of two heads with this plan."""
+    """Returns the codec of two heads with this plan."""
     return Codec(plan, make_groups([plan, plan], merge), merge, dtype)
 
 
 def large_codec(transfer: str, topk: float = 1.0) -> Codec:
-    """Blocks with a rest in every segment, and replicas of which few enough may travel for indices."""
+    """Returns a codec with a partial block in each segment, and few enough replica elements sent for indices."""
     plan = plan_from_shapes([(40, 30, 3), (7, 200, 5)], [(1300,), (5,)])
     return make_codec(plan, MergeConfig(transfer=transfer, replica_topk=topk, send_down="dense"))

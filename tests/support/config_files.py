@@ -1,4 +1,4 @@
-"""What a file given to --config comes to."""
+"""Parsing a file passed to --config."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GOOD = "workers.regression:Regression"
 
 
 def parse_config(path: Path, *flags: str, worker: type | None = Regression) -> Parsed | UserError | int:
-    """Settings, one of our errors, or the exit code where a flag doesn't parse; anything else is raised."""
+    """Returns settings, one of our errors, or the exit code of a flag that doesn't parse; raises anything else."""
     try:
         return parse(worker, GOOD, ["--config", str(path), *flags])
     except UserError as error:

@@ -15,7 +15,7 @@ from tests.support.tiny_worker import Tiny
 
 
 class DenseHead:
-    """A head written out without adapters: the unconverted model runs on W~ + s B A, all dense.
+    """A head without adapters: the unconverted model computes with the dense W~ + s B A.
 
     Starts with the main weights, replicas and A of `like`.
     """
@@ -34,7 +34,7 @@ class DenseHead:
         self.batches = endless_batches(worker, Shard(like.number, like.settings.lte.num_heads, seed))
 
     def product(self, name: str) -> Tensor:
-        """s B A of a main weight."""
+        """Returns s B A of a main weight."""
         return self.s * (self.b[name] @ self.a[name])
 
     def train(self, steps: int) -> None:
@@ -50,13 +50,13 @@ class DenseHead:
 
 
 def split_flat(flat: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
-    """Cuts a flat buffer into tensors of these shapes, laid end to end."""
+    """Splits a flat buffer into consecutive tensors of these shapes."""
     parts = torch.split(flat, [math.prod(shape) for shape in shapes])
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def dense_change_by_formula(plan: Plan, contribution: Tensor, reference: Tensor | None) -> Tensor:
-    """The change of one contribution, from the formula: s (B A - B' A') of each weight, then the replica changes."""
+    """Returns the change of one contribution: s (B A - B' A') of each weight, then the replica changes."""
     shapes = [shape for spec in plan.adapted for shape in ((spec.rank, spec.shape[1]), (spec.shape[0], spec.rank))]
     size = sum(math.prod(shape) for shape in shapes)
     new = split_flat(contribution[:size], shapes)

@@ -1,4 +1,4 @@
-"""What the export tests share: a worker of small models of every kind, and run directories made without Ray."""
+"""A worker with small models of every kind, and run directories created without Ray."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SEED, CLASSES, WORDS = 5, 6, 40
 
 
 class Cnn(nn.Module):
-    """Convolutions, plain and of the kinds that PEFT computes otherwise, batch normalisation, a tied pair of layers."""
+    """Convolutions, plain and of kinds that PEFT computes differently, batch normalization, two layers with a shared weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Wrapped(nn.Module):
 
 
 class Headed(Wrapped):
-    """With a trained layer beside it."""
+    """With another trained layer."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net)
@@ -90,7 +90,7 @@ class Headed(Wrapped):
 
 
 class Lone(nn.Module):
-    """A parameter that the model itself holds."""
+    """With a parameter of the model itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Lone(nn.Module):
 
 
 class Attending(nn.Module):
-    """torch's own encoder layer, and a linear one."""
+    """An encoder layer of torch, and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class Attending(nn.Module):
 
 
 class Attended(nn.Module):
-    """torch's attention between linear layers that outweigh it."""
+    """torch's attention between larger linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class Clash(nn.Module):
 
 
 class Enclosed(nn.Module):
-    """A lone parameter in a module that holds nearly all of the model."""
+    """A lone parameter in a module that contains nearly all of the model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class Enclosed(nn.Module):
 
 
 class Counting(nn.Module):
-    """A buffer of a layer that training changes and that no merge knows."""
+    """With a buffer that training changes and that isn't merged."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -261,7 +261,7 @@ class ExportWorker:
 
 
 class Needy(ExportWorker):
-    """Has a setting that no run of another worker knows."""
+    """Has a required setting that runs of other workers don't record."""
 
     def __init__(self, need: int) -> None:
         super().__init__()
@@ -288,7 +288,7 @@ def settings(**lte: Any) -> Settings:
 
 
 def train_without_contributing(head: Any, steps: int = 2) -> None:
-    """Lets a head go on without contributing, so that it is ahead of the main weights."""
+    """Trains a head without contributing, so that it is ahead of the main weights."""
     with head.rng.swapped_in():
         for _ in range(steps):
             head.backward(head.next_batch())
@@ -306,13 +306,13 @@ def save_run(
     whole: bool = True,
     worker: ExportWorker | None = None,
 ) -> tuple[Path, InProcessRun]:
-    """Trains without Ray and leaves what a run leaves: ``run.toml``, a checkpoint, ``model.safetensors``.
+    """Trains without Ray, and writes what a run writes: ``run.toml``, a checkpoint, ``model.safetensors``.
 
     Args:
-        heads: whose state the checkpoint holds.
-        ahead: each head then trains on beyond the last merge.
-        whole: whether the run has ended.
-        worker: instead of the one that builds `kind`.
+        heads: the heads whose states are in the checkpoint.
+        ahead: whether each head then trains beyond the last merge.
+        whole: whether the run has finished.
+        worker: use this instead of the worker that builds `kind`.
     """
     worker = worker or ExportWorker(kind)
     directory = RunDirectory.open(str(root), name)
@@ -345,5 +345,5 @@ def write_checkpoint(directory: RunDirectory, given: Settings, done: InProcessRu
 
 
 def built(kind: str) -> nn.Module:
-    """The initial model, as a user builds it."""
+    """Returns the initial model, as a user builds it."""
     return build_model(ExportWorker(kind), SEED).eval()

@@ -31,9 +31,9 @@ import pyarrow.fs as pafs
 from lte_ray.storage import RunDirectory
 
 
-def faulty(root: Path, name: str = "run", *, patience: float = 60.0) -> tuple[RunDirectory, Script]:
-    """A run directory in `root`/storage on such a filesystem, and its script, empty."""
-    script = Script(str(root / "script.json"))
+def faulty(root: Path, name: str = "run", *, patience: float = 60.0) -> tuple[RunDirectory, FaultScript]:
+    """Returns a run directory in `root`/storage on such a filesystem, and its script, which is empty."""
+    script = FaultScript(str(root / "script.json"))
     script.write()
     filesystem = pafs.PyFileSystem(FaultyHandler(script.path))
     return RunDirectory.open(str(root / "storage"), name, filesystem, patience=patience), script
@@ -43,8 +43,8 @@ def fail(kind: str = "fail", op: str = "write", **more: Any) -> dict[str, Any]:
     return {"kind": kind, "op": op, "match": "*", **more}
 
 
-class Time:
-    """A clock that only waiting moves, and what is done while it waits."""
+class FakeClock:
+    """A clock that only waiting advances; it can run an action while waiting."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -58,26 +58,26 @@ class Time:
 
 
 @dataclass(frozen=True)
-class Script:
-    """The faults that are to happen, in a file."""
+class FaultScript:
+    """The scripted faults, in a file."""
 
     path: str
 
     def write(self, *faults: dict[str, Any]) -> None:
-        """Replaces all faults; counting begins anew."""
+        """Replaces all faults; counts restart."""
         for count in Path(self.path).parent.glob("script.json.*"):
             count.unlink()
         part = Path(self.path + "-part")
         part.write_text(json.dumps(faults))
         part.replace(self.path)
 
-    def met(self, index: int = 0) -> int:
-        """How many operations the fault of this index was meant for so far, in all processes."""
+    def count_met(self, index: int = 0) -> int:
+        """Returns how many operations the fault with this index has matched so far, in all processes."""
         count = Path(f"{self.path}.{index}")
         return count.stat().st_size if count.exists() else 0
 
     def faults(self, op: str, path: str) -> list[dict[str, Any]]:
-        """Those that are due now; counts the operation."""
+        """Returns the faults for this operation, and counts it."""
         due = []
         for index, fault in enumerate(json.loads(Path(self.path).read_text())):
             if fault["op"] not in ("*", op) or not fnmatch.fnmatch(path, fault["match"]):
@@ -91,8 +91,8 @@ class Script:
                 due.append(fault)
         return due
 
-    def meet(self, op: str, path: str) -> list[dict[str, Any]]:
-        """Is slow or fails; gives the faults that the operation itself must make."""
+    def apply(self, op: str, path: str) -> list[dict[str, Any]]:
+        """Sleeps or raises; returns the faults that the operation itself must apply."""
         due = self.faults(op, path)
         for fault in due:
             if fault["kind"] == "slow":
@@ -107,8 +107,8 @@ def error_of(fault: dict[str, Any]) -> OSError:
     return OSError(number, os.strerror(number))
 
 
-class Torn:
-    """A stream that takes half of what it is given."""
+class TornStream:
+    """A stream that writes only half of its input."""
 
     def __init__(self, stream: Any, fault: dict[str, Any]) -> None:
         self._stream, self._fault = stream, fault
@@ -130,10 +130,10 @@ class Torn:
 
 
 class FaultyHandler(pafs.FileSystemHandler):
-    """Local files with the script's faults. It can be sent to other processes."""
+    """Local files with the script's faults. It can be pickled for other processes."""
 
     def __init__(self, script: str) -> None:
-        self._script = Script(script)
+        self._script = FaultScript(script)
         self._local = pafs.LocalFileSystem()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -153,54 +153,54 @@ class FaultyHandler(pafs.FileSystemHandler):
 
     def get_file_info(self, paths: list[str]) -> list[Any]:
         for path in paths:
-            self._script.meet("look", path)
+            self._script.apply("look", path)
         return list(self._local.get_file_info(paths))
 
     def get_file_info_selector(self, selector: Any) -> list[Any]:
-        self._script.meet("look", selector.base_dir)
+        self._script.apply("look", selector.base_dir)
         return list(self._local.get_file_info(selector))
 
     def create_dir(self, path: str, recursive: bool) -> None:
-        self._script.meet("make", path)
+        self._script.apply("make", path)
         self._local.create_dir(path, recursive=recursive)
 
     def delete_dir(self, path: str) -> None:
-        self._script.meet("delete", path)
+        self._script.apply("delete", path)
         self._local.delete_dir(path)
 
     def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
-        self._script.meet("delete", path)
+        self._script.apply("delete", path)
         self._local.delete_dir_contents(path, missing_dir_ok=missing_dir_ok)
 
     def delete_root_dir_contents(self) -> None:
         raise NotImplementedError
 
     def delete_file(self, path: str) -> None:
-        self._script.meet("delete", path)
+        self._script.apply("delete", path)
         self._local.delete_file(path)
 
     def move(self, src: str, dest: str) -> None:
-        self._script.meet("move", dest)
+        self._script.apply("move", dest)
         self._local.move(src, dest)
 
     def copy_file(self, src: str, dest: str) -> None:
-        self._script.meet("write", dest)
+        self._script.apply("write", dest)
         self._local.copy_file(src, dest)
 
     def open_input_stream(self, path: str) -> Any:
-        self._script.meet("read", path)
+        self._script.apply("read", path)
         return self._local.open_input_stream(path)
 
     def open_input_file(self, path: str) -> Any:
-        self._script.meet("read", path)
+        self._script.apply("read", path)
         return self._local.open_input_file(path)
 
     def open_output_stream(self, path: str, metadata: Any) -> Any:
-        torn = self._script.meet("write", path)
+        torn = self._script.apply("write", path)
         stream = self._local.open_output_stream(path, metadata=metadata)
-        return pa.PythonFile(Torn(stream, torn[0]), mode="w") if torn else stream
+        return pa.PythonFile(TornStream(stream, torn[0]), mode="w") if torn else stream
 
     def open_append_stream(self, path: str, metadata: Any) -> Any:
-        torn = self._script.meet("append", path)
+        torn = self._script.apply("append", path)
         stream = self._local.open_append_stream(path, metadata=metadata)
-        return pa.PythonFile(Torn(stream, torn[0]), mode="w") if torn else stream
+        return pa.PythonFile(TornStream(stream, torn[0]), mode="w") if torn else stream

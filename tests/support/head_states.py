@@ -12,11 +12,11 @@ from lte_ray.messages import CheckpointRequest
 
 
 def head_state(head: Head) -> SavedState:
-    """The head's state at the version that it has adopted, which holds all that it has heard was merged."""
+    """Returns the head's state at the version that it has adopted, with all that it knows to be merged."""
     return snapshot(head, CheckpointRequest(head.version, {head.number: head.state.merged.sequence}))
 
 
 def through_file(state: SavedState) -> SavedState:
-    """The state as a checkpoint keeps it: safetensors and JSON."""
+    """Returns the state after a round trip through a checkpoint's formats: safetensors and JSON."""
     tensors, meta = state
     return safetensors.torch.load(safetensors.torch.save(tensors)), json.loads(json.dumps(meta))

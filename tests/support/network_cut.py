@@ -1,9 +1,10 @@
-"""A run on two nodes with networks of their own, of which one is cut off: a program of its own, in a network of its own.
+"""A run on two nodes with separate networks, one of which is cut off for a while; runs as a program in its own network.
 
-Usage: unshare --net python network_cut.py FOLDER SECONDS. Prints the result's figures; exits with 0 if the run came to its end.
+Usage: unshare --net python network_cut.py FOLDER SECONDS. Prints the result's metrics; exits with 0 if the run finished.
 
-The second node's processes live in another network namespace, joined to this one by a pair of virtual interfaces. The cut sets
-that pair down: packets vanish, and no connection is closed. All of it goes when the processes end. Needs CAP_NET_ADMIN.
+The second node's processes are in another network namespace, connected to this one by a pair of virtual interfaces. The cut
+sets that pair down: packets are lost, and no connection is closed. Everything disappears with the processes. Needs
+CAP_NET_ADMIN.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def run_command(command: str) -> None:
 
 
 def join_networks() -> subprocess.Popen[bytes]:
-    """A process whose network is another, joined to ours."""
+    """Starts a process in another network, and connects that to ours."""
     other = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
     ours = Path("/proc/self/ns/net").readlink()
     while Path(f"/proc/{other.pid}/ns/net").readlink() == ours:
@@ -52,7 +53,7 @@ def join_networks() -> subprocess.Popen[bytes]:
 
 
 class CutOffNode:
-    """The node that is cut off; whoever looks after it starts it again when it has ended."""
+    """The node that is cut off."""
 
     def __init__(self, network: int, log: Path) -> None:
         self._network, self._log, self.starts = network, log, 0
@@ -72,7 +73,7 @@ class CutOffNode:
 
 
 def main(folder: Path, seconds: float) -> int:
-    """Runs it; 0 if all is well."""
+    """Runs the scenario; returns 0 if the run finished."""
     network = join_networks()
     start = [*RAY, "--head", "--port", str(PORT), "--node-ip-address", HERE, "--include-dashboard", "false"]
     head = subprocess.Popen(start, stdout=(folder / "head.log").open("wb"), stderr=subprocess.STDOUT)
@@ -107,7 +108,7 @@ def main(folder: Path, seconds: float) -> int:
 
 
 def connect(address: str, head: subprocess.Popen[bytes]) -> None:
-    """Connects as soon as the head node answers."""
+    """Connects to the head node once it answers."""
     end = time.monotonic() + 300
     while True:
         try:

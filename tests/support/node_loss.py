@@ -1,7 +1,7 @@
-"""A run on three nodes of which one is lost, or cut off for a while: a program of its own, since it needs a cluster of its own.
+"""A run on three nodes, one of which is lost, or cut off for a while; runs as a program with its own cluster.
 
-Usage: python node_loss.py FOLDER lose|cut|leave. Prints the result's figures and exits with 0 if the run came to its end.
-lose: another node comes at once; leave: only when the run has given up the heads that have no place.
+Usage: python node_loss.py FOLDER lose|cut|leave. Prints the result's metrics; exits with 0 if the run finished.
+lose: another node joins at once; leave: only after the run has dropped the heads without resources.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CUT = 20.0
 
 
 class SlowRegression(Regression):
-    """Steps of 30 ms, so that things happen while it trains."""
+    """Takes 30 ms per step, so that events happen while it trains."""
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         time.sleep(0.03)
@@ -43,7 +43,7 @@ class SlowRegression(Regression):
 
 
 def count_rows(folder: Path, what: str) -> int:
-    """How many rows of the run's metrics hold this."""
+    """Counts occurrences of a text in the run's metrics."""
     try:
         return (folder / "r" / "metrics.jsonl").read_text().count(what)
     except OSError:
@@ -51,7 +51,7 @@ def count_rows(folder: Path, what: str) -> int:
 
 
 def main(folder: Path, what: str) -> int:
-    """Runs it; 0 if all is well."""
+    """Runs the scenario; returns 0 if the run finished."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     cluster.add_node(num_cpus=2)
     other = cluster.add_node(num_cpus=2)

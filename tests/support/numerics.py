@@ -12,7 +12,7 @@ EPS32 = torch.finfo(torch.float32).eps
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """The relative Frobenius error is at most `tolerance` (against at least 1, so that a zero can be compared)."""
+    """Asserts that the Frobenius error is at most `tolerance` times the norm, or times 1 for smaller norms."""
     assert actual.shape == expected.shape
     error = float(torch.linalg.vector_norm((actual.double() - expected.double()).detach()))
     assert error <= tolerance * max(1.0, float(torch.linalg.vector_norm(expected.detach().double()))), error

@@ -10,7 +10,7 @@ from lte_ray.messages import Contribution
 
 
 def plan_from_shapes(shapes: list[tuple[int, int, int]], replicas: list[tuple[int, ...]], scaling: float = 1.0) -> Plan:
-    """A plan of weights (out, in, rank) and replica shapes, without a model."""
+    """Returns a plan of weights (out, in, rank) and replica shapes."""
     adapted = tuple(Adapted(f"w{i}", (out, inn), rank, scaling) for i, (out, inn, rank) in enumerate(shapes))
     return Plan(adapted, tuple(Replica(f"p{i}", shape) for i, shape in enumerate(replicas)))
 
@@ -20,6 +20,6 @@ def random_flat(size: int, seed: int, dtype: torch.dtype = torch.float64) -> Ten
 
 
 def make_contribution(head: int, sequence: int = 1, **changes: object) -> Contribution:
-    """A contribution's record without its buffer."""
+    """Returns a contribution without its buffer."""
     values = {"run": "test", "incarnation": 0, "version": 0, "step": 3 * sequence, "steps": 3, "samples": 12, "loss": 1.0}
     return Contribution(head=head, sequence=sequence, **(values | changes))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Shared by the tests of merge policies: pending contributions without a coordinator, and their changes written out densely."""
+"""Pending contributions without a coordinator, and their dense changes, for tests of merge policies."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make_pending(
     referenced: bool = True,
     plan: Plan = PLAN,
 ) -> list[Pending]:
-    """A contribution of each head, seeded; with the `same` tensors in all, if asked."""
+    """Returns a seeded contribution of each head; with `same`, all have the same tensors."""
     made = []
     for head in range(heads):
         lag = lags[head] if lags else 0
@@ -45,17 +45,17 @@ def make_roster(num_heads: int, *, version: int = 7, now: float = 0.0, plan: Pla
 
 
 def dense_change(p: Pending) -> Tensor:
-    """Its change, from the formula."""
+    """Returns the change of a contribution, from the formula."""
     return dense_change_by_formula(p.share.plan, p.share.contribution, p.share.reference)
 
 
 def dense_changes(pending: Sequence[Pending]) -> Tensor:
-    """All changes, dense, (k, size of the base)."""
+    """Returns all dense changes: (k, size of the base)."""
     return torch.stack([dense_change(p) for p in pending])
 
 
 def change_from_decision(decision: object, pending: Sequence[Pending]) -> Tensor:
-    """What a Merge or MergeChange adds to the base."""
+    """Returns what a Merge or MergeChange adds to the base."""
     if isinstance(decision, MergeChange):
         assert list(decision.heads) == [p.head for p in pending]
         return decision.change
@@ -63,7 +63,7 @@ def change_from_decision(decision: object, pending: Sequence[Pending]) -> Tensor
 
 
 def make_coordinator(policy: object, heads: int, now: list[float] | None = None) -> tuple[Coordinator, Tensor]:
-    """A coordinator on a clock that shows `now[0]`, and a copy of its first base."""
+    """Returns a coordinator whose clock shows `now[0]`, and a copy of its initial base."""
     base, clock = random_flat(PLAN.base.size, 99), now or [0.0]
     coordinator = Coordinator(make_settings(heads=heads), PLAN, base.clone(), policy, clock=lambda: clock[0])  # type: ignore[arg-type]
     return coordinator, base

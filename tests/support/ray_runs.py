@@ -1,4 +1,4 @@
-"""What the tests that start a real Ray share: workers that fail on purpose, run settings, and process look-ups."""
+"""For tests that start Ray: workers that fail on purpose, run settings, and process look-ups."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class FailingWorker(Regression):
 
 @dataclass
 class DropoutRegression(Regression):
-    """Regression with dropout, so that results depend on every head's random numbers."""
+    """Regression with dropout, so that results depend on each head's random numbers."""
 
     def build_model(self) -> nn.Module:
         return nn.Sequential(*super().build_model(), nn.Dropout(0.1))
 
 
 class BatchNormRegression(DropoutRegression):
-    """With batch normalisation, whose running statistics are merged, and a buffer that overlaps another."""
+    """With batch normalization, whose running statistics are merged, and a buffer that overlaps another."""
 
     def build_model(self) -> nn.Module:
         model = nn.Sequential(nn.BatchNorm1d(self.width), *super().build_model())
@@ -61,7 +61,7 @@ class BatchNormRegression(DropoutRegression):
 
 
 def settings(steps: int = 30, **train: object) -> dict[str, object]:
-    """Small runs whose merging uses one thread, as a bitwise comparison needs."""
+    """Returns settings of small runs that merge with one thread, as bitwise comparisons need."""
     return {
         "lte": LTEConfig(num_heads=2, lora_r=8, lora_alpha=16),
         "merge": MergeConfig(merge_iter=5, merge_threads=1),
@@ -74,7 +74,7 @@ def storage(path: Path, name: str, **more: object) -> StorageConfig:
 
 
 def merged_in_process(worker: Any, lte: LTEConfig, merge: MergeConfig, train: TrainConfig) -> dict[str, Tensor]:
-    """The merged model of a run with these settings, all in this process."""
+    """Returns the merged model of a run with these settings, all in this process."""
     done = run_in_process(worker, Settings("r", lte, merge, train))
     model = worker.build_model()
     load_base(model, done.plan, done.base)
@@ -82,7 +82,7 @@ def merged_in_process(worker: Any, lte: LTEConfig, merge: MergeConfig, train: Tr
 
 
 def assert_same_model(run: str | Path, expected: dict[str, Tensor]) -> None:
-    """The model that a run left in its directory is this one, bit by bit."""
+    """Asserts that the model in the run's directory equals this one, bit by bit."""
     merged = load_file(Path(run) / "model.safetensors")
     assert merged.keys() == expected.keys()
     for name, value in expected.items():
@@ -90,7 +90,7 @@ def assert_same_model(run: str | Path, expected: dict[str, Tensor]) -> None:
 
 
 def descendants(root: int) -> dict[int, str]:
-    """Command lines of all processes below `root`, by process id."""
+    """Returns the command lines of all descendants of the process `root`, by process id."""
     parents: dict[int, int] = {}
     lines: dict[int, str] = {}
     for entry in Path("/proc").iterdir():
@@ -107,6 +107,6 @@ def descendants(root: int) -> dict[int, str]:
 
 
 def lte_actors(root: int | None = None) -> list[str]:
-    """Command lines of the actors of lte-ray that run below `root` (this process)."""
+    """Returns the command lines of lte-ray's actors below the process `root` (by default this one)."""
     names = ("HeadActor", "CoordinatorActor", "EvaluatorActor")
     return [line for line in descendants(root or os.getpid()).values() if any(name in line for name in names)]

@@ -75,7 +75,7 @@ class Tiny:
 
 @dataclass
 class NaNLosses(Tiny):
-    """The loss of these batches of a head, counted from 0, is NaN; or of all that it has."""
+    """The loss of a head's `bad_batches`, counted from 0, is NaN; by default of all its batches."""
 
     head: int = 1
     bad_batches: tuple[int, ...] | None = None
@@ -99,6 +99,6 @@ def make_settings(
     exclude: tuple[str, ...] = (),
     seed: int = 3,
 ) -> Settings:
-    """Settings of a small run: rank 2, s = 2."""
+    """Returns settings of a small run: rank 2, s = 2."""
     lte = LTEConfig(num_heads=heads, lora_r=2, lora_alpha=4.0, reset=reset, exclude=exclude)  # type: ignore[arg-type]
     return Settings("test", lte, MergeConfig(merge_iter, policy=policy), TrainConfig(steps=steps, seed=seed))

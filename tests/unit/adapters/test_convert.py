@@ -1,4 +1,4 @@
-"""Conversion of a user's model: what is adapted, what is a replica, and that nothing else changes."""
+"""Conversion of a user's model: what is adapted, what is a replica, and that everything else stays the same."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_conversion_leaves_outputs_names_and_values_unchanged() -> None:
 
 
 def test_layers_that_share_a_weight_share_one_pair_of_factors() -> None:
-    """Both layers hold the same pair, and the model computes with W + s B A in both places."""
+    """Both layers have the same pair, and the model computes with W + s B A in both places."""
     converted = convert(net(), LTE)
     model, plan = converted.model, converted.plan
     assert model.mid.lora is model.twin.lora
@@ -87,7 +87,7 @@ def test_only_factors_and_replicas_get_gradients() -> None:
 
 
 def test_multihead_attention_trains_as_replicas_where_attention_is_not_adapted() -> None:
-    """Its output projection, a subclass of nn.Linear whose forward is never called, isn't adapted; outputs stay."""
+    """Its output projection, a subclass of nn.Linear whose forward is never called, isn't adapted; outputs stay the same."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, batch_first=True), "out": nn.Linear(8, 4)})
     x = torch.randn(2, 3, 8)
@@ -114,7 +114,7 @@ def test_a_bare_linear_can_be_the_whole_model() -> None:
 
 
 def test_one_module_at_two_places_stays_one() -> None:
-    """It is adapted once, and both places hold the same layer."""
+    """It is adapted once, and both places have the same layer."""
     layer = nn.Linear(4, 4)
     converted = convert(nn.Sequential(layer, nn.Tanh(), layer), LTE)
     model, plan = converted.model, converted.plan
@@ -187,13 +187,13 @@ def test_a_pattern_names_all_that_lies_below() -> None:
 
 
 def test_a_pattern_without_a_match_suggests_a_near_name() -> None:
-    """The error names the pattern, a near layer, and the layers there are."""
+    """The error names the pattern, a layer with a similar name, and all layers."""
     with pytest.raises(ConfigError, match=r"--exclude 'dwon' matches no layer.* Did you mean down\?.*embed, up, norm"):
         make_plan(net(), LTEConfig(lora_r=2, exclude=("dwon",)))
 
 
 def test_a_rank_too_high_for_a_layer_is_cut_to_what_it_can_use() -> None:
-    """min(out, in) can say everything; s stays alpha over the rank asked for, as in the other layers, and any W is reached."""
+    """Rank min(out, in) can represent any W; s remains alpha / the configured rank, as in other layers."""
     converted = convert(net(), LTEConfig(lora_r=7, lora_alpha=7.0))
     assert [(a.matrix, a.rank, a.scaling) for a in converted.plan.adapted] == [
         ((8, 6), 6, 1.0),
@@ -223,7 +223,7 @@ def test_a_complex_parameter_is_refused_by_name() -> None:
 
 
 def test_running_statistics_are_replicas_and_bad_parameters_are_named() -> None:
-    """Batch normalisation's mean and variance are merged; a lazy layer without shapes is one clear error."""
+    """Means and variances of batch normalization are merged; a lazy layer without shapes is one clear error."""
     plan = make_plan(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), LTE)
     assert [r.name for r in plan.replicas] == ["0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"]
     with pytest.raises(WorkerError, match="lazy layer"):

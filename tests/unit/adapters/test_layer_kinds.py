@@ -1,6 +1,6 @@
-"""Every kind of layer with factors, against the same layer with the dense weight, in float64.
+"""Every kind of layer with factors, compared with the same layer with the dense weight, in float64.
 
-The dense weight is W_v + s (B A - B' A'), whether the reference A', B' is folded into the head's copy of W or held beside it.
+The dense weight is W_v + s (B A - B' A'), whether the reference A', B' is folded into the head's copy of W or separate.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TOLERANCE = 2000 * EPS64
 
 @dataclass
 class Case:
-    """A layer, unconverted and in float64, an input that it takes, and a rank that fits it."""
+    """An unconverted layer in float64, an input for it, and a suitable rank."""
 
     layer: nn.Module
     x: Tensor
@@ -57,7 +57,7 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = DOUBLE) -> Tensor:
 
 
 def filled(layer: nn.Module, seed: int) -> nn.Module:
-    """The layer in float64 with random parameters, so that no weight is 1 and no bias 0."""
+    """Returns the layer in float64 with random parameters, so that no weight is 1 and no bias 0."""
     layer = layer.double()
     with torch.no_grad():
         for i, parameter in enumerate(layer.parameters()):
@@ -134,7 +134,7 @@ CASES = {"linear": linears(), "conv": convolutions(), "embedding": embeddings(),
 
 
 def converted_of(case: Case, bias: str, hold: bool, layer: nn.Module | None = None) -> Converted:
-    """A copy of the layer, or `layer`, converted, with random factors; an embedding's row for padding never moves from zero."""
+    """Converts a copy of the layer, or `layer`, with random factors; an embedding's padding row stays zero."""
     lte = LTEConfig(num_heads=1, lora_r=case.rank, lora_alpha=1.5 * case.rank, adapt=EVERYTHING, lora_bias=bias)  # type: ignore[arg-type]
     converted = convert(layer or copy.deepcopy(case.layer), lte, separate_reference=hold)
     with torch.no_grad():
@@ -146,7 +146,7 @@ def converted_of(case: Case, bias: str, hold: bool, layer: nn.Module | None = No
 
 
 def references(converted: Converted, padding: int | None) -> Reference:
-    """Random A', B' of every main weight."""
+    """Returns random A', B' for each main weight."""
     made = {}
     for i, (name, main) in enumerate(converted.main_weights.items()):
         a, b = draw(*main.factors.A.shape, seed=20 + i), draw(*main.factors.B.shape, seed=30 + i)
@@ -159,7 +159,7 @@ def references(converted: Converted, padding: int | None) -> Reference:
 def dense_output(
     case: Case, converted: Converted, reference: Reference, x: Tensor
 ) -> tuple[Tensor, nn.Module, dict[str, Tensor]]:
-    """The unconverted layer with dense weights, run; the layer; and all that is differentiated, by name."""
+    """Runs the unconverted layer with dense weights; returns the output, the layer and the differentiated tensors by name."""
     layer = copy.deepcopy(case.layer)
     leaves = {name: f.detach().clone().requires_grad_() for name, f in converted.factors.items()}
     parameters = {name: p.detach() for name, p in layer.named_parameters()}
@@ -236,7 +236,7 @@ def test_embeddings_are_those_of_the_dense_weight(case: Case, bias: str, hold: b
 @settings(max_examples=150)
 @given(CASES["norm"], *choices)
 def test_norms_are_those_of_the_dense_weight(case: Case, bias: str, hold: bool, reference: bool) -> None:
-    """In training and in evaluation; batch normalisation's running statistics go as they would."""
+    """In training and in evaluation; running statistics of batch normalization are updated as before."""
     check_against_dense(case, bias, hold, reference)
 
 
@@ -279,7 +279,7 @@ def example_case(name: str) -> Case:
 
 @example
 def test_a_layer_called_with_a_keyword_goes_on_taking_it(name: str) -> None:
-    """layer(input=x), or x=x where torch names it so, works as it did before the conversion."""
+    """layer(input=x), or x=x if torch names it so, works as before the conversion."""
     case = example_case(name)
     keyword = KEYWORDS.get(name, "input")
     expected = Keyword(copy.deepcopy(case.layer), keyword)(case.x)
@@ -291,7 +291,7 @@ def test_a_layer_called_with_a_keyword_goes_on_taking_it(name: str) -> None:
 
 @example
 def test_hooks_and_attributes_of_a_layer_stay(name: str) -> None:
-    """Forward hooks and pre-hooks, with and without keywords, see the calls; attributes are there."""
+    """Forward hooks and pre-hooks, with and without keywords, are called; attributes remain."""
     case = example_case(name)
     case.layer.note = "mine"
     calls = []
@@ -337,7 +337,7 @@ def test_a_converted_layer_is_unpickled_where_none_was_converted_before() -> Non
 @example
 @pytest.mark.parametrize("hold", [False, True])
 def test_every_kind_computes_in_bfloat16_under_autocast(name: str, hold: bool) -> None:
-    """Outputs have the type that the plain layer's have there and its precision; gradients are float32."""
+    """Outputs have the plain layer's type and precision; gradients are float32."""
     case = example_case(name)
     x = case.x.float() if case.x.is_floating_point() else case.x
     plain = copy.deepcopy(case.layer).float()
@@ -358,7 +358,7 @@ def test_every_kind_computes_in_bfloat16_under_autocast(name: str, hold: bool) -
 @example
 @pytest.mark.parametrize("hold", [False, True])
 def test_a_new_layer_gives_bitwise_the_output_of_the_plain_one(name: str, hold: bool) -> None:
-    """While B = 0, whatever the kind, with biases that are factors too."""
+    """While B = 0, for each kind, also with factored biases."""
     case = example_case(name)
     plain = copy.deepcopy(case.layer)
     lte = LTEConfig(num_heads=1, lora_r=case.rank, adapt=EVERYTHING, lora_bias="lora")
@@ -371,7 +371,7 @@ def test_a_new_layer_gives_bitwise_the_output_of_the_plain_one(name: str, hold: 
 @example
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_held_reference_computes_what_a_folded_one_does(name: str, seed: int) -> None:
-    """W_v beside s (B A - B' A'), and W_v - s B' A' beside s B A, are the same layer, after each of several loads."""
+    """W_v with s (B A - B' A'), and W_v - s B' A' with s B A, are the same layer, after each of several loads."""
     case = example_case(name)
     folded, held = (converted_of(case, "lora", hold) for hold in (False, True))
     for version in range(3):
@@ -445,7 +445,7 @@ def test_the_matrix_of_a_weight_is_out_by_in(stored: bool) -> None:
 
 
 def test_a_layer_with_a_forward_of_its_own_is_left_alone() -> None:
-    """A forward that a program put on the layer itself stays what runs, and the weight trains as a replica."""
+    """A forward that a program assigned to the instance still runs, and the weight trains as a replica."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double()
     model[0].forward = lambda x: 2 * nn.functional.linear(x, model[0].weight)  # type: ignore[method-assign]
     x = draw(2, 4)
@@ -459,7 +459,7 @@ def test_a_layer_with_a_forward_of_its_own_is_left_alone() -> None:
 
 @pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
 def test_an_embedding_whose_gradient_is_no_products_is_a_replica(options: dict[str, object]) -> None:
-    """max_norm writes into the weight; scale_grad_by_freq divides its gradients row by row. Both train as they did."""
+    """max_norm modifies the weight; scale_grad_by_freq divides its gradients row by row. Both train as before."""
     model = nn.Sequential(nn.Embedding(5, 4, **options), nn.Linear(4, 4)).double()  # type: ignore[arg-type]
     plain, words = copy.deepcopy(model), torch.tensor([1, 1, 3])
     converted = convert(model, LTEConfig(num_heads=1, lora_r=2, adapt=("linear", "embedding")))

@@ -1,4 +1,4 @@
-"""What of a model gets factors, what trains as a replica, and what is refused: whatever a user's model is made of."""
+"""Which parameters of any model get factors, which train as replicas, and which are refused."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def plan_of(model: nn.Module, **settings: Any) -> Plan:
 
 
 def names(model: nn.Module, **settings: Any) -> tuple[list[str], list[str]]:
-    """Names of what is adapted and of the replicas."""
+    """Returns the names of the adapted parameters and of the replicas."""
     plan = plan_of(model, **settings)
     return [a.name for a in plan.adapted], [r.name for r in plan.replicas]
 
 
 def refusal(model: nn.Module, kind: type[UserError] = ConfigError, **settings: Any) -> str:
-    """The message with which the model is refused."""
+    """Returns the message with which the model is refused."""
     with pytest.raises(kind) as raised:
         plan_of(model, **settings)
     return str(raised.value)
@@ -59,7 +59,7 @@ def randomise(converted: Converted) -> None:
 
 
 def merged(original: nn.Module, converted: Converted) -> nn.Module:
-    """A copy of the unconverted model with W + s B A in the place of W."""
+    """Returns a copy of the unconverted model with W + s B A instead of W."""
     model = copy.deepcopy(original)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -70,7 +70,7 @@ def merged(original: nn.Module, converted: Converted) -> nn.Module:
 
 
 class Tied(nn.Module):
-    """An embedding whose weight is the output layer's too."""
+    """An embedding that shares its weight with the output layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def test_a_factored_bias_has_rank_one_and_the_layers_scaling() -> None:
 
 
 def test_the_bias_of_an_excluded_layer_is_a_replica_whatever_lora_bias_says() -> None:
-    """lora_bias is about layers with factors only."""
+    """lora_bias applies only to layers with factors."""
     model = nn.Sequential(linear(), linear())
     for bias in ("frozen", "lora"):
         assert names(model, lora_bias=bias, exclude=("1",))[1] == ["1.weight", "1.bias"]
@@ -126,7 +126,7 @@ def test_rules_choose_the_bias_layer_by_layer() -> None:
 
 
 def test_a_bias_shared_by_layers_of_different_treatment_is_an_error() -> None:
-    """It can't be frozen here and trained there."""
+    """One layer can't freeze what another one trains."""
     model = nn.Sequential(linear(), linear())
     model[1].bias = model[0].bias
     assert names(model)[1] == ["0.bias"]
@@ -151,7 +151,7 @@ def every_kind() -> nn.Module:
 
 @pytest.mark.parametrize("kind", EVERYTHING)
 def test_adapt_names_the_kinds_that_get_factors(kind: str) -> None:
-    """Each kind alone; all others are replicas. So does a rule for the kind, and adapt=false takes it back."""
+    """Each kind by itself; all others are replicas. A rule for the kind does the same, and adapt=false reverts it."""
     adapted, replicas = names(every_kind(), adapt=(kind,))
     assert adapted
     assert all(name.startswith(kind) for name in adapted)
@@ -169,7 +169,7 @@ def test_a_norms_weight_is_a_vector_times_a_scalar() -> None:
 
 
 def test_subclasses_and_other_layers_are_replicas() -> None:
-    """A subclass may compute something else; recurrent, bilinear and transposed layers have no factors; all go on training."""
+    """A subclass may compute something else; recurrent, bilinear and transposed layers have no factors; all still train."""
 
     class Own(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ def test_subclasses_and_other_layers_are_replicas() -> None:
     ],
 )
 def test_a_convolutions_rank_is_bounded_by_out_and_in_over_groups_times_kernel(conv: nn.Module, largest: int) -> None:
-    """A higher one is cut to the largest that adds anything, for this layer alone; its scaling stays that of the others."""
+    """A higher one is reduced to the largest useful rank, for this layer only; its scaling remains that of the others."""
     model = nn.ModuleDict({"conv": conv, "rest": nn.Linear(99, 99)})
     for asked in (1, largest, largest + 1, 99):
         plan = make_plan(model, LTEConfig(lora_r=asked, lora_alpha=8.0))
@@ -234,7 +234,7 @@ def parametrized(kind: str) -> nn.Module:
 
 @pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "orthogonal", "own", "old_weight_norm", "old_spectral_norm"])
 def test_parametrized_layers_train_as_replicas(kind: str) -> None:
-    """What their weight is computed from trains; outputs are the same as before, and every replica gets a gradient."""
+    """The parameters behind their weight train; outputs are the same as before, and each replica gets a gradient."""
     model = nn.Sequential(linear(), parametrized(kind)).double().eval()  # spectral norm iterates in training
     x = draw(2, 4)
     expected = model(x)
@@ -369,14 +369,14 @@ def test_biases_of_attention_are_frozen_too(bias: str, left: list[str]) -> None:
 
 
 def test_packed_biases_of_separate_projections_are_replicas_where_biases_have_factors() -> None:
-    """They are added behind the projections, so they can't have a factor; out_proj's has one."""
+    """They are added after the projections, so they can't have a factor; that of out_proj has one."""
     adapted, replicas = names(nn.MultiheadAttention(8, 2, kdim=3, vdim=5), lora_bias="lora")
     assert adapted[-1] == "out_proj.bias"
     assert replicas == ["in_proj_bias"]
 
 
 def test_hooks_of_an_attention_see_its_calls() -> None:
-    """A program that records attention maps by a forward hook goes on doing so."""
+    """A program that records attention maps with a forward hook still works."""
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, batch_first=True)}).double()
     maps: list[Tensor] = []
     model["attention"].register_forward_hook(lambda module, inputs, output: maps.append(output[1]))
@@ -411,7 +411,7 @@ def test_a_tied_weight_is_adapted_where_both_kinds_are() -> None:
 
 
 def test_rules_that_contradict_each_other_on_a_shared_weight_are_an_error() -> None:
-    """Its layers and what differs are named; the same for both is taken, and what doesn't matter to a replica is no error."""
+    """The error names the layers and the setting; equal settings are accepted, and so are those irrelevant for a replica."""
     both = ("linear", "embedding")
     for rule, differing in (("lora_r=1", "rank, scaling"), ("lr=0.5", "lr"), ("base_dtype=int8", "base_dtype")):
         message = refusal(Tied(), adapt=both, layers=(f"out: {rule}",))
@@ -474,7 +474,7 @@ def test_strict_is_content_when_each_parameter_was_spoken_of(settings: dict[str,
 
 
 def test_strict_is_content_with_frozen_parameters() -> None:
-    """What doesn't train is nobody's leftover."""
+    """A frozen parameter is never left over."""
     model = leftovers()
     for name in ("words", "odd"):
         model[name].requires_grad_(False)
@@ -484,7 +484,7 @@ def test_strict_is_content_with_frozen_parameters() -> None:
 
 
 def test_strict_names_every_parameter() -> None:
-    """However many there are."""
+    """However many it names."""
     model = nn.ModuleDict({"body": linear(), "odd": nn.ModuleList([nn.Bilinear(4, 4, 4) for _ in range(9)])})
     message = refusal(model, strict=True)
     assert "18 parameter(s)" in message
@@ -495,7 +495,7 @@ def test_strict_names_every_parameter() -> None:
 
 
 def test_learning_rate_multipliers_reach_weights_biases_and_lone_parameters() -> None:
-    """The last rule that matches a layer, or the parameter itself, counts."""
+    """The last rule that matches the layer, or the parameter itself, applies."""
     model = leftovers()
     rules = ("*: lr=0.5", "body: lr=2", "scale: lr=0.1", "odd.bias: lr=0", "@norm: lr=3")
     plan = plan_of(model, layers=rules, lora_bias="lora")
@@ -549,7 +549,7 @@ def test_adapting_what_cannot_have_factors_is_an_error() -> None:
 
 
 def test_a_rule_for_a_kind_that_the_model_has_not_is_an_error() -> None:
-    """It says which kinds there are."""
+    """The error names the model's kinds."""
     assert "none of kind conv. It has: linear, norm." in refusal(
         nn.Sequential(linear(), nn.LayerNorm(4)), layers=("@conv: lr=2",)
     )
@@ -573,14 +573,14 @@ def with_parameter(parameter: nn.Parameter) -> nn.Module:
     ],
 )
 def test_a_parameter_that_cannot_be_merged_is_refused_by_name(parameter: nn.Parameter, says: str) -> None:
-    """If it trains; frozen, it is nobody's business."""
+    """If it trains; a frozen one is ignored."""
     assert says in refusal(with_parameter(parameter), WorkerError)
     parameter.requires_grad = False
     assert names(with_parameter(parameter))[0] == ["0.weight"]
 
 
 def test_integers_that_do_not_train_are_left_alone() -> None:
-    """As modules that are quantised already hold them."""
+    """As in modules that are quantized already."""
     model = with_parameter(nn.Parameter(torch.arange(3), requires_grad=False))
     assert names(model) == (["0.weight"], ["0.bias"])
     assert torch.equal(convert(model, config()).model.odd, torch.arange(3))
@@ -597,7 +597,7 @@ def test_a_lazy_layer_is_refused_by_name(lazy: nn.Module) -> None:
 
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
 def test_sparse_gradients_of_a_replica_are_refused_before_training(kind: type[nn.Module]) -> None:
-    """AdamW fails on them in the first step. The error says what to change; an adapted embedding's factors are dense."""
+    """AdamW fails on them in the first step. The error says what to change; an adapted embedding has dense factors."""
     model = nn.ModuleDict({"words": kind(7, 4, sparse=True), "body": linear()}).double()
     message = refusal(model, WorkerError)
     assert "words.weight" in message
@@ -614,7 +614,7 @@ def test_sparse_gradients_of_a_replica_are_refused_before_training(kind: type[nn
 
 
 def test_a_scalar_and_an_empty_parameter_are_replicas() -> None:
-    """Of no dimension, and of no element."""
+    """A parameter without dimensions, and one without elements."""
     for parameter in (nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(0))):
         assert names(with_parameter(parameter))[1] == ["odd", "0.bias"]
 
@@ -623,14 +623,14 @@ def test_a_scalar_and_an_empty_parameter_are_replicas() -> None:
 
 
 def test_a_model_that_was_converted_already_has_nothing_to_adapt() -> None:
-    """A worker that converts its model itself is told so by the error; nothing is adapted twice."""
+    """The error tells a worker that converts its model itself; nothing is adapted twice."""
     model = convert(nn.Sequential(linear()), config()).model
     assert isinstance(model[0], LTELayer)
     assert "nothing to adapt" in refusal(model, WorkerError)
 
 
 def test_the_shapes_of_names_that_patterns_match() -> None:
-    """A pattern names layers at every place where a shared one is held, and lone parameters; near names are suggested."""
+    """A pattern names a shared layer by any of its names, and lone parameters; similar names are suggested."""
     model = nn.ModuleDict({"a": linear(), "b": nn.Sequential(linear())})
     model["c"] = model["a"]
     assert names(model, exclude=("c",))[0] == ["b.0.weight"]
@@ -640,7 +640,7 @@ def test_the_shapes_of_names_that_patterns_match() -> None:
 
 
 def test_a_rule_that_sets_a_rank_where_there_is_no_lora_is_an_error() -> None:
-    """Nobody must think that a layer is adapted, or quantised, which trains as a replica."""
+    """Otherwise a user might think that a layer is adapted or quantized, though it trains as a replica."""
     model = nn.ModuleDict({"words": nn.Embedding(9, 4), "norm": nn.LayerNorm(4), "body": linear()})
     for text in ("words: lora_r=2", "words: base_dtype=bf16", "norm: lora_bias=frozen", "@embedding: lora_alpha=3"):
         message = refusal(model, layers=(text,))

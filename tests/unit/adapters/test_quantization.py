@@ -1,4 +1,4 @@
-"""Formats of main weights, against bounds from theory and against NF4 written out from the QLoRA paper."""
+"""Formats of main weights, compared with theoretical bounds and with NF4 computed from the QLoRA paper."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(params=FORMATS)
 def form(request: pytest.FixtureRequest) -> str:
-    """Each format that can be had here."""
+    """Each available format."""
     if request.param == "nf4":
         pytest.importorskip("bitsandbytes")
     return str(request.param)
@@ -46,7 +46,7 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def nf4_by_hand(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest value to each weight that its block of 64 has with an exact scale, and that scale, in float64."""
+    """Returns the value nearest to each weight with an exact scale of its block of 64, and that scale, in float64."""
     blocks = F.pad(weight.double().flatten(), (0, -weight.numel() % 64)).view(-1, 64)
     scale = blocks.abs().amax(1, keepdim=True)
     table = torch.tensor(NF4, dtype=torch.float64)
@@ -99,7 +99,7 @@ def test_the_known_relative_errors_of_normal_weights(form: str) -> None:
 
 
 def test_what_was_dequantised_is_held_without_error(form: str) -> None:
-    """Q(Q(W)) = Q(W) bit for bit, for fp32, bf16 and int8. nf4 keeps its codes; its 8-bit scales move a little."""
+    """Q(Q(W)) = Q(W) bit for bit, for fp32, bf16 and int8. nf4 keeps its codes; its 8-bit scales change slightly."""
     for shape in SHAPES:
         once = QuantizedWeight.from_weight(draw(*shape), form)
         twice = QuantizedWeight.from_weight(once.dequantize(), form)
@@ -110,7 +110,7 @@ def test_what_was_dequantised_is_held_without_error(form: str) -> None:
 
 
 def test_other_dtypes_are_the_fp32_values_rounded_once(form: str) -> None:
-    """Q(W) is one fp32 weight; float64 shows it exactly, half precisions round it."""
+    """Q(W) is an fp32 weight; float64 represents it exactly, half precisions round it."""
     held = QuantizedWeight.from_weight(draw(64, 48), form)
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
         assert held.dequantize(dtype).dtype == dtype
@@ -144,7 +144,7 @@ def test_quantising_is_deterministic(form: str) -> None:
 
 
 def test_an_empty_weight_and_an_unknown_format_are_refused() -> None:
-    """They never come from a checked configuration."""
+    """A checked configuration never has them."""
     with pytest.raises(ValueError, match="shape"):
         QuantizedWeight.from_weight(torch.zeros(0, 4), "bf16")
     with pytest.raises(ValueError, match="int4"):
@@ -156,7 +156,7 @@ def test_an_empty_weight_and_an_unknown_format_are_refused() -> None:
 
 @pytest.mark.parametrize(("shape", "slack"), [((768, 3072), 0.001), ((256, 128), 0.002), ((64, 48), 0.02)])
 def test_memory_against_bf16(form: str, shape: tuple[int, int], slack: float) -> None:
-    """Bytes of what it keeps: nf4 0.258 of bf16's, plus the mean and rounding up, int8 half, plus a step a row."""
+    """Its bytes: nf4 0.258 of bf16's, plus the mean and rounding up; int8 half, plus one step per row."""
     held = QuantizedWeight.from_weight(draw(*shape), form)
     actual = sum(b.untyped_storage().nbytes() for b in held.buffers())
     assert held.nbytes == actual
@@ -178,7 +178,7 @@ def test_load_keeps_its_memory_and_tells_the_error(form: str) -> None:
 
 
 def test_a_quantised_weight_never_shares_the_callers_memory(form: str) -> None:
-    """Even where the format is the weight's own dtype."""
+    """Even if the format is the weight's own dtype."""
     weight = draw(4, 4)
     held = QuantizedWeight.from_weight(weight, form)
     before = held.dequantize().clone()
@@ -190,7 +190,7 @@ def test_a_quantised_weight_never_shares_the_callers_memory(form: str) -> None:
 
 
 def test_a_change_of_dtype_leaves_it_alone(form: str) -> None:
-    """model.double(), half() and to(bfloat16) change the layers around it only."""
+    """model.double(), half() and to(bfloat16) change only the other layers."""
     model = nn.Sequential(nn.Linear(3, 3), QuantizedWeight.from_weight(draw(64, 48), form))
     before = [part.clone() for part in model[1].parts]
     for change in (nn.Module.double, nn.Module.half, nn.Module.bfloat16, nn.Module.float, lambda m: m.to(torch.float64)):
@@ -201,7 +201,7 @@ def test_a_change_of_dtype_leaves_it_alone(form: str) -> None:
 
 
 def test_copies_and_state_dicts_hold_the_same(form: str) -> None:
-    """A deepcopy is its own; a state dict goes into another weight of that shape; no parameter is added."""
+    """A deepcopy is independent; a state dict can be loaded into another weight of that shape; no parameter is added."""
     held, other = QuantizedWeight.from_weight(draw(33, 7), form), QuantizedWeight.from_weight(draw(33, 7, seed=1), form)
     twin = copy.deepcopy(held)
     other.load_state_dict(held.state_dict())
@@ -218,7 +218,7 @@ def test_copies_and_state_dicts_hold_the_same(form: str) -> None:
 @pytest.mark.sweep
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3, 4)])
 def test_linear_and_its_gradients_are_the_dense_ones(form: str, leading: tuple[int, ...]) -> None:
-    """y, dx and db in float64 as F.linear with Q(W) has them, for x of any leading shape; and gradcheck."""
+    """y, dx and db in float64 equal those of F.linear with Q(W), for x of any leading shape; gradcheck passes."""
     held = QuantizedWeight.from_weight(draw(5, 7), form)
     x, bias = (
         draw(*leading, 7, seed=1, dtype=torch.float64).requires_grad_(),
@@ -234,7 +234,7 @@ def test_linear_and_its_gradients_are_the_dense_ones(form: str, leading: tuple[i
 
 
 def test_nothing_dequantised_is_saved_for_the_backward_pass(form: str) -> None:
-    """What autograd keeps is the weight's own codes and scales, byte for byte: no copy of Q(W), no x."""
+    """Autograd saves only the weight's own codes and scales: no copy of Q(W), no x."""
     held = QuantizedWeight.from_weight(draw(256, 128), form)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
@@ -245,7 +245,7 @@ def test_nothing_dequantised_is_saved_for_the_backward_pass(form: str) -> None:
 
 
 def test_a_weight_loaded_between_forward_and_backward_is_noticed(form: str) -> None:
-    """The gradient would be another weight's: autograd's own error, not a wrong number."""
+    """The gradient would be that of another weight: autograd raises an error instead."""
     held, x = QuantizedWeight.from_weight(draw(5, 7), form), draw(3, 7).requires_grad_()
     y = linear(x, held, None)
     held.load(draw(5, 7, seed=1))
@@ -255,7 +255,7 @@ def test_a_weight_loaded_between_forward_and_backward_is_noticed(form: str) -> N
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_vmap_over_inputs_and_biases(form: str, dim: int) -> None:
-    """Batched x (any dimension) and bias give what a loop gives, forwards and, in both orders, backwards."""
+    """Batched x (any dimension) and bias equal a loop, in the forward and, in both orders, the backward pass."""
     held, x, bias = QuantizedWeight.from_weight(draw(5, 7), form), draw(3, 3, 3, 7, seed=1), draw(3, 5, seed=2)
     y = torch.func.vmap(lambda x, b: linear(x, held, b), in_dims=(dim, 0))(x, bias)
     loop = torch.stack([linear(xi, held, b) for xi, b in zip(x.unbind(dim), bias, strict=True)])
@@ -278,7 +278,7 @@ def test_vmap_over_inputs_and_biases(form: str, dim: int) -> None:
 
 @pytest.mark.parametrize("moved", [False, True])
 def test_a_first_use_under_a_transform_leaves_nothing_of_it(form: str, moved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What weights share on a device is made with them, or as they move there, not inside `torch.func.grad`."""
+    """What weights share on a device is created with them, or when they move there, not in `torch.func.grad`."""
     shared: dict[torch.device, Tensor] = {}
     monkeypatch.setattr(quantization, "_NESTED_CODES", shared)
     held = QuantizedWeight.from_weight(draw(5, 7), form)
@@ -293,7 +293,7 @@ def test_a_first_use_under_a_transform_leaves_nothing_of_it(form: str, moved: bo
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_autocast_computes_in_its_dtype(form: str, low: torch.dtype) -> None:
-    """As F.linear does: low-precision output and product, gradients in the dtypes of x and b, float64 left alone."""
+    """As F.linear does: low-precision output and product, gradients in the dtypes of x and b, float64 unchanged."""
     held, x, bias = QuantizedWeight.from_weight(draw(5, 7), form), draw(3, 7).requires_grad_(), draw(5).requires_grad_()
     with torch.autocast("cpu", dtype=low):
         y = linear(x, held, bias)
@@ -323,13 +323,13 @@ def test_every_format_works_here(form: str) -> None:
 
 
 def test_an_unknown_format_names_the_known_ones() -> None:
-    """The error says what can be chosen."""
+    """The error lists the formats."""
     with pytest.raises(ConfigError, match=r"'int4'.*fp32, bf16, int8, nf4"):
         check_format("int4", CPU)
 
 
 def test_without_the_package_nf4_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others need nothing."""
+    """Other formats need no package."""
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.delitem(sys.modules, "bitsandbytes.functional", raising=False)
     with pytest.raises(ConfigError, match=r"pip install 'lte-ray\[quant\]'.*int8"):
@@ -339,7 +339,7 @@ def test_without_the_package_nf4_says_what_to_install(monkeypatch: pytest.Monkey
 
 
 def test_a_kernel_that_fails_or_errs_is_found_before_a_run(monkeypatch: pytest.MonkeyPatch, nf4: str) -> None:
-    """What the package raises is passed on; so is a result that can't be right."""
+    """An exception of the package is an error, and so is an impossible result."""
 
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no kernel image is available")
@@ -355,7 +355,7 @@ def test_a_kernel_that_fails_or_errs_is_found_before_a_run(monkeypatch: pytest.M
 
 
 def test_importing_is_light_and_quiet(nf4: str) -> None:
-    """bitsandbytes is imported when nf4 is first used, and then says nothing on the terminal."""
+    """bitsandbytes is imported when nf4 is first used, without printing anything."""
     script = (
         "import sys, torch; from lte_ray.adapters.quantization import check_format\n"
         "check_format('int8', torch.device('cpu')); assert 'bitsandbytes' not in sys.modules\n"
@@ -366,7 +366,7 @@ def test_importing_is_light_and_quiet(nf4: str) -> None:
 
 
 def test_the_packages_log_level_is_put_back(nf4: str) -> None:
-    """Only its import is quiet."""
+    """Only its import is silenced."""
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
     before = log.level
     QuantizedWeight.from_weight(draw(2, 2), nf4)

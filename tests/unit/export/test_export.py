@@ -1,4 +1,4 @@
-"""Merged weights out of a run directory, bitwise; what is written is whole or not there; bad input is named."""
+"""Exporting merged weights from a run directory: bitwise equal, written atomically, bad input is named."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from tests.support.ray_runs import ROOT
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of the words model with the checkpoints of versions 2 and 3."""
+    """A finished run of the words model with checkpoints of versions 2 and 3."""
     path, _ = save_run(tmp_path_factory.mktemp("runs"), "words", settings())
     write_checkpoint(open_run(path), settings(), run_in_process(ExportWorker("words"), settings(steps=4)))
     return path
 
 
 def changed(run: Path, tmp_path: Path, name: str, text: str | None) -> Path:
-    """A copy of the run with another file in it, or without it."""
+    """Returns a copy of the run with one file replaced or removed."""
     copy = shutil.copytree(run, tmp_path / "copy")
     if text is None:
         shutil.rmtree(copy / name) if (copy / name).is_dir() else (copy / name).unlink()
@@ -54,7 +54,7 @@ def changed(run: Path, tmp_path: Path, name: str, text: str | None) -> Path:
 
 
 def test_the_final_weights_are_copied_to_a_file_or_into_a_folder(run: Path, tmp_path: Path) -> None:
-    """Byte for byte, and without the worker; an empty folder may be there."""
+    """Byte for byte, and without the worker; an empty folder may exist."""
     (tmp_path / "folder").mkdir()
     export.safetensors(run, tmp_path / "new" / "words.safetensors")
     export.safetensors(str(run), str(tmp_path / "folder"))
@@ -68,7 +68,7 @@ def test_the_final_weights_are_copied_to_a_file_or_into_a_folder(run: Path, tmp_
 
 
 def test_any_versions_weights_load_into_the_unconverted_model(run: Path, tmp_path: Path) -> None:
-    """Those of a checkpoint, strictly and bitwise; the newest of a run that hasn't ended is what is there."""
+    """Those of a checkpoint, strictly and bitwise; by default the newest of an unfinished run."""
     for version, steps in ((2, 4), (3, 6)):
         written = export.safetensors(run, tmp_path / f"{version}.safetensors", version=version)
         assert written.summary == f"the merged weights of version {version}"
@@ -86,7 +86,7 @@ def test_any_versions_weights_load_into_the_unconverted_model(run: Path, tmp_pat
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "resnet", "vit", "wrapped"])
 @torch.no_grad()
 def test_from_pretrained_gives_the_merged_model_bitwise(tmp_path: Path, kind: str) -> None:
-    """Its logits, and its ties: shared weights are one parameter again."""
+    """The same logits, and shared weights are one parameter again."""
     pytest.importorskip("transformers")
     with torch.enable_grad():
         run, _ = save_run(tmp_path, kind, settings())
@@ -141,7 +141,7 @@ class Paired(ExportWorker):
 
 @pytest.mark.parametrize("write", [export.safetensors, export.save_pretrained, export.peft_adapter])
 def test_out_must_be_free(run: Path, tmp_path: Path, write: Any) -> None:
-    """A folder with something in it, a file, a link to nowhere and a URI are refused, and stay as they are."""
+    """A non-empty folder, a file, a dangling link and a URI are refused, and not modified."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("kept")
     (tmp_path / "file.safetensors").write_text("kept")
@@ -157,7 +157,7 @@ def test_out_must_be_free(run: Path, tmp_path: Path, write: Any) -> None:
 
 
 def test_what_fails_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk in the middle of writing is a StorageError, and neither OUT nor anything beside it is left."""
+    """A full disk during writing is a StorageError, and neither OUT nor a temporary file remains."""
 
     def full(saved: Any, folder: Path) -> None:
         (folder / "half").write_text("half")
@@ -173,14 +173,14 @@ def test_what_fails_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytes
 
 
 def test_others_may_read_what_is_written(run: Path, tmp_path: Path) -> None:
-    """As any folder that is made here, not only its owner."""
+    """It has the permissions of any new folder, not only its owner's."""
     (tmp_path / "made").mkdir()
     export.safetensors(run, tmp_path / "out")
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == stat.S_IMODE((tmp_path / "made").stat().st_mode)
 
 
 def test_a_run_that_is_not_there_is_named(run: Path, tmp_path: Path) -> None:
-    """Nothing there, another folder, and a scheme that nothing can open."""
+    """A missing folder, another folder, and an unsupported scheme."""
     (tmp_path / "other").mkdir()
     for place, message in (
         (tmp_path / "none", "RUN is '.*/none', which doesn't exist"),
@@ -195,7 +195,7 @@ def test_a_run_that_is_not_there_is_named(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_version_that_is_not_there_is_named_with_those_that_are(run: Path, tmp_path: Path) -> None:
-    """Before the worker is made."""
+    """Before the worker is constructed."""
     for write in (export.safetensors, export.peft_adapter):
         with pytest.raises(StorageError, match=r"--version is 7, but the complete checkpoints in .* are of: 2, 3\."):
             write(run, tmp_path / "out", version=7, worker="no.such:Worker")
@@ -224,7 +224,7 @@ def test_a_version_that_is_not_there_is_named_with_those_that_are(run: Path, tmp
     ],
 )
 def test_a_run_that_cannot_be_made_again_is_an_error(run: Path, tmp_path: Path, text: str, message: str) -> None:
-    """Whatever in run.toml doesn't fit is named, as bad input (exit code 2)."""
+    """The error names what is wrong in run.toml, as bad input (exit code 2)."""
     with pytest.raises(LTEError, match=message) as caught:
         read_run(changed(run, tmp_path, "run.toml", text))
     assert caught.value.exit_code == 2
@@ -232,7 +232,7 @@ def test_a_run_that_cannot_be_made_again_is_an_error(run: Path, tmp_path: Path, 
 
 @dataclass
 class Odd:
-    """A worker with settings that TOML has no type for."""
+    """A worker with settings of types that TOML lacks."""
 
     sizes: tuple[int, ...] = (1, 2)
     data: Path | None = None
@@ -241,7 +241,7 @@ class Odd:
 
 
 def test_the_worker_has_the_settings_that_it_had() -> None:
-    """Tuples and paths are such again; settings that it no longer has are passed over; a given worker is taken as it is."""
+    """Tuples and paths are restored; unknown settings are ignored; a given worker is used as it is."""
     record = {"program": f"{__name__}:Odd", "worker": {"sizes": [3], "data": "/data", "names": ["a"], "gone": 1}}
     assert make_worker(record) == Odd((3,), Path("/data"), ["a"])
     assert make_worker(record, Odd) == Odd((3,), Path("/data"), ["a"])
@@ -261,7 +261,7 @@ def test_what_is_no_worker_is_not_made(tmp_path: Path) -> None:
 
 
 def test_reading_a_run_draws_none_of_the_callers_random_numbers(run: Path) -> None:
-    """The model is built under the run's seed, aside."""
+    """The model is built with the run's seed, without touching the global generators."""
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)

@@ -1,8 +1,8 @@
-"""Adapters for PEFT: what `PeftModel.from_pretrained` computes is what the run's model computes.
+"""Adapters for PEFT: `PeftModel.from_pretrained` computes what the run's model computes.
 
-Logits are compared relative to the largest. In float32 one operation is off by up to 6e-8 of it, and W x + B (A x) is rounded
-otherwise than (W + B A) x; through the few layers here that adds up to about 1e-6. The limit is 1e-5, a thousandth of what any
-missing part of the change makes.
+Logits are compared relative to the largest. In float32 one operation has an error of up to 6e-8 of it, and the rounding of
+W x + B (A x) differs from that of (W + B A) x; through the few layers here, that adds up to about 1e-6. The limit is 1e-5, a
+thousandth of the effect of any missing part of the change.
 """
 
 from __future__ import annotations
@@ -57,21 +57,21 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def silence() -> Any:
-    """PEFT warns about tied weights and Conv1D when it loads an adapter."""
+    """Suppresses PEFT's warnings about tied weights and Conv1D when it loads an adapter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def whole(kind: str, run: Path) -> nn.Module:
-    """The merged model, from the weights that the run left."""
+    """Returns the merged model, from the run's weights."""
     model = built(kind)
     model.load_state_dict(safetensors.torch.load_file(run / "model.safetensors"), strict=True)
     return model
 
 
 def adapted(kind: str, model: nn.Module, out: Path) -> nn.Module:
-    """What a user does with the adapter."""
+    """Loads the adapter as a user does."""
     return peft.PeftModel.from_pretrained(model.net if kind == "wrapped" else model, out).eval()
 
 
@@ -87,7 +87,7 @@ def largest(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize(("kind", "lte"), CASES)
 @torch.no_grad()
 def test_the_average_on_the_initial_model_is_the_merged_model(tmp_path: Path, kind: str, lte: dict[str, Any]) -> None:
-    """Of every kind of layer and setting, without and with PEFT's own merging of the adapter."""
+    """For each kind of layer and setting, without and with PEFT's own merging of the adapter."""
     with torch.enable_grad():
         run, _ = save_run(tmp_path, kind, settings(**lte))
     written = export.peft_adapter(run, tmp_path / "adapter")
@@ -105,7 +105,7 @@ def test_the_average_on_the_initial_model_is_the_merged_model(tmp_path: Path, ki
 @pytest.mark.parametrize(("kind", "lte"), [*CASES, ("counting", {})])
 @torch.no_grad()
 def test_a_heads_on_the_merged_model_is_the_head(tmp_path: Path, kind: str, lte: dict[str, Any]) -> None:
-    """A head that has gone on since the last merge; its own model, with its factors beside the weights, is the measure."""
+    """A head that has trained since the last merge, compared with its own model."""
     with torch.enable_grad():
         run, done = save_run(tmp_path, kind, settings(**lte), ahead=True)
     written = export.peft_adapter(run, tmp_path / "adapter", head=1)
@@ -119,7 +119,7 @@ def test_a_heads_on_the_merged_model_is_the_head(tmp_path: Path, kind: str, lte:
 
 
 def test_a_head_that_had_not_heard_of_its_merge_is_the_head_that_adopts_it(tmp_path: Path) -> None:
-    """Its state is cut while it trains on beyond the contribution that the version holds, as in any run that doesn't stop."""
+    """Its state is saved while it trains beyond the contribution in the version, as in any run that doesn't wait."""
     run, done = save_run(tmp_path, "gpt2", settings())
     sent = []
     for head in done.heads:
@@ -148,7 +148,7 @@ def test_a_head_that_had_not_heard_of_its_merge_is_the_head_that_adopts_it(tmp_p
 
 @torch.no_grad()
 def test_a_head_that_is_merged_has_changed_nothing(tmp_path: Path) -> None:
-    """Its adapter is zero, so that the merged model's logits stay as they are, bit for bit."""
+    """Its adapter is zero, so the merged model's logits stay the same, bit for bit."""
     with torch.enable_grad():
         run, _ = save_run(tmp_path, "gpt2", settings())
     written = export.peft_adapter(run, tmp_path / "adapter", head=0)
@@ -159,7 +159,7 @@ def test_a_head_that_is_merged_has_changed_nothing(tmp_path: Path) -> None:
 
 
 def test_ranks_are_the_sums_of_the_heads_ranks_and_pefts_scaling_is_one(tmp_path: Path) -> None:
-    """By layer and head; PEFT matches the layers by their exact names, and alpha is the rank everywhere."""
+    """By layer and head; PEFT selects the layers by their exact names, and alpha is always the rank."""
     run, _ = save_run(tmp_path, "gpt2", settings(lora_r=(2, 3), layers=("transformer.h.1.mlp: lora_r=4",)))
     assert export.peft_adapter(run, tmp_path / "adapter").rank == 8
     found = config(tmp_path / "adapter")
@@ -173,7 +173,7 @@ def test_ranks_are_the_sums_of_the_heads_ranks_and_pefts_scaling_is_one(tmp_path
 
 
 def test_only_what_has_changed_is_in_the_adapter(tmp_path: Path) -> None:
-    """Without replicas and biases there are factors only."""
+    """Without replicas and biases, the adapter contains only factors."""
     frozen = {"lora_bias": "frozen", "layers": ("*: lr=0", "@linear: lr=1")}
     run, _ = save_run(tmp_path, "llama", settings(**frozen))
     export.peft_adapter(run, tmp_path / "adapter")
@@ -195,7 +195,7 @@ def test_a_sum_of_more_than_full_rank_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 class Uneven:
-    """Weighs one head a little more."""
+    """Gives one head a slightly higher weight."""
 
     def decide(self, pending: Any, roster: Any) -> Decision:
         return Merge({0: 0.5, 1: 0.501}) if len(pending) == 2 else Wait("for both")
@@ -228,7 +228,7 @@ def test_a_change_that_is_no_sum_needs_a_rank(tmp_path: Path, lte: dict[str, Any
 
 @pytest.mark.slow
 def test_a_long_run_is_still_seen_as_a_sum(tmp_path: Path) -> None:
-    """300 merges drift by rounding; the departure of a policy that weighs a head by 0.2% more is told from that."""
+    """300 merges drift by rounding; a policy that gives one head 0.2% more weight is distinguished from that."""
     run, _ = save_run(tmp_path, "words", settings(steps=300, merge_iter=1))
     assert average_delta(read_run(run)).error < 1e-5
     run, _ = save_run(tmp_path, "words", settings(steps=300, merge_iter=1, policy=Uneven()), name="uneven")
@@ -237,7 +237,7 @@ def test_a_long_run_is_still_seen_as_a_sum(tmp_path: Path) -> None:
 
 
 def test_a_rank_below_the_sum_truncates_it(tmp_path: Path) -> None:
-    """Where the sum holds, too; and of one head's change."""
+    """Also if the sum is exact; and for one head's change."""
     run, _ = save_run(tmp_path, "gpt2", settings(), ahead=True)
     for head in (None, 1):
         written = export.peft_adapter(run, tmp_path / f"adapter-{head}", head=head, rank=2)
@@ -248,7 +248,7 @@ def test_a_rank_below_the_sum_truncates_it(tmp_path: Path) -> None:
 
 
 def test_layers_that_share_a_weight_get_lora_once(tmp_path: Path) -> None:
-    """Merging the adapter would add the change to the one weight several times; the other layer is copied."""
+    """Merging adapters of both would add the change to their one weight twice; the other layer is copied."""
     run, _ = save_run(tmp_path, "words", settings(**EMBEDDINGS | {"layers": ()}))
     export.peft_adapter(run, tmp_path / "adapter")
     assert sorted(config(tmp_path / "adapter")["target_modules"]) == ["embed", "mid"]
@@ -278,7 +278,7 @@ def test_what_pefts_lora_computes_otherwise_is_copied(tmp_path: Path) -> None:
 
 
 def test_an_adapter_fits_the_model_of_transformers_that_a_worker_wraps(tmp_path: Path) -> None:
-    """Names are that model's own, unless something beside it is trained."""
+    """Names are that model's own, unless something outside of it is trained."""
     for kind, prefix in (("wrapped", "transformer"), ("headed", "net.transformer")):
         run, _ = save_run(tmp_path, kind, settings(), name=kind)
         export.peft_adapter(run, tmp_path / f"{kind}-adapter")
@@ -305,7 +305,7 @@ def test_what_peft_cannot_hold_is_refused(tmp_path: Path, kind: str, lte: dict[s
 
 @torch.no_grad()
 def test_a_lone_parameter_that_has_not_changed_is_no_hindrance(tmp_path: Path) -> None:
-    """With a learning rate of zero it is what it was."""
+    """With a learning rate of zero it doesn't change."""
     with torch.enable_grad():
         run, _ = save_run(tmp_path, "lone", settings(layers=("scale: lr=0",)))
     export.peft_adapter(run, tmp_path / "adapter")
@@ -314,7 +314,7 @@ def test_a_lone_parameter_that_has_not_changed_is_no_hindrance(tmp_path: Path) -
 
 
 def test_bad_heads_and_ranks_are_refused(tmp_path: Path) -> None:
-    """The error says which heads there are, and which the checkpoint holds."""
+    """The error says which heads exist, and which are in the checkpoint."""
     run, done = save_run(tmp_path, "words", settings(), heads=(1,))
     for head in (-1, 2):
         with pytest.raises(ConfigError, match=rf"--head is {head}, but the heads of .* are 0 to 1"):

@@ -17,23 +17,23 @@ import pytest
 from lte_ray import storage
 from lte_ray.errors import StorageError
 from lte_ray.storage import RunDirectory, retry
-from tests.support.faulty_storage import Time, fail, faulty
+from tests.support.faulty_storage import FakeClock, fail, faulty
 
 TRANSIENT = ["ENOSPC", "EIO", "ECONNRESET", "ETIMEDOUT", "ESTALE", "EDQUOT", "EAGAIN", "EBUSY"]
 PERMANENT = ["ENOENT", "EACCES", "EPERM", "EROFS", "EISDIR", "ENOTDIR", "ENAMETOOLONG"]
 
 
 @pytest.fixture
-def time(monkeypatch: pytest.MonkeyPatch) -> Time:
+def time(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     """Replaces the real clock."""
-    made = Time()
+    made = FakeClock()
     monkeypatch.setattr(retry, "clock", lambda: made.now)
     monkeypatch.setattr(retry, "sleep", made.sleep)
     return made
 
 
 @pytest.mark.parametrize("code", TRANSIENT)
-def test_a_transient_failure_is_retried(tmp_path: Path, time: Time, code: str) -> None:
+def test_a_transient_failure_is_retried(tmp_path: Path, time: FakeClock, code: str) -> None:
     """Three failures, then success: waits double from 0.1 s, and one file exists."""
     directory, script = faulty(tmp_path)
     script.write(fail(nth=[1, 2, 3], errno=code))
@@ -44,16 +44,16 @@ def test_a_transient_failure_is_retried(tmp_path: Path, time: Time, code: str) -
 
 
 @pytest.mark.parametrize("code", PERMANENT)
-def test_a_permanent_failure_is_reported_at_once(tmp_path: Path, time: Time, code: str) -> None:
+def test_a_permanent_failure_is_reported_at_once(tmp_path: Path, time: FakeClock, code: str) -> None:
     """Without a wait, in the system's own words."""
     directory, script = faulty(tmp_path)
     script.write(fail(errno=code))
     with pytest.raises(StorageError, match=f"run/file can't be written: .*{os.strerror(getattr(errno, code))}"):
         directory.write("file", b"content")
-    assert (time.waits, script.met()) == ([], 1)
+    assert (time.waits, script.count_met()) == ([], 1)
 
 
-def test_patience_ends(tmp_path: Path, time: Time) -> None:
+def test_patience_ends(tmp_path: Path, time: FakeClock) -> None:
     """After a minute the error says how often and how long it was tried. No wait is longer than 5 s; nothing is left behind."""
     directory, script = faulty(tmp_path)
     script.write(fail("tear", errno="ENOSPC"))
@@ -67,13 +67,13 @@ def test_patience_ends(tmp_path: Path, time: Time) -> None:
 
 
 @pytest.mark.parametrize(("seconds", "most"), [(0.0, 1), (0.1, 2), (1.0, 5)])
-def test_patience_is_a_setting(tmp_path: Path, time: Time, seconds: float, most: int) -> None:
+def test_patience_is_a_setting(tmp_path: Path, time: FakeClock, seconds: float, most: int) -> None:
     """Without patience there is one attempt. The last attempt is made when the patience ends."""
     directory, script = faulty(tmp_path, patience=seconds)
     script.write(fail())
     with pytest.raises(StorageError, match="can't be written"):
         directory.write("file", b"content")
-    assert (script.met(), time.now) == (most, pytest.approx(seconds))
+    assert (script.count_met(), time.now) == (most, pytest.approx(seconds))
 
 
 OPERATIONS: dict[str, tuple[str, str, Callable[[RunDirectory], object]]] = {
@@ -91,7 +91,7 @@ OPERATIONS: dict[str, tuple[str, str, Callable[[RunDirectory], object]]] = {
 
 
 @pytest.mark.parametrize("case", list(OPERATIONS))
-def test_every_operation_is_retried_and_reported(tmp_path: Path, time: Time, case: str) -> None:
+def test_every_operation_is_retried_and_reported(tmp_path: Path, time: FakeClock, case: str) -> None:
     """`pending_problem` describes each while it waits. The outcome is the same as without failures."""
     op, verb, act = OPERATIONS[case]
     directory, script = faulty(tmp_path)
@@ -112,7 +112,7 @@ def _outcome(directory: RunDirectory, act: Callable[[RunDirectory], object]) -> 
     return value, [(name, Path(directory.path, name).read_bytes()) for name in sorted(os.listdir(directory.path))]
 
 
-def test_a_pending_problem_counts_up(tmp_path: Path, time: Time) -> None:
+def test_a_pending_problem_counts_up(tmp_path: Path, time: FakeClock) -> None:
     """How often it failed, for how long, why, and how long it will be retried."""
     directory, script = faulty(tmp_path)
     script.write(fail(errno="ENOSPC"))
@@ -124,7 +124,7 @@ def test_a_pending_problem_counts_up(tmp_path: Path, time: Time) -> None:
     assert reported[7] == f"{place} has failed 8 times in 11 s (No space left on device); trying for 49 s more"
 
 
-def test_the_log_has_the_first_failure_and_the_end(tmp_path: Path, time: Time, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_has_the_first_failure_and_the_end(tmp_path: Path, time: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
     """One warning at the first failure and one at the end, good or bad; none without failures."""
     directory, script = faulty(tmp_path, patience=3)
     with caplog.at_level(logging.WARNING, logger="lte_ray.storage"):
@@ -235,7 +235,7 @@ def test_a_few_pending_problems_are_described_and_the_rest_counted(monkeypatch: 
     assert text == "; ".join([f"reading {n} has been going on for 20 s" for n in range(3)] + ["and 2 more"])
 
 
-def test_a_program_error_is_not_retried(tmp_path: Path, time: Time) -> None:
+def test_a_program_error_is_not_retried(tmp_path: Path, time: FakeClock) -> None:
     """Text instead of bytes is the caller's mistake."""
     directory, _ = faulty(tmp_path)
     with pytest.raises(TypeError):
@@ -254,7 +254,7 @@ def test_a_program_error_is_not_retried(tmp_path: Path, time: Time) -> None:
         ("google::cloud::Status(UNAVAILABLE: try again)", False),
     ],
 )
-def test_object_stores_report_errors_in_words(time: Time, text: str, permanent: bool) -> None:
+def test_object_stores_report_errors_in_words(time: FakeClock, text: str, permanent: bool) -> None:
     """They give no error number. A missing permission or bucket is permanent, a slow or lost network isn't."""
     errors = iter([OSError(text)])
 
@@ -271,7 +271,7 @@ def test_object_stores_report_errors_in_words(time: Time, text: str, permanent: 
     assert len(time.waits) == (0 if permanent else 1)
 
 
-def test_credentials_are_in_no_message(time: Time, caplog: pytest.LogCaptureFixture) -> None:
+def test_credentials_are_in_no_message(time: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
     """Neither in the error, nor in the log, nor in pending problems."""
     reported: list[str] = []
     time.meanwhile = lambda: reported.append(storage.pending_problem())
@@ -298,7 +298,7 @@ def test_faults_reach_other_processes(tmp_path: Path) -> None:
     script.write(fail(errno="ECONNRESET", **{"while": str(flag)}))
     process = multiprocessing.get_context("spawn").Process(target=_write_there, args=(pickle.dumps(directory),))
     process.start()
-    while script.met() < 2:
+    while script.count_met() < 2:
         process.join(0.02)
         assert process.is_alive()
     assert directory.list_names() == []

@@ -14,20 +14,20 @@ from hypothesis import strategies as st
 
 from lte_ray.errors import StorageError
 from lte_ray.storage import RunDirectory, filesystem, retry
-from tests.support.faulty_storage import Time, fail, faulty
+from tests.support.faulty_storage import FakeClock, fail, faulty
 
 
 @pytest.fixture
-def time(monkeypatch: pytest.MonkeyPatch) -> Time:
+def time(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     """Replaces the real clock."""
-    made = Time()
+    made = FakeClock()
     monkeypatch.setattr(retry, "clock", lambda: made.now)
     monkeypatch.setattr(retry, "sleep", made.sleep)
     return made
 
 
 @pytest.mark.parametrize("kind", ["tear", "swallow"])
-def test_a_torn_write_never_shows(tmp_path: Path, time: Time, kind: str) -> None:
+def test_a_torn_write_never_shows(tmp_path: Path, time: FakeClock, kind: str) -> None:
     """Whether storage reports the torn write or not, the old file stays until the new one is complete."""
     directory, script = faulty(tmp_path)
     directory.write("file", b"old")
@@ -39,7 +39,7 @@ def test_a_torn_write_never_shows(tmp_path: Path, time: Time, kind: str) -> None
     assert (directory.read("file"), directory.list_names()) == (b"a new one", ["file"])
 
 
-def test_a_silently_torn_file_is_an_error(tmp_path: Path, time: Time) -> None:
+def test_a_silently_torn_file_is_an_error(tmp_path: Path, time: FakeClock) -> None:
     """If storage never takes all bytes, the error says so."""
     directory, script = faulty(tmp_path, patience=1)
     script.write(fail("swallow"))
@@ -116,7 +116,7 @@ def test_a_local_append_that_broke_off_is_cut_off(
     assert place.read("metrics.jsonl") == b"first\nother\n"
 
 
-def test_a_local_append_that_is_given_up_leaves_the_file_as_it_was(tmp_path: Path, time: Time) -> None:
+def test_a_local_append_that_is_given_up_leaves_the_file_as_it_was(tmp_path: Path, time: FakeClock) -> None:
     """No part of a row is left behind."""
     place = RunDirectory.open(str(tmp_path), "run")
     place.create()
@@ -127,7 +127,7 @@ def test_a_local_append_that_is_given_up_leaves_the_file_as_it_was(tmp_path: Pat
     assert place.read("rows") == b"first\n"
 
 
-def test_a_real_disk_that_is_full(tmp_path: Path, time: Time) -> None:
+def test_a_real_disk_that_is_full(tmp_path: Path, time: FakeClock) -> None:
     """The system's limit on file sizes breaks off a write and an append half-way. Both succeed once it is lifted."""
     directory = RunDirectory.open(str(tmp_path), "run")
     directory.create()
@@ -154,7 +154,7 @@ def test_a_real_disk_that_is_full(tmp_path: Path, time: Time) -> None:
     assert (directory.read("file"), directory.list_names()) == (content, ["file", "rows"])
 
 
-def test_two_processes_may_remove_the_same_folder(tmp_path: Path, time: Time, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_may_remove_the_same_folder(tmp_path: Path, time: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that the other process has removed first is no failure."""
     directory = RunDirectory.open(str(tmp_path), "run")
     directory.write("a/b", b"x")

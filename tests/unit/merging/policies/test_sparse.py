@@ -1,4 +1,4 @@
-"""TIES and DARE work on the dense products, never on A and B apart."""
+"""TIES and DARE work on the dense products, never on A and B separately."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_ties_is_the_papers_algorithm_on_products(heads: int, seed: int, density
 
 @given(st.lists(st.sampled_from([-2.0, -1.0, 0.0, 1.0, 3.0]), min_size=1, max_size=9), st.floats(0.01, 1.0))
 def test_the_largest_are_kept_with_all_their_equals(values: list[float], share: float) -> None:
-    """At least the share asked for, nothing smaller than what is dropped, and the values unchanged."""
+    """At least the given fraction, nothing smaller than a dropped value, and the values unchanged."""
     given_, found = torch.tensor(values), keep_largest(torch.tensor(values), share)
     kept = found == given_
     assert bool((found[~kept] == 0).all())
@@ -67,7 +67,7 @@ def test_dare_drops_by_elements_of_the_product_and_scales_the_rest() -> None:
 
 
 def test_dare_is_the_average_in_expectation() -> None:
-    """The mean over seeds comes near the mean change: within 5 standard errors in each element."""
+    """The mean over seeds is within 5 standard errors of the mean change in each element."""
     plan = plan_from_shapes([(3, 3, 2)], [(2,)])
     pending, runs, drop = make_pending(2, plan=plan), 2000, 0.4
     changes = dense_changes(pending)
@@ -77,7 +77,7 @@ def test_dare_is_the_average_in_expectation() -> None:
 
 
 def test_dares_masks_depend_on_seed_version_head_and_layer_alone() -> None:
-    """The same again are the same; another of any of them is another mask; the other heads don't matter."""
+    """Equal ones give the same mask, changing any one gives another; other heads don't matter."""
     pending = make_pending(2, same=True)
 
     def mask(seed: int, version: int, head: int) -> Tensor:

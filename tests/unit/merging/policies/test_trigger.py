@@ -17,7 +17,7 @@ from tests.support.policies import PLAN, make_coordinator, make_pending, make_ro
 
 
 def send(coordinator: Coordinator, head: int, sequence: int = 1) -> list[tuple[int, ...]]:
-    """A head contributes; gives the heads of each merge that followed."""
+    """Lets a head contribute; returns the heads of each merge that followed."""
     outcome = coordinator.receive(make_contribution(head, sequence), random_flat(PLAN.contribution.size, 10 * sequence + head))
     return [merge.heads for merge in outcome.merges]
 
@@ -44,7 +44,7 @@ def test_a_quorum_that_doesnt_count_is_a_config_error(name: str, value: float, w
 
 
 def test_barrier_takes_all_or_waits_for_those_missing() -> None:
-    """By number, or of many by count."""
+    """It lists missing heads by number, or many by their count."""
     pending, roster = make_pending(3), make_roster(3)
     assert Barrier().ready(pending, roster) == pending
     assert Barrier().ready(pending[::2], roster) == Wait("for heads [1]")
@@ -61,7 +61,7 @@ def test_barrier_takes_all_or_waits_for_those_missing() -> None:
     ],
 )  # fmt: skip
 def test_quorum_takes_what_is_there_once_it_is_enough(size: int, live: int, there: int, ready: bool) -> None:
-    """The first k; 0 is half of the live heads; never more than live."""
+    """The first k; 0 is half of the live heads; never more than are live."""
     pending = make_pending(there)
     found = Quorum(size).ready(pending, living(make_roster(9), *range(live)))
     assert found == pending if ready else isinstance(found, Wait) and found.until is None
@@ -74,7 +74,7 @@ def test_a_quorum_of_nothing_waits() -> None:
 
 
 def test_a_deadline_is_after_the_first_contribution() -> None:
-    """Asked again then, it takes what is there."""
+    """When called again at the deadline, it merges what is pending."""
     pending = make_pending(2)  # which arrived at 0 and 1
     quorum = Quorum(3, deadline=1.5)
     assert quorum.ready(pending, make_roster(4, now=1.0)) == Wait("for 1 of 3 contributions", until=1.5)
@@ -82,7 +82,7 @@ def test_a_deadline_is_after_the_first_contribution() -> None:
 
 
 def test_a_deadline_merges_by_the_coordinators_clock() -> None:
-    """The coordinator wakes the policy at the time it asked for, and the late head's contribution opens another quorum."""
+    """The coordinator calls the policy at the requested time, and the late head's contribution starts another quorum."""
     now = [10.0]
     coordinator, _ = make_coordinator(ComposedPolicy(Average(), Quorum(3, deadline=2.0)), heads=3, now=now)
     assert send(coordinator, 1) == []
@@ -99,7 +99,7 @@ def test_a_deadline_merges_by_the_coordinators_clock() -> None:
 
 
 def test_arrival_takes_one_at_a_time_in_order() -> None:
-    """The one that arrived first."""
+    """The first one to arrive comes first."""
     pending = make_pending(3)
     late = dataclasses.replace(pending[0], arrived=9.0)
     assert Arrival().ready([late, *pending[1:]], make_roster(3)) == [pending[1]]
@@ -107,7 +107,7 @@ def test_arrival_takes_one_at_a_time_in_order() -> None:
 
 
 def test_each_arrival_is_a_version() -> None:
-    """Of one head, with its own weight."""
+    """Each version merges one head with its own weight."""
     coordinator, _ = make_coordinator(make_policy(MergeConfig(when="arrival")), heads=3)
     assert [send(coordinator, head) for head in (2, 0, 1)] == [[(2,)], [(0,)], [(1,)]]
     assert coordinator.version == 3
@@ -115,7 +115,7 @@ def test_each_arrival_is_a_version() -> None:
 
 @pytest.mark.parametrize("heads", [1, 2, 5])
 def test_n_arrivals_are_one_barrier_merge_where_nobody_trains_between(heads: int) -> None:
-    """Each carries its own 1/N: the bases agree to rounding, and with one head bit for bit."""
+    """Each has weight 1/N: the bases agree up to rounding, and with one head bit for bit."""
     one_by_one, _ = make_coordinator(make_policy(MergeConfig(when="arrival")), heads)
     at_once, _ = make_coordinator(make_policy(MergeConfig()), heads)
     for sequence in (1, 2):
@@ -127,7 +127,7 @@ def test_n_arrivals_are_one_barrier_merge_where_nobody_trains_between(heads: int
 
 
 def test_a_head_that_leaves_completes_barrier_and_quorum() -> None:
-    """Whoever is left is enough then."""
+    """The remaining heads are then enough."""
     for policy in (make_policy(MergeConfig()), make_policy(MergeConfig(when="quorum", quorum=2))):
         coordinator, _ = make_coordinator(policy, heads=2)
         assert send(coordinator, 0) == []

@@ -1,4 +1,4 @@
-"""Policies that give weights: by samples, staleness and norm. They stay normalised."""
+"""Policies that return weights: by samples, staleness and norm. The weights stay normalized."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ ROUNDING = 1e-13
 
 
 def arrivals(window: RollingWeights, amounts: list[float], num_heads: int) -> list[float]:
-    """The weights of contributions that are merged one by one."""
+    """Returns the weights of contributions that are merged one by one."""
     return [window.weights({0: amount}, num_heads)[0] for amount in amounts]
 
 
 @given(AMOUNTS)
 def test_all_heads_in_one_merge_weigh_one_together(amounts: list[float]) -> None:
-    """w_i = a_i / sum a, whatever there was before."""
+    """w_i = a_i / sum a, whatever was merged before."""
     window = RollingWeights()
     arrivals(window, [7.0, 0.1], len(amounts))
     weights = window.weights(dict(enumerate(amounts)), len(amounts))
@@ -36,7 +36,7 @@ def test_all_heads_in_one_merge_weigh_one_together(amounts: list[float]) -> None
 
 @given(AMOUNTS, st.randoms(use_true_random=False))
 def test_a_cycle_of_single_arrivals_weighs_one(amounts: list[float], chance: random.Random) -> None:
-    """Once N contributions are known, amounts that come back every cycle give weights with the sum 1, as average's."""
+    """Once N contributions are known, amounts that repeat every cycle have weights with the sum 1, as with the average."""
     window, num_heads = RollingWeights(), len(amounts)
     chance.shuffle(amounts)
     arrivals(window, amounts, num_heads)
@@ -46,7 +46,7 @@ def test_a_cycle_of_single_arrivals_weighs_one(amounts: list[float], chance: ran
 
 @given(AMOUNTS, st.data())
 def test_any_n_consecutive_contributions_weigh_one_in_one_merge(amounts: list[float], data: st.DataObject) -> None:
-    """The invariant itself: a weight is the amount over the sum of the last N amounts, in whatever merges they were."""
+    """The invariant itself: a weight is the amount divided by the sum of the last N amounts, in whatever merges they were."""
     window, num_heads, seen = RollingWeights(), data.draw(st.integers(1, 4)), [1.0]
     arrivals(window, seen * num_heads, num_heads)
     seen = seen * num_heads
@@ -139,7 +139,7 @@ def test_clip_bounds_the_norm_by_a_number() -> None:
 
 
 def test_clip_bounds_the_norm_by_the_others() -> None:
-    """Without a number, `times` the median norm of the last N contributions, also of those that came before."""
+    """Without a number, `times` the median norm of the last N contributions, including earlier ones."""
     clip, pending = Clip(times=1.5), make_pending(3)
     norms = [float(dense_change(p).norm()) for p in pending]
     for p in pending[:2]:
