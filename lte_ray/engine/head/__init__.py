@@ -1,0 +1,1 @@
+"""What a head is, without Ray: its training, its state, and several heads in one process."""

@@ -75,10 +75,10 @@ class Schedules(RuleBasedStateMachine):
         self.bases = {0: initial.base.clone()}
         self.known: dict[int, dict[int, Tensor]] = {0: {}}  # references that a version holds
 
-    def settle(self, outcome: StepResult) -> None:
-        records = iter(outcome.merges)
-        for verdict in outcome.results:
-            if verdict.accepted and verdict.version not in self.bases:
+    def settle(self, step: StepResult) -> None:
+        records = iter(step.merges)
+        for result in step.results:
+            if result.accepted and result.version not in self.bases:
                 record = next(records)
                 for head, weight in record.weights.items():
                     share = Share(weight, self.plan, self.pending[head], self.references.get(head))
@@ -86,10 +86,10 @@ class Schedules(RuleBasedStateMachine):
                     self.references[head] = self.pending[head][: self.plan.factors_size].clone()
                 self.bases[record.version] = self.coordinator.base.clone()
                 self.known[record.version] = dict(self.references)
-        for verdict in outcome.results:
-            self.pending.pop(verdict.head)
+        for result in step.results:
+            self.pending.pop(result.head)
             newest = self.coordinator.version
-            self.answers[verdict.head] = (verdict, newest, self.bases[newest])
+            self.answers[result.head] = (result, newest, self.bases[newest])
 
     @rule(head=st.integers(0, HEADS - 1), steps=st.integers(1, 3))
     def train(self, head: int, steps: int) -> None:
@@ -121,21 +121,21 @@ class Schedules(RuleBasedStateMachine):
     def answer(self, data: st.DataObject, ahead: bool, steps: int) -> None:
         """Staged in advance or not, while the head takes further steps."""
         head = self.heads[data.draw(st.sampled_from(sorted(self.answers)))]
-        verdict, version, base = self.answers.pop(head.number)
+        result, version, base = self.answers.pop(head.number)
         if version <= head.version:
-            head.adopt(verdict, version, None)
+            head.adopt(result, version, None)
             return
-        staged = head.stage(base, verdict.accepted) if ahead else {}
+        staged = head.stage(base, result.accepted) if ahead else {}
         head.train(steps)
-        head.adopt(verdict, version, base, staged)
+        head.adopt(result, version, base, staged)
 
     @rule(head=st.integers(0, HEADS - 1))
     def receive_newer_version(self, head: int) -> None:
         """In mid-round: the reply that is on its way is then settled too, since the newer one says what its version holds."""
         one, newest = self.heads[head], self.coordinator.version
         if newest > one.version:
-            verdict = self.answers.pop(head)[0] if head in self.answers else None
-            one.adopt(verdict, newest, self.bases[newest])
+            result = self.answers.pop(head)[0] if head in self.answers else None
+            one.adopt(result, newest, self.bases[newest])
 
     @invariant()
     def the_base_is_the_sum_of_what_was_accepted(self) -> None:
@@ -153,8 +153,8 @@ class Schedules(RuleBasedStateMachine):
                 if reference is not None:
                     old = factor_views(self.plan, reference)
                     expected = expected - spec.scaling * old[spec.b_name] @ old[spec.a_name]
-                found = as_matrix(spec, head.converted.main_weights[spec.name].stored.detach())
-                assert_near(found, expected, 1e-12)
+                actual = as_matrix(spec, head.converted.main_weights[spec.name].stored.detach())
+                assert_near(actual, expected, 1e-12)
 
 
 TestSchedules = Schedules.TestCase
@@ -188,8 +188,8 @@ def test_n_arrivals_equal_one_barrier_merge_without_steps_in_between() -> None:
             arrivals.receive(contribution, contribution.buffer)
         assert_near(arrivals.base, barrier.base, 1e-13)
         for head, contribution in zip(heads, contributions, strict=True):
-            verdict = ContributionResult(head.number, contribution.sequence, True, barrier.version)
-            head.adopt(verdict, barrier.version, barrier.base.clone())
+            result = ContributionResult(head.number, contribution.sequence, True, barrier.version)
+            head.adopt(result, barrier.version, barrier.base.clone())
     assert (arrivals.version, barrier.version) == (9, 3)
 
 
@@ -198,8 +198,8 @@ def test_steps_in_flight_are_part_of_the_next_contribution() -> None:
     _, (head,), coordinator = started(1)
     first = head.train_round()
     head.train(2)
-    (verdict,) = coordinator.receive(first, first.buffer).results
-    head.adopt(verdict, 1, coordinator.base.clone())
+    (result,) = coordinator.receive(first, first.buffer).results
+    head.adopt(result, 1, coordinator.base.clone())
     head.train(1)
     second = head.contribute()
     assert (second.steps, second.version, second.step) == (3, 1, 6)

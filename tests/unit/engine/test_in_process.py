@@ -154,8 +154,8 @@ def test_a_head_with_nans_in_every_round_leaves_and_others_take_its_data(heads_p
     assert [head.step for head in result.heads] == [12, 9, 12]
     assert [m.heads for m in result.merges] == [(0, 2)] * 4
     assert {weight for m in result.merges for weight in m.weights.values()} == {1 / 2}
-    left = [lane for n in (0, 2) for lane in result.coordinator.positions[n].lanes]
-    assert (are_disjoint(left), density(left)) == (True, 1)
+    owned = [partition for n in (0, 2) for partition in result.coordinator.positions[n].lanes]
+    assert (are_disjoint(owned), density(owned)) == (True, 1)
 
 
 class Typed(Tiny):

@@ -42,8 +42,8 @@ LTE: dict[str, Any] = {"lora_r": (1, 2, 5), "lora_alpha": (1.0, 4.0, 2.5), "laye
 
 
 def settings(worker_steps: int = 12, **changes: Any) -> Settings:
-    made = make_settings(heads=3, steps=worker_steps)
-    return dataclasses.replace(made, lte=dataclasses.replace(made.lte, **(LTE | changes)))
+    run_settings = make_settings(heads=3, steps=worker_steps)
+    return dataclasses.replace(run_settings, lte=dataclasses.replace(run_settings.lte, **(LTE | changes)))
 
 
 class Immediate:
@@ -70,10 +70,10 @@ def test_each_head_has_its_own_rank_and_scaling() -> None:
 @pytest.mark.parametrize("rslora", [False, True])
 def test_merges_of_trained_heads_of_different_ranks_add_up(reset: str, rslora: bool) -> None:
     """W_v - W_0 = sum of w s_n (B_n A_n - B'_n A'_n) for all merges; right after one each head computes with W_v."""
-    worker, made = Tiny(), settings(reset=reset, rslora=rslora)
-    initial = prepare(worker, made, torch.float64)
-    coordinator = Coordinator(made, initial.plan, initial.base.clone(), ComposedPolicy(Average()), plans=initial.plans)
-    heads = [Head(worker, made, n, dtype=torch.float64) for n in range(3)]
+    worker, run_settings = Tiny(), settings(reset=reset, rslora=rslora)
+    initial = prepare(worker, run_settings, torch.float64)
+    coordinator = Coordinator(run_settings, initial.plan, initial.base.clone(), ComposedPolicy(Average()), plans=initial.plans)
+    heads = [Head(worker, run_settings, n, dtype=torch.float64) for n in range(3)]
     for head in heads:
         head.start(0, initial.base)
     ledger, before = torch.zeros_like(initial.base), dict.fromkeys(range(3))
@@ -84,13 +84,13 @@ def test_merges_of_trained_heads_of_different_ranks_add_up(reset: str, rslora: b
             reference = before[head.number]
             ledger += dense_change_by_formula(head.plan, buffer, reference) / 3
             before[head.number] = None if reset == "B" else factors(head.plan, buffer).clone()
-            outcome = coordinator.receive(contribution, buffer)
-        assert [m.version for m in outcome.merges] == [version]
+            step = coordinator.receive(contribution, buffer)
+        assert [m.version for m in step.merges] == [version]
         # 12 changes, each of sums of up to 16 float64 terms of size 1.
         assert_near(coordinator.base - initial.base, ledger, 1e-13)
-        for verdict in outcome.results:
-            head = heads[verdict.head]
-            head.adopt(verdict, version, coordinator.base.clone())
+        for result in step.results:
+            head = heads[result.head]
+            head.adopt(result, version, coordinator.base.clone())
             words = torch.arange(7)
             for name, weight in {s.name: head.converted.parameters[s.name] for s in head.plan.adapted}.items():
                 spec = next(s for s in head.plan.adapted if s.name == name)
@@ -133,15 +133,15 @@ def test_merges_of_any_ranks_are_sums_of_dense_changes(ranks: list[tuple[int, fl
 
 def test_a_contribution_of_another_heads_size_is_refused() -> None:
     """The coordinator knows each head's layout."""
-    worker, made = Tiny(), settings()
-    initial = prepare(worker, made, torch.float64)
-    coordinator = Coordinator(made, initial.plan, initial.base.clone(), ComposedPolicy(Average()), plans=initial.plans)
-    head = Head(worker, made, 1, dtype=torch.float64)
+    worker, run_settings = Tiny(), settings()
+    initial = prepare(worker, run_settings, torch.float64)
+    coordinator = Coordinator(run_settings, initial.plan, initial.base.clone(), ComposedPolicy(Average()), plans=initial.plans)
+    head = Head(worker, run_settings, 1, dtype=torch.float64)
     head.start(0, initial.base)
     contribution = head.train_round()
-    (verdict,) = coordinator.receive(dataclasses.replace(contribution, head=2), contribution.buffer).results
-    assert not verdict.accepted
-    assert f"expected ({initial.plans[2].contribution.size},) and" in verdict.reason
+    (result,) = coordinator.receive(dataclasses.replace(contribution, head=2), contribution.buffer).results
+    assert not result.accepted
+    assert f"expected ({initial.plans[2].contribution.size},) and" in result.reason
     assert coordinator.receive(contribution, contribution.buffer).results == ()
 
 
@@ -151,14 +151,14 @@ def test_the_bound_of_values_depends_on_the_scaling_of_each_head(large: int) -> 
     alphas = tuple(1e6 if head == large else 1.0 for head in range(3))
     base = torch.zeros(make_plans(Net(), settings().lte)[0].base.size)
     for alpha, accepted in (((1.0, 1.0, 1.0), True), (alphas, False)):
-        made = settings(lora_r=1, lora_alpha=alpha, layers=())
-        plans = make_plans(Net(), made.lte)
-        coordinator = Coordinator(made, plans[0], base.clone(), Immediate(), plans=plans)
+        run_settings = settings(lora_r=1, lora_alpha=alpha, layers=())
+        plans = make_plans(Net(), run_settings.lte)
+        coordinator = Coordinator(run_settings, plans[0], base.clone(), Immediate(), plans=plans)
         size = plans[large].contribution.size
         sent = torch.full((size,), math.sqrt(1e27 / size))
-        (verdict,) = coordinator.receive(make_contribution(large), sent).results
-        assert verdict.accepted == accepted
-        assert ("absurdly large" in verdict.reason) != accepted
+        (result,) = coordinator.receive(make_contribution(large), sent).results
+        assert result.accepted == accepted
+        assert ("absurdly large" in result.reason) != accepted
         assert bool(coordinator.base.any()) == accepted
         assert bool(torch.isfinite(coordinator.base).all())
 
@@ -178,9 +178,9 @@ def test_equal_ranks_given_one_by_one_equal_one_rank() -> None:
 @pytest.mark.parametrize("reset", ["none", "B"])
 def test_a_restored_head_of_any_rank_continues_bitwise_the_same(head: int, reset: str) -> None:
     """Through safetensors and JSON, with a reference of its own size."""
-    worker, made = Tiny(dropout=0.3, optimizer="adamw"), settings(reset=reset)
-    base = prepare(worker, made, torch.float64).base
-    one = Head(worker, made, head, dtype=torch.float64)
+    worker, run_settings = Tiny(dropout=0.3, optimizer="adamw"), settings(reset=reset)
+    base = prepare(worker, run_settings, torch.float64).base
+    one = Head(worker, run_settings, head, dtype=torch.float64)
     one.start(0, base)
     one.train_round()
     one.adopt(ContributionResult(head, 1, True, 1), 1, base + 0.1)
@@ -188,11 +188,11 @@ def test_a_restored_head_of_any_rank_continues_bitwise_the_same(head: int, reset
     assert ("reference" in tensors) == (reset == "none")
     if reset == "none":
         assert tensors["reference"].shape == (one.plan.factors_size,)
-    other = Head(worker, made, head, dtype=torch.float64, incarnation=1)
+    other = Head(worker, run_settings, head, dtype=torch.float64, incarnation=1)
     restore(other, through_file((tensors, meta)), base + 0.1)
     for sequence in (2, 3):
-        expected, found = one.train_round(), other.train_round()
-        assert torch.equal(found.buffer, expected.buffer)
+        expected, continued = one.train_round(), other.train_round()
+        assert torch.equal(continued.buffer, expected.buffer)
         for each in (one, other):
             each.adopt(ContributionResult(head, sequence, True, sequence), sequence, base - 0.1 * sequence)
 
@@ -217,29 +217,29 @@ class Convolutional(Tiny):
         return super().loss(model, batch) + model.conv(torch.ones(4, 3, dtype=torch.float64)).square().sum()
 
 
-def written(directory: RunDirectory, worker: Tiny, made: Settings, *, old: bool) -> tuple[Manifest, list[Head], Tensor]:
+def written(directory: RunDirectory, worker: Tiny, run_settings: Settings, *, old: bool) -> tuple[Manifest, list[Head], Tensor]:
     """A checkpoint after one merge, as written now, or by an older release: without newer settings, cursor and scaler."""
-    initial = prepare(worker, made, torch.float64)
-    coordinator = Coordinator(made, initial.plan, initial.base.clone(), ComposedPolicy(Average()), plans=initial.plans)
-    heads = [Head(worker, made, n, dtype=torch.float64) for n in range(made.lte.num_heads)]
+    initial = prepare(worker, run_settings, torch.float64)
+    coordinator = Coordinator(run_settings, initial.plan, initial.base.clone(), ComposedPolicy(Average()), plans=initial.plans)
+    heads = [Head(worker, run_settings, n, dtype=torch.float64) for n in range(run_settings.lte.num_heads)]
     for head in heads:
         head.start(0, initial.base)
         contribution = head.train_round()
-        outcome = coordinator.receive(contribution, contribution.buffer)
+        step = coordinator.receive(contribution, contribution.buffer)
     files = [checkpoint.write_base(directory, 1, initial.plan, coordinator.base)]
-    for verdict in outcome.results:
-        head = heads[verdict.head]
-        head.adopt(verdict, 1, coordinator.base.clone())
+    for result in step.results:
+        head = heads[result.head]
+        head.adopt(result, 1, coordinator.base.clone())
         tensors, meta = head_state(head)
         if old:
             for new in ("batches", "lanes", "grant", "released", "offered", "position"):
                 del meta[new]
             del meta["optimizer"]["scaler"]
         files.append(checkpoint.write_head(directory, 1, head.number, tensors, meta))
-    lte = dataclasses.asdict(made.lte)
-    facts = {"run": made.run, "step": 3, "lte": {name: lte[name] for name in OLD} if old else lte}
+    lte = dataclasses.asdict(run_settings.lte)
+    facts = {"run": run_settings.run, "step": 3, "lte": {name: lte[name] for name in OLD} if old else lte}
     directory.write("run.toml", b"")
-    return checkpoint.commit(directory, 1, range(made.lte.num_heads), files, facts), heads, coordinator.base
+    return checkpoint.commit(directory, 1, range(run_settings.lte.num_heads), files, facts), heads, coordinator.base
 
 
 @pytest.fixture
@@ -254,21 +254,21 @@ RESUME = StorageConfig(name="test", resume=True)
 def test_an_old_and_a_new_checkpoint_are_resumed_bitwise(directory: RunDirectory, old: bool) -> None:
     """Its settings are those of the older release or the defaults; each head continues as the one that wasn't stopped."""
     worker = Tiny(dropout=0.3, optimizer="adamw")
-    made = make_settings() if old else settings()
-    _, heads, base = written(directory, worker, made, old=old)
-    manifest, _ = run_start.check_start(directory, RESUME, made)
+    run_settings = make_settings() if old else settings()
+    _, heads, base = written(directory, worker, run_settings, old=old)
+    manifest, _ = run_start.check_start(directory, RESUME, run_settings)
     assert manifest is not None
-    initial = prepare(worker, made, torch.float64)
+    initial = prepare(worker, run_settings, torch.float64)
     checkpoint.check_factors(directory, manifest, initial.plans)
     assert torch.equal(checkpoint.read_base(directory, manifest, initial.plan), base)
     for head in heads:
-        other = Head(worker, made, head.number, dtype=torch.float64, incarnation=1)
+        other = Head(worker, run_settings, head.number, dtype=torch.float64, incarnation=1)
         restore(other, checkpoint.read_head(directory, manifest, head.number), base)
         assert torch.equal(other.train_round().buffer, head.train_round().buffer)
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"lora_r": (1, 2, 4)}, r"--lora-r was \[1, 2, 5\] and is \[1, 2, 4\]"),
         ({"lora_alpha": 1.0}, r"--lora-alpha was \[1.0, 4.0, 2.5\] and is 1.0"),
@@ -279,31 +279,33 @@ def test_an_old_and_a_new_checkpoint_are_resumed_bitwise(directory: RunDirectory
         ({"adapt": ("linear",)}, "--adapt was"),
     ],
 )
-def test_a_run_is_not_continued_with_other_heads(directory: RunDirectory, changes: dict[str, Any], says: str) -> None:
+def test_a_run_is_not_continued_with_other_heads(directory: RunDirectory, changes: dict[str, Any], message: str) -> None:
     """The error names what differs: the value before, and the value now."""
     written(directory, Tiny(), settings(), old=False)
-    with pytest.raises(StorageError, match=says):
+    with pytest.raises(StorageError, match=message):
         run_start.check_start(directory, RESUME, settings(**changes))
 
 
 def test_settings_that_came_later_are_compared_with_their_defaults(directory: RunDirectory) -> None:
     """An older run used the defaults; --adapt may differ, since only nn.Linear layers had factors then."""
     written(directory, Tiny(), make_settings(), old=True)
-    made = make_settings()
+    run_settings = make_settings()
     for changes in ({"rslora": True}, {"lora_bias": "frozen"}, {"base_dtype": "int8"}, {"layers": ("up: lr=2",)}):
         with pytest.raises(StorageError, match=r"was .* and is"):
-            run_start.check_start(directory, RESUME, dataclasses.replace(made, lte=dataclasses.replace(made.lte, **changes)))
+            run_start.check_start(
+                directory, RESUME, dataclasses.replace(run_settings, lte=dataclasses.replace(run_settings.lte, **changes))
+            )
 
 
 def test_an_old_run_whose_convolutions_had_no_factors_says_how_to_resume(directory: RunDirectory) -> None:
     """Its heads have no factors for what is adapted by default now: an error before any head starts; --adapt linear resumes."""
-    worker, made = Convolutional(), make_settings()
-    linear = dataclasses.replace(made, lte=dataclasses.replace(made.lte, adapt=("linear",)))
+    worker, run_settings = Convolutional(), make_settings()
+    linear = dataclasses.replace(run_settings, lte=dataclasses.replace(run_settings.lte, adapt=("linear",)))
     _, heads, base = written(directory, worker, linear, old=True)
-    manifest, _ = run_start.check_start(directory, RESUME, made)
+    manifest, _ = run_start.check_start(directory, RESUME, run_settings)
     assert manifest is not None
     with pytest.raises(StorageError, match=r"other factors; they differ in conv.weight. .* --adapt linear"):
-        checkpoint.check_factors(directory, manifest, prepare(worker, made, torch.float64).plans)
+        checkpoint.check_factors(directory, manifest, prepare(worker, run_settings, torch.float64).plans)
     manifest, _ = run_start.check_start(directory, RESUME, linear)
     assert manifest is not None
     checkpoint.check_factors(directory, manifest, prepare(worker, linear, torch.float64).plans)

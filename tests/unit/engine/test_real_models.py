@@ -191,8 +191,8 @@ class Real:
 
     def outputs(self, model: nn.Module) -> dict[str, Tensor]:
         """Loss and logits on all data."""
-        found = model(**self.all())
-        return {key: found[key] for key in ("loss", "logits")}
+        actual = model(**self.all())
+        return {key: actual[key] for key in ("loss", "logits")}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return {}
@@ -239,9 +239,9 @@ def make(lora: dict[str, Any] | None = None, **train: Any) -> Settings:
 def outputs(worker: Real | FewPairs, model: nn.Module) -> dict[str, Tensor]:
     """Loss and scores on the validation pairs."""
     training = model.training
-    found = worker.outputs(model.eval())
+    actual = worker.outputs(model.eval())
     model.train(training)
-    return found
+    return actual
 
 
 def product(spec: Adapted, factors: dict[str, Tensor]) -> Tensor:
@@ -260,11 +260,11 @@ def contributions(monkeypatch: pytest.MonkeyPatch) -> Received:
     received: Received = []
     receive = Coordinator.receive
 
-    def noted(self: Coordinator, contribution: Contribution, buffer: Tensor) -> Any:
+    def receive_and_record(self: Coordinator, contribution: Contribution, buffer: Tensor) -> Any:
         received.append((contribution.head, buffer.clone()))
         return receive(self, contribution, buffer)
 
-    monkeypatch.setattr(Coordinator, "receive", noted)
+    monkeypatch.setattr(Coordinator, "receive", receive_and_record)
     return received
 
 
@@ -298,8 +298,8 @@ def check(worker: Real | FewPairs, settings: Settings, contributions: Received, 
         for spec in head.plan.adapted:
             assert_near(head.converted.parameters[spec.name], base[spec.name] - product(spec, head.converted.factors), 1e-13)
         # B = B' after the last merge, so that each head computes with W_v: its layers are right if its outputs are.
-        for key, found in outputs(worker, head.model).items():
-            assert_near(found, merged[key], rounding)
+        for key, actual in outputs(worker, head.model).items():
+            assert_near(actual, merged[key], rounding)
     return result
 
 
@@ -360,12 +360,12 @@ def test_a_model_that_looks_at_its_mask_trains_in_turns(monkeypatch: pytest.Monk
     notes: list[str] = []
     give_up = HeadGroup._stop_stacking
 
-    def noted(self: HeadGroup, reason: Unstackable) -> None:
+    def receive_and_record(self: HeadGroup, reason: Unstackable) -> None:
         self._must_stack = False  # as "auto" on a GPU
         give_up(self, reason)
         notes.append(self.sequential_reason)
 
-    monkeypatch.setattr(HeadGroup, "_stop_stacking", noted)
+    monkeypatch.setattr(HeadGroup, "_stop_stacking", receive_and_record)
     tried = run_in_process(worker, make(), torch.float64, heads_per_actor=2, stack_heads="always")
     assert len(notes) == 1
     assert "data-dependent" in notes[0]
@@ -486,9 +486,9 @@ def short(): "Too short"; return 1
 def nothing(): "Only a docstring stands here."
 def bare(): return 1
 '''
-    found = [("Give back what was given.", "def f(x):\n    return x")]
-    found += [("Wait for it, and then go on.", "async def g(self):\n    await self")]
-    assert list(minilm.functions_of(source)) == found
+    actual = [("Give back what was given.", "def f(x):\n    return x")]
+    actual += [("Wait for it, and then go on.", "async def g(self):\n    await self")]
+    assert list(minilm.functions_of(source)) == actual
     assert not list(minilm.functions_of(b"def f(:"))
 
 

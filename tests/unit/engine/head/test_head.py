@@ -27,10 +27,10 @@ TOLERANCE = {"sgd": 1e-13, "adamw": 1e-11}
 def make_head(worker: Tiny, head: int = 0, **changes: object) -> tuple[Head, Tensor]:
     """A head that has started, and the base that it started from."""
     settings = make_settings(**changes)  # type: ignore[arg-type]
-    made = Head(worker, settings, head, dtype=torch.float64)
+    built = Head(worker, settings, head, dtype=torch.float64)
     base = prepare(worker, settings, torch.float64).base
-    made.start(0, base)
-    return made, base
+    built.start(0, base)
+    return built, base
 
 
 def accept(head: Head, contribution: Contribution, version: int, base: Tensor) -> None:
@@ -68,25 +68,25 @@ def test_heads_equal_their_dense_counterparts_after_merges(optimizer: str) -> No
     for version in range(1, 5):
         contributions = [head.train_round() for head in heads]
         merged = {name: value.clone() for name, value in views(plan.base, base).items()}
-        for d, c, held in zip(dense, contributions, products, strict=True):
+        for d, c, committed in zip(dense, contributions, products, strict=True):
             d.train(3)
             sent = parts(plan, c)
             for spec in plan.adapted:
                 assert_near(sent[spec.a_name], d.a[spec.name], tolerance)
                 assert_near(sent[spec.b_name], d.b[spec.name], tolerance)
                 product = d.product(spec.name).detach()
-                merged[spec.name] += 0.5 * (product - held[spec.name])
-                held[spec.name] = product
+                merged[spec.name] += 0.5 * (product - committed[spec.name])
+                committed[spec.name] = product
             for name, p in d.p.items():
                 change = p.detach() - views(plan.base, base)[name]
                 assert_near(sent[name], change, tolerance)
                 merged[name] += 0.5 * change
         base = flat(plan, merged)
-        for head, d, c, held in zip(heads, dense, contributions, products, strict=True):
+        for head, d, c, committed in zip(heads, dense, contributions, products, strict=True):
             accept(head, c, version, base)
             parameters = dict(head.model.named_parameters())
             for name, weight in d.w.items():
-                weight.copy_(merged[name] - held[name])
+                weight.copy_(merged[name] - committed[name])
                 assert_near(parameters[name], weight, tolerance)
                 assert_near(effective(head)[name], merged[name], tolerance)
             for name, p in d.p.items():
@@ -209,11 +209,11 @@ def test_a_restored_head_continues_bitwise_the_same(optimizer: str, reset: str) 
     restored = Head(worker, head.settings, 0, dtype=torch.float64, incarnation=1)
     restore(restored, through_file((tensors, meta)), one)
     for sequence in (2, 3):
-        expected, found = head.train_round(), restored.train_round()
-        assert torch.equal(found.buffer, expected.buffer)
-        assert (found.sequence, found.step, found.steps, found.samples) == (sequence, 3 * sequence, 3, 12)
-        assert (found.loss, found.version) == (expected.loss, expected.version)
-        for each, contribution in ((head, expected), (restored, found)):
+        expected, continued = head.train_round(), restored.train_round()
+        assert torch.equal(continued.buffer, expected.buffer)
+        assert (continued.sequence, continued.step, continued.steps, continued.samples) == (sequence, 3 * sequence, 3, 12)
+        assert (continued.loss, continued.version) == (expected.loss, expected.version)
+        for each, contribution in ((head, expected), (restored, continued)):
             accept(each, contribution, sequence, one)
             assert {g["lr"] for g in each.optimizer.param_groups} == {0.01 * (1 - each.step / 12)}
 
@@ -233,14 +233,14 @@ class Rounded(Tiny):
 
 def rounded_head(lr: float) -> tuple[Head, list[Tensor]]:
     """A head in bfloat16, merged in float32, and bases whose replicas bfloat16 can't represent."""
-    made = make_settings(steps=18)
-    start = prepare(Rounded(), made).base
+    settings = make_settings(steps=18)
+    start = prepare(Rounded(), settings).base
     shifts = [0.1 * torch.randn(start.shape, generator=torch.Generator().manual_seed(n)) for n in range(6)]
     bases = [start + shift for shift in shifts]
     for base in bases:
-        replicas = base_replicas(prepare(Rounded(), made).plan, base)
+        replicas = base_replicas(prepare(Rounded(), settings).plan, base)
         assert float((replicas - replicas.bfloat16()).abs().max()) > 1e-3
-    return Head(Rounded(lr=lr), made, 0), bases
+    return Head(Rounded(lr=lr), settings, 0), bases
 
 
 @pytest.mark.parametrize("accepted", [(True,) * 5, (False,) * 5, (True, False, True, True, False)], ids=["yes", "no", "mixed"])
@@ -269,7 +269,7 @@ def test_steps_of_bfloat16_replicas_beyond_the_base_are_counted_without_its_roun
         refuse(head, contribution, version, bases[version - 1])
         contribution = head.train_round()
         # With each base p - (p - d) is rounded twice in float32, where |p| + |d| < 4.
-        found = replica_part(head.plan, contribution.buffer)
-        assert float((found - learned).abs().max()) <= version * 4 * EPS32
+        contributed = replica_part(head.plan, contribution.buffer)
+        assert float((contributed - learned).abs().max()) <= version * 4 * EPS32
     accept(head, contribution, 4, bases[3])
     assert not replica_part(head.plan, head.train_round().buffer).any()

@@ -26,9 +26,9 @@ from tests.support.tiny_worker import BATCH, Tiny, make_settings
 
 def make_head(worker: Tiny, head: int = 0, **changes: object) -> Head:
     settings = make_settings(**changes)  # type: ignore[arg-type]
-    made = Head(worker, settings, head, dtype=torch.float64)
-    made.start(0, prepare(Tiny(), settings, torch.float64).base)
-    return made
+    built = Head(worker, settings, head, dtype=torch.float64)
+    built.start(0, prepare(Tiny(), settings, torch.float64).base)
+    return built
 
 
 def next_round(head: Head) -> Contribution:

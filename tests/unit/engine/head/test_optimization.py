@@ -35,23 +35,25 @@ CPU = torch.device("cpu")
 
 def settings(train: dict[str, Any] | None = None, lte: dict[str, Any] | None = None, **more: Any) -> Settings:
     """`make_settings` with some fields of TrainConfig and LTEConfig changed."""
-    made = make_settings(**more)
+    run_settings = make_settings(**more)
     return dataclasses.replace(
-        made, train=dataclasses.replace(made.train, **(train or {})), lte=dataclasses.replace(made.lte, **(lte or {}))
+        run_settings,
+        train=dataclasses.replace(run_settings.train, **(train or {})),
+        lte=dataclasses.replace(run_settings.lte, **(lte or {})),
     )
 
 
-def started(worker: Any, made: Settings, head: int = 0, dtype: torch.dtype = torch.float64) -> Head:
-    one = Head(worker, made, head, dtype=dtype)
-    one.start(0, prepare(worker, made, dtype).base)
+def started(worker: Any, run_settings: Settings, head: int = 0, dtype: torch.dtype = torch.float64) -> Head:
+    one = Head(worker, run_settings, head, dtype=dtype)
+    one.start(0, prepare(worker, run_settings, dtype).base)
     return one
 
 
-def restored(head: Head, worker: Any, made: Settings) -> Head:
+def restored(head: Head, worker: Any, run_settings: Settings) -> Head:
     """Another head that continues from this one's state, through safetensors and JSON."""
     tensors, meta = head_state(head)
-    other = Head(worker, made, head.number, dtype=head.dtype, incarnation=1)
-    base = prepare(worker, made, head.dtype).base
+    other = Head(worker, run_settings, head.number, dtype=head.dtype, incarnation=1)
+    base = prepare(worker, run_settings, head.dtype).base
     restore(other, through_file((tensors, meta)), base)
     return other
 
@@ -104,14 +106,14 @@ def test_accumulating_k_batches_is_one_batch_k_times_as_large(times: int, clip: 
 
 def test_an_accumulating_head_resumes_with_the_next_batch() -> None:
     """The cursor counts batches, not steps; dropout and momentum continue as they would have."""
-    worker, made = Tiny(dropout=0.3), settings({"accumulate": 3})
-    head = started(worker, made)
+    worker, run_settings = Tiny(dropout=0.3), settings({"accumulate": 3})
+    head = started(worker, run_settings)
     head.train_round()
     head.adopt(ContributionResult(0, 1, False, 0, "a test"), 0, None)
-    other = restored(head, worker, made)
-    expected, found = head.train_round(), other.train_round()
-    assert torch.equal(found.buffer, expected.buffer)
-    assert (found.loss, found.samples, found.step) == (expected.loss, 6 * 3 * BATCH, 6)
+    other = restored(head, worker, run_settings)
+    expected, continued = head.train_round(), other.train_round()
+    assert torch.equal(continued.buffer, expected.buffer)
+    assert (continued.loss, continued.samples, continued.step) == (expected.loss, 6 * 3 * BATCH, 6)
 
 
 def test_a_head_resumed_with_another_accumulate_neither_repeats_nor_skips_batches() -> None:
@@ -123,13 +125,13 @@ def test_a_head_resumed_with_another_accumulate_neither_repeats_nor_skips_batche
             seen.append(batch[0])
             return super().loss(model, batch)
 
-    made = settings({"accumulate": 2})
-    head = started(Watching(), made)
+    run_settings = settings({"accumulate": 2})
+    head = started(Watching(), run_settings)
     head.train_round()
     head.adopt(ContributionResult(0, 1, False, 0, "a test"), 0, None)
     other = restored(head, Watching(), settings({"accumulate": 1}))
     other.train_round()
-    batches = Tiny().train_batches(Shard(0, 2, made.train.seed))
+    batches = Tiny().train_batches(Shard(0, 2, run_settings.train.seed))
     assert len(seen) == 3 * 2 + 3
     assert all(torch.equal(words, next(batches)[0]) for words in seen)
 
@@ -221,21 +223,21 @@ def test_a_step_whose_gradients_overflow_is_skipped(clip: float) -> None:
 
 def test_the_loss_scale_survives_a_checkpoint() -> None:
     """It continues bitwise; from a checkpoint without one (of fp32, or of an older release) it starts again."""
-    worker, made = Single(), settings({"precision": "fp16-mixed"})
-    head = started(worker, made, dtype=torch.float32)
+    worker, run_settings = Single(), settings({"precision": "fp16-mixed"})
+    head = started(worker, run_settings, dtype=torch.float32)
     head.train_round()
     head.adopt(ContributionResult(0, 1, False, 0, "a test"), 0, None)
     scale = head.optimizer_step.scaler.get_scale()
     assert scale < 65536.0
-    other = restored(head, worker, made)
+    other = restored(head, worker, run_settings)
     assert other.optimizer_step.scaler.get_scale() == scale
     assert torch.equal(other.train_round().buffer, head.train_round().buffer)
     plain = started(worker, settings(), dtype=torch.float32)
-    assert restored(plain, worker, made).optimizer_step.scaler.get_scale() == 65536.0
+    assert restored(plain, worker, run_settings).optimizer_step.scaler.get_scale() == 65536.0
     tensors, meta = head_state(plain)
     del meta["optimizer"]["scaler"]
-    other = Head(worker, made, 0)
-    restore(other, (tensors, meta), prepare(worker, made).base)
+    other = Head(worker, run_settings, 0)
+    restore(other, (tensors, meta), prepare(worker, run_settings).base)
     assert other.optimizer_step.scaler.get_scale() == 65536.0
 
 
@@ -300,16 +302,16 @@ def multipliers(head: Head) -> dict[str, float]:
 
 def test_multipliers_hold_under_a_schedule_and_in_a_resumed_run() -> None:
     """At every step each rate is multiplier times schedule times rate; a resumed head continues bitwise the same."""
-    made = settings(lte={"layers": RULES}, steps=12, merge_iter=2)
+    run_settings = settings(lte={"layers": RULES}, steps=12, merge_iter=2)
     expected = {"up.weight.lora_A": 2.0, "up.weight.lora_B": 2.0, "up.bias": 2.0, "scale": 0.1, "down.bias": 0.0}
-    head = started(Scheduled(), made)
+    head = started(Scheduled(), run_settings)
     for sequence in range(1, 6):
         for name, factor in multipliers(head).items():
             assert factor == pytest.approx(expected.get(name, 1.0), rel=1e-14), name
         contribution = head.train_round()
         head.adopt(ContributionResult(0, sequence, False, 0, "a test"), 0, None)
         if sequence == 2:
-            other = restored(head, Scheduled(), made)
+            other = restored(head, Scheduled(), run_settings)
         if sequence > 2:
             assert torch.equal(other.train_round().buffer, contribution.buffer)
             other.adopt(ContributionResult(0, other.sequence, False, 0, "a test"), 0, None)
@@ -384,16 +386,16 @@ def test_a_schedule_that_forgets_the_multipliers_is_an_error_that_says_how_to_ke
     started(OneCycle(), settings()).train_round()
     with pytest.raises(WorkerFailed, match=r"(?s)build_schedule\(\).*one rate \(0.0004\).*max_lr=\[g\['lr'\]"):
         started(OneCycle(), settings(lte={"layers": RULES}))
-    found = multipliers(started(OwnCycles(), settings(lte={"layers": RULES})))
-    assert found["up.bias"] == pytest.approx(2 * found["down.weight.lora_A"])
-    assert found["scale"] == pytest.approx(0.1 * found["down.weight.lora_A"])
-    assert found["down.bias"] == 0.0
+    ratios = multipliers(started(OwnCycles(), settings(lte={"layers": RULES})))
+    assert ratios["up.bias"] == pytest.approx(2 * ratios["down.weight.lora_A"])
+    assert ratios["scale"] == pytest.approx(0.1 * ratios["down.weight.lora_A"])
+    assert ratios["down.bias"] == 0.0
 
 
 def test_an_optimizer_may_split_the_groups_that_it_is_given() -> None:
     """Each parameter keeps its multiplier."""
-    found = multipliers(started(Splitting(), settings(lte={"layers": RULES})))
-    assert {name: f for name, f in found.items() if f != 1.0} == {
+    ratios = multipliers(started(Splitting(), settings(lte={"layers": RULES})))
+    assert {name: f for name, f in ratios.items() if f != 1.0} == {
         "up.weight.lora_A": 2.0,
         "up.weight.lora_B": 2.0,
         "up.bias": 2.0,
@@ -466,8 +468,8 @@ def gradients(patterns: tuple[str, ...], seed: int = 0) -> tuple[dict[str, Tenso
     torch.manual_seed(7)
     x = torch.randn(5, 6, requires_grad=True)
     model(x).square().mean().backward()
-    found = {name: p.grad for name, p in model.named_parameters()} | {"x": x.grad}
-    return found, {name: b.clone() for name, b in model.named_buffers()}, len(calls)
+    actual = {name: p.grad for name, p in model.named_parameters()} | {"x": x.grad}
+    return actual, {name: b.clone() for name, b in model.named_buffers()}, len(calls)
 
 
 @pytest.mark.parametrize(
@@ -477,12 +479,12 @@ def gradients(patterns: tuple[str, ...], seed: int = 0) -> tuple[dict[str, Tenso
 def test_recomputed_activations_give_bitwise_the_same_gradients(patterns: tuple[str, ...], times: int) -> None:
     """With dropout, keywords and batch normalization, which counts a batch once; of nested modules the outermost is wrapped."""
     expected, statistics, _ = gradients(())
-    found, kept, calls = gradients(patterns)
+    actual, kept, calls = gradients(patterns)
     assert calls == times
-    assert expected.keys() == found.keys()
+    assert expected.keys() == actual.keys()
     for name, gradient in expected.items():
-        assert (gradient is None) == (found[name] is None)
-        assert gradient is None or torch.equal(found[name], gradient), name
+        assert (gradient is None) == (actual[name] is None)
+        assert gradient is None or torch.equal(actual[name], gradient), name
     for name, buffer in statistics.items():
         assert torch.equal(kept[name], buffer), name
 
@@ -542,16 +544,16 @@ def test_a_schedule_is_stepped_once_a_step(precision: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "found"), [(lambda: torch.ones(3), r"shape \(3,\)"), (lambda: 1.0, "float"), (lambda: None, "NoneType")]
+    ("loss", "returned"), [(lambda: torch.ones(3), r"shape \(3,\)"), (lambda: 1.0, "float"), (lambda: None, "NoneType")]
 )
-def test_a_loss_that_is_no_scalar_is_an_error(loss: Callable[[], Any], found: str) -> None:
+def test_a_loss_that_is_no_scalar_is_an_error(loss: Callable[[], Any], returned: str) -> None:
     """The error names the head, the step and what was returned."""
 
     class Bad(Tiny):
         def loss(self, model: nn.Module, batch: Any) -> Any:
             return loss()
 
-    with pytest.raises(WorkerFailed, match=rf"(?s)head 0 at local step 1.*must return a scalar tensor.*it returned {found}"):
+    with pytest.raises(WorkerFailed, match=rf"(?s)head 0 at local step 1.*must return a scalar tensor.*it returned {returned}"):
         started(Bad(), settings()).train_round()
 
 

@@ -41,8 +41,8 @@ def form(request: pytest.FixtureRequest) -> str:
 
 
 def settings(form: str, **lte: Any) -> Settings:
-    made = make_settings()
-    return dataclasses.replace(made, lte=dataclasses.replace(made.lte, base_dtype=form, **lte))
+    run_settings = make_settings()
+    return dataclasses.replace(run_settings, lte=dataclasses.replace(run_settings.lte, base_dtype=form, **lte))
 
 
 class Kinds(nn.Module):
@@ -69,9 +69,9 @@ class Many(Tiny):
 EVERYTHING = {"adapt": ("linear", "attention", "conv", "embedding", "norm"), "lora_bias": "lora"}
 
 
-def started(worker: Tiny, made: Settings, head: int = 0) -> tuple[Head, Tensor]:
-    base = prepare(worker, made, torch.float64).base
-    one = Head(worker, made, head, dtype=torch.float64)
+def started(worker: Tiny, run_settings: Settings, head: int = 0) -> tuple[Head, Tensor]:
+    base = prepare(worker, run_settings, torch.float64).base
+    one = Head(worker, run_settings, head, dtype=torch.float64)
     one.start(0, base)
     return one, base
 
@@ -185,8 +185,8 @@ def test_without_quantization_the_error_is_zero() -> None:
 
 def test_the_error_is_that_of_the_quantized_layers(form: str) -> None:
     """A rule quantizes one layer: the others count as exact."""
-    made = settings("fp32", layers=(f"up: base_dtype={form}",))
-    head, base = started(Tiny(), made)
+    run_settings = settings("fp32", layers=(f"up: base_dtype={form}",))
+    head, base = started(Tiny(), run_settings)
     assert [type(m.stored) for m in head.converted.main_weights.values()] == [QuantizedWeight, nn.Parameter, nn.Parameter]
     assert head.train_round().base_error == pytest.approx(quantized(head, base)[1], rel=1e-6)
     dense = dense_model(head, Tiny(), base, None)
@@ -196,10 +196,10 @@ def test_the_error_is_that_of_the_quantized_layers(form: str) -> None:
 @pytest.mark.parametrize("reset", ["none", "B"])
 def test_merging_is_exact_for_quantized_heads(form: str, reset: str) -> None:
     """As with float32 heads, W_v - W_0 = sum of w D, without a trace of Q; the base isn't quantized."""
-    worker, made = Tiny(), settings(form, reset=reset)
-    initial = prepare(worker, made, torch.float64)
-    coordinator = Coordinator(made, initial.plan, initial.base.clone(), ComposedPolicy(Average()), plans=initial.plans)
-    heads = [Head(worker, made, n, dtype=torch.float64) for n in range(2)]
+    worker, run_settings = Tiny(), settings(form, reset=reset)
+    initial = prepare(worker, run_settings, torch.float64)
+    coordinator = Coordinator(run_settings, initial.plan, initial.base.clone(), ComposedPolicy(Average()), plans=initial.plans)
+    heads = [Head(worker, run_settings, n, dtype=torch.float64) for n in range(2)]
     for head in heads:
         head.start(0, initial.base)
     ledger, before = torch.zeros_like(initial.base), dict.fromkeys(range(2))
@@ -208,11 +208,11 @@ def test_merging_is_exact_for_quantized_heads(form: str, reset: str) -> None:
             contribution = head.train_round()
             ledger += dense_change_by_formula(head.plan, contribution.buffer, before[head.number]) / 2
             before[head.number] = None if reset == "B" else contribution.buffer[: head.plan.factors_size].clone()
-            outcome = coordinator.receive(contribution, contribution.buffer)
+            step = coordinator.receive(contribution, contribution.buffer)
         # 8 changes, each of float64 products of inner size 4.
         assert_near(coordinator.base - initial.base, ledger, 1e-13)
-        for verdict in outcome.results:
-            heads[verdict.head].adopt(verdict, version, coordinator.base.clone())
+        for result in step.results:
+            heads[result.head].adopt(result, version, coordinator.base.clone())
     quantized_base = quantized(heads[0], coordinator.base)[0]
     exact = views(initial.plan.base, coordinator.base)
     assert not any(torch.equal(exact[name], q) for name, q in quantized_base.items())
@@ -231,17 +231,17 @@ def test_a_run_in_bfloat16_or_8_bits_ends_near_the_float32_run() -> None:
 @pytest.mark.parametrize(("worker", "lte"), [(Tiny(dropout=0.3), {}), (Many(), EVERYTHING)], ids=["tiny", "every kind"])
 def test_a_restored_head_continues_bitwise_the_same(form: str, worker: Tiny, lte: dict[str, Any]) -> None:
     """The codes are computed from the base again; factors, replicas and references come from the state."""
-    made = settings(form, **lte)
-    head, base = started(worker, made)
+    run_settings = settings(form, **lte)
+    head, base = started(worker, run_settings)
     head.train_round()
     head.adopt(ContributionResult(0, 1, True, 1), 1, base + 0.1)
     tensors, meta = head_state(head)
-    other = Head(worker, made, 0, dtype=torch.float64, incarnation=1)
+    other = Head(worker, run_settings, 0, dtype=torch.float64, incarnation=1)
     restore(other, through_file((tensors, meta)), base + 0.1)
     for sequence in (2, 3):
-        expected, found = head.train_round(), other.train_round()
-        assert torch.equal(found.buffer, expected.buffer)
-        assert found.base_error == expected.base_error
+        expected, continued = head.train_round(), other.train_round()
+        assert torch.equal(continued.buffer, expected.buffer)
+        assert continued.base_error == expected.base_error
         for each in (head, other):
             each.adopt(ContributionResult(0, sequence, sequence == 2, sequence), sequence, base - 0.1 * sequence)
 

@@ -117,8 +117,8 @@ def test_a_rejoined_head_has_the_optimizer_of_its_last_checkpoint() -> None:
     head = Head(Falling(), settings, 1, dtype=torch.float64, incarnation=1)
     drawn = {name: p.detach().clone() for name, p in head.converted.factors.items()}
     assert rejoin(head, replace(merged(dead), step=30), None, 2, bases[1], state) == ""
-    found = [entry["momentum_buffer"] for entry in head.optimizer.state.values()]
-    assert len(found) == sum(name.endswith("momentum_buffer") for name in state[0]) > 0
+    actual = [entry["momentum_buffer"] for entry in head.optimizer.state.values()]
+    assert len(actual) == sum(name.endswith("momentum_buffer") for name in state[0]) > 0
     for index, entry in head.optimizer.state_dict()["state"].items():
         assert torch.equal(entry["momentum_buffer"], state[0][f"optimizer.{index}.momentum_buffer"])
     assert {group["lr"] for group in head.optimizer.param_groups} == {0.01 * (1 - 30 / 90)}
@@ -172,7 +172,7 @@ class World:
         self.plan, self.first = initial.plan, initial.base
         rule = EachAtOnce() if policy == "arrival" else ComposedPolicy(Average())
         self.coordinator = Coordinator(self.settings, self.plan, initial.base.clone(), rule)  # type: ignore[arg-type]
-        self.ledger, self.references = torch.zeros_like(self.first), dict[int, Tensor | None]()
+        self.sum_of_changes, self.references = torch.zeros_like(self.first), dict[int, Tensor | None]()
         self.heads = {n: Head(self.worker, self.settings, n, dtype=torch.float64) for n in range(heads)}
         self.since: dict[int, list[int]] = {n: [] for n in range(heads)}  # batches since the last contribution
         self.offered: dict[int, tuple[Contribution, list[int]]] = {}
@@ -194,19 +194,19 @@ class World:
         self.since[n] = []
         self.settle(self.coordinator.receive(contribution, contribution.buffer))
 
-    def settle(self, outcome: StepResult) -> None:
-        for record in outcome.merges:
+    def settle(self, step: StepResult) -> None:
+        for record in step.merges:
             for n, weight in record.weights.items():
                 contribution, batches = self.offered.pop(n)
-                self.ledger += weight * dense_change_by_formula(self.plan, contribution.buffer, self.references.get(n))
+                self.sum_of_changes += weight * dense_change_by_formula(self.plan, contribution.buffer, self.references.get(n))
                 self.references[n] = contribution.buffer[: self.plan.factors_size]
                 self.merged += batches
         base = self.coordinator.base.clone()
-        for verdict in outcome.results:
-            assert verdict.accepted, verdict
-            head = self.heads[verdict.head]
-            if head.outstanding and head.sequence == verdict.sequence:
-                head.adopt(verdict, self.coordinator.version, base)
+        for result in step.results:
+            assert result.accepted, result
+            head = self.heads[result.head]
+            if head.outstanding and head.sequence == result.sequence:
+                head.adopt(result, self.coordinator.version, base)
 
     def kill(self, n: int, fresh: bool) -> None:
         """What it trained and didn't contribute is lost; what it contributed is merged, before or after it is back."""
@@ -226,11 +226,11 @@ class World:
 
     def check(self) -> None:
         # Some thirty merges of values of size 1.
-        assert_near(self.coordinator.base - self.first, self.ledger, 1e-13)
+        assert_near(self.coordinator.base - self.first, self.sum_of_changes, 1e-13)
         assert len(set(self.merged)) == len(self.merged)
-        left = [lane for n in self.heads for lane in self.coordinator.assignor.start_head(n)]
+        remaining = [partition for n in self.heads for partition in self.coordinator.assignor.start_head(n)]
         until = max(self.merged, default=0) + 10
-        assert sorted([*self.merged, *itertools.takewhile(lambda slot: slot < until, slots(left))]) == list(range(until))
+        assert sorted([*self.merged, *itertools.takewhile(lambda slot: slot < until, slots(remaining))]) == list(range(until))
 
 
 @given(

@@ -75,10 +75,10 @@ class Run:
 
     def contribute(self, head: Head) -> Contribution:
         """The contribution, with what receivers decode as its buffer."""
-        made = head.contribute()
+        contribution = head.contribute()
         if self.merging == torch.float32:
-            head.encode(made, Codec(head.plan, make_groups([head.plan], self.settings.merge), self.settings.merge))
-        return replace(made, buffer=head.state.pending.clone())
+            head.encode(contribution, Codec(head.plan, make_groups([head.plan], self.settings.merge), self.settings.merge))
+        return replace(contribution, buffer=head.state.pending.clone())
 
 
 def _merging(case: str) -> torch.dtype:
@@ -230,16 +230,16 @@ def test_a_snapshot_anywhere(case: str, way: list[tuple[int, int, bool, bool]], 
         version += accepted or newer
         merged = head.sequence if accepted else merged
         settle(head, accepted, version, run.base(version) if accepted or newer else None)
-    steps, contributed, held, beyond = last
+    steps, contributed, accepted, beyond = last
     head.train(steps)
     if contributed:
         run.contribute(head)
         head.train(beyond)
-        merged = head.sequence if held else merged
+        merged = head.sequence if accepted else merged
     at = version + (contributed or beyond % 2)
     state = snapshot(head, CheckpointRequest(at, {1: merged}))
     if contributed:
-        settle(head, held, at, run.base(at))
+        settle(head, accepted, at, run.base(at))
     elif at > version:
         head.adopt(None, at, run.base(at))
     assert_continue_alike(run, head, restored(run, state, at), at)

@@ -140,8 +140,10 @@ def test_stacked_heads_draw_from_their_own_generators(heads_per_actor: int) -> N
     """Dropout is bitwise the same whatever draws from the global generators, which stacked heads don't change."""
 
     def run(policy: object, dropout: float = 0.3) -> InProcessRun:
-        made = make_settings(heads=4, steps=9, policy=policy)
-        return run_in_process(Tiny(dropout=dropout), made, torch.float64, heads_per_actor=heads_per_actor, stack_heads="always")
+        settings = make_settings(heads=4, steps=9, policy=policy)
+        return run_in_process(
+            Tiny(dropout=dropout), settings, torch.float64, heads_per_actor=heads_per_actor, stack_heads="always"
+        )
 
     torch.manual_seed(1)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
@@ -274,8 +276,8 @@ def test_heads_of_one_actor_may_be_answered_in_any_order() -> None:
             first, second = group.train_round()
             answers = {}
             for contribution in (second, first):  # each is merged at once: the first head's is in the newer version
-                (verdict,) = coordinator.receive(contribution, contribution.buffer).results
-                answers[verdict.head] = (verdict, coordinator.version, coordinator.base.clone())
+                (result,) = coordinator.receive(contribution, contribution.buffer).results
+                answers[result.head] = (result, coordinator.version, coordinator.base.clone())
             for head in group.heads:
                 head.adopt(*answers[head.number])
             for head in group.heads:
