@@ -32,7 +32,8 @@ def test_sharded_merging_is_bitwise_equal_to_local_merging(
     events: list, transfer: str, topk: float, down: str, reset: str, shards: int
 ) -> None:
     """For any schedule, format and number of shards, with unequal ranks: base, references, results and records are equal."""
-    merge = MergeConfig(transfer=transfer, replica_topk=topk, send_down=down, shards=shards)  # type: ignore[arg-type]
+    # Without the outlier filter: in a sharded run, heads compute the norms for it, and there are no heads here.
+    merge = MergeConfig(transfer=transfer, replica_topk=topk, send_down=down, shards=shards, max_norm_z=0)  # type: ignore[arg-type]
     local, sharded = make_both(merge, [2, 3, 1], reset, Scripted)
     incarnations = [0] * HEADS
     for sequence, (head, what) in enumerate(events, 1):
@@ -54,11 +55,11 @@ def test_sharded_merging_is_bitwise_equal_to_local_merging(
         assert_same(local.receive(contribution, decoded), sharded.receive(contribution, buffers))
         assert torch.equal(local.base, sharded.base())
     for index in range(len(sharded.codecs[0].groups)):
-        for head in range(HEADS):
-            whole, held = local.reference(head), sharded.reference(index, head)
-            assert (held is None) == (whole is None)
-            if whole is not None and held is not None:
-                assert torch.equal(held, sharded.codecs[head].slice_factors(index, whole))
+        for head in local.members:  # a quarantined head may leave its reference in the shards
+            expected, actual = local.reference(head), sharded.reference(index, head)
+            assert (actual is None) == (expected is None)
+            if expected is not None and actual is not None:
+                assert torch.equal(actual, sharded.codecs[head].slice_factors(index, expected))
     assert [shard.undecided for shard in sharded.shards] == [len(local.pending_heads)] * shards
 
 
