@@ -87,7 +87,7 @@ class FailurePolicy:
         return FailureDecision("restart", self.delay(history.in_a_row))
 
     def decide_no_place(self, others: int, seconds: float) -> FailureDecision:
-        """Decides about a process of heads for which the cluster has had no place for so many seconds: "restart" waits on.
+        """Decides about a process of heads that the cluster has had no place for, for `seconds`. "restart": it keeps waiting.
 
         Args:
             others: heads that have a place.

@@ -25,11 +25,11 @@ class InvariantBroken(AssertionError):
     """An invariant doesn't hold."""
 
 
-def assert_close(found: Tensor, expected: Tensor, what: str) -> None:
+def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
     """Raises InvariantBroken unless they are equal up to the rounding of float64."""
-    error = float((found - expected).abs().max())
+    error = float((actual - expected).abs().max())
     if not error <= TOLERANCE * max(1.0, float(expected.abs().max())):
-        raise InvariantBroken(f"{what}: off by {error:.3g}\n{found}\n{expected}")
+        raise InvariantBroken(f"{what}: off by {error:.3g}\n{actual}\n{expected}")
 
 
 def trained_weights(head: Head) -> Tensor:

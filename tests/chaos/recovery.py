@@ -41,8 +41,10 @@ class Recovery(Deaths):
         self.coordinator = self.new_coordinator(replace(start, members=frozenset(set(self.slots) - quarantined)))
         reporting = {number for report in reports for number in report.heads}
         for number, slot in self.slots.items():
-            held = start.position(number)
-            if slot.ended and number not in reporting and held.step < slot.end_step:  # `CoordinatorRecovery._ended_unmerged`
+            position = start.position(number)
+            if (
+                slot.ended and number not in reporting and position.step < slot.end_step
+            ):  # `CoordinatorRecovery._ended_unmerged`
                 slot.ended, slot.lost = False, True
                 slot.incarnation += 1
             if number in astray and slot.process is not None and not slot.ended:

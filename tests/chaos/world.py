@@ -93,8 +93,8 @@ class World(Recovery):
             return  # all are quarantined, so the run ends with an error
         self._check_members(coordinator, heads)
         ends = {
-            n: (held.step, self.slots[n].end_step)
-            for n, held in coordinator.engine.positions.items()
+            n: (position.step, self.slots[n].end_step)
+            for n, position in coordinator.engine.positions.items()
             if n in heads - set(active)
         }
         if any(merged < end for merged, end in ends.values()) and not self.happened["poison"]:  # whose steps are dropped
@@ -114,7 +114,7 @@ class World(Recovery):
 
     def _check_members(self, coordinator: ChaosCoordinator, heads: set[int]) -> None:
         dead = {number for number in heads if self.slots[number].process is None}
-        idle = dead - coordinator.engine.positions.keys()  # they came, did nothing, and nobody else knew of them
+        idle = dead - coordinator.engine.positions.keys()  # they joined and did nothing, and no other process knew of them
         if coordinator.engine.members != heads - idle:
             raise InvariantBroken(f"the members are {coordinator.engine.members}, but the driver has {heads}")
         if coordinator.engine.assignor.heads - heads:

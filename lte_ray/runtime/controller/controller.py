@@ -77,7 +77,7 @@ class TrainController:
         failure: what happens when processes die.
         stack_heads: whether an actor's heads are computed as one batch.
         reporter: shows progress.
-        export: is given the final base (flat) as soon as it is there.
+        export: receives the final base (flat) as soon as it exists.
 
     Attributes:
         state: what is known of the run.
@@ -260,7 +260,7 @@ class TrainController:
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
-        """Saves and exports the last version, evaluates it, and has a sample made.
+        """Saves and exports the last version, evaluates it, and gets a sample.
 
         Raises:
             StorageError: the last checkpoint couldn't be written.

@@ -24,7 +24,7 @@ FIRST_ANSWER = 120.0
 """Seconds within which the evaluator first answers: it imports torch and the worker's module."""
 
 POLL = 0.5
-"""Seconds between two checks of the evaluator while a sample is made."""
+"""Seconds between two checks of the evaluator while it makes a sample."""
 
 
 class Evaluations:
@@ -53,7 +53,7 @@ class Evaluations:
         self._actor: Any = None
         self._result: Any = None  # of the version that the evaluator has
         self._ping: tuple[Any, float] | None = None  # the ping without an answer, and since when
-        self._writes: list[Future[None]] = []  # of evaluations beside their checkpoints
+        self._writes: list[Future[None]] = []  # of evaluations into their checkpoints
 
     @property
     def actor(self) -> Any:
@@ -106,7 +106,7 @@ class Evaluations:
         return self._state.evaluating is not None or bool(self._state.queue)
 
     def _write(self, evaluation: Evaluation) -> None:
-        """Writes an evaluation beside its checkpoint, if there is one."""
+        """Writes an evaluation into the folder of its checkpoint, if there is one."""
         with contextlib.suppress(StorageError):
             if evaluation.version in checkpoint.complete_versions(self._context.directory):
                 checkpoint.write_evaluation(self._context.directory, evaluation.version, evaluation.values)
@@ -140,7 +140,7 @@ class Evaluations:
             self._handle_loss(f"The process of the evaluator hasn't answered for {now - since:.0f} s.")
 
     def _handle_loss(self, why: str) -> None:
-        """The evaluation is missing; the next one is made by another process."""
+        """Does without the evaluation; another process makes the next one."""
         decision = self._policy.decide_other()
         self._state.log.record_event("evaluator_lost", why=why.splitlines()[0][:300])
         if decision.action == "stop":

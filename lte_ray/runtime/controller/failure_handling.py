@@ -81,7 +81,7 @@ class FailureHandler:
     def drop_starved(self) -> None:
         """Drops heads that wait for data when all others have ended, since no head is left to give them any.
 
-        Heads that ended last may have given them some, so a status that was requested before doesn't count.
+        Heads that ended last may have left them some, so a status that was requested before doesn't count.
         """
         slots = self._heads.slots
         waiting = self._coordinator.heads_without_data(after=self._heads.changed_at)
@@ -97,7 +97,7 @@ class FailureHandler:
     def handle_finish(self, slot: HeadActorSlot) -> None:
         """The slot's heads have ended their work, or were quarantined.
 
-        The coordinator is told, too: one that replaced another meanwhile may not know it, and mustn't wait for them.
+        This also tells the coordinator: one that replaced another meanwhile may not know, and must not wait for them.
 
         Raises:
             ContributionRefused: every head of the run is quarantined.
@@ -147,7 +147,7 @@ class FailureHandler:
         )
         heads.end_process(slot)
         state.set_head_state(slot.numbers, "lost")
-        with contextlib.suppress(ray.exceptions.RayError):  # if the coordinator is gone, too, the next one is told
+        with contextlib.suppress(ray.exceptions.RayError):  # if the coordinator is gone as well, recovery tells the next one
             ray.get(heads.lose([slot], drop=decision.action == "drop"), timeout=ANSWER)
         if decision.action == "stop":
             if decision.why and isinstance(error, HeadLost):

@@ -28,7 +28,7 @@ class SlotState(Enum):
     """What an actor's slot is doing."""
 
     LAUNCHED = auto()
-    """Its process starts; it isn't told to train before there is a coordinator."""
+    """Its process starts; it waits until there is a coordinator."""
     TRAINING = auto()
     """Its process trains, or still waits for a place in the cluster."""
     LOST = auto()
@@ -69,7 +69,7 @@ class HeadActorSlot:
         state: what it is doing.
         actor: the process, in a state of `HAS_PROCESS`.
         run: the call that trains, while TRAINING.
-        started_at: when the process was told to train (monotonic, like all times here).
+        started_at: when it began to train, or to wait for a place (monotonic, like all times here).
         restart_at: when the next process starts, while RESTARTING.
         status_request: the status call without an answer, and since when; None if there is none.
         health: of the process.

@@ -100,8 +100,8 @@ class RunState:
         self.log = MetricsLog(directory)
         self.log.rewind(start.version)
         if start.version:
-            anew = [head for head in range(num_heads) if not start.position(head).sequence]
-            self.log.record_event("resumed", version=start.version, heads=num_heads, anew=anew)
+            new_heads = [head for head in range(num_heads) if not start.position(head).sequence]
+            self.log.record_event("resumed", version=start.version, heads=num_heads, anew=new_heads)
 
     def enter(self, phase: RunPhase) -> None:
         """Changes the phase, in an order that `PHASES` allows."""

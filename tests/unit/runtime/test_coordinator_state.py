@@ -40,13 +40,15 @@ AT = Path("checkpoints", "000003")
 @pytest.fixture
 def directory(tmp_path: Path) -> RunDirectory:
     """A run of two heads with a checkpoint of version 3."""
-    made = RunDirectory.open(str(tmp_path), "run")
-    made.create()
-    files = [checkpoint.write_base(made, 3, PLAN, random_flat(PLAN.base.size, 1).float())]
-    files += [checkpoint.write_head(made, 3, head, {"a": torch.ones(2)}, {"step": 4 + head}) for head in LANES]
-    files.append(checkpoint.write_references(made, 3, {head: random_flat(PLAN.factors_size, head).float() for head in LANES}))
-    checkpoint.commit(made, 3, tuple(LANES), files, json.loads(json.dumps(FACTS)))
-    return made
+    directory = RunDirectory.open(str(tmp_path), "run")
+    directory.create()
+    files = [checkpoint.write_base(directory, 3, PLAN, random_flat(PLAN.base.size, 1).float())]
+    files += [checkpoint.write_head(directory, 3, head, {"a": torch.ones(2)}, {"step": 4 + head}) for head in LANES]
+    files.append(
+        checkpoint.write_references(directory, 3, {head: random_flat(PLAN.factors_size, head).float() for head in LANES})
+    )
+    checkpoint.commit(directory, 3, tuple(LANES), files, json.loads(json.dumps(FACTS)))
+    return directory
 
 
 def start(directory: RunDirectory, num_heads: int = 2) -> CoordinatorState:
@@ -57,20 +59,20 @@ def start(directory: RunDirectory, num_heads: int = 2) -> CoordinatorState:
 
 def test_the_same_heads_continue_exactly(directory: RunDirectory) -> None:
     """With what the base contains of them, and the steps that they had taken since."""
-    made = start(directory)
-    assert (made.version, made.checkpoint_version, made.exact_heads, made.saved_heads) == (3, 3, {0, 1}, {0, 1})
-    assert [made.position(head).incarnation for head in (0, 1)] == [0, 1]
-    assert made.steps_taken == {0: 4, 1: 5}
-    assert made.references.keys() == {0, 1}
+    state = start(directory)
+    assert (state.version, state.checkpoint_version, state.exact_heads, state.saved_heads) == (3, 3, {0, 1}, {0, 1})
+    assert [state.position(head).incarnation for head in (0, 1)] == [0, 1]
+    assert state.steps_taken == {0: 4, 1: 5}
+    assert state.references.keys() == {0, 1}
 
 
 def test_another_number_of_heads_takes_over_the_data(directory: RunDirectory) -> None:
     """No head continues exactly. A new one has nothing in the base, and counts as having taken as many steps."""
-    made = start(directory, 3)
-    assert made.exact_heads == set()
-    assert made.references.keys() == {0, 1}
-    assert made.steps_taken == {0: 4, 1: 4, 2: 4}
-    assert made.position(2).sequence == 0
+    state = start(directory, 3)
+    assert state.exact_heads == set()
+    assert state.references.keys() == {0, 1}
+    assert state.steps_taken == {0: 4, 1: 4, 2: 4}
+    assert state.position(2).sequence == 0
 
 
 @pytest.mark.parametrize(
