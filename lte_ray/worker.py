@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import random
+import typing
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
@@ -134,3 +136,14 @@ def worker_settings(worker: object) -> dict[str, Any]:
     """The worker's constructor arguments, read from its attributes of the same names, for ``run.toml``."""
     parameters = inspect.signature(type(worker)).parameters
     return {name: getattr(worker, name) for name in parameters if hasattr(worker, name)}
+
+
+def constructor_parameters(kind: type) -> dict[str, tuple[Any, Any]]:
+    """The annotation and the default of each parameter that a worker's constructor accepts by name."""
+    try:
+        hints = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__)  # type: ignore[misc]
+    except Exception:  # annotations that can't be resolved tell nothing
+        hints = {}
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(kind).parameters.values()
+    return {p.name: (hints.get(p.name, Any), p.default) for p in parameters if p.kind in by_name}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from lte_ray.cli.policy_flags import TABLE, check_names, flag_type, policy_argum
 from lte_ray.config import SECTIONS, suggest, toml
 from lte_ray.errors import ConfigError
 from lte_ray.redaction import OMITTED
+from lte_ray.worker import constructor_parameters
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def defaults_from(
     if not isinstance(of_worker, dict):
         raise ConfigError(f"{where}: worker must be a table [worker] of the worker's own settings.")
     policy_types = {name: (flag_type(a), a.default) for name, a in policy_arguments(policy).items()}
-    worker_types = parameter_types(worker) if worker else {}
+    worker_types = constructor_parameters(worker) if worker else {}
     _check_given(where, omitted, arguments, {"worker": worker_types, "policy": policy_types})
     setting_types: dict[str, tuple[Any, Any]] = {}
     for kind in kinds:
@@ -102,17 +102,6 @@ def defaults_from(
         _typed(where, "policy.", of_policy, policy_types),
         _typed(where, "worker.", of_worker, worker_types),
     )
-
-
-def parameter_types(worker: type) -> dict[str, tuple[Any, Any]]:
-    """The annotation and the default of each parameter of the worker's constructor that has a name."""
-    try:
-        hints = typing.get_type_hints(worker if dataclasses.is_dataclass(worker) else worker.__init__)  # type: ignore[misc]
-    except Exception:  # annotations that can't be resolved tell nothing
-        hints = {}
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    parameters = inspect.signature(worker).parameters.values()
-    return {p.name: (hints.get(p.name, Any), p.default) for p in parameters if p.kind in named}
 
 
 def _typed(where: str, prefix: str, values: Mapping[str, Any], known: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:

@@ -101,6 +101,8 @@ def convert(value: Any, annotation: Any) -> Any:
         ValueError: it has another type. The text says what it must be, as "a whole number".
     """
     options = _options(annotation)
+    if value == NONE and type(None) in options:
+        return None
     for option in options:
         if _matches(value, option):
             return value
@@ -142,7 +144,7 @@ def _matches(value: Any, option: Any) -> bool:
     return option in (bool, int, float, datetime.datetime, datetime.date, datetime.time) and type(value) is option
 
 
-def _convert(value: Any, option: Any) -> Any:  # noqa: PLR0912 - one branch for each type
+def _convert(value: Any, option: Any) -> Any:
     origin, inner = typing.get_origin(option), typing.get_args(option)
     if (origin or option) in _SEQUENCES:
         return _convert_sequence(value, origin or option, inner)
@@ -150,9 +152,6 @@ def _convert(value: Any, option: Any) -> Any:  # noqa: PLR0912 - one branch for 
         for each in inner:
             if str(value) == (each.name if isinstance(each, Enum) else str(each)):
                 return each
-    elif option is type(None):
-        if value == NONE:
-            return None
     elif isinstance(value, dict | list) or not isinstance(option, type):
         pass
     elif option is str:

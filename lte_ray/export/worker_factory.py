@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import typing
-from enum import Enum
-from pathlib import Path
 from typing import Any
 
-from lte_ray.config.toml import NONE
+from lte_ray.config.toml import NONE, convert
 from lte_ray.errors import WorkerError
 from lte_ray.import_object import load_object
 from lte_ray.redaction import OMITTED, mask_secrets
 from lte_ray.storage import RUN
-from lte_ray.worker import check_worker
+from lte_ray.worker import check_worker, constructor_parameters
 
 
 def make_worker(record: dict[str, Any], override: Any = None) -> Any:
@@ -47,17 +43,13 @@ def make_worker(record: dict[str, Any], override: Any = None) -> Any:
 def _instantiate(kind: type, settings: Any, omitted_names: Any) -> Any:
     if not isinstance(settings, dict):
         raise WorkerError(f"The table [worker] of {RUN} is {settings!r:.80}, not a table of the worker's settings.")
-    try:
-        hints = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__)  # type: ignore[misc]
-    except Exception:  # without resolvable annotations, values stay as they are
-        hints = {}
-    known = inspect.signature(kind).parameters
+    known = constructor_parameters(kind)
     named = [str(name).removeprefix("worker.") for name in omitted_names] if isinstance(omitted_names, list) else []
     omitted = [name for name in named if name in known]
     try:
-        return kind(**{n: _convert(hints.get(n), v, known[n].default) for n, v in settings.items() if n in known})
+        return kind(**{name: _convert(value, *known[name]) for name, value in settings.items() if name in known})
     except Exception as error:
-        missing = [name for name in omitted if known[name].default is inspect.Parameter.empty]
+        missing = [name for name in omitted if known[name][1] is inspect.Parameter.empty]
         if missing:
             raise WorkerError(
                 f"{kind.__name__} needs {', '.join(missing)}, which {RUN} omits since it contains no secrets. Construct the "
@@ -69,25 +61,16 @@ def _instantiate(kind: type, settings: Any, omitted_names: Any) -> Any:
         ) from error
 
 
-def _convert(hint: Any, value: Any, default: Any) -> Any:
-    """Converts a value from TOML to the type in the constructor: TOML has no None, tuples, sets, paths or Enums."""
-    options = _nested_types(hint)
-    if value == NONE and (default is None or type(None) in options):
+def _convert(value: Any, annotation: Any, default: Any) -> Any:
+    """Converts a value from TOML, which has no None, tuples, sets, paths or Enums, to the parameter's type.
+
+    Other values stay as they are: the constructor decides about them.
+    """
+    if value == NONE and default is None:
         return None
-    if not isinstance(value, list):
-        return _convert_one(options, value)
-    kinds = [typing.get_origin(option) or option for option in options]
-    items = [_convert_one(options, each) for each in value]
-    return next((kind(items) for kind in kinds if kind in (list, tuple, set, frozenset)), items)
-
-
-def _nested_types(hint: Any) -> list[Any]:
-    """Returns an annotation and all annotations nested in it, outer ones first."""
-    return [hint, *(option for inner in typing.get_args(hint) for option in _nested_types(inner))]
-
-
-def _convert_one(options: list[Any], value: Any) -> Any:
-    for option in options:
-        if isinstance(option, type) and issubclass(option, Enum) and str(value) in option.__members__:
-            return option[str(value)]
-    return Path(value) if isinstance(value, str) and Path in options and str not in options else value
+    if not isinstance(value, str | list):
+        return value
+    try:
+        return convert(value, annotation)
+    except ValueError:
+        return value
