@@ -17,7 +17,7 @@ from torch import Tensor
 from lte_ray.config.merge import MergeConfig
 from lte_ray.layout import Plan
 from lte_ray.transfer.groups import EntryGroup, subplan
-from lte_ray.transfer.packing import Packing, index_bytes, replica_elements_sent
+from lte_ray.transfer.packing import VALUE_BYTES, Packing, index_bytes, replica_elements_sent
 
 
 class Codec:
@@ -143,15 +143,14 @@ def min_contribution_bytes(plan: Plan, merge: MergeConfig) -> int:
     """Returns the fewest bytes of a contribution in its format: all values sent, and which replica elements are; no scales."""
     replicas = plan.contribution.size - plan.factors_size
     count = replica_elements_sent(replicas, merge)
-    width = {"fp32": 4, "bf16": 2, "int8": 1}[merge.transfer]
-    return width * (plan.factors_size + count) + index_bytes(replicas, count)
+    return VALUE_BYTES[merge.transfer] * (plan.factors_size + count) + index_bytes(replicas, count)
 
 
-def _slices(plan: Plan, subplan: Plan) -> tuple[slice, ...]:
-    """Returns where the subplan's segments are in the plan's contribution: each adapted weight's factors, then the replicas."""
+def _slices(plan: Plan, part: Plan) -> tuple[slice, ...]:
+    """Returns where the part's segments are in the plan's contribution: each adapted weight's factors, then the replicas."""
     starts = {e.name: e.offset for e in plan.contribution.entries}
-    slices = [slice(starts[a.a_name], starts[a.a_name] + a.rank * sum(a.matrix)) for a in subplan.adapted]
-    size = subplan.contribution.size - subplan.factors_size
+    slices = [slice(starts[a.a_name], starts[a.a_name] + a.rank * sum(a.matrix)) for a in part.adapted]
+    size = part.contribution.size - part.factors_size
     return (*slices, *[slice(plan.factors_size, plan.factors_size + size)] * bool(size))
 
 

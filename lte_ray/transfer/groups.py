@@ -59,9 +59,9 @@ def make_groups(plans: Sequence[Plan], merge: MergeConfig) -> tuple[EntryGroup, 
             f"choose at most {len(plan.adapted)}."
         )
     ranks = [sum(each.adapted[i].rank for each in plans) for i in range(len(plan.adapted))]
-    shard_of = _balanced(plan, ranks, len(plans), merge.shards)
+    shard_of = _balance_shards(plan, ranks, len(plans), merge.shards)
     by_factors = [_fewer_by_factors(spec, r, len(plans), merge) for spec, r in zip(plan.adapted, ranks, strict=True)]
-    made = []
+    groups = []
     for shard in range(merge.shards):
         members = [i for i, s in enumerate(shard_of) if s == shard]
         factors = [plan.adapted[i].name for i in members if by_factors[i]]
@@ -69,8 +69,8 @@ def make_groups(plans: Sequence[Plan], merge: MergeConfig) -> tuple[EntryGroup, 
         if shard == 0:
             by_changes = _replicas_by_changes(plan, ranks, all(by_factors), len(plans), merge)
             (factors if by_changes else dense).extend(r.name for r in plan.replicas)
-        made += [EntryGroup(tuple(names), shard, way) for names, way in ((factors, True), (dense, False)) if names]
-    return tuple(made)
+        groups += [EntryGroup(tuple(names), shard, way) for names, way in ((factors, True), (dense, False)) if names]
+    return tuple(groups)
 
 
 def subplan(plan: Plan, names: Collection[str]) -> Plan:
@@ -80,11 +80,11 @@ def subplan(plan: Plan, names: Collection[str]) -> Plan:
         ValueError: the plan has no such entry.
     """
     selected = set(names)
-    made = Plan(tuple(a for a in plan.adapted if a.name in selected), tuple(r for r in plan.replicas if r.name in selected))
-    unknown = selected - {e.name for e in made.base.entries}
+    part = Plan(tuple(a for a in plan.adapted if a.name in selected), tuple(r for r in plan.replicas if r.name in selected))
+    unknown = selected - {e.name for e in part.base.entries}
     if unknown:
         raise ValueError(f"the plan has no entries {sorted(unknown)}")
-    return made
+    return part
 
 
 def _fewer_by_factors(spec: Adapted, ranks: int, heads: int, merge: MergeConfig) -> bool:
@@ -106,7 +106,7 @@ def _replicas_by_changes(plan: Plan, ranks: Sequence[int], all_by_factors: bool,
     return more <= 0 or (all_by_factors and more <= MAX_REPLICA_OVERHEAD * factors)
 
 
-def _balanced(plan: Plan, ranks: Sequence[int], heads: int, shards: int) -> list[int]:
+def _balance_shards(plan: Plan, ranks: Sequence[int], heads: int, shards: int) -> list[int]:
     """Returns the shard of each adapted weight: assigns the costliest first, each to the shard with the least work so far."""
     costs = [spec.matrix[0] * spec.matrix[1] * r for spec, r in zip(plan.adapted, ranks, strict=True)]
     load = [0] * shards

@@ -26,6 +26,9 @@ from lte_ray.transfer.groups import BLOCK
 CHUNK = 128 * BLOCK
 """Values processed at once on a CPU, so that inputs and outputs stay in its cache."""
 
+VALUE_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+"""Bytes of one value in each transfer format, without scales."""
+
 SAMPLE_SIZE = 1 << 14
 """Elements sampled to estimate which are the largest."""
 
@@ -180,7 +183,7 @@ class Packing:
 def replica_elements_sent(replicas: int, merge: MergeConfig) -> int:
     """Returns how many replica elements are sent: the fraction `replica_topk`, or all if that takes no more bytes."""
     count = min(replicas, max(1, round(merge.replica_topk * replicas)))
-    width = {"fp32": 4, "bf16": 2, "int8": 1}[merge.transfer]
+    width = VALUE_BYTES[merge.transfer]
     return count if count * width + index_bytes(replicas, count) < replicas * width else replicas
 
 
