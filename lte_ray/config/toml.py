@@ -72,7 +72,7 @@ def read_fields(kind: type, content: Mapping[str, Any], where: str) -> dict[str,
 
 
 def read_value(where: str, name: str, value: Any, annotation: Any, default: Any = inspect.Parameter.empty) -> Any:
-    """Converts one value of a settings file as `convert`. A value equal to its default is the default, whatever its type.
+    """Converts one value of a settings file as `convert`. A value equal to its default gives the default, whatever its type.
 
     Raises:
         ConfigError: it has the wrong type; the message names the file and the setting, and shows no secret.
@@ -109,7 +109,7 @@ def convert(value: Any, annotation: Any) -> Any:
     for option in options:
         try:
             return _convert(value, option)
-        except (ValueError, OverflowError):
+        except (ValueError, ArithmeticError, RuntimeError):  # as the constructors of `_BY_TEXT` raise
             continue
     raise ValueError(" or ".join(dict.fromkeys(_describe(option, value) for option in options)))
 
@@ -119,7 +119,7 @@ _SEQUENCES = (list, tuple, set, frozenset, collections.abc.Sequence, collections
 _TABLES = (dict, collections.abc.Mapping)
 
 _BY_TEXT = ("torch.device", "uuid.UUID", "decimal.Decimal", "ipaddress.IPv4Address", "ipaddress.IPv6Address")
-"""Classes whose text their constructor reads again. By name, since nothing here imports torch."""
+"""Classes whose constructors parse their text. By name, since nothing here imports torch."""
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:

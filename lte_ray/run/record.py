@@ -84,7 +84,6 @@ class RunRecord:
         """The settings of one class. Those that the file lacks have their defaults.
 
         Raises:
-            StorageError: the file is damaged.
             ConfigError: a setting has the wrong type or is out of range.
         """
         values = toml.read_fields(kind, self.content, self.path)  # type: ignore[arg-type]
