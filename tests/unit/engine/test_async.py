@@ -304,7 +304,7 @@ def test_a_head_contributes_again_what_was_discarded_unless_it_is_done() -> None
     second = head.contribute()
     assert (second.steps, second.step) == (12, 12)
     head.adopt(dataclasses.replace(discarded, sequence=second.sequence), 0, None)
-    assert head.finished  # the policy wants none of it
+    assert head.finished  # the policy discarded it
 
 
 @pytest.mark.parametrize(("heads", "steps", "merge_iter"), [(8, 1, 10), (4, 30, 40), (3, 700, 10)])
@@ -329,7 +329,7 @@ def test_running_statistics_are_averaged_under_any_policy() -> None:
             coordinator.receive(contribution, torch.full((4,), -0.25 - 0.1 * head, dtype=torch.float64))
         mean = -(0.25 + 0.35) / 2
         assert coordinator.base[2:].tolist() == pytest.approx([1 + sequence * mean] * 2)
-    assert float(coordinator.base[0]) < 1 + 3 * mean  # while the weights go further
+    assert float(coordinator.base[0]) < 1 + 3 * mean  # while the weights are extrapolated
 
 
 def test_a_policy_that_asks_to_be_woken_forever_is_named() -> None:

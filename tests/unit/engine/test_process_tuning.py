@@ -28,7 +28,7 @@ def test_freed_blocks_are_kept_for_the_next_step() -> None:
         libc.free(block)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    release_freed_memory()  # what tests before this one left
+    release_freed_memory()  # what earlier tests freed
     first, second = use(), use()
     assert first > 10 * max(1, second)
 

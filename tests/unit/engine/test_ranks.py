@@ -197,11 +197,11 @@ def test_a_restored_head_of_any_rank_continues_bitwise_the_same(head: int, reset
             each.adopt(ContributionResult(head, sequence, True, sequence), sequence, base - 0.1 * sequence)
 
 
-# -- checkpoints of runs that knew no such settings --------------------------------------------------------------------
+# -- checkpoints of older releases -------------------------------------------------------------------------------------
 
 
 OLD = ("num_heads", "lora_r", "lora_alpha", "reset", "exclude")
-"""The settings of heads that there were when only nn.Linear layers had factors."""
+"""The settings of heads in releases in which only nn.Linear layers had factors."""
 
 
 @dataclasses.dataclass

@@ -219,7 +219,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 EVERYWHERE = {"adapt": EVERYTHING, "lora_bias": "lora"}
-# What is in no layer that can have factors: lone parameters, norms of other classes, biases that other modules hold.
+# Parameters in no layer that can have factors: lone parameters, norms of other classes, biases that other modules hold.
 REPLICAS = {
     "bert": {"cls.predictions.bias"},
     "llama": {
@@ -390,7 +390,7 @@ def test_mixed_precision(name: str, lora: dict[str, Any]) -> None:
     worker = dataclasses.replace(MODELS[name], dtype=torch.float32)
     settings = make(
         lora, precision="bf16-mixed", steps=12
-    )  # on CPUs without bfloat16 units six hardly learn more than rounding
+    )  # on CPUs without bfloat16 units six steps learn hardly more than rounding
     initial = prepare(worker, settings)
     before = outputs(worker, initial.model)["loss"]
     result = run_in_process(worker, settings)

@@ -242,7 +242,7 @@ def test_a_reply_that_lacks_merges_is_rejected() -> None:
     side.contribute(1)
     reply = side.make_reply(1)  # only the second merge
     before = replica._base.clone()
-    for _ in range(2):  # and nothing stays locked
+    for _ in range(2):  # nothing stays locked
         with pytest.raises(CannotRedoMerges):
             replica.acquire(reply)
     assert torch.equal(replica._base, before)
@@ -265,7 +265,7 @@ def test_a_void_reply_changes_nothing(down: str) -> None:
         raise KeyError("gone")
 
     fetch, noted = replica._fetch, list[int]()
-    for _ in range(2):  # and nothing stays locked
+    for _ in range(2):  # nothing stays locked
         with pytest.raises(KeyError):
             replica.acquire(reply, gone)
         replica._fetch = gone  # type: ignore[assignment]

@@ -222,7 +222,7 @@ class Bypassing(Tiny):
 
         def forward(words: Tensor) -> Tensor:
             x = torch.tanh(model.up(model.embed(words))) @ model.mid.weight.T
-            assert model.down.weight.shape == (6, 8)  # looking is always possible
+            assert model.down.weight.shape == (6, 8)  # the weight can be read
             return torch.nn.functional.linear(x, model.down.weight, model.down.bias) @ model.up.weight.T @ model.up.weight
 
         model.forward = forward

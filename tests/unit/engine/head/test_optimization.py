@@ -524,7 +524,7 @@ def test_a_list_without_modules_is_no_module() -> None:
         prepare(Hollow(width=4), settings({"checkpoint_activations": ("blocks",)}))
 
 
-# -- an update alone ---------------------------------------------------------------------------------------------------
+# -- single steps ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "fp16-mixed"])

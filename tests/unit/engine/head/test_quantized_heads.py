@@ -149,7 +149,7 @@ def test_a_shared_weight_is_quantized_once(form: str) -> None:
     head, _ = started(Tiny(), settings(form))
     assert head.model.mid.quantized is head.model.twin.quantized
     assert "mid.weight" not in dict(head.model.named_parameters())
-    assert head.model.mid.weight.shape == (8, 8)  # who only looks at it still can
+    assert head.model.mid.weight.shape == (8, 8)  # the weight can still be read
     kinds = {name: type(main.stored) for name, main in head.converted.main_weights.items()}
     assert set(kinds.values()) == {QuantizedWeight}
 
@@ -266,7 +266,7 @@ def test_checkpoints_hold_no_codes(form: str, tmp_path: Path) -> None:
     head.adopt(ContributionResult(0, 1, True, 1), 1, base + 0.1)
     tensors, meta = head_state(head)
     kinds = {name.partition(".")[0] for name in tensors}
-    assert kinds == {"factor", "reference", "optimizer", "rng"}  # everything has factors here: no replicas
+    assert kinds == {"factor", "reference", "optimizer", "rng"}  # all layers have factors here: no replicas
     assert {n for n in tensors if n.startswith("factor.")} == {f"factor.{n}" for n in head.converted.factors}
     assert not any(t.dtype in (torch.int8, torch.bfloat16) for t in tensors.values())
     assert not any("quantized" in name for name in tensors)

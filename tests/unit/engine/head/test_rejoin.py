@@ -212,7 +212,7 @@ class World:
         """What it trained and didn't contribute is lost; what it contributed is merged, before or after it is back."""
         self.deaths[n] += 1
         self.settle(self.coordinator.lose(n))
-        if n in self.coordinator.pending_heads:  # a barrier holds without it, as soon as all others are in
+        if n in self.coordinator.pending_heads:  # without it the barrier merges once all others have contributed
             for other in sorted(self.coordinator.live):
                 self.contribute(other)
         self.coordinator.join(n, self.deaths[n], fresh=fresh)
@@ -251,7 +251,7 @@ def test_after_deaths_nothing_is_lost_or_counted_twice(policy: str, events: list
         else:
             world.kill(n, what == "fresh")
     world.check()
-    for n in world.heads:  # and all can go on
+    for n in world.heads:  # all can continue
         world.train(n, 2)
         world.contribute(n)
     world.check()

@@ -136,7 +136,7 @@ def test_a_snapshot_between_two_merges(case: str, extra: int) -> None:
     for version in (1, 2):
         head.train(3)
         run.contribute(head)
-        head.train(extra)  # rides in the next
+        head.train(extra)  # part of the next contribution
         settle(head, True, version, run.base(version))
     head.train(extra)
     state = snapshot(head, CheckpointRequest(2, {0: 9, 1: 2}))

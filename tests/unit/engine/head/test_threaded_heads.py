@@ -123,7 +123,7 @@ def test_draws_that_begin_late_end_concurrent_training() -> None:
     group = group_of(Late(), 4, 2, steps=30)
     group._threaded._sequential_seconds = float("inf")  # threads are faster
     for _ in range(3):
-        group._threaded._calls = 5  # past the trial
+        group._threaded._calls = 5  # after the trial
         next_round(group)
         assert not group.sequential_reason
     next_round(group)

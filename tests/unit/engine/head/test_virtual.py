@@ -31,7 +31,7 @@ from tests.support.numerics import assert_near
 from tests.support.tiny_worker import Tiny, make_settings
 
 STACKED = 1e-12
-"""Relative error that batching may cause over a whole run in float64: other orders of sums of at most a few hundred terms."""
+"""Relative error that batching may cause in a complete run in float64: other orders of sums of at most a few hundred terms."""
 
 
 class Images(nn.Module):
