@@ -42,25 +42,25 @@ class ActorLauncher:
 
     def launch_heads(self, numbers: tuple[int, ...], strategy: Any, incarnation: int) -> Any:
         """Starts an actor for these heads under a scheduling strategy."""
-        placement, (lanes, threads) = self._placement, self._lanes_and_threads
+        placement, (concurrent_heads, threads) = self._placement, self._concurrency
         resources = {k: v for k, v in placement.bundle.items() if k not in ("CPU", "GPU")}
         options = {"num_cpus": placement.bundle.get("CPU", 0), "num_gpus": placement.gpus, "resources": resources}
         options["scheduling_strategy"] = strategy
-        host = HeadHost(threads, lanes, placement.gpus > 0, self._stack_heads)
+        host = HeadHost(threads, concurrent_heads, placement.gpus > 0, self._stack_heads)
         return self.launch(HeadActor, options, self._context, self._initial.plans, numbers, host, incarnation)
 
     def launch_evaluator(self, head_actors: int) -> Any:
         """Starts the evaluator on what the heads' actors, which are `head_actors`, leave: a GPU if there is one, idle cores."""
-        lanes, threads = self._lanes_and_threads
+        concurrent_heads, threads = self._concurrency
         wanted = self._placement.gpus
         gpus = wanted if 0 < wanted <= ray.available_resources().get("GPU", 0) else 0
-        idle_cores = max(1, available_cores() - lanes * threads * head_actors)
+        idle_cores = max(1, available_cores() - concurrent_heads * threads * head_actors)
         options = {**UNRESERVED, "num_gpus": gpus}
         return self.launch(EvaluatorActor, options, self._context, self._initial.plan, idle_cores, gpus > 0)
 
     @property
-    def _lanes_and_threads(self) -> tuple[int, int]:
-        """Threads in which an actor of heads computes, and torch's threads in each."""
+    def _concurrency(self) -> tuple[int, int]:
+        """How many heads of an actor train concurrently, and torch's threads for each."""
         per_head = self._context.settings.train.threads_per_head
         return head_threads(per_head, self._placement.cpus, self._placement.heads)
 
