@@ -211,7 +211,7 @@ def test_help_explains_every_field_and_the_workers_own(capsys: pytest.CaptureFix
             assert name in shown
             assert " ".join(field.metadata["help"].split()[:4]) in shown
     assert "--worker.batch-size INT" in shown
-    assert "Samples of one head's batch." in shown
+    assert "Samples in one head's batch." in shown
 
 
 def test_help_into_a_closed_pipe_ends_silently() -> None:
