@@ -12,7 +12,20 @@ from lte_ray.data.assignment import PartitionAssignor
 from lte_ray.data.partition import Partitions, advance, initial_partitions, slots, split, to_partitions
 from lte_ray.messages import Assignment
 
-EVENTS = ["step", "contribute", "merge", "refuse", "order", "kill", "restart", "drop", "admit", "reshard", "commit", "crash"]
+EVENTS = [
+    "step",
+    "contribute",
+    "merge",
+    "refuse",
+    "direct",
+    "kill",
+    "restart",
+    "remove",
+    "add",
+    "repartition",
+    "commit",
+    "crash",
+]
 
 
 @dataclass
@@ -45,13 +58,14 @@ class WorldHead:
         if self.sent is None and self.partitions:
             self.sent = SentContribution(len(self.trained), self.partitions, self.assignment_id, self.revoked)
 
-    def apply_changes(self, grants: tuple[Assignment, ...], request: int) -> None:
-        for grant in grants:
-            if grant.id > self.assignment_id:
-                self.assignment_id, self.partitions = grant.id, to_partitions((*self.partitions, *grant.partitions))
-        if request > (self.revoked.id if self.revoked else 0) and self.partitions:
-            self.partitions, given = split(self.partitions)
-            self.revoked = Assignment(request, given)
+    def apply_changes(self, assignments: tuple[Assignment, ...], revocation: int) -> None:
+        for assignment in assignments:
+            if assignment.id > self.assignment_id:
+                self.assignment_id = assignment.id
+                self.partitions = to_partitions((*self.partitions, *assignment.partitions))
+        if revocation > (self.revoked.id if self.revoked else 0) and self.partitions:
+            self.partitions, given_up = split(self.partitions)
+            self.revoked = Assignment(revocation, given_up)
 
 
 def new_assignor(num_heads: int) -> PartitionAssignor:
@@ -77,8 +91,8 @@ class AssignmentWorld:
     def play(self, event: str, pick: int, amount: int) -> None:
         """Plays one event; if it needs a head, for the `pick`-th of those available."""
         known = sorted(self.heads if event in EVENTS[:6] else self.down if event == "restart" else self.live | self.down)
-        if event in ("admit", "reshard", "commit", "crash"):
-            getattr(self, event)(*([1 + amount % 6] if event == "reshard" else []))
+        if event in ("add", "repartition", "commit", "crash"):
+            getattr(self, event)(*([1 + amount % 6] if event == "repartition" else []))
         elif known:
             head = known[pick % len(known)]
             getattr(self, event)(*([head, amount] if event == "step" else [head]))
@@ -92,8 +106,8 @@ class AssignmentWorld:
 
     def merge(self, head: int) -> None:
         """Merges what the head has sent; if that doesn't match the assignor's state, restarts the head."""
-        it = self.heads[head]
-        sent, it.sent = it.sent, None
+        incarnation = self.heads[head]
+        sent, incarnation.sent = incarnation.sent, None
         if sent is None:
             return
         if self.assignor.mismatch(head, sent.partitions, sent.assignment_id, sent.revoked):
@@ -101,13 +115,13 @@ class AssignmentWorld:
             self.restart(head)
             return
         self.assignor.commit(head, sent.partitions, sent.assignment_id, sent.revoked)
-        self.merged += it.trained[it.merged : sent.until]
-        it.merged = sent.until
+        self.merged += incarnation.trained[incarnation.merged : sent.until]
+        incarnation.merged = sent.until
 
     def refuse(self, head: int) -> None:
         self.heads[head].sent = None
 
-    def order(self, head: int) -> None:
+    def direct(self, head: int) -> None:
         self.heads[head].apply_changes(*self.assignor.pending_changes(head, self.live))
 
     def kill(self, head: int) -> None:
@@ -119,15 +133,15 @@ class AssignmentWorld:
         self.assignor.add_head(head, self.live)
         self.heads[head] = WorldHead(self.assignor.start_head(head))
 
-    def drop(self, head: int) -> None:
+    def remove(self, head: int) -> None:
         self.heads.pop(head, None)
         self.down.discard(head)
         self.assignor.remove_head(head)
 
-    def admit(self) -> None:
+    def add(self) -> None:
         self.restart(next(self.numbers))
 
-    def reshard(self, num_heads: int) -> None:
+    def repartition(self, num_heads: int) -> None:
         self.assignor = PartitionAssignor.repartitioned(json.loads(json.dumps(self.assignor.state())), num_heads)
         self.heads, self.down = {head: WorldHead(self.assignor.start_head(head)) for head in range(num_heads)}, set()
         self.commit()  # what a resumed run begins with
@@ -155,21 +169,21 @@ class AssignmentWorld:
         """Asserts that no slot was merged twice, none is lost, and the state is consistent."""
         assert not [slot for slot, count in Counter(self.merged).items() if count > 1]
         self.assignor.validate()
-        left = [*self.assignor.unassigned, *(lane for lanes in self.assignor.owners().values() for lane in lanes)]
-        end = 1 + max([lane.start for lane in left] + self.merged)
-        open_ = {slot for lane in left for slot in range(lane.start, end, lane.stride)}
-        assert open_ | set(self.merged) == set(range(end))
-        assert open_.isdisjoint(self.merged)
+        left = [*self.assignor.unassigned, *(p for partitions in self.assignor.owners().values() for p in partitions)]
+        end = 1 + max([p.start for p in left] + self.merged)
+        unmerged = {slot for p in left for slot in range(p.start, end, p.stride)}
+        assert unmerged | set(self.merged) == set(range(end))
+        assert unmerged.isdisjoint(self.merged)
 
     def settle(self) -> None:
         """Starts all heads and merges all that they train, until no head waits for partitions."""
         for head in sorted(self.down):
             self.restart(head)
         if not self.heads:
-            self.admit()
+            self.add()
         for _ in range(4 * len(self.heads) + 8):
             for head in sorted(self.heads):
-                self.order(head)
+                self.direct(head)
                 self.step(head, 3)
                 self.contribute(head)
                 self.merge(head)

@@ -19,7 +19,7 @@ from tests.support.assignment_world import EVENTS, AssignmentWorld, new_assignor
     st.integers(1, 5),
     st.lists(st.tuples(st.sampled_from([*EVENTS[:5] * 2, *EVENTS[5:]]), st.integers(0, 9), st.integers(0, 9)), max_size=80),
 )
-@example(1, [("admit", 0, 0), ("order", 0, 0), ("commit", 0, 0), ("crash", 0, 0)])
+@example(1, [("add", 0, 0), ("direct", 0, 0), ("commit", 0, 0), ("crash", 0, 0)])
 def test_each_batch_is_merged_once_whatever_happens(num_heads: int, events: list[tuple[str, int, int]]) -> None:
     """Any order of steps, merges, refusals, kills, restarts, drops, new heads, repartitions and coordinator crashes."""
     world = AssignmentWorld(num_heads)
