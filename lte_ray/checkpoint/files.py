@@ -22,6 +22,7 @@ from lte_ray.checkpoint.manifest import MANIFEST, Damaged, FileEntry, Manifest, 
 from lte_ray.errors import StorageError
 from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import gather, views
+from lte_ray.merging.registry import stable_name
 from lte_ray.storage import RunDirectory
 
 BASE = "base.safetensors"
@@ -202,7 +203,7 @@ def read_policy(directory: RunDirectory, manifest: Manifest, name: str) -> dict[
     if manifest.entry(POLICY) is None:
         return {}
     tensors, metadata = read_tensors(directory, manifest, POLICY)
-    return tensors if metadata.get("policy") == name else {}
+    return tensors if stable_name(metadata.get("policy", "")) == stable_name(name) else {}
 
 
 def check_factors(directory: RunDirectory, manifest: Manifest, plans: Sequence[Plan]) -> None:

@@ -87,6 +87,13 @@ POLICIES: dict[str, type] = {
     "gated": Gated,
 }
 
+PACKAGE = "lte_ray.merging"
+RENAMED = {"Scheduled": "ComposedPolicy"}
+"""Classes that had another name in an earlier release."""
+
+RECORDED = {"ComposedPolicy", *(kind.__name__ for kind in POLICIES.values())}
+"""Classes of the package that a run may record as its policy."""
+
 WEIGHT_POLICIES = ("average", "samples", "stale")
 """Policies that don't look at tensors, and so can decide about tensors that are in shards."""
 
@@ -178,6 +185,7 @@ def find_policy(policy: Any) -> Any:
     """
     if not isinstance(policy, str):
         return policy
+    policy = stable_name(policy)
     if policy in POLICIES:
         return POLICIES[policy]
     if is_object_path(policy):
@@ -186,6 +194,17 @@ def find_policy(policy: Any) -> Any:
         f"--policy is {policy!r}, but the built-in policies are: {', '.join(sorted(POLICIES))}."
         f"{suggest(policy, POLICIES)} Give your own as module:Class or path/to/file.py:Class."
     )
+
+
+def stable_name(policy: str) -> str:
+    """Names a class of `lte_ray.merging` by the package instead of its module: ``lte_ray.merging:Nesterov``.
+
+    ``run.toml`` and checkpoints record policies by name, and an earlier release had each class in another module. Any other
+    name is returned as it is.
+    """
+    module, _, name = policy.rpartition(":")
+    name = RENAMED.get(name, name)
+    return f"{PACKAGE}:{name}" if module.startswith(f"{PACKAGE}.") and name in RECORDED else policy
 
 
 def _plain(value: Any) -> Any:

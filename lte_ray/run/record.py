@@ -21,6 +21,7 @@ from lte_ray.engine.prepare import Initial, merged_state_dict
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
 from lte_ray.import_object import absolute
+from lte_ray.merging.registry import stable_name
 from lte_ray.redaction import OMITTED, redact, split_secrets, without_credentials
 from lte_ray.storage import RUN, RunDirectory
 from lte_ray.worker import worker_settings
@@ -118,7 +119,7 @@ def object_name(thing: Any) -> str:
     if isinstance(thing, str):
         return thing
     kind = thing if isinstance(thing, type) or inspect.isroutine(thing) else type(thing)
-    return f"{kind.__module__}:{kind.__qualname__}"
+    return stable_name(f"{kind.__module__}:{kind.__qualname__}")
 
 
 def _defaults(kind: type) -> dict[str, Any]:

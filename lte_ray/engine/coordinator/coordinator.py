@@ -479,9 +479,8 @@ class Coordinator:
         )
         if c.partitions:
             self.assignor.commit(head, c.partitions, c.assignment_id, c.revoked)
-        norm = self._pending[head].norm
-        if norm is not None and c.steps:  # one without steps doesn't show that its head has recovered
-            self.outlier_filter.record_merge(head, norm, c.steps)
+        if c.steps:  # one without steps doesn't show that its head has recovered
+            self.outlier_filter.record_merge(head, self._pending[head].norm, c.steps)
 
     def _result(self, head: int, accepted: bool, reason: str) -> ContributionResult:
         return ContributionResult(head, self._pending[head].contribution.sequence, accepted, self.version, reason)

@@ -132,8 +132,8 @@ class OutlierFilter:
             f"{typical:.3g} for {steps} steps); --max-norm-z is {self._threshold:g}"
         )
 
-    def record_merge(self, head: int, norm: float, steps: int) -> None:
-        """Records a contribution that has become part of the base: later ones are compared with it."""
+    def record_merge(self, head: int, norm: float | None, steps: int) -> None:
+        """Records a contribution that has become part of the base: later ones are compared with its norm, if that is known."""
         self.reset_refusals(head)
         if norm:  # a head whose learning rate is 0 says nothing about the others
             self._window.append(_scaled(norm, steps))

@@ -330,3 +330,14 @@ def test_a_checkpoint_in_memory_works_like_one_on_disk() -> None:
     assert checkpoint.read_newest_intact(directory) == (again, [])
     checkpoint.remove_after(directory, 0)
     assert checkpoint.complete_versions(directory) == []
+
+
+def test_a_policys_state_is_read_under_the_name_that_an_earlier_release_gave_its_class(tmp_path: Path) -> None:
+    """Another policy's state isn't."""
+    directory = RunDirectory.open(str(tmp_path), "r")
+    directory.create()
+    entry = checkpoint.write_policy(directory, 1, "lte_ray.merging.nesterov:Nesterov", {"momentum": torch.ones(2)})
+    checkpoint.commit(directory, 1, [], [entry], {})
+    manifest = checkpoint.read_manifest(directory, 1)
+    assert checkpoint.read_policy(directory, manifest, "lte_ray.merging:Nesterov").keys() == {"momentum"}
+    assert checkpoint.read_policy(directory, manifest, "lte_ray.merging:Momentum") == {}

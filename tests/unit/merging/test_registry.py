@@ -29,7 +29,7 @@ from lte_ray.merging import (
     Wait,
     make_policy,
 )
-from lte_ray.merging.registry import make_rule, may_merge_by_weights, resolved_arguments
+from lte_ray.merging.registry import make_rule, may_merge_by_weights, resolved_arguments, stable_name
 from tests.support.plans import make_contribution, random_flat
 from tests.support.policies import PLAN, make_coordinator, make_pending, make_roster
 
@@ -256,6 +256,28 @@ def test_arguments_are_a_dict_by_name(arguments: object) -> None:
     """Checked with the settings."""
     with pytest.raises(ConfigError, match=r"policy_args is .*, but it must be a dict of argument names and values"):
         MergeConfig(policy_args=arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "name"),
+    [
+        ("lte_ray.merging.nesterov:Nesterov", "lte_ray.merging:Nesterov"),
+        ("lte_ray.merging.policies.outer_optimizers:Nesterov", "lte_ray.merging:Nesterov"),
+        ("lte_ray.merging.registry:Gated", "lte_ray.merging:Gated"),
+        ("lte_ray.merging.scheduled:Scheduled", "lte_ray.merging:ComposedPolicy"),
+        ("lte_ray.merging.policy:Merge", "lte_ray.merging.policy:Merge"),
+        ("mine.merging:Nesterov", "mine.merging:Nesterov"),
+        ("nesterov", "nesterov"),
+    ],
+)
+def test_what_an_earlier_release_recorded_is_found_by_a_stable_name(recorded: str, name: str) -> None:
+    """Classes of the package are named by the package, whichever module defines or defined them."""
+    assert stable_name(recorded) == name
+
+
+def test_a_policy_is_found_where_an_earlier_release_had_it() -> None:
+    """As in a run.toml that says module:Class."""
+    assert type(make_rule("lte_ray.merging.nesterov:Nesterov", {"lr": 0.5})) is Nesterov
 
 
 @pytest.mark.parametrize(

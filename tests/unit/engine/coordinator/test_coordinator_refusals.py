@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +23,10 @@ PLAN = plan_from_shapes([(6, 5, 2)], [(4,)], scaling=2.0)
 SIZE = PLAN.contribution.size
 
 
-def make(policy: MergePolicy) -> tuple[Coordinator, Tensor]:
-    base = random_flat(PLAN.base.size, 99)
-    return Coordinator(make_settings(heads=3), PLAN, base.clone(), policy), base
+def make(policy: MergePolicy, **merge: Any) -> tuple[Coordinator, Tensor]:
+    base, settings = random_flat(PLAN.base.size, 99), make_settings(heads=3)
+    settings = dataclasses.replace(settings, merge=dataclasses.replace(settings.merge, **merge))
+    return Coordinator(settings, PLAN, base.clone(), policy), base
 
 
 def with_value(value: float, at: int = -1) -> Tensor:
@@ -117,9 +120,10 @@ def test_the_third_rejected_contribution_in_a_row_quarantines_its_head() -> None
     assert coordinator.assignor.unassigned == initial_partitions(1, 3)
 
 
-def test_a_merge_resets_the_count_of_rejected_contributions() -> None:
-    """Two bad ones, a merged one, two bad ones: the head stays."""
-    coordinator, _ = make(Scripted(Merge({1: 0.1}), *[Wait()] * 9))
+@pytest.mark.parametrize("max_norm_z", [0.0, 100.0])
+def test_a_merge_resets_the_count_of_rejected_contributions(max_norm_z: float) -> None:
+    """Two bad ones, a merged one, two bad ones: the head stays, also where norms aren't compared."""
+    coordinator, _ = make(Scripted(Merge({1: 0.1}), *[Wait()] * 9), max_norm_z=max_norm_z)
     for sequence in (1, 2, 4, 5):
         if sequence == 4:
             assert coordinator.receive(make_contribution(1, 3), GOOD).results[0].accepted
