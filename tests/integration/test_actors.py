@@ -121,7 +121,7 @@ def test_num_workers_sets_the_number_of_actors() -> None:
         from_scaling_config(ray.train.ScalingConfig(num_workers=n), 32)[0].heads_per_actor for n in (1, 32, 4, 5)
     ]
     assert heads_per_actor == [1, 1, 8, 7]
-    with pytest.raises(ConfigError, match="Leave num_workers out for one each, or give 16"):
+    with pytest.raises(ConfigError, match="Leave num_workers out for one head each, or give 16"):
         from_scaling_config(ray.train.ScalingConfig(num_workers=17), 32)
     with pytest.raises(ConfigError, match="or give 2"):
         from_scaling_config(ray.train.ScalingConfig(num_workers=3), 2)
