@@ -70,6 +70,6 @@ def local_ray(shared_ray: None) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """`make unit` runs the tests in two parts; that one of them has none of those that ARGS picks is no failure."""
+    """The tests run in two parts (`make unit`, `make integration`): that ARGS selects none of one part is no failure."""
     if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and session.config.option.markexpr:
         session.exitstatus = pytest.ExitCode.OK

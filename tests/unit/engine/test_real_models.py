@@ -439,6 +439,7 @@ def few_pairs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FewPairs:
     return FewPairs(batch_size=8, docstring_length=12, function_length=16, lr=2e-4)
 
 
+@pytest.mark.slow
 def test_the_minilm_worker_fine_tunes_the_pretrained_encoder(few_pairs: FewPairs, contributions: Received) -> None:
     """Merges add up, heads compute what the merged model does, and docstrings find their functions better than before."""
     result = check(few_pairs, make(), contributions)

@@ -270,6 +270,7 @@ def test_reading_a_run_draws_none_of_the_callers_random_numbers(run: Path) -> No
     assert saved.initial.numel() == saved.base.numel() == 16 * 16 + WORDS * 16
 
 
+@pytest.mark.slow
 def test_no_ray_is_loaded(run: Path, tmp_path: Path) -> None:
     """Every format is written without Ray."""
     pytest.importorskip("peft")

@@ -128,7 +128,13 @@ TRAINING: dict[str, dict[str, Any]] = {
 """Where defaults that are meant for more steps between merges overshoot or creep."""
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
+FAMILIES = ("average", "gated", "median", "nesterov", "ties")
+"""A policy of each family, which `make test` trains with; `make test-all` trains with all."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FAMILIES else pytest.mark.slow) for name in sorted(POLICIES)]
+)
 def test_every_policy_trains(name: str) -> None:
     """Four heads, merged two at a time, bring the merged weights' loss from 1.8 below 0.2 in 120 local steps."""
     merge = MergeConfig(merge_iter=4, policy=name, policy_args=TRAINING.get(name), when="quorum")
