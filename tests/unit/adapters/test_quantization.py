@@ -354,6 +354,7 @@ def test_a_kernel_that_fails_or_errs_is_found_before_a_run(monkeypatch: pytest.M
         check_format(nf4, CPU)
 
 
+@pytest.mark.slow
 def test_importing_is_light_and_quiet(nf4: str) -> None:
     """bitsandbytes is imported when nf4 is first used, without printing anything."""
     script = (

@@ -222,6 +222,7 @@ def test_the_kit_finds_every_fault(policy: type, says: str) -> None:
     assert re.search(r"\n  \d+\.\d{3} (head \d contributes|the time until which)", said)
 
 
+@pytest.mark.sweep
 def test_a_good_policy_passes_whatever_its_form() -> None:
     """A class, an object, a function, a name."""
 

@@ -210,6 +210,7 @@ def test_an_empty_state_resets_it() -> None:
     assert outliers.state() == OutlierFilter(MergeConfig()).state()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lr", "lte", "merge"),
     [
