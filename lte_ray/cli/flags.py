@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
+import io
 import select
+import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +21,7 @@ from lte_ray.cli.policy_flags import TABLE, chosen_policy, parsed_arguments, pol
 from lte_ray.cli.toml_config import Defaults, FileSettings
 from lte_ray.config import SECTIONS, FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
 from lte_ray.errors import ConfigError, WorkerError
+from lte_ray.redaction import MASK, is_secret, is_sensitive, without_credentials
 
 SECTION_TITLES: Mapping[type, str] = {
     LTEConfig: "heads",
@@ -87,11 +91,14 @@ def parse_sections(
     if file and policy != in_file:  # the file's arguments are another policy's
         file.content.pop(TABLE, None)
     defaults = toml_config.defaults_from(file, worker, policy, subcommand.titles, rest) if file else toml_config.Defaults()
-    flags_class = _flags_class(worker, policy, subcommand, defaults)
+
+    def parse_flags(defaults: Defaults) -> Any:
+        flags_class = _flags_class(worker, policy, subcommand, defaults)
+        name = f"lte-ray {subcommand.name} {program}"
+        return tyro.cli(flags_class, prog=name, args=rest, description=subcommand.description)
+
     try:
-        flags: Any = tyro.cli(
-            flags_class, prog=f"lte-ray {subcommand.name} {program}", args=rest, description=subcommand.description
-        )
+        flags = _hiding_secrets(parse_flags, defaults)
     except tyro.constructors.UnsupportedTypeAnnotationError as error:
         raise WorkerError(f"{program}: the constructor's parameters can't all be flags; annotate them: {error}") from error
     except ConfigError:
@@ -106,6 +113,33 @@ def parse_sections(
         for kind, title in subcommand.titles.items()
     }
     return sections, getattr(flags, "worker", None)
+
+
+def _hiding_secrets(parse_flags: Callable[[Defaults], Any], defaults: Defaults) -> Any:
+    """Parses with these defaults. What tyro prints before it exits names defaults, so that shows ``***`` for secrets."""
+    masked = Defaults(*(_without_secrets(values) for values in (defaults.settings, defaults.policy, defaults.worker)))
+    if masked == defaults:
+        return parse_flags(defaults)
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            flags = parse_flags(defaults)
+    except SystemExit:
+        parse_flags(masked)  # prints the same, and exits
+        raise
+    sys.stdout.write(output.getvalue())  # of the worker's constructor
+    return flags
+
+
+def _without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values without secrets: masked in text, left out otherwise."""
+    shown = {}
+    for name, value in values.items():
+        if not is_sensitive(name, value):
+            shown[name] = value
+        elif isinstance(value, str):
+            shown[name] = MASK if is_secret(name) else without_credentials(value)
+    return shown
 
 
 def is_stdout_closed() -> bool:

@@ -18,6 +18,10 @@ from lte_ray.merging.policies.weighted import Average, Samples, Stale
 from lte_ray.merging.policy import Decision, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Try, Wait, combine
 from lte_ray.merging.registry import POLICIES, Gated, make_policy
 
+# The names that earlier releases gave them.
+Scheduled = ComposedPolicy
+When = MergeTrigger
+
 __all__ = [
     "POLICIES",
     "Adam",
@@ -44,11 +48,13 @@ __all__ = [
     "Quorum",
     "Roster",
     "Samples",
+    "Scheduled",
     "Stale",
     "Ties",
     "TrimmedMean",
     "Try",
     "Wait",
+    "When",
     "combine",
     "make_policy",
 ]

@@ -204,7 +204,7 @@ def stable_name(policy: str) -> str:
     """
     module, _, name = policy.rpartition(":")
     name = RENAMED.get(name, name)
-    return f"{PACKAGE}:{name}" if module.startswith(f"{PACKAGE}.") and name in RECORDED else policy
+    return f"{PACKAGE}:{name}" if f"{module}.".startswith(f"{PACKAGE}.") and name in RECORDED else policy
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import subprocess
@@ -322,3 +323,47 @@ def test_a_cluster_that_does_not_answer_is_an_error_at_once(
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     assert "No cluster answers at RAY_ADDRESS=127.0.0.1:1" in complaint(capsys, tmp_path, GOOD)
+
+
+SECRETIVE = """
+from workers.regression import Regression
+
+
+class Secretive(Regression):
+    def __init__(self, api_token: str = "", width: int = 8, options: dict | None = None):
+        print("made")
+        super().__init__(width=width)
+"""
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--worker.api-tokne", "x"], ["--worker.width", "many"], ["--storag", "runs"]])
+def test_help_and_errors_show_no_secret_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    """They name defaults, which the file for --config replaces."""
+    (tmp_path / "secretive.py").write_text(SECRETIVE)
+    file = 'storage = "s3://KEY:HIDDEN@bucket/x"\n[worker]\napi_token = "HIDDEN"\nwidth = 12\noptions = {password = "HIDDEN"}\n'
+    (tmp_path / "x.toml").write_text(file)
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(SystemExit):
+        main(["train", "secretive.py:Secretive", "--config", "x.toml", *flags])
+    captured = capsys.readouterr()
+    assert captured.out or captured.err
+    assert "HIDDEN" not in captured.out + captured.err
+    if flags == ["--help"]:
+        assert "***" in captured.out
+        assert "12" in captured.out
+
+
+def test_secrets_of_a_file_reach_the_worker(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Unmasked, and what its constructor prints is seen."""
+    (tmp_path / "x.toml").write_text('[worker]\napi_token = "HIDDEN"\n')
+
+    class Secretive(Regression):
+        def __init__(self, api_token: str = "") -> None:
+            print("made")
+            super().__init__()
+            self.api_token = api_token
+
+    assert parse(Secretive, "here:Secretive", ["--config", str(tmp_path / "x.toml")]).worker.api_token == "HIDDEN"
+    assert capsys.readouterr().out == "made\n"

@@ -265,6 +265,8 @@ def test_arguments_are_a_dict_by_name(arguments: object) -> None:
         ("lte_ray.merging.policies.outer_optimizers:Nesterov", "lte_ray.merging:Nesterov"),
         ("lte_ray.merging.registry:Gated", "lte_ray.merging:Gated"),
         ("lte_ray.merging.scheduled:Scheduled", "lte_ray.merging:ComposedPolicy"),
+        ("lte_ray.merging:Scheduled", "lte_ray.merging:ComposedPolicy"),
+        ("lte_ray.merging_own:Nesterov", "lte_ray.merging_own:Nesterov"),
         ("lte_ray.merging.policy:Merge", "lte_ray.merging.policy:Merge"),
         ("mine.merging:Nesterov", "mine.merging:Nesterov"),
         ("nesterov", "nesterov"),
