@@ -11,6 +11,7 @@ import importlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -295,6 +296,7 @@ def test_a_command_for_a_cluster_runs_as_written(shell: Shell, cluster: Cluster,
     """Against a local cluster that a user would have started."""
     if str(JOB_SERVER) in command and cluster.port != JOB_SERVER:
         pytest.skip(f"another program uses port {JOB_SERVER}")
+    shutil.rmtree(Path(shell.environment["HOME"], "ray_results", "mine"), ignore_errors=True)  # other commands took more steps
     shell.run(command, **cluster.environment)
 
 
