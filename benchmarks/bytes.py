@@ -89,9 +89,9 @@ def measure(plan: Plan, merge: MergeConfig, heads: int = HEADS, merges: int = ME
             flat = torch.randn(plan.contribution.size, generator=generator).mul_(0.02)
             buffers[head], decoded = codec.encode(flat, coordinator.reference(head))
             message = Contribution("bytes", head, 0, number, number - 1, 64 * number, 64, 512, 3.0)
-            outcome = coordinator.receive(message, decoded)
+            event_result = coordinator.receive(message, decoded)
             up += sum(buffer.nbytes for buffer in buffers[head]) + len(pickle.dumps(message))
-        (record,) = outcome.merges
+        (record,) = event_result.merges
         log.append(MergeDelta(number, record.weights, {h: tuple((h, b) for b in buffers[h]) for h in record.heads}))
         chain = log.deltas_since(replica.redo_from)
         assert chain is not None

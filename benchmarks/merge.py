@@ -76,10 +76,10 @@ def main() -> None:
         ]
         started = time.perf_counter()
         for message, buffer in zip(messages, buffers, strict=True):
-            outcome = coordinator.receive(message, buffer)
+            event_result = coordinator.receive(message, buffer)
         coordinator.base  # computes the products  # noqa: B018
         ours.append(time.perf_counter() - started)
-        assert len(outcome.merges) == 1
+        assert len(event_result.merges) == 1
         other = start.clone()
         started = time.perf_counter()
         bare(plan, other, buffers, references)

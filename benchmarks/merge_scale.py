@@ -55,8 +55,8 @@ def coordinator_of(plan: Plan, base: Tensor | None, heads: int, alone: bool, ref
 def send_all(coordinator: Coordinator, contents: list[Any]) -> None:
     """Sends the coordinator a contribution of each of the first heads. It merges them when the last one arrives."""
     for head, what in enumerate(contents):
-        outcome = coordinator.receive(Contribution("scale", head, 0, 1, 0, 1, 1, 1, 0.0), what)
-    assert len(outcome.merges) == 1
+        event_result = coordinator.receive(Contribution("scale", head, 0, 1, 0, 1, 1, 1, 0.0), what)
+    assert len(event_result.merges) == 1
 
 
 def unsharded(piece: Piece, base: Tensor, heads: int, merged: int) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 CHECKSUM_INTERVAL = 10
 """Versions between two checksums of the groups that heads redo from factors."""
 
-Partitions = tuple[tuple[int, int], ...]
+PartitionPairs = tuple[tuple[int, int], ...]
 """Parts of the data order: each the batches `next`, `next` + `stride`, ... (`data.partition`)."""
 
 
@@ -17,18 +17,22 @@ class Assignment:
     """Partitions that a head receives, or gives away. Repeats of one `id` change nothing."""
 
     id: int
-    partitions: Partitions
+    partitions: PartitionPairs
 
 
 @dataclass(frozen=True)
 class CommittedPosition:
-    """What a version of the base holds of one head: where its last merged contribution left it.
+    """Where one head is in its data and its steps.
 
-    Checkpoints and logs use these field names. Batches after this data position are in no base yet.
+    It is committed if the coordinator holds it: the base contains what the head trained up to here, and none of its batches
+    after that. Heads also keep positions that aren't committed: where they are now, and where their last contribution left
+    them. Checkpoints and logs use these field names.
 
     Attributes:
-        incarnation, sequence: of that contribution.
-        version: the one that it was merged into, at most the base's.
+        incarnation, sequence: of the head's last contribution up to here.
+        version: if the position is committed, the version that this contribution was merged into, at most the base's; if
+            nothing of the head is merged yet, the version at which it joined. If a head recorded the position itself, the
+            version that it had adopted there; 0 where it has restored `HeadState.contributed`, whose version isn't saved.
         step, samples: what the head had trained in all.
         batches: how many it had taken.
         lanes: its partitions after them.
@@ -40,7 +44,7 @@ class CommittedPosition:
     step: int = 0
     samples: int = 0
     batches: int = 0
-    lanes: Partitions = ()
+    lanes: PartitionPairs = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Contribution:
     seconds: float = 0.0
     stall: float = 0.0
     batches: int = 0
-    partitions: Partitions = ()
+    partitions: PartitionPairs = ()
     assignment_id: int = 0
     revoked: Assignment | None = None
     checksums: tuple[int, ...] = ()
@@ -223,14 +227,14 @@ class HeadReport:
     Attributes:
         step: local steps that it has taken; -1 before it begins.
         limit: up to which step it may go.
-        assignment_id, revoked: numbers of its newest assignment and revocation.
+        assignment_id, revocation_id: numbers of its newest assignment and revocation.
         factors: those that a base may hold of it, by the number of the contribution that they follow; None where B' = 0.
     """
 
     step: int
     limit: int
     assignment_id: int = 0
-    revoked: int = 0
+    revocation_id: int = 0
     factors: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
 
 

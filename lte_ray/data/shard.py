@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lte_ray.data.partition import advance, initial_partitions, slots, to_partitions
-from lte_ray.messages import Partitions
+from lte_ray.messages import PartitionPairs
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Shard:
     num_heads: int
     seed: int
     cursor: int = 0
-    lanes: Partitions = ()
+    lanes: PartitionPairs = ()
 
     def __post_init__(self) -> None:
         if self.cursor < 0:

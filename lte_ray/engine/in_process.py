@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lte_ray.config import MergeConfig
-from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
+from lte_ray.engine.coordinator.coordinator import Coordinator, EventResult
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.virtual import HeadGroup
 from lte_ray.engine.prepare import Initial, load_base, prepare
@@ -110,10 +110,10 @@ def run_in_process(
     for head in heads:
         head.start(0, initial.base)
 
-    def apply(step: StepResult) -> None:
-        merges.extend(step.merges)
-        published = coordinator.base.clone() if step.results else None  # the coordinator continues to write to its own
-        for result in step.results:
+    def apply(event_result: EventResult) -> None:
+        merges.extend(event_result.merges)
+        published = coordinator.base.clone() if event_result.results else None  # the coordinator continues to write to its own
+        for result in event_result.results:
             head = heads[result.head]
             waiting.discard(result.head)
             head.adopt(result, coordinator.version, published if coordinator.version != head.version else None)

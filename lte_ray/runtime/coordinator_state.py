@@ -31,7 +31,7 @@ class CoordinatorState:
         references: by head, refers to the factors that the base contains of it, flat; missing where B' = 0.
         positions: by head, what the base contains of it; missing if nothing.
         assignment_state: which head owns which batches (`PartitionAssignor.state`); empty at the start of a run.
-        steps_taken: by head, the local steps that it has taken.
+        steps_by_head: the local steps that each head has taken.
         step_limits: by head, the local steps up to which it may go.
         checkpoint_version: the newest complete checkpoint, whose policy state is used; None if there is none.
         exact_heads: heads that continue exactly from their states in it.
@@ -46,7 +46,7 @@ class CoordinatorState:
     references: Mapping[int, Handle] = field(default_factory=dict)
     positions: Mapping[int, CommittedPosition] = field(default_factory=dict)
     assignment_state: Mapping[str, Any] = field(default_factory=dict)
-    steps_taken: Mapping[int, int] = field(default_factory=dict)
+    steps_by_head: Mapping[int, int] = field(default_factory=dict)
     step_limits: Mapping[int, int] = field(default_factory=dict)
     checkpoint_version: int | None = None
     exact_heads: frozenset[int] = frozenset()
@@ -74,7 +74,7 @@ class CoordinatorState:
             references=references,
             positions=recovered.positions,
             assignment_state=recovered.assignment_state,
-            steps_taken={head: position.step for head, position in recovered.positions.items()},
+            steps_by_head={head: position.step for head, position in recovered.positions.items()},
             step_limits=recovered.step_limits,
             **more,
         )
@@ -120,7 +120,7 @@ def load_checkpoint(context: RunContext, initial: Initial, version: int, num_hea
         references={h: publish(f) for h, f in factors.items() if h in positions and positions[h].sequence},
         positions=positions,
         assignment_state=assignment_state,
-        steps_taken={h: steps[h] if h in exact_heads else position.step for h, position in positions.items()},
+        steps_by_head={h: steps[h] if h in exact_heads else position.step for h, position in positions.items()},
         checkpoint_version=version,
         exact_heads=exact_heads,
         saved_heads=frozenset(head for head in head_states if head in positions),

@@ -210,7 +210,7 @@ class Reservation:
         """The number of nodes that the first bundles are on."""
         return len(set(placement_group_table(self.group)["bundles_to_node_id"].values()))
 
-    def slots(self) -> list[tuple[tuple[int, ...], Any]]:
+    def heads_and_strategies(self) -> list[tuple[tuple[int, ...], Any]]:
         """Returns each actor's heads and its scheduling strategy."""
         return [(numbers, PlacementGroupSchedulingStrategy(self.group, i)) for i, numbers in enumerate(self.heads_by_actor)]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from lte_ray.config.cluster_model import ClusterModel
-from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
+from lte_ray.engine.coordinator.coordinator import Coordinator, EventResult
 from lte_ray.errors import PolicyError
 from lte_ray.messages import Contribution, MergeRecord
 from lte_ray.simulation.clock import Clock
@@ -19,7 +19,7 @@ from lte_ray.simulation.record import MergeRow
 MAX_TICKS = 10_000
 """How often in a row a policy may ask to be called again while nothing else happens."""
 
-Message = Callable[[], StepResult]
+Message = Callable[[], EventResult]
 
 
 class SimCoordinator:
@@ -83,24 +83,24 @@ class SimCoordinator:
         if not self._busy:
             self._handle_next()
 
-    def _receive(self, contribution: Contribution) -> StepResult:
+    def _receive(self, contribution: Contribution) -> EventResult:
         self._incarnations[contribution.head] = contribution.incarnation
         return self.coordinator.receive(contribution, contribution.buffer)
 
     def _handle_next(self) -> None:
-        step = self._queue.popleft()()
-        if step.merges:
+        result = self._queue.popleft()()
+        if result.merges:
             self.base = self.coordinator.base.clone()  # the engine continues to write to its own
         cost = self._cluster.message_seconds
-        merging = sum(self._costs.merge_seconds(self._cluster, len(merge.heads)) for merge in step.merges)
+        merging = sum(self._costs.merge_seconds(self._cluster, len(merge.heads)) for merge in result.merges)
         self.busy_seconds += cost + merging
         self._busy = True
-        self.timeline.enter("merge" if step.merges else "message", self._clock.now)
+        self.timeline.enter("merge" if result.merges else "message", self._clock.now)
         if self._costs.dense_bytes:  # else no head waits for the base, which is updated while messages are handled
             cost += merging
         version = self.coordinator.version
-        answers = [Answer(r.head, self._incarnations[r.head], r, version, self.base) for r in step.results]
-        self._clock.schedule_after(cost, self._finish, answers, step.merges)
+        answers = [Answer(r.head, self._incarnations[r.head], r, version, self.base) for r in result.results]
+        self._clock.schedule_after(cost, self._finish, answers, result.merges)
         self._schedule_requests()
 
     def _finish(self, answers: list[Answer], merges: tuple[MergeRecord, ...]) -> None:

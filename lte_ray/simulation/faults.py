@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lte_ray.config.cluster_model import ClusterModel
-from lte_ray.engine.coordinator.coordinator import StepResult
+from lte_ray.engine.coordinator.coordinator import EventResult
 from lte_ray.simulation.clock import Clock, RandomEvents
 from lte_ray.simulation.coordinator import SimCoordinator
 from lte_ray.simulation.delivery import Delivery
@@ -67,7 +67,7 @@ class Faults:
         if head.number in self._joining:
             self._coordinator.enqueue(lambda: self._join(head))
 
-    def _join(self, head: SimHead) -> StepResult:
+    def _join(self, head: SimHead) -> EventResult:
         """Asks for the base for a new incarnation; it is sent once no contribution of the predecessor is pending."""
         self._joining.add(head.number)
         coordinator = self._coordinator.coordinator
@@ -76,7 +76,7 @@ class Faults:
             position = coordinator.start_head(head.number)
             version, base = coordinator.version, self._coordinator.base
             self._delivery.send_base(Answer(head.number, head.incarnation, None, version, base, position))
-        return StepResult((), ())
+        return EventResult((), ())
 
     def _start_incarnation(self, head: SimHead, answer: Answer) -> bool:
         """Starts a new incarnation if the answer is the base that it waits for; returns whether it is."""

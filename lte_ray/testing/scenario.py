@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
-from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
+from lte_ray.engine.coordinator.coordinator import Coordinator, EventResult
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import PolicyError
 from lte_ray.merging.policies.trigger import get_policy_state, load_policy_state
@@ -147,17 +147,17 @@ class Scenario:
             self._play("the time until which the policy waited has come", self.coordinator.tick)
         raise Violation(f"it asked to be called {TICKS} times within {seconds:.3f} seconds, and never decided")
 
-    def _play(self, event: str, execute: Callable[[], StepResult], trial_change: Tensor | None = None) -> None:
+    def _play(self, event: str, execute: Callable[[], EventResult], trial_change: Tensor | None = None) -> None:
         self.trace.append(f"{self.now:.3f} {event}")
         try:
-            outcome = execute()
+            event_result = execute()
         except PolicyError as error:
             if isinstance(error.__cause__, Violation):
                 raise error.__cause__ from error
             raise Violation(str(error)) from error
-        if trial_change is not None and outcome.results[0].accepted:  # the trial is merged before anything else
+        if trial_change is not None and event_result.results[0].accepted:  # the trial is merged before anything else
             self.policy.expected_changes.insert(0, trial_change)
-        for result in outcome.results:
+        for result in event_result.results:
             head = self.heads[result.head]
             if head.contribution is None or head.result is not None or result.sequence != head.sequence:
                 raise Violation(f"head {result.head}'s contribution {result.sequence} was decided twice")

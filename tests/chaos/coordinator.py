@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lte_ray.data.assignment import PartitionAssignor
-from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
+from lte_ray.engine.coordinator.coordinator import Coordinator, EventResult
 from lte_ray.engine.prepare import Initial
 from lte_ray.engine.settings import Settings
 from lte_ray.merging.registry import make_policy
@@ -54,7 +54,7 @@ class ChaosCoordinator(ChaosCheckpoints):
             plans=plans,
             version=start.version,
             references={head: factors.clone() for head, factors in start.references.items()},
-            taken=start.steps_taken,
+            taken=start.steps_by_head,
             granted=start.step_limits,
             positions=start.positions,
             members=start.members,
@@ -87,7 +87,7 @@ class ChaosCoordinator(ChaosCheckpoints):
             self.decided.append((call, settled))
             return
         submission = Submission(c, [call], call.process.track)
-        refusal = self.engine.check_numbers(c)
+        refusal = self.engine.refuse_by_numbers(c)
         if refusal is not None:
             self._handle(lambda: refusal, submission)
         else:
@@ -98,12 +98,12 @@ class ChaosCoordinator(ChaosCheckpoints):
         submission = self.arriving.pop(head)
         self._handle(lambda: self.engine.receive(submission.contribution, submission.contribution.buffer), submission)
 
-    def _handle(self, event: Callable[[], StepResult], submission: Submission | None = None) -> None:
+    def _handle(self, event: Callable[[], EventResult], submission: Submission | None = None) -> None:
         """Gives the engine an event, and its results to the calls that wait for them; `SubmissionLoop.handle`."""
-        outcome = event()
-        results = list(outcome.results)
+        event_result = event()
+        results = list(event_result.results)
         if submission is not None:
-            refused = outcome.refusal(submission.contribution)
+            refused = event_result.refusal(submission.contribution)
             if refused is None:
                 self.undecided[submission.contribution.head] = submission
             else:
@@ -117,9 +117,9 @@ class ChaosCoordinator(ChaosCheckpoints):
             raise InvariantBroken(
                 f"heads {sorted(self.undecided)} wait for a result, but those of {self.engine.pending_heads} are to be decided"
             )
-        for merge in outcome.merges:
+        for merge in event_result.merges:
             self.account.merge(merge, tracks, len(self.engine.members))
-        if outcome.merges and self.begins_at_next_merge and self.may_begin:
+        if event_result.merges and self.begins_at_next_merge and self.may_begin:
             self.begin_checkpoint()
         for result, each in decided:
             self.decided += [(call, result) for call in each.calls]

@@ -104,7 +104,7 @@ class World(Recovery):
             raise InvariantBroken(f"not all heads have taken {self.settings.train.steps} steps: {steps}")
         budget, out = coordinator.engine.step_budget, len(heads) < len(self.slots)
         taken = {
-            n: budget.steps_granted[n] if n in heads else step for n, step in budget.steps_taken.items()
+            n: budget.steps_granted[n] if n in heads else step for n, step in budget.steps_by_head.items()
         }  # a head that left took no more
         out = out or self.happened["drop"] > 0  # steps that a head frees after the others know their last one aren't taken
         if budget.shared and not out and sum(taken.values()) < budget.total:

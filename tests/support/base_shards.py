@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lte_ray.config import MergeConfig
 from lte_ray.engine.coordinator.aggregator import BaseShard, MeasuredContribution
-from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
+from lte_ray.engine.coordinator.coordinator import Coordinator, EventResult
 from lte_ray.layout import Plan
 from lte_ray.merging import Decision, Discard, Merge, MergePolicy, Pending, Roster, Wait
 from lte_ray.merging.flat_buffer import gather, views
@@ -57,23 +57,23 @@ class Sharded:
         self.tickets = 0
         self.pending: dict[int, int] = {}
 
-    def receive(self, contribution: Contribution, buffers: Sequence[Tensor]) -> StepResult:
+    def receive(self, contribution: Contribution, buffers: Sequence[Tensor]) -> EventResult:
         self.tickets += 1
         ticket, named = self.tickets, dict(enumerate(buffers))
         squares = sum(shard.receive(ticket, contribution.head, named) for shard in self.shards)
-        outcome = self.coordinator.receive(contribution, MeasuredContribution(squares))
-        if any(not (v.accepted or v.discarded) for v in outcome.results):
+        event_result = self.coordinator.receive(contribution, MeasuredContribution(squares))
+        if any(not (v.accepted or v.discarded) for v in event_result.results):
             self.discard(ticket)
-            return outcome
+            return event_result
         self.pending[contribution.head] = ticket
-        tickets = {v.head: self.pending.pop(v.head) for v in outcome.results}
-        for merge in outcome.merges:
+        tickets = {v.head: self.pending.pop(v.head) for v in event_result.results}
+        for merge in event_result.merges:
             for shard in self.shards:
                 shard.merge(merge.version, {tickets[head]: weight for head, weight in merge.weights.items()})
-        for result in outcome.results:
+        for result in event_result.results:
             if result.discarded:
                 self.discard(tickets[result.head])
-        return outcome
+        return event_result
 
     def restart_fresh(self, head: int, incarnation: int) -> None:
         """Another process of this head begins with B = 0; tells the coordinator and the shards."""
@@ -112,7 +112,7 @@ def make_both(merge: MergeConfig, ranks: Sequence[int], reset: str, policy: Call
     return local, Sharded(merge, plans, policy(), base, reset)
 
 
-def assert_same(a: StepResult, b: StepResult) -> None:
+def assert_same(a: EventResult, b: EventResult) -> None:
     """Equal results and records, except for the clock."""
     assert a.results == b.results
     assert [dataclasses.replace(m, at=0) for m in a.merges] == [dataclasses.replace(m, at=0) for m in b.merges]

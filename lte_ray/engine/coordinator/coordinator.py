@@ -47,7 +47,7 @@ class _Received:
 
 
 @dataclass(frozen=True)
-class StepResult:
+class EventResult:
     """What an event led to: results of contributions, and the merges that were made, in order."""
 
     results: tuple[ContributionResult, ...]
@@ -165,7 +165,7 @@ class Coordinator:
     @property
     def steps_taken(self) -> int:
         """Local steps of all heads that contributions have told of."""
-        return self.step_budget.taken
+        return self.step_budget.steps_taken
 
     @property
     def shares_steps(self) -> bool:
@@ -195,7 +195,7 @@ class Coordinator:
 
     # -- contributions ---------------------------------------------------------------------------------------------------
 
-    def receive(self, contribution: Contribution, buffer: Tensor | MeasuredContribution) -> StepResult:
+    def receive(self, contribution: Contribution, buffer: Tensor | MeasuredContribution) -> EventResult:
         """A contribution arrived. One that can't be merged is refused with a reason, and nothing else is touched.
 
         Args:
@@ -207,7 +207,7 @@ class Coordinator:
             PolicyError: the policy raised or decided something impossible.
         """
         head = contribution.head
-        refusal = self.check_numbers(contribution)
+        refusal = self.refuse_by_numbers(contribution)
         if refusal is not None:
             return refusal
         share, norm, malformed, harmful = self._inspect(contribution, buffer)
@@ -229,7 +229,7 @@ class Coordinator:
             return None
         return ContributionResult(c.head, c.sequence, True, position.version)
 
-    def check_numbers(self, c: Contribution) -> StepResult | None:
+    def refuse_by_numbers(self, c: Contribution) -> EventResult | None:
         """The refusal of a contribution whose numbers forbid to merge it; None if they don't."""
         if c.head not in self.live:
             return self.refuse(c, f"head {c.head} isn't one of the live heads {sorted(self.live)}")
@@ -238,11 +238,11 @@ class Coordinator:
             reason = f"head {c.head} has a contribution that isn't decided yet"
         return self.refuse(c, reason) if reason else None
 
-    def refuse(self, contribution: Contribution, reason: str) -> StepResult:
+    def refuse(self, contribution: Contribution, reason: str) -> EventResult:
         """Refuses a contribution, which changes nothing."""
-        return StepResult((ContributionResult(contribution.head, contribution.sequence, False, self.version, reason),), ())
+        return EventResult((ContributionResult(contribution.head, contribution.sequence, False, self.version, reason),), ())
 
-    def reject(self, c: Contribution, reason: str, harmful: bool = True) -> StepResult:
+    def reject(self, c: Contribution, reason: str, harmful: bool = True) -> EventResult:
         """Refuses a contribution for its content. If that is harmful, its head drops the changes.
 
         After the third in a row the head is quarantined: it leaves the run, and its data go to others.
@@ -251,8 +251,8 @@ class Coordinator:
         self.step_budget.record_steps(c.head, c.step)  # they were taken, even if they are lost
         quarantined = self.outlier_filter.record_refusal(c.head)
         result = ContributionResult(c.head, c.sequence, False, self.version, reason, harmful=harmful, quarantined=quarantined)
-        later = self.drop(c.head) if quarantined else StepResult((), ())
-        return StepResult((result, *later.results), later.merges)
+        later = self.drop(c.head) if quarantined else EventResult((), ())
+        return EventResult((result, *later.results), later.merges)
 
     def _inspect(self, c: Contribution, buffer: Tensor | MeasuredContribution) -> tuple[Share, float | None, str, str]:
         """A contribution's share and norm; why it can't be merged, and why its content would harm the base."""
@@ -314,7 +314,7 @@ class Coordinator:
         directive = self.step_budget.next_directive(head, self.live)
         return replace(directive, assignments=assignments, revocation=revocation)
 
-    def leave(self, head: int) -> StepResult:
+    def leave(self, head: int) -> EventResult:
         """A head has ended: the others no longer wait for it.
 
         Raises:
@@ -323,26 +323,26 @@ class Coordinator:
         self.live.discard(head)
         return self._decide()
 
-    def lose(self, head: int) -> StepResult:
+    def lose(self, head: int) -> EventResult:
         """A head's process is gone, and may come back; the others don't wait for it. Its contribution is still merged.
 
         Raises:
             PolicyError: as `receive`.
         """
         if head not in self.members:  # it was new, and hadn't joined
-            return StepResult((), ())
+            return EventResult((), ())
         pending = self._pending.get(head)
         self.step_budget.reclaim(head, pending.contribution.step if pending else self.positions[head].step)
         return self.leave(head)
 
-    def drop(self, head: int) -> StepResult:
+    def drop(self, head: int) -> EventResult:
         """A head is gone for good: its data go to others, and every contribution counts 1/N of the remaining heads.
 
         Raises:
             PolicyError: as `receive`.
         """
         if head not in self.members:
-            return StepResult((), ())
+            return EventResult((), ())
         results: tuple[ContributionResult, ...] = ()
         if head in self._pending:  # others train its data
             results = (self._result(head, False, f"head {head} has left the run"),)
@@ -354,12 +354,12 @@ class Coordinator:
         self.members.discard(head)
         self._tensors.forget_head(head)
         self.assignor.remove_head(head)
-        outcome = self._decide()
-        return StepResult((*results, *outcome.results), outcome.merges)
+        event_result = self._decide()
+        return EventResult((*results, *event_result.results), event_result.merges)
 
     # -- decisions -------------------------------------------------------------------------------------------------------
 
-    def tick(self) -> StepResult:
+    def tick(self) -> EventResult:
         """`wakes_at` has come: asks the policy again.
 
         Raises:
@@ -372,7 +372,7 @@ class Coordinator:
         """The base that a policy tries, whose evaluation goes to `receive_evaluation`; None if there is no trial."""
         return None if self._trial is None else self._trial[1]
 
-    def receive_evaluation(self, values: Mapping[str, float]) -> StepResult:
+    def receive_evaluation(self, values: Mapping[str, float]) -> EventResult:
         """The evaluation of `candidate`.
 
         Raises:
@@ -385,7 +385,7 @@ class Coordinator:
             return self._decide()
         return self._decide(self._checked_policy.judge(trial, values))
 
-    def _decide(self, decision: Decision | None = None) -> StepResult:
+    def _decide(self, decision: Decision | None = None) -> EventResult:
         """Asks the policy and carries out its decisions until it waits."""
         results: list[ContributionResult] = []
         merges: list[MergeRecord] = []
@@ -411,7 +411,7 @@ class Coordinator:
                 del self._pending[head]
             self._shown = [self._show(head) for head in self.pending_heads]  # their lags have changed
             decision = None
-        return StepResult(tuple(results), tuple(merges))
+        return EventResult(tuple(results), tuple(merges))
 
     def _roster(self) -> Roster:
         return Roster(max(1, len(self.members)), frozenset(self.live), self.version, self._clock(), self.plan.base)
@@ -448,7 +448,7 @@ class Coordinator:
             at=time.time(),
             heads=tuple(heads),
             step=max(c.step for c in merged),
-            steps_taken=self.step_budget.taken,
+            steps_taken=self.steps_taken,
             steps=sum(c.steps for c in merged),
             samples=sum(c.samples for c in merged),
             losses={c.head: c.loss for c in merged},

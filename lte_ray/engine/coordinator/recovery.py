@@ -58,7 +58,7 @@ def recover(reports: Sequence[RecoveryReport]) -> Recovered | None:
         else:
             without_factors.add(head)
     latest = int(newest.assignment_state.get("latest", 0))
-    restart = {head for head, each in heads.items() if each.step < 0 or max(each.assignment_id, each.revoked) > latest}
+    restart = {head for head, each in heads.items() if each.step < 0 or max(each.assignment_id, each.revocation_id) > latest}
     return Recovered(
         version=newest.version,
         base=newest.base,

@@ -101,23 +101,23 @@ class StepBudget:
         self._steps, self._step_rates = settings.train.steps, step_rates
         self.total = settings.train.steps * settings.lte.num_heads
         """Steps of all heads together, where they share them."""
-        self.steps_taken = dict.fromkeys(range(settings.lte.num_heads), 0) | dict(taken)
-        self.steps_granted = dict(self.steps_taken) | dict(granted or {})
+        self.steps_by_head = dict.fromkeys(range(settings.lte.num_heads), 0) | dict(taken)
+        self.steps_granted = dict(self.steps_by_head) | dict(granted or {})
         """Up to which step each head may go, as far as it is granted already."""
 
     @property
-    def taken(self) -> int:
+    def steps_taken(self) -> int:
         """Local steps of all heads that contributions have told of."""
-        return sum(self.steps_taken.values())
+        return sum(self.steps_by_head.values())
 
     @property
     def progress(self) -> float:
         """The share of all steps that the contributions hold."""
-        return self.taken / self.total
+        return self.steps_taken / self.total
 
     def record_steps(self, head: int, step: int) -> None:
         """Records that a head has taken `step` local steps in all."""
-        self.steps_taken[head] = max(step, self.steps_taken[head])
+        self.steps_by_head[head] = max(step, self.steps_by_head[head])
 
     def add_head(self, head: int, step: int) -> int:
         """Adds a head that is new to the run.
@@ -126,13 +126,13 @@ class StepBudget:
             The step that it begins at: `step`, so that it ends with the others. Where heads share the steps, what an earlier
             head of its number has taken.
         """
-        first = self.steps_taken.get(head, 0) if self.shared else step
-        self.steps_taken[head] = self.steps_granted[head] = first
+        first = self.steps_by_head.get(head, 0) if self.shared else step
+        self.steps_by_head[head] = self.steps_granted[head] = first
         return first
 
     def reclaim(self, head: int, step: int) -> None:
         """Takes back what a head was granted beyond `step`, where its contributions end: its process is gone."""
-        self.steps_taken[head] = self.steps_granted[head] = step
+        self.steps_by_head[head] = self.steps_granted[head] = step
 
     def next_directive(self, head: int, live: Collection[int]) -> HeadDirective:
         """What a head is to do next."""
@@ -143,7 +143,7 @@ class StepBudget:
         # The rest is shared by speed, so that all end together. But rounds shouldn't become ever smaller.
         fair = max(math.ceil(left * self._step_rates.share(head, live)), min(steps, self._steps) // 4)
         ahead = max(ROUNDS_AHEAD * steps, min(self._step_rates.steps_within(head, SECONDS_AHEAD), fair // MIN_GRANTS_LEFT))
-        grant = min(left, fair, max(0, self.steps_taken[head] + ahead - self.steps_granted[head]))
+        grant = min(left, fair, max(0, self.steps_by_head[head] + ahead - self.steps_granted[head]))
         rate = self._step_rates.relative_rate(head, live)
         if head not in live:  # it has left, and may receive this all the same: what is free again is for others
             return HeadDirective(steps, self.steps_granted[head], True, rate, self.progress)

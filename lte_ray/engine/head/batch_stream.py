@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from lte_ray.data.partition import advance, initial_partitions, split
 from lte_ray.data.shard import Shard
-from lte_ray.messages import Assignment, Partitions
+from lte_ray.messages import Assignment, PartitionPairs
 from lte_ray.worker import Batch, Worker, endless_batches
 
 
@@ -30,7 +30,7 @@ class BatchStream:
         self._worker, self._head, self._num_heads, self._seed = worker, head, num_heads, seed
         self._batches: Iterator[Batch] | None = None
         self.batches_taken = 0
-        self.partitions: Partitions = initial_partitions(head, num_heads) if head < num_heads else ()
+        self.partitions: PartitionPairs = initial_partitions(head, num_heads) if head < num_heads else ()
         self.assignment_id = 0
         self.revoked: Assignment | None = None
 
@@ -45,12 +45,12 @@ class BatchStream:
         self.partitions = advance(self.partitions, 1)
         return batch
 
-    def seek(self, batches_taken: int, partitions: Partitions, assignment_id: int = 0) -> None:
+    def seek(self, batches_taken: int, partitions: PartitionPairs, assignment_id: int = 0) -> None:
         """Continues from another position. What was revoked and isn't merged stays this head's."""
         self.batches_taken, self.partitions, self.assignment_id = batches_taken, partitions, assignment_id
         self._batches, self.revoked = None, None
 
-    def partitions_after(self, batches_taken: int) -> Partitions:
+    def partitions_after(self, batches_taken: int) -> PartitionPairs:
         """The partitions of a head that has taken so many batches, and owns only what it owned at the start."""
         return advance(initial_partitions(self._head, self._num_heads), batches_taken)
 

@@ -12,7 +12,7 @@ from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.optimizer_state import check_shapes, optimizer_state, restore_optimizer
 from lte_ray.errors import StorageError
 from lte_ray.merging.flat_buffer import factors_part, replica_views
-from lte_ray.messages import Assignment, CheckpointRequest, CommittedPosition, Partitions
+from lte_ray.messages import Assignment, CheckpointRequest, CommittedPosition, PartitionPairs
 
 SavedState = tuple[dict[str, Tensor], dict[str, Any]]
 """Named CPU tensors, and JSON values."""
@@ -121,7 +121,7 @@ def _restore(head: Head, tensors: dict[str, Tensor], meta: dict[str, Any], base:
     state.losses = [loss.to(head.device) for loss in tensors["losses"]] if "losses" in tensors else []
     # Older releases took one batch a step, and had no partitions.
     taken = _count(meta.get("batches", state.step))
-    partitions: Partitions = to_partitions(meta["lanes"]) if "lanes" in meta else stream.partitions_after(taken)
+    partitions: PartitionPairs = to_partitions(meta["lanes"]) if "lanes" in meta else stream.partitions_after(taken)
     stream.seek(taken, partitions, _count(meta.get("grant", 0)))
     revoked = meta.get("released")
     if revoked is not None:

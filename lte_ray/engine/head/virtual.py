@@ -315,7 +315,7 @@ class VmappedHeads:
                     module.reserve_reference()
         buffers = [dict(_head_buffers(head.model)) for head in heads]
         self._buffers = {name: _stack_in_place([b[name] for b in buffers]) for name in buffers[0]}
-        self._slots = _find_slots(first.model, {**{n: models[0][n] for n in self._trained}, **buffers[0]})
+        self._holders = _find_holders(first.model, {**{n: models[0][n] for n in self._trained}, **buffers[0]})
         for stacked in self._trained.values():
             stacked.requires_grad_()
 
@@ -342,13 +342,13 @@ class VmappedHeads:
 
     def _head_loss(self, trained: dict[str, Tensor], buffers: dict[str, Tensor], batch: Batch) -> Tensor:
         """The loss of one head, by the first head's model with these tensors instead of its own."""
-        before = [holder[key] for holder, key, _ in self._slots]
+        before = [holder[key] for holder, key, _ in self._holders]
         try:
-            for holder, key, name in self._slots:
+            for holder, key, name in self._holders:
                 holder[key] = trained[name] if name in trained else buffers[name]
             return check_loss(self._worker.loss(self._heads[0].model, batch))
         finally:
-            for (holder, key, _), tensor in zip(self._slots, before, strict=True):
+            for (holder, key, _), tensor in zip(self._holders, before, strict=True):
                 holder[key] = tensor
 
     def _distribute_gradients(self) -> None:
@@ -363,7 +363,7 @@ class VmappedHeads:
             stacked.grad = None
 
 
-def _find_slots(model: nn.Module, tensors: dict[str, Tensor]) -> list[tuple[dict[str, Any], str, str]]:
+def _find_holders(model: nn.Module, tensors: dict[str, Tensor]) -> list[tuple[dict[str, Any], str, str]]:
     """Every dictionary and key in the model's modules that holds one of these tensors (a tied one has several), with its name.
 
     `torch.func.functional_call` replaces tensors by name, and fails for a module that occurs twice.

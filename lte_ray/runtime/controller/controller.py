@@ -135,7 +135,7 @@ class TrainController:
     def actors(self) -> Iterator[None]:
         """Starts the heads and the coordinator, and ends all actors after the block."""
         try:
-            self.heads.launch_all(self._reservation.slots())
+            self.heads.launch_all(self._reservation.heads_and_strategies())
             self.coordinator.begin(self._start)
             for slot in self.heads.slots:
                 self.heads.start(slot)

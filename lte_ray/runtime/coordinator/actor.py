@@ -16,7 +16,7 @@ import ray
 
 from lte_ray import checkpoint, fault_injection, storage
 from lte_ray.data.assignment import PartitionAssignor
-from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
+from lte_ray.engine.coordinator.coordinator import Coordinator, EventResult
 from lte_ray.errors import HeadLost, WorkerFailed
 from lte_ray.fault_injection import inject
 from lte_ray.layout import Plan
@@ -224,7 +224,7 @@ class CoordinatorActor:
         for head in gone:
             self._broadcaster.reachable_heads.discard(head)
             self._joining.pop(head, None)
-            lose: Callable[[int], StepResult] = self._engine.drop if drop else self._engine.lose
+            lose: Callable[[int], EventResult] = self._engine.drop if drop else self._engine.lose
             self._submissions.handle(lambda head=head, lose=lose: lose(head))  # type: ignore[misc]
             if drop:
                 self._aggregator.forget_head(head)
@@ -333,7 +333,7 @@ def _load_engine(
         plans=plans,
         version=state.version,
         references=references,
-        taken=state.steps_taken,
+        taken=state.steps_by_head,
         granted=state.step_limits,
         positions=state.positions,
         fresh=set(range(len(plans))) - state.references.keys(),

@@ -277,12 +277,12 @@ class ShardedAggregator:
         Raises:
             CoordinatorLost: a shard's process died.
         """
-        return await asyncio.gather(*[_answer(shard.number, reference) for shard, reference in calls])
+        return await asyncio.gather(*[_answer(shard.number, ref) for shard, ref in calls])
 
 
-async def _answer(number: int, reference: Any) -> Any:
+async def _answer(number: int, ref: Any) -> Any:
     try:
-        return await reference
+        return await ref
     except PROCESS_DIED as error:
         raise CoordinatorLost(f"The process of coordinator shard {number} died: {error}") from error
 

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from torch import Tensor
 
-from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
+from lte_ray.engine.coordinator.coordinator import Coordinator, EventResult
 from lte_ray.engine.process_tuning import torch_threads
 from lte_ray.errors import LTEError
 from lte_ray.fault_injection import inject
@@ -91,7 +91,7 @@ class SubmissionLoop:
             return merged
         self._tickets += 1
         submission = _Submission(self._tickets, c, self._tasks.create_future())
-        refusal = self._engine.check_numbers(c)
+        refusal = self._engine.refuse_by_numbers(c)
         if refusal is None:
             self._arriving[c.head] = (c.incarnation, c.sequence)
             try:
@@ -124,7 +124,7 @@ class SubmissionLoop:
             self._version_waits.append((after, future))
             await future
 
-    def handle(self, event: Callable[[], StepResult], submission: _Submission | None = None) -> None:
+    def handle(self, event: Callable[[], EventResult], submission: _Submission | None = None) -> None:
         """Gives an event to the engine, and its results to the callers that wait for them.
 
         Args:
@@ -137,17 +137,17 @@ class SubmissionLoop:
             if self._tasks.failure is not None:
                 raise self._tasks.failure
             with torch_threads(self._threads):
-                outcome = event()
+                event_result = event()
             inject("decided", version=self._engine.version)
-            self._deliver(outcome, submission)
+            self._deliver(event_result, submission)
             self._serve_policy()
         except Exception as error:
             self._tasks.fail(error)
 
-    def _deliver(self, outcome: StepResult, submission: _Submission | None) -> None:
-        results = list(outcome.results)
+    def _deliver(self, event_result: EventResult, submission: _Submission | None) -> None:
+        results = list(event_result.results)
         if submission is not None:
-            refusal = outcome.refusal(submission.contribution)
+            refusal = event_result.refusal(submission.contribution)
             if refusal is None:
                 self._undecided[submission.contribution.head] = submission
             else:
@@ -156,9 +156,9 @@ class SubmissionLoop:
                 submission.result.set_result(refusal)
                 self._broadcaster.record_refusal(refusal)
         decided = [(result, self._undecided.pop(result.head)) for result in results]
-        if outcome.merges:
+        if event_result.merges:
             buffers = {s.contribution.head: s.contribution.buffer for _, s in decided}
-            self._broadcaster.publish_merges(outcome.merges, buffers, {s.contribution.head: s.ticket for _, s in decided})
+            self._broadcaster.publish_merges(event_result.merges, buffers, {s.contribution.head: s.ticket for _, s in decided})
             self._release_version_waits()
         for result, each in decided:
             if not result.accepted:

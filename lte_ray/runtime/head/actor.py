@@ -318,8 +318,8 @@ class HeadActor:
         progress = {}
         for head in group.heads if group is not None else []:
             stream = head.batch_stream
-            revoked = stream.revoked.id if stream.revoked else 0
-            progress[head.number] = HeadReport(head.step, head.step_limit, stream.assignment_id, revoked)
+            revocation_id = stream.revoked.id if stream.revoked else 0
+            progress[head.number] = HeadReport(head.step, head.step_limit, stream.assignment_id, revocation_id)
         return client.build_report(progress, epoch)
 
     @ray.method(concurrency_group="ctl")

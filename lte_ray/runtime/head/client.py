@@ -161,8 +161,8 @@ class RecoveryCache:
             head, directive = self._heads[number], reply.directives[number]
             before = head.directed
             assignment_id = max([before.assignment_id, *(assignment.id for assignment in directive.assignments)])
-            revoked = max(before.revoked, directive.revocation)
-            head.directed = HeadReport(-1, max(before.limit, directive.limit), assignment_id, revoked)
+            revocation_id = max(before.revocation_id, directive.revocation)
+            head.directed = HeadReport(-1, max(before.limit, directive.limit), assignment_id, revocation_id)
         if reply.version <= self._version:
             return
         self._version, self._positions, self._assignment_state = reply.version, reply.positions, reply.assignment_state
@@ -193,7 +193,7 @@ class RecoveryCache:
                 now.step,
                 max(now.limit, directed.limit),
                 max(now.assignment_id, directed.assignment_id),
-                max(now.revoked, directed.revoked),
+                max(now.revocation_id, directed.revocation_id),
                 factors,
             )
         published = None if base is None else transport.publish(base)

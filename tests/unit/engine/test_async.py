@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from lte_ray.config import MergeConfig
-from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
+from lte_ray.engine.coordinator.coordinator import Coordinator, EventResult
 from lte_ray.engine.coordinator.step_budget import StepBudget, StepRateEstimator
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.prepare import prepare
@@ -75,9 +75,9 @@ class Schedules(RuleBasedStateMachine):
         self.bases = {0: initial.base.clone()}
         self.known: dict[int, dict[int, Tensor]] = {0: {}}  # references that a version holds
 
-    def settle(self, step: StepResult) -> None:
-        records = iter(step.merges)
-        for result in step.results:
+    def settle(self, event_result: EventResult) -> None:
+        records = iter(event_result.merges)
+        for result in event_result.results:
             if result.accepted and result.version not in self.bases:
                 record = next(records)
                 for head, weight in record.weights.items():
@@ -86,7 +86,7 @@ class Schedules(RuleBasedStateMachine):
                     self.references[head] = self.pending[head][: self.plan.factors_size].clone()
                 self.bases[record.version] = self.coordinator.base.clone()
                 self.known[record.version] = dict(self.references)
-        for result in step.results:
+        for result in event_result.results:
             self.pending.pop(result.head)
             newest = self.coordinator.version
             self.answers[result.head] = (result, newest, self.bases[newest])

@@ -84,11 +84,11 @@ def test_merges_of_trained_heads_of_different_ranks_add_up(reset: str, rslora: b
             reference = before[head.number]
             ledger += dense_change_by_formula(head.plan, buffer, reference) / 3
             before[head.number] = None if reset == "B" else factors(head.plan, buffer).clone()
-            step = coordinator.receive(contribution, buffer)
-        assert [m.version for m in step.merges] == [version]
+            event_result = coordinator.receive(contribution, buffer)
+        assert [m.version for m in event_result.merges] == [version]
         # 12 changes, each of sums of up to 16 float64 terms of size 1.
         assert_near(coordinator.base - initial.base, ledger, 1e-13)
-        for result in step.results:
+        for result in event_result.results:
             head = heads[result.head]
             head.adopt(result, version, coordinator.base.clone())
             words = torch.arange(7)
@@ -225,9 +225,9 @@ def written(directory: RunDirectory, worker: Tiny, run_settings: Settings, *, ol
     for head in heads:
         head.start(0, initial.base)
         contribution = head.train_round()
-        step = coordinator.receive(contribution, contribution.buffer)
+        event_result = coordinator.receive(contribution, contribution.buffer)
     files = [checkpoint.write_base(directory, 1, initial.plan, coordinator.base)]
-    for result in step.results:
+    for result in event_result.results:
         head = heads[result.head]
         head.adopt(result, 1, coordinator.base.clone())
         tensors, meta = head_state(head)

@@ -62,7 +62,7 @@ def test_the_same_heads_continue_exactly(directory: RunDirectory) -> None:
     state = start(directory)
     assert (state.version, state.checkpoint_version, state.exact_heads, state.saved_heads) == (3, 3, {0, 1}, {0, 1})
     assert [state.position(head).incarnation for head in (0, 1)] == [0, 1]
-    assert state.steps_taken == {0: 4, 1: 5}
+    assert state.steps_by_head == {0: 4, 1: 5}
     assert state.references.keys() == {0, 1}
 
 
@@ -71,7 +71,7 @@ def test_another_number_of_heads_takes_over_the_data(directory: RunDirectory) ->
     state = start(directory, 3)
     assert state.exact_heads == set()
     assert state.references.keys() == {0, 1}
-    assert state.steps_taken == {0: 4, 1: 4, 2: 4}
+    assert state.steps_by_head == {0: 4, 1: 4, 2: 4}
     assert state.position(2).sequence == 0
 
 

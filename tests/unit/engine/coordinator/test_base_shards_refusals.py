@@ -84,12 +84,12 @@ def test_shards_refuse_the_same_with_the_same_reasons(case: str, at: int) -> Non
             flat[at] = value
         buffers, decoded = codec.encode(flat, None)
         if sent.head < HEADS:
-            outcome = sharded.receive(sent, buffers)
-            assert_same(local.receive(sent, decoded), outcome)
+            event_result = sharded.receive(sent, buffers)
+            assert_same(local.receive(sent, decoded), event_result)
         else:
-            refusal = local.check_numbers(sent)
+            refusal = local.refuse_by_numbers(sent)
             assert refusal is not None
-            assert refusal == sharded.coordinator.check_numbers(sent)
+            assert refusal == sharded.coordinator.refuse_by_numbers(sent)
     assert [shard.undecided for shard in sharded.shards] == [1, 1, 1]
     assert sharded.coordinator.pending_heads == local.pending_heads == [0]
 

@@ -45,18 +45,18 @@ def test_average_waits_for_all_heads_and_merges_their_mean_change() -> None:
     for sequence in (1, 2):
         sent = {head: buffer(10 * sequence + head) for head in range(3)}
         for head in (0, 1):
-            outcome = coordinator.receive(make_contribution(head, sequence), sent[head])
-            assert (outcome.results, outcome.merges) == ((), ())
+            event_result = coordinator.receive(make_contribution(head, sequence), sent[head])
+            assert (event_result.results, event_result.merges) == ((), ())
         assert coordinator.pending_heads == [0, 1]
         assert coordinator.waiting_for == "for heads [2]"
-        outcome = coordinator.receive(make_contribution(2, sequence), sent[2])
+        event_result = coordinator.receive(make_contribution(2, sequence), sent[2])
         base = base + sum(dense_change_by_formula(PLAN, sent[h], before.get(h)) for h in range(3)) / 3
         before = {h: factors(sent[h]) for h in sent}
         assert_near(coordinator.base, base, 1e-14)  # 3 x 2 products of inner size 2, in float64
-        assert [(v.head, v.sequence, v.accepted, v.version) for v in outcome.results] == [
+        assert [(v.head, v.sequence, v.accepted, v.version) for v in event_result.results] == [
             (h, sequence, True, sequence) for h in range(3)
         ]
-        (record,) = outcome.merges
+        (record,) = event_result.merges
         assert (record.version, record.heads, record.step, record.steps, record.samples) == (
             sequence, (0, 1, 2), 3 * sequence, 9, 36,
         )  # fmt: skip
@@ -70,11 +70,11 @@ def test_a_merge_records_the_largest_quantization_error_of_its_contributions(err
     """From whichever head, and of this merge only."""
     coordinator, _ = make(ComposedPolicy(Average()), heads=3)
     for head, error in enumerate(errors):
-        outcome = coordinator.receive(make_contribution(head, base_error=error), buffer(head))
-    assert [m.base_error for m in outcome.merges] == [max(errors)]
+        event_result = coordinator.receive(make_contribution(head, base_error=error), buffer(head))
+    assert [m.base_error for m in event_result.merges] == [max(errors)]
     for head in range(3):
-        outcome = coordinator.receive(make_contribution(head, 2, base_error=0.01 * head), buffer(head))
-    assert [m.base_error for m in outcome.merges] == [0.02]
+        event_result = coordinator.receive(make_contribution(head, 2, base_error=0.01 * head), buffer(head))
+    assert [m.base_error for m in event_result.merges] == [0.02]
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
@@ -146,9 +146,9 @@ def test_the_base_is_the_weighted_sum_of_accepted_changes_for_every_policy(
                 continue
             sequences[head] += 1
             sent[head] = buffer(1000 * turn + head, plan)
-            outcome = coordinator.receive(make_contribution(head, sequences[head]), sent[head])
-            version += len(outcome.merges)
-            for result in outcome.results:
+            event_result = coordinator.receive(make_contribution(head, sequences[head]), sent[head])
+            version += len(event_result.merges)
+            for result in event_result.results:
                 assert result.sequence == sequences[result.head]
                 if result.accepted:
                     change = dense_change_by_formula(plan, sent[result.head], accepted.get(result.head))
@@ -175,9 +175,9 @@ def test_merge_change_adds_exactly_what_the_policy_computed() -> None:
     change = random_flat(PLAN.base.size, 5)
     coordinator, base = make(Script(Wait(), MergeChange(change, (1, 0)), Wait(), Wait(), Merge({0: 1.0, 1: 1.0})))
     coordinator.receive(make_contribution(0), first := buffer(0))
-    outcome = coordinator.receive(make_contribution(1), buffer(1))
+    event_result = coordinator.receive(make_contribution(1), buffer(1))
     assert torch.equal(coordinator.base, base + change)
-    assert outcome.merges[0].heads == (0, 1)
+    assert event_result.merges[0].heads == (0, 1)
     coordinator.receive(make_contribution(0, 2), first)  # the same factors again: only the replica change is new
     coordinator.receive(make_contribution(1, 2), torch.zeros_like(first))
     expected = base + change + dense_change_by_formula(PLAN, first, factors(first))
@@ -188,11 +188,11 @@ def test_merge_change_adds_exactly_what_the_policy_computed() -> None:
 def test_a_discard_keeps_base_and_reference() -> None:
     """The result has the policy's reason; the head's next contribution is relative to the old reference."""
     coordinator, base = make(Script(Discard([0], "too old"), Wait(), Merge({0: 0.5})))
-    outcome = coordinator.receive(make_contribution(0), buffer(0))
-    (result,) = outcome.results
+    event_result = coordinator.receive(make_contribution(0), buffer(0))
+    (result,) = event_result.results
     assert (result.accepted, result.version, result.reason) == (False, 0, "the policy discarded it: too old")
     assert torch.equal(coordinator.base, base)
-    assert (coordinator.version, coordinator.pending_heads, outcome.merges) == (0, [], ())
+    assert (coordinator.version, coordinator.pending_heads, event_result.merges) == (0, [], ())
     coordinator.receive(make_contribution(0, 2), second := buffer(1))
     assert_near(coordinator.base, base + 0.5 * dense_change_by_formula(PLAN, second, None), 1e-14)  # one float64 product
 
@@ -221,8 +221,8 @@ def test_a_barrier_does_not_wait_for_a_head_that_leaves() -> None:
     coordinator, base = make(ComposedPolicy(Average()), heads=3)
     coordinator.receive(make_contribution(0), buffer(0))
     coordinator.receive(make_contribution(2), buffer(2))
-    outcome = coordinator.leave(1)
-    assert [(v.head, v.accepted) for v in outcome.results] == [(0, True), (2, True)]
+    event_result = coordinator.leave(1)
+    assert [(v.head, v.accepted) for v in event_result.results] == [(0, True), (2, True)]
     expected = base + (dense_change_by_formula(PLAN, buffer(0), None) + dense_change_by_formula(PLAN, buffer(2), None)) / 3
     assert_near(coordinator.base, expected, 1e-14)  # two float64 products
 

@@ -64,10 +64,10 @@ def test_a_new_head_uses_no_budget_before_it_trains(budget: str) -> None:
                 make_contribution(head, sequence, version=coordinator.version), partitions=partitions
             )
             assert coordinator.receive(contribution, random_flat(PLAN.contribution.size, head)).merges
-    before = coordinator.step_budget.taken
+    before = coordinator.step_budget.steps_taken
     coordinator.join(2, 0)
     assert coordinator.positions[2].step == (0 if budget == "shared" else 9)
-    assert coordinator.step_budget.taken == before + coordinator.positions[2].step
+    assert coordinator.step_budget.steps_taken == before + coordinator.positions[2].step
     coordinator.live.add(2)
     assert coordinator.next_directive(2).limit > coordinator.positions[2].step  # so that its first contribution isn't empty
 

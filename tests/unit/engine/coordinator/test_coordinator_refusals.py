@@ -72,12 +72,12 @@ def test_a_bad_contribution_is_refused_and_nothing_else_is_touched(case: str) ->
     contribution, buffer, reason = REFUSED[case]
     coordinator, base = make(ComposedPolicy(Average()))
     coordinator.receive(make_contribution(0), GOOD)
-    outcome = coordinator.receive(contribution, buffer)
-    (result,) = outcome.results
+    event_result = coordinator.receive(contribution, buffer)
+    (result,) = event_result.results
     assert (result.head, result.sequence, result.accepted) == (contribution.head, contribution.sequence, False)
     assert result.version == 0
     assert re.search(reason, result.reason)
-    assert outcome.merges == ()
+    assert event_result.merges == ()
     assert torch.equal(coordinator.base, base)
     assert (coordinator.version, coordinator.pending_heads, coordinator.live) == (0, [0], {0, 1, 2})
     rejected = case in REJECTED
@@ -224,9 +224,9 @@ def test_a_merge_never_makes_the_base_infinite(weight: float, size: float, scali
     base = random_flat(plan.base.size, 99, torch.float32)
     coordinator = Coordinator(make_settings(heads=3), plan, base.clone(), Scripted(Merge({0: weight}), Wait()))
     try:
-        outcome = coordinator.receive(make_contribution(0), torch.full((SIZE,), size))
+        event_result = coordinator.receive(make_contribution(0), torch.full((SIZE,), size))
     except PolicyError:
         pass
     else:
-        assert [v.accepted for v in outcome.results] == [False]
+        assert [v.accepted for v in event_result.results] == [False]
     assert torch.equal(coordinator.base, base)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
-from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
+from lte_ray.engine.coordinator.coordinator import Coordinator, EventResult
 from lte_ray.engine.coordinator.validation import (
     GROWTH,
     MAX_DEVIATION,
@@ -225,7 +225,7 @@ def test_a_real_run_is_far_from_the_threshold(lr: float, lte: dict, merge: dict,
     """Training from scratch, also at ten times the rate: even half of the default z would refuse nothing."""
     outliers, receive, judged = OutlierFilter(MergeConfig(max_norm_z=4.0)), Coordinator.receive, []
 
-    def watched(self: Coordinator, contribution: object, buffer: object) -> StepResult:
+    def watched(self: Coordinator, contribution: object, buffer: object) -> EventResult:
         c, share = contribution, self._tensors.share(contribution.head, buffer)  # type: ignore[attr-defined, arg-type]
         judged.append(offer(outliers, c.head, math.sqrt(squared_norm(share)), c.steps))  # type: ignore[attr-defined]
         return receive(self, contribution, buffer)  # type: ignore[arg-type]

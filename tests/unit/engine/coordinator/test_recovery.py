@@ -71,7 +71,7 @@ def test_heads_that_followed_lost_assignments_must_restart() -> None:
     heads = {
         0: known(1, assignment_id=3),
         1: known(1, assignment_id=2),
-        2: known(1, revoked=3),
+        2: known(1, revocation_id=3),
         3: known(1),
     }
     recovered = recover([report(4, dict.fromkeys(range(4), 1), heads, {"latest": 2})])

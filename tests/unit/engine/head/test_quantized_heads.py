@@ -208,10 +208,10 @@ def test_merging_is_exact_for_quantized_heads(form: str, reset: str) -> None:
             contribution = head.train_round()
             ledger += dense_change_by_formula(head.plan, contribution.buffer, before[head.number]) / 2
             before[head.number] = None if reset == "B" else contribution.buffer[: head.plan.factors_size].clone()
-            step = coordinator.receive(contribution, contribution.buffer)
+            event_result = coordinator.receive(contribution, contribution.buffer)
         # 8 changes, each of float64 products of inner size 4.
         assert_near(coordinator.base - initial.base, ledger, 1e-13)
-        for result in step.results:
+        for result in event_result.results:
             heads[result.head].adopt(result, version, coordinator.base.clone())
     quantized_base = quantized(heads[0], coordinator.base)[0]
     exact = views(initial.plan.base, coordinator.base)

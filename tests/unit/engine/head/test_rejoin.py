@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler
 
 from lte_ray.data import Shard
 from lte_ray.data.partition import Partition, slots
-from lte_ray.engine.coordinator.coordinator import Coordinator, StepResult
+from lte_ray.engine.coordinator.coordinator import Coordinator, EventResult
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.snapshot import SavedState, rejoin
 from lte_ray.engine.prepare import prepare
@@ -194,15 +194,15 @@ class World:
         self.since[n] = []
         self.settle(self.coordinator.receive(contribution, contribution.buffer))
 
-    def settle(self, step: StepResult) -> None:
-        for record in step.merges:
+    def settle(self, event_result: EventResult) -> None:
+        for record in event_result.merges:
             for n, weight in record.weights.items():
                 contribution, batches = self.offered.pop(n)
                 self.sum_of_changes += weight * dense_change_by_formula(self.plan, contribution.buffer, self.references.get(n))
                 self.references[n] = contribution.buffer[: self.plan.factors_size]
                 self.merged += batches
         base = self.coordinator.base.clone()
-        for result in step.results:
+        for result in event_result.results:
             assert result.accepted, result
             head = self.heads[result.head]
             if head.outstanding and head.sequence == result.sequence:

@@ -34,11 +34,11 @@ def test_a_merge_that_raises_the_loss_is_discarded_with_the_figures() -> None:
         assert torch.equal(coordinator.base, before)
         tried = coordinator.candidate
         assert tried is not None
-        outcome = coordinator.receive_evaluation({"loss": loss, "accuracy": 0.0})
-        verdicts += [v.accepted for v in outcome.results]
+        event_result = coordinator.receive_evaluation({"loss": loss, "accuracy": 0.0})
+        verdicts += [v.accepted for v in event_result.results]
         assert torch.equal(coordinator.base, tried if verdicts[-1] else before)
         if not verdicts[-1]:
-            assert outcome.results[0].reason == (
+            assert event_result.results[0].reason == (
                 "the policy discarded it: loss would have been 2.5 after 2, worse by more than 0"
             )
     assert verdicts == [True, True, False, True]

@@ -18,8 +18,10 @@ from tests.support.policies import PLAN, make_coordinator, make_pending, make_ro
 
 def send(coordinator: Coordinator, head: int, sequence: int = 1) -> list[tuple[int, ...]]:
     """Lets a head contribute; returns the heads of each merge that followed."""
-    outcome = coordinator.receive(make_contribution(head, sequence), random_flat(PLAN.contribution.size, 10 * sequence + head))
-    return [merge.heads for merge in outcome.merges]
+    event_result = coordinator.receive(
+        make_contribution(head, sequence), random_flat(PLAN.contribution.size, 10 * sequence + head)
+    )
+    return [merge.heads for merge in event_result.merges]
 
 
 def living(roster: Roster, *heads: int) -> Roster:
