@@ -49,7 +49,7 @@ test-lowest: .venv-lowest/.installed  ## Run the tests of `make test` on the low
 	.venv-lowest/bin/python -m pytest -m "not ray and not slow" -n auto --dist loadscope $(ARGS)
 	.venv-lowest/bin/python -m pytest -m "ray and not slow" $(ARGS)
 
-format: $(VENV)/.installed-dev  ## Format the code and mend what can be mended
+format: $(VENV)/.installed-dev  ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

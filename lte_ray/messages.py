@@ -101,7 +101,7 @@ class ContributionResult:
         accepted: whether it was merged.
         version: the one that it was merged into, or the newest.
         reason: why it was refused.
-        discarded: by the policy; what it held rides in the next one.
+        discarded: by the policy; its progress is part of the next contribution.
         harmful: its content would harm the base: the head drops its changes and continues from its last merged contribution.
         quarantined: the head's contributions were refused too often in a row, and it trains no more.
     """
@@ -268,7 +268,7 @@ class MergeRecord:
         losses: mean training loss, by head.
         bytes_up, bytes_down: what these contributions cost until all heads have them.
         step: the furthest of the merged heads'.
-        steps_taken: local steps of all heads that contributions have told of.
+        steps_taken: local steps of all heads that contributions have reported.
         merge_seconds: that the products took.
         base_error: the largest of the contributions'.
         weights: of the contributions, by head; empty where the policy made the change itself.

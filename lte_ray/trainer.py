@@ -82,6 +82,7 @@ class LTETrainer:
 
         Raises:
             StorageError: there is no run, or ``run.toml`` is damaged.
+            ConfigError: a setting in ``run.toml`` or in `changed` has the wrong type or is out of range.
             WorkerError: the worker can't be made.
         """
         from lte_ray.export.worker_factory import make_worker

@@ -47,8 +47,8 @@ from lte_ray.checkpoint.manifest import (
     Manifest,
     commit,
     has_all_heads,
-    manifest_checksum,
     read_manifest,
+    serialize_manifest,
     version_folder,
 )
 from lte_ray.checkpoint.retention import (
@@ -80,7 +80,6 @@ __all__ = [
     "has_all_heads",
     "head_file",
     "incomplete_versions",
-    "manifest_checksum",
     "newest_resumable",
     "prune",
     "read_base",
@@ -92,6 +91,7 @@ __all__ = [
     "read_references",
     "remove_after",
     "remove_incomplete",
+    "serialize_manifest",
     "verify",
     "version_folder",
     "write_base",

@@ -168,12 +168,12 @@ def read_references(directory: RunDirectory, manifest: Manifest, plans: Sequence
 
 
 def write_head(directory: RunDirectory, version: int, head: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> FileEntry:
-    """Writes one head's state (`Head.state`)."""
+    """Writes one head's state (`engine.head.snapshot.snapshot`)."""
     return write_tensors(directory, version, head_file(head), tensors, {"state": json.dumps(meta)})
 
 
 def read_head(directory: RunDirectory, manifest: Manifest, head: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads one head's state for `Head.load_state`: tensors by name, and JSON values by name.
+    """Reads one head's state for `engine.head.snapshot.restore`: tensors by name, and JSON values by name.
 
     Raises:
         StorageError: the file is missing or damaged.

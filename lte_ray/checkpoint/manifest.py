@@ -78,7 +78,7 @@ def strip_number(name: str) -> str:
     return f"{match[1]}.safetensors" if match else name
 
 
-def manifest_checksum(content: dict[str, Any]) -> bytes:
+def serialize_manifest(content: dict[str, Any]) -> bytes:
     """Serializes a manifest with the SHA-256 of its other content (JSON with sorted keys and without spaces) in it."""
     rest = json.loads(json.dumps({name: value for name, value in content.items() if name != CHECKSUM}))
     return json.dumps({**rest, CHECKSUM: _digest(rest)}, indent=1).encode()
@@ -106,7 +106,7 @@ def commit(
             )
     path = f"{version_folder(version)}/{MANIFEST}"
     replaces = directory.exists(path)
-    data = manifest_checksum(content)
+    data = serialize_manifest(content)
     directory.write(path, data)
     if replaces:
         with contextlib.suppress(StorageError):  # old files only take space

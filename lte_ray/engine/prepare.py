@@ -80,7 +80,7 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
 
 
 def extend_plans(initial: Initial, heads: int) -> Initial:
-    """Adds plans for a run that may grow to so many heads: further heads are like the last.
+    """Adds plans for a run that may grow to `heads` heads: further heads are like the last.
 
     Raises:
         ConfigError: the heads differ, so that it isn't clear what further heads are like.

@@ -86,12 +86,16 @@ class RunRecord:
 
         Raises:
             ConfigError: a setting has the wrong type or is out of range.
+            StorageError: the class can't be made from the file's values.
         """
         values = toml.read_fields(kind, self.content, self.path)  # type: ignore[arg-type]
         arguments = values.get("policy_args")
         if isinstance(arguments, dict):
             values["policy_args"] = {name: None if each == NONE else each for name, each in arguments.items()}
-        return kind(**values)
+        try:
+            return kind(**values)
+        except TypeError as error:
+            raise StorageError(f"{self.path} is damaged: {error}.") from error
 
 
 def read(directory: RunDirectory) -> RunRecord:

@@ -76,7 +76,7 @@ class SimulationRecord:
         seconds: until the last head had ended.
         lags: how many contributions were merged at each lag.
         coordinator_busy, link_in_busy, link_out_busy: the time for which the coordinator and its links had work, as a fraction
-            of the run's; more than 1 if merging, which goes on while answers are sent, can't keep up.
+            of the run's; more than 1 if merging, which continues while answers are sent, can't keep up.
         arrivals: contributions that reached the coordinator.
         events: actions that the simulation ran.
         rows_cut: whether the rows end early, because there were more spans than they may hold.

@@ -95,4 +95,4 @@ def forge_file(tmp_path: Path, name: str, content: bytes) -> None:
     for entry in manifest["files"]:
         if entry["name"] == name:
             entry |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "manifest.json").write_bytes(checkpoint.manifest_checksum(manifest))
+    (folder / "manifest.json").write_bytes(checkpoint.serialize_manifest(manifest))

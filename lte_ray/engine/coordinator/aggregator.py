@@ -169,7 +169,7 @@ class RemoteShare(Share):
 
 @dataclass(frozen=True)
 class DecidedMerge:
-    """What the next version adds to the base: the shares by weight, or `change` in their place.
+    """What the next version adds to the base: the shares by weight, or `change` instead.
 
     Attributes:
         version: the next one.

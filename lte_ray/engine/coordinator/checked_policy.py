@@ -49,6 +49,7 @@ class CheckedPolicy:
             )
         if not self._local and isinstance(decision, MergeChange | Try):
             raise self._needs_tensors(f"decided a {type(decision).__name__}")
+        # The lengths are compared first: usually they differ, and then no set is built, as it would be at each contribution.
         everyone = len(pending) >= max(1, len(roster.live)) and roster.live <= {p.head for p in pending}
         stuck = isinstance(decision, Wait) and everyone
         self._waits = self._waits + 1 if stuck else 0
@@ -60,7 +61,7 @@ class CheckedPolicy:
         return decision
 
     def judge(self, trial: Try, values: Mapping[str, float]) -> Merge | MergeChange | Discard:
-        """What the policy makes of the evaluation of a base that it tried.
+        """The policy's decision after the evaluation of a base that it tried.
 
         Raises:
             PolicyError: it raised, or its judgement is neither the merge that was tried nor a discard.

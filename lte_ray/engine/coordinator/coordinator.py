@@ -164,7 +164,7 @@ class Coordinator:
 
     @property
     def steps_taken(self) -> int:
-        """Local steps of all heads that contributions have told of."""
+        """Local steps of all heads that contributions have reported."""
         return self.step_budget.steps_taken
 
     @property

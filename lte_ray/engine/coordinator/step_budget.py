@@ -21,9 +21,9 @@ ROUNDS_AHEAD = 2
 SECONDS_AHEAD = 60.0
 """Seconds that a head may train without a new grant, since replacing a lost coordinator takes a while."""
 
-MIN_GRANTS_LEFT = 10
-"""To train for `SECONDS_AHEAD`, a head is granted at most this fraction (1/10) of its share of the remaining steps, so that all
-heads still end together."""
+SHARE_DIVISOR = 10
+"""For `SECONDS_AHEAD`, a head is granted at most its share of the remaining steps divided by this, so that all heads still end
+together."""
 
 
 class StepRateEstimator:
@@ -107,7 +107,7 @@ class StepBudget:
 
     @property
     def steps_taken(self) -> int:
-        """Local steps of all heads that contributions have told of."""
+        """Local steps of all heads that contributions have reported."""
         return sum(self.steps_by_head.values())
 
     @property
@@ -142,7 +142,7 @@ class StepBudget:
         left = max(0, self.total - sum(self.steps_granted.values()))
         # The rest is shared by speed, so that all end together. But rounds shouldn't become ever smaller.
         fair = max(math.ceil(left * self._step_rates.share(head, live)), min(steps, self._steps) // 4)
-        ahead = max(ROUNDS_AHEAD * steps, min(self._step_rates.steps_within(head, SECONDS_AHEAD), fair // MIN_GRANTS_LEFT))
+        ahead = max(ROUNDS_AHEAD * steps, min(self._step_rates.steps_within(head, SECONDS_AHEAD), fair // SHARE_DIVISOR))
         grant = min(left, fair, max(0, self.steps_by_head[head] + ahead - self.steps_granted[head]))
         rate = self._step_rates.relative_rate(head, live)
         if head not in live:  # it has left, and may receive this all the same: what is free again is for others

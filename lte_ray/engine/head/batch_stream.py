@@ -51,7 +51,7 @@ class BatchStream:
         self._batches, self.revoked = None, None
 
     def partitions_after(self, batches_taken: int) -> PartitionPairs:
-        """The partitions of a head that has taken so many batches, and owns only what it owned at the start."""
+        """The partitions after `batches_taken` batches of a head that owns only what it owned at the start."""
         return advance(initial_partitions(self._head, self._num_heads), batches_taken)
 
     def apply_assignments(self, assignments: Sequence[Assignment], revocation: int) -> None:

@@ -23,8 +23,9 @@ from lte_ray.runtime.controller.run_state import RunState
 from lte_ray.runtime.coordinator_state import CoordinatorState, load_checkpoint
 from lte_ray.runtime.ray_errors import PROCESS_DIED
 
-ANSWER = 10.0
-"""Seconds that heads have to report when the coordinator is lost; those that don't are started again."""
+REPORT_TIMEOUT = 10.0
+"""Seconds that heads have to report when the coordinator is lost; those that don't are started again. Also the seconds
+for each answer of a coordinator that a rollback replaces."""
 
 FIRST_ANSWER = 0.5
 """Seconds that processes have which never answered before: they may just have started, or still wait for a place."""
@@ -85,7 +86,7 @@ class CoordinatorRecovery:
         slots = {slot.actor.report.remote(self._coordinator.epoch + 1): slot for slot in self._heads.slots if slot.has_process}
         expected = [ref for ref, slot in slots.items() if slot.has_answered]
         if expected:
-            ray.wait(expected, num_returns=len(expected), timeout=ANSWER)
+            ray.wait(expected, num_returns=len(expected), timeout=REPORT_TIMEOUT)
         answered, silent = ray.wait(list(slots), num_returns=len(slots), timeout=FIRST_ANSWER) if slots else ([], [])
         reports = []
         for ref in answered:
@@ -97,7 +98,8 @@ class CoordinatorRecovery:
                 reports.append(report)
         late = [slot for slot in (slots[ref] for ref in silent) if slot.has_answered and not slot.ended]
         return reports, [
-            (slot, HeadLost(f"The process of {slot.name} didn't say what it knows within {ANSWER:g} s")) for slot in late
+            (slot, HeadLost(f"The process of {slot.name} didn't say what it knows within {REPORT_TIMEOUT:g} s"))
+            for slot in late
         ]
 
     def restart(self, reports: Sequence[RecoveryReport], why: str) -> None:
@@ -212,8 +214,8 @@ class CoordinatorRecovery:
             )
         before = self._load_newest(versions)
         try:
-            ray.get(coordinator.actor.freeze.remote(False), timeout=ANSWER)
-            positions, assignment_state = ray.get(coordinator.actor.data_positions.remote(), timeout=ANSWER)
+            ray.get(coordinator.actor.freeze.remote(False), timeout=REPORT_TIMEOUT)
+            positions, assignment_state = ray.get(coordinator.actor.data_positions.remote(), timeout=REPORT_TIMEOUT)
         except (*PROCESS_DIED, ray.exceptions.GetTimeoutError) as error:
             raise CoordinatorLost(f"The process of the coordinator died or hung while the run went back: {error}") from error
         self._rolled_back_to.add(versions[-1])

@@ -15,7 +15,7 @@ from lte_ray.runtime.controller.head_actors import HeadActorGroup, HeadActorSlot
 from lte_ray.runtime.controller.run_state import RunState
 from lte_ray.runtime.placement import Reservation
 
-ANSWER = 10.0
+LOSE_TIMEOUT = 10.0
 """Seconds to wait until the coordinator knows that a head's process is gone."""
 
 GROW_EVERY = 15.0
@@ -148,7 +148,7 @@ class FailureHandler:
         heads.end_process(slot)
         state.set_head_state(slot.numbers, "lost")
         with contextlib.suppress(ray.exceptions.RayError):  # if the coordinator is gone as well, recovery tells the next one
-            ray.get(heads.lose([slot], drop=decision.action == "drop"), timeout=ANSWER)
+            ray.get(heads.lose([slot], drop=decision.action == "drop"), timeout=LOSE_TIMEOUT)
         if decision.action == "stop":
             if decision.why and isinstance(error, HeadLost):
                 raise HeadLost(decision.explain(str(error))) from error

@@ -142,13 +142,12 @@ class HeadActorGroup:
             slot.actor = self._launcher.launch_heads(numbers, strategy, 0)
             self.slots.append(slot)
 
-    def add(self, numbers: tuple[int, ...], strategy: Any) -> HeadActorSlot:
+    def add(self, numbers: tuple[int, ...], strategy: Any) -> None:
         """Adds a slot and starts its process. The heads may be new ones, or ones that were dropped."""
         incarnation = max(self._next_incarnation.get(number, 0) for number in numbers)
         slot = HeadActorSlot(numbers, strategy, incarnation, SlotState.RESTARTING)
         self.slots.append(slot)
         self.start(slot)
-        return slot
 
     def start(self, slot: HeadActorSlot) -> None:
         """Starts the slot's process, unless it is launched already, and has it train."""

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import Enum, auto
 from typing import Any
 
 from lte_ray.messages import HeadStatus, MergeRecord
@@ -26,20 +26,23 @@ log = logging.getLogger("lte_ray")
 
 
 class RunPhase(Enum):
-    """What the run is doing. The value is what a display shows of it."""
+    """What the run is doing."""
 
-    STARTING = ""
-    TRAINING = "training"
-    SAVING = "saving the last version"
-    EVALUATING = "evaluating the merged weights"
-    FINISHED = "finished"
-    FAILED = "failed"
+    STARTING = auto()
+    TRAINING = auto()
+    SAVING = auto()
+    EVALUATING = auto()
+    FINISHED = auto()
+    FAILED = auto()
 
     @property
     def note(self) -> str:
-        """What a display says of the phase; empty while the heads train, whose progress says enough."""
-        return self.value if self in (RunPhase.SAVING, RunPhase.EVALUATING) else ""
+        """What a display says of the phase; empty if it says nothing."""
+        return PHASE_NOTES.get(self, "")
 
+
+PHASE_NOTES = {RunPhase.SAVING: "saving the last version", RunPhase.EVALUATING: "evaluating the merged weights"}
+"""What a display says of a phase. While the heads train, their progress says enough."""
 
 PHASES = {
     RunPhase.STARTING: {RunPhase.TRAINING, RunPhase.FAILED},
@@ -96,7 +99,7 @@ class RunState:
         self.evaluating: PendingEvaluation | None = None
         self._first_version = start.version
         self._newest_refusal = (0, 0)  # epoch and number of the newest refusal in the log
-        self._poison: set[tuple[int, int, int]] = set()  # head, epoch and sequence of the poison contributions in the log
+        self._reported_harmful: set[tuple[int, int, int]] = set()  # head, epoch, sequence of harmful contributions in the log
         self.log = MetricsLog(directory)
         self.log.rewind(start.version)
         if start.version:
@@ -119,13 +122,13 @@ class RunState:
     def record_heads(self, statuses: Iterable[HeadStatus], epoch: int) -> None:
         """Records statuses of heads; `epoch` is the coordinator's now.
 
-        A coordinator that was lost can't report the poison that it refused; the heads that sent it do.
+        A coordinator that was lost can't report the harmful contributions that it refused; the heads that sent them do.
         """
         for status in statuses:
             self.statuses[status.head] = status
             for refused_by, sequence in status.dropped:
-                if refused_by < epoch and (status.head, refused_by, sequence) not in self._poison:
-                    self._poison.add((status.head, refused_by, sequence))
+                if refused_by < epoch and (status.head, refused_by, sequence) not in self._reported_harmful:
+                    self._reported_harmful.add((status.head, refused_by, sequence))
                     why = "poison, as the coordinator said before it was lost"
                     self.log.record_event("refused", head=status.head, sequence=sequence, why=why, poison=True)
 
@@ -165,7 +168,7 @@ class RunState:
             if (epoch, number) > self._newest_refusal:
                 self._newest_refusal = (epoch, number)
                 if result.harmful:
-                    self._poison.add((result.head, epoch, result.sequence))
+                    self._reported_harmful.add((result.head, epoch, result.sequence))
                 self.log.record_event(
                     "refused", head=result.head, sequence=result.sequence, why=result.reason, poison=result.harmful
                 )

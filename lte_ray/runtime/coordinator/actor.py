@@ -1,7 +1,7 @@
 """The coordinator's process: a thin shell around `engine.Coordinator`, as an asyncio actor.
 
 No head's call blocks another's: each awaits its own future. The event loop decides by numbers; products are computed in another
-thread, or in shards. `status` runs on a loop of its own. The controller applies `ray.remote`.
+thread, or in shards. `status` runs on a loop of its own.
 """
 
 from __future__ import annotations
@@ -55,10 +55,9 @@ class CoordinatorStatus:
         merges: those since the driver last asked.
         checkpoint: the newest complete one.
         needs_evaluator: whether the policy needs the evaluator, and there is none.
-        members: the heads of the run.
-        without_data: those of them that have joined and wait for data.
+        without_data: heads of the run that have joined and wait for data.
         storage_problem: what is wrong with storage; empty if nothing is.
-        checkpoint_requests: what heads must write, and may not have heard of.
+        checkpoint_requests: what heads must write that a reply may not have delivered.
         spike: why the loss counts as having spiked, and the last version before it did.
         refusals: the newest contributions that couldn't be merged, numbered.
     """
@@ -68,7 +67,6 @@ class CoordinatorStatus:
     merges: tuple[MergeRecord, ...]
     checkpoint: int | None
     needs_evaluator: bool = False
-    members: tuple[int, ...] = ()
     without_data: tuple[int, ...] = ()
     storage_problem: str = ""
     checkpoint_requests: tuple[CheckpointRequest, ...] = ()
@@ -212,15 +210,15 @@ class CoordinatorActor:
         """A head has ended."""
         self._submissions.handle(lambda: self._engine.leave(head))
 
-    async def lose(self, nexts: Mapping[int, int], drop: bool) -> None:
+    async def lose(self, next_incarnations: Mapping[int, int], drop: bool) -> None:
         """Processes of heads are gone.
 
         Args:
-            nexts: by head, the incarnation after the one that is gone. If that has joined already, this call comes too late
-                and changes nothing.
+            next_incarnations: by head, the incarnation after the one that is gone. If that has joined already, this call
+                comes too late and changes nothing.
             drop: whether they are gone for good.
         """
-        gone = [head for head, following in nexts.items() if self._joining.get(head, (-1, None))[0] < following]
+        gone = [head for head, following in next_incarnations.items() if self._joining.get(head, (-1, None))[0] < following]
         for head in gone:
             self._broadcaster.reachable_heads.discard(head)
             self._joining.pop(head, None)
@@ -308,7 +306,6 @@ class CoordinatorActor:
             merges=broadcaster.merges_after(seen),
             checkpoint=self._checkpoints.newest,
             needs_evaluator=self._submissions.needs_evaluator,
-            members=tuple(engine.members),
             without_data=tuple(h for h in tuple(self._joined) if h in engine.members and not engine.has_data(h)),
             storage_problem=storage.pending_problem() or self._checkpoints.problem,
             checkpoint_requests=self._checkpoints.requests_by_driver(heads=reachable - engine.live, late=reachable),

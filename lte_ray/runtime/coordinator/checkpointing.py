@@ -42,7 +42,7 @@ class _OpenCheckpoint:
         request: what heads are asked for.
         missing: heads whose part isn't here.
         asked_in_reply: heads that were asked in a reply, which may have been lost.
-        asked_by_driver: heads that the driver asks, which knows whether they have heard.
+        asked_by_driver: heads that the driver asks, which knows whether its request reached them.
         policy: what the merge policy keeps.
         files, heads: what is written, and the heads whose parts are.
         base_written: whether the coordinator's own files are written.
@@ -135,7 +135,10 @@ class CheckpointManager:
     def requests_by_driver(self, heads: Collection[int], late: Collection[int] = ()) -> tuple[CheckpointRequest, ...]:
         """Returns what heads are to write that the driver must ask, once each.
 
-        May be called in another thread than the event loop's: it only adds to sets of its own.
+        May be called in another thread than the event loop's. `last_requests` writes `asked_by_driver` too, on the event loop.
+        That is safe: both threads only add to this set, and set operations are atomic under the GIL.
+
+        A request that is lost with a status answer isn't repeated here. `last_requests` repeats it when the run freezes.
 
         Args:
             heads: heads that get no more replies.

@@ -1,7 +1,6 @@
 """The process of one coordinator shard: a thin shell around `engine.BaseShard`, as an asyncio actor.
 
-Contributions are fetched concurrently; what depends on the version is done in the order in which it was sent. The controller
-applies `ray.remote`.
+Contributions are fetched concurrently; what depends on the version is done in the order in which it was sent.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def test_any_value_in_a_manifest_is_accepted_or_one_error(intact: Path, tmp_path
     file = tmp_path / "run" / FOLDER / "manifest.json"
     manifest = json.loads(file.read_text())
     made = replaced(manifest, data.draw(st.sampled_from(places(manifest))), new)
-    file.write_bytes(checkpoint.manifest_checksum(made) if isinstance(made, dict) else json.dumps(made).encode())
+    file.write_bytes(checkpoint.serialize_manifest(made) if isinstance(made, dict) else json.dumps(made).encode())
     read_and_check(directory)
 
 
@@ -163,7 +163,7 @@ def test_any_facts_are_accepted_or_one_error(intact: Path, tmp_path: Path, data:
     file = tmp_path / "run" / FOLDER / "manifest.json"
     manifest = json.loads(file.read_text())
     place = data.draw(st.sampled_from([p for p in places(manifest) if p[:1] == ("facts",)]))
-    file.write_bytes(checkpoint.manifest_checksum(replaced(manifest, place, new)))
+    file.write_bytes(checkpoint.serialize_manifest(replaced(manifest, place, new)))
     asked = Settings("run", LTEConfig(num_heads=2, lora_r=2), MergeConfig(), TrainConfig(steps=100))
     with contextlib.suppress(StorageError):
         run_start.check_start(directory, StorageConfig(name="run", resume=True), asked)

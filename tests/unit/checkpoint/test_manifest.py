@@ -132,7 +132,7 @@ def test_an_edited_fact_is_detected(directory: RunDirectory, intact: dict[str, A
         StorageError, match="damaged: ValueError: its content isn't what its checksum says; it was torn or edited"
     ):
         checkpoint.read_manifest(directory, 7)
-    directory.write(PATH, checkpoint.manifest_checksum(edited))
+    directory.write(PATH, checkpoint.serialize_manifest(edited))
     assert checkpoint.read_manifest(directory, 7).facts == {"step": 4}
 
 
@@ -153,7 +153,7 @@ def test_any_facts_are_read_back(directory: RunDirectory, facts: dict[Any, Any])
 def test_files_elsewhere_cannot_be_listed(directory: RunDirectory, intact: dict[str, Any], name: str) -> None:
     """Only plain names of safetensors files are accepted, also with a right checksum."""
     first, *rest = intact["files"]
-    directory.write(PATH, checkpoint.manifest_checksum(intact | {"files": [first | {"name": name}, *rest]}))
+    directory.write(PATH, checkpoint.serialize_manifest(intact | {"files": [first | {"name": name}, *rest]}))
     with pytest.raises(StorageError, match=r"manifest\.json is damaged: ValueError: it lists"):
         checkpoint.read_manifest(directory, 7)
 
@@ -164,6 +164,6 @@ def test_nothing_can_be_listed_twice(directory: RunDirectory, intact: dict[str, 
     stem = first["name"].removesuffix(".safetensors")
     twice = {"files": [*intact["files"], first | {"name": f"{stem}.1.safetensors"}]}
     for change in (twice, {"heads": [0, 0]}, {"heads": [-1]}):
-        directory.write(PATH, checkpoint.manifest_checksum(intact | change))
+        directory.write(PATH, checkpoint.serialize_manifest(intact | change))
         with pytest.raises(StorageError, match="damaged: ValueError: it lists a file or a head twice, or a head that can't"):
             checkpoint.read_manifest(directory, 7)

@@ -84,7 +84,7 @@ def test_facts_that_no_run_writes_are_one_error(directory: RunDirectory, facts: 
     """It is raised before any actor starts."""
     file = Path(directory.path) / AT / "manifest.json"
     manifest = json.loads(file.read_text())
-    file.write_bytes(checkpoint.manifest_checksum({**manifest, "facts": {**manifest["facts"], **facts}}))
+    file.write_bytes(checkpoint.serialize_manifest({**manifest, "facts": {**manifest["facts"], **facts}}))
     with pytest.raises(StorageError):
         start(directory)
 
@@ -97,7 +97,7 @@ def test_any_facts_give_a_state_or_one_error(directory: RunDirectory, data: st.D
     whole = file.read_bytes()
     manifest = json.loads(whole)
     place = data.draw(st.sampled_from([p for p in places(manifest) if p[:1] == ("facts",)]))
-    file.write_bytes(checkpoint.manifest_checksum(replaced(manifest, place, new)))
+    file.write_bytes(checkpoint.serialize_manifest(replaced(manifest, place, new)))
     with contextlib.suppress(StorageError):
         start(directory, heads)
     file.write_bytes(whole)
