@@ -82,7 +82,7 @@ def is_sensitive(name: str, value: Any, depth: int = 4) -> bool:
 def split_secrets(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Returns the values that may be shown, and the names of the secrets that differ from their defaults.
 
-    Other secrets are left out of the values, too, but needn't be given again.
+    Other secrets are left out of the values, too, but don't have to be given again.
     """
     kept = {name: value for name, value in values.items() if not is_sensitive(name, value)}
     secrets = [name for name in values if name not in kept]

@@ -133,7 +133,7 @@ def _defaults(kind: type) -> dict[str, Any]:
 def _recordable(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments without those that have a default which TOML can't hold (a function, a type, a table ...).
 
-    They needn't be recorded, since a resumed run has the same defaults.
+    They aren't recorded, since a resumed run has the same defaults.
     """
     return {name: value for name, value in values.items() if _is_plain(value) or not _is_default(kind, name, value)}
 

@@ -1,7 +1,7 @@
 """The tensors of merging: the base, and the changes that merges add to it.
 
 The coordinator decides by numbers. The tensors are in its own process (`LocalTensors`), or spread over coordinator shards
-(`BaseShard`), of which it knows numbers only (`RemoteTensors`). Either way each entry goes through the same operations in the
+(`BaseShard`), and it knows only their numbers (`RemoteTensors`). Either way each entry goes through the same operations in the
 same order. `BaseWeights` computes the products when a reader needs them, or in another thread.
 """
 

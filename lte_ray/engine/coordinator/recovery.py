@@ -72,7 +72,7 @@ def recover(reports: Sequence[RecoveryReport]) -> Recovered | None:
 
 
 def heads_in_checkpoint(recovered: Recovered, standings: Mapping[str, Mapping[str, Any]]) -> frozenset[int]:
-    """The heads without factors of which a checkpoint with these `standings` holds what the version does."""
+    """The heads without factors for which a checkpoint with these `standings` holds what the version holds."""
     return frozenset(
         head
         for head in recovered.heads_without_factors

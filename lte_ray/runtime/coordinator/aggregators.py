@@ -272,7 +272,7 @@ class ShardedAggregator:
         return AssembledRef(codec.plan.factors_size, tuple(placed))
 
     async def _gather(self, calls: Iterable[tuple[_ShardStub, Any]]) -> list[Any]:
-        """The answers of calls, all of which are sent before the first is awaited.
+        """The answers of calls. All calls are sent before the first answer is awaited.
 
         Raises:
             CoordinatorLost: a shard's process died.

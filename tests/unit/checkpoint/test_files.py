@@ -295,7 +295,7 @@ def test_any_head_file_with_a_right_checksum_is_read_or_damage(shared: RunDirect
 
 @pytest.mark.parametrize("dtypes", [(torch.int64, torch.int64, torch.int64), (torch.float32, torch.float64, torch.float32)])
 def test_a_base_of_mixed_or_whole_numbers_is_damage(directory: RunDirectory, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Otherwise it would be merged in a type that nobody chose."""
+    """Otherwise it would be merged in a type that the user did not choose."""
     tensors = {e.name: torch.ones(e.shape, dtype=kind) for e, kind in zip(PLAN.base.entries, dtypes, strict=True)}
     file = forge(directory, "base.safetensors", safetensors.torch.save(tensors))
     with pytest.raises(StorageError, match=r"base.safetensors is damaged: its weights are of torch\."):

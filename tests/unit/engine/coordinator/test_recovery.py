@@ -91,7 +91,7 @@ def test_without_a_base_nothing_is_recovered() -> None:
 
 @given(st.lists(st.tuples(st.integers(-1, 6), st.booleans()), max_size=6))
 def test_recovery_loses_no_version_that_a_process_has(processes: list[tuple[int, bool]]) -> None:
-    """For any order of reports, the version is the largest of which a process has the base."""
+    """For any order of reports, the version is the largest whose base a process has."""
     reports = [
         replace(report(version, {0: max(version, 0)}, {}), base="base" if version >= 0 and has_base else None)
         for version, has_base in processes
