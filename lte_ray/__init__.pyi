@@ -2,6 +2,7 @@
 
 from lte_ray import misc as misc
 from lte_ray import modes as modes
+from lte_ray import optim as optim
 from lte_ray import testing as testing
 from lte_ray.adapters.layer import LTELayer as LTELayer
 from lte_ray.config import FailureConfig as FailureConfig

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.data import Shard
 from lte_ray.engine.settings import Settings
+from lte_ray.optim import LoRAMuon
 
 WORDS, WIDTH, SAMPLES, BATCH = 7, 6, 96, 4
 
@@ -70,6 +71,8 @@ class Tiny:
     def build_optimizer(self, params: list[dict]) -> torch.optim.Optimizer:
         if self.optimizer == "sgd":
             return torch.optim.SGD(params, lr=0.01, momentum=0.9)  # higher rates make rounding errors grow
+        if self.optimizer == "lora-muon":
+            return LoRAMuon(params, lr=0.01, replica_lr=0.01)
         return torch.optim.AdamW(params, lr=0.01)
 
 

@@ -52,8 +52,9 @@ def build_optimizer(
 ) -> tuple[torch.optim.Optimizer, Any]:
     """Builds the worker's optimizer (by default AdamW) for the plan's parameters, and its schedule if it has one.
 
-    The worker gets parameter groups named "lora" and "replica", one of each for every learning-rate multiplier. The
-    multiplier is applied to the group's rate that the worker chose, before the schedule is built.
+    The worker gets parameter groups named "lora" and "replica", one of each for every learning-rate multiplier. A "lora" group
+    has A and B of each weight in turn, and each product's s in "scalings". The multiplier is applied to the group's rate that
+    the worker chose, before the schedule is built.
 
     Args:
         tensors: factors and replicas by their names in the contribution layout; buffers among them aren't optimized.
@@ -63,15 +64,18 @@ def build_optimizer(
             doesn't begin from their rates.
     """
     groups: dict[tuple[str, float], list[Tensor]] = {}
+    scalings: dict[float, list[float]] = {}
     for spec in plan.adapted:
         groups.setdefault(("lora", spec.lr), []).extend([tensors[spec.a_name], tensors[spec.b_name]])
+        scalings.setdefault(spec.lr, []).append(spec.scaling)
     for replica in plan.replicas:
         if isinstance(tensors[replica.name], nn.Parameter):
             groups.setdefault(("replica", replica.lr), []).append(tensors[replica.name])
     several = any(lr != 1.0 for _, lr in groups)
-    param_groups = [
-        {"params": params, "name": name, **({"lr_multiplier": lr} if several else {})} for (name, lr), params in groups.items()
-    ]
+    param_groups: list[dict[str, Any]] = []
+    for (name, lr), params in groups.items():
+        extra = {"scalings": scalings[lr]} if name == "lora" else {}
+        param_groups.append({"params": params, "name": name, **extra, **({"lr_multiplier": lr} if several else {})})
     build = getattr(worker, "build_optimizer", None)
     optimizer: torch.optim.Optimizer = (
         build(param_groups) if build else torch.optim.AdamW(param_groups, lr=1e-3, weight_decay=0.0)

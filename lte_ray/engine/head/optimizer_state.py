@@ -13,10 +13,11 @@ from torch import Tensor, nn, optim
 from lte_ray.adapters.factors import Factors
 from lte_ray.adapters.quantization import QuantizedWeight
 from lte_ray.errors import WorkerError
+from lte_ray.optim import Muon
 
 ELEMENTWISE = (
     optim.Adadelta, optim.Adagrad, optim.Adam, optim.Adamax, optim.AdamW, optim.ASGD, optim.NAdam, optim.RAdam, optim.RMSprop,
-    optim.Rprop, optim.SGD,
+    optim.Rprop, optim.SGD, Muon,
 )  # fmt: skip
 """Optimizers whose state has a value for each element of a parameter, except `SCALARS`. Others may keep anything."""
 

@@ -318,6 +318,21 @@ def test_multipliers_hold_under_a_schedule_and_in_a_resumed_run() -> None:
     assert multipliers(other) == multipliers(head)
 
 
+def test_lora_muon_heads_resume_exactly_with_multipliers_and_a_schedule() -> None:
+    """Rates of factors and replicas, by the rules, and all that follows are bitwise those of the head that went on."""
+    run_settings = settings(lte={"layers": RULES, "lora_bias": "lora", "adapt": ("linear", "norm")}, steps=12, merge_iter=2)
+    head = started(Scheduled(optimizer="lora-muon"), run_settings)
+    for sequence in range(1, 5):
+        contribution = head.train_round()
+        head.adopt(ContributionResult(0, sequence, False, 0, "a test"), 0, None)
+        if sequence == 2:
+            other = restored(head, Scheduled(optimizer="lora-muon"), run_settings)
+        if sequence > 2:
+            assert torch.equal(other.train_round().buffer, contribution.buffer)
+            other.adopt(ContributionResult(0, other.sequence, False, 0, "a test"), 0, None)
+    assert sorted(set(multipliers(other).values())) == pytest.approx([0.0, 0.1, 1.0, 2.0])
+
+
 def test_a_multiplier_of_zero_moves_nothing_and_of_two_moves_twice_as_far() -> None:
     """One step of SGD from the same start."""
     plain, other = started(Tiny(), settings()), started(Tiny(), settings(lte={"layers": RULES}))
@@ -405,9 +420,9 @@ def test_an_optimizer_may_split_the_groups_that_it_is_given() -> None:
 
 
 def test_groups_are_named_and_one_for_each_multiplier() -> None:
-    """Without multipliers there are two, without further keys, as before multipliers existed."""
+    """Without multipliers there are two, without that key. Groups of factors have each product's scaling."""
     plan = Plan(
-        (Adapted("a", (2, 2), 1, 1.0), Adapted("b", (2, 2), 1, 1.0, lr=2.0)), (Replica("c", (2,)), Replica("d", (2,), lr=2.0))
+        (Adapted("a", (2, 2), 1, 1.0), Adapted("b", (2, 2), 1, 3.0, lr=2.0)), (Replica("c", (2,)), Replica("d", (2,), lr=2.0))
     )
     tensors = {e.name: nn.Parameter(torch.zeros(e.shape)) for e in plan.contribution.entries}
     given: list[Any] = []
@@ -425,6 +440,7 @@ def test_groups_are_named_and_one_for_each_multiplier() -> None:
         ("replica", 1.0, 0.5, 1),
         ("replica", 2.0, 1.0, 1),
     ]
+    assert [g.get("scalings") for g in optimizer.param_groups] == [[1.0], [3.0], None, None]
     given.clear()
     alike = Plan((plan.adapted[0],), (plan.replicas[0],))
     build_optimizer(Worker(), alike, tensors, 10)

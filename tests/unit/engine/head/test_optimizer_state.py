@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedules
 
-from lte_ray.engine.head.optimizer_state import optimizer_state, restore_optimizer
+from lte_ray.engine.head.optimizer_state import check_shapes, optimizer_state, restore_optimizer
 from lte_ray.errors import WorkerError
+from lte_ray.optim import LoRAMuon
 
 Optimizer = torch.optim.Optimizer
 
@@ -21,7 +22,7 @@ Optimizer = torch.optim.Optimizer
 def take_steps(optimizer: Optimizer, schedule: Any, first: int, count: int) -> list[tuple[Tensor, float]]:
     """Weights and learning rate after each step; the gradients depend on the step's number alone."""
     taken = []
-    (weight,) = optimizer.param_groups[0]["params"]
+    weight, *_ = optimizer.param_groups[0]["params"]
     for step in range(first, first + count):
         weight.grad = torch.randn(3, 2, generator=torch.Generator().manual_seed(step))
         optimizer.step()
@@ -66,6 +67,23 @@ def check_round_trip(build: Callable[[nn.Parameter], Optimizer], plan: Callable[
 def test_an_optimizer_continues_as_without_the_checkpoint(kind: str, options: dict[str, Any]) -> None:
     """torch's optimizers take the steps that they would have taken without the checkpoint."""
     check_round_trip(lambda weight: getattr(torch.optim, kind)([weight], **({"lr": 0.01} | options)))
+
+
+def test_lora_muon_continues_as_without_the_checkpoint() -> None:
+    """The momentum of a weight, or of a pair of factors, and the pair's scalings."""
+    check_round_trip(lambda weight: LoRAMuon([{"params": [weight], "name": "weight"}]))
+
+    def pair(weight: nn.Parameter) -> Optimizer:
+        return LoRAMuon([{"params": [weight, nn.Parameter(torch.ones(4, 3))], "name": "lora", "scalings": [2.0]}])
+
+    check_round_trip(pair)
+
+
+def test_lora_muons_state_of_another_shape_is_an_error() -> None:
+    """It would fail only in the next step."""
+    optimizer = LoRAMuon([{"params": [nn.Parameter(torch.ones(3, 2))], "name": "weight"}])
+    with pytest.raises(ValueError, match=r"momentum of parameter 0 has the shape \(2, 2\), expected \(3, 2\)"):
+        check_shapes(optimizer, {"optimizer.0.momentum": torch.ones(2, 2)}, {})
 
 
 @pytest.mark.parametrize(

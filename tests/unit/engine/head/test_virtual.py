@@ -104,7 +104,7 @@ def test_heads_that_take_turns_equal_separate_ones_bitwise(reset: str, heads_per
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("reset", ["none", "B"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lora-muon"])
 def test_stacked_heads_equal_separate_ones(reset: str, optimizer: str) -> None:
     """One batched computation gives every head its own gradients, for any optimizer; tied weights are one."""
     settings, worker = make_settings(heads=5, steps=11, reset=reset), Tiny(optimizer=optimizer)
