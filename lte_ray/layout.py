@@ -87,24 +87,31 @@ class Adapted:
 class Replica:
     """A parameter that trains without LoRA: each head trains a copy, and merges average the changes.
 
-    A `buffer` that training changes, such as BatchNorm's running statistics, is treated alike.
+    A `buffer` that training changes, such as BatchNorm's running statistics, is treated alike. A `weight` is a matrix, of
+    two or more dimensions, that would have factors if the run weren't in full rank.
     """
 
     name: str
     shape: tuple[int, ...]
     lr: float = 1.0
     buffer: bool = False
+    weight: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
     """The trained parts of one head's model, by parameter names of the unconverted model.
 
-    Heads may differ in their ranks; their `base` is the same.
+    Heads may differ in their ranks; their `base` is the same. With full rank, `adapted` is empty.
     """
 
     adapted: tuple[Adapted, ...]
     replicas: tuple[Replica, ...]
+
+    def full_rank(self) -> Plan:
+        """Returns the plan that trains the adapted weights themselves, as replicas. Its base layout is the same."""
+        weights = tuple(Replica(a.name, a.shape, a.lr, weight=len(a.shape) > 1) for a in self.adapted)
+        return Plan((), weights + self.replicas)
 
     @cached_property
     def base(self) -> Layout:

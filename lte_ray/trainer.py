@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lte_ray import checkpoint, fault_injection
 from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig, check_run_name
+from lte_ray.config.baseline import baseline_failure
 from lte_ray.engine.head.virtual import check_stackable
 from lte_ray.engine.prepare import extend_plans, prepare
 from lte_ray.engine.settings import Settings
@@ -106,7 +107,7 @@ class LTETrainer:
         """Runs the training to its end.
 
         Returns:
-            `metrics` (the last evaluation's figures, also under "evaluation"; train_loss, step, samples,
+            `metrics` (the last evaluation's figures, also under "evaluation"; baseline, train_loss, step, samples,
             samples_per_second, version, seconds, `times`, where the heads' time went, all heads' bytes), `checkpoint`, and
             `path` (the run directory, which holds ``model.safetensors``).
 
@@ -114,7 +115,6 @@ class LTETrainer:
             UserError: bad input; no actor was started.
             RunError: the run ended early; its complete checkpoints remain in the run directory.
         """
-        policy = make_policy(self.merge)
         storage, filesystem = _storage(self.run_config)
         failure = self.failure or _failure(self.run_config)
         name = storage.name or f"{type(self.worker).__name__.lower()}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
@@ -122,9 +122,12 @@ class LTETrainer:
         merge = dataclasses.replace(
             self.merge, policy=run_record.object_name(self.merge.policy), policy_args=resolved_arguments(self.merge) or None
         )
-        settings = Settings(name, self.lte, merge, self.train)
+        given = Settings(name, self.lte, merge, self.train)
         failure.check_heads(self.lte.num_heads)
-        initial = extend_plans(prepare(self.worker, settings), failure.max_heads)
+        settings, heads, is_baseline = given.resolved(), self.lte.num_heads, self.train.baseline
+        policy = make_policy(settings.merge if is_baseline else self.merge)
+        run_failure = baseline_failure(failure) if is_baseline else failure
+        initial = extend_plans(prepare(self.worker, settings), run_failure.max_heads)
         directory = RunDirectory.open(storage.storage or default_storage(), name, filesystem, patience=storage.storage_patience)
         claim = RunClaim(directory, storage, settings, initial)
 
@@ -135,17 +138,19 @@ class LTETrainer:
         from lte_ray.runtime.coordinator_state import CoordinatorState, load_checkpoint
         from lte_ray.runtime.object_store import ObjectStore
 
-        placement_config, ray_options = placing.from_scaling_config(self.scaling_config, self.lte.num_heads)
-        if placement_config.stack_heads == "always" and placement_config.heads_per_actor > 1:
+        placement_config, ray_options = placing.from_scaling_config(self.scaling_config, heads)
+        if placement_config.stack_heads == "always" and placement_config.heads_per_actor > 1 and not is_baseline:
             check_stackable(self.train, initial.plans)
         pickled_worker, pickled_policy = PickledObject.pickle(self.worker), PickledObject.pickle(policy)
         reporter = self.reporter or automatic_display()
-        reporter.update(Progress.starting(name, self.train.steps, "starting Ray"))
+        reporter.update(Progress.starting(name, self.train.steps, "starting Ray", is_baseline))
         with contextlib.closing(reporter), connected():
-            placement = placing.resolve(placement_config, self.lte.num_heads, **ray_options)
-            reporter.update(Progress.starting(name, self.train.steps, "starting the heads"))
-            heads_by_actor = placing.assign_heads(placement, self.lte.num_heads)
-            record = run_record.make_record(self.worker, self.program, settings, placement_config, storage, failure)
+            cpus = heads if is_baseline else 0  # as many as the heads would have
+            placement = placing.resolve(placement_config, settings.lte.num_heads, default_cpus=cpus, **ray_options)
+            starting = "starting the process" if is_baseline else "starting the heads"
+            reporter.update(Progress.starting(name, self.train.steps, starting, is_baseline))
+            heads_by_actor = placing.assign_heads(placement, settings.lte.num_heads)
+            record = run_record.make_record(self.worker, self.program, given, placement_config, storage, failure)
             with contextlib.ExitStack() as stack:
                 reservation = stack.enter_context(placing.reserve(placement, heads_by_actor))
                 groups = placing.transfer_groups(settings.merge, initial.plans, reservation.nodes, may_merge_by_weights(policy))
@@ -162,7 +167,7 @@ class LTETrainer:
                     run_toml=run_toml,
                 )
                 if resume:
-                    start = load_checkpoint(context, initial, resume.version, self.lte.num_heads)
+                    start = load_checkpoint(context, initial, resume.version, settings.lte.num_heads)
                 else:
                     start = CoordinatorState(0, context.transport.publish(initial.base))
                 controller = TrainController(
@@ -171,7 +176,7 @@ class LTETrainer:
                     start=start,
                     policy=pickled_policy,
                     reservation=reservation,
-                    failure=failure,
+                    failure=run_failure,
                     stack_heads=placement_config.stack_heads,
                     reporter=reporter,
                     export=lambda final: run_record.write_model(directory, initial, final),
@@ -222,6 +227,7 @@ def _result(controller: TrainController, directory: RunDirectory) -> ray.train.R
     metrics: dict[str, Any] = {
         **evaluation,
         "evaluation": evaluation,
+        "baseline": progress.baseline,
         "train_loss": progress.train_loss,
         "step": progress.step,
         "samples": progress.samples,

@@ -45,6 +45,7 @@ class Worker(Protocol):
 
     # Optional:
     #   build_optimizer(params) -> Optimizer       params: parameter groups, named "lora" and "replica"
+    #                                            (in full rank "weight" and "replica")
     #   build_schedule(optimizer, total_steps)     -> a torch learning-rate scheduler, stepped after every local step
     #   sample(model) -> str                       shown at the end of the run, e.g. generated text
 

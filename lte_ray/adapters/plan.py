@@ -48,6 +48,8 @@ def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
     tied to an embedding is a replica unless embeddings are adapted too, and a shared weight is adapted once. `lora_bias`
     decides about the bias of a layer with LoRA. Each other parameter that trains is a replica; the rest stays as it is.
 
+    With `lte.full_rank` the same weights are found, and train as replicas (`Replica.weight`); there may be none.
+
     Raises:
         ConfigError: a pattern matches nothing, layers that share a weight have different settings, or `lte.strict` is set and a
             parameter is left over.
@@ -78,6 +80,8 @@ def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
         if bias == "lora" and any(use.role != "bias" for use in uses):
             bias = "replica"  # packed biases are added after the projections
         if name in weights:
+            if lte.full_rank:
+                _check_gradient(name, uses, full_rank=True)
             spec = Adapted(name, shape, 1, chosen.scaling, uses[0].transposed, chosen.lr, chosen.base_dtype)
             # With rank min(out, in), a product can be any matrix. The scaling remains that of the configured rank.
             adapted.append(replace(spec, rank=1 if parameter.ndim == 1 else min(chosen.rank, *spec.matrix)))
@@ -91,8 +95,9 @@ def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
     replicas += _running_statistics(model)
     if lte.strict and leftover:
         raise ConfigError(_leftover_message(leftover))
-    _check_plan(adapted, replicas, parameters, lte)
-    return Plan(tuple(adapted), tuple(replicas))
+    _check_plan(adapted, parameters, lte)
+    plan = Plan(tuple(adapted), tuple(replicas))
+    return plan.full_rank() if lte.full_rank else plan
 
 
 def make_plans(model: nn.Module, lte: LTEConfig) -> tuple[Plan, ...]:
@@ -260,12 +265,13 @@ def _check_shape(name: str, tensor: torch.Tensor) -> None:
         raise WorkerError(f"{name} has no shape yet (a lazy layer). Pass one batch through the model in build_model().")
 
 
-def _check_gradient(name: str, uses: list[ParameterUse]) -> None:
+def _check_gradient(name: str, uses: list[ParameterUse], full_rank: bool = False) -> None:
     sparse = [use for use in uses if use.sparse]
     if sparse:
-        adapt = " or adapt it: --adapt ... embedding." if all(use.kind for use in sparse) else "."
+        adapt = " or adapt it: --adapt ... embedding." if all(use.kind for use in sparse) and not full_rank else "."
+        how = "in full" if full_rank else "as a replica"
         raise WorkerError(
-            f"Parameter {name} would train as a replica with sparse gradients ({sparse[0].layer or 'the model'} has "
+            f"Parameter {name} would train {how} with sparse gradients ({sparse[0].layer or 'the model'} has "
             f"sparse=True), which most optimizers and clipping can't use. Build it with sparse=False{adapt}"
         )
 
@@ -289,10 +295,10 @@ def _leftover_message(names: list[str]) -> str:
     )
 
 
-def _check_plan(adapted: list[Adapted], replicas: list[Replica], parameters: dict[str, nn.Parameter], lte: LTEConfig) -> None:
+def _check_plan(adapted: list[Adapted], parameters: dict[str, nn.Parameter], lte: LTEConfig) -> None:
     if not parameters:
         raise WorkerError("The model has no parameter that trains (requires_grad): there is nothing to adapt.")
-    if not adapted:
+    if not adapted and not lte.full_rank:
         kinds = ", ".join(lte.adapt)
         raise WorkerError(
             f"The model has nothing to adapt: no weight that trains in a layer of the kinds {kinds}"

@@ -98,9 +98,10 @@ def _run(worker: Any, sections: dict[type, Any]) -> SimulationRecord:
     from lte_ray.simulation import named_plan, simulate_time, simulate_training
 
     lte, output, cluster = sections[LTEConfig], sections[Output], sections[ClusterModel]
-    settings = Settings("simulated", lte, sections[MergeConfig], sections[TrainConfig])
+    settings = Settings("simulated", lte, sections[MergeConfig], sections[TrainConfig]).resolved()
     if worker is None:
-        return simulate_time([named_plan(output.shapes, lte.lora_r, lte.lora_alpha)], settings, cluster)
+        plan = named_plan(output.shapes, lte.lora_r, lte.lora_alpha)
+        return simulate_time([plan.full_rank() if settings.lte.full_rank else plan], settings, cluster)
     if output.time_only:
         return simulate_time(list(prepare(worker, settings).plans), settings, cluster)
     return simulate_training(worker, settings, cluster).record

@@ -108,13 +108,17 @@ def _show(result: ray.train.Result) -> None:
     if math.isfinite(m["train_loss"]):
         grid.add_row("train loss", f"{m['train_loss']:.4g}")
     rate = f", {m['samples_per_second']:,.1f} samples/s" if m["samples_per_second"] else ""
-    grid.add_row("trained", f"{m['step']} local steps a head, {m['samples']:,} samples{rate}, {m['version']} merges")
+    if m["baseline"]:
+        grid.add_row("trained", f"{m['step']} steps of ordinary training (baseline), {m['samples']:,} samples{rate}")
+    else:
+        grid.add_row("trained", f"{m['step']} local steps a head, {m['samples']:,} samples{rate}, {m['version']} merges")
     total = sum(m["times"].values()) or 1.0
     shares = ", ".join(f"{name} {100 * spent / total:.1f}%" for name, spent in m["times"].items() if spent / total >= 0.0005)
     if shares:  # empty if all steps were taken before
-        grid.add_row("heads' time", shares)
-    up, down, ddp = (format_bytes(m[name]) for name in ("bytes_up", "bytes_down", "bytes_ddp"))
-    grid.add_row("traffic", f"{up} up, {down} down; DDP at every step: {ddp}")
+        grid.add_row("time" if m["baseline"] else "heads' time", shares)
+    if not m["baseline"]:
+        up, down, ddp = (format_bytes(m[name]) for name in ("bytes_up", "bytes_down", "bytes_ddp"))
+        grid.add_row("traffic", f"{up} up, {down} down; DDP at every step: {ddp}")
     grid.add_row("took", f"{m['seconds']:.0f} s")
     grid.add_row("run", Text(without_credentials(str(result.path))))
     console.print(Panel(grid, title="done", title_align="left", expand=False))

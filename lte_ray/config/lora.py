@@ -81,6 +81,11 @@ class LTEConfig:
     base_dtype: Literal["fp32", "bf16", "int8", "nf4"] = setting(
         "fp32", "Format of the main weights in the heads; the coordinator keeps them in fp32. nf4 needs lte-ray[quant]."
     )
+    full_rank: bool = setting(
+        False,
+        "Train the weights that would have factors themselves, in full: local SGD, as in DiLoCo and MuLoCo. Contributions are "
+        "dense, and --lora-r, --lora-alpha and --rslora don't count.",
+    )
     strict: bool = setting(
         False, "Refuse a model with parameters that train as replicas only because no setting mentions them."
     )
@@ -88,7 +93,7 @@ class LTEConfig:
     def __post_init__(self) -> None:
         check_integers(self, "num_heads")
         check_at_least(self, 1, "num_heads")
-        check_booleans(self, "rslora", "strict")
+        check_booleans(self, "rslora", "full_rank", "strict")
         for name in ("lora_r", "lora_alpha"):
             value = getattr(self, name)
             if isinstance(value, list | tuple):  # a list of one value for one head is a number
@@ -106,6 +111,23 @@ class LTEConfig:
         check_choice(self, "adapt", KINDS)
         object.__setattr__(self, "layers", format_rules(self.layers))
         check_rules(self.layers, self.num_heads)
+        if self.full_rank:
+            self._check_full_rank()
+
+    def _check_full_rank(self) -> None:
+        """Raises ConfigError for settings of factors that would change what a full-rank run trains."""
+        reasons = {
+            "reset": ("none", "there is no B to reset"),
+            "base_dtype": ("fp32", "the weights themselves train, so they can't be quantized"),
+            "lora_bias": ("lora", "biases can't have factors either; they are replica or frozen"),
+        }
+        given = [("--" + name.replace("_", "-"), name, getattr(self, name)) for name in reasons]
+        for rule, text in zip(parse_rules(self.layers), self.layers, strict=True):
+            given += [(f"--layers {text!r}:", name, getattr(rule.settings, name, None)) for name in reasons]
+        for where, name, value in given:
+            word, why = reasons[name]
+            if value is not None and (value == word if name == "lora_bias" else value != word):
+                raise ConfigError(f"--full-rank and {where} {value} contradict each other: {why}. Leave one of them out.")
 
     @classmethod
     def default(cls, **overrides: Any) -> LTEConfig:

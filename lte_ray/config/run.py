@@ -47,6 +47,12 @@ class TrainConfig:
     checkpoint_activations: tuple[str, ...] = setting(
         (), "Modules whose activations are recomputed in the backward pass to save memory, with wildcards, e.g. 'blocks.*'."
     )
+    baseline: bool = setting(
+        False,
+        "Ordinary training, to compare with: one process trains all weights in full, and each step takes the batches of "
+        "--num-heads heads. Settings of factors and merging don't count, except that --merge-iter says how often the weights "
+        "may be evaluated and saved.",
+    )
     compile: bool = setting(False, "Compile each head's model with torch.compile: slower start, faster steps.")
 
     def __post_init__(self) -> None:
@@ -56,7 +62,7 @@ class TrainConfig:
         check_choice(self, "precision", PRECISIONS)
         check_choice(self, "budget", ("auto", "each", "shared"))
         to_name_tuples(self, "checkpoint_activations")
-        check_booleans(self, "compile")
+        check_booleans(self, "baseline", "compile")
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ def run_in_process(
         WorkerFailed, PolicyError: as on Ray.
         Unstackable: as `HeadGroup`.
     """
+    settings = settings.resolved()
     initial = prepare(worker, settings, dtype)
     now = 0.0
     coordinator = Coordinator(

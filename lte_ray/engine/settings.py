@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
+from lte_ray.config.baseline import baseline_lte, baseline_merge, baseline_train
 from lte_ray.errors import ConfigError
 
 
@@ -23,7 +24,22 @@ class Settings:
                 "--reset B and --no-wait contradict each other: B is set to zero at a merge, and with it the steps that a head "
                 "took meanwhile. Leave one of them out; reset-less heads lose nothing."
             )
+        if self.lte.full_rank and self.merge.shards > 1:
+            raise ConfigError(
+                f"--full-rank and --shards {self.merge.shards} contradict each other: shards divide the layers with factors. "
+                "Leave one of them out."
+            )
         if self.merge.quorum > self.lte.num_heads:
             raise ConfigError(
                 f"--quorum is {self.merge.quorum}, but there are {self.lte.num_heads} heads: choose at most as many."
             )
+
+    def resolved(self) -> Settings:
+        """Returns the settings to run: with ``--baseline`` those that make it ordinary training, otherwise these.
+
+        Resolving them again changes nothing.
+        """
+        if not self.train.baseline:
+            return self
+        train = baseline_train(self.train, self.lte.num_heads)
+        return Settings(self.run, baseline_lte(self.lte), baseline_merge(self.merge), train)

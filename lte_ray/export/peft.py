@@ -46,6 +46,11 @@ def write_adapter(saved: SavedRun, folder: Path, head: int | None, rank: int | N
     """
     if rank is not None and rank < 1:
         raise ConfigError(f"--rank is {rank}, but it must be at least 1.")
+    if not saved.plan.adapted:
+        raise ConfigError(
+            f"{saved.directory.display} was trained in full rank, so an adapter of low rank can't hold its change. Export the "
+            "weights instead: --to safetensors or --to pretrained."
+        )
     peft = require_package("peft")
     change = changes.average_delta(saved, rank) if head is None else changes.head_delta(saved, head, rank)
     load_base(saved.model, saved.plan, change.start)

@@ -14,6 +14,7 @@ from lte_ray import checkpoint
 from lte_ray.adapters.plan import make_plans
 from lte_ray.checkpoint import Manifest
 from lte_ray.config import LTEConfig, TrainConfig
+from lte_ray.config.baseline import baseline_lte
 from lte_ray.engine.head.rng import preserve_generators
 from lte_ray.engine.prepare import named_tensors
 from lte_ray.errors import ConfigError, StorageError, UserError, WorkerError
@@ -137,6 +138,8 @@ def read_run(run: str | os.PathLike[str], version: int | None = None, worker: An
     directory = open_run(run)
     manifest, record = select_checkpoint(directory, version), run_record.read(directory)
     lte, train = record.settings(LTEConfig), record.settings(TrainConfig)
+    if train.baseline:
+        lte = baseline_lte(lte)
     instance = make_worker(record.content, worker)
     with preserve_generators(torch.device("cpu")):  # keeps the caller's random state
         try:

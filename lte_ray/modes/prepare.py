@@ -81,6 +81,8 @@ def prepare_model_for_lte(
             raise ConfigError(f"{name} is {value!r}, but it must be one of: {', '.join(known)}.{suggest(str(value), known)}")
     if any(isinstance(m, ModeLayer) for m in model.modules()):
         raise ConfigError("The model is prepared for LTE already; pass an unconverted one.")
+    if lora_config.full_rank:
+        raise ConfigError("full_rank is for runs of LTETrainer; in one process, train the model without preparing it.")
     config = lora_config
     with _adaptable_parameters_train(model, config) as frozen:
         selection = select_parameters(

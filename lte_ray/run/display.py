@@ -59,7 +59,8 @@ class LiveDisplay:
 
 def format_line(p: Progress) -> str:
     """One line of progress."""
-    parts = [f"step {p.step}/{p.steps}", f"base v{p.version}"]
+    weights = "weights" if p.baseline else "base"
+    parts = ["baseline"] * p.baseline + [f"step {p.step}/{p.steps}", f"{weights} v{p.version}"]
     if p.samples_per_second is not None:
         parts.append(f"{p.samples_per_second:,.1f} samples/s")
     if not math.isnan(p.train_loss):
@@ -81,7 +82,7 @@ def make_table(p: Progress) -> RenderableType:
     rate = f"{p.samples_per_second:,.1f} samples/s" if p.samples_per_second is not None else ""
     left = f"{format_duration(p.remaining)} left" if p.remaining is not None else ""
     top.add_row(
-        Text(p.run, style="bold"),
+        Text(p.run + " (baseline: ordinary training)" * p.baseline, style="bold"),
         ProgressBar(total=p.steps, completed=p.step, width=20),
         f"step {p.step}/{p.steps}",
         rate,
@@ -91,9 +92,10 @@ def make_table(p: Progress) -> RenderableType:
     saved = f"checkpoint v{p.checkpoint}" if p.checkpoint is not None else "no checkpoint yet"
     evaluated = f"{format_evaluation(p)} (v{p.evaluation.version})" if p.evaluation else "not evaluated yet"
     middle = Table.grid(padding=(0, 2))
-    middle.add_row(f"base v{p.version}", Text(evaluated, style="bold green"), saved, Text(p.note))
+    weights = "weights" if p.baseline else "base"
+    middle.add_row(f"{weights} v{p.version}", Text(evaluated, style="bold green"), saved, Text(p.note))
     heads = Table(box=None, padding=(0, 2), header_style="dim")
-    for title in ("head", "step", "samples", "train loss", "base", "state", "device"):
+    for title in ("process" if p.baseline else "head", "step", "samples", "train loss", weights, "state", "device"):
         heads.add_column(title, justify="left" if title in ("state", "device") else "right")
     for h in p.heads[:MAX_HEADS]:
         loss = "-" if math.isnan(h.loss) else f"{h.loss:.4f}"

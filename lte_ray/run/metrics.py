@@ -37,7 +37,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Progress:
-    """A run at one moment. Times are in seconds. Rates cover the last rounds, and are None before the first."""
+    """A run at one moment. Times are in seconds. Rates cover the last rounds, and are None before the first.
+
+    With `baseline` it is ordinary training, whose one process is listed as a head.
+    """
 
     run: str
     step: int
@@ -51,11 +54,12 @@ class Progress:
     remaining: float | None
     checkpoint: int | None
     note: str = ""
+    baseline: bool = False
 
     @classmethod
-    def starting(cls, run: str, steps: int, note: str) -> Progress:
+    def starting(cls, run: str, steps: int, note: str, baseline: bool = False) -> Progress:
         """A run without heads yet."""
-        return cls(run, 0, steps, 0, None, 0, (), None, 0.0, None, None, note)
+        return cls(run, 0, steps, 0, None, 0, (), None, 0.0, None, None, note, baseline)
 
     @property
     def train_loss(self) -> float:

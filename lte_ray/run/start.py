@@ -90,7 +90,8 @@ def check_start(
         The checkpoint to resume from, or None; and lines that the user should see.
 
     Raises:
-        StorageError: the name is taken, the run to resume is damaged or has other heads, or the directory isn't a run's.
+        StorageError: the name is taken, the run to resume is damaged, has other heads or is of another kind, or the directory
+            isn't a run's.
     """
     place = directory.display
     exists = directory.exists()
@@ -110,6 +111,9 @@ def check_start(
         return None, [f"{place} {why}: there is nothing to resume, so the run starts from the beginning."]
     manifest, notes = checkpoint.read_newest_intact(directory)
     _check_facts(directory, manifest)
+    if manifest.facts.get("baseline", False) != settings.train.baseline:
+        kind, way = ("LTE", "leave --baseline out") if settings.train.baseline else ("ordinary training", "give --baseline")
+        raise StorageError(f"{place} is a run of {kind}: to continue it, {way}; or choose another --name.")
     before, now = manifest.facts["lte"], json.loads(json.dumps(dataclasses.asdict(settings.lte)))
     # Settings that are newer than the run have their defaults; `checkpoint.check_factors` finds out whether --adapt fits.
     default = json.loads(json.dumps(dataclasses.asdict(LTEConfig()))) | {"adapt": now["adapt"]}

@@ -89,12 +89,13 @@ def from_scaling_config(scaling: Any, num_heads: int) -> tuple[PlacementConfig, 
     }
 
 
-def resolve(config: PlacementConfig, num_heads: int, **more: Any) -> Placement:
+def resolve(config: PlacementConfig, num_heads: int, *, default_cpus: int = 0, **more: Any) -> Placement:
     """Returns the placement, with defaults for what `config` leaves open, from what the connected cluster has.
 
     Args:
         config: resources per head or actor.
         num_heads: of the run.
+        default_cpus: CPUs of each actor, as far as a node has them, where `config` leaves them open; 0: one for each head.
         more: other fields of `Placement`.
 
     Raises:
@@ -111,7 +112,8 @@ def resolve(config: PlacementConfig, num_heads: int, **more: Any) -> Placement:
     cpus = config.cpus_per_head
     if cpus is None:
         share = has.get("CPU", 0) / actors
-        cpus = float(min(heads, int(share))) if share >= 1 else max(MIN_CPUS, int(share * 100) / 100)
+        wanted = min(default_cpus, _largest_node()) if default_cpus else heads
+        cpus = float(min(wanted, int(share))) if share >= 1 else max(MIN_CPUS, int(share * 100) / 100)
     placement = Placement(cpus, gpus, heads, config.resource_timeout, **more)
     short = {k: v * actors for k, v in placement.bundle.items() if v * actors > has.get(k, 0) + 1e-6}
     if short and not placement.timeout:
@@ -175,6 +177,11 @@ def is_placed(strategy: PlacementGroupSchedulingStrategy) -> bool:
 def has_several_nodes() -> bool:
     """Whether the cluster has more than one node."""
     return len(_live_nodes()) > 1
+
+
+def _largest_node() -> int:
+    """Returns the CPUs of the node that has most of them."""
+    return max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
 
 
 def _live_nodes() -> list[str]:

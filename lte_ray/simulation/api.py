@@ -48,7 +48,7 @@ def simulate_time(plans: list[Plan], settings: Settings, cluster: ClusterModel) 
         ConfigError: the settings don't fit the plans.
         PolicyError: as in a real run; or the policy needs an evaluation.
     """
-    clock = Clock()
+    clock, settings = Clock(), settings.resolved()
     num_heads = settings.lte.num_heads
     merge = replace(settings.merge, shards=1)  # of the one number that is merged
     coordinator = Coordinator(
@@ -68,6 +68,7 @@ def simulate_training(
     Raises:
         LTEError: as `engine.in_process.run_in_process`.
     """
+    settings = settings.resolved()
     initial = prepare(worker, settings, dtype)
     clock = Clock()
     coordinator = Coordinator(

@@ -53,7 +53,7 @@ def make_groups(plans: Sequence[Plan], merge: MergeConfig) -> tuple[EntryGroup, 
         ConfigError: there are more shards than adapted weights.
     """
     plan = plans[0]
-    if merge.shards > len(plan.adapted):
+    if merge.shards > max(1, len(plan.adapted)):
         raise ConfigError(
             f"--shards is {merge.shards}, but the model has {len(plan.adapted)} adapted weights to distribute over them: "
             f"choose at most {len(plan.adapted)}."

@@ -53,8 +53,9 @@ def build_optimizer(
     """Builds the worker's optimizer (by default AdamW) for the plan's parameters, and its schedule if it has one.
 
     The worker gets parameter groups named "lora" and "replica", one of each for every learning-rate multiplier. A "lora" group
-    has A and B of each weight in turn, and each product's s in "scalings". The multiplier is applied to the group's rate that
-    the worker chose, before the schedule is built.
+    has A and B of each weight in turn, and each product's s in "scalings". In full rank there is no "lora", and a group "weight"
+    for the matrices that would have factors. The multiplier is applied to the group's rate that the worker chose, before the
+    schedule is built.
 
     Args:
         tensors: factors and replicas by their names in the contribution layout; buffers among them aren't optimized.
@@ -70,7 +71,8 @@ def build_optimizer(
         scalings.setdefault(spec.lr, []).append(spec.scaling)
     for replica in plan.replicas:
         if isinstance(tensors[replica.name], nn.Parameter):
-            groups.setdefault(("replica", replica.lr), []).append(tensors[replica.name])
+            name = "weight" if replica.weight else "replica"
+            groups.setdefault((name, replica.lr), []).append(tensors[replica.name])
     several = any(lr != 1.0 for _, lr in groups)
     param_groups: list[dict[str, Any]] = []
     for (name, lr), params in groups.items():

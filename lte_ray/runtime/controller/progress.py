@@ -91,4 +91,5 @@ class ProgressMonitor:
             remaining=None if seconds_per_step is None else seconds_per_step * (settings.train.steps - step),
             checkpoint=state.checkpoint,
             note=next((note for note in notes if note), ""),
+            baseline=settings.train.baseline,
         )

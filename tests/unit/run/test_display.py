@@ -72,6 +72,19 @@ def test_the_table_has_a_row_for_every_head() -> None:
     assert "checkpoint v1" in shown(make_table(NOW))
 
 
+def test_the_baseline_is_shown_as_such() -> None:
+    """One process that trains weights, not one head of several with a base."""
+    baseline = replace(NOW, heads=HEADS[:1], baseline=True)
+    assert format_line(baseline).startswith("baseline  step 18/100  weights v2  ")
+    table = shown(make_table(baseline))
+    assert "gpt (baseline: ordinary training)" in table
+    assert "process" in table
+    assert "head" not in table
+    assert "base " not in table
+    start = Progress.starting("gpt", 100, "starting Ray", baseline=True)
+    assert format_line(start) == "baseline  step 0/100  weights v0  starting Ray"
+
+
 def test_lines_are_for_logs_and_the_table_for_terminals() -> None:
     """A stream that isn't a terminal gets lines: one at once, and one for every new evaluation."""
     stream = io.StringIO()
