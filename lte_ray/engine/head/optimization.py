@@ -53,8 +53,8 @@ def build_optimizer(
     """Builds the worker's optimizer (by default AdamW) for the plan's parameters, and its schedule if it has one.
 
     The worker gets parameter groups named "lora" and "replica", one of each for every learning-rate multiplier. A "lora" group
-    has A and B of each weight in turn, and each product's s in "scalings". In full rank, groups named "weight" with the matrices
-    that would have factors take its place. The multiplier is applied to the group's rate that the worker chose, before the
+    has A and B of each weight in turn, and each product's s in "scalings". In full rank, groups named "weight" take its place,
+    with the matrices that would have factors. The multiplier is applied to the group's rate that the worker chose, before the
     schedule is built.
 
     Args:
