@@ -22,6 +22,12 @@ SETTINGS = [
     "--lora-alpha -1",
     "--seed -1",
     "--precision fp8",
+    "--optimizer adam",
+    "--optimizer lora-muon --lr 0.05",
+    "--lr fast",
+    "--replica-lr -1",
+    "--schedule cosin",
+    "--warmup 10",
     "--transfer int3",
     "--when sometimes",
     "--quorum 9",
@@ -168,6 +174,8 @@ def workers(run: Run, folder: Path) -> Iterator[Row]:
         yield Row(
             f"net.py:{name}", *run("train", f"{folder}/net.py:{name}", "--lora-r", "4", "--storage", str(folder / "runs"))
         )
+    plain = f"{folder}/net.py:Net", "--lora-r", "4", "--storage", str(folder / "runs")
+    yield Row("net.py:Net --optimizer muon", *run("train", *plain, "--optimizer", "muon"))
     for flags in ("--worker.widht 3", "--worker.width wide", "--worker.samples 1"):
         yield Row(f"{GOOD} {flags}", *run("train", GOOD, *flags.split(), "--storage", str(folder / "runs")))
 

@@ -17,6 +17,8 @@ from lte_ray.config.validation import (
 from lte_ray.errors import ConfigError
 
 PRECISIONS = ("fp32", "bf16-mixed", "fp16-mixed")
+OPTIMIZERS = ("auto", "adamw", "lora-plus", "lora-muon", "muon")
+SCHEDULES = ("auto", "constant", "cosine", "linear")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,28 @@ class TrainConfig:
     precision: Literal["fp32", "bf16-mixed", "fp16-mixed"] = setting(
         "fp32", "Precision of the heads: fp32, or mixed (torch.autocast; fp16 with loss scaling). Merging is always fp32."
     )
+    optimizer: Literal["auto", "adamw", "lora-plus", "lora-muon", "muon"] = setting(
+        "auto",
+        "Optimizer of a worker without build_optimizer(): adamw, lora-plus (AdamW with a rate 4 times as high for B), "
+        "lora-muon, muon (for weights that train in full), or auto (adamw).",
+    )
+    lr: float | None = setting(
+        None,
+        "Learning rate of a worker without build_optimizer(); by default 0.05 for lora-muon, 0.02 for muon, else 0.001.",
+    )
+    replica_lr: float | None = setting(
+        None,
+        "Learning rate of the replicas instead of --lr, for a worker without build_optimizer(); by default 0.001, or --lr for "
+        "adamw.",
+    )
+    schedule: Literal["auto", "constant", "cosine", "linear"] = setting(
+        "auto",
+        "Learning-rate schedule of a worker without build_schedule(), after a warm-up: constant, cosine or linear (both to a "
+        "tenth), or auto (none).",
+    )
+    warmup: int | None = setting(
+        None, "Local steps in which --schedule raises the learning rate; by default 50, and at most a quarter of all."
+    )
     clip_norm: float = setting(0.0, "Maximum norm of a head's gradient (of all its factors and replicas); 0: no clipping.")
     accumulate: int = setting(1, "Batches of a local step; the mean of their gradients is used in one optimizer step.")
     checkpoint_activations: tuple[str, ...] = setting(
@@ -60,6 +84,16 @@ class TrainConfig:
         check_at_least(self, 1, "steps", "accumulate")
         check_at_least(self, 0, "seed", "eval_every", "checkpoint_every", "threads_per_head", "clip_norm")
         check_choice(self, "precision", PRECISIONS)
+        check_choice(self, "optimizer", OPTIMIZERS)
+        check_choice(self, "schedule", SCHEDULES)
+        check_at_least(self, 0, *(name for name in ("lr", "replica_lr", "warmup") if getattr(self, name) is not None))
+        if self.warmup is not None:
+            check_integers(self, "warmup")
+            if self.schedule == "auto":
+                raise ConfigError(
+                    f"--warmup is {self.warmup}, but there is no schedule to begin with it. Give --schedule, too: "
+                    f"{', '.join(SCHEDULES[1:])}."
+                )
         check_choice(self, "budget", ("auto", "each", "shared"))
         to_name_tuples(self, "checkpoint_activations")
         check_booleans(self, "baseline", "compile")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lte_ray.adapters.plan import make_plans
 from lte_ray.adapters.quantization import check_format
 from lte_ray.data.shard import Shard
+from lte_ray.engine.head.default_optimizer import check_optimizer_settings
 from lte_ray.engine.head.optimization import build_optimizer, check_precision, match_modules
 from lte_ray.engine.head.rng import preserve_generators
 from lte_ray.engine.settings import Settings
@@ -40,9 +41,10 @@ def prepare(worker: Worker, settings: Settings, dtype: torch.dtype = torch.float
 
     Raises:
         WorkerError: a method is missing or raised, it yielded no batch, or nothing can be adapted.
-        ConfigError: the rank or an exclude pattern doesn't fit the model.
+        ConfigError: the rank or an exclude pattern doesn't fit the model, or the optimizer's settings the worker.
     """
     check_worker(worker)
+    check_optimizer_settings(worker, settings.train)
     with preserve_generators(torch.device("cpu")):  # the caller's random numbers don't change
         return _prepare(worker, settings, dtype)
 
@@ -66,9 +68,10 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
         raise WorkerError(
             f"{name}'s model keeps {', '.join(not_tensors)} in its state dict, which isn't a tensor and can't be exported."
         )
-    if {1.0} != {a.lr for a in plans[0].adapted} | {r.lr for r in plans[0].replicas}:
+    chosen = settings.train.optimizer != "auto"
+    if chosen or {1.0} != {a.lr for a in plans[0].adapted} | {r.lr for r in plans[0].replicas}:
         zeros = {e.name: torch.zeros(e.shape) for e in plans[0].contribution.entries[: 2 * len(plans[0].adapted)]}
-        build_optimizer(worker, plans[0], {**named_tensors(model), **zeros}, settings.train.steps)  # does it keep the groups?
+        build_optimizer(worker, plans[0], {**named_tensors(model), **zeros}, settings.train)  # does it keep the groups?
     for head in {0, settings.lte.num_heads - 1}:
         try:
             next(endless_batches(worker, Shard(head, settings.lte.num_heads, settings.train.seed)))

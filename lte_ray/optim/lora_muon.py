@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lte_ray.errors import ConfigError
-from lte_ray.optim.muon import Muon, check_range, wide, width_ratio
+from lte_ray.optim.groups import check_pairs, check_range
+from lte_ray.optim.muon import Muon, wide, width_ratio
 from lte_ray.optim.orthogonalization import inverse_square_root, scale_to_one
 
 
@@ -81,7 +81,7 @@ class LoRAMuon(Muon):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         if param_group.get("name") == "lora":
-            _check_pairs(param_group)
+            check_pairs(type(self).__name__, param_group)
 
     def step_orthogonalized(self, group: dict[str, Any]) -> None:
         if group.get("name") != "lora":
@@ -187,23 +187,3 @@ def _apply(parameters: list[Tensor], steps: Tensor | None, decay: float) -> None
         torch._foreach_mul_(parameters, decay)
     shaped = steps.view(len(parameters), *parameters[0].shape)
     torch._foreach_sub_(parameters, list(shaped.unbind()), alpha=1 / decay)
-
-
-def _check_pairs(group: dict[str, Any]) -> None:
-    """Raises ConfigError unless a group has factors A, B, A, B, ... that fit, and a scaling for each pair."""
-    factors, scalings = group["params"], group.get("scalings")
-    if scalings is None or len(factors) != 2 * len(scalings):
-        present = "no scalings" if scalings is None else f"{len(scalings)} scalings"
-        raise ConfigError(
-            f"LoRAMuon needs the pairs A, B and their scalings, but the group 'lora' has {len(factors)} parameters and "
-            f"{present}. Pass on the groups that build_optimizer(params) is given, or copy each with its keys: "
-            "{**group, 'lr': ...}."
-        )
-    for a, b, scaling in zip(factors[::2], factors[1::2], scalings, strict=True):
-        if a.ndim < 2 or a.shape[:-2] != b.shape[:-2] or a.shape[-2] != b.shape[-1]:
-            raise ConfigError(
-                f"LoRAMuon needs the pairs A (r x in), B (out x r), but the group 'lora' has shapes {tuple(a.shape)} and "
-                f"{tuple(b.shape)}. Keep the order of the factors that build_optimizer(params) is given."
-            )
-        if not (math.isfinite(scaling) and scaling):
-            raise ConfigError(f"LoRAMuon needs scalings other than 0, but the group 'lora' has {scaling!r}.")

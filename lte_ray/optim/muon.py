@@ -11,10 +11,8 @@ from torch import Tensor
 
 from lte_ray.errors import ConfigError
 from lte_ray.optim.adamw import adamw_step
+from lte_ray.optim.groups import check_groups, check_range
 from lte_ray.optim.orthogonalization import orthogonalize
-
-NAMES = {"lora", "replica", "weight"}
-"""Names of the parameter groups that `build_optimizer` gets."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -59,14 +57,8 @@ class Muon(torch.optim.Optimizer):
         check_range("replica_lr", replica_lr, 0)
         check_range("momentum", momentum, 0, 1)
         check_range("weight_decay", weight_decay, 0)
-        groups = list(params)
-        if not any(isinstance(group, dict) and group.get("name") in NAMES for group in groups):
-            raise ConfigError(
-                f'{type(self).__name__} needs parameter groups named "lora", "replica" or "weight", but it was given '
-                f"{_describe(groups)}. Pass on the groups that build_optimizer(params) is given."
-            )
         super().__init__(
-            groups,
+            check_groups(type(self).__name__, params),
             {
                 "lr": lr, "momentum": momentum, "nesterov": nesterov, "replica_lr": replica_lr, "betas": betas, "eps": eps,
                 "weight_decay": weight_decay, **defaults,
@@ -145,15 +137,3 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def width_ratio(out: int, in_features: int) -> float:
     """sqrt(max(1, out / in)): the spectral norm of a step, relative to the rate, that changes outputs alike at any width."""
     return math.sqrt(max(1.0, out / in_features))
-
-
-def check_range(name: str, value: float, lowest: float, below: float = math.inf) -> None:
-    """Raises ConfigError unless lowest <= value < below."""
-    if not lowest <= value < below:
-        limit = f" and below {below:g}" if below < math.inf else ""
-        raise ConfigError(f"The optimizer's {name} is {value!r}, but it must be at least {lowest:g}{limit}.")
-
-
-def _describe(groups: list[Any]) -> str:
-    names = {repr(group.get("name")) if isinstance(group, dict) else "a parameter" for group in groups}
-    return ", ".join(sorted(names)) or "nothing"

@@ -74,8 +74,11 @@ def test_a_worker_can_train_with_lora_muon() -> None:
     """docs/workers.md: factors and replicas get their own rates."""
     pair = [nn.Parameter(torch.ones(1, 2)), nn.Parameter(torch.zeros(3, 1))]
     groups = [{"params": pair, "name": "lora", "scalings": [2.0]}, {"params": [nn.Parameter(torch.ones(2))], "name": "replica"}]
-    optimizer = run("docs/workers.md", 2)["build_optimizer"](None, groups)
+    names = run("docs/workers.md", 2)
+    optimizer = names["build_optimizer"](None, groups)
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 4e-3]
+    names["build_schedule"](None, optimizer, 700)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05 / 50, 4e-3 / 50]
 
 
 def test_rules_for_layers_can_be_given_in_python() -> None:

@@ -104,7 +104,7 @@ class Head:
         factors, replicas = self.converted.factors, {r.name: tensors[r.name] for r in self.plan.replicas}
         self.state = HeadState(self.plan, settings.lte.reset, dtype, self.device, factors, replicas, start, start)
         with self.worker_errors(None):
-            self.optimizer, self.schedule = build_optimizer(worker, self.plan, {**factors, **replicas}, settings.train.steps)
+            self.optimizer, self.schedule = build_optimizer(worker, self.plan, {**factors, **replicas}, settings.train)
         self.optimizer_step = OptimizerStep(self.optimizer, self.schedule, settings.train, self.device)
         self._frozen = _FrozenParameters(self.converted.frozen)
 

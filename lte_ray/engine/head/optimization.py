@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lte_ray.adapters.plan import match_patterns
 from lte_ray.config import TrainConfig
+from lte_ray.engine.head.default_optimizer import make_optimizer, make_schedule
 from lte_ray.errors import ConfigError
 from lte_ray.layout import Plan
 from lte_ray.worker import Worker
@@ -48,9 +49,9 @@ def check_loss(loss: Any) -> Tensor:
 
 
 def build_optimizer(
-    worker: Worker, plan: Plan, tensors: Mapping[str, Tensor], total_steps: int
+    worker: Worker, plan: Plan, tensors: Mapping[str, Tensor], train: TrainConfig
 ) -> tuple[torch.optim.Optimizer, Any]:
-    """Builds the worker's optimizer (by default AdamW) for the plan's parameters, and its schedule if it has one.
+    """Builds the optimizer for the plan's parameters, and the schedule if there is one: the worker's, or the settings'.
 
     The worker gets parameter groups named "lora" and "replica", one of each for every learning-rate multiplier. A "lora" group
     has A and B of each weight in turn, and each product's s in "scalings". In full rank, groups named "weight" take its place,
@@ -59,10 +60,11 @@ def build_optimizer(
 
     Args:
         tensors: factors and replicas by their names in the contribution layout; buffers among them aren't optimized.
+        train: names the optimizer and schedule of a worker that builds none.
 
     Raises:
         ConfigError: there are multipliers, but the optimizer doesn't keep the groups that it was given, or the schedule
-            doesn't begin from their rates.
+            doesn't begin from their rates; or the optimizer is for parameters that don't train here.
     """
     groups: dict[tuple[str, float], list[Tensor]] = {}
     scalings: dict[float, list[float]] = {}
@@ -79,9 +81,7 @@ def build_optimizer(
         extra = {"scalings": scalings[lr]} if name == "lora" else {}
         param_groups.append({"params": params, "name": name, **extra, **({"lr_multiplier": lr} if several else {})})
     build = getattr(worker, "build_optimizer", None)
-    optimizer: torch.optim.Optimizer = (
-        build(param_groups) if build else torch.optim.AdamW(param_groups, lr=1e-3, weight_decay=0.0)
-    )
+    optimizer: torch.optim.Optimizer = build(param_groups) if build else make_optimizer(train, param_groups)
     if several:
         expected = {id(p): lr for (_, lr), params in groups.items() for p in params}
         kept = {id(p): g.get("lr_multiplier") for g in optimizer.param_groups for p in g["params"]}
@@ -93,7 +93,9 @@ def build_optimizer(
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * group.get("lr_multiplier", 1.0)
     schedule = getattr(worker, "build_schedule", None)
-    return optimizer, build_schedule(schedule, optimizer, total_steps, several) if schedule else None
+    if schedule is None:
+        return optimizer, None if train.schedule == "auto" else make_schedule(train, optimizer)
+    return optimizer, build_schedule(schedule, optimizer, train.steps, several)
 
 
 def build_schedule(build: Callable[..., Any], optimizer: torch.optim.Optimizer, total_steps: int, several: bool) -> Any:

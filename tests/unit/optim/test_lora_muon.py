@@ -367,5 +367,5 @@ def test_options_out_of_range_are_refused(options: dict[str, float], message: st
 
 def test_a_list_of_parameters_is_refused() -> None:
     """Nothing says then which of them are pairs."""
-    with pytest.raises(ConfigError, match="it was given a parameter"):
+    with pytest.raises(ConfigError, match="it was given parameters"):
         LoRAMuon(nn.Linear(2, 2).parameters())

@@ -88,8 +88,8 @@ def test_a_closure_is_computed_with_gradients() -> None:
     ("groups", "message"),
     [
         ([{"params": [nn.Parameter(torch.ones(3))], "name": "weight"}], r"shape \(3,\)"),
-        ([{"params": [nn.Parameter(torch.ones(3))]}], "it was given None"),
-        ([nn.Parameter(torch.ones(3, 3))], "it was given a parameter"),
+        ([{"params": [nn.Parameter(torch.ones(3))]}], "it was given a group without a name"),
+        ([nn.Parameter(torch.ones(3, 3))], "it was given parameters"),
     ],
 )
 def test_groups_that_do_not_fit_are_refused(groups: list[Any], message: str) -> None:

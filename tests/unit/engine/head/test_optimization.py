@@ -432,7 +432,7 @@ def test_groups_are_named_and_one_for_each_multiplier() -> None:
             given.extend(params)
             return torch.optim.SGD(params, lr=0.5)
 
-    optimizer, schedule = build_optimizer(Worker(), plan, tensors, 10)
+    optimizer, schedule = build_optimizer(Worker(), plan, tensors, TrainConfig())
     assert schedule is None
     assert [(g["name"], g["lr_multiplier"], g["lr"], len(g["params"])) for g in optimizer.param_groups] == [
         ("lora", 1.0, 0.5, 2),
@@ -443,7 +443,7 @@ def test_groups_are_named_and_one_for_each_multiplier() -> None:
     assert [g.get("scalings") for g in optimizer.param_groups] == [[1.0], [3.0], None, None]
     given.clear()
     alike = Plan((plan.adapted[0],), (plan.replicas[0],))
-    build_optimizer(Worker(), alike, tensors, 10)
+    build_optimizer(Worker(), alike, tensors, TrainConfig())
     assert [(g["name"], "lr_multiplier" in g) for g in given] == [("lora", False), ("replica", False)]
 
 

@@ -1,0 +1,66 @@
+"""The optimizer and schedule of a worker that builds none, as --optimizer and --schedule say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lte_ray.config import TrainConfig
+from lte_ray.errors import ConfigError
+from lte_ray.optim import LoRAMuon, Muon, lora_plus, warmup_constant, warmup_cosine, warmup_linear
+from lte_ray.worker import Worker
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"lora-plus": lora_plus, "lora-muon": LoRAMuon, "muon": Muon}
+
+SCHEDULES: dict[str, Callable[..., torch.optim.lr_scheduler.LRScheduler]] = {
+    "constant": warmup_constant,
+    "cosine": warmup_cosine,
+    "linear": warmup_linear,
+}
+
+NEEDED = {
+    "lora-plus": ("lora", "has rates for A and B, but in full rank there are no factors. Use adamw or muon."),
+    "muon": ("weight", "is for weights that train in full, but here factors train. Use lora-muon."),
+}
+"""The group without which an optimizer makes no sense, and what to say then."""
+
+
+def check_optimizer_settings(worker: Worker, train: TrainConfig) -> None:
+    """Raises ConfigError if the settings of the optimizer or schedule have no effect, since the worker builds its own."""
+    for method, names in {
+        "build_optimizer": ("optimizer", "lr", "replica_lr"),
+        "build_schedule": ("schedule", "warmup"),
+    }.items():
+        given = {name: getattr(train, name) for name in names if getattr(train, name) not in ("auto", None)}
+        if given and getattr(worker, method, None):
+            flags = " and ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
+            raise ConfigError(
+                f"{flags} would have no effect, because {type(worker).__name__} has a {method}() of its own. Leave it out and "
+                f"set what the worker offers (its flags are in --help), or remove {method}() from the worker."
+            )
+
+
+def make_optimizer(train: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Returns the optimizer that the settings name, by default AdamW with rate 1e-3 and no weight decay.
+
+    Raises:
+        ConfigError: the optimizer is for parameters that don't train in this run.
+    """
+    rates = {name: getattr(train, name) for name in ("lr", "replica_lr") if getattr(train, name) is not None}
+    if train.optimizer in ("auto", "adamw"):
+        for group in groups:
+            if group["name"] == "replica" and "replica_lr" in rates:
+                group["lr"] = rates["replica_lr"]
+        return torch.optim.AdamW(groups, lr=rates.get("lr", 1e-3), weight_decay=0.0)
+    needed, reason = NEEDED.get(train.optimizer, (None, ""))
+    if needed and needed not in {group["name"] for group in groups}:
+        raise ConfigError(f"--optimizer {train.optimizer} {reason}")
+    return OPTIMIZERS[train.optimizer](groups, **rates)
+
+
+def make_schedule(train: TrainConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """Returns the schedule that the settings name."""
+    warmup = {} if train.warmup is None else {"warmup": train.warmup}
+    return SCHEDULES[train.schedule](optimizer, train.steps, **warmup)
