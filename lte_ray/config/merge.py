@@ -18,8 +18,9 @@ class MergeConfig:
     merge_iter: int = setting(10, "Local steps of a head between two contributions.")
     policy: Any = setting(
         "average",
-        "How to merge: average, samples, stale, momentum, nesterov, delayed_nesterov, adam, median, trimmed_mean, clip, krum, "
-        "ties, dare, gated, or your own as module:Class or path/to/file.py:Class. --policy NAME --help lists its arguments.",
+        "How to merge: average, samples, stale, momentum, nesterov, delayed_nesterov, adam, orthogonal, median, trimmed_mean, "
+        "clip, krum, ties, dare, gated, or your own as module:Class or path/to/file.py:Class. --policy NAME --help lists its "
+        "arguments.",
     )
     policy_args: Mapping[str, Any] | None = setting(None, "The policy's own arguments; as flags: --policy.NAME VALUE.")
     merge_every: str = setting("", "Time between two contributions of a head, instead of --merge-iter: 30s, 5m or 1h.")

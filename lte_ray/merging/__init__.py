@@ -10,6 +10,7 @@
 Nothing here depends on the coordinator, which executes the decisions.
 """
 
+from lte_ray.merging.policies.orthogonal import Orthogonal
 from lte_ray.merging.policies.outer_optimizers import Adam, DelayedNesterov, Momentum, Nesterov
 from lte_ray.merging.policies.robust import Clip, Krum, Median, TrimmedMean
 from lte_ray.merging.policies.sparse import Dare, Ties
@@ -44,6 +45,7 @@ __all__ = [
     "MergeTrigger",
     "Momentum",
     "Nesterov",
+    "Orthogonal",
     "Pending",
     "Quorum",
     "Roster",

@@ -120,16 +120,22 @@ def dense_part(share: Share, name: str) -> Tensor:
 
 def squared_norm(share: Share) -> float:
     """Returns the sum of squares of the entire change, from r x r products of the factors: |B A|^2 = <B^T B, A A^T>."""
+    total = replica_part(share.plan, share.contribution).double().square().sum()
+    return max(0.0, float(total + squared_norms(share).sum()))
+
+
+def squared_norms(share: Share) -> Tensor:
+    """Returns the sum of squares of the change of each adapted weight, in the order of the plan: (k,), float64."""
     part = views(share.plan.contribution, share.contribution)
     old = None if share.reference is None else factor_views(share.plan, share.reference)
-    total = replica_part(share.plan, share.contribution).double().square().sum()
+    norms = []
     for spec in share.plan.adapted:
         b, a = [part[spec.b_name].double()], [part[spec.a_name].double()]
         if old is not None:
             b, a = [*b, -old[spec.b_name].double()], [*a, old[spec.a_name].double()]
         left, right = torch.cat(b, dim=1), torch.cat(a)
-        total += spec.scaling**2 * ((left.t() @ left) * (right @ right.t())).sum()
-    return max(0.0, float(total))
+        norms.append(spec.scaling**2 * ((left.t() @ left) * (right @ right.t())).sum())
+    return torch.stack(norms) if norms else share.contribution.new_zeros(0, dtype=torch.float64)
 
 
 def new_reference(share: Share, reset: str) -> Tensor | None:

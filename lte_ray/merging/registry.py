@@ -12,6 +12,7 @@ from lte_ray.config import MergeConfig, suggest
 from lte_ray.errors import ConfigError
 from lte_ray.import_object import is_object_path, load_object
 from lte_ray.merging.policies.gated import LossGate
+from lte_ray.merging.policies.orthogonal import Orthogonal
 from lte_ray.merging.policies.outer_optimizers import Adam, DelayedNesterov, Momentum, Nesterov
 from lte_ray.merging.policies.robust import Clip, Krum, Median, TrimmedMean
 from lte_ray.merging.policies.sparse import Dare, Ties
@@ -78,6 +79,7 @@ POLICIES: dict[str, type] = {
     "nesterov": Nesterov,
     "delayed_nesterov": DelayedNesterov,
     "adam": Adam,
+    "orthogonal": Orthogonal,
     "median": Median,
     "trimmed_mean": TrimmedMean,
     "clip": Clip,
@@ -97,7 +99,7 @@ RECORDED = {"ComposedPolicy", *(kind.__name__ for kind in POLICIES.values())}
 WEIGHT_POLICIES = ("average", "samples", "stale")
 """Policies that don't look at tensors, and so can decide about tensors that are in shards."""
 
-DENSE_POLICIES = (Momentum, Nesterov, DelayedNesterov, Adam, Median, TrimmedMean, Ties, Dare)
+DENSE_POLICIES = (Momentum, Nesterov, DelayedNesterov, Adam, Orthogonal, Median, TrimmedMean, Ties, Dare)
 """Policies that compute a change of their own, which heads can't redo from factors."""
 
 

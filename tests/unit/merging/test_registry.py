@@ -345,7 +345,17 @@ def test_what_a_run_records_of_its_policy_makes_it_again(policy: Any, arguments:
 def test_policies_that_make_their_own_change_are_known() -> None:
     """Heads can't redo their merges from factors; nothing is known about a user's own policy."""
     for name in POLICIES:
-        dense = name in ("momentum", "nesterov", "delayed_nesterov", "adam", "median", "trimmed_mean", "ties", "dare")
+        dense = name in (
+            "momentum",
+            "nesterov",
+            "delayed_nesterov",
+            "adam",
+            "orthogonal",
+            "median",
+            "trimmed_mean",
+            "ties",
+            "dare",
+        )
         assert may_merge_by_weights(make_policy(MergeConfig(policy=name))) != dense
     assert not may_merge_by_weights(make_policy(MergeConfig(policy="gated", policy_args={"policy": "nesterov"})))
     assert may_merge_by_weights(make_policy(MergeConfig(policy=lambda pending, roster: {})))
