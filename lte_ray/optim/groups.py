@@ -13,6 +13,9 @@ from lte_ray.errors import ConfigError
 NAMES = {"lora", "replica", "weight"}
 """Names of the parameter groups that `build_optimizer` gets."""
 
+Scaling = float | list[float]
+"""s of a pair of factors, or of each head if the pair is stacked."""
+
 
 def check_groups(optimizer: str, params: Iterable[Any]) -> list[dict[str, Any]]:
     """Returns the groups. Raises ConfigError unless each has a name, and one of them a name of `NAMES`."""
@@ -45,8 +48,12 @@ def check_pairs(optimizer: str, group: dict[str, Any]) -> None:
                 f"{optimizer} needs the pairs A (r x in), B (out x r), but the group 'lora' has shapes {tuple(a.shape)} and "
                 f"{tuple(b.shape)}. Keep the order of the factors that build_optimizer(params) is given."
             )
-        if not (math.isfinite(scaling) and scaling):
-            raise ConfigError(f"{optimizer} needs scalings other than 0, but the group 'lora' has {scaling!r}.")
+        each, heads = scaling if isinstance(scaling, list) else [scaling], a.shape[:-2].numel()
+        if not all(math.isfinite(s) and s for s in each) or (isinstance(scaling, list) and len(scaling) != heads):
+            raise ConfigError(
+                f"{optimizer} needs a scaling other than 0 of each pair, or a list of each stacked head's, but the group "
+                f"'lora' has {scaling!r} for A of shape {tuple(a.shape)}."
+            )
 
 
 def check_range(name: str, value: float, lowest: float, below: float = math.inf) -> None:

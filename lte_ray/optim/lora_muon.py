@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lte_ray.optim.groups import check_pairs, check_range
+from lte_ray.optim.groups import Scaling, check_pairs, check_range
 from lte_ray.optim.muon import Muon, wide, width_ratio
 from lte_ray.optim.orthogonalization import inverse_square_root, scale_to_one
 
@@ -19,8 +19,10 @@ class LoRAMuon(Muon):
     """LoRA-Muon (arXiv 2606.12921) for groups named "lora", Muon for "weight", AdamW for all others.
 
     A group named "lora" has the factors A (... x r x in) and B (... x out x r) of each weight in turn, and in "scalings" each
-    product's s. The layer computes with W + s B A; leading dimensions are those of stacked heads, each its own product. With
-    momenta M <- mu M + G of both factors, c = sqrt(max(1, out / in)), and L L^T = A A^T + damping::
+    product's s. The layer computes with W + s B A. Leading dimensions are those of stacked heads, each with its own product;
+    the entry in "scalings" may then be a list of each head's s.
+
+    With momenta M <- mu M + G of both factors, c = sqrt(max(1, out / in)), and L L^T = A A^T + damping::
 
         B <- B - lr c / (2 |s|) msign(M_B L^-T) L^-1
         A <- A - lr c / (2 |s|) T msign(T^T M_A),    T T^T = (B^T B + (t^2 + damping) (L L^T)^-1)^-1
@@ -88,7 +90,7 @@ class LoRAMuon(Muon):
             super().step_orthogonalized(group)
             return
         factors, by_rank = group["params"], dict[Any, list[_Pairs]]()
-        batches: dict[Any, list[tuple[Tensor, Tensor, float]]] = {}
+        batches: dict[Any, list[tuple[Tensor, Tensor, Scaling]]] = {}
         for a, b, scaling in zip(factors[::2], factors[1::2], group["scalings"], strict=True):
             if a.grad is not None or b.grad is not None:
                 key = (a.shape, b.shape, a.dtype, a.device, a.grad is None, b.grad is None)
@@ -105,7 +107,7 @@ class LoRAMuon(Muon):
                 _apply(pairs_batch.parameters_a, step_a, decay)
                 _apply(pairs_batch.parameters_b, step_b, decay)
 
-    def _gather(self, pairs: Sequence[tuple[Tensor, Tensor, float]], group: dict[str, Any]) -> _Pairs:
+    def _gather(self, pairs: Sequence[tuple[Tensor, Tensor, Scaling]], group: dict[str, Any]) -> _Pairs:
         """Updates the momenta of pairs of the same shapes, and stacks all."""
         all_a, all_b, scalings = (list(column) for column in zip(*pairs, strict=True))
         (r, in_features), out = all_a[0].shape[-2:], all_b[0].shape[-2]
@@ -113,13 +115,13 @@ class LoRAMuon(Muon):
         momenta_a = self.update_momentum(all_a, group) if all_a[0].grad is not None else None
         momenta_b = self.update_momentum(all_b, group) if all_b[0].grad is not None else None
         c = float(group["lr"]) * width_ratio(out, in_features) / 2
-        sizes = torch.tensor([c / abs(s) for s in scalings], dtype=dtype, device=all_a[0].device)
+        each = [abs(s) for scaling in scalings for s in (scaling if isinstance(scaling, list) else [scaling] * heads)]
         return _Pairs(
             a=torch.stack(all_a).to(dtype).view(-1, r, in_features),
             b=torch.stack(all_b).to(dtype).view(-1, out, r),
             momentum_a=None if momenta_a is None else torch.stack(momenta_a).view(-1, r, in_features),
             momentum_b=None if momenta_b is None else torch.stack(momenta_b).view(-1, out, r),
-            sizes=sizes.repeat_interleave(heads).view(-1, 1, 1),
+            sizes=torch.tensor([c / s for s in each], dtype=dtype, device=all_a[0].device).view(-1, 1, 1),
             parameters_a=all_a,
             parameters_b=all_b,
         )

@@ -336,7 +336,8 @@ def test_training_converges_on_a_regression_of_low_rank() -> None:
     [
         ({"scalings": None}, "has 2 parameters and no scalings"),
         ({"scalings": [1.0, 2.0]}, "has 2 parameters and 2 scalings"),
-        ({"scalings": [0.0]}, "scalings other than 0"),
+        ({"scalings": [0.0]}, "a scaling other than 0"),
+        ({"scalings": [[1.0, 2.0]]}, r"has \[1.0, 2.0\] for A of shape \(1, 2\)"),
         ({"params": [nn.Parameter(torch.ones(4, 2)), nn.Parameter(torch.ones(2, 3))]}, r"shapes \(4, 2\) and \(2, 3\)"),
         ({"params": [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))]}, r"shapes \(4,\) and \(4,\)"),
         ({"name": "factors"}, "needs parameter groups named"),
