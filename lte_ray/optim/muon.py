@@ -72,6 +72,8 @@ class Muon(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         param_group.setdefault("lr", self.defaults["lr" if self.orthogonalizes(param_group) else "replica_lr"])
         super().add_param_group(param_group)
+        if self.orthogonalizes(param_group):
+            check_range("lr times weight_decay", float(param_group["lr"]) * param_group["weight_decay"], 0, 1)
         if param_group.get("name") == "weight":
             for p in param_group["params"]:
                 if p.ndim < 2:
@@ -105,7 +107,8 @@ class Muon(torch.optim.Optimizer):
             out, in_features = shape[0], math.prod(shape[1:])
             signs = orthogonalize(directions.reshape(len(parameters), out, in_features)).reshape(directions.shape)
             rate = float(group["lr"])
-            torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
+            if group["weight_decay"]:
+                torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
             torch._foreach_add_(parameters, list(signs.unbind()), alpha=-rate * width_ratio(out, in_features))
 
     def update_momentum(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:

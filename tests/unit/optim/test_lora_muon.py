@@ -358,6 +358,7 @@ def test_groups_that_do_not_fit_are_refused(change: dict[str, Any], message: str
         ({"damping": -1.0}, "damping is -1.0"),
         ({"limit": 0.0}, "limit is 0.0"),
         ({"weight_decay": float("nan")}, "weight_decay is nan"),
+        ({"lr": 0.1, "weight_decay": 10.0}, "lr times weight_decay is 1.0, but it must be at least 0 and below 1"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, float], message: str) -> None:

@@ -201,10 +201,10 @@ def test_fp16_mixed_trains_on_a_cpu_with_loss_scaling(clip: float) -> None:
     assert mixed.optimizer_step.scaler.get_scale() == 256.0
 
 
-@pytest.mark.parametrize("clip", [0.0, 1.0])
-def test_a_step_whose_gradients_overflow_is_skipped(clip: float) -> None:
+@pytest.mark.parametrize(("clip", "optimizer"), [(0.0, "adamw"), (1.0, "adamw"), (1.0, "lora-muon")])
+def test_a_step_whose_gradients_overflow_is_skipped(clip: float, optimizer: str) -> None:
     """Weights and moments don't change, the scale is halved, and the next step is taken; the step is counted."""
-    head = started(Single(optimizer="adamw"), settings({"precision": "fp16-mixed", "clip_norm": clip}), dtype=torch.float32)
+    head = started(Single(optimizer=optimizer), settings({"precision": "fp16-mixed", "clip_norm": clip}), dtype=torch.float32)
     head.optimizer_step.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     before = trained(head)
     head.backward(head.next_batch())
