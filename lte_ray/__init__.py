@@ -22,7 +22,7 @@ _MODULES = {
 }
 """The public names by the module that defines them."""
 
-_SUBMODULES = ("misc", "modes", "optim", "testing")
+_SUBMODULES = ("ladder", "misc", "modes", "optim", "testing")
 """Public submodules, which load when they are first used."""
 
 _DEFINED_IN = dict(sorted((name, module) for module, names in _MODULES.items() for name in names))

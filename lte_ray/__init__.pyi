@@ -1,5 +1,6 @@
 """The public names for type checkers; `tests/unit/test_public.py` compares them with ``__init__.py``."""
 
+from lte_ray import ladder as ladder
 from lte_ray import misc as misc
 from lte_ray import modes as modes
 from lte_ray import optim as optim

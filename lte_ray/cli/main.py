@@ -23,6 +23,7 @@ lte-ray: train networks with many parallel LoRA heads on Ray
 
 usage: lte-ray train WORKER [flags]
        lte-ray export RUN OUT --to FORMAT [flags]
+       lte-ray ladder WORKER [flags]
        lte-ray simulate [WORKER] [flags]
        lte-ray audit RUN
 
@@ -36,6 +37,7 @@ examples:
   lte-ray train workers.gpt:GPT --num-heads 2
   lte-ray train my/file.py:Net --num-heads 4 --merge-iter 10 --steps 200 --worker.lr 0.001
   lte-ray train my/file.py:Net --config settings.toml --name second-try
+  lte-ray ladder my/file.py:Net --num-heads 4 --quick
   lte-ray simulate --num-heads 4 --speeds 1 1 1 4 --when arrival --no-wait
   lte-ray export ~/ray_results/second-try second-try.safetensors --to safetensors
   lte-ray audit ~/ray_results/second-try
@@ -79,6 +81,12 @@ def _export(arguments: list[str]) -> None:
     export(arguments)
 
 
+def _ladder(arguments: list[str]) -> None:
+    from lte_ray.cli.ladder import ladder
+
+    ladder(arguments)
+
+
 def _simulate(arguments: list[str]) -> None:
     from lte_ray.cli.simulate import simulate
 
@@ -102,6 +110,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(_train, "WORKER [flags]", "Complete checkpoints are kept; continue from the last one with --resume."),
     "export": Command(_export, "RUN OUT --to FORMAT [flags]", "Nothing was written."),
+    "ladder": Command(_ladder, "WORKER [flags]", "Trainings that are done are kept."),
     "simulate": Command(_simulate, "[WORKER] [flags]", "Nothing was written."),
     "audit": Command(_audit, "RUN", "Nothing was written."),
 }

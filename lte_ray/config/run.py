@@ -68,6 +68,9 @@ class TrainConfig:
     )
     clip_norm: float = setting(0.0, "Maximum norm of a head's gradient (of all its factors and replicas); 0: no clipping.")
     accumulate: int = setting(1, "Batches of a local step; the mean of their gradients is used in one optimizer step.")
+    lr_scale: float = setting(
+        1.0, "Multiplier of all learning rates of the optimizer, applied before the schedule is built: for sweeps."
+    )
     checkpoint_activations: tuple[str, ...] = setting(
         (), "Modules whose activations are recomputed in the backward pass to save memory, with wildcards, e.g. 'blocks.*'."
     )
@@ -83,6 +86,7 @@ class TrainConfig:
         check_integers(self, "steps", "seed", "eval_every", "checkpoint_every", "threads_per_head", "accumulate")
         check_at_least(self, 1, "steps", "accumulate")
         check_at_least(self, 0, "seed", "eval_every", "checkpoint_every", "threads_per_head", "clip_norm")
+        check_at_least(self, 0, "lr_scale")
         check_choice(self, "precision", PRECISIONS)
         check_choice(self, "optimizer", OPTIMIZERS)
         check_choice(self, "schedule", SCHEDULES)

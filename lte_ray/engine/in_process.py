@@ -5,7 +5,7 @@ Contributions take the same transfer formats as between processes (`LoopbackTran
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,12 +72,16 @@ def run_in_process(
     heads_per_actor: int = 1,
     stack_heads: str = "never",
     concurrent_heads: int = 1,
+    on_merge: Callable[[MergeRecord, Callable[[], Mapping[str, float]]], None] | None = None,
 ) -> InProcessRun:
     """Runs all heads to the end: groups of `heads_per_actor` heads in the order of their numbers, a round each at a time.
 
     If the policy waits for all heads, the result equals that of the same run on Ray, bit for bit on one machine. Heads wait
     for their merges whatever `wait` says, and time passes only when the policy waits for it; `lte_ray.simulation` simulates
     time too.
+
+    Args:
+        on_merge: called with each merge and a function that evaluates the newest base.
 
     Raises:
         WorkerFailed, PolicyError: as on Ray.
@@ -120,6 +124,9 @@ def run_in_process(
             head.adopt(result, coordinator.version, published if coordinator.version != head.version else None)
             # The partitions of heads that have left are assigned to the others.
             head.batch_stream.apply_assignments(*coordinator.assignor.pending_changes(head.number, coordinator.live))
+        if on_merge is not None:
+            for record in event_result.merges:
+                on_merge(record, lambda: evaluate_base(worker, initial, coordinator.base))
         if coordinator.candidate is not None:
             apply(coordinator.receive_evaluation(evaluate_base(worker, initial, coordinator.candidate)))
 

@@ -13,7 +13,7 @@ from lte_ray.adapters.plan import make_plans
 from lte_ray.adapters.quantization import check_format
 from lte_ray.data.shard import Shard
 from lte_ray.engine.head.default_optimizer import check_optimizer_settings
-from lte_ray.engine.head.optimization import build_optimizer, check_precision, match_modules
+from lte_ray.engine.head.optimization import build_optimizer, check_lr_scale, check_precision, match_modules
 from lte_ray.engine.head.rng import preserve_generators
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError, UserError, WorkerError
@@ -68,10 +68,11 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
         raise WorkerError(
             f"{name}'s model keeps {', '.join(not_tensors)} in its state dict, which isn't a tensor and can't be exported."
         )
+    zeros = {e.name: torch.zeros(e.shape) for e in plans[0].contribution.entries[: 2 * len(plans[0].adapted)]}
     chosen = settings.train.optimizer != "auto"
     if chosen or {1.0} != {a.lr for a in plans[0].adapted} | {r.lr for r in plans[0].replicas}:
-        zeros = {e.name: torch.zeros(e.shape) for e in plans[0].contribution.entries[: 2 * len(plans[0].adapted)]}
-        build_optimizer(worker, plans[0], {**named_tensors(model), **zeros}, settings.train)  # does it keep the groups?
+        build_optimizer(worker, plans[0], {**tensors, **zeros}, settings.train)  # does it keep the groups?
+    check_lr_scale(worker, plans[0], {**tensors, **zeros}, settings.train)
     for head in {0, settings.lte.num_heads - 1}:
         try:
             next(endless_batches(worker, Shard(head, settings.lte.num_heads, settings.train.seed)))

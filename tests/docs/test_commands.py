@@ -86,6 +86,8 @@ DECISIONS: dict[str, Runs | str] = {
         quick=True
     ),
     "lte-ray simulate --num-heads 1000 --merge-iter 100 --steps 500 --lora-r 32 --jitter 0.1": Runs(),
+    "lte-ray ladder mine.py:Net --num-heads 4 --quick": Runs(),
+    "lte-ray ladder mine.py:Net --num-heads 4 --steps 200 --name net-ladder": Runs(),
     **{f"lte-ray {name}--help": Runs(quick=True) for name in ("", *(f"{command} " for command in COMMANDS))},
     TOKEN: Runs(),
     "export RAY_AUTH_MODE=token": Runs(),
@@ -140,7 +142,7 @@ def test_targets_and_modules_within_sentences_exist() -> None:
 def test_flags_within_sentences_exist(capsys: pytest.CaptureFixture[str]) -> None:
     """Every flag that a sentence or a table names is lte-ray's, or listed as another program's."""
     known = set(OTHER_FLAGS)
-    for arguments in (["train"], ["simulate"], ["export"], ["audit"]):
+    for arguments in ([name] for name in COMMANDS):
         with contextlib.suppress(SystemExit):
             assert main([*arguments, "--help"]) == 0
         known |= set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))

@@ -6,6 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def build_optimizer(
 
     Args:
         tensors: factors and replicas by their names in the contribution layout; buffers among them aren't optimized.
-        train: names the optimizer and schedule of a worker that builds none.
+        train: names the optimizer and schedule of a worker that builds none; `lr_scale` is another multiplier of all rates.
 
     Raises:
         ConfigError: there are multipliers, but the optimizer doesn't keep the groups that it was given, or the schedule
@@ -92,6 +93,9 @@ def build_optimizer(
             )
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * group.get("lr_multiplier", 1.0)
+    if train.lr_scale != 1.0:
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * train.lr_scale
     schedule = getattr(worker, "build_schedule", None)
     if schedule is None:
         return optimizer, None if train.schedule == "auto" else make_schedule(train, optimizer)
@@ -115,6 +119,44 @@ def build_schedule(build: Callable[..., Any], optimizer: torch.optim.Optimizer, 
             "begin from each group's own, as in OneCycleLR(optimizer, max_lr=[g['lr'] for g in optimizer.param_groups], ...)."
         )
     return schedule
+
+
+CHECKED_STEPS = 2000
+"""Steps of a schedule that `check_lr_scale` follows, at most."""
+
+
+def check_lr_scale(worker: Worker, plan: Plan, tensors: Mapping[str, Tensor], train: TrainConfig) -> None:
+    """Checks that the worker's schedule keeps `train.lr_scale`: that the highest rate of each group is that much higher.
+
+    Args:
+        tensors: as for `build_optimizer`; they don't change.
+
+    Raises:
+        ConfigError: the schedule sets rates of its own, as `OneCycleLR` with one number for `max_lr`.
+    """
+    if train.lr_scale == 1.0:
+        return
+    plain, scaled = (
+        _highest_rates(*build_optimizer(worker, plan, tensors, each), train) for each in (replace(train, lr_scale=1.0), train)
+    )
+    for one, other in zip(plain, scaled, strict=True):
+        if abs(other - train.lr_scale * one) > 0.05 * train.lr_scale * one:
+            raise ConfigError(
+                f"--lr-scale is {train.lr_scale:g}, but build_schedule() makes the highest rate {other:g}, where it is {one:g} "
+                "without. Let it begin from each group's own rate, as in OneCycleLR(optimizer, max_lr=[g['lr'] for g in "
+                "optimizer.param_groups], ...)."
+            )
+
+
+def _highest_rates(optimizer: torch.optim.Optimizer, schedule: Any, train: TrainConfig) -> list[float]:
+    """The highest rate of each group, in the first steps of a schedule."""
+    rates = [[float(group["lr"]) for group in optimizer.param_groups]]
+    with warnings.catch_warnings():  # the optimizer takes no steps
+        warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step", UserWarning)
+        for _ in range(min(train.steps, CHECKED_STEPS) if schedule is not None else 0):
+            schedule.step()
+            rates.append([float(group["lr"]) for group in optimizer.param_groups])
+    return [max(column) for column in zip(*rates, strict=True)]
 
 
 ROUNDING_STEPS = 1e-6

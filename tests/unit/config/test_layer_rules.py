@@ -499,6 +499,7 @@ EVERYTHING = (
         warmup=5,
         clip_norm=0.5,
         accumulate=3,
+        lr_scale=0.5,
         checkpoint_activations=("a", "b.*"),
         baseline=True,
         compile=True,

@@ -1,0 +1,206 @@
+"""``lte-ray ladder``: trains a worker in the ordinary way and with heads, and says where heads fall behind."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from lte_ray.cli.flags import SECTION_TITLES, Subcommand, make_without_settings, parse_sections
+from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
+from lte_ray.config.ladder import LadderConfig
+from lte_ray.errors import ConfigError, StorageError, WorkerError
+from lte_ray.import_object import load_object
+from lte_ray.storage import LOCK, RunDirectory, exclusive_lock
+
+if TYPE_CHECKING:
+    from lte_ray.ladder import Arm, ArmResult, Figure, Listener, ResultsFile, RungResult
+
+RESULTS, TABLE, PICTURE = "ladder.json", "ladder.md", "ladder.svg"
+
+LADDER = Subcommand(
+    "ladder",
+    "Is it as good as ordinary training? Trains WORKER in the ordinary way, as mhlora, and with heads that merge after every "
+    "step and then less often, all on equally many samples and at several learning rates. Shows a table, draws a picture, and "
+    "says what to change where heads fall behind. It takes the flags of train. With the --name of an earlier call it continues "
+    "that.",
+    {LadderConfig: "ladder", **SECTION_TITLES},
+)
+
+NOT_COMPARED = ("name", "storage", "seed", "merge_iter", "lr_scale", "baseline", "omitted")
+"""Settings that may differ between calls for one folder: arms have their own, or they don't change results."""
+
+
+def ladder(arguments: list[str]) -> None:
+    """Runs the subcommand with the arguments after ``ladder``.
+
+    Raises:
+        LTEError: as a run's, and for settings that can't be compared.
+    """
+    named = bool(arguments) and not arguments[0].startswith("-")
+    if not named and not {"-h", "--help"} & set(arguments):
+        raise WorkerError("lte-ray ladder needs a WORKER first: lte-ray ladder package.module:Class or path/to/file.py:Class.")
+    program, rest = (arguments[0], arguments[1:]) if named else ("WORKER", arguments)
+    kind = load_object(program, what="WORKER", error=WorkerError) if named else None
+    if kind is not None and not inspect.isclass(kind):
+        raise WorkerError(f"WORKER {program!r} is a {type(kind).__name__}, not a class.")
+    sections, worker = parse_sections(kind, program, rest, LADDER)
+    assert kind is not None
+    _climb(program, worker if worker is not None else make_without_settings(program, kind), sections)
+
+
+def _climb(program: str, worker: Any, sections: dict[type, Any]) -> None:
+    """Trains what isn't trained yet, and shows the result."""
+    from lte_ray.cli.ladder_display import LadderDisplay
+    from lte_ray.ladder import check_arms, climb
+    from lte_ray.ladder.rungs import make_rungs
+
+    console = Console(highlight=False)
+    config, train = sections[LadderConfig], sections[TrainConfig]
+    arms = make_rungs(config, sections[LTEConfig], sections[MergeConfig], train)
+    seeds = config.seeds or (train.seed,)
+    tuning_seed = seeds[0] if config.tuning_seed is None else config.tuning_seed
+    checked = check_arms(worker, arms, config.rates, config.figure)
+    directory = _directory(sections[StorageConfig], program)
+    settings = _shared_settings(program, worker, sections, arms[0])
+    with _claimed(directory, sections[StorageConfig].overwrite):
+        file = _open_results(directory, settings, console)
+        display = LadderDisplay(console, checked.figure)
+        results: list[RungResult] = []
+        try:
+            with _runner(program, worker, sections, directory) as run_arm, display.running():
+
+                def run(arm: Arm) -> ArmResult:
+                    earlier = file.get(arm)
+                    if earlier is None:
+                        display.begin(arm)
+                        file.add(run_arm(arm, display.advance))
+                    result = file.get(arm)
+                    assert result is not None
+                    display.end(result, arm.label, earlier is not None)
+                    return result
+
+                for index, arm in enumerate(arms):
+                    display.expect((len(arms) - index) * (len(config.rates) + len({*seeds} - {tuning_seed})))
+                    options = {"tuning_seed": tuning_seed, "extend": config.extend}
+                    results.append(climb(arm, config.rates, seeds, run, checked.figure, **options))
+        except KeyboardInterrupt:
+            console.print(Text(f"{len(file)} trainings are done. Give --name {_name(directory)} to continue."), soft_wrap=True)
+            raise
+        _show(console, directory, results, checked, _title(program, arms[0], results, config))
+
+
+def _directory(storage: StorageConfig, program: str) -> RunDirectory:
+    from lte_ray.trainer import default_storage
+
+    kind = program.rpartition(":")[2].lower()
+    name = storage.name or f"{kind}-ladder-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return RunDirectory.open(storage.storage or default_storage(), name, patience=storage.storage_patience)
+
+
+def _name(directory: RunDirectory) -> str:
+    return directory.path.rpartition("/")[2]
+
+
+@contextlib.contextmanager
+def _claimed(directory: RunDirectory, overwrite: bool) -> Iterator[None]:
+    """Creates the folder, or checks that it is a ladder's, and holds its lock for the block.
+
+    Raises:
+        StorageError: another process climbs there, or the folder has other content.
+    """
+    if directory.exists() and not (directory.exists(RESULTS) or set(directory.list_names()) <= {LOCK}):
+        raise StorageError(f"{directory.display} has no {RESULTS}, so it isn't a ladder's. Choose another --name.")
+    directory.create()
+    with exclusive_lock(directory):
+        for name in directory.list_names() if overwrite else ():
+            if name != LOCK:
+                directory.delete(name)
+        yield
+
+
+def _open_results(directory: RunDirectory, settings: Mapping[str, Any], console: Console) -> ResultsFile:
+    from lte_ray.ladder import ResultsFile
+
+    file = ResultsFile(directory, RESULTS, settings)
+    file.load()
+    if len(file):
+        console.print(Text(f"{directory.display} continues: {len(file)} trainings are done."), soft_wrap=True)
+    else:
+        file.write()
+    return file
+
+
+def _shared_settings(program: str, worker: Any, sections: dict[type, Any], arm: Arm) -> dict[str, Any]:
+    """The settings that all arms of a ladder share, as JSON has them; without secrets."""
+    from lte_ray.engine.settings import Settings
+    from lte_ray.ladder.arms import WITHOUT_INFLUENCE
+    from lte_ray.run.record import make_record
+
+    train = dataclasses.replace(sections[TrainConfig], steps=arm.train.steps)
+    settings = Settings("ladder", sections[LTEConfig], sections[MergeConfig], train)
+    record = make_record(worker, program, settings, PlacementConfig(), StorageConfig(), FailureConfig())
+    others = {f.name for kind in (PlacementConfig, StorageConfig, FailureConfig) for f in dataclasses.fields(kind)}
+    left_out = {*others, *NOT_COMPARED, *WITHOUT_INFLUENCE}
+    shared = {name: value for name, value in record.items() if name not in left_out}
+    shared["on"] = sections[LadderConfig].on
+    return json.loads(json.dumps(shared, default=str))  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _runner(
+    program: str, worker: Any, sections: dict[type, Any], directory: RunDirectory
+) -> Iterator[Callable[[Arm, Listener], ArmResult]]:
+    """What trains an arm, where `--on` says; on Ray connected for the block."""
+    from lte_ray.ladder import ProcessRunner
+
+    if sections[LadderConfig].on == "process":
+        yield ProcessRunner(worker)
+        return
+    from lte_ray.ladder.ray_runner import RayRunner
+    from lte_ray.runtime.cluster import connected
+
+    with connected():
+        yield RayRunner(worker, program, directory, sections[PlacementConfig], sections[FailureConfig], sections[StorageConfig])
+
+
+def _title(program: str, arm: Arm, results: Sequence[RungResult], config: LadderConfig) -> str:
+    samples = max((p.samples for r in results for a in r.best.values() for p in a.points), default=0)
+    quick = ", quick" if config.quick else ""
+    return f"{program}: {arm.lte.num_heads} heads, {arm.train.steps} steps, {samples:,} samples{quick}"
+
+
+def _show(console: Console, directory: RunDirectory, results: Sequence[RungResult], checked: Any, title: str) -> None:
+    """Prints the table and the advice, and writes both, and the picture, into the folder."""
+    from lte_ray.ladder import advise, summarize
+    from lte_ray.ladder.picture import draw
+    from lte_ray.ladder.table import explain, make_markdown, make_table
+
+    figure: Figure = checked.figure
+    summaries = summarize(results, figure)
+    advice, explanation = advise(summaries, checked.facts), explain(summaries, checked.facts.optimizers)
+    console.print()
+    console.print(make_table(summaries, title))
+    console.print()
+    for line in explanation:
+        console.print(Text(line, style="dim"))
+    console.print()
+    console.print(Panel(Text("\n".join(advice)), title="advice", title_align="left"))
+    picture = PICTURE
+    try:
+        directory.write(PICTURE, draw(summaries, title))
+    except ConfigError as error:
+        picture = ""
+        console.print(Text(str(error)), soft_wrap=True)
+    directory.write(TABLE, make_markdown(summaries, title, explanation, advice, picture).encode())
+    files = ", ".join(filter(None, [RESULTS, TABLE, picture]))
+    console.print(Text(f"{directory.display}: {files}"), soft_wrap=True)

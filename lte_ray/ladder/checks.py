@@ -1,0 +1,69 @@
+"""Checks a comparison before its first training, and collects what advice needs to know about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lte_ray.config import TrainConfig
+from lte_ray.engine.head.optimization import build_optimizer
+from lte_ray.engine.prepare import Initial, named_tensors, prepare
+from lte_ray.ladder.advice import Facts
+from lte_ray.ladder.arms import Arm
+from lte_ray.ladder.figures import Figure, evaluate
+from lte_ray.ladder.multihead import MultiheadTraining
+from lte_ray.merging.registry import make_policy
+from lte_ray.worker import Worker
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is compared, and the facts for advice."""
+
+    figure: Figure
+    facts: Facts
+
+
+def check_arms(worker: Worker, arms: Sequence[Arm], rates: Sequence[float], chosen: str) -> Checked:
+    """Builds the model, the policy and the optimizer of each arm, and evaluates the untrained model.
+
+    Args:
+        arms: one of each rung.
+        rates: that they will be trained at.
+        chosen: the figure to compare (`Figure.choose`).
+
+    Raises:
+        UserError: as a run's; there is no such figure; or a schedule sets rates of its own, so that no sweep is possible.
+        WorkerFailed: `evaluate` raised.
+    """
+    figure: Figure | None = None
+    rank = largest = 0
+    optimizers: dict[str, str] = {}
+    for arm in arms:
+        own = arm.make_worker(worker)
+        if arm.mode == "mhlora":
+            MultiheadTraining(own, arm.settings)
+        else:
+            make_policy(arm.merge)
+        scaled = max(rates, key=lambda rate: abs(rate - 1))  # a rate of 1 checks nothing
+        initial = prepare(own, arm.with_rate(scaled, arm.seed).settings.resolved())
+        if figure is None:
+            figure = Figure.choose(chosen, evaluate(own, initial.model))
+        optimizers[arm.rung] = _optimizer_name(own, initial, arm.train)
+        if initial.plan.adapted:
+            rank = sum(max(a.rank for a in plan.adapted) for plan in initial.plans)
+            largest = max(max(a.matrix) for a in initial.plan.adapted)
+    assert figure is not None, "a comparison has arms"
+    lte, merge = arms[-1].lte, arms[-1].merge
+    alpha = lte.lora_alpha if isinstance(lte.lora_alpha, int | float) else lte.lora_alpha[0]
+    policy = merge.policy if isinstance(merge.policy, str) else type(merge.policy).__name__
+    builds = callable(getattr(worker, "build_optimizer", None))
+    return Checked(figure, Facts(lte.num_heads, rank, largest, alpha, policy, optimizers, builds))
+
+
+def _optimizer_name(worker: Worker, initial: Initial, train: TrainConfig) -> str:
+    plan = initial.plan
+    factors = {e.name: torch.zeros(e.shape) for e in plan.contribution.entries[: 2 * len(plan.adapted)]}
+    return type(build_optimizer(worker, plan, named_tensors(initial.model) | factors, train)[0]).__name__
