@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -82,6 +82,7 @@ class MultiheadTraining:
         self._factors = [p for stack in stacks.values() for p in (stack.lora_A_weight, stack.lora_B_weight)]
         with self._worker_errors():
             self._optimizer, schedule = build_optimizer(worker, plans[0], tensors, self._train)
+            _set_scalings(self._optimizer, stacks.values())
         self._optimizer_step = OptimizerStep(self._optimizer, schedule, self._train, self._device)
 
     def train_step(self) -> float:
@@ -135,6 +136,15 @@ def _parameters_are_effective() -> Iterator[None]:
         yield
     finally:
         MODEL_RUNNING.reset(token)
+
+
+def _set_scalings(optimizer: torch.optim.Optimizer, stacks: Iterable[StackedFactors]) -> None:
+    """Gives groups of factors each head's scaling, where heads differ; they have the first head's."""
+    differing = {stack.lora_A_weight: list(s) for stack in stacks if isinstance(s := stack.scaling, tuple)}
+    for group in optimizer.param_groups if differing else ():
+        if "scalings" in group:
+            pairs = zip(group["params"][::2], group["scalings"], strict=True)
+            group["scalings"] = [differing.get(a, scaling) for a, scaling in pairs]
 
 
 def _for_modes(lte: LTEConfig) -> LTEConfig:

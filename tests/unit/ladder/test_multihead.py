@@ -35,7 +35,7 @@ def settings(heads: int = HEADS, accumulate: int = 1, rank: int | tuple[int, ...
     return Settings("test", lte, MergeConfig(merge_iter=1), TrainConfig(steps=6, seed=3, accumulate=accumulate))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lora-muon"])
 @pytest.mark.parametrize(
     "more",
     [
@@ -47,7 +47,7 @@ def settings(heads: int = HEADS, accumulate: int = 1, rank: int | tuple[int, ...
     ids=["linear", "ranks", "vectors", "rules"],
 )
 def test_it_equals_lte_that_merges_every_step_with_the_same_batches(optimizer: str, more: dict) -> None:
-    """Weights agree after six steps of three batches, for an optimizer that sees the gradients' scale and one that doesn't."""
+    """Weights agree after six steps of three batches, whether the optimizer sees the gradients' scale, and each head's s."""
     worker = AllBatches(optimizer=optimizer)
     run = run_in_process(worker, settings(accumulate=HEADS, **more), torch.float64)
     training = MultiheadTraining(worker, settings(**more))
