@@ -20,8 +20,10 @@ class Facts:
 
     Attributes:
         num_heads: of each rung.
-        total_rank: the ranks of all heads together.
-        largest_dimension: of an adapted weight's matrix.
+        total_rank: the ranks of all heads together, for the weight whose factors are smallest relative to it.
+        largest_dimension: of that weight's matrix.
+        needed_rank: of each head, so that the ranks of all heads add up to the largest dimension of every adapted weight (or
+            each head's rank is the highest possible); 0 if they do.
         alpha: lora_alpha.
         policy: the merge policy's name.
         optimizers: name of the optimizer's class, by rung.
@@ -31,6 +33,7 @@ class Facts:
     num_heads: int
     total_rank: int
     largest_dimension: int
+    needed_rank: int
     alpha: float
     policy: str
     optimizers: Mapping[str, str]
@@ -77,11 +80,10 @@ def _compare_mhlora(mhlora: Summary, ordinary: Summary, facts: Facts) -> Iterato
     if mhlora.behind <= BEHIND:
         return
     start = f"mhlora is {_difference(mhlora.behind)} ordinary training, although all its heads see all samples: "
-    if facts.total_rank < facts.largest_dimension:
-        needed = math.ceil(facts.largest_dimension / facts.num_heads)
+    if facts.needed_rank:
         yield (
             f"{start}the factors are too small. The ranks of {facts.num_heads} heads add up to {facts.total_rank}, below the "
-            f"largest dimension of an adapted weight, {facts.largest_dimension}. Raise --lora-r to {needed} or more."
+            f"largest dimension of an adapted weight, {facts.largest_dimension}. Raise --lora-r towards {facts.needed_rank}, and --lora-alpha with it."
         )
     else:
         yield (

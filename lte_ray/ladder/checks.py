@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from lte_ray.ladder.advice import Facts
 from lte_ray.ladder.arms import Arm
 from lte_ray.ladder.figures import Figure, evaluate
 from lte_ray.ladder.multihead import MultiheadTraining
+from lte_ray.layout import Plan
 from lte_ray.merging.registry import make_policy
 from lte_ray.worker import Worker
 
@@ -39,7 +41,7 @@ def check_arms(worker: Worker, arms: Sequence[Arm], rates: Sequence[float], chos
         WorkerFailed: `evaluate` raised.
     """
     figure: Figure | None = None
-    rank = largest = 0
+    ranks = (0, 0, 0)
     optimizers: dict[str, str] = {}
     for arm in arms:
         own = arm.make_worker(worker)
@@ -53,14 +55,29 @@ def check_arms(worker: Worker, arms: Sequence[Arm], rates: Sequence[float], chos
             figure = Figure.choose(chosen, evaluate(own, initial.model))
         optimizers[arm.rung] = _optimizer_name(own, initial, arm.train)
         if initial.plan.adapted:
-            rank = sum(max(a.rank for a in plan.adapted) for plan in initial.plans)
-            largest = max(max(a.matrix) for a in initial.plan.adapted)
+            ranks = rank_facts(initial.plans)
     assert figure is not None, "a comparison has arms"
     lte, merge = arms[-1].lte, arms[-1].merge
     alpha = lte.lora_alpha if isinstance(lte.lora_alpha, int | float) else lte.lora_alpha[0]
     policy = merge.policy if isinstance(merge.policy, str) else type(merge.policy).__name__
     builds = callable(getattr(worker, "build_optimizer", None))
-    return Checked(figure, Facts(lte.num_heads, rank, largest, alpha, policy, optimizers, builds))
+    return Checked(figure, Facts(lte.num_heads, *ranks, alpha, policy, optimizers, builds))
+
+
+def rank_facts(plans: Sequence[Plan]) -> tuple[int, int, int]:
+    """Returns `Facts.total_rank`, `largest_dimension` and `needed_rank` for the plans of all heads.
+
+    The paper's rule is that heads x rank should exceed the largest dimension (arXiv 2402.16828). A head whose rank is min(out,
+    in) can make any change of the weight, so more is never needed.
+    """
+    totals, needed = [], 0
+    for specs in zip(*(plan.adapted for plan in plans), strict=True):
+        total, largest, smallest = sum(spec.rank for spec in specs), max(specs[0].matrix), min(specs[0].matrix)
+        totals.append((total, largest))
+        if total < largest and max(spec.rank for spec in specs) < smallest:
+            needed = max(needed, min(math.ceil(largest / len(plans)), smallest))
+    total, largest = min(totals, key=lambda pair: pair[0] / pair[1])
+    return total, largest, needed
 
 
 def _optimizer_name(worker: Worker, initial: Initial, train: TrainConfig) -> str:

@@ -10,7 +10,7 @@ import pytest
 from lte_ray.ladder import Facts, RungResult, advise
 from tests.support.ladders import DOUBLE, HALF, ONE, make_rung, make_summaries
 
-FACTS = Facts(4, 256, 128, 64.0, "average", {"ordinary": "AdamW", "merge_iter=1": "AdamW"}, builds_optimizer=False)
+FACTS = Facts(4, 256, 128, 0, 64.0, "average", {"ordinary": "AdamW", "merge_iter=1": "AdamW"}, builds_optimizer=False)
 
 
 def advice(*rungs: RungResult, facts: Facts = FACTS) -> list[str]:
@@ -43,10 +43,13 @@ def test_a_recommended_rate_is_named() -> None:
 
 def test_mhlora_behind_with_small_factors_asks_for_a_higher_rank() -> None:
     """4 heads of rank 16 for a dimension of 512 need rank 128."""
-    small = replace(FACTS, total_rank=64, largest_dimension=512)
+    small = replace(FACTS, total_rank=64, largest_dimension=512, needed_rank=128)
     lines = advice(*rungs(mhlora=2.2, one=2.2, ten=2.2, fifty=2.2), facts=small)
     assert lines[0].startswith("LTE is behind ordinary training at equal samples: its best rung, merge_iter=1, is 10.0% behind")
-    assert "add up to 64, below the largest dimension of an adapted weight, 512. Raise --lora-r to 128 or more." in lines[1]
+    assert (
+        "add up to 64, below the largest dimension of an adapted weight, 512. Raise --lora-r towards 128, and --lora-alpha with it."
+        in lines[1]
+    )
     assert len(lines) == 2
 
 

@@ -13,7 +13,9 @@ from lte_ray.engine.in_process import evaluate_base, run_in_process
 from lte_ray.engine.prepare import prepare
 from lte_ray.errors import ConfigError, WorkerFailed
 from lte_ray.ladder import Arm, Point, ProcessRunner, check_arms, spacing
+from lte_ray.ladder.checks import rank_facts
 from lte_ray.ladder.rungs import make_rungs
+from lte_ray.layout import Adapted, Plan
 from tests.support.tiny_worker import BATCH, Tiny
 
 LTE = LTEConfig(num_heads=3, lora_r=2, lora_alpha=4.0)
@@ -154,13 +156,30 @@ def test_settings_that_cannot_be_compared_are_refused(ladder: dict, train: dict,
 
 
 def test_a_check_finds_the_figure_and_the_facts() -> None:
-    """Of an untrained model: the figure, the ranks of all heads, and the largest dimension of an adapted weight."""
+    """Of an untrained model: the figure, the ranks of all heads, the largest dimension, and the rank that it needs."""
     checked = check_arms(Tiny(), rungs(), (0.5, 1.0), "")
     assert checked.figure.name == "loss"
-    assert (checked.facts.num_heads, checked.facts.total_rank, checked.facts.largest_dimension) == (3, 6, 8)
+    facts = checked.facts
+    assert (facts.num_heads, facts.total_rank, facts.largest_dimension, facts.needed_rank) == (3, 6, 8, 3)
     assert checked.facts.optimizers == dict.fromkeys(("ordinary", "mhlora", "merge_iter=1", "merge_iter=2"), "SGD")
     with pytest.raises(ConfigError, match=r"--figure is 'los', .* Did you mean loss"):
         check_arms(Tiny(), rungs(), (1.0,), "los")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "ranks", "expected"),
+    [
+        ([(8, 8)], [4, 4], (8, 8, 0)),
+        ([(8, 8)], [2, 4], (6, 8, 4)),
+        ([(8, 64), (8, 8)], [4, 4], (8, 64, 8)),
+        ([(8, 64)], [8, 8], (16, 64, 0)),
+        ([(100, 60)], [10] * 4, (40, 100, 25)),
+    ],
+)
+def test_the_rank_that_a_model_needs(shapes: list[tuple[int, int]], ranks: list[int], expected: tuple[int, int, int]) -> None:
+    """Heads x rank reaches the largest dimension, unless each head can make any change already."""
+    plans = [Plan(tuple(Adapted(f"w{i}", shape, rank, 1.0) for i, shape in enumerate(shapes)), ()) for rank in ranks]
+    assert rank_facts(plans) == expected
 
 
 def test_an_evaluation_that_fails_says_so() -> None:
