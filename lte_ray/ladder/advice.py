@@ -83,7 +83,8 @@ def _compare_mhlora(mhlora: Summary, ordinary: Summary, facts: Facts) -> Iterato
     if facts.needed_rank:
         yield (
             f"{start}the factors are too small. The ranks of {facts.num_heads} heads add up to {facts.total_rank}, below the "
-            f"largest dimension of an adapted weight, {facts.largest_dimension}. Raise --lora-r towards {facts.needed_rank}, and --lora-alpha with it."
+            f"largest dimension of an adapted weight, {facts.largest_dimension}. Raise --lora-r towards {facts.needed_rank}, "
+            "and --lora-alpha with it."
         )
     else:
         yield (
