@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.adamw_gpt import AdamWGPT
 from benchmarks.report import progress, report, spread
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.config.cluster_model import ClusterModel
@@ -39,12 +40,11 @@ from lte_ray.engine.settings import Settings
 from lte_ray.merging import Pending, Roster
 from lte_ray.simulation import simulate_training
 from lte_ray.worker import Worker
-from workers.gpt import GPT
 
 HEADS, STEPS, MERGE_ITER = 4, 400, 10
 CLUSTER = ClusterModel(speeds=(1.0, 1.0, 1.0, 4.0), jitter=0.1)
 SEEDS = (3, 4, 5)
-WORKER = GPT(width=64, depth=2, context=64, batch_size=8, lr=1e-3)
+WORKER = AdamWGPT(width=64, depth=2, context=64, batch_size=8, lr=1e-3)
 RECOMMENDED, PLAIN = "samples, speed-matched", "average"
 """The way that the documentation recommends for heads that don't wait, and their default."""
 
@@ -102,7 +102,12 @@ WAYS = {
 
 def train(worker: Worker, way: Way, seed: int, steps: int = STEPS) -> dict[str, Any]:
     """One run: its evaluation, and the simulator's counts."""
-    settings = Settings("quality", LTEConfig(num_heads=HEADS), way.merge, TrainConfig(steps=steps, seed=seed, clip_norm=1.0))
+    settings = Settings(
+        "quality",
+        LTEConfig(num_heads=HEADS),
+        way.merge,
+        TrainConfig(steps=steps, seed=seed, clip_norm=1.0),
+    )
     started = time.perf_counter()
     record = simulate_training(worker, settings, CLUSTER).record
     return {

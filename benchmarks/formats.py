@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.adamw_gpt import AdamWGPT
 from benchmarks.report import progress, spread
 from benchmarks.shapes import ALPHA, RANK
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
@@ -17,11 +18,10 @@ from lte_ray.engine.in_process import evaluate_base, run_in_process
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.worker import Worker
-from workers.gpt import GPT
 
 HEADS, MERGE_ITER, STEPS, SEEDS = 4, 64, 384, (0, 1)
 EVERYTHING = ("linear", "attention", "conv", "embedding")
-WORKER = GPT(width=64, depth=2, context=64, batch_size=8, lr=1e-3)
+WORKER = AdamWGPT(width=64, depth=2, context=64, batch_size=8, lr=1e-3)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,12 @@ def loss(worker: Worker, wire: Wire, seed: int, steps: int = STEPS) -> float:
     """Validation bits per byte of a run that merges in this format."""
     adapt = EVERYTHING if wire.embeddings else EVERYTHING[:-1]
     lte = LTEConfig(num_heads=HEADS, lora_r=RANK, lora_alpha=ALPHA, adapt=adapt)  # type: ignore[arg-type]
-    settings = Settings("bytes", lte, wire.merge, TrainConfig(steps=steps, seed=seed, clip_norm=1.0))
+    settings = Settings(
+        "bytes",
+        lte,
+        wire.merge,
+        TrainConfig(steps=steps, seed=seed, clip_norm=1.0),
+    )
     run = run_in_process(worker, settings)
     return evaluate_base(worker, prepare(worker, settings), run.base)["bits_per_byte"]
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lte_ray import checkpoint, fault_injection
 from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig, check_run_name
 from lte_ray.config.baseline import baseline_failure
+from lte_ray.engine.default_policy import choose_policy
 from lte_ray.engine.head.virtual import check_stackable
 from lte_ray.engine.prepare import extend_plans, prepare
 from lte_ray.engine.settings import Settings
@@ -128,6 +129,11 @@ class LTETrainer:
         policy = make_policy(settings.merge if is_baseline else self.merge)
         run_failure = baseline_failure(failure) if is_baseline else failure
         initial = extend_plans(prepare(self.worker, settings), run_failure.max_heads)
+        if settings.merge.policy == "auto":
+            merge = choose_policy(settings, initial)
+            policy, arguments = make_policy(merge), resolved_arguments(merge) or None
+            settings = dataclasses.replace(settings, merge=dataclasses.replace(merge, policy_args=arguments))
+            given = settings
         directory = RunDirectory.open(storage.storage or default_storage(), name, filesystem, patience=storage.storage_patience)
         claim = RunClaim(directory, storage, settings, initial)
 

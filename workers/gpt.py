@@ -83,10 +83,6 @@ class GPT:
     """Length of the context in bytes."""
     batch_size: int = 16
     """Windows of `context` bytes in one head's batch."""
-    lr: float = 4e-3
-    """Peak learning rate of AdamW."""
-    warmup: int = 50
-    """Local steps until the peak; from there the rate falls to a tenth along a cosine."""
     validation_windows: int = 256
     """Windows of `context` bytes that `evaluate` uses, spread evenly over the validation files."""
 
@@ -114,20 +110,6 @@ class GPT:
         windows = torch.from_numpy(data.windows(indices)).to(device)
         losses = [self.loss(model, (w[:, :-1], w[:, 1:])) * len(w) for w in windows.split(32)]
         return {"bits_per_byte": float(torch.stack(losses).sum() / len(windows)) / math.log(2)}
-
-    def build_optimizer(self, params: list[dict]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(params, lr=self.lr, betas=(0.9, 0.95), weight_decay=0.0)
-
-    def build_schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-        warmup = min(self.warmup, total_steps // 4)
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-            return 0.55 + 0.45 * math.cos(math.pi * done)
-
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
     def sample(self, model: nn.Module) -> str:
         """Returns a continuation of ``def `` by 300 bytes, at temperature 0.8."""

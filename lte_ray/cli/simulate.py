@@ -75,6 +75,8 @@ def simulate(arguments: list[str]) -> None:
     sections, worker = parse_sections(kind, program or "[WORKER]", rest, SIMULATE)
     if kind is not None and worker is None:
         worker = make_without_settings(program, kind)
+    if (worker is None or sections[Output].time_only) and sections[MergeConfig].policy == "auto":  # nothing is trained
+        sections[MergeConfig] = dataclasses.replace(sections[MergeConfig], policy="average")
     started = time.perf_counter()
     run = _run(worker, sections)
     took = time.perf_counter() - started

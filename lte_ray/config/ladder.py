@@ -39,7 +39,7 @@ class LadderConfig:
     ordinary_optimizer: Literal["auto", "adamw", "muon"] = setting(
         "auto",
         "Optimizer of ordinary training, if the worker builds none: adamw, muon, or auto (--optimizer's counterpart for "
-        "weights: adamw for lora-plus, muon for lora-muon).",
+        "weights: adamw for lora-plus, muon for lora-muon; adamw if --optimizer is auto, too).",
     )
     figure: str = setting(
         "",

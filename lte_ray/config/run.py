@@ -47,7 +47,7 @@ class TrainConfig:
     optimizer: Literal["auto", "adamw", "lora-plus", "lora-muon", "muon"] = setting(
         "auto",
         "Optimizer of a worker without build_optimizer(): adamw, lora-plus (AdamW with a rate 4 times as high for B), "
-        "lora-muon, muon (for weights that train in full), or auto (adamw).",
+        "lora-muon, muon (for weights that train in full), or auto (lora-muon; with --full-rank muon, with --baseline adamw).",
     )
     lr: float | None = setting(
         None,
@@ -55,13 +55,13 @@ class TrainConfig:
     )
     replica_lr: float | None = setting(
         None,
-        "Learning rate of the replicas instead of --lr, for a worker without build_optimizer(); by default 0.001, or --lr for "
-        "adamw.",
+        "Learning rate of the replicas instead of --lr, for a worker without build_optimizer(); by default 0.01 for "
+        "lora-muon and muon, 0.001 for lora-plus, and --lr for adamw.",
     )
     schedule: Literal["auto", "constant", "cosine", "linear"] = setting(
         "auto",
         "Learning-rate schedule of a worker without build_schedule(), after a warm-up: constant, cosine or linear (both to a "
-        "tenth), or auto (none).",
+        "tenth), or auto (cosine; none if the worker has a build_optimizer()).",
     )
     warmup: int | None = setting(
         None, "Local steps in which --schedule raises the learning rate; by default 50, and at most a quarter of all."
@@ -93,11 +93,6 @@ class TrainConfig:
         check_at_least(self, 0, *(name for name in ("lr", "replica_lr", "warmup") if getattr(self, name) is not None))
         if self.warmup is not None:
             check_integers(self, "warmup")
-            if self.schedule == "auto":
-                raise ConfigError(
-                    f"--warmup is {self.warmup}, but there is no schedule to begin with it. Give --schedule, too: "
-                    f"{', '.join(SCHEDULES[1:])}."
-                )
         check_choice(self, "budget", ("auto", "each", "shared"))
         to_name_tuples(self, "checkpoint_activations")
         check_booleans(self, "baseline", "compile")

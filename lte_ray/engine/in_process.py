@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lte_ray.config import MergeConfig
 from lte_ray.engine.coordinator.coordinator import Coordinator, EventResult
+from lte_ray.engine.default_policy import choose_policy
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.virtual import HeadGroup
 from lte_ray.engine.prepare import Initial, load_base, prepare
@@ -89,6 +90,7 @@ def run_in_process(
     """
     settings = settings.resolved()
     initial = prepare(worker, settings, dtype)
+    settings = replace(settings, merge=choose_policy(settings, initial))
     now = 0.0
     coordinator = Coordinator(
         settings, initial.plan, initial.base.clone(), make_policy(settings.merge), plans=initial.plans, clock=lambda: now

@@ -24,11 +24,16 @@ from lte_ray.worker import Worker, build_model, check_worker, endless_batches
 
 @dataclass(frozen=True)
 class Initial:
-    """The unconverted model as built, the plan of what each head trains, and version 0 of the base (flat, CPU)."""
+    """The unconverted model as built, the plan of what each head trains, and version 0 of the base (flat, CPU).
+
+    Attributes:
+        optimizer: as each head builds its own; its factors are none that train.
+    """
 
     model: nn.Module
     plans: tuple[Plan, ...]
     base: Tensor
+    optimizer: torch.optim.Optimizer
 
     @property
     def plan(self) -> Plan:
@@ -69,9 +74,12 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
             f"{name}'s model keeps {', '.join(not_tensors)} in its state dict, which isn't a tensor and can't be exported."
         )
     zeros = {e.name: torch.zeros(e.shape) for e in plans[0].contribution.entries[: 2 * len(plans[0].adapted)]}
-    chosen = settings.train.optimizer != "auto"
-    if chosen or {1.0} != {a.lr for a in plans[0].adapted} | {r.lr for r in plans[0].replicas}:
-        build_optimizer(worker, plans[0], {**tensors, **zeros}, settings.train)  # does it keep the groups?
+    try:
+        optimizer, _ = build_optimizer(worker, plans[0], {**named_tensors(model), **zeros}, settings.train)
+    except UserError:
+        raise
+    except Exception as error:
+        raise WorkerError(f"{name}'s optimizer or schedule can't be built:\n\n{traceback.format_exc()}") from error
     check_lr_scale(worker, plans[0], {**tensors, **zeros}, settings.train)
     for head in {0, settings.lte.num_heads - 1}:
         try:
@@ -80,7 +88,7 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
             raise
         except Exception as error:
             raise WorkerError(f"{name}.train_batches() raised, for head {head}:\n\n{traceback.format_exc()}") from error
-    return Initial(model, plans, gather(plans[0].base, tensors, dtype))
+    return Initial(model, plans, gather(plans[0].base, tensors, dtype), optimizer)
 
 
 def extend_plans(initial: Initial, heads: int) -> Initial:

@@ -59,6 +59,8 @@ def ordinary_training(train: TrainConfig, optimizer: Any = "auto") -> TrainConfi
         optimizer: as `LadderConfig.ordinary_optimizer`. One of another kind than the heads' has its default rates.
     """
     counterpart = COUNTERPARTS.get(train.optimizer, train.optimizer)
+    if optimizer == counterpart == "auto":  # AdamW, whose rates aren't those of LoRA-Muon
+        return replace(train, baseline=True, lr=None, replica_lr=None)
     if optimizer in ("auto", counterpart):
         return replace(train, baseline=True, optimizer=counterpart)
     return replace(train, baseline=True, optimizer=optimizer, lr=None, replica_lr=None)

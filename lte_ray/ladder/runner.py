@@ -96,7 +96,7 @@ def _train_heads(worker: Worker, arm: Arm, dtype: torch.dtype, listener: Listene
         on_merge=watch,
     )
     points = watch.finish()
-    sent = bytes_sent(run.coordinator.plans, settings.merge, run.merges)
+    sent = bytes_sent(run.coordinator.plans, run.coordinator.settings.merge, run.merges)
     return points, sent, _ddp_bytes(run.plan, arm)
 
 

@@ -188,6 +188,8 @@ def find_policy(policy: Any) -> Any:
     if not isinstance(policy, str):
         return policy
     policy = stable_name(policy)
+    if policy == "auto":  # until it is known what the heads train with (`engine.default_policy`)
+        return Average
     if policy in POLICIES:
         return POLICIES[policy]
     if is_object_path(policy):

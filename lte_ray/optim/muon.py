@@ -47,7 +47,7 @@ class Muon(torch.optim.Optimizer):
         *,
         momentum: float = 0.95,
         nesterov: bool = True,
-        replica_lr: float = 1e-3,
+        replica_lr: float = 1e-2,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.0,

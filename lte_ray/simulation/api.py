@@ -11,6 +11,7 @@ from torch import Tensor
 from lte_ray.config.cluster_model import ClusterModel
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.coordinator.step_budget import is_shared
+from lte_ray.engine.default_policy import choose_policy
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.snapshot import rejoin
 from lte_ray.engine.in_process import LoopbackTransport, evaluate_base
@@ -70,6 +71,7 @@ def simulate_training(
     """
     settings = settings.resolved()
     initial = prepare(worker, settings, dtype)
+    settings = replace(settings, merge=choose_policy(settings, initial))
     clock = Clock()
     coordinator = Coordinator(
         settings,

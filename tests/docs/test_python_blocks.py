@@ -76,9 +76,9 @@ def test_a_worker_can_train_with_lora_muon() -> None:
     groups = [{"params": pair, "name": "lora", "scalings": [2.0]}, {"params": [nn.Parameter(torch.ones(2))], "name": "replica"}]
     names = run("docs/workers.md", 2)
     optimizer = names["build_optimizer"](None, groups)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 4e-3]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.01]
     names["build_schedule"](None, optimizer, 700)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.05 / 50, 4e-3 / 50]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05 / 50, 0.01 / 50]
 
 
 def test_rules_for_layers_can_be_given_in_python() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -40,27 +40,52 @@ def check_optimizer_settings(worker: Worker, train: TrainConfig) -> None:
                 f"{flags} would have no effect, because {type(worker).__name__} has a {method}() of its own. Leave it out and "
                 f"set what the worker offers (its flags are in --help), or remove {method}() from the worker."
             )
+    if train.warmup is not None and not has_schedule(worker, train):
+        raise ConfigError(
+            f"--warmup is {train.warmup}, but {type(worker).__name__} has a build_optimizer() but no build_schedule(), so "
+            "there is no schedule to begin with it. Give --schedule, too: constant, cosine or linear."
+        )
+
+
+def has_schedule(worker: Worker, train: TrainConfig) -> bool:
+    """Returns whether `make_schedule` makes the schedule: it is named, or "auto" and the optimizer isn't the worker's own."""
+    if getattr(worker, "build_schedule", None):
+        return False
+    return train.schedule != "auto" or not getattr(worker, "build_optimizer", None)
 
 
 def make_optimizer(train: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Returns the optimizer that the settings name, by default AdamW with rate 1e-3 and no weight decay.
+    """Returns the optimizer that the settings name.
+
+    "auto" means LoRA-Muon for factors, Muon for weights that train in full, and AdamW for ordinary training (``--baseline``).
+    AdamW has rate 1e-3 by default, betas 0.9 and 0.95, and no weight decay.
 
     Raises:
         ConfigError: the optimizer is for parameters that don't train in this run.
     """
     rates = {name: getattr(train, name) for name in ("lr", "replica_lr") if getattr(train, name) is not None}
-    if train.optimizer in ("auto", "adamw"):
+    chosen = resolve_optimizer(train, {group["name"] for group in groups})
+    if chosen == "adamw":
         for group in groups:
             if group["name"] == "replica" and "replica_lr" in rates:
                 group["lr"] = rates["replica_lr"]
-        return torch.optim.AdamW(groups, lr=rates.get("lr", 1e-3), weight_decay=0.0)
-    needed, reason = NEEDED.get(train.optimizer, (None, ""))
+        return torch.optim.AdamW(groups, lr=rates.get("lr", 1e-3), betas=(0.9, 0.95), weight_decay=0.0)
+    needed, reason = NEEDED.get(chosen, (None, ""))
     if needed and needed not in {group["name"] for group in groups}:
-        raise ConfigError(f"--optimizer {train.optimizer} {reason}")
-    return OPTIMIZERS[train.optimizer](groups, **rates)
+        raise ConfigError(f"--optimizer {chosen} {reason}")
+    return OPTIMIZERS[chosen](groups, **rates)
+
+
+def resolve_optimizer(train: TrainConfig, groups: Collection[str]) -> str:
+    """Returns the name of the optimizer, if "auto" by the names of the groups."""
+    if train.optimizer != "auto":
+        return train.optimizer
+    if train.baseline or not {"lora", "weight"} & set(groups):
+        return "adamw"
+    return "lora-muon" if "lora" in groups else "muon"
 
 
 def make_schedule(train: TrainConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    """Returns the schedule that the settings name."""
+    """Returns the schedule that the settings name; "auto" is a cosine."""
     warmup = {} if train.warmup is None else {"warmup": train.warmup}
-    return SCHEDULES[train.schedule](optimizer, train.steps, **warmup)
+    return SCHEDULES["cosine" if train.schedule == "auto" else train.schedule](optimizer, train.steps, **warmup)

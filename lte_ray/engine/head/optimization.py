@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lte_ray.adapters.plan import match_patterns
 from lte_ray.config import TrainConfig
-from lte_ray.engine.head.default_optimizer import make_optimizer, make_schedule
+from lte_ray.engine.head.default_optimizer import has_schedule, make_optimizer, make_schedule
 from lte_ray.errors import ConfigError
 from lte_ray.layout import Plan
 from lte_ray.worker import Worker
@@ -98,7 +98,7 @@ def build_optimizer(
             group["lr"] = group["lr"] * train.lr_scale
     schedule = getattr(worker, "build_schedule", None)
     if schedule is None:
-        return optimizer, None if train.schedule == "auto" else make_schedule(train, optimizer)
+        return optimizer, make_schedule(train, optimizer) if has_schedule(worker, train) else None
     return optimizer, build_schedule(schedule, optimizer, train.steps, several)
 
 

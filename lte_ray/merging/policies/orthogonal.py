@@ -32,8 +32,8 @@ class Orthogonal:
     A merge of k of N heads is k/N of a step: m decays by beta^(k/N), and sigma counts k/N. So N single arrivals move the base
     about as far as one merge of all.
 
-    Needs one tensor as large as the base. A step costs about as much as 22 products of each matrix (out x in, out the smaller)
-    with a square of `out`: use it if the coordinator can afford that.
+    Needs one tensor as large as the base. A step takes about 28 n^3 + 2 m n^2 multiplications for each m x n matrix, n its
+    smaller side: use it if the coordinator can afford that.
 
     Args:
         gain: size of a step, relative to a head's.

@@ -167,7 +167,7 @@ def test_a_file_gives_no_arguments_to_another_policy(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ('policy = "nesterov"\n[policy_args]\nmomentun = 0.5', r"policy nesterov has no argument momentun .* mean momentum\?"),
-        ("[policy_args]\nlr = 0.5", r"settings.toml: the policy average has no argument lr \(--policy.lr\). It has none."),
+        ("[policy_args]\nlr = 0.5", r"settings.toml: the policy auto has no argument lr \(--policy.lr\). It has none."),
         ("policy_args = 3", r"policy_args must be a table \[policy_args\]"),
         ('policy = "nestrov"', "Did you mean nesterov"),
     ],

@@ -224,7 +224,6 @@ def test_bad_settings_for_all_layers_name_their_flag(settings: dict[str, Any], s
         (TrainConfig, {"lr": "1"}, "--lr is '1', but it must be a number"),
         (TrainConfig, {"replica_lr": -1.0}, "--replica-lr is -1.0, but it must be at least 0"),
         (TrainConfig, {"warmup": 0.5, "schedule": "cosine"}, "--warmup is 0.5, but it must be a whole number"),
-        (TrainConfig, {"warmup": 5}, "--warmup is 5, but there is no schedule to begin with it. Give --schedule, too"),
         (PlacementConfig, {"heads_per_actor": 0}, "--heads-per-actor is 0"),
         (PlacementConfig, {"stack_heads": True}, "--stack-heads is True, but it must be one of: auto, always, never"),
         (PlacementConfig, {"cpus_per_head": "1"}, "--cpus-per-head is '1', but it must be a number"),

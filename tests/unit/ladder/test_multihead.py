@@ -32,7 +32,7 @@ class AllBatches(Tiny):
 
 def settings(heads: int = HEADS, accumulate: int = 1, rank: int | tuple[int, ...] = 2, **more: object) -> Settings:
     lte = LTEConfig(num_heads=heads, lora_r=rank, lora_alpha=4.0, **more)  # type: ignore[arg-type]
-    return Settings("test", lte, MergeConfig(merge_iter=1), TrainConfig(steps=6, seed=3, accumulate=accumulate))
+    return Settings("test", lte, MergeConfig(1, "average"), TrainConfig(steps=6, seed=3, accumulate=accumulate))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lora-muon"])

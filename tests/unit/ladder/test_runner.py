@@ -116,7 +116,7 @@ def test_quick_takes_fewer_steps_and_leaves_out_rungs_that_hardly_merge() -> Non
 @pytest.mark.parametrize(
     ("optimizer", "chosen", "expected"),
     [
-        ("auto", "auto", ("auto", 0.1)),
+        ("auto", "auto", ("auto", None)),
         ("lora-muon", "auto", ("muon", 0.1)),
         ("lora-muon", "adamw", ("adamw", None)),
         ("lora-plus", "auto", ("adamw", 0.1)),

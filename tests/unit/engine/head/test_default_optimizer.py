@@ -45,16 +45,18 @@ def rates(settings: Settings, worker: Any = None) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("train", "kind", "expected"),
     [
-        ({}, torch.optim.AdamW, {"lora": 1e-3, "replica": 1e-3}),
+        ({}, LoRAMuon, {"lora": 0.05, "replica": 0.01}),
+        ({"optimizer": "adamw"}, torch.optim.AdamW, {"lora": 1e-3, "replica": 1e-3}),
         ({"optimizer": "adamw", "lr": 0.5}, torch.optim.AdamW, {"lora": 0.5, "replica": 0.5}),
-        ({"replica_lr": 0.5}, torch.optim.AdamW, {"lora": 1e-3, "replica": 0.5}),
+        ({"optimizer": "adamw", "replica_lr": 0.5}, torch.optim.AdamW, {"lora": 1e-3, "replica": 0.5}),
         ({"optimizer": "lora-plus", "lr": 0.5}, torch.optim.AdamW, {"lora_A": 0.5, "lora_B": 2.0, "replica": 1e-3}),
-        ({"optimizer": "lora-muon"}, LoRAMuon, {"lora": 0.05, "replica": 1e-3}),
+        ({"optimizer": "lora-muon"}, LoRAMuon, {"lora": 0.05, "replica": 0.01}),
         ({"optimizer": "lora-muon", "lr": 0.5, "replica_lr": 0.25}, LoRAMuon, {"lora": 0.5, "replica": 0.25}),
     ],
 )
 def test_settings_choose_the_optimizer_and_its_rates(train: dict[str, Any], kind: type, expected: dict[str, float]) -> None:
-    """Without settings it is AdamW, with rate 1e-3 and no weight decay, as it has always been."""
+    """Without settings it is LoRA-Muon. AdamW has rate 1e-3; no optimizer decays weights."""
+    train = {"schedule": "constant", "warmup": 0, **train}
     optimizer = Head(Plain(), make(**train), 0, dtype=torch.float64).optimizer
     assert isinstance(optimizer, kind)
     assert rates(make(**train)) == pytest.approx(expected)
@@ -73,7 +75,22 @@ def test_multipliers_of_layers_hold(optimizer: str) -> None:
 def test_settings_choose_the_schedule(schedule: str) -> None:
     """It begins with a warm-up: after one of two steps at half the rate."""
     head = Head(Plain(), make(schedule=schedule, warmup=2), 0, dtype=torch.float64)
-    assert [group["lr"] for group in head.optimizer.param_groups] == [5e-4, 5e-4]
+    assert [group["lr"] for group in head.optimizer.param_groups] == [0.025, 0.005]
+
+
+def test_the_schedule_is_a_cosine_unless_the_optimizer_is_the_workers_own() -> None:
+    """Whoever builds an optimizer and no schedule has always had a constant rate."""
+    assert Head(Plain(), make(), 0, dtype=torch.float64).schedule is not None
+    assert Head(Tiny(), make(), 0, dtype=torch.float64).schedule is None
+
+
+@pytest.mark.parametrize(
+    ("lte", "train", "kind"),
+    [({}, {}, LoRAMuon), ({"full_rank": True}, {}, Muon), ({"full_rank": True}, {"baseline": True}, torch.optim.AdamW)],
+)
+def test_the_default_suits_what_trains(lte: dict[str, Any], train: dict[str, Any], kind: type) -> None:
+    """LoRA-Muon for factors, Muon for whole weights, AdamW for ordinary training."""
+    assert type(Head(Plain(), make(lte, **train), 0, dtype=torch.float64).optimizer) is kind
 
 
 @pytest.mark.parametrize("optimizer", ["lora-plus", "lora-muon"])
@@ -86,9 +103,11 @@ def test_a_run_trains_with_it(optimizer: str) -> None:
 
 def test_muon_trains_weights_in_full() -> None:
     """Where no factors train."""
-    head = Head(Plain(), make({"full_rank": True}, optimizer="muon", lr=0.5), 0, dtype=torch.float64)
+    head = Head(
+        Plain(), make({"full_rank": True}, optimizer="muon", lr=0.5, schedule="constant", warmup=0), 0, dtype=torch.float64
+    )
     assert type(head.optimizer) is Muon
-    assert {group["name"]: group["lr"] for group in head.optimizer.param_groups} == {"weight": 0.5, "replica": 1e-3}
+    assert {group["name"]: group["lr"] for group in head.optimizer.param_groups} == {"weight": 0.5, "replica": 0.01}
 
 
 @pytest.mark.parametrize(
@@ -104,6 +123,11 @@ def test_muon_trains_weights_in_full() -> None:
             Scheduled(),
             make(schedule="cosine", warmup=3),
             "--schedule cosine and --warmup 3 would .* because Scheduled has a build_sch",
+        ),
+        (
+            Tiny(),
+            make(warmup=3),
+            "--warmup is 3, but Tiny has .* but no build_schedule.., so there is no schedule",
         ),
         (Plain(), make(optimizer="muon"), "--optimizer muon is for weights that train in full, .* Use lora-muon"),
         (Plain(), make({"full_rank": True}, optimizer="lora-plus"), "in full rank there are no factors"),

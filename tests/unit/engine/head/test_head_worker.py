@@ -20,6 +20,7 @@ from lte_ray.engine.in_process import run_in_process
 from lte_ray.engine.prepare import load_base, prepare
 from lte_ray.errors import WorkerError, WorkerFailed
 from lte_ray.messages import Contribution, ContributionResult
+from lte_ray.optim import LoRAMuon
 from lte_ray.worker import build_model
 from tests.support.tiny_worker import BATCH, Tiny, make_settings
 
@@ -202,12 +203,12 @@ def test_an_error_in_any_method_of_the_worker_names_the_head(
     assert text in raised.value.traceback
 
 
-def test_without_an_optimizer_of_its_own_a_worker_gets_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default is AdamW with the two groups "lora" and "replica", which hold what trains and nothing else."""
+def test_without_an_optimizer_of_its_own_a_worker_gets_lora_muon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default is LoRA-Muon with the two groups "lora" and "replica", which hold what trains and nothing else."""
     monkeypatch.delattr(Tiny, "build_optimizer")
     head = make_head(Tiny())
     groups = head.optimizer.param_groups
-    assert isinstance(head.optimizer, torch.optim.AdamW)
+    assert isinstance(head.optimizer, LoRAMuon)
     assert [(g["name"], len(g["params"])) for g in groups] == [("lora", 6), ("replica", 7)]
     trained = {id(p) for p in head.model.parameters() if p.requires_grad}
     assert {id(p) for g in groups for p in g["params"]} == trained

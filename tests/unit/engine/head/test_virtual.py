@@ -74,7 +74,7 @@ class Pictures:
 
 def pictures(**train: object) -> Settings:
     lte = LTEConfig(num_heads=4, lora_r=2, lora_alpha=4.0, lora_bias="lora", adapt=("linear", "attention", "conv", "norm"))
-    return dataclasses.replace(make_settings(), lte=lte, train=TrainConfig(steps=9, seed=1, **train))  # type: ignore[arg-type]
+    return dataclasses.replace(make_settings(), lte=lte, train=TrainConfig(steps=9, seed=1, optimizer="adamw", **train))  # type: ignore[arg-type]
 
 
 def assert_same_run(together: InProcessRun, apart: InProcessRun, tolerance: float) -> None:
