@@ -13,6 +13,7 @@ from lte_ray.errors import ConfigError
 from lte_ray.optim.adamw import adamw_step
 from lte_ray.optim.groups import check_groups, check_range
 from lte_ray.optim.orthogonalization import orthogonalize
+from lte_ray.optim.precision import exact_products
 
 
 class Muon(torch.optim.Optimizer):
@@ -90,8 +91,9 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            if self.orthogonalizes(group):
-                self.step_orthogonalized(group)
+            if self.orthogonalizes(group) and group["params"]:
+                with exact_products(group["params"][0].device.type):
+                    self.step_orthogonalized(group)
             else:
                 adamw_step(self.state, group)
         return loss

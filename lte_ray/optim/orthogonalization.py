@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lte_ray.optim.precision import exact_products
+
 COEFFICIENTS = (
     (8.23731, -23.1577, 16.6806),
     (4.08191, -2.89291, 0.525304),
@@ -33,7 +35,8 @@ def orthogonalize(x: Tensor) -> Tensor:
     if x.shape[-2] < x.shape[-1]:
         return orthogonalize(x.mT).mT
     x = scale_to_one(x)
-    return x @ inverse_square_root(x.mT @ x)
+    with exact_products(x.device.type):
+        return x @ inverse_square_root(x.mT @ x)
 
 
 def scale_to_one(x: Tensor) -> Tensor:
@@ -45,7 +48,8 @@ def inverse_square_root(gram: Tensor) -> Tensor:
     """Returns (K + d I)^(-1/2) of Gram matrices K = X^T X (... x n x n), so that X times it is the matrix sign of X.
 
     d is `NOISE` times the Frobenius norm of K. Each iteration would replace X by X P, P = a I + b K + c K^2. Since P and K
-    commute, it is enough to keep K, which becomes P K P, and the product of the P, which are all n x n.
+    commute, it is enough to keep K, which becomes P K P, and the product of the P, which are all n x n. To be called within
+    `exact_products`.
     """
     norm: Tensor = torch.linalg.matrix_norm(gram, keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
     k = gram / norm
