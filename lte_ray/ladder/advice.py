@@ -14,6 +14,10 @@ BEHIND = 0.02
 """How much worse than another rung counts as behind it, relative to that."""
 
 
+OUTER_POLICIES = ("orthogonal", "nesterov", "momentum", "delayed_nesterov", "adam")
+"""Merge policies whose steps have a size and momentum of their own."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """What advice needs to know about the comparison.
@@ -25,7 +29,7 @@ class Facts:
         needed_rank: of each head, so that the ranks of all heads add up to the largest dimension of every adapted weight (or
             each head's rank is the highest possible); 0 if they do.
         alpha: lora_alpha.
-        policy: the merge policy's name.
+        policy: the merge policy's name; what "auto" stands for.
         optimizers: name of the optimizer's class, by rung.
         builds_optimizer: whether the worker builds it.
     """
@@ -38,6 +42,11 @@ class Facts:
     policy: str
     optimizers: Mapping[str, str]
     builds_optimizer: bool
+
+    @property
+    def orthogonalizes(self) -> bool:
+        """Whether heads train with LoRA-Muon."""
+        return "LoRAMuon" in self.optimizers.values()
 
 
 def advise(summaries: Sequence[Summary], facts: Facts) -> list[str]:
@@ -83,9 +92,11 @@ def _compare_mhlora(mhlora: Summary, ordinary: Summary, facts: Facts) -> Iterato
     if facts.needed_rank:
         yield (
             f"{start}the factors are too small. The ranks of {facts.num_heads} heads add up to {facts.total_rank}, below the "
-            f"largest dimension of an adapted weight, {facts.largest_dimension}. Raise --lora-r towards {facts.needed_rank}, "
-            "and --lora-alpha with it."
+            f"largest dimension of an adapted weight, {facts.largest_dimension}. Raise --lora-r towards {facts.needed_rank}"
+            f"{'' if facts.orthogonalizes else ', and --lora-alpha with it'}."
         )
+    elif facts.orthogonalizes:
+        yield f"{start}LoRA-Muon's rates don't suit it. Try other ratios of --lr to --replica-lr, or of the worker's own rates."
     else:
         yield (
             f"{start}the factors learn too slowly or too fast. Try --lora-alpha {2 * facts.alpha:g} and {facts.alpha / 2:g}; "
@@ -113,16 +124,16 @@ def _compare_intervals(more: Summary, less: Summary) -> Iterator[str]:
 
 
 def _improve_averaging(facts: Facts) -> Iterator[str]:
-    momentum = "--policy nesterov --policy.lr 0.7 --policy.momentum 0.5"
-    has_momentum = facts.policy in ("nesterov", "momentum", "delayed_nesterov")
-    if "LoRAMuon" not in facts.optimizers.values():
+    if not facts.orthogonalizes:
         how = "use lte_ray.optim.LoRAMuon in build_optimizer()" if facts.builds_optimizer else "--optimizer lora-muon"
-        too = "" if has_momentum else f" With it, momentum of merges can help, too: {momentum}."
-        yield f"Averages of LoRA-Muon's steps lose less than those of {' and '.join(_of_heads(facts))}'s: {how}.{too}"
-    elif has_momentum:
-        yield "Tune the momentum of merges (--policy.lr, --policy.momentum), which can make up for a part of that."
+        yield (
+            f"Averages of LoRA-Muon's steps lose less than those of {' and '.join(_of_heads(facts))}'s: {how}, and leave "
+            "--policy out, which then is one that suits it."
+        )
+    elif facts.policy in OUTER_POLICIES:
+        yield f"Tune the outer step (--policy {facts.policy} --help lists its arguments), which can make up for a part of that."
     else:
-        yield f"Momentum of merges can make up for a part of that: {momentum}."
+        yield "An outer step can make up for a part of that: leave --policy out, or give --policy orthogonal or nesterov."
 
 
 def _of_heads(facts: Facts) -> list[str]:

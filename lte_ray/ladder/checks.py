@@ -6,17 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
-from lte_ray.config import TrainConfig
-from lte_ray.engine.head.optimization import build_optimizer
-from lte_ray.engine.prepare import Initial, named_tensors, prepare
+from lte_ray.engine.default_policy import choose_policy
+from lte_ray.engine.prepare import prepare
 from lte_ray.ladder.advice import Facts
 from lte_ray.ladder.arms import Arm
 from lte_ray.ladder.figures import Figure, evaluate
 from lte_ray.ladder.multihead import MultiheadTraining
 from lte_ray.layout import Plan
 from lte_ray.merging.registry import make_policy
+from lte_ray.run.record import object_name
 from lte_ray.worker import Worker
 
 
@@ -41,7 +39,7 @@ def check_arms(worker: Worker, arms: Sequence[Arm], rates: Sequence[float], chos
         WorkerFailed: `evaluate` raised.
     """
     figure: Figure | None = None
-    ranks = (0, 0, 0)
+    ranks, policy = (0, 0, 0), arms[-1].merge.policy
     optimizers: dict[str, str] = {}
     for arm in arms:
         own = arm.make_worker(worker)
@@ -53,15 +51,15 @@ def check_arms(worker: Worker, arms: Sequence[Arm], rates: Sequence[float], chos
         initial = prepare(own, arm.with_rate(scaled, arm.seed).settings.resolved())
         if figure is None:
             figure = Figure.choose(chosen, evaluate(own, initial.model))
-        optimizers[arm.rung] = _optimizer_name(own, initial, arm.train)
+        optimizers[arm.rung] = type(initial.optimizer).__name__
         if initial.plan.adapted:
             ranks = rank_facts(initial.plans)
+            policy = choose_policy(arm.settings, initial).policy
     assert figure is not None, "a comparison has arms"
-    lte, merge = arms[-1].lte, arms[-1].merge
+    lte = arms[-1].lte
     alpha = lte.lora_alpha if isinstance(lte.lora_alpha, int | float) else lte.lora_alpha[0]
-    policy = merge.policy if isinstance(merge.policy, str) else type(merge.policy).__name__
     builds = callable(getattr(worker, "build_optimizer", None))
-    return Checked(figure, Facts(lte.num_heads, *ranks, alpha, policy, optimizers, builds))
+    return Checked(figure, Facts(lte.num_heads, *ranks, alpha, object_name(policy), optimizers, builds))
 
 
 def rank_facts(plans: Sequence[Plan]) -> tuple[int, int, int]:
@@ -78,9 +76,3 @@ def rank_facts(plans: Sequence[Plan]) -> tuple[int, int, int]:
             needed = max(needed, min(math.ceil(largest / len(plans)), smallest))
     total, largest = min(totals, key=lambda pair: pair[0] / pair[1])
     return total, largest, needed
-
-
-def _optimizer_name(worker: Worker, initial: Initial, train: TrainConfig) -> str:
-    plan = initial.plan
-    factors = {e.name: torch.zeros(e.shape) for e in plan.contribution.entries[: 2 * len(plan.adapted)]}
-    return type(build_optimizer(worker, plan, named_tensors(initial.model) | factors, train)[0]).__name__

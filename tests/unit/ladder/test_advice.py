@@ -52,7 +52,13 @@ def test_mhlora_behind_with_small_factors_asks_for_a_higher_rank() -> None:
 
 def test_mhlora_behind_with_large_factors_asks_for_other_alphas() -> None:
     """Twice and half of the current one."""
-    assert "Try --lora-alpha 128 and 32" in advice(*rungs(mhlora=2.2, one=2.2, ten=2.2, fifty=2.2))[1]
+    behind = rungs(mhlora=2.2, one=2.2, ten=2.2, fifty=2.2)
+    assert "Try --lora-alpha 128 and 32" in advice(*behind)[1]
+    with_muon = advice(*behind, facts=replace(FACTS, optimizers={"merge_iter=1": "LoRAMuon"}))[
+        1
+    ]  # which alpha doesn't matter to
+    assert "--lora-alpha" not in with_muon
+    assert "Try other ratios of --lr to --replica-lr" in with_muon
 
 
 @pytest.mark.parametrize(
@@ -64,23 +70,23 @@ def test_mhlora_behind_with_large_factors_asks_for_other_alphas() -> None:
     ],
 )
 def test_the_step_of_the_ladder_that_falls_behind_is_named(values: dict[str, float], expected: str, silent: str) -> None:
-    """Only that step; momentum of merges is proposed once."""
+    """Only that step; an optimizer for factors is proposed once."""
     lines = advice(*rungs(**values))
     text = " ".join(lines)
     assert expected in text
     assert silent not in text
-    assert text.count("--policy nesterov") == 1
+    assert text.count("lora-muon") == 1
 
 
 @pytest.mark.parametrize(
     ("policy", "expected", "silent"),
     [
-        ("average", "can make up for a part of that: --policy nesterov --policy.lr", "Tune"),
-        ("nesterov", "Tune the momentum of merges (--policy.lr, --policy.momentum)", "--policy nesterov"),
+        ("average", "An outer step can make up for a part of that: leave --policy out", "Tune"),
+        ("orthogonal", "Tune the outer step (--policy orthogonal --help lists its arguments)", "leave --policy out"),
     ],
 )
-def test_with_an_optimizer_for_factors_momentum_of_merges_is_next(policy: str, expected: str, silent: str) -> None:
-    """If merges have it, its arguments are to be tuned."""
+def test_with_an_optimizer_for_factors_the_outer_step_is_next(policy: str, expected: str, silent: str) -> None:
+    """If merges have one, its arguments are to be tuned."""
     facts = replace(FACTS, policy=policy, optimizers={"ordinary": "Muon", "merge_iter=1": "LoRAMuon"})
     text = " ".join(advice(*rungs(fifty=2.3), facts=facts))
     assert expected in text
@@ -90,8 +96,8 @@ def test_with_an_optimizer_for_factors_momentum_of_merges_is_next(policy: str, e
 @pytest.mark.parametrize(
     ("optimizer", "builds", "expected"),
     [
-        ("AdamW", False, "Averages of LoRA-Muon's steps lose less than those of AdamW's: --optimizer lora-muon."),
-        ("SGD", True, "than those of SGD's: use lte_ray.optim.LoRAMuon in build_optimizer()."),
+        ("AdamW", False, "Averages of LoRA-Muon's steps lose less than those of AdamW's: --optimizer lora-muon, and leave"),
+        ("SGD", True, "than those of SGD's: use lte_ray.optim.LoRAMuon in build_optimizer(), and leave --policy out"),
         ("LoRAMuon", False, ""),
     ],
 )
@@ -101,7 +107,6 @@ def test_an_optimizer_for_factors_is_proposed_unless_it_is_used(optimizer: str, 
     text = " ".join(advice(*rungs(fifty=2.3), facts=facts))
     assert expected in text
     assert ("LoRA-Muon" in text) == bool(expected)
-    assert "--policy nesterov" in text
     assert "LoRA-Muon" not in " ".join(advice(*rungs(), facts=facts))
 
 

@@ -160,6 +160,9 @@ def test_a_check_finds_the_figure_and_the_facts() -> None:
     checked = check_arms(Tiny(), rungs(), (0.5, 1.0), "")
     assert checked.figure.name == "loss"
     facts = checked.facts
+    assert (facts.policy, facts.builds_optimizer, facts.orthogonalizes) == ("average", True, False)
+    muon = check_arms(Tiny(optimizer="lora-muon"), rungs(), (1.0,), "").facts
+    assert (muon.policy, muon.orthogonalizes) == ("orthogonal", True)
     assert (facts.num_heads, facts.total_rank, facts.largest_dimension, facts.needed_rank) == (3, 6, 8, 3)
     assert checked.facts.optimizers == dict.fromkeys(("ordinary", "mhlora", "merge_iter=1", "merge_iter=2"), "SGD")
     with pytest.raises(ConfigError, match=r"--figure is 'los', .* Did you mean loss"):
