@@ -58,7 +58,7 @@ def advise(summaries: Sequence[Summary], facts: Facts) -> list[str]:
     unsettled = ordinary is not None and (
         ordinary.result.edge or len(ordinary.result.sweep) == 1 or not math.isfinite(ordinary.mean)
     )
-    lines = [*(about_rates if unsettled else ()), *_conclusion(ordinary, lte)]
+    lines = [*(about_rates if unsettled else ()), *_conclusion(ordinary, lte, facts)]
     if ordinary and mhlora:
         lines += _compare_mhlora(mhlora, ordinary, facts)
     about_averaging: list[str] = []
@@ -70,19 +70,21 @@ def advise(summaries: Sequence[Summary], facts: Facts) -> list[str]:
     return [*lines, *(() if unsettled else about_rates), *_about_chance(summaries)]
 
 
-def _conclusion(ordinary: Summary | None, lte: Sequence[Summary]) -> Iterator[str]:
+def _conclusion(ordinary: Summary | None, lte: Sequence[Summary], facts: Facts) -> Iterator[str]:
     if ordinary is None or not lte or not math.isfinite(ordinary.mean):
         return
+    by = facts.optimizers.get(ORDINARY, "")
+    compared = f"ordinary training by {by}" if set(_of_heads(facts)) - {by} else "ordinary training"
     as_good = [s for s in lte if s.behind <= BEHIND]
     if as_good:
         chosen = as_good[-1]
         yield (
-            f"With {chosen.name}, LTE is {_difference(chosen.behind)} ordinary training at equal samples: train with "
+            f"With {chosen.name}, LTE is {_difference(chosen.behind)} {compared} at equal samples: train with "
             f"--merge-iter {chosen.result.arm.merge.merge_iter}{_at_rate(chosen)}."
         )
         return
     best = min(lte, key=lambda s: s.behind)
-    yield f"LTE is behind ordinary training at equal samples: its best rung, {best.name}, is {_difference(best.behind)} it."
+    yield f"LTE is behind {compared} at equal samples: its best rung, {best.name}, is {_difference(best.behind)} it."
 
 
 def _compare_mhlora(mhlora: Summary, ordinary: Summary, facts: Facts) -> Iterator[str]:

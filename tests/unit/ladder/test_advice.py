@@ -33,6 +33,12 @@ def test_where_all_is_as_good_the_rarest_merges_are_recommended() -> None:
     ]
 
 
+def test_another_optimizer_of_ordinary_training_is_named() -> None:
+    """Since LTE's lead may be the optimizer's."""
+    facts = replace(FACTS, optimizers={"ordinary": "AdamW", "merge_iter=50": "LoRAMuon"})
+    assert advice(*rungs(), facts=facts)[0].startswith("With merge_iter=50, LTE is level with ordinary training by AdamW at")
+
+
 def test_a_recommended_rate_is_named() -> None:
     """If the best rate isn't the worker's own."""
     lines = advice(make_rung("ordinary", SEEDS), make_rung("merge_iter=10", SEEDS, best=DOUBLE, sweep={ONE: 3.0, 4.0: 3.0}))
