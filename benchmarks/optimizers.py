@@ -19,7 +19,6 @@ from lte_ray.engine.head.head import Head
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.process_tuning import keep_freed_memory
 from lte_ray.engine.settings import Settings
-from lte_ray.optim import LoRAMuon
 from workers.gpt import GPT
 
 LIMIT = 1.10
@@ -45,24 +44,10 @@ CASES = {
 }
 
 
-@dataclass
-class WithAdamW(GPT):
-    """The GPT worker with a constant rate."""
-
-    build_schedule = None
-
-    def build_optimizer(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(params, lr=1e-3, weight_decay=0.0)
-
-
-@dataclass
-class WithLoRAMuon(WithAdamW):
-    def build_optimizer(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return LoRAMuon(params)
-
-
-def start_head(worker: GPT, rank: int) -> Head:
-    settings = Settings("optimizers", LTEConfig(num_heads=1, lora_r=rank), MergeConfig(), TrainConfig(steps=10**6))
+def start_head(case: Case, optimizer: Any) -> Head:
+    train = TrainConfig(steps=10**6, optimizer=optimizer, schedule="constant", warmup=0)
+    settings = Settings("optimizers", LTEConfig(num_heads=1, lora_r=case.rank), MergeConfig(), train)
+    worker = GPT(**case.size)
     head = Head(worker, settings, 0)
     head.start(0, prepare(worker, settings).base)
     return head
@@ -85,10 +70,7 @@ def optimizer_seconds(head: Head, steps: int) -> float:
 
 def compare(name: str, case: Case) -> dict[str, Any]:
     """Ratios of whole steps, and milliseconds of whole steps and of the optimizers alone."""
-    heads = {
-        "lora_muon": start_head(WithLoRAMuon(**case.size), case.rank),
-        "adamw": start_head(WithAdamW(**case.size), case.rank),
-    }
+    heads = {kind: start_head(case, kind) for kind in ("lora-muon", "adamw")}
     for head in heads.values():
         seconds(head, 1)
     whole: dict[str, list[float]] = {kind: [] for kind in heads}
@@ -96,7 +78,7 @@ def compare(name: str, case: Case) -> dict[str, Any]:
         for kind, head in heads.items():
             whole[kind].append(seconds(head, case.steps))
         progress(
-            run + 1, case.runs, f"{name}: {whole['lora_muon'][-1]:.3f} s with LoRA-Muon, {whole['adamw'][-1]:.3f} s with AdamW"
+            run + 1, case.runs, f"{name}: {whole['lora-muon'][-1]:.3f} s with LoRA-Muon, {whole['adamw'][-1]:.3f} s with AdamW"
         )
     alone = {kind: [optimizer_seconds(head, 3) for _ in range(case.runs)] for kind, head in heads.items()}
     return {

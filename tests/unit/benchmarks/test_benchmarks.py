@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks import async_quality, formats, merge_scale, shapes
+from benchmarks import async_quality, formats, merge_scale, optimizers, shapes
 from benchmarks import bytes as bytes_
 from lte_ray.config import MergeConfig
 from lte_ray.transfer.codec import min_contribution_bytes
@@ -45,6 +45,14 @@ def test_formats_are_compared_in_loss() -> None:
     found = formats.losses(Words(), wires, steps=6)
     assert found["fp32"]["over_fp32"]["median"] == 1.0
     assert 0.9 < found["int8"]["over_fp32"]["median"] < 1.1
+
+
+def test_optimizers_are_compared_on_the_same_head() -> None:
+    """LoRA-Muon and AdamW, of whole steps and alone."""
+    tiny = {"width": 16, "depth": 1, "attention_heads": 1, "context": 8, "batch_size": 2}
+    found = optimizers.compare("tiny", optimizers.Case(tiny, rank=2, runs=1, steps=1))
+    assert found["ratio"]["median"] > 0
+    assert found["step_ms"].keys() == found["optimizer_ms"].keys() == {"lora-muon", "adamw"}
 
 
 def test_shards_and_bare_products_give_the_same_weights() -> None:
