@@ -21,6 +21,8 @@ from lte_ray.merging.policy import Roster as Roster
 from lte_ray.merging.policy import Try as Try
 from lte_ray.merging.policy import Wait as Wait
 from lte_ray.merging.policy import combine as combine
+from lte_ray.messages import OuterStep as OuterStep
+from lte_ray.messages import StepCoefficients as StepCoefficients
 from lte_ray.modes.prepare import prepare_model_for_lte as prepare_model_for_lte
 from lte_ray.modes.replica import MultiheadReplicaLayer as MultiheadReplicaLayer
 from lte_ray.modes.replica import ReplicaLayer as ReplicaLayer

@@ -169,6 +169,40 @@ class JoinReply:
 
 
 @dataclass(frozen=True)
+class StepCoefficients:
+    """A linear step of weights W and of the momentum m, by the weighted change D of a merge: first m, then W with the new m.
+
+    m := keep m + add D,  W := W + change D + momentum m. The defaults are a merge without momentum, and leave m as it is.
+    """
+
+    keep: float = 1.0
+    add: float = 0.0
+    change: float = 1.0
+    momentum: float = 0.0
+
+
+@dataclass(frozen=True)
+class OuterStep:
+    """The step that a merge takes with its change D = sum of weight x change, in place of W := W + D.
+
+    The executors keep the momentum m, as large as the base and 0 at first. Running statistics of BatchNorm layers are always
+    averaged: their part of the base moves by D, and their momentum stays 0.
+
+    Attributes:
+        factors: for the weights that have factors, and for the matrices that train in full (`Replica.weight`).
+        replicas: for all other replica parameters.
+    """
+
+    factors: StepCoefficients
+    replicas: StepCoefficients
+
+    @property
+    def uses_momentum(self) -> bool:
+        """Whether the step adds to the momentum."""
+        return self.factors.add != 0 or self.replicas.add != 0
+
+
+@dataclass(frozen=True)
 class MergeDelta:
     """One merge, as heads redo it from factors.
 
@@ -177,12 +211,14 @@ class MergeDelta:
         weights: by head, in order.
         buffers: each contribution's buffers, one for each group, by head.
         fresh: those of the heads whose factors count from B' = 0, though earlier versions may hold factors of that number.
+        outer_step: what the merge does with the sum of its changes; None: it adds the sum to the base.
     """
 
     version: int
     weights: dict[int, float]
     buffers: dict[int, tuple[Any, ...]] = field(repr=False, compare=False)
     fresh: tuple[int, ...] = ()
+    outer_step: OuterStep | None = None
 
 
 @dataclass(frozen=True)
@@ -195,12 +231,14 @@ class CoordinatorReply:
         base_parts: by group, its part of that version's base; other groups are redone from `deltas`.
         deltas: the merges since the version that the heads' process has.
         references: the factors that `version` holds of each head, where the whole base is sent.
+        momentum: by group, its part of that version's momentum, where the whole base is sent and there is momentum; only of
+            groups that are redone later.
         positions: what `version` holds of every head.
         assignment_state: which head owns which batches, at `version` (`data.assignment`).
         checkpoint_requests: checkpoints to which these heads must write their states, before they rebase.
         join_replies: where heads that join start.
         directives: what each of these heads must do next.
-        checksum: a version, and the checksum of its groups that are sent as factors.
+        checksum: a version, and the checksum of its groups that are sent as factors: of their base and momentum.
     """
 
     result: ContributionResult | None
@@ -208,6 +246,7 @@ class CoordinatorReply:
     base_parts: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
     deltas: tuple[MergeDelta, ...] = ()
     references: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
+    momentum: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
     positions: dict[int, CommittedPosition] = field(default_factory=dict)
     assignment_state: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     checkpoint_requests: tuple[CheckpointRequest, ...] = ()
@@ -247,6 +286,8 @@ class RecoveryReport:
         base: refers to that version's base; None if there is none.
         positions, assignment_state: as in `CoordinatorReply`, at that version.
         heads: of this process, by number.
+        momentum: refers to that version's momentum, flat, 0 where the process can't know it: in groups that are sent as the
+            base. None if it knows none.
     """
 
     version: int
@@ -254,6 +295,7 @@ class RecoveryReport:
     positions: dict[int, CommittedPosition]
     assignment_state: dict[str, Any] = field(repr=False, compare=False)
     heads: dict[int, HeadReport]
+    momentum: Any = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -272,6 +314,7 @@ class MergeRecord:
         merge_seconds: that the products took.
         base_error: the largest of the contributions'.
         weights: of the contributions, by head; empty where the policy made the change itself.
+        outer_step: as in `MergeDelta`.
         lags: how many versions they were behind, by head.
         head_steps: the local steps that they hold, by head.
         stalls: seconds for which merging kept a head from training since its contribution before, by head.
@@ -294,6 +337,7 @@ class MergeRecord:
     merge_seconds: float = 0.0
     base_error: float = 0.0
     weights: dict[int, float] = field(default_factory=dict)
+    outer_step: OuterStep | None = None
     lags: dict[int, int] = field(default_factory=dict)
     head_steps: dict[int, int] = field(default_factory=dict)
     stalls: dict[int, float] = field(default_factory=dict)

@@ -173,7 +173,7 @@ class LTETrainer:
                     run_toml=run_toml,
                 )
                 if resume:
-                    start = load_checkpoint(context, initial, resume.version, settings.lte.num_heads)
+                    start = load_checkpoint(context, initial, resume.version, settings.lte.num_heads, policy)
                 else:
                     start = CoordinatorState(0, context.transport.publish(initial.base))
                 controller = TrainController(

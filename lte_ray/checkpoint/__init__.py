@@ -7,6 +7,7 @@ Format 2 (since 0.2)::
 
     manifest.json               lists the files with sizes and checksums; its own checksum; facts (step, standings, ledger, ...)
     base.safetensors            main weights and replicas, under the model's own names
+    momentum.safetensors        the momentum of outer steps, as the base; only if there is any
     references.safetensors      by head, the factors that the base contains ("head-0003", flat)
     head-0003.safetensors       what that head needs to resume exactly; a head without a file resumes from its reference
     policy.safetensors          what the merge policy keeps
@@ -22,6 +23,7 @@ from __future__ import annotations
 from lte_ray.checkpoint.files import (
     BASE,
     EVALUATION,
+    MOMENTUM,
     POLICY,
     REFERENCES,
     check_factors,
@@ -29,11 +31,13 @@ from lte_ray.checkpoint.files import (
     read_base,
     read_evaluation,
     read_head,
+    read_momentum,
     read_policy,
     read_references,
     write_base,
     write_evaluation,
     write_head,
+    write_momentum,
     write_policy,
     write_references,
 )
@@ -69,6 +73,7 @@ __all__ = [
     "FORMAT",
     "FORMATS",
     "MANIFEST",
+    "MOMENTUM",
     "POLICY",
     "REFERENCES",
     "Damaged",
@@ -86,6 +91,7 @@ __all__ = [
     "read_evaluation",
     "read_head",
     "read_manifest",
+    "read_momentum",
     "read_newest_intact",
     "read_policy",
     "read_references",
@@ -97,6 +103,7 @@ __all__ = [
     "write_base",
     "write_evaluation",
     "write_head",
+    "write_momentum",
     "write_policy",
     "write_references",
 ]

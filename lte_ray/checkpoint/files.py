@@ -28,6 +28,7 @@ from lte_ray.storage import RunDirectory
 BASE = "base.safetensors"
 POLICY = "policy.safetensors"
 REFERENCES = "references.safetensors"
+MOMENTUM = "momentum.safetensors"
 EVALUATION = "evaluation.json"
 
 MAX_EVALUATION_BYTES = 2**20
@@ -115,7 +116,31 @@ def read_base(directory: RunDirectory, manifest: Manifest, plan: Plan) -> Tensor
         StorageError: the file is damaged, or belongs to another model.
     """
     tensors, _ = read_tensors(directory, manifest, BASE)
-    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    return _flatten(directory, manifest, BASE, plan, tensors)
+
+
+def write_momentum(directory: RunDirectory, version: int, plan: Plan, policy: str, momentum: Tensor) -> FileEntry:
+    """Writes the momentum of the outer steps that the merge policy of this name gave, in the base's layout, as `write_base`."""
+    return write_tensors(directory, version, MOMENTUM, views(plan.base, momentum), {"policy": policy})
+
+
+def read_momentum(directory: RunDirectory, manifest: Manifest, plan: Plan, policy: str) -> Tensor | None:
+    """Reads what `write_momentum` wrote. None if there is nothing, or if it belongs to another policy.
+
+    Raises:
+        StorageError: the file is damaged, or belongs to another model.
+    """
+    if manifest.entry(MOMENTUM) is None:
+        return None
+    tensors, metadata = read_tensors(directory, manifest, MOMENTUM)
+    if stable_name(metadata.get("policy", "")) != stable_name(policy):
+        return None
+    return _flatten(directory, manifest, MOMENTUM, plan, tensors)
+
+
+def _flatten(directory: RunDirectory, manifest: Manifest, name: str, plan: Plan, tensors: dict[str, Tensor]) -> Tensor:
+    """Returns the tensors of a file flat in the base layout; StorageError if they aren't those of the plan's base."""
+    shapes = {key: tuple(t.shape) for key, t in tensors.items()}
     expected = {e.name: e.shape for e in plan.base.entries}
     if shapes != expected:
         differing = repr(sorted(set(shapes.items()) ^ set(expected.items()))[:4])[:400]
@@ -125,7 +150,7 @@ def read_base(directory: RunDirectory, manifest: Manifest, plan: Plan) -> Tensor
         )
     types = {t.dtype for t in tensors.values()}
     if len(types) != 1 or not all(kind.is_floating_point for kind in types):
-        raise damage_error(directory, manifest, BASE, f"its weights are of {', '.join(sorted(map(str, types)))}")
+        raise damage_error(directory, manifest, name, f"its weights are of {', '.join(sorted(map(str, types)))}")
     return gather(plan.base, tensors, next(iter(types)))
 
 

@@ -19,8 +19,8 @@ class MergeConfig:
     policy: Any = setting(
         "auto",
         "How to merge: auto (orthogonal or nesterov if the heads' optimizer orthogonalizes, otherwise average), average, "
-        "samples, stale, momentum, nesterov, delayed_nesterov, adam, orthogonal, median, trimmed_mean, clip, krum, ties, dare, "
-        "gated, or your own as module:Class or path/to/file.py:Class. --policy NAME --help lists its "
+        "samples, stale, momentum, nesterov, delayed_nesterov, schedule_free, adam, orthogonal, median, trimmed_mean, clip, "
+        "krum, ties, dare, gated, or your own as module:Class or path/to/file.py:Class. --policy NAME --help lists its "
         "arguments.",
     )
     policy_args: Mapping[str, Any] | None = setting(None, "The policy's own arguments; as flags: --policy.NAME VALUE.")

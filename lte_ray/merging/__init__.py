@@ -1,6 +1,7 @@
 """Merging: the arithmetic of low-rank products, and the policies that decide which contributions are merged, and how.
 
     low_rank      sums, norms and scalar products of low-rank changes
+    outer_step    merges with momentum or another gain than 1
     flat_buffer   named tensors in one flat buffer
     policy        the plug-in point: what a policy sees and what it may decide
     policy_args   a policy's own arguments, checked by their annotations
@@ -13,6 +14,7 @@ Nothing here depends on the coordinator, which executes the decisions.
 from lte_ray.merging.policies.orthogonal import Orthogonal
 from lte_ray.merging.policies.outer_optimizers import Adam, DelayedNesterov, Momentum, Nesterov
 from lte_ray.merging.policies.robust import Clip, Krum, Median, TrimmedMean
+from lte_ray.merging.policies.schedule_free import ScheduleFree
 from lte_ray.merging.policies.sparse import Dare, Ties
 from lte_ray.merging.policies.trigger import Arrival, Barrier, ComposedPolicy, MergeRule, MergeTrigger, Quorum
 from lte_ray.merging.policies.weighted import Average, Samples, Stale
@@ -50,6 +52,7 @@ __all__ = [
     "Quorum",
     "Roster",
     "Samples",
+    "ScheduleFree",
     "Scheduled",
     "Stale",
     "Ties",

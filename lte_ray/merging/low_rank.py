@@ -6,7 +6,7 @@ scalar products of changes come from their factors, without the dense change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,17 +79,27 @@ def add_contributions(base: Tensor, shares: Sequence[Share]) -> None:
     if not shares:
         return
     weights = views(shares[0].plan.base, base)
+    for adapted, terms in zip(shares[0].plan.adapted, weighted_products(shares), strict=True):
+        add_products(as_matrix(adapted, weights[adapted.name]), terms)
+    add_replica_changes(base_replicas(shares[0].plan, base), shares)
+
+
+def weighted_products(shares: Sequence[Share]) -> Iterator[list[tuple[float, Tensor, Tensor]]]:
+    """Yields, for each adapted weight in the plan's order, the terms (c, B, A) of sum_n w_n s_n (B_n A_n - B'_n A'_n)."""
     parts = [views(share.plan.contribution, share.contribution) for share in shares]
     references = [None if s.reference is None else factor_views(s.plan, s.reference) for s in shares]
-    for index, adapted in enumerate(shares[0].plan.adapted):
+    for index in range(len(shares[0].plan.adapted)):
         terms = []
         for share, new, old in zip(shares, parts, references, strict=True):
             spec = share.plan.adapted[index]
             terms.append((share.weight * spec.scaling, new[spec.b_name], new[spec.a_name]))
             if old is not None:
                 terms.append((-share.weight * spec.scaling, old[spec.b_name], old[spec.a_name]))
-        add_products(as_matrix(adapted, weights[adapted.name]), terms)
-    replicas = base_replicas(shares[0].plan, base)
+        yield terms
+
+
+def add_replica_changes(replicas: Tensor, shares: Sequence[Share]) -> None:
+    """p += sum_n w_n (p_n - p'_n), in place on the flat replicas of a base (`base_replicas`)."""
     for share in shares:
         replicas.add_(replica_part(share.plan, share.contribution), alpha=share.weight)
 

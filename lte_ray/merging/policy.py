@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lte_ray.layout import Layout
 from lte_ray.merging.low_rank import Share, add_contributions, dense_change, dense_part, squared_norm
+from lte_ray.messages import OuterStep
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Roster:
         version: the version of the base.
         now: seconds on the coordinator's clock.
         layout: the layout of the base, and so of a `MergeChange`.
+        progress: the share of the run's local steps that contributions have brought, pending ones included: 0 to 1.
     """
 
     num_heads: int
@@ -82,6 +84,7 @@ class Roster:
     version: int
     now: float
     layout: Layout = field(repr=False)
+    progress: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,14 @@ class Wait:
 
 @dataclass(frozen=True)
 class Merge:
-    """Merge these heads' contributions: base += sum of weight x change. Other heads' contributions stay pending."""
+    """Merge these heads' contributions: base += sum of weight x change. Other heads' contributions stay pending.
+
+    With a `step`, the sum D isn't added to the base as it is: the base takes that step, in which the momentum of earlier
+    merges may have a part. See `OuterStep`.
+    """
 
     weights: Mapping[int, float]
+    step: OuterStep | None = None
 
 
 @dataclass(frozen=True)

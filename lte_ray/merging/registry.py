@@ -8,13 +8,16 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from lte_ray.config import MergeConfig, suggest
 from lte_ray.errors import ConfigError
 from lte_ray.import_object import is_object_path, load_object
 from lte_ray.merging.policies.gated import LossGate
 from lte_ray.merging.policies.orthogonal import Orthogonal
-from lte_ray.merging.policies.outer_optimizers import Adam, DelayedNesterov, Momentum, Nesterov
+from lte_ray.merging.policies.outer_optimizers import Adam, DelayedNesterov, Momentum, MomentumPolicy, Nesterov
 from lte_ray.merging.policies.robust import Clip, Krum, Median, TrimmedMean
+from lte_ray.merging.policies.schedule_free import ScheduleFree
 from lte_ray.merging.policies.sparse import Dare, Ties
 from lte_ray.merging.policies.trigger import ComposedPolicy, make_trigger
 from lte_ray.merging.policies.weighted import Average, Samples, Stale
@@ -78,6 +81,7 @@ POLICIES: dict[str, type] = {
     "momentum": Momentum,
     "nesterov": Nesterov,
     "delayed_nesterov": DelayedNesterov,
+    "schedule_free": ScheduleFree,
     "adam": Adam,
     "orthogonal": Orthogonal,
     "median": Median,
@@ -96,10 +100,10 @@ RENAMED = {"Scheduled": "ComposedPolicy"}
 RECORDED = {"ComposedPolicy", *(kind.__name__ for kind in POLICIES.values())}
 """Classes of the package that a run may record as its policy."""
 
-WEIGHT_POLICIES = ("average", "samples", "stale")
+WEIGHT_POLICIES = ("average", "samples", "stale", "momentum", "nesterov", "delayed_nesterov", "schedule_free")
 """Policies that don't look at tensors, and so can decide about tensors that are in shards."""
 
-DENSE_POLICIES = (Momentum, Nesterov, DelayedNesterov, Adam, Orthogonal, Median, TrimmedMean, Ties, Dare)
+DENSE_POLICIES = (Adam, Orthogonal, Median, TrimmedMean, Ties, Dare)
 """Policies that compute a change of their own, which heads can't redo from factors."""
 
 
@@ -107,6 +111,17 @@ def may_merge_by_weights(policy: MergePolicy) -> bool:
     """Returns whether the policy may merge by weights; only of built-in policies is it known that they never do."""
     rule: Any = policy.rule if isinstance(policy, ComposedPolicy) else policy
     return not isinstance(rule.inner if isinstance(rule, LossGate) else rule, DENSE_POLICIES)
+
+
+def saved_momentum(policy: MergePolicy, tensors: Mapping[str, Tensor], num_heads: int) -> Tensor | None:
+    """Returns the momentum of the outer steps that is part of a policy's saved state; None if there is none.
+
+    Before merges had steps, the policies with momentum kept it themselves.
+    """
+    rule: Any = policy.rule if isinstance(policy, ComposedPolicy) else policy
+    if isinstance(rule, LossGate):
+        rule, tensors = rule.inner, {name.removeprefix("inner."): tensor for name, tensor in tensors.items()}
+    return rule.saved_momentum(tensors, num_heads) if isinstance(rule, MomentumPolicy) else None
 
 
 def make_policy(merge: MergeConfig) -> MergePolicy:

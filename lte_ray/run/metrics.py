@@ -125,6 +125,7 @@ class MetricsLog:
             lag=_by_head(record.lags),
             head_steps=_by_head(record.head_steps),
             weight=_by_head(record.weights),
+            **({} if record.outer_step is None else {"outer_step": dataclasses.asdict(record.outer_step)}),
             stall_seconds=_by_head(record.stalls),
             bytes_instead=record.alternative_bytes,
             held={str(head): dataclasses.asdict(held) for head, held in record.positions.items()},

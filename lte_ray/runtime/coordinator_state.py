@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from torch import Tensor
+
 from lte_ray import checkpoint
 from lte_ray.config.validation import is_integer
 from lte_ray.data.assignment import PartitionAssignor
@@ -16,6 +18,8 @@ from lte_ray.data.partition import advance, initial_partitions
 from lte_ray.engine.coordinator.recovery import Recovered
 from lte_ray.engine.prepare import Initial
 from lte_ray.errors import StorageError
+from lte_ray.merging.policy import MergePolicy
+from lte_ray.merging.registry import saved_momentum
 from lte_ray.messages import CommittedPosition
 from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.object_store import Handle
@@ -29,6 +33,7 @@ class CoordinatorState:
         version: of the base.
         base: refers to the base, flat.
         references: by head, refers to the factors that the base contains of it, flat; missing where B' = 0.
+        momentum: refers to the momentum of the outer steps, as the base; None if it is 0.
         positions: by head, what the base contains of it; missing if nothing.
         assignment_state: which head owns which batches (`PartitionAssignor.state`); empty at the start of a run.
         steps_by_head: the local steps that each head has taken.
@@ -44,6 +49,7 @@ class CoordinatorState:
     version: int
     base: Handle
     references: Mapping[int, Handle] = field(default_factory=dict)
+    momentum: Handle | None = None
     positions: Mapping[int, CommittedPosition] = field(default_factory=dict)
     assignment_state: Mapping[str, Any] = field(default_factory=dict)
     steps_by_head: Mapping[int, int] = field(default_factory=dict)
@@ -60,18 +66,22 @@ class CoordinatorState:
         return self.positions.get(head, CommittedPosition())
 
     @classmethod
-    def from_recovered(cls, recovered: Recovered, references: Mapping[int, Handle], **more: Any) -> CoordinatorState:
+    def from_recovered(
+        cls, recovered: Recovered, references: Mapping[int, Handle], momentum: Handle | None, **more: Any
+    ) -> CoordinatorState:
         """Returns the state that the heads know.
 
         Args:
             recovered: what their reports amount to.
             references: those that the heads reported, and others that a checkpoint contains.
+            momentum: the heads' or a checkpoint's.
             more: other fields.
         """
         return cls(
             version=recovered.version,
             base=recovered.base,
             references=references,
+            momentum=momentum,
             positions=recovered.positions,
             assignment_state=recovered.assignment_state,
             steps_by_head={head: position.step for head, position in recovered.positions.items()},
@@ -80,12 +90,20 @@ class CoordinatorState:
         )
 
 
-def load_checkpoint(context: RunContext, initial: Initial, version: int, num_heads: int) -> CoordinatorState:
+def load_checkpoint(
+    context: RunContext, initial: Initial, version: int, num_heads: int, policy: MergePolicy
+) -> CoordinatorState:
     """Returns the state that the checkpoint of `version` contains.
 
     If the number of heads has changed, the data that isn't merged is divided again. Heads that remain continue with their
     merged factors and their optimizers' states. New ones start with B = 0. Contributions of heads that are gone stay in the
     base. All heads count as having taken equally many steps.
+
+    Args:
+        context, initial: the run's context and its model.
+        version: of the checkpoint.
+        num_heads: how many heads the run has now.
+        policy: the run's merge policy, which knows the momentum in states that an earlier release saved.
 
     Raises:
         StorageError: it is damaged.
@@ -112,12 +130,14 @@ def load_checkpoint(context: RunContext, initial: Initial, version: int, num_hea
         raise StorageError(f"{where} can't be continued: {type(error).__name__}: {error}.") from error
     base = checkpoint.read_base(directory, manifest, initial.plan)
     factors = checkpoint.read_references(directory, manifest, initial.plans)
+    momentum = _read_momentum(context, initial, manifest, policy)
     exact_heads = frozenset(head_states) if same_heads else frozenset()
     return CoordinatorState(
         version=version,
         base=publish(base),
         # A head without a merged contribution is new; factors under its number are an earlier head's.
         references={h: publish(f) for h, f in factors.items() if h in positions and positions[h].sequence},
+        momentum=None if momentum is None else publish(momentum),
         positions=positions,
         assignment_state=assignment_state,
         steps_by_head={h: steps[h] if h in exact_heads else position.step for h, position in positions.items()},
@@ -126,6 +146,19 @@ def load_checkpoint(context: RunContext, initial: Initial, version: int, num_hea
         saved_heads=frozenset(head for head in head_states if head in positions),
         outlier_filter=outlier_filter,
     )
+
+
+def _read_momentum(context: RunContext, initial: Initial, manifest: checkpoint.Manifest, policy: MergePolicy) -> Tensor | None:
+    """Returns the momentum of the policy's outer steps in a checkpoint, flat; None if it holds none.
+
+    Earlier releases had it in the policy's own state.
+    """
+    directory, name = context.directory, context.settings.merge.policy
+    momentum = checkpoint.read_momentum(directory, manifest, initial.plan, name)
+    if momentum is not None:
+        return momentum
+    saved = checkpoint.read_policy(directory, manifest, name)
+    return saved_momentum(policy, saved, int(manifest.facts["lte"]["num_heads"])) if saved else None
 
 
 def _positions(

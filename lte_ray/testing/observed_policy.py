@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from lte_ray.layout import Plan
 from lte_ray.merging.policy import Decision, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Try, Wait
+from lte_ray.messages import OuterStep, StepCoefficients
 
 
 class Violation(Exception):
@@ -21,6 +23,7 @@ class ObservedPolicy:
     Args:
         policy: the policy.
         change_of: returns a head's pending change at weight 1, dense and flat.
+        plan: of the base.
         log: receives lines for the trace.
 
     Attributes:
@@ -28,13 +31,14 @@ class ObservedPolicy:
         trial_change: the change of its newest `Try`.
     """
 
-    def __init__(self, policy: MergePolicy, change_of: Callable[[int], Tensor], log: Callable[[str], None]) -> None:
+    def __init__(self, policy: MergePolicy, change_of: Callable[[int], Tensor], plan: Plan, log: Callable[[str], None]) -> None:
         self.policy = policy
         self.name = getattr(policy, "name", None) or type(policy).__name__
         self.expected_changes: list[Tensor] = []
         self.trial_change: Tensor | None = None
         self._returned_changes: list[tuple[int, Tensor, Tensor]] = []  # by version: a returned change, and a copy
-        self._change_of, self._log = change_of, log
+        self._change_of, self._log, self._plan = change_of, log, plan
+        self._momentum = torch.zeros(plan.base.size, dtype=torch.float64)
 
     def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
         before = [
@@ -49,9 +53,18 @@ class ObservedPolicy:
             if not same or (reference is not None and not torch.equal(p.share.reference, reference)):  # type: ignore[arg-type]
                 raise Violation(f"it changed the tensors of head {p.head}'s contribution, which it may only read")
         if isinstance(decision, Try):
-            self.trial_change = self._expected_change(decision.merge)
+            trial, momentum = decision, self._momentum
+            self.trial_change, momentum_if_kept = self._expected_change(decision.merge)
+
+            def judge(values: Mapping[str, float]) -> Merge | MergeChange | Discard:
+                judgement = trial.judge(values)
+                self._momentum = momentum if isinstance(judgement, Discard) else momentum_if_kept
+                return judgement
+
+            decision = Try(decision.merge, judge)
         elif isinstance(decision, Merge | MergeChange):
-            self.expected_changes.append(self._expected_change(decision))
+            change, self._momentum = self._expected_change(decision)
+            self.expected_changes.append(change)
         for version, change, copy in self._returned_changes:
             if not torch.equal(change, copy):
                 raise Violation(f"it modified, after its decision, the change that it returned for version {version}")
@@ -60,14 +73,28 @@ class ObservedPolicy:
             self._returned_changes.append((roster.version + 1, merge.change, merge.change.clone()))
         return decision
 
-    def _expected_change(self, merge: Merge | MergeChange) -> Tensor:
+    def _expected_change(self, merge: Merge | MergeChange) -> tuple[Tensor, Tensor]:
+        """The change of the base, and the momentum after it; of NaN if the decision is invalid: the coordinator says why."""
         if isinstance(merge, MergeChange):
-            return merge.change.clone() if isinstance(merge.change, Tensor) else torch.tensor(torch.nan)
+            return merge.change.clone() if isinstance(merge.change, Tensor) else torch.tensor(torch.nan), self._momentum
         try:
             terms = [float(weight) * self._change_of(head) for head, weight in merge.weights.items()]
-            return torch.stack(terms).sum(dim=0)
-        except (KeyError, TypeError, ValueError, RuntimeError, AssertionError):
-            return torch.tensor(torch.nan)  # an invalid decision: the coordinator says why
+            change = torch.stack(terms).sum(dim=0)
+            return (change, self._momentum) if merge.step is None else self._step(change, merge.step)
+        except (KeyError, TypeError, ValueError, RuntimeError, AssertionError, AttributeError):
+            return torch.tensor(torch.nan), self._momentum
+
+    def _step(self, change: Tensor, step: OuterStep) -> tuple[Tensor, Tensor]:
+        """What a step makes of a change."""
+        momentum, moved = torch.zeros_like(change), torch.zeros_like(change)
+        replicas = {replica.name: replica for replica in self._plan.replicas}
+        for entry in self._plan.base.entries:
+            part, replica = slice(entry.offset, entry.offset + entry.size), replicas.get(entry.name)
+            c = step.factors if replica is None or replica.weight else step.replicas
+            c = StepCoefficients() if replica is not None and replica.buffer else c
+            momentum[part] = c.keep * self._momentum[part] + c.add * change[part]
+            moved[part] = c.change * change[part] + c.momentum * momentum[part]
+        return moved, momentum
 
 
 def describe(decision: object) -> str:
@@ -75,7 +102,7 @@ def describe(decision: object) -> str:
     if isinstance(decision, Try):
         return f"to try: {describe(decision.merge)}"
     if isinstance(decision, Merge):
-        return f"to merge {dict(decision.weights)!r}"
+        return f"to merge {dict(decision.weights)!r}" + ("" if decision.step is None else f" with {decision.step}")
     if isinstance(decision, MergeChange) and isinstance(decision.change, Tensor):
         data = (
             decision.change.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if decision.change.numel() else b""

@@ -48,7 +48,7 @@ class Scenario:
         self.heads = [RandomWalkHead(head, plan, generator) for head, plan in enumerate(plans)]
         self.initial_base = torch.randn(plans[0].base.size, generator=generator, dtype=torch.float64)
         self.total_change, self.total_norm = torch.zeros_like(self.initial_base), 0.0
-        self.policy = ObservedPolicy(policy, lambda head: self.heads[head].change(), self.trace.append)
+        self.policy = ObservedPolicy(policy, lambda head: self.heads[head].change(), plans[0], self.trace.append)
         lte = LTEConfig(num_heads=num_heads, reset=self.reset)  # type: ignore[arg-type]
         settings = Settings("conformance", lte, MergeConfig(), TrainConfig())
         self.coordinator = Coordinator(

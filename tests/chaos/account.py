@@ -94,7 +94,7 @@ class Account:
         held: by version and head, the process of its last merged contribution, and the contribution's number.
         keys: by version, what was merged into it: processes, and the numbers of their contributions.
         merged, dropped: by slot, the version whose merge contains it, or skips it as poison.
-        momentum: the outer momentum, if the policy has one.
+        momentum: by version, that of the outer steps, as `weights`; a version without it has none.
     """
 
     weights: dict[int, Tensor]
@@ -102,12 +102,12 @@ class Account:
     keys: dict[int, list[tuple[Track, int]]] = field(default_factory=dict)
     merged: dict[int, int] = field(default_factory=dict)
     dropped: dict[int, int] = field(default_factory=dict)
-    momentum: Tensor | None = None
+    momentum: dict[int, Tensor] = field(default_factory=dict)
 
     def copy(self) -> Account:
         """Returns a copy."""
         of_version = (dict(self.weights), {v: dict(held) for v, held in self.held.items()}, dict(self.keys))
-        return Account(*of_version, dict(self.merged), dict(self.dropped), self.momentum)
+        return Account(*of_version, dict(self.merged), dict(self.dropped), dict(self.momentum))
 
     def merge(self, record: MergeRecord, tracks: Mapping[int, Track], members: int) -> None:
         """Records a version that contains the contributions in `record.positions`; `tracks` are those of their processes."""
@@ -126,11 +126,13 @@ class Account:
                     raise InvariantBroken(f"batch {slot} of head {head} is merged twice: {self.merged.get(slot)} and {version}")
                 (self.dropped if poison else self.merged)[slot] = version
             self.keys.setdefault(version, []).append((track, position.sequence))
-            if record.weights and abs(record.weights[head] - 1 / members) > 0:
+            if abs(record.weights[head] - 1 / members) > 0:
                 raise InvariantBroken(f"head {head} counts {record.weights[head]} in a run of {members}")
-        if not record.weights:
-            self.momentum = total if self.momentum is None else 0.9 * self.momentum + total
-            total = 0.1 * self.momentum
+        if record.outer_step is not None:
+            step = record.outer_step.factors
+            before_it = self.momentum.get(version - 1, torch.zeros_like(total))
+            self.momentum[version] = step.keep * before_it + step.add * total
+            total = step.change * total + step.momentum * self.momentum[version]
         self.weights[version], self.held[version] = self.weights[version - 1] + total, held
 
     def start(self, head: int, track: Track, version: int) -> tuple[Tensor, int]:
@@ -142,17 +144,18 @@ class Account:
         if any(of is track and number == position.sequence for keys in self.keys.values() for of, number in keys):
             raise InvariantBroken(f"contribution {position.incarnation}.{position.sequence} of head {head} is merged twice")
 
-    def rollback(self, version: int, momentum: Tensor | None) -> None:
-        """The run continues from that version: later ones are void."""
+    def rollback(self, version: int, keeps_momentum: bool) -> None:
+        """The run continues from that version: later ones are void, and perhaps its momentum is lost."""
         if version not in self.weights:
             raise InvariantBroken(f"version {version} never was")
-        for of_version in (self.weights, self.held, self.keys):
+        for of_version in (self.weights, self.held, self.keys, self.momentum):
             for newer in [v for v in of_version if v > version]:
                 del of_version[newer]
         for slots in (self.merged, self.dropped):
             for slot in [slot for slot, at in slots.items() if at > version]:
                 del slots[slot]
-        self.momentum = momentum
+        if not keeps_momentum:
+            self.momentum.pop(version, None)
 
     def check_slots(self, ledger: PartitionAssignor) -> None:
         """Checks that each batch is merged, dropped as poison, or owned: exactly one of these."""

@@ -39,11 +39,22 @@ class ChaosCheckpoints:
             engine.version, {h: engine.positions[h].sequence for h in sorted(self.reachable_heads & engine.members)}
         )
         facts = {"lte": {"num_heads": self.settings.lte.num_heads}, **engine.checkpoint_facts()}
-        base, references = engine.base_weights.read(lambda version, base, held: (base.clone(), _cloned(held)))
-        policy = _cloned(engine.policy_state())
+        base, references = engine.base_weights.read(lambda newest: (newest.base.clone(), _cloned(newest.references)))
         self.checkpoints[request.version] = StoredCheckpoint(
-            request.version, through_json(facts), base, references, policy, self.account.copy(), request, set(request.sequences)
+            request.version,
+            through_json(facts),
+            base,
+            references,
+            self.momentum(),
+            _cloned(engine.policy_state()),
+            self.account.copy(),
+            request,
+            set(request.sequences),
         )
+
+    def momentum(self) -> Tensor | None:
+        """Returns a copy of the newest version's momentum."""
+        return self.engine.base_weights.read(lambda newest: None if newest.momentum is None else newest.momentum.clone())
 
     @property
     def may_begin(self) -> bool:

@@ -44,7 +44,7 @@ class ChaosClient:
 
     Attributes:
         epoch: of the newest coordinator; replies of earlier ones don't count.
-        version, base: the newest that arrived, adopted or not.
+        version, base, momentum: the newest that arrived, adopted or not.
         received: replies that the head hasn't adopted yet.
     """
 
@@ -54,6 +54,7 @@ class ChaosClient:
     recovery_cache: RecoveryCache
     version: int
     base: Tensor | None
+    momentum: Tensor | None
     received: list[Received]
     calls: list[Call]
     _watching: bool
@@ -77,7 +78,7 @@ class ChaosClient:
         base = reply.base_parts[0] if reply.version > self.version else None
         self.recovery_cache.record_reply(reply)
         if base is not None:
-            self.version, self.base = reply.version, base
+            self.version, self.base, self.momentum = reply.version, base, reply.momentum.get(0)
         self.calls.remove(call)
         self.received.append(Received(reply, base))
         if call.kind == "newer":
@@ -93,7 +94,7 @@ class ChaosClient:
             positions[self.number] = HeadReport(
                 head.step, head.step_limit, head.batch_stream.assignment_id, released.id if released else 0
             )
-        return self.recovery_cache.build_report(self.base, positions, LocalTransport())
+        return self.recovery_cache.build_report(self.base, self.momentum, positions, LocalTransport())
 
     def resend(self) -> None:
         """The coordinator is gone: calls that it had are made again."""

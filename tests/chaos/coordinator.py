@@ -54,6 +54,7 @@ class ChaosCoordinator(ChaosCheckpoints):
             plans=plans,
             version=start.version,
             references={head: factors.clone() for head, factors in start.references.items()},
+            momentum=None if start.momentum is None else start.momentum.clone(),
             taken=start.steps_by_head,
             granted=start.step_limits,
             positions=start.positions,
@@ -157,10 +158,12 @@ class ChaosCoordinator(ChaosCheckpoints):
         opened = [c for c in self.checkpoints.values() if head in c.missing - c.asked_in_reply - c.asked_by_driver]
         for each in opened:
             each.asked_in_reply.add(head)
+        momentum = self.momentum() if self.mode.redo else None
         return CoordinatorReply(
             None,
             engine.version,
             {0: engine.base.clone()},
+            momentum={} if momentum is None else {0: momentum},
             positions=known[0],
             assignment_state=known[1],
             checkpoint_requests=tuple(each.request for each in opened),

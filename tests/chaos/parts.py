@@ -49,7 +49,11 @@ class LinearFit:
 
 @dataclass(frozen=True)
 class Mode:
-    """How a world merges. `cached`: replies describe a version as the first reply with that version did."""
+    """How a world merges.
+
+    `cached`: replies describe a version as the first reply with that version did. `redo`: heads know the momentum of outer
+    steps, as those do that redo merges.
+    """
 
     when: str = "barrier"
     wait: bool = True
@@ -61,6 +65,7 @@ class Mode:
     reset: str = "none"
     rejoin: str = "merged"
     cached: bool = True
+    redo: bool = False
     max_lag: int = 1
 
     def settings(self, heads: int | None = None) -> Settings:
@@ -80,6 +85,7 @@ class Mode:
 MODES = {
     "barrier": Mode(),
     "barrier momentum": Mode(policy="momentum", cached=False),
+    "barrier momentum redone": Mode(policy="momentum", redo=True),
     "barrier reset": Mode(reset="B", heads=2),
     "barrier fresh": Mode(rejoin="fresh"),
     "quorum": Mode(when="quorum", quorum=2),
@@ -130,6 +136,7 @@ class StoredCheckpoint:
     facts: dict[str, Any]
     base: Tensor
     references: dict[int, Tensor]
+    momentum: Tensor | None
     policy: dict[str, Tensor]
     account: Any
     request: CheckpointRequest
@@ -166,6 +173,12 @@ class Disk:
 
     def read_references(self, directory: Any, stored: StoredCheckpoint, *shape: Any) -> dict[int, Tensor]:
         return {head: factors.clone() for head, factors in stored.references.items()}
+
+    def read_momentum(self, directory: Any, stored: StoredCheckpoint, *of_run: Any) -> Tensor | None:
+        return None if stored.momentum is None else stored.momentum.clone()
+
+    def read_policy(self, directory: Any, stored: StoredCheckpoint, name: str) -> dict[str, Tensor]:
+        return stored.policy
 
     def version_folder(self, version: int) -> str:
         return f"{version:06d}"

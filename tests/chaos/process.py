@@ -38,7 +38,7 @@ class ChaosHeadProcess(ChaosClient):
         self.worker, self.head, self.track = LinearFit(), None, None
         self._initial = initial
         self.recovery_cache = RecoveryCache({number: initial.plans[number]}, settings.lte.reset)
-        self.version, self.base = -1, None  # the newest that arrived, adopted or not
+        self.version, self.base, self.momentum = -1, None, None  # the newest that arrived, adopted or not
         self.received: list[Received] = []
         self.calls: list[Call] = [Call(self, "join")]
         self.round_steps = settings.merge.merge_iter

@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 from lte_ray.engine.coordinator.recovery import heads_in_checkpoint, recover
+from lte_ray.merging.registry import make_policy
 from lte_ray.messages import RecoveryReport
 from lte_ray.runtime import coordinator_state
 from lte_ray.runtime.coordinator_state import CoordinatorState
@@ -76,21 +77,30 @@ class Recovery(Deaths):
         exact = (
             self.start.exact_heads - recovered.step_limits.keys() if recovered.version == self.start.version else frozenset()
         )
+        momentum = recovered.momentum
+        if recovered.version == self.start.version:
+            momentum = self.start.momentum
+        elif recovered.version == saved:
+            momentum = self.disk.checkpoints[recovered.version].momentum
         return CoordinatorState.from_recovered(
-            recovered, references, checkpoint_version=saved, exact_heads=exact, saved_heads=states, epoch=self.epoch
+            recovered,
+            references,
+            momentum,
+            checkpoint_version=saved,
+            exact_heads=exact,
+            saved_heads=states,
+            epoch=self.epoch,
         ), recovered.restart_heads
 
     def _load(self, version: int, heads: int) -> CoordinatorState:
         """Loads a checkpoint as the runtime does."""
-        context: Any = SimpleNamespace(directory=LocalTransport(), transport=LocalTransport())
+        context: Any = SimpleNamespace(directory=LocalTransport(), transport=LocalTransport(), settings=self.settings)
         with patch.object(coordinator_state, "checkpoint", self.disk):
-            return coordinator_state.load_checkpoint(context, self.initial, version, heads)
+            return coordinator_state.load_checkpoint(context, self.initial, version, heads, make_policy(self.settings.merge))
 
     def _roll_back_account(self, start: CoordinatorState) -> None:
-        self.account.rollback(
-            start.version,
-            None if start.checkpoint_version is None else self.disk.checkpoints[start.checkpoint_version].account.momentum,
-        )
+        saved = start.version in (self.start.version, start.checkpoint_version)
+        self.account.rollback(start.version, keeps_momentum=self.mode.redo or saved)
 
     def on_crash(self, pick: int, amount: int) -> bool:
         """Everything dies. The run resumes from the newest checkpoint, with another number of heads if `amount` > 4."""

@@ -39,7 +39,7 @@ def test_nothing_is_lost_or_counted_twice(mode: str, events: Schedule) -> None:
     world.settle()
 
 
-@pytest.mark.parametrize("mode", ["barrier", "barrier momentum", "barrier reset"])
+@pytest.mark.parametrize("mode", ["barrier", "barrier momentum", "barrier momentum redone", "barrier reset"])
 @settings(max_examples=4 * MANY)
 @given(events=schedules((*CALM, "cut", "cut", "ask", "ask", "crash", *["go"] * 6), amount=4))
 def test_a_barrier_run_that_is_killed_and_resumed_ends_bit_for_bit_as_one_that_is_not(mode: str, events: Schedule) -> None:
@@ -83,3 +83,20 @@ def test_a_run_that_dropped_a_head_resumes_with_as_many_as_before() -> None:
     assert world.disk.checkpoints
     assert world.do("crash", 2 * world.settings.lte.num_heads, 1)
     world.settle()
+
+
+@pytest.mark.parametrize("mode", ["barrier momentum", "barrier momentum redone"])
+def test_momentum_survives_the_coordinator_where_heads_know_it(mode: str) -> None:
+    """Otherwise it restarts at 0: either way the account of the merges that follow is right."""
+    world = World(MODES[mode])
+    for turn in range(400):
+        if min(process.version for process in world.processes) >= 2:
+            break
+        world.do("go", turn, 1)
+    assert world.do("kill_hub", 0)
+    assert world.do("recover", 0)
+    assert world.coordinator is not None
+    assert world.coordinator.engine.version == 2
+    assert (world.coordinator.momentum() is not None) == world.mode.redo
+    world.settle()
+    assert world.coordinator.engine.version > 2

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lte_ray import LTETrainer, MergeConfig, Shard
 from lte_ray.config import PlacementConfig
-from tests.support.ray_runs import DropoutRegression, assert_same_model, merged_in_process, settings, storage
+from tests.support.ray_runs import BatchNormRegression, assert_same_model, merged_in_process, settings, storage
 from workers.regression import Regression
 
 pytestmark = pytest.mark.ray
@@ -52,18 +52,24 @@ def expected(worker: Any, steps: int, **merge: Any) -> dict[str, Tensor]:
     return merged_in_process(worker, **(settings(steps) | {"merge": MergeConfig(merge_iter=5, merge_threads=1, **merge)}))
 
 
+NESTEROV: dict[str, Any] = {"policy": "nesterov", "policy_args": {"lr": 0.7, "momentum": 0.5, "replica_lr": 0.9}}
+
+
 @pytest.mark.slow
-def test_a_barrier_run_by_factors_is_bitwise_the_one_by_bases(local_ray: None, tmp_path: Path) -> None:
-    """Heads that redo merges from each other's factors train on the same bits, dropout included."""
-    result = fit(tmp_path, DropoutRegression(), 30, send_down="factors")
-    assert_same_model(result.path, expected(DropoutRegression(), 30))
+@pytest.mark.parametrize("policy", [{}, NESTEROV], ids=["average", "nesterov"])
+def test_a_barrier_run_by_factors_is_bitwise_the_one_by_bases(local_ray: None, tmp_path: Path, policy: dict[str, Any]) -> None:
+    """Heads that redo merges from each other's factors train on the same bits, dropout and statistics included."""
+    result = fit(tmp_path, BatchNormRegression(), 30, send_down="factors", **policy)
+    assert_same_model(result.path, expected(BatchNormRegression(), 30, **policy))
     assert result.metrics["resyncs"] == 0
 
 
-@pytest.mark.parametrize("down", [pytest.param("dense", marks=pytest.mark.slow), "factors"])
-def test_heads_that_never_wait_lose_no_step(local_ray: None, tmp_path: Path, down: str) -> None:
+@pytest.mark.parametrize(
+    ("down", "policy"), [pytest.param("dense", {}, marks=pytest.mark.slow), ("factors", NESTEROV)], ids=["dense", "factors"]
+)
+def test_heads_that_never_wait_lose_no_step(local_ray: None, tmp_path: Path, down: str, policy: dict[str, Any]) -> None:
     """Each step is merged exactly once; the faster head takes more of them, and the loss falls."""
-    result = fit(tmp_path, Slow(), 60, when="arrival", wait=False, send_down=down)
+    result = fit(tmp_path, Slow(), 60, when="arrival", wait=False, send_down=down, **policy)
     rows = merges(result)
     assert sum(row["steps"] for row in rows) == 2 * 60
     assert sum(row["samples"] for row in rows) == 2 * 60 * Regression().batch_size
@@ -179,17 +185,14 @@ def test_virtual_heads_are_merged_one_by_one_and_saved(local_ray: None, tmp_path
 
 
 @pytest.mark.slow
-def test_a_resumed_run_keeps_the_policys_momentum(local_ray: None, tmp_path: Path) -> None:
-    """Bitwise equal to the uninterrupted run: the checkpoint has the policy's state."""
-    merge = MergeConfig(merge_iter=5, merge_threads=1, policy="nesterov", policy_args={"lr": 0.3})
-
-    def run(name: str, steps: int, resume: bool = False) -> ray.train.Result:
-        return LTETrainer(
-            Regression(), run_config=storage(tmp_path, name, resume=resume), **(settings(steps) | {"merge": merge})
-        ).fit()
-
-    run("parts", 15)
-    resumed = run("parts", 30, resume=True)
-    assert_same_model(resumed.path, expected(Regression(), 30, policy="nesterov", policy_args={"lr": 0.3}))
+@pytest.mark.parametrize("shards", [(1, 1), (2, 1), (1, 2)])
+def test_a_resumed_run_keeps_the_outer_momentum(local_ray: None, tmp_path: Path, shards: tuple[int, int]) -> None:
+    """Bitwise equal to the uninterrupted run, also with another number of shards: the checkpoint has it, as it has the base."""
+    policy = {"policy": "nesterov", "policy_args": {"lr": 0.7, "momentum": 0.5, "warmup": 4}}
+    for steps, count, resume in ((15, shards[0], False), (30, shards[1], True)):
+        merge = MergeConfig(merge_iter=5, merge_threads=1, shards=count, send_down="factors", **policy)  # type: ignore[arg-type]
+        worker, config = BatchNormRegression(), storage(tmp_path, "r", resume=resume)
+        resumed = LTETrainer(worker, run_config=config, **(settings(steps) | {"merge": merge})).fit()
+    assert_same_model(resumed.path, expected(BatchNormRegression(), 30, **policy))
     names = {path.name for path in (Path(resumed.path) / "checkpoints" / "000006").iterdir()}
-    assert "policy.safetensors" in names
+    assert "momentum.safetensors" in names

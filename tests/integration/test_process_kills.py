@@ -39,6 +39,11 @@ LAST = ("leaving.json", "finishes.json")
 
 HEADS = 3
 NOT_WAITING: dict[str, Any] = {"when": "arrival", "wait": False}
+NESTEROV: dict[str, Any] = {
+    "policy": "nesterov",
+    "policy_args": {"lr": 0.7, "momentum": 0.5, "final_lr": 0.5},
+    "send_down": "factors",
+}
 
 
 @dataclass
@@ -199,12 +204,17 @@ def test_heads_killed_at_every_point(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("merge", [{}, NESTEROV], ids=["average", "nesterov"])
 def test_a_coordinator_killed_at_every_point_changes_no_bit_of_a_barrier_run(
-    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merge: dict[str, Any]
 ) -> None:
-    """Heads recover the next coordinator, which merges what the last one had not: bitwise the run without faults."""
-    chaos = Chaos(tmp_path, monkeypatch, AT_THE_COORDINATOR)
+    """Heads recover the next coordinator, which merges what the last one had not: bitwise the run without faults.
+
+    So they do with the outer momentum, if they redo merges from factors.
+    """
+    chaos = Chaos(tmp_path, monkeypatch, AT_THE_COORDINATOR, **merge)
     chaos.run()
+    assert chaos.events["momentum_restarts"] == 0
     assert chaos.events["coordinator_lost"] == chaos.events["coordinator_restarts"] == chaos.count()
     assert chaos.events["head_lost"] == 0
     expected = chaos.train_without_faults()

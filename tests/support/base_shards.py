@@ -6,15 +6,16 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lte_ray.config import MergeConfig
-from lte_ray.engine.coordinator.aggregator import BaseShard, MeasuredContribution
+from lte_ray.engine.coordinator.aggregator import BaseReader, BaseShard, BaseVersion, MeasuredContribution
 from lte_ray.engine.coordinator.coordinator import Coordinator, EventResult
 from lte_ray.layout import Plan
 from lte_ray.merging import Decision, Discard, Merge, MergePolicy, Pending, Roster, Wait
 from lte_ray.merging.flat_buffer import gather, views
-from lte_ray.messages import Contribution
+from lte_ray.messages import Contribution, OuterStep, StepCoefficients
 from lte_ray.transfer.codec import Codec
 from lte_ray.transfer.groups import make_groups
 from tests.support.plans import plan_from_shapes, random_flat
@@ -27,8 +28,14 @@ def plans_with_ranks(ranks: Sequence[int]) -> list[Plan]:
     return [plan_from_shapes([(24, 20, r), (6, 40, r), (16, 16, r), (3, 3, 1)], [(5,), (3, 2)], scaling=0.5) for r in ranks]
 
 
+def outer_step(version: int) -> OuterStep:
+    """A step whose coefficients differ from version to version, and between factors and replicas."""
+    coefficients = StepCoefficients(0.5, 1.0, 0.7 + 0.01 * version, 0.35)
+    return OuterStep(coefficients, dataclasses.replace(coefficients, keep=1.0, add=0.9, change=0.0))
+
+
 class Scripted:
-    """Waits, discards the first, or merges all that is pending, as the test sets `what`."""
+    """Waits, discards the first, or merges all that is pending, perhaps with a step, as the test sets `next_decision`."""
 
     next_decision = "merge"
 
@@ -37,7 +44,8 @@ class Scripted:
             return Wait("for the test", until=roster.now + 1e9)
         if self.next_decision == "discard":
             return Discard([pending[0].head], "the test says so")
-        return Merge({p.head: 0.3 + 0.1 * p.head - 0.05 * p.lag for p in pending})
+        step = outer_step(roster.version) if self.next_decision == "step" else None
+        return Merge({p.head: 0.3 + 0.1 * p.head - 0.05 * p.lag for p in pending}, step)
 
 
 class Sharded:
@@ -69,7 +77,7 @@ class Sharded:
         tickets = {v.head: self.pending.pop(v.head) for v in event_result.results}
         for merge in event_result.merges:
             for shard in self.shards:
-                shard.merge(merge.version, {tickets[head]: weight for head, weight in merge.weights.items()})
+                shard.merge(merge.version, {tickets[h]: weight for h, weight in merge.weights.items()}, merge.outer_step)
         for result in event_result.results:
             if result.discarded:
                 self.discard(tickets[result.head])
@@ -87,18 +95,25 @@ class Sharded:
 
     def base(self) -> Tensor:
         """The whole base, from the shards' parts."""
+        return self._assemble(lambda newest: newest.base.clone())
+
+    def momentum(self) -> Tensor:
+        """The whole momentum, from the shards' parts."""
+        return self._assemble(momentum_of)
+
+    def _assemble(self, read: BaseReader[Tensor]) -> Tensor:
         entries: dict[str, Tensor] = {}
         for shard in self.shards:
             for index in shard.groups:
-                groups_of = shard.schedule_read(index, lambda version, part, held: part.clone())
+                part = shard.schedule_read(index, read)
                 shard.catch_up()
-                entries.update(views(self.codecs[0].group_plans[index].base, groups_of.result()))
+                entries.update(views(self.codecs[0].group_plans[index].base, part.result()))
         return gather(self.codecs[0].plan.base, entries)
 
     def reference(self, index: int, head: int) -> Tensor | None:
         """A head's reference in one group, as the newest version holds it."""
         (shard,) = [shard for shard in self.shards if index in shard.groups]
-        groups_of = shard.schedule_read(index, lambda version, part, held: held.get(head))
+        groups_of = shard.schedule_read(index, lambda newest: newest.references.get(head))
         shard.catch_up()
         return groups_of.result()
 
@@ -110,6 +125,16 @@ def make_both(merge: MergeConfig, ranks: Sequence[int], reset: str, policy: Call
     settings = dataclasses.replace(make_settings(heads=len(plans), reset=reset), merge=merge)
     local = Coordinator(settings, plans[0], base.clone(), policy(), plans=plans)
     return local, Sharded(merge, plans, policy(), base, reset)
+
+
+def momentum_of(newest: BaseVersion) -> Tensor:
+    """A version's momentum, as a copy; zeros if it has none."""
+    return torch.zeros_like(newest.base) if newest.momentum is None else newest.momentum.clone()
+
+
+def assert_same_momentum(local: Coordinator, sharded: Sharded) -> None:
+    """The momentum of the shards is that of the local coordinator, bit for bit."""
+    assert torch.equal(local.base_weights.read(momentum_of), sharded.momentum())
 
 
 def assert_same(a: EventResult, b: EventResult) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.layout import Plan
-from lte_ray.merging import MergeChange, Pending, Roster, combine
+from lte_ray.merging import Merge, MergeChange, Pending, Roster
 from lte_ray.merging.low_rank import Share
+from lte_ray.merging.outer_step import merge_shares
 from tests.support.dense_reference import dense_change_by_formula
 from tests.support.plans import plan_from_shapes, random_flat
 from tests.support.tiny_worker import make_settings
@@ -40,8 +42,8 @@ def make_pending(
     return made
 
 
-def make_roster(num_heads: int, *, version: int = 7, now: float = 0.0, plan: Plan = PLAN) -> Roster:
-    return Roster(num_heads, frozenset(range(num_heads)), version, now, plan.base)
+def make_roster(num_heads: int, *, version: int = 7, now: float = 0.0, plan: Plan = PLAN, progress: float = 0.0) -> Roster:
+    return Roster(num_heads, frozenset(range(num_heads)), version, now, plan.base, progress)
 
 
 def dense_change(p: Pending) -> Tensor:
@@ -55,11 +57,32 @@ def dense_changes(pending: Sequence[Pending]) -> Tensor:
 
 
 def change_from_decision(decision: object, pending: Sequence[Pending]) -> Tensor:
-    """Returns what a Merge or MergeChange adds to the base."""
-    if isinstance(decision, MergeChange):
-        assert list(decision.heads) == [p.head for p in pending]
-        return decision.change
-    return combine(pending, decision.weights)  # type: ignore[attr-defined]
+    """Returns what a Merge or MergeChange adds to the base, without momentum from before."""
+    return Executor(torch.zeros(PLAN.base.size, dtype=torch.float64)).execute(decision, pending)
+
+
+class Executor:
+    """Executes decisions on a base, flat in float64.
+
+    Attributes:
+        base: the newest; changed in place.
+        momentum: of the outer steps; None while it is 0.
+    """
+
+    def __init__(self, base: Tensor) -> None:
+        self.base = base
+        self.momentum: Tensor | None = None
+
+    def execute(self, decision: object, pending: Sequence[Pending]) -> Tensor:
+        """Executes a Merge or MergeChange; returns the base."""
+        if isinstance(decision, MergeChange):
+            assert list(decision.heads) == [p.head for p in pending]
+            self.base += decision.change
+        else:
+            assert isinstance(decision, Merge)
+            shares = [replace(p.share, weight=decision.weights[p.head]) for p in pending if p.head in decision.weights]
+            self.momentum = merge_shares(self.base, self.momentum, shares, decision.step)
+        return self.base
 
 
 def make_coordinator(policy: object, heads: int, now: list[float] | None = None) -> tuple[Coordinator, Tensor]:

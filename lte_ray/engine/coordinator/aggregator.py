@@ -21,13 +21,12 @@ from torch import Tensor
 
 from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import views
-from lte_ray.merging.low_rank import Share, add_contributions, dense_part, new_reference, squared_norm
+from lte_ray.merging.low_rank import Share, dense_part, new_reference, squared_norm
+from lte_ray.merging.outer_step import merge_shares
+from lte_ray.messages import OuterStep
 from lte_ray.transfer.codec import Codec
 
 T = TypeVar("T")
-
-BaseReader = Callable[[int, Tensor, Mapping[int, Tensor | None]], T]
-"""Reads one version: its number, its base and the references that it holds. Nothing changes them meanwhile."""
 
 MAX_TIMED_VERSIONS = 1000
 """Versions whose merge time is remembered until it is asked for."""
@@ -37,23 +36,45 @@ MAX_TIMED_VERSIONS = 1000
 
 
 @dataclass(frozen=True)
-class MergeOp:
-    """How a version follows from the one before: base += sum of weight x change over `shares`, or base += `change`.
+class BaseVersion:
+    """One version, for readers: nothing changes it while they read, and it is changed afterwards.
 
-    `references` are the factors that the new version holds of the merged heads.
+    Attributes:
+        version: its number.
+        base: flat, in the base layout.
+        references: the factors that it holds of each head, flat; None where B' = 0.
+        momentum: of the outer steps, as `base`; None while it is 0.
+    """
+
+    version: int
+    base: Tensor
+    references: Mapping[int, Tensor | None]
+    momentum: Tensor | None = None
+
+
+BaseReader = Callable[[BaseVersion], T]
+"""Reads one version."""
+
+
+@dataclass(frozen=True)
+class MergeOp:
+    """How a version follows from the one before: by the sum of weight x change over `shares`, or by `change`.
+
+    Without a `step` the base moves by that sum. `references` are the factors that the new version holds of the merged heads.
     """
 
     version: int
     shares: Sequence[Share]
     change: Tensor | None = None
     references: Mapping[int, Tensor | None] = field(default_factory=dict)
+    step: OuterStep | None = None
 
-    def apply(self, base: Tensor) -> None:
-        """Changes `base` in place, in the order of the shares."""
+    def apply(self, base: Tensor, momentum: Tensor | None) -> Tensor | None:
+        """Changes `base` and `momentum` in place, in the order of the shares; returns the momentum, which may be new."""
         if self.change is None:
-            add_contributions(base, self.shares)
-        else:
-            base += self.change
+            return merge_shares(base, momentum, self.shares, self.step)
+        base += self.change
+        return momentum
 
 
 class BaseWeights:
@@ -66,10 +87,13 @@ class BaseWeights:
         base: flat, in the base layout; taken over and changed in place.
         version: of `base`.
         references: the factors that `base` holds of each head, flat; None where B' = 0.
+        momentum: of the outer steps, as `base`; None if it is 0.
     """
 
-    def __init__(self, base: Tensor, version: int, references: Mapping[int, Tensor | None]) -> None:
-        self._base, self._references = base, dict(references)
+    def __init__(
+        self, base: Tensor, version: int, references: Mapping[int, Tensor | None], momentum: Tensor | None = None
+    ) -> None:
+        self._base, self._references, self._momentum = base, dict(references), momentum
         self._computed = self.version = version  # `version` counts what is queued, too
         self._queue: deque[MergeOp | tuple[BaseReader[Any], Future[Any]]] = deque()
         self._seconds: dict[int, float] = {}
@@ -83,7 +107,7 @@ class BaseWeights:
 
     def forget_head(self, head: int) -> None:
         """Versions from here on hold no factors of this head: its part of the base counts as ordinary weights."""
-        self.schedule_read(lambda version, base, references: self._references.pop(head, None))
+        self.schedule_read(lambda _: self._references.pop(head, None))
 
     def catch_up(self) -> Tensor:
         """Carries out all queued operations. Returns the base, which this object keeps and changes later."""
@@ -111,7 +135,7 @@ class BaseWeights:
             step = self._queue.popleft()
             if isinstance(step, MergeOp):
                 start = time.perf_counter()
-                step.apply(self._base)
+                self._momentum = step.apply(self._base, self._momentum)
                 self._references.update(step.references)
                 self._computed = step.version
                 self._seconds[self._computed] = time.perf_counter() - start
@@ -122,7 +146,7 @@ class BaseWeights:
 
     def _read(self, read: BaseReader[Any], result: Future[Any]) -> None:
         try:
-            result.set_result(read(self._computed, self._base, self._references))
+            result.set_result(read(BaseVersion(self._computed, self._base, self._references, self._momentum)))
         except Exception as error:  # it concerns the reader, not the caller of `catch_up`
             result.set_exception(error)
 
@@ -177,6 +201,7 @@ class DecidedMerge:
         weights: by head; empty where there is a `change`.
         change: flat, in the base layout.
         num_heads: N.
+        step: what is done with the sum of the shares; None: it is added.
     """
 
     version: int
@@ -184,6 +209,7 @@ class DecidedMerge:
     weights: Mapping[int, float]
     change: Tensor | None
     num_heads: int
+    step: OuterStep | None = None
 
 
 class MergeTensors(Protocol):
@@ -236,6 +262,7 @@ class LocalTensors:
         version: of `base`.
         references: the factors that `base` holds of each head, flat; None where B' = 0.
         reset: as `LTEConfig.reset`.
+        momentum: of the outer steps, as `base`; None if it is 0.
     """
 
     local = True
@@ -248,12 +275,13 @@ class LocalTensors:
         version: int,
         references: Mapping[int, Tensor | None],
         reset: str,
+        momentum: Tensor | None = None,
     ) -> None:
         self._plan, self._plans, self._reset = plan, plans, reset
         self._buffers = {replica.name for replica in plan.replicas if replica.buffer}
         self.dtype = base.dtype
         self.references = dict(references)
-        self.base_weights = BaseWeights(base, version, references)
+        self.base_weights = BaseWeights(base, version, references, momentum)
 
     def check_shape(self, head: int, buffer: Tensor) -> str:
         expected = (self._plans[head].contribution.size,)
@@ -276,8 +304,11 @@ class LocalTensors:
         self.references.update(references)
 
     def preview(self, merge: DecidedMerge) -> Tensor:
-        base = self.base_weights.catch_up().clone()
-        self._operation(merge).apply(base)
+        def copy(newest: BaseVersion) -> tuple[Tensor, Tensor | None]:
+            return newest.base.clone(), None if newest.momentum is None else newest.momentum.clone()
+
+        base, momentum = self.base_weights.read(copy)
+        self._operation(merge).apply(base, momentum)
         return base
 
     def forget_head(self, head: int) -> None:
@@ -286,7 +317,8 @@ class LocalTensors:
 
     def _operation(self, merge: DecidedMerge) -> MergeOp:
         if merge.change is None:
-            return MergeOp(merge.version, [replace(merge.shares[head], weight=w) for head, w in merge.weights.items()])
+            shares = [replace(merge.shares[head], weight=w) for head, w in merge.weights.items()]
+            return MergeOp(merge.version, shares, step=merge.step)
         return MergeOp(merge.version, (), self._with_mean_buffers(merge))
 
     def _with_mean_buffers(self, merge: DecidedMerge) -> Tensor:
@@ -344,6 +376,7 @@ class BaseShard:
         reset: as `LTEConfig.reset`.
         version: of the base.
         references: the factors that it holds of each head, by group, flat (`Codec.slice_factors`).
+        momentum: of the outer steps, by group, as `parts`; empty if it is 0.
     """
 
     def __init__(
@@ -354,10 +387,14 @@ class BaseShard:
         *,
         version: int = 0,
         references: Mapping[int, Mapping[int, Tensor]] | None = None,
+        momentum: Mapping[int, Tensor] | None = None,
     ) -> None:
         self._codecs, self._reset = codecs, reset
         self._references: dict[int, dict[int, Tensor | None]] = {i: dict((references or {}).get(i, {})) for i in parts}
-        self._weights = {index: BaseWeights(part, version, self._references[index]) for index, part in parts.items()}
+        self._weights = {
+            index: BaseWeights(part, version, self._references[index], (momentum or {}).get(index))
+            for index, part in parts.items()
+        }
         self._received: dict[int, tuple[int, dict[int, Share]]] = {}  # by ticket: the head, and its share of each group
 
     @property
@@ -407,15 +444,15 @@ class BaseShard:
             self._references[index].pop(head, None)
             weights.forget_head(head)
 
-    def merge(self, version: int, weights: Mapping[int, float]) -> None:
-        """Queues the next version: base += sum of weight x change over these tickets, in their order."""
+    def merge(self, version: int, weights: Mapping[int, float], step: OuterStep | None = None) -> None:
+        """Queues the next version: by the sum of weight x change over these tickets, in their order, and the outer `step`."""
         for index, base_weights in self._weights.items():
             shares = {}
             for ticket, weight in weights.items():
                 head, received = self._received[ticket]
                 shares[head] = replace(received[index], weight=weight)
             references = {head: new_reference(share, self._reset) for head, share in shares.items()}
-            base_weights.enqueue(MergeOp(version, list(shares.values()), references=references))
+            base_weights.enqueue(MergeOp(version, list(shares.values()), references=references, step=step))
             self._references[index].update(references)
         for ticket in weights:
             del self._received[ticket]

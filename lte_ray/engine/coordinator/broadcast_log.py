@@ -10,24 +10,32 @@ from lte_ray.transfer.groups import EntryGroup
 
 
 class BroadcastLog:
-    """Keeps the last merges as heads redo them, as long as their factors take fewer bytes than the base.
+    """Keeps the last merges as heads redo them, as long as their factors take fewer bytes than the base and its momentum.
 
     Args:
         groups: of `transfer.groups`.
         base_sizes: bytes of each group's part of the base.
         sizes: bytes of each group's buffer, by head.
         version: the newest.
+        momentum: whether that version has momentum of outer steps.
     """
 
     def __init__(
-        self, groups: Sequence[EntryGroup], base_sizes: Sequence[int], sizes: Sequence[Sequence[int]], version: int
+        self,
+        groups: Sequence[EntryGroup],
+        base_sizes: Sequence[int],
+        sizes: Sequence[Sequence[int]],
+        version: int,
+        momentum: bool = False,
     ) -> None:
-        factored = [i for i, group in enumerate(groups) if group.by_factors]
+        self.factored_groups = factored = [i for i, group in enumerate(groups) if group.by_factors]
+        """The numbers of the groups that are sent as factors."""
         self.by_factors = bool(factored)
-        """Whether any group is sent as factors."""
+        """Whether there are any."""
         self.dense_groups = [i for i, group in enumerate(groups) if not group.by_factors]
         """The numbers of the groups that are sent as the base."""
-        self._base_bytes = sum(base_sizes[i] for i in factored)
+        self._factored_bytes = sum(base_sizes[i] for i in factored)
+        self._momentum = momentum
         self._factor_bytes = [sum(each[i] for i in factored) for each in sizes]  # by head
         self._dense_bytes = sum(base_sizes[i] for i in self.dense_groups)
         self._deltas: deque[MergeDelta] = deque()
@@ -36,6 +44,7 @@ class BroadcastLog:
     def append(self, delta: MergeDelta | None) -> None:
         """Adds the next version; None if it can't be redone from factors, so that all groups are sent as the base."""
         self._version += 1
+        self._momentum |= delta is not None and delta.outer_step is not None and delta.outer_step.uses_momentum
         if delta is None or not self.by_factors:
             self._deltas.clear()
             return
@@ -54,7 +63,7 @@ class BroadcastLog:
         """Bytes until all heads have the newest merge.
 
         The merged heads receive the dense parts, and all others the merged heads' factors. If heads can't redo the merge, the
-        merged heads receive the whole base.
+        merged heads receive the whole base, and its momentum where there is any.
 
         Args:
             heads: the merged ones.
@@ -65,6 +74,11 @@ class BroadcastLog:
         if not self._deltas:
             return (self._dense_bytes + self._base_bytes) * len(heads)
         return self._dense_bytes * len(heads) + sum(self._factor_bytes[h] * max(0, live - 1) for h in heads)
+
+    @property
+    def _base_bytes(self) -> int:
+        """Bytes that a process needs to start redoing merges: the factored groups' part of the base, and its momentum."""
+        return self._factored_bytes * (2 if self._momentum else 1)
 
     def _bytes(self, deltas: Collection[MergeDelta]) -> int:
         return sum(self._factor_bytes[head] for delta in deltas for head in delta.weights)

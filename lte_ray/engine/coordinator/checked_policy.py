@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields
 from numbers import Real
 from typing import Any
 
@@ -13,12 +14,13 @@ from lte_ray.engine.coordinator.aggregator import NeedsTensors
 from lte_ray.errors import PolicyError
 from lte_ray.merging.policies.trigger import get_policy_state, load_policy_state
 from lte_ray.merging.policy import Decision, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Try, Wait
+from lte_ray.messages import OuterStep, StepCoefficients
 
 MAX_WAITS = 20
 """How often in a row a policy may ask to be woken once every live head has contributed."""
 
 MAX_WEIGHT = 1e6
-"""Bound on the weight that a policy may give a contribution."""
+"""Bound on the weight that a policy may give a contribution, and on the coefficients of its outer steps."""
 
 
 class CheckedPolicy:
@@ -99,6 +101,23 @@ class CheckedPolicy:
         """
         return {} if isinstance(decision, MergeChange) else {head: self._weight(decision.weights[head], head) for head in heads}
 
+    def outer_step(self, decision: Merge | MergeChange) -> OuterStep | None:
+        """The step that a merge by weights takes; None if it adds the sum of the changes.
+
+        Raises:
+            PolicyError: it isn't an OuterStep, or one of its coefficients isn't a finite number below `MAX_WEIGHT`.
+        """
+        if isinstance(decision, MergeChange) or decision.step is None:
+            return None
+        step: Any = decision.step
+        parts: tuple[Any, ...] = (step.factors, step.replicas) if isinstance(step, OuterStep) else ()
+        if not parts or not all(isinstance(part, StepCoefficients) for part in parts):
+            raise PolicyError(
+                f"{self._name} gave a merge the step {step!r}; it must be an OuterStep with StepCoefficients for the factors "
+                "and for the replicas."
+            )
+        return OuterStep(*(self._coefficients(part) for part in parts))
+
     def change(self, decision: Merge | MergeChange) -> Tensor | None:
         """The change that the policy made itself, in the type of merging; None if it gave weights.
 
@@ -126,8 +145,17 @@ class CheckedPolicy:
         """Takes over what `state` gave."""
         load_policy_state(self._policy, tensors)
 
+    def _coefficients(self, given: StepCoefficients) -> StepCoefficients:
+        values: dict[str, Any] = {field.name: getattr(given, field.name) for field in fields(given)}
+        for name, value in values.items():
+            if not _is_bounded(value):
+                raise PolicyError(
+                    f"{self._name} gave a step whose {name} is {value!r}; it must be a finite number below {MAX_WEIGHT:g}."
+                )
+        return StepCoefficients(**{name: float(value) for name, value in values.items()})
+
     def _weight(self, weight: Any, head: int) -> float:
-        if not isinstance(weight, Real) or not abs(float(weight)) < MAX_WEIGHT:
+        if not _is_bounded(weight):
             raise PolicyError(
                 f"{self._name} gave head {head} the weight {weight!r}; it must be a finite number below {MAX_WEIGHT:g}."
             )
@@ -150,3 +178,7 @@ class CheckedPolicy:
     @property
     def _name(self) -> str:
         return f"The merge policy {getattr(self._policy, 'name', None) or type(self._policy).__name__}"
+
+
+def _is_bounded(value: Any) -> bool:
+    return isinstance(value, Real) and abs(float(value)) < MAX_WEIGHT

@@ -74,6 +74,7 @@ class Coordinator:
         plans: each head's, where they differ from `plan` in their ranks.
         version: of `base`.
         references: the factors that `base` holds of each head, flat.
+        momentum: of the outer steps, as `base`; None if it is 0.
         taken, granted: local steps that heads have taken before, and up to which they may.
         positions: what `base` holds of each head.
         fresh: heads whose factors count from B' = 0, while heads' processes may still keep factors that an earlier
@@ -93,6 +94,7 @@ class Coordinator:
         plans: Sequence[Plan] | None = None,
         version: int = 0,
         references: dict[int, Tensor] | None = None,
+        momentum: Tensor | None = None,
         taken: Mapping[int, int] | None = None,
         granted: Mapping[int, int] | None = None,
         positions: Mapping[int, CommittedPosition] | None = None,
@@ -107,18 +109,18 @@ class Coordinator:
         self._tensors: MergeTensors = (
             RemoteTensors()
             if base is None
-            else LocalTensors(plan, self.plans, base, version, references or {}, settings.lte.reset)
+            else LocalTensors(plan, self.plans, base, version, references or {}, settings.lte.reset, momentum)
         )
         shards, size = settings.merge.shards, plan.base.size
         self._checked_policy = CheckedPolicy(policy, shards, self._tensors.local, size, self._tensors.dtype)
         self.waiting_for = ""
         self.wakes_at: float | None = None
         self.step_rates = StepRateEstimator(settings.merge)
-        self.step_budget = StepBudget(settings, self.step_rates, taken or {}, granted or {})
         self._largest_scaling = max([1.0, *(abs(a.scaling) for each in set(self.plans) for a in each.adapted)])
         first = range(settings.lte.num_heads)
         self.members = set(first if members is None else members) & {*first, *(positions or {})}
         """Heads that belong to the run: each contribution counts 1/N, with N their number."""
+        self.step_budget = StepBudget(settings, self.step_rates, taken or {}, granted or {}, self.members)
         partitions = {n: initial_partitions(n, settings.lte.num_heads) for n in first}
         self.positions = {n: CommittedPosition(lanes=partitions[n]) for n in first} | dict(positions or {})
         """What the newest version holds of each head."""
@@ -352,6 +354,7 @@ class Coordinator:
         self.live.discard(head)
         self.step_budget.reclaim(head, self.positions[head].step)
         self.members.discard(head)
+        self.step_budget.remove_head(head)
         self._tensors.forget_head(head)
         self.assignor.remove_head(head)
         event_result = self._decide()
@@ -414,7 +417,8 @@ class Coordinator:
         return EventResult(tuple(results), tuple(merges))
 
     def _roster(self) -> Roster:
-        return Roster(max(1, len(self.members)), frozenset(self.live), self.version, self._clock(), self.plan.base)
+        heads, progress = max(1, len(self.members)), self.step_budget.progress
+        return Roster(heads, frozenset(self.live), self.version, self._clock(), self.plan.base, progress)
 
     def _show(self, head: int) -> Pending:
         received = self._pending[head]
@@ -432,8 +436,9 @@ class Coordinator:
 
     def _decided_merge(self, decision: Merge | MergeChange, heads: Sequence[int]) -> DecidedMerge:
         shares = {head: self._pending[head].share for head in heads}
-        weights = self._checked_policy.weights(decision, heads)
-        return DecidedMerge(self.version + 1, shares, weights, self._checked_policy.change(decision), len(self.members))
+        weights, step = self._checked_policy.weights(decision, heads), self._checked_policy.outer_step(decision)
+        change = self._checked_policy.change(decision)
+        return DecidedMerge(self.version + 1, shares, weights, change, len(self.members), step)
 
     def _merge(self, decision: Merge | MergeChange, heads: list[int]) -> MergeRecord:
         decided = self._decided_merge(decision, heads)
@@ -456,6 +461,7 @@ class Coordinator:
             bytes_up=sum(self.plans[h].contribution.size for h in heads) * itemsize,
             bytes_down=self.plan.base.size * itemsize * len(heads),
             weights=dict(decided.weights),
+            outer_step=decided.step,
             lags={c.head: self.version - 1 - c.version for c in merged},
             head_steps={c.head: c.steps for c in merged},
             stalls={c.head: c.stall for c in merged},

@@ -28,6 +28,7 @@ class Recovered:
             about to begin from a version that may be lost.
         heads_without_factors: heads whose factors no process knows: they start with B = 0, and what was merged stays in the
             base.
+        momentum: handle to the momentum of the outer steps; None if no process knows any.
     """
 
     version: int
@@ -38,6 +39,7 @@ class Recovered:
     step_limits: Mapping[int, int]
     restart_heads: frozenset[int]
     heads_without_factors: frozenset[int]
+    momentum: Any = None
 
 
 def recover(reports: Sequence[RecoveryReport]) -> Recovered | None:
@@ -45,7 +47,7 @@ def recover(reports: Sequence[RecoveryReport]) -> Recovered | None:
     with_base = [report for report in reports if report.base is not None and report.version >= 0]
     if not with_base:
         return None
-    newest = max(with_base, key=lambda report: report.version)
+    newest = max(with_base, key=lambda report: (report.version, report.momentum is not None))
     heads = {head: each for report in reports for head, each in report.heads.items()}
     references, without_factors = {}, set()
     for head, position in newest.positions.items():
@@ -68,6 +70,7 @@ def recover(reports: Sequence[RecoveryReport]) -> Recovered | None:
         step_limits={head: each.limit for head, each in heads.items() if each.step >= 0},
         restart_heads=frozenset(restart & {head for report in with_base for head in report.heads}),
         heads_without_factors=frozenset(without_factors),
+        momentum=newest.momentum,
     )
 
 

@@ -88,6 +88,7 @@ class StepBudget:
         step_rates: the heads' speeds.
         taken: steps that heads have taken before (a resumed run).
         granted: up to which step they may go, where they know already.
+        members: the heads of the run; by default all that it starts with.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class StepBudget:
         step_rates: StepRateEstimator,
         taken: Mapping[int, int],
         granted: Mapping[int, int] | None = None,
+        members: Collection[int] | None = None,
     ) -> None:
         self.shared = is_shared(settings)
         self._steps, self._step_rates = settings.train.steps, step_rates
@@ -104,20 +106,22 @@ class StepBudget:
         self.steps_by_head = dict.fromkeys(range(settings.lte.num_heads), 0) | dict(taken)
         self.steps_granted = dict(self.steps_by_head) | dict(granted or {})
         """Up to which step each head may go, as far as it is granted already."""
-
-    @property
-    def steps_taken(self) -> int:
+        self._members = set(range(settings.lte.num_heads) if members is None else members)
+        # Counted along: with 10,000 heads a sum at every event takes too long.
+        self.steps_taken = sum(self.steps_by_head.values())
         """Local steps of all heads that contributions have reported."""
-        return sum(self.steps_by_head.values())
+        self._steps_of_members = sum(self.steps_by_head.get(head, 0) for head in self._members)
 
     @property
     def progress(self) -> float:
-        """The share of all steps that the contributions hold."""
-        return self.steps_taken / self.total
+        """The share of the run's steps that the contributions hold, 0 to 1; of its members' own, unless heads share them."""
+        if self.shared:
+            return min(1.0, self.steps_taken / self.total)
+        return min(1.0, self._steps_of_members / (self._steps * max(1, len(self._members))))
 
     def record_steps(self, head: int, step: int) -> None:
         """Records that a head has taken `step` local steps in all."""
-        self.steps_by_head[head] = max(step, self.steps_by_head[head])
+        self._set_steps(head, max(step, self.steps_by_head[head]))
 
     def add_head(self, head: int, step: int) -> int:
         """Adds a head that is new to the run.
@@ -127,12 +131,29 @@ class StepBudget:
             head of its number has taken.
         """
         first = self.steps_by_head.get(head, 0) if self.shared else step
-        self.steps_by_head[head] = self.steps_granted[head] = first
+        if head not in self._members:
+            self._members.add(head)
+            self._steps_of_members += self.steps_by_head.get(head, 0)
+        self._set_steps(head, first)
+        self.steps_granted[head] = first
         return first
+
+    def remove_head(self, head: int) -> None:
+        """Removes a head that has left the run for good; its steps still count as taken."""
+        if head in self._members:
+            self._members.discard(head)
+            self._steps_of_members -= self.steps_by_head.get(head, 0)
 
     def reclaim(self, head: int, step: int) -> None:
         """Takes back what a head was granted beyond `step`, where its contributions end: its process is gone."""
-        self.steps_by_head[head] = self.steps_granted[head] = step
+        self._set_steps(head, step)
+        self.steps_granted[head] = step
+
+    def _set_steps(self, head: int, step: int) -> None:
+        more = step - self.steps_by_head.get(head, 0)
+        self.steps_by_head[head] = step
+        self.steps_taken += more
+        self._steps_of_members += more if head in self._members else 0
 
     def next_directive(self, head: int, live: Collection[int]) -> HeadDirective:
         """What a head is to do next."""

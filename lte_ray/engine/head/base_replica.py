@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lte_ray.engine.process_tuning import torch_threads
 from lte_ray.merging.flat_buffer import views
-from lte_ray.merging.low_rank import Share, add_contributions, new_reference
+from lte_ray.merging.low_rank import Share, new_reference
+from lte_ray.merging.outer_step import merge_shares
 from lte_ray.messages import CHECKSUM_INTERVAL, CoordinatorReply, MergeDelta
 from lte_ray.transfer.checksum import base_checksum
 from lte_ray.transfer.codec import Codec
@@ -22,19 +23,32 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Fetched:
-    """What a reply refers to: parts of a base by group, references by head, merges with their buffers by group and head."""
+    """What a reply refers to.
+
+    Attributes:
+        parts, momentum: of a base, by group.
+        references: by head.
+        deltas: merges with their buffers by group and head.
+    """
 
     parts: dict[int, Tensor]
+    momentum: dict[int, Tensor] = field(default_factory=dict)
     references: dict[int, Tensor] = field(default_factory=dict)
     deltas: list[tuple[MergeDelta, dict[int, dict[int, Tensor]]]] = field(default_factory=list)
 
 
 @dataclass
 class _GroupPart:
-    """A group's part of the base, flat, and each head's reference in it."""
+    """A group's part of the base and of the momentum, flat, and each head's reference in it; no momentum is one of 0."""
 
     base: Tensor
-    references: dict[int, Tensor | None]
+    momentum: Tensor | None = None
+    references: dict[int, Tensor | None] = field(default_factory=dict)
+
+    @property
+    def checksum(self) -> int:
+        """Of base and momentum."""
+        return base_checksum(self.base) + (0 if self.momentum is None else base_checksum(self.momentum))
 
 
 class CannotRedoMerges(Exception):
@@ -44,8 +58,8 @@ class CannotRedoMerges(Exception):
 class BaseReplica:
     """Follows the coordinator's base version by version.
 
-    Groups that travel by factors are redone here, with the same products in the same order as the coordinator's. The other
-    groups are copied from what the coordinator publishes.
+    Groups that travel by factors are redone here, with the same products and outer steps in the same order as the
+    coordinator's. The other groups are copied from what the coordinator publishes.
 
     Args:
         codecs: each head's; all have the same groups.
@@ -116,10 +130,23 @@ class BaseReplica:
                 self._base_in_use.release()
         return base
 
-    def read(self, use: Callable[[Tensor | None], T]) -> T:
-        """Applies `use` to the newest base (None before there is one), which isn't changed meanwhile."""
+    def read(self, use: Callable[[Tensor | None, Tensor | None], T]) -> T:
+        """Applies `use` to the newest base (None before there is one) and its momentum, which aren't changed meanwhile.
+
+        The momentum is flat, and 0 in the groups that are sent as the base, where this process can't know it. It is None if it
+        is 0 everywhere, or not known at all.
+        """
         with self._changing:
-            return use(self._base)
+            return use(self._base, self._momentum())
+
+    def _momentum(self) -> Tensor | None:
+        if self._base is None or all(part.momentum is None for part in self._parts.values()):
+            return None
+        momentum = torch.zeros_like(self._base)
+        for index, part in self._parts.items():
+            if part.momentum is not None:
+                self._copy_group(momentum, index, part.momentum)
+        return momentum
 
     def release(self) -> None:
         """Says that the base which `acquire` returned isn't needed any more."""
@@ -138,6 +165,7 @@ class BaseReplica:
         by_factors = [i for i in indices if groups[i].by_factors]
         return _Fetched(
             {index: self._get(handle) for index, handle in reply.base_parts.items()},
+            {index: self._get(handle) for index, handle in reply.momentum.items()},
             {head: self._get(handle) for head, handle in reply.references.items()},
             [
                 (delta, {i: {h: self._get_contribution(h, delta.buffers[h][i]) for h in delta.weights} for i in by_factors})
@@ -156,7 +184,8 @@ class BaseReplica:
         for index, new in fetched.parts.items():
             base = torch.empty(plan.base.size, dtype=new.dtype) if base is None else base
             if groups[index].by_factors:
-                self._parts[index] = _GroupPart(new.clone(), {})
+                momentum = fetched.momentum.get(index)
+                self._parts[index] = _GroupPart(new.clone(), None if momentum is None else momentum.clone())
             else:
                 self._copy_group(base, index, new)
         for head, factors in fetched.references.items():
@@ -178,11 +207,11 @@ class BaseReplica:
                 flat = codec.decode_group(index, buffers[index][head], old)
                 shares.append((head, Share(weight, codec.group_plans[index], flat, old)))
             with torch_threads(self._threads):
-                add_contributions(part.base, [share for _, share in shares])
+                part.momentum = merge_shares(part.base, part.momentum, [share for _, share in shares], delta.outer_step)
             for head, share in shares:
                 part.references[head] = new_reference(share, self._reset)
         if delta.version % CHECKSUM_INTERVAL == 0:
-            self._checksums = {delta.version: sum(base_checksum(part.base) for part in self._parts.values()) % 2**64}
+            self._checksums = {delta.version: sum(part.checksum for part in self._parts.values()) % 2**64}
 
     def _compare_checksum(self, reply: CoordinatorReply) -> None:
         """Drops a copy that differs from the coordinator's base; the next reply then brings the complete base."""

@@ -33,6 +33,7 @@ class CoordinatorGroup:
     Attributes:
         actor: the coordinator's handle; None before the first begins.
         epoch: how many coordinators there were before this one; -1 before the first.
+        policy: the run's merge policy, as each coordinator gets it.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class CoordinatorGroup:
         launcher: ActorLauncher,
         hang_detector: HangDetector,
     ) -> None:
-        self._context, self._initial, self._policy = context, initial, policy
+        self._context, self._initial, self.policy = context, initial, policy
         self._launcher, self._hang_detector = launcher, hang_detector
         self.actor: Any = None
         self.epoch = -1
@@ -66,7 +67,7 @@ class CoordinatorGroup:
         launch = self._launcher.launch
         self._shards = [launch(ShardActor, spread, self._context, plans, number, state) for number in numbers]
         options = {**UNRESERVED, "max_concurrency": calls}
-        self.actor = launch(CoordinatorActor, options, self._context, plans, self._policy, state, self._shards)
+        self.actor = launch(CoordinatorActor, options, self._context, plans, self.policy, state, self._shards)
         self.epoch = state.epoch
 
     def stop(self) -> None:

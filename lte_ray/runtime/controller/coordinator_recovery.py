@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -11,7 +12,7 @@ from typing import Any
 import ray
 
 from lte_ray import checkpoint
-from lte_ray.engine.coordinator.recovery import heads_in_checkpoint, recover
+from lte_ray.engine.coordinator.recovery import Recovered, heads_in_checkpoint, recover
 from lte_ray.engine.failure_policy import FailurePolicy
 from lte_ray.engine.prepare import Initial
 from lte_ray.errors import CoordinatorLost, HeadLost, RunError, StorageError
@@ -21,7 +22,10 @@ from lte_ray.runtime.controller.coordinator_group import CoordinatorGroup
 from lte_ray.runtime.controller.head_actors import HeadActorGroup, HeadActorSlot, SlotState
 from lte_ray.runtime.controller.run_state import RunState
 from lte_ray.runtime.coordinator_state import CoordinatorState, load_checkpoint
+from lte_ray.runtime.object_store import Handle
 from lte_ray.runtime.ray_errors import PROCESS_DIED
+
+log = logging.getLogger("lte_ray")
 
 REPORT_TIMEOUT = 10.0
 """Seconds that heads have to report when the coordinator is lost; those that don't are started again. Also the seconds
@@ -180,6 +184,7 @@ class CoordinatorRecovery:
         state = CoordinatorState.from_recovered(
             recovered,
             references,
+            self._momentum_after(recovered, saved),
             checkpoint_version=saved,
             exact_heads=start.exact_heads - recovered.step_limits.keys() if at_start else frozenset(),
             saved_heads=saved_heads,
@@ -187,6 +192,30 @@ class CoordinatorRecovery:
             epoch=epoch,
         )
         return state, recovered.restart_heads
+
+    def _momentum_after(self, recovered: Recovered, saved: int | None) -> Handle | None:
+        """Returns the momentum of the recovered version: that of a checkpoint of this version, or what the heads know.
+
+        Heads know it of the layers whose merges they redo from factors. What nobody knows restarts at 0, and an event says so.
+        """
+        version, context = recovered.version, self._context
+        if version == self._start.version:
+            return self._start.momentum
+        if version == saved:
+            with contextlib.suppress(StorageError):
+                manifest = checkpoint.read_manifest(context.directory, version)
+                momentum = checkpoint.read_momentum(
+                    context.directory, manifest, self._initial.plan, context.settings.merge.policy
+                )
+                return None if momentum is None else context.transport.publish(momentum)
+        steps = [merge.outer_step for merge in self._state.merges if merge.version <= version]
+        used = self._start.momentum is not None or any(step is not None and step.uses_momentum for step in steps)
+        known = recovered.momentum is not None
+        if used and not (known and all(group.by_factors for group in context.groups)):
+            where = "in layers that heads receive as the base" if known else "everywhere"
+            self._state.log.record_event("momentum_restarts", version=version, where=where)
+            log.warning("The outer momentum restarts at 0 %s: it was lost with the coordinator.", where)
+        return recovered.momentum
 
     # -- a loss that has spiked ----------------------------------------------------------------------------------------
 
@@ -251,7 +280,7 @@ class CoordinatorRecovery:
         num_heads = self._context.settings.lte.num_heads
         for version in sorted(versions, reverse=True):
             try:
-                return load_checkpoint(self._context, self._initial, version, num_heads)
+                return load_checkpoint(self._context, self._initial, version, num_heads, self._coordinator.policy.load())
             except StorageError as error:
                 self._state.log.record_event("storage", why=str(error))
                 if version == min(versions):

@@ -102,7 +102,8 @@ class CoordinatorActor:
         )
         self._checkpoints = CheckpointManager(context, plans[0], state.checkpoint_version, state.saved_heads)
         self._tasks = BackgroundTasks(on_failure=self._checkpoints.abandon_all)
-        self._broadcaster = Broadcaster(context, engine, self._aggregator, self._checkpoints, self._tasks)
+        has_momentum = state.momentum is not None
+        self._broadcaster = Broadcaster(context, engine, self._aggregator, self._checkpoints, self._tasks, has_momentum)
         self._broadcaster.reachable_heads |= state.step_limits.keys()  # heads that an earlier coordinator had
         self._submissions = SubmissionLoop(context, engine, self._aggregator, self._broadcaster, self._tasks)
         self._joined: set[int] = set()
@@ -320,6 +321,7 @@ def _load_engine(
     """The engine's coordinator from that state; without tensors unless they are `local`."""
     with at_construction():  # copies: fetched tensors are shared and read-only
         base = context.transport.fetch(state.base).clone() if local else None
+        momentum = context.transport.fetch(state.momentum).clone() if local and state.momentum is not None else None
         factors = state.references.items() if local else ()
         references = {head: context.transport.fetch(handle).clone() for head, handle in factors}
     engine = Coordinator(
@@ -330,6 +332,7 @@ def _load_engine(
         plans=plans,
         version=state.version,
         references=references,
+        momentum=momentum,
         taken=state.steps_by_head,
         granted=state.step_limits,
         positions=state.positions,

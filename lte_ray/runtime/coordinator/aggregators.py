@@ -7,20 +7,20 @@ only.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from lte_ray.engine.coordinator.aggregator import MeasuredContribution
+from lte_ray.engine.coordinator.aggregator import BaseVersion, MeasuredContribution
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.process_tuning import torch_threads
 from lte_ray.errors import CoordinatorLost
 from lte_ray.layout import Layout
 from lte_ray.merging.flat_buffer import gather, views
-from lte_ray.messages import CommittedPosition
+from lte_ray.messages import CommittedPosition, OuterStep
 from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.object_store import AssembledRef, Handle
 from lte_ray.runtime.ray_errors import PROCESS_DIED
@@ -32,14 +32,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Published:
-    """Parts of one version's base, by group (-1: the whole base), and the references that it holds, by head.
+    """One version, or parts of it.
 
-    `positions` are what the version holds of each head, and `assignment_state` which head owns which batches at it.
+    Attributes:
+        version: its number.
+        parts: of its base, by group; -1: the whole base.
+        references: those that it holds, by head.
+        momentum: parts of its momentum, as `parts`; empty where there is none.
+        positions: what the version holds of each head.
+        assignment_state: which head owns which batches at it.
     """
 
     version: int
     parts: dict[int, Handle] = field(default_factory=dict)
     references: dict[int, Handle] = field(default_factory=dict)
+    momentum: dict[int, Handle] = field(default_factory=dict)
     positions: dict[int, CommittedPosition] = field(default_factory=dict)
     assignment_state: dict[str, Any] = field(default_factory=dict)
 
@@ -69,28 +76,29 @@ class Aggregator(Protocol):
         """A head begins with B = 0, or has left: factors of this number are no head's reference from here on."""
         ...
 
-    def merge(self, version: int, weights: Mapping[int, float]) -> Awaitable[float]:
+    def merge(self, version: int, weights: Mapping[int, float], step: OuterStep | None) -> Awaitable[float]:
         """Computes the next version, which the engine has decided.
 
         Args:
             version: the next one.
             weights: by ticket; empty where the policy made the change itself.
+            step: what is done with the sum of the changes.
 
         Returns:
             The seconds that the products took, once they are computed.
         """
         ...
 
-    def publish_parts(self, groups: Sequence[int], references: bool) -> Awaitable[Published]:
-        """Publishes these groups' parts of the base, and all references if wanted."""
+    def publish_parts(self, groups: Sequence[int], references: bool, momentum: Collection[int] = ()) -> Awaitable[Published]:
+        """Publishes these groups' parts of the base, all references if wanted, and the momentum of those in `momentum`."""
         ...
 
-    def publish_base(self, references: bool = False) -> Awaitable[Published]:
-        """Publishes the whole base, flat, and all references if wanted."""
+    def publish_base(self, complete: bool = False) -> Awaitable[Published]:
+        """Publishes the whole base, flat; if `complete`, the momentum and all references, too."""
         ...
 
     def checksum(self) -> Awaitable[int]:
-        """The sum of the checksums of the groups that heads redo from factors."""
+        """The sum of the checksums, of base and momentum, of the groups that heads redo from factors."""
         ...
 
 
@@ -120,26 +128,35 @@ class LocalAggregator:
     def forget_head(self, head: int) -> None:
         """The engine has forgotten its factors itself."""
 
-    async def merge(self, version: int, weights: Mapping[int, float]) -> float:
+    async def merge(self, version: int, weights: Mapping[int, float], step: OuterStep | None) -> float:
         await self._catch_up()
         return self._weights.pop_seconds(version)
 
-    def publish_parts(self, groups: Sequence[int], references: bool) -> Coroutine[Any, Any, Published]:
-        def publish(version: int, base: Tensor, factors: Mapping[int, Tensor | None]) -> Published:
-            parts = {index: self._transport.publish(self._part(index, base)) for index in groups}
-            return Published(version, parts, self._publish_references(factors) if references else {})
+    def publish_parts(
+        self, groups: Sequence[int], references: bool, momentum: Collection[int] = ()
+    ) -> Coroutine[Any, Any, Published]:
+        def publish(newest: BaseVersion) -> Published:
+            return Published(
+                newest.version,
+                {index: self._transport.publish(self._part(index, newest.base)) for index in groups},
+                self._publish_references(newest.references) if references else {},
+                {i: self._transport.publish(self._part(i, newest.momentum)) for i in momentum if newest.momentum is not None},
+            )
 
         return self._read(self._weights.schedule_read(publish))
 
-    def publish_base(self, references: bool = False) -> Coroutine[Any, Any, Published]:
-        def publish(version: int, base: Tensor, factors: Mapping[int, Tensor | None]) -> Published:
-            parts = {-1: self._transport.publish(base)}
-            return Published(version, parts, self._publish_references(factors) if references else {})
+    def publish_base(self, complete: bool = False) -> Coroutine[Any, Any, Published]:
+        def publish(newest: BaseVersion) -> Published:
+            base = {-1: self._transport.publish(newest.base)}
+            if not complete:
+                return Published(newest.version, base)
+            momentum = {} if newest.momentum is None else {-1: self._transport.publish(newest.momentum)}
+            return Published(newest.version, base, self._publish_references(newest.references), momentum)
 
         return self._read(self._weights.schedule_read(publish))
 
     def checksum(self) -> Coroutine[Any, Any, int]:
-        return self._read(self._weights.schedule_read(lambda version, base, factors: self._checksum(base)))
+        return self._read(self._weights.schedule_read(self._checksum))
 
     async def _read(self, result: Future[T]) -> T:
         await self._catch_up()
@@ -161,10 +178,11 @@ class LocalAggregator:
             return base
         return gather(codec.group_plans[index].base, views(codec.plan.base, base), base.dtype)
 
-    def _checksum(self, base: Tensor) -> int:
-        entries = views(self._engine.plan.base, base)
+    def _checksum(self, newest: BaseVersion) -> int:
+        tensors = [newest.base] if newest.momentum is None else [newest.base, newest.momentum]
+        entries = [views(self._engine.plan.base, flat) for flat in tensors]
         names = [name for group in self._codecs[0].groups if group.by_factors for name in group.names]
-        return sum(base_checksum(entries[name]) for name in names) % 2**64
+        return sum(base_checksum(each[name]) for each in entries for name in names) % 2**64
 
 
 @dataclass
@@ -222,20 +240,26 @@ class ShardedAggregator:
         for shard in self._shards:
             shard.actor.forget_head.remote(shard.next_turn(), head)
 
-    def merge(self, version: int, weights: Mapping[int, float]) -> Coroutine[Any, Any, float]:
+    def merge(self, version: int, weights: Mapping[int, float], step: OuterStep | None) -> Coroutine[Any, Any, float]:
         self._version = version
-        return self._slowest([(shard, shard.actor.merge.remote(shard.next_turn(), version, weights)) for shard in self._shards])
+        return self._slowest(
+            [(shard, shard.actor.merge.remote(shard.next_turn(), version, weights, step)) for shard in self._shards]
+        )
 
-    def publish_parts(self, groups: Sequence[int], references: bool) -> Coroutine[Any, Any, Published]:
+    def publish_parts(
+        self, groups: Sequence[int], references: bool, momentum: Collection[int] = ()
+    ) -> Coroutine[Any, Any, Published]:
         calls = []
         for shard in self._shards:
             numbers = tuple(i for i in shard.groups if i in groups)
             if numbers:
-                calls.append((shard, shard.actor.publish.remote(shard.next_turn(), numbers, references)))
+                of_momentum = tuple(i for i in numbers if i in momentum)
+                calls.append((shard, shard.actor.publish.remote(shard.next_turn(), numbers, references, of_momentum)))
         return self._published(self._version, calls)
 
-    def publish_base(self, references: bool = False) -> Coroutine[Any, Any, Published]:
-        return self._assembled(self.publish_parts(range(len(self._codecs[0].groups)), references))
+    def publish_base(self, complete: bool = False) -> Coroutine[Any, Any, Published]:
+        groups = range(len(self._codecs[0].groups))
+        return self._assembled(self.publish_parts(groups, complete, groups if complete else ()))
 
     def checksum(self) -> Coroutine[Any, Any, int]:
         return self._sum([(shard, shard.actor.checksum.remote(shard.next_turn())) for shard in self._shards])
@@ -248,19 +272,26 @@ class ShardedAggregator:
 
     async def _published(self, version: int, calls: Sequence[tuple[_ShardStub, Any]]) -> Published:
         parts: dict[int, Handle] = {}
+        momentum: dict[int, Handle] = {}
         pieces: dict[int, list[tuple[int, Handle]]] = {}  # by head: the groups, and its factors there
-        for shard_parts, shard_references in await self._gather(calls):
+        for shard_parts, shard_references, shard_momentum in await self._gather(calls):
             parts.update(shard_parts)
+            momentum.update(shard_momentum)
             for index, factors in shard_references.items():
                 for head, handle in factors.items():
                     pieces.setdefault(head, []).append((index, handle))
-        return Published(version, parts, {head: self._assemble_factors(head, each) for head, each in pieces.items()})
+        references = {head: self._assemble_factors(head, each) for head, each in pieces.items()}
+        return Published(version, parts, references, momentum)
 
     async def _assembled(self, publishing: Awaitable[Published]) -> Published:
-        published, codec = await publishing, self._codecs[0]
-        parts = sorted(published.parts.items())
-        pieces = [(handle, _ranges(codec.plan.base, codec.group_plans[index].base)) for index, handle in parts]
-        return replace(published, parts={-1: AssembledRef(codec.plan.base.size, tuple(pieces))})
+        published = await publishing
+        momentum = {-1: self._assemble_base(published.momentum)} if published.momentum else {}
+        return replace(published, parts={-1: self._assemble_base(published.parts)}, momentum=momentum)
+
+    def _assemble_base(self, parts: Mapping[int, Handle]) -> AssembledRef:
+        codec = self._codecs[0]
+        pieces = [(handle, _ranges(codec.plan.base, codec.group_plans[index].base)) for index, handle in sorted(parts.items())]
+        return AssembledRef(codec.plan.base.size, tuple(pieces))
 
     def _assemble_factors(self, head: int, pieces: Sequence[tuple[int, Handle]]) -> AssembledRef:
         codec = self._codecs[head]

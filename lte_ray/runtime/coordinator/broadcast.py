@@ -48,6 +48,7 @@ class Broadcaster:
         aggregator: computes and publishes them.
         checkpoints: those that are being written.
         tasks: of this process.
+        has_momentum: whether the version that the engine starts from has momentum of outer steps.
     """
 
     def __init__(
@@ -57,12 +58,14 @@ class Broadcaster:
         aggregator: Aggregator,
         checkpoints: CheckpointManager,
         tasks: BackgroundTasks,
+        has_momentum: bool = False,
     ) -> None:
         self._engine, self._aggregator, self._checkpoints, self._tasks = engine, aggregator, checkpoints, tasks
         self._train = context.settings.train
         codecs = context.codecs(engine.plans)
         base_sizes = [plan.base.size * torch.float32.itemsize for plan in codecs[0].group_plans]
-        self._log = BroadcastLog(context.groups, base_sizes, [codec.buffer_sizes for codec in codecs], engine.version)
+        sizes = [codec.buffer_sizes for codec in codecs]
+        self._log = BroadcastLog(context.groups, base_sizes, sizes, engine.version, has_momentum)
         self._contribution_bytes = [sum(codec.buffer_sizes) for codec in codecs]
         self._groups = range(len(context.groups))
         self._start_version = engine.version
@@ -98,9 +101,11 @@ class Broadcaster:
         before, newest = merges[0].version - 1, merges[-1].version
         for merge in merges:
             version, engine = merge.version, self._engine
-            delta = MergeDelta(version, merge.weights, {head: buffers[head] for head in merge.heads}, merge.fresh)
+            of_heads = {head: buffers[head] for head in merge.heads}
+            delta = MergeDelta(version, merge.weights, of_heads, merge.fresh, merge.outer_step)
             self._log.append(delta if merge.weights else None)
-            seconds = self._aggregator.merge(version, {tickets[head]: weight for head, weight in merge.weights.items()})
+            weights = {tickets[head]: weight for head, weight in merge.weights.items()}
+            seconds = self._aggregator.merge(version, weights, merge.outer_step)
             record = self._last_record = replace(
                 merge,
                 bytes_up=sum(self._contribution_bytes[head] for head in merge.heads),
@@ -115,7 +120,7 @@ class Broadcaster:
             self._detect_spike(record)
             evaluates = last and is_due(self._train.eval_every, before, version)
             evaluates = evaluates or (saves and self._evaluate_checkpoints)
-            base = self._aggregator.publish_base(references=saves) if evaluates or saves else None
+            base = self._aggregator.publish_base(complete=saves) if evaluates or saves else None
             checked = last and self._log.by_factors and version % CHECKSUM_INTERVAL == 0
             checksum = self._aggregator.checksum() if checked else None
             self._tasks.start(self._publish_record(record, seconds, checksum, base, evaluates, saves))
@@ -178,7 +183,7 @@ class Broadcaster:
         complete = checkpoints.newest == version and not early and checkpoints.heads_saved >= self.reachable_heads
         if record is not None and not complete and version not in checkpoints:
             self._begin_checkpoint(record)
-            published = await self._aggregator.publish_base(references=True)
+            published = await self._aggregator.publish_base(complete=True)
             self._tasks.start(checkpoints.write_base(version, published))
         return checkpoints.last_requests(self.reachable_heads)
 
@@ -204,10 +209,10 @@ class Broadcaster:
         """What leads a process with these heads from version `have` (-1: none) to the newest. It has no result."""
         deltas = self._log.deltas_since(have)
         if deltas is not None:
-            published = await self._publish_newest(self._log.dense_groups, references=False)
+            published = await self._publish_newest(self._log.dense_groups)
             deltas = self._log.deltas_since(have)  # merges continue while parts are published
         if deltas is None:
-            published = await self._publish_newest(self._groups, references=self._log.by_factors)
+            published = await self._publish_newest(self._groups, to_redo=self._log.by_factors)
         version = published.version
         return CoordinatorReply(
             None,
@@ -215,6 +220,7 @@ class Broadcaster:
             published.parts,
             tuple(delta for delta in deltas or () if delta.version <= version),
             published.references,
+            published.momentum,
             positions=published.positions,
             assignment_state=published.assignment_state,
             checkpoint_requests=self._checkpoints.requests_in_reply(numbers),
@@ -226,15 +232,19 @@ class Broadcaster:
         """Publishes the factors that the newest version holds of this head; None where B' = 0."""
         return (await self._aggregator.publish_parts(self._groups, references=True)).references.get(head)
 
-    async def _publish_newest(self, groups: Sequence[int], references: bool) -> Published:
-        """Publishes these groups' parts of the newest version, each version once, and all references if wanted."""
-        key = (*groups, -1) if references else tuple(groups)
+    async def _publish_newest(self, groups: Sequence[int], to_redo: bool = False) -> Published:
+        """Publishes these groups' parts of the newest version, each version once.
+
+        With `to_redo`, also all references and the momentum, for processes that redo the merges that follow.
+        """
+        key = (*groups, -1) if to_redo else tuple(groups)
         if not key:
             return self._without_base()
         async with self._publishing:  # callers that come meanwhile get this one, or wait for the next
             last = self._published.get(key)
             if last is None or last.version < self._engine.version:
-                known, parts = self._without_base(), self._aggregator.publish_parts(groups, references)  # of one version
+                momentum = self._log.factored_groups if to_redo else ()
+                known, parts = self._without_base(), self._aggregator.publish_parts(groups, to_redo, momentum)  # of one version
                 last = replace(await parts, positions=known.positions, assignment_state=known.assignment_state)
                 self._published[key] = last
         return last

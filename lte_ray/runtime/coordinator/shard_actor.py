@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import ray
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor
 
 from lte_ray import fault_injection
-from lte_ray.engine.coordinator.aggregator import BaseShard
+from lte_ray.engine.coordinator.aggregator import BaseShard, BaseVersion
 from lte_ray.engine.process_tuning import torch_threads
 from lte_ray.fault_injection import inject
 from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import gather, views
+from lte_ray.messages import OuterStep
 from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.coordinator_state import CoordinatorState
 from lte_ray.runtime.object_store import Handle, at_construction
@@ -63,7 +65,7 @@ class ShardActor:
         context: as for every actor.
         plans: each head's.
         number: of this shard.
-        state: the base, and the references in it.
+        state: the base, the references in it, and its momentum.
     """
 
     def __init__(self, context: RunContext, plans: tuple[Plan, ...], number: int, state: CoordinatorState) -> None:
@@ -73,15 +75,20 @@ class ShardActor:
         plan_of = {index: subplan(plan, group.names) for index, group in enumerate(context.groups) if group.shard == number}
         with at_construction():
             base = context.transport.fetch(state.base)
+            whole_momentum = None if state.momentum is None else context.transport.fetch(state.momentum)
             factors_of = {head: context.transport.fetch(handle) for head, handle in state.references.items()}
-        entries = views(plan.base, base)
-        parts = {index: gather(each.base, entries, torch.float32) for index, each in plan_of.items()}
+
+        def slice_groups(flat: Tensor) -> dict[int, Tensor]:
+            entries = views(plan.base, flat)
+            return {index: gather(each.base, entries, torch.float32) for index, each in plan_of.items()}
+
+        parts, momentum = slice_groups(base), {} if whole_momentum is None else slice_groups(whole_momentum)
         references: dict[int, dict[int, Tensor]] = {index: {} for index in plan_of}
         for head, factors in factors_of.items():
             for index in plan_of:
                 references[index][head] = codecs[head].slice_factors(index, factors).clone()
         reset = context.settings.lte.reset
-        self._shard = BaseShard(codecs, parts, reset, version=state.version, references=references)
+        self._shard = BaseShard(codecs, parts, reset, version=state.version, references=references, momentum=momentum)
         adapted = tuple(weight for index in plan_of for weight in codecs[0].group_plans[index].adapted)
         self._threads = context.merge_threads(Plan(adapted, ()), plan)
         self._executor = ThreadPoolExecutor(1, "merge")
@@ -117,38 +124,57 @@ class ShardActor:
         """A head begins with B = 0."""
         await self._turns.run_in_turn(turn, lambda: self._shard.forget_head(head))
 
-    async def merge(self, turn: int, version: int, weights: Mapping[int, float]) -> float:
-        """Computes the next version from these tickets, by weight. Returns the seconds that its products took."""
+    async def merge(self, turn: int, version: int, weights: Mapping[int, float], step: OuterStep | None = None) -> float:
+        """Computes the next version from these tickets, by weight and step. Returns the seconds that its products took."""
 
         def merge() -> None:
             with torch_threads(self._threads):
-                self._shard.merge(version, weights)
+                self._shard.merge(version, weights, step)
 
         await self._turns.run_in_turn(turn, merge)
         await self._catch_up()
         return self._shard.pop_seconds(version)
 
     async def publish(
-        self, turn: int, groups: tuple[int, ...], references: bool
-    ) -> tuple[dict[int, Handle], dict[int, dict[int, Handle]]]:
-        """Publishes these groups' parts of the version at this turn, by group; and its references, by group and head."""
+        self, turn: int, groups: tuple[int, ...], references: bool, momentum: tuple[int, ...] = ()
+    ) -> tuple[dict[int, Handle], dict[int, dict[int, Handle]], dict[int, Handle]]:
+        """Publishes the version at this turn.
 
-        def publish(version: int, base: Tensor, factors: Mapping[int, Tensor | None]) -> tuple[Handle, dict[int, Handle]]:
-            flat = {head: f for head, f in factors.items() if f is not None} if references else {}
-            return self._transport.publish(base), {head: self._transport.publish(f) for head, f in flat.items()}
+        Args:
+            turn: as for all calls.
+            groups: whose parts of the base are published.
+            references: whether those of these groups are published, too.
+            momentum: the groups whose momentum is published, too, if there is any.
+
+        Returns:
+            The base's parts by group, references by group and head, and the momentum's parts by group.
+        """
+
+        def publish(index: int, newest: BaseVersion) -> tuple[Handle, dict[int, Handle], Handle | None]:
+            flat = {head: f for head, f in newest.references.items() if f is not None} if references else {}
+            wanted = newest.momentum if index in momentum else None
+            return (
+                self._transport.publish(newest.base),
+                {head: self._transport.publish(f) for head, f in flat.items()},
+                None if wanted is None else self._transport.publish(wanted),
+            )
 
         reads = await self._turns.run_in_turn(
-            turn, lambda: {index: self._shard.schedule_read(index, publish) for index in groups}
+            turn, lambda: {index: self._shard.schedule_read(index, partial(publish, index)) for index in groups}
         )
         await self._catch_up()
         published = {index: future.result() for index, future in reads.items()}
-        return {i: part for i, (part, _) in published.items()}, {i: factors for i, (_, factors) in published.items()}
+        return (
+            {index: part for index, (part, _, _) in published.items()},
+            {index: factors for index, (_, factors, _) in published.items()},
+            {index: handle for index, (_, _, handle) in published.items() if handle is not None},
+        )
 
     async def checksum(self, turn: int) -> int:
-        """The sum of the checksums of this shard's groups that heads redo from factors."""
+        """The sum of the checksums, of base and momentum, of this shard's groups that heads redo from factors."""
 
-        def checksum(version: int, base: Tensor, factors: Mapping[int, Tensor | None]) -> int:
-            return base_checksum(base)
+        def checksum(newest: BaseVersion) -> int:
+            return base_checksum(newest.base) + (0 if newest.momentum is None else base_checksum(newest.momentum))
 
         reads = await self._turns.run_in_turn(
             turn, lambda: [self._shard.schedule_read(index, checksum) for index in self._shard.factored_groups]

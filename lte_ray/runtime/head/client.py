@@ -177,11 +177,18 @@ class RecoveryCache:
             cached.pending = None
             cached.factors = {s: f for s, f in cached.factors.items() if (s == sequence) == accepted}
 
-    def build_report(self, base: Tensor | None, progress: Mapping[int, HeadReport], transport: Transport) -> RecoveryReport:
+    def build_report(
+        self,
+        base: Tensor | None,
+        momentum: Tensor | None,
+        progress: Mapping[int, HeadReport],
+        transport: Transport,
+    ) -> RecoveryReport:
         """Builds the report for a new coordinator, with tensors published.
 
         Args:
             base: the newest that reached this process; None if none has.
+            momentum: of that base, as far as this process knows it; None if it knows none.
             progress: of the heads that have started, without factors.
             transport: publishes the tensors.
         """
@@ -196,8 +203,10 @@ class RecoveryCache:
                 max(now.revocation_id, directed.revocation_id),
                 factors,
             )
-        published = None if base is None else transport.publish(base)
-        return RecoveryReport(self._version, published, self._positions, self._assignment_state, heads)
+        published = [None if flat is None else transport.publish(flat) for flat in (base, momentum)]
+        return RecoveryReport(
+            self._version, published[0], self._positions, self._assignment_state, heads, momentum=published[1]
+        )
 
 
 @dataclass(frozen=True)
@@ -283,11 +292,11 @@ class CoordinatorClient:
         """Builds the report for the coordinator of `epoch`; replies of earlier coordinators are void from now on."""
         with self._epoch_lock:
             self._stub.disconnect(epoch)
-        return self.base_replica.read(lambda base: self._build_report(base, progress))
+        return self.base_replica.read(lambda base, momentum: self._build_report(base, momentum, progress))
 
-    def _build_report(self, base: Tensor | None, progress: Mapping[int, HeadReport]) -> RecoveryReport:
+    def _build_report(self, base: Tensor | None, momentum: Tensor | None, progress: Mapping[int, HeadReport]) -> RecoveryReport:
         with self._epoch_lock:
-            return self._recovery_cache.build_report(base, progress, self._transport)
+            return self._recovery_cache.build_report(base, momentum, progress, self._transport)
 
     # -- contributions and replies ---------------------------------------------------------------------------------------
 

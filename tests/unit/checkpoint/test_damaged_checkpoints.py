@@ -36,7 +36,14 @@ def test_the_intact_checkpoint_is_read(intact: Path, tmp_path: Path) -> None:
     assert len(read_and_check(copy_run(intact, tmp_path))) == 1
 
 
-FILES = ["manifest.json", "base.safetensors", "head-0000.safetensors", "references.safetensors", "policy.safetensors"]
+FILES = [
+    "manifest.json",
+    "base.safetensors",
+    "momentum.safetensors",
+    "head-0000.safetensors",
+    "references.safetensors",
+    "policy.safetensors",
+]
 
 
 @FUZZ

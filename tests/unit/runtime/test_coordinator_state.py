@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lte_ray import checkpoint
+from lte_ray.config import MergeConfig
 from lte_ray.data.assignment import PartitionAssignor
 from lte_ray.data.partition import initial_partitions as first_lanes
 from lte_ray.errors import StorageError
+from lte_ray.merging.registry import make_policy
 from lte_ray.runtime.coordinator_state import CoordinatorState, load_checkpoint
 from lte_ray.storage import RunDirectory
 from tests.support.plans import plan_from_shapes, random_flat
@@ -51,10 +53,46 @@ def directory(tmp_path: Path) -> RunDirectory:
     return directory
 
 
-def start(directory: RunDirectory, num_heads: int = 2) -> CoordinatorState:
-    common: Any = SimpleNamespace(directory=directory, transport=SimpleNamespace(publish=lambda tensor: tensor))
+def start(directory: RunDirectory, num_heads: int = 2, policy: str = "nesterov") -> CoordinatorState:
+    settings = SimpleNamespace(merge=MergeConfig(policy=policy))
+    transport = SimpleNamespace(publish=lambda tensor: tensor)
+    common: Any = SimpleNamespace(directory=directory, transport=transport, settings=settings)
     initial: Any = SimpleNamespace(plan=PLAN, plans=[PLAN] * max(2, num_heads))
-    return load_checkpoint(common, initial, 3, num_heads)
+    return load_checkpoint(common, initial, 3, num_heads, make_policy(settings.merge))
+
+
+def add_file(directory: RunDirectory, entry: checkpoint.FileEntry) -> None:
+    """Commits the checkpoint again, with another file."""
+    manifest = checkpoint.read_manifest(directory, 3)
+    checkpoint.commit(directory, 3, manifest.heads, [*manifest.files, entry], manifest.facts)
+
+
+def test_momentum_continues_under_the_policy_that_made_it(directory: RunDirectory) -> None:
+    """Under another it is 0, as where the checkpoint holds none."""
+    assert start(directory).momentum is None
+    momentum = random_flat(PLAN.base.size, 2).float()
+    add_file(directory, checkpoint.write_momentum(directory, 3, PLAN, "lte_ray.merging.outer:Nesterov", momentum))
+    assert start(directory, policy="average").momentum is None
+    assert start(directory, policy="nesterov").momentum is None
+    restored = start(directory, policy="lte_ray.merging:Nesterov").momentum
+    assert torch.equal(restored, momentum)
+
+
+def test_momentum_that_an_earlier_release_saved_as_the_policys_state_continues(directory: RunDirectory) -> None:
+    """It becomes that of the outer steps."""
+    momentum = random_flat(PLAN.base.size, 2).float()
+    add_file(directory, checkpoint.write_policy(directory, 3, "nesterov", {"momentum": momentum}))
+    assert start(directory, policy="average").momentum is None
+    assert torch.equal(start(directory).momentum, momentum)
+
+
+def test_momentum_of_another_model_is_refused(directory: RunDirectory) -> None:
+    """As a base of another model is."""
+    other = plan_from_shapes([(6, 5, 2)], [(5,)])
+    momentum = random_flat(other.base.size, 2).float()
+    add_file(directory, checkpoint.write_momentum(directory, 3, other, "nesterov", momentum))
+    with pytest.raises(StorageError, match="holds another model than the worker builds"):
+        start(directory)
 
 
 def test_the_same_heads_continue_exactly(directory: RunDirectory) -> None:

@@ -243,10 +243,15 @@ def test_every_step_is_merged_or_lost(
     assert all(a.end <= b.start for row in run.rows for a, b in zip(row.spans, row.spans[1:], strict=False))
 
 
-@pytest.mark.parametrize("reset", ["none", "B"])
-def test_equal_heads_that_wait_are_the_barrier_bit_for_bit(reset: str) -> None:
+NESTEROV = {"lr": 1.2, "momentum": 0.5, "replica_lr": 0.8, "final_lr": 0.5, "warmup": 2}
+
+
+@pytest.mark.parametrize(("reset", "policy"), [("none", "average"), ("B", "average"), ("none", "nesterov")])
+def test_equal_heads_that_wait_are_the_barrier_bit_for_bit(reset: str, policy: str) -> None:
     """Training under the virtual clock equals `run_in_process`, which equals a barrier run on Ray."""
     same = make_settings(heads=3, reset=reset)
+    arguments = NESTEROV if policy == "nesterov" else None
+    same = dataclasses.replace(same, merge=dataclasses.replace(same.merge, policy=policy, policy_args=arguments))
     run, reference = simulate_training(Tiny(), same, ClusterModel(), torch.float64), run_in_process(Tiny(), same, torch.float64)
     assert torch.equal(run.base, reference.base)
     assert [m.loss for m in run.record.merges] == [sum(m.losses.values()) / 3 for m in reference.merges]

@@ -13,13 +13,13 @@ from hypothesis import given
 from lte_ray.config import MergeConfig
 from lte_ray.merging.flat_buffer import gather, views
 from lte_ray.merging.registry import WEIGHT_POLICIES, make_policy
-from tests.support.base_shards import HEADS, Scripted, assert_same, make_both
+from tests.support.base_shards import HEADS, Scripted, assert_same, assert_same_momentum, make_both
 from tests.support.plans import make_contribution, random_flat
 
 
 @given(
     st.lists(
-        st.tuples(st.integers(0, HEADS - 1), st.sampled_from(["merge", "merge", "wait", "discard", "nan", "fresh"])),
+        st.tuples(st.integers(0, HEADS - 1), st.sampled_from(["merge", "merge", "step", "wait", "discard", "nan", "fresh"])),
         max_size=25,
     ),
     st.sampled_from(["fp32", "bf16", "int8"]),
@@ -31,7 +31,7 @@ from tests.support.plans import make_contribution, random_flat
 def test_sharded_merging_is_bitwise_equal_to_local_merging(
     events: list, transfer: str, topk: float, down: str, reset: str, shards: int
 ) -> None:
-    """For any schedule, format and number of shards, with unequal ranks: base, references, results and records are equal."""
+    """For any schedule, format and number of shards, with unequal ranks: base, momentum, references, results and records."""
     # Without the outlier filter: in a sharded run, heads compute the norms for it, and there are no heads here.
     merge = MergeConfig(transfer=transfer, replica_topk=topk, send_down=down, shards=shards, max_norm_z=0)  # type: ignore[arg-type]
     local, sharded = make_both(merge, [2, 3, 1], reset, Scripted)
@@ -54,6 +54,7 @@ def test_sharded_merging_is_bitwise_equal_to_local_merging(
         )
         assert_same(local.receive(contribution, decoded), sharded.receive(contribution, buffers))
         assert torch.equal(local.base, sharded.base())
+        assert_same_momentum(local, sharded)
     for index in range(len(sharded.codecs[0].groups)):
         for head in local.members:  # a quarantined head may leave its reference in the shards
             expected, actual = local.reference(head), sharded.reference(index, head)
@@ -93,6 +94,7 @@ def test_built_in_weight_policies_need_no_tensors(name: str) -> None:
                 assert_same(local.receive(contribution, decoded), sharded.receive(contribution, buffers))
         assert local.version == (3 if when == "barrier" else 9)
         assert torch.equal(local.base, sharded.base())
+        assert_same_momentum(local, sharded)
 
 
 def test_a_read_is_of_the_version_at_which_it_was_scheduled() -> None:
@@ -104,10 +106,10 @@ def test_a_read_is_of_the_version_at_which_it_was_scheduled() -> None:
         flat = random_flat(codec.plan.contribution.size, sequence).float()
         sharded.receive(make_contribution(0, sequence), codec.encode(flat, None)[0])
         for shard in sharded.shards:
-            versions += [(sequence, shard.schedule_read(i, lambda version, part, held: version)) for i in shard.groups]
+            versions += [(sequence, shard.schedule_read(i, lambda newest: newest.version)) for i in shard.groups]
         if sequence == 3:
             bases.append(
-                [shard.schedule_read(i, lambda v, part, held: part.clone()) for shard in sharded.shards for i in shard.groups]
+                [shard.schedule_read(i, lambda newest: newest.base.clone()) for shard in sharded.shards for i in shard.groups]
             )
     with ThreadPoolExecutor(2) as threads:
         for done in [threads.submit(shard.catch_up) for shard in sharded.shards for _ in range(2)]:
@@ -127,8 +129,8 @@ def test_a_read_that_fails_concerns_only_its_caller() -> None:
     """Its future fails; later reads succeed."""
     _, sharded = make_both(MergeConfig(shards=2), [2, 2, 2], "none", Scripted)
     (shard, *_), index = sharded.shards, sharded.shards[0].groups[0]
-    failing = shard.schedule_read(index, lambda version, part, held: 1 // version)
-    after = shard.schedule_read(index, lambda version, part, held: version)
+    failing = shard.schedule_read(index, lambda newest: 1 // newest.version)
+    after = shard.schedule_read(index, lambda newest: newest.version)
     shard.catch_up()
     assert isinstance(failing.exception(), ZeroDivisionError)
     assert after.result() == 0

@@ -103,3 +103,30 @@ def test_heads_that_share_steps_are_granted_enough_to_bridge_a_lost_coordinator(
     for head in (0, 1):
         coordinator.step_rates.record_steps(head, 10, 1.0)
     assert coordinator.next_directive(0).limit == limit
+
+
+class RecordsProgress(MergeAll):
+    """Merges all that is pending, and records the roster's progress then."""
+
+    def __init__(self) -> None:
+        self.progress: list[float] = []
+
+    def decide(self, pending: Sequence[Pending], roster: Roster) -> Decision:
+        if pending:
+            self.progress.append(roster.progress)
+        return super().decide(pending, roster)
+
+
+@pytest.mark.parametrize(("budget", "expected"), [("each", [0.1, 0.3, 0.6, 1.0]), ("shared", [0.1, 0.3, 0.5, 0.7])])
+def test_policies_see_the_share_of_the_steps_that_is_done(budget: str, expected: list[float]) -> None:
+    """Pending contributions included. A head that has left for good counts no more, unless heads share their steps."""
+    settings = make_settings(heads=2, steps=10)
+    settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, budget=budget))  # type: ignore[arg-type]
+    policy = RecordsProgress()
+    coordinator = make(policy, settings)
+    for sequence, (head, step) in enumerate([(0, 2), (1, 4), (0, 6), (0, 10)], start=1):
+        if sequence == 3:
+            coordinator.drop(1)
+        record = dataclasses.replace(make_contribution(head, sequence, version=coordinator.version), step=step)
+        assert coordinator.receive(record, random_flat(PLAN.contribution.size, head)).merges
+    assert policy.progress == pytest.approx(expected)

@@ -15,7 +15,7 @@ from lte_ray.data.partition import initial_partitions
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.errors import PolicyError
 from lte_ray.merging import Average, ComposedPolicy, Decision, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Wait
-from lte_ray.messages import Contribution
+from lte_ray.messages import Contribution, OuterStep, StepCoefficients
 from tests.support.plans import make_contribution, plan_from_shapes, random_flat
 from tests.support.tiny_worker import make_settings
 
@@ -168,6 +168,15 @@ IMPOSSIBLE: dict[str, tuple[Callable[[], object], str]] = {
     "gives a short change": (
         lambda: MergeChange(ZERO[:-1], [0]),
         r"change of shape \(33,\); it must be finite and flat, \(34,\)",
+    ),
+    "gives a step of another kind": (
+        lambda: Merge({0: 1.0}, {"lr": 0.5}),
+        "gave a merge the step {'lr': 0.5}; it must be an Ou",
+    ),  # type: ignore[arg-type]
+    "gives half a step": (lambda: Merge({0: 1.0}, OuterStep(StepCoefficients(), None)), "it must be an OuterStep with"),  # type: ignore[arg-type]
+    "gives a step with NaN": (
+        lambda: Merge({0: 1.0}, OuterStep(StepCoefficients(), StepCoefficients(keep=float("nan")))),
+        "gave a step whose keep is nan; it must be a finite number",
     ),
     "gives a change with NaN": (lambda: MergeChange(ZERO / 0, [0]), "must be finite"),
 }

@@ -36,6 +36,15 @@ def test_the_newest_version_of_any_process_counts() -> None:
     assert (recovered.restart_heads, recovered.heads_without_factors) == (frozenset(), frozenset())
 
 
+def test_of_two_processes_with_the_newest_version_one_that_knows_its_momentum_counts() -> None:
+    """The other may have lost its copy; an older version's momentum isn't this one's."""
+    reports = [report(5, {0: 2}, {0: known(2)}), replace(report(5, {0: 2}, {}), momentum="momentum 5")]
+    for each in (reports, reports[::-1]):
+        recovered = recover([replace(report(4, {0: 1}, {}), momentum="momentum 4"), *each])
+        assert recovered is not None
+        assert (recovered.version, recovered.momentum, recovered.references) == (5, "momentum 5", {0: "factors 2"})
+
+
 def test_a_merge_that_no_process_received_is_undone() -> None:
     """If version 4 held both heads' second contributions, both continue from version 3 and send them again."""
     reports = [report(3, {0: 1, 1: 1}, {0: known(1, 2)}), report(3, {0: 1, 1: 1}, {1: known(1, 2)})]

@@ -22,6 +22,7 @@ from lte_ray.messages import CHECKSUM_INTERVAL, Contribution, CoordinatorReply, 
 from lte_ray.transfer.checksum import base_checksum
 from lte_ray.transfer.codec import Codec
 from lte_ray.transfer.groups import make_groups
+from tests.support.base_shards import outer_step
 from tests.support.plans import plan_from_shapes, random_flat
 from tests.support.tiny_worker import make_settings
 
@@ -29,7 +30,7 @@ HEADS = 3
 
 
 class Whims:
-    """Merges pending contributions as the test says, or adds a change of its own."""
+    """Merges pending contributions as the test says, with a step or without, or adds a change of its own."""
 
     action = "merge"
 
@@ -38,7 +39,9 @@ class Whims:
             return Wait("for the test", until=roster.now + 1e9)
         if self.action == "change":
             return MergeChange(random_flat(roster.layout.size, roster.version).float(), [p.head for p in pending])
-        return Merge({p.head: 0.3 + 0.1 * p.head for p in pending})
+        return Merge(
+            {p.head: 0.3 + 0.1 * p.head for p in pending}, outer_step(roster.version) if self.action == "step" else None
+        )
 
 
 class CoordinatorSide:
@@ -71,19 +74,27 @@ class CoordinatorSide:
             "test", head, self.incarnations[head], self.sequence, self.coordinator.version, 1, 1, 1, 0.5
         )
         for record in self.coordinator.receive(contribution, decoded).merges:
-            merged = MergeDelta(record.version, record.weights, {h: self.buffers[h] for h in record.heads}, record.fresh)
+            buffers = {h: self.buffers[h] for h in record.heads}
+            merged = MergeDelta(record.version, record.weights, buffers, record.fresh, record.outer_step)
             self.broadcast_log.append(merged if record.weights else None)
 
     def make_reply(self, redo_from: int, checked: bool = True) -> CoordinatorReply:
-        base, version = self.coordinator.base.clone(), self.coordinator.version
+        base, version, momentum = self.coordinator.base.clone(), self.coordinator.version, self.momentum()
         chain = self.broadcast_log.deltas_since(redo_from)
         parts = {
             i: self.part(i, base) for i in (self.broadcast_log.dense_groups if chain is not None else range(len(self.groups)))
         }
         held = {h: r for h in range(HEADS) if (r := self.coordinator.reference(h)) is not None} if chain is None else {}
-        of_factors = [self.part(i, base) for i, group in enumerate(self.groups) if group.by_factors]
+        momenta = {}
+        if chain is None and momentum is not None:
+            momenta = {i: self.part(i, momentum) for i in self.broadcast_log.factored_groups}
+        flats = [base] if momentum is None else [base, momentum]
+        of_factors = [self.part(i, flat) for i in self.broadcast_log.factored_groups for flat in flats]
         sums = (version, sum(map(base_checksum, of_factors)) % 2**64) if checked else None
-        return CoordinatorReply(None, version, parts, chain or (), held, checksum=sums)
+        return CoordinatorReply(None, version, parts, chain or (), held, momenta, checksum=sums)
+
+    def momentum(self) -> Tensor | None:
+        return self.coordinator.base_weights.read(lambda newest: None if newest.momentum is None else newest.momentum.clone())
 
     def part(self, index: int, base: Tensor) -> Tensor:
         return gather(self.codecs[0].group_plans[index].base, views(self.codecs[0].plan.base, base))
@@ -99,12 +110,26 @@ def follow(replica: BaseReplica, reply: CoordinatorReply) -> Tensor | None:
     return base
 
 
+def assert_same_momentum(replica: BaseReplica, side: CoordinatorSide) -> None:
+    """In the groups that are redone from factors; the replica knows no other."""
+    momentum, expected = replica.read(lambda base, momentum: momentum), side.momentum()
+    if expected is None:
+        assert momentum is None
+        return
+    for index, group in enumerate(side.groups):
+        if momentum is None:
+            assert not group.by_factors
+        else:
+            part = side.part(index, momentum)
+            assert torch.equal(part, side.part(index, expected)) if group.by_factors else not part.any()
+
+
 def plans_of(ranks: Sequence[int]) -> list[Plan]:
     return [plan_from_shapes([(24, 20, r), (6, 40, r), (16, 16, r)], [(5,), (3, 2)]) for r in ranks]
 
 
 events = st.lists(
-    st.tuples(st.integers(0, HEADS - 1), st.sampled_from(["merge", "merge", "merge", "wait", "change", "fresh"])), max_size=30
+    st.tuples(st.integers(0, HEADS - 1), st.sampled_from(["merge", "step", "step", "wait", "change", "fresh"])), max_size=30
 )
 
 
@@ -137,6 +162,7 @@ def test_a_replica_has_the_coordinators_bits(
             base = follow(replica, side.make_reply(replica.redo_from))
             assert base is not None
             assert torch.equal(base, side.coordinator.base)
+            assert_same_momentum(replica, side)
     assert replica.resyncs == 0
 
 
@@ -186,14 +212,16 @@ def test_a_replica_that_outlives_its_coordinator_redoes_the_next_ones_merges() -
     assert replica.resyncs == 0
 
 
-def test_drift_is_detected_by_a_checksum_and_corrected_by_the_complete_base() -> None:
+@pytest.mark.parametrize("drifts", ["base", "momentum"])
+def test_drift_is_detected_by_a_checksum_and_corrected_by_the_complete_base(drifts: str) -> None:
     """A flipped bit is detected when the checksum comes, and corrected by the next reply."""
     side = CoordinatorSide(MergeConfig(send_down="factors"), plans_of([2, 2, 2]))
     replica = side.replica()
+    side.contribute(0, "step")
     follow(replica, side.make_reply(-1))
-    part = next(iter(replica._parts.values())).base
+    part = getattr(next(iter(replica._parts.values())), drifts)
     part.view(torch.int32)[7] ^= 1 << 16  # a high bit, so that no sum before the check rounds it away
-    for version in range(1, CHECKSUM_INTERVAL + 1):
+    for version in range(2, CHECKSUM_INTERVAL + 1):
         side.contribute(version % HEADS)
         reply = side.make_reply(replica.redo_from, checked=version == CHECKSUM_INTERVAL)
         follow(replica, reply)
@@ -203,10 +231,11 @@ def test_drift_is_detected_by_a_checksum_and_corrected_by_the_complete_base() ->
     base = follow(replica, side.make_reply(replica.redo_from))
     assert base is not None
     assert torch.equal(base, side.coordinator.base)
-    side.contribute(1)
+    side.contribute(1, "step")
     base = follow(replica, side.make_reply(replica.redo_from))  # from factors again
     assert base is not None
     assert torch.equal(base, side.coordinator.base)
+    assert_same_momentum(replica, side)
 
 
 def test_equal_copies_have_equal_checksums() -> None:
@@ -215,7 +244,7 @@ def test_equal_copies_have_equal_checksums() -> None:
     replica = side.replica()
     follow(replica, side.make_reply(-1))
     for version in range(1, 51):
-        side.contribute(version % HEADS)
+        side.contribute(version % HEADS, "step" if version > 5 else "merge")
         follow(replica, side.make_reply(replica.redo_from, checked=version % CHECKSUM_INTERVAL == 0))
     assert replica.resyncs == 0
     assert torch.equal(replica._base, side.coordinator.base)
@@ -257,7 +286,7 @@ def test_a_void_reply_changes_nothing(down: str) -> None:
     follow(replica, side.make_reply(-1))
     side.contribute(0)
     follow(replica, side.make_reply(replica.redo_from))
-    before = replica.read(lambda base: base.clone())  # type: ignore[union-attr]
+    before = replica.read(lambda base, momentum: base.clone())  # type: ignore[union-attr]
     side.contribute(1)
     reply = side.make_reply(replica.redo_from)
 
@@ -273,7 +302,7 @@ def test_a_void_reply_changes_nothing(down: str) -> None:
             replica.acquire(reply, lambda: noted.append(0))
         replica._fetch = fetch
         assert (replica.version, replica.redo_from, noted) == (1, 1 if down == "factors" else -1, [])
-        assert torch.equal(replica.read(lambda base: base.clone()), before)  # type: ignore[union-attr]
+        assert torch.equal(replica.read(lambda base, momentum: base.clone()), before)  # type: ignore[union-attr]
     assert torch.equal(follow(replica, reply), side.coordinator.base)  # type: ignore[arg-type]
 
 
@@ -290,13 +319,14 @@ def test_an_older_reply_changes_nothing() -> None:
     assert replica.version == 2
 
 
-def test_long_chains_are_dropped() -> None:
-    """Once their factors are more bytes than the base, a process so far behind is sent the base."""
+@pytest.mark.parametrize("action", ["merge", "step"])
+def test_long_chains_are_dropped(action: str) -> None:
+    """Once their factors are more bytes than the base, and its momentum if there is any, a process so far behind gets these."""
     plans = plans_of([2, 2, 2])
     side = CoordinatorSide(MergeConfig(send_down="factors"), plans)
-    size, each = plans[0].base.size * 4, side.codecs[0].buffer_sizes[0]
+    size, each = plans[0].base.size * 4 * (2 if action == "step" else 1), side.codecs[0].buffer_sizes[0]
     for version in range(20):
-        side.contribute(version % HEADS)
+        side.contribute(version % HEADS, action)
     kept = [have for have in range(20) if side.broadcast_log.deltas_since(have) is not None]
     assert kept == list(range(20 - size // each, 20))
     assert side.broadcast_log.deltas_since(-1) is None

@@ -39,6 +39,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "momentum": {"lr": 1.0, "momentum": 0.0},
     "nesterov": {"lr": 1.0, "momentum": 0.0},
     "delayed_nesterov": {"lr": 1.0, "momentum": 0.0},
+    "schedule_free": {"lr": 1.0, "beta": 0.0},
     "median": {},
     "trimmed_mean": {},
     "clip": {},
@@ -63,7 +64,7 @@ def test_every_built_in_policy_conforms(name: str, when: str, heads: int, seed: 
     check_policy(POLICIES[name], when=[when], heads=[heads], seeds=[seed], events=events)
 
 
-@pytest.mark.parametrize("inner", ["nesterov", "delayed_nesterov", "adam", "stale", "clip"])
+@pytest.mark.parametrize("inner", ["nesterov", "delayed_nesterov", "schedule_free", "adam", "stale", "clip"])
 def test_gating_a_policy_that_remembers_conforms(inner: str) -> None:
     """Gated restores the inner policy's state after a merge that isn't kept, and saves it."""
     check_policy(lambda: POLICIES["gated"](policy=inner), seeds=range(6 if LONG_RUN else 3))
@@ -124,6 +125,7 @@ TRAINING: dict[str, dict[str, Any]] = {
     "nesterov": {"lr": 0.1},
     "delayed_nesterov": {"lr": 0.1},
     "adam": {"lr": 0.01, "eps": 0.01},
+    "schedule_free": {"lr": 1.0},
 }
 """Where defaults that are meant for more steps between merges overshoot or creep."""
 

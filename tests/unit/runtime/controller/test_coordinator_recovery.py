@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
+import torch
 
-from lte_ray import FailureConfig
+from lte_ray import FailureConfig, checkpoint
+from lte_ray.config import MergeConfig
 from lte_ray.engine.failure_policy import FailurePolicy
 from lte_ray.engine.hang_detector import HangDetector
 from lte_ray.errors import CoordinatorLost
-from lte_ray.messages import HeadStatus
+from lte_ray.messages import HeadStatus, MergeRecord, OuterStep, RecoveryReport, StepCoefficients
 from lte_ray.runtime.controller import coordinator_recovery
 from lte_ray.runtime.controller.coordinator_recovery import CoordinatorRecovery
 from lte_ray.runtime.controller.head_actors import HeadActorGroup, SlotState
 from lte_ray.runtime.controller.run_state import RunState
+from lte_ray.runtime.coordinator.actor import CoordinatorStatus
 from lte_ray.runtime.coordinator_state import CoordinatorState
 from lte_ray.storage import RunDirectory
+from lte_ray.transfer.groups import EntryGroup
+from tests.support.plans import plan_from_shapes, random_flat
+
+PLAN = plan_from_shapes([(6, 5, 2)], [(4,)])
 
 SILENT = 2
 """The head whose process doesn't report."""
@@ -56,9 +65,16 @@ class Run:
         start = CoordinatorState(0, None)
         self.state = RunState(directory, 3, start)
         self.state.record_heads([HeadStatus(head, step=5, state="training") for head in range(3)], epoch=0)
-        context: Any = SimpleNamespace(directory=directory)
-        initial: Any = None
-        self.recovery = CoordinatorRecovery(self.state, self.heads, coordinator, FailurePolicy(config), context, initial, start)
+        self.context: Any = SimpleNamespace(
+            directory=directory,
+            groups=[EntryGroup(("w0",), 0, True)],
+            settings=SimpleNamespace(merge=MergeConfig(policy="nesterov")),
+            transport=SimpleNamespace(publish=lambda tensor: tensor),
+        )
+        initial: Any = SimpleNamespace(plan=PLAN, plans=[PLAN] * 3)
+        self.recovery = CoordinatorRecovery(
+            self.state, self.heads, coordinator, FailurePolicy(config), self.context, initial, start
+        )
         self.heads.launch_all([((head,), None) for head in range(3)])
         for slot in self.heads.slots:
             self.heads.start(slot)
@@ -120,3 +136,61 @@ def test_one_death_too_many_ends_the_run(tmp_path: Path) -> None:
     run.recovery.stop_and_collect("it died")
     with pytest.raises(CoordinatorLost, match=r"it died \(--max-failures is 1\)"):
         run.recovery.stop_and_collect("it died")
+
+
+STEP = OuterStep(*[StepCoefficients(0.5, 1.0, 0.7, 0.35)] * 2)
+
+
+def merge_with_momentum(run: Run) -> None:
+    """The driver has seen that the merge to version 4 added to the momentum."""
+    record = MergeRecord(4, 0.0, (0,), 1, 1, {0: 1.0}, 0, 0, step=5, weights={0: 1.0}, outer_step=STEP)
+    run.state.record_coordinator(CoordinatorStatus(4, "", (record,), None), 0)
+
+
+def events(run: Run, name: str) -> list[dict[str, Any]]:
+    run.state.log.close()
+    rows = map(json.loads, (Path(run.context.directory.path) / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row.get("event") == name]
+
+
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize(
+    ("known", "redone", "used", "lost"),
+    [
+        (True, [True], True, []),
+        (True, [True, False], True, ["in layers that heads receive as the base"]),
+        (False, [True], True, ["everywhere"]),
+        (False, [True], False, []),
+    ],
+)
+def test_momentum_comes_from_the_heads_and_what_they_dont_know_restarts_at_0(
+    tmp_path: Path, known: bool, redone: list[bool], used: bool, lost: list[str]
+) -> None:
+    """An event says so; none where no merge had momentum. Of two processes with one version, the one that knows it counts."""
+    run = Run(tmp_path, FailureConfig())
+    run.context.groups = [EntryGroup((f"w{i}",), 0, by_factors) for i, by_factors in enumerate(redone)]
+    if used:
+        merge_with_momentum(run)
+    report = RecoveryReport(4, "base", {}, {}, {})
+    run.recovery.restart([report, replace(report, momentum="momentum" if known else None)], "it died")
+    (state,) = run.began
+    assert (state.version, state.momentum) == (4, "momentum" if known else None)
+    assert [event["where"] for event in events(run, "momentum_restarts")] == lost
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_momentum_of_a_checkpoint_of_the_recovered_version_is_used(tmp_path: Path) -> None:
+    """It is complete, whatever the heads know; that of an older checkpoint isn't this version's."""
+    for version in (4, 3):
+        run = Run(tmp_path / str(version), FailureConfig())
+        merge_with_momentum(run)
+        directory, momentum = run.context.directory, random_flat(PLAN.base.size, 1).float()
+        files = [
+            checkpoint.write_base(directory, version, PLAN, momentum),
+            checkpoint.write_momentum(directory, version, PLAN, "nesterov", momentum),
+        ]
+        checkpoint.commit(directory, version, (), files, {})
+        run.state.checkpoint = version
+        run.recovery.restart([RecoveryReport(4, "base", {}, {}, {})], "it died")
+        assert run.began[0].momentum is None if version == 3 else torch.equal(run.began[0].momentum, momentum)
+        assert len(events(run, "momentum_restarts")) == (version == 3)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lte_ray.config import MergeConfig
 from lte_ray.engine.coordinator.coordinator import Coordinator
-from lte_ray.merging import Arrival, Average, ComposedPolicy
-from lte_ray.messages import CHECKSUM_INTERVAL, CheckpointRequest, ContributionResult
+from lte_ray.merging import Arrival, Average, ComposedPolicy, Nesterov
+from lte_ray.messages import CHECKSUM_INTERVAL, CheckpointRequest, ContributionResult, OuterStep, StepCoefficients
 from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.coordinator.aggregators import LocalAggregator
 from lte_ray.runtime.coordinator.background_tasks import BackgroundTasks
@@ -23,6 +23,7 @@ from lte_ray.runtime.coordinator.checkpointing import CheckpointManager
 from lte_ray.runtime.coordinator.submissions import SubmissionLoop
 from lte_ray.transfer.checksum import base_checksum, buffers_checksum
 from lte_ray.transfer.groups import make_groups
+from tests.support.base_shards import momentum_of
 from tests.support.plans import make_contribution, plan_from_shapes, random_flat
 from tests.support.tiny_worker import make_settings
 
@@ -50,21 +51,23 @@ class RecordedCheckpoints(CheckpointManager):
     def __init__(self, context: RunContext) -> None:
         super().__init__(context, PLAN, None, ())
         self.written: list[int] = []
+        self.momentum: list[Any] = []
 
     async def write_base(self, version: int, published: Any) -> None:
         assert -1 in published.parts
         self.written.append(version)
+        self.momentum.append(published.momentum.get(-1))
 
 
 class Process:
     """A coordinator's process with two heads, wired as `CoordinatorActor` does it."""
 
-    def __init__(self, merge: MergeConfig = MERGE, **train: Any) -> None:
+    def __init__(self, merge: MergeConfig = MERGE, rule: Any = None, **train: Any) -> None:
         settings = dataclasses.replace(make_settings(heads=2), merge=merge)
         settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, **train))
         self.transport = CountingTransport()
         context = RunContext(None, settings, None, self.transport, make_groups((PLAN, PLAN), merge))  # type: ignore[arg-type]
-        policy = ComposedPolicy(Average(), Arrival())
+        policy = ComposedPolicy(rule or Average(), Arrival())
         self.engine = Coordinator(settings, PLAN, random_flat(PLAN.base.size, 1).float(), policy)
         self.codec = context.codecs([PLAN])[0]
         aggregator = LocalAggregator(context, self.engine)
@@ -126,6 +129,30 @@ def test_each_version_is_published_once() -> None:
         await process.contribute(0, 2)
         assert (await process.broadcaster.reply((0,), -1)).version == 2
         assert process.transport.published > count
+
+    run(test)
+
+
+def test_momentum_goes_to_processes_that_begin_to_redo_merges_and_into_checkpoints() -> None:
+    """One that redoes them already receives the step. Nobody receives momentum before a merge has added to it."""
+
+    async def test() -> None:
+        process = Process(rule=Nesterov(lr=0.7, momentum=0.5), eval_every=0, checkpoint_every=2)
+        assert (await process.broadcaster.reply((0,), -1)).momentum == {}
+        for sequence, head in enumerate((0, 1), 1):
+            await process.contribute(head, sequence)
+        momentum = process.engine.base_weights.read(momentum_of)
+        since, whole = await process.broadcaster.reply((0,), 1), await process.broadcaster.reply((0,), -1)
+        assert since.momentum == {}
+        assert since.deltas[0].outer_step == OuterStep(*[StepCoefficients(0.5, 1.0, 0.7, 0.35)] * 2)
+        assert torch.equal(whole.momentum[0], momentum)  # there is one group
+        assert process.checkpoints.written == [2]
+        assert torch.equal(process.checkpoints.momentum[0], momentum)
+        for sequence in range(3, CHECKSUM_INTERVAL + 1):
+            await process.contribute(0, sequence)
+        base, momentum = process.engine.base, process.engine.base_weights.read(momentum_of)
+        expected = (base_checksum(base) + base_checksum(momentum)) % 2**64
+        assert (await process.broadcaster.reply((0,), 0)).checksum == (CHECKSUM_INTERVAL, expected)
 
     run(test)
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from lte_ray.config import MergeConfig
 from lte_ray.engine.coordinator.coordinator import Coordinator
-from lte_ray.merging import Arrival, Average, ComposedPolicy
+from lte_ray.merging import Arrival, ComposedPolicy, Merge, Nesterov
 from lte_ray.merging.flat_buffer import views
+from lte_ray.messages import OuterStep, StepCoefficients
 from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.coordinator.aggregators import ShardedAggregator
 from lte_ray.runtime.coordinator.shard_actor import ShardActor
@@ -26,6 +27,7 @@ from lte_ray.runtime.coordinator_state import CoordinatorState
 from lte_ray.runtime.object_store import AssembledRef
 from lte_ray.transfer.checksum import base_checksum, buffers_checksum
 from lte_ray.transfer.groups import make_groups
+from tests.support.base_shards import momentum_of
 from tests.support.plans import make_contribution, plan_from_shapes, random_flat
 from tests.support.tiny_worker import make_settings
 
@@ -83,7 +85,8 @@ def test_calls_that_overtake_each_other_give_the_same_results(seed: int) -> None
         aggregator, context = make_sharded(seed, CoordinatorState(0, base))
         codecs = context.codecs(PLANS)
         settings = dataclasses.replace(context.settings, merge=dataclasses.replace(MERGE, shards=1))
-        local = Coordinator(settings, PLANS[0], base.clone(), ComposedPolicy(Average()), plans=PLANS)
+        policy = ComposedPolicy(Nesterov(lr=0.7, momentum=0.5, replica_lr=0.9))
+        local = Coordinator(settings, PLANS[0], base.clone(), policy, plans=PLANS)
         reads: list[Any] = []
         for version in range(1, 6):
             for head in (0, 1):
@@ -91,22 +94,32 @@ def test_calls_that_overtake_each_other_give_the_same_results(seed: int) -> None
                 buffers, decoded = codecs[head].encode(flat, local.reference(head))
                 measured = await aggregator.receive(2 * version + head, head, buffers, checksums(buffers))
                 assert measured.sum_of_squares == pytest.approx(float(decoded.double().square().sum()), rel=1e-5)
-                local.receive(make_contribution(head, version, version=local.version), decoded)
+                merges = local.receive(make_contribution(head, version, version=local.version), decoded).merges
             aggregator.discard(99)
-            merge_seconds = asyncio.ensure_future(aggregator.merge(version, {2 * version + head: 0.5 for head in (0, 1)}))
-            base_read, checksum = asyncio.ensure_future(aggregator.publish_base()), asyncio.ensure_future(aggregator.checksum())
-            parts = asyncio.ensure_future(aggregator.publish_parts(range(len(context.groups)), references=True))
+            weights = {2 * version + head: 0.5 for head in (0, 1)}
+            merge_seconds = asyncio.ensure_future(aggregator.merge(version, weights, merges[0].outer_step))
+            base_read, checksum = (
+                asyncio.ensure_future(aggregator.publish_base(complete=True)),
+                asyncio.ensure_future(aggregator.checksum()),
+            )
+            groups = range(len(context.groups))
+            parts = asyncio.ensure_future(aggregator.publish_parts(groups, references=True, momentum=(1, 2)))
             references = {head: local.reference(head).clone() for head in (0, 1)}  # type: ignore[union-attr]
-            reads.append((version, local.base.clone(), references, merge_seconds, base_read, checksum, parts))
-        for version, expected, references, merge_seconds, base_read, checksum, parts in reads:
+            momentum = local.base_weights.read(momentum_of)
+            reads.append((version, local.base.clone(), momentum, references, merge_seconds, base_read, checksum, parts))
+        for version, expected, momentum, references, merge_seconds, base_read, checksum, parts in reads:
             assert await merge_seconds >= 0
-            assert torch.equal(CopyingTransport().fetch((await base_read).parts[-1]), expected)
-            assert await checksum == base_checksum(expected)
+            whole = await base_read
+            assert torch.equal(CopyingTransport().fetch(whole.parts[-1]), expected)
+            assert torch.equal(CopyingTransport().fetch(whole.momentum[-1]), momentum)
+            assert await checksum == (base_checksum(expected) + base_checksum(momentum)) % 2**64
             published = await parts
             assert published.version == version
-            for index, part in published.parts.items():
-                entries = views(codecs[0].group_plans[index].base, part)
-                assert all(torch.equal(entries[name], views(PLANS[0].base, expected)[name]) for name in entries)
+            assert published.momentum.keys() == {1, 2}
+            for flat, of_groups in ((expected, published.parts), (momentum, published.momentum)):
+                for index, part in of_groups.items():
+                    entries = views(codecs[0].group_plans[index].base, part)
+                    assert all(torch.equal(entries[name], views(PLANS[0].base, flat)[name]) for name in entries)
             for head, reference in references.items():
                 assert torch.equal(CopyingTransport().fetch(published.references[head]), reference)
 
@@ -155,15 +168,17 @@ def test_a_buffer_that_was_changed_on_its_way_is_refused() -> None:
 
 
 def test_shards_start_from_a_version_with_its_references() -> None:
-    """As after the coordinator has died: base, version and every head's factors in their groups."""
-    base = random_flat(PLANS[0].base.size, 1).float()
+    """As after the coordinator has died: base, version, momentum, and every head's factors in their groups."""
+    base, momentum = (random_flat(PLANS[0].base.size, seed).float() for seed in (1, 4))
+    step = OuterStep(StepCoefficients(0.5, 1.0, 0.7, 0.35), StepCoefficients(0.5, 1.0, 0.7, 0.35))
     references = {1: random_flat(PLANS[1].factors_size, 2).float()}
 
     async def run() -> None:
-        aggregator, context = make_sharded(3, CoordinatorState(7, base, references))
-        published = await aggregator.publish_base(references=True)
+        aggregator, context = make_sharded(3, CoordinatorState(7, base, references, momentum))
+        published = await aggregator.publish_base(complete=True)
         assert published.version == 7
         assert torch.equal(CopyingTransport().fetch(published.parts[-1]), base)
+        assert torch.equal(CopyingTransport().fetch(published.momentum[-1]), momentum)
         assert {
             head: torch.equal(CopyingTransport().fetch(handle), references[head])
             for head, handle in published.references.items()
@@ -172,10 +187,11 @@ def test_shards_start_from_a_version_with_its_references() -> None:
         flat = random_flat(PLANS[1].contribution.size, 3).float()
         buffers, decoded = codecs[1].encode(flat, references[1])
         await aggregator.receive(1, 1, buffers, checksums(buffers))
-        await aggregator.merge(8, {1: 0.5})
+        await aggregator.merge(8, {1: 0.5}, step)
         settings = dataclasses.replace(context.settings, merge=dataclasses.replace(MERGE, shards=1))
-        policy = ComposedPolicy(Average(), Arrival())
-        local = Coordinator(settings, PLANS[0], base.clone(), policy, plans=PLANS, version=7, references=dict(references))
+        policy = ComposedPolicy(lambda pending, roster: Merge({1: 0.5}, step), Arrival())
+        state: Any = {"version": 7, "references": dict(references), "momentum": momentum.clone()}
+        local = Coordinator(settings, PLANS[0], base.clone(), policy, plans=PLANS, **state)
         local.receive(make_contribution(1, 1, version=7), decoded)
         assert local.version == 8
         assert torch.equal(CopyingTransport().fetch((await aggregator.publish_base()).parts[-1]), local.base)
