@@ -6,6 +6,7 @@ The tree::
     ├── UserError                 bad input, found before any actor starts (exit code 2)
     │   ├── ConfigError           a setting, flag or TOML key
     │   ├── WorkerError           the worker: not found, incomplete, or with nothing to train
+    │   ├── DataError             a data set: missing, damaged, or of another kind than the worker expects
     │   ├── ResourceError         the cluster lacks the requested resources
     │   └── StorageError          the run directory: taken, missing, or not writable
     └── RunError                  something broke while the run was on (exit code 1)
@@ -44,6 +45,10 @@ class ConfigError(UserError, ValueError):
 
 class WorkerError(UserError):
     """The worker can't be found, lacks a method, or has nothing to train."""
+
+
+class DataError(UserError):
+    """A data set is missing or damaged, or isn't what the worker's settings say."""
 
 
 class ResourceError(UserError):

@@ -22,6 +22,7 @@ from lte_ray.cli.toml_config import Defaults, FileSettings
 from lte_ray.config import SECTIONS, FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
 from lte_ray.errors import ConfigError, WorkerError
 from lte_ray.redaction import MASK, is_secret, is_sensitive, without_credentials
+from lte_ray.worker import constructor_parameters
 
 SECTION_TITLES: Mapping[type, str] = {
     LTEConfig: "heads",
@@ -201,8 +202,11 @@ def _with_defaults(worker: type, defaults: Mapping[str, Any]) -> Any:
     """The worker's constructor with other defaults, if there are some."""
     if not defaults:
         return worker
-    # In its signature a dataclass shows the default of a field with a factory as a placeholder.
     fields = dataclasses.fields(worker) if dataclasses.is_dataclass(worker) else ()
+    if fields:  # tyro would look for the names in annotations of a base class in the module of the worker
+        annotations, known = worker.__init__.__annotations__, constructor_parameters(worker)  # type: ignore[misc]
+        annotations.update({name: known[name][0] for name in annotations if known.get(name, (Any,))[0] is not Any})
+    # In its signature a dataclass shows the default of a field with a factory as a placeholder.
     factory_defaults = {f.name: f.default_factory() for f in fields if f.init and f.default_factory is not dataclasses.MISSING}
     return functools.partial(worker, **factory_defaults | dict(defaults))
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from torch import nn
 from lte_ray import LTEConfig, Shard
 from lte_ray.config import LayerConfig
 from tests.docs.pages import blocks, page_blocks
+from tests.support.image_folders import write_idx_folder
 
 ELSEWHERE = {
     ("README.md", 0): "conftest.py writes mine.py, and test_commands.py trains it",
@@ -30,6 +33,7 @@ ELSEWHERE = {
 HERE = {
     ("docs/from-lte.md", 0),
     ("docs/models.md", 0),
+    ("docs/recipes.md", 0),
     ("docs/security.md", 0),
     ("docs/workers.md", 0),
     ("docs/workers.md", 1),
@@ -58,6 +62,17 @@ def test_a_worker_can_make_batches_from_their_numbers() -> None:
     assert first.shape == (32, 64)
     assert not torch.equal(first, second)
     assert torch.equal(second, other)
+
+
+def test_a_worker_can_train_on_image_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/recipes.md: batches of resized images with their labels, from the files of a folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    colors = (np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3)), np.arange(40))
+    write_idx_folder(tmp_path / "data", colors, colors)
+    train_batches = run("docs/recipes.md", 0)["train_batches"]
+    images, labels = next(train_batches(SimpleNamespace(folder=tmp_path / "data"), Shard(0, 1, seed=3)))
+    assert images.shape == (32, 3, 64, 64)
+    assert len(set(labels.tolist())) == 32
 
 
 def test_a_worker_can_give_replicas_another_learning_rate() -> None:
