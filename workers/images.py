@@ -1,4 +1,4 @@
-"""What the image workers share: data, loss, evaluation, optimizer. `vit`, `mixer` and `resnet` add their models.
+"""What the image workers share: data, loss, evaluation. `vit`, `mixer` and `resnet` add their models.
 
 The data are Fashion-MNIST by default: 60,000 gray images of clothes in ten classes, 28 x 28 pixels.
 """
@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from lte_ray import Shard
 from lte_ray.data import ImageSet, augment, cached_images
 from lte_ray.errors import DataError, WorkerError
-from lte_ray.optim import LoRAMuon, warmup_cosine
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist has its files."""
@@ -51,16 +49,6 @@ class ImageClassifier:
     """Images that `evaluate` uses, spread evenly over the test split; 0: all."""
     batch_size: int = 32
     """Images in one head's batch."""
-    optimizer: Literal["lora-muon", "adamw"] = "lora-muon"
-    """lora-muon: LoRA-Muon for factors, Muon for weights that train in full, AdamW for the rest; adamw: AdamW for all."""
-    lr: float = 0.05
-    """Peak learning rate of what has factors; with adamw, about 4e-3 is right."""
-    replica_lr: float = 2e-3
-    """Peak learning rate of the replicas."""
-    weight_decay: float = 0.0
-    """Weight decay, relative to the learning rate."""
-    warmup: int = 50
-    """Local steps until the peak; from there the rates fall to a tenth along a cosine."""
 
     def __post_init__(self) -> None:
         if self.data:  # heads may run in other folders
@@ -110,15 +98,6 @@ class ImageClassifier:
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             correct += float((logits.argmax(1) == labels).sum())
         return {"loss": loss / count, "accuracy": correct / count}  # the first is what policies and --keep-best minimize
-
-    def build_optimizer(self, params: list[dict]) -> torch.optim.Optimizer:
-        if self.optimizer == "adamw":
-            groups = [{"lr": self.replica_lr if group["name"] == "replica" else self.lr, **group} for group in params]
-            return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=self.weight_decay)
-        return LoRAMuon(params, self.lr, momentum=0.95, replica_lr=self.replica_lr, weight_decay=self.weight_decay)
-
-    def build_schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-        return warmup_cosine(optimizer, total_steps, warmup=self.warmup)
 
 
 @torch.no_grad()

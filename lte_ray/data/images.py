@@ -48,7 +48,7 @@ class ImageSet:
     @classmethod
     def open(cls, folder: Path, split: str) -> ImageSet:
         """Memory-maps the files of a split that `cached_images` wrote."""
-        images, labels = (np.load(path, mmap_mode="r") for path in _paths(folder, split))
+        images, labels = (np.lib.format.open_memmap(path, mode="r") for path in _paths(folder, split))
         return cls(images, labels)
 
 

@@ -27,7 +27,7 @@ from workers.mixer import Mixer
 from workers.resnet import ResNet
 from workers.vit import ViT, grid_positions
 
-SMALL = {"image_size": 8, "classes": 4, "batch_size": 16, "warmup": 5}
+SMALL = {"image_size": 8, "classes": 4, "batch_size": 16}
 KINDS: dict[str, tuple[type[ImageClassifier], dict[str, int]]] = {
     "vit": (ViT, {"patch": 4, "width": 16, "depth": 1, "attention_heads": 2}),
     "mixer": (Mixer, {"patch": 4, "width": 16, "depth": 1, "patch_hidden": 8, "channel_hidden": 32}),
@@ -53,9 +53,12 @@ def small(kind: str, data: Path, **settings: object) -> ImageClassifier:
     return worker(**{"data": str(data), **SMALL, **sizes, **settings})  # type: ignore[arg-type]
 
 
+def settings_of(steps: int) -> Settings:
+    return Settings("test", LTEConfig(num_heads=2, lora_r=8), MergeConfig(5), TrainConfig(steps, warmup=5))
+
+
 def train(worker: ImageClassifier, steps: int, **options: object) -> InProcessRun:
-    settings = Settings("test", LTEConfig(num_heads=2, lora_r=8, lora_alpha=16.0), MergeConfig(5), TrainConfig(steps))
-    return run_in_process(worker, settings, **options)  # type: ignore[arg-type]
+    return run_in_process(worker, settings_of(steps), **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,9 +77,9 @@ def test_all_weights_have_factors(kind: str, size: str, data: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_heads_learn(kind: str, data: Path) -> None:
     """After 40 steps they tell the four kinds of stripes apart, which takes no more than a few."""
-    worker = small(kind, data, lr=0.1, replica_lr=1e-2)
+    worker = small(kind, data)
     result = train(worker, steps=40)
-    initial = prepare(worker, Settings("test", LTEConfig(num_heads=2, lora_r=8), MergeConfig(5), TrainConfig(40)))
+    initial = prepare(worker, settings_of(40))
     before, after = (evaluate_base(worker, initial, base) for base in (initial.base, result.base))
     assert after["accuracy"] > 0.9 > before["accuracy"]
     assert after["loss"] < 0.5 * before["loss"]
