@@ -98,7 +98,7 @@ def test_only_one_process_decodes_the_images(folder: Path, monkeypatch: pytest.M
 
         def look(*args: object) -> bool:
             complete = is_complete(*args)  # type: ignore[arg-type]
-            if second:
+            if threading.current_thread() is not threading.main_thread():
                 second_has_looked.set()
             return complete
 
