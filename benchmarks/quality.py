@@ -1,163 +1,134 @@
-"""LTE's loss beside ordinary training's, at equal samples: the table of docs/tuning.md.
+"""LTE beside ordinary training at equal samples: the tables of docs/tuning.md.
 
-Each job trains `workers.gpt:GPT` with batches of 32 windows in all, whatever the number of heads: alone in the ordinary way
-(AdamW, Muon), as LTE with the library's defaults, as LTE in the paper's way (AdamW, average), and in full rank with an outer
-optimizer (DiLoCo, MuLoCo). Every arm has its rates swept on a seed of its own, then trains on the seeds that count.
+Each job (`benchmarks.quality_arms`) trains a worker with equally large batches in all, whatever the number of heads: alone in
+the ordinary way (AdamW, Muon), as LTE with the library's defaults, as LTE in the paper's way (AdamW, average), and in full rank
+with an outer optimizer (DiLoCo, MuLoCo). Every arm has its rates swept on a seed of its own, then trains on the seeds that
+count.
 
 Trainings take minutes to an hour each. Results are kept in ``benchmarks/results/quality-JOB.json`` after each, and a second
-call continues, so that arms can be run one by one: ``python -m benchmarks.quality main --arms "LTE, 4 heads" --seeds 0``.
+call continues, so that arms can be run one by one, also at the same time: ``python -m benchmarks.quality main --arms "LTE, 4
+heads" --seeds 0``. The table shows all arms that are done at these seeds and rates.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import statistics
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
+from benchmarks.quality_arms import JOBS, MUON, Job, Limit
 from benchmarks.report import RESULTS, machine, progress
-from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
-from lte_ray.ladder import Arm, ArmResult, Figure, ProcessRunner, ResultsFile, RungResult, climb
+from lte_ray.ladder import Arm, ArmResult, ProcessRunner, ResultsFile, RungResult, climb
 from lte_ray.ladder.picture import draw
-from lte_ray.ladder.summary import summarize
+from lte_ray.ladder.summary import Summary, summarize
 from lte_ray.storage import RunDirectory
-from workers.gpt import GPT
 
-FIGURE = Figure("bits_per_byte")
-BATCH = 32
-"""Windows in a step of all heads together."""
-
-ORDINARY, MUON = "ordinary", "ordinary, Muon"
 RATES, TUNING_SEED = (0.5, 1.0, 2.0), 100
 
 
-@dataclass(frozen=True)
-class Job:
-    """A model and a length of training.
-
-    Attributes:
-        worker: trains it.
-        steps: local steps of a head, and steps of ordinary training.
-        rank: of LTE's heads.
-    """
-
-    worker: GPT
-    steps: int
-    rank: int = 32
+class NotTrained(Exception):
+    """An arm has no result yet, and isn't to be trained now."""
 
 
-JOBS = {
-    "main": Job(GPT(validation_windows=1024), 700),
-    "long": Job(GPT(width=64, depth=2, context=64, validation_windows=1024), 4000),
-}
+@dataclass
+class Results:
+    """The results of a job, in its file."""
 
-LIMITS: Mapping[str, tuple[str, float]] = {
-    "LTE, 2 heads": (ORDINARY, 0.96),
-    "LTE, 4 heads": (ORDINARY, 0.97),
-    "LTE, 8 heads": (ORDINARY, 1.00),
-    "LTE, 4 heads, merge_iter 50": (ORDINARY, 1.00),
-    "LTE, 8 heads, merge_iter 50": (ORDINARY, 1.04),
-}
-"""The highest ratio of an arm's loss to that of another."""
+    name: str
+    file: ResultsFile = field(init=False)
 
-MUON_LIMITS = {"LTE, 2 heads": 1.05, "LTE, 4 heads": 1.08, "LTE, 8 heads": 1.12}
-"""The same, to ordinary Muon."""
+    def __post_init__(self) -> None:
+        directory = RunDirectory.open(str(RESULTS.parent), RESULTS.name)
+        job = JOBS[self.name]
+        settings = {"worker": repr(job.worker), "batch": job.batch, "steps": job.steps}
+        self.file = ResultsFile(directory, f"quality-{self.name}.json", settings)
+        self.file.load()
 
+    def look_up(self, arm: Arm) -> ArmResult:
+        """Returns an arm's result. Raises NotTrained."""
+        if result := self.file.get(arm):
+            return result
+        raise NotTrained
 
-def make_arms(job: Job) -> Iterator[Arm]:
-    """All arms of a job, at the first rate and seed."""
-    every = job.steps // 14 // 50 * 50 or 50
-    adamw = {"optimizer": "adamw", "lr": 4e-3, "schedule": "cosine"}
-    muon = {"optimizer": "muon", "lr": 0.05, "replica_lr": 0.016, "schedule": "cosine"}
-
-    def arm(rung: str, heads: int, merge: MergeConfig, *, full_rank: bool = False, **train: object) -> Arm:
-        return Arm(
-            rung,
-            LTEConfig(num_heads=heads, lora_r=job.rank, lora_alpha=2.0 * job.rank, full_rank=full_rank),
-            merge,
-            TrainConfig(steps=job.steps, eval_every=0, **train),  # type: ignore[arg-type]
-            worker={"batch_size": BATCH // heads},
-            evaluate_every=every,
-        )
-
-    yield arm(ORDINARY, 1, MergeConfig(every), baseline=True, **adamw)
-    yield arm(MUON, 1, MergeConfig(every), baseline=True, **muon)
-    for heads in (2, 4, 8):
-        yield arm(f"LTE, {heads} heads", heads, MergeConfig())
-    for heads in (4, 8):
-        yield arm(f"LTE, {heads} heads, merge_iter 50", heads, MergeConfig(50))
-    for heads in (2, 4, 8):
-        yield arm(f"LTE as in the paper, {heads} heads", heads, MergeConfig(policy="average"), **adamw)
-    for heads in (4, 8):
-        nesterov = MergeConfig(policy="nesterov", policy_args={"lr": 0.7, "momentum": 0.6})
-        yield arm(f"MuLoCo, {heads} heads", heads, nesterov, full_rank=True, **muon)
-        yield arm(f"DiLoCo, {heads} heads", heads, MergeConfig(policy="average"), full_rank=True, **adamw)
+    def train(self, arm: Arm) -> ArmResult:
+        """Returns an arm's result, after training if there is none."""
+        if self.file.get(arm) is None:
+            result = ProcessRunner(JOBS[self.name].worker)(arm)
+            self.file.load()  # another process may have added arms
+            date = datetime.datetime.now(datetime.UTC).date().isoformat()
+            self.file.add(result, command=f"python -m benchmarks.quality {self.name}", date=date, machine=machine())
+            figure = JOBS[self.name].figure
+            progress(len(self.file), len(self.file), f"{arm.label}: {result.final(figure.name):.4f} in {result.seconds:.0f} s")
+        return self.look_up(arm)
 
 
-def run_arms(name: str, arms: list[Arm], seeds: list[int], rates: list[float]) -> list[RungResult]:
-    """Trains what isn't trained yet; returns each arm's results."""
-    job, directory = JOBS[name], RunDirectory.open(str(RESULTS.parent), RESULTS.name)
-    file = ResultsFile(directory, f"quality-{name}.json", {"job": repr(job)})
-    file.load()
-    runner = ProcessRunner(job.worker)
-    about = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": machine()}
-
-    def run(arm: Arm) -> ArmResult:
-        if file.get(arm) is None:
-            file.add(runner(arm), command=f"python -m benchmarks.quality {name}", **about)
-            result = file.get(arm)
-            assert result is not None
-            progress(len(file), len(file), f"{arm.label}: {result.final(FIGURE.name):.4f} in {result.seconds:.0f} s")
-        result = file.get(arm)
-        assert result is not None
-        return result
-
+def run_arms(name: str, chosen: set[str], seeds: list[int], rates: list[float]) -> list[RungResult]:
+    """Trains the chosen arms as far as that isn't done; returns the results of all arms that are done."""
+    job, results, done = JOBS[name], Results(name), []
     tuning_seed = TUNING_SEED if len(rates) > 1 else seeds[0]
-    return [climb(arm, rates, seeds, run, FIGURE, tuning_seed=tuning_seed) for arm in arms]
+    for arm in job.arms:
+        get = results.train if arm.rung in chosen else results.look_up
+        try:
+            done.append(climb(arm, rates, seeds, get, job.figure, tuning_seed=tuning_seed))
+        except NotTrained:
+            continue
+    return done
 
 
-def show(results: list[RungResult]) -> bool:
-    """Prints a table and the limits; returns whether all that were measured are met."""
-    summaries = {s.name: s for s in summarize(results, FIGURE)}
+def check(limit: Limit, summaries: dict[str, Summary]) -> float | None:
+    """The figure that a limit bounds; None if an arm isn't done, or there are too few seeds."""
+    arm, other = summaries.get(limit.arm), summaries.get(limit.other)
+    if arm is None or other is None:
+        return None
+    if arm is other:
+        return max(arm.values) / min(arm.values) if len(arm.values) >= 10 else None
+    if limit.kind == "bytes":
+        return arm.sent / other.sent
+    return arm.mean / other.mean if limit.kind == "ratio" else other.mean - arm.mean
+
+
+def rows(job: Job, summaries: dict[str, Summary]) -> Iterator[str]:
+    """The lines of the table, then a line for each limit that can be checked."""
     muon = summaries.get(MUON)
-    print("arm | rate | bits per byte (lowest to highest) | to AdamW | to Muon | samples to AdamW's loss")
+    yield f"arm | rate | {job.figure.name} (lowest to highest) | ratio to AdamW | to Muon | samples to AdamW's | MB a head"
     for s in summaries.values():
         to_muon = s.mean / muon.mean if muon else float("nan")
-        print(
+        yield (
             f"{s.name} | x{s.result.rate:g} | {s.mean:.4f} ({min(s.values):.4f} to {max(s.values):.4f}) | {s.ratio:.3f} | "
-            f"{to_muon:.3f} | {s.reached:.2f}"
+            f"{to_muon:.3f} | {s.reached:.2f} | {s.sent / 1e6:.0f}"
         )
-    met = []
-    for name, (other, limit) in LIMITS.items():
-        if name in summaries and other in summaries:
-            met.append((f"{name}: ratio to {other}", summaries[name].mean / summaries[other].mean, limit))
-    for name, limit in MUON_LIMITS.items():
-        if name in summaries and muon:
-            met.append((f"{name}: ratio to {MUON}", summaries[name].mean / muon.mean, limit))
-    for text, found, limit in met:
-        print(f"{'met   ' if found <= limit else 'MISSED'}  {text} {found:.3f} <= {limit}")
-    spreads = [statistics.fmean(s.values) for s in summaries.values()]
-    return all(found <= limit for _, found, limit in met) and bool(spreads)
+    for limit in job.limits:
+        found = check(limit, summaries)
+        if found is not None:
+            what = {"ratio": "ratio to", "bytes": "bytes beside", "below": "how far below"}[limit.kind]
+            if limit.arm == limit.other:
+                what = "highest beside lowest seed of"
+            verdict = "met   " if found <= limit.bound else "MISSED"
+            yield f"{verdict}  {limit.arm}: {what} {limit.other} {found:.3f} <= {limit.bound}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=sorted(JOBS), nargs="?", default="main")
-    parser.add_argument("--arms", nargs="+", metavar="NAME", help="names of arms; by default all")
+    parser.add_argument("--arms", nargs="*", metavar="NAME", help="names of arms to train; by default all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="multipliers of the rates")
     options = parser.parse_args()
-    arms = list(make_arms(JOBS[options.job]))
-    names = [arm.rung for arm in arms]
+    job = JOBS[options.job]
+    names = [arm.rung for arm in job.arms]
     if unknown := set(options.arms or ()) - set(names):
         parser.error(f"no arm is called {', '.join(sorted(unknown))}; there are: {'; '.join(names)}")
-    chosen = [arm for arm in arms if options.arms is None or arm.rung in options.arms]
-    results = run_arms(options.job, chosen, options.seeds, options.rates)
-    title = f"GPT, {options.job} job, {BATCH} windows a step"
-    (RESULTS / f"quality-{options.job}.svg").write_bytes(draw(summarize(results, FIGURE), title))
-    sys.exit(0 if show(results) else 1)
+    results = run_arms(options.job, set(names if options.arms is None else options.arms), options.seeds, options.rates)
+    if not results:
+        parser.exit(1, "No arm is done at these seeds and rates.\n")
+    summaries = summarize(results, job.figure)
+    title = f"{type(job.worker).__name__}, {options.job} job, {job.batch} samples a step"
+    (RESULTS / f"quality-{options.job}.svg").write_bytes(draw(summaries, title))
+    lines = list(rows(job, {s.name: s for s in summaries}))
+    print("\n".join(lines))
+    sys.exit(1 if any(line.startswith("MISSED") for line in lines) else 0)
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ def peft_adapter(
         worker: overrides the worker that ``run.toml`` names: a worker, its class, or module:Class.
 
     Raises:
-        UserError: the run, version, head or worker doesn't exist; `out` isn't empty; PEFT isn't installed or can't represent
-            the change; or the average isn't the sum of the heads' products, and no rank is given.
+        UserError: the run, version, head or worker doesn't exist; `out` isn't empty; PEFT isn't installed, or can't
+            represent the change.
     """
     path = _check_output(out)
     _pretrained.require_package("peft")

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lte_ray.errors import UserError
 from lte_ray.export.run_reader import SavedRun
 from lte_ray.layout import Adapted
 from lte_ray.merging.flat_buffer import as_matrix, base_replicas, factor_views, replica_views, views
@@ -78,6 +77,7 @@ class ModelDelta:
         buffers: changed buffers that aren't merged.
         exact: whether B A equals the change up to rounding, without an approximation of lower rank.
         error: ||W_final - W_start - B A|| / ||W_final - W_start||, Frobenius, over all matrices.
+        not_a_sum: why the change isn't the sum of the heads' low-rank changes, if it isn't.
     """
 
     start: Tensor
@@ -86,6 +86,7 @@ class ModelDelta:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     exact: bool = True
     error: float = 0.0
+    not_a_sum: str = ""
 
 
 def matrix_weights(adapted: tuple[Adapted, ...]) -> list[Adapted]:
@@ -139,15 +140,11 @@ def head_delta(saved: SavedRun, head: int, rank: int | None = None) -> ModelDelt
 def average_delta(saved: SavedRun, rank: int | None = None) -> ModelDelta:
     """Returns the change of the main weights since the start, W_v - W_0, from the heads' references if the sum telescopes.
 
-    If it doesn't, approximates W_v - W_0 with `rank`. If the summed rank is above min(out, in), uses W_v - W_0 itself, times
-    the identity.
+    If it doesn't, or if the summed rank is above min(out, in), uses W_v - W_0 itself, times the identity.
 
     Args:
         saved: the run at a checkpoint.
-        rank: the largest rank of a weight's change; by default the exact rank.
-
-    Raises:
-        UserError: the sum doesn't telescope, and no rank is given.
+        rank: the largest rank of a weight's change; by default that of the exact change.
     """
     start, final = views(saved.plan.base, saved.initial), views(saved.plan.base, saved.base)
     terms = _reference_terms(saved)
@@ -159,14 +156,12 @@ def average_delta(saved: SavedRun, rank: int | None = None) -> ModelDelta:
         if not delta.any():
             continue
         mismatch = _relative_mismatch(delta, w0, w, terms[spec.name], saved.manifest.version)
-        if mismatch and rank is None:
+        if mismatch:
             mismatched[spec.name] = mismatch
-            continue
         b, a = dense_factors(delta.to(w.dtype)) if mismatch else concatenate_terms(terms[spec.name])
         change.factors[spec.name] = fit.add(delta, b, a, rank)
-    if mismatched:
-        raise UserError(_mismatch_message(saved, mismatched))
     change.exact, change.error = fit.exact, fit.error
+    change.not_a_sum = _explain(saved, mismatched) if mismatched else ""
     return change
 
 
@@ -209,20 +204,15 @@ def _head_terms(spec: Adapted, tensors: dict[str, Tensor], reference: dict[str, 
     return [(spec.scaling, b, a), (-spec.scaling, reference[spec.b_name], reference[spec.a_name])]
 
 
-def _mismatch_message(saved: SavedRun, mismatched: dict[str, float]) -> str:
+def _explain(saved: SavedRun, mismatched: dict[str, float]) -> str:
+    """Says why the change isn't the sum of the heads' changes."""
     worst = max(mismatched, key=lambda name: mismatched[name])
     missing = sorted(set(range(len(saved.plans))) - set(saved.manifest.heads))
     reset = saved.record.get("reset", "none")
     if missing:
-        why = f"since heads {missing} have no state in this checkpoint"
+        why = f"heads {missing} have no state in this checkpoint"
     elif reset != "none":
-        why = f"since the run was made with --reset {reset}"
+        why = f"the run was made with --reset {reset}"
     else:
-        why = (
-            "as it is only if the policy gave each head the weight 1/N throughout and the worker builds the same initial model"
-        )
-    return (
-        f"The change since the start isn't the sum of the heads' changes at version {saved.manifest.version}, {why}: they "
-        f"differ in {len(mismatched)} weight(s), most in {worst} (by {mismatched[worst]:.1%} of its change). Give --rank R for "
-        "the best adapter of rank R, whose error is reported, or export all weights: --to safetensors or pretrained."
-    )
+        why = f"--policy {saved.record.get('policy')} gave the heads' changes other weights than 1/N"
+    return f"{why}: {len(mismatched)} weight(s) differ from the sum, most {worst} (by {mismatched[worst]:.1%} of its change)"

@@ -42,7 +42,7 @@ def write_adapter(saved: SavedRun, folder: Path, head: int | None, rank: int | N
     One head's adapter applies to the merged weights of the version, that of the average (`head` None) to the initial model.
 
     Raises:
-        UserError: PEFT isn't installed or can't represent the change, or the average isn't of low rank and no rank is given.
+        UserError: PEFT isn't installed or can't represent the change.
     """
     if rank is not None and rank < 1:
         raise ConfigError(f"--rank is {rank}, but it must be at least 1.")
@@ -192,4 +192,10 @@ def _summary(
     if placement.full:
         what += f". {len(placement.full)} module(s) are included in full: {', '.join(placement.full[:5])}"
         what += ", ..." if len(placement.full) > 5 else ""
-    return what + f". Relative error of the change: {change.error:.1e}" + ("" if change.exact else " (truncated)")
+    what += f". Relative error of the change: {change.error:.1e}" + ("" if change.exact else " (truncated)")
+    if change.not_a_sum and change.exact:
+        what += (
+            f". The change isn't the sum of the heads' changes of low rank, since {change.not_a_sum}. So the adapter has full "
+            "rank: --rank R makes a smaller one, the best of rank R, and says its error"
+        )
+    return what
