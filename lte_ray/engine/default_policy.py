@@ -16,23 +16,30 @@ AFFORDABLE_MULTIPLICATIONS = 5e9
 
 NESTEROV = {"lr": 0.7, "momentum": 0.7}
 
+WITHOUT_BARRIER = {"momentum": 0.5, "replica_momentum": 0.5}
+"""Arguments of orthogonal steps from contributions that are some versions behind: with more momentum they overshoot."""
+
 
 def choose_policy(settings: Settings, initial: Initial) -> MergeConfig:
     """Returns the settings of merging, with a policy in the place of "auto".
 
-    - `orthogonal`, if the heads take orthogonalized steps (LoRA-Muon, Muon), and the coordinator can afford it;
-    - `nesterov` with lr 0.7 and momentum 0.7, if they take such steps, but the matrices are large or in shards;
-    - `average`, the paper's, for every other optimizer, for a single head, and for merges of fewer than all heads.
+    - `orthogonal`, if the heads take orthogonalized steps (LoRA-Muon, Muon), and the coordinator can afford it; with less
+      momentum if merges don't wait for all heads;
+    - `nesterov` with lr 0.7 and momentum 0.7, if they take such steps and merges wait for all heads, but the matrices are large
+      or in shards;
+    - `average`, the paper's, for every other optimizer, for a single head, and otherwise.
 
     docs/tuning.md has the figures behind this.
     """
     merge = settings.merge
     if merge.policy != "auto":
         return merge
-    if not isinstance(initial.optimizer, Muon) or settings.lte.num_heads == 1 or merge.when != "barrier":
+    if not isinstance(initial.optimizer, Muon) or settings.lte.num_heads == 1:
         return dataclasses.replace(merge, policy="average")
     if merge.shards == 1 and multiplications(initial.plan) <= AFFORDABLE_MULTIPLICATIONS:
-        return dataclasses.replace(merge, policy="orthogonal")
+        return dataclasses.replace(merge, policy="orthogonal", policy_args=None if merge.when == "barrier" else WITHOUT_BARRIER)
+    if merge.when != "barrier":
+        return dataclasses.replace(merge, policy="average")
     return dataclasses.replace(merge, policy="nesterov", policy_args=NESTEROV)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import replica_part, replica_views, views
 from lte_ray.merging.low_rank import Share, squared_norms
 from lte_ray.merging.policies.weighted import average_weights
-from lte_ray.merging.policy import MergeChange, Pending, Roster, combine
+from lte_ray.merging.policy import Merge, MergeChange, Pending, Roster, combine
 from lte_ray.merging.policy_args import check_range
 from lte_ray.optim import orthogonalize
 
@@ -29,11 +30,13 @@ class Orthogonal:
 
     Replica parameters take Nesterov steps: m := beta_r m + D, p += lr_r (D + beta_r m).
 
-    A merge of k of N heads is k/N of a step: m decays by beta^(k/N), and sigma counts k/N. So N single arrivals move the base
-    about as far as one merge of all.
+    A step is taken at the end of a round: once as many contributions have come as there are heads, N. Merges within a round
+    add the plain average, D_n / N each, so heads see each other's progress at once; the last one replaces what they added by
+    the step. So one merge of all heads and N single arrivals move the base alike. If a round ends with k of N heads because
+    others are gone, it is k/N of a step: m decays by beta^(k/N), and sigma counts k/N.
 
-    Needs one tensor as large as the base. A step takes about 28 n^3 + 2 m n^2 multiplications for each m x n matrix, n its
-    smaller side: use it if the coordinator can afford that.
+    Needs one tensor as large as the base, and another within a round. A step takes about 28 n^3 + 2 m n^2 multiplications for
+    each m x n matrix, n its smaller side: use it if the coordinator can afford that.
 
     Args:
         gain: size of a step, relative to a head's.
@@ -51,16 +54,28 @@ class Orthogonal:
         check_range("replica_momentum", replica_momentum, 0, 1, below=True)
         self.gain, self.momentum, self.replica_lr, self.replica_momentum = gain, momentum, replica_lr, replica_momentum
         self._m: Tensor | None = None
+        self._round = _Round()
 
-    def merge(self, pending: Sequence[Pending], roster: Roster) -> MergeChange:
-        change, plan = combine(pending, average_weights(pending, roster)), pending[0].share.plan
-        self._m = torch.zeros_like(change) if self._m is None else self._m
-        part = len(pending) / roster.num_heads
+    def merge(self, pending: Sequence[Pending], roster: Roster) -> Merge | MergeChange:
+        weights, plan = average_weights(pending, roster), pending[0].share.plan
+        change = combine(pending, weights)
+        sizes = torch.stack([_singular_values(p.share) for p in pending]).sum(0)
+        before, self._round = self._round, self._round.add(change, sizes, len(pending))
+        if self._round.count < len(roster.live):
+            return Merge(weights)
+        step, self._round = self._step(self._round, plan, roster.num_heads), _Round()
+        return MergeChange(step if before.change is None else step.sub_(before.change), [p.head for p in pending])
+
+    def _step(self, done: _Round, plan: Plan, num_heads: int) -> Tensor:
+        """Returns the step that a complete round takes; its tensor is changed."""
+        assert done.change is not None
+        assert done.sizes is not None
+        self._m = torch.zeros_like(done.change) if self._m is None else self._m
+        part = done.count / num_heads
+        momenta, sizes = views(plan.base, self._m), (done.sizes / done.count * (self.gain * part)).tolist()
+        by_name = dict(zip((name for name, _ in _matrices(plan)), sizes, strict=True))
         matrices = defaultdict(list)  # by shape, to be orthogonalized at once
-        momenta = views(plan.base, self._m)
-        sizes = torch.stack([_singular_values(p.share) for p in pending]).mean(0) * (self.gain * part)
-        by_name = dict(zip((name for name, _ in _matrices(plan)), sizes.tolist(), strict=True))
-        for name, new in views(plan.base, change).items():
+        for name, new in views(plan.base, done.change).items():
             beta = self.momentum if name in by_name else self.replica_momentum
             new.add_(momenta[name].mul_(beta**part).add_(new), alpha=beta)
             if name in by_name:
@@ -71,13 +86,47 @@ class Orthogonal:
             signs = orthogonalize(torch.stack([new.reshape(shape) for new, _ in alike]))
             for sign, (new, size) in zip(signs, alike, strict=True):
                 new.copy_(sign.view(new.shape)).mul_(size)
-        return MergeChange(change, [p.head for p in pending])
+        return done.change
 
     def state(self) -> dict[str, Tensor]:
-        return {} if self._m is None else {"momentum": self._m}
+        momentum = {} if self._m is None else {"momentum": self._m}
+        return momentum | self._round.tensors()
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        self._m = tensors["momentum"].clone() if tensors else None
+        self._m = tensors["momentum"].clone() if "momentum" in tensors else None
+        self._round = _Round.from_tensors(tensors)
+
+
+@dataclass(frozen=True)
+class _Round:
+    """What has been merged since the last step.
+
+    Attributes:
+        change: the sum of D_n / N; None if there is nothing.
+        sizes: the sum of the heads' `_singular_values`.
+        count: of contributions.
+    """
+
+    change: Tensor | None = None
+    sizes: Tensor | None = None
+    count: int = 0
+
+    def add(self, change: Tensor, sizes: Tensor, count: int) -> _Round:
+        """Returns the round with further contributions; this one stays as it is."""
+        if self.change is None or self.sizes is None:
+            return _Round(change, sizes, count)
+        return _Round(self.change + change, self.sizes + sizes, self.count + count)
+
+    def tensors(self) -> dict[str, Tensor]:
+        if self.change is None or self.sizes is None:
+            return {}
+        return {"round": self.change, "round_sizes": self.sizes, "round_count": torch.tensor(self.count)}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> _Round:
+        if "round" not in tensors:
+            return cls()
+        return cls(tensors["round"].clone(), tensors["round_sizes"].clone(), int(tensors["round_count"]))
 
 
 def _matrices(plan: Plan) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lte_ray.errors import ConfigError
 from lte_ray.layout import Plan, Replica
-from lte_ray.merging import Orthogonal, Pending
+from lte_ray.merging import Merge, MergeChange, Orthogonal, Pending, Roster, combine
 from lte_ray.merging.flat_buffer import views
 from lte_ray.merging.low_rank import Share
 from tests.support.numerics import assert_near
@@ -42,7 +42,7 @@ def test_a_step_is_its_formula(plan: Plan) -> None:
     momentum = momentum.double()
     for turn in range(3):
         pending = make_pending(3, seed=turn) if plan is PLAN else full_rank_pending(plan, turn)
-        change, changes = policy.merge(pending, make_roster(3)).change, dense_changes(pending)
+        change, changes = change_of(policy.merge(pending, make_roster(3))), dense_changes(pending)
         mean = changes.mean(0)
         for name, found in views(plan.base, change).items():
             d, m = views(plan.base, mean)[name], views(plan.base, momentum)[name]
@@ -67,34 +67,62 @@ def full_rank_pending(plan: Plan, seed: int) -> list[Pending]:
     ]
 
 
-def test_single_arrivals_move_as_far_as_one_merge() -> None:
-    """Each of three arrivals takes a third of a step: its matrices' singular values are a third of one head's."""
-    policy, roster = Orthogonal(momentum=0.0), make_roster(3)
-    for p in make_pending(3):
-        change = policy.merge([p], roster).change
-        for a in PLAN.adapted:
-            if len(a.shape) > 1:
-                part = views(PLAN.base, change)[a.name].reshape(a.shape[0], -1)
-                size = float(p.part(a.name).norm()) / math.sqrt(rank_of(p, a.name, a.shape))
-                largest = float(torch.linalg.matrix_norm(part, ord=2))
-                assert largest == pytest.approx(size / 3, rel=NEAR)
+@pytest.mark.parametrize("groups", [(1, 1, 1), (2, 1)], ids=str)
+def test_a_round_of_arrivals_moves_as_one_merge(groups: tuple[int, ...]) -> None:
+    """Over two rounds. The merges within a round add the average; after its last one the base is where one merge puts it."""
+    whole, single, roster = Orthogonal(), Orthogonal(), make_roster(3)
+    for turn in range(2):
+        pending = make_pending(3, seed=turn)
+        expected, moved = change_of(whole.merge(pending, roster)), torch.zeros(PLAN.base.size, dtype=torch.float64)
+        for position, size in enumerate(groups):
+            due = pending[sum(groups[:position]) :][:size]
+            decision = single.merge(due, roster)
+            assert isinstance(decision, MergeChange) is (position == len(groups) - 1)
+            moved += combine(due, decision.weights) if isinstance(decision, Merge) else decision.change
+            single = reloaded(single)
+        assert_near(moved, expected, 1e-12)
+
+
+def test_a_round_ends_with_the_heads_that_are_left() -> None:
+    """Two of three heads: two thirds of a step."""
+    policy, pending = Orthogonal(momentum=0.0), make_pending(3)[:2]
+    change = change_of(policy.merge(pending, Roster(3, frozenset({0, 1}), 0, 0.0, PLAN.base)))
+    for a in PLAN.adapted:
+        if len(a.shape) > 1:
+            part = views(PLAN.base, change)[a.name].reshape(a.shape[0], -1)
+            sizes = [float(p.part(a.name).norm()) / math.sqrt(rank_of(p, a.name, a.shape)) for p in pending]
+            assert float(torch.linalg.matrix_norm(part, ord=2)) == pytest.approx(sum(sizes) / 3, rel=NEAR)
+
+
+def change_of(decision: Merge | MergeChange) -> Tensor:
+    """The change of a merge that ends a round."""
+    assert isinstance(decision, MergeChange)
+    return decision.change
+
+
+def reloaded(policy: Orthogonal) -> Orthogonal:
+    """A policy that has loaded what another has saved."""
+    other = Orthogonal()
+    other.load_state({name: tensor.clone() for name, tensor in policy.state().items()})
+    return other
 
 
 def test_no_change_is_no_step() -> None:
     """Where heads have changed nothing, the base stays, and nothing is divided by zero."""
     plan = Plan((), (Replica("w", (3, 4), weight=True),))
     zero = Pending(0, 0, 0, 1, 1, 0.0, 0.0, Share(1.0, plan, torch.zeros(12, dtype=torch.float64), None))
-    change = Orthogonal().merge([zero], make_roster(1)).change
+    change = change_of(Orthogonal().merge([zero], make_roster(1)))
     assert torch.equal(change, torch.zeros_like(change))
 
 
-def test_the_momentum_is_saved_and_loaded() -> None:
+@pytest.mark.parametrize("heads", [3, 2], ids=["between rounds", "within a round"])
+def test_the_state_is_saved_and_loaded(heads: int) -> None:
     """A policy that is loaded continues as the one that was saved."""
-    one, other = Orthogonal(), Orthogonal()
-    one.merge(make_pending(3), make_roster(3))
-    other.load_state({name: tensor.clone() for name, tensor in one.state().items()})
-    pending = make_pending(3, seed=1)
-    assert torch.equal(one.merge(pending, make_roster(3)).change, other.merge(pending, make_roster(3)).change)
+    one, roster = Orthogonal(), make_roster(3)
+    one.merge(make_pending(3), roster)
+    one.merge(make_pending(3, seed=1)[:heads], roster)
+    other, pending = reloaded(one), make_pending(3, seed=2)
+    assert torch.equal(change_of(one.merge(pending, roster)), change_of(other.merge(pending, roster)))
 
 
 @pytest.mark.parametrize("arguments", [{"gain": 0.0}, {"momentum": 1.0}, {"replica_lr": -1.0}, {"replica_momentum": 1.5}])
