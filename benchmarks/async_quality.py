@@ -63,7 +63,7 @@ class Way:
     when: str = "arrival"
     quorum: int = 0
     match_speed: bool = False
-    max_lag: int = 4
+    max_lag: int | None = None
 
     @property
     def merge(self) -> MergeConfig:
@@ -100,13 +100,13 @@ WAYS = {
 }
 
 
-def train(worker: Worker, way: Way, seed: int, steps: int = STEPS) -> dict[str, Any]:
+def train(worker: Worker, way: Way, seed: int, steps: int = STEPS, clip_norm: float = 1.0) -> dict[str, Any]:
     """One run: its evaluation, and the simulator's counts."""
     settings = Settings(
         "quality",
         LTEConfig(num_heads=HEADS),
         way.merge,
-        TrainConfig(steps=steps, seed=seed, clip_norm=1.0),
+        TrainConfig(steps=steps, seed=seed, clip_norm=clip_norm),
     )
     started = time.perf_counter()
     record = simulate_training(worker, settings, CLUSTER).record

@@ -42,7 +42,11 @@ class MergeConfig:
     wait: bool = setting(
         True, "Let a head wait until its contribution is merged. With --no-wait it keeps training in the meantime."
     )
-    max_lag: int = setting(4, "With --no-wait: maximum lag in versions; a head that lags more rebases in mid-round.")
+    max_lag: int | None = setting(
+        None,
+        "With --no-wait: maximum lag in versions; a head that lags more rebases in mid-round. By default 4; with --policy "
+        "orthogonal a quarter of the heads, at least 1.",
+    )
     transfer: Literal["fp32", "bf16", "int8"] = setting(
         "fp32", "Format in which contributions are sent. The rounding error is added to the next contribution."
     )
@@ -68,9 +72,10 @@ class MergeConfig:
     )
 
     def __post_init__(self) -> None:
-        check_integers(self, "merge_iter", "merge_threads", "quorum", "max_lag", "shards")
+        lag = () if self.max_lag is None else ("max_lag",)
+        check_integers(self, "merge_iter", "merge_threads", "quorum", "shards", *lag)
         check_at_least(self, 1, "merge_iter", "shards")
-        check_at_least(self, 0, "merge_threads", "quorum", "max_lag", "deadline")
+        check_at_least(self, 0, "merge_threads", "quorum", "deadline", *lag)
         check_booleans(self, "match_speed", "wait")
         check_choice(self, "when", ("barrier", "quorum", "arrival"))
         check_choice(self, "transfer", ("fp32", "bf16", "int8"))

@@ -72,7 +72,7 @@ class Delivery:
         self._on_arrival = on_arrival
         self._on_dead_result: Callable[[SimHead, Answer], None] = lambda head, answer: None
         self._intercept: Callable[[SimHead, Answer], bool] = lambda head, answer: False
-        self._staleness = None if settings.merge.wait else StalenessQueue(settings.merge.max_lag)
+        self._staleness = None if settings.merge.wait else StalenessQueue(settings.max_lag)
         self._sent_versions = [0] * len(heads)  # the version that each head was sent last
 
     def connect(self, on_dead_result: Callable[[SimHead, Answer], None], intercept: Callable[[SimHead, Answer], bool]) -> None:

@@ -132,7 +132,7 @@ class ChaosHeadProcess(ChaosClient):
             self.call("leave")
         if not self.settings.merge.wait and not self._watching and not self.over:
             self._watching = True
-            self.call("newer", head.version + self.settings.merge.max_lag)
+            self.call("newer", head.version + self.settings.max_lag)
 
     @property
     def ended(self) -> bool:

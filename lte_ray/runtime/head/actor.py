@@ -175,7 +175,7 @@ class HeadActor:
             steps[head.number] = max(0, in_round - head.steps_since_contribution) if merge.wait else 1 if alone else in_round
         group.train(steps)
         if not merge.wait:
-            client.request_newer_base(group.heads[0], group.heads[0].version + merge.max_lag)
+            client.request_newer_base(group.heads[0], group.heads[0].version + self._context.settings.max_lag)
         for head in group.heads:
             if steps.get(head.number):
                 inject("stepped", head=head.number, step=head.step)
