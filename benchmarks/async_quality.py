@@ -104,7 +104,7 @@ def train(worker: Worker, way: Way, seed: int, steps: int = STEPS, clip_norm: fl
     """One run: its evaluation, and the simulator's counts."""
     settings = Settings(
         "quality",
-        LTEConfig(num_heads=HEADS),
+        LTEConfig(num_heads=HEADS, lora_r=32, lora_alpha=64.0),
         way.merge,
         TrainConfig(steps=steps, seed=seed, clip_norm=clip_norm),
     )

@@ -16,7 +16,7 @@ from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfi
 from lte_ray.config.baseline import baseline_failure
 from lte_ray.engine.default_policy import choose_policy
 from lte_ray.engine.head.virtual import check_stackable
-from lte_ray.engine.prepare import extend_plans, prepare
+from lte_ray.engine.prepare import describe_low_rank, extend_plans, prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.merging.registry import make_policy, may_merge_by_weights, resolved_arguments
 from lte_ray.messages import HeadTimes
@@ -129,6 +129,8 @@ class LTETrainer:
         policy = make_policy(settings.merge if is_baseline else self.merge)
         run_failure = baseline_failure(failure) if is_baseline else failure
         initial = extend_plans(prepare(self.worker, settings), run_failure.max_heads)
+        if note := describe_low_rank(initial.plans[: settings.lte.num_heads]):
+            log.warning(note)
         if settings.merge.policy == "auto":
             merge = choose_policy(settings, initial)
             policy, arguments = make_policy(merge), resolved_arguments(merge) or None

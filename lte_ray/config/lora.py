@@ -51,10 +51,10 @@ class LTEConfig:
         "Number of LoRA heads. Each is a Ray actor with its own copy of the main weights, unless --heads-per-actor is above 1.",
     )
     lora_r: int | tuple[int, ...] = setting(
-        32, "Rank r of each head's factors A (r x in) and B (out x r); one number, or one per head."
+        64, "Rank r of each head's factors A (r x in) and B (out x r), at most min(out, in); one number, or one per head."
     )
-    lora_alpha: float | tuple[float, ...] = setting(
-        64.0, "LoRA alpha. A head's LoRA update is (alpha / r) B A; one number, or one per head."
+    lora_alpha: float | tuple[float, ...] | None = setting(
+        None, "LoRA alpha. A head's LoRA update is (alpha / r) B A; one number, or one per head; by default 2 r."
     )
     rslora: bool = setting(False, "Scale the update by alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732).")
     lora_bias: Literal["replica", "frozen", "lora"] = setting(
@@ -101,6 +101,9 @@ class LTEConfig:
         if isinstance(self.lora_bias, bool):  # as in the authors' library
             object.__setattr__(self, "lora_bias", "lora" if self.lora_bias else "frozen")
         check_rank("--lora-r", self.lora_r, self.num_heads)
+        if self.lora_alpha is None:  # s = 2
+            alpha = tuple(2.0 * r for r in self.lora_r) if isinstance(self.lora_r, tuple) else 2.0 * self.lora_r
+            object.__setattr__(self, "lora_alpha", alpha)
         check_alpha("--lora-alpha", self.lora_alpha, self.num_heads)
         check_choice(self, "lora_bias", BIASES)
         check_choice(self, "reset", ("none", "B"))
@@ -155,6 +158,12 @@ class LTEConfig:
         for name, value in kwargs.items():
             cfg.lora[name] = value
         return cfg
+
+    @property
+    def alpha(self) -> float | tuple[float, ...]:
+        """`lora_alpha`, with its default in place of None."""
+        assert self.lora_alpha is not None
+        return self.lora_alpha
 
     @property
     def lora(self) -> LoraView:

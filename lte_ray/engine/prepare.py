@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from lte_ray.engine.head.optimization import build_optimizer, check_lr_scale, ch
 from lte_ray.engine.head.rng import preserve_generators
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError, UserError, WorkerError
-from lte_ray.layout import Plan
+from lte_ray.layout import Adapted, Plan
 from lte_ray.merging.flat_buffer import gather, views
 from lte_ray.worker import Worker, build_model, check_worker, endless_batches
 
@@ -106,6 +107,28 @@ def extend_plans(initial: Initial, heads: int) -> Initial:
             "for all."
         )
     return replace(initial, plans=initial.plans + initial.plans[-1:] * added)
+
+
+def describe_low_rank(plans: tuple[Plan, ...]) -> str:
+    """Says by how much the ranks of all heads together are below the highest rank that a weight's change can have.
+
+    Returns:
+        A sentence with the weight for which that is worst, and the rank that would do; empty if there is none.
+    """
+    worst: tuple[float, int, Adapted] | None = None
+    for specs in zip(*(plan.adapted for plan in plans), strict=True):
+        total, smaller = sum(spec.rank for spec in specs), min(specs[0].matrix)
+        if total < smaller and (worst is None or total / smaller < worst[0]):
+            worst = (total / smaller, total, specs[0])
+    if worst is None:
+        return ""
+    _, total, spec = worst
+    out, inner = spec.matrix
+    needed = math.ceil(min(out, inner) / len(plans))
+    return (
+        f"The ranks of {len(plans)} head(s) add up to {total}, but {spec.name} is {out} x {inner}, so a merge can't change it "
+        f"in all directions. That suits fine-tuning. To train from scratch, raise --lora-r towards {needed}, or --num-heads."
+    )
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ def check_arms(worker: Worker, arms: Sequence[Arm], rates: Sequence[float], chos
             policy = choose_policy(arm.settings, initial).policy
     assert figure is not None, "a comparison has arms"
     lte = arms[-1].lte
-    alpha = lte.lora_alpha if isinstance(lte.lora_alpha, int | float) else lte.lora_alpha[0]
+    alpha = lte.alpha[0] if isinstance(lte.alpha, tuple) else lte.alpha
     builds = callable(getattr(worker, "build_optimizer", None))
     return Checked(figure, Facts(lte.num_heads, *ranks, alpha, object_name(policy), optimizers, builds))
 

@@ -151,7 +151,7 @@ def _with_root_of_alpha(config: LTEConfig) -> LTEConfig:
         alpha = rule.settings.lora_alpha
         settings = rule.settings if alpha is None else dataclasses.replace(rule.settings, lora_alpha=root(alpha))
         layers.append(f"{rule.pattern}: {settings}")
-    return dataclasses.replace(config, lora_alpha=root(config.lora_alpha), layers=tuple(layers))
+    return dataclasses.replace(config, lora_alpha=root(config.alpha), layers=tuple(layers))
 
 
 def _replace_attention_inputs(plan: Plan, root_plan: Plan) -> Plan:

@@ -91,7 +91,7 @@ def test_other_settings_in_the_same_folder_are_refused(
     arguments = [*command, "--rates", "1", "--rungs", "lte"]
     assert main(arguments) == 0
     assert main([*arguments, "--worker.lr", "0.5", "--lora-alpha", "8"]) == 2
-    assert "lora_alpha was 64.0 and is 8.0, worker.lr was 0.003 and is 0.5" in capsys.readouterr().err
+    assert "lora_alpha was 4.0 and is 8.0, worker.lr was 0.003 and is 0.5" in capsys.readouterr().err
     before = len(trained)
     assert main([*arguments, "--worker.lr", "0.5", "--overwrite"]) == 0
     assert len(trained) == 2 * before

@@ -167,7 +167,7 @@ def test_a_later_rule_wins_setting_by_setting() -> None:
     chosen = lte.resolve("linear", (True, True, True))
     assert (chosen.rank, chosen.lr, chosen.adapt) == (16, 2.0, False)
     chosen = lte.resolve("norm", (False, False, False))
-    assert (chosen.rank, chosen.scaling, chosen.lr, chosen.adapt) == (32, 2.0, 1.0, False)
+    assert (chosen.rank, chosen.scaling, chosen.lr, chosen.adapt) == (64, 2.0, 1.0, False)
 
 
 # -- values for all layers ---------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.snapshot import restore
 from lte_ray.engine.in_process import run_in_process
-from lte_ray.engine.prepare import prepare
+from lte_ray.engine.prepare import describe_low_rank, prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
 from lte_ray.layout import Plan
@@ -330,3 +330,19 @@ def test_policies_see_dense_changes_of_heads_of_any_rank() -> None:
     result = run_in_process(Tiny(), dataclasses.replace(settings(), merge=make_settings(policy=Arrival()).merge), torch.float64)
     assert sizes == [result.plan.base.size] * 12
     assert sum(m.steps for m in result.merges) == 3 * 12
+
+
+def test_ranks_that_add_up_to_too_little_are_described() -> None:
+    """With the weight for which that is worst, and the rank that would do; nothing if all ranks together suffice."""
+    model = nn.Sequential(nn.Linear(8, 20), nn.Linear(20, 4))
+    note = describe_low_rank(make_plans(model, LTEConfig(num_heads=3, lora_r=2)))
+    assert "3 head(s) add up to 6, but 0.weight is 20 x 8" in note
+    assert "--lora-r towards 3" in note
+    assert describe_low_rank(make_plans(model, LTEConfig(num_heads=3, lora_r=3))) == ""
+
+
+def test_alpha_is_twice_the_rank_by_default() -> None:
+    """For each head: s = 2."""
+    assert LTEConfig(lora_r=8).lora_alpha == 16.0
+    assert LTEConfig(num_heads=2, lora_r=(4, 8)).lora_alpha == (8.0, 16.0)
+    assert {plan.adapted[0].scaling for plan in make_plans(nn.Linear(4, 4), LTEConfig(num_heads=2, lora_r=(1, 2)))} == {2.0}
