@@ -48,7 +48,6 @@ class Job:
         figure: that is compared.
         batch: samples in a step of all heads together.
         steps: local steps of a head, and steps of ordinary training.
-        rank: of LTE's heads.
         limits: what is asked.
         make_arms: gives the arms, at the first rate and seed.
     """
@@ -57,13 +56,12 @@ class Job:
     figure: Figure
     batch: int
     steps: int
-    rank: int
     limits: tuple[Limit, ...]
     make_arms: Callable[[Job], Iterator[Arm]]
 
     @property
     def evaluate_every(self) -> int:
-        return self.steps // 14 // 50 * 50 or 50
+        return self.steps // 6 // 50 * 50
 
     @property
     def arms(self) -> list[Arm]:
@@ -73,7 +71,7 @@ class Job:
         """An arm whose heads share the batch."""
         return Arm(
             name,
-            LTEConfig(num_heads=heads, lora_r=self.rank, lora_alpha=2.0 * self.rank, full_rank=full_rank),
+            LTEConfig(num_heads=heads, full_rank=full_rank),
             merge,
             TrainConfig(steps=self.steps, eval_every=0, **train),
             worker={"batch_size": self.batch // heads},
@@ -123,9 +121,9 @@ GPT_LIMITS = (
 IMAGE_LIMITS = (Limit("LTE, 4 heads", ORDINARY, 0.003, "below"),)
 
 JOBS = {
-    "main": Job(GPT(validation_windows=1024), BITS, 32, 700, 32, GPT_LIMITS, gpt_arms),
-    "long": Job(GPT(width=64, depth=2, context=64, validation_windows=1024), BITS, 32, 4000, 32, GPT_LIMITS, gpt_arms),
-    "vit": Job(ViT(test_images=0), ACCURACY, 128, 900, 32, IMAGE_LIMITS, image_arms),
-    "mixer": Job(Mixer(test_images=0), ACCURACY, 128, 900, 32, IMAGE_LIMITS, image_arms),
-    "resnet": Job(ResNet(test_images=0), ACCURACY, 128, 900, 32, IMAGE_LIMITS, image_arms),
+    "main": Job(GPT(validation_windows=1024), BITS, 32, 700, GPT_LIMITS, gpt_arms),
+    "long": Job(GPT(width=64, depth=2, context=64, validation_windows=1024), BITS, 32, 4000, GPT_LIMITS, gpt_arms),
+    "vit": Job(ViT(test_images=0), ACCURACY, 128, 600, IMAGE_LIMITS, image_arms),
+    "mixer": Job(Mixer(test_images=0), ACCURACY, 128, 600, IMAGE_LIMITS, image_arms),
+    "resnet": Job(ResNet(test_images=0), ACCURACY, 128, 600, IMAGE_LIMITS, image_arms),
 }
