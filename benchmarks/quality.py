@@ -7,12 +7,13 @@ count.
 
 Trainings take minutes to an hour each. Results are kept in ``benchmarks/results/quality-JOB.json`` after each, and a second
 call continues, so that arms can be run one by one, also at the same time: ``python -m benchmarks.quality main --arms "LTE, 4
-heads" --seeds 0``. The table shows all arms that are done at these seeds and rates.
+heads" --seeds 0``. The table shows all arms that are done at these seeds, also those that weren't swept (rate x1).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from lte_ray.ladder.summary import Summary, summarize
 from lte_ray.storage import RunDirectory
 
 RATES, TUNING_SEED = (0.5, 1.0, 2.0), 100
+TRIED = tuple(2.0**power for power in range(-5, 6))
+"""Rates that a sweep may have reached."""
 
 
 class NotTrained(Exception):
@@ -52,6 +55,10 @@ class Results:
             return result
         raise NotTrained
 
+    def rates(self, arm: Arm) -> list[float]:
+        """The rates at which an arm was trained on the seed of sweeps."""
+        return [rate for rate in TRIED if self.file.get(arm.with_rate(rate, TUNING_SEED))]
+
     def train(self, arm: Arm) -> ArmResult:
         """Returns an arm's result, after training if there is none."""
         if self.file.get(arm) is None:
@@ -67,13 +74,16 @@ class Results:
 def run_arms(name: str, chosen: set[str], seeds: list[int], rates: list[float]) -> list[RungResult]:
     """Trains the chosen arms as far as that isn't done; returns the results of all arms that are done."""
     job, results, done = JOBS[name], Results(name), []
-    tuning_seed = TUNING_SEED if len(rates) > 1 else seeds[0]
     for arm in job.arms:
-        get = results.train if arm.rung in chosen else results.look_up
-        try:
-            done.append(climb(arm, rates, seeds, get, job.figure, tuning_seed=tuning_seed))
-        except NotTrained:
+        if arm.rung in chosen:
+            tuning_seed = TUNING_SEED if len(rates) > 1 else seeds[0]
+            done.append(climb(arm, rates, seeds, results.train, job.figure, tuning_seed=tuning_seed))
             continue
+        swept = [rate for rate in results.rates(arm) if len(rates) > 1]
+        with contextlib.suppress(NotTrained):
+            tuning_seed = TUNING_SEED if swept else seeds[0]
+            found = climb(arm, swept or [1.0], seeds, results.look_up, job.figure, tuning_seed=tuning_seed, extend=False)
+            done.append(found)
     return done
 
 
