@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import ray.train
 
     from lte_ray.runtime.controller.controller import TrainController
+    from lte_ray.runtime.controller.data_parallel import DataParallelController
 
 
 log = logging.getLogger("lte_ray")
@@ -142,7 +143,6 @@ class LTETrainer:
         from lte_ray.runtime import placement as placing
         from lte_ray.runtime.cluster import connected
         from lte_ray.runtime.context import PickledObject, RetentionPolicy, RunContext
-        from lte_ray.runtime.controller.controller import TrainController
         from lte_ray.runtime.coordinator_state import CoordinatorState, load_checkpoint
         from lte_ray.runtime.object_store import ObjectStore
 
@@ -153,15 +153,19 @@ class LTETrainer:
         reporter = self.reporter or automatic_display()
         reporter.update(Progress.starting(name, self.train.steps, "starting Ray", is_baseline))
         with contextlib.closing(reporter), connected():
-            cpus = heads if is_baseline else 0  # as many as the heads would have
-            placement = placing.resolve(placement_config, settings.lte.num_heads, default_cpus=cpus, **ray_options)
-            starting = "starting the process" if is_baseline else "starting the heads"
-            reporter.update(Progress.starting(name, self.train.steps, starting, is_baseline))
+            processes = settings.train.baseline_processes
+            cpus = heads // processes if is_baseline else 0  # as many as the heads would have
+            config = dataclasses.replace(placement_config, heads_per_actor=1) if is_baseline else placement_config
+            placement = placing.resolve(config, max(processes, settings.lte.num_heads), default_cpus=cpus, **ray_options)
+            starting = "the heads" if not is_baseline else "the process" if processes == 1 else f"{processes} processes"
+            reporter.update(Progress.starting(name, self.train.steps, f"starting {starting}", is_baseline))
             heads_by_actor = placing.assign_heads(placement, settings.lte.num_heads)
             record = run_record.make_record(self.worker, self.program, given, placement_config, storage, failure)
             with contextlib.ExitStack() as stack:
-                reservation = stack.enter_context(placing.reserve(placement, heads_by_actor))
-                groups = placing.transfer_groups(settings.merge, initial.plans, reservation.nodes, may_merge_by_weights(policy))
+                # Ray Train reserves for its processes itself.
+                reservation = stack.enter_context(placing.reserve(placement, heads_by_actor)) if processes == 1 else None
+                nodes = 1 if reservation is None else reservation.nodes
+                groups = placing.transfer_groups(settings.merge, initial.plans, nodes, may_merge_by_weights(policy))
                 run_toml, resume = stack.enter_context(claim.acquire(record))
                 context = RunContext(
                     worker=pickled_worker,
@@ -175,22 +179,34 @@ class LTETrainer:
                     run_toml=run_toml,
                 )
                 if resume:
-                    start = load_checkpoint(context, initial, resume.version, settings.lte.num_heads, policy)
+                    start = load_checkpoint(context, initial.plans, resume.version, settings.lte.num_heads, policy)
                 else:
                     start = CoordinatorState(0, context.transport.publish(initial.base))
-                controller = TrainController(
+                controller = _make_controller(
+                    {"placement": placement}
+                    if reservation is None
+                    else {"reservation": reservation, "stack_heads": placement_config.stack_heads},
                     context=context,
                     initial=initial,
                     start=start,
                     policy=pickled_policy,
-                    reservation=reservation,
                     failure=run_failure,
-                    stack_heads=placement_config.stack_heads,
                     reporter=reporter,
                     export=lambda final: run_record.write_model(directory, initial, final),
                 )
                 controller.run()
         return _result(controller, directory)
+
+
+def _make_controller(places: dict[str, Any], **common: Any) -> TrainController | DataParallelController:
+    """Returns the controller of the run: Ray Train's processes of ordinary training have no reservation of ours."""
+    if "reservation" in places:
+        from lte_ray.runtime.controller.controller import TrainController
+
+        return TrainController(**places, **common)
+    from lte_ray.runtime.controller.data_parallel import DataParallelController  # imports Ray Train's part for torch
+
+    return DataParallelController(**places, **common)
 
 
 def _storage(config: Any) -> tuple[StorageConfig, Any]:
@@ -226,7 +242,7 @@ def default_storage() -> str:
     return str(ray.train.RunConfig().storage_path)
 
 
-def _result(controller: TrainController, directory: RunDirectory) -> ray.train.Result:
+def _result(controller: TrainController | DataParallelController, directory: RunDirectory) -> ray.train.Result:
     import ray.train
 
     state, progress = controller.state, controller.progress.snapshot()

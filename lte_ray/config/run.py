@@ -80,11 +80,17 @@ class TrainConfig:
         "--num-heads heads. Settings of factors and merging don't count, except that --merge-iter says how often the weights "
         "may be evaluated and saved.",
     )
+    baseline_processes: int = setting(
+        1,
+        "Processes of --baseline. They divide the batches of each step equally and average their gradients (Ray Train's "
+        "TorchTrainer).",
+    )
     compile: bool = setting(False, "Compile each head's model with torch.compile: slower start, faster steps.")
 
     def __post_init__(self) -> None:
         check_integers(self, "steps", "seed", "eval_every", "checkpoint_every", "threads_per_head", "accumulate")
-        check_at_least(self, 1, "steps", "accumulate")
+        check_integers(self, "baseline_processes")
+        check_at_least(self, 1, "steps", "accumulate", "baseline_processes")
         check_at_least(self, 0, "seed", "eval_every", "checkpoint_every", "threads_per_head", "clip_norm")
         check_at_least(self, 0, "lr_scale")
         check_choice(self, "precision", PRECISIONS)
@@ -96,6 +102,11 @@ class TrainConfig:
         check_choice(self, "budget", ("auto", "each", "shared"))
         to_name_tuples(self, "checkpoint_activations")
         check_booleans(self, "baseline", "compile")
+        if self.baseline_processes > 1 and not self.baseline:
+            raise ConfigError(
+                f"--baseline-processes is {self.baseline_processes}, but this run isn't ordinary training. Add --baseline, or "
+                "leave it out: --num-heads says how many processes an LTE run has."
+            )
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,18 @@ class Settings:
                 f"--full-rank and --shards {self.merge.shards} contradict each other: shards divide the layers with factors. "
                 "Leave one of them out."
             )
+        batches, processes = self.lte.num_heads * self.train.accumulate, self.train.baseline_processes
+        if batches % processes:
+            raise ConfigError(
+                f"--baseline-processes is {processes}, but a step takes {batches} batches (--num-heads times --accumulate): "
+                "choose a number that divides it."
+            )
+        for name, given in {"--merge-every": self.merge.merge_every, "--rollback-z": self.merge.rollback_z}.items():
+            if given and processes > 1:
+                raise ConfigError(
+                    f"{name} and --baseline-processes {processes} contradict each other: only one process can follow its own "
+                    "clock, or go back to an earlier version. Leave one of them out."
+                )
         if self.merge.quorum > self.lte.num_heads:
             raise ConfigError(
                 f"--quorum is {self.merge.quorum}, but there are {self.lte.num_heads} heads: choose at most as many."

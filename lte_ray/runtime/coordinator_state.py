@@ -5,7 +5,7 @@ A checkpoint may be continued with the same heads, exactly where they were, or w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -16,8 +16,8 @@ from lte_ray.config.validation import is_integer
 from lte_ray.data.assignment import PartitionAssignor
 from lte_ray.data.partition import advance, initial_partitions
 from lte_ray.engine.coordinator.recovery import Recovered
-from lte_ray.engine.prepare import Initial
 from lte_ray.errors import StorageError
+from lte_ray.layout import Plan
 from lte_ray.merging.policy import MergePolicy
 from lte_ray.merging.registry import saved_momentum
 from lte_ray.messages import CommittedPosition
@@ -91,7 +91,7 @@ class CoordinatorState:
 
 
 def load_checkpoint(
-    context: RunContext, initial: Initial, version: int, num_heads: int, policy: MergePolicy
+    context: RunContext, plans: Sequence[Plan], version: int, num_heads: int, policy: MergePolicy
 ) -> CoordinatorState:
     """Returns the state that the checkpoint of `version` contains.
 
@@ -100,7 +100,8 @@ def load_checkpoint(
     base. All heads count as having taken equally many steps.
 
     Args:
-        context, initial: the run's context and its model.
+        context: of the run.
+        plans: each head's.
         version: of the checkpoint.
         num_heads: how many heads the run has now.
         policy: the run's merge policy, which knows the momentum in states that an earlier release saved.
@@ -128,9 +129,9 @@ def load_checkpoint(
     except (KeyError, ValueError, TypeError, AttributeError) as error:  # intact, but not what a run writes
         where = directory.path_to(checkpoint.version_folder(version))
         raise StorageError(f"{where} can't be continued: {type(error).__name__}: {error}.") from error
-    base = checkpoint.read_base(directory, manifest, initial.plan)
-    factors = checkpoint.read_references(directory, manifest, initial.plans)
-    momentum = _read_momentum(context, initial, manifest, policy)
+    base = checkpoint.read_base(directory, manifest, plans[0])
+    factors = checkpoint.read_references(directory, manifest, plans)
+    momentum = _read_momentum(context, plans[0], manifest, policy)
     exact_heads = frozenset(head_states) if same_heads else frozenset()
     return CoordinatorState(
         version=version,
@@ -148,13 +149,13 @@ def load_checkpoint(
     )
 
 
-def _read_momentum(context: RunContext, initial: Initial, manifest: checkpoint.Manifest, policy: MergePolicy) -> Tensor | None:
+def _read_momentum(context: RunContext, plan: Plan, manifest: checkpoint.Manifest, policy: MergePolicy) -> Tensor | None:
     """Returns the momentum of the policy's outer steps in a checkpoint, flat; None if it holds none.
 
     Earlier releases had it in the policy's own state.
     """
     directory, name = context.directory, context.settings.merge.policy
-    momentum = checkpoint.read_momentum(directory, manifest, initial.plan, name)
+    momentum = checkpoint.read_momentum(directory, manifest, plan, name)
     if momentum is not None:
         return momentum
     saved = checkpoint.read_policy(directory, manifest, name)

@@ -96,7 +96,9 @@ class Recovery(Deaths):
         """Loads a checkpoint as the runtime does."""
         context: Any = SimpleNamespace(directory=LocalTransport(), transport=LocalTransport(), settings=self.settings)
         with patch.object(coordinator_state, "checkpoint", self.disk):
-            return coordinator_state.load_checkpoint(context, self.initial, version, heads, make_policy(self.settings.merge))
+            return coordinator_state.load_checkpoint(
+                context, self.initial.plans, version, heads, make_policy(self.settings.merge)
+            )
 
     def _roll_back_account(self, start: CoordinatorState) -> None:
         saved = start.version in (self.start.version, start.checkpoint_version)

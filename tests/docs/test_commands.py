@@ -72,6 +72,7 @@ DECISIONS: dict[str, Runs | str] = {
     MINE: Runs(),
     "lte-ray train --resume mine --no-wait": Runs(after=MINE),
     "lte-ray train mine.py:Net --num-heads 4 --name mine-baseline --baseline": Runs(),
+    "lte-ray train mine.py:Net --num-heads 4 --name mine-parallel --baseline --baseline-processes 2": Runs(),
     "lte-ray audit ~/ray_results/mine": Runs(after=MINE, quick=True),
     "lte-ray export ~/ray_results/mine out --to safetensors": Runs(after=MINE, quick=True),
     "lte-ray export ~/ray_results/mine out-mine --to peft": Runs(after=MINE),

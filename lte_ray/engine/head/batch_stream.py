@@ -18,6 +18,8 @@ class BatchStream:
         head: the head's number.
         num_heads: of the run; a head with a number from `num_heads` on owns nothing until partitions are assigned to it.
         seed: of the data order.
+        share: (rank, count) where `count` processes train this head: of each `count` batches in turn this one reads the one
+            with number `rank`, and the positions count all of them. The head must own a single partition.
 
     Attributes:
         batches_taken: so far.
@@ -26,8 +28,9 @@ class BatchStream:
         revoked: what the newest revocation took away.
     """
 
-    def __init__(self, worker: Worker, head: int, num_heads: int, seed: int) -> None:
+    def __init__(self, worker: Worker, head: int, num_heads: int, seed: int, share: tuple[int, int] = (0, 1)) -> None:
         self._worker, self._head, self._num_heads, self._seed = worker, head, num_heads, seed
+        self._share = share
         self._batches: Iterator[Batch] | None = None
         self.batches_taken = 0
         self.partitions: PartitionPairs = initial_partitions(head, num_heads) if head < num_heads else ()
@@ -38,12 +41,19 @@ class BatchStream:
         """The next batch, as the worker made it."""
         if self._batches is None:
             assert self.partitions, "a head needs data to train on"
-            shard = Shard(self._head, self._num_heads, self._seed, self.batches_taken, self.partitions)
-            self._batches = endless_batches(self._worker, shard)
-        batch = next(self._batches)
-        self.batches_taken += 1
-        self.partitions = advance(self.partitions, 1)
+            self._batches = endless_batches(self._worker, self._shard())
+        batch, count = next(self._batches), self._share[1]
+        self.batches_taken += count
+        self.partitions = advance(self.partitions, count)
         return batch
+
+    def _shard(self) -> Shard:
+        rank, count = self._share
+        if count == 1:
+            return Shard(self._head, self._num_heads, self._seed, self.batches_taken, self.partitions)
+        ((start, stride),) = self.partitions
+        head, cursor = self._head * count + rank, self.batches_taken // count
+        return Shard(head, self._num_heads * count, self._seed, cursor, ((start + rank * stride, count * stride),))
 
     def seek(self, batches_taken: int, partitions: PartitionPairs, assignment_id: int = 0) -> None:
         """Continues from another position. What was revoked and isn't merged stays this head's."""

@@ -53,6 +53,7 @@ class Head:
     Attributes:
         state: what the head has trained, and its positions.
         timer: where its time goes.
+        average_gradients: called before every optimizer step, where several processes train the head together.
         interrupted: called before every step of a round; if it returns true, the head leaves the rest of the round for later.
         loss_draws: whether the loss drew from the global generators before the head's first contribution.
     """
@@ -72,6 +73,7 @@ class Head:
     ) -> None:
         self.worker, self.settings, self.number, self.incarnation = worker, settings, number, incarnation
         self.device, self.dtype = torch.device(device), dtype
+        self.average_gradients: Callable[[], None] = lambda: None
         self.interrupted: Callable[[], bool] = lambda: False
         self.loss_draws = self._draws_known = False
         self.timer = HeadTimer()
@@ -245,6 +247,8 @@ class Head:
                 with read_context(self) if read_context else nullcontext():
                     batch = self.next_batch()
                 losses.append(self.backward(batch))
+        self.average_gradients()  # outside the block: what fails there isn't the worker's code
+        with self.worker_errors(self.step + 1):
             self.finish_step()
         return torch.stack(losses).mean()
 

@@ -280,7 +280,7 @@ class CoordinatorRecovery:
         num_heads = self._context.settings.lte.num_heads
         for version in sorted(versions, reverse=True):
             try:
-                return load_checkpoint(self._context, self._initial, version, num_heads, self._coordinator.policy.load())
+                return load_checkpoint(self._context, self._initial.plans, version, num_heads, self._coordinator.policy.load())
             except StorageError as error:
                 self._state.log.record_event("storage", why=str(error))
                 if version == min(versions):

@@ -16,7 +16,7 @@ from lte_ray.errors import LTEError, RunError, StorageError, UserError, WorkerFa
 from lte_ray.run.metrics import MAX_WRITE_WAIT, Evaluation
 from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.controller.actor_launcher import ActorLauncher
-from lte_ray.runtime.controller.head_actors import HeadActorGroup
+from lte_ray.runtime.controller.head_actors import HasSlots
 from lte_ray.runtime.controller.run_state import PendingEvaluation, RunState
 from lte_ray.runtime.ray_errors import ray_get
 
@@ -43,7 +43,7 @@ class Evaluations:
         self,
         state: RunState,
         context: RunContext,
-        heads: HeadActorGroup,
+        heads: HasSlots,
         launcher: ActorLauncher,
         policy: FailurePolicy,
         hang_detector: HangDetector,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 
@@ -111,6 +111,12 @@ class HeadActorSlot:
     def has_answered(self) -> bool:
         """Whether the process has answered a status call, so that it has a place in the cluster and runs."""
         return self.health.answered is not None
+
+
+class HasSlots(Protocol):
+    """The processes of a run, as those see them who only look."""
+
+    slots: list[HeadActorSlot]
 
 
 class HeadActorGroup:

@@ -9,7 +9,7 @@ from lte_ray import storage
 from lte_ray.engine.coordinator.step_budget import is_shared
 from lte_ray.engine.settings import Settings
 from lte_ray.run.metrics import Progress, samples_per_second
-from lte_ray.runtime.controller.head_actors import HeadActorGroup, SlotState
+from lte_ray.runtime.controller.head_actors import HasSlots, SlotState
 from lte_ray.runtime.controller.run_state import RunState
 
 STALLED_AFTER = 30.0
@@ -30,7 +30,7 @@ class ProgressMonitor:
         settings: of the run.
     """
 
-    def __init__(self, state: RunState, heads: HeadActorGroup, settings: Settings) -> None:
+    def __init__(self, state: RunState, heads: HasSlots, settings: Settings) -> None:
         self._state, self._heads, self._settings = state, heads, settings
         self._position = (0, 0)  # all heads' steps together, and the newest version
         self._moved_at = time.monotonic()  # when that changed last

@@ -96,7 +96,7 @@ class CoordinatorActor:
         fault_injection.arm(context.fault_script)
         inject("coordinator begins", epoch=state.epoch)
         self._context, self._state = context, state
-        self._engine = engine = _load_engine(context, plans, policy, state, local=not shards)
+        self._engine = engine = load_engine(context, plans, policy, state, local=not shards)
         self._aggregator: Aggregator = (
             ShardedAggregator(shards, context.codecs(plans), state.version) if shards else LocalAggregator(context, engine)
         )
@@ -315,7 +315,7 @@ class CoordinatorActor:
         )
 
 
-def _load_engine(
+def load_engine(
     context: RunContext, plans: tuple[Plan, ...], policy: PickledObject, state: CoordinatorState, local: bool
 ) -> Coordinator:
     """The engine's coordinator from that state; without tensors unless they are `local`."""

@@ -57,8 +57,7 @@ def start(directory: RunDirectory, num_heads: int = 2, policy: str = "nesterov")
     settings = SimpleNamespace(merge=MergeConfig(policy=policy))
     transport = SimpleNamespace(publish=lambda tensor: tensor)
     common: Any = SimpleNamespace(directory=directory, transport=transport, settings=settings)
-    initial: Any = SimpleNamespace(plan=PLAN, plans=[PLAN] * max(2, num_heads))
-    return load_checkpoint(common, initial, 3, num_heads, make_policy(settings.merge))
+    return load_checkpoint(common, [PLAN] * max(2, num_heads), 3, num_heads, make_policy(settings.merge))
 
 
 def add_file(directory: RunDirectory, entry: checkpoint.FileEntry) -> None:

@@ -1,0 +1,212 @@
+"""Ordinary training in several processes, seen from the driver: Ray Train runs it, the driver writes the same records."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+from torch import Tensor
+
+from lte_ray import checkpoint
+from lte_ray.config import FailureConfig
+from lte_ray.engine.failure_policy import FailurePolicy
+from lte_ray.engine.hang_detector import HangDetector
+from lte_ray.engine.prepare import Initial
+from lte_ray.engine.process_tuning import head_threads
+from lte_ray.errors import HeadLost, LTEError, RunError, StorageError, UserError
+from lte_ray.run.metrics import Reporter
+from lte_ray.runtime.context import PickledObject, RunContext
+from lte_ray.runtime.controller.actor_launcher import UNRESERVED, ActorLauncher
+from lte_ray.runtime.controller.evaluation import Evaluations
+from lte_ray.runtime.controller.head_actors import HeadActorSlot, SlotState
+from lte_ray.runtime.controller.progress import ProgressMonitor
+from lte_ray.runtime.controller.run_state import PendingEvaluation, RunPhase, RunState
+from lte_ray.runtime.coordinator.actor import CoordinatorStatus
+from lte_ray.runtime.coordinator_state import CoordinatorState
+from lte_ray.runtime.data_parallel.actor import FOLDER, DataParallelActor
+from lte_ray.runtime.data_parallel.messages import ProcessesStatus, ProcessSetup
+from lte_ray.runtime.placement import Placement
+from lte_ray.runtime.ray_errors import ray_get
+
+POLL = 0.5
+"""Seconds between two polls of the actor."""
+
+JOB_STOP = 3.0
+"""Seconds that Ray gives a stopped job by default (RAY_JOB_STOP_WAIT_TIME_S) before it kills it."""
+
+WHO = "ordinary training"
+"""What errors call the processes."""
+
+
+class _Processes:
+    """The processes as slots, for those who count them or explain what the run waits for."""
+
+    def __init__(self, count: int) -> None:
+        self.slots = [HeadActorSlot((rank,), None, state=SlotState.TRAINING) for rank in range(count)]
+
+    def have_answered(self) -> None:
+        for slot in self.slots:
+            slot.health.answered = time.monotonic()
+
+
+class DataParallelController:
+    """Runs ordinary training in several processes from its start to its end.
+
+    Args:
+        context: what every process gets.
+        initial: the model and its plan.
+        start: the state that the run starts from.
+        policy: the merge policy.
+        placement: what each process reserves.
+        failure: what happens when processes die.
+        reporter: shows progress.
+        export: receives the final weights (flat) as soon as they exist.
+
+    Attributes:
+        state: what is known of the run.
+        progress: sums it up for displays.
+    """
+
+    def __init__(
+        self,
+        context: RunContext,
+        initial: Initial,
+        start: CoordinatorState,
+        policy: PickledObject,
+        placement: Placement,
+        failure: FailureConfig,
+        reporter: Reporter,
+        export: Callable[[Tensor], None],
+    ) -> None:
+        self._context, self._start, self._placement = context, start, placement
+        self._failure, self._reporter, self._export = failure, reporter, export
+        train = context.settings.train
+        _, threads = head_threads(train.threads_per_head, placement.cpus)
+        self._setup = ProcessSetup(context, initial.plans, policy, start, threads)
+        launcher = self._launcher = ActorLauncher(context, initial, placement, "never")
+        self._processes = _Processes(train.baseline_processes)
+        state = self.state = RunState(context.directory, 1, start)
+        self.progress = ProgressMonitor(state, self._processes, context.settings)
+        failure_policy, hang_detector = FailurePolicy(failure), HangDetector()
+        self._evaluations = Evaluations(state, context, self._processes, launcher, failure_policy, hang_detector)
+        self._starts = 0
+        self._actor: Any = None
+        self._fit: Any = None
+
+    def run(self) -> None:
+        """Runs the training to its end.
+
+        Raises:
+            RunError: it ended early. All processes are gone, and complete checkpoints remain.
+        """
+        try:
+            with self._actors():
+                try:
+                    self._finish(self._train())
+                except BaseException as error:
+                    self._save_early(error)
+                    raise
+            self.state.enter(RunPhase.FINISHED)
+        except UserError as error:  # of any kind: the run had begun
+            raise RunError(str(error)) from error
+        finally:
+            with contextlib.suppress(LTEError, OSError):  # must not hide what ended the run
+                self.state.log.close()
+                checkpoint.remove_incomplete(self._context.directory)
+                self._context.directory.delete(FOLDER)
+
+    @contextlib.contextmanager
+    def _actors(self) -> Iterator[None]:
+        """Starts the actor, which starts the processes, and ends all of them after the block."""
+        try:
+            failure = self._failure
+            limits = (failure.max_failures, failure.head_failures)
+            self._actor = self._launcher.launch(DataParallelActor, UNRESERVED, self._setup, self._placement, *limits)
+            self._fit = self._actor.fit.remote()
+            self._queue_first()
+            yield
+        finally:
+            self._launcher.end_all()
+
+    def _queue_first(self) -> None:
+        """Has the initial weights evaluated."""
+        if self._context.settings.train.eval_every and self._start.version == 0:
+            self.state.queue.append(PendingEvaluation(0, 0, self._start.base))
+
+    def _train(self) -> tuple[int, Any]:
+        """Watches the training; returns the last version and a handle of its weights.
+
+        Raises:
+            LTEError: the run can't continue.
+        """
+        self.state.enter(RunPhase.TRAINING)
+        running = True
+        while running:
+            running = not ray.wait([self._fit], timeout=POLL)[0]
+            if not running:
+                ray_get(self._fit, WHO)
+            status = self._poll()
+            self.state.log.flush()
+            if self.state.have_stepped([0]):
+                self._evaluations.poll()
+            self.progress.check_for_stall()
+            self._reporter.update(self.progress.snapshot())
+        if status.final is None:
+            raise HeadLost(f"The processes of {WHO} ended before the run did.")
+        return status.final
+
+    def _poll(self) -> ProcessesStatus:
+        """Records what the processes have reported."""
+        state = self.state
+        answer = self._actor.status.remote(state.newest_version, self._starts)
+        status: ProcessesStatus = ray_get(answer, WHO)
+        if status.starts > self._starts:
+            self._processes.have_answered()
+            if self._starts:
+                state.rewind(status.start_version)
+                state.log.record_event("processes_restart", version=status.start_version, incarnation=status.starts - 1)
+                if status.start_version == 0 and not state.evaluations:
+                    self._queue_first()
+            self._starts = status.starts
+        state.record_coordinator(
+            CoordinatorStatus(state.newest_version, "", status.merges, status.checkpoint, storage_problem=status.problem), 0
+        )
+        if status.status is not None:
+            state.record_heads([status.status], 0)
+        return status
+
+    def _save_early(self, why: BaseException) -> None:
+        """Ends a run early: the processes save the version that their round leads to, as far as time allows."""
+        state = self.state
+        state.enter(RunPhase.FAILED)
+        limit = self._failure.grace or max(1.0, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", JOB_STOP)) - 0.5)
+        state.log.record_event("ended_early", why=f"{type(why).__name__}: {why}"[:500])
+        with contextlib.suppress(ray.exceptions.RayError, LTEError):
+            self._actor.stop.remote()
+            ray.wait([self._fit], timeout=limit)
+            self._poll()
+
+    def _finish(self, final: tuple[int, Any]) -> None:
+        """Exports the last version, evaluates it, and gets a sample.
+
+        Raises:
+            StorageError: the last checkpoint couldn't be written.
+            LTEError: the worker's code raised.
+        """
+        version, base = final
+        self.state.enter(RunPhase.SAVING)
+        self._export(self._context.transport.fetch(base).clone())  # first: what follows is the worker's code, and may fail
+        if self.state.checkpoint != version:
+            problem = self.state.storage_problem or f"checkpoint {version} couldn't be written."
+            raise StorageError(f"{problem} The weights were exported.")
+        self.state.enter(RunPhase.EVALUATING)
+        self._evaluations.add_final(version, base)
+        while self._evaluations.busy:
+            self._evaluations.poll(patience=POLL)
+            self._reporter.update(self.progress.snapshot())
+        self._evaluations.wait_for_writes()
+        self.state.sample = self._evaluations.sample(base)

@@ -1,0 +1,1 @@
+"""Ordinary training in several processes by Ray Train: what runs in them, and the actor that starts them."""
