@@ -171,7 +171,7 @@ class Recorder:
     def _begin_checkpoint(self, base: Tensor) -> Future[None]:
         """Takes the snapshot at once; another thread writes it."""
         head, record = self._process.head, self._last
-        request = CheckpointRequest(record.version, {0: head.sequence}, id=time.time_ns())
+        request = CheckpointRequest(record.version, {0: self._coordinator.positions[0].sequence}, id=time.time_ns())
         with head.timer.measure("checkpoint"):
             saved = snapshot(head, request)
         facts, policy = self._coordinator.checkpoint_facts(), self._coordinator.policy_state()
