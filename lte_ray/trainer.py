@@ -18,6 +18,7 @@ from lte_ray.engine.default_policy import choose_policy
 from lte_ray.engine.head.virtual import check_stackable
 from lte_ray.engine.prepare import describe_low_rank, extend_plans, prepare
 from lte_ray.engine.settings import Settings
+from lte_ray.layout import Plan
 from lte_ray.merging.registry import make_policy, may_merge_by_weights, resolved_arguments
 from lte_ray.messages import HeadTimes
 from lte_ray.run import record as run_record
@@ -130,8 +131,7 @@ class LTETrainer:
         policy = make_policy(settings.merge if is_baseline else self.merge)
         run_failure = baseline_failure(failure) if is_baseline else failure
         initial = extend_plans(prepare(self.worker, settings), run_failure.max_heads)
-        if note := describe_low_rank(initial.plans[: settings.lte.num_heads]):
-            log.warning(note)
+        _note_low_rank(initial.plans[: settings.lte.num_heads])
         if settings.merge.policy == "auto":
             merge = choose_policy(settings, initial)
             policy, arguments = make_policy(merge), resolved_arguments(merge) or None
@@ -154,9 +154,13 @@ class LTETrainer:
         reporter.update(Progress.starting(name, self.train.steps, "starting Ray", is_baseline))
         with contextlib.closing(reporter), connected():
             processes = settings.train.baseline_processes
-            cpus = heads // processes if is_baseline else 0  # as many as the heads would have
             config = dataclasses.replace(placement_config, heads_per_actor=1) if is_baseline else placement_config
-            placement = placing.resolve(config, max(processes, settings.lte.num_heads), default_cpus=cpus, **ray_options)
+            placement = placing.resolve(
+                config,
+                max(processes, settings.lte.num_heads),
+                default_cpus=heads // processes if is_baseline else 0,  # as many as the heads would have
+                **ray_options,
+            )
             starting = "the heads" if not is_baseline else "the process" if processes == 1 else f"{processes} processes"
             reporter.update(Progress.starting(name, self.train.steps, f"starting {starting}", is_baseline))
             heads_by_actor = placing.assign_heads(placement, settings.lte.num_heads)
@@ -196,6 +200,11 @@ class LTETrainer:
                 )
                 controller.run()
         return _result(controller, directory)
+
+
+def _note_low_rank(plans: tuple[Plan, ...]) -> None:
+    if note := describe_low_rank(plans):
+        log.warning(note)
 
 
 def _make_controller(places: dict[str, Any], **common: Any) -> TrainController | DataParallelController:
