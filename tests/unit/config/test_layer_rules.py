@@ -501,6 +501,7 @@ EVERYTHING = (
         lr_scale=0.5,
         checkpoint_activations=("a", "b.*"),
         baseline=True,
+        baseline_processes=3,
         compile=True,
     ),
     PlacementConfig(heads_per_actor=3, stack_heads="always", cpus_per_head=0.5, gpus_per_head=2, resource_timeout=3.0),
