@@ -39,6 +39,21 @@ def test_orthogonal_steps_must_be_affordable(monkeypatch: pytest.MonkeyPatch) ->
     assert choose(2, {"when": "arrival"}).policy == "average"
 
 
+@pytest.mark.parametrize(
+    ("heads", "merge", "expected"),
+    [
+        (2, {"policy": "orthogonal"}, 1),
+        (16, {"policy": "orthogonal"}, 4),
+        (16, {"policy": "average"}, 4),
+        (2, {"policy": "average"}, 4),
+        (16, {"policy": "orthogonal", "max_lag": 0}, 0),
+    ],
+)
+def test_the_lag_that_is_allowed_follows_the_policy(heads: int, merge: dict[str, Any], expected: int) -> None:
+    """A quarter of the heads for orthogonal steps, otherwise 4; a limit that is given stays."""
+    assert dataclasses.replace(make_settings(heads=heads), merge=MergeConfig(**merge)).max_lag == expected
+
+
 def choose(heads: int, merge: dict[str, Any], optimizer: str = "lora-muon") -> MergeConfig:
     """The settings of merging that a small worker gets."""
     settings = dataclasses.replace(make_settings(heads=heads), merge=MergeConfig(**merge))
