@@ -85,6 +85,7 @@ def test_two_processes_equal_one_and_resume_as_one(shared_ray: None, tmp_path: P
     assert audit(rows).clean
 
 
+@pytest.mark.slow
 def test_the_workers_error_ends_the_run(shared_ray: None, tmp_path: Path) -> None:
     """As WorkerFailed, without another start; what was saved before it stays."""
     with pytest.raises(WorkerFailed, match="the disk of the data is gone"):

@@ -108,5 +108,5 @@ def descendants(root: int) -> dict[int, str]:
 
 def lte_actors(root: int | None = None) -> list[str]:
     """Returns the command lines of lte-ray's actors below the process `root` (by default this one)."""
-    names = ("HeadActor", "CoordinatorActor", "EvaluatorActor")
+    names = ("ray::HeadActor", "ray::CoordinatorActor", "ray::EvaluatorActor", "ray::DataParallelActor")
     return [line for line in descendants(root or os.getpid()).values() if any(name in line for name in names)]
