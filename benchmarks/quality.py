@@ -1,4 +1,4 @@
-"""LTE beside ordinary training at equal samples: the tables of docs/tuning.md.
+"""LTE compared with ordinary training at equal samples: the tables of docs/tuning.md.
 
 Each job (`benchmarks.quality_arms`) trains a worker with equally large batches in all, whatever the number of heads: alone in
 the ordinary way (AdamW, Muon), as LTE with the library's defaults, as LTE in the paper's way (AdamW, average), and in full rank
@@ -112,9 +112,9 @@ def rows(job: Job, summaries: dict[str, Summary]) -> Iterator[str]:
     for limit in job.limits:
         found = check(limit, summaries)
         if found is not None:
-            what = {"ratio": "ratio to", "bytes": "bytes beside", "below": "how far below"}[limit.kind]
+            what = {"ratio": "ratio to", "bytes": "ratio of bytes to", "below": "how far below"}[limit.kind]
             if limit.arm == limit.other:
-                what = "highest beside lowest seed of"
+                what = "highest to lowest seed of"
             verdict = "met   " if found <= limit.bound else "MISSED"
             yield f"{verdict}  {limit.arm}: {what} {limit.other} {found:.3f} <= {limit.bound}"
 

@@ -24,10 +24,10 @@ MUON_RATES = {"optimizer": "muon", "lr": 0.05, "replica_lr": 0.016, "schedule": 
 
 @dataclass(frozen=True)
 class Limit:
-    """What is asked of an arm beside another.
+    """A bound on an arm, compared with another.
 
     Attributes:
-        arm, other: names. An arm beside itself: its highest figure beside its lowest.
+        arm, other: names. If they are equal, the bound is on the ratio of the highest seed's figure to the lowest's.
         bound: the highest `ratio` of the figures, or of the bytes that a head sends and receives; or the most that the arm's
             figure lies below the other's (`below`).
         kind: of the bound.

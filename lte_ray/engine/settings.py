@@ -51,7 +51,7 @@ class Settings:
         """The most versions that a head lags behind before it rebases in mid-round.
 
         Orthogonal steps lose most from contributions that lag: with 4 heads and a limit of 2 instead of 1, the loss of
-        `benchmarks.async_quality` rose by 2%.
+        `benchmarks.async_defaults` (seed 100) rose by 2%.
         """
         if self.merge.max_lag is not None:
             return self.merge.max_lag

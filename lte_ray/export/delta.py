@@ -214,5 +214,8 @@ def _explain(saved: SavedRun, mismatched: dict[str, float]) -> str:
     elif reset != "none":
         why = f"the run was made with --reset {reset}"
     else:
-        why = f"--policy {saved.record.get('policy')} gave the heads' changes other weights than 1/N"
+        why = (
+            f"--policy {saved.record.get('policy')} gave the heads' changes other weights than 1/N, or the worker builds "
+            "another initial model than for the run"
+        )
     return f"{why}: {len(mismatched)} weight(s) differ from the sum, most {worst} (by {mismatched[worst]:.1%} of its change)"

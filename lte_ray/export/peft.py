@@ -196,6 +196,6 @@ def _summary(
     if change.not_a_sum and change.exact:
         what += (
             f". The change isn't the sum of the heads' changes of low rank, since {change.not_a_sum}. So the adapter has full "
-            "rank: --rank R makes a smaller one, the best of rank R, and says its error"
+            "rank: --rank R makes a smaller one, the best of rank R, and reports its error"
         )
     return what

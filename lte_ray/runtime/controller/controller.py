@@ -18,7 +18,6 @@ and the controller gives them to the failure handler.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -51,9 +50,6 @@ from lte_ray.runtime.ray_errors import PROCESS_DIED, ray_get
 
 POLL = 0.5
 """Seconds between two polls of the actors."""
-
-JOB_STOP = 3.0
-"""Seconds that Ray gives a stopped job by default (RAY_JOB_STOP_WAIT_TIME_S) before it kills it."""
 
 CONFIRM = 1.0
 """Seconds that a head's process has to confirm that it will write its state, while the run continues."""
@@ -247,10 +243,7 @@ class TrainController:
 
     def _save_early(self, why: BaseException) -> None:
         """Ends a run early: heads write their states into a checkpoint of the last version, as far as time allows."""
-        self.state.enter(RunPhase.FAILED)
-        limit = self._failure.grace or max(1.0, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", JOB_STOP)) - 0.5)
-        end = time.monotonic() + limit
-        self.state.log.record_event("ended_early", why=f"{type(why).__name__}: {why}"[:500])
+        end = self.state.end_early(why, self._failure.grace)
         with contextlib.suppress(ray.exceptions.RayError, LTEError):
             self._write_last(end, early=True)
             left = max(0.1, end - time.monotonic())
@@ -278,13 +271,7 @@ class TrainController:
         self._export(final)  # first: what follows is the worker's code, and may fail
         if problem:
             raise StorageError(f"{problem} The merged weights were exported.")
-        self.state.enter(RunPhase.EVALUATING)
-        self._evaluations.add_final(version, base)
-        while self._evaluations.busy:
-            self._evaluations.poll(patience=POLL)
-            self._report()
-        self._evaluations.wait_for_writes()
-        self.state.sample = self._evaluations.sample(base)
+        self._evaluations.finish(version, base, self._report)
 
     def _save_last(self) -> tuple[int, Tensor, str]:
         """Returns the last version, its base (flat), and what was wrong with its checkpoint.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -34,9 +33,6 @@ from lte_ray.runtime.ray_errors import ray_get
 
 POLL = 0.5
 """Seconds between two polls of the actor."""
-
-JOB_STOP = 3.0
-"""Seconds that Ray gives a stopped job by default (RAY_JOB_STOP_WAIT_TIME_S) before it kills it."""
 
 WHO = "ordinary training"
 """What errors call the processes."""
@@ -181,13 +177,10 @@ class DataParallelController:
 
     def _save_early(self, why: BaseException) -> None:
         """Ends a run early: the processes save the version that their round leads to, as far as time allows."""
-        state = self.state
-        state.enter(RunPhase.FAILED)
-        limit = self._failure.grace or max(1.0, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", JOB_STOP)) - 0.5)
-        state.log.record_event("ended_early", why=f"{type(why).__name__}: {why}"[:500])
+        end = self.state.end_early(why, self._failure.grace)
         with contextlib.suppress(ray.exceptions.RayError, LTEError):
             self._actor.stop.remote()
-            ray.wait([self._fit], timeout=limit)
+            ray.wait([self._fit], timeout=max(0.0, end - time.monotonic()))
             self._poll()
 
     def _finish(self, final: tuple[int, Any]) -> None:
@@ -203,10 +196,4 @@ class DataParallelController:
         if self.state.checkpoint != version:
             problem = self.state.storage_problem or f"checkpoint {version} couldn't be written."
             raise StorageError(f"{problem} The weights were exported.")
-        self.state.enter(RunPhase.EVALUATING)
-        self._evaluations.add_final(version, base)
-        while self._evaluations.busy:
-            self._evaluations.poll(patience=POLL)
-            self._reporter.update(self.progress.snapshot())
-        self._evaluations.wait_for_writes()
-        self.state.sample = self._evaluations.sample(base)
+        self._evaluations.finish(version, base, lambda: self._reporter.update(self.progress.snapshot()))

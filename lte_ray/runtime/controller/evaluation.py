@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any
 
@@ -17,7 +18,7 @@ from lte_ray.run.metrics import MAX_WRITE_WAIT, Evaluation
 from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.controller.actor_launcher import ActorLauncher
 from lte_ray.runtime.controller.head_actors import HasSlots
-from lte_ray.runtime.controller.run_state import PendingEvaluation, RunState
+from lte_ray.runtime.controller.run_state import PendingEvaluation, RunPhase, RunState
 from lte_ray.runtime.ray_errors import ray_get
 
 FIRST_ANSWER = 120.0
@@ -99,6 +100,25 @@ class Evaluations:
         versions += [evaluation.version for evaluation in state.evaluations]
         if version not in versions:
             state.queue.append(PendingEvaluation(version, state.furthest_step, base))
+
+    def finish(self, version: int, base: Any, report: Callable[[], None]) -> None:
+        """Evaluates the final version and all that wait, and gets a sample.
+
+        Args:
+            version: the final one.
+            base: refers to its weights.
+            report: called while it waits.
+
+        Raises:
+            LTEError: the worker's code raised.
+        """
+        self._state.enter(RunPhase.EVALUATING)
+        self.add_final(version, base)
+        while self.busy:
+            self.poll(patience=POLL)
+            report()
+        self.wait_for_writes()
+        self._state.sample = self.sample(base)
 
     @property
     def busy(self) -> bool:

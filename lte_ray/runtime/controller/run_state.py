@@ -6,6 +6,7 @@ The other modules of the controller read these facts and change them through met
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Collection, Iterable
@@ -21,6 +22,9 @@ from lte_ray.storage import RunDirectory
 
 MAX_QUEUED_EVALUATIONS = 2
 """Versions that may wait for evaluation. If there are more, those in the middle are skipped, so that memory stays bounded."""
+
+JOB_STOP = 3.0
+"""Seconds that Ray gives a stopped job by default (RAY_JOB_STOP_WAIT_TIME_S) before it kills it."""
 
 log = logging.getLogger("lte_ray")
 
@@ -111,6 +115,18 @@ class RunState:
         if phase is not self.phase:
             assert phase in PHASES[self.phase], f"{self.phase} can't be followed by {phase}"
             self.phase = phase
+
+    def end_early(self, why: BaseException, grace: float) -> float:
+        """Records that the run ends early; returns until when (monotonic) its state may be saved.
+
+        Args:
+            why: what ends the run.
+            grace: seconds to save; 0: as long as Ray gives a stopped job.
+        """
+        self.enter(RunPhase.FAILED)
+        end = time.monotonic() + (grace or max(1.0, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", JOB_STOP)) - 0.5))
+        self.log.record_event("ended_early", why=f"{type(why).__name__}: {why}"[:500])
+        return end
 
     @property
     def newest_version(self) -> int:

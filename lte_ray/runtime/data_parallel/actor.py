@@ -134,7 +134,7 @@ class DataParallelActor:
 
         Args:
             seen: the version that the driver has seen; merges up to it are forgotten.
-            starts: of which the driver knows: after another one it may have seen merges that are void.
+            starts: that the driver knows of. If there was another since, merges that it has seen may be void, so all are kept.
         """
         with self._lock:
             if starts == self._starts:

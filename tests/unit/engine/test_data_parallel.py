@@ -86,7 +86,7 @@ class Processes:
         return sum_all
 
     def train(self, rounds: int = 100) -> list[MergeRecord]:
-        """Trains up to so many rounds; returns the first process's merges."""
+        """Trains at most this many rounds; returns the first process's merges."""
 
         def one(process: TrainingProcess) -> list[MergeRecord]:
             merges: list[MergeRecord] = []

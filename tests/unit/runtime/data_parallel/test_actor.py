@@ -58,7 +58,7 @@ def test_another_start_voids_later_merges() -> None:
 
 @pytest.mark.parametrize("limit", [0, 2])
 def test_starts_without_progress_are_limited(limit: int) -> None:
-    """A newer version than ever before begins the count anew."""
+    """The count starts again at 0 with a version newer than all before."""
     actor = make(limit)
     assert actor.begin(0)
     if limit:
