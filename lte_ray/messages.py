@@ -204,7 +204,7 @@ class OuterStep:
 
 @dataclass(frozen=True)
 class MergeDelta:
-    """One merge, as heads redo it from factors.
+    """One merge, as heads redo it: from factors, or by the change that it made.
 
     Attributes:
         version: that it leads to.
@@ -212,6 +212,7 @@ class MergeDelta:
         buffers: each contribution's buffers, one for each group, by head.
         fresh: those of the heads whose factors count from B' = 0, though earlier versions may hold factors of that number.
         outer_step: what the merge does with the sum of its changes; None: it adds the sum to the base.
+        changes: by group, the rounded change of its part of the base; of the groups that travel so.
     """
 
     version: int
@@ -219,6 +220,7 @@ class MergeDelta:
     buffers: dict[int, tuple[Any, ...]] = field(repr=False, compare=False)
     fresh: tuple[int, ...] = ()
     outer_step: OuterStep | None = None
+    changes: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,7 @@ class CoordinatorReply:
         checkpoint_requests: checkpoints to which these heads must write their states, before they rebase.
         join_replies: where heads that join start.
         directives: what each of these heads must do next.
-        checksum: a version, and the checksum of its groups that are sent as factors: of their base and momentum.
+        checksum: a version, and the checksum of its groups that are redone: of their base and momentum.
     """
 
     result: ContributionResult | None

@@ -8,6 +8,7 @@ Format 2 (since 0.2)::
     manifest.json               lists the files with sizes and checksums; its own checksum; facts (step, standings, ledger, ...)
     base.safetensors            main weights and replicas, under the model's own names
     momentum.safetensors        the momentum of outer steps, as the base; only if there is any
+    residual.safetensors        what rounded changes of the base have left out (--send-down bf16 or int8), as the base
     references.safetensors      by head, the factors that the base contains ("head-0003", flat)
     head-0003.safetensors       what that head needs to resume exactly; a head without a file resumes from its reference
     policy.safetensors          what the merge policy keeps
@@ -34,12 +35,14 @@ from lte_ray.checkpoint.files import (
     read_momentum,
     read_policy,
     read_references,
+    read_residual,
     write_base,
     write_evaluation,
     write_head,
     write_momentum,
     write_policy,
     write_references,
+    write_residual,
 )
 from lte_ray.checkpoint.manifest import (
     FOLDER,
@@ -95,6 +98,7 @@ __all__ = [
     "read_newest_intact",
     "read_policy",
     "read_references",
+    "read_residual",
     "remove_after",
     "remove_incomplete",
     "serialize_manifest",
@@ -106,4 +110,5 @@ __all__ = [
     "write_momentum",
     "write_policy",
     "write_references",
+    "write_residual",
 ]

@@ -29,6 +29,7 @@ BASE = "base.safetensors"
 POLICY = "policy.safetensors"
 REFERENCES = "references.safetensors"
 MOMENTUM = "momentum.safetensors"
+RESIDUAL = "residual.safetensors"
 EVALUATION = "evaluation.json"
 
 MAX_EVALUATION_BYTES = 2**20
@@ -136,6 +137,23 @@ def read_momentum(directory: RunDirectory, manifest: Manifest, plan: Plan, polic
     if stable_name(metadata.get("policy", "")) != stable_name(policy):
         return None
     return _flatten(directory, manifest, MOMENTUM, plan, tensors)
+
+
+def write_residual(directory: RunDirectory, version: int, plan: Plan, residual: Tensor) -> FileEntry:
+    """Writes what rounded changes of the base have left out up to `version`, in the base's layout, as `write_base`."""
+    return write_tensors(directory, version, RESIDUAL, views(plan.base, residual), {})
+
+
+def read_residual(directory: RunDirectory, manifest: Manifest, plan: Plan) -> Tensor | None:
+    """Reads what `write_residual` wrote, flat. None if there is nothing.
+
+    Raises:
+        StorageError: the file is damaged, or belongs to another model.
+    """
+    if manifest.entry(RESIDUAL) is None:
+        return None
+    tensors, _ = read_tensors(directory, manifest, RESIDUAL)
+    return _flatten(directory, manifest, RESIDUAL, plan, tensors)
 
 
 def _flatten(directory: RunDirectory, manifest: Manifest, name: str, plan: Plan, tensors: dict[str, Tensor]) -> Tensor:

@@ -10,6 +10,9 @@ from typing import Any, Literal
 from lte_ray.config.validation import check_at_least, check_booleans, check_choice, check_integers, flag, setting
 from lte_ray.errors import ConfigError
 
+ROUNDED_CHANGES = ("bf16", "int8")
+"""Choices of `send_down` that send the change of the base, rounded, instead of the base."""
+
 
 @dataclass(frozen=True)
 class MergeConfig:
@@ -53,10 +56,10 @@ class MergeConfig:
     replica_topk: float = setting(
         1.0, "Fraction of the replica parameters sent in a contribution, largest changes first. The rest is sent later."
     )
-    send_down: Literal["auto", "dense", "factors"] = setting(
+    send_down: Literal["auto", "dense", "factors", "bf16", "int8"] = setting(
         "auto",
-        "What heads receive after a merge: the new base (dense), the merged factors (factors), or for each layer the smaller "
-        "of the two (auto).",
+        "What heads receive after a merge: the new base (dense), the merged factors (factors), for each layer the smaller of "
+        "the two (auto), or the change of the base, rounded (bf16, int8). The rounding error is added to the next change.",
     )
     shards: int = setting(1, "Processes that share the merging, by layer, for large models.")
     merge_threads: int = setting(0, "Threads of the coordinator for merging; 0: one per 10^9 operations, up to its cores.")
@@ -79,7 +82,7 @@ class MergeConfig:
         check_booleans(self, "match_speed", "wait")
         check_choice(self, "when", ("barrier", "quorum", "arrival"))
         check_choice(self, "transfer", ("fp32", "bf16", "int8"))
-        check_choice(self, "send_down", ("auto", "dense", "factors"))
+        check_choice(self, "send_down", ("auto", "dense", "factors", *ROUNDED_CHANGES))
         self._check_policy()
         parse_duration(self.merge_every)
         check_at_least(self, 0, "replica_topk", "max_norm_z", "rollback_z")

@@ -158,8 +158,10 @@ def bytes_sent(plans: Sequence[Plan], merge: MergeConfig, merges: Sequence[Merge
         return 0
     redoable = may_merge_by_weights(make_policy(merge))
     costs = CostModel(plans, merge if redoable or merge.send_down != "auto" else replace(merge, send_down="dense"))
-    total = 0
+    total, versions = 0, dict.fromkeys(range(len(plans)), 0)
     for record in merges:
-        down = sum(costs.update_bytes(len(record.heads) - 1))
-        total += sum(costs.contribution_bytes(head) + down for head in record.heads)
+        for head in record.heads:
+            down = costs.update_bytes(len(record.heads) - 1, record.version - versions[head])
+            total += costs.contribution_bytes(head) + sum(down)
+            versions[head] = record.version
     return total

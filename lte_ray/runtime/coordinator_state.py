@@ -34,6 +34,7 @@ class CoordinatorState:
         base: refers to the base, flat.
         references: by head, refers to the factors that the base contains of it, flat; missing where B' = 0.
         momentum: refers to the momentum of the outer steps, as the base; None if it is 0.
+        residual: refers to what rounded changes of the base have left out so far, as the base; None if it is 0.
         positions: by head, what the base contains of it; missing if nothing.
         assignment_state: which head owns which batches (`PartitionAssignor.state`); empty at the start of a run.
         steps_by_head: the local steps that each head has taken.
@@ -50,6 +51,7 @@ class CoordinatorState:
     base: Handle
     references: Mapping[int, Handle] = field(default_factory=dict)
     momentum: Handle | None = None
+    residual: Handle | None = None
     positions: Mapping[int, CommittedPosition] = field(default_factory=dict)
     assignment_state: Mapping[str, Any] = field(default_factory=dict)
     steps_by_head: Mapping[int, int] = field(default_factory=dict)
@@ -132,6 +134,7 @@ def load_checkpoint(
     base = checkpoint.read_base(directory, manifest, plans[0])
     factors = checkpoint.read_references(directory, manifest, plans)
     momentum = _read_momentum(context, plans[0], manifest, policy)
+    residual = checkpoint.read_residual(directory, manifest, plans[0])
     exact_heads = frozenset(head_states) if same_heads else frozenset()
     return CoordinatorState(
         version=version,
@@ -139,6 +142,7 @@ def load_checkpoint(
         # A head without a merged contribution is new; factors under its number are an earlier head's.
         references={h: publish(f) for h, f in factors.items() if h in positions and positions[h].sequence},
         momentum=None if momentum is None else publish(momentum),
+        residual=None if residual is None else publish(residual),
         positions=positions,
         assignment_state=assignment_state,
         steps_by_head={h: steps[h] if h in exact_heads else position.step for h, position in positions.items()},

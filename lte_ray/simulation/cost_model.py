@@ -24,13 +24,15 @@ class CostModel:
 
     Attributes:
         base_bytes: of the complete dense base.
-        dense_bytes: of the part of a new base that every head is sent; 0 where factors describe all of it.
+        dense_bytes: of the part of a new base that every head is sent; 0 where factors or changes describe all of it.
+        change_bytes: of the rounded change from one version to the next; 0 where it isn't sent so.
     """
 
     def __init__(self, plans: Sequence[Plan], merge: MergeConfig) -> None:
         plan, count = plans[0], len(plans)
         groups = make_groups(plans, merge)
-        sizes = {each: Codec(each, groups, merge).buffer_sizes for each in set(plans)}
+        codecs = {each: Codec(each, groups, merge) for each in set(plans)}
+        sizes = {each: codec.buffer_sizes for each, codec in codecs.items()}
         self._contribution_bytes = [sum(sizes[each]) for each in plans]
         self.base_bytes = VALUE_BYTES * plan.base.size
         mean = [sum(each.adapted[i].rank for each in plans) / count for i in range(len(plan.adapted))]
@@ -40,7 +42,8 @@ class CostModel:
         self._factor_bytes = sum(
             sum(sizes[each][i] for each in plans) / count for i, group in enumerate(groups) if group.by_factors
         )
-        self.dense_bytes = VALUE_BYTES * sum(entries[name] for group in groups if not group.by_factors for name in group.names)
+        self.dense_bytes = VALUE_BYTES * sum(entries[name] for group in groups if not group.redone for name in group.names)
+        self.change_bytes = sum(codecs[plan].change_sizes.values())
         self._operations = [0.0] * merge.shards  # of one contribution's products, by shard
         self._values = [0.0] * merge.shards  # of one contribution
         self._weights = [0.0] * merge.shards  # of the base
@@ -56,9 +59,14 @@ class CostModel:
         """Bytes of this head's contribution."""
         return self._contribution_bytes[head]
 
-    def update_bytes(self, others: int) -> tuple[int, int]:
-        """(dense, factors): bytes that bring a head up to date that lacks `others` contributions of other heads."""
-        return self.dense_bytes, math.ceil(others * self._factor_bytes)
+    def update_bytes(self, others: int, versions: int = 1) -> tuple[int, int]:
+        """(dense, factors): bytes that bring a head up to date.
+
+        Args:
+            others: contributions of other heads that it lacks.
+            versions: that it lacks. It is sent their changes, or the base if that is fewer bytes.
+        """
+        return self.dense_bytes + min(versions * self.change_bytes, self.base_bytes), math.ceil(others * self._factor_bytes)
 
     def merge_seconds(self, cluster: ClusterModel, contributions: int) -> float:
         """The coordinator's time for one merge: products, and passes through memory; that of its busiest shard.

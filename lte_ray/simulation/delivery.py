@@ -101,7 +101,8 @@ class Delivery:
         if answer.version > before:
             merged = self._coordinator.merged_contributions
             accepted = result is not None and result.accepted
-            dense, factors = self._costs.update_bytes(merged[answer.version] - merged[before] - accepted)
+            others = merged[answer.version] - merged[before] - accepted
+            dense, factors = self._costs.update_bytes(others, answer.version - before)
         self._send_down(head, answer, dense, factors)
 
     def send_base(self, answer: Answer) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lte_ray.config.merge import MergeConfig
 from lte_ray.layout import Plan
+from lte_ray.transfer.base_changes import ChangePacking
 from lte_ray.transfer.groups import EntryGroup, subplan
 from lte_ray.transfer.packing import VALUE_BYTES, Packing, index_bytes, replica_elements_sent
 
@@ -33,6 +34,7 @@ class Codec:
         group_plans: each group's plan: its `contribution` layout is that of `decode_group`'s result, its `base` layout that of
             the group's part of the base.
         buffer_sizes: bytes of each group's buffer.
+        change_packings: pack the rounded changes of the groups' parts of the base, by group; of those that travel so.
 
     Raises:
         ValueError: the groups don't contain each entry of the base once, or the replicas are in several groups.
@@ -53,10 +55,20 @@ class Codec:
         self._exact = not self._by_change and replica_elements_sent(replicas, merge) == replicas
         self._packings = tuple(Packing(each, merge, dtype) for each in self.group_plans)
         self._slices = tuple(_slices(plan, each) for each in self.group_plans)
+        self.change_packings = {
+            index: ChangePacking(self.group_plans[index], merge.send_down, dtype)
+            for index, group in enumerate(self.groups)
+            if group.by_changes
+        }
 
     @property
     def buffer_sizes(self) -> tuple[int, ...]:
         return tuple(packing.size for packing in self._packings)
+
+    @property
+    def change_sizes(self) -> dict[int, int]:
+        """Bytes of the rounded changes of the groups' parts of the base, by group; of those that travel so."""
+        return {index: packing.size for index, packing in self.change_packings.items()}
 
     def encode(self, contribution: Tensor, reference: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
         """Packs a contribution.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from lte_ray.config.merge import MergeConfig
+from lte_ray.config.merge import ROUNDED_CHANGES, MergeConfig
 from lte_ray.errors import ConfigError
 from lte_ray.layout import Adapted, Plan
 
@@ -26,12 +26,19 @@ class EntryGroup:
     Attributes:
         names: names of adapted weights and replicas, in the plan's order.
         shard: the number of the shard that merges them.
-        by_factors: whether heads receive merges as the merged factors; else as the new dense base.
+        by_factors: whether heads receive merges as the merged factors; else as the new dense base, or its change.
+        by_changes: whether heads receive merges as the rounded change of the base.
     """
 
     names: tuple[str, ...]
     shard: int
     by_factors: bool
+    by_changes: bool = False
+
+    @property
+    def redone(self) -> bool:
+        """Whether heads make a new version from the one that they have."""
+        return self.by_factors or self.by_changes
 
 
 def make_groups(plans: Sequence[Plan], merge: MergeConfig) -> tuple[EntryGroup, ...]:
@@ -39,9 +46,9 @@ def make_groups(plans: Sequence[Plan], merge: MergeConfig) -> tuple[EntryGroup, 
 
     A weight is sent to heads by factors if a head, in a merge of all N heads, then receives fewer bytes than out x in x 4: the
     factors of the N - 1 others, sum of r_n (out + in) in the transfer format (if ranks differ, the mean over the heads).
-    `merge.send_down` may force either form. Replicas are all in shard 0. They are sent as the N - 1 others' changes if that is
-    fewer bytes, or if all weights are sent by factors and it adds at most 2% to these (then no head waits for the coordinator's
-    own base); else dense.
+    `merge.send_down` may force either form; if it names a format, all is dense, and sent as rounded changes. Replicas are all
+    in shard 0. They are sent as the N - 1 others' changes if that is fewer bytes, or if all weights are sent by factors and it
+    adds at most 2% to these (then no head waits for the coordinator's own base); else dense.
 
     Balances the shards' work greedily, the largest first: out x in x (sum of r_n) of a weight, and size x N of the replicas.
     Two shards differ by at most one weight's work, unless the replicas alone are more.
@@ -61,15 +68,17 @@ def make_groups(plans: Sequence[Plan], merge: MergeConfig) -> tuple[EntryGroup, 
     ranks = [sum(each.adapted[i].rank for each in plans) for i in range(len(plan.adapted))]
     shard_of = _balance_shards(plan, ranks, len(plans), merge.shards)
     by_factors = [_fewer_by_factors(spec, r, len(plans), merge) for spec, r in zip(plan.adapted, ranks, strict=True)]
-    groups = []
+    groups: list[EntryGroup] = []
+    by_changes = merge.send_down in ROUNDED_CHANGES
     for shard in range(merge.shards):
         members = [i for i, s in enumerate(shard_of) if s == shard]
         factors = [plan.adapted[i].name for i in members if by_factors[i]]
         dense = [plan.adapted[i].name for i in members if not by_factors[i]]
         if shard == 0:
-            by_changes = _replicas_by_changes(plan, ranks, all(by_factors), len(plans), merge)
-            (factors if by_changes else dense).extend(r.name for r in plan.replicas)
-        groups += [EntryGroup(tuple(names), shard, way) for names, way in ((factors, True), (dense, False)) if names]
+            as_changes = _replicas_by_contributions(plan, ranks, all(by_factors), len(plans), merge)
+            (factors if as_changes else dense).extend(r.name for r in plan.replicas)
+        ways = (EntryGroup(tuple(factors), shard, True), EntryGroup(tuple(dense), shard, False, by_changes))
+        groups += [group for group in ways if group.names]
     return tuple(groups)
 
 
@@ -95,7 +104,7 @@ def _fewer_by_factors(spec: Adapted, ranks: int, heads: int, merge: MergeConfig)
     return (heads - 1) * ranks * (out + inner) * BYTES_PER_VALUE[merge.transfer] < heads * out * inner * 4  # exact in floats
 
 
-def _replicas_by_changes(plan: Plan, ranks: Sequence[int], all_by_factors: bool, heads: int, merge: MergeConfig) -> bool:
+def _replicas_by_contributions(plan: Plan, ranks: Sequence[int], all_by_factors: bool, heads: int, merge: MergeConfig) -> bool:
     """Returns whether replicas are sent as the others' changes; `all_by_factors`: whether all weights are sent by factors."""
     if merge.send_down != "auto":
         return merge.send_down == "factors"

@@ -71,6 +71,50 @@ def _chunks(x: Tensor, codes: Tensor) -> Iterator[tuple[slice, slice, int]]:
         yield slice(full, len(x)), slice(full // BLOCK, full // BLOCK + 1), len(x) - full
 
 
+class BufferFields:
+    """Where the fields of a buffer of bytes lie: wider numbers first, so that each is aligned.
+
+    Args:
+        fields: by name, the type of the numbers and how many there are.
+
+    Attributes:
+        size: bytes of the buffer.
+    """
+
+    def __init__(self, **fields: tuple[torch.dtype, int]) -> None:
+        self._places: dict[str, tuple[torch.dtype, int, int]] = {}
+        self.size = 0
+        for name, (kind, count) in sorted(fields.items(), key=lambda field: -field[1][0].itemsize):
+            self._places[name] = kind, self.size, self.size + kind.itemsize * count
+            self.size += kind.itemsize * count
+
+    def view(self, buffer: Tensor, name: str) -> Tensor:
+        """Returns the numbers of a field in a buffer, whose memory they share."""
+        kind, begin, end = self._places[name]
+        return buffer[begin:end].view(kind)
+
+    def check_buffer(self, buffer: Tensor, what: str, transfer: str) -> Tensor:
+        """Returns the buffer, aligned so that it can be viewed as other types.
+
+        Raises:
+            ValueError: the buffer has the wrong length or type.
+        """
+        if buffer.dtype != torch.uint8 or buffer.shape != (self.size,):
+            found = f"{tuple(buffer.shape)} of {buffer.dtype}"
+            raise ValueError(f"expected a {what}'s buffer of {self.size} bytes ({transfer}), found shape {found}")
+        return buffer.contiguous() if buffer.storage_offset() % 8 == 0 else buffer.clone()
+
+
+def value_type(transfer: str, dtype: torch.dtype) -> torch.dtype:
+    """The type of values in a transfer format; `dtype`, that of merging, in fp32."""
+    return {"fp32": dtype, "bf16": torch.bfloat16, "int8": torch.int8}[transfer]
+
+
+def count_steps(transfer: str, counts: Sequence[int]) -> list[int]:
+    """The steps of segments with these numbers of values: one per block in int8, else none."""
+    return [-(-count // BLOCK) if transfer == "int8" else 0 for count in counts]
+
+
 class Packing:
     """Packs the contribution of a group's plan into one buffer, and unpacks it.
 
@@ -84,21 +128,14 @@ class Packing:
         self._replicas = plan.contribution.size - plan.factors_size
         self._num_sent = replica_elements_sent(self._replicas, merge)
         self.counts = [a.rank * sum(a.matrix) for a in plan.adapted] + [self._num_sent] * bool(self._replicas)
-        fields = [
-            ("values", {"fp32": dtype, "bf16": torch.bfloat16, "int8": torch.int8}[self.format], sum(self.counts)),
-            ("steps", torch.float32, sum(-(-n // BLOCK) for n in self.counts) if self.format == "int8" else 0),
-            ("indices", torch.int32, self._num_sent if self._sparse and not use_bitmap(self._replicas, self._num_sent) else 0),
-            (
-                "bitmap",
-                torch.uint8,
-                -(-self._replicas // 8) if self._sparse and use_bitmap(self._replicas, self._num_sent) else 0,
-            ),
-        ]
-        self._fields: dict[str, tuple[torch.dtype, int, int]] = {}
-        self.size = 0
-        for name, kind, count in sorted(fields, key=lambda field: -field[1].itemsize):
-            self._fields[name] = kind, self.size, self.size + kind.itemsize * count
-            self.size += kind.itemsize * count
+        as_bitmap = use_bitmap(self._replicas, self._num_sent)
+        self._fields = BufferFields(
+            values=(value_type(self.format, dtype), sum(self.counts)),
+            steps=(torch.float32, sum(count_steps(self.format, self.counts))),
+            indices=(torch.int32, self._num_sent if self._sparse and not as_bitmap else 0),
+            bitmap=(torch.uint8, -(-self._replicas // 8) if self._sparse and as_bitmap else 0),
+        )
+        self.size = self._fields.size
 
     @property
     def _sparse(self) -> bool:
@@ -143,33 +180,26 @@ class Packing:
         Raises:
             ValueError: the buffer has the wrong length or type.
         """
-        if buffer.dtype != torch.uint8 or buffer.shape != (self.size,):
-            found = f"{tuple(buffer.shape)} of {buffer.dtype}"
-            raise ValueError(f"expected a contribution's buffer of {self.size} bytes ({self.format}), found shape {found}")
-        return buffer.contiguous() if buffer.storage_offset() % 8 == 0 else buffer.clone()
+        return self._fields.check_buffer(buffer, "contribution", self.format)
 
     def _codes_and_steps(self, buffer: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Returns views of each segment's values and steps in the buffer."""
-        steps = [-(-n // BLOCK) if self.format == "int8" else 0 for n in self.counts]
-        return torch.split(self._field(buffer, "values"), self.counts), torch.split(self._field(buffer, "steps"), steps)
-
-    def _field(self, buffer: Tensor, name: str) -> Tensor:
-        kind, begin, end = self._fields[name]
-        return buffer[begin:end].view(kind)
+        values, steps = self._fields.view(buffer, "values"), self._fields.view(buffer, "steps")
+        return torch.split(values, self.counts), torch.split(steps, count_steps(self.format, self.counts))
 
     def _write_indices(self, buffer: Tensor, indices: Tensor) -> None:
-        bitmap = self._field(buffer, "bitmap")
+        bitmap = self._fields.view(buffer, "bitmap")
         if not bitmap.numel():
-            self._field(buffer, "indices").copy_(indices)
+            self._fields.view(buffer, "indices").copy_(indices)
             return
         bits = torch.zeros(8 * bitmap.numel(), dtype=torch.uint8, device=buffer.device)
         bits[indices] = 1
         torch.sum(bits.view(-1, 8) * _powers_of_two(buffer.device), 1, dtype=torch.uint8, out=bitmap)
 
     def _read_indices(self, buffer: Tensor) -> Tensor:
-        bitmap = self._field(buffer, "bitmap")
+        bitmap = self._fields.view(buffer, "bitmap")
         if not bitmap.numel():
-            indices = self._field(buffer, "indices").long()
+            indices = self._fields.view(buffer, "indices").long()
             if bool((indices[:-1] >= indices[1:]).any()) or int(indices[0]) < 0 or int(indices[-1]) >= self._replicas:
                 raise ValueError(f"expected {self._num_sent} ascending indices of replica elements below {self._replicas}")
             return indices

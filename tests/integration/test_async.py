@@ -65,7 +65,13 @@ def test_a_barrier_run_by_factors_is_bitwise_the_one_by_bases(local_ray: None, t
 
 
 @pytest.mark.parametrize(
-    ("down", "policy"), [pytest.param("dense", {}, marks=pytest.mark.slow), ("factors", NESTEROV)], ids=["dense", "factors"]
+    ("down", "policy"),
+    [
+        pytest.param("dense", {}, marks=pytest.mark.slow),
+        ("factors", NESTEROV),
+        pytest.param("int8", {"policy": "orthogonal"}, marks=pytest.mark.slow),
+    ],
+    ids=["dense", "factors", "int8"],
 )
 def test_heads_that_never_wait_lose_no_step(local_ray: None, tmp_path: Path, down: str, policy: dict[str, Any]) -> None:
     """Each step is merged exactly once; the faster head takes more of them, and the loss falls."""
@@ -185,14 +191,18 @@ def test_virtual_heads_are_merged_one_by_one_and_saved(local_ray: None, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shards", [(1, 1), (2, 1), (1, 2)])
-def test_a_resumed_run_keeps_the_outer_momentum(local_ray: None, tmp_path: Path, shards: tuple[int, int]) -> None:
-    """Bitwise equal to the uninterrupted run, also with another number of shards: the checkpoint has it, as it has the base."""
+@pytest.mark.parametrize(
+    ("shards", "down"), [((1, 1), "factors"), ((2, 1), "factors"), ((1, 2), "factors"), ((1, 1), "int8"), ((2, 1), "int8")]
+)
+def test_a_resumed_run_keeps_momentum_and_residual(local_ray: None, tmp_path: Path, shards: tuple[int, int], down: str) -> None:
+    """Bitwise equal to the uninterrupted run, also with another number of shards: the checkpoint has them."""
     policy = {"policy": "nesterov", "policy_args": {"lr": 0.7, "momentum": 0.5, "warmup": 4}}
     for steps, count, resume in ((15, shards[0], False), (30, shards[1], True)):
-        merge = MergeConfig(merge_iter=5, merge_threads=1, shards=count, send_down="factors", **policy)  # type: ignore[arg-type]
+        merge = MergeConfig(merge_iter=5, merge_threads=1, shards=count, send_down=down, **policy)  # type: ignore[arg-type]
         worker, config = BatchNormRegression(), storage(tmp_path, "r", resume=resume)
         resumed = LTETrainer(worker, run_config=config, **(settings(steps) | {"merge": merge})).fit()
-    assert_same_model(resumed.path, expected(BatchNormRegression(), 30, **policy))
+    assert resumed.metrics["resyncs"] == 0
+    assert_same_model(resumed.path, expected(BatchNormRegression(), 30, send_down=down, **policy))
     names = {path.name for path in (Path(resumed.path) / "checkpoints" / "000006").iterdir()}
     assert "momentum.safetensors" in names
+    assert ("residual.safetensors" in names) == (down == "int8")

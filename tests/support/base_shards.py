@@ -58,7 +58,12 @@ class Sharded:
         entries = views(plans[0].base, base)
         parts = {i: gather(part.base, entries) for i, part in enumerate(self.codecs[0].group_plans)}
         self.shards = [
-            BaseShard(self.codecs, {i: part for i, part in parts.items() if groups_of[i].shard == number}, reset)
+            BaseShard(
+                self.codecs,
+                {i: part for i, part in parts.items() if groups_of[i].shard == number},
+                reset,
+                send_down=merge.send_down,
+            )
             for number in range(merge.shards)
         ]
         self.coordinator = Coordinator(settings, plans[0], None, policy, plans=plans)

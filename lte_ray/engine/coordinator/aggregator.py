@@ -19,6 +19,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from lte_ray.engine.coordinator.rounding import Rounding, make_rounding
 from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import views
 from lte_ray.merging.low_rank import Share, dense_part, new_reference, squared_norm
@@ -44,12 +45,16 @@ class BaseVersion:
         base: flat, in the base layout.
         references: the factors that it holds of each head, flat; None where B' = 0.
         momentum: of the outer steps, as `base`; None while it is 0.
+        residual: what rounded changes of the base have left out so far, as `base`; None if they aren't rounded.
+        change: the rounded change that led to this version, as `ChangePacking` packs it; None if there is none.
     """
 
     version: int
     base: Tensor
     references: Mapping[int, Tensor | None]
     momentum: Tensor | None = None
+    residual: Tensor | None = None
+    change: Tensor | None = None
 
 
 BaseReader = Callable[[BaseVersion], T]
@@ -69,11 +74,15 @@ class MergeOp:
     references: Mapping[int, Tensor | None] = field(default_factory=dict)
     step: OuterStep | None = None
 
-    def apply(self, base: Tensor, momentum: Tensor | None) -> Tensor | None:
+    def apply(self, base: Tensor, momentum: Tensor | None, rounding: Rounding | None = None) -> Tensor | None:
         """Changes `base` and `momentum` in place, in the order of the shares; returns the momentum, which may be new."""
+        merged = base if rounding is None else rounding.residual
         if self.change is None:
-            return merge_shares(base, momentum, self.shares, self.step)
-        base += self.change
+            momentum = merge_shares(merged, momentum, self.shares, self.step)
+        else:
+            merged += self.change
+        if rounding is not None:
+            rounding.move(base)
         return momentum
 
 
@@ -88,12 +97,18 @@ class BaseWeights:
         version: of `base`.
         references: the factors that `base` holds of each head, flat; None where B' = 0.
         momentum: of the outer steps, as `base`; None if it is 0.
+        rounding: of the changes of the base; None if they are exact.
     """
 
     def __init__(
-        self, base: Tensor, version: int, references: Mapping[int, Tensor | None], momentum: Tensor | None = None
+        self,
+        base: Tensor,
+        version: int,
+        references: Mapping[int, Tensor | None],
+        momentum: Tensor | None = None,
+        rounding: Rounding | None = None,
     ) -> None:
-        self._base, self._references, self._momentum = base, dict(references), momentum
+        self._base, self._references, self._momentum, self._rounding = base, dict(references), momentum, rounding
         self._computed = self.version = version  # `version` counts what is queued, too
         self._queue: deque[MergeOp | tuple[BaseReader[Any], Future[Any]]] = deque()
         self._seconds: dict[int, float] = {}
@@ -126,6 +141,15 @@ class BaseWeights:
         self.catch_up()
         return result.result()
 
+    def preview(self, operation: MergeOp) -> Tensor:
+        """Returns the base that an operation on the newest version would make, as a new tensor."""
+        with self._lock:
+            base = self._catch_up().clone()
+            momentum = None if self._momentum is None else self._momentum.clone()
+            rounding = None if self._rounding is None else self._rounding.copy()
+        operation.apply(base, momentum, rounding)
+        return base
+
     def pop_seconds(self, version: int) -> float:
         """Seconds that computing a version took, which are forgotten here; 0 before it is computed."""
         return self._seconds.pop(version, 0.0)
@@ -135,7 +159,7 @@ class BaseWeights:
             step = self._queue.popleft()
             if isinstance(step, MergeOp):
                 start = time.perf_counter()
-                self._momentum = step.apply(self._base, self._momentum)
+                self._momentum = step.apply(self._base, self._momentum, self._rounding)
                 self._references.update(step.references)
                 self._computed = step.version
                 self._seconds[self._computed] = time.perf_counter() - start
@@ -145,8 +169,10 @@ class BaseWeights:
         return self._base
 
     def _read(self, read: BaseReader[Any], result: Future[Any]) -> None:
+        residual, change = (None, None) if self._rounding is None else (self._rounding.residual, self._rounding.change)
+        newest = BaseVersion(self._computed, self._base, self._references, self._momentum, residual, change)
         try:
-            result.set_result(read(BaseVersion(self._computed, self._base, self._references, self._momentum)))
+            result.set_result(read(newest))
         except Exception as error:  # it concerns the reader, not the caller of `catch_up`
             result.set_exception(error)
 
@@ -263,6 +289,8 @@ class LocalTensors:
         references: the factors that `base` holds of each head, flat; None where B' = 0.
         reset: as `LTEConfig.reset`.
         momentum: of the outer steps, as `base`; None if it is 0.
+        send_down: as `MergeConfig.send_down`.
+        residual: what rounded changes have left out so far, as `base`; None if it is 0.
     """
 
     local = True
@@ -276,12 +304,15 @@ class LocalTensors:
         references: Mapping[int, Tensor | None],
         reset: str,
         momentum: Tensor | None = None,
+        send_down: str = "dense",
+        residual: Tensor | None = None,
     ) -> None:
         self._plan, self._plans, self._reset = plan, plans, reset
         self._buffers = {replica.name for replica in plan.replicas if replica.buffer}
         self.dtype = base.dtype
         self.references = dict(references)
-        self.base_weights = BaseWeights(base, version, references, momentum)
+        rounding = make_rounding(plan, send_down, base, residual)
+        self.base_weights = BaseWeights(base, version, references, momentum, rounding)
 
     def check_shape(self, head: int, buffer: Tensor) -> str:
         expected = (self._plans[head].contribution.size,)
@@ -304,12 +335,7 @@ class LocalTensors:
         self.references.update(references)
 
     def preview(self, merge: DecidedMerge) -> Tensor:
-        def copy(newest: BaseVersion) -> tuple[Tensor, Tensor | None]:
-            return newest.base.clone(), None if newest.momentum is None else newest.momentum.clone()
-
-        base, momentum = self.base_weights.read(copy)
-        self._operation(merge).apply(base, momentum)
-        return base
+        return self.base_weights.preview(self._operation(merge))
 
     def forget_head(self, head: int) -> None:
         self.references.pop(head, None)
@@ -377,6 +403,8 @@ class BaseShard:
         version: of the base.
         references: the factors that it holds of each head, by group, flat (`Codec.slice_factors`).
         momentum: of the outer steps, by group, as `parts`; empty if it is 0.
+        send_down: as `MergeConfig.send_down`.
+        residual: what rounded changes have left out so far, by group, as `parts`; empty if it is 0.
     """
 
     def __init__(
@@ -388,11 +416,19 @@ class BaseShard:
         version: int = 0,
         references: Mapping[int, Mapping[int, Tensor]] | None = None,
         momentum: Mapping[int, Tensor] | None = None,
+        send_down: str = "dense",
+        residual: Mapping[int, Tensor] | None = None,
     ) -> None:
         self._codecs, self._reset = codecs, reset
         self._references: dict[int, dict[int, Tensor | None]] = {i: dict((references or {}).get(i, {})) for i in parts}
         self._weights = {
-            index: BaseWeights(part, version, self._references[index], (momentum or {}).get(index))
+            index: BaseWeights(
+                part,
+                version,
+                self._references[index],
+                (momentum or {}).get(index),
+                make_rounding(codecs[0].group_plans[index], send_down, part, (residual or {}).get(index)),
+            )
             for index, part in parts.items()
         }
         self._received: dict[int, tuple[int, dict[int, Share]]] = {}  # by ticket: the head, and its share of each group
@@ -403,9 +439,9 @@ class BaseShard:
         return tuple(self._weights)
 
     @property
-    def factored_groups(self) -> tuple[int, ...]:
-        """The numbers of its groups that heads redo from factors."""
-        return tuple(index for index in self._weights if self._codecs[0].groups[index].by_factors)
+    def redone_groups(self) -> tuple[int, ...]:
+        """The numbers of its groups that heads redo."""
+        return tuple(index for index in self._weights if self._codecs[0].groups[index].redone)
 
     @property
     def undecided(self) -> int:

@@ -1,16 +1,16 @@
-"""What heads receive of a merge, group by group: the factors of what was merged, or the new base."""
+"""What heads receive of a merge, group by group: the factors of what was merged, the change of the base, or the new base."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from lte_ray.messages import MergeDelta
 from lte_ray.transfer.groups import EntryGroup
 
 
 class BroadcastLog:
-    """Keeps the last merges as heads redo them, as long as their factors take fewer bytes than the base and its momentum.
+    """Keeps the last merges as heads redo them, as long as they take fewer bytes than the base and its momentum.
 
     Args:
         groups: of `transfer.groups`.
@@ -18,6 +18,7 @@ class BroadcastLog:
         sizes: bytes of each group's buffer, by head.
         version: the newest.
         momentum: whether that version has momentum of outer steps.
+        change_sizes: bytes of the rounded change of each group that is sent so.
     """
 
     def __init__(
@@ -27,14 +28,18 @@ class BroadcastLog:
         sizes: Sequence[Sequence[int]],
         version: int,
         momentum: bool = False,
+        change_sizes: Mapping[int, int] | None = None,
     ) -> None:
         self.factored_groups = factored = [i for i, group in enumerate(groups) if group.by_factors]
         """The numbers of the groups that are sent as factors."""
-        self.by_factors = bool(factored)
-        """Whether there are any."""
-        self.dense_groups = [i for i, group in enumerate(groups) if not group.by_factors]
+        self.redone_groups = [i for i, group in enumerate(groups) if group.redone]
+        """The numbers of the groups that heads redo, from factors or by changes of the base."""
+        self.dense_groups = [i for i, group in enumerate(groups) if not group.redone]
         """The numbers of the groups that are sent as the base."""
-        self._factored_bytes = sum(base_sizes[i] for i in factored)
+        self.by_changes = any(group.by_changes for group in groups)
+        """Whether groups are sent as changes of the base."""
+        self._change_bytes = sum((change_sizes or {}).values())
+        self._redone_bytes = sum(base_sizes[i] for i in self.redone_groups)
         self._momentum = momentum
         self._factor_bytes = [sum(each[i] for i in factored) for each in sizes]  # by head
         self._dense_bytes = sum(base_sizes[i] for i in self.dense_groups)
@@ -45,7 +50,7 @@ class BroadcastLog:
         """Adds the next version; None if it can't be redone from factors, so that all groups are sent as the base."""
         self._version += 1
         self._momentum |= delta is not None and delta.outer_step is not None and delta.outer_step.uses_momentum
-        if delta is None or not self.by_factors:
+        if delta is None or not self.redone_groups:
             self._deltas.clear()
             return
         self._deltas.append(delta)
@@ -54,34 +59,44 @@ class BroadcastLog:
 
     def deltas_since(self, have: int) -> tuple[MergeDelta, ...] | None:
         """The merges to redo for a process that has version `have`; None if it must receive the whole base."""
-        if not self.by_factors:
+        if not self.redone_groups:
             return ()
         deltas = tuple(delta for delta in self._deltas if delta.version > have)
         return deltas if have >= 0 and have + len(deltas) == self._version else None
 
+    @property
+    def oldest(self) -> int:
+        """The version of the oldest merge that is kept."""
+        return self._deltas[0].version if self._deltas else self._version + 1
+
     def bytes_down(self, heads: Collection[int], live: int) -> int:
         """Bytes until all heads have the newest merge.
 
-        The merged heads receive the dense parts, and all others the merged heads' factors. If heads can't redo the merge, the
-        merged heads receive the whole base, and its momentum where there is any.
+        The merged heads receive the dense parts, all others the merged heads' factors, and all heads changes of the base. If
+        heads can't redo the merge, the merged heads receive the whole base, and its momentum where there is any.
 
         Args:
             heads: the merged ones.
             live: how many heads train.
         """
-        if not self.by_factors:
+        if not self.redone_groups:
             return self._dense_bytes * len(heads)
         if not self._deltas:
             return (self._dense_bytes + self._base_bytes) * len(heads)
-        return self._dense_bytes * len(heads) + sum(self._factor_bytes[h] * max(0, live - 1) for h in heads)
+        factors = sum(self._factor_bytes[h] * max(0, live - 1) for h in heads)
+        return self._dense_bytes * len(heads) + factors + self._change_bytes * live
 
     @property
     def _base_bytes(self) -> int:
-        """Bytes that a process needs to start redoing merges: the factored groups' part of the base, and its momentum."""
-        return self._factored_bytes * (2 if self._momentum else 1)
+        """Bytes that a process needs to start redoing merges: the redone groups' part of the base, and its momentum.
+
+        Heads have no use for the momentum where they receive changes.
+        """
+        return self._redone_bytes * (2 if self._momentum and self.factored_groups else 1)
 
     def _bytes(self, deltas: Collection[MergeDelta]) -> int:
-        return sum(self._factor_bytes[head] for delta in deltas for head in delta.weights)
+        factors = sum(self._factor_bytes[head] for delta in deltas for head in delta.weights)
+        return factors + self._change_bytes * len(deltas)
 
 
 def alternative_bytes(size: int, num_heads: int, merged: int, steps: int) -> dict[str, int]:

@@ -75,6 +75,7 @@ class Coordinator:
         version: of `base`.
         references: the factors that `base` holds of each head, flat.
         momentum: of the outer steps, as `base`; None if it is 0.
+        residual: what rounded changes of the base have left out so far, as `base`; None if it is 0.
         taken, granted: local steps that heads have taken before, and up to which they may.
         positions: what `base` holds of each head.
         fresh: heads whose factors count from B' = 0, while heads' processes may still keep factors that an earlier
@@ -95,6 +96,7 @@ class Coordinator:
         version: int = 0,
         references: dict[int, Tensor] | None = None,
         momentum: Tensor | None = None,
+        residual: Tensor | None = None,
         taken: Mapping[int, int] | None = None,
         granted: Mapping[int, int] | None = None,
         positions: Mapping[int, CommittedPosition] | None = None,
@@ -106,10 +108,11 @@ class Coordinator:
         self.settings, self.plan, self.policy, self._clock = settings, plan, policy, clock
         self.plans = tuple(plans or [plan] * settings.lte.num_heads)
         self.version = version  # the newest, which counts merges
+        reset, down = settings.lte.reset, settings.merge.send_down
         self._tensors: MergeTensors = (
             RemoteTensors()
             if base is None
-            else LocalTensors(plan, self.plans, base, version, references or {}, settings.lte.reset, momentum)
+            else LocalTensors(plan, self.plans, base, version, references or {}, reset, momentum, down, residual)
         )
         shards, size = settings.merge.shards, plan.base.size
         self._checked_policy = CheckedPolicy(policy, shards, self._tensors.local, size, self._tensors.dtype)

@@ -1,4 +1,4 @@
-"""A head process's own copy of the newest base, which it keeps by redoing the merges from their factors."""
+"""A head process's own copy of the newest base, which it keeps by redoing the merges, from factors or by changes."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class _Fetched:
     Attributes:
         parts, momentum: of a base, by group.
         references: by head.
-        deltas: merges with their buffers by group and head.
+        deltas: merges with their buffers by group and head, and with their changes of the base by group.
     """
 
     parts: dict[int, Tensor]
     momentum: dict[int, Tensor] = field(default_factory=dict)
     references: dict[int, Tensor] = field(default_factory=dict)
-    deltas: list[tuple[MergeDelta, dict[int, dict[int, Tensor]]]] = field(default_factory=list)
+    deltas: list[tuple[MergeDelta, dict[int, dict[int, Tensor]], dict[int, Tensor]]] = field(default_factory=list)
 
 
 @dataclass
@@ -59,7 +59,8 @@ class BaseReplica:
     """Follows the coordinator's base version by version.
 
     Groups that travel by factors are redone here, with the same products and outer steps in the same order as the
-    coordinator's. The other groups are copied from what the coordinator publishes.
+    coordinator's. To groups that travel as rounded changes, the same changes are added. The other groups are copied from what
+    the coordinator publishes.
 
     Args:
         codecs: each head's; all have the same groups.
@@ -84,7 +85,7 @@ class BaseReplica:
     ) -> None:
         self._codecs, self._reset, self._fetch, self._own_heads = codecs, reset, fetch, frozenset(own_heads)
         self._threads = threads
-        self._parts: dict[int, _GroupPart] = {}  # of the groups that travel by factors
+        self._parts: dict[int, _GroupPart] = {}  # of the groups that are redone
         self._base: Tensor | None = None
         self._checksums: dict[int, int] = {}  # by version
         self._base_in_use, self._changing = Lock(), Lock()
@@ -155,10 +156,10 @@ class BaseReplica:
     def _fetch_reply(self, reply: CoordinatorReply) -> _Fetched:
         """Fetches all that a reply refers to, so that following it can't be interrupted."""
         groups = self._codecs[0].groups
-        if len(groups) == 1 and not groups[0].by_factors:
+        if len(groups) == 1 and not groups[0].redone:
             return _Fetched({0: self._get(reply.base_parts[0])})
         deltas = [delta for delta in reply.deltas if delta.version > self.version]
-        is_complete = reply.base_parts.keys() >= {i for i, group in enumerate(groups) if group.by_factors}
+        is_complete = reply.base_parts.keys() >= {i for i, group in enumerate(groups) if group.redone}
         if not is_complete and (not self._parts or self.version + len(deltas) != reply.version):
             raise CannotRedoMerges
         indices = reply.base_parts.keys() if is_complete else self._parts.keys()
@@ -168,7 +169,11 @@ class BaseReplica:
             {index: self._get(handle) for index, handle in reply.momentum.items()},
             {head: self._get(handle) for head, handle in reply.references.items()},
             [
-                (delta, {i: {h: self._get_contribution(h, delta.buffers[h][i]) for h in delta.weights} for i in by_factors})
+                (
+                    delta,
+                    {i: {h: self._get_contribution(h, delta.buffers[h][i]) for h in delta.weights} for i in by_factors},
+                    {i: self._get(handle) for i, handle in delta.changes.items()},
+                )
                 for delta in deltas
             ],
         )
@@ -178,12 +183,12 @@ class BaseReplica:
 
     def _follow(self, reply: CoordinatorReply, fetched: _Fetched) -> Tensor:
         groups = self._codecs[0].groups
-        if len(groups) == 1 and not groups[0].by_factors:
+        if len(groups) == 1 and not groups[0].redone:
             return fetched.parts[0]
         plan, base = self._codecs[0].plan, self._base
         for index, new in fetched.parts.items():
             base = torch.empty(plan.base.size, dtype=new.dtype) if base is None else base
-            if groups[index].by_factors:
+            if groups[index].redone:
                 momentum = fetched.momentum.get(index)
                 self._parts[index] = _GroupPart(new.clone(), None if momentum is None else momentum.clone())
             else:
@@ -191,16 +196,19 @@ class BaseReplica:
         for head, factors in fetched.references.items():
             for index, part in self._parts.items():
                 part.references[head] = self._codecs[head].slice_factors(index, factors).clone()
-        for delta, buffers in fetched.deltas:
-            self._redo(delta, buffers)
+        for delta, buffers, changes in fetched.deltas:
+            self._redo(delta, buffers, changes)
         assert base is not None
         for index, part in self._parts.items():
             self._copy_group(base, index, part.base)
         self._compare_checksum(reply)
         return base
 
-    def _redo(self, delta: MergeDelta, buffers: Mapping[int, Mapping[int, Tensor]]) -> None:
+    def _redo(self, delta: MergeDelta, buffers: Mapping[int, Mapping[int, Tensor]], changes: Mapping[int, Tensor]) -> None:
         for index, part in self._parts.items():
+            if index in changes:
+                part.base += self._codecs[0].change_packings[index].decode(changes[index])
+                continue
             shares = []
             for head, weight in delta.weights.items():
                 codec, old = self._codecs[head], None if head in delta.fresh else part.references.get(head)

@@ -321,7 +321,10 @@ def load_engine(
     """The engine's coordinator from that state; without tensors unless they are `local`."""
     with at_construction():  # copies: fetched tensors are shared and read-only
         base = context.transport.fetch(state.base).clone() if local else None
-        momentum = context.transport.fetch(state.momentum).clone() if local and state.momentum is not None else None
+        momentum, residual = (
+            context.transport.fetch(handle).clone() if local and handle is not None else None
+            for handle in (state.momentum, state.residual)
+        )
         factors = state.references.items() if local else ()
         references = {head: context.transport.fetch(handle).clone() for head, handle in factors}
     engine = Coordinator(
@@ -333,6 +336,7 @@ def load_engine(
         version=state.version,
         references=references,
         momentum=momentum,
+        residual=residual,
         taken=state.steps_by_head,
         granted=state.step_limits,
         positions=state.positions,

@@ -39,6 +39,7 @@ class Published:
         parts: of its base, by group; -1: the whole base.
         references: those that it holds, by head.
         momentum: parts of its momentum, as `parts`; empty where there is none.
+        residual: parts of what rounded changes have left out so far, as `parts`; empty where there is none.
         positions: what the version holds of each head.
         assignment_state: which head owns which batches at it.
     """
@@ -47,6 +48,7 @@ class Published:
     parts: dict[int, Handle] = field(default_factory=dict)
     references: dict[int, Handle] = field(default_factory=dict)
     momentum: dict[int, Handle] = field(default_factory=dict)
+    residual: dict[int, Handle] = field(default_factory=dict)
     positions: dict[int, CommittedPosition] = field(default_factory=dict)
     assignment_state: dict[str, Any] = field(default_factory=dict)
 
@@ -94,11 +96,15 @@ class Aggregator(Protocol):
         ...
 
     def publish_base(self, complete: bool = False) -> Awaitable[Published]:
-        """Publishes the whole base, flat; if `complete`, the momentum and all references, too."""
+        """Publishes the whole base, flat; if `complete`, the momentum, the residual and all references, too."""
+        ...
+
+    def publish_changes(self) -> Awaitable[dict[int, Handle]]:
+        """Publishes the rounded changes that led to this version, by group; of the groups that travel so."""
         ...
 
     def checksum(self) -> Awaitable[int]:
-        """The sum of the checksums, of base and momentum, of the groups that heads redo from factors."""
+        """The sum of the checksums, of base and momentum, of the groups that heads redo."""
         ...
 
 
@@ -150,8 +156,15 @@ class LocalAggregator:
             base = {-1: self._transport.publish(newest.base)}
             if not complete:
                 return Published(newest.version, base)
-            momentum = {} if newest.momentum is None else {-1: self._transport.publish(newest.momentum)}
-            return Published(newest.version, base, self._publish_references(newest.references), momentum)
+            flats = (newest.momentum, newest.residual)
+            momentum, residual = ({} if flat is None else {-1: self._transport.publish(flat)} for flat in flats)
+            return Published(newest.version, base, self._publish_references(newest.references), momentum, residual)
+
+        return self._read(self._weights.schedule_read(publish))
+
+    def publish_changes(self) -> Coroutine[Any, Any, dict[int, Handle]]:
+        def publish(newest: BaseVersion) -> dict[int, Handle]:
+            return {} if newest.change is None else {0: self._transport.publish(newest.change)}
 
         return self._read(self._weights.schedule_read(publish))
 
@@ -181,7 +194,7 @@ class LocalAggregator:
     def _checksum(self, newest: BaseVersion) -> int:
         tensors = [newest.base] if newest.momentum is None else [newest.base, newest.momentum]
         entries = [views(self._engine.plan.base, flat) for flat in tensors]
-        names = [name for group in self._codecs[0].groups if group.by_factors for name in group.names]
+        names = [name for group in self._codecs[0].groups if group.redone for name in group.names]
         return sum(base_checksum(each[name]) for each in entries for name in names) % 2**64
 
 
@@ -259,7 +272,20 @@ class ShardedAggregator:
 
     def publish_base(self, complete: bool = False) -> Coroutine[Any, Any, Published]:
         groups = range(len(self._codecs[0].groups))
-        return self._assembled(self.publish_parts(groups, complete, groups if complete else ()))
+        residual = self._merged([shard.actor.publish_residual for shard in self._shards]) if complete else None
+        return self._assembled(self.publish_parts(groups, complete, groups if complete else ()), residual)
+
+    def publish_changes(self) -> Coroutine[Any, Any, dict[int, Handle]]:
+        return self._merged([shard.actor.publish_changes for shard in self._shards])
+
+    def _merged(self, methods: Sequence[Any]) -> Coroutine[Any, Any, dict[int, Handle]]:
+        """What a method of each shard answers, which takes a turn: handles by group, together."""
+        calls = [(shard, method.remote(shard.next_turn())) for shard, method in zip(self._shards, methods, strict=True)]
+
+        async def merge() -> dict[int, Handle]:
+            return {index: handle for answer in await self._gather(calls) for index, handle in answer.items()}
+
+        return merge()
 
     def checksum(self) -> Coroutine[Any, Any, int]:
         return self._sum([(shard, shard.actor.checksum.remote(shard.next_turn())) for shard in self._shards])
@@ -283,10 +309,11 @@ class ShardedAggregator:
         references = {head: self._assemble_factors(head, each) for head, each in pieces.items()}
         return Published(version, parts, references, momentum)
 
-    async def _assembled(self, publishing: Awaitable[Published]) -> Published:
+    async def _assembled(self, publishing: Awaitable[Published], residual: Awaitable[dict[int, Handle]] | None) -> Published:
         published = await publishing
-        momentum = {-1: self._assemble_base(published.momentum)} if published.momentum else {}
-        return replace(published, parts={-1: self._assemble_base(published.parts)}, momentum=momentum)
+        parts = (published.parts, published.momentum, {} if residual is None else await residual)
+        base, momentum, left = ({-1: self._assemble_base(each)} if each else {} for each in parts)
+        return replace(published, parts=base, momentum=momentum, residual=left)
 
     def _assemble_base(self, parts: Mapping[int, Handle]) -> AssembledRef:
         codec = self._codecs[0]

@@ -65,7 +65,9 @@ class Broadcaster:
         codecs = context.codecs(engine.plans)
         base_sizes = [plan.base.size * torch.float32.itemsize for plan in codecs[0].group_plans]
         sizes = [codec.buffer_sizes for codec in codecs]
-        self._log = BroadcastLog(context.groups, base_sizes, sizes, engine.version, has_momentum)
+        changes = codecs[0].change_sizes
+        self._log = BroadcastLog(context.groups, base_sizes, sizes, engine.version, has_momentum, changes)
+        self._changes: dict[int, asyncio.Future[dict[int, Handle]]] = {}  # by version, once it is computed
         self._contribution_bytes = [sum(codec.buffer_sizes) for codec in codecs]
         self._groups = range(len(context.groups))
         self._start_version = engine.version
@@ -103,9 +105,11 @@ class Broadcaster:
             version, engine = merge.version, self._engine
             of_heads = {head: buffers[head] for head in merge.heads}
             delta = MergeDelta(version, merge.weights, of_heads, merge.fresh, merge.outer_step)
-            self._log.append(delta if merge.weights else None)
+            self._log.append(delta if merge.weights or not self._log.factored_groups else None)
             weights = {tickets[head]: weight for head, weight in merge.weights.items()}
             seconds = self._aggregator.merge(version, weights, merge.outer_step)
+            if self._log.by_changes:
+                self._publish_changes(version)
             record = self._last_record = replace(
                 merge,
                 bytes_up=sum(self._contribution_bytes[head] for head in merge.heads),
@@ -121,9 +125,22 @@ class Broadcaster:
             evaluates = last and is_due(self._train.eval_every, before, version)
             evaluates = evaluates or (saves and self._evaluate_checkpoints)
             base = self._aggregator.publish_base(complete=saves) if evaluates or saves else None
-            checked = last and self._log.by_factors and version % CHECKSUM_INTERVAL == 0
+            checked = last and self._log.redone_groups and version % CHECKSUM_INTERVAL == 0
             checksum = self._aggregator.checksum() if checked else None
             self._tasks.start(self._publish_record(record, seconds, checksum, base, evaluates, saves))
+
+    def _publish_changes(self, version: int) -> None:
+        """Has the changes of the version that is the newest published, and forgets those that no reply needs any more."""
+        changes: asyncio.Future[dict[int, Handle]] = self._tasks.create_future()
+        changes.add_done_callback(lambda future: future.cancelled() or future.exception())  # perhaps no reply awaits it
+        self._changes = {v: known for v, known in self._changes.items() if v >= self._log.oldest} | {version: changes}
+
+        async def publish(publishing: Awaitable[dict[int, Handle]]) -> None:
+            handles = await publishing
+            if not changes.done():  # else the run has failed
+                changes.set_result(handles)
+
+        self._tasks.start(publish(self._aggregator.publish_changes()))
 
     def record_refusal(self, result: ContributionResult) -> None:
         """Keeps a refused contribution for the driver."""
@@ -212,13 +229,14 @@ class Broadcaster:
             published = await self._publish_newest(self._log.dense_groups)
             deltas = self._log.deltas_since(have)  # merges continue while parts are published
         if deltas is None:
-            published = await self._publish_newest(self._groups, to_redo=self._log.by_factors)
+            published = await self._publish_newest(self._groups, to_redo=bool(self._log.factored_groups))
         version = published.version
+        deltas = await self._with_changes([delta for delta in deltas or () if delta.version <= version])
         return CoordinatorReply(
             None,
             version,
             published.parts,
-            tuple(delta for delta in deltas or () if delta.version <= version),
+            deltas,
             published.references,
             published.momentum,
             positions=published.positions,
@@ -227,6 +245,12 @@ class Broadcaster:
             directives={n: self._engine.next_directive(n) for n in numbers},
             checksum=self._checksum,
         )
+
+    async def _with_changes(self, deltas: Sequence[MergeDelta]) -> tuple[MergeDelta, ...]:
+        if not self._log.by_changes:
+            return tuple(deltas)
+        changes = [self._changes[delta.version] for delta in deltas]
+        return tuple([replace(delta, changes=await each) for delta, each in zip(deltas, changes, strict=True)])
 
     async def publish_reference(self, head: int) -> Handle | None:
         """Publishes the factors that the newest version holds of this head; None where B' = 0."""

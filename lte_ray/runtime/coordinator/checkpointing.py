@@ -164,7 +164,7 @@ class CheckpointManager:
         return tuple(requests)
 
     async def write_base(self, version: int, published: Published) -> None:
-        """Writes the coordinator's part: the whole base, its momentum, the references, and what the policy keeps."""
+        """Writes the coordinator's part: the whole base, its momentum and residual, the references, and the policy's state."""
         opened, directory = self._open.get(version), self._context.directory
         if opened is None:
             return
@@ -180,6 +180,10 @@ class CheckpointManager:
             if published.momentum:
                 name, momentum = self._context.settings.merge.policy, await fetch(published.momentum[-1])
                 entry = await asyncio.to_thread(checkpoint.write_momentum, directory, version, self._plan, name, momentum)
+                opened.files.append(entry)
+            if published.residual:
+                residual = await fetch(published.residual[-1])
+                entry = await asyncio.to_thread(checkpoint.write_residual, directory, version, self._plan, residual)
                 opened.files.append(entry)
             if opened.policy:
                 name = self._context.settings.merge.policy

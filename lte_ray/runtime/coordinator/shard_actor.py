@@ -75,20 +75,31 @@ class ShardActor:
         plan_of = {index: subplan(plan, group.names) for index, group in enumerate(context.groups) if group.shard == number}
         with at_construction():
             base = context.transport.fetch(state.base)
-            whole_momentum = None if state.momentum is None else context.transport.fetch(state.momentum)
+            whole_momentum, whole_residual = (
+                None if handle is None else context.transport.fetch(handle) for handle in (state.momentum, state.residual)
+            )
             factors_of = {head: context.transport.fetch(handle) for head, handle in state.references.items()}
 
         def slice_groups(flat: Tensor) -> dict[int, Tensor]:
             entries = views(plan.base, flat)
             return {index: gather(each.base, entries, torch.float32) for index, each in plan_of.items()}
 
-        parts, momentum = slice_groups(base), {} if whole_momentum is None else slice_groups(whole_momentum)
+        parts = slice_groups(base)
+        momentum, residual = ({} if flat is None else slice_groups(flat) for flat in (whole_momentum, whole_residual))
         references: dict[int, dict[int, Tensor]] = {index: {} for index in plan_of}
         for head, factors in factors_of.items():
             for index in plan_of:
                 references[index][head] = codecs[head].slice_factors(index, factors).clone()
-        reset = context.settings.lte.reset
-        self._shard = BaseShard(codecs, parts, reset, version=state.version, references=references, momentum=momentum)
+        self._shard = BaseShard(
+            codecs,
+            parts,
+            context.settings.lte.reset,
+            version=state.version,
+            references=references,
+            momentum=momentum,
+            send_down=context.settings.merge.send_down,
+            residual=residual,
+        )
         adapted = tuple(weight for index in plan_of for weight in codecs[0].group_plans[index].adapted)
         self._threads = context.merge_threads(Plan(adapted, ()), plan)
         self._executor = ThreadPoolExecutor(1, "merge")
@@ -170,14 +181,34 @@ class ShardActor:
             {index: handle for index, (_, _, handle) in published.items() if handle is not None},
         )
 
+    async def publish_changes(self, turn: int) -> dict[int, Handle]:
+        """Publishes the rounded changes that led to the version at this turn, by group; of the groups that travel so."""
+        return await self._publish_each(turn, lambda newest: newest.change)
+
+    async def publish_residual(self, turn: int) -> dict[int, Handle]:
+        """Publishes what rounded changes have left out up to the version at this turn, by group; of the groups that have it."""
+        return await self._publish_each(turn, lambda newest: newest.residual)
+
+    async def _publish_each(self, turn: int, tensor: Callable[[BaseVersion], Tensor | None]) -> dict[int, Handle]:
+        def publish(newest: BaseVersion) -> Handle | None:
+            flat = tensor(newest)
+            return None if flat is None else self._transport.publish(flat)
+
+        reads = await self._turns.run_in_turn(
+            turn, lambda: {index: self._shard.schedule_read(index, publish) for index in self._shard.groups}
+        )
+        await self._catch_up()
+        published = {index: future.result() for index, future in reads.items()}
+        return {index: handle for index, handle in published.items() if handle is not None}
+
     async def checksum(self, turn: int) -> int:
-        """The sum of the checksums, of base and momentum, of this shard's groups that heads redo from factors."""
+        """The sum of the checksums, of base and momentum, of this shard's groups that heads redo."""
 
         def checksum(newest: BaseVersion) -> int:
             return base_checksum(newest.base) + (0 if newest.momentum is None else base_checksum(newest.momentum))
 
         reads = await self._turns.run_in_turn(
-            turn, lambda: [self._shard.schedule_read(index, checksum) for index in self._shard.factored_groups]
+            turn, lambda: [self._shard.schedule_read(index, checksum) for index in self._shard.redone_groups]
         )
         await self._catch_up()
         return sum(future.result() for future in reads) % 2**64

@@ -266,7 +266,7 @@ class HeadActor:
     def _copy_if_kept(self, group: HeadGroup, base: Tensor) -> Tensor:
         """Copies a base that heads keep and the replica writes to: heads that take turns on their main weights keep it."""
         groups = self._context.groups
-        return base.clone() if len(group.heads) > 1 and (len(groups) > 1 or groups[0].by_factors) else base
+        return base.clone() if len(group.heads) > 1 and (len(groups) > 1 or groups[0].redone) else base
 
     def _statuses(self, group: HeadGroup, client: CoordinatorClient) -> tuple[HeadStatus, ...]:
         count, replica = len(group.heads), client.base_replica

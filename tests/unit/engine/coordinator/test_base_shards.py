@@ -24,7 +24,7 @@ from tests.support.plans import make_contribution, random_flat
     ),
     st.sampled_from(["fp32", "bf16", "int8"]),
     st.sampled_from([1.0, 0.3]),
-    st.sampled_from(["auto", "factors", "dense"]),
+    st.sampled_from(["auto", "factors", "dense", "bf16", "int8"]),
     st.sampled_from(["none", "B"]),
     st.integers(1, 4),
 )

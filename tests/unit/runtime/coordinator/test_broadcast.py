@@ -115,6 +115,31 @@ def test_a_process_receives_the_merges_since_its_version_or_the_whole_base() -> 
     run(test)
 
 
+def test_a_process_that_adds_the_changes_has_the_coordinators_base() -> None:
+    """In int8: one change for each version that it lacks, and the base for one that lacks more than the base is worth."""
+
+    async def test() -> None:
+        process = Process(dataclasses.replace(MERGE, send_down="int8"))
+        base = process.engine.base.clone()
+        for sequence in range(1, 4):
+            assert (await process.contribute(sequence % 2, sequence)).accepted
+        reply = await process.broadcaster.reply((0,), 0)
+        assert [delta.version for delta in reply.deltas] == [1, 2, 3]
+        assert not reply.base_parts
+        for delta in reply.deltas:
+            assert delta.changes[0].nbytes < 1.1 * PLAN.base.size
+            base += process.codec.change_packings[0].decode(delta.changes[0])
+        assert torch.equal(base, process.engine.base)
+        for sequence in range(4, 8):
+            assert (await process.contribute(sequence % 2, sequence)).accepted
+        late = await process.broadcaster.reply((0,), 0)
+        assert torch.equal(late.base_parts[0], process.engine.base)
+        assert not late.deltas
+        assert not late.references
+
+    run(test)
+
+
 def test_each_version_is_published_once() -> None:
     """Replies to other processes reuse the handles until the next merge."""
 

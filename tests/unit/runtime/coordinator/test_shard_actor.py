@@ -18,7 +18,7 @@ from torch import Tensor
 from lte_ray.config import MergeConfig
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.merging import Arrival, ComposedPolicy, Merge, Nesterov
-from lte_ray.merging.flat_buffer import views
+from lte_ray.merging.flat_buffer import gather, views
 from lte_ray.messages import OuterStep, StepCoefficients
 from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.coordinator.aggregators import ShardedAggregator
@@ -68,11 +68,11 @@ def checksums(buffers: Sequence[Tensor]) -> list[int]:
     return [buffers_checksum([buffer]) for buffer in buffers]
 
 
-def make_sharded(seed: int, start: CoordinatorState) -> tuple[ShardedAggregator, RunContext]:
-    settings = dataclasses.replace(make_settings(heads=2), merge=MERGE)
-    context = RunContext(None, settings, None, CopyingTransport(), make_groups(PLANS, MERGE))  # type: ignore[arg-type]
+def make_sharded(seed: int, start: CoordinatorState, merge: MergeConfig = MERGE) -> tuple[ShardedAggregator, RunContext]:
+    settings = dataclasses.replace(make_settings(heads=2), merge=merge)
+    context = RunContext(None, settings, None, CopyingTransport(), make_groups(PLANS, merge))  # type: ignore[arg-type]
     chance = random.Random(seed)
-    actors = [LateActor(ShardActor(context, PLANS, number, start), chance) for number in range(MERGE.shards)]
+    actors = [LateActor(ShardActor(context, PLANS, number, start), chance) for number in range(merge.shards)]
     return ShardedAggregator(actors, context.codecs(PLANS), start.version), context
 
 
@@ -163,6 +163,40 @@ def test_a_buffer_that_was_changed_on_its_way_is_refused() -> None:
         await aggregator.receive(2, 0, buffers, sent)
         await asyncio.gather(*(task for task in asyncio.all_tasks() if task is not asyncio.current_task()))
         assert [shard.actor.actor._shard.undecided for shard in aggregator._shards] == [1, 1, 1]
+
+    asyncio.run(run())
+
+
+def test_shards_publish_changes_and_the_residual() -> None:
+    """In int8, from a version with a residual: the base is that of local merging, and what the changes of all versions add."""
+    base, residual = random_flat(PLANS[0].base.size, 1).float(), 1e-3 * random_flat(PLANS[0].base.size, 4).float()
+
+    async def run() -> None:
+        state = CoordinatorState(7, base, residual=residual)
+        aggregator, context = make_sharded(3, state, dataclasses.replace(MERGE, send_down="int8"))
+        codec, settings = context.codecs(PLANS)[1], context.settings
+        settings = dataclasses.replace(settings, merge=dataclasses.replace(settings.merge, shards=1))
+        policy = ComposedPolicy(lambda pending, roster: Merge({1: 0.5}), Arrival())
+        local = Coordinator(settings, PLANS[0], base.clone(), policy, plans=PLANS, version=7, residual=residual.clone())
+        moved = {index: gather(plan.base, views(PLANS[0].base, base)) for index, plan in enumerate(codec.group_plans)}
+        reads = []
+        for version in (8, 9):
+            flat = random_flat(PLANS[1].contribution.size, version).float()
+            buffers, decoded = codec.encode(flat, local.reference(1))
+            await aggregator.receive(version, 1, buffers, checksums(buffers))
+            merge = asyncio.ensure_future(aggregator.merge(version, {version: 0.5}, None))
+            reads.append((merge, asyncio.ensure_future(aggregator.publish_changes())))
+            local.receive(make_contribution(1, version, version=version - 1), decoded)
+        for merge, changes in reads:
+            await merge
+            for index, change in (await changes).items():
+                moved[index] += codec.change_packings[index].decode(change)
+        published = await aggregator.publish_base(complete=True)
+        assert torch.equal(CopyingTransport().fetch(published.parts[-1]), local.base)
+        left = local.base_weights.read(lambda newest: newest.residual)
+        assert torch.equal(CopyingTransport().fetch(published.residual[-1]), left)
+        for index, part in moved.items():
+            assert torch.equal(part, gather(codec.group_plans[index].base, views(PLANS[0].base, local.base)))
 
     asyncio.run(run())
 
