@@ -2,8 +2,8 @@
 
 In bf16 and int8, factors are sent as Q(factors - reference). The reference is the decoded factors of the head's last accepted
 contribution, which the receiver has, so the rounding error is relative to the change. Replica changes are sent as Q(change),
-optionally only the largest elements. The head treats the *decoded* contribution as the contributed one, so its next
-contribution includes the rest (error feedback).
+optionally only the largest elements, and changes of running statistics exactly. The head treats the *decoded* contribution as
+the contributed one, so its next contribution includes the rest (error feedback).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lte_ray.config.merge import MergeConfig
 from lte_ray.layout import Plan
 from lte_ray.transfer.base_changes import ChangePacking
 from lte_ray.transfer.groups import EntryGroup, subplan
-from lte_ray.transfer.packing import VALUE_BYTES, Packing, index_bytes, replica_elements_sent
+from lte_ray.transfer.packing import VALUE_BYTES, Packing, count_rounded_replicas, index_bytes, replica_elements_sent
 
 
 class Codec:
@@ -50,7 +50,7 @@ class Codec:
         self.group_plans = tuple(subplan(plan, group.names) for group in self.groups)
         if sum(bool(each.replicas) for each in self.group_plans) > 1:
             raise ValueError("all replicas must be in one group, since their largest changes are selected among all of them")
-        replicas = plan.contribution.size - plan.factors_size
+        replicas = count_rounded_replicas(plan)
         self._by_change = merge.transfer != "fp32"
         self._exact = not self._by_change and replica_elements_sent(replicas, merge) == replicas
         self._packings = tuple(Packing(each, merge, dtype) for each in self.group_plans)
@@ -153,9 +153,10 @@ class Codec:
 
 def min_contribution_bytes(plan: Plan, merge: MergeConfig) -> int:
     """Returns the fewest bytes of a contribution in its format: all values sent, and which replica elements are; no scales."""
-    replicas = plan.contribution.size - plan.factors_size
-    count = replica_elements_sent(replicas, merge)
-    return VALUE_BYTES[merge.transfer] * (plan.factors_size + count) + index_bytes(replicas, count)
+    replicas = count_rounded_replicas(plan)
+    count, statistics = replica_elements_sent(replicas, merge), plan.contribution.size - plan.factors_size - replicas
+    rounded = VALUE_BYTES[merge.transfer] * (plan.factors_size + count)
+    return rounded + VALUE_BYTES["fp32"] * statistics + index_bytes(replicas, count)
 
 
 def _slices(plan: Plan, part: Plan) -> tuple[slice, ...]:

@@ -1,6 +1,7 @@
 """The layout of one group's values in its buffer of bytes, and their rounding to bf16 or to int8 in blocks.
 
-    values     of each adapted weight (A, then B), then of the replicas; in the transfer format
+    exact      running statistics among the replicas, in the type of merging: a rounded variance could become negative
+    values     of each adapted weight (A, then B), then of the other replicas; in the transfer format
     steps      int8 only: one fp32 step per block of 512 consecutive values; each weight, and the replicas, start a new block
     indices    if only some replica elements are sent: int32, ascending; or
     bitmap     one bit per element, if that is fewer bytes (more than one element in 32)
@@ -13,6 +14,7 @@ as far as devices follow IEEE 754, on the device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -119,17 +121,19 @@ class Packing:
     """Packs the contribution of a group's plan into one buffer, and unpacks it.
 
     Attributes:
-        counts: values sent of each segment: each adapted weight's factors, then all replicas, if there are any.
+        counts: values sent of each segment: each adapted weight's factors, then the replicas, if there are any; no statistics.
         size: bytes of the buffer.
     """
 
     def __init__(self, plan: Plan, merge: MergeConfig, dtype: torch.dtype = torch.float32) -> None:
         self.format = merge.transfer
-        self._replicas = plan.contribution.size - plan.factors_size
+        self._exact, self._rounded = split_statistics(plan)
+        self._replicas = count_rounded_replicas(plan)
         self._num_sent = replica_elements_sent(self._replicas, merge)
         self.counts = [a.rank * sum(a.matrix) for a in plan.adapted] + [self._num_sent] * bool(self._replicas)
         as_bitmap = use_bitmap(self._replicas, self._num_sent)
         self._fields = BufferFields(
+            exact=(dtype, sum(part.stop - part.start for part in self._exact)),
             values=(value_type(self.format, dtype), sum(self.counts)),
             steps=(torch.float32, sum(count_steps(self.format, self.counts))),
             indices=(torch.int32, self._num_sent if self._sparse and not as_bitmap else 0),
@@ -150,6 +154,11 @@ class Packing:
         """
         buffer = torch.empty(self.size, dtype=torch.uint8, device=device)
         segments = list(segments)
+        if self._exact:
+            replicas = segments.pop()
+            torch.cat([replicas[part] for part in self._exact], out=self._fields.view(buffer, "exact"))
+            segments += [torch.cat([replicas[part] for part in self._rounded])] if self._rounded else []
+            references = references[: len(segments)]
         if self._sparse:
             indices = largest_indices(segments[-1], self._num_sent)
             segments[-1] = segments[-1][indices]
@@ -166,6 +175,12 @@ class Packing:
         """
         buffer = self.check_buffer(buffer)
         outs = list(outs)
+        if self._exact:
+            whole = outs.pop()
+            _scatter(self._fields.view(buffer, "exact"), whole, self._exact)
+            outs += [whole.new_empty(self._replicas)] if self._rounded else []
+            references = references[: len(outs)]
+            others = outs[-1] if self._rounded else whole[:0]
         if self._sparse:
             indices, replicas = self._read_indices(buffer), outs[-1]
             outs[-1] = replicas.new_empty(self._num_sent)
@@ -173,6 +188,8 @@ class Packing:
             decode_values(codes, steps, reference, out)
         if self._sparse:
             replicas.zero_()[indices] = outs[-1]
+        if self._exact:
+            _scatter(others, whole, self._rounded)
 
     def check_buffer(self, buffer: Tensor) -> Tensor:
         """Returns the buffer, aligned so that it can be viewed as other types.
@@ -210,8 +227,33 @@ class Packing:
         return indices
 
 
+def split_statistics(plan: Plan) -> tuple[list[slice], list[slice]]:
+    """Returns where running statistics lie in a plan's flat replicas, and where the other replicas do."""
+    parts: tuple[list[slice], list[slice]] = ([], [])
+    begin = 0
+    for replica in plan.replicas:
+        end = begin + math.prod(replica.shape)
+        parts[0 if replica.buffer else 1].append(slice(begin, end))
+        begin = end
+    return parts
+
+
+def count_rounded_replicas(plan: Plan) -> int:
+    """Returns the number of replica elements that aren't running statistics."""
+    return sum(part.stop - part.start for part in split_statistics(plan)[1])
+
+
+def _scatter(values: Tensor, into: Tensor, parts: Sequence[slice]) -> None:
+    """Writes consecutive values to these parts of a flat tensor."""
+    for piece, part in zip(torch.split(values, [part.stop - part.start for part in parts]), parts, strict=True):
+        into[part] = piece
+
+
 def replica_elements_sent(replicas: int, merge: MergeConfig) -> int:
-    """Returns how many replica elements are sent: the fraction `replica_topk`, or all if that takes no more bytes."""
+    """Returns how many replica elements are sent: the fraction `replica_topk`, or all if that takes no more bytes.
+
+    `replicas` is how many there are, without running statistics, which are always sent.
+    """
     count = min(replicas, max(1, round(merge.replica_topk * replicas)))
     width = VALUE_BYTES[merge.transfer]
     return count if count * width + index_bytes(replicas, count) < replicas * width else replicas

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,15 @@ from lte_ray.layout import Adapted, Plan, Replica
 from lte_ray.messages import Contribution
 
 
-def plan_from_shapes(shapes: list[tuple[int, int, int]], replicas: list[tuple[int, ...]], scaling: float = 1.0) -> Plan:
-    """Returns a plan of weights (out, in, rank) and replica shapes."""
+def plan_from_shapes(
+    shapes: list[tuple[int, int, int]],
+    replicas: list[tuple[int, ...]],
+    scaling: float = 1.0,
+    statistics: Collection[int] = (),
+) -> Plan:
+    """Returns a plan of weights (out, in, rank) and replica shapes; replicas with these numbers are running statistics."""
     adapted = tuple(Adapted(f"w{i}", (out, inn), rank, scaling) for i, (out, inn, rank) in enumerate(shapes))
-    return Plan(adapted, tuple(Replica(f"p{i}", shape) for i, shape in enumerate(replicas)))
+    return Plan(adapted, tuple(Replica(f"p{i}", shape, buffer=i in statistics) for i, shape in enumerate(replicas)))
 
 
 def random_flat(size: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:

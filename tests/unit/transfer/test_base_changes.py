@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
 
-from lte_ray.layout import Plan
 from lte_ray.transfer.base_changes import ChangePacking
 from lte_ray.transfer.groups import BLOCK
 from tests.support.plans import plan_from_shapes, random_flat
-
-
-def with_statistics(plan: Plan) -> Plan:
-    """The plan with its first replica as a running statistic."""
-    first, *others = plan.replicas
-    return dataclasses.replace(plan, replicas=(dataclasses.replace(first, buffer=True), *others))
 
 
 @given(
@@ -32,7 +23,7 @@ def test_a_change_is_rounded_to_half_a_step(
     shapes: list, replicas: list, transfer: str, dtype: torch.dtype, power: float
 ) -> None:
     """bf16: by at most 2^-8 of a value; int8: by 1/254 of the largest in its block. Running statistics keep their bits."""
-    plan = with_statistics(plan_from_shapes(shapes, replicas))
+    plan = plan_from_shapes(shapes, replicas, statistics=[0])
     packing, change = ChangePacking(plan, transfer, dtype), (2**power * random_flat(plan.base.size, 1)).to(dtype)
     buffer = packing.encode(change)
     decoded = packing.decode(buffer)
@@ -50,7 +41,7 @@ def test_a_change_is_rounded_to_half_a_step(
 
 def test_the_size_is_that_of_the_formula() -> None:
     """One byte a value and four for each started block of 512 of each entry; statistics take four bytes a value."""
-    plan = with_statistics(plan_from_shapes([(30, 20, 2), (4, 4, 1)], [(7,), (513,)]))
+    plan = plan_from_shapes([(30, 20, 2), (4, 4, 1)], [(7,), (513,)], statistics=[0])
     assert ChangePacking(plan, "int8").size == (600 + 16 + 513) + 4 * (2 + 1 + 2) + 4 * 7
     assert ChangePacking(plan, "bf16").size == 2 * (600 + 16 + 513) + 4 * 7
 

@@ -26,6 +26,7 @@ plans = st.builds(
     plan_from_shapes,
     st.lists(st.tuples(sizes, sizes, st.integers(1, 12)), min_size=1, max_size=4),
     st.lists(st.lists(st.integers(0, 40), max_size=2).map(tuple), max_size=3),
+    statistics=st.sets(st.integers(0, 2)),
 )
 merges = st.builds(
     MergeConfig,
@@ -55,6 +56,10 @@ def test_the_receiver_decodes_what_the_sender_says(
     factors = slice(plan.factors_size)
     change = contribution[factors] - (0 if reference is None else reference[factors])
     worst = {"fp32": 0.0, "bf16": 2.0**-8, "int8": 1 / 254}[merge.transfer] * float(change.abs().max())
+    for replica in plan.replicas:
+        (entry,) = [e for e in plan.contribution.entries if e.name == replica.name]
+        at = slice(entry.offset, entry.offset + entry.size)
+        assert not replica.buffer or torch.equal(decoded[at], contribution[at]), "running statistics are exact"
     slack = 2 * float(contribution.abs().max()) * torch.finfo(torch.float32).eps  # the reference's own roundings
     assert float((decoded[factors] - contribution[factors]).abs().max()) <= worst + slack
 
@@ -130,15 +135,19 @@ def test_the_largest_of_many_are_found_exactly() -> None:
 
 @given(plans, merges)
 def test_sizes_are_those_of_the_formula(plan: Plan, merge: MergeConfig) -> None:
-    """Values x width, one step per block of each weight and of the replicas, and 4 bytes per index or one bit per element."""
+    """Values x width, a step per block of each weight and of the replicas, 4 bytes per index or one bit per element.
+
+    Running statistics take 4 bytes each.
+    """
     codec = make_codec(plan, merge)
-    replicas = plan.contribution.size - plan.factors_size
+    statistics = sum(math.prod(replica.shape) for replica in plan.replicas if replica.buffer)
+    replicas = plan.contribution.size - plan.factors_size - statistics
     count = min(replicas, max(1, round(merge.replica_topk * replicas)))
     where = min(4 * count, math.ceil(replicas / 8))
     if count * WIDTH[merge.transfer] + where >= replicas * WIDTH[merge.transfer]:
         count, where = replicas, 0
     steps = [math.ceil(a.rank * sum(a.matrix) / BLOCK) for a in plan.adapted] + [math.ceil(count / BLOCK)]
-    least = (plan.factors_size + count) * WIDTH[merge.transfer] + where
+    least = (plan.factors_size + count) * WIDTH[merge.transfer] + where + 4 * statistics
     assert min_contribution_bytes(plan, merge) == least
     assert sum(codec.buffer_sizes) == least + 4 * sum(steps) * (merge.transfer == "int8")
 
