@@ -75,16 +75,17 @@ class Sharded:
         ticket, named = self.tickets, dict(enumerate(buffers))
         squares = sum(shard.receive(ticket, contribution.head, named) for shard in self.shards)
         event_result = self.coordinator.receive(contribution, MeasuredContribution(squares))
-        if any(not (v.accepted or v.discarded) for v in event_result.results):
+        refusal = event_result.refusal(contribution)
+        if refusal is None:
+            self.pending[contribution.head] = ticket
+        else:  # it may quarantine its head, and others may be merged without it
             self.discard(ticket)
-            return event_result
-        self.pending[contribution.head] = ticket
-        tickets = {v.head: self.pending.pop(v.head) for v in event_result.results}
+        tickets = {v.head: self.pending.pop(v.head) for v in event_result.results if v is not refusal}
         for merge in event_result.merges:
             for shard in self.shards:
                 shard.merge(merge.version, {tickets[h]: weight for h, weight in merge.weights.items()}, merge.outer_step)
         for result in event_result.results:
-            if result.discarded:
+            if not result.accepted and result is not refusal:
                 self.discard(tickets[result.head])
         return event_result
 

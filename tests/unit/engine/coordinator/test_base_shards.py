@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 
 from lte_ray.config import MergeConfig
 from lte_ray.merging.flat_buffer import gather, views
@@ -17,6 +17,7 @@ from tests.support.base_shards import HEADS, Scripted, assert_same, assert_same_
 from tests.support.plans import make_contribution, random_flat
 
 
+@example([(0, "nan"), (0, "nan"), (1, "wait"), (0, "nan")], "fp32", 1.0, "auto", "none", 1)  # a quarantine lets 1 merge
 @given(
     st.lists(
         st.tuples(st.integers(0, HEADS - 1), st.sampled_from(["merge", "merge", "step", "wait", "discard", "nan", "fresh"])),
