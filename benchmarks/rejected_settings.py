@@ -32,6 +32,8 @@ SETTINGS = [
     "--when sometimes",
     "--quorum 9",
     "--reset B --no-wait",
+    "--merge-schedule 10",
+    "--merge-schedule '0:1 0.5:10' --merge-every 30s",
     "--baseline-processes 2",
     "--baseline --baseline-processes 0",
     "--baseline --baseline-processes 4 --num-heads 6",

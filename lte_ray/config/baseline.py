@@ -34,7 +34,8 @@ def baseline_lte(lte: LTEConfig) -> LTEConfig:
 
 def baseline_merge(merge: MergeConfig) -> MergeConfig:
     """The plain average of one head, as often as heads would merge: the weights are evaluated and saved as often."""
-    return MergeConfig(merge.merge_iter, "average", merge_every=merge.merge_every, rollback_z=merge.rollback_z)
+    kept = {name: getattr(merge, name) for name in ("merge_iter", "merge_schedule", "merge_every", "rollback_z")}
+    return MergeConfig(policy="average", **kept)
 
 
 def baseline_train(train: TrainConfig, num_heads: int) -> TrainConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ class MergeConfig:
         "arguments.",
     )
     policy_args: Mapping[str, Any] | None = setting(None, "The policy's own arguments; as flags: --policy.NAME VALUE.")
+    merge_schedule: str = setting(
+        "",
+        "Local steps between two contributions by part of the run, instead of --merge-iter: pairs START:STEPS, START from 0 to "
+        "1. '0:1 0.05:10' merges after each step in the first twentieth of the run, then after every ten.",
+    )
     merge_every: str = setting("", "Time between two contributions of a head, instead of --merge-iter: 30s, 5m or 1h.")
     match_speed: bool = setting(
         False,
@@ -85,6 +91,8 @@ class MergeConfig:
         check_choice(self, "send_down", ("auto", "dense", "factors", *ROUNDED_CHANGES))
         self._check_policy()
         parse_duration(self.merge_every)
+        if parse_schedule(str(self.merge_schedule)) and self.merge_every:
+            raise ConfigError("--merge-schedule and --merge-every contradict each other: both set the length of a round.")
         check_at_least(self, 0, "replica_topk", "max_norm_z", "rollback_z")
         for name in ("max_norm_z", "rollback_z"):
             if 0 < getattr(self, name) < 1:
@@ -107,10 +115,34 @@ class MergeConfig:
             raise ConfigError(f"policy_args is {self.policy_args!r}, but it must be a dict of argument names and values.")
         object.__setattr__(self, "policy_args", dict(self.policy_args))
 
+    def steps_between(self, progress: float) -> int:
+        """Local steps of a round that begins when this part of the run is done, 0 to 1."""
+        reached = [steps for start, steps in parse_schedule(self.merge_schedule) if start <= progress]
+        return reached[-1] if reached else self.merge_iter
+
     @property
     def every_seconds(self) -> float:
         """`merge_every` in seconds; 0 if a round is counted in steps."""
         return parse_duration(self.merge_every)
+
+
+@functools.cache
+def parse_schedule(text: str) -> tuple[tuple[float, int], ...]:
+    """Parses ``0:1 0.05:10`` into pairs of a start and steps; an empty text has none.
+
+    Raises:
+        ConfigError: it has another form, doesn't start at 0, or its starts don't ascend.
+    """
+    pairs = [re.fullmatch(r"(\d+(?:\.\d+)?):(\d+)", part) for part in text.split()]
+    schedule = tuple((float(pair[1]), int(pair[2])) for pair in pairs if pair)
+    starts = [start for start, _ in schedule]
+    ascending = starts == sorted(set(starts)) and starts[:1] in ([], [0.0]) and starts[-1:] < [1.0]
+    if len(schedule) != len(pairs) or not ascending or any(steps < 1 for _, steps in schedule):
+        raise ConfigError(
+            f"--merge-schedule is {text!r}, but it must be pairs START:STEPS with ascending starts from 0 to below 1, and at "
+            "least 1 step, such as '0:1 0.05:10'."
+        )
+    return schedule
 
 
 def parse_duration(text: str) -> float:

@@ -66,7 +66,6 @@ class TrainingProcess:
         train, self._processes = settings.train, settings.train.baseline_processes
         share = replace(train, accumulate=train.accumulate // self._processes, baseline_processes=1)
         self._coordinator, self._rank, self._all_reduce = coordinator, rank, all_reduce
-        self._merge_iter = settings.merge.merge_iter
         self.head = head = Head(worker, replace(settings, train=share), 0, device=device, dtype=dtype)
         head.batch_stream = BatchStream(worker, 0, 1, train.seed, (rank, self._processes))
         head.average_gradients = self._average_gradients
@@ -110,7 +109,7 @@ class TrainingProcess:
         """
         head, coordinator = self.head, self._coordinator
         before = head.samples
-        head.train(self._merge_iter - head.steps_since_contribution)
+        head.train(head.round_steps - head.steps_since_contribution)
         self._combine(before)
         contribution = head.contribute()
         assert contribution.buffer is not None

@@ -120,7 +120,7 @@ class _HeadFactory:
         head.transport = self._transport
         if self._shares_steps:  # the budget of all heads, not the head's expected share, decides when it ends
             total = self._settings.train.steps * self._settings.lte.num_heads
-            head.apply_directive(HeadDirective(self._settings.merge.merge_iter, total))
+            head.apply_directive(HeadDirective(self._settings.merge.steps_between(0), total))
         return head
 
     def evaluate(self, base: Tensor) -> Mapping[str, float]:

@@ -54,7 +54,8 @@ class Simulation:
     ) -> None:
         self._merge, self._cluster, self._make_trainee = settings.merge, cluster, make_trainee
         self._clock, self._engine = clock, coordinator
-        steps, numbers = settings.train.steps, range(settings.lte.num_heads)
+        self._steps = steps = settings.train.steps
+        numbers = range(settings.lte.num_heads)
         self._shares_steps = is_shared(settings)
         self._shared_steps_left = steps * len(numbers)
         self._takes_full_rounds = self._merge.wait and not self._shares_steps  # nothing can happen to a head in a round
@@ -127,9 +128,10 @@ class Simulation:
 
     def _plan_steps(self, head: SimHead) -> int:
         """The steps of a round, by the speeds that the coordinator has measured."""
+        progress = self._engine.step_budget.progress if self._shares_steps else (self._steps - head.steps_left) / self._steps
         if self._merge.match_speed or self._merge.merge_every:
-            return self._engine.step_rates.round_steps(head.number, self._engine.live)
-        return self._merge.merge_iter
+            return self._engine.step_rates.round_steps(head.number, self._engine.live, progress)
+        return self._merge.steps_between(progress)
 
     def _continue(self, head: SimHead, incarnation: int) -> None:
         """Between two steps: the head contributes, leaves, or takes the next step."""

@@ -73,12 +73,15 @@ def run_interrupted(path: Path, step: int, kwargs: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 12, 24])
+@pytest.mark.parametrize(("step", "schedule"), [(1, ""), (12, ""), (24, ""), (24, "0:2 0.3:20 0.4:3")])
 def test_a_barrier_run_interrupted_anywhere_is_bitwise_the_uninterrupted_run(
-    local_ray: None, tmp_path: Path, step: int
+    local_ray: None, tmp_path: Path, step: int, schedule: str
 ) -> None:
-    """Ctrl-C in the middle of a round: resumed, the run gives the weights of the simulation, dropout included."""
-    kwargs = settings(steps=60) | {"merge": MergeConfig(merge_iter=5, merge_threads=1)}
+    """Ctrl-C in the middle of a round: resumed, the run gives the weights of the simulation, dropout included.
+
+    With the schedule, the interrupted round began at step 18 with 20 steps; one that began at step 24 would have 3.
+    """
+    kwargs = settings(steps=60) | {"merge": MergeConfig(merge_iter=5, merge_threads=1, merge_schedule=schedule)}
     if step == 1:  # with longer rounds nothing would be merged yet, so nothing would be saved
         kwargs["merge"] = MergeConfig(merge_iter=2, merge_threads=1)
     run_interrupted(tmp_path, max(step, 3), kwargs)

@@ -316,7 +316,7 @@ class Coordinator:
     def next_directive(self, head: int) -> HeadDirective:
         """What a head is to do next."""
         assignments, revocation = self.assignor.pending_changes(head, self.live)
-        directive = self.step_budget.next_directive(head, self.live)
+        directive = self.step_budget.next_directive(head, self.live, self.positions[head].step)
         return replace(directive, assignments=assignments, revocation=revocation)
 
     def leave(self, head: int) -> EventResult:

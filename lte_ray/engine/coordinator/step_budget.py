@@ -13,7 +13,7 @@ SMOOTHING = 0.5
 """Weight of the former estimate of a head's step time when a new measurement comes."""
 
 MAX_ROUND = 64
-"""Longest round of a head, in multiples of `merge_iter`, however slow the slowest head is."""
+"""Longest round of a head, in multiples of that of the slowest head."""
 
 ROUNDS_AHEAD = 2
 """Rounds that a head may be granted at once: one whose contribution is on its way, and one that it trains meanwhile."""
@@ -27,7 +27,7 @@ together."""
 
 
 class StepRateEstimator:
-    """Speed-matched rounds: the slowest head takes `merge_iter` steps, each other as many as fit the same time.
+    """Speed-matched rounds: the slowest head takes the steps of a round, each other as many as fit the same time.
 
     As the dynamic local updates of asynchronous local SGD (Liu et al. 2024, arXiv 2401.09135, section 5.2). With
     `merge_every`, every head takes what fits that time.
@@ -61,15 +61,18 @@ class StepRateEstimator:
         """The steps that this head takes in that time; 0 until its speed is known."""
         return int(seconds / self._seconds[head]) if head in self._seconds else 0
 
-    def round_steps(self, head: int, live: Collection[int]) -> int:
-        """The steps of this head's next round, at least 1; `merge_iter` until its speed is known."""
-        seconds, merge = self._seconds.get(head), self._merge
+    def round_steps(self, head: int, live: Collection[int], progress: float) -> int:
+        """The steps of this head's next round, at least 1; those of any head until its speed is known.
+
+        `progress` is the part of the run that is done when the round begins.
+        """
+        seconds, merge, steps = self._seconds.get(head), self._merge, self._merge.steps_between(progress)
         if seconds is None or not (merge.match_speed or merge.every_seconds):
-            return merge.merge_iter
+            return steps
         if merge.every_seconds:
             return max(1, round(merge.every_seconds / seconds))
         slowest = max(self._seconds.get(other, 0.0) for other in {*live, head})
-        return max(1, min(MAX_ROUND * merge.merge_iter, int(merge.merge_iter * slowest / seconds)))
+        return max(1, min(MAX_ROUND * steps, int(steps * slowest / seconds)))
 
 
 def is_shared(settings: Settings) -> bool:
@@ -155,9 +158,10 @@ class StepBudget:
         self.steps_taken += more
         self._steps_of_members += more if head in self._members else 0
 
-    def next_directive(self, head: int, live: Collection[int]) -> HeadDirective:
-        """What a head is to do next."""
-        steps = self._step_rates.round_steps(head, live)
+    def next_directive(self, head: int, live: Collection[int], begun: int) -> HeadDirective:
+        """What a head is to do next, whose round has begun at its local step `begun`."""
+        progress = self.progress if self.shared else begun / self._steps
+        steps = self._step_rates.round_steps(head, live, progress)
         if not self.shared:
             return HeadDirective(steps, self._steps)
         left = max(0, self.total - sum(self.steps_granted.values()))

@@ -199,13 +199,19 @@ class Head:
         self.optimizer_step.advance_to(directive.progress)
         self.batch_stream.apply_assignments(directive.assignments, directive.revocation)
 
+    @property
+    def round_steps(self) -> int:
+        """The local steps of the round that has begun, or begins now, where no speed decides."""
+        begun = self.step - self.steps_since_contribution
+        return self.settings.merge.steps_between(begun / self.settings.train.steps)
+
     def train_round(self) -> Contribution:
-        """Takes `merge_iter` local steps (fewer at the end of the run) and makes the contribution.
+        """Takes a round of local steps (fewer at the end of the run) and makes the contribution.
 
         Raises:
             WorkerFailed: the worker's code raised; names the head and the step.
         """
-        self.train(self.settings.merge.merge_iter)
+        self.train(self.round_steps)
         return self.contribute()
 
     def train(

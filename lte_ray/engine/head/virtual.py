@@ -118,7 +118,7 @@ class HeadGroup:
         return next(head for head in self.heads if head.number == number)
 
     def train_round(self, waiting: Collection[int] = ()) -> list[Contribution]:
-        """Takes `merge_iter` local steps of every head that isn't done (fewer at the end); returns their contributions.
+        """Takes a round of every head that isn't done (shorter at the end); returns their contributions.
 
         Args:
             waiting: heads that don't train, since their last contribution has no answer.
@@ -127,7 +127,7 @@ class HeadGroup:
             WorkerFailed: the worker's code raised; names the head and the step.
         """
         active = [head for head in self.heads if not head.done and head.number not in waiting]
-        self.train({head.number: head.settings.merge.merge_iter for head in active})
+        self.train({head.number: head.round_steps for head in active})
         return [head.contribute() for head in active]
 
     def train(self, steps: Mapping[int, int]) -> None:

@@ -76,7 +76,7 @@ class HeadActor:
         self._checkpointer = HeadCheckpointer(context.directory)
         self._left: set[int] = set()
         self._quarantined: dict[int, str] = {}  # and why
-        self._round_steps = dict.fromkeys(numbers, context.settings.merge.merge_iter)
+        self._round_steps = dict.fromkeys(numbers, context.settings.merge.steps_between(0))
         self._refused = dict.fromkeys(numbers, 0)
         self._dropped: dict[int, tuple[tuple[int, int], ...]] = dict.fromkeys(numbers, ())
         self._missing_state = ""  # what the heads had to start without, in words

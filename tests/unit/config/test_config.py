@@ -121,3 +121,25 @@ def test_suggest_names_only_similar_names() -> None:
     """' Did you mean x?', or nothing."""
     assert suggest("avrage", ["average", "quorum"]) == " Did you mean average?"
     assert suggest("zzz", iter(["average", "quorum"])) == ""
+
+
+def test_a_merge_schedule_gives_the_steps_of_a_round_by_progress() -> None:
+    """The last start that is reached counts; without a schedule, `merge_iter` does."""
+    scheduled = MergeConfig(merge_iter=7, merge_schedule="0:1 0.05:10 0.9:2")
+    assert [scheduled.steps_between(p) for p in (0, 0.049, 0.05, 0.5, 0.9, 1)] == [1, 1, 10, 10, 2, 2]
+    assert MergeConfig(merge_iter=7).steps_between(0.3) == 7
+
+
+@pytest.mark.parametrize(
+    "text", ["10", "0:0", "0.1:5", "0:1 0.5:2 0.5:3", "0:1 0.5:2 0.2:3", "0:1 1:5", "0:1,0.5:2", "0:-1", "a:1", 10, ["0:1"]]
+)
+def test_a_malformed_merge_schedule_is_refused(text: object) -> None:
+    """The error says what it must be."""
+    with pytest.raises(ConfigError, match=r"--merge-schedule is .* pairs START:STEPS with ascending starts from 0 to below 1"):
+        MergeConfig(merge_schedule=text)  # type: ignore[arg-type]
+
+
+def test_a_merge_schedule_and_a_time_contradict_each_other() -> None:
+    """Both set the length of a round."""
+    with pytest.raises(ConfigError, match="--merge-schedule and --merge-every contradict each other"):
+        MergeConfig(merge_schedule="0:1 0.5:2", merge_every="5s")

@@ -238,13 +238,13 @@ def test_round_steps_follow_the_slowest_head_or_the_clock() -> None:
         StepRateEstimator(m) for m in (MergeConfig(match_speed=True), MergeConfig(merge_every="2s"), MergeConfig())
     )
     for pace in (matched, timed, plain):
-        assert pace.round_steps(0, {0, 1}) == 10
+        assert pace.round_steps(0, {0, 1}, 0) == 10
         pace.record_steps(0, 10, 1.0)
         pace.record_steps(1, 10, 4.0)
-    assert [matched.round_steps(n, {0, 1}) for n in (0, 1)] == [40, 10]
-    assert matched.round_steps(0, {0}) == 10  # the slow one has left
-    assert [timed.round_steps(n, {0, 1}) for n in (0, 1)] == [20, 5]
-    assert [plain.round_steps(n, {0, 1}) for n in (0, 1)] == [10, 10]
+    assert [matched.round_steps(n, {0, 1}, 0) for n in (0, 1)] == [40, 10]
+    assert matched.round_steps(0, {0}, 0) == 10  # the slow one has left
+    assert [timed.round_steps(n, {0, 1}, 0) for n in (0, 1)] == [20, 5]
+    assert [plain.round_steps(n, {0, 1}, 0) for n in (0, 1)] == [10, 10]
     assert [plain.relative_rate(n, {0, 1}) for n in (0, 1)] == pytest.approx([0.625, 2.5])
 
 
@@ -255,14 +255,14 @@ def test_a_shared_budget_is_used_up_exactly(rounds: list[tuple[int, int, float]]
     settings = dataclasses.replace(plain, merge=MergeConfig(merge_iter=5, wait=False, match_speed=match))
     pace = StepRateEstimator(settings.merge)
     budget = StepBudget(settings, pace, {})
-    orders = {head: budget.next_directive(head, range(4)) for head in range(4)}
+    orders = {head: budget.next_directive(head, range(4), 0) for head in range(4)}
     taken = dict.fromkeys(range(4), 0)
     for head, steps, seconds in [*rounds, *((head, 99, 1.0) for _ in range(40) for head in range(4))]:
         now = min(steps, orders[head].limit - taken[head])
         taken[head] += now
         pace.record_steps(head, now, seconds)
         budget.record_steps(head, taken[head])
-        orders[head] = budget.next_directive(head, range(4))
+        orders[head] = budget.next_directive(head, range(4), 0)
         assert sum(order.limit for order in orders.values()) <= 4 * 17
     assert all(order.final for order in orders.values())
     assert sum(taken.values()) == 4 * 17
@@ -313,7 +313,7 @@ def test_a_shared_budget_leaves_steps_for_every_head(heads: int, steps: int, mer
     plain = make_settings(heads=heads, steps=steps)
     settings = dataclasses.replace(plain, merge=MergeConfig(merge_iter=merge_iter, wait=False))
     budget = StepBudget(settings, StepRateEstimator(settings.merge), {})
-    limits = [budget.next_directive(head, range(heads)).limit for head in range(heads)]
+    limits = [budget.next_directive(head, range(heads), 0).limit for head in range(heads)]
     assert limits[0] <= max(2 * merge_iter, 1, heads * steps / 3)
     assert sum(limit > 0 for limit in limits) >= heads / 2
 

@@ -140,6 +140,7 @@ def test_ordinary_training_has_an_optimizer_for_weights(optimizer: str, chosen: 
         ({}, {"lr_scale": 2.0}, {}, "takes no --lr-scale: the ladder multiplies"),
         ({}, {"baseline": True}, {}, "takes no --baseline"),
         ({}, {}, {"merge_every": "5s"}, "takes no --merge-every"),
+        ({}, {}, {"merge_schedule": "0:1 0.5:10"}, "takes no --merge-schedule"),
         ({}, {}, {"wait": False}, "takes no --no-wait: in one process"),
         ({"rungs": ()}, {}, {}, "--rungs is empty"),
         ({"rungs": ("lre",)}, {}, {}, "--rungs is 'lre', but it must be one of: ordinary, mhlora, lte. Did you mean lte"),

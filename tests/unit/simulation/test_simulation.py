@@ -53,6 +53,15 @@ def test_a_barrier_costs_what_the_slowest_head_takes() -> None:
     assert [(m.at, m.contributions, m.max_lag) for m in run.merges] == [(40, 4, 0), (80, 4, 0), (120, 4, 0), (160, 4, 0)]
 
 
+def test_rounds_follow_a_schedule() -> None:
+    """In a run of 40 steps: every step in the first tenth, every 10 steps until a half, then every 20; also without waiting."""
+    run = timed(2, dataclasses.replace(FREE, speeds=(1, 4)), merge_schedule="0:1 0.1:10 0.5:20")
+    assert [m.steps // 2 for m in run.merges] == [1, 1, 1, 1, 10, 10, 20 - 4]
+    shared = timed(2, FREE, merge_schedule="0:1 0.5:10", wait=False, when="arrival")
+    assert {m.steps for m in shared.merges if m.version <= 30} == {1}
+    assert max(m.steps for m in shared.merges) == 10
+
+
 def test_heads_that_do_not_wait_train_all_the_time() -> None:
     """The same heads on arrival and without waiting take 160 steps together, each as fast as it can."""
     run = timed(4, dataclasses.replace(FREE, speeds=(1, 1, 1, 4)), wait=False, when="arrival")
@@ -256,6 +265,15 @@ def test_equal_heads_that_wait_are_the_barrier_bit_for_bit(reset: str, policy: s
     assert torch.equal(run.base, reference.base)
     assert [m.loss for m in run.record.merges] == [sum(m.losses.values()) / 3 for m in reference.merges]
     assert run.record.evaluation["loss"] < Tiny().evaluate(prepare(Tiny(), same).model)["loss"]
+
+
+def test_a_schedule_gives_the_same_rounds_without_a_clock() -> None:
+    """`run_in_process` merges after the same steps, with the same result."""
+    same = make_settings(heads=2, steps=12)
+    same = dataclasses.replace(same, merge=dataclasses.replace(same.merge, merge_schedule="0:1 0.25:4 0.9:1"))
+    run, reference = simulate_training(Tiny(), same, ClusterModel(), torch.float64), run_in_process(Tiny(), same, torch.float64)
+    assert [m.steps // 2 for m in reference.merges] == [1, 1, 1, 4, 4, 1]
+    assert torch.equal(run.base, reference.base)
 
 
 def test_one_head_that_does_not_wait_equals_the_barrier_if_nothing_takes_time() -> None:
