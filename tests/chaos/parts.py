@@ -177,6 +177,9 @@ class Disk:
     def read_momentum(self, directory: Any, stored: StoredCheckpoint, *of_run: Any) -> Tensor | None:
         return None if stored.momentum is None else stored.momentum.clone()
 
+    def read_residual(self, directory: Any, stored: StoredCheckpoint, plan: Any) -> None:
+        """These runs send whole bases or factors, so nothing is rounded away."""
+
     def read_policy(self, directory: Any, stored: StoredCheckpoint, name: str) -> dict[str, Tensor]:
         return stored.policy
 

@@ -120,9 +120,12 @@ def test_the_rate_is_the_norm_of_the_products_change(
     pair = draw_pair(*shape, seed=seed, dtype=dtype)
     with torch.no_grad():
         pair[0].mul_(scale)
+    # The new factors are rounded to their type, and their product inherits that.
+    norms = [float(torch.linalg.matrix_norm(factor.detach())) for factor in pair]
+    rounding = scaling * torch.finfo(dtype).eps * norms[0] * norms[1]
     change = step(pair, scaling, seed, lr=0.01)
     size = 0.01 * math.sqrt(max(1, shape[1] / shape[2]))
-    assert 0.47 * size < float(torch.linalg.svdvals(change)[0]) < 1.03 * size
+    assert 0.47 * size - rounding < float(torch.linalg.svdvals(change)[0]) < 1.03 * size + rounding
 
 
 @pytest.mark.parametrize(("r", "out", "in_features"), SHAPES)
