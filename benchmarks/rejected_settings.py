@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,6 +33,7 @@ SETTINGS = [
     "--when sometimes",
     "--quorum 9",
     "--reset B --no-wait",
+    "--send-down int4",
     "--merge-schedule 10",
     "--merge-schedule '0:1 0.5:10' --merge-every 30s",
     "--baseline-processes 2",
@@ -147,7 +149,7 @@ def three(pending, roster, more): ...
 def settings(run: Run, folder: Path) -> Iterator[Row]:
     """Flags, and files given to --config."""
     for flags in SETTINGS:
-        yield Row(flags, *run("train", GOOD, *flags.split(), "--storage", str(folder / "runs")))
+        yield Row(flags, *run("train", GOOD, *shlex.split(flags), "--storage", str(folder / "runs")))
     for text, data in [*((text, text.encode()) for text in FILES), *BINARY.items()]:
         file = folder / "x.toml"
         file.write_bytes(data)

@@ -92,7 +92,9 @@ class MergeConfig:
         self._check_policy()
         parse_duration(self.merge_every)
         if parse_schedule(str(self.merge_schedule)) and self.merge_every:
-            raise ConfigError("--merge-schedule and --merge-every contradict each other: both set the length of a round.")
+            raise ConfigError(
+                "--merge-schedule and --merge-every contradict each other: both set the length of a round. Leave one out."
+            )
         check_at_least(self, 0, "replica_topk", "max_norm_z", "rollback_z")
         for name in ("max_norm_z", "rollback_z"):
             if 0 < getattr(self, name) < 1:
