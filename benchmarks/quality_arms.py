@@ -67,11 +67,11 @@ class Job:
     def arms(self) -> list[Arm]:
         return list(self.make_arms(self))
 
-    def arm(self, name: str, heads: int, merge: MergeConfig, *, full_rank: bool = False, **train: Any) -> Arm:
-        """An arm whose heads share the batch."""
+    def arm(self, name: str, heads: int, merge: MergeConfig, lte: dict[str, Any] | None = None, **train: Any) -> Arm:
+        """An arm whose heads share the batch, with these settings of heads and training."""
         return Arm(
             name,
-            LTEConfig(num_heads=heads, full_rank=full_rank),
+            LTEConfig(num_heads=heads, **(lte or {})),
             merge,
             TrainConfig(steps=self.steps, eval_every=0, **train),
             worker={"batch_size": self.batch // heads},
@@ -84,21 +84,24 @@ class Job:
 
 
 def gpt_arms(job: Job) -> Iterator[Arm]:
-    """Ordinary training, LTE with the library's defaults and as in the paper, and training in full rank with outer steps."""
+    """Ordinary training, LTE with the library's defaults, in int8 and as in the paper, and in full rank with outer steps."""
     yield job.ordinary(ORDINARY, **ADAMW)
     yield job.ordinary(MUON, **MUON_RATES)
     for heads in (2, 4, 8):
         yield job.arm(f"LTE, {heads} heads", heads, MergeConfig())
     for heads in (4, 8):
         yield job.arm(f"LTE, {heads} heads, merge_iter 50", heads, MergeConfig(50))
+    rounded = MergeConfig(transfer="int8", send_down="int8")
+    for heads in (4, 8):
+        yield job.arm(f"LTE, {heads} heads, rank 32 in int8", heads, rounded, {"lora_r": 32})
     for heads in (2, 4, 8):
         yield job.arm(f"LTE as in the paper, {heads} heads", heads, MergeConfig(policy="average"), **ADAMW)
     muloco = MergeConfig(policy="nesterov", policy_args={"lr": 0.7, "momentum": 0.6})
     diloco = MergeConfig(policy="nesterov", policy_args={"lr": 0.7, "momentum": 0.9})
     for heads in (4, 8):
-        yield job.arm(f"MuLoCo, {heads} heads", heads, muloco, full_rank=True, **MUON_RATES)
-        yield job.arm(f"DiLoCo, {heads} heads", heads, diloco, full_rank=True, **ADAMW)
-        yield job.arm(f"local AdamW, {heads} heads", heads, MergeConfig(policy="average"), full_rank=True, **ADAMW)
+        yield job.arm(f"MuLoCo, {heads} heads", heads, muloco, {"full_rank": True}, **MUON_RATES)
+        yield job.arm(f"DiLoCo, {heads} heads", heads, diloco, {"full_rank": True}, **ADAMW)
+        yield job.arm(f"local AdamW, {heads} heads", heads, MergeConfig(policy="average"), {"full_rank": True}, **ADAMW)
 
 
 def image_arms(job: Job) -> Iterator[Arm]:
@@ -112,9 +115,9 @@ GPT_LIMITS = (
     *(Limit(f"LTE, {heads} heads", ORDINARY, bound) for heads, bound in ((2, 0.96), (4, 0.97), (8, 1.00))),
     *(Limit(f"LTE, {heads} heads", MUON, bound) for heads, bound in ((2, 1.05), (4, 1.08), (8, 1.12))),
     *(Limit(f"LTE, {heads} heads, merge_iter 50", ORDINARY, bound) for heads, bound in ((4, 1.00), (8, 1.04))),
-    *(Limit(f"LTE, {heads} heads", f"MuLoCo, {heads} heads", 1.03) for heads in (4, 8)),
-    *(Limit(f"LTE, {heads} heads", f"DiLoCo, {heads} heads", 1.00) for heads in (4, 8)),
-    *(Limit(f"LTE, {heads} heads", f"MuLoCo, {heads} heads", 0.2, "bytes") for heads in (4, 8)),
+    *(Limit(f"LTE, {heads} heads, rank 32 in int8", f"MuLoCo, {heads} heads", 1.03) for heads in (4, 8)),
+    *(Limit(f"LTE, {heads} heads, rank 32 in int8", f"DiLoCo, {heads} heads", 1.00) for heads in (4, 8)),
+    *(Limit(f"LTE, {heads} heads, rank 32 in int8", f"MuLoCo, {heads} heads", 0.2, "bytes") for heads in (4, 8)),
     Limit("LTE, 2 heads", "LTE, 2 heads", 1.02),
 )
 
