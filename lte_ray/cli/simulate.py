@@ -123,7 +123,7 @@ def _write(file: str, content: str) -> None:
 
 def _title(what: str, sections: dict[type, Any]) -> str:
     merge: MergeConfig = sections[MergeConfig]
-    every = f"every {merge.merge_every or f'{merge.merge_iter} steps'}"
+    every = f"every {merge.merge_every}" if merge.merge_every else f"every {merge.merge_iter} steps"
     every = f"schedule {merge.merge_schedule}" if merge.merge_schedule else every
     waiting = "" if merge.wait else ", no waiting"
     policy = merge.policy if isinstance(merge.policy, str) else type(merge.policy).__name__

@@ -89,10 +89,7 @@ def _check(ladder: LadderConfig, lte: LTEConfig, merge: MergeConfig, train: Trai
     reasons = {
         "--baseline": (train.baseline, "the rung `ordinary` is ordinary training"),
         "--full-rank": (lte.full_rank, "the ladder compares factors with ordinary training"),
-        "--merge-schedule": (
-            bool(merge.merge_schedule),
-            "rungs merge after a number of steps (--merge-iters)",
-        ),
+        "--merge-schedule": (bool(merge.merge_schedule), "rungs merge after a number of steps (--merge-iters)"),
         "--merge-every": (bool(merge.merge_every), "rungs merge after a number of steps (--merge-iters)"),
         "--match-speed": (merge.match_speed, "rungs merge after a number of steps (--merge-iters)"),
         "--lr-scale": (train.lr_scale != 1.0, "the ladder multiplies the rates itself (--rates)"),

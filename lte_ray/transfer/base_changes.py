@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lte_ray.layout import Plan
-from lte_ray.transfer.packing import BufferFields, count_steps, decode_values, encode_values, value_type
+from lte_ray.transfer.packing import BufferFields, count_steps, decode_values, encode_values, lengths, scatter, value_type
 
 
 class ChangePacking:
@@ -33,11 +33,11 @@ class ChangePacking:
         places = [(entry.name in statistics, slice(entry.offset, entry.offset + entry.size)) for entry in plan.base.entries]
         self._exact = [place for exact, place in places if exact]
         self._rounded = [place for exact, place in places if not exact]
-        self._counts = [place.stop - place.start for place in self._rounded]
+        self._counts = lengths(self._rounded)
         self._steps = count_steps(transfer, self._counts)
         self._transfer, self._dtype, self._elements = transfer, dtype, plan.base.size
         self._fields = BufferFields(
-            exact=(dtype, sum(place.stop - place.start for place in self._exact)),
+            exact=(dtype, sum(lengths(self._exact))),
             values=(value_type(transfer, dtype), sum(self._counts)),
             steps=(torch.float32, sum(self._steps)),
         )
@@ -60,9 +60,7 @@ class ChangePacking:
         """
         buffer = self._fields.check_buffer(buffer, "change", self._transfer)
         change = torch.empty(self._elements, dtype=self._dtype, device=buffer.device)
-        exact = self._fields.view(buffer, "exact")
-        for place, values in zip(self._exact, torch.split(exact, [p.stop - p.start for p in self._exact]), strict=True):
-            change[place] = values
+        scatter(self._fields.view(buffer, "exact"), change, self._exact)
         for place, values, steps in self._segments(buffer):
             decode_values(values, steps, None, change[place])
         return change

@@ -133,7 +133,7 @@ class Packing:
         self.counts = [a.rank * sum(a.matrix) for a in plan.adapted] + [self._num_sent] * bool(self._replicas)
         as_bitmap = use_bitmap(self._replicas, self._num_sent)
         self._fields = BufferFields(
-            exact=(dtype, sum(part.stop - part.start for part in self._exact)),
+            exact=(dtype, sum(lengths(self._exact))),
             values=(value_type(self.format, dtype), sum(self.counts)),
             steps=(torch.float32, sum(count_steps(self.format, self.counts))),
             indices=(torch.int32, self._num_sent if self._sparse and not as_bitmap else 0),
@@ -177,7 +177,7 @@ class Packing:
         outs = list(outs)
         if self._exact:
             whole = outs.pop()
-            _scatter(self._fields.view(buffer, "exact"), whole, self._exact)
+            scatter(self._fields.view(buffer, "exact"), whole, self._exact)
             outs += [whole.new_empty(self._replicas)] if self._rounded else []
             references = references[: len(outs)]
             others = outs[-1] if self._rounded else whole[:0]
@@ -189,7 +189,7 @@ class Packing:
         if self._sparse:
             replicas.zero_()[indices] = outs[-1]
         if self._exact:
-            _scatter(others, whole, self._rounded)
+            scatter(others, whole, self._rounded)
 
     def check_buffer(self, buffer: Tensor) -> Tensor:
         """Returns the buffer, aligned so that it can be viewed as other types.
@@ -240,12 +240,17 @@ def split_statistics(plan: Plan) -> tuple[list[slice], list[slice]]:
 
 def count_rounded_replicas(plan: Plan) -> int:
     """Returns the number of replica elements that aren't running statistics."""
-    return sum(part.stop - part.start for part in split_statistics(plan)[1])
+    return sum(lengths(split_statistics(plan)[1]))
 
 
-def _scatter(values: Tensor, into: Tensor, parts: Sequence[slice]) -> None:
+def lengths(parts: Sequence[slice]) -> list[int]:
+    """Returns how many elements of a flat tensor each of these parts has."""
+    return [part.stop - part.start for part in parts]
+
+
+def scatter(values: Tensor, into: Tensor, parts: Sequence[slice]) -> None:
     """Writes consecutive values to these parts of a flat tensor."""
-    for piece, part in zip(torch.split(values, [part.stop - part.start for part in parts]), parts, strict=True):
+    for piece, part in zip(torch.split(values, lengths(parts)), parts, strict=True):
         into[part] = piece
 
 

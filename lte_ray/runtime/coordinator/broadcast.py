@@ -103,7 +103,8 @@ class Broadcaster:
         before, newest = merges[0].version - 1, merges[-1].version
         for merge in merges:
             version, engine = merge.version, self._engine
-            of_heads = {head: buffers[head] for head in merge.heads}
+            # Contributions that no head redoes aren't kept.
+            of_heads = {head: buffers[head] for head in merge.heads} if self._log.factored_groups else {}
             delta = MergeDelta(version, merge.weights, of_heads, merge.fresh, merge.outer_step)
             self._log.append(delta if merge.weights or not self._log.factored_groups else None)
             weights = {tickets[head]: weight for head, weight in merge.weights.items()}

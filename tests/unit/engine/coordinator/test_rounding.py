@@ -35,7 +35,7 @@ def test_base_and_residual_are_the_exact_base(merges: int, send_down: str, seed:
 
 
 def test_changes_too_small_for_a_step_arrive_later() -> None:
-    """Beside a value of 1, one of 1e-4 is rounded to 0 in int8; it arrives once it has added up to half a step."""
+    """In int8, 1e-4 is rounded to 0 if its block also holds 1. It is sent once such changes add up to half a step."""
     change = torch.zeros(PLAN.base.size)
     change[0], change[1] = 1.0, 1e-4
     base, residual = move(PLAN, "int8", [change] * 100)
