@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lte_ray.config import MergeConfig
-from lte_ray.engine.coordinator.aggregator import BaseReader, BaseShard, BaseVersion, MeasuredContribution
+from lte_ray.engine.coordinator.aggregator import BaseShard, MeasuredContribution
+from lte_ray.engine.coordinator.base_weights import BaseReader, BaseVersion
 from lte_ray.engine.coordinator.coordinator import Coordinator, EventResult
 from lte_ray.layout import Plan
 from lte_ray.merging import Decision, Discard, Merge, MergePolicy, Pending, Roster, Wait

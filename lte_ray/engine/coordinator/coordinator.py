@@ -18,7 +18,6 @@ from torch import Tensor
 from lte_ray.data.assignment import PartitionAssignor
 from lte_ray.data.partition import initial_partitions
 from lte_ray.engine.coordinator.aggregator import (
-    BaseWeights,
     DecidedMerge,
     LocalTensors,
     MeasuredContribution,
@@ -26,6 +25,7 @@ from lte_ray.engine.coordinator.aggregator import (
     RemoteShare,
     RemoteTensors,
 )
+from lte_ray.engine.coordinator.base_weights import BaseWeights
 from lte_ray.engine.coordinator.checked_policy import CheckedPolicy
 from lte_ray.engine.coordinator.step_budget import StepBudget, StepRateEstimator
 from lte_ray.engine.coordinator.validation import OutlierFilter, check_identity, check_magnitude

@@ -14,7 +14,8 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from lte_ray.engine.coordinator.aggregator import BaseVersion, MeasuredContribution
+from lte_ray.engine.coordinator.aggregator import MeasuredContribution
+from lte_ray.engine.coordinator.base_weights import BaseVersion
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.process_tuning import torch_threads
 from lte_ray.errors import CoordinatorLost

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lte_ray import fault_injection
-from lte_ray.engine.coordinator.aggregator import BaseShard, BaseVersion
+from lte_ray.engine.coordinator.aggregator import BaseShard
+from lte_ray.engine.coordinator.base_weights import BaseVersion
 from lte_ray.engine.process_tuning import torch_threads
 from lte_ray.fault_injection import inject
 from lte_ray.layout import Plan
