@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lte_ray.adapters.factors import Factors, draw_initial_a
-from lte_ray.adapters.layer import HeadLayer, LTELayer, add_factors, quantize_weight
+from lte_ray.adapters.layer import LTELayer, add_factors
 from lte_ray.adapters.layer_kinds import kind_of
 from lte_ray.adapters.plan import make_plan
 from lte_ray.adapters.quantization import QuantizedWeight
+from lte_ray.adapters.user_parameter import UserParameter, UserParameters
 from lte_ray.config import LTEConfig
 from lte_ray.layout import Adapted, Plan
 from lte_ray.merging.flat_buffer import as_matrix
@@ -23,16 +24,26 @@ from lte_ray.misc.convert import leave_fast_path
 
 @dataclass(frozen=True)
 class MainWeight:
-    """A head's copy of one main weight: a parameter that isn't trained, or a quantized weight.
+    """A head's copy of one main weight: a tensor, or a quantized weight.
 
     With `separate_reference`, it is W_v itself, and the factors store the reference. Otherwise the reference is folded into it:
     W~ = W_v - s B' A'.
     """
 
-    spec: Adapted
-    stored: nn.Parameter | QuantizedWeight
-    factors: Factors
+    user: UserParameter
     separate_reference: bool
+
+    @property
+    def spec(self) -> Adapted:
+        return self.user.spec
+
+    @property
+    def stored(self) -> Tensor | QuantizedWeight:
+        return self.user.stored
+
+    @property
+    def factors(self) -> Factors:
+        return self.user.factors
 
     @torch.no_grad()
     def load(self, base: Tensor | None, reference: tuple[Tensor, Tensor] | None) -> float:
@@ -81,8 +92,9 @@ class MainWeight:
 
     def swap(self, staged: Tensor) -> Tensor:
         """Puts a staged weight into use, and returns the previous one."""
-        assert isinstance(self.stored, nn.Parameter)
+        assert isinstance(self.stored, Tensor)
         before, self.stored.data = self.stored.data, staged
+        self.user.hide()
         return before
 
 
@@ -93,9 +105,10 @@ class Converted:
     Attributes:
         model: the model passed to `convert`, unless that is a bare `nn.MultiheadAttention`.
         plan: which of its parts are trained.
-        parameters: all parameters of the unconverted model that are still parameters.
+        parameters: all parameters of the unconverted model, except those whose weights are quantized.
         main_weights: the main weights.
         factors: A and B, under their names in the contribution layout.
+        user_parameters: what the user's code sees of the main weights.
     """
 
     model: nn.Module
@@ -103,6 +116,7 @@ class Converted:
     parameters: dict[str, nn.Parameter]
     main_weights: dict[str, MainWeight]
     factors: dict[str, nn.Parameter]
+    user_parameters: UserParameters
 
     @property
     def frozen(self) -> dict[str, nn.Parameter]:
@@ -118,7 +132,8 @@ class Converted:
 def convert(model: nn.Module, lte: LTEConfig, *, seed: int = 0, head: int = 0, separate_reference: bool = False) -> Converted:
     """Converts `model` in place for one head; at first, its outputs are unchanged (B = 0).
 
-    The parameter objects remain those of the model, and so do its layers, whose class becomes a subclass of `HeadLayer`. Each
+    The model keeps its parameter objects, all of which still require gradients if they train, and its layers, whose class
+    becomes a subclass of `HeadLayer`. Each
     adapted `nn.MultiheadAttention` is replaced by one with plain projections, which has the same parameters. A is drawn from
     (seed, head, name).
 
@@ -138,24 +153,22 @@ def convert(model: nn.Module, lte: LTEConfig, *, seed: int = 0, head: int = 0, s
     for name, parameter in parameters.items():
         if name not in trained:
             parameter.requires_grad_(False)
-    lora = {}
+    users, group = {}, UserParameters()
     for spec in plan.adapted:
         weight = parameters[spec.name]
-        lora[id(weight)] = _draw_factors(
-            spec, weight, seed, head, separate_reference=separate_reference or spec.base_dtype != "fp32"
-        )
-        weight.requires_grad_(False)
-    model, _ = split_attention_projections(model, set(lora))
+        factors = _draw_factors(spec, weight, seed, head, separate_reference=separate_reference or spec.base_dtype != "fp32")
+        users[id(weight)] = UserParameter(spec, weight, factors)
+        group.add(users[id(weight)])
+    model, _ = split_attention_projections(model, set(users))
     for module in list(model.modules()):
-        pair = lora.get(id(getattr(module, "weight", None)))
-        if pair is not None and kind_of(module) is not None:
-            add_factors(module, pair, lora.get(id(getattr(module, "bias", None))))
+        own = {name: users.get(id(getattr(module, name, None))) for name in ("weight", "bias")}
+        if own["weight"] is not None and kind_of(module) is not None:
+            add_factors(module, {name: user for name, user in own.items() if user is not None}, group)
     leave_fast_path(model, LTELayer)
-    converted = Converted(model, plan, parameters, {}, {})
-    for spec in plan.adapted:
-        pair = lora[id(parameters[spec.name])]
-        converted.factors.update({spec.a_name: pair.A, spec.b_name: pair.B})
-        converted.main_weights[spec.name] = MainWeight(spec, parameters[spec.name], pair, pair.separate_reference)
+    converted = Converted(model, plan, parameters, {}, {}, group)
+    for user in group.all:
+        converted.factors.update({user.spec.a_name: user.factors.A, user.spec.b_name: user.factors.B})
+        converted.main_weights[user.spec.name] = MainWeight(user, user.factors.separate_reference)
     _quantize_main_weights(converted)
     return converted
 
@@ -196,36 +209,23 @@ def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
                 parent._modules[name] = new[id(child)]
 
 
-def _layers_of(model: nn.Module, pair: Factors) -> Sequence[HeadLayer]:
-    return [m for m in model.modules() if isinstance(m, HeadLayer) and m.lora is pair]
-
-
 def _quantize_main_weights(converted: Converted) -> None:
     """Quantizes the main weights to the formats that the plan specifies."""
-    for name, main in list(converted.main_weights.items()):
+    for name, main in converted.main_weights.items():
         if main.spec.base_dtype == "fp32" or len(main.spec.shape) == 1:
             continue
-        weight = converted.parameters.pop(name)
-        quantized = QuantizedWeight.from_weight(quantizer_input(main.spec, weight.detach()), main.spec.base_dtype)
-        for layer in _layers_of(converted.model, main.factors):
-            quantize_weight(layer, quantized)
-        converted.main_weights[name] = MainWeight(main.spec, quantized, main.factors, separate_reference=True)
+        weight = converted.parameters.pop(name).detach()
+        main.user.set_stored(QuantizedWeight.from_weight(quantizer_input(main.spec, weight), main.spec.base_dtype))
 
 
 def share_frozen_weights(converted: Converted, share: Converted) -> None:
     """Makes `converted` use the main weights of `share` and its other parameters that aren't trained."""
-    trained = {r.name for r in converted.plan.replicas}
-    shared = {id(converted.parameters[n]): p for n, p in share.parameters.items() if n not in trained}
+    frozen = share.frozen
+    shared = {id(converted.parameters[n]): p for n, p in frozen.items()}
     for module in converted.model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and id(parameter) in shared:
                 module._parameters[name] = shared[id(parameter)]
-    for name, parameter in share.parameters.items():
-        if name not in trained:
-            converted.parameters[name] = parameter
-    for name, main in list(converted.main_weights.items()):
-        stored = share.main_weights[name].stored
-        if isinstance(stored, QuantizedWeight):
-            for layer in _layers_of(converted.model, main.factors):
-                layer.quantized = stored
-        converted.main_weights[name] = MainWeight(main.spec, stored, main.factors, main.separate_reference)
+    converted.parameters.update(frozen)
+    for name, main in converted.main_weights.items():
+        main.user.set_stored(share.main_weights[name].stored)

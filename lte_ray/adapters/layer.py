@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 
-from lte_ray.adapters.effective_parameter import COMPUTING_LOSS, computing_loss, effective_parameter
 from lte_ray.adapters.factors import Factors
 from lte_ray.adapters.layer_kinds import TORCH_KINDS, TRANSPOSED_LINEAR, LayerKind, kind_of
 from lte_ray.adapters.quantization import QuantizedWeight
 from lte_ray.adapters.quantization import linear as quantized_linear
+from lte_ray.adapters.user_parameter import UserParameter, UserParameters
 
 
 class LTELayer(nn.Module):
@@ -23,8 +24,9 @@ class HeadLayer(LTELayer):
     """y = f(x; W~, b) + s (B A)(x): a layer of one head (LTE, arXiv 2402.16828, eq. 5-6).
 
     W~ = W_v - s B' A' is the head's own copy of the main weight: base version v minus what v already contains of this head (the
-    reference A', B'). It gets no gradient. It remains a parameter with the same name, and so does the bias. If the main weight
-    is shared or quantized, W~ = W_v, and the reference's product is computed separately (`Factors`).
+    reference A', B'). If the main weight is shared or quantized, W~ = W_v, and the reference's product is computed separately
+    (`Factors`). The layer's weight and bias remain parameters of the same names, in which other code finds the effective
+    values (`adapters.user_parameter`).
 
     `add_factors` turns a layer into a `HeadLayer` by changing its class, so that its attributes, hooks and all references to it
     remain.
@@ -32,71 +34,87 @@ class HeadLayer(LTELayer):
 
     kind: ClassVar[LayerKind]
     plain: ClassVar[type[nn.Module]]
-    lora: Factors
-    lora_bias: Factors | None
+    lte_parameters: dict[str, UserParameter]
+    lte_head: UserParameters
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = self.kind
-        bias: Tensor | None = self._parameters.get("bias")
-        if self.lora_bias is not None:
-            assert bias is not None
-            bias = bias + self.lora_bias.vector_change()
+        kind, own = self.kind, self.__dict__["_parameters"]
+        weight, bias = own["weight"], own.get("bias")
+        user_weight = self.lte_parameters["weight"]
+        if weight is not user_weight.parameter:  # a caller substitutes it, as torch.func.functional_call does
+            return kind.main(self, x, weight, bias)
+        user_bias = self.lte_parameters.get("bias")
+        in_place = self.lte_head.active and self.lte_head.functional is None
+        if user_bias is not None and bias is user_bias.parameter and not (in_place and user_bias.tracked):
+            assert isinstance(user_bias.stored, Tensor)
+            bias = user_bias.stored + user_bias.factors.vector_change()
+        if in_place and user_weight.tracked:
+            return kind.main(self, x, weight, bias)
         if kind.product is None:
-            return kind.main(self, x, self._raw_weight() + self.lora.vector_change(), bias)
-        a, b = self.lora.effective_pair()
-        return self._main_output(x, bias) + kind.product(self, x, a, b, self.lora.scaling)
+            assert isinstance(user_weight.stored, Tensor)
+            return kind.main(self, x, user_weight.stored + user_weight.factors.vector_change(), bias)
+        a, b = user_weight.factors.effective_pair()
+        stored = user_weight.stored
+        if isinstance(stored, Tensor):
+            y = kind.main(self, x, stored, bias)
+            a, b = a.to(stored.dtype), b.to(stored.dtype)
+        elif kind.name == "linear":
+            y = quantized_linear(x, stored, bias)
+        else:
+            y = kind.main(self, x, stored.dequantize(a.dtype if kind.name == "embedding" else x.dtype), bias)
+        return y + kind.product(self, x, a, b, user_weight.factors.scaling)
 
-    def _main_output(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        quantized = self._modules.get("quantized")
-        if not isinstance(quantized, QuantizedWeight):
-            return self.kind.main(self, x, self._raw_weight(), bias)
-        if self.kind.name == "linear":
-            return quantized_linear(x, quantized, bias)
-        dtype = self.lora.A.dtype if self.kind.name == "embedding" else x.dtype
-        return self.kind.main(self, x, quantized.dequantize(dtype), bias)
+    @property
+    def lte_factors(self) -> Factors:
+        """The factors of the layer's weight."""
+        return self.lte_parameters["weight"].factors
 
     def plain_forward(self, x: Tensor) -> Tensor:
-        """Computes what the layer computed before it had factors, with its current parameters."""
-        with computing_loss(False):  # it reads its parameters itself, which are already the effective ones
-            y: Tensor = self.plain.forward(self, x)
+        """Computes what the layer computed before it had factors, with the parameters that `_norm` substitutes."""
+        y: Tensor = self.plain.forward(self, x)
         return y
 
-    def _raw_weight(self) -> Tensor:
-        """Returns the main weight itself, for which other readers get an `EffectiveParameter` while a loss is computed."""
-        weight = self._parameters["weight"]
-        assert weight is not None
-        return weight
-
-    def _effective_weight(self) -> Tensor:
-        """Returns W~ + s B A (- s B' A') in the stored shape: the weight that the layer's output corresponds to."""
-        stored = self._stored("weight")
-        if self.kind.product is None:
-            return stored + self.lora.vector_change()
-        a, b = self.lora.effective_pair()
-        product = (b @ a) * self.lora.scaling
-        return stored + (product.t() if self.kind.transposed else product.reshape(stored.shape))
-
-    def _stored(self, name: str) -> Tensor:
-        """Returns the parameter with this name; a quantized weight, dequantized."""
-        quantized = self._modules.get("quantized")
-        if name == "weight" and isinstance(quantized, QuantizedWeight):
-            weight = quantized.dequantize(self.lora.A.dtype)
-            return weight.t() if self.kind.transposed else weight
-        parameter: Any = super().__getattr__(name)
-        return parameter  # type: ignore[no-any-return]
+    @property
+    def _parameters(self) -> dict[str, nn.Parameter | None]:  # type: ignore[override]
+        """The layer's parameters, as `named_parameters`, `state_dict` and others of torch's methods read them."""
+        parameters: dict[str, nn.Parameter | None] = self.__dict__["_parameters"]
+        if self.lte_head.active:
+            for name, each in self.lte_parameters.items():
+                if parameters[name] is each.parameter:
+                    self.lte_head.read_by_name(each)
+        return parameters
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight":
-            return (
-                effective_parameter(self._stored(name), self._effective_weight) if COMPUTING_LOSS.get() else self._stored(name)
-            )
-        if name == "bias" and COMPUTING_LOSS.get() and (lora := self._modules.get("lora_bias")) is not None:
-            stored = self._stored(name)
-            return effective_parameter(stored, lambda: stored + lora.vector_change())  # type: ignore[operator]
-        return super().__getattr__(name)
+        value = super().__getattr__(name)
+        if name in ("weight", "bias"):
+            user = self.__dict__["lte_parameters"].get(name)
+            if user is not None and value is user.parameter:
+                return self.__dict__["lte_head"].read(user)
+        return value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """A layer of the user's own class with the effective weight, such as a teacher that follows the model."""
+        for user in self.lte_parameters.values():
+            if id(user.parameter) not in memo:
+                memo[id(user.parameter)] = nn.Parameter(user.effective().detach())
+        copied = self.plain.__new__(self.plain)
+        memo[id(self)] = copied
+        own = {key: value for key, value in vars(self).items() if key not in ("lte_parameters", "lte_head")}
+        vars(copied).update(copy.deepcopy(own, memo))
+        return copied
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for each in self.lte_parameters.values():
+            each.factors._apply(fn)  # type: ignore[no-untyped-call]
+            if isinstance(each.stored, QuantizedWeight):
+                each.stored._apply(fn)
+            each.moved()
+        return self
 
     def extra_repr(self) -> str:
-        added = f"rank={self.lora.A.shape[0]}, s={self.lora.scaling:g}"
+        factors = self.lte_factors
+        added = f"rank={factors.A.shape[0]}, s={factors.scaling:g}"
         plain = self.plain.extra_repr(self)
         return f"{plain}, {added}" if plain else added
 
@@ -134,19 +152,19 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def add_factors(layer: nn.Module, lora: Factors, lora_bias: Factors | None) -> HeadLayer:
-    """Turns `layer` into a `HeadLayer` with these factors, in place; its main weight no longer gets a gradient."""
+def add_factors(layer: nn.Module, parameters: dict[str, UserParameter], head: UserParameters) -> HeadLayer:
+    """Turns `layer` into a `HeadLayer`, in place.
+
+    The factors aren't among its submodules: to the user's code, the model has the modules and parameters that were built.
+
+    Args:
+        layer: one of the user's layers.
+        parameters: its "weight", and its "bias" if that has factors.
+        head: all of the model's.
+    """
     kind = kind_of(layer)
     assert kind is not None
+    vars(layer).update(lte_parameters=parameters, lte_head=head)
     layer.__class__ = _class_of(type(layer), kind)
     assert isinstance(layer, HeadLayer)
-    layer.weight.requires_grad_(False)
-    layer.lora, layer.lora_bias = lora, lora_bias
     return layer
-
-
-@torch.no_grad()
-def quantize_weight(layer: HeadLayer, quantized: QuantizedWeight) -> None:
-    """Replaces the layer's main weight by a quantized one, in the shape of the matrix or of the weight."""
-    del layer._parameters["weight"]
-    layer.quantized = quantized

@@ -80,12 +80,13 @@ def _embedding_product(layer: nn.Embedding, x: Tensor, a: Tensor, b: Tensor, s: 
 
 def _norm(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Runs the layer's own forward with these affine parameters; the layer updates its running statistics itself."""
-    before = {name: layer._parameters[name] for name in ("weight", "bias") if name in layer._parameters}
-    layer._parameters.update({name: value for name, value in (("weight", weight), ("bias", bias)) if name in before})
+    own = vars(layer)["_parameters"]
+    before = {name: own[name] for name in ("weight", "bias") if name in own}
+    own.update({name: value for name, value in (("weight", weight), ("bias", bias)) if name in before})
     try:
         y: Tensor = layer.plain_forward(x)
     finally:
-        layer._parameters.update(before)
+        own.update(before)
     return y
 
 

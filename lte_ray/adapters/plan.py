@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lte_ray.adapters.layer_kinds import NORM, kind_of
+from lte_ray.adapters.user_parameter import check_hooks
 from lte_ray.config import LTEConfig, Resolved, flag, suggest
 from lte_ray.config.layer_rules import parse_rules
 from lte_ray.errors import ConfigError, WorkerError
@@ -56,7 +57,8 @@ def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
         WorkerError: no parameter trains, none is adapted, or one can't be merged (sparse, complex, integer, no shape).
     """
     uses_by_id = _find_uses(model)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
+    _check_memory(model)
     settings = _LayerSettings(model, lte, head, uses_by_id)
     for name, parameter in parameters.items():
         _check_parameter(name, parameter)
@@ -82,10 +84,13 @@ def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
         if name in weights:
             if lte.full_rank:
                 _check_gradient(name, uses, full_rank=True)
+            else:
+                check_hooks(name, parameter)
             spec = Adapted(name, shape, 1, chosen.scaling, uses[0].transposed, chosen.lr, chosen.base_dtype)
             # With rank min(out, in), a product can be any matrix. The scaling remains that of the configured rank.
             adapted.append(replace(spec, rank=1 if parameter.ndim == 1 else min(chosen.rank, *spec.matrix)))
         elif bias == "lora":
+            check_hooks(name, parameter)
             adapted.append(Adapted(name, shape, 1, chosen.scaling, lr=chosen.lr))
         elif bias != "frozen":
             _check_gradient(name, uses)
@@ -285,6 +290,34 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
             f"Parameter {name} trains and has type {parameter.dtype}; only real floating-point can be merged."
             + (" Keep its real and imaginary parts as two parameters." if parameter.is_complex() else "")
         )
+
+
+def _check_memory(model: nn.Module) -> None:
+    """Refuses tensors of the model that share memory with a parameter that trains: a head couldn't change both at once."""
+    named: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    spans = sorted(
+        (tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), name)
+        for name, tensor in named.items()
+        if not nn.parameter.is_lazy(tensor)
+        and tensor.layout is torch.strided
+        and tensor.numel()
+        and tensor.device.type != "meta"
+    )
+    end, owner = 0, ""
+    for begin, until, name in spans:
+        if begin < end and (named[name].requires_grad or named[owner].requires_grad):
+            raise WorkerError(
+                f"{owner} and {name} are two tensors on the same memory, so a change of one would be lost in the other. To tie "
+                f"layers, give both the same parameter (b.weight = a.weight); use a transposed one in the forward pass "
+                "(F.linear(x, a.weight.t())); or copy it: nn.Parameter(a.weight.detach().clone())."
+            )
+        if until > end:
+            end, owner = until, name
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """The bytes from a tensor's first element to its last."""
+    return (sum((n - 1) * abs(step) for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1) * tensor.element_size()
 
 
 def _leftover_message(names: list[str]) -> str:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lte_ray.adapters.effective_parameter import effective_parameter
 from lte_ray.adapters.layer import LTELayer, make_class
 from lte_ray.adapters.layer_kinds import TORCH_KINDS, TRANSPOSED_LINEAR, LayerKind
 from lte_ray.errors import ConfigError
@@ -23,6 +22,7 @@ from lte_ray.modes.batch_split import (
     check_not_recomputed,
     in_backward,
 )
+from lte_ray.modes.effective_parameter import effective_parameter
 from lte_ray.modes.parameter_guard import MODEL_RUNNING, refuse_use
 from lte_ray.modes.stacked_factors import StackedFactors
 

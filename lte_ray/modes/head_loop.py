@@ -14,9 +14,9 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 
-from lte_ray.adapters.effective_parameter import effective_parameter
 from lte_ray.modes.arithmetic import set_to_mean
 from lte_ray.modes.batch_split import ACTIVE_HEAD, in_backward, refuse_recomputation, run_each_head
+from lte_ray.modes.effective_parameter import effective_parameter
 from lte_ray.modes.parameter_guard import MODEL_RUNNING, TrackedModel, refuse_use, tracked_class
 from lte_ray.modes.replica import ReplicaLayer, ReplicaParameters
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lte_ray.adapters.effective_parameter import effective_parameter
 from lte_ray.errors import ConfigError
 from lte_ray.modes.arithmetic import set_to_mean
 from lte_ray.modes.batch_split import ACTIVE_HEAD, in_backward, move_tensors, refuse_recomputation, run_each_head
 from lte_ray.modes.dmp import head_device
+from lte_ray.modes.effective_parameter import effective_parameter
 from lte_ray.modes.parameter_guard import MODEL_RUNNING, check_not_merged, refuse_use
 from lte_ray.modes.state_dict_compat import ReplicaCompat
 

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from lte_ray.adapters.convert import convert, share_frozen_weights
-from lte_ray.adapters.effective_parameter import computing_loss
 from lte_ray.adapters.quantization import check_format
+from lte_ray.adapters.user_parameter import GradientOfWeight
 from lte_ray.engine.head.batch_stream import BatchStream
 from lte_ray.engine.head.main_weights import MainWeights
 from lte_ray.engine.head.optimization import OptimizerStep, autocast, build_optimizer, check_loss, checkpoint_activations
-from lte_ray.engine.head.optimizer_state import user_buffers
-from lte_ray.engine.head.rng import Generators, head_seed, watch_draws
+from lte_ray.engine.head.rng import Generators, head_seed, rewind_generators, watch_draws
 from lte_ray.engine.head.state import HeadState
 from lte_ray.engine.head.timing import HeadTimer
 from lte_ray.engine.settings import Settings
@@ -55,6 +54,7 @@ class Head:
         timer: where its time goes.
         average_gradients: called before every optimizer step, where several processes train the head together.
         interrupted: called before every step of a round; if it returns true, the head leaves the rest of the round for later.
+        trained_parameters: factors and replica parameters, by their names in the contribution.
         loss_draws: whether the loss drew from the global generators before the head's first contribution.
     """
 
@@ -104,6 +104,7 @@ class Head:
         self.rng = Generators(head_seed(settings.train.seed, number, incarnation), self.device)
         tensors, start = self.converted.tensors(), CommittedPosition(incarnation, lanes=self.batch_stream.partitions)
         factors, replicas = self.converted.factors, {r.name: tensors[r.name] for r in self.plan.replicas}
+        self.trained_parameters = factors | {n: r for n, r in replicas.items() if isinstance(r, nn.Parameter)}
         self.state = HeadState(self.plan, settings.lte.reset, dtype, self.device, factors, replicas, start, start)
         with self.worker_errors(None):
             self.optimizer, self.schedule = build_optimizer(worker, self.plan, {**factors, **replicas}, settings.train)
@@ -269,14 +270,27 @@ class Head:
         if self._draws_known:
             return self._backward(batch)
         with watch_draws(self.device) as drew:
-            loss = self._backward(batch)
+            loss = self._first_backward(batch)
             self.loss_draws = self.loss_draws or drew()
         return loss
 
+    def _first_backward(self, batch: Batch) -> Tensor:
+        """As `_backward`, until it is known which weights the loss differentiates with respect to."""
+        before = [buffer.clone() for buffer in self.model.buffers()]
+        try:
+            with rewind_generators(GradientOfWeight, self.device):
+                return self._backward(batch)
+        except GradientOfWeight:
+            with torch.no_grad():
+                for buffer, value in zip(self.model.buffers(), before, strict=True):
+                    buffer.copy_(value)
+            return self._first_backward(batch)
+
     def _backward(self, batch: Batch) -> Tensor:
-        with autocast(self.settings.train, self.device), computing_loss():
-            loss = check_loss(self.worker.loss(self.model, batch))
-        torch.autograd.backward(self.optimizer_step.scale_loss(loss))
+        with self.converted.user_parameters.track():
+            with autocast(self.settings.train, self.device):
+                loss = check_loss(self.worker.loss(self.model, batch))
+            torch.autograd.backward(self.optimizer_step.scale_loss(loss))
         return loss.detach()
 
     def finish_step(self) -> None:
@@ -300,6 +314,8 @@ class Head:
         with self.timer.measure("train"):  # until here the device may be computing
             state.close_losses()
         self._draws_known = True
+        with self.worker_errors(self.step):
+            self.converted.user_parameters.check_unwritten()
         if state.sequence == 0:
             self._check_frozen()
         state.sequence += 1  # before it is pending: another thread may ask whether this one was accepted
@@ -453,7 +469,7 @@ class Head:
 
     def local_buffers(self) -> list[tuple[str, Tensor]]:
         """The model's own buffers that aren't merged."""
-        return [(name, b) for name, b in user_buffers(self.model) if name not in self.state.replicas]
+        return [(name, b) for name, b in self.model.named_buffers() if name not in self.state.replicas]
 
     @contextmanager
     def worker_errors(self, step: int | None) -> Iterator[None]:

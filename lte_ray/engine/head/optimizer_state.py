@@ -8,10 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn, optim
+from torch import Tensor, optim
 
-from lte_ray.adapters.factors import Factors
-from lte_ray.adapters.quantization import QuantizedWeight
 from lte_ray.errors import WorkerError
 from lte_ray.optim import Muon
 
@@ -96,12 +94,6 @@ def _group_by_parameter(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Te
             index, _, key = rest.partition(".")
             grouped.setdefault(int(index), {})[key] = tensor
     return grouped
-
-
-def user_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """The buffers of a converted model that the user's model has, not those that conversion added."""
-    added = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, Factors | QuantizedWeight))
-    return [(name, buffer) for name, buffer in model.named_buffers() if not name.startswith(added)]
 
 
 def _cast_like(fresh: Any, saved: Any) -> Any:

@@ -88,6 +88,17 @@ def _states_equal(one: Any, other: Any) -> bool:
 
 
 @contextmanager
+def rewind_generators(error: type[Exception], device: torch.device) -> Iterator[None]:
+    """If the block raises `error`, restores the states that the global generators had before it."""
+    before = _capture(device)
+    try:
+        yield
+    except error:
+        _restore(before, device)
+        raise
+
+
+@contextmanager
 def preserve_generators(device: torch.device) -> Iterator[None]:
     """Restores the states of the global generators after the block."""
     before = _capture(device)

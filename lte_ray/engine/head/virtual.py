@@ -18,15 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lte_ray.adapters.effective_parameter import computing_loss
-from lte_ray.adapters.factors import Factors
+from lte_ray.adapters.convert import Converted
 from lte_ray.config import TrainConfig
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.optimization import autocast, check_loss
 from lte_ray.engine.head.rng import watch_draws
 from lte_ray.engine.process_tuning import torch_threads
 from lte_ray.engine.settings import Settings
-from lte_ray.errors import ConfigError
+from lte_ray.errors import ConfigError, LTEError
 from lte_ray.layout import Plan
 from lte_ray.messages import Contribution
 from lte_ray.worker import Batch, Worker
@@ -307,15 +306,14 @@ class VmappedHeads:
         first = heads[0]
         check_stackable(first.settings.train, [head.plan for head in heads])
         self._worker = worker
-        models = [dict(head.model.named_parameters()) for head in heads]
-        self._trained = {name: _stack_in_place([m[name] for m in models]) for name, p in models[0].items() if p.requires_grad}
+        own = [head.trained_parameters for head in heads]
+        self._trained = {name: _stack_in_place([each[name] for each in own]) for name in own[0]}
         for head in heads:
-            for module in head.model.modules():
-                if isinstance(module, Factors):
-                    module.reserve_reference()
-        buffers = [dict(_head_buffers(head.model)) for head in heads]
+            for main in head.converted.main_weights.values():
+                main.factors.reserve_reference()
+        buffers = [dict(_head_buffers(head.converted)) for head in heads]
         self._buffers = {name: _stack_in_place([b[name] for b in buffers]) for name in buffers[0]}
-        self._holders = _find_holders(first.model, {**{n: models[0][n] for n in self._trained}, **buffers[0]})
+        self._holders = _find_holders(first.converted, {**own[0], **buffers[0]})
         for stacked in self._trained.values():
             stacked.requires_grad_()
 
@@ -328,15 +326,17 @@ class VmappedHeads:
         train, device = self._heads[0].settings.train, self._heads[0].device
         try:
             batch = pytree.tree_map(lambda *leaves: _stack_leaves(leaves), *batches)
-            with warnings.catch_warnings(), autocast(train, device), computing_loss():
-                warnings.filterwarnings("ignore", message="There is a performance drop")  # it is fast enough, and exact
-                losses = torch.vmap(self._head_loss, randomness="different")(self._trained, self._buffers, batch)
-            scaled = [head.optimizer_step.scale_loss(loss) for head, loss in zip(self._heads, losses, strict=True)]
-            torch.autograd.backward(torch.stack(scaled).sum())  # in here since models may recompute activations themselves
-        except torch.OutOfMemoryError:
+            with self._heads[0].converted.user_parameters.track_functional():
+                with warnings.catch_warnings(), autocast(train, device):
+                    warnings.filterwarnings("ignore", message="There is a performance drop")  # it is fast enough, and exact
+                    losses = torch.vmap(self._head_loss, randomness="different")(self._trained, self._buffers, batch)
+                scaled = [head.optimizer_step.scale_loss(loss) for head, loss in zip(self._heads, losses, strict=True)]
+                torch.autograd.backward(torch.stack(scaled).sum())  # in here since models may recompute activations themselves
+        except (torch.OutOfMemoryError, LTEError):
             raise
-        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            raise Unstackable(f"the heads can't be computed as one batch: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # if the worker is to blame, it raises again when heads are computed in turns
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise Unstackable(f"the heads can't be computed as one batch: {reason}") from error
         self._distribute_gradients()
         return losses.detach()
 
@@ -354,16 +354,20 @@ class VmappedHeads:
     def _distribute_gradients(self) -> None:
         """Adds each head's slice of the gradients to its parameters' gradients."""
         for index, head in enumerate(self._heads):
-            for name, parameter in head.model.named_parameters():
-                stacked = self._trained.get(name)
-                if stacked is not None and stacked.grad is not None:
+            for name, parameter in head.trained_parameters.items():
+                stacked = self._trained[name]
+                if stacked.grad is not None:
                     gradient = stacked.grad[index]
                     parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         for stacked in self._trained.values():
             stacked.grad = None
 
 
-def _find_holders(model: nn.Module, tensors: dict[str, Tensor]) -> list[tuple[dict[str, Any], str, str]]:
+def _modules(converted: Converted) -> list[nn.Module]:
+    return [*converted.model.modules(), *(main.factors for main in converted.main_weights.values())]
+
+
+def _find_holders(converted: Converted, tensors: Mapping[str, Tensor]) -> list[tuple[dict[str, Any], str, str]]:
     """Every dictionary and key in the model's modules that holds one of these tensors (a tied one has several), with its name.
 
     `torch.func.functional_call` replaces tensors by name, and fails for a module that occurs twice.
@@ -371,20 +375,18 @@ def _find_holders(model: nn.Module, tensors: dict[str, Tensor]) -> list[tuple[di
     names = {id(tensor): name for name, tensor in tensors.items()}
     return [
         (holder, key, names[id(tensor)])
-        for module in model.modules()
+        for module in _modules(converted)
         for holder in (module._parameters, module._buffers)
         for key, tensor in holder.items()
         if id(tensor) in names
     ]
 
 
-def _head_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+def _head_buffers(converted: Converted) -> list[tuple[str, Tensor]]:
     """The buffers that differ between heads: references and running statistics."""
-    buffers = []
-    for name, module in model.named_modules():
-        if isinstance(module, Factors | nn.modules.batchnorm._NormBase):
-            buffers += [(f"{name}.{key}".lstrip("."), b) for key, b in module.named_buffers(recurse=False)]
-    return buffers
+    modules: list[tuple[str, nn.Module]] = [(name, main.factors) for name, main in converted.main_weights.items()]
+    modules += [(n, m) for n, m in converted.model.named_modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    return [(f"{name}.{key}".lstrip("."), b) for name, module in modules for key, b in module.named_buffers(recurse=False)]
 
 
 @torch.no_grad()

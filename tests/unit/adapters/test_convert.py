@@ -54,7 +54,7 @@ def test_layers_that_share_a_weight_share_one_pair_of_factors() -> None:
     """Both layers have the same pair, and the model computes with W + s B A in both places."""
     converted = convert(net(), LTE)
     model, plan = converted.model, converted.plan
-    assert model.mid.lora is model.twin.lora
+    assert model.mid.lte_factors is model.twin.lte_factors
     factors = converted.factors
     randomise(factors)
     original = net()

@@ -10,6 +10,7 @@ from torch import nn
 
 from lte_ray.adapters.factors import Factors, draw_initial_a
 from lte_ray.adapters.layer import HeadLayer, add_factors
+from lte_ray.adapters.user_parameter import UserParameter, UserParameters
 from lte_ray.layout import Adapted
 from tests.support.numerics import EPS32, assert_near
 
@@ -19,10 +20,15 @@ sizes = st.integers(1, 7)
 def make_layer(out: int, inn: int, rank: int, scaling: float, bias: bool) -> HeadLayer:
     torch.manual_seed(0)
     linear = nn.Linear(inn, out, bias=bias, dtype=torch.float64)
-    factors = Factors(Adapted("w", (out, inn), rank, scaling), linear.weight)
-    nn.init.normal_(factors.A)
-    nn.init.normal_(factors.B)
-    return add_factors(linear, factors, None)
+    layer = with_factors(linear, Adapted("w", (out, inn), rank, scaling))
+    nn.init.normal_(layer.lte_factors.A)
+    nn.init.normal_(layer.lte_factors.B)
+    return layer
+
+
+def with_factors(linear: nn.Linear, spec: Adapted) -> HeadLayer:
+    """The layer itself, with factors of its weight; B is zero."""
+    return add_factors(linear, {"weight": UserParameter(spec, linear.weight, Factors(spec, linear.weight))}, UserParameters())
 
 
 @given(sizes, sizes, st.integers(1, 3), st.sampled_from([0.5, 1.0, 128.0]), st.booleans(), st.sampled_from([(), (3,), (2, 3)]))
@@ -32,7 +38,7 @@ def test_output_is_that_of_the_dense_weight(
     """y = x (W~ + s B A)^T + b, with and without bias, whatever the batch dimensions."""
     layer = make_layer(out, inn, rank, scaling, bias)
     x = torch.randn(*batch, inn, dtype=torch.float64)
-    expected = x @ (layer.weight + scaling * layer.lora.B @ layer.lora.A).T
+    expected = x @ (layer.weight + scaling * layer.lte_factors.B @ layer.lte_factors.A).T
     if bias:
         expected = expected + layer.bias
     # 1e-13 is a few hundred float64 epsilons: sums of up to 7 terms, of which some cancel.
@@ -47,11 +53,11 @@ def test_gradients_are_those_of_the_dense_formula(out: int, inn: int, rank: int,
     x = torch.randn(5, inn, dtype=torch.float64, requires_grad=True)
     g = torch.randn(5, out, dtype=torch.float64)
     layer(x).backward(g)
-    a, b = layer.lora.A.detach(), layer.lora.B.detach()
+    a, b = layer.lte_factors.A.detach(), layer.lte_factors.B.detach()
     assert layer.weight.grad is None
     # 1e-13: sums of at most 7 x 5 float64 terms.
-    assert_near(layer.lora.A.grad, s * b.T @ g.T @ x.detach(), 1e-13)
-    assert_near(layer.lora.B.grad, s * g.T @ (x.detach() @ a.T), 1e-13)
+    assert_near(layer.lte_factors.A.grad, s * b.T @ g.T @ x.detach(), 1e-13)
+    assert_near(layer.lte_factors.B.grad, s * g.T @ (x.detach() @ a.T), 1e-13)
     assert_near(x.grad, g @ (layer.weight + s * b @ a), 1e-13)
     if bias:
         assert_near(layer.bias.grad, g.sum(0), 1e-13)
@@ -61,23 +67,22 @@ def test_gradients_are_those_of_the_dense_formula(out: int, inn: int, rank: int,
 def test_a_new_layer_gives_the_very_output_of_the_one_it_replaces(bias: bool) -> None:
     """While B = 0 the output is bitwise that of the nn.Linear."""
     linear = nn.Linear(6, 4, bias=bias)
-    factors = Factors(Adapted("w", (4, 6), 2, 4.0), linear.weight)
-    nn.init.normal_(factors.A)
     x = torch.randn(3, 6)
     expected = linear(x)
-    assert torch.equal(add_factors(linear, factors, None)(x), expected)
+    layer = with_factors(linear, Adapted("w", (4, 6), 2, 4.0))
+    nn.init.normal_(layer.lte_factors.A)
+    assert torch.equal(layer(x), expected)
 
 
 def test_it_takes_over_weight_bias_and_mode() -> None:
-    """Weight and bias are the linear layer's own objects, the weight no longer trains, and eval mode stays."""
+    """Weight and bias are the linear layer's own objects, also to whoever lists parameters, and eval mode stays."""
     linear = nn.Linear(6, 4).eval()
     weight, bias = linear.weight, linear.bias
-    layer = add_factors(linear, Factors(Adapted("w", (4, 6), 2, 4.0), linear.weight), None)
+    layer = with_factors(linear, Adapted("w", (4, 6), 2, 4.0))
     assert layer is linear
     assert layer.weight is weight
     assert layer.bias is bias
-    assert not layer.weight.requires_grad
-    assert layer.bias.requires_grad
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["weight", "bias"]
     assert not layer.training
     assert "in_features=6, out_features=4, bias=True, rank=2, s=4" in repr(layer)
 

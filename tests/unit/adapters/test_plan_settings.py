@@ -107,7 +107,7 @@ def test_the_format_of_main_weights_is_chosen_layer_by_layer() -> None:
     assert [type(converted.main_weights[f"{i}.weight"].stored).__name__ for i in range(3)] == [
         "QuantizedWeight",
         "QuantizedWeight",
-        "Parameter",
+        "Tensor",
     ]
 
 

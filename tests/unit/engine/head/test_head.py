@@ -54,7 +54,7 @@ def effective(head: Head) -> dict[str, Tensor]:
     layers = {id(m.weight): m for m in head.model.modules() if isinstance(m, LTELinear)}
     parameters = dict(head.model.named_parameters())
     chosen = {spec.name: layers[id(parameters[spec.name])] for spec in head.plan.adapted}
-    return {n: (m.weight + m.lora.scaling * m.lora.B @ m.lora.A).detach() for n, m in chosen.items()}
+    return {n: (m.weight + m.lte_factors.scaling * m.lte_factors.B @ m.lte_factors.A).detach() for n, m in chosen.items()}
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

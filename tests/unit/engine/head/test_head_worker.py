@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lte_ray.adapters.effective_parameter import computing_loss
 from lte_ray.data import Shard
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.in_process import run_in_process
@@ -210,8 +209,7 @@ def test_without_an_optimizer_of_its_own_a_worker_gets_lora_muon(monkeypatch: py
     groups = head.optimizer.param_groups
     assert isinstance(head.optimizer, LoRAMuon)
     assert [(g["name"], len(g["params"])) for g in groups] == [("lora", 6), ("replica", 7)]
-    trained = {id(p) for p in head.model.parameters() if p.requires_grad}
-    assert {id(p) for g in groups for p in g["params"]} == trained
+    assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in head.trained_parameters.values()}
 
 
 class Bypassing(Tiny):
@@ -245,10 +243,10 @@ def test_weights_used_without_a_call_include_the_factors(stack: str, settings: d
     load_base(model, done.plan, done.base)
     head = done.heads[0]
     head.prepare_to_train()  # loads the main weights, which heads of one process share
-    with computing_loss():
+    with head.converted.user_parameters.track():
         theirs = Bypassing().loss(head.model, batch)
+        theirs.backward()
     merged = Bypassing().loss(model, batch)
     # After a merge W~ + s B A is W; nf4 heads compute with a rounded W.
     assert theirs.item() == pytest.approx(float(merged), rel=0.05 if "base_dtype" in settings else 1e-12)
-    theirs.backward()
     assert all(factor.grad is not None for name, factor in head.converted.factors.items() if "down" in name or "mid" in name)

@@ -59,7 +59,7 @@ def restored(head: Head, worker: Any, run_settings: Settings) -> Head:
 
 
 def trained(head: Head) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in head.model.named_parameters() if p.requires_grad}
+    return {name: p.detach().clone() for name, p in head.trained_parameters.items()}
 
 
 @dataclass
@@ -146,7 +146,7 @@ def test_clipping_is_torchs_for_all_factors_and_replicas(clip: float) -> None:
     clipped, plain = started(worker, settings({"clip_norm": clip})), started(worker, settings())
     for head in (clipped, plain):
         head.backward(head.next_batch())
-    parameters = [p for p in plain.model.parameters() if p.requires_grad]
+    parameters = list(plain.trained_parameters.values())
     assert len(parameters) == 2 * len(plain.plan.adapted) + len(plain.plan.replicas)
     norm = float(torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])))
     assert float(nn.utils.clip_grad_norm_(parameters, clip)) == pytest.approx(norm, rel=1e-14)
@@ -266,7 +266,7 @@ def test_a_scaled_gradient_is_clipped_by_its_norm_before_scaling(clip: float) ->
     for head in (clipped, plain):
         head.optimizer_step.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         head.backward(head.next_batch())
-    gradients = {name: p.grad / scale for name, p in plain.model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad / scale for name, p in plain.trained_parameters.items() if p.grad is not None}
     norm = float(torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients.values()])))
     assert norm > 2 * clip
     before = trained(clipped)
@@ -342,7 +342,8 @@ def test_a_multiplier_of_zero_moves_nothing_and_of_two_moves_twice_as_far() -> N
         head.finish_step()
     for name, value in before.items():
         step, scaled = trained(plain)[name] - value, trained(other)[name] - value
-        factor = {"up.lora.A": 2.0, "up.lora.B": 2.0, "up.bias": 2.0, "scale": 0.1, "down.bias": 0.0}.get(name, 1.0)
+        multipliers = {"up.weight.lora_A": 2.0, "up.weight.lora_B": 2.0, "up.bias": 2.0, "scale": 0.1, "down.bias": 0.0}
+        factor = multipliers.get(name, 1.0)
         # Each of the two differences rounds at the size of the weight.
         assert_near(scaled, factor * step, 1e-15)
 

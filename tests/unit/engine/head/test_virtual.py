@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lte_ray.adapters.effective_parameter import computing_loss
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.data import Shard
 from lte_ray.engine.coordinator.coordinator import Coordinator
@@ -205,8 +204,8 @@ def test_one_process_holds_one_copy_of_the_main_weights() -> None:
         for other in others:
             for name, main in first.converted.main_weights.items():
                 assert other.converted.main_weights[name].stored is main.stored
-            theirs = {p.data_ptr() for p in other.model.parameters() if p.requires_grad}
-            assert not theirs & {p.data_ptr() for p in first.model.parameters()}
+            theirs = {p.data_ptr() for p in other.trained_parameters.values()}
+            assert not theirs & {p.data_ptr() for p in first.trained_parameters.values()}
             assert len(theirs) == 2 * 3 + 7  # factors of three weights, and seven replicas
 
 
@@ -286,7 +285,7 @@ def test_heads_of_one_actor_may_be_answered_in_any_order() -> None:
         for head in group.heads:
             assert head.version == coordinator.version == 4
             head.prepare_to_train()
-            with computing_loss():
+            with head.converted.user_parameters.track():
                 for name in ("up", "mid", "down"):
                     in_use = getattr(head.model, name).weight + 0.0
                     assert_near(in_use.detach(), newest[f"{name}.weight"], 1e-14)
