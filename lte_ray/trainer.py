@@ -131,12 +131,12 @@ class LTETrainer:
         policy = make_policy(settings.merge if is_baseline else self.merge)
         run_failure = baseline_failure(failure) if is_baseline else failure
         initial = extend_plans(prepare(self.worker, settings), run_failure.max_heads)
+        settings, given = initial.complete(settings), initial.complete(given)
         _note_low_rank(initial.plans[: settings.lte.num_heads])
         if settings.merge.policy == "auto":
             merge = choose_policy(settings, initial)
             policy, arguments = make_policy(merge), resolved_arguments(merge) or None
-            settings = dataclasses.replace(settings, merge=dataclasses.replace(merge, policy_args=arguments))
-            given = settings
+            settings = given = dataclasses.replace(settings, merge=dataclasses.replace(merge, policy_args=arguments))
         directory = RunDirectory.open(storage.storage or default_storage(), name, filesystem, patience=storage.storage_patience)
         claim = RunClaim(directory, storage, settings, initial)
 

@@ -97,7 +97,8 @@ def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
             replicas.append(Replica(name, shape, chosen.lr))
             if bias is None and not any(use.kind == NORM.name or settings.is_unadapted(use, name) for use in uses):
                 leftover.append(name)
-    replicas += _running_statistics(model)
+    statistics = list(_running_statistics(model))
+    replicas += statistics + _merged_buffers(model, lte.merge_buffers, {r.name for r in statistics})
     if lte.strict and leftover:
         raise ConfigError(_leftover_message(leftover))
     _check_plan(adapted, parameters, lte)
@@ -254,15 +255,26 @@ def _describe_use(layer: str, module: nn.Module, name: str, attention: set[str])
 
 
 def _running_statistics(model: nn.Module) -> Iterator[Replica]:
-    """Yields running means and variances of batch normalization: replicas that training changes, but not the optimizer."""
+    """Yields running means, variances and counts of batch normalization: replicas that no optimizer changes."""
     buffers = dict(model.named_buffers())
     for layer, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
-            for kind in ("running_mean", "running_var"):
+            for kind in ("running_mean", "running_var", "num_batches_tracked"):
                 name = f"{layer}.{kind}".lstrip(".")
                 if name in buffers:
                     _check_shape(name, buffers[name])
                     yield Replica(name, tuple(buffers[name].shape), buffer=True)
+
+
+def _merged_buffers(model: nn.Module, patterns: Sequence[str], others: set[str]) -> list[Replica]:
+    """The buffers that --merge-buffers names, apart from `others`: replicas, as running statistics are."""
+    buffers = dict(model.named_buffers())
+    matches = match_patterns([p for p in patterns if p not in ("auto", "none")], list(buffers), "buffer", "--merge-buffers")
+    chosen = set().union(*matches.values()) if matches else set()
+    for name in chosen:
+        if buffers[name].dtype == torch.bool or buffers[name].is_complex():
+            raise ConfigError(f"--merge-buffers: {name} has type {buffers[name].dtype}, which can't be averaged.")
+    return [Replica(name, tuple(b.shape), buffer=True) for name, b in buffers.items() if name in chosen - others]
 
 
 def _check_shape(name: str, tensor: torch.Tensor) -> None:

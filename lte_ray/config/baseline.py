@@ -27,6 +27,7 @@ def baseline_lte(lte: LTEConfig) -> LTEConfig:
         full_rank=True,
         adapt=lte.adapt,
         exclude=lte.exclude,
+        merge_buffers=lte.merge_buffers,
         layers=tuple(f"{rule.pattern}: {rule.settings}" for rule in map(_without_factors, parse_rules(lte.layers)) if rule),
         strict=lte.strict,
     )

@@ -86,6 +86,11 @@ class LTEConfig:
         "Train the weights that would have factors themselves, in full: local SGD, as in DiLoCo and MuLoCo. Contributions are "
         "dense, and --lora-r, --lora-alpha and --rslora don't count.",
     )
+    merge_buffers: tuple[str, ...] = setting(
+        ("auto",),
+        "Names of buffers that training changes and merges average, such as codebooks, with wildcards. auto: those that change "
+        "when a loss is computed before the run. Running statistics of batch normalization are always merged.",
+    )
     strict: bool = setting(
         False, "Refuse a model with parameters that train as replicas only because no setting mentions them."
     )
@@ -110,7 +115,7 @@ class LTEConfig:
         check_choice(self, "base_dtype", BASE_DTYPES)
         if isinstance(self.adapt, str):
             object.__setattr__(self, "adapt", (self.adapt,))
-        to_name_tuples(self, "adapt", "exclude")
+        to_name_tuples(self, "adapt", "exclude", "merge_buffers")
         check_choice(self, "adapt", KINDS)
         object.__setattr__(self, "layers", format_rules(self.layers))
         check_rules(self.layers, self.num_heads)

@@ -90,7 +90,7 @@ def run_in_process(
     """
     settings = settings.resolved()
     initial = prepare(worker, settings, dtype)
-    settings = replace(settings, merge=choose_policy(settings, initial))
+    settings = initial.complete(replace(settings, merge=choose_policy(settings, initial)))
     now = 0.0
     coordinator = Coordinator(
         settings, initial.plan, initial.base.clone(), make_policy(settings.merge), plans=initial.plans, clock=lambda: now

@@ -12,15 +12,17 @@ from torch import Tensor, nn
 
 from lte_ray.adapters.plan import make_plans
 from lte_ray.adapters.quantization import check_format
+from lte_ray.config import LTEConfig
 from lte_ray.data.shard import Shard
 from lte_ray.engine.head.default_optimizer import check_optimizer_settings
 from lte_ray.engine.head.optimization import build_optimizer, check_lr_scale, check_precision, match_modules
 from lte_ray.engine.head.rng import preserve_generators
+from lte_ray.engine.head.untrained import Fingerprints, fingerprints, resolve_buffers
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError, UserError, WorkerError
 from lte_ray.layout import Adapted, Plan
-from lte_ray.merging.flat_buffer import gather, views
-from lte_ray.worker import Worker, build_model, check_worker, endless_batches
+from lte_ray.merging.flat_buffer import copy_rounded, gather, views
+from lte_ray.worker import Batch, Worker, build_model, check_worker, endless_batches
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,21 @@ class Initial:
 
     Attributes:
         optimizer: as each head builds its own; its factors are none that train.
+        lte: the settings of heads, in which the buffers that are merged have names.
+        untrained: fingerprints of what nothing trains in the model.
     """
 
     model: nn.Module
     plans: tuple[Plan, ...]
     base: Tensor
     optimizer: torch.optim.Optimizer
+    lte: LTEConfig
+    untrained: Fingerprints
+
+    def complete(self, settings: Settings) -> Settings:
+        """Returns the settings with what only the model could tell."""
+        lte = replace(settings.lte, merge_buffers=self.lte.merge_buffers)
+        return replace(settings, lte=lte, untrained=self.untrained)
 
     @property
     def plan(self) -> Plan:
@@ -63,7 +74,9 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
         raise
     except Exception as error:
         raise WorkerError(f"{name}.build_model() raised:\n\n{traceback.format_exc()}") from error
-    plans = make_plans(model, settings.lte)
+    batch = _first_batches(worker, settings)
+    lte = resolve_buffers(settings.lte, worker, model, batch, settings.train)
+    plans = make_plans(model, lte)
     match_modules(model, settings.train.checkpoint_activations)
     tensors = named_tensors(model)
     check_precision(settings.train, {e.name: tensors[e.name] for e in plans[0].base.entries})
@@ -82,14 +95,22 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
     except Exception as error:
         raise WorkerError(f"{name}'s optimizer or schedule can't be built:\n\n{traceback.format_exc()}") from error
     check_lr_scale(worker, plans[0], {**tensors, **zeros}, settings.train)
-    for head in {0, settings.lte.num_heads - 1}:
+    base = gather(plans[0].base, tensors, dtype)
+    return Initial(model, plans, base, optimizer, lte, fingerprints(tensors, plans[0]))
+
+
+def _first_batches(worker: Worker, settings: Settings) -> Batch:
+    """Reads the first batches of the first and the last head; returns the first head's."""
+    batches = {}
+    for head in (0, settings.lte.num_heads - 1):
         try:
-            next(endless_batches(worker, Shard(head, settings.lte.num_heads, settings.train.seed)))
+            batches[head] = next(endless_batches(worker, Shard(head, settings.lte.num_heads, settings.train.seed)))
         except UserError:
             raise
         except Exception as error:
+            name = type(worker).__name__
             raise WorkerError(f"{name}.train_batches() raised, for head {head}:\n\n{traceback.format_exc()}") from error
-    return Initial(model, plans, gather(plans[0].base, tensors, dtype), optimizer)
+    return batches[0]
 
 
 def extend_plans(initial: Initial, heads: int) -> Initial:
@@ -141,7 +162,7 @@ def load_base(model: nn.Module, plan: Plan, base: Tensor) -> None:
     """Copies a flat base into an unconverted model; tensors that aren't trained stay as they were built."""
     tensors = named_tensors(model)
     for name, value in views(plan.base, base).items():
-        tensors[name].copy_(value)
+        copy_rounded(tensors[name], value)
 
 
 def merged_state_dict(model: nn.Module, plan: Plan, base: Tensor) -> dict[str, Tensor]:

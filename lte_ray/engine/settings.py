@@ -11,12 +11,17 @@ from lte_ray.errors import ConfigError
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one run."""
+    """The settings of one run.
+
+    Attributes:
+        untrained: fingerprints of what nothing trains in the model that the driver has built (`engine.head.untrained`).
+    """
 
     run: str
     lte: LTEConfig
     merge: MergeConfig
     train: TrainConfig
+    untrained: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         if self.lte.reset == "B" and not self.merge.wait:
@@ -65,4 +70,4 @@ class Settings:
         if not self.train.baseline:
             return self
         train = baseline_train(self.train, self.lte.num_heads)
-        return Settings(self.run, baseline_lte(self.lte), baseline_merge(self.merge), train)
+        return Settings(self.run, baseline_lte(self.lte), baseline_merge(self.merge), train, self.untrained)

@@ -45,6 +45,11 @@ def gather(
     return flat
 
 
+def copy_rounded(tensor: Tensor, value: Tensor) -> None:
+    """Copies a merged value into a model's tensor; counters take the nearest integer."""
+    tensor.copy_(value if tensor.is_floating_point() else value.round())
+
+
 def factor_views(plan: Plan, factors: Tensor) -> dict[str, Tensor]:
     """Returns the named factors of the leading part of a contribution (`factors_part`)."""
     entries = plan.contribution.entries[: 2 * len(plan.adapted)]

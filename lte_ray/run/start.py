@@ -115,8 +115,8 @@ def check_start(
         kind, way = ("LTE", "leave --baseline out") if settings.train.baseline else ("ordinary training", "give --baseline")
         raise StorageError(f"{place} is a run of {kind}: to continue it, {way}; or choose another --name.")
     before, now = manifest.facts["lte"], json.loads(json.dumps(dataclasses.asdict(settings.lte)))
-    # Settings that are newer than the run have their defaults; `checkpoint.check_factors` finds out whether --adapt fits.
-    default = json.loads(json.dumps(dataclasses.asdict(LTEConfig()))) | {"adapt": now["adapt"]}
+    # Settings that are newer than the run have their defaults; `checkpoint.check_factors` finds out whether these two fit.
+    default = json.loads(json.dumps(dataclasses.asdict(LTEConfig()))) | {name: now[name] for name in ("adapt", "merge_buffers")}
     before = {name: before.get(name, default[name]) for name in now}
     harmless = ("strict", "num_heads")  # these change no head
     differing = [name for name in now if now[name] != before[name] and name not in harmless]

@@ -71,7 +71,7 @@ def simulate_training(
     """
     settings = settings.resolved()
     initial = prepare(worker, settings, dtype)
-    settings = replace(settings, merge=choose_policy(settings, initial))
+    settings = initial.complete(replace(settings, merge=choose_policy(settings, initial)))
     clock = Clock()
     coordinator = Coordinator(
         settings,

@@ -24,6 +24,7 @@ from lte_ray.engine.head.optimization import OptimizerStep, autocast, build_opti
 from lte_ray.engine.head.rng import Generators, head_seed, rewind_generators, watch_draws
 from lte_ray.engine.head.state import HeadState
 from lte_ray.engine.head.timing import HeadTimer
+from lte_ray.engine.head.untrained import FrozenParameters, UnmergedBuffers, check_equal_builds, fingerprints
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import LTEError, WorkerFailed
 from lte_ray.merging.flat_buffer import factors_part
@@ -108,8 +109,10 @@ class Head:
         self.state = HeadState(self.plan, settings.lte.reset, dtype, self.device, factors, replicas, start, start)
         with self.worker_errors(None):
             self.optimizer, self.schedule = build_optimizer(worker, self.plan, {**factors, **replicas}, settings.train)
+            check_equal_builds(fingerprints(tensors, self.plan), settings.untrained)
         self.optimizer_step = OptimizerStep(self.optimizer, self.schedule, settings.train, self.device)
-        self._frozen = _FrozenParameters(self.converted.frozen)
+        self._frozen = FrozenParameters(self.converted.frozen)
+        self._unmerged = UnmergedBuffers(self.model, settings.lte.merge_buffers, self.state.replicas)
 
     def start(self, version: int, base: Tensor, ahead: Mapping[str, Tensor] | None = None) -> None:
         """Adopts the first base before any step is taken.
@@ -241,6 +244,7 @@ class Head:
         if self.main_weights.takes_turns:
             self.main_weights.load(self.state.reference, {})
         self._frozen.record()
+        self._unmerged.record()
         self.timer.activity = "training"
 
     def record_loss(self, loss: Tensor) -> None:
@@ -316,8 +320,9 @@ class Head:
         self._draws_known = True
         with self.worker_errors(self.step):
             self.converted.user_parameters.check_unwritten()
-        if state.sequence == 0:
-            self._check_frozen()
+            self._unmerged.check()
+            if state.sequence == 0:
+                self._frozen.check()
         state.sequence += 1  # before it is pending: another thread may ask whether this one was accepted
         with self.timer.measure("publish"):
             state.pending = state.gather_contribution()
@@ -356,15 +361,6 @@ class Head:
         if self.settings.merge.max_norm_z:  # computed here, where it costs the coordinator nothing
             norm = math.sqrt(squared_norm(Share(1.0, self.plan, state.pending, state.reference)))
         return replace(contribution, buffer=buffers, norm=norm)
-
-    def _check_frozen(self) -> None:
-        written = self._frozen.find_written()
-        if written:
-            reason = (
-                f"the model writes to {', '.join(written[:8])}{', ...' if len(written) > 8 else ''}, parameters that don't "
-                "train (requires_grad=False), which are neither saved nor a head's own. Make them buffers (register_buffer)."
-            )
-            raise WorkerFailed(f"head {self.number}", self.step, reason)
 
     # -- rebasing --------------------------------------------------------------------------------------------------------
 
@@ -482,25 +478,3 @@ class Head:
             raise WorkerFailed(f"head {self.number}", step, str(error)) from error
         except Exception as error:
             raise WorkerFailed(f"head {self.number}", step, traceback.format_exc()) from error
-
-
-class _FrozenParameters:
-    """Detects a model that writes to parameters that don't train: they are neither merged nor saved."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._parameters = parameters
-        self._fingerprints: dict[str, Tensor] = {}
-
-    def record(self) -> None:
-        """Records the values, at the first call."""
-        self._fingerprints = self._fingerprints or {name: _fingerprint(p) for name, p in self._parameters.items()}
-
-    def find_written(self) -> list[str]:
-        """Names of the parameters that have changed since `record`."""
-        return [name for name, p in self._parameters.items() if not torch.equal(_fingerprint(p), self._fingerprints[name])]
-
-
-def _fingerprint(tensor: Tensor) -> Tensor:
-    """Two numbers that almost any change of a tensor changes."""
-    exact = tensor.detach().double()
-    return torch.stack([exact.sum(), exact.square().sum()])

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from lte_ray.layout import Plan
-from lte_ray.merging.flat_buffer import base_replicas, factor_views, factors_part, gather, replica_part, replica_views
+from lte_ray.merging.flat_buffer import (
+    base_replicas,
+    copy_rounded,
+    factor_views,
+    factors_part,
+    gather,
+    replica_part,
+    replica_views,
+)
 from lte_ray.messages import CommittedPosition
 
 
@@ -108,7 +116,7 @@ class HeadState:
         self.replica_reference = base_replicas(self.plan, base).to(self.device, copy=True)
         before = replica_views(self.plan, self.replica_reference)
         for name, tensor in self.replicas.items():
-            tensor.copy_(before[name] + ahead[name] if ahead else before[name])
+            copy_rounded(tensor, before[name] + ahead[name] if ahead else before[name])
             if tensor.dtype != self.dtype:  # p' is what this head really adopted, rounded; else every merge counts the rounding
                 before[name].copy_(tensor.to(self.dtype) - ahead[name] if ahead else tensor)
 
@@ -129,7 +137,7 @@ class HeadState:
         for name, value in self._merged_a.items() if self.reference is None else ():
             self.factors[name].copy_(value)
         for name, value in replica_views(self.plan, self.replica_reference).items():
-            self.replicas[name].copy_(value)
+            copy_rounded(self.replicas[name], value)
         self.losses = []
 
     @torch.no_grad()

@@ -383,10 +383,12 @@ def _find_holders(converted: Converted, tensors: Mapping[str, Tensor]) -> list[t
 
 
 def _head_buffers(converted: Converted) -> list[tuple[str, Tensor]]:
-    """The buffers that differ between heads: references and running statistics."""
+    """The buffers that differ between heads: references, running statistics, and others that are merged."""
     modules: list[tuple[str, nn.Module]] = [(name, main.factors) for name, main in converted.main_weights.items()]
     modules += [(n, m) for n, m in converted.model.named_modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-    return [(f"{name}.{key}".lstrip("."), b) for name, module in modules for key, b in module.named_buffers(recurse=False)]
+    own = {f"{name}.{key}".lstrip("."): b for name, module in modules for key, b in module.named_buffers(recurse=False)}
+    tensors = converted.tensors()
+    return list((own | {r.name: tensors[r.name] for r in converted.plan.replicas if r.buffer}).items())
 
 
 @torch.no_grad()
