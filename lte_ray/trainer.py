@@ -16,9 +16,8 @@ from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfi
 from lte_ray.config.baseline import baseline_failure
 from lte_ray.engine.default_policy import choose_policy
 from lte_ray.engine.head.virtual import check_stackable
-from lte_ray.engine.prepare import describe_low_rank, extend_plans, prepare
+from lte_ray.engine.prepare import Initial, describe_low_rank, extend_plans, prepare
 from lte_ray.engine.settings import Settings
-from lte_ray.layout import Plan
 from lte_ray.merging.registry import make_policy, may_merge_by_weights, resolved_arguments
 from lte_ray.messages import HeadTimes
 from lte_ray.run import record as run_record
@@ -132,7 +131,7 @@ class LTETrainer:
         run_failure = baseline_failure(failure) if is_baseline else failure
         initial = extend_plans(prepare(self.worker, settings), run_failure.max_heads)
         settings, given = initial.complete(settings), initial.complete(given)
-        _note_low_rank(initial.plans[: settings.lte.num_heads])
+        _warn(initial, settings.lte.num_heads)
         if settings.merge.policy == "auto":
             merge = choose_policy(settings, initial)
             policy, arguments = make_policy(merge), resolved_arguments(merge) or None
@@ -202,9 +201,10 @@ class LTETrainer:
         return _result(controller, directory)
 
 
-def _note_low_rank(plans: tuple[Plan, ...]) -> None:
-    if note := describe_low_rank(plans):
-        log.warning(note)
+def _warn(initial: Initial, num_heads: int) -> None:
+    for note in (describe_low_rank(initial.plans[:num_heads]), initial.data_problem):
+        if note:
+            log.warning(note)
 
 
 def _make_controller(places: dict[str, Any], **common: Any) -> TrainController | DataParallelController:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import random
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ from lte_ray.data.shard import Shard
 from lte_ray.errors import WorkerError
 
 Batch = Any
-"""What the worker's `train_batches` yields: a tensor, or tuples, lists and dicts of them."""
+"""What the worker's `train_batches` yields: a tensor, or any container of tensors (`to_device`)."""
 
 
 class Worker(Protocol):
@@ -107,30 +108,89 @@ def endless_batches(worker: Worker, shard: Shard) -> Iterator[Batch]:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with all its tensors on `device`, also those in tuples, lists, named tuples and dicts."""
+    """The batch with all its tensors on `device`, in containers of the types that it has.
+
+    Looks into tuples, named tuples, lists, mappings and dataclasses. An object that has a method `to`, as packed sequences,
+    graphs and transformers' encodings have, moves itself.
+    """
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
+    if callable(getattr(batch, "to", None)) and not isinstance(batch, type | nn.Module):
+        return batch.to(device)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(item, device) for item in batch))
     if isinstance(batch, list | tuple):
         return type(batch)(to_device(item, device) for item in batch)
-    if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, Mapping):
+        moved = {key: to_device(value, device) for key, value in batch.items()}
+        if not isinstance(batch, MutableMapping):
+            return moved
+        copied = copy.copy(batch)
+        copied.update(moved)
+        return copied
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        changed = copy.copy(batch)
+        for field in dataclasses.fields(batch):
+            object.__setattr__(changed, field.name, to_device(getattr(batch, field.name), device))
+        return changed
     return batch
 
 
 def count_samples(batch: Batch) -> int:
-    """The number of samples in a batch: the first dimension of its first tensor, 1 if it has none."""
-    first = next(_tensors(batch), None)
-    return first.shape[0] if first is not None and first.ndim else 1
+    """The number of samples in a batch: the first dimension of its first tensor that has one; 1 if there is none.
+
+    A packed sequence has as many samples as sequences.
+    """
+    return next(_sizes(batch), 1)
 
 
-def _tensors(batch: Batch) -> Iterator[Tensor]:
+def _sizes(batch: Batch) -> Iterator[int]:
     if isinstance(batch, Tensor):
-        yield batch
-    items = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list | tuple) else ()
-    for item in items:
-        yield from _tensors(item)
+        if batch.ndim:
+            yield batch.shape[0]
+    elif isinstance(batch, nn.utils.rnn.PackedSequence):
+        yield int(batch.batch_sizes[0])
+    elif isinstance(batch, Mapping | list | tuple):
+        for item in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _sizes(item)
+    elif hasattr(batch, "__dict__") and not isinstance(batch, type | nn.Module):  # a dataclass, or an object that moves itself
+        for item in vars(batch).values():
+            if isinstance(item, Tensor | Mapping | list | tuple):
+                yield from _sizes(item)
+
+
+def observe_shard(shard: Shard, asked: set[str]) -> Shard:
+    """A shard for which `Shard.at` gives one that adds to `asked` what the worker reads of it: attributes and methods."""
+
+    class Observed(Shard):
+        def __getattribute__(self, name: str) -> Any:
+            if name in ("head", "cursor", "lanes", "slots", "indices"):
+                asked.add(name)
+            return object.__getattribute__(self, name)
+
+    class Observable(Shard):
+        def at(self, cursor: int) -> Shard:
+            observed = Observed(self.head, self.num_heads, self.seed, cursor)
+            asked.clear()  # its constructor reads it
+            return observed
+
+    return Observable(shard.head, shard.num_heads, shard.seed, shard.cursor)
+
+
+def describe_unread_shard(worker: Worker, asked: set[str]) -> str:
+    """Says that a worker's batches don't depend on the shard, or not on the cursor; empty if they may."""
+    name = type(worker).__name__
+    if not asked:
+        return (
+            f"{name}.train_batches() doesn't read its shard, so every head trains on all the data, in its own order, and a "
+            "resumed run repeats some of it. Take the batches of shard.indices(size, batch_size) or of shard.slots()."
+        )
+    if asked == {"head"}:
+        return (
+            f"{name}.train_batches() reads shard.head but not where the head is in its data, so a resumed run repeats it from "
+            "the start. Begin at shard.cursor, or take the batches of shard.indices(size, batch_size) or of shard.slots()."
+        )
+    return ""
 
 
 def worker_settings(worker: object) -> dict[str, Any]:

@@ -30,6 +30,8 @@ def audit(rows: Sequence[Mapping[str, Any]]) -> Audit:
                         continue  # a row of a merge has said it, or it was undone later, when rows of merges are removed
                     last_merged[event.head] = event.incarnation, event.sequence
                 history.append(event)
+            if row.get("event") == "data":
+                result.problems.append(str(row["why"]))
             if row.get("kind") == "merge":
                 versions.append(int(row["version"]))
         except (KeyError, TypeError, ValueError) as error:

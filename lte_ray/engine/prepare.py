@@ -22,7 +22,15 @@ from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError, UserError, WorkerError
 from lte_ray.layout import Adapted, Plan
 from lte_ray.merging.flat_buffer import copy_rounded, gather, views
-from lte_ray.worker import Batch, Worker, build_model, check_worker, endless_batches
+from lte_ray.worker import (
+    Batch,
+    Worker,
+    build_model,
+    check_worker,
+    describe_unread_shard,
+    endless_batches,
+    observe_shard,
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class Initial:
         optimizer: as each head builds its own; its factors are none that train.
         lte: the settings of heads, in which the buffers that are merged have names.
         untrained: fingerprints of what nothing trains in the model.
+        data_problem: how the worker's batches don't follow the shard, in words; empty if they may.
     """
 
     model: nn.Module
@@ -41,11 +50,12 @@ class Initial:
     optimizer: torch.optim.Optimizer
     lte: LTEConfig
     untrained: Fingerprints
+    data_problem: str
 
     def complete(self, settings: Settings) -> Settings:
         """Returns the settings with what only the model could tell."""
         lte = replace(settings.lte, merge_buffers=self.lte.merge_buffers)
-        return replace(settings, lte=lte, untrained=self.untrained)
+        return replace(settings, lte=lte, untrained=self.untrained, data_problem=self.data_problem)
 
     @property
     def plan(self) -> Plan:
@@ -74,7 +84,7 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
         raise
     except Exception as error:
         raise WorkerError(f"{name}.build_model() raised:\n\n{traceback.format_exc()}") from error
-    batch = _first_batches(worker, settings)
+    batch, data_problem = _first_batches(worker, settings)
     lte = resolve_buffers(settings.lte, worker, model, batch, settings.train)
     plans = make_plans(model, lte)
     match_modules(model, settings.train.checkpoint_activations)
@@ -96,21 +106,27 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
         raise WorkerError(f"{name}'s optimizer or schedule can't be built:\n\n{traceback.format_exc()}") from error
     check_lr_scale(worker, plans[0], {**tensors, **zeros}, settings.train)
     base = gather(plans[0].base, tensors, dtype)
-    return Initial(model, plans, base, optimizer, lte, fingerprints(tensors, plans[0]))
+    return Initial(model, plans, base, optimizer, lte, fingerprints(tensors, plans[0]), data_problem)
 
 
-def _first_batches(worker: Worker, settings: Settings) -> Batch:
-    """Reads the first batches of the first and the last head; returns the first head's."""
-    batches = {}
+def _first_batches(worker: Worker, settings: Settings) -> tuple[Batch, str]:
+    """Reads the first batches of the first and the last head.
+
+    Returns:
+        The first head's, and in words what the worker doesn't read of its shard.
+    """
+    batches, asked, by_any = {}, set[str](), set[str]()
     for head in (0, settings.lte.num_heads - 1):
         try:
-            batches[head] = next(endless_batches(worker, Shard(head, settings.lte.num_heads, settings.train.seed)))
+            shard = Shard(head, settings.lte.num_heads, settings.train.seed)
+            batches[head] = next(endless_batches(worker, observe_shard(shard, asked)))
+            by_any |= asked
         except UserError:
             raise
         except Exception as error:
             name = type(worker).__name__
             raise WorkerError(f"{name}.train_batches() raised, for head {head}:\n\n{traceback.format_exc()}") from error
-    return batches[0]
+    return batches[0], describe_unread_shard(worker, by_any)
 
 
 def extend_plans(initial: Initial, heads: int) -> Initial:

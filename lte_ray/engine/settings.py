@@ -15,6 +15,7 @@ class Settings:
 
     Attributes:
         untrained: fingerprints of what nothing trains in the model that the driver has built (`engine.head.untrained`).
+        data_problem: how the worker's batches don't follow their shard, in words.
     """
 
     run: str
@@ -22,6 +23,7 @@ class Settings:
     merge: MergeConfig
     train: TrainConfig
     untrained: tuple[tuple[str, float], ...] = ()
+    data_problem: str = ""
 
     def __post_init__(self) -> None:
         if self.lte.reset == "B" and not self.merge.wait:
@@ -70,4 +72,4 @@ class Settings:
         if not self.train.baseline:
             return self
         train = baseline_train(self.train, self.lte.num_heads)
-        return Settings(self.run, baseline_lte(self.lte), baseline_merge(self.merge), train, self.untrained)
+        return Settings(self.run, baseline_lte(self.lte), baseline_merge(self.merge), train, self.untrained, self.data_problem)

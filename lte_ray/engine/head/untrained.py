@@ -174,6 +174,8 @@ def check_equal_builds(mine: Fingerprints, theirs: Fingerprints) -> None:
 
 
 def _fingerprint(tensor: Tensor) -> float:
+    if not tensor.numel():
+        return 0.0
     values = tensor.detach().reshape(-1)
     values = values[:: -(-values.numel() // SAMPLED)]
     if values.is_complex():

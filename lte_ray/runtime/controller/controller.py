@@ -98,6 +98,8 @@ class TrainController:
         hang_detector, failure_policy = HangDetector(), FailurePolicy(failure)
         launcher = self._launcher = ActorLauncher(context, initial, reservation.placement, stack_heads)
         state = self.state = RunState(context.directory, context.settings.lte.num_heads, start)
+        if context.settings.data_problem:
+            state.log.record_event("data", why=context.settings.data_problem)
         coordinator = self.coordinator = CoordinatorGroup(context, initial, policy, launcher, hang_detector)
         heads = self.heads = HeadActorGroup(coordinator, launcher, hang_detector)
         self.progress = ProgressMonitor(state, heads, context.settings)
