@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from lte_ray.adapters.plan import make_plans
 from lte_ray.adapters.quantization import check_format
-from lte_ray.config import LTEConfig
+from lte_ray.config import LTEConfig, TrainConfig
 from lte_ray.data.shard import Shard
 from lte_ray.engine.head.default_optimizer import check_optimizer_settings
 from lte_ray.engine.head.optimization import build_optimizer, check_lr_scale, check_precision, match_modules
+from lte_ray.engine.head.optimizer_state import optimizer_state
 from lte_ray.engine.head.rng import preserve_generators
 from lte_ray.engine.head.untrained import Fingerprints, fingerprints, resolve_buffers
 from lte_ray.engine.settings import Settings
@@ -104,9 +105,32 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
         raise
     except Exception as error:
         raise WorkerError(f"{name}'s optimizer or schedule can't be built:\n\n{traceback.format_exc()}") from error
+    _check_state(worker, plans[0], settings.train)
     check_lr_scale(worker, plans[0], {**tensors, **zeros}, settings.train)
     base = gather(plans[0].base, tensors, dtype)
     return Initial(model, plans, base, optimizer, lte, fingerprints(tensors, plans[0]), data_problem)
+
+
+def _check_state(worker: Worker, plan: Plan, train: TrainConfig) -> None:
+    """Takes a step of the worker's optimizer with tiny parameters, to find out before the run whether its state can be saved.
+
+    Raises:
+        WorkerError: it can't.
+    """
+    named: dict[str, Tensor] = {}
+    for entry in plan.contribution.entries:
+        tiny = torch.zeros([min(2, size) for size in entry.shape])
+        named[entry.name] = tiny if any(r.buffer and r.name == entry.name for r in plan.replicas) else nn.Parameter(tiny)
+    try:
+        optimizer, schedule = build_optimizer(worker, plan, named, train)
+        for parameter in named.values():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+    except Exception:
+        return  # with parameters of other shapes it tells nothing
+    optimizer_state(optimizer, schedule)
 
 
 def _first_batches(worker: Worker, settings: Settings) -> tuple[Batch, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -83,6 +84,7 @@ def build_optimizer(
         param_groups.append({"params": params, "name": name, **extra, **({"lr_multiplier": lr} if several else {})})
     build = getattr(worker, "build_optimizer", None)
     optimizer: torch.optim.Optimizer = build(param_groups) if build else make_optimizer(train, param_groups)
+    _check_optimizer(optimizer)
     if several:
         expected = {id(p): lr for (_, lr), params in groups.items() for p in params}
         kept = {id(p): g.get("lr_multiplier") for g in optimizer.param_groups for p in g["params"]}
@@ -106,10 +108,12 @@ def build_schedule(build: Callable[..., Any], optimizer: torch.optim.Optimizer, 
     """Builds the optimizer's schedule. With several multipliers, groups must begin at different rates.
 
     Raises:
-        ConfigError: groups of different rates begin at the same one, as with one rate for all in `OneCycleLR`.
+        ConfigError: groups of different rates begin at the same one, as with one rate for all in `OneCycleLR`; or it isn't
+            a schedule that is stepped without arguments.
     """
     before = [group["lr"] for group in optimizer.param_groups]
     schedule = build(optimizer, total_steps)
+    _check_schedule(schedule)
     now = {lr: group["lr"] for lr, group in zip(before, optimizer.param_groups, strict=True)}
     nonzero = [lr for lr in now.values() if lr]  # all may be 0 as a warm-up begins
     if several and len(set(nonzero)) < len(nonzero):
@@ -119,6 +123,45 @@ def build_schedule(build: Callable[..., Any], optimizer: torch.optim.Optimizer, 
             "begin from each group's own, as in OneCycleLR(optimizer, max_lr=[g['lr'] for g in optimizer.param_groups], ...)."
         )
     return schedule
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    """Raises ConfigError unless this is one optimizer whose steps need no closure."""
+    needed = ("step", "zero_grad", "state_dict", "load_state_dict", "param_groups")
+    missing = [name for name in needed if not hasattr(optimizer, name)]
+    if isinstance(optimizer, list | tuple | dict):
+        raise ConfigError(
+            f"build_optimizer() returned a {type(optimizer).__name__} of {len(optimizer)}. A head steps one optimizer: give "
+            "each group its own settings in one, by the group's name ('lora' or 'replica')."
+        )
+    if missing:
+        raise ConfigError(
+            f"build_optimizer() returned a {type(optimizer).__name__} without {missing[0]}, which isn't a torch optimizer."
+        )
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"build_optimizer() returned {type(optimizer).__name__}, whose step() computes the loss again by a closure. A head "
+            "computes each loss once: choose an optimizer that steps from the gradients."
+        )
+
+
+def _check_schedule(schedule: Any) -> None:
+    """Raises ConfigError unless the schedule can be stepped without arguments, saved and restored."""
+    kind = type(schedule).__name__
+    missing = [name for name in ("step", "state_dict", "load_state_dict") if not callable(getattr(schedule, name, None))]
+    if missing:
+        raise ConfigError(f"build_schedule() returned a {kind} without {missing[0]}(), so it isn't a learning-rate schedule.")
+    asked = [
+        p.name
+        for p in inspect.signature(schedule.step).parameters.values()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if asked:
+        raise ConfigError(
+            f"build_schedule() returned {kind}, whose step() needs {', '.join(asked)}. A head steps its schedule after each "
+            "step, without arguments: choose one that follows the number of steps, such as a cosine."
+        )
 
 
 CHECKED_STEPS = 2000

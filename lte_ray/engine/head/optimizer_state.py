@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -43,8 +44,24 @@ def optimizer_state(optimizer: torch.optim.Optimizer, schedule: Any) -> tuple[di
     meta = {"state": plain, "param_groups": groups, "schedule": None if schedule is None else schedule.state_dict()}
     try:
         return tensors, json.loads(json.dumps(meta))
-    except TypeError as error:
-        raise WorkerError(f"The optimizer's or schedule's state can't be saved without pickle: {error}.") from error
+    except (TypeError, ValueError) as error:
+        where, kind = _find_unsavable(meta) or ("?", str(error))
+        raise WorkerError(
+            f"The optimizer's or schedule's state can't be saved: {where} has the type {kind}. Keep numbers, text and tensors in it, "
+            "and make anything else in the constructor (or leave it out of state_dict())."
+        ) from error
+
+
+def _find_unsavable(value: Any, where: str = "") -> tuple[str, str] | None:
+    """The place and the type of the first value that JSON can't hold."""
+    if isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(value, dict) and not isinstance(key, str | int | float | bool | None):
+                return f"{where}[{key!r}]".lstrip("."), f"key of type {type(key).__name__}"
+            if found := _find_unsavable(item, f"{where}.{key}" if isinstance(value, dict) else f"{where}[{key}]"):
+                return found
+        return None
+    return None if value is None or isinstance(value, str | int | float | bool) else (where.lstrip("."), type(value).__name__)
 
 
 def check_shapes(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
@@ -72,16 +89,40 @@ def check_shapes(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
                 )
 
 
+SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "momentum", "base_momentum", "max_momentum", "betas")
+"""Settings of a parameter group that schedules set."""
+
+
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, schedule: Any, tensors: dict[str, Tensor], meta: dict[str, Any]
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    tensors: dict[str, Tensor],
+    meta: dict[str, Any],
+    advance: int | None = None,
 ) -> None:
-    """Takes over what `optimizer_state` returned; parameters are matched by their order."""
+    """Takes over what `optimizer_state` returned; parameters are matched by their order.
+
+    Args:
+        optimizer, schedule: as they were built.
+        tensors, meta: the saved state.
+        advance: how many steps the schedule stands after its start, where it was built for another number of steps than the
+            one whose state was saved. Then its own state and the settings that it makes aren't taken over: it is a function of
+            the new number.
+    """
     state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in meta["state"].items()}
     for index, entries in _group_by_parameter(tensors).items():
         state.setdefault(index, {}).update({key: tensor.clone() for key, tensor in entries.items()})
-    groups = _cast_like(optimizer.state_dict()["param_groups"], meta["param_groups"])
+    fresh = optimizer.state_dict()["param_groups"]
+    groups = _cast_like(fresh, meta["param_groups"])
+    if schedule is not None and advance is not None:
+        groups = [saved | {k: v for k, v in own.items() if k in SCHEDULED} for saved, own in zip(groups, fresh, strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    if schedule is not None and meta["schedule"] is not None:
+    if schedule is not None and advance is not None:
+        with warnings.catch_warnings():  # the optimizer's own steps were taken before
+            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step", UserWarning)
+            for _ in range(advance):
+                schedule.step()
+    elif schedule is not None and meta["schedule"] is not None:
         schedule.load_state_dict(_cast_like(schedule.state_dict(), meta["schedule"]))
 
 

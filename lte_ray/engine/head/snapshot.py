@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lte_ray.data.partition import to_partitions
 from lte_ray.engine.head.head import Head
+from lte_ray.engine.head.optimization import ROUNDING_STEPS
 from lte_ray.engine.head.optimizer_state import check_shapes, optimizer_state, restore_optimizer
 from lte_ray.errors import StorageError
 from lte_ray.merging.flat_buffer import factors_part, replica_views
@@ -77,6 +78,7 @@ def snapshot(head: Head, request: CheckpointRequest) -> SavedState:
         "offered": state.contributed.step if pending is None or contained is not None else merged.step,
         "loss": state.loss,
         "position": head.optimizer_step.position,
+        "steps": head.settings.train.steps,  # for which the schedule was built
         "optimizer": optimizer_meta,
         "rng": rng_meta,
     }
@@ -149,10 +151,12 @@ def restore_optimization(head: Head, saved: SavedState) -> None:
     tensors, meta = saved
     parameters = (*head.state.factors.items(), *head.state.replicas.items())
     check_shapes(head.optimizer, tensors, {id(p): name for name, p in parameters})
-    restore_optimizer(head.optimizer, head.schedule, tensors, meta["optimizer"])
+    position, steps = float(meta["position"] if "position" in meta else meta["step"]), head.settings.train.steps
+    advance = int(position + ROUNDING_STEPS) if meta.get("steps", steps) != steps else None
+    restore_optimizer(head.optimizer, head.schedule, tensors, meta["optimizer"], advance)
     scaler = head.optimizer_step.scaler
     scaler.load_state_dict(meta["optimizer"].get("scaler") or scaler.state_dict())
-    head.optimizer_step.position = float(meta["position"] if "position" in meta else meta["step"])
+    head.optimizer_step.position = position
 
 
 def rejoin(

@@ -172,17 +172,25 @@ class Recorder:
         """Takes the snapshot at once; another thread writes it."""
         head, record = self._process.head, self._last
         request = CheckpointRequest(record.version, {0: self._coordinator.positions[0].sequence}, id=time.time_ns())
+        saved: SavedState | str
         with head.timer.measure("checkpoint"):
-            saved = snapshot(head, request)
+            try:
+                saved = snapshot(head, request)
+            except WorkerError as error:  # the user's optimizer or schedule: it costs the checkpoint, not the run
+                saved = str(error)
         facts, policy = self._coordinator.checkpoint_facts(), self._coordinator.policy_state()
         self._checkpoints.begin_checkpoint(record, request, facts, policy)
         self._writing = storage.run_in_thread(lambda: asyncio.run(self._write(record.version, base, saved)))
         return self._writing
 
-    async def _write(self, version: int, base: Tensor, saved: SavedState) -> None:
+    async def _write(self, version: int, base: Tensor, saved: SavedState | str) -> None:
+        """Writes a checkpoint. Instead of the head's state, `saved` may say why there is none."""
         await asyncio.to_thread(self._send_report)  # first: a run that continues from this checkpoint lacks none of its merges
         handle = self._context.transport.publish(base)
         await self._checkpoints.write_base(version, Published(version, {-1: handle}))
+        if isinstance(saved, str):
+            await self._checkpoints.add_part(version, 0, None, f"the state of head 0: {saved}")
+            return
         try:
             entry = await asyncio.to_thread(checkpoint.write_head, self._context.directory, version, 0, *saved)
         except StorageError as error:

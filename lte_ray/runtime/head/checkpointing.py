@@ -70,16 +70,19 @@ class HeadCheckpointer:
             if head.number not in request.sequences or (request.id, head.number) in self._written:
                 continue
             self._written.add((request.id, head.number))
+            state, problem = None, ""
             with head.timer.measure("checkpoint"):
                 try:
-                    state: SavedState | None = snapshot(head, request)
+                    state = snapshot(head, request)
                 except StateMissed:
-                    state = None
+                    pass
+                except Exception as error:  # the user's optimizer or schedule: it costs the checkpoint, not the head
+                    problem = f"the state of head {head.number}: {error}"
             inject("snapshot", head=head.number, step=head.step, version=request.version)
-            client.run_in_background(partial(self._write, client, request.version, head.number, state))
+            client.run_in_background(partial(self._write, client, request.version, head.number, state, problem))
 
-    def _write(self, client: CoordinatorClient, version: int, number: int, state: SavedState | None) -> None:
-        entry, problem = None, ""
+    def _write(self, client: CoordinatorClient, version: int, number: int, state: SavedState | None, problem: str) -> None:
+        entry = None
         if state is not None:
             try:
                 entry = checkpoint.write_head(self._directory, version, number, *state)
