@@ -13,7 +13,7 @@ from lte_ray.adapters.layer import LTELayer, add_factors
 from lte_ray.adapters.layer_kinds import kind_of
 from lte_ray.adapters.plan import make_plan
 from lte_ray.adapters.quantization import QuantizedWeight
-from lte_ray.adapters.user_parameter import UserParameter, UserParameters
+from lte_ray.adapters.user_parameter import Master, UserParameter, UserParameters
 from lte_ray.config import LTEConfig
 from lte_ray.layout import Adapted, Plan
 from lte_ray.merging.flat_buffer import as_matrix
@@ -117,6 +117,18 @@ class Converted:
     main_weights: dict[str, MainWeight]
     factors: dict[str, nn.Parameter]
     user_parameters: UserParameters
+
+    def replicas(self) -> dict[str, Tensor]:
+        """What trains without factors, or changes as buffers do: of 16-bit parameters their float32 values."""
+        masters, tensors = self.user_parameters.masters, self.tensors()
+        return {r.name: masters[r.name].values if r.name in masters else tensors[r.name] for r in self.plan.replicas}
+
+    def make_masters(self) -> None:
+        """Gives 16-bit parameters that train without factors float32 values; to be called when the model is on its device."""
+        for replica in self.plan.replicas:
+            parameter = self.parameters.get(replica.name)
+            if parameter is not None and parameter.dtype.itemsize < 4:
+                self.user_parameters.masters[replica.name] = Master(parameter)
 
     @property
     def frozen(self) -> dict[str, nn.Parameter]:

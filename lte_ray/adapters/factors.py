@@ -19,7 +19,7 @@ class Factors(nn.Module):
 
     Args:
         spec: rank, scaling and shape.
-        like: a tensor with the type and device to use.
+        like: a tensor with the device and type to use; factors of 16-bit weights are float32, whose rounding is below a step.
         separate_reference: whether to store the reference.
     """
 
@@ -29,8 +29,9 @@ class Factors(nn.Module):
     def __init__(self, spec: Adapted, like: Tensor, *, separate_reference: bool = False) -> None:
         super().__init__()
         out_features, in_features = spec.matrix
-        self.A = nn.Parameter(like.new_zeros(spec.rank, in_features))
-        self.B = nn.Parameter(like.new_zeros(out_features, spec.rank))
+        dtype = trained_dtype(like)
+        self.A = nn.Parameter(like.new_zeros(spec.rank, in_features, dtype=dtype))
+        self.B = nn.Parameter(like.new_zeros(out_features, spec.rank, dtype=dtype))
         self.scaling, self.separate_reference, self._reserved = spec.scaling, separate_reference, False
         self.register_buffer("reference_A", None, persistent=False)
         self.register_buffer("reference_B", None, persistent=False)
@@ -64,6 +65,11 @@ class Factors(nn.Module):
         assert self.separate_reference
         self.reference_A, self.reference_B = torch.zeros_like(self.A), torch.zeros_like(self.B)
         self._reserved = True
+
+
+def trained_dtype(parameter: Tensor) -> torch.dtype:
+    """The type in which what trains for a parameter is kept: float32 for 16-bit types, otherwise its own."""
+    return torch.promote_types(parameter.dtype, torch.float32) if parameter.dtype.itemsize < 4 else parameter.dtype
 
 
 def draw_initial_a(shape: tuple[int, int], seed: int, head: int, name: str) -> Tensor:

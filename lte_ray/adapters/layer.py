@@ -43,26 +43,25 @@ class HeadLayer(LTELayer):
         user_weight = self.lte_parameters["weight"]
         if weight is not user_weight.parameter:  # a caller substitutes it, as torch.func.functional_call does
             return kind.main(self, x, weight, bias)
-        user_bias = self.lte_parameters.get("bias")
+        user_bias, dtype = self.lte_parameters.get("bias"), user_weight.dtype
         in_place = self.lte_head.active and self.lte_head.functional is None
         if user_bias is not None and bias is user_bias.parameter and not (in_place and user_bias.tracked):
             assert isinstance(user_bias.stored, Tensor)
-            bias = user_bias.stored + user_bias.factors.vector_change()
+            bias = (user_bias.stored + user_bias.factors.vector_change()).to(user_bias.dtype)
         if in_place and user_weight.tracked:
             return kind.main(self, x, weight, bias)
         if kind.product is None:
             assert isinstance(user_weight.stored, Tensor)
-            return kind.main(self, x, user_weight.stored + user_weight.factors.vector_change(), bias)
+            return kind.main(self, x, (user_weight.stored + user_weight.factors.vector_change()).to(dtype), bias)
         a, b = user_weight.factors.effective_pair()
         stored = user_weight.stored
         if isinstance(stored, Tensor):
             y = kind.main(self, x, stored, bias)
-            a, b = a.to(stored.dtype), b.to(stored.dtype)
         elif kind.name == "linear":
             y = quantized_linear(x, stored, bias)
         else:
-            y = kind.main(self, x, stored.dequantize(a.dtype if kind.name == "embedding" else x.dtype), bias)
-        return y + kind.product(self, x, a, b, user_weight.factors.scaling)
+            y = kind.main(self, x, stored.dequantize(dtype if kind.name == "embedding" else x.dtype), bias)
+        return y + kind.product(self, x, a.to(dtype), b.to(dtype), user_weight.factors.scaling)
 
     @property
     def lte_factors(self) -> Factors:

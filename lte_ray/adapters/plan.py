@@ -57,7 +57,7 @@ def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
         WorkerError: no parameter trains, none is adapted, or one can't be merged (sparse, complex, integer, no shape).
     """
     uses_by_id = _find_uses(model)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _check_memory(model)
     settings = _LayerSettings(model, lte, head, uses_by_id)
     for name, parameter in parameters.items():
@@ -67,7 +67,7 @@ def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
     for name, parameter in parameters.items():
         uses = uses_by_id[id(parameter)]
         adapt = all(use.role == "weight" and settings.resolve(use, name).adapt for use in uses)
-        if adapt and len({use.transposed for use in uses}) == 1:
+        if adapt and parameter.numel() and len({use.transposed for use in uses}) == 1:
             weights[name] = uses
     lora_layers = {use.layer for uses in weights.values() for use in uses}
     lora_parameters = {n for n, p in parameters.items() if any(use.layer in lora_layers for use in uses_by_id[id(p)])}

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lte_ray.adapters.factors import Factors
+from lte_ray.adapters.factors import Factors, trained_dtype
 from lte_ray.adapters.quantization import QuantizedWeight
 from lte_ray.errors import WorkerError
 from lte_ray.layout import Adapted
@@ -47,6 +47,7 @@ class UserParameter:
         factors: of the weight.
 
     Attributes:
+        dtype: of P.
         stored: the main weight W~, or W if the reference is kept apart. Until P is read, P has the same memory. A quantized
             weight takes no memory in P.
         tracked: whether P has the effective value in every loss, because code that asks no module uses it.
@@ -56,6 +57,7 @@ class UserParameter:
     def __init__(self, spec: Adapted, parameter: nn.Parameter, factors: Factors) -> None:
         self.spec, self.parameter, self.factors = spec, parameter, factors
         self.stored: Tensor | QuantizedWeight = parameter.detach()
+        self.dtype = parameter.dtype
         self.tracked = self.shown = False
         self._expected: Tensor | None = None  # two numbers that a write would change
         self._version = 0
@@ -74,16 +76,13 @@ class UserParameter:
     def effective(self) -> Tensor:
         """W~ + s B A (- s B' A') in the stored shape; differentiable by A and B."""
         a, b = self.factors.effective_pair()
-        stored, change = self.stored, as_stored(self.spec, (b @ a) * self.factors.scaling)
-        if isinstance(stored, Tensor):
-            return (stored + change).to(stored.dtype)
-        return self.main_weight() + change
+        return (self.main_weight() + as_stored(self.spec, (b @ a) * self.factors.scaling)).to(self.dtype)
 
     def main_weight(self) -> Tensor:
         """W~ in the stored shape; rounded, if it is quantized."""
         if isinstance(self.stored, Tensor):
             return self.stored
-        weight = self.stored.dequantize(self.factors.A.dtype)
+        weight = self.stored.dequantize(self.dtype)
         return as_stored(self.spec, weight) if len(self.spec.shape) == 2 else weight
 
     @torch.no_grad()
@@ -100,9 +99,10 @@ class UserParameter:
     @torch.no_grad()
     def hide(self) -> None:
         """Gives P the value W~ again."""
-        like = self.factors.A
-        placeholder = isinstance(self.stored, QuantizedWeight)
-        self.parameter.data = like.new_zeros(()).expand(self.spec.shape) if placeholder else self.stored  # type: ignore[assignment]
+        if isinstance(self.stored, Tensor):
+            self.parameter.data = self.stored
+        else:
+            self.parameter.data = self.factors.A.new_zeros((), dtype=self.dtype).expand(self.spec.shape)
         self.shown, self._expected = False, None
 
     def written(self) -> Tensor | bool:
@@ -139,6 +139,35 @@ class UserParameter:
         return bool(self.factors.B.any()) or (reference is not None and bool(reference.any()))
 
 
+class Master:
+    """The float32 values of a 16-bit parameter that trains without factors: small steps would vanish in its own type.
+
+    Args:
+        parameter: the model's, P. Before each loss it has the rounded values.
+    """
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+        self.values = nn.Parameter(parameter.detach().to(trained_dtype(parameter)))
+        self._version = -1
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Gives P the rounded values."""
+        self.parameter.copy_(self.values)
+        self._version = self.parameter._version
+
+    @torch.no_grad()
+    def take_back(self) -> None:
+        """Adds P's gradient to that of the values, and clears it; if the loss wrote to P, takes what it wrote."""
+        if self.parameter._version != self._version:
+            self.values.copy_(self.parameter)
+        gradient, self.parameter.grad = self.parameter.grad, None
+        if gradient is not None:
+            exact = gradient.to(self.values.dtype)
+            self.values.grad = exact if self.values.grad is None else self.values.grad.add_(exact)
+
+
 def _fingerprint(tensor: Tensor) -> Tensor:
     exact = tensor.detach().double()
     return torch.stack([exact.sum(), exact.square().sum()])
@@ -148,6 +177,8 @@ class UserParameters:
     """The parameters of one head's model that have factors.
 
     Attributes:
+        all: these.
+        masters: of other parameters, by name.
         active: whether the head is computing a loss or its gradients.
         functional: the effective weights, as functions of the factors, of heads that are computed as one batch
             (`torch.func.vmap`); None otherwise. Such heads can't each give P a value.
@@ -155,6 +186,7 @@ class UserParameters:
 
     def __init__(self) -> None:
         self.all: list[UserParameter] = []
+        self.masters: dict[str, Master] = {}
         self.active = False
         self.functional: dict[int, Tensor] | None = None
         self._watched_once = False
@@ -198,6 +230,8 @@ class UserParameters:
             each.begin()
             if each.tracked and self.functional is None:
                 each.show()
+        for master in self.masters.values():
+            master.round()
         try:
             with ExitStack() as stack:
                 if watch:
@@ -230,6 +264,8 @@ class UserParameters:
             self.functional = None
 
     def _collect(self) -> None:
+        for master in self.masters.values():
+            master.take_back()
         for each in self.all:
             check_hooks(each.spec.name, each.parameter)
             written = each.written()

@@ -93,6 +93,7 @@ class Head:
                 separate_reference=separate_reference,
             )
             self.model, self.plan = self.converted.model.to(self.device).train(), self.converted.plan
+            self.converted.make_masters()
             for base_dtype in {spec.base_dtype for spec in self.plan.adapted} if self.device.type != "cpu" else ():
                 check_format(base_dtype, self.device)  # the driver has checked it on its CPU
             if share_weights is not None:
@@ -104,7 +105,7 @@ class Head:
                 self.model.compile()
         self.rng = Generators(head_seed(settings.train.seed, number, incarnation), self.device)
         tensors, start = self.converted.tensors(), CommittedPosition(incarnation, lanes=self.batch_stream.partitions)
-        factors, replicas = self.converted.factors, {r.name: tensors[r.name] for r in self.plan.replicas}
+        factors, replicas = self.converted.factors, self.converted.replicas()
         self.trained_parameters = factors | {n: r for n, r in replicas.items() if isinstance(r, nn.Parameter)}
         self.state = HeadState(self.plan, settings.lte.reset, dtype, self.device, factors, replicas, start, start)
         with self.worker_errors(None):

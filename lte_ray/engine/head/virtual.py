@@ -313,7 +313,8 @@ class VmappedHeads:
                 main.factors.reserve_reference()
         buffers = [dict(_head_buffers(head.converted)) for head in heads]
         self._buffers = {name: _stack_in_place([b[name] for b in buffers]) for name in buffers[0]}
-        self._holders = _find_holders(first.converted, {**own[0], **buffers[0]})
+        masters = {name: master.parameter for name, master in first.converted.user_parameters.masters.items()}
+        self._holders = _find_holders(first.converted, {**own[0], **buffers[0], **masters})
         for stacked in self._trained.values():
             stacked.requires_grad_()
 
@@ -345,7 +346,8 @@ class VmappedHeads:
         before = [holder[key] for holder, key, _ in self._holders]
         try:
             for holder, key, name in self._holders:
-                holder[key] = trained[name] if name in trained else buffers[name]
+                tensor = trained[name] if name in trained else buffers[name]
+                holder[key] = tensor.to(holder[key].dtype)  # of 16-bit parameters, float32 values train
             return check_loss(self._worker.loss(self._heads[0].model, batch))
         finally:
             for (holder, key, _), tensor in zip(self._holders, before, strict=True):

@@ -225,6 +225,13 @@ def test_a_complex_parameter_is_refused_by_name() -> None:
 def test_running_statistics_are_replicas_and_bad_parameters_are_named() -> None:
     """Means and variances of batch normalization are merged; a lazy layer without shapes is one clear error."""
     plan = make_plan(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), LTE)
-    assert [r.name for r in plan.replicas] == ["0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"]
+    assert [r.name for r in plan.replicas] == [
+        "0.bias",
+        "1.weight",
+        "1.bias",
+        "1.running_mean",
+        "1.running_var",
+        "1.num_batches_tracked",
+    ]
     with pytest.raises(WorkerError, match="lazy layer"):
         make_plan(nn.Sequential(nn.LazyLinear(4)), LTE)

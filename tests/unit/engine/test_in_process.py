@@ -169,7 +169,7 @@ class Typed(Tiny):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_models_of_any_floating_type_are_merged_in_float32(dtype: torch.dtype) -> None:
-    """Heads train in the worker's own type; the base is float32, and after the last merge heads hold it, rounded."""
+    """Heads compute in the worker's own type; the base is float32, and after the last merge heads hold it exactly."""
     worker = Typed()
     worker.dtype = dtype
     result = run_in_process(worker, make_settings())
@@ -177,7 +177,7 @@ def test_models_of_any_floating_type_are_merged_in_float32(dtype: torch.dtype) -
     assert len(result.merges) == 4
     scale = dict(result.heads[0].model.named_parameters())["scale"]
     assert scale.dtype == dtype
-    assert torch.equal(scale, views(result.plan.base, result.base)["scale"].to(dtype))
+    assert torch.equal(result.heads[0].converted.replicas()["scale"].float(), views(result.plan.base, result.base)["scale"])
 
 
 @pytest.mark.parametrize("reset", ["none", "B"])

@@ -320,7 +320,7 @@ def test_every_parameter_that_trains_is_in_the_plan_once(name: str, adapt: tuple
     frozen = next(n for n, p in model.named_parameters() if n.endswith("bias") or "norm" in n)
     model.get_parameter(frozen).requires_grad_(False)
     plan = convert(model, make({"adapt": adapt}).lte).plan
-    statistics = [n for n, _ in model.named_buffers() if n.endswith(("running_mean", "running_var"))]
+    statistics = [n for n, _ in model.named_buffers() if n.endswith(("running_mean", "running_var", "num_batches_tracked"))]
     names = [n for n, _ in build_model(MODELS[name], 0).named_parameters() if n != frozen]
     assert sorted(e.name for e in plan.base.entries) == sorted(names + statistics)
     assert bool(statistics) == (name == "resnet")

@@ -245,15 +245,15 @@ def rounded_head(lr: float) -> tuple[Head, list[Tensor]]:
 
 @pytest.mark.parametrize("accepted", [(True,) * 5, (False,) * 5, (True, False, True, True, False)], ids=["yes", "no", "mixed"])
 def test_replicas_in_bfloat16_that_do_not_train_contribute_nothing(accepted: tuple[bool, ...]) -> None:
-    """p - p' is what was trained, from the rounded base that the head adopted: rounding the base isn't progress."""
+    """p - p' is what was trained: the head keeps the base's float32 values, and rounds them for the model only."""
     head, (first, *bases) = rounded_head(lr=0.0)
     head.start(0, first)
     for version, (base, answer) in enumerate(zip(bases, accepted, strict=True), 1):
         contribution = head.train_round()
         assert not replica_part(head.plan, contribution.buffer).any()
         (accept if answer else refuse)(head, contribution, version, base)
-        for name, p in {r.name: head.converted.parameters[r.name] for r in head.plan.replicas}.items():
-            assert torch.equal(p, views(head.plan.base, base)[name].bfloat16())
+        for name, p in head.converted.replicas().items():
+            assert torch.equal(p, views(head.plan.base, base)[name])
 
 
 def test_steps_of_bfloat16_replicas_beyond_the_base_are_counted_without_its_rounding() -> None:

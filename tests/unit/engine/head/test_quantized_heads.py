@@ -293,7 +293,7 @@ def test_checkpoints_hold_the_users_buffers_and_no_codes(form: str) -> None:
             model.count += 1
             return super().loss(model, batch)
 
-    head, base = started(Counting(), settings(form))
+    head, base = started(Counting(), settings(form, merge_buffers=("none",)))
     head.train_round()
     head.adopt(ContributionResult(0, 1, True, 1), 1, base)
     tensors, meta = head_state(head)

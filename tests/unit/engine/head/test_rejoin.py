@@ -90,8 +90,8 @@ def test_a_rejoined_head_contributes_nothing_that_it_has_not_trained(dtype: str,
     numbers = (contribution.incarnation, contribution.sequence, contribution.version, contribution.steps, contribution.samples)
     assert numbers == (1, 2, 2, 0, 0)
     parameters, base = dict(head.model.named_parameters()), views(head.plan.base, bases[1])
-    for replica in head.plan.replicas:
-        assert torch.equal(parameters[replica.name], base[replica.name].to(parameters[replica.name].dtype))
+    for name, replica in head.converted.replicas().items():
+        assert torch.equal(replica, base[name].to(replica.dtype))
     for spec in head.plan.adapted if dtype == "float64" else ():
         b, a = head.converted.factors[spec.b_name], head.converted.factors[spec.a_name]
         assert_near(parameters[spec.name] + spec.scaling * b @ a, base[spec.name], 1e-15)
