@@ -16,6 +16,7 @@ What reads P without asking a module, such as a list that the model made of its 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from threading import Lock
@@ -235,7 +236,8 @@ class UserParameters:
         try:
             with ExitStack() as stack:
                 if watch:
-                    stack.enter_context(_EAGER)
+                    if "torch._dynamo" in sys.modules:  # without it, nothing is compiled, and its import takes long
+                        stack.enter_context(_EAGER)
                     for mode in (_WatchFunctions(self), _WatchOperations(self)):
                         stack.enter_context(mode)
                 yield

@@ -19,6 +19,7 @@ from lte_ray.adapters.convert import convert, share_frozen_weights
 from lte_ray.adapters.quantization import check_format
 from lte_ray.adapters.user_parameter import GradientOfWeight
 from lte_ray.engine.head.batch_stream import BatchStream
+from lte_ray.engine.head.compilation import COMPILATION
 from lte_ray.engine.head.main_weights import MainWeights
 from lte_ray.engine.head.optimization import OptimizerStep, autocast, build_optimizer, check_loss, checkpoint_activations
 from lte_ray.engine.head.rng import Generators, head_seed, rewind_generators, watch_draws
@@ -103,6 +104,9 @@ class Head:
             checkpoint_activations(self.model, settings.train.checkpoint_activations)
             if settings.train.compile:
                 self.model.compile()
+                for main in self.converted.main_weights.values():
+                    if main.separate_reference:  # from the start, so that the first merge doesn't compile the model again
+                        main.factors.reserve_reference()
         self.rng = Generators(head_seed(settings.train.seed, number, incarnation), self.device)
         tensors, start = self.converted.tensors(), CommittedPosition(incarnation, lanes=self.batch_stream.partitions)
         factors, replicas = self.converted.factors, self.converted.replicas()
@@ -246,6 +250,7 @@ class Head:
             self.main_weights.load(self.state.reference, {})
         self._frozen.record()
         self._unmerged.record()
+        COMPILATION.register()
         self.timer.activity = "training"
 
     def record_loss(self, loss: Tensor) -> None:
@@ -457,7 +462,7 @@ class Head:
             samples=self.samples,
             loss=self.state.loss,
             version=self.version,
-            state=self.timer.activity,
+            state="compiling" if COMPILATION.active else self.timer.activity,
             device=str(self.device),
             times=self.timer.times,
             first_step_at=self.timer.first_step_at,

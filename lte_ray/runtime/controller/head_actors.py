@@ -244,7 +244,7 @@ class HeadActorGroup:
             except ray.exceptions.RayError:
                 continue  # the `run` call of the same actor fails with a better error
             position = tuple((s.step, s.version, s.state) for s in answer)
-            idle = all(s.state in ("waiting", "done", "quarantined") for s in answer)
+            idle = all(s.state in ("waiting", "done", "quarantined", "compiling") for s in answer)
             stepped = any(s.first_step_at is not None for s in answer)
             self._hang_detector.record_answer(slot.health, now, requested_at, position, idle, stepped)
             statuses += answer

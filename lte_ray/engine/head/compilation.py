@@ -1,0 +1,39 @@
+"""Whether torch is compiling in this process, which may take minutes in which no head moves."""
+
+from __future__ import annotations
+
+import sys
+from threading import Lock
+from typing import Any
+
+
+class CompilationWatch:
+    """Counts compilations that are under way, in any thread.
+
+    Importing torch's compiler takes seconds, so `register` does nothing until something else has imported it.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._running, self._registered = Lock(), 0, False
+
+    @property
+    def active(self) -> bool:
+        """Whether torch compiles now."""
+        return self._running > 0
+
+    def register(self) -> None:
+        """Begins to count, if the compiler has been imported; may be called often."""
+        compiler = sys.modules.get("torch._dynamo.callback")
+        with self._lock:
+            if compiler is not None and not self._registered:
+                self._registered = True
+                compiler.callback_handler.register_start_callback(lambda *_: self._count(1))
+                compiler.callback_handler.register_end_callback(lambda *_: self._count(-1))
+
+    def _count(self, change: Any) -> None:
+        with self._lock:
+            self._running = max(0, self._running + change)
+
+
+COMPILATION = CompilationWatch()
+"""Of this process: its heads wait for each other's compilations."""
