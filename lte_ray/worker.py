@@ -48,6 +48,7 @@ class Worker(Protocol):
     #   build_optimizer(params) -> Optimizer       params: parameter groups, named "lora" and "replica"
     #                                            (in full rank "weight" and "replica")
     #   build_schedule(optimizer, total_steps)     -> a torch learning-rate scheduler, stepped after every local step
+    #   state_dict(), load_state_dict(state)       what the worker counts or collects: each head's own, kept in checkpoints
     #   sample(model) -> str                       shown at the end of the run, e.g. generated text
 
 

@@ -19,6 +19,7 @@ from lte_ray.engine.head.optimization import build_optimizer, check_lr_scale, ch
 from lte_ray.engine.head.optimizer_state import optimizer_state
 from lte_ray.engine.head.rng import preserve_generators
 from lte_ray.engine.head.untrained import Fingerprints, fingerprints, resolve_buffers
+from lte_ray.engine.head.worker_state import worker_state
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError, UserError, WorkerError
 from lte_ray.layout import Adapted, Plan
@@ -72,6 +73,7 @@ def prepare(worker: Worker, settings: Settings, dtype: torch.dtype = torch.float
         ConfigError: the rank or an exclude pattern doesn't fit the model, or the optimizer's settings the worker.
     """
     check_worker(worker)
+    worker_state(worker)
     check_optimizer_settings(worker, settings.train)
     with preserve_generators(torch.device("cpu")):  # the caller's random numbers don't change
         return _prepare(worker, settings, dtype)

@@ -26,6 +26,7 @@ from lte_ray.engine.head.rng import Generators, head_seed, rewind_generators, wa
 from lte_ray.engine.head.state import HeadState
 from lte_ray.engine.head.timing import HeadTimer
 from lte_ray.engine.head.untrained import FrozenParameters, UnmergedBuffers, check_equal_builds, fingerprints
+from lte_ray.engine.head.worker_state import own_worker
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import LTEError, WorkerFailed
 from lte_ray.merging.flat_buffer import factors_part
@@ -57,6 +58,7 @@ class Head:
         average_gradients: called before every optimizer step, where several processes train the head together.
         interrupted: called before every step of a round; if it returns true, the head leaves the rest of the round for later.
         trained_parameters: factors and replica parameters, by their names in the contribution.
+        untrained_weights: names of weights on which no loss of the first round depended.
         loss_draws: whether the loss drew from the global generators before the head's first contribution.
     """
 
@@ -73,13 +75,15 @@ class Head:
         share_weights: Head | None = None,
         alone: bool = True,
     ) -> None:
-        self.worker, self.settings, self.number, self.incarnation = worker, settings, number, incarnation
+        self.worker, self.settings, self.number, self.incarnation = own_worker(worker), settings, number, incarnation
         self.device, self.dtype = torch.device(device), dtype
         self.average_gradients: Callable[[], None] = lambda: None
         self.interrupted: Callable[[], bool] = lambda: False
         self.loss_draws = self._draws_known = False
+        self.untrained_weights: list[str] = []
+        self._with_gradient: set[str] = set()
         self.timer = HeadTimer()
-        self.batch_stream = BatchStream(worker, number, settings.lte.num_heads, settings.train.seed)
+        self.batch_stream = BatchStream(self.worker, number, settings.lte.num_heads, settings.train.seed)
         self.step_limit, self.limit_is_final, self._schedule_rate = settings.train.steps, True, 1.0
         self._highest_limit = 0  # of those that the coordinator has given
         self._last_was_discarded = False
@@ -87,7 +91,7 @@ class Head:
         self.rng = Generators(head_seed(settings.train.seed, number), self.device)
         with self.rng.swapped_in(), self.worker_errors(None):
             self.converted = convert(
-                build_model(worker, settings.train.seed),
+                build_model(self.worker, settings.train.seed),
                 settings.lte,
                 seed=settings.train.seed,
                 head=number,
@@ -113,7 +117,7 @@ class Head:
         self.trained_parameters = factors | {n: r for n, r in replicas.items() if isinstance(r, nn.Parameter)}
         self.state = HeadState(self.plan, settings.lte.reset, dtype, self.device, factors, replicas, start, start)
         with self.worker_errors(None):
-            self.optimizer, self.schedule = build_optimizer(worker, self.plan, {**factors, **replicas}, settings.train)
+            self.optimizer, self.schedule = build_optimizer(self.worker, self.plan, {**factors, **replicas}, settings.train)
             check_equal_builds(fingerprints(tensors, self.plan), settings.untrained)
         self.optimizer_step = OptimizerStep(self.optimizer, self.schedule, settings.train, self.device)
         self._frozen = FrozenParameters(self.converted.frozen)
@@ -305,6 +309,8 @@ class Head:
 
     def finish_step(self) -> None:
         """Takes the optimizer's and the schedule's step with the accumulated gradients."""
+        if self.state.sequence == 0:
+            self._with_gradient |= {name for name, p in self.state.factors.items() if p.grad is not None}
         self.optimizer_step.step(self._schedule_rate)
         self.state.step += 1
         self.timer.record_step()
@@ -329,6 +335,9 @@ class Head:
             self._unmerged.check()
             if state.sequence == 0:
                 self._frozen.check()
+                self.untrained_weights = [
+                    spec.name for spec in self.plan.adapted if not {spec.a_name, spec.b_name} & self._with_gradient
+                ]
         state.sequence += 1  # before it is pending: another thread may ask whether this one was accepted
         with self.timer.measure("publish"):
             state.pending = state.gather_contribution()

@@ -47,8 +47,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer, schedule: Any) -> tuple[di
     except (TypeError, ValueError) as error:
         where, kind = _find_unsavable(meta) or ("?", str(error))
         raise WorkerError(
-            f"The optimizer's or schedule's state can't be saved: {where} has the type {kind}. Keep numbers, text and tensors in it, "
-            "and make anything else in the constructor (or leave it out of state_dict())."
+            f"The optimizer's or schedule's state can't be saved: {where} has the type {kind}. Keep numbers, text and tensors "
+            "in it, and make anything else in the constructor (or leave it out of state_dict())."
         ) from error
 
 

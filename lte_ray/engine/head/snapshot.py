@@ -11,6 +11,7 @@ from lte_ray.data.partition import to_partitions
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.optimization import ROUNDING_STEPS
 from lte_ray.engine.head.optimizer_state import check_shapes, optimizer_state, restore_optimizer
+from lte_ray.engine.head.worker_state import load_worker_state, worker_state
 from lte_ray.errors import StorageError
 from lte_ray.merging.flat_buffer import factors_part, replica_views
 from lte_ray.messages import Assignment, CheckpointRequest, CommittedPosition, PartitionPairs
@@ -61,7 +62,8 @@ def snapshot(head: Head, request: CheckpointRequest) -> SavedState:
     optimizer_tensors, optimizer_meta = optimizer_state(head.optimizer, head.schedule)
     optimizer_meta["scaler"] = head.optimizer_step.scaler.state_dict()
     rng_tensors, rng_meta = head.rng.state()
-    tensors = {**tensors, **optimizer_tensors, **rng_tensors}
+    worker_tensors, worker_meta = worker_state(head.worker)
+    tensors = {**tensors, **optimizer_tensors, **rng_tensors, **worker_tensors}
     meta = {
         "head": head.number,
         "version": request.version,
@@ -81,6 +83,7 @@ def snapshot(head: Head, request: CheckpointRequest) -> SavedState:
         "steps": head.settings.train.steps,  # for which the schedule was built
         "optimizer": optimizer_meta,
         "rng": rng_meta,
+        "worker": worker_meta,
     }
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}, meta
 
@@ -129,6 +132,7 @@ def _restore(head: Head, tensors: dict[str, Tensor], meta: dict[str, Any], base:
     if revoked is not None:
         stream.revoked = Assignment(_count(revoked[0]), to_partitions(revoked[1:]))
     restore_optimization(head, (tensors, meta))
+    load_worker_state(head.worker, tensors, meta.get("worker"))
     head.rng.load_state(tensors, meta["rng"])
     with head.rng.swapped_in():  # fail here, rather than in the first step, if the generators can't take it
         pass
@@ -174,7 +178,8 @@ def rejoin(
     if saved is not None:
         try:
             restore_optimization(head, saved)
-            tensors, _ = saved
+            tensors, meta = saved
+            load_worker_state(head.worker, tensors, meta.get("worker"))
             with torch.no_grad():
                 for name, buffer in head.local_buffers():
                     _copy(buffer, tensors[f"buffer.{name}"])

@@ -23,6 +23,7 @@ from lte_ray.config import TrainConfig
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.optimization import autocast, check_loss
 from lte_ray.engine.head.rng import watch_draws
+from lte_ray.engine.head.worker_state import has_state
 from lte_ray.engine.process_tuning import torch_threads
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError, LTEError
@@ -106,6 +107,15 @@ class HeadGroup:
     def sequential_reason(self) -> str:
         """Why the heads train in turns, if they might have trained at once; else empty."""
         return self._reason or (self._threaded.sequential_reason if self._threaded else "")
+
+    @property
+    def untrained_reason(self) -> str:
+        """Which weights got no gradient in the first round; empty if all did."""
+        names = [name for name in self.heads[0].untrained_weights if all(name in h.untrained_weights for h in self.heads)]
+        if not names:
+            return ""
+        some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        return f"no loss of the first round depends on {some}, so {'it does' if len(names) == 1 else 'they do'} not train"
 
     @property
     def done(self) -> bool:
@@ -305,6 +315,8 @@ class VmappedHeads:
         self._heads = heads
         first = heads[0]
         check_stackable(first.settings.train, [head.plan for head in heads])
+        if has_state(worker):
+            raise Unstackable(f"{type(worker).__name__} has a state_dict(), so each head needs its own loss")
         self._worker = worker
         own = [head.trained_parameters for head in heads]
         self._trained = {name: _stack_in_place([each[name] for each in own]) for name in own[0]}

@@ -425,3 +425,27 @@ def test_empty_weights_and_modules_below_a_layer_are_left_alone() -> None:
     done = run_in_process(Empty("called"), settings(2), torch.float64)
     assert "body.lora.weight" in [spec.name for spec in done.plan.adapted]
     assert "extra.weight" in [replica.name for replica in done.plan.replicas]
+
+
+@pytest.mark.parametrize("placement", ["alone", "turns", "batch"])
+def test_weights_that_get_no_gradient_are_named(placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first round: a layer that isn't called, or whose output is detached; not one that is used now and then."""
+    calls = iter(range(1000))
+    sometimes: Forward = lambda net, h: net.head(h) if next(calls) >= 2 else h[:, :WIDTH]  # noqa: E731
+    uses: dict[str, tuple[Forward, list[str]]] = {
+        "unused": (lambda net, h: h[:, :WIDTH], ["head.weight"]),
+        "detached": (lambda net, h: h[:, :WIDTH] * net.head(h).detach(), ["head.weight"]),
+        "sometimes": (sometimes, []),
+        "body only": (lambda net, h: net.head(h.detach()), ["body.weight"]),
+    }
+    for name, (use, expected) in uses.items():
+        monkeypatch.setitem(USES, name, use)
+        heads = 1 if placement == "alone" else 2
+        stack = "always" if placement == "batch" and name != "sometimes" else "never"
+        group = HeadGroup(Using(name), settings(heads), range(heads), dtype=torch.float64, stack_heads=stack)
+        base = prepare(Using(name), settings(heads), torch.float64).base
+        for head in group.heads:
+            head.start(0, base)
+        group.train_round()
+        assert group.heads[0].untrained_weights == expected, name
+        assert ("depends on" in group.untrained_reason) == bool(expected)
