@@ -41,6 +41,7 @@ SETTINGS = [
     "--baseline --baseline-processes 4 --num-heads 6",
     "--baseline --baseline-processes 2 --merge-every 30s",
     "--exclude 9",
+    "--merge-buffers codes",
     "--gpus-per-head 1.5",
     "--cpus-per-head inf",
     "--keep-checkpoints 0",

@@ -128,10 +128,10 @@ def match_patterns(patterns: Sequence[str], names: Sequence[str], what: str, fla
     for pattern in patterns:
         matched = {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n, pattern + ".*")}
         if not matched:
-            raise ConfigError(
-                f"{flag} {pattern!r} matches no {what} of the model.{suggest(pattern, names)} "
-                f"Its {what}s are: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}."
+            known = (
+                f"Its {what}s are: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}." if names else "It has none."
             )
+            raise ConfigError(f"{flag} {pattern!r} matches no {what} of the model.{suggest(pattern, names)} {known}")
         matches[pattern] = matched
     return matches
 

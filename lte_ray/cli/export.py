@@ -36,6 +36,9 @@ class Flags:
         int | None,
         tyro.conf.arg(help="With --to peft: maximum rank of a weight's change; by default the rank of the exact change."),
     ] = None
+    dtype: Annotated[
+        str, tyro.conf.arg(help="Type of the merged weights: auto (each weight's own in the model), fp32, bf16 or fp16.")
+    ] = "auto"
     worker: Annotated[str | None, tyro.conf.arg(help="module:Class or file.py:Class, instead of the worker in run.toml.")] = (
         None
     )
@@ -53,12 +56,14 @@ def export(arguments: list[str]) -> None:
     for name in ("head", "rank"):
         if getattr(flags, name) is not None and flags.to != "peft":
             raise ConfigError(f"--{name} is for adapters: it needs --to peft, not --to {flags.to}.")
+    if flags.dtype != "auto" and flags.to == "peft":
+        raise ConfigError(f"--dtype {flags.dtype} is for merged weights: adapters are fp32. Leave it out.")
     from lte_ray import export as exporting
 
     if flags.to == "peft":
         written = exporting.peft_adapter(flags.run, flags.out, flags.head, flags.version, flags.rank, worker=flags.worker)
     else:
         write = exporting.save_pretrained if flags.to == "pretrained" else exporting.safetensors
-        written = write(flags.run, flags.out, flags.version, worker=flags.worker)
+        written = write(flags.run, flags.out, flags.version, dtype=flags.dtype, worker=flags.worker)
     console = Console(highlight=False)
     console.print(f"{flags.out}: {written.summary}.", markup=False, soft_wrap=True)

@@ -208,10 +208,10 @@ def load_base(model: nn.Module, plan: Plan, base: Tensor) -> None:
 
 
 def merged_state_dict(model: nn.Module, plan: Plan, base: Tensor) -> dict[str, Tensor]:
-    """The complete state dict of the unconverted model with the base's weights, fp32, under its own names.
+    """The complete state dict of the unconverted model with the base's weights, in its own types and under its own names.
 
     Tied weights are there under each of their names, so that `load_state_dict(strict=True)` accepts it.
     """
     load_base(model, plan, base)
     state: Mapping[str, Tensor] = model.state_dict()
-    return {k: (v.float() if v.is_floating_point() else v).detach().cpu().contiguous().clone() for k, v in state.items()}
+    return {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}

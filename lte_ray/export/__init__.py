@@ -17,10 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
+from torch import nn
 
+from lte_ray.config import suggest
 from lte_ray.engine.prepare import merged_state_dict
-from lte_ray.errors import StorageError
+from lte_ray.errors import ConfigError, StorageError
 from lte_ray.export import peft as _peft
 from lte_ray.export import pretrained as _pretrained
 from lte_ray.export.run_reader import Written, open_run, read_run, select_checkpoint
@@ -65,36 +68,63 @@ def peft_adapter(
         return _peft.write_adapter(saved, folder, head, rank)
 
 
-def save_pretrained(run: PathLike, out: PathLike, version: int | None = None, *, worker: Any = None) -> Written:
+DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types of exported weights by name; "auto" is the model's own."""
+
+
+def save_pretrained(
+    run: PathLike, out: PathLike, version: int | None = None, *, dtype: str = "auto", worker: Any = None
+) -> Written:
     """Writes the merged weights as `save_pretrained` of transformers does, for `from_pretrained(out)`.
 
-    Args and errors as `peft_adapter`. The worker's model must be one of transformers, or contain one and train nothing else.
+    Args and errors as `peft_adapter`; `dtype` as for `safetensors`. The worker's model must be one of transformers, or contain
+    one and train nothing else.
     """
     path = _check_output(out)
     _pretrained.require_package("transformers")
+    _check_dtype(dtype)
     saved = read_run(run, version, worker)
+    _convert(saved.model, dtype)
     with _atomic_output(path) as folder:
         return _pretrained.write_pretrained(saved, folder)
 
 
-def safetensors(run: PathLike, out: PathLike, version: int | None = None, *, worker: Any = None) -> Written:
-    """Writes the merged weights in fp32, under the unconverted model's own names.
+def safetensors(
+    run: PathLike, out: PathLike, version: int | None = None, *, dtype: str = "auto", worker: Any = None
+) -> Written:
+    """Writes the merged weights, under the unconverted model's own names.
 
     Writes the file `out` if it ends in .safetensors, else ``model.safetensors`` in the folder `out`. Args and errors as
     `peft_adapter`. For the newest version of a finished run it copies the run's file, without needing the worker.
+
+    Args:
+        dtype: auto (each weight's own type in the model), fp32, bf16 or fp16. Merged weights are fp32 in checkpoints.
     """
     path = _check_output(out)
+    _check_dtype(dtype)
     directory = open_run(run)
-    if version is None and worker is None and directory.exists(MODEL):
+    if version is None and worker is None and dtype == "auto" and directory.exists(MODEL):
         data, summary = directory.read(MODEL), "the run's final merged weights"
     else:
         manifest = select_checkpoint(directory, version)
         saved = read_run(run, manifest.version, worker)
+        _convert(saved.model, dtype)
         data = save(merged_state_dict(saved.model, saved.plan, saved.base), {"format": "pt"})
         summary = f"the merged weights of version {manifest.version}"
     with _atomic_output(path) as folder:
         (folder / MODEL).write_bytes(data)
     return Written(f"{MODEL}: {summary}" if path.suffix != ".safetensors" else summary)
+
+
+def _check_dtype(dtype: str) -> None:
+    """Raises ConfigError unless it is one of `DTYPES`."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype is {dtype!r}, but it must be one of: {', '.join(DTYPES)}.{suggest(dtype, DTYPES)}")
+
+
+def _convert(model: nn.Module, dtype: str) -> None:
+    if (chosen := DTYPES[dtype]) is not None:
+        model.to(chosen)
 
 
 def _check_output(out: PathLike) -> Path:

@@ -76,6 +76,8 @@ class ModeLayer(LTELayer):
     def __getattr__(self, name: str) -> Any:
         value: Any = super().__getattr__(name)
         if value is not None and name in ("weight", "bias") and self._in_forward() and self._differs_by_head(name, value):
+            if not self.merges:  # a tensor also for code that isn't torch's own
+                return self._resolve_parameter(name)
             return effective_parameter(value, partial(self._resolve_parameter, name))
         return value
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -101,8 +101,8 @@ def loss(y: Tensor, target: Tensor) -> Tensor:
     return (torch.sin(y).flatten(1).mean(1) - target).square().mean()
 
 
-def adam(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+def adam(parameters: Iterable[Any]) -> torch.optim.Optimizer:
+    return torch.optim.Adam([p for p in parameters if isinstance(p, nn.Parameter) and p.requires_grad], lr=0.01)
 
 
 def train_heads(case: ModelCase, lte: LTEConfig, steps: int = STEPS) -> tuple[dict[str, Tensor], list[nn.Module]]:
@@ -112,7 +112,7 @@ def train_heads(case: ModelCase, lte: LTEConfig, steps: int = STEPS) -> tuple[di
         The merged base by names, and the heads' models.
     """
     heads = [convert(case.build(), lte, seed=SEED, head=head) for head in range(HEADS)]
-    optimizers = [adam(head.model) for head in heads]
+    optimizers = [adam([*head.factors.values(), *head.replicas().values()]) for head in heads]
     base = gather(heads[0].plan.base, heads[0].tensors(), torch.float64)
     references: list[Tensor | None] = [None] * HEADS
     for step in range(1, steps + 1):
@@ -150,7 +150,7 @@ def _adopt_base(head: Any, base: Tensor, reference: Tensor | None) -> None:
 def train_mode(case: ModelCase, lte: LTEConfig, mode: str, chunk: str = "layer", steps: int = STEPS) -> nn.Module:
     """Trains all heads in one model. The loss counts H times, so that each head's gradient is that of its own mean loss."""
     model = prepare(case, mode, lte, chunk=chunk)
-    optimizer, merges = adam(model), MergeCondition(model, MERGE_STEPS)
+    optimizer, merges = adam(model.parameters()), MergeCondition(model, MERGE_STEPS)
     for step in range(1, steps + 1):
         x, target = case.batch(step)
         optimizer.zero_grad()

@@ -67,6 +67,18 @@ def test_the_final_weights_are_copied_to_a_file_or_into_a_folder(run: Path, tmp_
     assert (tmp_path / "folder" / "model.safetensors").read_bytes() == final
 
 
+def test_weights_are_exported_in_the_chosen_type(run: Path, tmp_path: Path) -> None:
+    """Each of the names; by default the model's own. An unknown one is refused."""
+    own = safetensors.torch.load_file(run / "model.safetensors")
+    for dtype, expected in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        export.safetensors(run, tmp_path / f"{dtype}.safetensors", dtype=dtype)
+        for name, tensor in safetensors.torch.load_file(tmp_path / f"{dtype}.safetensors").items():
+            assert tensor.dtype == expected
+            assert torch.equal(tensor, own[name].to(expected))
+    with pytest.raises(UserError, match=r"--dtype is 'int8', but it must be one of: auto, fp32, bf16, fp16"):
+        export.safetensors(run, tmp_path / "x.safetensors", dtype="int8")
+
+
 def test_any_versions_weights_load_into_the_unconverted_model(run: Path, tmp_path: Path) -> None:
     """Those of a checkpoint, strictly and bitwise; by default the newest of an unfinished run."""
     for version, steps in ((2, 4), (3, 6)):
