@@ -11,7 +11,8 @@ While a head computes a loss and its gradients, such code finds the effective we
 - P keeps the value W~ as long as nobody reads it, so that models which only call their layers pay nothing.
 
 What reads P without asking a module, such as a list that the model made of its weights, is found in the first loss of a head
-(`_Watch`). A parameter that is found so has its effective value before every later loss, and its layers compute with it too.
+(`_WatchOperations`). A parameter that is found so has its effective value before every later loss, and its layers compute with
+it, too.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class UserParameter:
             self.parameter.data, self.shown, self._expected = value, True, _fingerprint(value)
 
     def begin(self) -> None:
-        """Records what `check_unwritten` compares with."""
+        """Records what `written` compares with."""
         self._version = self.parameter._version
 
     @torch.no_grad()
@@ -170,8 +171,10 @@ class Master:
 
 
 def _fingerprint(tensor: Tensor) -> Tensor:
-    exact = tensor.detach().double()
-    return torch.stack([exact.sum(), exact.square().sum()])
+    """Two numbers that almost any change of a tensor changes, without a copy of it."""
+    tensor = tensor.detach()
+    norm = torch.linalg.vector_norm(tensor, dtype=trained_dtype(tensor))
+    return torch.stack([tensor.sum(dtype=torch.float64), norm.double()])
 
 
 class UserParameters:

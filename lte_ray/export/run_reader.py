@@ -16,6 +16,7 @@ from lte_ray.checkpoint import Manifest
 from lte_ray.config import LTEConfig, TrainConfig
 from lte_ray.config.baseline import baseline_lte
 from lte_ray.engine.head.rng import preserve_generators
+from lte_ray.engine.head.untrained import check_equal_builds, fingerprints
 from lte_ray.engine.prepare import named_tensors
 from lte_ray.errors import ConfigError, StorageError, UserError, WorkerError
 from lte_ray.export.worker_factory import make_worker
@@ -149,6 +150,8 @@ def read_run(run: str | os.PathLike[str], version: int | None = None, worker: An
         except Exception as error:
             raise WorkerError(f"{type(instance).__name__}.build_model() raised {type(error).__name__}: {error}") from error
     plans = make_plans(model, lte)
+    expected = tuple(map(tuple, manifest.facts.get("untrained", ())))
+    check_equal_builds(fingerprints(named_tensors(model), plans[0]), expected)
     base = checkpoint.read_base(directory, manifest, plans[0])
     return SavedRun(
         directory, manifest, record.content, model, plans, gather(plans[0].base, named_tensors(model), base.dtype), base

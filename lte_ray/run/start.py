@@ -13,9 +13,10 @@ from typing import Any
 from lte_ray import checkpoint
 from lte_ray.config import LTEConfig, StorageConfig, flag, toml
 from lte_ray.config.validation import is_integer
+from lte_ray.engine.head.untrained import check_equal_builds
 from lte_ray.engine.prepare import Initial
 from lte_ray.engine.settings import Settings
-from lte_ray.errors import StorageError
+from lte_ray.errors import StorageError, WorkerError
 from lte_ray.run.record import format_record
 from lte_ray.storage import LOCK, PART_SUFFIX, PROBE, RUN, RunDirectory, check_unlocked, exclusive_lock
 
@@ -123,6 +124,10 @@ def check_start(
     if differing:
         changes = ", ".join(f"{flag(name)} was {before[name]} and is {now[name]}" for name in differing)
         raise StorageError(f"{place} can't be continued with other heads: {changes}. Give the settings as they were.")
+    try:
+        check_equal_builds(settings.untrained, tuple(map(tuple, manifest.facts.get("untrained", ()))))
+    except WorkerError as error:
+        raise StorageError(f"{place} can't be continued with another model. {error}") from error
     heads = before["num_heads"]
     taken = manifest.facts.get("taken", manifest.facts["step"] * heads)  # an older release didn't record it
     wanted = settings.train.steps * heads

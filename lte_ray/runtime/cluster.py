@@ -14,6 +14,8 @@ import ray
 
 from lte_ray.errors import ResourceError
 
+HASH_SEED = "PYTHONHASHSEED"
+
 
 @contextlib.contextmanager
 def connected() -> Iterator[None]:
@@ -31,8 +33,11 @@ def connected() -> Iterator[None]:
         _probe(address)
     try:
         if address:
-            ray.init(address=address, logging_level=logging.WARNING)
+            # Sets of text have one order in all processes. The workers of a job that says so itself have one already.
+            same_order = {} if HASH_SEED in os.environ else {"env_vars": {HASH_SEED: "0"}}
+            ray.init(address=address, logging_level=logging.WARNING, runtime_env=same_order)
         else:
+            os.environ.setdefault(HASH_SEED, "0")  # Ray's workers inherit it
             for name in ("RAY_enable_metrics_collection", "RAY_event_stats"):
                 os.environ.setdefault(name, "0")  # a private Ray's metrics are never read, and cost the heads time
             ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)

@@ -102,6 +102,7 @@ class CheckpointManager:
             "step": record.step,
             "taken": record.steps_taken,
             "lte": dataclasses.asdict(settings.lte),
+            "untrained": settings.untrained,
             "baseline": settings.train.baseline,
             "config": self._context.run_toml,
             "losses": {str(head): loss for head, loss in record.losses.items()},

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.data import Shard
+from lte_ray.engine.head.untrained import check_equal_builds
 from lte_ray.engine.in_process import run_in_process
 from lte_ray.engine.prepare import merged_state_dict, prepare
 from lte_ray.engine.settings import Settings
@@ -278,6 +279,16 @@ def test_unequal_builds_are_refused(kind: str) -> None:
     """At the start of each head, with the tensor's name, also if only the order differs."""
     with pytest.raises(WorkerFailed, match=r"build_model\(\) isn't deterministic: proj differs between processes"):
         run_in_process(Stateful(lambda: Unequal(kind)), settings(), torch.float64)
+
+
+def test_fingerprints_tell_builds_apart() -> None:
+    """Processes compare fingerprints of what nothing trains; those of a checkpoint are compared at a resume and an export."""
+    initial = prepare(Stateful(lambda: Unequal("buffer")), settings())
+    other = prepare(Stateful(lambda: Unequal("buffer")), settings()).complete(settings())
+    check_equal_builds(initial.untrained, initial.untrained)
+    check_equal_builds(initial.untrained, ())  # a checkpoint of an older release
+    with pytest.raises(WorkerError, match=r"build_model\(\) isn't deterministic: proj differs"):
+        check_equal_builds(other.untrained, initial.untrained)
 
 
 def test_unequal_values_of_what_trains_are_harmless() -> None:

@@ -203,7 +203,7 @@ def trained_by_hand(worker: Using, run: Settings, head: int, steps: int) -> dict
     start = Head(worker, run, head, dtype=torch.float64)
     specs = {spec.name: spec for spec in start.plan.adapted}
     values = {name: p.detach().clone() for name, p in start.trained_parameters.items()}
-    stored = {name: p.detach().clone() for name, p in net.named_parameters()}
+    stored = {name: start.converted.main_weights[name].user.main_weight().clone() for name in specs}
     parameters = dict(net.named_parameters())
     batches = worker.train_batches(Shard(head, run.lte.num_heads, run.train.seed))
     for _ in range(steps):
@@ -230,12 +230,12 @@ def trained_by_hand(worker: Using, run: Settings, head: int, steps: int) -> dict
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # a thread of heads in one batch
-@pytest.mark.parametrize("placement", ["alone", "turns", "batch"])
+@pytest.mark.parametrize("placement", ["alone", "turns", "batch", "int8"])
 @pytest.mark.parametrize("use", USES)
 def test_a_weight_trains_in_whatever_way_it_is_used(use: str, placement: str) -> None:
     """After three steps, factors and replicas are those of the unconverted model's gradients and the chain rule."""
-    worker, heads = Using(use), 1 if placement == "alone" else 2
-    run = settings(heads)
+    worker, heads = Using(use), 1 if placement in ("alone", "int8") else 2
+    run = settings(heads, base_dtype="int8" if placement == "int8" else "fp32")
     group = (
         HeadGroup(worker, run, range(heads), dtype=torch.float64, stack_heads="auto" if placement != "batch" else "always")
         if use not in VMAPPED_IN_TURNS or placement != "batch"
