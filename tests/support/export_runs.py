@@ -315,6 +315,7 @@ def save_run(
         worker: use this instead of the worker that builds `kind`.
     """
     worker = worker or ExportWorker(kind)
+    given = prepare(worker, given).complete(given)
     directory = RunDirectory.open(str(root), name)
     storage = StorageConfig(name=name, storage=str(root))
     record = run_record.make_record(

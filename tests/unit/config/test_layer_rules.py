@@ -481,6 +481,7 @@ EVERYTHING = (
         exclude=("a", "b.*"),
         layers={"a.*": LayerConfig(lora_r=(1, 2, 4), adapt=False, lr=0.1), "@conv": {"lr": 1e-5}, 'q"\\ß': {"lr": 2}},  # type: ignore[arg-type]
         base_dtype="nf4",
+        merge_buffers=("auto", "codes.*"),
         strict=True,
     ),
     TrainConfig(

@@ -71,7 +71,7 @@ def test_statistics_and_frozen_copies_over_all_visible_gpus(move_later: bool) ->
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
         model = prepare_spread(partly_frozen()).to(device) if move_later else prepare_spread(partly_frozen().to(device))
-        optimizer = adam(model)
+        optimizer = adam(model.parameters())
         generator = torch.Generator().manual_seed(1)
         for _ in range(4):
             optimizer.zero_grad()
@@ -117,7 +117,7 @@ def train_ddp_and_dmp(device: str, chunk: str, heads: int = 4) -> list[nn.Module
             replica_layers=["out", "token"],
             seed=SEED,
         )
-        optimizer, merges = adam(model), MergeCondition(model, 3)
+        optimizer, merges = adam(model.parameters()), MergeCondition(model, 3)
         for step in range(10):
             x, target = case.batch(step, 4 * heads)
             optimizer.zero_grad()
