@@ -93,7 +93,9 @@ def gpt_arms(job: Job) -> Iterator[Arm]:
         yield job.arm(f"LTE, {heads} heads, merge_iter 50", heads, MergeConfig(50))
     rounded = MergeConfig(transfer="int8", send_down="int8")
     for heads in (4, 8):
-        yield job.arm(f"LTE, {heads} heads, rank 32 in int8", heads, rounded, {"lora_r": 32})
+        yield job.arm(f"LTE, {heads} heads, rank 48 in int8", heads, rounded, {"lora_r": 48})
+    yield job.arm("LTE, 4 heads, rank 32", 4, MergeConfig(), {"lora_r": 32})
+    yield job.arm("LTE, 4 heads, rank 32 in int8", 4, rounded, {"lora_r": 32})
     for heads in (2, 4, 8):
         yield job.arm(f"LTE as in the paper, {heads} heads", heads, MergeConfig(policy="average"), **ADAMW)
     muloco = MergeConfig(policy="nesterov", policy_args={"lr": 0.7, "momentum": 0.6})
@@ -115,9 +117,9 @@ GPT_LIMITS = (
     *(Limit(f"LTE, {heads} heads", ORDINARY, bound) for heads, bound in ((2, 0.96), (4, 0.97), (8, 1.00))),
     *(Limit(f"LTE, {heads} heads", MUON, bound) for heads, bound in ((2, 1.05), (4, 1.08), (8, 1.12))),
     *(Limit(f"LTE, {heads} heads, merge_iter 50", ORDINARY, bound) for heads, bound in ((4, 1.00), (8, 1.04))),
-    *(Limit(f"LTE, {heads} heads, rank 32 in int8", f"MuLoCo, {heads} heads", 1.03) for heads in (4, 8)),
-    *(Limit(f"LTE, {heads} heads, rank 32 in int8", f"DiLoCo, {heads} heads", 1.00) for heads in (4, 8)),
-    *(Limit(f"LTE, {heads} heads, rank 32 in int8", f"MuLoCo, {heads} heads", 0.2, "bytes") for heads in (4, 8)),
+    *(Limit(f"LTE, {heads} heads, rank 48 in int8", f"MuLoCo, {heads} heads", 1.03) for heads in (4, 8)),
+    *(Limit(f"LTE, {heads} heads, rank 48 in int8", f"DiLoCo, {heads} heads", 1.00) for heads in (4, 8)),
+    *(Limit(f"LTE, {heads} heads, rank 48 in int8", f"MuLoCo, {heads} heads", 0.2, "bytes") for heads in (4, 8)),
     Limit("LTE, 2 heads", "LTE, 2 heads", 1.02),
 )
 
