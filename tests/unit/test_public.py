@@ -59,6 +59,16 @@ def test_submodules_are_loaded_when_they_are_first_used() -> None:
     )
 
 
+def test_the_submodules_that_the_documentation_uses_need_no_import() -> None:
+    """`lte_ray.worker`, `export` and `config` are there in a fresh Python, whatever was used before."""
+    code = (
+        "import lte_ray; print(lte_ray.worker.build_model.__name__, lte_ray.export.safetensors.__name__, "
+        "lte_ray.config.PlacementConfig.__name__)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found == "build_model safetensors PlacementConfig\n"
+
+
 def test_the_engine_and_the_trainer_load_no_ray() -> None:
     """Ray isn't loaded by anything below the runtime, nor by the trainer before it is used."""
     code = "import sys, lte_ray.engine.in_process, lte_ray.checkpoint, lte_ray.trainer; print('ray' in sys.modules)"
