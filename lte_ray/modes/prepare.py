@@ -43,7 +43,7 @@ def prepare_model_for_lte(
     strict: bool = True,
     replica_layers: Sequence[Any] = (),
     mode: str = "ddp",
-    use_special_attention_scaling: bool = True,
+    use_special_attention_scaling: bool = False,
     *,
     seed: int | None = None,
     chunk: str = "layer",
@@ -63,7 +63,8 @@ def prepare_model_for_lte(
         strict: raise if a parameter trains that nothing mentions; if False, warn and train it as a replica.
         replica_layers: modules, parameters, or names of these with wildcards, that train as one copy for each head.
         mode: "ddp" (one main weight), "dmp" (a copy of the main weight for each head), or "mhlora" (all heads see all data).
-        use_special_attention_scaling: layers whose name contains in_proj, q_proj, or k_proj get sqrt(alpha) as alpha.
+        use_special_attention_scaling: layers whose name contains in_proj, q_proj, or k_proj get sqrt(alpha) as alpha, as
+            in the first commit of the authors' library.
         seed: draw A of each head from (seed, head, name), as Ray heads do. None: draw the seed from torch's generator.
         chunk: "layer": each layer splits its input over heads. "model": the model's input is split and the model runs once
             for each head, for models that aren't batch-first inside.

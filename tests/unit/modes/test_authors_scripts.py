@@ -135,7 +135,7 @@ def test_the_authors_example(mode: str, only_linear: bool, heads: int) -> None:
     count = sum(isinstance(m, lte.LTELayer) for m in model.modules())
     assert count == (10 if only_linear else 8)
     scheduler = lte.misc.merge.MergeCondition(model, merge_steps=5, method="step")
-    train(model, scheduler.step, steps=30 if heads == 32 else 20, size=64 if heads == 32 else 16, lr=6e-4)
+    train(model, scheduler.step, steps=30 if heads == 32 else 20, size=64 if heads == 32 else 16, lr=1e-4)
 
 
 def test_the_authors_example_left_parameters_out() -> None:

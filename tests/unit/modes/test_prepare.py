@@ -257,13 +257,13 @@ def test_fresh_weights(mode: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*batch_first=False")
-def test_special_attention_scaling_is_the_authors() -> None:
-    """Split or fused: in_proj, q_proj, and k_proj get sqrt(alpha); v_proj, out_proj, and other layers keep alpha."""
+def test_special_attention_scaling_is_off_unless_it_is_asked_for() -> None:
+    """With it, split or fused: in_proj, q_proj, and k_proj get sqrt(alpha); v_proj, out_proj, and other layers keep alpha."""
     lte = LTEConfig(num_heads=2, lora_r=2, lora_alpha=16.0)
     for extra, rooted in (({}, {"in_proj"}), ({"kdim": 3, "vdim": 3}, {"q_proj", "k_proj"})):
-        for special in (True, False):
+        for special in (True, False, None):
             model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2, **extra), "linear": nn.Linear(4, 4)})
-            prepare_model_for_lte(model, lte, use_special_attention_scaling=special)
+            prepare_model_for_lte(model, lte, **{} if special is None else {"use_special_attention_scaling": special})
             layers = {n.split(".")[-1]: m for n, m in model.named_modules() if isinstance(m, LTELayer)}
             assert rooted < set(layers)
             for name, layer in layers.items():
