@@ -16,7 +16,7 @@ from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfi
 from lte_ray.config.baseline import baseline_failure
 from lte_ray.engine.default_policy import choose_policy
 from lte_ray.engine.head.virtual import check_stackable
-from lte_ray.engine.prepare import Initial, describe_low_rank, extend_plans, prepare
+from lte_ray.engine.prepare import Initial, describe_cut_ranks, describe_low_rank, extend_plans, prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.merging.registry import make_policy, may_merge_by_weights, resolved_arguments
 from lte_ray.messages import HeadTimes
@@ -202,7 +202,8 @@ class LTETrainer:
 
 
 def _warn(initial: Initial, num_heads: int) -> None:
-    for note in (describe_low_rank(initial.plans[:num_heads]), initial.data_problem):
+    ranks = describe_low_rank(initial.plans[:num_heads]), describe_cut_ranks(initial, num_heads)
+    for note in (*ranks, initial.data_problem):
         if note:
             log.warning(note)
 

@@ -118,6 +118,22 @@ def make_plans(model: nn.Module, lte: LTEConfig) -> tuple[Plan, ...]:
     return tuple(make_plan(model, lte, head) for head in range(lte.num_heads))
 
 
+def requested_ranks(model: nn.Module, lte: LTEConfig, plan: Plan, head: int = 0) -> dict[str, int]:
+    """Returns the rank that the settings ask for, by name, of each adapted matrix of a head's plan; the plan may have less.
+
+    Args:
+        model: the unconverted model.
+        plan: that of `make_plan` with the same settings and head.
+    """
+    uses_by_id = _find_uses(model)
+    settings, parameters = _LayerSettings(model, lte, head, uses_by_id), dict(model.named_parameters())
+    return {
+        spec.name: settings.resolve_shared(spec.name, uses_by_id[id(parameters[spec.name])], ("rank",)).rank
+        for spec in plan.adapted
+        if len(spec.shape) > 1
+    }
+
+
 def match_patterns(patterns: Sequence[str], names: Sequence[str], what: str, flag: str) -> dict[str, set[str]]:
     """Returns, for each pattern, the names that it matches and all names below these.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lte_ray.adapters.plan import make_plans
+from lte_ray.adapters.plan import make_plans, requested_ranks
 from lte_ray.adapters.quantization import check_format
 from lte_ray.config import LTEConfig, TrainConfig
 from lte_ray.data.shard import Shard
@@ -24,6 +24,7 @@ from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError, UserError, WorkerError
 from lte_ray.layout import Adapted, Plan
 from lte_ray.merging.flat_buffer import copy_rounded, gather, views
+from lte_ray.optim import LoRAMuon
 from lte_ray.worker import (
     Batch,
     Worker,
@@ -191,6 +192,35 @@ def describe_low_rank(plans: tuple[Plan, ...]) -> str:
     return (
         f"The ranks of {len(plans)} head(s) add up to {total}, but {spec.name} is {out} x {inner}, so a merge can't change it "
         f"in all directions. That suits fine-tuning. To train from scratch, raise --lora-r towards {needed}, or --num-heads."
+    )
+
+
+def describe_cut_ranks(initial: Initial, num_heads: int) -> str:
+    """Says which ranks are cut to the size of their matrix, if the heads' optimizer is slower for it.
+
+    With Adam, the loss after 50 steps was 1.2 times that with the ranks that were asked for, in small networks with layers of
+    10 and 12 outputs. LoRA-Muon's steps have one size whatever the rank, so it isn't told.
+
+    Returns:
+        Sentences with the first such weight; empty if there is none.
+    """
+    if isinstance(initial.optimizer, LoRAMuon):
+        return ""
+    cut: dict[str, tuple[int, Adapted]] = {}
+    for head, plan in enumerate(initial.plans[:num_heads]):
+        if head and plan == initial.plan:
+            continue
+        asked = requested_ranks(initial.model, initial.lte, plan, head)
+        cut |= {s.name: (asked[s.name], s) for s in plan.adapted if asked.get(s.name, 0) > s.rank and s.name not in cut}
+    if not cut:
+        return ""
+    asked_rank, spec = next(iter(cut.values()))
+    out, inner = spec.matrix
+    more = f" (the ranks of {len(cut) - 1} more are cut, too)" if len(cut) > 1 else ""
+    return (
+        f"--lora-r is {asked_rank} for {spec.name}, which is {out} x {inner}, so its factors get rank {spec.rank}{more}. That "
+        "is enough for any change, but with Adam such a layer learns more slowly: the loss was about 1.2 times as high. Train "
+        f"it in full (--exclude {spec.name}), or use LoRA-Muon (--optimizer lora-muon, lte_ray.optim.LoRAMuon)."
     )
 
 

@@ -23,7 +23,7 @@ from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.snapshot import restore
 from lte_ray.engine.in_process import run_in_process
-from lte_ray.engine.prepare import describe_low_rank, prepare
+from lte_ray.engine.prepare import describe_cut_ranks, describe_low_rank, prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
 from lte_ray.layout import Plan
@@ -339,6 +339,17 @@ def test_ranks_that_add_up_to_too_little_are_described() -> None:
     assert "3 head(s) add up to 6, but 0.weight is 20 x 8" in note
     assert "--lora-r towards 3" in note
     assert describe_low_rank(make_plans(model, LTEConfig(num_heads=3, lora_r=3))) == ""
+
+
+def test_cut_ranks_are_described_unless_heads_train_with_lora_muon() -> None:
+    """One warning with the first such weight, the rank that was asked for and its size; none if no rank is cut."""
+    run_settings = settings(lora_r=8, lora_alpha=16.0, layers=("mid: lora_r=1,1,9",))
+    note = describe_cut_ranks(prepare(Tiny(), run_settings), 3)
+    assert note.startswith("--lora-r is 8 for up.weight, which is 8 x 6, so its factors get rank 6 (the ranks of 2 more are")
+    assert "--exclude up.weight" in note
+    assert "the ranks of 1 more are" in describe_cut_ranks(prepare(Tiny(), run_settings), 2)  # only head 2 cuts mid.weight
+    assert describe_cut_ranks(prepare(Tiny(optimizer="lora-muon"), run_settings), 3) == ""
+    assert describe_cut_ranks(prepare(Tiny(), settings(lora_r=6, lora_alpha=16.0, layers=())), 3) == ""
 
 
 def test_alpha_is_twice_the_rank_by_default() -> None:
