@@ -49,12 +49,13 @@ def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
     tied to an embedding is a replica unless embeddings are adapted too, and a shared weight is adapted once. `lora_bias`
     decides about the bias of a layer with LoRA. Each other parameter that trains is a replica; the rest stays as it is.
 
-    With `lte.full_rank` the same weights are found, and train as replicas (`Replica.weight`); there may be none.
+    With `lte.full_rank` the same weights are found, and train as replicas (`Replica.weight`); there may be none. With no kind in
+    `lte.adapt`, everything that trains is a replica.
 
     Raises:
         ConfigError: a pattern matches nothing, layers that share a weight have different settings, or `lte.strict` is set and a
             parameter is left over.
-        WorkerError: no parameter trains, none is adapted, or one can't be merged (sparse, complex, integer, no shape).
+        WorkerError: no parameter trains, none of those to adapt is adapted, or one can't be merged (sparse, complex, integer, no shape).
     """
     uses_by_id = _find_uses(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -99,7 +100,7 @@ def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
                 leftover.append(name)
     statistics = list(_running_statistics(model))
     replicas += statistics + _merged_buffers(model, lte.merge_buffers, {r.name for r in statistics})
-    if lte.strict and leftover:
+    if lte.strict and leftover and (adapted or lte.adapt):  # without any kind to adapt, all are meant to be replicas
         raise ConfigError(_leftover_message(leftover))
     _check_plan(adapted, parameters, lte)
     plan = Plan(tuple(adapted), tuple(replicas))
@@ -359,9 +360,19 @@ def _leftover_message(names: list[str]) -> str:
 def _check_plan(adapted: list[Adapted], parameters: dict[str, nn.Parameter], lte: LTEConfig) -> None:
     if not parameters:
         raise WorkerError("The model has no parameter that trains (requires_grad): there is nothing to adapt.")
-    if not adapted and not lte.full_rank:
+    if adapted or lte.full_rank:
+        return
+    if not lte.adapt:
+        for name, default in (("reset", "none"), ("base_dtype", "fp32")):
+            if getattr(lte, name) != default:
+                raise ConfigError(
+                    f"{flag(name)} is {getattr(lte, name)}, but --adapt none leaves no layer with factors, which it is for. "
+                    "Leave one of them out."
+                )
+    else:
         kinds = ", ".join(lte.adapt)
         raise WorkerError(
             f"The model has nothing to adapt: no weight that trains in a layer of the kinds {kinds}"
             + (" is left by --exclude and --layers." if lte.exclude or lte.layers else ". LoRA heads need at least one.")
+            + " To train everything as replicas (local SGD), give --adapt none."
         )

@@ -65,10 +65,10 @@ class LTEConfig:
     reset: Literal["none", "B"] = setting(
         "none", "What a head resets after a merge: none (reset-less LTE) or B (B := 0; A is kept)."
     )
-    adapt: tuple[Literal["linear", "attention", "conv", "embedding", "norm"], ...] = setting(
+    adapt: tuple[Literal["linear", "attention", "conv", "embedding", "norm", "none"], ...] = setting(
         ("linear", "attention", "conv"),
         "Kinds of layers with LoRA: linear, attention (the projections of nn.MultiheadAttention), conv, embedding, norm (a "
-        "vector times a scalar). All others train as replicas.",
+        "vector times a scalar). All others train as replicas. none: everything does, as in local SGD and DiLoCo.",
     )
     exclude: tuple[str, ...] = setting(
         (), "Names of layers without LoRA, which train as replicas, with wildcards, e.g. 'head' 'blocks.*.mlp'."
@@ -116,6 +116,11 @@ class LTEConfig:
         if isinstance(self.adapt, str):
             object.__setattr__(self, "adapt", (self.adapt,))
         to_name_tuples(self, "adapt", "exclude", "merge_buffers")
+        if self.adapt == ("none",):  # the empty tuple as a word, for the command line
+            object.__setattr__(self, "adapt", ())
+        if "none" in self.adapt:
+            others = ", ".join(kind for kind in self.adapt if kind != "none")
+            raise ConfigError(f"--adapt is none and {others}, which contradict each other. Leave one of them out.")
         check_choice(self, "adapt", KINDS)
         object.__setattr__(self, "layers", format_rules(self.layers))
         check_rules(self.layers, self.num_heads)

@@ -89,6 +89,7 @@ def _check(ladder: LadderConfig, lte: LTEConfig, merge: MergeConfig, train: Trai
     reasons = {
         "--baseline": (train.baseline, "the rung `ordinary` is ordinary training"),
         "--full-rank": (lte.full_rank, "the ladder compares factors with ordinary training"),
+        "--adapt none": (not lte.adapt, "the ladder compares factors with ordinary training"),
         "--merge-schedule": (bool(merge.merge_schedule), "rungs merge after a number of steps (--merge-iters)"),
         "--merge-every": (bool(merge.merge_every), "rungs merge after a number of steps (--merge-iters)"),
         "--match-speed": (merge.match_speed, "rungs merge after a number of steps (--merge-iters)"),

@@ -63,7 +63,7 @@ def make_groups(plans: Sequence[Plan], merge: MergeConfig) -> tuple[EntryGroup, 
     if merge.shards > max(1, len(plan.adapted)):
         raise ConfigError(
             f"--shards is {merge.shards}, but the model has {len(plan.adapted)} adapted weights to distribute over them: "
-            f"choose at most {len(plan.adapted)}."
+            + (f"choose at most {len(plan.adapted)}." if plan.adapted else "leave --shards out.")
         )
     ranks = [sum(each.adapted[i].rank for each in plans) for i in range(len(plan.adapted))]
     shard_of = _balance_shards(plan, ranks, len(plans), merge.shards)

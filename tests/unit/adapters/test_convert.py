@@ -214,6 +214,20 @@ def test_a_model_must_have_something_to_train_and_to_adapt() -> None:
         make_plan(net(), LTEConfig(lora_r=2, exclude=("*",)))
 
 
+def test_without_a_kind_to_adapt_everything_is_a_replica() -> None:
+    """Also where it is strict, and with no layer that could have factors; what only factors use is refused."""
+    for adapt in ((), ("none",), "none"):
+        plan = make_plan(net(), LTEConfig(adapt=adapt, strict=True))
+        assert (plan.adapted, [r.name for r in plan.replicas]) == ((), [name for name, _ in net().named_parameters()])
+    assert len(make_plan(nn.LayerNorm(4), LTEConfig(adapt=())).replicas) == 2
+    for setting in ({"reset": "B"}, {"base_dtype": "int8"}):
+        with pytest.raises(ConfigError, match="but --adapt none leaves no layer with factors"):
+            make_plan(net(), LTEConfig(adapt=(), **setting))
+    with pytest.raises(ConfigError, match="--adapt is none and conv, which contradict each other"):
+        LTEConfig(adapt=("none", "conv"))
+    some = make_plan(net(), LTEConfig(adapt=(), lora_r=2, layers=("up: adapt=true",)))
+    assert [a.name for a in some.adapted] == ["up.weight"]
+
 def test_a_complex_parameter_is_refused_by_name() -> None:
     """Only real floating-point numbers can be merged."""
     model = nn.Sequential(nn.Linear(4, 4))

@@ -50,6 +50,19 @@ def test_a_worker_trains_for_real(capsys: pytest.CaptureFixture[str]) -> None:
     assert "in the first merge" in out
 
 
+@pytest.mark.parametrize("adapt", [["--adapt"], ["--adapt", "none"]])
+def test_everything_may_train_as_replicas(adapt: list[str], tmp_path: Path) -> None:
+    """`--adapt` with nothing, or with none: heads send full weights, as in full rank."""
+    command = ["simulate", "workers.regression:Regression", "--num-heads", "2", "--steps", "20"]
+    sent = []
+    for name, flags in (("none", adapt), ("full", ["--full-rank"])):
+        assert main([*command, *flags, "--json", str(tmp_path / name)]) == 0
+        record = json.loads((tmp_path / name).read_text())
+        assert (record["settings"]["LTEConfig"]["adapt"] == []) == (name == "none")
+        sent.append(record["bytes_up"])
+    assert sent[0] == sent[1] != 0
+
+
 def test_with_time_only_a_worker_only_gives_its_shapes(capsys: pytest.CaptureFixture[str]) -> None:
     """The bytes are those of the worker's model; there is no evaluation."""
     assert main(["simulate", "workers.regression:Regression", "--num-heads", "2", "--steps", "20", "--time-only"]) == 0

@@ -28,7 +28,7 @@ from tests.support.tiny_worker import ADAPTED, REPLICAS, Tiny, make_settings
 
 def full_rank_settings(lte: dict[str, Any] | None = None, merge: dict[str, Any] | None = None, **changes: Any) -> Settings:
     settings = make_settings(**changes)
-    lte_config = replace(settings.lte, full_rank=True, **lte or {})
+    lte_config = replace(settings.lte, **{"full_rank": True} | (lte or {}))
     return replace(settings, lte=lte_config, merge=replace(settings.merge, **merge or {}))
 
 
@@ -65,11 +65,16 @@ def local_sgd(worker: Tiny, settings: Settings, outer: torch.optim.Optimizer | N
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("policy", ["average", "nesterov"])
-def test_full_rank_is_local_sgd_and_with_nesterov_diloco(policy: str, optimizer: str) -> None:
-    """Three heads, four merges: equal to plain loops, with the mean or torch's SGD with Nesterov momentum outside."""
+@pytest.mark.parametrize("lte", [{}, {"full_rank": False, "adapt": ()}], ids=["full-rank", "adapt-none"])
+def test_full_rank_is_local_sgd_and_with_nesterov_diloco(lte: dict[str, Any], policy: str, optimizer: str) -> None:
+    """Three heads, four merges: equal to plain loops, with the mean or torch's SGD with Nesterov momentum outside.
+
+    So is a run in which nothing is adapted.
+    """
     worker, args = Tiny(optimizer=optimizer), {"lr": 0.5, "momentum": 0.6} if policy == "nesterov" else None
-    settings = full_rank_settings(heads=3, merge={"policy": policy, "policy_args": args})
+    settings = full_rank_settings(lte, heads=3, merge={"policy": policy, "policy_args": args})
     result = run(settings, worker)
+    assert not result.plan.adapted
     model = build_model(worker, settings.train.seed)
     weights = [p.detach().clone().requires_grad_() for p in model.parameters()]
     outer = torch.optim.SGD(weights, lr=0.5, momentum=0.6, nesterov=True) if args else None
