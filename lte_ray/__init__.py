@@ -23,7 +23,7 @@ _MODULES = {
 }
 """The public names by the module that defines them."""
 
-_SUBMODULES = ("config", "export", "ladder", "misc", "modes", "optim", "testing", "worker")
+_SUBMODULES = ("base", "config", "export", "ladder", "misc", "modes", "optim", "prepare", "replica", "testing", "worker")
 """Public submodules, which load when they are first used."""
 
 _DEFINED_IN = dict(sorted((name, module) for module, names in _MODULES.items() for name in names))

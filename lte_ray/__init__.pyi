@@ -1,11 +1,14 @@
 """The public names for type checkers; `tests/unit/test_public.py` compares them with ``__init__.py``."""
 
+from lte_ray import base as base
 from lte_ray import config as config
 from lte_ray import export as export
 from lte_ray import ladder as ladder
 from lte_ray import misc as misc
 from lte_ray import modes as modes
 from lte_ray import optim as optim
+from lte_ray import prepare as prepare
+from lte_ray import replica as replica
 from lte_ray import testing as testing
 from lte_ray import worker as worker
 from lte_ray.adapters.layer import LTELayer as LTELayer

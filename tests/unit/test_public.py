@@ -69,6 +69,17 @@ def test_the_submodules_that_the_documentation_uses_need_no_import() -> None:
     assert found == "build_model safetensors PlacementConfig\n"
 
 
+def test_the_authors_module_paths_hold_the_public_classes() -> None:
+    """`lte.base`, `lte.prepare` and `lte.replica`, by attribute or import, without Ray."""
+    code = (
+        "import sys, lte_ray, lte_ray.base, lte_ray.prepare, lte_ray.replica as replica; "
+        "assert lte_ray.base.LTELayer is lte_ray.LTELayer and lte_ray.base.ReplicaLayer is lte_ray.ReplicaLayer; "
+        "assert lte_ray.prepare.prepare_model_for_lte is lte_ray.prepare_model_for_lte; "
+        "assert replica.MultiheadReplicaLayer is lte_ray.MultiheadReplicaLayer; print('ray' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
 def test_the_engine_and_the_trainer_load_no_ray() -> None:
     """Ray isn't loaded by anything below the runtime, nor by the trainer before it is used."""
     code = "import sys, lte_ray.engine.in_process, lte_ray.checkpoint, lte_ray.trainer; print('ray' in sys.modules)"
