@@ -49,13 +49,14 @@ def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
     tied to an embedding is a replica unless embeddings are adapted too, and a shared weight is adapted once. `lora_bias`
     decides about the bias of a layer with LoRA. Each other parameter that trains is a replica; the rest stays as it is.
 
-    With `lte.full_rank` the same weights are found, and train as replicas (`Replica.weight`); there may be none. With no kind in
-    `lte.adapt`, everything that trains is a replica.
+    With `lte.full_rank` the same weights are found, and train as replicas (`Replica.weight`); there may be none. With no kind
+    in `lte.adapt`, everything that trains is a replica.
 
     Raises:
         ConfigError: a pattern matches nothing, layers that share a weight have different settings, or `lte.strict` is set and a
             parameter is left over.
-        WorkerError: no parameter trains, none of those to adapt is adapted, or one can't be merged (sparse, complex, integer, no shape).
+        WorkerError: no parameter trains, none is adapted though kinds are named, or one can't be merged (sparse, complex,
+            integer, no shape).
     """
     uses_by_id = _find_uses(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -103,7 +103,9 @@ def _run(worker: Any, sections: dict[type, Any]) -> SimulationRecord:
     settings = Settings("simulated", lte, sections[MergeConfig], sections[TrainConfig]).resolved()
     if worker is None:
         plan = named_plan(output.shapes, lte.lora_r, lte.lora_alpha)
-        return simulate_time([plan.full_rank() if settings.lte.full_rank or not settings.lte.adapt else plan], settings, cluster)
+        return simulate_time(
+            [plan.full_rank() if settings.lte.full_rank or not settings.lte.adapt else plan], settings, cluster
+        )
     if output.time_only:
         return simulate_time(list(prepare(worker, settings).plans), settings, cluster)
     return simulate_training(worker, settings, cluster).record

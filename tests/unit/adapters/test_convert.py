@@ -228,6 +228,7 @@ def test_without_a_kind_to_adapt_everything_is_a_replica() -> None:
     some = make_plan(net(), LTEConfig(adapt=(), lora_r=2, layers=("up: adapt=true",)))
     assert [a.name for a in some.adapted] == ["up.weight"]
 
+
 def test_a_complex_parameter_is_refused_by_name() -> None:
     """Only real floating-point numbers can be merged."""
     model = nn.Sequential(nn.Linear(4, 4))
