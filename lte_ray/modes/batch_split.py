@@ -29,6 +29,10 @@ MODEL_BATCH: ContextVar[ModelBatch | None] = ContextVar("lte_ray_batch", default
 """The batch that the model was called with, or None where it isn't known."""
 
 
+MAYBE_SEQUENCE: ContextVar[tuple[int, int] | None] = ContextVar("lte_ray_maybe_sequence", default=None)
+"""With chunk "model": the first dimension of an input that may be one sequence rather than a batch, and the number of heads."""
+
+
 @contextmanager
 def head_active(head: int) -> Iterator[None]:
     """Within the block, everything is computed for this head."""
@@ -93,6 +97,26 @@ def check_not_positions(indices: Tensor, where: str) -> None:
         raise ConfigError(
             f"{where} got 0, 1, ... {batch.size - 1}, which are positions rather than one index for each sample, so they "
             "can't be split over heads. Use chunk='model' in prepare_model_for_lte, which splits the model's input instead."
+        )
+
+
+def check_not_one_sequence(where: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook of attention and recurrent layers: raises ConfigError if their input is a part of one sequence.
+
+    With chunk "model", a model that is given one sequence without a batch dimension would have it cut over heads.
+
+    Args:
+        where: the layer's name.
+    """
+    inputs, recorded = args[0] if args else kwargs.get("query", kwargs.get("input")), MAYBE_SEQUENCE.get()
+    if recorded is None or not isinstance(inputs, Tensor) or inputs.dim() != 2:
+        return
+    length, heads = recorded
+    if inputs.shape[0] == (length if ACTIVE_HEAD.get() is None else length // heads):
+        raise ConfigError(
+            f"{where or 'The model'} got an input of shape {tuple(inputs.shape)}: one sequence, without a batch dimension. But "
+            f"chunk='model' cuts the first dimension of the model's input, here {length}, over {heads} heads, so each would "
+            f"get a part of the sequence. Give the model a batch, (batch, sequence, width), of a multiple of {heads} sequences."
         )
 
 

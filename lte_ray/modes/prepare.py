@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from lte_ray.layout import Adapted
 from lte_ray.misc.attention import MultiheadAttention
 from lte_ray.misc.convert import leave_fast_path
 from lte_ray.modes.base import ModeLayer, mode_class
-from lte_ray.modes.batch_split import MODEL_BATCH, ModelBatch
+from lte_ray.modes.batch_split import MAYBE_SEQUENCE, MODEL_BATCH, ModelBatch, check_not_one_sequence
 from lte_ray.modes.ddp import DDPLayer
 from lte_ray.modes.dmp import DMPLayer, HeadCopies
 from lte_ray.modes.head_loop import HeadLoop, convert_to_head_loop
@@ -34,6 +35,7 @@ from lte_ray.modes.stacked_factors import StackedFactors
 
 MODES: dict[str, type[ModeLayer]] = {"ddp": DDPLayer, "dmp": DMPLayer, "mhlora": MHLoRALayer}
 CHUNKS = ("layer", "model")
+SEQUENCE_LAYERS = (nn.MultiheadAttention, MultiheadAttention, nn.RNNBase)
 
 
 def prepare_model_for_lte(
@@ -112,6 +114,12 @@ def prepare_model_for_lte(
         model.register_forward_pre_hook(_record_batch, with_kwargs=True)
         model.register_forward_hook(_forget_batch, always_call=True)
         _warn_if_sequence_first(model)
+    else:
+        model.register_forward_pre_hook(_record_maybe_sequence, with_kwargs=True)
+        model.register_forward_hook(_forget_maybe_sequence, always_call=True)
+        for name, module in model.named_modules():
+            if isinstance(module, SEQUENCE_LAYERS):
+                module.register_forward_pre_hook(partial(check_not_one_sequence, name), with_kwargs=True)
     return model
 
 
@@ -251,8 +259,7 @@ def _warn_if_sequence_first(model: nn.Module) -> None:
     """Warns if a layer outside of any head loop takes (sequence, batch, width): its batch isn't what is cut."""
     looped = {id(m) for loop in model.modules() if isinstance(loop, HeadLoop | MultiheadReplicaLayer) for m in loop.modules()}
     for name, module in model.named_modules():
-        kinds = (nn.MultiheadAttention, MultiheadAttention, nn.RNNBase)
-        if isinstance(module, kinds) and not module.batch_first and (id(module) not in looped):
+        if isinstance(module, SEQUENCE_LAYERS) and not module.batch_first and (id(module) not in looped):
             warnings.warn(
                 f"{name} has batch_first=False: layers split their input over heads along its first dimension, which is the "
                 "sequence in this layer. Use batch_first=True, or chunk='model', which splits the model's input.",
@@ -271,3 +278,20 @@ def _record_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 def _forget_batch(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """A forward hook that resets `MODEL_BATCH`."""
     MODEL_BATCH.set(None)
+
+
+def _record_maybe_sequence(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook that sets `MAYBE_SEQUENCE` in training, unless the model's input surely has a batch dimension."""
+    tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.dim()]
+    unsure = (
+        module.training
+        and tensors
+        and tensors[0].dim() <= (2 if tensors[0].is_floating_point() else 1)  # whole numbers are words or positions
+        and all(t.dim() <= 2 for t in tensors)
+    )
+    MAYBE_SEQUENCE.set((tensors[0].shape[0], module.lte_num_heads) if unsure and isinstance(module, HeadLoop) else None)
+
+
+def _forget_maybe_sequence(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """A forward hook that resets `MAYBE_SEQUENCE`."""
+    MAYBE_SEQUENCE.set(None)

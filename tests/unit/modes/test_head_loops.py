@@ -12,7 +12,17 @@ from lte_ray import LTELayer, ReplicaLayer, prepare_model_for_lte
 from lte_ray.errors import LTEError
 from lte_ray.misc import MergeCondition
 from lte_ray.modes import merged_state_dict
-from tests.support.mode_models import LTE, UNIFORM, ModelCase, assert_like_heads, perturb, prepare, train_heads, train_mode
+from tests.support.mode_models import (
+    HEADS,
+    LTE,
+    UNIFORM,
+    ModelCase,
+    assert_like_heads,
+    perturb,
+    prepare,
+    train_heads,
+    train_mode,
+)
 
 WIDTH = 4
 
@@ -147,3 +157,37 @@ def test_models_that_are_not_batch_first_inside() -> None:
         assert_like_heads(train_mode(case, LTE, mode, "model"), expected, case.batch(0)[0])
     with pytest.warns(UserWarning, match=r"batch_first=False.*chunk='model'"):
         prepare_model_for_lte(case.build(), UNIFORM, strict=False)
+
+
+class RowsAsSequence(nn.Module):
+    """Attends over the rows of its input, or of each sample of a batch, one after another; `recurrent` by an LSTM."""
+
+    def __init__(self, recurrent: bool) -> None:
+        super().__init__()
+        self.recurrent, self.up = recurrent, nn.Linear(WIDTH, WIDTH)
+        self.mix = nn.LSTM(WIDTH, WIDTH, batch_first=True) if recurrent else nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:
+            return torch.stack([self.forward(sample) for sample in x])
+        x = self.up(x)
+        output: Tensor = (self.mix(x) if self.recurrent else self.mix(x, x, x))[0]
+        return output
+
+
+@pytest.mark.filterwarnings("ignore:.*train without LoRA")
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_one_sequence_without_a_batch_is_not_cut_over_heads(recurrent: bool) -> None:
+    """With chunk="model" in training, as the model's input or as its layer's; samples of a batch one by one are fine."""
+    model = prepare_model_for_lte(RowsAsSequence(recurrent), UNIFORM, strict=False, chunk="model")
+    x = torch.randn(2 * HEADS, WIDTH)
+    with pytest.raises(LTEError, match=rf"mix.* got an input of shape \(2, {WIDTH}\): one sequence, .* Give the model a batch"):
+        copy.deepcopy(model)(x)
+    assert model.eval()(x).shape == x.shape
+    model.train()
+    assert model(torch.randn(2 * HEADS, 2, WIDTH)).shape == (2 * HEADS, 2, WIDTH)
+    if not recurrent:
+        root = prepare_model_for_lte(nn.MultiheadAttention(WIDTH, 2, batch_first=True), UNIFORM, chunk="model")
+        with pytest.raises(LTEError, match="The model got an input"):
+            root(query=x, key=x, value=x)
+        assert root(*[x.unsqueeze(1)] * 3)[0].shape == (2 * HEADS, 1, WIDTH)
