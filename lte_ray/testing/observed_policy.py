@@ -81,7 +81,7 @@ class ObservedPolicy:
             terms = [float(weight) * self._change_of(head) for head, weight in merge.weights.items()]
             change = torch.stack(terms).sum(dim=0)
             return (change, self._momentum) if merge.step is None else self._step(change, merge.step)
-        except (KeyError, TypeError, ValueError, RuntimeError, AssertionError, AttributeError):
+        except (LookupError, TypeError, ValueError, RuntimeError, AssertionError, AttributeError):
             return torch.tensor(torch.nan), self._momentum
 
     def _step(self, change: Tensor, step: OuterStep) -> tuple[Tensor, Tensor]:

@@ -193,6 +193,10 @@ def test_a_misbehaving_policy_ends_the_run_with_an_error_that_names_it(policy: t
     assert torch.equal(coordinator.base, base)
 
 
+def names_a_stranger(pending: Sequence[Pending], roster: Roster) -> dict[int, float]:
+    return {99: 1.0}
+
+
 KIT_FAULTS = [
     *FAULTS,
     (PutsOff, "waits a little longer, but every live head"),
@@ -220,6 +224,12 @@ def test_the_kit_finds_every_fault(policy: type, says: str) -> None:
     assert " heads, 40 events, when='" in said
     assert "\nEvents" in said
     assert re.search(r"\n  \d+\.\d{3} (head \d contributes|the time until which)", said)
+
+
+def test_a_head_that_does_not_exist_is_named_as_in_a_run() -> None:
+    """Not an error of the kit's own."""
+    with pytest.raises(AssertionError, match=r"decided about heads \[99\], but those with a contribution are \[0\]"):
+        check_policy(lambda: names_a_stranger)
 
 
 @pytest.mark.sweep
