@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from lte_ray.config import suggest
@@ -29,13 +29,14 @@ def absolute(spec: str) -> str:
     return f"{os.path.abspath(place)}:{name}" if place.endswith(".py") else spec
 
 
-def load_object(spec: str, *, what: str, error: type[LTEError]) -> Any:
+def load_object(spec: str, *, what: str, error: type[LTEError], functions: bool = False) -> Any:
     """Imports the object that `spec` names.
 
     Args:
         spec: ``package.module:Class`` (the current folder counts, too) or ``path/to/file.py:Class``.
         what: how the user knows it, for messages.
         error: the error type to raise.
+        functions: whether a function may be meant, too, so that the message lists the module's.
 
     Raises:
         error: there is no such module, file or name, or the module raised while it was imported (chained).
@@ -53,9 +54,10 @@ def load_object(spec: str, *, what: str, error: type[LTEError]) -> Any:
     for part in name.split("."):
         value = getattr(value, part, None)
     if value is None:
-        public = [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__]
-        classes = ", ".join(public) or "none"
-        raise error(f"{what} {spec!r}: {place} has no {name}.{suggest(name, public)} Its classes are: {classes}.")
+        kinds = (type, FunctionType) if functions else type
+        known = [n for n, v in vars(module).items() if isinstance(v, kinds) and v.__module__ == module.__name__]
+        listed = f"Its classes {'and functions ' if functions else ''}are: {', '.join(known) or 'none'}."
+        raise error(f"{what} {spec!r}: {place} has no {name}.{suggest(name, known)} {listed}")
     return value
 
 

@@ -19,6 +19,10 @@ TABLE = "policy_args"
 """The name of the table of these arguments in TOML files, and of the settings' field. It isn't a flag itself."""
 
 
+UNTYPED = int | float | bool | str
+"""The type of the flag of an argument without annotation and default: what reads as a number, True or False is one."""
+
+
 def chosen_policy(arguments: list[str], in_file: str) -> str:
     """The merge policy of the run: that of the last ``--policy``, else the one in the TOML file."""
     chosen = in_file
@@ -62,7 +66,15 @@ def policy_section(policy: str, defaults: Mapping[str, Any]) -> tuple[str, Any] 
 def parsed_arguments(flags: Any) -> dict[str, Any] | None:
     """The policy's arguments as parsed, or None if it has none."""
     section = getattr(flags, TABLE, None)
-    return None if section is None else {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+    if section is None:
+        return None
+    return {f.name: _read_boolean(getattr(section, f.name), f.type) for f in dataclasses.fields(section)}
+
+
+def _read_boolean(value: Any, annotation: Any) -> Any:
+    """The value of an untyped argument; true and false, as TOML writes them, as booleans, too."""
+    untyped = typing.get_args(annotation)[0] in (UNTYPED, UNTYPED | None)
+    return {"true": True, "false": False}.get(value, value) if untyped and isinstance(value, str) else value
 
 
 def check_names(table: Any, policy: str, place: str) -> dict[str, Any]:
@@ -102,12 +114,18 @@ def _is_plain(annotation: Any) -> bool:
 
 
 def flag_type(argument: Argument) -> Any:
-    """The type of an argument's flag: its annotation, or the default's type if it has none."""
+    """The type of an argument's flag: its annotation, or the default's type if it has none.
+
+    What has neither is a number or True or False if it reads as one, else text.
+    """
     if argument.annotation is not Any:
         return argument.annotation
     if argument.default is None:
-        return str | None
-    return str if argument.default is REQUIRED else type(argument.default)
+        return UNTYPED | None
+    if argument.default is REQUIRED:
+        return UNTYPED
+    kind = type(argument.default)
+    return int | float if kind is int else kind  # 1 may be meant as a number
 
 
 def _default(argument: Argument) -> dict[str, Any]:

@@ -208,7 +208,7 @@ def find_policy(policy: Any) -> Any:
     if policy in POLICIES:
         return POLICIES[policy]
     if is_object_path(policy):
-        return load_object(policy, what="--policy", error=ConfigError)
+        return load_object(policy, what="--policy", error=ConfigError, functions=True)
     raise ConfigError(
         f"--policy is {policy!r}, but the built-in policies are: {', '.join(sorted(POLICIES))}."
         f"{suggest(policy, POLICIES)} Give your own as module:Class or path/to/file.py:Class."

@@ -55,6 +55,9 @@ class Odder(Mine):
 def rule(pending, roster, share: float = 0.5):
     return {p.head: share for p in pending}
 
+def bare(pending, roster, share, on=None, whole=1):
+    return {p.head: share for p in pending}
+
 made = Mine(alpha=0.25)
 '''
 
@@ -90,6 +93,11 @@ def test_flags_give_the_policys_arguments(mine: str) -> None:
     rates = {"lr": 0.5, "momentum": 0.9, "replica_lr": 0.4, "replica_momentum": None}
     assert given == {**rates, "final_lr": 1.0, "warmup": 0}
     assert merge_of("--policy", f"{mine}:Odd", "--policy.n", "x").policy_args == {"k": None, "n": "x"}
+    bare = merge_of("--policy", f"{mine}:bare", "--policy.share", "0.5", "--policy.on", "True", "--policy.whole", "1.5")
+    assert bare.policy_args == {"share": 0.5, "on": True, "whole": 1.5}
+    bare = merge_of("--policy", f"{mine}:bare", "--policy.share", "2", "--policy.on", "false")
+    assert [(type(v), v) for v in bare.policy_args.values()] == [(int, 2), (bool, False), (int, 1)]
+    assert merge_of("--policy", f"{mine}:bare", "--policy.share", "much").policy_args["share"] == "much"
     assert merge_of("--policy.k", "3", "--policy", f"{mine}:Needy").policy_args == {"k": 3}
     assert merge_of("--policy", f"{mine}:Mine", "--policy", "average").policy_args is None
 
@@ -131,7 +139,8 @@ def test_help_lists_the_chosen_policys_arguments(capsys: pytest.CaptureFixture[s
         (["--policy", "nestrov", "--policy.lr", "0.5"], "--policy is 'nestrov', but the built-in policies are"),
         (["--policy", "MINE:Needy"], "--policy.k"),
         (["--policy", "MINE:Odder"], "mine.py:Odder needs k, which can't be a flag: annotate it as int, float"),
-        (["--policy", "MINE:Mien"], "Did you mean Mine?"),
+        (["--policy", "MINE:Mien"], "Did you mean Mine? Its classes and functions are: Mine, Needy, Odd, Odder, rule, bare."),
+        (["--policy", "MINE:Rule"], "Did you mean rule?"),
         (["--policy-args", "3"], "Unrecognized options: --policy-args"),
         (["--quorum", "2"], "--quorum is 2, but it only counts with --when quorum, not barrier."),
     ],
