@@ -7,6 +7,7 @@ that PEFT's scaling is 1.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import re
 import warnings
 from collections import Counter
@@ -31,6 +32,15 @@ from lte_ray.merging.flat_buffer import views
 
 ADAPTER = "default"
 """PEFT's default name of an adapter."""
+
+TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "SEQ_2_SEQ_LM": ("SEQ_TO_SEQ_CAUSAL_LM", ()),
+    "CAUSAL_LM": ("CAUSAL_LM", ()),
+    "SEQ_CLS": ("SEQUENCE_CLASSIFICATION", ("classifier", "score")),
+    "TOKEN_CLS": ("TOKEN_CLASSIFICATION", ("classifier", "score")),
+    "QUESTION_ANS": ("QUESTION_ANSWERING", ("qa_outputs",)),
+}
+"""PEFT's tasks: the name of transformers' mapping of classes, and the layers that PEFT then copies in full."""
 
 Pair = tuple[Tensor, Tensor]
 """B (out x r), A (r x in)."""
@@ -66,8 +76,10 @@ def write_adapter(saved: SavedRun, folder: Path, head: int | None, rank: int | N
     }
     with ignore_warnings():
         adapted = _make_peft_model(peft, model, placement, pairs, final)
-        if head is not None:
-            adapted.peft_config[ADAPTER].base_model_name_or_path = ""  # it isn't for the weights with that name
+        adapted.peft_config[ADAPTER].task_type = _task_type(model, placement)
+        name = "" if head is not None else _name_of(model)  # a head's isn't for the weights with that name
+        if head is not None or name:
+            adapted.peft_config[ADAPTER].base_model_name_or_path = name
         adapted.save_pretrained(str(folder), save_embedding_layers=False)
     with safe_open(folder / "adapter_model.safetensors", "pt") as written:
         if placement.bias and not any(key.endswith(".base_layer.bias") for key in written.keys()):  # noqa: SIM118 - no dict
@@ -157,6 +169,28 @@ def _make_config(peft: Any, model: nn.Module, placement: PeftTargets, pairs: dic
         bias="lora_only" if placement.bias else "none",
         fan_in_fan_out=any(kind_of(model.get_submodule(layer)) is TRANSPOSED_LINEAR for layer in pairs),
     )
+
+
+def _task_type(model: nn.Module, placement: PeftTargets) -> str | None:
+    """Returns PEFT's task of a class of transformers: its class of adapters; None if it has none for it.
+
+    It is set after PEFT has made the adapter: for classifiers PEFT then copies their last layer in full. So there is none for one
+    whose last layer has LoRA.
+    """
+    auto = "transformers.models.auto.modeling_auto"
+    known: Any = importlib.import_module(auto) if type(model).__module__.startswith("transformers.") else None
+    for task, (mapping, copied) in TASKS.items():
+        if type(model).__name__ in getattr(known, f"MODEL_FOR_{mapping}_MAPPING_NAMES", {}).values():
+            has_lora = any(part in copied for layer in placement.lora for part in layer.split("."))
+            return None if has_lora else task
+    return None
+
+
+def _name_of(model: nn.Module) -> str:
+    """Returns the name or path that a model of transformers was loaded from; "" if there is none."""
+    config = getattr(model, "config", None)
+    names = [getattr(config, "_name_or_path", ""), getattr(config, "name_or_path", ""), getattr(model, "name_or_path", "")]
+    return next((name for name in names if isinstance(name, str) and name), "")
 
 
 def _copy_factors(layer: Any, b: Tensor, a: Tensor) -> None:

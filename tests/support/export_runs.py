@@ -205,6 +205,20 @@ def vit() -> nn.Module:
     return ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_labels=CLASSES, **sizes, **none))
 
 
+def classifier() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48, "pad_token_id": 0}
+    return LlamaForSequenceClassification(LlamaConfig(vocab_size=WORDS, num_labels=CLASSES, **sizes))
+
+
+def named() -> nn.Module:
+    """GPT-2 with the name of a model, as `from_pretrained` gives it."""
+    model = gpt2()
+    model.config._name_or_path = "gpt-tiny"
+    return model
+
+
 def resnet() -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -217,6 +231,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "attending": Attending,
     "bert": bert,
     "clash": Clash,
+    "classifier": classifier,
     "cnn": Cnn,
     "counting": Counting,
     "enclosed": Enclosed,
@@ -226,6 +241,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "headed": lambda: Headed(gpt2()),
     "llama": llama,
     "lone": Lone,
+    "named": named,
     "resnet": resnet,
     "vit": vit,
     "words": Words,

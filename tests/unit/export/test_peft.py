@@ -315,6 +315,38 @@ def test_a_lone_parameter_that_has_not_changed_is_no_hindrance(tmp_path: Path) -
     assert largest(logits(adapted("lone", built("lone"), tmp_path / "adapter"), x), logits(whole("lone", run), x)) < CLOSE
 
 
+@pytest.mark.parametrize(
+    ("kind", "lte", "task"),
+    [
+        ("named", {}, "CAUSAL_LM"),
+        ("llama", {}, "CAUSAL_LM"),
+        ("bert", {}, None),
+        ("classifier", {}, None),
+        ("classifier", {"exclude": ("score",)}, "SEQ_CLS"),
+    ],
+)
+@torch.no_grad()
+def test_the_adapter_says_its_task_and_its_base_model(
+    tmp_path: Path, kind: str, lte: dict[str, Any], task: str | None
+) -> None:
+    """PEFT then loads the class for the task, which computes the same.
+
+    A classifier whose last layer has LoRA gets no task: PEFT would copy that layer.
+    """
+    with torch.enable_grad():
+        run, _ = save_run(tmp_path, kind, settings(**lte))
+    export.peft_adapter(run, tmp_path / "adapter")
+    found = config(tmp_path / "adapter")
+    assert (found["task_type"], found["base_model_name_or_path"] or "") == (task, "gpt-tiny" if kind == "named" else "")
+    x, model = inputs(kind, 9), adapted(kind, built(kind), tmp_path / "adapter")
+    assert type(model).__name__ == {"CAUSAL_LM": "PeftModelForCausalLM", "SEQ_CLS": "PeftModelForSequenceClassification"}.get(
+        task or "", "PeftModel"
+    )
+    assert largest(model(input_ids=x).logits, logits(whole(kind, run), x)) < CLOSE
+    export.peft_adapter(run, tmp_path / "head", head=0)
+    assert config(tmp_path / "head")["base_model_name_or_path"] == ""
+
+
 def test_bad_heads_and_ranks_are_refused(tmp_path: Path) -> None:
     """The error says which heads exist, and which are in the checkpoint."""
     run, done = save_run(tmp_path, "words", settings(), heads=(1,))
