@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,14 +56,13 @@ def write_tokens(path: Path, tokens: NDArray[np.generic]) -> None:
     """Writes a 1-D token array as an Arrow IPC file, atomically, even if several processes write it at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table({COLUMN: pa.array(tokens)})
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
+    temporary = f"{path}.{secrets.token_hex(8)}.part"  # mkstemp would keep it to its owner
     try:
         with pa.OSFile(temporary, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 

@@ -149,12 +149,10 @@ def _atomic_output(path: Path) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
             yield folder
+            _permit(folder)
             if path.suffix == ".safetensors":
                 os.replace(folder / MODEL, path)
             else:
-                umask = os.umask(0)
-                os.umask(umask)
-                folder.chmod(0o777 & ~umask)  # mkdtemp makes it private
                 if path.exists():
                     path.rmdir()
                 folder.rename(path)
@@ -162,3 +160,11 @@ def _atomic_output(path: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise StorageError(f"OUT {str(path)!r} can't be written: {error}.") from error
+
+
+def _permit(folder: Path) -> None:
+    """Gives the folder and its contents the permissions of new files: mkdtemp and safetensors keep theirs to the owner."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)

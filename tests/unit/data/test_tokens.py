@@ -56,6 +56,13 @@ def test_too_few_tokens_for_a_window_are_an_error(tmp_path: Path, count: int) ->
         TokenSet.open(path, 7)
 
 
+def test_others_may_read_the_tokens(tmp_path: Path) -> None:
+    """The file has the permissions of a new file."""
+    write_tokens(tmp_path / "tokens.arrow", np.arange(3))
+    (tmp_path / "new").touch()
+    assert (tmp_path / "tokens.arrow").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     """An array that can't be written leaves no file, not even a partial one."""
     with pytest.raises(Exception, match="1-dimensional"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
 import subprocess
@@ -184,11 +185,21 @@ def test_what_fails_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytes
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_others_may_read_what_is_written(run: Path, tmp_path: Path) -> None:
-    """It has the permissions of any new folder, not only its owner's."""
-    (tmp_path / "made").mkdir()
-    export.safetensors(run, tmp_path / "out")
-    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == stat.S_IMODE((tmp_path / "made").stat().st_mode)
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_others_may_read_what_is_written(tmp_path: Path, umask: int) -> None:
+    """A run and its exports have the permissions of new files and folders, not only their owner's; or as umask says."""
+    before = os.umask(umask)
+    try:
+        run, _ = save_run(tmp_path, "gpt2", settings())
+        export.safetensors(run, tmp_path / "weights")
+        export.safetensors(run, tmp_path / "weights.safetensors")
+        export.save_pretrained(run, tmp_path / "model")
+        export.peft_adapter(run, tmp_path / "adapter")
+    finally:
+        os.umask(before)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*") if path.name != ".lock"}
+    assert len(modes) > 10
+    assert modes == {path: (0o777 if path.is_dir() else 0o666) & ~umask for path in modes}
 
 
 def test_a_run_that_is_not_there_is_named(run: Path, tmp_path: Path) -> None:
