@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lte_ray import checkpoint, fault_injection
 from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig, check_run_name
+from lte_ray.config import ray_fields
 from lte_ray.config.baseline import baseline_failure
 from lte_ray.engine.default_policy import choose_policy
 from lte_ray.engine.head.virtual import check_stackable
@@ -48,7 +49,8 @@ class LTETrainer:
         merge: when and how they merge; `policy` may be a policy object.
         train: steps, seed, and how often to evaluate and save.
         scaling_config: resources per head, as `ray.train.ScalingConfig` or `lte_ray.config.PlacementConfig`. By default
-            a GPU for each process of heads if the cluster has enough of them, else equal shares of its CPUs.
+            a GPU for each process of heads if the cluster has enough of them, else equal shares of its CPUs. What a run
+            doesn't follow in Ray's classes is a ConfigError, here and in `run_config`.
         run_config: name, storage and checkpoints to keep, as `ray.train.RunConfig` or `lte_ray.config.StorageConfig`
             (which can also resume or overwrite a run).
         failure: what happens when processes die, and how few and how many heads the run may have; by default what Ray's
@@ -118,7 +120,8 @@ class LTETrainer:
             RunError: the run ended early; its complete checkpoints remain in the run directory.
         """
         storage, filesystem = _storage(self.run_config)
-        failure = self.failure or _failure(self.run_config)
+        ray_failure = _failure(self.run_config)
+        failure = self.failure or ray_failure
         name = storage.name or f"{type(self.worker).__name__.lower()}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         # Settings go to all actors. They hold the policy's name: the policy itself goes to the coordinator only.
         merge = dataclasses.replace(
@@ -220,9 +223,10 @@ def _make_controller(places: dict[str, Any], **common: Any) -> TrainController |
 
 
 def _storage(config: Any) -> tuple[StorageConfig, Any]:
-    """Returns Ray's RunConfig (or ours) as ours, and the filesystem that it names."""
+    """Returns Ray's RunConfig (or ours) as ours, and the filesystem that it names. Raises ConfigError for what is ignored."""
     if config is None or isinstance(config, StorageConfig):
         return config or StorageConfig(), None
+    ray_fields.check_followed(config, ray_fields.RUN)
     check_run_name(config.name)
     retention: dict[str, Any] = {"keep_checkpoints": None}
     if config.checkpoint_config:
@@ -232,6 +236,7 @@ def _storage(config: Any) -> tuple[StorageConfig, Any]:
 
 def _retention(config: ray.train.CheckpointConfig) -> dict[str, Any]:
     """Returns which checkpoints Ray's rule keeps: the newest `num_to_keep`; with a score the best, and always the newest."""
+    ray_fields.check_followed(config, ray_fields.CHECKPOINTS)
     number, figure = config.num_to_keep, config.checkpoint_score_attribute
     if number is None or figure is None:
         return {"keep_checkpoints": number}
@@ -241,7 +246,10 @@ def _retention(config: ray.train.CheckpointConfig) -> dict[str, Any]:
 
 def _failure(config: Any) -> FailureConfig:
     """Returns what Ray's RunConfig says of failures. Its default, 0, is ignored: a lost machine shouldn't end a run."""
-    max_failures = getattr(getattr(config, "failure_config", None), "max_failures", 0)
+    failures = getattr(config, "failure_config", None)
+    if failures is not None:
+        ray_fields.check_followed(failures, ray_fields.FAILURES)
+    max_failures = getattr(failures, "max_failures", 0)
     return FailureConfig(max_failures=max_failures) if max_failures else FailureConfig()
 
 

@@ -14,7 +14,7 @@ import ray
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from lte_ray.config import MergeConfig, PlacementConfig
+from lte_ray.config import MergeConfig, PlacementConfig, ray_fields
 from lte_ray.errors import ConfigError, ResourceError
 from lte_ray.layout import Plan
 from lte_ray.transfer.groups import EntryGroup, make_groups
@@ -64,13 +64,15 @@ def from_scaling_config(scaling: Any, num_heads: int) -> tuple[PlacementConfig, 
     default, means one per head.
 
     Raises:
-        ConfigError: with `num_workers` actors they can't all, but the last, host equally many heads.
+        ConfigError: with `num_workers` actors they can't all, but the last, host equally many heads; or a field asks for what a
+            run can't do.
     """
     if isinstance(scaling, PlacementConfig) or scaling is None:
         return scaling or PlacementConfig(), {}
-    if not isinstance(scaling.num_workers, int):
+    ray_fields.check_followed(scaling, ray_fields.SCALING)
+    if not isinstance(scaling.num_workers, int) or scaling.num_workers < 1:
         raise ConfigError(
-            f"ScalingConfig(num_workers={scaling.num_workers}): the number of heads is fixed, so give one number."
+            f"ScalingConfig(num_workers={scaling.num_workers}): the number of heads is fixed, so give one number, at least 1."
         )
     workers = num_heads if scaling.num_workers == 1 else scaling.num_workers
     each = math.ceil(num_heads / workers)
@@ -81,6 +83,11 @@ def from_scaling_config(scaling: Any, num_heads: int) -> tuple[PlacementConfig, 
         )
     other = {k: float(v) for k, v in (scaling.resources_per_worker or {}).items()}
     gpus = other.pop("GPU", 1.0 if scaling.use_gpu else 0.0)
+    if gpus > 1:
+        raise ConfigError(
+            f"ScalingConfig(resources_per_worker={scaling.resources_per_worker}): a process of heads computes on one GPU, so "
+            "the others would idle. Give at most 1 GPU, and raise num_workers up to the number of heads."
+        )
     if scaling.accelerator_type:
         other[f"accelerator_type:{scaling.accelerator_type}"] = 0.001
     return PlacementConfig(heads_per_actor=each, cpus_per_head=other.pop("CPU", None), gpus_per_head=gpus), {

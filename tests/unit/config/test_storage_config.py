@@ -9,7 +9,7 @@ import pytest
 
 from lte_ray.config import StorageConfig
 from lte_ray.errors import ConfigError
-from lte_ray.trainer import _storage
+from lte_ray.trainer import _failure, _storage
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,54 @@ def test_rays_checkpoint_config_is_translated(tmp_path: Path, given: dict[str, A
     config = ray.train.CheckpointConfig(**given)
     storage, _ = _storage(ray.train.RunConfig(name="a", storage_path=str(tmp_path), checkpoint_config=config))
     assert (storage.keep_checkpoints, storage.keep_best, storage.best_by) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        ("RunConfig", "callbacks", None),
+        ("RunConfig", "worker_runtime_env", {"pip": ["x"]}),
+        ("RunConfig", "logging_config", None),
+        ("FailureConfig", "controller_failure_limit", 3),
+        ("ScalingConfig", "label_selector", {"zone": "a"}),
+        ("ScalingConfig", "use_tpu", True),
+        ("ScalingConfig", "elastic_resize_monitor_interval_s", 5.0),
+    ],
+)
+def test_settings_of_rays_that_a_run_does_not_follow_are_refused(kind: str, field: str, value: Any) -> None:
+    """By the name of the field; defaults are fine."""
+    import ray.train
+
+    from lte_ray.runtime.placement import from_scaling_config
+
+    if field == "callbacks":
+        value = [ray.train.UserCallback()]
+    if field == "logging_config":
+        value = ray.train.LoggingConfig(log_level="DEBUG")
+    more = {"num_workers": 1, "topology": "2x2", "accelerator_type": "TPU-V4"} if field == "use_tpu" else {}
+    config = getattr(ray.train, kind)(**more, **{field: value})
+    with pytest.raises(ConfigError, match=rf"^{kind}\({field}=.* would have no effect: .*leave {field} out\.$"):
+        if kind == "ScalingConfig":
+            from_scaling_config(config, 2)
+        elif kind == "FailureConfig":
+            _failure(ray.train.RunConfig(failure_config=config))
+        else:
+            _storage(config)
+
+
+def test_impossible_sizes_of_rays_workers_are_refused() -> None:
+    """No worker at all, and several GPUs for a process of heads."""
+    import ray.train
+
+    from lte_ray.runtime.placement import from_scaling_config
+
+    for given, says in (
+        ({"num_workers": 0}, r"num_workers=0\): .* at least 1"),
+        ({"resources_per_worker": {"GPU": 2}, "use_gpu": True}, r"ScalingConfig\(resources_per_worker=\{'GPU': 2\}\)"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            from_scaling_config(ray.train.ScalingConfig(**given), 2)
+    followed = {"resources_per_worker": {"CPU": 2, "mine": 1}, "use_gpu": True, "placement_strategy": "SPREAD"}
+    config, more = from_scaling_config(ray.train.ScalingConfig(**followed), 2)
+    assert (config.cpus_per_head, config.gpus_per_head) == (2.0, 1.0)
+    assert more == {"other": {"mine": 1.0}, "strategy": "SPREAD"}
