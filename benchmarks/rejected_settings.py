@@ -43,6 +43,7 @@ SETTINGS = [
     "--exclude 9",
     "--merge-buffers codes",
     "--gpus-per-head 1.5",
+    "--gpus-per-head 2",
     "--cpus-per-head inf",
     "--keep-checkpoints 0",
     "--resume",

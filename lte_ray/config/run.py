@@ -130,7 +130,7 @@ class PlacementConfig:
     )
     gpus_per_head: float | None = setting(
         None,
-        "GPUs reserved for each head's actor, fractions allowed; by default 1 if the cluster has one for each, else 0.",
+        "GPUs reserved for each head's actor, 1 or a fraction of one; by default 1 if the cluster has one for each, else 0.",
     )
     resource_timeout: float = setting(
         0.0, "Seconds to wait for an autoscaling cluster to provide the resources; 0: fail at once if they are missing."
@@ -143,9 +143,11 @@ class PlacementConfig:
         for name in ("cpus_per_head", "gpus_per_head", "resource_timeout"):
             if getattr(self, name) is not None:
                 check_at_least(self, 0, name)
-        gpus = self.gpus_per_head or 0
-        if gpus > 1 and gpus != int(gpus):
-            raise ConfigError(f"--gpus-per-head is {gpus}, but above 1 it must be a whole number.")
+        if (self.gpus_per_head or 0) > 1:
+            raise ConfigError(
+                f"--gpus-per-head is {self.gpus_per_head}, but it must be at most 1: a head computes on one GPU, so the others "
+                "would idle. To use more GPUs, raise --num-heads."
+            )
 
 
 @dataclass(frozen=True)

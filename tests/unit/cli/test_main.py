@@ -121,7 +121,7 @@ def complaint(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: st
         ([GOOD, "--name", "../up"], "--name is '../up'"),
         ([GOOD, "--worker.widht", "3"], "--worker.width"),
         ([GOOD, "--worker.samples", "60"], "60 samples can't fill a batch of 64; use more data, or a smaller batch"),
-        ([GOOD, "--gpus-per-head", "1.5"], "--gpus-per-head is 1.5, but above 1 it must be a whole number"),
+        ([GOOD, "--gpus-per-head", "1.5"], "--gpus-per-head is 1.5, but it must be at most 1: a head computes on one GPU"),
         ([GOOD, "--resume"], "--resume needs --name"),
         ([GOOD, "--resume", "--overwrite", "--name", "a"], "contradict"),
         ([GOOD, "--config", "missing.toml"], "missing.toml can't be read"),

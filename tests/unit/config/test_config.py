@@ -35,7 +35,7 @@ INVALID = [
     (TrainConfig, "checkpoint_every", [-1]),
     (TrainConfig, "threads_per_head", [-1]),
     (PlacementConfig, "cpus_per_head", [-0.5, NAN, INF]),
-    (PlacementConfig, "gpus_per_head", [-1, NAN, INF]),
+    (PlacementConfig, "gpus_per_head", [-1, 1.5, 2, NAN, INF]),
     (PlacementConfig, "resource_timeout", [-1.0, NAN, INF]),
     (StorageConfig, "name", ["", ".", "..", ".hidden", "a/b", "/a", "a\\b", "a\0b"]),
     (StorageConfig, "keep_checkpoints", [0, -1]),

@@ -505,7 +505,7 @@ EVERYTHING = (
         baseline_processes=3,
         compile=True,
     ),
-    PlacementConfig(heads_per_actor=3, stack_heads="always", cpus_per_head=0.5, gpus_per_head=2, resource_timeout=3.0),
+    PlacementConfig(heads_per_actor=3, stack_heads="always", cpus_per_head=0.5, gpus_per_head=0.25, resource_timeout=3.0),
 )
 
 
