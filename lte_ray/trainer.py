@@ -12,8 +12,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lte_ray import checkpoint, fault_injection
-from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig, check_run_name
-from lte_ray.config import ray_fields
+from lte_ray.config import (
+    FailureConfig,
+    LTEConfig,
+    MergeConfig,
+    PlacementConfig,
+    StorageConfig,
+    TrainConfig,
+    check_run_name,
+    ray_fields,
+)
 from lte_ray.config.baseline import baseline_failure
 from lte_ray.engine.default_policy import choose_policy
 from lte_ray.engine.head.virtual import check_stackable
@@ -120,8 +128,7 @@ class LTETrainer:
             RunError: the run ended early; its complete checkpoints remain in the run directory.
         """
         storage, filesystem = _storage(self.run_config)
-        ray_failure = _failure(self.run_config)
-        failure = self.failure or ray_failure
+        failure = _failure(self.run_config, self.failure)
         name = storage.name or f"{type(self.worker).__name__.lower()}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         # Settings go to all actors. They hold the policy's name: the policy itself goes to the coordinator only.
         merge = dataclasses.replace(
@@ -244,13 +251,13 @@ def _retention(config: ray.train.CheckpointConfig) -> dict[str, Any]:
     return {"keep_checkpoints": 1, "keep_best": number, "best_by": best_by}
 
 
-def _failure(config: Any) -> FailureConfig:
-    """Returns what Ray's RunConfig says of failures. Its default, 0, is ignored: a lost machine shouldn't end a run."""
+def _failure(config: Any, given: FailureConfig | None = None) -> FailureConfig:
+    """Returns what is given, else what Ray's RunConfig says. Its default, 0, is ignored: a lost machine shouldn't end a run."""
     failures = getattr(config, "failure_config", None)
     if failures is not None:
         ray_fields.check_followed(failures, ray_fields.FAILURES)
     max_failures = getattr(failures, "max_failures", 0)
-    return FailureConfig(max_failures=max_failures) if max_failures else FailureConfig()
+    return given or (FailureConfig(max_failures=max_failures) if max_failures else FailureConfig())
 
 
 def default_storage() -> str:

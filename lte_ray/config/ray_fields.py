@@ -33,6 +33,6 @@ def check_followed(config: Any, followed: tuple[str, ...]) -> None:
         if field.name not in followed and value != getattr(default, field.name):
             instead = INSTEAD.get(field.name, "A run decides that itself")
             raise ConfigError(
-                f"{kind}({field.name}={str(value)[:80]}) would have no effect: LTETrainer follows only {', '.join(followed)} of "
-                f"Ray's {kind}. {instead}, and leave {field.name} out."
+                f"{kind}({field.name}={str(value)[:80]}) would have no effect: of Ray's {kind}, LTETrainer follows only "
+                f"{', '.join(followed)}. {instead}, and leave {field.name} out."
             )

@@ -174,8 +174,8 @@ def _make_config(peft: Any, model: nn.Module, placement: PeftTargets, pairs: dic
 def _task_type(model: nn.Module, placement: PeftTargets) -> str | None:
     """Returns PEFT's task of a class of transformers: its class of adapters; None if it has none for it.
 
-    It is set after PEFT has made the adapter: for classifiers PEFT then copies their last layer in full. So there is none for one
-    whose last layer has LoRA.
+    It is set after PEFT has made the adapter: for classifiers, PEFT then copies their last layer in full. So there is none for
+    one whose last layer has LoRA.
     """
     auto = "transformers.models.auto.modeling_auto"
     known: Any = importlib.import_module(auto) if type(model).__module__.startswith("transformers.") else None

@@ -110,16 +110,9 @@ def prepare_model_for_lte(
     replicas = ReplicaParameters(config.num_heads)
     _insert_replica_layers(model, selection, mode, replicas)
     _insert_head_loops(model, replicas, chunk)
+    _watch_inputs(model, chunk)
     if chunk == "layer":
-        model.register_forward_pre_hook(_record_batch, with_kwargs=True)
-        model.register_forward_hook(_forget_batch, always_call=True)
         _warn_if_sequence_first(model)
-    else:
-        model.register_forward_pre_hook(_record_maybe_sequence, with_kwargs=True)
-        model.register_forward_hook(_forget_maybe_sequence, always_call=True)
-        for name, module in model.named_modules():
-            if isinstance(module, SEQUENCE_LAYERS):
-                module.register_forward_pre_hook(partial(check_not_one_sequence, name), with_kwargs=True)
     return model
 
 
@@ -266,6 +259,16 @@ def _warn_if_sequence_first(model: nn.Module) -> None:
                 stacklevel=3,
             )
             return
+
+
+def _watch_inputs(model: nn.Module, chunk: str) -> None:
+    """Registers the hooks that record what the model is called with, so that layers can check what they are given."""
+    record, forget = (_record_batch, _forget_batch) if chunk == "layer" else (_record_maybe_sequence, _forget_maybe_sequence)
+    model.register_forward_pre_hook(record, with_kwargs=True)
+    model.register_forward_hook(forget, always_call=True)
+    for name, module in model.named_modules() if chunk == "model" else ():
+        if isinstance(module, SEQUENCE_LAYERS):
+            module.register_forward_pre_hook(partial(check_not_one_sequence, name), with_kwargs=True)
 
 
 def _record_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

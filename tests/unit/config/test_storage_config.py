@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lte_ray.config import StorageConfig
+from lte_ray.config import FailureConfig, StorageConfig
 from lte_ray.errors import ConfigError
 from lte_ray.trainer import _failure, _storage
 
@@ -73,13 +74,13 @@ def test_settings_of_rays_that_a_run_does_not_follow_are_refused(kind: str, fiel
         value = ray.train.LoggingConfig(log_level="DEBUG")
     more = {"num_workers": 1, "topology": "2x2", "accelerator_type": "TPU-V4"} if field == "use_tpu" else {}
     config = getattr(ray.train, kind)(**more, **{field: value})
+    translate: dict[str, Callable[[], Any]] = {
+        "RunConfig": lambda: _storage(config),
+        "FailureConfig": lambda: _failure(ray.train.RunConfig(failure_config=config), FailureConfig()),
+        "ScalingConfig": lambda: from_scaling_config(config, 2),
+    }
     with pytest.raises(ConfigError, match=rf"^{kind}\({field}=.* would have no effect: .*leave {field} out\.$"):
-        if kind == "ScalingConfig":
-            from_scaling_config(config, 2)
-        elif kind == "FailureConfig":
-            _failure(ray.train.RunConfig(failure_config=config))
-        else:
-            _storage(config)
+        translate[kind]()
 
 
 def test_impossible_sizes_of_rays_workers_are_refused() -> None:

@@ -32,6 +32,7 @@ from lte_ray.merging.low_rank import Share, add_contributions, dense_change
 from lte_ray.messages import ContributionResult
 from lte_ray.run import start as run_start
 from lte_ray.storage import RunDirectory
+from lte_ray.trainer import _warn
 from tests.support.dense_reference import dense_change_by_formula
 from tests.support.head_states import head_state, through_file
 from tests.support.numerics import assert_near
@@ -341,8 +342,15 @@ def test_ranks_that_add_up_to_too_little_are_described() -> None:
     assert describe_low_rank(make_plans(model, LTEConfig(num_heads=3, lora_r=3))) == ""
 
 
+def test_a_run_warns_once_of_ranks_that_are_cut(caplog: pytest.LogCaptureFixture) -> None:
+    """Before it starts."""
+    run_settings = settings(lora_r=8, lora_alpha=16.0, layers=())
+    _warn(prepare(Tiny(), run_settings), 3)
+    assert [r.getMessage().partition(",")[0] for r in caplog.records] == ["--lora-r is 8 for up.weight"]
+
+
 def test_cut_ranks_are_described_unless_heads_train_with_lora_muon() -> None:
-    """One warning with the first such weight, the rank that was asked for and its size; none if no rank is cut."""
+    """One note with the first such weight, the rank that was asked for and its size; none if no rank is cut."""
     run_settings = settings(lora_r=8, lora_alpha=16.0, layers=("mid: lora_r=1,1,9",))
     note = describe_cut_ranks(prepare(Tiny(), run_settings), 3)
     assert note.startswith("--lora-r is 8 for up.weight, which is 8 x 6, so its factors get rank 6 (the ranks of 2 more are")

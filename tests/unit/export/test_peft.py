@@ -326,9 +326,7 @@ def test_a_lone_parameter_that_has_not_changed_is_no_hindrance(tmp_path: Path) -
     ],
 )
 @torch.no_grad()
-def test_the_adapter_says_its_task_and_its_base_model(
-    tmp_path: Path, kind: str, lte: dict[str, Any], task: str | None
-) -> None:
+def test_the_adapter_says_its_task_and_its_base_model(tmp_path: Path, kind: str, lte: dict[str, Any], task: str | None) -> None:
     """PEFT then loads the class for the task, which computes the same.
 
     A classifier whose last layer has LoRA gets no task: PEFT would copy that layer.
