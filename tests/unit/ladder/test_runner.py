@@ -156,6 +156,13 @@ def test_settings_that_cannot_be_compared_are_refused(ladder: dict, train: dict,
         rungs(replace(TRAIN, **train), MergeConfig(**merge), **ladder)
 
 
+@pytest.mark.parametrize(("lte", "name"), [({"adapt": ()}, "--adapt none"), ({"full_rank": True}, "--full-rank")])
+def test_a_ladder_needs_factors(lte: dict, name: str) -> None:
+    """What trains without any is refused."""
+    with pytest.raises(ConfigError, match=f"takes no {name}: the ladder compares factors with ordinary training"):
+        make_rungs(LadderConfig(), replace(LTE, **lte), MergeConfig(), TRAIN)
+
+
 def test_a_check_finds_the_figure_and_the_facts() -> None:
     """Of an untrained model: the figure, the ranks of all heads, the largest dimension, and the rank that it needs."""
     checked = check_arms(Tiny(), rungs(), (0.5, 1.0), "")
