@@ -219,8 +219,8 @@ def describe_cut_ranks(initial: Initial, num_heads: int) -> str:
     more = f" (the ranks of {len(cut) - 1} more are cut, too)" if len(cut) > 1 else ""
     return (
         f"--lora-r is {asked_rank} for {spec.name}, which is {out} x {inner}, so its factors get rank {spec.rank}{more}. That "
-        "is enough for any change, but with Adam such a layer learns more slowly: the loss was about 1.2 times as high. Train "
-        f"it in full (--exclude {spec.name}), or use LoRA-Muon (--optimizer lora-muon, lte_ray.optim.LoRAMuon)."
+        "is enough for any change, but with Adam such a layer learns more slowly: in small networks, the loss was 1.2 times as "
+        f"high. Train it in full (--exclude {spec.name}), or use LoRA-Muon (--optimizer lora-muon, lte_ray.optim.LoRAMuon)."
     )
 
 
