@@ -21,10 +21,11 @@ SCHEDULES: dict[str, Callable[..., torch.optim.lr_scheduler.LRScheduler]] = {
 }
 
 NEEDED = {
-    "lora-plus": ("lora", "has rates for A and B, but in full rank there are no factors. Use adamw or muon."),
-    "muon": ("weight", "is for weights that train in full, but here factors train. Use lora-muon."),
+    "lora-muon": ({"lora", "weight"}, "is for factors and whole weights, but --adapt none leaves neither. Use adamw."),
+    "lora-plus": ({"lora"}, "has rates for A and B, but in full rank there are no factors. Use adamw or muon."),
+    "muon": ({"weight"}, "is for weights that train in full, but here factors train. Use lora-muon."),
 }
-"""The group without which an optimizer makes no sense, and what to say then."""
+"""The groups without any of which an optimizer makes no sense, and what to say then."""
 
 
 def check_optimizer_settings(worker: Worker, train: TrainConfig) -> None:
@@ -70,8 +71,8 @@ def make_optimizer(train: TrainConfig, groups: list[dict[str, Any]]) -> torch.op
             if group["name"] == "replica" and "replica_lr" in rates:
                 group["lr"] = rates["replica_lr"]
         return torch.optim.AdamW(groups, lr=rates.get("lr", 1e-3), betas=(0.9, 0.95), weight_decay=0.0)
-    needed, reason = NEEDED.get(chosen, (None, ""))
-    if needed and needed not in {group["name"] for group in groups}:
+    needed, reason = NEEDED[chosen]
+    if not needed & {group["name"] for group in groups}:
         raise ConfigError(f"--optimizer {chosen} {reason}")
     return OPTIMIZERS[chosen](groups, **rates)
 
