@@ -116,12 +116,17 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
-    if callable(getattr(batch, "to", None)) and not isinstance(batch, type | nn.Module):
-        return batch.to(device)
+    if isinstance(batch, nn.utils.rnn.PackedSequence):  # a named tuple, of which some parts stay on the CPU
+        return batch.to(device)  # type: ignore[arg-type]
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(item, device) for item in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(to_device(item, device) for item in batch)
+    if isinstance(batch, list):
+        items = copy.copy(batch)
+        items[:] = [to_device(item, device) for item in batch]
+        return items
+    if isinstance(batch, tuple):
+        parts = tuple(to_device(item, device) for item in batch)
+        return parts if type(batch) is tuple else _rebuilt(batch, parts)
     if isinstance(batch, Mapping):
         moved = {key: to_device(value, device) for key, value in batch.items()}
         if not isinstance(batch, MutableMapping):
@@ -134,7 +139,26 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         for field in dataclasses.fields(batch):
             object.__setattr__(changed, field.name, to_device(getattr(batch, field.name), device))
         return changed
+    if callable(getattr(batch, "to", None)) and not isinstance(batch, type | nn.Module):
+        elsewhere = batch.to(device)
+        return batch if elsewhere is None else elsewhere  # some move in place
     return batch
+
+
+def _rebuilt(batch: tuple[Any, ...], parts: tuple[Any, ...]) -> Batch:
+    """A tuple of the type of `batch`; a plain one, if that type is made in another way."""
+    try:
+        return type(batch)(parts)
+    except TypeError:
+        return parts
+
+
+def copy_batch(batch: Batch) -> Batch:
+    """A copy that may be changed; the batch itself if it can't be copied."""
+    try:
+        return copy.deepcopy(batch)
+    except Exception:  # whatever its parts raise
+        return batch
 
 
 def count_samples(batch: Batch) -> int:
@@ -148,7 +172,7 @@ def count_samples(batch: Batch) -> int:
 def _sizes(batch: Batch) -> Iterator[int]:
     if isinstance(batch, Tensor):
         if batch.ndim:
-            yield batch.shape[0]
+            yield batch.size(0)
     elif isinstance(batch, nn.utils.rnn.PackedSequence):
         yield int(batch.batch_sizes[0])
     elif isinstance(batch, Mapping | list | tuple):

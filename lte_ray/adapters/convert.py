@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,9 @@ from lte_ray.adapters.plan import make_plan
 from lte_ray.adapters.quantization import QuantizedWeight
 from lte_ray.adapters.user_parameter import Master, UserParameter, UserParameters
 from lte_ray.config import LTEConfig
+from lte_ray.errors import WorkerError
 from lte_ray.layout import Adapted, Plan
-from lte_ray.merging.flat_buffer import as_matrix
+from lte_ray.merging.flat_buffer import as_matrix, copy_rounded
 from lte_ray.merging.low_rank import fold_reference
 from lte_ray.misc.attention import MultiheadAttention
 from lte_ray.misc.convert import leave_fast_path
@@ -122,6 +124,33 @@ class Converted:
         """What trains without factors, or changes as buffers do: of 16-bit parameters their float32 values."""
         masters, tensors = self.user_parameters.masters, self.tensors()
         return {r.name: masters[r.name].values if r.name in masters else tensors[r.name] for r in self.plan.replicas}
+
+    @torch.no_grad()
+    def keep_buffers(self) -> None:
+        """Puts the tensors of merged buffers back in place, with the values of those by which the model has replaced them.
+
+        Raises:
+            WorkerError: one has another shape, or is gone.
+        """
+        for module, key, name, tensor in self.merged_buffers:
+            now = module._buffers.get(key)
+            if now is tensor:
+                continue
+            if now is None or now.shape != tensor.shape:
+                found = "removes" if now is None else f"gives the shape {tuple(now.shape)} to"
+                raise WorkerError(
+                    f"The model {found} its buffer {name}, which is merged and had the shape {tuple(tensor.shape)}."
+                )
+            copy_rounded(tensor, now)
+            module._buffers[key] = tensor
+
+    @cached_property
+    def merged_buffers(self) -> list[tuple[nn.Module, str, str, Tensor]]:
+        """Where the model has its merged buffers: module, key, name, and the tensor that is merged."""
+        tensors = self.tensors()
+        merged = {id(tensors[r.name]): r.name for r in self.plan.replicas if r.buffer}
+        places = [(m, key, b) for m in self.model.modules() for key, b in m._buffers.items() if b is not None]
+        return [(m, key, merged[id(b)], b) for m, key, b in places if id(b) in merged]
 
     def make_masters(self) -> None:
         """Gives 16-bit parameters that train without factors float32 values; to be called when the model is on its device."""

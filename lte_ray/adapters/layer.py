@@ -38,6 +38,13 @@ class HeadLayer(LTELayer):
     lte_head: UserParameters
 
     def forward(self, x: Tensor) -> Tensor:
+        head = self.lte_head
+        if not head.watching_views:
+            return self._compute(x)
+        with head.inside_layer():
+            return self._compute(x)
+
+    def _compute(self, x: Tensor) -> Tensor:
         kind, own = self.kind, self.__dict__["_parameters"]
         weight, bias = own["weight"], own.get("bias")
         user_weight = self.lte_parameters["weight"]
@@ -47,13 +54,18 @@ class HeadLayer(LTELayer):
         in_place = self.lte_head.active and self.lte_head.functional is None
         if user_bias is not None and bias is user_bias.parameter and not (in_place and user_bias.tracked):
             assert isinstance(user_bias.stored, Tensor)
-            bias = (user_bias.stored + user_bias.factors.vector_change()).to(user_bias.dtype)
+            change = user_bias.factors.vector_change()
+            bias = (user_bias.stored + (change if bias.requires_grad else change.detach())).to(user_bias.dtype)
         if in_place and user_weight.tracked:
             return kind.main(self, x, weight, bias)
         if kind.product is None:
             assert isinstance(user_weight.stored, Tensor)
-            return kind.main(self, x, (user_weight.stored + user_weight.factors.vector_change()).to(dtype), bias)
+            change = user_weight.factors.vector_change()
+            change = change if weight.requires_grad else change.detach()
+            return kind.main(self, x, (user_weight.stored + change).to(dtype), bias)
         a, b = user_weight.factors.effective_pair()
+        if not weight.requires_grad:  # the loss has frozen the layer, perhaps for one of several parts
+            a, b = a.detach(), b.detach()
         stored = user_weight.stored
         if isinstance(stored, Tensor):
             y = kind.main(self, x, stored, bias)

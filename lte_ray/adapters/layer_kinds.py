@@ -74,8 +74,13 @@ def _embedding(layer: nn.Embedding, x: Tensor, weight: Tensor, bias: Tensor | No
 
 
 def _embedding_product(layer: nn.Embedding, x: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
-    """Returns s B[x] A: rows of B (vocabulary x r) times A (r x width)."""
-    return F.linear(F.embedding(x, b, layer.padding_idx) * s, a.t())
+    """Returns s B[x] A: rows of B (vocabulary x r) times A (r x width). The padding row has no gradient, in A either."""
+    if layer.padding_idx is None:
+        return F.linear(F.embedding(x, b) * s, a.t())
+    is_padding = (x == layer.padding_idx).unsqueeze(-1)
+    hidden = F.embedding(x, b, layer.padding_idx) * s
+    padding = F.linear(b[layer.padding_idx].detach() * s, a.t().detach())  # not 0 if other layers train this row
+    return torch.where(is_padding, padding, F.linear(hidden.masked_fill(is_padding, 0), a.t()))
 
 
 def _norm(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -290,7 +290,7 @@ def _merged_buffers(model: nn.Module, patterns: Sequence[str], others: set[str])
     matches = match_patterns([p for p in patterns if p not in ("auto", "none")], list(buffers), "buffer", "--merge-buffers")
     chosen = set().union(*matches.values()) if matches else set()
     for name in chosen:
-        if buffers[name].dtype == torch.bool or buffers[name].is_complex():
+        if buffers[name].is_complex():
             raise ConfigError(f"--merge-buffers: {name} has type {buffers[name].dtype}, which can't be averaged.")
     return [Replica(name, tuple(b.shape), buffer=True) for name, b in buffers.items() if name in chosen - others]
 

@@ -153,8 +153,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx = dy @ dequantize(ctx.format, ctx.shape, ctx.saved_tensors, dy.dtype) if ctx.needs_input_grad[0] else None
-        return dx, None, None, *[None] * len(ctx.saved_tensors)
+        parts = ctx.saved_tensors  # read once: recomputed activations are given out only once
+        dx = dy @ dequantize(ctx.format, ctx.shape, parts, dy.dtype) if ctx.needs_input_grad[0] else None
+        return dx, None, None, *[None] * len(parts)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:

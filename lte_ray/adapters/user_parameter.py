@@ -18,12 +18,13 @@ it, too.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from threading import Lock
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -62,7 +63,7 @@ class UserParameter:
         self.dtype = parameter.dtype
         self.tracked = self.shown = False
         self._expected: Tensor | None = None  # two numbers that a write would change
-        self._version = 0
+        self._version = self._pointer = 0
 
     def set_stored(self, stored: Tensor | QuantizedWeight) -> None:
         """Replaces the main weight."""
@@ -87,16 +88,17 @@ class UserParameter:
         weight = self.stored.dequantize(self.dtype)
         return as_stored(self.spec, weight) if len(self.spec.shape) == 2 else weight
 
-    @torch.no_grad()
     def show(self) -> None:
         """Gives P the effective value."""
         if not self.shown:
-            value = self.effective()
-            self.parameter.data, self.shown, self._expected = value, True, _fingerprint(value)
+            with torch.inference_mode(False), torch.no_grad():
+                value = self.effective()
+                self.parameter.data, self.shown, self._expected = value, True, _fingerprint(value)
+                self._pointer = value.data_ptr()
 
     def begin(self) -> None:
         """Records what `written` compares with."""
-        self._version = self.parameter._version
+        self._version, self._pointer = self.parameter._version, self.parameter.data_ptr()
 
     @torch.no_grad()
     def hide(self) -> None:
@@ -109,7 +111,7 @@ class UserParameter:
 
     def written(self) -> Tensor | bool:
         """Whether the loss wrote to P; as a tensor on P's device if that isn't known yet."""
-        if self.parameter._version != self._version:
+        if self.parameter._version != self._version or self.parameter.data_ptr() != self._pointer:
             return True
         return False if self._expected is None else _fingerprint(self.parameter).ne(self._expected).any()
 
@@ -151,19 +153,17 @@ class Master:
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter = parameter
         self.values = nn.Parameter(parameter.detach().to(trained_dtype(parameter)))
-        self._version = -1
 
     @torch.no_grad()
     def round(self) -> None:
         """Gives P the rounded values."""
         self.parameter.copy_(self.values)
-        self._version = self.parameter._version
 
     @torch.no_grad()
     def take_back(self) -> None:
-        """Adds P's gradient to that of the values, and clears it; if the loss wrote to P, takes what it wrote."""
-        if self.parameter._version != self._version:
-            self.values.copy_(self.parameter)
+        """Adds P's gradient to that of the values, and clears it; takes over the elements of P that the loss has written."""
+        written = self.parameter != self.values.to(self.parameter.dtype)
+        self.values.copy_(torch.where(written, self.parameter.to(self.values.dtype), self.values))
         gradient, self.parameter.grad = self.parameter.grad, None
         if gradient is not None:
             exact = gradient.to(self.values.dtype)
@@ -186,6 +186,8 @@ class UserParameters:
         active: whether the head is computing a loss or its gradients.
         functional: the effective weights, as functions of the factors, of heads that are computed as one batch
             (`torch.func.vmap`); None otherwise. Such heads can't each give P a value.
+        watching_views: whether the first loss is being computed, and its operations are watched for views of weights.
+        inside_layers: how many layers are computing just now, which use W~ itself.
     """
 
     def __init__(self) -> None:
@@ -193,6 +195,9 @@ class UserParameters:
         self.masters: dict[str, Master] = {}
         self.active = False
         self.functional: dict[int, Tensor] | None = None
+        self.stacked: Collection[int] = ()
+        self.watching_views = False
+        self.inside_layers = 0
         self._watched_once = False
         self._written: dict[str, Tensor] = {}
 
@@ -229,7 +234,7 @@ class UserParameters:
             WorkerError: the loss wrote to a parameter that has factors, or used it with an old value.
         """
         watch = not self._watched_once
-        self.active = True
+        self.active, self.watching_views = True, watch
         for each in self.all:
             each.begin()
             if each.tracked and self.functional is None:
@@ -248,25 +253,53 @@ class UserParameters:
             self.active = False
             self._collect()
         finally:
-            self.active = False
+            self.active = self.watching_views = False
             for each in self.all:
                 if each.shown:
                     each.hide()
                 each.parameter.grad = None
 
+    def end_forward(self) -> None:
+        """Within `track`, says that the loss is computed: what follows are gradients."""
+        self.watching_views = False
+
     @contextmanager
-    def track_functional(self) -> Iterator[None]:
+    def inside_layer(self) -> Iterator[None]:
+        """Within the block, operations are those of layers, which use W~ itself."""
+        self.inside_layers += 1
+        try:
+            yield
+        finally:
+            self.inside_layers -= 1
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Within the block, readers find the effective values, as in `track`; no loss is computed."""
+        self.active = True
+        try:
+            yield
+        finally:
+            self.active = False
+            for each in self.all:
+                if each.shown:
+                    each.hide()
+
+    @contextmanager
+    def track_functional(self, stacked: Collection[int]) -> Iterator[None]:
         """As `track`, for a loss of several heads at once. Gradients go to the factors by themselves.
+
+        Args:
+            stacked: ids of the first head's tensors that each head has a value of its own of: nobody may use these themselves.
 
         Raises:
             NotImplementedError: the loss uses a parameter without asking its layer for it.
         """
-        self.functional = {}
+        self.functional, self.stacked = {}, stacked
         try:
             with self.track():
                 yield
         finally:
-            self.functional = None
+            self.functional, self.stacked = None, ()
 
     def _collect(self) -> None:
         for master in self.masters.values():
@@ -348,11 +381,29 @@ class _WatchOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, group: UserParameters) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._group, self._parameters = group, {id(p.parameter): p for p in group.all}
+        self._memory: dict[int, list[tuple[int, int, UserParameter]]] = {}  # by storage: first byte, end, whose
+        for each in group.all:
+            if isinstance(each.stored, Tensor):
+                begin, storage = each.stored.data_ptr(), each.stored.untyped_storage()._cdata
+                self._memory.setdefault(storage, []).append((begin, begin + each.stored.nbytes, each))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        group = self._group
         for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, nn.Parameter) and id(leaf) in self._parameters:
-                self._group.found(self._parameters[id(leaf)])
+            if not isinstance(leaf, Tensor):
+                continue
+            if id(leaf) in self._parameters:
+                group.found(self._parameters[id(leaf)])
+            elif id(leaf) in group.stacked:
+                raise NotImplementedError(_NOT_FUNCTIONAL)
+            elif group.watching_views and not group.inside_layers and leaf.layout is torch.strided:
+                for begin, end, each in self._memory.get(leaf.untyped_storage()._cdata, ()):
+                    if begin <= leaf.data_ptr() < end and leaf is not each.stored:
+                        raise WorkerError(
+                            f"The model keeps a view of {each.spec.name} (its data, a transposed or detached one, a slice), "
+                            "which isn't up to date: the weight has factors. Make the view in the forward pass, or let the "
+                            f"weight train without factors: --exclude {each.spec.name}."
+                        )
         return func(*args, **(kwargs or {}))
 
 
@@ -370,15 +421,29 @@ class _WatchFunctions(TorchFunctionMode):
                 self._group.found(self._parameters[id(args[0])])
             elif any(args[0] is each for each in (self._group.functional or {}).values()):
                 raise NotImplementedError("the model reads the data of a weight")  # of all heads at once
-        elif func is torch.autograd.grad:
-            inputs = args[1] if len(args) > 1 else kwargs["inputs"]
-            found = [self._parameters[id(p)] for p in tree_leaves(inputs) if id(p) in self._parameters]
+        elif func is _SET_DATA and id(args[0]) in self._parameters:
+            raise WorkerError(_written_message([self._parameters[id(args[0])].spec.name]))
+        elif func is F.embedding and self._group.functional is not None and _padding_of(args, kwargs) is not None:
+            raise NotImplementedError("torch.vmap gives the padding row of an embedding a gradient")
+        elif func is torch.autograd.grad or func is Tensor.backward:
+            if func is Tensor.backward:  # the loss may look at the gradient of any parameter
+                found = list(self._parameters.values())
+            else:
+                leaves = tree_leaves(args[1] if len(args) > 1 else kwargs["inputs"])
+                found = [self._parameters[id(p)] for p in leaves if id(p) in self._parameters]
             again = any(not parameter.tracked for parameter in found)
             for parameter in found:
                 self._group.found(parameter)
             if again:
                 raise GradientOfWeight
+            with self._group.inside_layer():  # what computes gradients of layers uses what the layers have used
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
 
 
-_GET_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+def _padding_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    padding: int | None = args[2] if len(args) > 2 else kwargs.get("padding_idx")
+    return padding
+
+
+_GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ from lte_ray.engine.head.optimization import build_optimizer, check_lr_scale, ch
 from lte_ray.engine.head.optimizer_state import optimizer_state
 from lte_ray.engine.head.rng import preserve_generators
 from lte_ray.engine.head.untrained import Fingerprints, fingerprints, resolve_buffers
-from lte_ray.engine.head.worker_state import worker_state
+from lte_ray.engine.head.worker_state import own_worker, worker_state
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError, UserError, WorkerError
 from lte_ray.layout import Adapted, Plan
@@ -81,7 +81,7 @@ def prepare(worker: Worker, settings: Settings, dtype: torch.dtype = torch.float
 
 
 def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
-    name = type(worker).__name__
+    name, worker = type(worker).__name__, own_worker(worker)  # a state of its own stays as it is
     try:
         model = build_model(worker, settings.train.seed)
     except UserError:

@@ -26,14 +26,14 @@ from lte_ray.engine.head.rng import Generators, head_seed, rewind_generators, wa
 from lte_ray.engine.head.state import HeadState
 from lte_ray.engine.head.timing import HeadTimer
 from lte_ray.engine.head.untrained import FrozenParameters, UnmergedBuffers, check_equal_builds, fingerprints
-from lte_ray.engine.head.worker_state import own_worker
+from lte_ray.engine.head.worker_state import load_worker_state, own_worker, worker_state
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import LTEError, WorkerFailed
 from lte_ray.merging.flat_buffer import factors_part
 from lte_ray.merging.low_rank import Share, squared_norm
 from lte_ray.messages import CommittedPosition, Contribution, ContributionResult, HeadDirective, HeadStatus
 from lte_ray.transfer.codec import Codec
-from lte_ray.worker import Batch, Worker, build_model, count_samples, to_device
+from lte_ray.worker import Batch, Worker, build_model, copy_batch, count_samples, to_device
 
 
 class Head:
@@ -99,6 +99,7 @@ class Head:
             )
             self.model, self.plan = self.converted.model.to(self.device).train(), self.converted.plan
             self.converted.make_masters()
+            self.converted.keep_buffers()  # finds them, now that they are on the device
             for base_dtype in {spec.base_dtype for spec in self.plan.adapted} if self.device.type != "cpu" else ():
                 check_format(base_dtype, self.device)  # the driver has checked it on its CPU
             if share_weights is not None:
@@ -275,7 +276,8 @@ class Head:
 
     def next_batch(self) -> Batch:
         """The next batch of this head's shard, on its device."""
-        batch = to_device(self.batch_stream.next_batch(), self.device)
+        with self.converted.user_parameters.reading():  # batches may be made by the model
+            batch = to_device(self.batch_stream.next_batch(), self.device)
         self.state.samples += count_samples(batch)
         return batch
 
@@ -290,21 +292,27 @@ class Head:
 
     def _first_backward(self, batch: Batch) -> Tensor:
         """As `_backward`, until it is known which weights the loss differentiates with respect to."""
-        before = [buffer.clone() for buffer in self.model.buffers()]
+        buffers, state = [buffer.clone() for buffer in self.model.buffers()], worker_state(self.worker)
         try:
             with rewind_generators(GradientOfWeight, self.device):
-                return self._backward(batch)
+                return self._backward(copy_batch(batch))
         except GradientOfWeight:
             with torch.no_grad():
-                for buffer, value in zip(self.model.buffers(), before, strict=True):
+                for buffer, value in zip(self.model.buffers(), buffers, strict=True):
                     buffer.copy_(value)
+            for parameter in self.trained_parameters.values():
+                parameter.grad = None
+            load_worker_state(self.worker, *state)
             return self._first_backward(batch)
 
     def _backward(self, batch: Batch) -> Tensor:
-        with self.converted.user_parameters.track():
+        users = self.converted.user_parameters
+        with users.track():
             with autocast(self.settings.train, self.device):
                 loss = check_loss(self.worker.loss(self.model, batch))
+            users.end_forward()
             torch.autograd.backward(self.optimizer_step.scale_loss(loss))
+        self.converted.keep_buffers()
         return loss.detach()
 
     def finish_step(self) -> None:
@@ -333,8 +341,8 @@ class Head:
         with self.worker_errors(self.step):
             self.converted.user_parameters.check_unwritten()
             self._unmerged.check()
+            self._frozen.check(thoroughly=state.sequence == 0)
             if state.sequence == 0:
-                self._frozen.check()
                 self.untrained_weights = [
                     spec.name for spec in self.plan.adapted if not {spec.a_name, spec.b_name} & self._with_gradient
                 ]

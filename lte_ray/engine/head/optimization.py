@@ -47,6 +47,9 @@ def check_loss(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor) or loss.ndim:
         returned = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(f"loss() must return a scalar tensor, the mean over the batch; it returned {returned}")
+    if not loss.is_floating_point() or not (loss.requires_grad or torch._C._functorch.is_batchedtensor(loss)):
+        returned = "without a gradient (a detached one?)" if loss.is_floating_point() else f"of type {loss.dtype}"
+        raise TypeError(f"loss() must return a tensor that depends on what trains; it returned one {returned}")
     return loss
 
 
@@ -148,6 +151,8 @@ def _check_optimizer(optimizer: Any) -> None:
 
 def _check_schedule(schedule: Any) -> None:
     """Raises ConfigError unless the schedule can be stepped without arguments, saved and restored."""
+    if schedule is None:
+        return
     kind = type(schedule).__name__
     missing = [name for name in ("step", "state_dict", "load_state_dict") if not callable(getattr(schedule, name, None))]
     if missing:

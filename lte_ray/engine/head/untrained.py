@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lte_ray.config import LTEConfig, TrainConfig
 from lte_ray.engine.head.optimization import autocast
+from lte_ray.engine.head.worker_state import own_worker
 from lte_ray.errors import WorkerError
 from lte_ray.layout import Plan
 from lte_ray.worker import Batch, Worker
@@ -23,54 +28,68 @@ Fingerprints = tuple[tuple[str, float], ...]
 
 
 def mergeable_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that can be averaged: real numbers, of the model's state dict."""
+    """The buffers of the model's state dict that have elements. Complex ones can't be averaged, but must not change either."""
     saved = model.state_dict(keep_vars=True)
-    return {
-        name: buffer
-        for name, buffer in model.named_buffers()
-        if name in saved and buffer.dtype != torch.bool and not buffer.is_complex() and buffer.numel() and not buffer.is_meta
-    }
+    return {name: b for name, b in model.named_buffers() if name in saved and b.numel() and not b.is_meta}
 
 
 def find_changing_buffers(worker: Worker, model: nn.Module, batch: Batch, train: TrainConfig) -> tuple[str, ...]:
     """Names of the buffers that computing a loss in training mode changes, such as codebooks and running averages.
 
-    Those of batch normalization aren't among them: it is known what they are.
-
-    Buffers keep the values that they had; so do the worker's attributes. If the loss can't be computed here (a kernel that only
-    a GPU has), all buffers that can be merged count.
+    Those of batch normalization aren't among them: it is known what they are. The loss is computed with copies of the model and
+    of the worker, which keep what they had. If it can't be computed here (a kernel that only a GPU has), or the model can't be
+    copied, all buffers that can be merged count.
 
     Raises:
-        WorkerError: a buffer changes its shape.
+        WorkerError: a buffer changes its shape, is removed, or is complex.
     """
     norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._NormBase)}
     statistics = {f"{name}.{key}".lstrip(".") for name, m in norms.items() for key in m._buffers}
     candidates = {name: buffer for name, buffer in mergeable_buffers(model).items() if name not in statistics}
-    found: set[str] = set()
-    if candidates:
-        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        versions = {name: (id(buffer), buffer._version) for name, buffer in candidates.items()}
-        was_training = model.training
-        try:
-            _compute_loss(copy.copy(worker), model.train(), batch, train)
-            now = dict(model.named_buffers())
-            resized = [name for name in candidates if now[name].shape != before[name].shape]
-            if resized:
-                raise WorkerError(
-                    f"The model changes the shape of its buffer {resized[0]} in training, so heads can't merge it. Give it its "
-                    "final shape in build_model(), or register it with persistent=False."
-                )
-            # A slow copy of a weight is written to, but equal to the weight at first.
-            written = {name for name in candidates if (id(now[name]), now[name]._version) != versions[name]}
-            found = written | {name for name in candidates if not torch.equal(now[name], before[name])}
-        except WorkerError:
-            raise
-        except Exception:  # heads compute it on other devices, and report what fails there
-            found.update(candidates)
-        finally:
-            model.train(was_training)
-            _restore(model, before)
-    return tuple(name for name, _ in model.named_buffers() if name in found)
+    if not candidates:
+        return ()
+    try:
+        probe = copy.deepcopy(model).train()
+        buffers = dict(probe.named_buffers())
+        with _WatchWrites() as writes:
+            _compute_loss(own_worker(copy.copy(worker)), probe, copy.deepcopy(batch), train)
+    except Exception:  # heads compute it on other devices, and report what fails there
+        return tuple(name for name, buffer in candidates.items() if not buffer.is_complex())
+    found = []
+    now = dict(probe.named_buffers())
+    for name, before in candidates.items():
+        if name not in now or now[name].shape != before.shape:
+            raise WorkerError(
+                f"The model changes the shape of its buffer {name} in training, or removes it, so heads can't merge it. Give "
+                "it its final shape in build_model(), or register it with persistent=False."
+            )
+        replaced = now[name] is not buffers[name]
+        if replaced or writes.changed(now[name]) or not torch.equal(now[name], before):
+            if before.is_complex():
+                raise WorkerError(f"The model changes its buffer {name}, which is complex. Keep its parts as two real ones.")
+            found.append(name)
+    return tuple(found)
+
+
+class _WatchWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records the memory that operations write to: a slow copy of a weight is written to, but equal to the weight at first."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._written: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for place, argument in enumerate(func._schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    value = args[place] if place < len(args) else kwargs.get(argument.name)
+                    self._written |= {t.untyped_storage()._cdata for t in tree_leaves(value) if isinstance(t, Tensor)}
+        return func(*args, **kwargs)
+
+    def changed(self, tensor: Tensor) -> bool:
+        """Whether an operation has written to the tensor's memory."""
+        return tensor.untyped_storage()._cdata in self._written
 
 
 def _compute_loss(worker: Worker, model: nn.Module, batch: Batch, train: TrainConfig) -> None:
@@ -80,13 +99,6 @@ def _compute_loss(worker: Worker, model: nn.Module, batch: Batch, train: TrainCo
                 worker.loss(model, batch)
         except RuntimeError:  # a loss that differentiates itself needs a graph
             worker.loss(model, batch)
-
-
-@torch.no_grad()
-def _restore(model: nn.Module, before: Mapping[str, Tensor]) -> None:
-    for name, buffer in model.named_buffers():
-        if name in before and buffer.shape == before[name].shape:
-            buffer.copy_(before[name])
 
 
 def resolve_buffers(lte: LTEConfig, worker: Worker, model: nn.Module, batch: Batch, train: TrainConfig) -> LTEConfig:
@@ -109,19 +121,16 @@ class UnmergedBuffers:
     def __init__(self, model: nn.Module, settings: Collection[str], merged: Collection[str]) -> None:
         self._model = model
         self._names = [name for name in mergeable_buffers(model) if name not in merged] if "auto" in settings else []
-        self._known: dict[str, tuple[int, int, float]] = {}
+        self._known: dict[str, float] = {}
 
     def record(self) -> None:
         """Records the buffers, at the first call."""
-        if not self._known:
-            buffers = dict(self._model.named_buffers())
-            self._known = {n: (id(buffers[n]), buffers[n]._version, _fingerprint(buffers[n])) for n in self._names}
+        self._known = self._known or self._now()
 
     def check(self) -> None:
         """Raises WorkerError if a buffer has changed since `record`."""
-        buffers = dict(self._model.named_buffers())
-        touched = [n for n, known in self._known.items() if (id(buffers[n]), buffers[n]._version) != known[:2]]
-        changed = [n for n in touched if _fingerprint(buffers[n]) != self._known[n][2]]
+        now = self._now()
+        changed = [name for name, value in self._known.items() if now[name] != value]
         if changed:
             raise WorkerError(
                 f"The model changes its buffer {_list(changed)} in training, but didn't when the run began, so it isn't "
@@ -129,21 +138,37 @@ class UnmergedBuffers:
                 "register it with persistent=False."
             )
 
+    def _now(self) -> dict[str, float]:
+        buffers = dict(self._model.named_buffers())
+        return {name: _fingerprint(buffers[name]) if name in buffers else math.inf for name in self._names}
+
 
 class FrozenParameters:
-    """Finds a model that writes to parameters that don't train: they are neither merged nor saved."""
+    """Finds a model that writes to parameters that don't train, or lets them train later: they are neither merged nor saved."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = parameters
-        self._known: dict[str, float] = {}
+        self._known: dict[str, tuple[int, float]] = {}
 
     def record(self) -> None:
         """Records the values, at the first call."""
-        self._known = self._known or {name: _fingerprint(p) for name, p in self._parameters.items()}
+        if not self._known:
+            self._known = {name: (p._version, _fingerprint(p)) for name, p in self._parameters.items()}
 
-    def check(self) -> None:
-        """Raises WorkerError if a parameter has changed since `record`."""
-        written = [name for name, p in self._parameters.items() if _fingerprint(p) != self._known[name]]
+    def check(self, thoroughly: bool) -> None:
+        """Raises WorkerError if a parameter has changed since `record`, or requires a gradient.
+
+        Args:
+            thoroughly: whether to compare the values of all; otherwise of those that an operation has written to.
+        """
+        thawed = [name for name, p in self._parameters.items() if p.requires_grad]
+        if thawed:
+            raise WorkerError(
+                f"The loss lets {_list(thawed)} train, which build_model() has frozen, so heads don't train it. Let it require "
+                "gradients in build_model(); the loss may freeze it for as long as it should wait."
+            )
+        touched = [n for n, p in self._parameters.items() if thoroughly or p._version != self._known[n][0]]
+        written = [name for name in touched if _fingerprint(self._parameters[name]) != self._known[name][1]]
         if written:
             raise WorkerError(
                 f"the model writes to {_list(written)}, parameters that don't train (requires_grad=False), which are neither "

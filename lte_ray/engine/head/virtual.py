@@ -327,6 +327,7 @@ class VmappedHeads:
         self._buffers = {name: _stack_in_place([b[name] for b in buffers]) for name in buffers[0]}
         masters = {name: master.parameter for name, master in first.converted.user_parameters.masters.items()}
         self._holders = _find_holders(first.converted, {**own[0], **buffers[0], **masters})
+        self._stacked_ids = {id(tensor) for tensor in (*own[0].values(), *buffers[0].values(), *masters.values())}
         for stacked in self._trained.values():
             stacked.requires_grad_()
 
@@ -338,11 +339,22 @@ class VmappedHeads:
         """
         train, device = self._heads[0].settings.train, self._heads[0].device
         try:
-            batch = pytree.tree_map(lambda *leaves: _stack_leaves(leaves), *batches)
-            with self._heads[0].converted.user_parameters.track_functional():
+            flat = [pytree.tree_flatten(batch) for batch in batches]
+            if any(spec != flat[0][1] for _, spec in flat):
+                raise ValueError("the batches hold different containers")
+            leaves = [_stack_leaves(each) for each in zip(*(leaves for leaves, _ in flat), strict=True)]
+            tensors = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+
+            def head_loss(trained: dict[str, Tensor], buffers: dict[str, Tensor], own: dict[int, Tensor]) -> Tensor:
+                batch = pytree.tree_unflatten([own.get(index, leaf) for index, leaf in enumerate(leaves)], flat[0][1])
+                return self._head_loss(trained, buffers, batch)
+
+            users = self._heads[0].converted.user_parameters
+            with users.track_functional(self._stacked_ids):
                 with warnings.catch_warnings(), autocast(train, device):
                     warnings.filterwarnings("ignore", message="There is a performance drop")  # it is fast enough, and exact
-                    losses = torch.vmap(self._head_loss, randomness="different")(self._trained, self._buffers, batch)
+                    losses = torch.vmap(head_loss, randomness="different")(self._trained, self._buffers, tensors)
+                users.end_forward()
                 scaled = [head.optimizer_step.scale_loss(loss) for head, loss in zip(self._heads, losses, strict=True)]
                 torch.autograd.backward(torch.stack(scaled).sum())  # in here since models may recompute activations themselves
         except (torch.OutOfMemoryError, LTEError):
@@ -357,10 +369,15 @@ class VmappedHeads:
         """The loss of one head, by the first head's model with these tensors instead of its own."""
         before = [holder[key] for holder, key, _ in self._holders]
         try:
+            given = []
             for holder, key, name in self._holders:
                 tensor = trained[name] if name in trained else buffers[name]
                 holder[key] = tensor.to(holder[key].dtype)  # of 16-bit parameters, float32 values train
-            return check_loss(self._worker.loss(self._heads[0].model, batch))
+                given.append(holder[key])
+            loss = check_loss(self._worker.loss(self._heads[0].model, batch))
+            if any(holder[key] is not tensor for (holder, key, _), tensor in zip(self._holders, given, strict=True)):
+                raise NotImplementedError("the model replaces a parameter or buffer by another tensor")
+            return loss
         finally:
             for (holder, key, _), tensor in zip(self._holders, before, strict=True):
                 holder[key] = tensor
