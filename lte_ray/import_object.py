@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -13,9 +11,7 @@ from typing import Any
 
 from lte_ray.config import suggest
 from lte_ray.errors import LTEError
-
-FILE_MODULE_PREFIX = "lte_ray_user_"
-"""Prefix of modules loaded from a file. Other processes can't import them, so their objects travel by value."""
+from lte_ray.file_modules import load_file
 
 
 def is_object_path(spec: str) -> bool:
@@ -84,19 +80,4 @@ def _load_file(place: str) -> ModuleType:
     path = Path(place).expanduser().resolve()
     if not path.is_file():
         raise _NotFound(f"there is no file {path}.")
-    digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
-    name = f"{FILE_MODULE_PREFIX}{path.stem}_{digest}"
-    if name in sys.modules:
-        return sys.modules[name]
-    if str(path.parent) not in sys.path:  # so that the file can import its neighbors, as when Python runs it
-        sys.path.insert(0, str(path.parent))
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    return load_file(path)

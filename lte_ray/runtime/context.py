@@ -13,8 +13,9 @@ import ray
 from lte_ray.engine.process_tuning import MAX_REDO_THREADS, merge_threads
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import WorkerError
-from lte_ray.import_object import FILE_MODULE_PREFIX
+from lte_ray.file_modules import SourceModule, loaded_modules, offer
 from lte_ray.layout import Plan
+from lte_ray.runtime import pickling
 from lte_ray.runtime.object_store import Transport
 from lte_ray.storage import RunDirectory
 from lte_ray.transfer.codec import Codec
@@ -26,30 +27,22 @@ class PickledObject:
     """A worker or policy on its way to an actor.
 
     Ray gives actors the driver's script folder and working directory, but nothing else of its module path. So the path is sent
-    along, and folders of it that exist on the actor's node are added to the path there.
+    along, and folders of it that exist on the actor's node are added to the path there. Modules that were loaded from files
+    are sent as source.
     """
 
     pickled: bytes
     paths: tuple[str, ...]
+    modules: tuple[SourceModule, ...] = ()
 
     @classmethod
     def pickle(cls, value: Any) -> PickledObject:
-        """Pickles an object. Classes that were loaded from a file are sent by value, since other processes can't import them.
+        """Pickles an object.
 
         Raises:
             WorkerError: it can't be pickled.
         """
-        for name, module in list(sys.modules.items()):  # all of them: a built-in policy may contain a policy from a file
-            if name.startswith(FILE_MODULE_PREFIX):
-                ray.cloudpickle.register_pickle_by_value(module)
-        try:
-            pickled = ray.cloudpickle.dumps(value)
-        except Exception as error:
-            raise WorkerError(
-                f"{type(value).__name__} can't be sent to other processes: {type(error).__name__}: {error}. Keep settings "
-                "only in its attributes; open files, models and data in the methods that use them."
-            ) from error
-        return cls(pickled, tuple(os.path.abspath(path) for path in sys.path))
+        return cls(pickling.dumps(value), tuple(os.path.abspath(path) for path in sys.path), loaded_modules())
 
     def load(self) -> Any:
         """Unpickles the object in this process.
@@ -58,6 +51,7 @@ class PickledObject:
             WorkerError: a module that it needs isn't on this node.
         """
         sys.path.extend(path for path in self.paths if path not in sys.path and os.path.exists(path))
+        offer(self.modules)
         try:
             return ray.cloudpickle.loads(self.pickled)
         except ImportError as error:

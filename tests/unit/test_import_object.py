@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lte_ray.errors import ConfigError, WorkerError
-from lte_ray.import_object import FILE_MODULE_PREFIX, absolute, is_object_path, load_object
+from lte_ray.file_modules import FILE_MODULE_PREFIX
+from lte_ray.import_object import absolute, is_object_path, load_object
 
 
 @pytest.fixture(autouse=True)
