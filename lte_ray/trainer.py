@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from lte_ray.engine.default_policy import choose_policy
 from lte_ray.engine.head.virtual import check_stackable
 from lte_ray.engine.prepare import Initial, describe_cut_ranks, describe_low_rank, extend_plans, prepare
 from lte_ray.engine.settings import Settings
+from lte_ray.errors import LTEError
 from lte_ray.merging.registry import make_policy, may_merge_by_weights, resolved_arguments
 from lte_ray.messages import HeadTimes
 from lte_ray.run import record as run_record
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("lte_ray")
+
+NOTHING_KEPT = "There is no complete checkpoint; --resume would start from the beginning."
 
 
 @dataclass
@@ -150,7 +154,7 @@ class LTETrainer:
         claim = RunClaim(directory, storage, settings, initial)
 
         from lte_ray.runtime import placement as placing
-        from lte_ray.runtime.cluster import connected
+        from lte_ray.runtime.cluster import connected, will_start
         from lte_ray.runtime.context import PickledObject, RetentionPolicy, RunContext
         from lte_ray.runtime.coordinator_state import CoordinatorState, load_checkpoint
         from lte_ray.runtime.object_store import ObjectStore
@@ -160,7 +164,7 @@ class LTETrainer:
             check_stackable(self.train, initial.plans)
         pickled_worker, pickled_policy = PickledObject.pickle(self.worker), PickledObject.pickle(policy)
         reporter = self.reporter or automatic_display()
-        reporter.update(Progress.starting(name, self.train.steps, "starting Ray", is_baseline))
+        reporter.update(Progress.starting(name, self.train.steps, _connecting(will_start()), is_baseline, claim.position))
         with contextlib.closing(reporter), connected():
             processes = settings.train.baseline_processes
             config = dataclasses.replace(placement_config, heads_per_actor=1) if is_baseline else placement_config
@@ -171,10 +175,10 @@ class LTETrainer:
                 **ray_options,
             )
             starting = "the heads" if not is_baseline else "the process" if processes == 1 else f"{processes} processes"
-            reporter.update(Progress.starting(name, self.train.steps, f"starting {starting}", is_baseline))
+            reporter.update(Progress.starting(name, self.train.steps, f"starting {starting}", is_baseline, claim.position))
             heads_by_actor = placing.assign_heads(placement, settings.lte.num_heads)
             record = run_record.make_record(self.worker, self.program, given, placement_config, storage, failure)
-            with contextlib.ExitStack() as stack:
+            with _telling_what_is_kept(directory), contextlib.ExitStack() as stack:
                 # Ray Train reserves for its processes itself.
                 reservation = stack.enter_context(placing.reserve(placement, heads_by_actor)) if processes == 1 else None
                 nodes = 1 if reservation is None else reservation.nodes
@@ -216,6 +220,23 @@ def _warn(initial: Initial, num_heads: int) -> None:
     for note in (*ranks, initial.data_problem):
         if note:
             log.warning(note)
+
+
+def _connecting(starts: bool) -> str:
+    return "starting Ray" if starts else "connecting to Ray"
+
+
+@contextlib.contextmanager
+def _telling_what_is_kept(directory: RunDirectory) -> Iterator[None]:
+    """If the block is interrupted, the KeyboardInterrupt says which checkpoint there is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = "Complete checkpoints, if there are any, are kept; --resume continues from the last one."
+        with contextlib.suppress(LTEError):
+            versions = checkpoint.complete_versions(directory)
+            kept = f"Checkpoint {versions[-1]} is complete; continue from it with --resume." if versions else NOTHING_KEPT
+        raise KeyboardInterrupt(kept) from None
 
 
 def _make_controller(places: dict[str, Any], **common: Any) -> TrainController | DataParallelController:

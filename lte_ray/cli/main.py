@@ -64,8 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         command.run(arguments[1:])
     except LTEError as error:
         return _complain(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _complain(f"Interrupted. {command.interrupted}", 130)
+    except KeyboardInterrupt as interrupt:
+        kept = str(interrupt) if command is COMMANDS["train"] else ""
+        return _complain(f"Interrupted. {kept or command.interrupted}", 130)
     return 0
 
 
@@ -100,7 +101,7 @@ def _audit(arguments: list[str]) -> None:
 
 
 class Command(NamedTuple):
-    """A subcommand: its function, its arguments for messages, and the message after an interrupt."""
+    """A subcommand: its function, its arguments for messages, and the message after an interrupt that brings none."""
 
     run: Callable[[list[str]], None]
     arguments: str
@@ -108,7 +109,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command(_train, "WORKER [flags]", "Complete checkpoints are kept; continue from the last one with --resume."),
+    "train": Command(_train, "WORKER [flags]", "Training hadn't begun."),
     "export": Command(_export, "RUN OUT --to FORMAT [flags]", "Nothing was written."),
     "ladder": Command(_ladder, "WORKER [flags]", "Trainings that are done are kept."),
     "simulate": Command(_simulate, "[WORKER] [flags]", "Nothing was written."),

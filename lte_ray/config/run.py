@@ -133,7 +133,9 @@ class PlacementConfig:
         "GPUs reserved for each head's actor, 1 or a fraction of one; by default 1 if the cluster has one for each, else 0.",
     )
     resource_timeout: float = setting(
-        0.0, "Seconds to wait for an autoscaling cluster to provide the resources; 0: fail at once if they are missing."
+        0.0,
+        "Seconds to wait for an autoscaling cluster to provide the resources; 0: fail at once if they are missing. A run whose "
+        "other heads are done waits as long (0: 30 minutes) for a place for the last ones, then ends without them.",
     )
 
     def __post_init__(self) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
+import re
+import sys
 import time
 from typing import IO
 
@@ -15,11 +19,18 @@ from rich.text import Text
 
 from lte_ray.run.metrics import Progress, Reporter
 
+log = logging.getLogger("lte_ray")
+
 MAX_HEADS = 8
 """Heads that are shown one by one. Further ones are summarized."""
 
 LINE_INTERVAL = 5.0
-"""Seconds between two lines without a terminal."""
+"""Seconds between two lines without a terminal, at least."""
+
+UNCHANGED_INTERVAL = 300.0
+"""Seconds after which a line is printed although nothing has changed, to show that the run is on."""
+
+TIME = "%H:%M:%S"
 
 
 def automatic_display(stream: IO[str] | None = None) -> Reporter:
@@ -29,18 +40,48 @@ def automatic_display(stream: IO[str] | None = None) -> Reporter:
 
 
 class LineDisplay:
-    """Prints a line every few seconds, and for each new evaluation: for logs and `ray job submit`."""
+    """Prints a line with the time for each new evaluation, and every few seconds if something has changed.
+
+    For logs and `ray job submit`. Unless the user's program has set up logging, warnings get the time, too.
+    """
 
     def __init__(self, console: rich.console.Console) -> None:
-        self._console, self._printed_at, self._evaluated_version = console, 0.0, -1
+        self._console, self._printed_at, self._evaluated_version, self._shown = console, -math.inf, -1, ""
+        self._handler: logging.Handler | None = None
+        if not log.hasHandlers():
+            self._handler = _WarningHandler()
+            log.addHandler(self._handler)
 
     def update(self, progress: Progress) -> None:
         evaluated = progress.evaluation.version if progress.evaluation else -1
-        if evaluated != self._evaluated_version or time.monotonic() - self._printed_at >= LINE_INTERVAL:
-            self._printed_at, self._evaluated_version = time.monotonic(), evaluated
-            self._console.print(format_line(progress), soft_wrap=True, markup=False)
+        since, shown = time.monotonic() - self._printed_at, _changing(progress)
+        due = since >= LINE_INTERVAL and (shown != self._shown or since >= UNCHANGED_INTERVAL)
+        if evaluated != self._evaluated_version or due:
+            self._printed_at, self._evaluated_version, self._shown = time.monotonic(), evaluated, shown
+            self._console.print(f"{time.strftime(TIME)}  {format_line(progress)}", soft_wrap=True, markup=False)
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        if self._handler is not None:
+            log.removeHandler(self._handler)
+
+
+class _WarningHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to what is stderr at that moment, as Python does without any handler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setLevel(logging.WARNING)
+        self.setFormatter(logging.Formatter("%(asctime)s  %(message)s", TIME))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.setStream(sys.stderr)
+        super().emit(record)
+
+
+def _changing(p: Progress) -> str:
+    """The line without what changes while nothing happens: rates, remaining time, and numbers of seconds in a note."""
+    still = dataclasses.replace(p, samples_per_second=None, remaining=None, note=re.sub(r"\d+(\.\d+)? s\b", "", p.note))
+    return format_line(still)
 
 
 class LiveDisplay:
@@ -93,7 +134,7 @@ def make_table(p: Progress) -> RenderableType:
     evaluated = f"{format_evaluation(p)} (v{p.evaluation.version})" if p.evaluation else "not evaluated yet"
     middle = Table.grid(padding=(0, 2))
     weights = "weights" if p.baseline else "base"
-    middle.add_row(f"{weights} v{p.version}", Text(evaluated, style="bold green"), saved, Text(p.note))
+    middle.add_row(f"{weights} v{p.version}", Text(evaluated, style="bold green"), saved, Text(p.note or p.stalled))
     heads = Table(box=None, padding=(0, 2), header_style="dim")
     for title in ("process" if p.baseline else "head", "step", "samples", "train loss", weights, "state", "device"):
         heads.add_column(title, justify="left" if title in ("state", "device") else "right")

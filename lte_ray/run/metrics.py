@@ -55,11 +55,13 @@ class Progress:
     checkpoint: int | None
     note: str = ""
     baseline: bool = False
+    stalled: str = ""
+    """What the run waits for, if nothing has moved for long; warnings say the same."""
 
     @classmethod
-    def starting(cls, run: str, steps: int, note: str, baseline: bool = False) -> Progress:
-        """A run without heads yet."""
-        return cls(run, 0, steps, 0, None, 0, (), None, 0.0, None, None, note, baseline)
+    def starting(cls, run: str, steps: int, note: str, baseline: bool = False, position: tuple[int, int] = (0, 0)) -> Progress:
+        """A run without heads yet. `position` is the step and the version that it starts from."""
+        return cls(run, position[0], steps, 0, None, position[1], (), None, 0.0, None, None, note, baseline)
 
     @property
     def train_loss(self) -> float:

@@ -41,6 +41,11 @@ class RunClaim:
         self._checked_versions = self._versions()
         self._resume = self._find_checkpoint()
 
+    @property
+    def position(self) -> tuple[int, int]:
+        """The step and the version of the base that the run starts from."""
+        return (self._resume.facts["step"], self._resume.version) if self._resume else (0, 0)
+
     def _versions(self) -> list[int]:
         return checkpoint.complete_versions(self.directory) if self.directory.exists() else []
 

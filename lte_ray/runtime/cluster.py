@@ -17,6 +17,11 @@ from lte_ray.errors import ResourceError
 HASH_SEED = "PYTHONHASHSEED"
 
 
+def will_start() -> bool:
+    """Whether `connected` starts a local Ray, instead of connecting to one that runs."""
+    return not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
+
+
 @contextlib.contextmanager
 def connected() -> Iterator[None]:
     """Connects to Ray for the block: an existing connection; else RAY_ADDRESS; else a local Ray that ends with the block.

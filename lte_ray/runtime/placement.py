@@ -22,6 +22,10 @@ from lte_ray.transfer.groups import EntryGroup, make_groups
 MIN_CPUS = 0.25
 """CPUs that an actor of heads gets at least by default."""
 
+LAST_PATIENCE = 1800.0
+"""Seconds that a run whose other heads are done waits for a place for the last ones, unless --resource-timeout says another
+time."""
+
 PATIENCE = 30.0
 """Seconds to wait for resources that the cluster has, but that others may be using."""
 
@@ -218,6 +222,11 @@ class Reservation:
     def patience(self) -> float:
         """Seconds to wait for a place in the cluster."""
         return max(self.placement.timeout, PATIENCE)
+
+    @property
+    def last_patience(self) -> float:
+        """Seconds to wait for a place for heads whose run is done but for them."""
+        return max(self.placement.timeout or LAST_PATIENCE, PATIENCE)
 
     @property
     def nodes(self) -> int:

@@ -34,7 +34,7 @@ class Barrier:
             return Wait(f"for {lacking} of {len(roster.live)} heads")
         missing = roster.live - {p.head for p in pending}
         if missing or not pending:
-            return Wait(f"for heads {sorted(missing)}")
+            return Wait(f"for heads {sorted(missing)}" if missing else "for a head to join")
         return pending
 
 

@@ -121,6 +121,7 @@ class TrainController:
                 except BaseException as error:
                     self._save_early(error)
                     raise
+            self._check_complete()
             self.state.enter(RunPhase.FINISHED)
         except UserError as error:  # of any kind: the run had begun
             raise RunError(str(error)) from error
@@ -128,6 +129,19 @@ class TrainController:
             with contextlib.suppress(LTEError, OSError):  # must not hide what ended the run
                 self.state.log.close()
                 checkpoint.remove_incomplete(self._context.directory)
+
+    def _check_complete(self) -> None:
+        """Raises RunError if heads that found no place have steps left, unless the run may do without them."""
+        missing = ", ".join(self._failure_handler.ended_without)
+        if missing and self._failure.exhausted == "stop":
+            self.state.enter(RunPhase.FAILED)
+            why = (
+                f"The run ended without {missing}: the cluster had no place for "
+                f"{self._reservation.last_patience:.0f} s (--resource-timeout), and all others were done. The last version is "
+                "saved and exported. Continue with --resume when there is room; with --exhausted drop this is no error."
+            )
+            self.state.log.record_event("ended_early", why=why)
+            raise RunError(why)
 
     @contextlib.contextmanager
     def actors(self) -> Iterator[None]:

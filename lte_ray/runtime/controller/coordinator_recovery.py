@@ -87,6 +87,7 @@ class CoordinatorRecovery:
         self._coordinator.stop()
         if decision.action == "stop":
             raise CoordinatorLost(decision.explain(why))
+        log.warning("%s. Another one is started.", first_line.rstrip(".:"))
         slots = {slot.actor.report.remote(self._coordinator.epoch + 1): slot for slot in self._heads.slots if slot.has_process}
         expected = [ref for ref, slot in slots.items() if slot.has_answered]
         if expected:

@@ -43,6 +43,8 @@ class _Processes:
 
     def __init__(self, count: int) -> None:
         self.slots = [HeadActorSlot((rank,), None, state=SlotState.TRAINING) for rank in range(count)]
+        for slot in self.slots:
+            slot.health.begun = time.monotonic()
 
     def have_answered(self) -> None:
         for slot in self.slots:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -20,6 +21,8 @@ from lte_ray.runtime.controller.actor_launcher import ActorLauncher
 from lte_ray.runtime.controller.head_actors import HasSlots
 from lte_ray.runtime.controller.run_state import PendingEvaluation, RunPhase, RunState
 from lte_ray.runtime.ray_errors import ray_get
+
+log = logging.getLogger("lte_ray")
 
 FIRST_ANSWER = 120.0
 """Seconds within which the evaluator first answers: it imports torch and the worker's module."""
@@ -165,6 +168,7 @@ class Evaluations:
         self._state.log.record_event("evaluator_lost", why=why.splitlines()[0][:300])
         if decision.action == "stop":
             raise RunError(decision.explain(why))
+        log.warning("%s The next evaluation is made by another process.", why.splitlines()[0])
         if self._actor is not None:
             self._launcher.end(self._actor)
             self._actor = self._ping = None

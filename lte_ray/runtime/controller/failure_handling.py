@@ -8,8 +8,9 @@ import time
 
 import ray
 
-from lte_ray.engine.failure_policy import FailurePolicy
+from lte_ray.engine.failure_policy import FailureDecision, FailurePolicy
 from lte_ray.errors import ContributionRefused, HeadLost, LTEError, WorkerFailed
+from lte_ray.run.error_log import reason, summarize
 from lte_ray.runtime.controller.coordinator_group import CoordinatorGroup
 from lte_ray.runtime.controller.head_actors import HeadActorGroup, HeadActorSlot, SlotState
 from lte_ray.runtime.controller.run_state import RunState
@@ -34,6 +35,9 @@ class FailureHandler:
         policy: decides what to do about a death.
         reservation: places in the cluster.
         max_head_number: numbers of heads are below this.
+
+    Attributes:
+        ended_without: names of the processes that found no place until all others were done.
     """
 
     def __init__(
@@ -49,8 +53,11 @@ class FailureHandler:
         self._reservation, self._max_head_number = reservation, max_head_number
         self._tried_to_grow_at = time.monotonic()
         self._dropped_without_place: list[tuple[int, ...]] = []  # heads by process; they come back once there is room
+        self.ended_without: list[str] = []
         self._given_up: set[int] = set()  # heads that died too often; they don't come back
-        self._reported_waiting: set[tuple[tuple[int, ...], int]] = set()  # heads and incarnations of processes
+        self._reported_waiting: set[tuple[tuple[int, ...], int, bool]] = (
+            set()
+        )  # heads, incarnation, whether all others are done
 
     # -- looked after again and again ----------------------------------------------------------------------------------
 
@@ -105,7 +112,9 @@ class FailureHandler:
         self._heads.finish(slot)
         for number in slot.numbers:
             if self._state.is_quarantined(number):
-                self._state.log.record_event("head_quarantined", head=number, why=self._state.statuses[number].note)
+                note = self._state.statuses[number].note
+                self._state.log.record_event("head_quarantined", head=number, why=note)
+                log.warning("Head %d trains no more: %s", number, note)
                 self._coordinator.lose_heads({number: slot.incarnation + 1}, drop=True)
             else:
                 self._coordinator.actor.leave.remote(number)
@@ -125,7 +134,7 @@ class FailureHandler:
         """
         state, heads = self._state, self._heads
         step = max((state.statuses[n].step for n in slot.numbers if n in state.statuses), default=0)
-        raised = error.traceback.strip().splitlines()[-1] if isinstance(error, WorkerFailed) else ""
+        raised = reason(error.traceback) if isinstance(error, WorkerFailed) else ""
         decision = self._policy.decide_head(
             slot.numbers,
             merged=sum(n in record.heads for record in state.merges for n in slot.numbers),
@@ -135,16 +144,16 @@ class FailureHandler:
             preempted=bool(getattr(error.__cause__, "preempted", False)),
             ever_trained=any(status.step for status in state.statuses.values()),
         )
-        first_line = str(error).strip().splitlines()[0]
         state.log.record_event(
             event,
             heads=list(slot.numbers),
             incarnation=slot.incarnation,
             step=step,
-            why=f"{first_line} {raised}".strip()[:300],
+            why=summarize(error)[:300],
             remedy=decision.action,
             delay=decision.delay,
         )
+        self._report_loss(slot, error, decision)
         heads.end_process(slot)
         state.set_head_state(slot.numbers, "lost")
         with contextlib.suppress(ray.exceptions.RayError):  # if the coordinator is gone as well, recovery tells the next one
@@ -160,6 +169,18 @@ class FailureHandler:
             return
         heads.restart(slot, decision.delay)
 
+    def _report_loss(self, slot: HeadActorSlot, error: LTEError, decision: FailureDecision) -> None:
+        """Writes the whole error into the run's folder, and one line of it to the console. What ends the run is shown there."""
+        place = self._state.errors.record(error, f"{slot.name}, process {slot.incarnation}")
+        if decision.action == "stop":
+            return
+        if decision.action == "drop":
+            then = f"The run continues without {slot.name}: {decision.why}"
+        else:
+            then = f"{slot.name.capitalize()} {slot.verb} started again" + f" in {decision.delay:.0f} s" * (decision.delay > 0)
+        details = f" Details: {place}" if place else ""
+        log.warning("%s. %s.%s", summarize(error).rstrip(".:"), then, details)
+
     def _handle_no_place(self, slot: HeadActorSlot, seconds: float) -> None:
         """The cluster has no place for a process: the others may train without it until there is room again."""
         others = sum(len(other.numbers) for other in self._heads.training if other.has_answered)
@@ -168,11 +189,28 @@ class FailureHandler:
             self._drop(slot)
             self._dropped_without_place.append(slot.numbers)
             self._state.log.record_event("head_dropped", heads=list(slot.numbers), why=decision.why)
-        elif (slot.numbers, slot.incarnation) not in self._reported_waiting:
-            self._reported_waiting.add((slot.numbers, slot.incarnation))
+            log.warning("The run continues without %s, until there is room again: %s.", slot.name, decision.why)
+            return
+        alone, limit = self._is_left(slot), self._reservation.last_patience
+        if alone and seconds > limit:
+            self.ended_without.append(slot.name)
+            self._given_up |= set(slot.numbers)
+            self._state.log.record_event("head_dropped", heads=list(slot.numbers), why=decision.why)
+            log.warning("The run ends without %s: %s, and all others are done.", slot.name, decision.why)
+            self._drop(slot)
+        elif (slot.numbers, slot.incarnation, alone) not in self._reported_waiting:
+            self._reported_waiting.add((slot.numbers, slot.incarnation, alone))
             self._state.log.record_event("waits_for_place", heads=list(slot.numbers), why=decision.why)
-            log.warning("%s waits: %s. The others continue.", slot.name, decision.why)
+            ends = f"All others are done: the run ends without {slot.name} after {limit:.0f} s (--resource-timeout)"
+            then = ends if alone else "The others continue"
+            log.warning("%s %s: %s. %s.", slot.name.capitalize(), slot.waits, decision.why, then)
             self._state.set_head_state(slot.numbers, "without a place")
+
+    def _is_left(self, slot: HeadActorSlot) -> bool:
+        """Whether nothing but this process, or others that have no place either, keeps the run from its end."""
+        others = [other for other in self._heads.slots if other is not slot]
+        unplaced = [other for other, _ in self._heads.without_place(self._reservation.patience)]
+        return any(other.ended for other in others) and all(other.ended or other in unplaced for other in others)
 
     def _drop(self, slot: HeadActorSlot) -> None:
         """Ends the slot's process, if there is one, and gives its heads' data to others."""

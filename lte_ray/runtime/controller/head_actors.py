@@ -98,6 +98,16 @@ class HeadActorSlot:
         return f"head {first}" if first == last else f"heads {first}-{last}"
 
     @property
+    def verb(self) -> str:
+        """Follows the name."""
+        return "is" if len(self.numbers) == 1 else "are"
+
+    @property
+    def waits(self) -> str:
+        """Follows the name."""
+        return "waits" if len(self.numbers) == 1 else "wait"
+
+    @property
     def has_process(self) -> bool:
         """Whether there is a process, as far as the driver knows."""
         return self.state in HAS_PROCESS

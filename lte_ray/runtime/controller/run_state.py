@@ -15,6 +15,7 @@ from enum import Enum, auto
 from typing import Any
 
 from lte_ray.messages import HeadStatus, MergeRecord
+from lte_ray.run.error_log import ErrorLog
 from lte_ray.run.metrics import Evaluation, MetricsLog
 from lte_ray.runtime.coordinator.actor import CoordinatorStatus
 from lte_ray.runtime.coordinator_state import CoordinatorState
@@ -85,6 +86,8 @@ class RunState:
         checkpoint: the newest complete one; None before there is one.
         sample: what the worker's `sample` returned for the final weights.
         log: `metrics.jsonl`.
+        errors: `errors.log`.
+        start_steps: by head, the step that it started from.
         waiting_for: what the coordinator waits for, in words.
         storage_problem: what is wrong with the coordinator's storage; empty if nothing.
         queue, evaluating: versions that wait for evaluation, and the one that the evaluator has now.
@@ -102,6 +105,8 @@ class RunState:
         self.queue: deque[PendingEvaluation] = deque()
         self.evaluating: PendingEvaluation | None = None
         self._first_version = start.version
+        self.start_steps = dict(start.steps_by_head)
+        self.errors = ErrorLog(directory)
         self._newest_refusal = (0, 0)  # epoch and number of the newest refusal in the log
         self._reported_harmful: set[tuple[int, int, int]] = set()  # head, epoch, sequence of harmful contributions in the log
         self.log = MetricsLog(directory)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import logging
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from rich.console import Console
 
 from lte_ray.errors import StorageError
 from lte_ray.messages import HeadStatus, MergeRecord
-from lte_ray.run import metrics
+from lte_ray.run import display, metrics
 from lte_ray.run.display import (
     LineDisplay,
     LiveDisplay,
@@ -88,16 +90,73 @@ def test_the_baseline_is_shown_as_such() -> None:
 def test_lines_are_for_logs_and_the_table_for_terminals() -> None:
     """A stream that isn't a terminal gets lines: one at once, and one for every new evaluation."""
     stream = io.StringIO()
-    display = automatic_display(stream)
-    assert isinstance(display, LineDisplay)
-    display.update(NOW)
-    display.update(NOW)
-    display.update(replace(NOW, evaluation=Evaluation(3, 30, {"bits_per_byte": 2.5})))
-    display.close()
+    lines = automatic_display(stream)
+    assert isinstance(lines, LineDisplay)
+    lines.update(NOW)
+    lines.update(NOW)
+    lines.update(replace(NOW, evaluation=Evaluation(3, 30, {"bits_per_byte": 2.5})))
+    lines.close()
     assert [row.split("bits_per_byte ")[1].split()[0] for row in stream.getvalue().splitlines()] == ["2.718", "2.5"]
+    assert re.match(r"\d\d:\d\d:\d\d  step 18/100  ", stream.getvalue())
     terminal = LiveDisplay(Console(file=io.StringIO(), force_terminal=True, width=120))
     terminal.update(NOW)
     terminal.close()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The display's clock, which tests set."""
+    now = [1000.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_line_comes_when_something_has_changed(clock: list[float]) -> None:
+    """Not for rates and remaining time alone, nor for seconds in a note; at long intervals it comes anyway."""
+    stream = io.StringIO()
+    lines = automatic_display(stream)
+    same = replace(NOW, remaining=3.0, samples_per_second=1.0, note="no coordinator for 7 s", stalled="nothing has moved")
+    waits = replace(NOW, note="no coordinator for 2 s")
+    for shown, seconds, count in [
+        (NOW, 0, 1),
+        (replace(NOW, remaining=9.0, stalled="nothing has moved"), 60, 1),
+        (waits, 5, 2),
+        (same, 200, 2),
+        (same, display.UNCHANGED_INTERVAL, 3),
+        (replace(same, step=19), 1, 3),
+        (replace(same, step=19), 5, 4),
+    ]:
+        clock[0] += seconds
+        lines.update(shown)
+        assert len(stream.getvalue().splitlines()) == count
+    lines.close()
+
+
+def test_warnings_in_a_log_have_the_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Unless the program has set up logging of its own; afterwards all is as before."""
+    log = logging.getLogger("lte_ray")
+    lines = automatic_display(io.StringIO())
+    assert not log.handlers  # pytest has handlers
+    lines.close()
+    monkeypatch.setattr(log, "propagate", False)
+    lines = automatic_display(io.StringIO())
+    log.warning("head 1 waits")
+    lines.close()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d  head 1 waits\n", capsys.readouterr().err)
+    assert not log.handlers
+
+
+def test_the_table_shows_why_a_run_stalls() -> None:
+    """Unless there is another note. A line doesn't: a warning has said it."""
+    stalled = replace(NOW, stalled="nothing has moved for 30 s")
+    assert "nothing has moved for 30 s" in shown(make_table(stalled))
+    assert format_line(stalled) == format_line(NOW)
+
+
+def test_a_resumed_run_starts_where_it_was() -> None:
+    """Step and version are known before the heads are."""
+    start = Progress.starting("gpt", 100, "connecting to Ray", position=(40, 8))
+    assert format_line(start) == "step 40/100  base v8  connecting to Ray"
 
 
 def test_durations_have_minutes_and_hours() -> None:

@@ -113,9 +113,9 @@ def test_a_default_of_a_dataclass_stays_a_member_of_its_enum(folder: Path) -> No
 def test_relative_imports_of_siblings_and_packages(folder: Path, init: bool) -> None:
     """Of a package, or of a plain folder; the importing file is run once."""
     files = {
-        "pkg__net": "from . import helper as h\nfrom .deep.data import load\nclass Net:\n    def use(self): return load() + h.ONE",
-        "pkg__helper": "ONE = 1",
-        "pkg__deep__data": "from functools import cache\nfrom ..helper import ONE\n@cache\ndef load(): return ONE + 5",
+        "pkg__net": "from . import one\nfrom .deep.data import load\nclass Net:\n    def use(self): return load() + one.ONE",
+        "pkg__one": "ONE = 1",
+        "pkg__deep__data": "from functools import cache\nfrom ..one import ONE\n@cache\ndef load(): return ONE + 5",
     }
     write(folder, **files)
     if init:
@@ -137,7 +137,7 @@ def test_another_node_needs_none_of_the_files(folder: Path) -> None:
     """Neighbors that the file has imported are sent with it, but nothing that is installed."""
     write(
         folder,
-        pkg__net="import torch\nimport plain_h as h\nfrom .helper import SIX\nclass Net:\n    def use(self): return SIX + h.ONE",
+        pkg__net="import torch, plain_h\nfrom .helper import SIX\nclass Net:\n    def use(self): return SIX + plain_h.ONE",
         pkg__helper="SIX = 6",
         pkg__plain_h="ONE = 1",
     )

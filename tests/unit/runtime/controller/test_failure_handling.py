@@ -14,7 +14,7 @@ import ray
 from lte_ray import FailureConfig
 from lte_ray.engine.failure_policy import FailurePolicy
 from lte_ray.engine.hang_detector import HangDetector
-from lte_ray.errors import HeadLost
+from lte_ray.errors import HeadLost, WorkerFailed
 from lte_ray.messages import HeadStatus
 from lte_ray.runtime.controller import failure_handling, head_actors
 from lte_ray.runtime.controller.failure_handling import FailureHandler
@@ -27,7 +27,7 @@ from lte_ray.storage import RunDirectory
 class Places:
     """A cluster with room for `room` more actors."""
 
-    patience = 30.0
+    patience, last_patience = 30.0, 1800.0
 
     def __init__(self, room: int) -> None:
         self.room = room
@@ -150,6 +150,52 @@ def test_the_last_head_that_trains_waits_for_a_place(start: Start) -> None:
     slot.started_at -= 60.0
     run.handler.check()
     assert len(run.rows("waits_for_place")) == 2
+
+
+def test_a_run_whose_other_heads_are_done_ends_without_one_that_has_no_place(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It says so before, and waits no longer than --resource-timeout; the head doesn't come back."""
+    run = start([(0,), (1,)], room=1, exhausted="stop")
+    slot = run.heads.slots[1]
+    run.lose_place(slot)
+    assert "Head 1 waits: the cluster has had no place for it for 31 s. The others continue." in caplog.text
+    run.heads.finish(run.heads.slots[0])
+    run.handler.check()
+    assert "All others are done: the run ends without head 1 after 1800 s (--resource-timeout)." in caplog.text
+    assert run.heads.busy
+    slot.started_at -= 1800.0
+    run.handler.check()
+    assert not run.heads.busy
+    assert run.handler.ended_without == ["head 1"]
+    assert "The run ends without head 1" in caplog.text
+    run.grow()
+    assert not run.rows("head_added")
+
+
+def test_an_error_that_costs_a_head_is_one_warning_and_its_traceback_is_kept(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The warning has the reason, what follows, and the file; a second loss is added to the file."""
+    run = start([(0,), (1,)], head_failures=1)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    run.state.statuses[1] = HeadStatus(1, step=4, state="training")
+    traceback = 'Traceback (most recent call last):\n  File "/me/net.py", line 3, in loss\n    fail()\nValueError: sample 17\n'
+    run.handler.handle_loss(run.heads.slots[1], WorkerFailed("head 1", 5, traceback))
+    place = tmp_path / "run" / "errors.log"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"The worker failed in head 1 at local step 5: ValueError: sample 17. Head 1 is started again. Details: {place}"
+    ]
+    assert traceback.strip() in place.read_text()
+    caplog.clear()
+    run.handler.check()
+    run.handler.handle_loss(run.heads.slots[1], HeadLost("The process of head 1 died: gone.\nMore of it."))
+    assert [record.getMessage() for record in caplog.records] == [
+        "The process of head 1 died: gone. The run continues without head 1: it died 2 times without a merged contribution in "
+        f"between. Details: {place}"
+    ]
+    assert "More of it." in place.read_text()
+    assert "sample 17" in place.read_text()
 
 
 def test_a_head_that_died_too_often_does_not_come_again(start: Start) -> None:
