@@ -34,6 +34,20 @@ def error_text(monkeypatch: pytest.MonkeyPatch, error: Exception, **environment:
     return str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("initialized", "address", "starts"),
+    [(False, None, True), (False, "", True), (False, "10.0.0.1:6379", False), (True, None, False)],
+)
+def test_a_local_ray_is_started_only_if_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, initialized: bool, address: str | None, starts: bool
+) -> None:
+    """What the display says at the start depends on it."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: initialized)
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    assert cluster.will_start() == starts
+
+
 def test_a_token_that_is_not_there_is_one_error_that_says_where_to_give_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has the cluster, Ray's reason without its page of help, what was found here, and what to set."""
     missing = ray.exceptions.AuthenticationError("Token authentication is enabled but no authentication token was found")

@@ -35,3 +35,12 @@ def test_a_warning_says_how_to_use_idle_gpus(
     assert len(caplog.messages) == bool(warning)
     if warning:
         assert re.search(warning, caplog.messages[0])
+
+
+@pytest.mark.parametrize(("timeout", "first", "last"), [(0.0, 30.0, 1800.0), (60.0, 60.0, 60.0), (5.0, 30.0, 30.0)])
+def test_the_last_heads_are_waited_for_half_an_hour_unless_a_timeout_is_given(
+    timeout: float, first: float, last: float
+) -> None:
+    """--resource-timeout is how long any head is waited for, at least half a minute."""
+    reservation = placement.Reservation(placement.Placement(1.0, 0.0, timeout=timeout), [(0,)], None)
+    assert (reservation.patience, reservation.last_patience) == (first, last)
