@@ -33,7 +33,7 @@ def test_the_run_ends_by_itself_with_everything_saved(
 
     with monkeypatch.context() as patch:
         patch.setattr(actor_launcher.ActorLauncher, "launch_heads", launch_nowhere)
-        patch.setattr(head_actors, "is_placed", lambda strategy: False)
+        patch.setattr(head_actors, "is_placed", lambda strategy: strategy != "DEFAULT")
         patch.setattr(placement, "PATIENCE", 1.0)
         patch.setattr(placement, "LAST_PATIENCE", 5.0)
         with pytest.raises(RunError, match="The run ended without head 1: the cluster had no place for 5 s"):
@@ -47,4 +47,6 @@ def test_the_run_ends_by_itself_with_everything_saved(
     resumed = LTETrainer(Regression(), **settings(), run_config=storage(tmp_path, "r", resume=True)).fit()
     assert resumed.metrics is not None
     assert resumed.metrics["step"] == 30
-    assert audit(read_rows((tmp_path / "r" / "metrics.jsonl").read_text())).clean
+    report = audit(read_rows((tmp_path / "r" / "metrics.jsonl").read_text()))
+    assert report.clean, report.problems
+    assert report.samples == 2 * 30 * Regression().batch_size

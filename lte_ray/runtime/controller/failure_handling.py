@@ -135,14 +135,16 @@ class FailureHandler:
         state, heads = self._state, self._heads
         step = max((state.statuses[n].step for n in slot.numbers if n in state.statuses), default=0)
         raised = reason(error.traceback) if isinstance(error, WorkerFailed) else ""
+        failed_at = error.step or 0 if isinstance(error, WorkerFailed) else 0
         decision = self._policy.decide_head(
             slot.numbers,
             merged=sum(n in record.heads for record in state.merges for n in slot.numbers),
-            step=error.step or step if isinstance(error, WorkerFailed) else step,
+            step=failed_at or step,
             others=sum(len(other.numbers) for other in heads.slots if other is not slot),
             raised=raised,
             preempted=bool(getattr(error.__cause__, "preempted", False)),
-            ever_trained=any(status.step for status in state.statuses.values()),
+            # Steps may be faster than polls: a head that fails in its second step has taken one.
+            ever_trained=failed_at > 1 or any(status.step for status in state.statuses.values()),
         )
         state.log.record_event(
             event,
@@ -197,7 +199,8 @@ class FailureHandler:
             self._given_up |= set(slot.numbers)
             self._state.log.record_event("head_dropped", heads=list(slot.numbers), why=decision.why)
             log.warning("The run ends without %s: %s, and all others are done.", slot.name, decision.why)
-            self._drop(slot)
+            # A run that may not do without them has their steps left when it is resumed.
+            self._drop(slot, for_good=self._policy.config.exhausted == "drop")
         elif (slot.numbers, slot.incarnation, alone) not in self._reported_waiting:
             self._reported_waiting.add((slot.numbers, slot.incarnation, alone))
             self._state.log.record_event("waits_for_place", heads=list(slot.numbers), why=decision.why)
@@ -212,10 +215,10 @@ class FailureHandler:
         unplaced = [other for other, _ in self._heads.without_place(self._reservation.patience)]
         return any(other.ended for other in others) and all(other.ended or other in unplaced for other in others)
 
-    def _drop(self, slot: HeadActorSlot) -> None:
-        """Ends the slot's process, if there is one, and gives its heads' data to others."""
+    def _drop(self, slot: HeadActorSlot, for_good: bool = True) -> None:
+        """Ends the slot's process, if there is one. `for_good`: others get its heads' data and take their steps."""
         self._heads.end_process(slot)
-        self._heads.lose([slot], drop=True)
+        self._heads.lose([slot], drop=for_good)
         self._vacate(slot)
 
     def _vacate(self, slot: HeadActorSlot) -> None:

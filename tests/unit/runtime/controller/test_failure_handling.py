@@ -173,6 +173,19 @@ def test_a_run_whose_other_heads_are_done_ends_without_one_that_has_no_place(
     assert not run.rows("head_added")
 
 
+@pytest.mark.parametrize("step", [1, 2])
+def test_steps_that_no_poll_has_seen_count(start: Start, step: int) -> None:
+    """A head that fails in its second step has taken one: the worker works, so the head is started again."""
+    run = start([(0,), (1,)])
+    error = WorkerFailed("head 1", step, "ValueError: sample 17")
+    if step == 1:
+        with pytest.raises(WorkerFailed):
+            run.handler.handle_loss(run.heads.slots[1], error)
+        return
+    run.handler.handle_loss(run.heads.slots[1], error)
+    assert run.heads.slots[1].state is SlotState.RESTARTING
+
+
 def test_an_error_that_costs_a_head_is_one_warning_and_its_traceback_is_kept(
     start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
