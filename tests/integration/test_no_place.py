@@ -22,18 +22,19 @@ def test_the_run_ends_by_itself_with_everything_saved(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The error says why; the merged weights are there, and the run continues with both heads once there is room."""
-    launch = actor_launcher.ActorLauncher.launch_heads
+    launch, lost_places = actor_launcher.ActorLauncher.launch_heads, []
 
     def launch_nowhere(self: Any, numbers: tuple[int, ...], strategy: Any, incarnation: int) -> Any:
         if not incarnation:
             return launch(self, numbers, strategy, incarnation)
+        lost_places.append(strategy)
         with monkeypatch.context() as patch:
             patch.setattr(placement.Placement, "bundle", {"CPU": 1.0, "a resource that no node has": 1.0})
             return launch(self, numbers, "DEFAULT", incarnation)
 
     with monkeypatch.context() as patch:
         patch.setattr(actor_launcher.ActorLauncher, "launch_heads", launch_nowhere)
-        patch.setattr(head_actors, "is_placed", lambda strategy: strategy != "DEFAULT")
+        patch.setattr(head_actors, "is_placed", lambda strategy: strategy not in lost_places)
         patch.setattr(placement, "PATIENCE", 1.0)
         patch.setattr(placement, "LAST_PATIENCE", 5.0)
         with pytest.raises(RunError, match="The run ended without head 1: the cluster had no place for 5 s"):
