@@ -37,6 +37,10 @@ class HeadLayer(LTELayer):
     lte_parameters: dict[str, UserParameter]
     lte_head: UserParameters
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """``type(layer)(...)`` makes a layer of the user's class; without arguments, pickle makes one of this class."""
+        return cls.plain(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
     def forward(self, x: Tensor) -> Tensor:
         head = self.lte_head
         if not head.watching_views:

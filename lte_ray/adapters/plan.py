@@ -60,7 +60,6 @@ def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
     """
     uses_by_id = _find_uses(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    _check_memory(model)
     settings = _LayerSettings(model, lte, head, uses_by_id)
     for name, parameter in parameters.items():
         _check_parameter(name, parameter)
@@ -104,6 +103,7 @@ def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
     if lte.strict and leftover and (adapted or lte.adapt):  # without any kind to adapt, all are meant to be replicas
         raise ConfigError(_leftover_message(leftover))
     _check_plan(adapted, parameters, lte)
+    _check_memory(model, {*parameters, *(replica.name for replica in replicas)})
     plan = Plan(tuple(adapted), tuple(replicas))
     return plan.full_rank() if lte.full_rank else plan
 
@@ -322,8 +322,8 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
         )
 
 
-def _check_memory(model: nn.Module) -> None:
-    """Refuses tensors of the model that share memory with a parameter that trains: a head couldn't change both at once."""
+def _check_memory(model: nn.Module, changing: set[str]) -> None:
+    """Refuses tensors of the model that share memory with one that training changes: a head couldn't change both at once."""
     named: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     spans = sorted(
         (tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), name)
@@ -335,7 +335,7 @@ def _check_memory(model: nn.Module) -> None:
     )
     end, owner = 0, ""
     for begin, until, name in spans:
-        if begin < end and (named[name].requires_grad or named[owner].requires_grad):
+        if begin < end and not changing.isdisjoint((name, owner)):
             raise WorkerError(
                 f"{owner} and {name} are two tensors on the same memory, so a change of one would be lost in the other. To tie "
                 f"layers, give both the same parameter (b.weight = a.weight); use a transposed one in the forward pass "

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -37,8 +38,11 @@ from lte_ray.layout import Adapted
 from lte_ray.merging.flat_buffer import as_matrix, as_stored
 
 
-class GradientOfWeight(Exception):
-    """The loss differentiates with respect to a parameter with which its layer hasn't computed; see `UserParameters.track`."""
+class GradientOfWeight(BaseException):
+    """The loss differentiates with respect to a parameter with which its layer hasn't computed; see `UserParameters.track`.
+
+    No `Exception`, so that the loss doesn't catch it.
+    """
 
 
 class UserParameter:
@@ -64,6 +68,18 @@ class UserParameter:
         self.tracked = self.shown = False
         self._expected: Tensor | None = None  # two numbers that a write would change
         self._version = self._pointer = 0
+        built = parameter.detach()
+        self._built: tuple[Any, int, int] = _weak_reference(built), built.data_ptr(), built.data_ptr() + built.nbytes
+
+    def memory(self) -> Iterator[tuple[int, int, int]]:
+        """Where views of the weight may lie: the storage, its first byte, and the end. Memory that nobody holds is left out."""
+        if isinstance(self.stored, Tensor):
+            begin = self.stored.data_ptr()
+            yield self.stored.untyped_storage()._cdata, begin, begin + self.stored.nbytes
+        else:
+            storage, begin, end = self._built
+            if not storage.expired():
+                yield storage.cdata, begin, end
 
     def set_stored(self, stored: Tensor | QuantizedWeight) -> None:
         """Replaces the main weight."""
@@ -141,6 +157,11 @@ class UserParameter:
     def _changed(self) -> bool:
         reference = self.factors.reference_B
         return bool(self.factors.B.any()) or (reference is not None and bool(reference.any()))
+
+
+def _weak_reference(tensor: Tensor) -> Any:
+    """The tensor's storage, as long as somebody else holds it."""
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 class Master:
@@ -383,9 +404,8 @@ class _WatchOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._group, self._parameters = group, {id(p.parameter): p for p in group.all}
         self._memory: dict[int, list[tuple[int, int, UserParameter]]] = {}  # by storage: first byte, end, whose
         for each in group.all:
-            if isinstance(each.stored, Tensor):
-                begin, storage = each.stored.data_ptr(), each.stored.untyped_storage()._cdata
-                self._memory.setdefault(storage, []).append((begin, begin + each.stored.nbytes, each))
+            for storage, begin, end in each.memory():
+                self._memory.setdefault(storage, []).append((begin, end, each))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         group = self._group

@@ -46,8 +46,8 @@ def gather(
 
 
 def copy_rounded(tensor: Tensor, value: Tensor) -> None:
-    """Copies a merged value into a model's tensor; counters take the nearest integer."""
-    tensor.copy_(value if tensor.is_floating_point() else value.round())
+    """Copies a merged value into a model's tensor; counters and flags take the nearest integer."""
+    tensor.copy_(value.round() if value.is_floating_point() and not tensor.is_floating_point() else value)
 
 
 def factor_views(plan: Plan, factors: Tensor) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ def _states_equal(one: Any, other: Any) -> bool:
 
 
 @contextmanager
-def rewind_generators(error: type[Exception], device: torch.device) -> Iterator[None]:
+def rewind_generators(error: type[BaseException], device: torch.device) -> Iterator[None]:
     """If the block raises `error`, restores the states that the global generators had before it."""
     before = _capture(device)
     try:
