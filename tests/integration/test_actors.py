@@ -65,13 +65,19 @@ def wait_for_heads(run: TrainController) -> list[tuple[HeadStatus, ...]]:
     return ray.get([slot.run for slot in run.heads.slots])
 
 
+def stored_weight(group: HeadGroup) -> torch.Tensor:
+    stored = next(iter(group.heads[0].converted.main_weights.values())).stored
+    assert isinstance(stored, torch.Tensor)
+    return stored
+
+
 def first_weight(group: HeadGroup) -> torch.Tensor:
-    return next(p for p in group.heads[0].model.parameters() if p.ndim == 2 and not p.requires_grad).detach().clone()
+    return stored_weight(group).clone()
 
 
 def perturb(group: HeadGroup) -> None:
     with torch.no_grad():
-        next(p for p in group.heads[0].model.parameters() if p.ndim == 2 and not p.requires_grad).add_(1.0)
+        stored_weight(group).add_(1.0)
 
 
 def torch_threads(group: HeadGroup) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import threading
 import time
 import tomllib
 from collections.abc import Iterator
@@ -352,7 +351,7 @@ class Unpicklable:
     """A policy that can't be pickled."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.source = (n for n in range(3))
 
     def decide(self, pending: list[Pending], roster: Roster) -> Wait:
         return Wait()

@@ -300,8 +300,7 @@ class Head:
             with torch.no_grad():
                 for buffer, value in zip(self.model.buffers(), buffers, strict=True):
                     buffer.copy_(value)
-            for parameter in self.trained_parameters.values():
-                parameter.grad = None
+            self.optimizer.zero_grad()
             load_worker_state(self.worker, *state)
             return self._first_backward(batch)
 
@@ -343,9 +342,7 @@ class Head:
             self._unmerged.check()
             self._frozen.check(thoroughly=state.sequence == 0)
             if state.sequence == 0:
-                self.untrained_weights = [
-                    spec.name for spec in self.plan.adapted if not {spec.a_name, spec.b_name} & self._with_gradient
-                ]
+                self.untrained_weights = [s.name for s in self.plan.adapted if not {s.a_name, s.b_name} & self._with_gradient]
         state.sequence += 1  # before it is pending: another thread may ask whether this one was accepted
         with self.timer.measure("publish"):
             state.pending = state.gather_contribution()
