@@ -69,17 +69,20 @@ class UserParameter:
         self._expected: Tensor | None = None  # two numbers that a write would change
         self._version = self._pointer = 0
         built = parameter.detach()
-        self._built: tuple[Any, int, int] = _weak_reference(built), built.data_ptr(), built.data_ptr() + built.nbytes
+        self._built: tuple[Any, int, int] | None = _weak_reference(built), built.data_ptr(), built.data_ptr() + built.nbytes
 
     def memory(self) -> Iterator[tuple[int, int, int]]:
         """Where views of the weight may lie: the storage, its first byte, and the end. Memory that nobody holds is left out."""
         if isinstance(self.stored, Tensor):
             begin = self.stored.data_ptr()
             yield self.stored.untyped_storage()._cdata, begin, begin + self.stored.nbytes
-        else:
+        elif self._built is not None:
             storage, begin, end = self._built
             if not storage.expired():
                 yield storage.cdata, begin, end
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_built": None}  # a reference to memory is neither copied nor sent
 
     def set_stored(self, stored: Tensor | QuantizedWeight) -> None:
         """Replaces the main weight."""
