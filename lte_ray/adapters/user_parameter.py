@@ -210,6 +210,7 @@ class UserParameters:
         active: whether the head is computing a loss or its gradients.
         functional: the effective weights, as functions of the factors, of heads that are computed as one batch
             (`torch.func.vmap`); None otherwise. Such heads can't each give P a value.
+        embeds: whether such heads look up embeddings.
         watching_views: whether the first loss is being computed, and its operations are watched for views of weights.
         inside_layers: how many layers are computing just now, which use W~ itself.
     """
@@ -220,7 +221,7 @@ class UserParameters:
         self.active = False
         self.functional: dict[int, Tensor] | None = None
         self.stacked: Collection[int] = ()
-        self.watching_views = False
+        self.embeds = self.watching_views = False
         self.inside_layers = 0
         self._watched_once = False
         self._written: dict[str, Tensor] = {}
@@ -272,6 +273,8 @@ class UserParameters:
                         stack.enter_context(_EAGER)
                     for mode in (_WatchFunctions(self), _WatchOperations(self)):
                         stack.enter_context(mode)
+                elif self.functional is not None and self.embeds:
+                    stack.enter_context(_Embeddings())
                 yield
             self._watched_once = True
             self.active = False
@@ -446,8 +449,9 @@ class _WatchFunctions(TorchFunctionMode):
                 raise NotImplementedError("the model reads the data of a weight")  # of all heads at once
         elif func is _SET_DATA and id(args[0]) in self._parameters:
             raise WorkerError(_written_message([self._parameters[id(args[0])].spec.name]))
-        elif func is F.embedding and self._group.functional is not None and _padding_of(args, kwargs) is not None:
-            raise NotImplementedError("torch.vmap gives the padding row of an embedding a gradient")
+        elif func is F.embedding and self._group.functional is not None:
+            self._group.embeds = True
+            return _embedding(*args, **kwargs)
         elif func is torch.autograd.grad or func is Tensor.backward:
             if func is Tensor.backward:  # the loss may look at the gradient of any parameter
                 found = list(self._parameters.values())
@@ -464,9 +468,20 @@ class _WatchFunctions(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _padding_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    padding: int | None = args[2] if len(args) > 2 else kwargs.get("padding_idx")
-    return padding
+class _Embeddings(TorchFunctionMode):
+    """Replaces `F.embedding` where heads are computed as one batch."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _embedding(*args, **(kwargs or {})) if func is F.embedding else func(*args, **(kwargs or {}))
+
+
+def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    """`F.embedding`; under `torch.vmap` that gives the padding row a gradient (seen in torch 2.13)."""
+    rows = F.embedding(input, weight, None, *args, **kwargs)
+    if padding_idx is None:
+        return rows
+    padding = weight[padding_idx].detach()
+    return torch.where((input == padding_idx % weight.shape[0]).unsqueeze(-1), padding, rows)
 
 
 _GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]

@@ -196,17 +196,17 @@ def test_the_regression_worker_learns(reset: str) -> None:
 
 
 def test_merged_weights_load_into_the_unconverted_model() -> None:
-    """merged_state_dict has the model's own names, tied weights under each, in float32, with the base's values."""
+    """merged_state_dict has the model's own names, tied weights under each, in its own type, with the base's values."""
     initial = prepare(Tiny(), make_settings(), torch.float64)
     result = run()
     state = merged_state_dict(initial.model, initial.plan, result.base)
-    fresh = Tiny().build_model().float()
+    fresh = Tiny().build_model()
     fresh.load_state_dict(state, strict=True)
-    assert all(value.dtype == torch.float32 for value in state.values())
+    assert all(value.dtype == torch.float64 for value in state.values())
     assert torch.equal(state["logits.weight"], state["embed.weight"])
     assert state["logits.weight"].data_ptr() != state["embed.weight"].data_ptr()
     found = torch.cat([dict(fresh.named_parameters())[e.name].detach().flatten() for e in result.plan.base.entries])
-    assert torch.equal(found, result.base.float())
+    assert torch.equal(found, result.base)
 
 
 class Broken:
