@@ -378,6 +378,7 @@ class HeadStatus:
         device: that it trains on.
         times: how it has spent its time.
         first_step_at, last_step_at: Unix times in seconds.
+        untrained: which weights got no gradient in the first round, in words.
         bytes_up: of its contributions.
         bytes_down: what its process fetched for all its heads, in equal parts.
         resyncs: how often its process's copy of the base had drifted and was fetched again.
@@ -396,6 +397,7 @@ class HeadStatus:
     times: HeadTimes = HeadTimes()
     first_step_at: float | None = None
     last_step_at: float | None = None
+    untrained: str = ""
     bytes_up: int = 0
     bytes_down: int = 0
     resyncs: int = 0

@@ -108,6 +108,7 @@ class RunState:
         self.start_steps = dict(start.steps_by_head)
         self.errors = ErrorLog(directory)
         self._newest_refusal = (0, 0)  # epoch and number of the newest refusal in the log
+        self._reported_untrained: set[str] = set()
         self._reported_harmful: set[tuple[int, int, int]] = set()  # head, epoch, sequence of harmful contributions in the log
         self.log = MetricsLog(directory)
         self.log.rewind(start.version)
@@ -147,6 +148,10 @@ class RunState:
         """
         for status in statuses:
             self.statuses[status.head] = status
+            if status.untrained and status.untrained not in self._reported_untrained:
+                self._reported_untrained.add(status.untrained)
+                self.log.record_event("untrained", head=status.head, why=status.untrained)
+                log.warning("Head %d: %s.", status.head, status.untrained)
             for refused_by, sequence in status.dropped:
                 if refused_by < epoch and (status.head, refused_by, sequence) not in self._reported_harmful:
                     self._reported_harmful.add((status.head, refused_by, sequence))

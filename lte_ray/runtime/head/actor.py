@@ -272,7 +272,7 @@ class HeadActor:
         count, replica = len(group.heads), client.base_replica
         waiting = self._stub.seconds_waiting if self._stub is not None else 0.0
         note = f"no coordinator for {waiting:.0f} s" if waiting > 1 else ""
-        note = note or storage.pending_problem() or self._missing_state or group.untrained_reason or group.sequential_reason
+        note = note or storage.pending_problem() or self._missing_state or group.sequential_reason
         statuses = []
         for head in group.heads:
             status = head.status()
@@ -284,6 +284,7 @@ class HeadActor:
                     bytes_down=replica.bytes_fetched // count,
                     resyncs=replica.resyncs,
                     refused=self._refused[head.number],
+                    untrained=group.untrained_reason,
                     dropped=self._dropped[head.number],
                     note=self._quarantined.get(head.number) or note,
                 )
