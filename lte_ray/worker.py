@@ -116,7 +116,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
-    if isinstance(batch, nn.utils.rnn.PackedSequence):  # a named tuple, of which some parts stay on the CPU
+    if isinstance(batch, nn.utils.rnn.PackedSequence):  # a named tuple whose batch_sizes must stay on the CPU
         return batch.to(device)  # type: ignore[arg-type]
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(item, device) for item in batch))

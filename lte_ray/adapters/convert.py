@@ -33,7 +33,10 @@ class MainWeight:
     """
 
     user: UserParameter
-    separate_reference: bool
+
+    @property
+    def separate_reference(self) -> bool:
+        return self.user.factors.separate_reference
 
     @property
     def spec(self) -> Adapted:
@@ -173,10 +176,9 @@ class Converted:
 def convert(model: nn.Module, lte: LTEConfig, *, seed: int = 0, head: int = 0, separate_reference: bool = False) -> Converted:
     """Converts `model` in place for one head; at first, its outputs are unchanged (B = 0).
 
-    The model keeps its parameter objects, all of which still require gradients if they train, and its layers, whose class
-    becomes a subclass of `HeadLayer`. Each
-    adapted `nn.MultiheadAttention` is replaced by one with plain projections, which has the same parameters. A is drawn from
-    (seed, head, name).
+    The model keeps its parameter objects, and those that train still require gradients. It keeps its layers, too; the class of
+    an adapted one becomes a subclass of `HeadLayer`. Each adapted `nn.MultiheadAttention` is replaced by one with plain
+    projections, which has the same parameters. A is drawn from (seed, head, name).
 
     Args:
         model: the user's model.
@@ -199,7 +201,7 @@ def convert(model: nn.Module, lte: LTEConfig, *, seed: int = 0, head: int = 0, s
         weight = parameters[spec.name]
         factors = _draw_factors(spec, weight, seed, head, separate_reference=separate_reference or spec.base_dtype != "fp32")
         users[id(weight)] = UserParameter(spec, weight, factors)
-        group.add(users[id(weight)])
+        group.all.append(users[id(weight)])
     model, _ = split_attention_projections(model, set(users))
     for module in list(model.modules()):
         own = {name: users.get(id(getattr(module, name, None))) for name in ("weight", "bias")}
@@ -209,7 +211,7 @@ def convert(model: nn.Module, lte: LTEConfig, *, seed: int = 0, head: int = 0, s
     converted = Converted(model, plan, parameters, {}, {}, group)
     for user in group.all:
         converted.factors.update({user.spec.a_name: user.factors.A, user.spec.b_name: user.factors.B})
-        converted.main_weights[user.spec.name] = MainWeight(user, user.factors.separate_reference)
+        converted.main_weights[user.spec.name] = MainWeight(user)
     _quantize_main_weights(converted)
     return converted
 

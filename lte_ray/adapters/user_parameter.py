@@ -4,11 +4,11 @@ A layer with factors computes f(x; W~) + s (B A)(x) without ever forming W~ + s 
 their layer, as in ``F.linear(x, self.tokens.weight)``, in a penalty over ``model.parameters()``, or in a kernel of their own.
 While a head computes a loss and its gradients, such code finds the effective weight in the parameter that it knows, P:
 
-- Whoever reads P from a module (by attribute, `named_parameters`, `state_dict`, ...) has its value computed first. It stays
+- When P is read from a module (by attribute, `named_parameters`, `state_dict`, ...), its value is computed first. It stays
   until the gradients are computed, so that threads and recomputed activations see it too.
 - P gets its gradient G as any parameter does. Afterwards G goes to the factors by the chain rule: dA += s B^T G,
   dB += s G A^T.
-- P keeps the value W~ as long as nobody reads it, so that models which only call their layers pay nothing.
+- Until P is read it has the value W~, so models that only call their layers pay nothing.
 
 What reads P without asking a module, such as a list that the model made of its weights, is found in the first loss of a head
 (`_WatchOperations`). A parameter that is found so has its effective value before every later loss, and its layers compute with
@@ -72,7 +72,7 @@ class UserParameter:
         self._built: tuple[Any, int, int] | None = _weak_reference(built), built.data_ptr(), built.data_ptr() + built.nbytes
 
     def memory(self) -> Iterator[tuple[int, int, int]]:
-        """Where views of the weight may lie: the storage, its first byte, and the end. Memory that nobody holds is left out."""
+        """The memory of views of the weight: storage, first byte, end. Empty once that memory is freed."""
         if isinstance(self.stored, Tensor):
             begin = self.stored.data_ptr()
             yield self.stored.untyped_storage()._cdata, begin, begin + self.stored.nbytes
@@ -211,6 +211,7 @@ class UserParameters:
         functional: the effective weights, as functions of the factors, of heads that are computed as one batch
             (`torch.func.vmap`); None otherwise. Such heads can't each give P a value.
         embeds: whether such heads look up embeddings.
+        watched: whether the first loss has been computed, under observation.
         watching_views: whether the first loss is being computed, and its operations are watched for views of weights.
         inside_layers: how many layers are computing just now, which use W~ itself.
     """
@@ -223,11 +224,8 @@ class UserParameters:
         self.stacked: Collection[int] = ()
         self.embeds = self.watching_views = False
         self.inside_layers = 0
-        self._watched_once = False
+        self.watched = False
         self._written: dict[str, Tensor] = {}
-
-    def add(self, parameter: UserParameter) -> None:
-        self.all.append(parameter)
 
     def read(self, parameter: UserParameter) -> Tensor:
         """P with its effective value, for code that reads it from a module."""
@@ -258,7 +256,7 @@ class UserParameters:
             GradientOfWeight: at the first loss; the block must be repeated.
             WorkerError: the loss wrote to a parameter that has factors, or used it with an old value.
         """
-        watch = not self._watched_once
+        watch = not self.watched
         self.active, self.watching_views = True, watch
         for each in self.all:
             each.begin()
@@ -276,7 +274,7 @@ class UserParameters:
                 elif self.functional is not None and self.embeds:
                     stack.enter_context(_Embeddings())
                 yield
-            self._watched_once = True
+            self.watched = True
             self.active = False
             self._collect()
         finally:
@@ -316,7 +314,7 @@ class UserParameters:
         """As `track`, for a loss of several heads at once. Gradients go to the factors by themselves.
 
         Args:
-            stacked: ids of the first head's tensors that each head has a value of its own of: nobody may use these themselves.
+            stacked: ids of the first head's tensors that stacked ones replace: the loss must not use them.
 
         Raises:
             NotImplementedError: the loss uses a parameter without asking its layer for it.

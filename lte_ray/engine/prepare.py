@@ -143,7 +143,7 @@ def _first_batches(worker: Worker, settings: Settings) -> tuple[Batch, str]:
         The first head's, and in words what the worker doesn't read of its shard.
     """
     batches, asked, by_any = {}, set[str](), set[str]()
-    for head in (0, settings.lte.num_heads - 1):
+    for head in sorted({0, settings.lte.num_heads - 1}):
         try:
             shard = Shard(head, settings.lte.num_heads, settings.train.seed)
             batches[head] = next(endless_batches(worker, observe_shard(shard, asked)))

@@ -130,7 +130,7 @@ def check_start(
         changes = ", ".join(f"{flag(name)} was {before[name]} and is {now[name]}" for name in differing)
         raise StorageError(f"{place} can't be continued with other heads: {changes}. Give the settings as they were.")
     try:
-        check_equal_builds(settings.untrained, tuple(map(tuple, manifest.facts.get("untrained", ()))))
+        check_equal_builds(settings.untrained, manifest.facts.get("untrained", ()))
     except WorkerError as error:
         raise StorageError(f"{place} can't be continued with another model. {error}") from error
     heads = before["num_heads"]

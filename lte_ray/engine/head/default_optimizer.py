@@ -25,7 +25,7 @@ NEEDED = {
     "lora-plus": ({"lora"}, "has rates for A and B, but in full rank there are no factors. Use adamw or muon."),
     "muon": ({"weight"}, "is for weights that train in full, but here factors train. Use lora-muon."),
 }
-"""The groups without any of which an optimizer makes no sense, and what to say then."""
+"""For each optimizer, the groups of which it needs at least one, and what to say if there is none."""
 
 
 def check_optimizer_settings(worker: Worker, train: TrainConfig) -> None:

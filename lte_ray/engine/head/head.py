@@ -286,7 +286,7 @@ class Head:
         if self._draws_known:
             return self._backward(batch)
         with watch_draws(self.device) as drew:
-            loss = self._first_backward(batch)
+            loss = self._backward(batch) if self.converted.user_parameters.watched else self._first_backward(batch)
             self.loss_draws = self.loss_draws or drew()
         return loss
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -113,7 +113,7 @@ def resolve_buffers(lte: LTEConfig, worker: Worker, model: nn.Module, batch: Bat
 
 
 class UnmergedBuffers:
-    """Finds buffers that begin to change after the run has begun, so that nobody knew that they must be merged.
+    """Finds buffers that first change during the run, when it is too late to merge them.
 
     Args:
         model: a converted model.
@@ -185,7 +185,7 @@ def fingerprints(tensors: Mapping[str, Tensor], plan: Plan) -> Fingerprints:
     return tuple((name, _fingerprint(tensor)) for name, tensor in tensors.items() if name not in trained and tensor.numel())
 
 
-def check_equal_builds(mine: Fingerprints, theirs: Fingerprints) -> None:
+def check_equal_builds(mine: Fingerprints, theirs: Iterable[tuple[str, float]]) -> None:
     """Compares the fingerprints of two processes' models.
 
     Raises:

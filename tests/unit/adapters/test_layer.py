@@ -75,7 +75,7 @@ def test_a_new_layer_gives_the_very_output_of_the_one_it_replaces(bias: bool) ->
 
 
 def test_it_takes_over_weight_bias_and_mode() -> None:
-    """Weight and bias are the linear layer's own objects, also to whoever lists parameters, and eval mode stays."""
+    """Weight and bias stay the linear layer's own objects, and are the parameters that it lists; eval mode stays."""
     linear = nn.Linear(6, 4).eval()
     weight, bias = linear.weight, linear.bias
     layer = with_factors(linear, Adapted("w", (4, 6), 2, 4.0))

@@ -174,7 +174,7 @@ def script(top: str, expression: str) -> str:
 
 
 def test_a_class_of_a_script_may_use_caches_and_locks(folder: Path) -> None:
-    """As in a notebook, the class goes by value, and with it what other processes can make anew."""
+    """As in a notebook, the class is pickled by value. Its caches and locks are replaced by new ones in other processes."""
     kinds = ["lru_cache", "cache", "singledispatch", "lock", "dataclass"]
     tops, expressions = zip(*(GLOBALS[kind] for kind in kinds), strict=True)
     (folder / "run.py").write_text(script("\n".join(tops), f"[{', '.join(expressions)}]"))

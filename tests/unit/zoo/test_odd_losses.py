@@ -103,17 +103,22 @@ class Odd(Using):
         return self.of(model, batch)
 
 
-@pytest.mark.parametrize("base_dtype", ["fp32", "int8"])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_an_odd_loss_trains_as_the_ordinary_model_would(loss: Callable[[Any, Tensor], Tensor], base_dtype: str) -> None:
-    """After three steps, factors and replicas are those of the unconverted model's gradients and the chain rule."""
-    worker, run = Odd(of=loss), settings(1, base_dtype=base_dtype)
+def assert_trains_by_the_chain_rule(worker: Using, run: Settings) -> None:
+    """Three steps of a head give what `trained_by_hand` gives."""
     head = Head(worker, run, 0, dtype=torch.float64)
     head.start(0, prepare(worker, run, torch.float64).base)
     head.train(3)
     expected = trained_by_hand(worker, run, 0, 3)
     for name, parameter in head.trained_parameters.items():
         assert_near(parameter.detach(), expected[name], 1e-13)
+
+
+@pytest.mark.parametrize("base_dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_an_odd_loss_trains_as_the_ordinary_model_would(loss: Callable[[Any, Tensor], Tensor], base_dtype: str) -> None:
+    """After three steps, factors and replicas are those of the unconverted model's gradients and the chain rule."""
+    worker, run = Odd(of=loss), settings(1, base_dtype=base_dtype)
+    assert_trains_by_the_chain_rule(worker, run)
 
 
 def transposed(net: Net) -> Tensor:
@@ -290,12 +295,7 @@ class Reading(Using):
 def test_padding_rows_train_as_torch_trains_them(adapt: tuple[str, ...], tied: bool) -> None:
     """The lookup gives the padding row no gradient, in A and B either; nor do heads that are one batch."""
     worker, run = Reading(tied=tied), settings(1, adapt=adapt)
-    head = Head(worker, run, 0, dtype=torch.float64)
-    head.start(0, prepare(worker, run, torch.float64).base)
-    head.train(3)
-    expected = trained_by_hand(worker, run, 0, 3)
-    for name, parameter in head.trained_parameters.items():
-        assert_near(parameter.detach(), expected[name], 1e-13)
+    assert_trains_by_the_chain_rule(worker, run)
     apart, turns = (run_in_process(worker, settings(2, adapt=adapt), torch.float64, heads_per_actor=n).base for n in (1, 2))
     assert torch.equal(apart, turns)
     batch = run_in_process(worker, settings(2, adapt=adapt), torch.float64, heads_per_actor=2, stack_heads="always").base

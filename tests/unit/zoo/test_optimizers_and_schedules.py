@@ -1,4 +1,4 @@
-"""Optimizers and schedules that users build: continued, planned anew for another length, or refused before the run."""
+"""Optimizers and schedules that users build: resumed exactly, or with a new length, or refused before the run."""
 
 from __future__ import annotations
 

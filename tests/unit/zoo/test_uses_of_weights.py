@@ -101,7 +101,7 @@ def adapted_inside(net: Net, h: Tensor) -> Tensor:
 
 
 def taught(net: Net, h: Tensor) -> Tensor:
-    """Beside a copy that is made in the loss."""
+    """Multiplies by what a copy computes, which the loss makes."""
     with torch.no_grad():
         teacher = copy.deepcopy(net.head)(h)
     return called(net, h) * 0.5 + F.linear(h, net.head.weight) * teacher
