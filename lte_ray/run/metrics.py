@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +17,11 @@ from lte_ray.errors import StorageError
 from lte_ray.messages import HeadStatus, MergeRecord
 from lte_ray.redaction import redact
 from lte_ray.storage import RunDirectory, pending_problem, run_in_thread
+
+log = logging.getLogger("lte_ray")
+
+Row = dict[str, Any]
+"""A row of ``metrics.jsonl``: plain values that JSON has, with the kind ("merge", "evaluation" or "event") under "kind"."""
 
 METRICS = "metrics.jsonl"
 
@@ -90,6 +96,12 @@ class MetricsLog:
     """The rows of ``metrics.jsonl``: one for each merge (kind "merge"), evaluation and event.
 
     Another thread writes them, so adding rows never waits long for storage, even if it hangs.
+
+    Attributes:
+        listeners: called with each row as it is added, in the thread that adds it. They must neither wait nor change the row.
+            One that raises is warned of and removed: the run goes on. A rewind removes rows without telling them; the run then
+            adds rows of the same versions again.
+        problem: why the rows can't be written; empty if they can.
     """
 
     def __init__(self, directory: RunDirectory) -> None:
@@ -101,7 +113,7 @@ class MetricsLog:
         self._flushed = time.monotonic()
         self._rewind_to: int | None = None  # the version after which rows must still be removed from the file
         self.problem = ""
-        """Why the rows can't be written, or '' if they can."""
+        self.listeners: list[Callable[[Row], None]] = []
 
     def rewind(self, version: int) -> None:
         """Drops the rows after `version`, which a resumed run writes again. The file follows as soon as storage allows."""
@@ -182,9 +194,16 @@ class MetricsLog:
             self._directory.write(METRICS, b"".join(row for row in rows if _survives(row, version)))
 
     def _add_row(self, kind: str, **values: Any) -> None:
-        row = json.dumps(_sanitize({"kind": kind, **values}), allow_nan=False)
+        row: Row = _sanitize({"kind": kind, **values})
+        text = json.dumps(row, allow_nan=False)
         with self._lock:
-            self._rows.append(row)
+            self._rows.append(text)
+        for listener in list(self.listeners):
+            try:
+                listener(row)
+            except Exception as error:
+                self.listeners.remove(listener)
+                log.warning("A listener of the metrics gets no more rows: %s: %s.", type(error).__name__, error)
 
 
 def _by_head(values: Mapping[int, float]) -> dict[str, float]:
