@@ -164,7 +164,7 @@ class LTETrainer:
             check_stackable(self.train, initial.plans)
         pickled_worker, pickled_policy = PickledObject.pickle(self.worker), PickledObject.pickle(policy)
         reporter = self.reporter or automatic_display()
-        reporter.update(Progress.starting(name, self.train.steps, _connecting(will_start()), is_baseline, claim.position))
+        reporter.update(Progress.starting(name, settings.train.steps, _connecting(will_start()), is_baseline, claim.position))
         with contextlib.closing(reporter), connected():
             processes = settings.train.baseline_processes
             config = dataclasses.replace(placement_config, heads_per_actor=1) if is_baseline else placement_config
@@ -175,7 +175,7 @@ class LTETrainer:
                 **ray_options,
             )
             starting = "the heads" if not is_baseline else "the process" if processes == 1 else f"{processes} processes"
-            reporter.update(Progress.starting(name, self.train.steps, f"starting {starting}", is_baseline, claim.position))
+            reporter.update(Progress.starting(name, settings.train.steps, f"starting {starting}", is_baseline, claim.position))
             heads_by_actor = placing.assign_heads(placement, settings.lte.num_heads)
             record = run_record.make_record(self.worker, self.program, given, placement_config, storage, failure)
             with _telling_what_is_kept(directory), contextlib.ExitStack() as stack:

@@ -7,11 +7,13 @@ import dataclasses
 import inspect
 import random
 import typing
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lte_ray.data.shard import Shard
@@ -49,6 +51,8 @@ class Worker(Protocol):
     #                                            (in full rank "weight" and "replica")
     #   build_schedule(optimizer, total_steps)     -> a torch learning-rate scheduler, stepped after every local step
     #   state_dict(), load_state_dict(state)       what the worker counts or collects: each head's own, kept in checkpoints
+    #   tokens_per_sample                          a number, or a method that returns it: for --tokens and tokens per second
+    #   batches_per_epoch                          likewise, for --epochs, where shard.indices doesn't say it
     #   sample(model) -> str                       shown at the end of the run, e.g. generated text
 
 
@@ -169,6 +173,18 @@ def count_samples(batch: Batch) -> int:
     return next(_sizes(batch), 1)
 
 
+def count_tokens(worker: Worker, batch: Batch) -> int | None:
+    """The number of tokens in a batch: the worker's `tokens_per_sample` times its samples, else the size of its `input_ids`.
+
+    None if neither is known.
+    """
+    each = getattr(worker, "tokens_per_sample", None)
+    if each is not None:
+        return int(each() if callable(each) else each) * count_samples(batch)
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else getattr(batch, "input_ids", None)
+    return ids.numel() if isinstance(ids, Tensor) else None
+
+
 def _sizes(batch: Batch) -> Iterator[int]:
     if isinstance(batch, Tensor):
         if batch.ndim:
@@ -184,33 +200,56 @@ def _sizes(batch: Batch) -> Iterator[int]:
                 yield from _sizes(item)
 
 
-def observe_shard(shard: Shard, asked: set[str]) -> Shard:
-    """A shard for which `Shard.at` gives one that adds to `asked` what the worker reads of it: attributes and methods."""
+@dataclass
+class ShardReads:
+    """What a worker has read of its shard.
+
+    Attributes:
+        names: of attributes and methods.
+        epoch: batches of a pass through the data, as `Shard.indices` was asked for them; None if it wasn't.
+    """
+
+    names: set[str] = field(default_factory=set)
+    epoch: int | None = None
+
+
+def observe_shard(shard: Shard, reads: ShardReads) -> Shard:
+    """A shard for which `Shard.at` gives one that adds to `reads` what the worker reads of it."""
 
     class Observed(Shard):
         def __getattribute__(self, name: str) -> Any:
-            if name in ("head", "cursor", "lanes", "slots", "indices"):
-                asked.add(name)
+            if name in ("head", "cursor", "lanes", "slots", "indices") and made:
+                reads.names.add(name)
             return object.__getattribute__(self, name)
+
+        def indices(self, size: int, batch_size: int) -> Iterator[NDArray[np.int64]]:
+            batches = super().indices(size, batch_size)
+            reads.epoch = reads.epoch or size // batch_size
+            return batches
 
     class Observable(Shard):
         def at(self, cursor: int) -> Shard:
             observed = Observed(self.head, self.num_heads, self.seed, cursor)
-            asked.clear()  # its constructor reads it
+            made.append(observed)
             return observed
 
+    made: list[Shard] = []  # empty while the constructor of `Observed` reads
     return Observable(shard.head, shard.num_heads, shard.seed, shard.cursor)
 
 
-def describe_unread_shard(worker: Worker, asked: set[str]) -> str:
-    """Says that a worker's batches don't depend on the shard, or not on the cursor; empty if they may."""
+def describe_unread_shard(worker: Worker, names: Collection[str]) -> str:
+    """Says that a worker's batches don't depend on the shard, or not on the cursor; empty if they may.
+
+    Args:
+        names: of what it reads of its shard.
+    """
     name = type(worker).__name__
-    if not asked:
+    if not names:
         return (
             f"{name}.train_batches() doesn't read its shard, so every head trains on all the data, in its own order, and a "
             "resumed run repeats some of it. Take the batches of shard.indices(size, batch_size) or of shard.slots()."
         )
-    if asked == {"head"}:
+    if set(names) == {"head"}:
         return (
             f"{name}.train_batches() reads shard.head but not where the head is in its data, so a resumed run repeats it from "
             "the start. Begin at shard.cursor, or take the batches of shard.indices(size, batch_size) or of shard.slots()."

@@ -86,6 +86,9 @@ class GPT:
     validation_windows: int = 256
     """Windows of `context` bytes that `evaluate` uses, spread evenly over the validation files."""
 
+    def tokens_per_sample(self) -> int:
+        return self.context
+
     def build_model(self) -> nn.Module:
         return Transformer(self.width, self.depth, self.attention_heads, self.context)
 

@@ -102,12 +102,14 @@ def _run(worker: Any, sections: dict[type, Any]) -> SimulationRecord:
     lte, output, cluster = sections[LTEConfig], sections[Output], sections[ClusterModel]
     settings = Settings("simulated", lte, sections[MergeConfig], sections[TrainConfig]).resolved()
     if worker is None:
+        settings.train.check_counts_steps("nothing is trained without a WORKER")
         plan = named_plan(output.shapes, lte.lora_r, lte.lora_alpha)
         return simulate_time(
             [plan.full_rank() if settings.lte.full_rank or not settings.lte.adapt else plan], settings, cluster
         )
     if output.time_only:
-        return simulate_time(list(prepare(worker, settings).plans), settings, cluster)
+        initial = prepare(worker, settings)
+        return simulate_time(list(initial.plans), initial.complete(settings), cluster)
     return simulate_training(worker, settings, cluster).record
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from lte_ray.cli.policy_flags import TABLE, check_names, flag_type, policy_arguments
 from lte_ray.config import SECTIONS, suggest, toml
+from lte_ray.config.run import LENGTHS
+from lte_ray.config.validation import flag
 from lte_ray.errors import ConfigError
 from lte_ray.redaction import OMITTED
 from lte_ray.worker import constructor_parameters
@@ -96,12 +98,19 @@ def defaults_from(
         hints = typing.get_type_hints(kind)
         setting_types |= {f.name: (hints[f.name], f.default) for f in dataclasses.fields(kind) if f.name != TABLE}
     ignored = {f.name for kind in SECTIONS for f in dataclasses.fields(kind)} - set(setting_types)
+    lengths = ("steps", *LENGTHS)
+    if _given_flags(arguments) & {flag(name) for name in lengths}:  # it replaces the file's, which may have another unit
+        ignored |= set(lengths)
     content = {name: value for name, value in content.items() if name not in ignored}
     return Defaults(
         _typed(where, "", content, setting_types),
         _typed(where, "policy.", of_policy, policy_types),
         _typed(where, "worker.", of_worker, worker_types),
     )
+
+
+def _given_flags(arguments: Iterable[str]) -> set[str]:
+    return {argument.partition("=")[0].replace("_", "-") for argument in arguments}
 
 
 def _typed(where: str, prefix: str, values: Mapping[str, Any], known: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
@@ -121,7 +130,7 @@ def _check_given(where: str, omitted: Any, arguments: list[str], known: Mapping[
     """Raises ConfigError unless a flag gives each secret that the file leaves out and that this run takes."""
     if not isinstance(omitted, list) or not all(isinstance(name, str) for name in omitted):
         raise ConfigError(f"{where}: {OMITTED} must be a list of names.")
-    flags = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    flags = _given_flags(arguments)
     missing = []
     for entry in omitted:
         table, _, name = entry.partition(".")

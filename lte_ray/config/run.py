@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lte_ray.config.validation import (
@@ -11,6 +11,7 @@ from lte_ray.config.validation import (
     check_choice,
     check_integers,
     check_run_name,
+    flag,
     setting,
     to_name_tuples,
 )
@@ -19,13 +20,29 @@ from lte_ray.errors import ConfigError
 PRECISIONS = ("fp32", "bf16-mixed", "fp16-mixed")
 OPTIMIZERS = ("auto", "adamw", "lora-plus", "lora-muon", "muon")
 SCHEDULES = ("auto", "constant", "cosine", "linear")
+STEPS = 700
+LENGTHS = ("epochs", "samples", "tokens")
+"""Settings that say how long a run is, instead of its steps."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The length of the run, its seed, and how often it is evaluated and saved."""
 
-    steps: int = setting(700, "Local steps of each head, or on average per head if they share the steps (--budget).")
+    steps: int = setting(STEPS, "Local steps of each head, or on average per head if they share the steps (--budget).")
+    epochs: float | None = setting(
+        None,
+        "Length of the run in passes through the data, all heads together, instead of --steps. The worker's data must have a "
+        "size: batches from shard.indices(size, batch_size) have one.",
+    )
+    samples: float | None = setting(
+        None, "Length of the run in samples, all heads together, instead of --steps; rounded up to whole steps."
+    )
+    tokens: float | None = setting(
+        None,
+        "Length of the run in tokens, all heads together, instead of --steps; rounded up to whole steps. The worker says how "
+        "many tokens a sample has (tokens_per_sample), unless its batches have input_ids.",
+    )
     budget: Literal["auto", "each", "shared"] = setting(
         "auto",
         "How the steps are divided: each (every head takes --steps), shared (all heads together take --steps times "
@@ -68,6 +85,11 @@ class TrainConfig:
     )
     clip_norm: float = setting(0.0, "Maximum norm of a head's gradient (of all its factors and replicas); 0: no clipping.")
     accumulate: int = setting(1, "Batches of a local step; the mean of their gradients is used in one optimizer step.")
+    weight_decay: float | None = setting(
+        None,
+        "Weight decay of a worker without build_optimizer(), relative to the learning rate: of the product of the factors, or "
+        "of whole weights that would have factors. Replicas don't decay. By default 0.",
+    )
     lr_scale: float = setting(
         1.0, "Multiplier of all learning rates of the optimizer, applied before the schedule is built: for sweeps."
     )
@@ -96,17 +118,43 @@ class TrainConfig:
         check_choice(self, "precision", PRECISIONS)
         check_choice(self, "optimizer", OPTIMIZERS)
         check_choice(self, "schedule", SCHEDULES)
-        check_at_least(self, 0, *(name for name in ("lr", "replica_lr", "warmup") if getattr(self, name) is not None))
+        optional = ("lr", "replica_lr", "warmup", "weight_decay", *LENGTHS)
+        check_at_least(self, 0, *(name for name in optional if getattr(self, name) is not None))
         if self.warmup is not None:
             check_integers(self, "warmup")
         check_choice(self, "budget", ("auto", "each", "shared"))
         to_name_tuples(self, "checkpoint_activations")
         check_booleans(self, "baseline", "compile")
+        self._check_length()
         if self.baseline_processes > 1 and not self.baseline:
             raise ConfigError(
                 f"--baseline-processes is {self.baseline_processes}, but this run isn't ordinary training. Add --baseline, or "
                 "leave it out: --num-heads says how many processes an LTE run has."
             )
+
+    @property
+    def length(self) -> str | None:
+        """Which of epochs, samples and tokens says how long the run is; None if `steps` does."""
+        return next((name for name in LENGTHS if getattr(self, name) is not None), None)
+
+    def with_steps(self, steps: int) -> TrainConfig:
+        """Returns the settings of a run that is that many local steps long."""
+        return replace(self, steps=steps, epochs=None, samples=None, tokens=None)
+
+    def check_counts_steps(self, what: str) -> None:
+        """Raises ConfigError unless `steps` says how long the run is, for `what`, which knows no data."""
+        if self.length is not None:
+            raise ConfigError(f"{flag(self.length)} is {getattr(self, self.length):g}, but {what}. Give --steps instead.")
+
+    def _check_length(self) -> None:
+        given = [name for name in LENGTHS if getattr(self, name) is not None]
+        if given and self.steps != STEPS:
+            given.append("steps")
+        if len(given) > 1:
+            shown = " and ".join(f"{flag(name)} {getattr(self, name):g}" for name in given)
+            raise ConfigError(f"{shown} each say how long the run is. Leave one of them out.")
+        if given and getattr(self, given[0]) <= 0:
+            raise ConfigError(f"{flag(given[0])} is {getattr(self, given[0]):g}, but it must be above 0.")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from lte_ray.engine.head.optimizer_state import optimizer_state
 from lte_ray.engine.head.rng import preserve_generators
 from lte_ray.engine.head.untrained import Fingerprints, fingerprints, resolve_buffers
 from lte_ray.engine.head.worker_state import own_worker, worker_state
+from lte_ray.engine.run_length import count_steps
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError, UserError, WorkerError
 from lte_ray.layout import Adapted, Plan
@@ -27,6 +28,7 @@ from lte_ray.merging.flat_buffer import copy_rounded, gather, views
 from lte_ray.optim import LoRAMuon
 from lte_ray.worker import (
     Batch,
+    ShardReads,
     Worker,
     build_model,
     check_worker,
@@ -45,6 +47,7 @@ class Initial:
         lte: the settings of heads, in which the buffers that are merged have names.
         untrained: fingerprints of what nothing trains in the model.
         data_problem: how the worker's batches don't follow the shard, in words; empty if they may.
+        steps: local steps of each head.
     """
 
     model: nn.Module
@@ -54,11 +57,13 @@ class Initial:
     lte: LTEConfig
     untrained: Fingerprints
     data_problem: str
+    steps: int
 
     def complete(self, settings: Settings) -> Settings:
         """Returns the settings with what only the model could tell."""
         lte = replace(settings.lte, merge_buffers=self.lte.merge_buffers)
-        return replace(settings, lte=lte, untrained=self.untrained, data_problem=self.data_problem)
+        train = settings.train.with_steps(self.steps)
+        return replace(settings, lte=lte, train=train, untrained=self.untrained, data_problem=self.data_problem)
 
     @property
     def plan(self) -> Plan:
@@ -88,7 +93,8 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
         raise
     except Exception as error:
         raise WorkerError(f"{name}.build_model() raised:\n\n{traceback.format_exc()}") from error
-    batch, data_problem = _first_batches(worker, settings)
+    batch, reads = _first_batches(worker, settings)
+    settings = replace(settings, train=settings.train.with_steps(count_steps(worker, settings, batch, reads.epoch)))
     lte = resolve_buffers(settings.lte, worker, model, batch, settings.train)
     plans = make_plans(model, lte)
     match_modules(model, settings.train.checkpoint_activations)
@@ -110,8 +116,8 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
         raise WorkerError(f"{name}'s optimizer or schedule can't be built:\n\n{traceback.format_exc()}") from error
     _check_state(worker, plans[0], settings.train)
     check_lr_scale(worker, plans[0], {**tensors, **zeros}, settings.train)
-    base = gather(plans[0].base, tensors, dtype)
-    return Initial(model, plans, base, optimizer, lte, fingerprints(tensors, plans[0]), data_problem)
+    base, data_problem = gather(plans[0].base, tensors, dtype), describe_unread_shard(worker, reads.names)
+    return Initial(model, plans, base, optimizer, lte, fingerprints(tensors, plans[0]), data_problem, settings.train.steps)
 
 
 def _check_state(worker: Worker, plan: Plan, train: TrainConfig) -> None:
@@ -136,24 +142,23 @@ def _check_state(worker: Worker, plan: Plan, train: TrainConfig) -> None:
     optimizer_state(optimizer, schedule)
 
 
-def _first_batches(worker: Worker, settings: Settings) -> tuple[Batch, str]:
+def _first_batches(worker: Worker, settings: Settings) -> tuple[Batch, ShardReads]:
     """Reads the first batches of the first and the last head.
 
     Returns:
-        The first head's, and in words what the worker doesn't read of its shard.
+        The first head's, and what the worker reads of its shard.
     """
-    batches, asked, by_any = {}, set[str](), set[str]()
+    batches, reads = {}, ShardReads()
     for head in sorted({0, settings.lte.num_heads - 1}):
         try:
             shard = Shard(head, settings.lte.num_heads, settings.train.seed)
-            batches[head] = next(endless_batches(worker, observe_shard(shard, asked)))
-            by_any |= asked
+            batches[head] = next(endless_batches(worker, observe_shard(shard, reads)))
         except UserError:
             raise
         except Exception as error:
             name = type(worker).__name__
             raise WorkerError(f"{name}.train_batches() raised, for head {head}:\n\n{traceback.format_exc()}") from error
-    return batches[0], describe_unread_shard(worker, by_any)
+    return batches[0], reads
 
 
 def extend_plans(initial: Initial, heads: int) -> Initial:

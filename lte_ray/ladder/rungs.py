@@ -86,6 +86,7 @@ def _merge_iters(ladder: LadderConfig, merge: MergeConfig, steps: int) -> Sequen
 
 def _check(ladder: LadderConfig, lte: LTEConfig, merge: MergeConfig, train: TrainConfig) -> None:
     """Raises ConfigError for settings that a ladder sets itself, or that make rungs incomparable."""
+    train.check_counts_steps("rungs are compared at equal steps")
     reasons = {
         "--baseline": (train.baseline, "the rung `ordinary` is ordinary training"),
         "--full-rank": (lte.full_rank, "the ladder compares factors with ordinary training"),

@@ -31,7 +31,7 @@ NEEDED = {
 def check_optimizer_settings(worker: Worker, train: TrainConfig) -> None:
     """Raises ConfigError if the settings of the optimizer or schedule have no effect, since the worker builds its own."""
     for method, names in {
-        "build_optimizer": ("optimizer", "lr", "replica_lr"),
+        "build_optimizer": ("optimizer", "lr", "replica_lr", "weight_decay"),
         "build_schedule": ("schedule", "warmup"),
     }.items():
         given = {name: getattr(train, name) for name in names if getattr(train, name) not in ("auto", None)}
@@ -59,13 +59,16 @@ def make_optimizer(train: TrainConfig, groups: list[dict[str, Any]]) -> torch.op
     """Returns the optimizer that the settings name.
 
     "auto" means LoRA-Muon for factors, Muon for weights that train in full, and AdamW for ordinary training (``--baseline``).
-    AdamW has rate 1e-3 by default, betas 0.9 and 0.95, and no weight decay.
+    AdamW has rate 1e-3 by default, betas 0.9 and 0.95. Weight decay is for factors and for weights that would have some: the
+    usual exceptions, biases and norms, are replicas.
 
     Raises:
         ConfigError: the optimizer is for parameters that don't train in this run.
     """
     rates = {name: getattr(train, name) for name in ("lr", "replica_lr") if getattr(train, name) is not None}
     chosen = resolve_optimizer(train, {group["name"] for group in groups})
+    for group in groups if train.weight_decay else ():
+        group["weight_decay"] = train.weight_decay if group["name"] in ("lora", "weight") else 0.0
     if chosen == "adamw":
         for group in groups:
             if group["name"] == "replica" and "replica_lr" in rates:

@@ -238,6 +238,16 @@ def test_a_toml_file_gives_settings_and_flags_win(tmp_path: Path) -> None:
     assert parsed.worker == Regression(batch_size=8, lr=0.1)
 
 
+@pytest.mark.parametrize(("in_file", "given"), [("epochs = 3", ["--steps", "5"]), ("steps = 5", ["--samples=400"])])
+def test_a_length_given_as_a_flag_replaces_the_files_in_another_unit(tmp_path: Path, in_file: str, given: list[str]) -> None:
+    """So a resumed run, whose record counts steps, can be continued by epochs."""
+    path = tmp_path / "settings.toml"
+    path.write_text(f"{in_file}\nseed = 2\n")
+    train = parse(Regression, GOOD, ["--config", str(path), *given]).train
+    assert (train.seed, train.epochs) == (2, None)
+    assert (train.steps, train.samples) in [(5, None), (700, 400)]
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

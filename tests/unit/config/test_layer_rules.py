@@ -27,6 +27,7 @@ from lte_ray.config import (
     TrainConfig,
 )
 from lte_ray.config.layer_rules import parse_rules
+from lte_ray.config.run import LENGTHS
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError
 from lte_ray.run import record as run_record
@@ -218,6 +219,11 @@ def test_bad_settings_for_all_layers_name_their_flag(settings: dict[str, Any], s
         (TrainConfig, {"clip_norm": None}, "--clip-norm is None, but it must be a number"),
         (TrainConfig, {"clip_norm": -1.0}, "--clip-norm is -1.0, but it must be at least 0"),
         (TrainConfig, {"accumulate": 0}, "--accumulate is 0, but it must be at least 1"),
+        (TrainConfig, {"weight_decay": -1.0}, "--weight-decay is -1.0, but it must be at least 0"),
+        (TrainConfig, {"epochs": 0.0}, "--epochs is 0, but it must be above 0"),
+        (TrainConfig, {"samples": math.inf}, "--samples is inf, but it must be a finite number"),
+        (TrainConfig, {"epochs": 1, "tokens": 1e6}, "--epochs 1 and --tokens 1e+06 each say how long the run is"),
+        (TrainConfig, {"samples": 10, "steps": 5}, "--samples 10 and --steps 5 each say how long the run is"),
         (TrainConfig, {"accumulate": 2.0}, "--accumulate is 2.0, but it must be a whole number"),
         (TrainConfig, {"optimizer": "lora_muon"}, "--optimizer is 'lora_muon', but it must be one of: auto, adamw, lora-plus,"),
         (TrainConfig, {"schedule": None}, "--schedule is None, but it must be one of: auto, constant, cosine, linear."),
@@ -499,6 +505,7 @@ EVERYTHING = (
         warmup=5,
         clip_norm=0.5,
         accumulate=3,
+        weight_decay=0.125,
         lr_scale=0.5,
         checkpoint_activations=("a", "b.*"),
         baseline=True,
@@ -510,10 +517,11 @@ EVERYTHING = (
 
 
 def test_the_example_differs_from_every_default() -> None:
-    """So the round trip below tests every field; full_rank, which contradicts others, in a case of its own."""
+    """So the round trip below tests every field; those that contradict others, in cases of their own."""
     for config in EVERYTHING:
         for field in dataclasses.fields(config):
-            assert field.name == "full_rank" or getattr(config, field.name) != field.default, field.name
+            contradicts = field.name in ("full_rank", *LENGTHS)
+            assert contradicts or getattr(config, field.name) != field.default, field.name
 
 
 @pytest.mark.parametrize(
@@ -523,6 +531,7 @@ def test_the_example_differs_from_every_default() -> None:
         EVERYTHING,
         (LTEConfig(adapt=()), TrainConfig(), PlacementConfig()),
         (LTEConfig(full_rank=True), TrainConfig(), PlacementConfig()),
+        *((LTEConfig(), TrainConfig(**{length: 2.5}), PlacementConfig()) for length in LENGTHS),
         (LTEConfig(num_heads=1, lora_r=(4,), lora_alpha=(8.0,)), TrainConfig(), PlacementConfig()),  # type: ignore[arg-type]
         (LTEConfig.default(lora_bias=True, lora_alpha=16), TrainConfig(), PlacementConfig(cpus_per_head=0)),
     ],

@@ -119,6 +119,7 @@ def test_muon_trains_weights_in_full() -> None:
             "--optimizer lora-muon and --lr 0.5 would have no effect, because Tiny has a build_optim",
         ),
         (Tiny(), make(replica_lr=0.5), "--replica-lr 0.5 would have no effect"),
+        (Tiny(), make(weight_decay=0.1), "--weight-decay 0.1 would have no effect"),
         (
             Scheduled(),
             make(schedule="cosine", warmup=3),
@@ -143,3 +144,12 @@ def test_a_worker_may_build_one_of_the_two() -> None:
     """Its own optimizer with the settings' schedule, or the other way round."""
     prepare(Tiny(), make(schedule="cosine"))
     prepare(Scheduled(), make(optimizer="lora-muon"))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lora-plus", "lora-muon"])
+def test_weight_decay_is_for_factors_and_not_for_replicas(optimizer: str) -> None:
+    """Biases and norms don't decay, as is usual."""
+    head = Head(Plain(), make(optimizer=optimizer, weight_decay=0.25), 0)
+    decays = {group["name"][:4]: group["weight_decay"] for group in head.optimizer.param_groups}
+    assert decays == {"lora": 0.25, "repl": 0.0}
+    assert {group["weight_decay"] for group in Head(Plain(), make(), 0).optimizer.param_groups} == {0.0}
