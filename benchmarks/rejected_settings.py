@@ -63,6 +63,8 @@ SETTINGS = [
     "--backoff -1",
     "--grace -1",
     "--grace nan",
+    "--grace soon",
+    "--merge-every 30",
     "--max-norm-z -1",
     "--rollback-z -1",
     "--storage-patience -1",

@@ -20,6 +20,7 @@ from lte_ray.cli import toml_config
 from lte_ray.cli.policy_flags import TABLE, chosen_policy, parsed_arguments, policy_section
 from lte_ray.cli.toml_config import Defaults, FileSettings
 from lte_ray.config import SECTIONS, FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
+from lte_ray.config.units import with_units
 from lte_ray.errors import ConfigError, WorkerError
 from lte_ray.redaction import MASK, is_secret, is_sensitive, without_credentials
 from lte_ray.worker import constructor_parameters
@@ -181,7 +182,9 @@ def _flags_class(worker: type | None, policy: str, subcommand: Subcommand, defau
         fields = [
             (
                 f.name,
-                Annotated[str if hints[f.name] is Any else hints[f.name], tyro.conf.arg(help=f.metadata["help"])],
+                Annotated[
+                    str if hints[f.name] is Any else with_units(f, hints[f.name]), tyro.conf.arg(help=f.metadata["help"])
+                ],
                 dataclasses.field(default=defaults.settings.get(f.name, f.default)),
             )
             for f in dataclasses.fields(kind)

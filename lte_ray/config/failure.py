@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lte_ray.config.units import read_units
 from lte_ray.config.validation import check_at_least, check_choice, check_integers, setting
 from lte_ray.errors import ConfigError
 
@@ -26,7 +27,8 @@ class FailureConfig:
     )
     backoff: float = setting(
         1.0,
-        "Seconds before a head's second consecutive restart, then doubled up to a minute. The first restart is immediate.",
+        "Time before a head's second consecutive restart, then doubled up to a minute. The first restart is immediate.",
+        unit="time",
     )
     rejoin: Literal["merged", "fresh"] = setting(
         "merged",
@@ -36,10 +38,12 @@ class FailureConfig:
     max_heads: int = setting(0, "Number of heads up to which a run grows while the cluster has resources; 0: --num-heads.")
     grace: float = setting(
         0.0,
-        "Seconds allowed for saving after an interrupt; 0: as many as `ray job stop` allows (RAY_JOB_STOP_WAIT_TIME_S, 3).",
+        "Time allowed for saving after an interrupt; 0: as long as `ray job stop` allows (RAY_JOB_STOP_WAIT_TIME_S, 3 s).",
+        unit="time",
     )
 
     def __post_init__(self) -> None:
+        read_units(self)
         check_integers(self, "max_failures", "head_failures", "min_heads", "max_heads")
         check_at_least(self, -1, "max_failures", "head_failures")
         check_at_least(self, 1, "min_heads")

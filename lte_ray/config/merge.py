@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lte_ray.config.units import has_unit, read_units, seconds
 from lte_ray.config.validation import check_at_least, check_booleans, check_choice, check_integers, flag, setting
 from lte_ray.errors import ConfigError
 
@@ -46,7 +48,7 @@ class MergeConfig:
     )
     quorum: int = setting(0, "With --when quorum: number of contributions to merge at; 0: half of the live heads.")
     deadline: float = setting(
-        0.0, "With --when quorum: seconds after the first contribution to merge with fewer; 0: no deadline."
+        0.0, "With --when quorum: time after the first contribution to merge with fewer; 0: no deadline.", unit="time"
     )
     wait: bool = setting(
         True, "Let a head wait until its contribution is merged. With --no-wait it keeps training in the meantime."
@@ -81,6 +83,7 @@ class MergeConfig:
     )
 
     def __post_init__(self) -> None:
+        read_units(self)
         lag = () if self.max_lag is None else ("max_lag",)
         check_integers(self, "merge_iter", "merge_threads", "quorum", "shards", *lag)
         check_at_least(self, 1, "merge_iter", "shards")
@@ -148,14 +151,14 @@ def parse_schedule(text: str) -> tuple[tuple[float, int], ...]:
 
 
 def parse_duration(text: str) -> float:
-    """Parses ``30s``, ``5m`` or ``1h`` into seconds; an empty text is 0.
+    """Parses the time of ``--merge-every`` into seconds; an empty text is 0.
 
     Raises:
-        ConfigError: it has another form.
+        ConfigError: it has another form. A number needs a unit here, since it could be meant as steps.
     """
     if not text:
         return 0.0
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)", str(text).strip())
-    if not match or float(match[1]) <= 0:
-        raise ConfigError(f"--merge-every is {text!r}, but it must be a time such as 30s, 5m or 1h.")
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+    with contextlib.suppress(ConfigError):
+        if has_unit(text) and (duration := seconds(text)) > 0:
+            return duration
+    raise ConfigError(f"--merge-every is {text!r}, but it must be a time such as 30s, 5m or 1h.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from lte_ray.config.units import read_units
 from lte_ray.config.validation import (
     check_at_least,
     check_booleans,
@@ -182,11 +183,13 @@ class PlacementConfig:
     )
     resource_timeout: float = setting(
         0.0,
-        "Seconds to wait for an autoscaling cluster to provide the resources; 0: fail at once if they are missing. A run whose "
+        "Time to wait for an autoscaling cluster to provide the resources; 0: fail at once if they are missing. A run whose "
         "other heads are done waits as long (0: 30 minutes) for a place for the last ones, then ends without them.",
+        unit="time",
     )
 
     def __post_init__(self) -> None:
+        read_units(self)
         check_integers(self, "heads_per_actor")
         check_at_least(self, 1, "heads_per_actor")
         check_choice(self, "stack_heads", ("auto", "always", "never"))
@@ -216,12 +219,15 @@ class StorageConfig:
         "the first.",
     )
     storage_patience: float = setting(
-        60.0, "Seconds for which a failing storage operation (disk full, slow, network lost) is retried; 0: not at all."
+        60.0,
+        "Time for which a failing storage operation (disk full, slow, network lost) is retried; 0: not at all.",
+        unit="time",
     )
     resume: bool = setting(False, "Continue the run of this name from its newest complete checkpoint.")
     overwrite: bool = setting(False, "Replace the run of this name, if there is one.")
 
     def __post_init__(self) -> None:
+        read_units(self)
         check_run_name(self.name)
         check_booleans(self, "resume", "overwrite")
         if self.keep_checkpoints is not None:

@@ -14,6 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
+from lte_ray.config.units import with_units
 from lte_ray.config.validation import suggest
 from lte_ray.errors import ConfigError
 from lte_ray.redaction import MASK, is_sensitive, same_plain_value
@@ -65,7 +66,7 @@ def read_fields(kind: type, content: Mapping[str, Any], where: str) -> dict[str,
     """
     hints = typing.get_type_hints(kind)
     return {
-        field.name: read_value(where, field.name, content[field.name], hints[field.name], field.default)
+        field.name: read_value(where, field.name, content[field.name], with_units(field, hints[field.name]), field.default)
         for field in dataclasses.fields(kind)
         if field.name in content
     }

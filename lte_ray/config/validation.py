@@ -11,7 +11,7 @@ import math
 import unicodedata
 from collections.abc import Iterable
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 from lte_ray.errors import ConfigError
 
@@ -21,9 +21,14 @@ MAX_NAME_BYTES = 255
 SEPARATORS = "/\\"
 
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field with its default and the help text that users see."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def setting(default: Any, help: str, unit: Literal["time", "rate", ""] = "") -> Any:
+    """A dataclass field with its default and the help text that users see.
+
+    Args:
+        unit: "time" for seconds and "rate" for bytes per second, which may be given as text with a unit
+            (`lte_ray.config.units.read_units` makes numbers of it).
+    """
+    return dataclasses.field(default=default, metadata={"help": help} | ({"unit": unit} if unit else {}))
 
 
 def flag(name: str) -> str:

@@ -22,7 +22,7 @@ from lte_ray.trainer import _failure, _storage
         ("best_by", 3, "--best-by is 3, but it must be the name of a figure"),
         ("storage_patience", -0.1, "--storage-patience is -0.1, but it must be at least 0"),
         ("storage_patience", float("inf"), "--storage-patience is inf, but it must be a finite number"),
-        ("storage_patience", "long", "--storage-patience is 'long', but it must be a number"),
+        ("storage_patience", "long", "--storage-patience is 'long', but it must be a time such as 30s"),
     ],
 )
 def test_bad_values_are_rejected(setting: str, value: Any, said: str) -> None:
