@@ -47,7 +47,8 @@ def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
 
     A weight is adapted if it trains and each layer that uses it is of a kind in `lte.adapt` and isn't excluded. So a weight
     tied to an embedding is a replica unless embeddings are adapted too, and a shared weight is adapted once. `lora_bias`
-    decides about the bias of a layer with LoRA. Each other parameter that trains is a replica; the rest stays as it is.
+    decides about the bias of a layer with LoRA. Each other parameter that trains is a replica, with `lte.others` "frozen" only
+    if a setting names it; the rest stays as it is.
 
     With `lte.full_rank` the same weights are found, and train as replicas (`Replica.weight`); there may be none. With no kind
     in `lte.adapt`, everything that trains is a replica.
@@ -94,9 +95,12 @@ def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
             check_hooks(name, parameter)
             adapted.append(Adapted(name, shape, 1, chosen.scaling, lr=chosen.lr))
         elif bias != "frozen":
+            named = any(settings.is_unadapted(use, name) for use in uses)
+            if lte.others == "frozen" and bias is None and not named:
+                continue
             _check_gradient(name, uses)
             replicas.append(Replica(name, shape, chosen.lr))
-            if bias is None and not any(use.kind == NORM.name or settings.is_unadapted(use, name) for use in uses):
+            if bias is None and not named and not any(use.kind == NORM.name for use in uses):
                 leftover.append(name)
     statistics = list(_running_statistics(model))
     replicas += statistics + _merged_buffers(model, lte.merge_buffers, {r.name for r in statistics})
@@ -189,6 +193,8 @@ class _LayerSettings:
                 )
             else:
                 self._scopes.append(rule.kind)
+                if rule.settings.adapt is False:
+                    self._adapt_false |= {name for name, kind in layers.items() if kind == rule.kind}
 
     def resolve(self, use: ParameterUse, parameter: str = "") -> Resolved:
         """Returns the settings for one use of a parameter."""
@@ -221,14 +227,18 @@ class _LayerSettings:
         """
         for rule, scope, text in zip(parse_rules(self._lte.layers), self._scopes, self._lte.layers, strict=True):
             wanted = [f for f in ("lora_r", "lora_alpha", "lora_bias", "base_dtype") if getattr(rule.settings, f) is not None]
-            if rule.settings.lora_bias == "replica":  # a bias without LoRA is a replica anyway
+            frozen = self._lte.others == "frozen"
+            if rule.settings.lora_bias == "replica" and not frozen:  # a bias without LoRA is a replica anyway
                 wanted.remove("lora_bias")
+            if rule.settings.lr is not None and frozen:
+                wanted.append("lr")
             applies = scope in kinds if isinstance(scope, str) else bool(scope & adapted)
             if wanted and not applies and rule.settings.adapt is not False:
                 described = f"kind {scope}" if isinstance(scope, str) else ", ".join(sorted(scope)[:5])
+                way = "is frozen (--others frozen)" if frozen else "trains as replicas"
                 raise ConfigError(
-                    f"--layers {text!r} sets {', '.join(wanted)} for what has no LoRA ({described}) and trains as replicas. "
-                    "Write adapt=true in the rule, or leave it out."
+                    f"--layers {text!r} sets {', '.join(wanted)} for what has no LoRA ({described}) and {way}. "
+                    f"Write adapt=true in the rule{', or adapt=false to train it in full' * frozen}, or leave it out."
                 )
 
     def is_unadapted(self, use: ParameterUse, parameter: str) -> bool:

@@ -21,14 +21,17 @@ OF_FACTORS = ("lora_r", "lora_alpha", "lora_bias", "base_dtype")
 
 
 def baseline_lte(lte: LTEConfig) -> LTEConfig:
-    """One head in full rank. All that trains in the worker's model trains; what only concerns factors doesn't count."""
+    """One head in full rank. All that heads train trains, without factors; what only concerns factors doesn't count."""
+    biases = ("*: lora_bias=replica",) if lte.others == "frozen" and lte.lora_bias == "lora" else ()
+    rules = (f"{rule.pattern}: {rule.settings}" for rule in map(_without_factors, parse_rules(lte.layers)) if rule)
     return LTEConfig(
         num_heads=1,
         full_rank=True,
         adapt=lte.adapt,
+        others=lte.others,
         exclude=lte.exclude,
         merge_buffers=lte.merge_buffers,
-        layers=tuple(f"{rule.pattern}: {rule.settings}" for rule in map(_without_factors, parse_rules(lte.layers)) if rule),
+        layers=(*biases, *rules),
         strict=lte.strict,
     )
 

@@ -70,6 +70,12 @@ class LTEConfig:
         "Kinds of layers with LoRA: linear, attention (the projections of nn.MultiheadAttention), conv, embedding, norm (a "
         "vector times a scalar). All others train as replicas. none: everything does, as in local SGD and DiLoCo.",
     )
+    others: Literal["replica", "frozen"] = setting(
+        "replica",
+        "Parameters without LoRA, such as norms, embeddings, and biases unless --lora-bias is lora: replica (each head trains a "
+        "copy, and merges average the changes) or frozen (only factors train, as in PEFT). What --exclude or a rule with "
+        "adapt=false names trains in either case.",
+    )
     exclude: tuple[str, ...] = setting(
         (), "Names of layers without LoRA, which train as replicas, with wildcards, e.g. 'head' 'blocks.*.mlp'."
     )
@@ -122,8 +128,14 @@ class LTEConfig:
             others = ", ".join(kind for kind in self.adapt if kind != "none")
             raise ConfigError(f"--adapt is none and {others}, which contradict each other. Leave one of them out.")
         check_choice(self, "adapt", KINDS)
+        check_choice(self, "others", ("replica", "frozen"))
         object.__setattr__(self, "layers", format_rules(self.layers))
         check_rules(self.layers, self.num_heads)
+        if not self.adapt and self.others == "frozen" and not any(rule.settings.adapt for rule in parse_rules(self.layers)):
+            raise ConfigError(
+                "--adapt none and --others frozen contradict each other: nothing would train. Leave one of them out, or "
+                "choose layers by name: --layers '*.q_proj: adapt=true'."
+            )
         if self.full_rank:
             self._check_full_rank()
 
@@ -191,7 +203,7 @@ class LTEConfig:
         values: dict[str, Any] = {
             "lora_r": self.lora_r,
             "lora_alpha": self.lora_alpha,
-            "lora_bias": self.lora_bias,
+            "lora_bias": "frozen" if self.others == "frozen" and self.lora_bias == "replica" else self.lora_bias,
             "lr": 1.0,
             "base_dtype": self.base_dtype,
             "adapt": kind in self.adapt,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,49 @@ from tests.support.plan_cases import (
     randomize_factors,
     refusal_message,
 )
+
+# -- frozen others -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "adapted", "replicas"),
+    [
+        ({}, ["0.weight", "2.weight"], []),
+        ({"lora_bias": "lora"}, ["0.weight", "0.bias", "2.weight", "2.bias"], []),
+        ({"exclude": ("2",)}, ["0.weight"], ["2.weight", "2.bias"]),
+        ({"exclude": ("1",)}, ["0.weight", "2.weight"], ["1.weight", "1.bias"]),
+        ({"layers": ("0: lora_bias=replica",)}, ["0.weight", "2.weight"], ["0.bias"]),
+        ({"layers": ("1: adapt=false lr=0.5",)}, ["0.weight", "2.weight"], ["1.weight", "1.bias"]),
+        ({"layers": ("@norm: adapt=false",)}, ["0.weight", "2.weight"], ["1.weight", "1.bias"]),
+        ({"adapt": ("linear", "norm")}, ["0.weight", "1.weight", "2.weight"], []),
+        ({"strict": True}, ["0.weight", "2.weight"], []),
+        ({"adapt": (), "layers": ("2: adapt=true",)}, ["2.weight"], []),
+    ],
+)
+def test_frozen_others_train_only_if_a_setting_names_them(
+    settings: dict[str, Any], adapted: list[str], replicas: list[str]
+) -> None:
+    """As in PEFT: nothing but factors trains, apart from what --exclude or adapt=false names."""
+    model = nn.Sequential(make_linear(), nn.LayerNorm(4), make_linear())
+    assert plan_names(model, others="frozen", **settings) == (adapted, replicas)
+    convert(model, make_config(others="frozen", **settings))
+    assert {name for name, p in model.named_parameters() if p.requires_grad} >= set(replicas)
+    assert not {"0.bias", "1.bias"} & {n for n, p in model.named_parameters() if p.requires_grad} - {*adapted, *replicas}
+
+
+def test_running_statistics_are_merged_though_others_are_frozen() -> None:
+    """They aren't trained: the model changes them."""
+    model = nn.Sequential(nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3))
+    assert plan_names(model, others="frozen") == (["0.weight"], ["1.running_mean", "1.running_var", "1.num_batches_tracked"])
+
+
+def test_a_rule_for_what_is_frozen_is_an_error() -> None:
+    """It would have no effect."""
+    model = nn.Sequential(make_linear(), nn.LayerNorm(4))
+    message = refusal_message(model, others="frozen", layers=("1: lr=0.5",))
+    assert "sets lr for what has no LoRA (1, 1.bias, 1.weight) and is frozen (--others frozen)" in message
+    assert "adapt=false to train it in full" in message
+
 
 # -- biases ------------------------------------------------------------------------------------------------------------
 

@@ -219,6 +219,8 @@ def test_bad_settings_for_all_layers_name_their_flag(settings: dict[str, Any], s
         (TrainConfig, {"clip_norm": None}, "--clip-norm is None, but it must be a number"),
         (TrainConfig, {"clip_norm": -1.0}, "--clip-norm is -1.0, but it must be at least 0"),
         (TrainConfig, {"accumulate": 0}, "--accumulate is 0, but it must be at least 1"),
+        (LTEConfig, {"others": "lora"}, "--others is 'lora', but it must be one of: replica, frozen"),
+        (LTEConfig, {"others": "frozen", "adapt": ()}, "--adapt none and --others frozen contradict each other"),
         (TrainConfig, {"weight_decay": -1.0}, "--weight-decay is -1.0, but it must be at least 0"),
         (TrainConfig, {"epochs": 0.0}, "--epochs is 0, but it must be above 0"),
         (TrainConfig, {"samples": math.inf}, "--samples is inf, but it must be a finite number"),
@@ -484,6 +486,7 @@ EVERYTHING = (
         lora_bias="lora",
         reset="B",
         adapt=("norm", "embedding"),
+        others="frozen",
         exclude=("a", "b.*"),
         layers={"a.*": LayerConfig(lora_r=(1, 2, 4), adapt=False, lr=0.1), "@conv": {"lr": 1e-5}, 'q"\\ß': {"lr": 2}},  # type: ignore[arg-type]
         base_dtype="nf4",
