@@ -21,6 +21,10 @@ Each can be pickled, so it can cross processes. The text of each hides credentia
 
 from __future__ import annotations
 
+import traceback as tracebacks
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from lte_ray.redaction import redact
 
 
@@ -95,3 +99,20 @@ class ContributionRefused(RunError):
 
 class PolicyError(RunError):
     """A merge policy raised, or returned a decision that can't be executed."""
+
+
+@contextmanager
+def worker_errors(where: str, step: int | None) -> Iterator[None]:
+    """Turns what the worker's code raises in the block into a WorkerFailed.
+
+    Args:
+        where, step: as in `WorkerFailed`.
+    """
+    try:
+        yield
+    except WorkerFailed:
+        raise
+    except LTEError as error:
+        raise WorkerFailed(where, step, str(error)) from error
+    except Exception as error:
+        raise WorkerFailed(where, step, tracebacks.format_exc()) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +61,7 @@ class Contribution:
         step: local steps that the head has taken in all.
         steps, samples: what was trained since the head's last accepted contribution.
         loss: mean training loss over those steps.
+        figures: means of the worker's own figures over the steps since the head's last contribution, by name.
         base_error: relative error of this head's main weights from quantizing the base of `version`, the largest of the layers.
         seconds: time that the steps since its last contribution took.
         stall: time for which merging kept the head from training meanwhile.
@@ -80,6 +82,7 @@ class Contribution:
     steps: int
     samples: int
     loss: float
+    figures: dict[str, float] = field(default_factory=dict)
     base_error: float = 0.0
     seconds: float = 0.0
     stall: float = 0.0
@@ -90,6 +93,15 @@ class Contribution:
     checksums: tuple[int, ...] = ()
     norm: float | None = None
     buffer: Any = field(default=None, repr=False, compare=False)
+
+
+def figures_by_name(contributions: Iterable[Contribution]) -> dict[str, dict[int, float]]:
+    """The worker's figures of all contributions, by name and head. Heads may have figures of other names."""
+    by_name: dict[str, dict[int, float]] = {}
+    for contribution in contributions:
+        for name, value in contribution.figures.items():
+            by_name.setdefault(name, {})[contribution.head] = value
+    return by_name
 
 
 @dataclass(frozen=True)
@@ -310,6 +322,7 @@ class MergeRecord:
         heads: the merged ones.
         steps, samples: what their contributions hold, together.
         losses: mean training loss, by head.
+        figures: the worker's own, by name and head.
         bytes_up, bytes_down: what these contributions cost until all heads have them.
         step: the furthest of the merged heads'.
         steps_taken: local steps of all heads that contributions have reported.
@@ -336,6 +349,7 @@ class MergeRecord:
     bytes_down: int
     step: int
     steps_taken: int = 0
+    figures: dict[str, dict[int, float]] = field(default_factory=dict)
     merge_seconds: float = 0.0
     base_error: float = 0.0
     weights: dict[int, float] = field(default_factory=dict)

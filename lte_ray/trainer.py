@@ -33,7 +33,7 @@ from lte_ray.merging.registry import make_policy, may_merge_by_weights, resolved
 from lte_ray.messages import HeadTimes
 from lte_ray.run import record as run_record
 from lte_ray.run.display import automatic_display
-from lte_ray.run.metrics import Progress, Reporter
+from lte_ray.run.metrics import Progress, Reporter, latest_figures
 from lte_ray.run.start import RunClaim
 from lte_ray.storage import RunDirectory, split_run_path
 
@@ -123,9 +123,10 @@ class LTETrainer:
         """Runs the training to its end.
 
         Returns:
-            `metrics` (the last evaluation's figures, also under "evaluation"; baseline, train_loss, step, samples,
-            samples_per_second, version, seconds, `times`, where the heads' time went, all heads' bytes), `checkpoint`, and
-            `path` (the run directory, which holds ``model.safetensors``).
+            `metrics` (the last evaluation's figures, also under "evaluation"; the worker's own figures of the training, the
+            mean over the heads, under "figures", and also at the top where no other has that name; baseline, train_loss, step,
+            samples, samples_per_second, version, seconds, `times`, where the heads' time went, all heads' bytes),
+            `checkpoint`, and `path` (the run directory, which holds ``model.safetensors``).
 
         Raises:
             UserError: bad input; no actor was started.
@@ -294,8 +295,11 @@ def _result(controller: TrainController | DataParallelController, directory: Run
     state, progress = controller.state, controller.progress.snapshot()
     statuses = list(state.statuses.values())
     evaluation = progress.evaluation.values if progress.evaluation else {}
+    figures = latest_figures(state.merges)
     metrics: dict[str, Any] = {
-        **evaluation,
+        **figures,
+        **evaluation,  # if both have a name, it is this one's
+        "figures": figures,
         "evaluation": evaluation,
         "baseline": progress.baseline,
         "train_loss": progress.train_loss,

@@ -38,8 +38,11 @@ class Worker(Protocol):
         """Yields this head's batches, from `shard.cursor` on. When it ends, it is called again with a later cursor."""
         ...
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The mean loss over the batch, a scalar. Tensors in the batch are already on the model's device."""
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor | tuple[Tensor, Mapping[str, float | Tensor]]:
+        """The mean loss over the batch, a scalar. Tensors in the batch are already on the model's device.
+
+        It may be returned with figures of the batch, by name: numbers, or tensors without dimensions.
+        """
         ...
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:

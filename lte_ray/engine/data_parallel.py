@@ -12,6 +12,7 @@ doesn't overlap the last backward pass.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.head.batch_stream import BatchStream
 from lte_ray.engine.head.head import Head
+from lte_ray.engine.head.loss import Sums
 from lte_ray.engine.head.rng import Generators, head_seed
 from lte_ray.engine.head.snapshot import SavedState, rejoin, restore
 from lte_ray.engine.settings import Settings
@@ -145,24 +147,50 @@ class TrainingProcess:
 
     @torch.no_grad()
     def _combine(self, before: int) -> None:
-        """Makes equal what the processes have counted apart: losses, samples and running statistics; shares a wish to stop.
+        """Makes equal what the processes have counted apart: losses, the worker's figures, samples and running statistics.
+
+        Also shares a wish to stop.
 
         Args:
             before: the samples when the round began.
         """
         head, state = self.head, self.head.state
-        counts = [float(head.samples - before), float(self.stop_requested())]
+        sums = state.figures.sums()
+        names = json.dumps(sorted(sums)).encode() if sums else b""
+        lengths = [float(len(names)) if rank == self._rank else 0.0 for rank in range(self._processes)]
+        counts = [float(head.samples - before), float(self.stop_requested()), *lengths]
         numbers = torch.tensor(counts, dtype=torch.float64, device=head.device)
         if state.losses:
             numbers = torch.cat([numbers, torch.stack(state.losses).double()])
         self._all_reduce(numbers)
-        samples, stop = numbers[:2].tolist()
+        samples, stop, *lengths = numbers[: len(counts)].tolist()
         state.samples, self.stopped = before + round(samples), stop > 0
-        state.losses = list(numbers[2:] / self._processes)
+        state.losses = list(numbers[len(counts) :] / self._processes)
+        if any(lengths):
+            state.figures.load(self._sum_figures(sums, names, [round(length) for length in lengths]))
         for statistics in state.replicas.values():
             if statistics.is_floating_point() and not isinstance(statistics, nn.Parameter):
                 self._all_reduce(statistics)
                 statistics.div_(self._processes)
+
+    def _sum_figures(self, sums: Sums, names: bytes, lengths: list[int]) -> Sums:
+        """The sums of the worker's figures over all processes, which may have figures of different names.
+
+        Args:
+            sums: this process's.
+            names: their names as a JSON list; empty if there are none.
+            lengths: of each process's names, in bytes.
+        """
+        texts = [torch.zeros(length, dtype=torch.int32) for length in lengths]
+        texts[self._rank] += torch.tensor(list(names), dtype=torch.int32)
+        flat = torch.cat(texts).to(self.head.device)
+        self._all_reduce(flat)
+        everywhere = [json.loads(bytes(part.tolist())) for part in torch.split(flat.cpu(), lengths) if len(part)]
+        union = sorted({name for each in everywhere for name in each})
+        own = [sums.get(name, (0.0, 0)) for name in union]
+        totals = torch.tensor(own, dtype=torch.float64, device=self.head.device)
+        self._all_reduce(totals)
+        return {name: (total, round(count)) for name, (total, count) in zip(union, totals.tolist(), strict=True)}
 
 
 def _flat_gradient(parameter: Tensor) -> Tensor:

@@ -14,13 +14,8 @@ from lte_ray.adapters.plan import make_plans
 from lte_ray.config import LTEConfig
 from lte_ray.config.layer_rules import LayerConfig, parse_rules
 from lte_ray.engine.head.batch_stream import BatchStream
-from lte_ray.engine.head.optimization import (
-    OptimizerStep,
-    autocast,
-    build_optimizer,
-    check_loss,
-    checkpoint_activations,
-)
+from lte_ray.engine.head.loss import compute_loss
+from lte_ray.engine.head.optimization import OptimizerStep, autocast, build_optimizer, checkpoint_activations
 from lte_ray.engine.head.rng import Generators, head_seed
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import LTEError, WorkerFailed
@@ -97,7 +92,7 @@ class MultiheadTraining:
                 batch = to_device(self._batches.next_batch(), self._device)
                 self.samples += count_samples(batch)
                 with autocast(self._train, self._device), _parameters_are_effective():
-                    loss = check_loss(self._worker.loss(self._model, batch))
+                    loss, _ = compute_loss(self._worker, self._model, batch)
                 torch.autograd.backward(self._optimizer_step.scale_loss(loss))
                 losses.append(loss.detach())
             torch._foreach_mul_([p.grad for p in self._factors if p.grad is not None], float(self._heads))

@@ -8,7 +8,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -132,6 +132,7 @@ class MetricsLog:
             samples=record.samples,
             heads=list(record.heads),
             train_loss=_by_head(record.losses),
+            **({"figures": {name: _by_head(values) for name, values in record.figures.items()}} if record.figures else {}),
             merge_seconds=record.merge_seconds,
             bytes_up=record.bytes_up,
             bytes_down=record.bytes_down,
@@ -231,6 +232,15 @@ def _survives(row: str | bytes, version: int) -> bool:
         return content.get("kind") == "event" or float(content["version"]) <= version
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
+
+
+def latest_figures(merges: Sequence[MergeRecord]) -> dict[str, float]:
+    """The worker's figures after these merges: by name, the mean of each head's newest value."""
+    latest: dict[str, dict[int, float]] = {}
+    for merge in merges:
+        for name, values in merge.figures.items():
+            latest.setdefault(name, {}).update(values)
+    return {name: sum(values.values()) / len(values) for name, values in latest.items()}
 
 
 def samples_per_second(merges: list[MergeRecord], window: int = 10) -> float | None:

@@ -38,6 +38,7 @@ HERE = {
     ("docs/workers.md", 0),
     ("docs/workers.md", 1),
     ("docs/workers.md", 2),
+    ("docs/workers.md", 3),
 }
 
 
@@ -85,11 +86,20 @@ def test_a_worker_can_give_replicas_another_learning_rate() -> None:
     assert [group["max_lr"] for group in optimizer.param_groups] == [4e-3, 1e-3]
 
 
+def test_a_loss_can_return_figures() -> None:
+    """docs/workers.md: the share of words that the model gets right."""
+    words = torch.tensor([0, 1, 2, 1])
+    model = lambda given: torch.eye(3)[given].requires_grad_()  # noqa: E731
+    loss = run("docs/workers.md", 2, F=nn.functional)["loss"]
+    _, figures = loss(None, model, (words, torch.tensor([0, 1, 0, 0])))
+    assert figures == {"accuracy": torch.tensor(0.5)}
+
+
 def test_a_worker_can_train_with_lora_muon() -> None:
     """docs/workers.md: factors and replicas get their own rates."""
     pair = [nn.Parameter(torch.ones(1, 2)), nn.Parameter(torch.zeros(3, 1))]
     groups = [{"params": pair, "name": "lora", "scalings": [2.0]}, {"params": [nn.Parameter(torch.ones(2))], "name": "replica"}]
-    names = run("docs/workers.md", 2)
+    names = run("docs/workers.md", 3)
     optimizer = names["build_optimizer"](None, groups)
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.01]
     names["build_schedule"](None, optimizer, 700)

@@ -7,9 +7,8 @@ neither Ray nor other heads: its caller carries contributions to the coordinator
 from __future__ import annotations
 
 import math
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -17,23 +16,24 @@ from torch import Tensor, nn
 
 from lte_ray.adapters.convert import convert, share_frozen_weights
 from lte_ray.adapters.quantization import check_format
-from lte_ray.adapters.user_parameter import GradientOfWeight
 from lte_ray.engine.head.batch_stream import BatchStream
 from lte_ray.engine.head.compilation import COMPILATION
+from lte_ray.engine.head.first_backward import first_backward
+from lte_ray.engine.head.loss import compute_loss
 from lte_ray.engine.head.main_weights import MainWeights
-from lte_ray.engine.head.optimization import OptimizerStep, autocast, build_optimizer, check_loss, checkpoint_activations
-from lte_ray.engine.head.rng import Generators, head_seed, rewind_generators, watch_draws
+from lte_ray.engine.head.optimization import OptimizerStep, autocast, build_optimizer, checkpoint_activations
+from lte_ray.engine.head.rng import Generators, head_seed, watch_draws
 from lte_ray.engine.head.state import HeadState
 from lte_ray.engine.head.timing import HeadTimer
 from lte_ray.engine.head.untrained import FrozenParameters, UnmergedBuffers, check_equal_builds, fingerprints
-from lte_ray.engine.head.worker_state import load_worker_state, own_worker, worker_state
+from lte_ray.engine.head.worker_state import own_worker
 from lte_ray.engine.settings import Settings
-from lte_ray.errors import LTEError, WorkerFailed
+from lte_ray.errors import worker_errors
 from lte_ray.merging.flat_buffer import factors_part
 from lte_ray.merging.low_rank import Share, squared_norm
 from lte_ray.messages import CommittedPosition, Contribution, ContributionResult, HeadDirective, HeadStatus
 from lte_ray.transfer.codec import Codec
-from lte_ray.worker import Batch, Worker, build_model, copy_batch, count_samples, to_device
+from lte_ray.worker import Batch, Worker, build_model, count_samples, to_device
 
 
 class Head:
@@ -286,32 +286,22 @@ class Head:
         if self._draws_known:
             return self._backward(batch)
         with watch_draws(self.device) as drew:
-            loss = self._backward(batch) if self.converted.user_parameters.watched else self._first_backward(batch)
+            if self.converted.user_parameters.watched:
+                loss = self._backward(batch)
+            else:
+                loss = first_backward(self._backward, batch, self.worker, self.model, self.optimizer, self.device)
             self.loss_draws = self.loss_draws or drew()
         return loss
-
-    def _first_backward(self, batch: Batch) -> Tensor:
-        """As `_backward`, until it is known which weights the loss differentiates with respect to."""
-        buffers, state = [buffer.clone() for buffer in self.model.buffers()], worker_state(self.worker)
-        try:
-            with rewind_generators(GradientOfWeight, self.device):
-                return self._backward(copy_batch(batch))
-        except GradientOfWeight:
-            with torch.no_grad():
-                for buffer, value in zip(self.model.buffers(), buffers, strict=True):
-                    buffer.copy_(value)
-            self.optimizer.zero_grad()
-            load_worker_state(self.worker, *state)
-            return self._first_backward(batch)
 
     def _backward(self, batch: Batch) -> Tensor:
         users = self.converted.user_parameters
         with users.track():
             with autocast(self.settings.train, self.device):
-                loss = check_loss(self.worker.loss(self.model, batch))
+                loss, figures = compute_loss(self.worker, self.model, batch)
             users.end_forward()
             torch.autograd.backward(self.optimizer_step.scale_loss(loss))
         self.converted.keep_buffers()
+        self.state.figures.add(figures)
         return loss.detach()
 
     def finish_step(self) -> None:
@@ -335,7 +325,7 @@ class Head:
         state, stream = self.state, self.batch_stream
         assert state.pending is None, "a head has at most one contribution outstanding"
         with self.timer.measure("train"):  # until here the device may be computing
-            state.close_losses()
+            figures = state.close_losses()
         self._draws_known = True
         with self.worker_errors(self.step):
             self.converted.user_parameters.check_unwritten()
@@ -358,6 +348,7 @@ class Head:
             steps=state.step - state.merged.step,
             samples=state.samples - state.merged.samples,
             loss=state.loss,
+            figures=figures,
             base_error=self.main_weights.quantization_error,
             seconds=seconds,
             stall=stall,
@@ -487,14 +478,6 @@ class Head:
         """The model's own buffers that aren't merged."""
         return [(name, b) for name, b in self.model.named_buffers() if name not in self.state.replicas]
 
-    @contextmanager
-    def worker_errors(self, step: int | None) -> Iterator[None]:
+    def worker_errors(self, step: int | None) -> AbstractContextManager[None]:
         """Turns what the worker's code raises into a WorkerFailed that names the head and the step."""
-        try:
-            yield
-        except WorkerFailed:
-            raise
-        except LTEError as error:
-            raise WorkerFailed(f"head {self.number}", step, str(error)) from error
-        except Exception as error:
-            raise WorkerFailed(f"head {self.number}", step, traceback.format_exc()) from error
+        return worker_errors(f"head {self.number}", step)

@@ -42,17 +42,6 @@ def check_precision(train: TrainConfig, trained: Mapping[str, Tensor]) -> None:
         )
 
 
-def check_loss(loss: Any) -> Tensor:
-    """Returns the worker's loss; raises TypeError unless it is a scalar tensor."""
-    if not isinstance(loss, Tensor) or loss.ndim:
-        returned = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TypeError(f"loss() must return a scalar tensor, the mean over the batch; it returned {returned}")
-    if not loss.is_floating_point() or not (loss.requires_grad or torch._C._functorch.is_batchedtensor(loss)):
-        returned = "without a gradient (a detached one?)" if loss.is_floating_point() else f"of type {loss.dtype}"
-        raise TypeError(f"loss() must return a tensor that depends on what trains; it returned one {returned}")
-    return loss
-
-
 def build_optimizer(
     worker: Worker, plan: Plan, tensors: Mapping[str, Tensor], train: TrainConfig
 ) -> tuple[torch.optim.Optimizer, Any]:

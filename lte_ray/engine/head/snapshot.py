@@ -79,6 +79,7 @@ def snapshot(head: Head, request: CheckpointRequest) -> SavedState:
         # A contribution that is pending and not in this version is made again at once.
         "offered": state.contributed.step if pending is None or contained is not None else merged.step,
         "loss": state.loss,
+        "figures": {name: list(each) for name, each in state.figures.sums().items()},
         "position": head.optimizer_step.position,
         "steps": head.settings.train.steps,  # for which the schedule was built
         "optimizer": optimizer_meta,
@@ -124,6 +125,7 @@ def _restore(head: Head, tensors: dict[str, Tensor], meta: dict[str, Any], base:
     state.step, state.samples, state.loss = _count(meta["step"]), _count(meta["samples"]), float(meta["loss"])
     state.contributed = CommittedPosition(head.incarnation, position.sequence, step=_count(meta.get("offered", step)))
     state.losses = [loss.to(head.device) for loss in tensors["losses"]] if "losses" in tensors else []
+    state.figures.load({name: (float(total), _count(count)) for name, (total, count) in meta.get("figures", {}).items()})
     # Older releases took one batch a step, and had no partitions.
     taken = _count(meta.get("batches", state.step))
     partitions: PartitionPairs = to_partitions(meta["lanes"]) if "lanes" in meta else stream.partitions_after(taken)

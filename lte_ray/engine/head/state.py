@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lte_ray.engine.head.loss import Figures
 from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import (
     base_replicas,
@@ -43,6 +44,7 @@ class HeadState:
         sequence: number of the last contribution.
         losses: of the steps since the last contribution.
         loss: mean loss of the last contribution; NaN before the first.
+        figures: the worker's own, of the same steps as `losses`.
     """
 
     plan: Plan
@@ -62,16 +64,22 @@ class HeadState:
     sequence: int = 0
     losses: list[Tensor] = field(default_factory=list)
     loss: float = float("nan")
+    figures: Figures = field(default_factory=Figures)
 
     def __post_init__(self) -> None:
         # Where there is no reference: each A as last merged, or as drawn, which `rewind` restores.
         self._merged_a = {spec.a_name: self.factors[spec.a_name].detach().to("cpu", copy=True) for spec in self.plan.adapted}
 
-    def close_losses(self) -> None:
-        """Sets `loss` to the mean of `losses` (left as it is if there are none) and empties the list."""
+    def close_losses(self) -> dict[str, float]:
+        """Sets `loss` to the mean of `losses` (left as it is if there are none) and empties the list.
+
+        Returns:
+            The means of the worker's figures over the same steps.
+        """
         if self.losses:
             self.loss = float(torch.stack(self.losses).double().mean())
         self.losses = []
+        return self.figures.close()
 
     # -- what the head has trained ---------------------------------------------------------------------------------------
 
@@ -139,6 +147,7 @@ class HeadState:
         for name, value in replica_views(self.plan, self.replica_reference).items():
             copy_rounded(self.replicas[name], value)
         self.losses = []
+        self.figures.load({})
 
     @torch.no_grad()
     def reset_factors(self) -> None:

@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 from lte_ray.adapters.convert import Converted
 from lte_ray.config import TrainConfig
 from lte_ray.engine.head.head import Head
-from lte_ray.engine.head.optimization import autocast, check_loss
+from lte_ray.engine.head.loss import compute_loss
+from lte_ray.engine.head.optimization import autocast
 from lte_ray.engine.head.rng import watch_draws
 from lte_ray.engine.head.worker_state import has_state
 from lte_ray.engine.process_tuning import torch_threads
@@ -334,6 +335,8 @@ class VmappedHeads:
     def backward(self, batches: list[Batch]) -> Tensor:
         """Adds the gradients of each head's batch to its parameters' gradients; returns the losses, one for each head.
 
+        The worker's figures are added to each head's.
+
         Raises:
             Unstackable: the batches differ in shape, or the model does something that can't be batched; no gradient changed.
         """
@@ -345,15 +348,21 @@ class VmappedHeads:
             leaves = [_stack_leaves(each) for each in zip(*(leaves for leaves, _ in flat), strict=True)]
             tensors = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
 
-            def head_loss(trained: dict[str, Tensor], buffers: dict[str, Tensor], own: dict[int, Tensor]) -> Tensor:
+            numbers: dict[str, float] = {}  # figures that aren't tensors, and so are equal in all heads
+
+            def head_loss(
+                trained: dict[str, Tensor], buffers: dict[str, Tensor], own: dict[int, Tensor]
+            ) -> tuple[Tensor, dict[str, Tensor]]:
                 batch = pytree.tree_unflatten([own.get(index, leaf) for index, leaf in enumerate(leaves)], flat[0][1])
-                return self._head_loss(trained, buffers, batch)
+                loss, figures = self._head_loss(trained, buffers, batch)
+                numbers.update({name: value for name, value in figures.items() if not isinstance(value, Tensor)})
+                return loss, {name: value.detach() for name, value in figures.items() if isinstance(value, Tensor)}
 
             users = self._heads[0].converted.user_parameters
             with users.track_functional(self._stacked_ids):
                 with warnings.catch_warnings(), autocast(train, device):
                     warnings.filterwarnings("ignore", message="There is a performance drop")  # it is fast enough, and exact
-                    losses = torch.vmap(head_loss, randomness="different")(self._trained, self._buffers, tensors)
+                    losses, figures = torch.vmap(head_loss, randomness="different")(self._trained, self._buffers, tensors)
                 users.end_forward()
                 scaled = [head.optimizer_step.scale_loss(loss) for head, loss in zip(self._heads, losses, strict=True)]
                 torch.autograd.backward(torch.stack(scaled).sum())  # in here since models may recompute activations themselves
@@ -363,10 +372,17 @@ class VmappedHeads:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise Unstackable(f"the heads can't be computed as one batch: {reason}") from error
         self._distribute_gradients()
+        for head in self._heads:
+            head.state.figures.add(numbers)
+        for name, values in figures.items():
+            for head, value in zip(self._heads, values.unbind(), strict=True):
+                head.state.figures.add({name: value})
         return losses.detach()
 
-    def _head_loss(self, trained: dict[str, Tensor], buffers: dict[str, Tensor], batch: Batch) -> Tensor:
-        """The loss of one head, by the first head's model with these tensors instead of its own."""
+    def _head_loss(
+        self, trained: dict[str, Tensor], buffers: dict[str, Tensor], batch: Batch
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """The loss of one head and the worker's figures, by the first head's model with these tensors instead of its own."""
         before = [holder[key] for holder, key, _ in self._holders]
         try:
             given = []
@@ -374,10 +390,10 @@ class VmappedHeads:
                 tensor = trained[name] if name in trained else buffers[name]
                 holder[key] = tensor.to(holder[key].dtype)  # of 16-bit parameters, float32 values train
                 given.append(holder[key])
-            loss = check_loss(self._worker.loss(self._heads[0].model, batch))
+            loss, figures = compute_loss(self._worker, self._heads[0].model, batch)
             if any(holder[key] is not tensor for (holder, key, _), tensor in zip(self._holders, given, strict=True)):
                 raise NotImplementedError("the model replaces a parameter or buffer by another tensor")
-            return loss
+            return loss, figures
         finally:
             for (holder, key, _), tensor in zip(self._holders, before, strict=True):
                 holder[key] = tensor

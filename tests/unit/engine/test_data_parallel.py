@@ -225,3 +225,22 @@ def test_settings_resolve_twice() -> None:
     once = make(3, accumulate=2).resolved()
     assert (once.train.accumulate, once.train.baseline_processes, once.lte.num_heads) == (12, 3, 1)
     assert once.resolved() == once
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_figures_are_means_over_all_processes(processes: int) -> None:
+    """Also of a figure that only some processes have in a round, since it isn't of every batch."""
+
+    @dataclass
+    class Scored(Tiny):
+        def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> object:  # type: ignore[override]
+            loss, first = super().loss(model, batch), int(batch[0].flatten()[0])
+            return loss, {"double": 2 * loss, f"first {first}": first} if first else {}
+
+    merges = Processes(Scored(), make(processes, accumulate=2)).train()
+    _, expected = run_one(Scored(), make(1, accumulate=2))
+    assert len({name for merge in merges for name in merge.figures}) > 3
+    for merge, other in zip(merges, expected, strict=True):
+        assert merge.figures.keys() == other.figures.keys()
+        for name, values in merge.figures.items():
+            assert values == pytest.approx(other.figures[name], rel=1e-10)

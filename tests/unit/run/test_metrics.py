@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lte_ray.run.metrics import METRICS, Evaluation, MetricsLog
+from lte_ray.messages import MergeRecord
+from lte_ray.run.metrics import METRICS, Evaluation, MetricsLog, latest_figures
 from lte_ray.storage import RunDirectory
 
 
@@ -44,3 +45,13 @@ def test_a_listener_that_raises_is_removed(directory: RunDirectory, caplog: pyte
         "A listener of the metrics gets no more rows: ValueError: no room."
     ]
     assert len(directory.read(METRICS).splitlines()) == 2
+
+
+def test_the_latest_figures_are_means_of_each_heads_newest_values() -> None:
+    """A head that isn't in the last merge counts with its merge before; a figure that few heads have is their mean."""
+    merges = [
+        MergeRecord(1, 1.0, (0, 1), 2, 2, {}, 0, 0, 1, figures={"hits": {0: 0.1, 1: 0.5}, "once": {1: 7.0}}),
+        MergeRecord(2, 2.0, (0,), 1, 1, {}, 0, 0, 2, figures={"hits": {0: 0.3}}),
+    ]
+    assert latest_figures(merges) == {"hits": pytest.approx(0.4), "once": 7.0}
+    assert latest_figures([]) == {}
