@@ -100,7 +100,7 @@ $(BIN)/python:
 
 # The constraints pin every version that these targets install; pyproject.toml keeps the ranges that work.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) --editable ".[plot]"
+	$(INSTALL) --editable ".[plots]"
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python

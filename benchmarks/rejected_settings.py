@@ -181,6 +181,7 @@ def workers(run: Run, folder: Path) -> Iterator[Row]:
     yield Row("no WORKER", *run("train"))
     for name in (
         "nowhere:Net",
+        "regresion",
         "workers.regression",
         "workers.regression:Regresion",
         "no/file.py:Net",

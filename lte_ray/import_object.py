@@ -1,17 +1,26 @@
-"""Imports a user's class from ``package.module:Class`` or ``path/to/file.py:Class``."""
+"""Imports a user's class from ``package.module:Class`` or ``path/to/file.py:Class``, or by its short name."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
 from lte_ray.config import suggest
-from lte_ray.errors import LTEError
+from lte_ray.errors import LTEError, WorkerError
 from lte_ray.file_modules import load_file
+from lte_ray.recipes import RECIPES
+
+WORKERS = "lte_ray.workers"
+"""Group of entry points by which installed packages give their workers short names: ``name = "module:Class"``."""
+
+POLICIES = "lte_ray.policies"
+"""The same for merge policies."""
 
 
 def is_object_path(spec: str) -> bool:
@@ -23,6 +32,56 @@ def absolute(spec: str) -> str:
     """`spec` in a form that is valid in every folder: a file's path becomes absolute, anything else stays."""
     place, _, name = spec.rpartition(":")
     return f"{os.path.abspath(place)}:{name}" if place.endswith(".py") else spec
+
+
+def worker_names() -> dict[str, list[str]]:
+    """Returns what each short name of a worker means: a recipe's ``module:Class``, or that of an installed package."""
+    return entry_points(WORKERS, RECIPES)
+
+
+def entry_points(group: str, builtin: Mapping[str, str] | None = None) -> dict[str, list[str]]:
+    """Returns the ``module:Class`` that the entry points of a group give each name. Several packages may give one name."""
+    names: dict[str, list[str]] = {name: [spec] for name, spec in (builtin or {}).items()}
+    for point in importlib.metadata.entry_points(group=group):
+        if point.value not in names.setdefault(point.name, []):  # an editable package may be listed twice
+            names[point.name].append(point.value)
+    return names
+
+
+def from_entry_points(name: str, names: Mapping[str, list[str]], *, what: str, error: type[LTEError]) -> str:
+    """Returns the ``module:Class`` of a name in what `entry_points` returned.
+
+    Raises:
+        error: several packages give this name to different objects.
+    """
+    first, *others = names[name]
+    if others:
+        raise error(f"{what} {name!r} is the name of {len(others) + 1}: {', '.join(names[name])}. Give the one that you mean.")
+    return first
+
+
+def load_worker(program: str, *, what: str = "WORKER") -> Any:
+    """Imports a worker by a short name, ``package.module:Class`` or ``path/to/file.py:Class``.
+
+    Args:
+        program: which worker.
+        what: how the user knows it, for messages.
+
+    Raises:
+        WorkerError: as `load_object`, or there is no such name.
+    """
+    if is_object_path(program) or program.endswith(".py") or os.sep in program:
+        return load_object(program, what=what, error=WorkerError)
+    names = worker_names()
+    if program not in names:
+        raise WorkerError(f"{what} is {program!r}, but it must be {worker_forms(names)}.{suggest(program, names)}")
+    spec = from_entry_points(program, names, what=what, error=WorkerError)
+    return load_object(spec, what=what, error=WorkerError)
+
+
+def worker_forms(names: Iterable[str]) -> str:
+    """Says how a worker can be named."""
+    return f"a ready-made worker ({', '.join(names)}), package.module:Class or path/to/file.py:Class"
 
 
 def load_object(spec: str, *, what: str, error: type[LTEError], functions: bool = False) -> Any:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workers.images import ImageClassifier, check_multiple, initialize
+from .images import ImageClassifier, check_multiple, initialize
 
 
 class MLP(nn.Module):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workers.images import ImageClassifier, check_multiple, initialize
+from .images import ImageClassifier, check_multiple, initialize
 
 
 class Block(nn.Module):

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lte_ray.misc import sinusoidal
-from workers.images import ImageClassifier, check_multiple, initialize
+
+from .images import ImageClassifier, check_multiple, initialize
 
 
 class Block(nn.Module):

@@ -19,7 +19,7 @@ from lte_ray.cli.flags import SECTION_TITLES, Subcommand, make_without_settings,
 from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
 from lte_ray.config.ladder import LadderConfig
 from lte_ray.errors import ConfigError, StorageError, WorkerError
-from lte_ray.import_object import load_object
+from lte_ray.import_object import load_worker, worker_forms, worker_names
 from lte_ray.storage import LOCK, RunDirectory, exclusive_lock
 
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ def ladder(arguments: list[str]) -> None:
     """
     named = bool(arguments) and not arguments[0].startswith("-")
     if not named and not {"-h", "--help"} & set(arguments):
-        raise WorkerError("lte-ray ladder needs a WORKER first: lte-ray ladder package.module:Class or path/to/file.py:Class.")
+        raise WorkerError(f"lte-ray ladder needs a WORKER first: {worker_forms(worker_names())}.")
     program, rest = (arguments[0], arguments[1:]) if named else ("WORKER", arguments)
-    kind = load_object(program, what="WORKER", error=WorkerError) if named else None
+    kind = load_worker(program) if named else None
     if kind is not None and not inspect.isclass(kind):
         raise WorkerError(f"WORKER {program!r} is a {type(kind).__name__}, not a class.")
     sections, worker = parse_sections(kind, program, rest, LADDER)

@@ -21,7 +21,7 @@ from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.config.cluster_model import ClusterModel
 from lte_ray.config.validation import check_booleans, check_choice, setting
 from lte_ray.errors import ConfigError, WorkerError
-from lte_ray.import_object import load_object
+from lte_ray.import_object import load_worker
 from lte_ray.run.display import format_bytes
 from lte_ray.simulation import KINDS, SimulationRecord
 
@@ -69,7 +69,7 @@ def simulate(arguments: list[str]) -> None:
     """
     named = bool(arguments) and not arguments[0].startswith("-")
     program, rest = (arguments[0], arguments[1:]) if named else ("", arguments)
-    kind = load_object(program, what="WORKER", error=WorkerError) if named else None
+    kind = load_worker(program) if named else None
     if kind is not None and not inspect.isclass(kind):
         raise WorkerError(f"WORKER {program!r} is a {type(kind).__name__}, not a class.")
     sections, worker = parse_sections(kind, program or "[WORKER]", rest, SIMULATE)

@@ -16,7 +16,7 @@ from lte_ray.cli.flags import Parsed, make_without_settings, parse
 from lte_ray.cli.toml_config import from_content
 from lte_ray.config import check_run_name
 from lte_ray.errors import WorkerError
-from lte_ray.import_object import load_object
+from lte_ray.import_object import load_worker, worker_forms, worker_names
 from lte_ray.redaction import without_credentials
 from lte_ray.run.display import format_bytes
 from lte_ray.storage import RunDirectory
@@ -38,12 +38,10 @@ def train(arguments: list[str]) -> None:
     program, rest = (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else (None, arguments)
     if program is None:
         if not {"-h", "--help"} & set(rest):
-            raise WorkerError(
-                "lte-ray train needs a WORKER first: lte-ray train package.module:Class or path/to/file.py:Class."
-            )
+            raise WorkerError(f"lte-ray train needs a WORKER first: {worker_forms(worker_names())}.")
         parse(None, "WORKER", rest)
         return
-    kind = load_object(program, what="WORKER", error=WorkerError)
+    kind = load_worker(program)
     if not inspect.isclass(kind):
         raise WorkerError(f"WORKER {program!r} is a {type(kind).__name__}, not a class.")
     parsed = parse(kind, program, rest)
@@ -72,7 +70,7 @@ def _train_again(name: str, flags: list[str]) -> ray.train.Result:
     record = run_record.read(RunDirectory.open(place, name))
     console = Console(stderr=True, highlight=False)
     console.print(Text(f"{record.directory.display} continues with {record.program}, as its {RUN} says."))
-    kind = load_object(record.program, what=f"The worker that {RUN} names,", error=WorkerError)
+    kind = load_worker(record.program, what=f"The worker that {RUN} names,")
     if not inspect.isclass(kind):
         raise WorkerError(f"{record.program!r}, which {RUN} names, is a {type(kind).__name__}, not a class.")
     file = from_content(record.path, record.content)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lte_ray.config.toml import NONE, convert
 from lte_ray.errors import WorkerError
-from lte_ray.import_object import load_object
+from lte_ray.import_object import load_worker
 from lte_ray.redaction import OMITTED, mask_secrets
 from lte_ray.storage import RUN
 from lte_ray.worker import check_worker, constructor_parameters
@@ -27,7 +27,7 @@ def make_worker(record: dict[str, Any], override: Any = None) -> Any:
     if isinstance(program, str):
         what = "--worker" if override else f"The worker that {RUN} names,"
         try:
-            kind = load_object(program, what=what, error=WorkerError)
+            kind = load_worker(program, what=what)
         except WorkerError as error:
             if override:
                 raise

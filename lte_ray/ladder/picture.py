@@ -16,7 +16,7 @@ COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#9c
 MARKERS = "osD^vP*X"
 
 HOW_TO_GET_MATPLOTLIB = (
-    "The picture needs matplotlib: pip install 'lte-ray[plot]'. The same command then draws it without training."
+    "The picture needs matplotlib: pip install 'lte-ray[plots]'. The same command then draws it without training."
 )
 
 

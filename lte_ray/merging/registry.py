@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lte_ray.config import MergeConfig, suggest
 from lte_ray.errors import ConfigError
-from lte_ray.import_object import is_object_path, load_object
+from lte_ray.import_object import POLICIES as ENTRY_POINTS
+from lte_ray.import_object import entry_points, from_entry_points, is_object_path, load_object
 from lte_ray.merging.policies.gated import LossGate
 from lte_ray.merging.policies.orthogonal import Orthogonal
 from lte_ray.merging.policies.outer_optimizers import Adam, DelayedNesterov, Momentum, MomentumPolicy, Nesterov
@@ -151,8 +152,8 @@ def make_rule(policy: Any, arguments: Mapping[str, Any] | None = None) -> Any:
     """Constructs what `MergeConfig.policy` names: an object with a `merge` or `decide` method, or a function.
 
     Args:
-        policy: a built-in name, ``module:Class``, ``file.py:Class`` (or a function or object there), a class, a function
-            ``f(pending, roster)``, or a policy object.
+        policy: a built-in name, an entry point of the group ``lte_ray.policies``, ``module:Class``, ``file.py:Class`` (or a
+            function or object there), a class, a function ``f(pending, roster)``, or a policy object.
         arguments: for the class's constructor, or keywords for the function.
 
     Raises:
@@ -209,9 +210,14 @@ def find_policy(policy: Any) -> Any:
         return POLICIES[policy]
     if is_object_path(policy):
         return load_object(policy, what="--policy", error=ConfigError, functions=True)
+    installed = entry_points(ENTRY_POINTS)
+    if policy in installed:
+        spec = from_entry_points(policy, installed, what="--policy", error=ConfigError)
+        return load_object(spec, what="--policy", error=ConfigError, functions=True)
+    others = f" Installed packages add: {', '.join(sorted(installed))}." if installed else ""
     raise ConfigError(
-        f"--policy is {policy!r}, but the built-in policies are: {', '.join(sorted(POLICIES))}."
-        f"{suggest(policy, POLICIES)} Give your own as module:Class or path/to/file.py:Class."
+        f"--policy is {policy!r}, but the built-in policies are: {', '.join(sorted(POLICIES))}.{others}"
+        f"{suggest(policy, {*POLICIES, *installed})} Give your own as module:Class or path/to/file.py:Class."
     )
 
 

@@ -100,9 +100,10 @@ DECISIONS: dict[str, Runs | str] = {
     "RAY_ADDRESS=auto lte-ray train mine.py:Net --num-heads 2 --steps 100": Runs(cluster=True),
     "ray job submit --address http://HEAD-NODE:8265 --working-dir . -- lte-ray train mine.py:Net --num-heads 8 "
     "--storage s3://bucket/runs --name net-8 --resume": "it needs a cluster on other machines and a bucket",
-    "lte-ray train workers.vit:ViT --num-heads 2 --lr 0.0125": "it needs Fashion-MNIST; tests/unit/workers has smaller images",
-    "lte-ray train workers.vit:ViT --config workers/configs/vit-gpu.toml": "it needs a GPU",
-    "lte-ray train workers.vit:ViT --config workers/configs/vit-paper.toml --worker.data FOLDER": "it needs GPUs, and ImageNet",
+    "lte-ray train regression --num-heads 2 --steps 200": Runs(),
+    "lte-ray train vit --num-heads 2 --lr 0.0125": "it needs Fashion-MNIST; tests/unit/workers has smaller images",
+    "lte-ray train vit --config workers/configs/vit-gpu.toml": "it needs a GPU",
+    "lte-ray train vit --config workers/configs/vit-paper.toml --worker.data FOLDER": "it needs GPUs, and ImageNet",
     "lte-ray train workers.gpt:GPT --num-heads 2 --gpus-per-head 0.5 --precision bf16-mixed --lora-r 32 --steps 60 "
     "--eval-every 0 --worker.width 768 --worker.depth 12 --worker.attention-heads 12 --worker.context 512 "
     "--worker.batch-size 32": "it needs a GPU",

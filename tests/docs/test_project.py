@@ -91,3 +91,13 @@ def test_the_lowest_versions_are_those_of_the_ranges() -> None:
 def _release(version: str) -> list[int]:
     """A version's numbers without trailing zeros."""
     return [int(number) for number in re.sub(r"(\.0)+$", "", version).split(".")]
+
+
+def test_extras_that_pages_and_messages_name_exist() -> None:
+    """Each `lte-ray[NAME]` in the documentation, the library and the ready-made workers can be installed."""
+    extras = set(PYPROJECT["project"]["optional-dependencies"])
+    files = [*ROOT.glob("*.md"), *(path for folder in ("docs", "lte_ray", "workers") for path in (ROOT / folder).rglob("*"))]
+    for file in files:
+        if file.suffix in {".md", ".py", ".toml"}:
+            named = re.findall(r"lte-ray\[([\w,-]+)\]", file.read_text())
+            assert {extra for names in named for extra in names.split(",")} <= extras, file

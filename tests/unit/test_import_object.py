@@ -10,7 +10,9 @@ import pytest
 
 from lte_ray.errors import ConfigError, WorkerError
 from lte_ray.file_modules import FILE_MODULE_PREFIX
-from lte_ray.import_object import absolute, is_object_path, load_object
+from lte_ray.import_object import absolute, is_object_path, load_object, load_worker, worker_names
+from lte_ray.merging.registry import find_policy
+from lte_ray.recipes import RECIPES
 
 
 @pytest.fixture(autouse=True)
@@ -165,3 +167,60 @@ def test_a_file_becomes_absolute_and_a_module_stays(tmp_path: Path, monkeypatch:
     assert absolute("mine/net.py:Net") == f"{tmp_path}/mine/net.py:Net"
     assert absolute("package.module:Net") == "package.module:Net"
     assert absolute("average") == "average"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_by_its_short_name(name: str) -> None:
+    """It is a class of `lte_ray.recipes`, whose files are those in the repository's `workers/`."""
+    kind = load_worker(name)
+    assert kind.__module__.startswith("lte_ray.recipes.")
+    assert Path(sys.modules[kind.__module__].__file__ or "").parent == Path(__file__).parents[2] / "workers"
+
+
+def install(folder: Path, package: str, entry_points: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts a package with entry points and a module of the same name on the path."""
+    (folder / f"{package}.py").write_text("class Net: pass\nclass Rule:\n    def decide(self, pending, roster): pass\n")
+    info = folder / f"{package}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(entry_points)
+    if str(folder) not in sys.path:
+        monkeypatch.syspath_prepend(str(folder))
+
+
+def test_installed_packages_add_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of workers and of merge policies, as entry points."""
+    points = "[lte_ray.workers]\nnet-e = package_e:Net\n[lte_ray.policies]\nrule-e = package_e:Rule\n"
+    install(folder, "package_e", points, monkeypatch)
+    assert load_worker("net-e").__module__ == "package_e"
+    assert find_policy("rule-e").__name__ == "Rule"
+    with pytest.raises(ConfigError, match=r"Installed packages add: rule-e\. Did you mean rule-e\?"):
+        find_policy("rule-f")
+
+
+def test_a_name_that_two_packages_give(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It isn't chosen by chance."""
+    for package in ("package_f", "package_g"):
+        install(folder, package, f"[lte_ray.workers]\ngpt = {package}:Net\n", monkeypatch)
+    with pytest.raises(WorkerError) as raised:
+        load_worker("gpt")
+    assert sorted(worker_names()["gpt"]) == ["lte_ray.recipes.gpt:GPT", "package_f:Net", "package_g:Net"]
+    assert str(raised.value).startswith("WORKER 'gpt' is the name of 3: lte_ray.recipes.gpt:GPT, ")
+    assert str(raised.value).endswith("Give the one that you mean.")
+
+
+@pytest.mark.parametrize("name", ["gtp", "workers.gpt", ""])
+def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
+    """With the other forms, and a suggestion if one is near."""
+    with pytest.raises(WorkerError) as raised:
+        load_worker(name)
+    known = f"a ready-made worker ({', '.join(RECIPES)}), package.module:Class or path/to/file.py:Class."
+    assert str(raised.value).startswith(f"WORKER is {name!r}, but it must be {known}")
+    assert str(raised.value).endswith("Did you mean gpt?") == (name == "gtp")
+
+
+@pytest.mark.parametrize("name", ["net.py", "sub/net"])
+def test_a_path_without_a_class_is_explained(name: str) -> None:
+    """Such a text is no short name."""
+    with pytest.raises(WorkerError, match=r"it must be package\.module:Class or path/to/file\.py:Class"):
+        load_worker(name)

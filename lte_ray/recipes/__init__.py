@@ -1,0 +1,24 @@
+"""The ready-made workers: `gpt`, `vit` and others, each a module of this package.
+
+In a wheel their files lie in this folder. In a checkout they are in `workers/`, beside the library, and this package finds them
+there. So both have the same names, in every process.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+RECIPES = {
+    "gpt": "lte_ray.recipes.gpt:GPT",
+    "vit": "lte_ray.recipes.vit:ViT",
+    "mixer": "lte_ray.recipes.mixer:Mixer",
+    "resnet": "lte_ray.recipes.resnet:ResNet",
+    "minilm": "lte_ray.recipes.minilm:MiniLM",
+    "regression": "lte_ray.recipes.regression:Regression",
+}
+"""Short names of the ready-made workers. Other packages add theirs as entry points (`lte_ray.import_object.worker_names`)."""
+
+_CHECKOUT = Path(__file__).parents[2] / "workers"
+
+if not Path(__file__).with_name("gpt.py").is_file() and (_CHECKOUT / "gpt.py").is_file():
+    __path__.append(str(_CHECKOUT))
