@@ -30,6 +30,7 @@ SETTINGS = [
     "--schedule cosin",
     "--warmup 10",
     "--weight-decay -1",
+    "--init-from no/such/weights",
     "--epochs 0",
     "--epochs 3 --steps 100",
     "--tokens 1e9",

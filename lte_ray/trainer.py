@@ -218,7 +218,7 @@ class LTETrainer:
 
 def _warn(initial: Initial, num_heads: int) -> None:
     ranks = describe_low_rank(initial.plans[:num_heads]), describe_cut_ranks(initial, num_heads)
-    for note in (*ranks, initial.data_problem):
+    for note in (*ranks, initial.data_problem, initial.start):
         if note:
             log.warning(note)
 

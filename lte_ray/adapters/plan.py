@@ -81,6 +81,7 @@ def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
         fields = WEIGHT_FIELDS if name in weights else ("bias", "lr") if is_lora_bias else ("lr",)
         chosen = settings.resolve_shared(name, uses, fields)
         bias = chosen.bias if is_lora_bias else None
+        named = any(settings.is_unadapted(use, name) for use in uses)
         if bias == "lora" and any(use.role != "bias" for use in uses):
             bias = "replica"  # packed biases are added after the projections
         if name in weights:
@@ -94,10 +95,7 @@ def make_plan(model: nn.Module, lte: LTEConfig, head: int = 0) -> Plan:
         elif bias == "lora":
             check_hooks(name, parameter)
             adapted.append(Adapted(name, shape, 1, chosen.scaling, lr=chosen.lr))
-        elif bias != "frozen":
-            named = any(settings.is_unadapted(use, name) for use in uses)
-            if lte.others == "frozen" and bias is None and not named:
-                continue
+        elif bias != "frozen" and (lte.others != "frozen" or bias or named):
             _check_gradient(name, uses)
             replicas.append(Replica(name, shape, chosen.lr))
             if bias is None and not named and not any(use.kind == NORM.name for use in uses):

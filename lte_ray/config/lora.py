@@ -72,8 +72,8 @@ class LTEConfig:
     )
     others: Literal["replica", "frozen"] = setting(
         "replica",
-        "Parameters without LoRA, such as norms, embeddings, and biases unless --lora-bias is lora: replica (each head trains a "
-        "copy, and merges average the changes) or frozen (only factors train, as in PEFT). What --exclude or a rule with "
+        "Parameters without LoRA, such as norms, embeddings, and biases unless --lora-bias is lora: replica (each head trains "
+        "a copy, and merges average the changes) or frozen (only factors train, as in PEFT). What --exclude or a rule with "
         "adapt=false names trains in either case.",
     )
     exclude: tuple[str, ...] = setting(

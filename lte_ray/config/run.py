@@ -52,6 +52,12 @@ class TrainConfig:
     seed: int = setting(
         0, "Seed of the initial weights, of every head's A, of the data order and of the random number generators."
     )
+    init_from: str | None = setting(
+        None,
+        "Weights to start from, instead of those of build_model(): the directory of a finished run (path or URI), a "
+        ".safetensors file, or a folder with a model of transformers or an adapter of PEFT. Every node must be able to read "
+        "it.",
+    )
     eval_every: int = setting(10, "Evaluate the merged weights every N merges, and at the start and end; 0: only at the end.")
     checkpoint_every: int = setting(20, "Write a checkpoint every N merges, and at the end; 0: only at the end.")
     threads_per_head: int = setting(
@@ -126,6 +132,8 @@ class TrainConfig:
         check_choice(self, "budget", ("auto", "each", "shared"))
         to_name_tuples(self, "checkpoint_activations")
         check_booleans(self, "baseline", "compile")
+        if self.init_from is not None and (not isinstance(self.init_from, str) or not self.init_from):
+            raise ConfigError(f"--init-from is {self.init_from!r}, but it must be a path or URI.")
         self._check_length()
         if self.baseline_processes > 1 and not self.baseline:
             raise ConfigError(

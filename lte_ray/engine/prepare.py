@@ -20,6 +20,7 @@ from lte_ray.engine.head.optimizer_state import optimizer_state
 from lte_ray.engine.head.rng import preserve_generators
 from lte_ray.engine.head.untrained import Fingerprints, fingerprints, resolve_buffers
 from lte_ray.engine.head.worker_state import own_worker, worker_state
+from lte_ray.engine.initial_weights import load_initial_weights
 from lte_ray.engine.run_length import count_steps
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError, UserError, WorkerError
@@ -48,6 +49,7 @@ class Initial:
         untrained: fingerprints of what nothing trains in the model.
         data_problem: how the worker's batches don't follow the shard, in words; empty if they may.
         steps: local steps of each head.
+        start: how the weights of ``--init-from`` don't fit the model, in words; empty if they do.
     """
 
     model: nn.Module
@@ -58,6 +60,7 @@ class Initial:
     untrained: Fingerprints
     data_problem: str
     steps: int
+    start: str
 
     def complete(self, settings: Settings) -> Settings:
         """Returns the settings with what only the model could tell."""
@@ -89,6 +92,7 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
     name, worker = type(worker).__name__, own_worker(worker)  # a state of its own stays as it is
     try:
         model = build_model(worker, settings.train.seed)
+        start = load_initial_weights(model, settings.train.init_from) if settings.train.init_from else ""
     except UserError:
         raise
     except Exception as error:
@@ -117,7 +121,8 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
     _check_state(worker, plans[0], settings.train)
     check_lr_scale(worker, plans[0], {**tensors, **zeros}, settings.train)
     base, data_problem = gather(plans[0].base, tensors, dtype), describe_unread_shard(worker, reads.names)
-    return Initial(model, plans, base, optimizer, lte, fingerprints(tensors, plans[0]), data_problem, settings.train.steps)
+    untrained, steps = fingerprints(tensors, plans[0]), settings.train.steps
+    return Initial(model, plans, base, optimizer, lte, untrained, data_problem, steps, start)
 
 
 def _check_state(worker: Worker, plan: Plan, train: TrainConfig) -> None:

@@ -27,7 +27,7 @@ from lte_ray.errors import ConfigError, StorageError
 from lte_ray.export import peft as _peft
 from lte_ray.export import pretrained as _pretrained
 from lte_ray.export.run_reader import Written, open_run, read_run, select_checkpoint
-from lte_ray.run.record import MODEL
+from lte_ray.storage import MODEL
 
 __all__ = ["Written", "peft_adapter", "safetensors", "save_pretrained"]
 

@@ -77,7 +77,8 @@ def write_adapter(saved: SavedRun, folder: Path, head: int | None, rank: int | N
     with ignore_warnings():
         adapted = _make_peft_model(peft, model, placement, pairs, final)
         adapted.peft_config[ADAPTER].task_type = _task_type(model, placement)
-        name = "" if head is not None else _name_of(model)  # a head's isn't for the weights with that name
+        other = head is not None or saved.record.get("init_from")  # then it isn't for the weights with that name
+        name = "" if other else _name_of(model)
         if head is not None or name:
             adapted.peft_config[ADAPTER].base_model_name_or_path = name
         adapted.save_pretrained(str(folder), save_embedding_layers=False)

@@ -17,6 +17,7 @@ from lte_ray.config import LTEConfig, TrainConfig
 from lte_ray.config.baseline import baseline_lte
 from lte_ray.engine.head.rng import preserve_generators
 from lte_ray.engine.head.untrained import check_equal_builds, fingerprints
+from lte_ray.engine.initial_weights import build_initial_model
 from lte_ray.engine.prepare import named_tensors
 from lte_ray.errors import ConfigError, StorageError, UserError, WorkerError
 from lte_ray.export.worker_factory import make_worker
@@ -24,7 +25,6 @@ from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import gather
 from lte_ray.run import record as run_record
 from lte_ray.storage import RUN, RunDirectory, split_run_path
-from lte_ray.worker import build_model
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def read_run(run: str | os.PathLike[str], version: int | None = None, worker: An
     instance = make_worker(record.content, worker)
     with preserve_generators(torch.device("cpu")):  # keeps the caller's random state
         try:
-            model = build_model(instance, train.seed)
+            model = build_initial_model(instance, train)
         except UserError:
             raise
         except Exception as error:

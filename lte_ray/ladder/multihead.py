@@ -17,6 +17,7 @@ from lte_ray.engine.head.batch_stream import BatchStream
 from lte_ray.engine.head.loss import compute_loss
 from lte_ray.engine.head.optimization import OptimizerStep, autocast, build_optimizer, checkpoint_activations
 from lte_ray.engine.head.rng import Generators, head_seed
+from lte_ray.engine.initial_weights import build_initial_model
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import LTEError, WorkerFailed
 from lte_ray.ladder.figures import evaluate
@@ -25,7 +26,7 @@ from lte_ray.modes.merged_state_dict import merged_state_dict
 from lte_ray.modes.parameter_guard import MODEL_RUNNING
 from lte_ray.modes.prepare import prepare_model_for_lte
 from lte_ray.modes.stacked_factors import StackedFactors
-from lte_ray.worker import Worker, build_model, count_samples, to_device
+from lte_ray.worker import Worker, count_samples, to_device
 
 
 class MultiheadTraining:
@@ -57,8 +58,8 @@ class MultiheadTraining:
         self._generators = Generators(head_seed(seed, 0), self._device)
         self.step = self.samples = 0
         with self._generators.swapped_in(), self._worker_errors():
-            self._evaluated = build_model(worker, seed).to(self._device)
-            model = build_model(worker, seed)
+            self._evaluated = build_initial_model(worker, self._train).to(self._device)
+            model = build_initial_model(worker, self._train)
             plans, parameters = make_plans(model, lte), dict(model.named_parameters())
             model = prepare_model_for_lte(
                 model, _for_modes(lte), strict=False, mode="mhlora", use_special_attention_scaling=False, seed=seed

@@ -23,12 +23,10 @@ from lte_ray.errors import StorageError
 from lte_ray.import_object import absolute
 from lte_ray.merging.registry import stable_name
 from lte_ray.redaction import OMITTED, redact, split_secrets, without_credentials
-from lte_ray.storage import RUN, RunDirectory
+from lte_ray.storage import MODEL, RUN, RunDirectory
 from lte_ray.worker import worker_settings
 
 T = TypeVar("T")
-
-MODEL = "model.safetensors"
 
 
 def make_record(

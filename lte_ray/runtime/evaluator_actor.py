@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from lte_ray import fault_injection
+from lte_ray.engine.initial_weights import build_initial_model
 from lte_ray.engine.prepare import load_base
 from lte_ray.errors import LTEError, WorkerFailed
 from lte_ray.layout import Plan
 from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.object_store import Handle
-from lte_ray.worker import build_model
 
 
 class EvaluatorActor:
@@ -72,7 +72,7 @@ class EvaluatorActor:
         torch.set_num_threads(self._threads)
         try:
             if self._model is None:
-                self._model = build_model(self._load_worker(), self._context.settings.train.seed).to(self._device)
+                self._model = build_initial_model(self._load_worker(), self._context.settings.train).to(self._device)
             load_base(self._model, self._plan, self._context.transport.fetch(base))
             fault_injection.inject("evaluates")
             with torch.no_grad():

@@ -22,6 +22,9 @@ T = TypeVar("T")
 RUN = "run.toml"
 """The first file that a run writes: all its settings."""
 
+MODEL = "model.safetensors"
+"""The merged weights of a finished run."""
+
 PROBE = ".writable"
 """A file that is written and removed, to find out whether the directory is writable."""
 

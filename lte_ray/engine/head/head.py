@@ -27,13 +27,14 @@ from lte_ray.engine.head.state import HeadState
 from lte_ray.engine.head.timing import HeadTimer
 from lte_ray.engine.head.untrained import FrozenParameters, UnmergedBuffers, check_equal_builds, fingerprints
 from lte_ray.engine.head.worker_state import own_worker
+from lte_ray.engine.initial_weights import build_initial_model
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import worker_errors
 from lte_ray.merging.flat_buffer import factors_part
 from lte_ray.merging.low_rank import Share, squared_norm
 from lte_ray.messages import CommittedPosition, Contribution, ContributionResult, HeadDirective, HeadStatus
 from lte_ray.transfer.codec import Codec
-from lte_ray.worker import Batch, Worker, build_model, count_samples, to_device
+from lte_ray.worker import Batch, Worker, count_samples, to_device
 
 
 class Head:
@@ -90,13 +91,8 @@ class Head:
         # The model is built under the run's seed; what the head draws after that is its own.
         self.rng = Generators(head_seed(settings.train.seed, number), self.device)
         with self.rng.swapped_in(), self.worker_errors(None):
-            self.converted = convert(
-                build_model(self.worker, settings.train.seed),
-                settings.lte,
-                seed=settings.train.seed,
-                head=number,
-                separate_reference=separate_reference,
-            )
+            model, seed = build_initial_model(self.worker, settings.train), settings.train.seed
+            self.converted = convert(model, settings.lte, seed=seed, head=number, separate_reference=separate_reference)
             self.model, self.plan = self.converted.model.to(self.device).train(), self.converted.plan
             self.converted.make_masters()
             self.converted.keep_buffers()  # finds them, now that they are on the device

@@ -508,6 +508,7 @@ EVERYTHING = (
         warmup=5,
         clip_norm=0.5,
         accumulate=3,
+        init_from="runs/first",
         weight_decay=0.125,
         lr_scale=0.5,
         checkpoint_activations=("a", "b.*"),
