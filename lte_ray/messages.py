@@ -49,6 +49,29 @@ class CommittedPosition:
 
 
 @dataclass(frozen=True)
+class Measures:
+    """What a head has measured of its training since its last contribution.
+
+    Attributes:
+        lr: the learning rates by parameter group ("lora", "replica"), after the last step; the highest of groups of one name.
+        gradient_norm: of the first step's gradient, before clipping; None if it wasn't measured.
+        tokens: that the contribution holds; None if that isn't known.
+        flops: operations that its samples took, as the worker says; None if it doesn't.
+        peaks: by GPU, its highest operations per second; empty on CPUs, and for GPUs that aren't known.
+        gpu_memory: bytes that torch has allocated at most on the head's GPU; None on CPUs.
+        memory: bytes of its process's resident memory at most; 0 if unknown. Both are of all heads of the process.
+    """
+
+    lr: dict[str, float] = field(default_factory=dict)
+    gradient_norm: float | None = None
+    tokens: int | None = None
+    flops: float | None = None
+    peaks: dict[str, float] = field(default_factory=dict)
+    gpu_memory: int | None = None
+    memory: int = 0
+
+
+@dataclass(frozen=True)
 class Contribution:
     """A head's offer to the coordinator: what it learned since its reference.
 
@@ -62,6 +85,7 @@ class Contribution:
         steps, samples: what was trained since the head's last accepted contribution.
         loss: mean training loss over those steps.
         figures: means of the worker's own figures over the steps since the head's last contribution, by name.
+        measures: of the head.
         base_error: relative error of this head's main weights from quantizing the base of `version`, the largest of the layers.
         seconds: time that the steps since its last contribution took.
         stall: time for which merging kept the head from training meanwhile.
@@ -83,6 +107,7 @@ class Contribution:
     samples: int
     loss: float
     figures: dict[str, float] = field(default_factory=dict)
+    measures: Measures = Measures()
     base_error: float = 0.0
     seconds: float = 0.0
     stall: float = 0.0
@@ -93,15 +118,6 @@ class Contribution:
     checksums: tuple[int, ...] = ()
     norm: float | None = None
     buffer: Any = field(default=None, repr=False, compare=False)
-
-
-def figures_by_name(contributions: Iterable[Contribution]) -> dict[str, dict[int, float]]:
-    """The worker's figures of all contributions, by name and head. Heads may have figures of other names."""
-    by_name: dict[str, dict[int, float]] = {}
-    for contribution in contributions:
-        for name, value in contribution.figures.items():
-            by_name.setdefault(name, {})[contribution.head] = value
-    return by_name
 
 
 @dataclass(frozen=True)
@@ -323,6 +339,7 @@ class MergeRecord:
         steps, samples: what their contributions hold, together.
         losses: mean training loss, by head.
         figures: the worker's own, by name and head.
+        measures: by head.
         bytes_up, bytes_down: what these contributions cost until all heads have them.
         step: the furthest of the merged heads'.
         steps_taken: local steps of all heads that contributions have reported.
@@ -350,6 +367,7 @@ class MergeRecord:
     step: int
     steps_taken: int = 0
     figures: dict[str, dict[int, float]] = field(default_factory=dict)
+    measures: dict[int, Measures] = field(default_factory=dict)
     merge_seconds: float = 0.0
     base_error: float = 0.0
     weights: dict[int, float] = field(default_factory=dict)
@@ -361,6 +379,15 @@ class MergeRecord:
     positions: dict[int, CommittedPosition] = field(default_factory=dict)
     fresh: tuple[int, ...] = ()
     base: Any = field(default=None, repr=False, compare=False)
+
+    @staticmethod
+    def collect_figures(contributions: Iterable[Contribution]) -> dict[str, dict[int, float]]:
+        """The worker's figures of these contributions, by name and head. Heads may have figures of other names."""
+        by_name: dict[str, dict[int, float]] = {}
+        for contribution in contributions:
+            for name, value in contribution.figures.items():
+                by_name.setdefault(name, {})[contribution.head] = value
+        return by_name
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from lte_ray.merging.registry import make_policy, may_merge_by_weights, resolved
 from lte_ray.messages import HeadTimes
 from lte_ray.run import record as run_record
 from lte_ray.run.display import automatic_display
-from lte_ray.run.metrics import Progress, Reporter, latest_figures
+from lte_ray.run.metrics import Progress, Reporter, latest_figures, throughput
 from lte_ray.run.start import RunClaim
 from lte_ray.storage import RunDirectory, split_run_path
 
@@ -125,8 +125,8 @@ class LTETrainer:
         Returns:
             `metrics` (the last evaluation's figures, also under "evaluation"; the worker's own figures of the training, the
             mean over the heads, under "figures", and also at the top where no other has that name; baseline, train_loss, step,
-            samples, samples_per_second, version, seconds, `times`, where the heads' time went, all heads' bytes),
-            `checkpoint`, and `path` (the run directory, which holds ``model.safetensors``).
+            samples, samples_per_second, tokens_per_second and mfu (if known), version, seconds, `times`, where the heads' time
+            went, all heads' bytes), `checkpoint`, and `path` (the run directory, which holds ``model.safetensors``).
 
         Raises:
             UserError: bad input; no actor was started.
@@ -318,6 +318,7 @@ def _result(controller: TrainController | DataParallelController, directory: Run
         "bytes_ddp": sum(merge.alternative_bytes.get("ddp", 0) for merge in state.merges),
         "resyncs": sum(status.resyncs for status in statuses),
     }
+    metrics |= {name: rate for name, rate in throughput(state.merges).items() if name not in metrics}
     if state.sample is not None:
         metrics["sample"] = state.sample
     saved = None

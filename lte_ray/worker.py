@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import math
 import random
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
@@ -55,6 +56,7 @@ class Worker(Protocol):
     #   build_schedule(optimizer, total_steps)     -> a torch learning-rate scheduler, stepped after every local step
     #   state_dict(), load_state_dict(state)       what the worker counts or collects: each head's own, kept in checkpoints
     #   tokens_per_sample                          a number, or a method that returns it: for --tokens and tokens per second
+    #   flops_per_sample                           likewise, of operations forward and backward: for MFU
     #   batches_per_epoch                          likewise, for --epochs, where shard.indices doesn't say it
     #   sample(model) -> str                       shown at the end of the run, e.g. generated text
 
@@ -186,6 +188,24 @@ def count_tokens(worker: Worker, batch: Batch) -> int | None:
         return int(each() if callable(each) else each) * count_samples(batch)
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else getattr(batch, "input_ids", None)
     return ids.numel() if isinstance(ids, Tensor) else None
+
+
+def flops_per_sample(worker: Worker) -> float | None:
+    """The operations that training takes for a sample, as the worker's `flops_per_sample` says; None if it doesn't.
+
+    Raises:
+        WorkerError: it isn't a number above 0, or a method that returns one.
+    """
+    given = getattr(worker, "flops_per_sample", None)
+    value = given() if callable(given) else given
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise WorkerError(
+            f"{type(worker).__name__}.flops_per_sample is {value!r}, but it must be a number above 0, or a method that returns "
+            "one: the floating-point operations that a sample takes, forward and backward."
+        )
+    return float(value)
 
 
 def _sizes(batch: Batch) -> Iterator[int]:

@@ -13,6 +13,7 @@ doesn't overlap the last backward pass.
 from __future__ import annotations
 
 import json
+import zlib
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -71,6 +72,8 @@ class TrainingProcess:
         self.head = head = Head(worker, replace(settings, train=share), 0, device=device, dtype=dtype)
         head.batch_stream = BatchStream(worker, 0, 1, train.seed, (rank, self._processes))
         head.average_gradients = self._average_gradients
+        numbered = [(zlib.crc32(gpu.encode()), peak) for gpu, peak in head.meter.peaks.items()] or [(0, 0.0)]
+        self._own_gpu = [float(value) if n == rank else 0.0 for value in numbered[0] for n in range(self._processes)]
         self.stop_requested: Callable[[], bool] = lambda: False
         self.stopped = False
 
@@ -158,12 +161,14 @@ class TrainingProcess:
         sums = state.figures.sums()
         names = json.dumps(sorted(sums)).encode() if sums else b""
         lengths = [float(len(names)) if rank == self._rank else 0.0 for rank in range(self._processes)]
-        counts = [float(head.samples - before), float(self.stop_requested()), *lengths]
+        counts = [float(head.samples - before), float(self.stop_requested()), *lengths, *self._own_gpu]
         numbers = torch.tensor(counts, dtype=torch.float64, device=head.device)
         if state.losses:
             numbers = torch.cat([numbers, torch.stack(state.losses).double()])
         self._all_reduce(numbers)
-        samples, stop, *lengths = numbers[: len(counts)].tolist()
+        samples, stop, *rest = numbers[: len(counts)].tolist()
+        lengths, ids, peaks = (rest[n : n + self._processes] for n in range(0, 3 * self._processes, self._processes))
+        head.meter.peaks = {f"{number:.0f}": peak for number, peak in zip(ids, peaks, strict=True) if peak}
         state.samples, self.stopped = before + round(samples), stop > 0
         state.losses = list(numbers[len(counts) :] / self._processes)
         if any(lengths):

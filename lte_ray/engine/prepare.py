@@ -35,6 +35,7 @@ from lte_ray.worker import (
     check_worker,
     describe_unread_shard,
     endless_batches,
+    flops_per_sample,
     observe_shard,
 )
 
@@ -84,6 +85,7 @@ def prepare(worker: Worker, settings: Settings, dtype: torch.dtype = torch.float
     check_worker(worker)
     worker_state(worker)
     check_optimizer_settings(worker, settings.train)
+    _check_flops(worker)
     with preserve_generators(torch.device("cpu")):  # the caller's random numbers don't change
         return _prepare(worker, settings, dtype)
 
@@ -123,6 +125,15 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
     base, data_problem = gather(plans[0].base, tensors, dtype), describe_unread_shard(worker, reads.names)
     untrained, steps = fingerprints(tensors, plans[0]), settings.train.steps
     return Initial(model, plans, base, optimizer, lte, untrained, data_problem, steps, start)
+
+
+def _check_flops(worker: Worker) -> None:
+    try:
+        flops_per_sample(worker)
+    except UserError:
+        raise
+    except Exception as error:
+        raise WorkerError(f"{type(worker).__name__}.flops_per_sample raised:\n\n{traceback.format_exc()}") from error
 
 
 def _check_state(worker: Worker, plan: Plan, train: TrainConfig) -> None:

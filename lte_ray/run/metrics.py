@@ -28,6 +28,9 @@ METRICS = "metrics.jsonl"
 REMOTE_INTERVAL = 20.0
 """Seconds between two writes of the metrics to an object store, which rewrites the entire file."""
 
+RATE_WINDOW = 10
+"""Merges over which rates are taken."""
+
 MAX_WRITE_WAIT = 0.5
 """Seconds that the run waits for its metrics to be written before it continues."""
 
@@ -122,7 +125,8 @@ class MetricsLog:
             self._rewind_to = _earlier_version(self._rewind_to, version)
         self._flush(MAX_WRITE_WAIT)
 
-    def record_merge(self, record: MergeRecord) -> None:
+    def record_merge(self, record: MergeRecord, before: Sequence[MergeRecord] = ()) -> None:
+        """Adds the row of a merge. `before` are the merges before it, in order, from which rates are taken."""
         self._add_row(
             "merge",
             at=record.at,
@@ -133,6 +137,8 @@ class MetricsLog:
             heads=list(record.heads),
             train_loss=_by_head(record.losses),
             **({"figures": {name: _by_head(values) for name, values in record.figures.items()}} if record.figures else {}),
+            **throughput([*before[-RATE_WINDOW:], record]),
+            **_measures(record),
             merge_seconds=record.merge_seconds,
             bytes_up=record.bytes_up,
             bytes_down=record.bytes_down,
@@ -211,6 +217,21 @@ def _by_head(values: Mapping[int, float]) -> dict[str, float]:
     return {str(head): value for head, value in values.items()}
 
 
+def _measures(record: MergeRecord) -> dict[str, Any]:
+    """What the heads have measured: by name, what each head has of it; learning rates also by parameter group."""
+    rates: dict[str, dict[int, float]] = {}
+    for head, measures in record.measures.items():
+        for group, rate in measures.lr.items():
+            rates.setdefault(group, {})[head] = rate
+    rows: dict[str, Any] = {"lr": {group: _by_head(values) for group, values in rates.items()}} if rates else {}
+    for name in ("gradient_norm", "gpu_memory", "memory"):
+        values = {head: getattr(measures, name) for head, measures in record.measures.items()}
+        values = {head: value for head, value in values.items() if value}
+        if values:
+            rows[name] = _by_head(values)
+    return rows
+
+
 def _sanitize(value: Any) -> Any:
     """Replaces NaN and infinity by None, which JSON has, and removes credentials, which error texts may quote."""
     if isinstance(value, dict):
@@ -243,9 +264,28 @@ def latest_figures(merges: Sequence[MergeRecord]) -> dict[str, float]:
     return {name: sum(values.values()) / len(values) for name, values in latest.items()}
 
 
-def samples_per_second(merges: list[MergeRecord], window: int = 10) -> float | None:
-    """Samples per second over the last `window` merges, or None before the second merge."""
-    recent = merges[-(window + 1) :]
+def throughput(merges: Sequence[MergeRecord]) -> dict[str, float]:
+    """Rates of all heads together over the last `RATE_WINDOW` merges; empty before the second merge.
+
+    Returns:
+        samples_per_second; tokens_per_second, if the tokens are known; and mfu, if the worker gives the operations of a sample
+        and the GPUs are known: operations per second divided by the most that these GPUs are capable of.
+    """
+    recent = merges[-(RATE_WINDOW + 1) :]
     if len(recent) < 2 or recent[-1].at <= recent[0].at:
-        return None
-    return sum(r.samples for r in recent[1:]) / (recent[-1].at - recent[0].at)
+        return {}
+    seconds = recent[-1].at - recent[0].at
+    rates = {"samples_per_second": sum(record.samples for record in recent[1:]) / seconds}
+    heads = [measures for record in recent[1:] for measures in record.measures.values()]
+    tokens, flops = [each.tokens for each in heads], [each.flops for each in heads]
+    peaks = {gpu: peak for each in heads for gpu, peak in each.peaks.items()}
+    if heads and None not in tokens:
+        rates["tokens_per_second"] = sum(each or 0 for each in tokens) / seconds
+    if heads and None not in flops and all(each.peaks for each in heads):
+        rates["mfu"] = sum(each or 0.0 for each in flops) / seconds / sum(peaks.values())
+    return rates
+
+
+def samples_per_second(merges: Sequence[MergeRecord]) -> float | None:
+    """Samples per second over the last `RATE_WINDOW` merges, or None before the second merge."""
+    return throughput(merges).get("samples_per_second")

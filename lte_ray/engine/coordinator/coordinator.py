@@ -33,14 +33,7 @@ from lte_ray.engine.settings import Settings
 from lte_ray.layout import Plan
 from lte_ray.merging.low_rank import Share
 from lte_ray.merging.policy import Decision, Discard, Merge, MergeChange, MergePolicy, Pending, Roster, Try, Wait
-from lte_ray.messages import (
-    CommittedPosition,
-    Contribution,
-    ContributionResult,
-    HeadDirective,
-    MergeRecord,
-    figures_by_name,
-)
+from lte_ray.messages import CommittedPosition, Contribution, ContributionResult, HeadDirective, MergeRecord
 
 
 @dataclass(frozen=True)
@@ -467,7 +460,8 @@ class Coordinator:
             steps=sum(c.steps for c in merged),
             samples=sum(c.samples for c in merged),
             losses={c.head: c.loss for c in merged},
-            figures=figures_by_name(merged),
+            figures=MergeRecord.collect_figures(merged),
+            measures={c.head: c.measures for c in merged},
             base_error=max(c.base_error for c in merged),
             bytes_up=sum(self.plans[h].contribution.size for h in heads) * itemsize,
             bytes_down=self.plan.base.size * itemsize * len(heads),

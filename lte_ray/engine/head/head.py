@@ -21,6 +21,7 @@ from lte_ray.engine.head.compilation import COMPILATION
 from lte_ray.engine.head.first_backward import first_backward
 from lte_ray.engine.head.loss import compute_loss
 from lte_ray.engine.head.main_weights import MainWeights
+from lte_ray.engine.head.measures import Meter
 from lte_ray.engine.head.optimization import OptimizerStep, autocast, build_optimizer, checkpoint_activations
 from lte_ray.engine.head.rng import Generators, head_seed, watch_draws
 from lte_ray.engine.head.state import HeadState
@@ -55,7 +56,7 @@ class Head:
 
     Attributes:
         state: what the head has trained, and its positions.
-        timer: where its time goes.
+        timer, meter: where its time goes, and what else is measured.
         average_gradients: called before every optimizer step, where several processes train the head together.
         interrupted: called before every step of a round; if it returns true, the head leaves the rest of the round for later.
         trained_parameters: factors and replica parameters, by their names in the contribution.
@@ -83,7 +84,7 @@ class Head:
         self.loss_draws = self._draws_known = False
         self.untrained_weights: list[str] = []
         self._with_gradient: set[str] = set()
-        self.timer = HeadTimer()
+        self.timer, self.meter = HeadTimer(), Meter(self.worker, self.device)
         self.batch_stream = BatchStream(self.worker, number, settings.lte.num_heads, settings.train.seed)
         self.step_limit, self.limit_is_final, self._schedule_rate = settings.train.steps, True, 1.0
         self._highest_limit = 0  # of those that the coordinator has given
@@ -274,7 +275,9 @@ class Head:
         """The next batch of this head's shard, on its device."""
         with self.converted.user_parameters.reading():  # batches may be made by the model
             batch = to_device(self.batch_stream.next_batch(), self.device)
-        self.state.samples += count_samples(batch)
+        samples = count_samples(batch)
+        self.state.samples += samples
+        self.meter.count(batch, samples)
         return batch
 
     def backward(self, batch: Batch) -> Tensor:
@@ -304,7 +307,7 @@ class Head:
         """Takes the optimizer's and the schedule's step with the accumulated gradients."""
         if self.state.sequence == 0:
             self._with_gradient |= {name for name, p in self.state.factors.items() if p.grad is not None}
-        self.optimizer_step.step(self._schedule_rate)
+        self.optimizer_step.step(self._schedule_rate, measure=self.steps_since_contribution == 0)
         self.state.step += 1
         self.timer.record_step()
 
@@ -332,6 +335,8 @@ class Head:
         state.sequence += 1  # before it is pending: another thread may ask whether this one was accepted
         with self.timer.measure("publish"):
             state.pending = state.gather_contribution()
+        with self.worker_errors(self.step):
+            measures = self.meter.close(self.optimizer, self.optimizer_step.gradient_norm, state.samples - state.merged.samples)
         state.contributed = self.position
         seconds, stall = self.timer.split()
         return Contribution(
@@ -345,6 +350,7 @@ class Head:
             samples=state.samples - state.merged.samples,
             loss=state.loss,
             figures=figures,
+            measures=measures,
             base_error=self.main_weights.quantization_error,
             seconds=seconds,
             stall=stall,

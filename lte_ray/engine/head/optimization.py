@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lte_ray.adapters.plan import match_patterns
 from lte_ray.config import TrainConfig
 from lte_ray.engine.head.default_optimizer import has_schedule, make_optimizer, make_schedule
+from lte_ray.engine.head.measures import total_norm
 from lte_ray.errors import ConfigError
 from lte_ray.layout import Plan
 from lte_ray.worker import Worker
@@ -206,11 +207,13 @@ class OptimizerStep:
     Attributes:
         position: where the schedule stands, in steps of `TrainConfig.steps`.
         scaler: of fp16 gradients.
+        gradient_norm: of the last gradient that was measured, before clipping; None if none was, or it was empty.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: Any, train: TrainConfig, device: torch.device) -> None:
         self._optimizer, self._schedule, self._train = optimizer, schedule, train
         self.position = 0.0
+        self.gradient_norm: Tensor | None = None
         self.scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16-mixed")
 
     def scale_loss(self, loss: Tensor) -> Tensor:
@@ -227,15 +230,22 @@ class OptimizerStep:
                 warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step", UserWarning)
                 self._advance(by)
 
-    def step(self, rate: float = 1.0) -> None:
+    def step(self, rate: float = 1.0, measure: bool = False) -> None:
         """Clips the gradients, takes the step, and clears the gradients; advances the schedule by `rate` steps.
 
-        A step whose fp16 gradients overflowed is skipped, as torch does.
+        A step whose fp16 gradients overflowed is skipped, as torch does. With `measure`, sets `gradient_norm`.
         """
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        norm: Tensor | None = None
         if self._train.clip_norm:
             self.scaler.unscale_(self._optimizer)
-            parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, self._train.clip_norm)
+            norm = nn.utils.clip_grad_norm_(parameters, self._train.clip_norm)
+        elif measure:
+            norm = total_norm(parameters)
+            if norm is not None and self.scaler.is_enabled():
+                norm = norm / self.scaler.scale(torch.ones_like(norm))
+        if measure:
+            self.gradient_norm = norm
         self.scaler.step(self._optimizer)
         self.scaler.update()
         self._optimizer.zero_grad(set_to_none=True)

@@ -207,7 +207,7 @@ class RunState:
             self.queue.append(PendingEvaluation(record.version, record.step, record.base))
             while len(self.queue) > MAX_QUEUED_EVALUATIONS:
                 del self.queue[1]  # the first may be version 0, with which all others are compared
-        self.log.record_merge(record)
+        self.log.record_merge(record, self.merges)
         self.merges.append(replace(record, base=None))  # a reference would keep the base in memory
 
     def record_evaluation(self, evaluation: Evaluation) -> None:

@@ -172,7 +172,7 @@ def test_throughput_is_samples_over_the_time_between_merges() -> None:
     """Over the last merges; None before the second merge."""
     assert samples_per_second([record(1, 10.0)]) is None
     assert samples_per_second([record(1, 10.0), record(2, 12.0), record(3, 14.0)]) == 320.0
-    assert samples_per_second([record(k, 2.0 * k) for k in range(30)], window=4) == 320.0
+    assert samples_per_second([record(k, 2.0 * k) for k in range(30)]) == 320.0
 
 
 @pytest.mark.parametrize("fails", [False, True])

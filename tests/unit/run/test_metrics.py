@@ -1,12 +1,14 @@
 """The rows of metrics.jsonl, and those who listen to them."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from lte_ray.messages import MergeRecord
-from lte_ray.run.metrics import METRICS, Evaluation, MetricsLog, latest_figures
+from lte_ray.messages import Measures, MergeRecord
+from lte_ray.run.metrics import METRICS, Evaluation, MetricsLog, latest_figures, throughput
 from lte_ray.storage import RunDirectory
 
 
@@ -55,3 +57,42 @@ def test_the_latest_figures_are_means_of_each_heads_newest_values() -> None:
     ]
     assert latest_figures(merges) == {"hits": pytest.approx(0.4), "once": 7.0}
     assert latest_figures([]) == {}
+
+
+def measured(version: int, at: float, heads: tuple[int, ...] = (0, 1), **measures: object) -> MergeRecord:
+    """A merge of 100 samples."""
+    each = {head: Measures(**measures) for head in heads}  # type: ignore[arg-type]
+    return MergeRecord(version, at, heads, 4, 100, {}, 0, 0, 2, measures=each)
+
+
+def test_rates_are_of_all_heads_over_the_last_merges() -> None:
+    """Samples, tokens and MFU per second; two heads on one GPU share its peak."""
+    merges = [measured(n, 2.0 * n, tokens=500, flops=1e6, peaks={"a": 1e7}) for n in (1, 2, 3)]
+    assert throughput(merges) == pytest.approx({"samples_per_second": 50, "tokens_per_second": 500, "mfu": 0.1})
+    apart = [replace(m, measures={**m.measures, 1: replace(m.measures[1], peaks={"b": 3e7})}) for m in merges]
+    assert throughput(apart)["mfu"] == pytest.approx(0.025)
+    assert throughput(merges[:1]) == {}
+
+
+@pytest.mark.parametrize("unknown", [{"tokens": None}, {"flops": None}, {"peaks": {}}])
+def test_rates_that_one_head_does_not_know_are_left_out(unknown: dict[str, object]) -> None:
+    """Half of a sum would be wrong."""
+    known = {"tokens": 5, "flops": 1.0, "peaks": {"a": 1.0}}
+    merges = [measured(1, 1.0, **known), measured(2, 2.0, **known)]
+    merges[1] = replace(merges[1], measures={0: Measures(**known), 1: Measures(**known | unknown)})  # type: ignore[arg-type]
+    missing = {"tokens_per_second"} if "tokens" in unknown else {"mfu"}
+    assert throughput(merges).keys() == {"samples_per_second", "tokens_per_second", "mfu"} - missing
+
+
+def test_rows_have_what_heads_have_measured(directory: RunDirectory) -> None:
+    """By head, learning rates by group, too; without what isn't known."""
+    log, rows = MetricsLog(directory), []
+    log.listeners.append(rows.append)
+    first = measured(1, 1.0, lr={"lora": 0.1, "replica": 0.01}, gradient_norm=math.inf, memory=1000)
+    log.record_merge(first)
+    log.record_merge(measured(2, 2.0, gpu_memory=7), [first])
+    assert rows[0]["lr"] == {"lora": {"0": 0.1, "1": 0.1}, "replica": {"0": 0.01, "1": 0.01}}
+    assert (rows[0]["gradient_norm"], rows[0]["memory"]) == ({"0": None, "1": None}, {"0": 1000, "1": 1000})
+    assert not rows[0].keys() & {"gpu_memory", "samples_per_second", "tokens_per_second", "mfu"}
+    assert (rows[1]["gpu_memory"], rows[1]["samples_per_second"]) == ({"0": 7, "1": 7}, 100.0)
+    assert not rows[1].keys() & {"lr", "gradient_norm", "memory"}
