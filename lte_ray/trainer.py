@@ -28,7 +28,7 @@ from lte_ray.engine.default_policy import choose_policy
 from lte_ray.engine.head.virtual import check_stackable
 from lte_ray.engine.prepare import Initial, describe_cut_ranks, describe_low_rank, extend_plans, prepare
 from lte_ray.engine.settings import Settings
-from lte_ray.errors import LTEError
+from lte_ray.errors import ConfigError, LTEError
 from lte_ray.merging.registry import make_policy, may_merge_by_weights, resolved_arguments
 from lte_ray.messages import HeadTimes
 from lte_ray.run import record as run_record
@@ -36,6 +36,7 @@ from lte_ray.run.display import automatic_display
 from lte_ray.run.metrics import Progress, Reporter, latest_figures, throughput
 from lte_ray.run.start import RunClaim
 from lte_ray.storage import RunDirectory, split_run_path
+from lte_ray.worker import evaluates
 
 if TYPE_CHECKING:
     import ray.train
@@ -133,14 +134,13 @@ class LTETrainer:
             RunError: the run ended early; its complete checkpoints remain in the run directory.
         """
         storage, filesystem = _storage(self.run_config)
-        failure = _failure(self.run_config, self.failure)
+        failure = _failure(self.run_config, self.failure, self.lte.num_heads)
         name = storage.name or f"{type(self.worker).__name__.lower()}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         # Settings go to all actors. They hold the policy's name: the policy itself goes to the coordinator only.
         merge = dataclasses.replace(
             self.merge, policy=run_record.object_name(self.merge.policy), policy_args=resolved_arguments(self.merge) or None
         )
         given = Settings(name, self.lte, merge, self.train)
-        failure.check_heads(self.lte.num_heads)
         settings, heads, is_baseline = given.resolved(), self.lte.num_heads, self.train.baseline
         policy = make_policy(settings.merge if is_baseline else self.merge)
         run_failure = baseline_failure(failure) if is_baseline else failure
@@ -151,6 +151,7 @@ class LTETrainer:
             merge = choose_policy(settings, initial)
             policy, arguments = make_policy(merge), resolved_arguments(merge) or None
             settings = given = dataclasses.replace(settings, merge=dataclasses.replace(merge, policy_args=arguments))
+        settings = _with_evaluation(self.worker, settings, storage)
         directory = RunDirectory.open(storage.storage or default_storage(), name, filesystem, patience=storage.storage_patience)
         claim = RunClaim(directory, storage, settings, initial)
 
@@ -175,8 +176,8 @@ class LTETrainer:
                 default_cpus=heads // processes if is_baseline else 0,  # as many as the heads would have
                 **ray_options,
             )
-            starting = "the heads" if not is_baseline else "the process" if processes == 1 else f"{processes} processes"
-            reporter.update(Progress.starting(name, settings.train.steps, f"starting {starting}", is_baseline, claim.position))
+            starting = _starting(processes if is_baseline else 0)
+            reporter.update(Progress.starting(name, settings.train.steps, starting, is_baseline, claim.position))
             heads_by_actor = placing.assign_heads(placement, settings.lte.num_heads)
             record = run_record.make_record(self.worker, self.program, given, placement_config, storage, failure)
             with _telling_what_is_kept(directory), contextlib.ExitStack() as stack:
@@ -195,6 +196,7 @@ class LTETrainer:
                     rejoin=failure.rejoin,
                     fault_script=os.environ.get(fault_injection.VARIABLE),
                     run_toml=run_toml,
+                    evaluates=evaluates(self.worker),
                 )
                 if resume:
                     start = load_checkpoint(context, initial.plans, resume.version, settings.lte.num_heads, policy)
@@ -216,11 +218,31 @@ class LTETrainer:
         return _result(controller, directory)
 
 
+def _with_evaluation(worker: Any, settings: Settings, storage: StorageConfig) -> Settings:
+    """Returns the settings, without evaluations if the worker has no `evaluate`.
+
+    Raises:
+        ConfigError: the worker has none, but a setting needs figures.
+    """
+    if evaluates(worker):
+        return settings
+    gated = settings.merge.policy == "gated"
+    needs = {"--keep-best": storage.keep_best, "--best-by": storage.best_by, "--policy gated": gated}
+    if given := " and ".join(name for name, value in needs.items() if value):
+        raise ConfigError(f"{given} needs figures, but {type(worker).__name__} has no evaluate(model). Give it one.")
+    return dataclasses.replace(settings, train=dataclasses.replace(settings.train, eval_every=0))
+
+
 def _warn(initial: Initial, num_heads: int) -> None:
     ranks = describe_low_rank(initial.plans[:num_heads]), describe_cut_ranks(initial, num_heads)
     for note in (*ranks, initial.data_problem, initial.start):
         if note:
             log.warning(note)
+
+
+def _starting(processes: int) -> str:
+    """What a display says while the heads start, or that many processes of ordinary training."""
+    return f"starting {'the process' if processes == 1 else f'{processes} processes' if processes else 'the heads'}"
 
 
 def _connecting(starts: bool) -> str:
@@ -273,13 +295,15 @@ def _retention(config: ray.train.CheckpointConfig) -> dict[str, Any]:
     return {"keep_checkpoints": 1, "keep_best": number, "best_by": best_by}
 
 
-def _failure(config: Any, given: FailureConfig | None = None) -> FailureConfig:
+def _failure(config: Any, given: FailureConfig | None = None, num_heads: int = 1) -> FailureConfig:
     """Returns what is given, else what Ray's RunConfig says. Its default, 0, is ignored: a lost machine shouldn't end a run."""
     failures = getattr(config, "failure_config", None)
     if failures is not None:
         ray_fields.check_followed(failures, ray_fields.FAILURES)
     max_failures = getattr(failures, "max_failures", 0)
-    return given or (FailureConfig(max_failures=max_failures) if max_failures else FailureConfig())
+    failure = given or (FailureConfig(max_failures=max_failures) if max_failures else FailureConfig())
+    failure.check_heads(num_heads)
+    return failure
 
 
 def default_storage() -> str:

@@ -46,11 +46,9 @@ class Worker(Protocol):
         """
         ...
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Evaluates the merged weights, in an unconverted model in eval mode, without gradients."""
-        ...
-
     # Optional:
+    #   evaluate(model) -> dict[str, float]        figures of the merged weights, in an unconverted model in eval mode, without
+    #                                            gradients
     #   build_optimizer(params) -> Optimizer       params: parameter groups, named "lora" and "replica"
     #                                            (in full rank "weight" and "replica")
     #   build_schedule(optimizer, total_steps)     -> a torch learning-rate scheduler, stepped after every local step
@@ -61,7 +59,7 @@ class Worker(Protocol):
     #   sample(model) -> str                       shown at the end of the run, e.g. generated text
 
 
-REQUIRED = ("build_model", "train_batches", "loss", "evaluate")
+REQUIRED = ("build_model", "train_batches", "loss")
 
 
 def check_worker(worker: object) -> None:
@@ -73,6 +71,27 @@ def check_worker(worker: object) -> None:
             f"{kind.__name__} can't be used as a worker: it lacks {', '.join(f'{m}()' for m in missing)}. "
             f"A worker needs {', '.join(f'{m}()' for m in REQUIRED)} (see lte_ray.Worker)."
         )
+
+
+def evaluates(worker: object) -> bool:
+    """Whether the worker has an `evaluate` method."""
+    return callable(getattr(worker, "evaluate", None))
+
+
+def evaluate(worker: Any, model: nn.Module) -> dict[str, float]:
+    """Returns the worker's figures of an unconverted model, which stays in eval mode; empty if it has no `evaluate`.
+
+    Raises:
+        TypeError: it returned something else than numbers by name.
+    """
+    if not evaluates(worker):
+        return {}
+    with torch.no_grad():
+        values = worker.evaluate(model.eval())
+    try:
+        return {str(name): float(value) for name, value in values.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise TypeError(f"evaluate() must return a dict of names and numbers, but returned {values!r}") from None
 
 
 def seed_everything(seed: int) -> None:

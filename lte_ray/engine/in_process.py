@@ -24,7 +24,7 @@ from lte_ray.merging.registry import make_policy
 from lte_ray.messages import Contribution, MergeRecord
 from lte_ray.transfer.codec import Codec
 from lte_ray.transfer.groups import make_groups
-from lte_ray.worker import Worker
+from lte_ray.worker import Worker, evaluate
 
 
 class LoopbackTransport:
@@ -158,8 +158,6 @@ def run_in_process(
 def evaluate_base(worker: Worker, initial: Initial, base: Tensor) -> Mapping[str, float]:
     """The worker's evaluation of a base, in the unconverted model in eval mode."""
     load_base(initial.model, initial.plan, base)
-    initial.model.eval()
-    with torch.no_grad():
-        values = worker.evaluate(initial.model)
+    values = evaluate(worker, initial.model)
     initial.model.train()
     return values

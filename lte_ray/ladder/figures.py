@@ -6,14 +6,13 @@ import math
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import nn
 
 from lte_ray.config import suggest
 from lte_ray.errors import ConfigError, LTEError, WorkerError, WorkerFailed
 from lte_ray.worker import Worker
+from lte_ray.worker import evaluate as worker_figures
 
 
 @dataclass(frozen=True)
@@ -68,22 +67,17 @@ def evaluate(worker: Worker, model: nn.Module) -> dict[str, float]:
     Raises:
         WorkerFailed: the worker's code raised, or returned something else than numbers by name.
     """
-    with torch.no_grad():
-        return read_figures(lambda: worker.evaluate(model.eval()))
+    return read_figures(lambda: worker_figures(worker, model))
 
 
-def read_figures(evaluate: Callable[[], Any]) -> dict[str, float]:
+def read_figures(evaluate: Callable[[], Mapping[str, float]]) -> dict[str, float]:
     """Returns the numbers by name that an evaluation gives.
 
     Raises:
-        WorkerFailed: it raised, or returned something else.
+        WorkerFailed: it raised.
     """
     try:
-        values = evaluate()
-        try:
-            return {str(name): float(value) for name, value in values.items()}
-        except (AttributeError, TypeError, ValueError):
-            raise TypeError(f"evaluate() must return a dict of names and numbers, but returned {values!r}") from None
+        return dict(evaluate())
     except LTEError:
         raise
     except Exception as error:

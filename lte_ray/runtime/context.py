@@ -84,6 +84,7 @@ class RunContext:
         rejoin: how a head that died begins, as `FailureConfig.rejoin`.
         fault_script: folder of faults for tests (`fault_injection`); None if there are none.
         run_toml: the text of ``run.toml``.
+        evaluates: whether the worker has an `evaluate`.
     """
 
     worker: PickledObject
@@ -95,6 +96,7 @@ class RunContext:
     rejoin: str = "merged"
     fault_script: str | None = None
     run_toml: str = ""
+    evaluates: bool = True
 
     def merge_threads(self, part: Plan, whole: Plan) -> int:
         """Returns the threads to merge `part` of the `whole` plan with.

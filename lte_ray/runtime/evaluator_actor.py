@@ -18,6 +18,7 @@ from lte_ray.errors import LTEError, WorkerFailed
 from lte_ray.layout import Plan
 from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.object_store import Handle
+from lte_ray.worker import evaluate
 
 
 class EvaluatorActor:
@@ -44,11 +45,7 @@ class EvaluatorActor:
             WorkerFailed: the worker's code raised, or returned something else than numbers by name.
         """
         with self._model_of(base) as model:
-            values = self._worker.evaluate(model)
-            try:
-                return {str(name): float(value) for name, value in values.items()}
-            except (AttributeError, TypeError, ValueError):
-                raise TypeError(f"evaluate() must return a dict of names and numbers, but returned {values!r}") from None
+            return evaluate(self._worker, model)
 
     @ray.method(concurrency_group="ctl")
     def alive(self) -> bool:

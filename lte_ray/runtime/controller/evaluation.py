@@ -97,8 +97,10 @@ class Evaluations:
             self._result = self.actor.evaluate.remote(pending.base)
 
     def add_final(self, version: int, base: Any) -> None:
-        """Queues the final version, unless it is or was evaluated already."""
+        """Queues the final version, unless it is or was evaluated already, or the worker evaluates nothing."""
         state = self._state
+        if not self._context.evaluates:
+            return
         versions = [pending.version for pending in (state.evaluating, *state.queue) if pending is not None]
         versions += [evaluation.version for evaluation in state.evaluations]
         if version not in versions:
