@@ -31,6 +31,7 @@ ELSEWHERE = {
 """Blocks that other tests run, by page and number on it, and where."""
 
 HERE = {
+    *(("docs/data.md", number) for number in range(4)),
     ("docs/from-lte.md", 0),
     ("docs/models.md", 0),
     ("docs/recipes.md", 0),
@@ -74,6 +75,18 @@ def test_a_worker_can_train_on_image_files(tmp_path: Path, monkeypatch: pytest.M
     images, labels = next(train_batches(SimpleNamespace(folder=tmp_path / "data"), Shard(0, 1, seed=3)))
     assert images.shape == (32, 3, 64, 64)
     assert len(set(labels.tolist())) == 32
+
+
+def test_a_worker_can_train_on_any_data_set() -> None:
+    """docs/data.md: with an index, in batches of its own making, through torch's DataLoader, and as a stream."""
+    shard = Shard(1, 2, seed=3)
+    numbers = SimpleNamespace(dataset=lambda: list(range(100)), stream=lambda seed: range(seed, 100), collate=torch.tensor)
+    expected = next(shard.indices(100, 32)).tolist()
+    assert next(iter(run("docs/data.md", 0)["train_batches"](numbers, shard))).tolist() == expected
+    assert next(iter(run("docs/data.md", 2)["train_batches"](numbers, shard))).tolist() == expected
+    assert next(iter(run("docs/data.md", 3)["train_batches"](numbers, shard))).tolist() == list(range(32, 64))
+    texts = SimpleNamespace(dataset=lambda: [{"tokens": [1] * (1 + n % 3), "id": n} for n in range(12)])
+    assert next(iter(run("docs/data.md", 1)["train_batches"](texts, shard))).shape[0] == 4
 
 
 def test_a_worker_can_give_replicas_another_learning_rate() -> None:

@@ -1,0 +1,209 @@
+"""Reads records from the files that people have: JSONL, JSON, CSV, Parquet and text, or a data set of Hugging Face's hub."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lte_ray.errors import DataError
+
+Record = dict[str, Any]
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt", ".md")
+
+PIECE = 4000
+"""Characters of a piece of a text file, at least. Pieces end at blank lines, so that some can be held out for validation."""
+
+CONTINUES = "continues"
+"""Key of a text file's pieces: whether another piece of the file follows."""
+
+HUB = "hf:"
+
+
+def find_files(source: str) -> list[str]:
+    """Returns the files that a source names: a file, a folder with everything in it, a pattern, or a URI of these, in order.
+
+    Raises:
+        DataError: there is none, or none of a known format.
+    """
+    place = source if "://" in source else str(Path(source).expanduser())
+    filesystem, path = fsspec.core.url_to_fs(place)
+    try:
+        if any(character in path for character in "*?["):
+            found = filesystem.glob(path)
+        elif filesystem.isdir(path):
+            found = filesystem.find(path)
+        else:
+            found = [path] if filesystem.exists(path) else []
+    except Exception as error:
+        raise DataError(f"{source} can't be listed: {error}") from error
+    if not found:
+        raise DataError(f"There is no file {source}. Give the path of a file, a folder or a pattern that every node can read.")
+    known = sorted(file for file in found if Path(file).suffix.lower() in SUFFIXES and not Path(file).name.startswith("."))
+    if not known:
+        raise DataError(
+            f"{source} has no file of a known format: found {Path(found[0]).name}, but the formats are {', '.join(SUFFIXES)}."
+        )
+    return [filesystem.unstrip_protocol(file) if "://" in source else file for file in known]
+
+
+def fingerprint(source: str) -> str:
+    """Returns a text that changes when any file of the source does."""
+    if source.startswith(HUB):
+        return str(getattr(load_from_hub(source), "_fingerprint", source))
+    digest = hashlib.sha256()
+    for file in find_files(source):
+        filesystem, path = fsspec.core.url_to_fs(file)
+        info = filesystem.info(path)
+        changed = next((info[key] for key in ("mtime", "ETag", "etag", "LastModified", "updated") if key in info), "")
+        digest.update(repr((file, info["size"], str(changed))).encode())
+    return digest.hexdigest()
+
+
+def read_records(source: str) -> Iterator[tuple[str, Record]]:
+    """Yields where a record is (for messages) and the record, in the order of files and lines.
+
+    A text file yields pieces ``{"text": ..., "continues": ...}`` that end at blank lines.
+
+    Args:
+        source: a file, a folder, a pattern, a URI of these (fsspec), or ``hf:NAME``, ``hf:NAME:SPLIT`` of Hugging Face's hub.
+
+    Raises:
+        DataError: it is missing, empty or damaged. The message names the file, and the line or byte.
+    """
+    if source.startswith(HUB):
+        for row, record in enumerate(load_from_hub(source)):
+            yield f"{source}, row {row}", dict(record)
+        return
+    empty = True
+    for file in find_files(source):
+        for place, record in _read_file(file):
+            empty = False
+            yield place, record
+    if empty:
+        raise DataError(f"{source} is empty: it has no records.")
+
+
+def check_columns(record: Mapping[str, Any], columns: Sequence[str], place: str) -> None:
+    """Raises DataError unless the record has all these columns; names those that it has."""
+    missing = [column for column in columns if column not in record]
+    if missing:
+        raise DataError(f"{place}: there is no column {', '.join(missing)}. The columns are: {', '.join(map(str, record))}.")
+
+
+def load_from_hub(source: str) -> Any:
+    """Loads ``hf:NAME`` or ``hf:NAME:SPLIT`` with the package datasets; by default the split train.
+
+    Raises:
+        DataError: datasets isn't installed, or can't load it.
+    """
+    name, _, split = source.removeprefix(HUB).partition(":")
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError as error:
+        raise DataError(f"{source} needs the package datasets: pip install 'lte-ray[hf]'.") from error
+    try:
+        return datasets.load_dataset(name, split=split or "train")
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(f"{source} can't be loaded: {type(error).__name__}: {reason}") from error
+
+
+def _read_file(file: str) -> Iterator[tuple[str, Record]]:
+    suffix = Path(file).suffix.lower()
+    if suffix == ".parquet":
+        return _read_parquet(file)
+    return READERS.get(suffix, _read_lines)(file, read_text(file))
+
+
+def _read_parquet(file: str) -> Iterator[tuple[str, Record]]:
+    try:
+        with fsspec.open(file, "rb") as opened:
+            rows = pq.read_table(opened).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{file} can't be read as Parquet: {error}") from error
+    yield from ((f"{file}, row {number}", row) for number, row in enumerate(rows))
+
+
+def _read_pieces(file: str, text: str) -> Iterator[tuple[str, Record]]:
+    pieces = list(_pieces(text))
+    for number, piece in enumerate(pieces):
+        yield f"{file}, piece {number}", {"text": piece, CONTINUES: number + 1 < len(pieces)}
+
+
+def _read_csv(file: str, text: str) -> Iterator[tuple[str, Record]]:
+    for number, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), start=1):
+        if None in row or None in row.values():
+            raise DataError(f"{file}, row {number}: the number of fields isn't that of the first line.")
+        yield f"{file}, row {number}", row
+
+
+def _read_json(file: str, text: str) -> Iterator[tuple[str, Record]]:
+    records = _parse(text, file)
+    if not isinstance(records, list):
+        raise DataError(f"{file} must be a list of records, but it is a {type(records).__name__}. Is it JSONL (.jsonl)?")
+    for number, record in enumerate(records):
+        yield f"{file}, record {number}", _check_record(record, f"{file}, record {number}")
+
+
+def _read_lines(file: str, text: str) -> Iterator[tuple[str, Record]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            place = f"{file}, line {number}"
+            yield place, _check_record(_parse(line, place), place)
+
+
+READERS = {".txt": _read_pieces, ".md": _read_pieces, ".csv": _read_csv, ".json": _read_json}
+"""Of text files by their suffix; other files are JSONL."""
+
+
+def read_text(file: str) -> str:
+    """Reads a text file in UTF-8.
+
+    Raises:
+        DataError: it can't be read, or isn't UTF-8. The message names the byte.
+    """
+    try:
+        with fsspec.open(file, "rb") as opened:
+            data: bytes = opened.read()
+    except OSError as error:
+        raise DataError(f"{file} can't be read: {error}") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file} isn't text in UTF-8: byte {error.start} is 0x{data[error.start]:02x}. Convert it, e.g. with iconv."
+        ) from error
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place} isn't JSON: {error}. It begins with {text.strip()[:40]!r}.") from error
+
+
+def _check_record(value: Any, place: str) -> Record:
+    if not isinstance(value, dict):
+        raise DataError(f'{place} must be an object such as {{"text": ...}}, but it is a {type(value).__name__}.')
+    return value
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cuts a text at blank lines into pieces of at least `PIECE` characters (but the last). Together they are the text."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n\n", start + PIECE)
+        end = len(text) if end < 0 else end + 2
+        yield text[start:end]
+        start = end
