@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
-import tyro
 from rich.console import Console
 
+from lte_ray.cli.settings_parser import parse_arguments, positional
 from lte_ray.errors import RunError, StorageError
 
 
@@ -15,7 +14,7 @@ from lte_ray.errors import RunError, StorageError
 class Flags:
     """Reads a run's metrics.jsonl and checks that each contribution, and each batch of the data, was merged exactly once."""
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help="The run directory, a path or URI.")]
+    run: str = positional("RUN", "The run directory, a path or URI.")
 
 
 def audit(arguments: list[str]) -> None:
@@ -25,7 +24,7 @@ def audit(arguments: list[str]) -> None:
         StorageError: the run doesn't exist, or its metrics can't be read.
         RunError: a batch or contribution was lost or merged twice.
     """
-    flags = tyro.cli(Flags, prog="lte-ray audit", args=arguments)
+    flags = parse_arguments(Flags, "lte-ray audit RUN", arguments)
     from lte_ray import audit as auditing
     from lte_ray.export.run_reader import open_run
     from lte_ray.run.metrics import METRICS

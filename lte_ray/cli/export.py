@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Literal
 
-import tyro
 from rich.console import Console
 
-from lte_ray.config import suggest
+from lte_ray.cli.settings_parser import parse_arguments, positional, required
+from lte_ray.config.validation import setting
 from lte_ray.errors import ConfigError
-
-FORMATS = ("safetensors", "pretrained", "peft")
 
 
 @dataclass(frozen=True)
@@ -19,28 +17,20 @@ class Flags:
     """Exports a model from a run: its merged weights (safetensors, or a transformers folder), or a change as a LoRA adapter for
     PEFT."""
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help="The run directory, a path or URI.")]
-    out: Annotated[
-        tyro.conf.Positional[str],
-        tyro.conf.arg(
-            metavar="OUT", help="A folder that doesn't exist yet (with --to safetensors also a file, X.safetensors)."
-        ),
-    ]
-    to: Annotated[str, tyro.conf.arg(metavar="FORMAT", help="safetensors, pretrained or peft.")]
-    version: Annotated[int | None, tyro.conf.arg(help="Version of the checkpoint; by default the newest.")] = None
-    head: Annotated[
-        int | None,
-        tyro.conf.arg(help="With --to peft: this head's change relative to the merged weights; by default the merged change."),
-    ] = None
-    rank: Annotated[
-        int | None,
-        tyro.conf.arg(help="With --to peft: maximum rank of a weight's change; by default the rank of the exact change."),
-    ] = None
-    dtype: Annotated[
-        str, tyro.conf.arg(help="Type of the merged weights: auto (each weight's own in the model), fp32, bf16 or fp16.")
-    ] = "auto"
-    worker: Annotated[str | None, tyro.conf.arg(help="module:Class or file.py:Class, instead of the worker in run.toml.")] = (
-        None
+    run: str = positional("RUN", "The run directory, a path or URI.")
+    out: str = positional("OUT", "A folder that doesn't exist yet (with --to safetensors also a file, X.safetensors).")
+    to: Literal["safetensors", "pretrained", "peft"] = required("Format: safetensors, pretrained or peft.")
+    version: int | None = setting(None, "Version of the checkpoint; by default the newest.")
+    head: int | None = setting(
+        None, "With --to peft: this head's change relative to the merged weights; by default the merged change."
+    )
+    rank: int | None = setting(
+        None, "With --to peft: maximum rank of a weight's change; by default the rank of the exact change."
+    )
+    dtype: str = setting("auto", "Type of the merged weights: auto (each weight's own in the model), fp32, bf16 or fp16.")
+    worker: str | None = setting(
+        None,
+        "The worker, by name, module:Class or file.py:Class, instead of the one in run.toml.",
     )
 
 
@@ -50,9 +40,7 @@ def export(arguments: list[str]) -> None:
     Raises:
         UserError: as the functions of `lte_ray.export`, and for flags that contradict each other.
     """
-    flags = tyro.cli(Flags, prog="lte-ray export", args=arguments)
-    if flags.to not in FORMATS:
-        raise ConfigError(f"--to is {flags.to!r}, but it must be one of: {', '.join(FORMATS)}.{suggest(flags.to, FORMATS)}")
+    flags = parse_arguments(Flags, "lte-ray export RUN OUT --to FORMAT [flags]", arguments)
     for name in ("head", "rank"):
         if getattr(flags, name) is not None and flags.to != "peft":
             raise ConfigError(f"--{name} is for adapters: it needs --to peft, not --to {flags.to}.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import json
 import secrets
 import time
@@ -15,15 +14,15 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from lte_ray.cli.flags import SECTION_TITLES, Subcommand, make_without_settings, parse_sections
+from lte_ray.cli.flags import SECTION_TITLES, Subcommand, parse_sections
+from lte_ray.cli.worker_argument import make_without_settings, read_worker
 from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
 from lte_ray.config.ladder import LadderConfig
-from lte_ray.errors import ConfigError, StorageError, WorkerError
-from lte_ray.import_object import load_worker, worker_forms, worker_names
-from lte_ray.storage import LOCK, RunDirectory, exclusive_lock
+from lte_ray.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from lte_ray.ladder import Arm, ArmResult, Figure, Listener, ResultsFile, RungResult
+    from lte_ray.storage import RunDirectory
 
 RESULTS, TABLE, PICTURE = "ladder.json", "ladder.md", "ladder.svg"
 
@@ -34,6 +33,7 @@ LADDER = Subcommand(
     "says what to change where heads fall behind. It takes the flags of train. With the --name of an earlier call it continues "
     "that.",
     {LadderConfig: "ladder", **SECTION_TITLES},
+    ("num_heads", "steps", "rungs", "merge_iters", "rates", "figure", "on", "quick", "name", "storage"),
 )
 
 NOT_COMPARED = ("name", "storage", "seed", "merge_iter", "lr_scale", "baseline", "omitted")
@@ -46,15 +46,9 @@ def ladder(arguments: list[str]) -> None:
     Raises:
         LTEError: as a run's, and for settings that can't be compared.
     """
-    named = bool(arguments) and not arguments[0].startswith("-")
-    if not named and not {"-h", "--help"} & set(arguments):
-        raise WorkerError(f"lte-ray ladder needs a WORKER first: {worker_forms(worker_names())}.")
-    program, rest = (arguments[0], arguments[1:]) if named else ("WORKER", arguments)
-    kind = load_worker(program) if named else None
-    if kind is not None and not inspect.isclass(kind):
-        raise WorkerError(f"WORKER {program!r} is a {type(kind).__name__}, not a class.")
-    sections, worker = parse_sections(kind, program, rest, LADDER)
-    assert kind is not None
+    program, kind, rest = read_worker(arguments, "ladder")
+    sections, worker = parse_sections(kind, program or "WORKER", rest, LADDER)
+    assert kind is not None  # the help has ended the program
     _climb(program, worker if worker is not None else make_without_settings(program, kind), sections)
 
 
@@ -100,6 +94,7 @@ def _climb(program: str, worker: Any, sections: dict[type, Any]) -> None:
 
 
 def _directory(storage: StorageConfig, program: str) -> RunDirectory:
+    from lte_ray.storage import RunDirectory
     from lte_ray.trainer import default_storage
 
     kind = program.rpartition(":")[2].lower()
@@ -118,6 +113,8 @@ def _claimed(directory: RunDirectory, overwrite: bool) -> Iterator[None]:
     Raises:
         StorageError: another process climbs there, or the folder has other content.
     """
+    from lte_ray.storage import LOCK, exclusive_lock
+
     if directory.exists() and not (directory.exists(RESULTS) or set(directory.list_names()) <= {LOCK}):
         raise StorageError(f"{directory.display} has no {RESULTS}, so it isn't a ladder's. Choose another --name.")
     directory.create()

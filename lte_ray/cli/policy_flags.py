@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import types
 import typing
 from collections.abc import Mapping
-from typing import Annotated, Any
-
-import tyro
+from typing import TYPE_CHECKING, Annotated, Any
 
 from lte_ray.config import suggest
 from lte_ray.errors import ConfigError
-from lte_ray.merging.policy_args import REQUIRED, Argument, list_arguments, policy_flag
-from lte_ray.merging.registry import find_policy
 
+if TYPE_CHECKING:
+    from lte_ray.merging.policy_args import Argument
+
+REQUIRED = inspect.Parameter.empty
 TABLE = "policy_args"
 """The name of the table of these arguments in TOML files, and of the settings' field. It isn't a flag itself."""
 
@@ -40,6 +41,11 @@ def policy_arguments(policy: str) -> dict[str, Argument]:
     Raises:
         ConfigError: there is no such policy.
     """
+    if policy == "auto":  # its choices have arguments only once they are made
+        return {}
+    from lte_ray.merging.policy_args import list_arguments  # imports torch, which help and mistakes needn't wait for
+    from lte_ray.merging.registry import find_policy
+
     value = find_policy(policy)
     return list_arguments(value) if isinstance(value, type) or hasattr(value, "__code__") else {}
 
@@ -56,6 +62,8 @@ def policy_section(policy: str, defaults: Mapping[str, Any]) -> tuple[str, Any] 
     known = [a for a in policy_arguments(policy).values() if _is_flag(a, policy)]
     if not known:
         return None
+    import tyro
+
     known = [dataclasses.replace(a, default=defaults.get(a.name, a.default)) for a in known]
     fields = [(a.name, Annotated[flag_type(a), tyro.conf.arg(help=a.help)], dataclasses.field(**_default(a))) for a in known]
     section = dataclasses.make_dataclass("PolicyFlags", fields, kw_only=True)
@@ -90,7 +98,8 @@ def check_names(table: Any, policy: str, place: str) -> dict[str, Any]:
         if name not in known:
             names = f"It has: {', '.join(known)}." if known else "It has none."
             hint = suggest(name, known)
-            raise ConfigError(f"{place}: the policy {policy} has no argument {name} ({policy_flag(name)}).{hint} {names}")
+            flag = f"--policy.{name.replace('_', '-')}"
+            raise ConfigError(f"{place}: the policy {policy} has no argument {name} ({flag}).{hint} {names}")
     return table
 
 

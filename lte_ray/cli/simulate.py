@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lte_ray.cli.flags import SECTION_TITLES, Subcommand, make_without_settings, parse_sections
+from lte_ray.cli.flags import SECTION_TITLES, Subcommand, parse_sections
+from lte_ray.cli.worker_argument import make_without_settings, read_worker
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.config.cluster_model import ClusterModel
 from lte_ray.config.validation import check_booleans, check_choice, setting
-from lte_ray.errors import ConfigError, WorkerError
-from lte_ray.import_object import load_worker
-from lte_ray.run.display import format_bytes
-from lte_ray.simulation import KINDS, SimulationRecord
+from lte_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lte_ray.simulation import SimulationRecord
 
 SHAPES = ("gpt2-124m", "gpt2-355m", "gpt2-774m", "gpt2-1558m")
 MAX_WIDTH = 110
@@ -52,12 +52,26 @@ SIMULATE = Subcommand(
     "simulate",
     "Simulates a run on a cluster with the given speeds, links and failures. It needs no cluster. With a WORKER the gradient "
     "steps are real and the time is virtual. Without one, or with --time-only, only the time is simulated, for up to 10,000 "
-    "heads. A TOML file can give the same settings, as for train: --config FILE.toml.",
+    "heads.",
     {
         **{kind: title for kind, title in SECTION_TITLES.items() if kind in (LTEConfig, MergeConfig, TrainConfig)},
         ClusterModel: "cluster",
         Output: "output",
     },
+    (
+        "num_heads",
+        "steps",
+        "merge_iter",
+        "when",
+        "wait",
+        "speeds",
+        "step_seconds",
+        "bandwidth",
+        "shapes",
+        "time_only",
+        "picture",
+        "json",
+    ),
 )
 
 
@@ -67,11 +81,7 @@ def simulate(arguments: list[str]) -> None:
     Raises:
         LTEError: as a run's, for settings that contradict each other, and for files that can't be written.
     """
-    named = bool(arguments) and not arguments[0].startswith("-")
-    program, rest = (arguments[0], arguments[1:]) if named else ("", arguments)
-    kind = load_worker(program) if named else None
-    if kind is not None and not inspect.isclass(kind):
-        raise WorkerError(f"WORKER {program!r} is a {type(kind).__name__}, not a class.")
+    program, kind, rest = read_worker(arguments, "simulate", required=False)
     sections, worker = parse_sections(kind, program or "[WORKER]", rest, SIMULATE)
     if kind is not None and worker is None:
         worker = make_without_settings(program, kind)
@@ -152,6 +162,9 @@ def _show(run: SimulationRecord, title: str, took: float, with_samples: bool) ->
 
 
 def _lines(run: SimulationRecord, took: float, with_samples: bool) -> Iterator[tuple[str, str]]:
+    from lte_ray.run.display import format_bytes
+    from lte_ray.simulation import KINDS
+
     if with_samples and run.merges and math.isfinite(run.merges[-1].loss):
         yield "train loss", f"{run.merges[-1].loss:.4g}, from {run.merges[0].loss:.4g} in the first merge"
     each = [head.utilisation for head in run.heads]

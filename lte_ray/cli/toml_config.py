@@ -16,7 +16,6 @@ from lte_ray.config.units import with_units
 from lte_ray.config.validation import flag
 from lte_ray.errors import ConfigError
 from lte_ray.redaction import OMITTED
-from lte_ray.worker import constructor_parameters
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,11 @@ def defaults_from(
     if not isinstance(of_worker, dict):
         raise ConfigError(f"{where}: worker must be a table [worker] of the worker's own settings.")
     policy_types = {name: (flag_type(a), a.default) for name, a in policy_arguments(policy).items()}
-    worker_types = constructor_parameters(worker) if worker else {}
+    worker_types: dict[str, tuple[Any, Any]] = {}
+    if worker:
+        from lte_ray.worker import constructor_parameters
+
+        worker_types = constructor_parameters(worker)
     _check_given(where, omitted, arguments, {"worker": worker_types, "policy": policy_types})
     setting_types: dict[str, tuple[Any, Any]] = {}
     for kind in kinds:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -12,14 +11,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lte_ray.cli.flags import Parsed, make_without_settings, parse
+from lte_ray.cli.flags import Parsed, parse
 from lte_ray.cli.toml_config import from_content
+from lte_ray.cli.worker_argument import check_class, make_without_settings, read_worker
 from lte_ray.config import check_run_name
-from lte_ray.errors import WorkerError
-from lte_ray.import_object import load_worker, worker_forms, worker_names
+from lte_ray.import_object import load_worker
 from lte_ray.redaction import without_credentials
-from lte_ray.run.display import format_bytes
-from lte_ray.storage import RunDirectory
 
 if TYPE_CHECKING:
     import ray.train
@@ -35,17 +32,10 @@ def train(arguments: list[str]) -> None:
     if named is not None:
         _show(_train_again(*named))
         return
-    program, rest = (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else (None, arguments)
-    if program is None:
-        if not {"-h", "--help"} & set(rest):
-            raise WorkerError(f"lte-ray train needs a WORKER first: {worker_forms(worker_names())}.")
-        parse(None, "WORKER", rest)
-        return
-    kind = load_worker(program)
-    if not inspect.isclass(kind):
-        raise WorkerError(f"WORKER {program!r} is a {type(kind).__name__}, not a class.")
-    parsed = parse(kind, program, rest)
-    _show(_fit(program, kind, parsed))
+    worker = read_worker(arguments, "train")
+    parsed = parse(worker.kind, worker.program or "WORKER", worker.flags)
+    assert worker.kind is not None  # the help has ended the program
+    _show(_fit(worker.program, worker.kind, parsed))
 
 
 def _named_run(arguments: list[str]) -> tuple[str, list[str]] | None:
@@ -61,7 +51,7 @@ def _named_run(arguments: list[str]) -> tuple[str, list[str]] | None:
 def _train_again(name: str, flags: list[str]) -> ray.train.Result:
     """Continues a run with the settings in its ``run.toml``; flags win over them."""
     from lte_ray.run import record as run_record
-    from lte_ray.storage import RUN
+    from lte_ray.storage import RUN, RunDirectory
     from lte_ray.trainer import default_storage
 
     check_run_name(name, "--resume")
@@ -70,9 +60,8 @@ def _train_again(name: str, flags: list[str]) -> ray.train.Result:
     record = run_record.read(RunDirectory.open(place, name))
     console = Console(stderr=True, highlight=False)
     console.print(Text(f"{record.directory.display} continues with {record.program}, as its {RUN} says."))
-    kind = load_worker(record.program, what=f"The worker that {RUN} names,")
-    if not inspect.isclass(kind):
-        raise WorkerError(f"{record.program!r}, which {RUN} names, is a {type(kind).__name__}, not a class.")
+    worker = load_worker(record.program, what=f"The worker that {RUN} names,")
+    kind = check_class(worker, f"{record.program!r}, which {RUN} names,")
     file = from_content(record.path, record.content)
     file.content.update(storage=place)
     return _fit(record.program, kind, parse(kind, record.program, [*flags, "--name", name, "--resume"], file))
@@ -96,6 +85,8 @@ def _fit(program: str, kind: type, parsed: Parsed) -> ray.train.Result:
 
 def _show(result: ray.train.Result) -> None:
     """Prints the final summary, and the worker's sample if it gives one."""
+    from lte_ray.run.display import format_bytes
+
     console = Console(highlight=False)
     m: dict[str, Any] = result.metrics or {}
     grid = Table.grid(padding=(0, 2))

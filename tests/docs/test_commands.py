@@ -89,7 +89,7 @@ DECISIONS: dict[str, Runs | str] = {
     "lte-ray simulate --num-heads 1000 --merge-iter 100 --steps 500 --lora-r 32 --jitter 0.1": Runs(),
     "lte-ray ladder mine.py:Net --num-heads 4 --quick": Runs(),
     "lte-ray ladder mine.py:Net --num-heads 4 --steps 200 --name net-ladder": Runs(),
-    **{f"lte-ray {name}--help": Runs(quick=True) for name in ("", *(f"{command} " for command in COMMANDS))},
+    **{f"lte-ray {name}": Runs(quick=True) for name in ("--help", *(f"{command} --help-all" for command in COMMANDS))},
     TOKEN: Runs(),
     "export RAY_AUTH_MODE=token": Runs(),
     LOCAL_CLUSTER: "it runs until Ctrl-C; the fixture `cluster` starts it",
@@ -149,7 +149,7 @@ def test_flags_within_sentences_exist(capsys: pytest.CaptureFixture[str]) -> Non
     known = set(OTHER_FLAGS)
     for arguments in ([name] for name in COMMANDS):
         with contextlib.suppress(SystemExit):
-            assert main([*arguments, "--help"]) == 0
+            assert main([*arguments, "--help-all"]) == 0
         known |= set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
     for code, page in inline_code().items():
         for flag in re.findall(r"(?<!\S)(--[a-z][\w-]*)(?![\w.-])", code):
