@@ -18,6 +18,8 @@ from lte_ray.config import MergeConfig as MergeConfig
 from lte_ray.config import TrainConfig as TrainConfig
 from lte_ray.data.shard import Shard as Shard
 from lte_ray.errors import LTEError as LTEError
+from lte_ray.functions import FunctionWorker as FunctionWorker
+from lte_ray.functions import fit as fit
 from lte_ray.merging.policy import Discard as Discard
 from lte_ray.merging.policy import Merge as Merge
 from lte_ray.merging.policy import MergeChange as MergeChange

@@ -13,8 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from lte_ray import LTEConfig, Shard
+from lte_ray import LTEConfig, LTETrainer, Shard
 from lte_ray.config import LayerConfig
+from lte_ray.engine.in_process import evaluate_base, run_in_process
+from lte_ray.engine.prepare import prepare
+from lte_ray.engine.settings import Settings
 from tests.docs.pages import blocks, page_blocks
 from tests.support.image_folders import write_idx_folder
 
@@ -32,6 +35,8 @@ ELSEWHERE = {
 
 HERE = {
     *(("docs/data.md", number) for number in range(4)),
+    ("docs/fit.md", 0),
+    ("docs/fit.md", 1),
     ("docs/from-lte.md", 0),
     ("docs/models.md", 0),
     ("docs/recipes.md", 0),
@@ -87,6 +92,23 @@ def test_a_worker_can_train_on_any_data_set() -> None:
     assert next(iter(run("docs/data.md", 3)["train_batches"](numbers, shard))).tolist() == list(range(32, 64))
     texts = SimpleNamespace(dataset=lambda: [{"tokens": [1] * (1 + n % 3), "id": n} for n in range(12)])
     assert next(iter(run("docs/data.md", 1)["train_batches"](texts, shard))).shape[0] == 4
+def test_a_model_trains_without_a_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/fit.md: both blocks, with the engine in this process instead of Ray; the notebook runs `fit` on Ray."""
+
+    def train(trainer: LTETrainer) -> SimpleNamespace:
+        settings = Settings("run", trainer.lte, trainer.merge, trainer.train)
+        done = run_in_process(trainer.worker, settings)
+        return SimpleNamespace(path="", metrics=evaluate_base(trainer.worker, prepare(trainer.worker, settings), done.base))
+
+    monkeypatch.setattr(LTETrainer, "fit", train)
+    names = run("docs/fit.md", 0)
+    assert names["result"].metrics["validation_loss"] < 0.5
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20, n_positions=8)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    row = torch.arange(8)
+    rows = [{"input_ids": row, "labels": row}] * 8
+    assert run("docs/fit.md", 1, **{**names, "folder": tmp_path, "rows": rows})["result"].metrics == {}
 
 
 def test_a_worker_can_give_replicas_another_learning_rate() -> None:

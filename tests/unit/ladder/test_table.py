@@ -91,5 +91,5 @@ def test_the_picture_has_a_line_for_each_rung() -> None:
 def test_without_matplotlib_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table doesn't need it."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"pip install 'lte-ray\[plot\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'lte-ray\[plots\]'"):
         draw(summaries(), TITLE)
