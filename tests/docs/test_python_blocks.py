@@ -92,6 +92,8 @@ def test_a_worker_can_train_on_any_data_set() -> None:
     assert next(iter(run("docs/data.md", 3)["train_batches"](numbers, shard))).tolist() == list(range(32, 64))
     texts = SimpleNamespace(dataset=lambda: [{"tokens": [1] * (1 + n % 3), "id": n} for n in range(12)])
     assert next(iter(run("docs/data.md", 1)["train_batches"](texts, shard))).shape[0] == 4
+
+
 def test_a_model_trains_without_a_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/fit.md: both blocks, with the engine in this process instead of Ray; the notebook runs `fit` on Ray."""
 
