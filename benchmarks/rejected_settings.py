@@ -190,6 +190,9 @@ def workers(run: Run, folder: Path) -> Iterator[Row]:
         "json:loads",
     ):
         yield Row(name, *run("train", name))
+    for flags in ("--worker.model ./nowhere", "--worker.model ./nowhere --worker.data x"):
+        yield Row(f"causal-lm {flags}", *run("train", "causal-lm", *flags.split(), "--storage", str(folder / "runs")))
+    yield Row("image", *run("train", "image", "--storage", str(folder / "runs")))
     yield Row("broken.py:Net", *run("train", f"{folder}/broken.py:Net"))
     for name in ("NoLoss", "NoBatches", "NoModel", "NothingToAdapt", "Raises", "Refuses", "Untyped", "function", "Nett"):
         yield Row(

@@ -185,7 +185,7 @@ class LTETrainer:
                 reservation = stack.enter_context(placing.reserve(placement, heads_by_actor)) if processes == 1 else None
                 nodes = 1 if reservation is None else reservation.nodes
                 groups = placing.transfer_groups(settings.merge, initial.plans, nodes, may_merge_by_weights(policy))
-                run_toml, resume = stack.enter_context(claim.acquire(record))
+                run_toml, resume = stack.enter_context(claim.acquire(record, self.worker))
                 context = RunContext(
                     worker=pickled_worker,
                     settings=settings,

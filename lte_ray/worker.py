@@ -52,6 +52,10 @@ class Worker(Protocol):
     #   build_optimizer(params) -> Optimizer       params: parameter groups, named "lora" and "replica"
     #                                            (in full rank "weight" and "replica")
     #   build_schedule(optimizer, total_steps)     -> a torch learning-rate scheduler, stepped after every local step
+    #   default_lr_factor                          multiplies the default rates of a worker without build_optimizer, not
+    #                                            those of flags: 0.1 to fine-tune
+    #   save_files(folder)                         writes what belongs to the model into an empty folder, such as a
+    #                                            tokenizer: kept with the run, and part of exports for transformers and PEFT
     #   state_dict(), load_state_dict(state)       what the worker counts or collects: each head's own, kept in checkpoints
     #   tokens_per_sample                          a number, or a method that returns it: for --tokens and tokens per second
     #   flops_per_sample                           likewise, of operations forward and backward: for MFU

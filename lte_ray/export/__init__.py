@@ -27,6 +27,7 @@ from lte_ray.errors import ConfigError, StorageError
 from lte_ray.export import peft as _peft
 from lte_ray.export import pretrained as _pretrained
 from lte_ray.export.run_reader import Written, open_run, read_run, select_checkpoint
+from lte_ray.run.record import copy_files
 from lte_ray.storage import MODEL
 
 __all__ = ["Written", "peft_adapter", "safetensors", "save_pretrained"]
@@ -65,7 +66,9 @@ def peft_adapter(
     _pretrained.require_package("peft")
     saved = read_run(run, version, worker)
     with _atomic_output(path) as folder:
-        return _peft.write_adapter(saved, folder, head, rank)
+        written = _peft.write_adapter(saved, folder, head, rank)
+        copy_files(saved.directory, folder)
+        return written
 
 
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -86,7 +89,9 @@ def save_pretrained(
     saved = read_run(run, version, worker)
     _convert(saved.model, dtype)
     with _atomic_output(path) as folder:
-        return _pretrained.write_pretrained(saved, folder)
+        written = _pretrained.write_pretrained(saved, folder)
+        copy_files(saved.directory, folder)
+        return written
 
 
 def safetensors(

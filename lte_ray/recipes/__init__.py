@@ -9,6 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 RECIPES = {
+    "causal-lm": "lte_ray.recipes.causal_lm:CausalLM",
+    "classify": "lte_ray.recipes.classify:Classify",
+    "image": "lte_ray.recipes.image:Image",
     "gpt": "lte_ray.recipes.gpt:GPT",
     "vit": "lte_ray.recipes.vit:ViT",
     "mixer": "lte_ray.recipes.mixer:Mixer",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import tempfile
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -19,11 +21,11 @@ from lte_ray.config import FailureConfig, PlacementConfig, StorageConfig, toml
 from lte_ray.config.toml import NONE
 from lte_ray.engine.prepare import Initial, merged_state_dict
 from lte_ray.engine.settings import Settings
-from lte_ray.errors import StorageError
+from lte_ray.errors import StorageError, UserError, WorkerError
 from lte_ray.import_object import absolute
 from lte_ray.merging.registry import stable_name
 from lte_ray.redaction import OMITTED, redact, split_secrets, without_credentials
-from lte_ray.storage import MODEL, RUN, RunDirectory
+from lte_ray.storage import FILES, MODEL, RUN, RunDirectory
 from lte_ray.worker import worker_settings
 
 T = TypeVar("T")
@@ -114,6 +116,38 @@ def write_model(directory: RunDirectory, initial: Initial, base: Tensor) -> None
     """Writes the merged weights in fp32 under the unconverted model's own names."""
     state = merged_state_dict(initial.model, initial.plan, base)
     directory.write(MODEL, safetensors.torch.save(state, {"format": "pt"}))
+
+
+def write_files(directory: RunDirectory, worker: Any) -> None:
+    """Writes what the worker's `save_files` gives into the run's folder of files; nothing if it has no such method.
+
+    Raises:
+        WorkerError: it raised.
+    """
+    save = getattr(worker, "save_files", None)
+    if save is None:
+        return
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            save(Path(place))
+        except UserError:
+            raise
+        except Exception as error:
+            raise WorkerError(f"{type(worker).__name__}.save_files() raised:\n\n{traceback.format_exc()}") from error
+        for path in sorted(Path(place).rglob("*")):
+            if path.is_file():
+                directory.write(f"{FILES}/{path.relative_to(place).as_posix()}", path.read_bytes())
+
+
+def copy_files(directory: RunDirectory, folder: Path, inside: str = "") -> None:
+    """Copies what `write_files` wrote into a local folder. Files that are there already stay."""
+    for name in directory.list_names(f"{FILES}/{inside}".rstrip("/")):
+        relative = f"{inside}/{name}".lstrip("/")
+        if directory.size(f"{FILES}/{relative}") is None:
+            copy_files(directory, folder, relative)
+        elif not (folder / relative).exists():
+            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+            (folder / relative).write_bytes(directory.read(f"{FILES}/{relative}"))
 
 
 def object_name(thing: Any) -> str:

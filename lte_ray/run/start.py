@@ -17,7 +17,7 @@ from lte_ray.engine.head.untrained import check_equal_builds
 from lte_ray.engine.prepare import Initial
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError, WorkerError
-from lte_ray.run.record import format_record
+from lte_ray.run.record import format_record, write_files
 from lte_ray.storage import LOCK, PART_SUFFIX, PROBE, RUN, RunDirectory, check_unlocked, exclusive_lock
 
 log = logging.getLogger("lte_ray")
@@ -60,8 +60,8 @@ class RunClaim:
         return resume
 
     @contextlib.contextmanager
-    def acquire(self, record: dict[str, Any]) -> Iterator[tuple[str, checkpoint.Manifest | None]]:
-        """Holds the directory for the block and writes its ``run.toml``.
+    def acquire(self, record: dict[str, Any], worker: Any = None) -> Iterator[tuple[str, checkpoint.Manifest | None]]:
+        """Holds the directory for the block and writes its ``run.toml``, and the files that the worker adds to its model.
 
         Yields:
             The text of ``run.toml``, and the checkpoint to resume from, if there is one.
@@ -76,6 +76,7 @@ class RunClaim:
             if self._versions() != self._checked_versions:  # another process trained while this one waited for the cluster
                 self._resume = self._find_checkpoint()
             config = create_run(directory, record, self.storage, self._resume)
+            write_files(directory, worker)
             if self._resume and (differing := changed_data(self._resume, config)):
                 log.warning(
                     "%s continues, but %s. If that changes the batches, samples of this epoch are repeated or left out.",

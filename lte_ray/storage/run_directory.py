@@ -25,6 +25,9 @@ RUN = "run.toml"
 MODEL = "model.safetensors"
 """The merged weights of a finished run."""
 
+FILES = "files"
+"""Folder with what the worker adds to its model, such as a tokenizer."""
+
 PROBE = ".writable"
 """A file that is written and removed, to find out whether the directory is writable."""
 

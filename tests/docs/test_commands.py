@@ -64,6 +64,8 @@ class Runs:
 # Without --assume-old, make would install the environment again whenever pyproject.toml is newer.
 MAKE = {"VENV": sys.prefix, "MAKEFLAGS": "--assume-old=pyproject.toml --assume-old=constraints.txt", "ARGS": "--steps 20"}
 
+HUB = "it needs a model of the hub; tests/integration/test_recipes.py has a tiny one"
+
 DECISIONS: dict[str, Runs | str] = {
     "make train": Runs(root=True, environment=MAKE),
     "make test": "it runs these tests",
@@ -101,6 +103,11 @@ DECISIONS: dict[str, Runs | str] = {
     "ray job submit --address http://HEAD-NODE:8265 --working-dir . -- lte-ray train mine.py:Net --num-heads 8 "
     "--storage s3://bucket/runs --name net-8 --resume": "it needs a cluster on other machines and a bucket",
     "lte-ray train regression --num-heads 2 --steps 200": Runs(),
+    "lte-ray train causal-lm --worker.model gpt2 --worker.data my.jsonl --num-heads 2 --name my-lm": HUB,
+    "lte-ray export ~/ray_results/my-lm out-lm --to pretrained": HUB,
+    "lte-ray train classify --worker.model bert-base-uncased --worker.data reviews.csv --num-heads 2": HUB,
+    "lte-ray train image --worker.data FOLDER --worker.network resnet --worker.image-size 64 --num-heads 2": "it needs images; "
+    "tests/unit/workers has some",
     "lte-ray train vit --num-heads 2 --lr 0.0125": "it needs Fashion-MNIST; tests/unit/workers has smaller images",
     "lte-ray train vit --config workers/configs/vit-gpu.toml": "it needs a GPU",
     "lte-ray train vit --config workers/configs/vit-paper.toml --worker.data FOLDER": "it needs GPUs, and ImageNet",

@@ -55,8 +55,8 @@ def has_schedule(worker: Worker, train: TrainConfig) -> bool:
     return train.schedule != "auto" or not getattr(worker, "build_optimizer", None)
 
 
-def make_optimizer(train: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Returns the optimizer that the settings name.
+def make_optimizer(train: TrainConfig, groups: list[dict[str, Any]], factor: float = 1.0) -> torch.optim.Optimizer:
+    """Returns the optimizer that the settings name. `factor` multiplies the default rates, not those that are given.
 
     "auto" means LoRA-Muon for factors, Muon for weights that train in full, and AdamW for ordinary training (``--baseline``).
     AdamW has rate 1e-3 by default, betas 0.9 and 0.95. Weight decay is for factors and for weights that would have some: the
@@ -73,11 +73,19 @@ def make_optimizer(train: TrainConfig, groups: list[dict[str, Any]]) -> torch.op
         for group in groups:
             if group["name"] == "replica" and "replica_lr" in rates:
                 group["lr"] = rates["replica_lr"]
-        return torch.optim.AdamW(groups, lr=rates.get("lr", 1e-3), betas=(0.9, 0.95), weight_decay=0.0)
-    needed, reason = NEEDED[chosen]
-    if not needed & {group["name"] for group in groups}:
-        raise ConfigError(f"--optimizer {chosen} {reason}")
-    return OPTIMIZERS[chosen](groups, **rates)
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            groups, lr=rates.get("lr", 1e-3), betas=(0.9, 0.95), weight_decay=0.0
+        )
+    else:
+        needed, reason = NEEDED[chosen]
+        if not needed & {group["name"] for group in groups}:
+            raise ConfigError(f"--optimizer {chosen} {reason}")
+        optimizer = OPTIMIZERS[chosen](groups, **rates)
+    given = {"replica": "replica_lr" in rates or (chosen == "adamw" and "lr" in rates)}
+    for group in optimizer.param_groups:
+        if not given.get(group["name"], "lr" in rates):
+            group["lr"] = group["lr"] * factor
+    return optimizer
 
 
 def resolve_optimizer(train: TrainConfig, groups: Collection[str]) -> str:

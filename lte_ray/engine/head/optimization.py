@@ -76,7 +76,9 @@ def build_optimizer(
         extra = {"scalings": scalings[lr]} if name == "lora" else {}
         param_groups.append({"params": params, "name": name, **extra, **({"lr_multiplier": lr} if several else {})})
     build = getattr(worker, "build_optimizer", None)
-    optimizer: torch.optim.Optimizer = build(param_groups) if build else make_optimizer(train, param_groups)
+    optimizer: torch.optim.Optimizer = (
+        build(param_groups) if build else make_optimizer(train, param_groups, getattr(worker, "default_lr_factor", 1.0))
+    )
     _check_optimizer(optimizer)
     if several:
         expected = {id(p): lr for (_, lr), params in groups.items() for p in params}

@@ -22,6 +22,7 @@ from lte_ray.engine.settings import Settings
 from lte_ray.errors import DataError, WorkerError
 from tests.docs.pages import ROOT
 from tests.support.image_folders import stripes, write_idx_folder
+from workers.image import Image
 from workers.images import FASHION_MNIST, ImageClassifier
 from workers.mixer import Mixer
 from workers.resnet import ResNet
@@ -255,3 +256,23 @@ def test_fashion_mnist_is_learned(make: Callable[..., ImageClassifier]) -> None:
     assert np.bincount(data.labels).tolist() == [6000] * 10
     result = run_in_process(worker, settings)
     assert evaluate_base(worker, prepare(worker, settings), result.base)["accuracy"] > 0.6
+
+
+@pytest.mark.parametrize("network", ["vit", "resnet", "mixer"])
+def test_one_worker_for_all_networks_takes_the_classes_from_the_data(network: str, data: Path) -> None:
+    """Its model is that of the network's own worker; without a patch one is chosen that divides the image."""
+    worker = Image(str(data), network=network, image_size=8, channels=1, width=16, depth=1, batch_size=4)  # type: ignore[arg-type]
+    images, labels = next(worker.train_batches(Shard(0, 2, seed=0)))
+    model = worker.build_model()
+    assert worker.logits(model, images).shape == (4, 4)
+    assert worker.loss(model, (images, labels)).isfinite()
+
+
+def test_the_image_worker_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    """Another network, no data, and a folder that isn't there."""
+    with pytest.raises(WorkerError, match=r"--worker\.network is 'vgg', but it must be one of: vit, resnet, mixer"):
+        Image(str(tmp_path), network="vgg")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"--worker\.data is missing"):
+        Image().build_model()
+    with pytest.raises(DataError, match=r"--worker\.data: there is no folder"):
+        next(Image(str(tmp_path / "none")).train_batches(Shard(0, 1, seed=0)))

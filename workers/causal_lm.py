@@ -1,0 +1,176 @@
+"""Any causal language model of transformers, on your own text: fine-tuned, or from scratch.
+
+Needs `pip install 'lte-ray[hf]'`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lte_ray import Shard
+from lte_ray.data import TokenSet, cached_tokens, read_records
+from lte_ray.data.loader import check_size
+from lte_ray.errors import DataError, WorkerError
+
+from .text import Encoder, absolute, cache_key, check_vocabulary, hold_out, load, transformers
+
+IGNORED = -100
+"""Target of a token that the loss doesn't count."""
+
+
+@dataclass
+class CausalLM:
+    """Trains a causal language model of transformers on text; `evaluate` returns the validation loss and the perplexity."""
+
+    model: str
+    """The model: a folder that save_pretrained wrote, or a name on Hugging Face's hub."""
+    data: str
+    """The text: a file (.jsonl, .json, .csv, .parquet, .txt, .md), a folder, a pattern, a URI, or hf:NAME or hf:NAME:SPLIT of
+    the hub. Records have a text, or messages, or prompt and completion."""
+    scratch: bool = False
+    """Whether to train from scratch: only the model's config is used, not its weights."""
+    tokenizer: str = ""
+    """The tokenizer's folder or name; by default the model's."""
+    column: str = "text"
+    """The column of text in records without messages, and without prompt and completion."""
+    context: int = 512
+    """Tokens in a sequence. Records are put one after another and cut into sequences of this length."""
+    batch_size: int = 8
+    """Sequences in one head's batch."""
+    validation: str = ""
+    """Text for validation, named as the data are; by default a part of the data."""
+    held_out: float = 0.05
+    """The part of the data, in tokens, that is kept for validation; at least one sequence."""
+    validation_sequences: int = 256
+    """Sequences that `evaluate` uses, spread evenly over those for validation."""
+
+    def __post_init__(self) -> None:
+        self.model, self.data, self.tokenizer, self.validation = map(
+            absolute, (self.model, self.data, self.tokenizer, self.validation)
+        )
+        if not 0 < self.held_out < 1:
+            raise WorkerError(f"--worker.held-out is {self.held_out}, but it must be between 0 and 1.")
+        for name in ("context", "batch_size", "validation_sequences"):
+            if getattr(self, name) < 1:
+                flag = f"--worker.{name.replace('_', '-')}"
+                raise WorkerError(f"{flag} is {getattr(self, name)}, but it must be at least 1.")
+
+    @property
+    def default_lr_factor(self) -> float:
+        """Fine-tuning keeps what the model knows only with smaller steps than training from scratch."""
+        return 1.0 if self.scratch else 0.1
+
+    def tokens_per_sample(self) -> int:
+        return self.context
+
+    def load_tokenizer(self) -> Any:
+        return load("AutoTokenizer", self.tokenizer or self.model, "--worker.tokenizer" if self.tokenizer else "--worker.model")
+
+    def build_model(self) -> nn.Module:
+        tokenizer = self.load_tokenizer()
+        if self.scratch:
+            config = load("AutoConfig", self.model, "--worker.model")
+            if self.tokenizer:  # the config's own vocabulary may be another tokenizer's
+                config.vocab_size = len(tokenizer)
+                config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+            model = transformers().AutoModelForCausalLM.from_config(config)
+        else:
+            model = load("AutoModelForCausalLM", self.model, "--worker.model")
+        check_vocabulary(model, tokenizer, self.tokenizer or self.model)
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is not None and self.context > positions:
+            raise WorkerError(f"--worker.context is {self.context}, but the model has {positions} positions. Lower it.")
+        return model
+
+    def save_files(self, folder: Path) -> None:
+        """Keeps the tokenizer with the run, so that exports have it."""
+        self.load_tokenizer().save_pretrained(str(folder))
+
+    def tokens(self, split: str) -> tuple[TokenSet, TokenSet | None]:
+        """The tokens of the split "train" or "validation"; and 1 for those that the loss counts, unless it counts all.
+
+        Raises:
+            DataError: the data are missing, damaged, or less than one sequence.
+        """
+        tokenizer = self.load_tokenizer()
+        sources = [self.data, *([self.validation] if self.validation else [])]
+        key = cache_key("causal-lm", tokenizer, sources, self.column, self.context, self.held_out)
+        files = cached_tokens(key, lambda: self.tokenize(tokenizer))
+        counted = files.get(f"{split}-counted")
+        return TokenSet.open(files[split], self.context), TokenSet.open(counted, self.context) if counted else None
+
+    def tokenize(self, tokenizer: Any) -> dict[str, np.ndarray]:
+        """Reads the records, and returns the tokens of both splits as one array each."""
+        dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+        encoder = Encoder(tokenizer, self.column)
+
+        def encode(place: str, record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+            ids, counted = encoder.encode(record, place)
+            return np.array(ids, dtype), np.array(counted, np.uint8)
+
+        splits: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+        records = list(read_records(self.data))
+        encoded = [encode(*one) for one in records]
+        if self.validation:
+            splits["train"] = encoded
+            splits["validation"] = [encode(*one) for one in read_records(self.validation)]
+        else:
+            lengths = [len(ids) for ids, _ in encoded]
+            chosen = hold_out(records, lengths, max(round(self.held_out * sum(lengths)), self.context + 1))
+            splits["train"] = [one for one, out in zip(encoded, chosen, strict=True) if not out]
+            splits["validation"] = [one for one, out in zip(encoded, chosen, strict=True) if out]
+        arrays: dict[str, np.ndarray] = {}
+        for split, parts in splits.items():
+            arrays[split] = np.concatenate([np.empty(0, dtype), *(ids for ids, _ in parts)])
+            counted = np.concatenate([np.empty(0, np.uint8), *(flags for _, flags in parts)])
+            if len(counted) and not counted.all():
+                arrays[f"{split}-counted"] = counted
+            if len(arrays[split]) <= self.context:
+                purpose = "training" if split == "train" else "validation"
+                raise DataError(
+                    f"{self.data} leaves {len(arrays[split])} tokens for {purpose}, too few for a sequence of {self.context}. "
+                    "Use more data, or a smaller --worker.context."
+                )
+        return arrays
+
+    def train_batches(self, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
+        data, counted = self.tokens("train")
+        check_size(len(data), self.batch_size, shard, f"{self.data}, in sequences of {self.context} tokens,")
+        for indices in shard.indices(len(data), self.batch_size):
+            yield batch_of(data, counted, indices)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        inputs, targets = batch
+        logits = model(input_ids=inputs, use_cache=False).logits
+        total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return total / (targets != IGNORED).sum().clamp(min=1)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        data, counted = self.tokens("validation")
+        device = next(model.parameters()).device
+        indices = np.linspace(0, len(data) - 1, min(self.validation_sequences, len(data)), dtype=np.int64)
+        total, tokens = 0.0, 0
+        for chunk in np.array_split(indices, math.ceil(len(indices) / self.batch_size)):
+            inputs, targets = (part.to(device) for part in batch_of(data, counted, chunk))
+            number = int((targets != IGNORED).sum())
+            total, tokens = total + float(self.loss(model, (inputs, targets))) * number, tokens + number
+        mean = total / max(tokens, 1)
+        return {"validation_loss": mean, "perplexity": math.exp(min(mean, 700.0))}  # policies minimize the first
+
+
+def batch_of(data: TokenSet, counted: TokenSet | None, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+    """The inputs and the targets of sequences: (n, context) each."""
+    windows = torch.from_numpy(data.windows(indices))
+    inputs, targets = windows[:, :-1], windows[:, 1:]
+    if counted is not None:
+        targets = targets.masked_fill(torch.from_numpy(counted.windows(indices))[:, 1:] == 0, IGNORED)
+    return inputs, targets
