@@ -26,15 +26,17 @@ usage: lte-ray train WORKER [flags]
        lte-ray ladder WORKER [flags]
        lte-ray simulate [WORKER] [flags]
        lte-ray audit RUN
+       lte-ray new NAME [--from RECIPE]
 
-  WORKER   what to train: package.module:Class or path/to/file.py:Class
+  WORKER   what to train: a ready-made worker such as gpt or causal-lm, package.module:Class or path/to/file.py:Class
   RUN      the directory of a run, as train prints it at the end
   OUT      a folder that doesn't exist yet
   FORMAT   safetensors (merged weights), pretrained (a model of transformers) or peft (a LoRA adapter)
   flags    lte-ray train --help lists them; lte-ray train WORKER --help adds the worker's own
 
 examples:
-  lte-ray train workers.gpt:GPT --num-heads 2
+  lte-ray new my/file.py
+  lte-ray train gpt --num-heads 2
   lte-ray train my/file.py:Net --num-heads 4 --merge-iter 10 --steps 200 --worker.lr 0.001
   lte-ray train my/file.py:Net --config settings.toml --name second-try
   lte-ray ladder my/file.py:Net --num-heads 4 --quick
@@ -100,6 +102,12 @@ def _audit(arguments: list[str]) -> None:
     audit(arguments)
 
 
+def _new(arguments: list[str]) -> None:
+    from lte_ray.cli.new import new
+
+    new(arguments)
+
+
 class Command(NamedTuple):
     """A subcommand: its function, its arguments for messages, and the message after an interrupt that brings none."""
 
@@ -114,6 +122,7 @@ COMMANDS = {
     "ladder": Command(_ladder, "WORKER [flags]", "Trainings that are done are kept."),
     "simulate": Command(_simulate, "[WORKER] [flags]", "Nothing was written."),
     "audit": Command(_audit, "RUN", "Nothing was written."),
+    "new": Command(_new, "NAME [--from RECIPE]", "Nothing was written."),
 }
 
 

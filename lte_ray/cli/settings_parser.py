@@ -127,6 +127,7 @@ def _add(group: Any, field: dataclasses.Field[Any], annotation: Any, default: An
     else:
         group.add_argument(
             flag(field.name),
+            dest=field.name,
             default=argparse.SUPPRESS,
             required=default is dataclasses.MISSING,
             nargs=_number_of_values(annotation),

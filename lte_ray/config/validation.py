@@ -32,8 +32,8 @@ def setting(default: Any, help: str, unit: Literal["time", "rate", ""] = "") -> 
 
 
 def flag(name: str) -> str:
-    """The command-line flag of a field: ``merge_iter`` -> ``--merge-iter``."""
-    return "--" + name.replace("_", "-")
+    """The command-line flag of a field: ``merge_iter`` -> ``--merge-iter``, ``from_`` -> ``--from``."""
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -36,6 +36,9 @@ from tests.support import export_runs
 MINE = "lte-ray train mine.py:Net --num-heads 4 --name mine --resume"
 """Makes the run `mine`, which other commands read."""
 
+NEW = "lte-ray new my_net"
+"""Writes a worker, which another command trains."""
+
 TOKEN = "ray get-auth-token --generate > /dev/null"
 LOCAL_CLUSTER = "cluster/local.sh"
 JOB_SERVER = 8265
@@ -103,6 +106,9 @@ DECISIONS: dict[str, Runs | str] = {
     "ray job submit --address http://HEAD-NODE:8265 --working-dir . -- lte-ray train mine.py:Net --num-heads 8 "
     "--storage s3://bucket/runs --name net-8 --resume": "it needs a cluster on other machines and a bucket",
     "lte-ray train regression --num-heads 2 --steps 200": Runs(),
+    NEW: Runs(quick=True),
+    "lte-ray train my_net.py:MyNet --num-heads 2 --steps 200": Runs(after=NEW),
+    "lte-ray new my_lm --from causal-lm": Runs(quick=True),
     "lte-ray train causal-lm --worker.model gpt2 --worker.data my.jsonl --num-heads 2 --name my-lm": HUB,
     "lte-ray export ~/ray_results/my-lm out-lm --to pretrained": HUB,
     "lte-ray train classify --worker.model bert-base-uncased --worker.data reviews.csv --num-heads 2": HUB,
