@@ -73,6 +73,10 @@ SETTINGS = [
     "--rollback-z -1",
     "--storage-patience -1",
     "--keep-best -1",
+    "--log tensorbord",
+    "--log none csv",
+    "--log missing.py:Sink",
+    "--log builtins:int",
 ]
 
 FILES = [

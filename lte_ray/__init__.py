@@ -19,6 +19,8 @@ _MODULES = {
     "lte_ray.messages": ("OuterStep", "StepCoefficients"),
     "lte_ray.modes.prepare": ("prepare_model_for_lte",),
     "lte_ray.modes.replica": ("MultiheadReplicaLayer", "ReplicaLayer"),
+    "lte_ray.run.history": ("read_metrics",),
+    "lte_ray.run.sinks.protocol": ("LogRow", "RunInfo", "Sink"),
     "lte_ray.trainer": ("LTETrainer",),
     "lte_ray.worker": ("Worker",),
 }

@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,10 @@ from lte_ray.merging.registry import make_policy, may_merge_by_weights, resolved
 from lte_ray.messages import HeadTimes
 from lte_ray.run import record as run_record
 from lte_ray.run.display import automatic_display
+from lte_ray.run.history import best_checkpoints, read_rows, to_dataframe
 from lte_ray.run.metrics import Progress, Reporter, latest_figures, throughput
+from lte_ray.run.reporting import report_run
+from lte_ray.run.sinks import Sink, make_sinks, recordable_names
 from lte_ray.run.start import RunClaim
 from lte_ray.storage import RunDirectory, split_run_path
 from lte_ray.worker import evaluates
@@ -70,6 +73,8 @@ class LTETrainer:
             `RunConfig` says (`FailureConfig(max_failures=...)`), else `lte_ray.FailureConfig()`.
         reporter: shows progress; by default a live display on a terminal, else lines.
         program: how ``run.toml`` names the worker; by default its module and class.
+        log: where figures go in addition to ``metrics.jsonl``: names as for ``--log``, and objects with the methods of
+            `lte_ray.Sink`. By default what `run_config` says. ``run.toml`` has the names only: give objects to `restore` again.
     """
 
     worker: Any
@@ -81,6 +86,7 @@ class LTETrainer:
     failure: FailureConfig | None = None
     reporter: Reporter | None = None
     program: str | None = None
+    log: Sequence[str | Sink] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.worker, type):
@@ -127,13 +133,15 @@ class LTETrainer:
             `metrics` (the last evaluation's figures, also under "evaluation"; the worker's own figures of the training, the
             mean over the heads, under "figures", and also at the top where no other has that name; baseline, train_loss, step,
             samples, samples_per_second, tokens_per_second and mfu (if known), version, seconds, `times`, where the heads' time
-            went, all heads' bytes), `checkpoint`, and `path` (the run directory, which holds ``model.safetensors``).
+            went, all heads' bytes), `checkpoint`, and `path` (the run directory, which holds ``model.safetensors``);
+            `metrics_dataframe`, as `lte_ray.read_metrics` reads it; and `best_checkpoints`, the evaluated ones, best first.
 
         Raises:
             UserError: bad input; no actor was started.
             RunError: the run ended early; its complete checkpoints remain in the run directory.
         """
-        storage, filesystem = _storage(self.run_config)
+        storage, filesystem = _storage(self.run_config, self.log)
+        sinks = make_sinks(storage.log if self.log is None else self.log, {"prometheus": _prometheus_sink})
         failure = _failure(self.run_config, self.failure, self.lte.num_heads)
         name = storage.name or f"{type(self.worker).__name__.lower()}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         # Settings go to all actors. They hold the policy's name: the policy itself goes to the coordinator only.
@@ -198,10 +206,11 @@ class LTETrainer:
                     run_toml=run_toml,
                     evaluates=evaluates(self.worker),
                 )
-                if resume:
-                    start = load_checkpoint(context, initial.plans, resume.version, settings.lte.num_heads, policy)
-                else:
-                    start = CoordinatorState(0, context.transport.publish(initial.base))
+                start = (
+                    load_checkpoint(context, initial.plans, resume.version, settings.lte.num_heads, policy)
+                    if resume
+                    else CoordinatorState(0, context.transport.publish(initial.base))
+                )
                 controller = _make_controller(
                     {"placement": placement}
                     if reservation is None
@@ -214,8 +223,10 @@ class LTETrainer:
                     reporter=reporter,
                     export=lambda final: run_record.write_model(directory, initial, final),
                 )
-                controller.run()
-        return _result(controller, directory)
+                metrics, devices = controller.state.log, controller.state.devices
+                with report_run(sinks, directory, metrics, self.worker, run_toml, claim.position, devices):
+                    controller.run()
+        return _result(controller, directory, storage.best_by)
 
 
 def _with_evaluation(worker: Any, settings: Settings, storage: StorageConfig) -> Settings:
@@ -273,16 +284,23 @@ def _make_controller(places: dict[str, Any], **common: Any) -> TrainController |
     return DataParallelController(**places, **common)
 
 
-def _storage(config: Any) -> tuple[StorageConfig, Any]:
+def _prometheus_sink() -> Sink:
+    from lte_ray.runtime.prometheus import PrometheusSink
+
+    return PrometheusSink()
+
+
+def _storage(config: Any, log: Sequence[str | Sink] | None = None) -> tuple[StorageConfig, Any]:
     """Returns Ray's RunConfig (or ours) as ours, and the filesystem that it names. Raises ConfigError for what is ignored."""
+    logged: dict[str, Any] = {} if log is None else {"log": recordable_names(log)}
     if config is None or isinstance(config, StorageConfig):
-        return config or StorageConfig(), None
+        return dataclasses.replace(config or StorageConfig(), **logged), None
     ray_fields.check_followed(config, ray_fields.RUN)
     check_run_name(config.name)
     retention: dict[str, Any] = {"keep_checkpoints": None}
     if config.checkpoint_config:
         retention = _retention(config.checkpoint_config)
-    return StorageConfig(name=config.name, storage=config.storage_path, **retention), config.storage_filesystem
+    return StorageConfig(name=config.name, storage=config.storage_path, **retention, **logged), config.storage_filesystem
 
 
 def _retention(config: ray.train.CheckpointConfig) -> dict[str, Any]:
@@ -313,7 +331,7 @@ def default_storage() -> str:
     return str(ray.train.RunConfig().storage_path)
 
 
-def _result(controller: TrainController | DataParallelController, directory: RunDirectory) -> ray.train.Result:
+def _result(controller: TrainController | DataParallelController, directory: RunDirectory, best_by: str) -> ray.train.Result:
     import ray.train
 
     state, progress = controller.state, controller.progress.snapshot()
@@ -345,10 +363,21 @@ def _result(controller: TrainController | DataParallelController, directory: Run
     metrics |= {name: rate for name, rate in throughput(state.merges).items() if name not in metrics}
     if state.sample is not None:
         metrics["sample"] = state.sample
-    saved = None
-    if state.checkpoint is not None:
-        path = directory.path_to(checkpoint.version_folder(state.checkpoint))
-        saved = ray.train.Checkpoint(path, directory.filesystem)
-    return ray.train.Result(
-        metrics=metrics, checkpoint=saved, error=None, path=directory.path, _storage_filesystem=directory.filesystem
+
+    def saved(version: int) -> ray.train.Checkpoint:
+        return ray.train.Checkpoint(directory.path_to(checkpoint.version_folder(version)), directory.filesystem)
+
+    result = ray.train.Result(
+        metrics=metrics,
+        checkpoint=None if state.checkpoint is None else saved(state.checkpoint),
+        error=None,
+        path=directory.path,
+        _storage_filesystem=directory.filesystem,
     )
+    try:
+        rows = read_rows(directory)
+        result.metrics_dataframe = to_dataframe(rows)
+        result.best_checkpoints = [(saved(v), figures) for v, figures in best_checkpoints(directory, rows, best_by)]
+    except (LTEError, ImportError) as error:  # the run itself is done
+        log.warning("The result has no metrics_dataframe: %s", error)
+    return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,6 +15,7 @@ from lte_ray.config.validation import (
     check_run_name,
     flag,
     setting,
+    suggest,
     to_name_tuples,
 )
 from lte_ray.errors import ConfigError
@@ -21,6 +23,10 @@ from lte_ray.errors import ConfigError
 PRECISIONS = ("fp32", "bf16-mixed", "fp16-mixed")
 OPTIMIZERS = ("auto", "adamw", "lora-plus", "lora-muon", "muon")
 SCHEDULES = ("auto", "constant", "cosine", "linear")
+
+AUTO, NO_LOG = "auto", "none"
+LOGS = (AUTO, NO_LOG, "tensorboard", "wandb", "mlflow", "csv", "prometheus")
+"""The words that --log takes in addition to classes."""
 STEPS = 700
 LENGTHS = ("epochs", "samples", "tokens")
 """Settings that say how long a run is, instead of its steps."""
@@ -231,6 +237,11 @@ class StorageConfig:
         "Time for which a failing storage operation (disk full, slow, network lost) is retried; 0: not at all.",
         unit="time",
     )
+    log: tuple[str, ...] = setting(
+        (AUTO,),
+        "Where figures go in addition to metrics.jsonl: tensorboard, wandb, mlflow, csv, prometheus, a class of your own "
+        "(file.py:Class), auto (tensorboard where it is installed, and prometheus), or none. Several may be given.",
+    )
     resume: bool = setting(False, "Continue the run of this name from its newest complete checkpoint.")
     overwrite: bool = setting(False, "Replace the run of this name, if there is one.")
 
@@ -238,6 +249,8 @@ class StorageConfig:
         read_units(self)
         check_run_name(self.name)
         check_booleans(self, "resume", "overwrite")
+        to_name_tuples(self, "log")
+        check_log_names(self.log)
         if self.keep_checkpoints is not None:
             check_integers(self, "keep_checkpoints")
             check_at_least(self, 1, "keep_checkpoints")
@@ -249,3 +262,16 @@ class StorageConfig:
             raise ConfigError("--resume and --overwrite contradict each other: give one of them.")
         if self.resume and not self.name:
             raise ConfigError("--resume needs --name, the run to continue.")
+
+
+def check_log_names(names: Iterable[str]) -> None:
+    """Raises ConfigError unless each name is a sink's, or says where its class is."""
+    names = list(names)
+    for name in names:
+        if name not in LOGS and ":" not in name:
+            raise ConfigError(
+                f"--log is {name!r}, but it must be one of: {', '.join(LOGS)}; or a class: package.module:Class or "
+                f"path/to/file.py:Class.{suggest(name, LOGS)}"
+            )
+    if NO_LOG in names and len(names) > 1:
+        raise ConfigError(f"--log is {' '.join(names)!r}, but {NO_LOG} means no sink: leave out {NO_LOG}, or the others.")

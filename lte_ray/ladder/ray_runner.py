@@ -80,7 +80,12 @@ class RayRunner:
         place = _inside(uri, self.directory) if "://" in uri else self.directory.path_to(ARMS)
         directory = RunDirectory.open(place, name, patience=self.directory.patience)
         storage = StorageConfig(
-            name, place, keep_checkpoints=1, resume=directory.exists(), storage_patience=self.storage.storage_patience
+            name,
+            place,
+            keep_checkpoints=1,
+            resume=directory.exists(),
+            storage_patience=self.storage.storage_patience,
+            log=self.storage.log,
         )
         trainer = LTETrainer(
             worker,

@@ -57,6 +57,7 @@ def make_record(
     if worker_secrets or policy_secrets:
         names = [*(f"worker.{name}" for name in worker_secrets), *(f"policy.{name}" for name in policy_secrets)]
         flat[OMITTED] = names
+    flat["log"] = [absolute(name) for name in storage.log]
     flat |= {"policy": absolute(object_name(settings.merge.policy)), "policy_args": _as_flag_values(of_policy)}
     return {**flat, "worker": _as_flag_values(of_worker)}
 

@@ -78,6 +78,11 @@ DECISIONS: dict[str, Runs | str] = {
     "lte-ray train --resume mine --no-wait": Runs(after=MINE),
     "lte-ray train mine.py:Net --num-heads 4 --name mine-baseline --baseline": Runs(),
     "lte-ray train mine.py:Net --num-heads 4 --name mine-parallel --baseline --baseline-processes 2": Runs(),
+    "lte-ray train mine.py:Net --num-heads 4 --log tensorboard csv": Runs(),
+    "tensorboard --logdir ~/ray_results": "it runs until Ctrl-C, and needs tensorboard",
+    "WANDB_MODE=offline lte-ray train mine.py:Net --num-heads 4 --name mine-logged --log wandb mlflow": Runs(),
+    "wandb sync ~/ray_results/mine-logged/wandb/offline-run-*": "it needs a login of Weights & Biases",
+    "MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri ~/ray_results/mine-logged/mlflow": "it runs until Ctrl-C",
     "lte-ray audit ~/ray_results/mine": Runs(after=MINE, quick=True),
     "lte-ray export ~/ray_results/mine out --to safetensors": Runs(after=MINE, quick=True),
     "lte-ray export ~/ray_results/mine out-mine --to peft": Runs(after=MINE),
@@ -126,7 +131,8 @@ RUN = {command: how for command, how in DECISIONS.items() if isinstance(how, Run
 PROGRAMS = {"lte-ray", "ray", "make", "python", "pip", "cluster/local.sh"}
 
 OTHER_FLAGS = {
-    "--address", "--dashboard-host", "--generate", "--head", "--runtime-env-json", "--working-dir", "--node-ip-address"
+    "--address", "--backend-store-uri", "--dashboard-host", "--generate", "--head", "--runtime-env-json", "--working-dir",
+    "--node-ip-address",
 }  # fmt: skip
 """Flags of programs other than lte-ray."""
 

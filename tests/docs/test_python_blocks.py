@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
 from tests.docs.pages import blocks, page_blocks
 from tests.support.image_folders import write_idx_folder
+from tests.support.sink_rows import evaluation_row, merge_row, named, run_info
 
 ELSEWHERE = {
     ("README.md", 0): "conftest.py writes mine.py, and test_commands.py trains it",
@@ -38,6 +40,8 @@ HERE = {
     ("docs/fit.md", 0),
     ("docs/fit.md", 1),
     ("docs/from-lte.md", 0),
+    ("docs/logging.md", 0),
+    ("docs/logging.md", 1),
     ("docs/models.md", 0),
     ("docs/recipes.md", 0),
     ("docs/security.md", 0),
@@ -141,6 +145,23 @@ def test_a_worker_can_train_with_lora_muon() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.01]
     names["build_schedule"](None, optimizer, 700)
     assert [group["lr"] for group in optimizer.param_groups] == [0.05 / 50, 0.01 / 50]
+
+
+def test_a_sink_of_ones_own_gets_the_losses(tmp_path: Path) -> None:
+    """docs/logging.md: it follows rows as a run gives them."""
+    sink = run("docs/logging.md", 0)["LossFile"]()
+    sink.open(run_info(tmp_path / "LossFile"))
+    for row in named(merge_row(1, 2.0), evaluation_row(1, 0.5), merge_row(2, 1.5)):
+        sink.row(row)
+    sink.close("finished")
+    assert (tmp_path / "LossFile" / "losses.txt").read_text() == "# r from step 0, lr None\n10 100 2.0\n20 200 1.5\n"
+
+
+def test_the_metrics_of_a_run_are_read_in_a_notebook(tmp_path: Path) -> None:
+    """docs/logging.md: losses by samples."""
+    rows = [merge_row(1, 2.0), evaluation_row(1, 0.5), merge_row(2, 1.5)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("docs/logging.md", 1, path=tmp_path)["losses"].to_dict() == {100: 2.0, 200: 1.5}
 
 
 def test_rules_for_layers_can_be_given_in_python() -> None:

@@ -180,6 +180,10 @@ class RunState:
         """The furthest local step of any head."""
         return max((status.step for status in self.statuses.values()), default=0)
 
+    def devices(self) -> dict[int, str]:
+        """Returns by head the device that it trains on."""
+        return {head: status.device for head, status in sorted(self.statuses.items())}
+
     # -- versions ------------------------------------------------------------------------------------------------------
 
     def record_coordinator(self, status: CoordinatorStatus, epoch: int) -> None:

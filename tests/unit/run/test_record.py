@@ -7,9 +7,26 @@ from pathlib import Path
 
 import pytest
 
+from lte_ray.cli.flags import Parsed
+from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
+from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
-from lte_ray.run.record import RunRecord
+from lte_ray.run.record import RunRecord, format_record, make_record
 from lte_ray.storage import RunDirectory
+from tests.support.config_files import GOOD, parse_config
+from workers.regression import Regression
+
+
+def test_a_run_toml_names_sinks_in_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of a file becomes absolute; --config gives the same sinks to another run."""
+    monkeypatch.chdir(tmp_path)
+    storage = StorageConfig(log=("csv", "mine.py:Sink"))
+    settings = Settings("a", LTEConfig(), MergeConfig(), TrainConfig())
+    record = make_record(Regression(), GOOD, settings, PlacementConfig(), storage, FailureConfig())
+    (tmp_path / "run.toml").write_text(format_record(record))
+    parsed = parse_config(tmp_path / "run.toml")
+    assert isinstance(parsed, Parsed)
+    assert parsed.storage.log == ("csv", f"{tmp_path}/mine.py:Sink")
 
 
 @dataclass
