@@ -107,7 +107,7 @@ class Contribution:
     samples: int
     loss: float
     figures: dict[str, float] = field(default_factory=dict)
-    measures: Measures = Measures()
+    measures: Measures = field(default=Measures(), compare=False)
     base_error: float = 0.0
     seconds: float = 0.0
     stall: float = 0.0
