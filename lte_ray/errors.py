@@ -9,7 +9,7 @@ The tree::
     │   ├── DataError             a data set: missing, damaged, or of another kind than the worker expects
     │   ├── ResourceError         the cluster lacks the requested resources
     │   └── StorageError          the run directory: taken, missing, or not writable
-    └── RunError                  something broke while the run was on (exit code 1)
+    └── RunError                  something broke while the run was on (exit code 1, or 75 if it can be resumed)
         ├── WorkerFailed          the worker's own code raised inside a head or the evaluator
         ├── HeadLost              a head's process died
         ├── CoordinatorLost       the coordinator's process died
@@ -26,6 +26,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lte_ray.redaction import redact
+
+RESUMABLE = 75
+"""Exit code of a run that ended early and can be resumed: EX_TEMPFAIL of sysexits.h."""
 
 
 class LTEError(Exception):
@@ -64,7 +67,18 @@ class StorageError(UserError):
 
 
 class RunError(LTEError):
-    """A run that had started ended early."""
+    """A run that had started ended early.
+
+    Attributes:
+        checkpoint: the version of its newest complete checkpoint, from which ``--resume`` continues; None if there is none.
+    """
+
+    checkpoint: int | None = None
+
+    @property
+    def exit_code(self) -> int:  # type: ignore[override]
+        """75 if the same command with ``--resume`` may continue the run. 1 if nothing is kept, or a worker or policy raised."""
+        return 1 if self.checkpoint is None or isinstance(self, WorkerFailed | PolicyError) else RESUMABLE
 
 
 class WorkerFailed(RunError):
@@ -83,6 +97,18 @@ class WorkerFailed(RunError):
     def __str__(self) -> str:
         at = "" if self.step is None else f" at local step {self.step}"
         return redact(f"The worker failed in {self.where}{at}:\n\n{self.traceback.rstrip()}")
+
+
+class Interrupted(KeyboardInterrupt):
+    """An interrupted run. Its text says what is kept.
+
+    Attributes:
+        checkpoint: as of `RunError`.
+    """
+
+    def __init__(self, text: str, checkpoint: int | None) -> None:
+        super().__init__(text)
+        self.checkpoint = checkpoint
 
 
 class HeadLost(RunError):

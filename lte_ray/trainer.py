@@ -28,7 +28,7 @@ from lte_ray.engine.default_policy import choose_policy
 from lte_ray.engine.head.virtual import check_stackable
 from lte_ray.engine.prepare import Initial, describe_cut_ranks, describe_low_rank, extend_plans, prepare
 from lte_ray.engine.settings import Settings
-from lte_ray.errors import ConfigError, LTEError
+from lte_ray.errors import ConfigError, Interrupted, LTEError, RunError
 from lte_ray.merging.registry import make_policy, may_merge_by_weights, resolved_arguments
 from lte_ray.messages import HeadTimes
 from lte_ray.run import record as run_record
@@ -262,15 +262,24 @@ def _connecting(starts: bool) -> str:
 
 @contextlib.contextmanager
 def _telling_what_is_kept(directory: RunDirectory) -> Iterator[None]:
-    """If the block is interrupted, the KeyboardInterrupt says which checkpoint there is."""
+    """If the block is interrupted or the run ends early, the exception says which checkpoint there is."""
     try:
         yield
     except KeyboardInterrupt:
-        kept = "Complete checkpoints, if there are any, are kept; --resume continues from the last one."
+        newest, kept = None, "Complete checkpoints, if there are any, are kept; --resume continues from the last one."
         with contextlib.suppress(LTEError):
-            versions = checkpoint.complete_versions(directory)
-            kept = f"Checkpoint {versions[-1]} is complete; continue from it with --resume." if versions else NOTHING_KEPT
-        raise KeyboardInterrupt(kept) from None
+            newest = _newest(directory)
+            kept = NOTHING_KEPT if newest is None else f"Checkpoint {newest} is complete; continue from it with --resume."
+        raise Interrupted(kept, newest) from None
+    except RunError as error:
+        with contextlib.suppress(LTEError):
+            error.checkpoint = _newest(directory)
+        raise
+
+
+def _newest(directory: RunDirectory) -> int | None:
+    """Returns the version of the newest complete checkpoint."""
+    return (checkpoint.complete_versions(directory) or [None])[-1]  # type: ignore[list-item]
 
 
 def _make_controller(places: dict[str, Any], **common: Any) -> TrainController | DataParallelController:

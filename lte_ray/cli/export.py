@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
 from rich.console import Console
 
+from lte_ray.cli.call import JSON_HELP, print_json
+from lte_ray.cli.run_argument import RUN_HELP, STORAGE_HELP, run_path
 from lte_ray.cli.settings_parser import parse_arguments, positional, required
 from lte_ray.config.validation import setting
 from lte_ray.errors import ConfigError
+from lte_ray.redaction import without_credentials
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,7 @@ class Flags:
     """Exports a model from a run: its merged weights (safetensors, or a transformers folder), or a change as a LoRA adapter for
     PEFT."""
 
-    run: str = positional("RUN", "The run directory, a path or URI.")
+    run: str = positional("RUN", RUN_HELP)
     out: str = positional("OUT", "A folder that doesn't exist yet (with --to safetensors also a file, X.safetensors).")
     to: Literal["safetensors", "pretrained", "peft"] = required("Format: safetensors, pretrained or peft.")
     version: int | None = setting(None, "Version of the checkpoint; by default the newest.")
@@ -32,6 +36,8 @@ class Flags:
         None,
         "The worker, by name, module:Class or file.py:Class, instead of the one in run.toml.",
     )
+    storage: str | None = setting(None, STORAGE_HELP)
+    json: bool = setting(False, JSON_HELP)
 
 
 def export(arguments: list[str]) -> None:
@@ -48,10 +54,13 @@ def export(arguments: list[str]) -> None:
         raise ConfigError(f"--dtype {flags.dtype} is for merged weights: adapters are fp32. Leave it out.")
     from lte_ray import export as exporting
 
+    run = run_path(flags.run, flags.storage)
     if flags.to == "peft":
-        written = exporting.peft_adapter(flags.run, flags.out, flags.head, flags.version, flags.rank, worker=flags.worker)
+        written = exporting.peft_adapter(run, flags.out, flags.head, flags.version, flags.rank, worker=flags.worker)
     else:
         write = exporting.save_pretrained if flags.to == "pretrained" else exporting.safetensors
-        written = write(flags.run, flags.out, flags.version, dtype=flags.dtype, worker=flags.worker)
-    console = Console(highlight=False)
-    console.print(f"{flags.out}: {written.summary}.", markup=False, soft_wrap=True)
+        written = write(run, flags.out, flags.version, dtype=flags.dtype, worker=flags.worker)
+    if flags.json:
+        print_json({**dataclasses.asdict(written), "out": flags.out, "run": without_credentials(run)})
+        return
+    Console(highlight=False).print(f"{flags.out}: {written.summary}.", markup=False, soft_wrap=True)

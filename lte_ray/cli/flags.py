@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lte_ray.cli import toml_config
+from lte_ray.cli.call import CallOptions
 from lte_ray.cli.hints import check_known
 from lte_ray.cli.own_flags import OwnFlags, split_arguments
 from lte_ray.cli.policy_flags import TABLE, chosen_policy
@@ -47,6 +48,7 @@ class Parsed:
     failure: FailureConfig
     storage: StorageConfig
     worker: Any
+    call: CallOptions = dataclasses.field(default_factory=CallOptions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +71,26 @@ class Subcommand:
 TRAIN = Subcommand(
     "train",
     "Trains WORKER with LoRA heads that are Ray actors.",
-    SECTION_TITLES,
+    {**SECTION_TITLES, CallOptions: "call"},
     ("num_heads", "steps", "merge_iter", "lora_r", "lr", "wait", "policy", "name", "storage", "resume"),
 )
 
+RESUME = dataclasses.replace(
+    TRAIN,
+    name="resume",
+    description="Continues RUN, a path, a URI, or a name in --storage, with the settings in its run.toml. Flags win over them.",
+    common=("steps", "num_heads", "merge_iter", "wait", "policy", "storage", "address", "json", "quiet"),
+)
 
-def parse(worker: type | None, program: str, arguments: list[str], file: FileSettings | None = None) -> Parsed:
-    """Parses the flags of ``lte-ray train``.
+
+def parse(
+    worker: type | None,
+    program: str,
+    arguments: list[str],
+    file: FileSettings | None = None,
+    subcommand: Subcommand = TRAIN,
+) -> Parsed:
+    """Parses the flags of ``lte-ray train``, or of ``resume``.
 
     Args:
         worker: the worker's class, if there is one.
@@ -90,9 +105,9 @@ def parse(worker: type | None, program: str, arguments: list[str], file: FileSet
             has unknown keys.
         WorkerError: the worker's constructor has parameters that can't be flags, or raised.
     """
-    sections, instance = parse_sections(worker, program, arguments, TRAIN, file)
+    sections, instance = parse_sections(worker, program, arguments, subcommand, file)
     lte, merge, train, placement, failure, storage = (sections[kind] for kind in SECTIONS)
-    return Parsed(lte, merge, train, placement, failure, storage, instance)
+    return Parsed(lte, merge, train, placement, failure, storage, instance, sections[CallOptions])
 
 
 def parse_sections(

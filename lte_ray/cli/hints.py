@@ -20,7 +20,7 @@ _ACCUMULATE = "Batches of one local step are --accumulate."
 _RATE = "The learning rate is --lr; for a worker with its own build_optimizer it may be --worker.lr."
 _HEADS = "Each head is a process: their number is --num-heads, their resources --cpus-per-head and --gpus-per-head."
 _LAYERS = "All linear, attention and convolution layers have LoRA: choose with --adapt, --exclude and --layers."
-_RESUME = "A run is continued with --name NAME --resume."
+_RESUME = "A run is continued with lte-ray resume RUN, or with --name NAME --resume."
 _SHOWN = "A run's figures are in metrics.jsonl in its folder (docs/runs.md)."
 
 ELSEWHERE: Mapping[str, str] = {
@@ -53,6 +53,8 @@ ELSEWHERE: Mapping[str, str] = {
     **dict.fromkeys(("local-steps", "sync-every", "merge-steps", "h", "inner-steps"), _LOCAL_STEPS),
     **dict.fromkeys(("outer-lr", "outer-momentum"), "Outer steps are the merge policy's: --policy nesterov --policy.lr 0.7."),
     **dict.fromkeys(("num-workers", "workers", "world-size", "nproc-per-node", "num-gpus", "devices", "gpus"), _HEADS),
+    **dict.fromkeys(("verbose", "v", "debug"), "Write --log-level debug."),
+    **dict.fromkeys(("ray-address",), "Write --address."),
     **dict.fromkeys(("gradient-checkpointing", "activation-checkpointing"), "Write --checkpoint-activations 'blocks.*'."),
     **dict.fromkeys(("lr-scheduler-type", "lr-schedule", "scheduler"), "The schedule of the learning rate is --schedule."),
     **dict.fromkeys(("warmup-steps", "warmup-ratio", "warmup-iters"), "Steps in which the learning rate rises are --warmup."),

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
+from lte_ray.cli.call import CallOptions, print_json
 from lte_ray.cli.flags import SECTION_TITLES, Subcommand, parse_sections
 from lte_ray.cli.worker_argument import make_without_settings, read_worker
 from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
@@ -32,7 +33,7 @@ LADDER = Subcommand(
     "step and then less often, all on equally many samples and at several learning rates. Shows a table, draws a picture, and "
     "says what to change where heads fall behind. It takes the flags of train. With the --name of an earlier call it continues "
     "that.",
-    {LadderConfig: "ladder", **SECTION_TITLES},
+    {LadderConfig: "ladder", **SECTION_TITLES, CallOptions: "call"},
     ("num_heads", "steps", "rungs", "merge_iters", "rates", "figure", "on", "quick", "name", "storage"),
 )
 
@@ -49,7 +50,8 @@ def ladder(arguments: list[str]) -> None:
     program, kind, rest = read_worker(arguments, "ladder")
     sections, worker = parse_sections(kind, program or "WORKER", rest, LADDER)
     assert kind is not None  # the help has ended the program
-    _climb(program, worker if worker is not None else make_without_settings(program, kind), sections)
+    with sections[CallOptions].running():
+        _climb(program, worker if worker is not None else make_without_settings(program, kind), sections)
 
 
 def _climb(program: str, worker: Any, sections: dict[type, Any]) -> None:
@@ -58,7 +60,8 @@ def _climb(program: str, worker: Any, sections: dict[type, Any]) -> None:
     from lte_ray.ladder import check_arms, climb
     from lte_ray.ladder.rungs import make_rungs
 
-    console = Console(highlight=False)
+    call: CallOptions = sections[CallOptions]
+    console = Console(stderr=True, highlight=False, quiet=call.quiet)  # of progress and notes
     config, train = sections[LadderConfig], sections[TrainConfig]
     arms = make_rungs(config, sections[LTEConfig], sections[MergeConfig], train)
     seeds = config.seeds or (train.seed,)
@@ -90,7 +93,7 @@ def _climb(program: str, worker: Any, sections: dict[type, Any]) -> None:
         except KeyboardInterrupt:
             console.print(Text(f"{len(file)} trainings are done. Give --name {_name(directory)} to continue."), soft_wrap=True)
             raise
-        _show(console, directory, results, checked, _title(program, arms[0], results, config))
+        _show(directory, results, checked, _title(program, arms[0], results, config), call.json)
 
 
 def _directory(storage: StorageConfig, program: str) -> RunDirectory:
@@ -176,8 +179,8 @@ def _title(program: str, arm: Arm, results: Sequence[RungResult], config: Ladder
     return f"{program}: {arm.lte.num_heads} heads, {arm.train.steps} steps, {samples:,} samples{quick}"
 
 
-def _show(console: Console, directory: RunDirectory, results: Sequence[RungResult], checked: Any, title: str) -> None:
-    """Prints the table and the advice, and writes both, and the picture, into the folder."""
+def _show(directory: RunDirectory, results: Sequence[RungResult], checked: Any, title: str, as_json: bool) -> None:
+    """Prints the table and the advice, or the results as JSON, and writes both, and the picture, into the folder."""
     from lte_ray.ladder import advise, summarize
     from lte_ray.ladder.picture import draw
     from lte_ray.ladder.table import explain, make_markdown, make_table
@@ -185,6 +188,7 @@ def _show(console: Console, directory: RunDirectory, results: Sequence[RungResul
     figure: Figure = checked.figure
     summaries = summarize(results, figure)
     advice, explanation = advise(summaries, checked.facts), explain(summaries, checked.facts.optimizers)
+    console = Console(highlight=False, quiet=as_json)
     console.print()
     console.print(make_table(summaries, title))
     console.print()
@@ -201,3 +205,5 @@ def _show(console: Console, directory: RunDirectory, results: Sequence[RungResul
     directory.write(TABLE, make_markdown(summaries, title, explanation, advice, picture).encode())
     files = ", ".join(filter(None, [RESULTS, TABLE, picture]))
     console.print(Text(f"{directory.display}: {files}"), soft_wrap=True)
+    if as_json:
+        print_json({"run": directory.display, "title": title, "advice": advice, **json.loads(directory.read(RESULTS))})

@@ -1,6 +1,7 @@
 """Entry point of ``lte-ray``: selects the subcommand, and turns errors into messages and exit codes.
 
-Exit codes: 0 done; 1 the run ended early; 2 bad input, nothing was started; 130 interrupted.
+Exit codes: 0 done; 1 the run failed; 2 bad input, nothing was started; 75 the run ended early and can be resumed; 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from rich.console import Console
 
 import lte_ray
 from lte_ray.config import suggest
-from lte_ray.errors import LTEError
+from lte_ray.errors import RESUMABLE, LTEError
 
 USAGE = """\
 lte-ray: train networks with many parallel LoRA heads on Ray
 
 usage: lte-ray train WORKER [flags]
+       lte-ray resume RUN [flags]
        lte-ray export RUN OUT --to FORMAT [flags]
        lte-ray ladder WORKER [flags]
        lte-ray simulate [WORKER] [flags]
@@ -29,10 +31,10 @@ usage: lte-ray train WORKER [flags]
        lte-ray new NAME [--from RECIPE]
 
   WORKER   what to train: a ready-made worker such as gpt or causal-lm, package.module:Class or path/to/file.py:Class
-  RUN      the directory of a run, as train prints it at the end
+  RUN      a run: its path or URI, or its name
   OUT      a folder that doesn't exist yet
   FORMAT   safetensors (merged weights), pretrained (a model of transformers) or peft (a LoRA adapter)
-  flags    lte-ray train --help lists them; lte-ray train WORKER --help adds the worker's own
+  flags    lte-ray train WORKER --help shows the common ones and the worker's own, --help-all shows all
 
 examples:
   lte-ray new my/file.py
@@ -41,8 +43,12 @@ examples:
   lte-ray train my/file.py:Net --config settings.toml --name second-try
   lte-ray ladder my/file.py:Net --num-heads 4 --quick
   lte-ray simulate --num-heads 4 --speeds 1 1 1 4 --when arrival --no-wait
-  lte-ray export ~/ray_results/second-try second-try.safetensors --to safetensors
+  lte-ray resume second-try --steps 800
+  lte-ray export second-try second-try.safetensors --to safetensors
   lte-ray audit ~/ray_results/second-try
+
+exit codes: 0 done; 1 the run failed; 2 bad input, nothing was started; 75 the run ended early and can be resumed;
+130 interrupted
 """
 
 
@@ -60,22 +66,51 @@ def main(argv: list[str] | None = None) -> int:
         return _complain(
             f"There is no command {arguments[0]!r}; the commands are: {known}.{suggest(arguments[0], COMMANDS)}", 2
         )
-    command = COMMANDS[arguments[0]]
+    if _wants_json(arguments):
+        from lte_ray.cli.call import json_alone, print_json
+
+        with json_alone():
+            code, message = _run(arguments)
+            if message:
+                print_json({"error": message, "exit_code": code})
+            return code
+    return _run(arguments)[0]
+
+
+def _run(arguments: list[str]) -> tuple[int, str]:
+    """Runs a subcommand. Returns the exit code, and the message of an error, which is shown on stderr."""
+    command, message = COMMANDS[arguments[0]], ""
+    _signals.clear()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        command.run(arguments[1:])
+        return command.run(arguments[1:]) or 0, ""
     except LTEError as error:
-        return _complain(str(error), error.exit_code)
+        code, message = error.exit_code, str(error)
     except KeyboardInterrupt as interrupt:
-        kept = str(interrupt) if command is COMMANDS["train"] else ""
-        return _complain(f"Interrupted. {kept or command.interrupted}", 130)
-    return 0
+        kept = str(interrupt) if arguments[0] in ("train", "resume") else ""
+        resumable = getattr(interrupt, "checkpoint", None) is not None and signal.SIGTERM in _signals
+        code, message = RESUMABLE if resumable else 130, f"Interrupted. {kept or command.interrupted}"
+    return _complain(message, code), message
 
 
-def _train(arguments: list[str]) -> None:
+def _wants_json(arguments: list[str]) -> bool:
+    """Whether stdout is to have JSON: `--json` as a switch, not as `simulate --json FILE`."""
+    if "--json" not in arguments or {"-h", "--help", "--help-all"} & set(arguments):
+        return False
+    following = arguments[arguments.index("--json") + 1 :]
+    return arguments[0] != "simulate" or not following or following[0].startswith("-")
+
+
+def _train(arguments: list[str]) -> int:
     from lte_ray.cli.train import train
 
-    train(arguments)
+    return train(arguments)
+
+
+def _resume(arguments: list[str]) -> int:
+    from lte_ray.cli.train import resume
+
+    return resume(arguments)
 
 
 def _export(arguments: list[str]) -> None:
@@ -96,10 +131,10 @@ def _simulate(arguments: list[str]) -> None:
     simulate(arguments)
 
 
-def _audit(arguments: list[str]) -> None:
+def _audit(arguments: list[str]) -> int:
     from lte_ray.cli.audit import audit
 
-    audit(arguments)
+    return audit(arguments)
 
 
 def _new(arguments: list[str]) -> None:
@@ -109,15 +144,16 @@ def _new(arguments: list[str]) -> None:
 
 
 class Command(NamedTuple):
-    """A subcommand: its function, its arguments for messages, and the message after an interrupt that brings none."""
+    """A subcommand: its function, which may return an exit code, its arguments for messages, and what an interrupt leaves."""
 
-    run: Callable[[list[str]], None]
+    run: Callable[[list[str]], int | None]
     arguments: str
     interrupted: str
 
 
 COMMANDS = {
     "train": Command(_train, "WORKER [flags]", "Training hadn't begun."),
+    "resume": Command(_resume, "RUN [flags]", "Training hadn't begun."),
     "export": Command(_export, "RUN OUT --to FORMAT [flags]", "Nothing was written."),
     "ladder": Command(_ladder, "WORKER [flags]", "Trainings that are done are kept."),
     "simulate": Command(_simulate, "[WORKER] [flags]", "Nothing was written."),
@@ -126,8 +162,13 @@ COMMANDS = {
 }
 
 
+_signals: set[int] = set()
+"""What has interrupted this call, apart from Ctrl-C."""
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Handles SIGTERM, which `ray job stop` sends, like Ctrl-C."""
+    _signals.add(number)
     signal.signal(number, signal.SIG_IGN)  # shutting down must not be interrupted
     raise KeyboardInterrupt
 

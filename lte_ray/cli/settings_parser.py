@@ -38,6 +38,11 @@ def positional(metavar: str, help: str) -> Any:
     return dataclasses.field(metadata={"help": help, "positional": metavar})
 
 
+def with_constant(default: Any, help: str, constant: str) -> Any:
+    """A field of a settings class whose flag has this value if it is given without one."""
+    return dataclasses.field(default=default, metadata={"help": help, "constant": constant})
+
+
 def required(help: str) -> Any:
     """A field of a settings class whose flag must be given."""
     return dataclasses.field(metadata={"help": help})
@@ -130,7 +135,8 @@ def _add(group: Any, field: dataclasses.Field[Any], annotation: Any, default: An
             dest=field.name,
             default=argparse.SUPPRESS,
             required=default is dataclasses.MISSING,
-            nargs=_number_of_values(annotation),
+            nargs="?" if "constant" in field.metadata else _number_of_values(annotation),
+            const=field.metadata.get("constant"),
             metavar=field.metadata.get("metavar") or _metavar(field, annotation),
             help=help,
         )

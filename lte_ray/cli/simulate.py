@@ -15,7 +15,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from lte_ray.cli.call import print_json
 from lte_ray.cli.flags import SECTION_TITLES, Subcommand, parse_sections
+from lte_ray.cli.settings_parser import with_constant
 from lte_ray.cli.worker_argument import make_without_settings, read_worker
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.config.cluster_model import ClusterModel
@@ -24,6 +26,8 @@ from lte_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from lte_ray.simulation import SimulationRecord
+
+STDOUT = "-"
 
 SHAPES = ("gpt2-124m", "gpt2-355m", "gpt2-774m", "gpt2-1558m")
 MAX_WIDTH = 110
@@ -36,7 +40,7 @@ class Output:
 
     shapes: str = setting("gpt2-124m", f"Without a WORKER: the model shapes to simulate: {', '.join(SHAPES)}.")
     time_only: bool = setting(False, "With a WORKER: simulate only the time, and train nothing. Without one this is always so.")
-    json: str = setting("", "File for the record, as JSON.")
+    json: str = with_constant("", "File for the record, as JSON; without a FILE it is printed instead of the summary.", STDOUT)
     picture: str = setting("", "File for the timeline, as SVG.")
 
     def __post_init__(self) -> None:
@@ -44,7 +48,7 @@ class Output:
         check_booleans(self, "time_only")
         for name in ("json", "picture"):
             file = getattr(self, name)
-            if file and not Path(file).parent.is_dir():
+            if file and file != STDOUT and not Path(file).parent.is_dir():
                 raise ConfigError(f"--{name} is {file}, but there is no folder {Path(file).parent}.")
 
 
@@ -96,12 +100,16 @@ def simulate(arguments: list[str]) -> None:
             "program": program or output.shapes,
             "settings": {k.__name__: _plain(s) for k, s in sections.items() if k is not Output},
         }
-        _write(output.json, json.dumps(run.to_json(**what), allow_nan=False) + "\n")
+        if output.json == STDOUT:
+            print_json(run.to_json(**what))
+        else:
+            _write(output.json, json.dumps(run.to_json(**what), allow_nan=False) + "\n")
     if output.picture:
         from lte_ray.cli.timeline import svg
 
         _write(output.picture, svg(run, _title(program or output.shapes, sections)))
-    _show(run, _title(program or output.shapes, sections), took, worker is not None)
+    if output.json != STDOUT:
+        _show(run, _title(program or output.shapes, sections), took, worker is not None)
 
 
 def _run(worker: Any, sections: dict[type, Any]) -> SimulationRecord:

@@ -1,9 +1,9 @@
-"""``lte-ray train``: loads the worker, trains it, and shows a summary."""
+"""``lte-ray train`` and ``resume``: load the worker, train it, and show a summary."""
 
 from __future__ import annotations
 
+import logging
 import math
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -11,76 +11,126 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lte_ray.cli.flags import Parsed, parse
+from lte_ray.cli.call import CallOptions, print_json
+from lte_ray.cli.flags import HELP, HELP_ALL, RESUME, Parsed, parse
+from lte_ray.cli.run_argument import locate_run
+from lte_ray.cli.settings_parser import normalize
 from lte_ray.cli.toml_config import from_content
 from lte_ray.cli.worker_argument import check_class, make_without_settings, read_worker
-from lte_ray.config import check_run_name
+from lte_ray.errors import RESUMABLE, ConfigError
 from lte_ray.import_object import load_worker
 from lte_ray.redaction import without_credentials
 
 if TYPE_CHECKING:
     import ray.train
 
+log = logging.getLogger("lte_ray")
 
-def train(arguments: list[str]) -> None:
-    """Runs the subcommand with the arguments after ``train``.
+
+def train(arguments: list[str]) -> int:
+    """Runs the subcommand with the arguments after ``train``, and returns the exit code.
 
     Raises:
         LTEError: as `LTETrainer.fit`, and for a worker that can't be loaded.
     """
     named = _named_run(arguments)
     if named is not None:
-        _show(_train_again(*named))
-        return
+        return resume([*named])
     worker = read_worker(arguments, "train")
     parsed = parse(worker.kind, worker.program or "WORKER", worker.flags)
     assert worker.kind is not None  # the help has ended the program
-    _show(_fit(worker.program, worker.kind, parsed))
+    return _run(worker.program, worker.kind, parsed)
 
 
-def _named_run(arguments: list[str]) -> tuple[str, list[str]] | None:
-    """The run that ``--resume NAME`` names, and the other flags. None after a WORKER, where ``--resume`` is a switch."""
+def _named_run(arguments: list[str]) -> list[str] | None:
+    """RUN of ``--resume RUN`` and the other flags. None after a WORKER, where ``--resume`` is a switch."""
     if not arguments or not arguments[0].startswith("-") or "--resume" not in arguments:
         return None
     at = arguments.index("--resume")
     if at + 1 == len(arguments) or arguments[at + 1].startswith("-"):
         return None
-    return arguments[at + 1], arguments[:at] + arguments[at + 2 :]
+    return [arguments[at + 1], *arguments[:at], *arguments[at + 2 :]]
 
 
-def _train_again(name: str, flags: list[str]) -> ray.train.Result:
-    """Continues a run with the settings in its ``run.toml``; flags win over them."""
+def resume(arguments: list[str]) -> int:
+    """Continues a run with the settings in its ``run.toml``; flags win over them. The first argument is the run.
+
+    Raises:
+        LTEError: as `train`, and for a run that doesn't exist.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        if {*HELP, HELP_ALL} & set(arguments):
+            parse(None, "RUN", arguments, subcommand=RESUME)
+        raise ConfigError("lte-ray resume needs a RUN first: lte-ray resume RUN [flags]. It is a path, a URI or a name.")
+    run, *flags = normalize(arguments)
+    if {*HELP, HELP_ALL} & set(flags):
+        parse(None, run, flags, subcommand=RESUME)
     from lte_ray.run import record as run_record
     from lte_ray.storage import RUN, RunDirectory
-    from lte_ray.trainer import default_storage
 
-    check_run_name(name, "--resume")
-    place = next((value for flag, value in pairwise([*flags, ""]) if flag == "--storage"), None)
-    place = place or next((f.partition("=")[2] for f in flags if f.startswith("--storage=")), None) or default_storage()
+    storage, rest = _take_value("--storage", flags)
+    place, name = locate_run(run, storage)
     record = run_record.read(RunDirectory.open(place, name))
-    console = Console(stderr=True, highlight=False)
-    console.print(Text(f"{record.directory.display} continues with {record.program}, as its {RUN} says."))
     worker = load_worker(record.program, what=f"The worker that {RUN} names,")
     kind = check_class(worker, f"{record.program!r}, which {RUN} names,")
     file = from_content(record.path, record.content)
     file.content.update(storage=place)
-    return _fit(record.program, kind, parse(kind, record.program, [*flags, "--name", name, "--resume"], file))
+    parsed = parse(kind, record.program, [*rest, "--name", name, "--resume"], file)
+    note = f"{record.directory.display} continues with {record.program}, as its {RUN} says."
+    return _run(record.program, kind, parsed, note)
 
 
-def _fit(program: str, kind: type, parsed: Parsed) -> ray.train.Result:
-    from lte_ray.trainer import LTETrainer
+def _take_value(flag: str, flags: list[str]) -> tuple[str | None, list[str]]:
+    """The last value of a flag, and the other flags."""
+    value, rest, remaining = None, [], iter(flags)
+    for each in remaining:
+        if each == flag:
+            value = next(remaining, None)
+            if value is None or value.startswith("--"):
+                raise ConfigError(f"{flag} needs a value.")
+        elif each.startswith(f"{flag}="):
+            value = each.partition("=")[2]
+        else:
+            rest.append(each)
+    return value, rest
 
-    trainer = LTETrainer(
-        parsed.worker if parsed.worker is not None else make_without_settings(program, kind),
-        lte=parsed.lte,
-        merge=parsed.merge,
-        train=parsed.train,
-        scaling_config=parsed.placement,
-        failure=parsed.failure,
-        run_config=parsed.storage,
-        program=program,
-    )
-    return trainer.fit()
+
+def _run(program: str, kind: type, parsed: Parsed, note: str = "") -> int:
+    """Trains, reports the result, and returns the exit code."""
+    from lte_ray.run.metrics import SilentReporter
+
+    with parsed.call.running():
+        if note:
+            log.info(note)
+        from lte_ray.trainer import LTETrainer
+
+        trainer = LTETrainer(
+            parsed.worker if parsed.worker is not None else make_without_settings(program, kind),
+            lte=parsed.lte,
+            merge=parsed.merge,
+            train=parsed.train,
+            scaling_config=parsed.placement,
+            failure=parsed.failure,
+            run_config=parsed.storage,
+            program=program,
+            reporter=SilentReporter() if parsed.call.quiet else None,
+        )
+        result = trainer.fit()
+    return _report(result, parsed.call)
+
+
+def _report(result: ray.train.Result, call: CallOptions) -> int:
+    """Prints the result, and returns the exit code."""
+    metrics: dict[str, Any] = result.metrics or {}
+    stopped = metrics.get("stopped") or {}
+    code = RESUMABLE if stopped.get("kind") == "max-time" else 0
+    if call.json:
+        place = without_credentials(str(result.path))
+        checkpoint = None if result.checkpoint is None else without_credentials(str(result.checkpoint.path))
+        print_json({**metrics, "run": place, "checkpoint": checkpoint, "exit_code": code})
+    else:
+        _show(result)
+    return code
 
 
 def _show(result: ray.train.Result) -> None:

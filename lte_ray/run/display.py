@@ -34,8 +34,12 @@ TIME = "%H:%M:%S"
 
 
 def automatic_display(stream: IO[str] | None = None) -> Reporter:
-    """A live display if the output is a terminal, else lines."""
-    console = rich.console.Console(file=stream, highlight=False)
+    """A live display if the output is a terminal, else lines.
+
+    Args:
+        stream: the output; by default stderr.
+    """
+    console = rich.console.Console(file=stream, stderr=stream is None, highlight=False)
     return LiveDisplay(console) if console.is_terminal else LineDisplay(console)
 
 
@@ -49,7 +53,7 @@ class LineDisplay:
         self._console, self._printed_at, self._evaluated_version, self._shown = console, -math.inf, -1, ""
         self._handler: logging.Handler | None = None
         if not log.hasHandlers():
-            self._handler = _WarningHandler()
+            self._handler = TimedHandler(logging.WARNING)
             log.addHandler(self._handler)
 
     def update(self, progress: Progress) -> None:
@@ -65,12 +69,12 @@ class LineDisplay:
             log.removeHandler(self._handler)
 
 
-class _WarningHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to what is stderr at that moment, as Python does without any handler."""
+class TimedHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes messages with the time to what is stderr at that moment, as Python does without any handler."""
 
-    def __init__(self) -> None:
+    def __init__(self, level: int = logging.NOTSET) -> None:
         super().__init__()
-        self.setLevel(logging.WARNING)
+        self.setLevel(level)
         self.setFormatter(logging.Formatter("%(asctime)s  %(message)s", TIME))
 
     def emit(self, record: logging.LogRecord) -> None:

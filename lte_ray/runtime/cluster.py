@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import ray
 
@@ -17,22 +18,50 @@ from lte_ray.errors import ResourceError
 HASH_SEED = "PYTHONHASHSEED"
 
 
+LOCAL = "local"
+
+log = logging.getLogger("lte_ray")
+
+_chosen: ContextVar[str | None] = ContextVar("address", default=None)
+
+
+@contextlib.contextmanager
+def use_address(address: str) -> Iterator[None]:
+    """Has `connected` use this Ray for the block, whatever RAY_ADDRESS says.
+
+    Args:
+        address: as `ray.init` takes it; "local": an own one.
+    """
+    token = _chosen.set(address)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def _address() -> str | None:
+    """The address of the Ray to connect to; None if one is to be started."""
+    address = _chosen.get() or os.environ.get("RAY_ADDRESS")
+    return None if address == LOCAL else address or None
+
+
 def will_start() -> bool:
     """Whether `connected` starts a local Ray, instead of connecting to one that runs."""
-    return not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
+    return not ray.is_initialized() and _address() is None
 
 
 @contextlib.contextmanager
 def connected() -> Iterator[None]:
-    """Connects to Ray for the block: an existing connection; else RAY_ADDRESS; else a local Ray that ends with the block.
+    """Connects to Ray for the block: an existing connection; else `use_address` or RAY_ADDRESS; else a local Ray that ends with
+    the block.
 
     Raises:
-        ResourceError: no cluster answers at RAY_ADDRESS, it needs a token that isn't set here, or no local Ray starts.
+        ResourceError: no cluster answers there, it needs a token that isn't set here, or no local Ray starts.
     """
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS")
+    address = _address()
     terminate = signal.getsignal(signal.SIGTERM)
     if address:
         _probe(address)
@@ -52,18 +81,33 @@ def connected() -> Iterator[None]:
     except ray.exceptions.AuthenticationError as error:
         raise ResourceError(f"No connection to {_place(address)}: {error.args[0]}. {_token()}") from error
     except (ConnectionError, RuntimeError, ValueError) as error:
-        change = f"Correct or unset RAY_ADDRESS. If that cluster wants a token: {_token()}" if address else ""
+        change = f"{_correct()} If that cluster wants a token: {_token()}" if address else ""
         raise ResourceError(f"No connection to {_place(address)}: {error}. {change}".strip()) from error
     if callable(terminate) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminate)  # Ray's handler, installed meanwhile, ends the process at once
     try:
+        log.info("%s: %s.", f"Connected to {_place(address)}" if address else "Started a local Ray for this run", _resources())
         yield
     finally:
         ray.shutdown()
 
 
+def _resources() -> str:
+    """What the cluster has: ``8 CPU, 2 GPU``."""
+    total = ray.cluster_resources()
+    return ", ".join(f"{total.get(name, 0):g} {name}" for name in ("CPU", "GPU") if name == "CPU" or total.get(name))
+
+
 def _place(address: str | None) -> str:
-    return f"the cluster at RAY_ADDRESS={address}" if address else "a local Ray"
+    return f"the cluster at {_source()}{address}" if address else "a local Ray"
+
+
+def _source() -> str:
+    return "--address " if _chosen.get() else "RAY_ADDRESS="
+
+
+def _correct() -> str:
+    return "Correct --address, or leave it out." if _chosen.get() else "Correct or unset RAY_ADDRESS."
 
 
 def _token() -> str:
@@ -85,4 +129,4 @@ def _probe(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
-        raise ResourceError(f"No cluster answers at RAY_ADDRESS={address}: {error}. Correct or unset RAY_ADDRESS.") from error
+        raise ResourceError(f"No cluster answers at {_source()}{address}: {error}. {_correct()}") from error

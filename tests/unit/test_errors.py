@@ -8,7 +8,7 @@ import re
 import pytest
 
 from lte_ray import errors
-from lte_ray.errors import LTEError, RunError, UserError, WorkerFailed
+from lte_ray.errors import RESUMABLE, LTEError, PolicyError, RunError, UserError, WorkerFailed
 
 TREE = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, LTEError)}
 
@@ -28,8 +28,12 @@ def test_every_error_survives_pickling(kind: type[LTEError]) -> None:
 
 @pytest.mark.parametrize("kind", TREE.values(), ids=TREE)
 def test_exit_codes_follow_the_tree(kind: type[LTEError]) -> None:
-    """Bad input is 2, a run that ended early is 1; every error but the root is one of both."""
+    """Bad input is 2, a run that ended early 1, or 75 if it can be resumed; every error but the root is one of both."""
     assert make(kind).exit_code == (2 if issubclass(kind, UserError) else 1)
+    if issubclass(kind, RunError):
+        error = make(kind)
+        error.checkpoint = 3  # a worker or a policy that raised would raise again
+        assert error.exit_code == (1 if issubclass(kind, WorkerFailed | PolicyError) else RESUMABLE)
     assert kind is LTEError or issubclass(kind, UserError) != issubclass(kind, RunError)
 
 

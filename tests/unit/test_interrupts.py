@@ -41,7 +41,7 @@ def test_the_command_line_passes_it_on(
 ) -> None:
     """A ladder's own trainings continue in another way, and an interrupt before the run has nothing to say."""
 
-    def interrupted(arguments: list[str]) -> None:
+    def interrupted(arguments: list[str]) -> int:
         raise KeyboardInterrupt(kept)
 
     commands = {**command_line.COMMANDS, command: command_line.COMMANDS[command]._replace(run=interrupted)}

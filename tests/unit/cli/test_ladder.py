@@ -41,9 +41,10 @@ def test_a_ladder_compares_all_rungs_and_writes_its_files(
     """A line for each training, the table, advice; JSON, Markdown and the picture. The same command trains nothing again."""
     arguments = [*command, "--no-extend", "--rates", "1", "2", "--seeds", "3", "4", "--merge-iters", "2"]
     assert main(arguments) == 0
-    out = capsys.readouterr().out
+    shown = capsys.readouterr()
+    out = shown.out
     assert len(trained) == 3 * (2 + 1)
-    assert "1/9  ordinary, rate x1, seed 3: validation_loss" in out
+    assert "1/9  ordinary, rate x1, seed 3: validation_loss" in shown.err
     for word in ("mhlora", "merge_iter=2", "ratio", "rate: the best of x1, x2 on seed 3", "advice"):
         assert word in out
     folder = tmp_path / "mine"
@@ -55,8 +56,9 @@ def test_a_ladder_compares_all_rungs_and_writes_its_files(
     assert (folder / "ladder.svg").exists()
     assert main(arguments) == 0
     assert len(trained) == 9
-    again = capsys.readouterr().out
-    assert "9 trainings are done" in again
+    repeated = capsys.readouterr()
+    again = repeated.out
+    assert "9 trainings are done" in repeated.err
     assert again[again.index("rung ") :] == out[out.index("rung ") :]
 
 
@@ -76,7 +78,7 @@ def test_an_interrupted_ladder_continues_and_may_grow(
         patch.setattr(ProcessRunner, "__call__", interrupt)
         assert main(arguments) == 130
     output = capsys.readouterr()
-    assert "2 trainings are done. Give --name mine to continue." in output.out
+    assert "2 trainings are done. Give --name mine to continue." in output.err
     assert "Trainings that are done are kept." in output.err
     assert main(arguments) == 0
     assert trained == [f"{rung}, rate x1, seed 0" for rung in ("ordinary", "merge_iter=1", "merge_iter=2")]

@@ -66,7 +66,7 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> list[LTETrainer]:
             run_start.create_run(RunDirectory.open(storage.storage, storage.name), record, storage)
 
     monkeypatch.setattr(LTETrainer, "fit", fit)
-    monkeypatch.setattr("lte_ray.cli.train._show", lambda result: None)
+    monkeypatch.setattr("lte_ray.cli.train._report", lambda result, call: 0)
     return made
 
 
