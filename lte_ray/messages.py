@@ -347,13 +347,14 @@ class MergeRecord:
         base_error: the largest of the contributions'.
         weights: of the contributions, by head; empty where the policy made the change itself.
         outer_step: as in `MergeDelta`.
+        ema_keep: the share of the moving average of the bases that stayed; None if there is none.
         lags: how many versions they were behind, by head.
         head_steps: the local steps that they hold, by head.
         stalls: seconds for which merging kept a head from training since its contribution before, by head.
         alternative_bytes: what other ways of training would have sent instead (`broadcast_log.alternative_bytes`).
         positions: what the new version holds of the merged heads.
         fresh: those of them whose factors count from B' = 0.
-        base: refers to the new base, where it is published for evaluation.
+        base, ema: refer to the new base and the moving average, where they are published for evaluation.
     """
 
     version: int
@@ -372,6 +373,7 @@ class MergeRecord:
     base_error: float = 0.0
     weights: dict[int, float] = field(default_factory=dict)
     outer_step: OuterStep | None = None
+    ema_keep: float | None = None
     lags: dict[int, int] = field(default_factory=dict)
     head_steps: dict[int, int] = field(default_factory=dict)
     stalls: dict[int, float] = field(default_factory=dict)
@@ -379,6 +381,7 @@ class MergeRecord:
     positions: dict[int, CommittedPosition] = field(default_factory=dict)
     fresh: tuple[int, ...] = ()
     base: Any = field(default=None, repr=False, compare=False)
+    ema: Any = field(default=None, repr=False, compare=False)
 
     @staticmethod
     def collect_figures(contributions: Iterable[Contribution]) -> dict[str, dict[int, float]]:

@@ -133,8 +133,9 @@ class LTETrainer:
             `metrics` (the last evaluation's figures, also under "evaluation"; the worker's own figures of the training, the
             mean over the heads, under "figures", and also at the top where no other has that name; baseline, train_loss, step,
             samples, samples_per_second, tokens_per_second and mfu (if known), version, seconds, `times`, where the heads' time
-            went, all heads' bytes), `checkpoint`, and `path` (the run directory, which holds ``model.safetensors``);
-            `metrics_dataframe`, as `lte_ray.read_metrics` reads it; and `best_checkpoints`, the evaluated ones, best first.
+            went, all heads' bytes), `checkpoint`, and `path` (the run directory, which holds ``model.safetensors``, and with
+            `TrainConfig.ema` ``model-ema.safetensors``); `metrics_dataframe`, as `lte_ray.read_metrics` reads it; and
+            `best_checkpoints`, the evaluated ones, best first.
 
         Raises:
             UserError: bad input; no actor was started.
@@ -221,7 +222,7 @@ class LTETrainer:
                     policy=pickled_policy,
                     failure=run_failure,
                     reporter=reporter,
-                    export=lambda final: run_record.write_model(directory, initial, final),
+                    export=lambda final, ema: run_record.write_model(directory, initial, final, ema),
                 )
                 metrics, devices = controller.state.log, controller.state.devices
                 with report_run(sinks, directory, metrics, self.worker, run_toml, claim.position, devices):

@@ -9,6 +9,7 @@ Format 2 (since 0.2)::
     base.safetensors            main weights and replicas, under the model's own names
     momentum.safetensors        the momentum of outer steps, as the base; only if there is any
     residual.safetensors        what rounded changes of the base have left out (--send-down bf16 or int8), as the base
+    ema.safetensors             the moving average of the bases (--ema), as the base
     references.safetensors      by head, the factors that the base contains ("head-0003", flat)
     head-0003.safetensors       what that head needs to resume exactly; a head without a file resumes from its reference
     policy.safetensors          what the merge policy keeps
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 from lte_ray.checkpoint.files import (
     BASE,
+    EMA,
     EVALUATION,
     MOMENTUM,
     POLICY,
@@ -30,6 +32,7 @@ from lte_ray.checkpoint.files import (
     check_factors,
     head_file,
     read_base,
+    read_ema,
     read_evaluation,
     read_head,
     read_momentum,
@@ -37,6 +40,7 @@ from lte_ray.checkpoint.files import (
     read_references,
     read_residual,
     write_base,
+    write_ema,
     write_evaluation,
     write_head,
     write_momentum,
@@ -71,6 +75,7 @@ from lte_ray.checkpoint.retention import (
 
 __all__ = [
     "BASE",
+    "EMA",
     "EVALUATION",
     "FOLDER",
     "FORMAT",
@@ -91,6 +96,7 @@ __all__ = [
     "newest_resumable",
     "prune",
     "read_base",
+    "read_ema",
     "read_evaluation",
     "read_head",
     "read_manifest",
@@ -105,6 +111,7 @@ __all__ = [
     "verify",
     "version_folder",
     "write_base",
+    "write_ema",
     "write_evaluation",
     "write_head",
     "write_momentum",

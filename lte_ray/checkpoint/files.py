@@ -30,6 +30,7 @@ POLICY = "policy.safetensors"
 REFERENCES = "references.safetensors"
 MOMENTUM = "momentum.safetensors"
 RESIDUAL = "residual.safetensors"
+EMA = "ema.safetensors"
 EVALUATION = "evaluation.json"
 
 MAX_EVALUATION_BYTES = 2**20
@@ -150,10 +151,28 @@ def read_residual(directory: RunDirectory, manifest: Manifest, plan: Plan) -> Te
     Raises:
         StorageError: the file is damaged, or belongs to another model.
     """
-    if manifest.entry(RESIDUAL) is None:
+    return _read_flat(directory, manifest, RESIDUAL, plan)
+
+
+def write_ema(directory: RunDirectory, version: int, plan: Plan, ema: Tensor) -> FileEntry:
+    """Writes the moving average of the bases up to `version`, as `write_base`."""
+    return write_tensors(directory, version, EMA, views(plan.base, ema), {})
+
+
+def read_ema(directory: RunDirectory, manifest: Manifest, plan: Plan) -> Tensor | None:
+    """Reads what `write_ema` wrote, flat. None if there is nothing.
+
+    Raises:
+        StorageError: the file is damaged, or belongs to another model.
+    """
+    return _read_flat(directory, manifest, EMA, plan)
+
+
+def _read_flat(directory: RunDirectory, manifest: Manifest, name: str, plan: Plan) -> Tensor | None:
+    if manifest.entry(name) is None:
         return None
-    tensors, _ = read_tensors(directory, manifest, RESIDUAL)
-    return _flatten(directory, manifest, RESIDUAL, plan, tensors)
+    tensors, _ = read_tensors(directory, manifest, name)
+    return _flatten(directory, manifest, name, plan, tensors)
 
 
 def _flatten(directory: RunDirectory, manifest: Manifest, name: str, plan: Plan, tensors: dict[str, Tensor]) -> Tensor:

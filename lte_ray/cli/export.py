@@ -32,6 +32,7 @@ class Flags:
         None, "With --to peft: maximum rank of a weight's change; by default the rank of the exact change."
     )
     dtype: str = setting("auto", "Type of the merged weights: auto (each weight's own in the model), fp32, bf16 or fp16.")
+    ema: bool = setting(False, "Export the moving average of the merged weights instead, of a run that was trained with --ema.")
     worker: str | None = setting(
         None,
         "The worker, by name, module:Class or file.py:Class, instead of the one in run.toml.",
@@ -56,10 +57,12 @@ def export(arguments: list[str]) -> None:
 
     run = run_path(flags.run, flags.storage)
     if flags.to == "peft":
-        written = exporting.peft_adapter(run, flags.out, flags.head, flags.version, flags.rank, worker=flags.worker)
+        written = exporting.peft_adapter(
+            run, flags.out, flags.head, flags.version, flags.rank, worker=flags.worker, ema=flags.ema
+        )
     else:
         write = exporting.save_pretrained if flags.to == "pretrained" else exporting.safetensors
-        written = write(run, flags.out, flags.version, dtype=flags.dtype, worker=flags.worker)
+        written = write(run, flags.out, flags.version, dtype=flags.dtype, worker=flags.worker, ema=flags.ema)
     if flags.json:
         print_json({**dataclasses.asdict(written), "out": flags.out, "run": without_credentials(run)})
         return

@@ -97,6 +97,12 @@ class TrainConfig:
         None, "Local steps in which --schedule raises the learning rate; by default 50, and at most a quarter of all."
     )
     clip_norm: float = setting(0.0, "Maximum norm of a head's gradient (of all its factors and replicas); 0: no clipping.")
+    ema: float = setting(
+        0.0,
+        "Decay per local step, such as 0.999, of an exponential moving average (EMA) of the merged weights, which is evaluated "
+        "and exported in addition to them; 0: none. A merge after k local steps of each head applies it k times. At step n it "
+        "is at most (1 + n) / (10 + n), so that a short run's average forgets the initial weights.",
+    )
     accumulate: int = setting(1, "Batches of a local step; the mean of their gradients is used in one optimizer step.")
     weight_decay: float | None = setting(
         None,
@@ -127,7 +133,9 @@ class TrainConfig:
         check_integers(self, "baseline_processes")
         check_at_least(self, 1, "steps", "accumulate", "baseline_processes")
         check_at_least(self, 0, "seed", "eval_every", "checkpoint_every", "threads_per_head", "clip_norm")
-        check_at_least(self, 0, "lr_scale")
+        check_at_least(self, 0, "lr_scale", "ema")
+        if self.ema >= 1:
+            raise ConfigError(f"--ema is {self.ema}, but it must be below 1: a decay per local step, such as 0.999; 0 is off.")
         check_choice(self, "precision", PRECISIONS)
         check_choice(self, "optimizer", OPTIMIZERS)
         check_choice(self, "schedule", SCHEDULES)

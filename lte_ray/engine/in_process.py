@@ -13,8 +13,10 @@ from torch import Tensor
 
 from lte_ray.config import MergeConfig
 from lte_ray.engine.coordinator.coordinator import Coordinator, EventResult
+from lte_ray.engine.coordinator.ema import with_ema
 from lte_ray.engine.default_policy import choose_policy
 from lte_ray.engine.head.head import Head
+from lte_ray.engine.head.rng import preserve_generators
 from lte_ray.engine.head.virtual import HeadGroup
 from lte_ray.engine.prepare import Initial, load_base, prepare
 from lte_ray.engine.process_tuning import head_threads, merge_threads, torch_threads
@@ -128,7 +130,7 @@ def run_in_process(
             head.batch_stream.apply_assignments(*coordinator.assignor.pending_changes(head.number, coordinator.live))
         if on_merge is not None:
             for record in event_result.merges:
-                on_merge(record, lambda: evaluate_base(worker, initial, coordinator.base))
+                on_merge(record, lambda: evaluate_newest(worker, initial, coordinator))
         if coordinator.candidate is not None:
             apply(coordinator.receive_evaluation(evaluate_base(worker, initial, coordinator.candidate)))
 
@@ -153,6 +155,15 @@ def run_in_process(
                     sent = transport(heads[contribution.head], contribution)
                     apply(coordinator.receive(sent, sent.buffer))
     return InProcessRun(initial.plan, coordinator.base, tuple(merges), tuple(heads), coordinator)
+
+
+def evaluate_newest(worker: Worker, initial: Initial, coordinator: Coordinator) -> Mapping[str, float]:
+    """The worker's evaluation of the newest base, and of the moving average if there is one."""
+    values, ema = evaluate_base(worker, initial, coordinator.base), coordinator.ema
+    if ema is None:
+        return values
+    with preserve_generators(torch.device("cpu")):
+        return with_ema(values, evaluate_base(worker, initial, ema))
 
 
 def evaluate_base(worker: Worker, initial: Initial, base: Tensor) -> Mapping[str, float]:

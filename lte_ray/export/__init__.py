@@ -26,9 +26,9 @@ from lte_ray.engine.prepare import merged_state_dict
 from lte_ray.errors import ConfigError, StorageError
 from lte_ray.export import peft as _peft
 from lte_ray.export import pretrained as _pretrained
-from lte_ray.export.run_reader import Written, open_run, read_run, select_checkpoint
+from lte_ray.export.run_reader import Written, open_run, read_run
 from lte_ray.run.record import copy_files
-from lte_ray.storage import MODEL
+from lte_ray.storage import EMA_MODEL, MODEL
 
 __all__ = ["Written", "peft_adapter", "safetensors", "save_pretrained"]
 
@@ -43,6 +43,7 @@ def peft_adapter(
     rank: int | None = None,
     *,
     worker: Any = None,
+    ema: bool = False,
 ) -> Written:
     """Writes a LoRA adapter: after `PeftModel.from_pretrained(model, out)`, the model computes what the run's model does.
 
@@ -57,14 +58,17 @@ def peft_adapter(
         version: the checkpoint's version; by default the newest.
         rank: the largest rank of a weight's change; by default the rank of the exact change.
         worker: overrides the worker that ``run.toml`` names: a worker, its class, or module:Class.
+        ema: export the moving average of the merged weights (`TrainConfig.ema`) instead of them.
 
     Raises:
-        UserError: the run, version, head or worker doesn't exist; `out` isn't empty; PEFT isn't installed, or can't
-            represent the change.
+        UserError: the run, version, head, average or worker doesn't exist; `out` isn't empty; PEFT isn't installed, or can't
+            represent the change; `head` is given together with `ema`.
     """
+    if ema and head is not None:
+        raise ConfigError(f"--ema and --head {head} contradict each other: the average is one of all heads. Leave one out.")
     path = _check_output(out)
     _pretrained.require_package("peft")
-    saved = read_run(run, version, worker)
+    saved = read_run(run, version, worker, ema)
     with _atomic_output(path) as folder:
         written = _peft.write_adapter(saved, folder, head, rank)
         copy_files(saved.directory, folder)
@@ -76,7 +80,7 @@ DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": t
 
 
 def save_pretrained(
-    run: PathLike, out: PathLike, version: int | None = None, *, dtype: str = "auto", worker: Any = None
+    run: PathLike, out: PathLike, version: int | None = None, *, dtype: str = "auto", worker: Any = None, ema: bool = False
 ) -> Written:
     """Writes the merged weights as `save_pretrained` of transformers does, for `from_pretrained(out)`.
 
@@ -86,7 +90,7 @@ def save_pretrained(
     path = _check_output(out)
     _pretrained.require_package("transformers")
     _check_dtype(dtype)
-    saved = read_run(run, version, worker)
+    saved = read_run(run, version, worker, ema)
     _convert(saved.model, dtype)
     with _atomic_output(path) as folder:
         written = _pretrained.write_pretrained(saved, folder)
@@ -95,7 +99,7 @@ def save_pretrained(
 
 
 def safetensors(
-    run: PathLike, out: PathLike, version: int | None = None, *, dtype: str = "auto", worker: Any = None
+    run: PathLike, out: PathLike, version: int | None = None, *, dtype: str = "auto", worker: Any = None, ema: bool = False
 ) -> Written:
     """Writes the merged weights, under the unconverted model's own names.
 
@@ -108,14 +112,15 @@ def safetensors(
     path = _check_output(out)
     _check_dtype(dtype)
     directory = open_run(run)
-    if version is None and worker is None and dtype == "auto" and directory.exists(MODEL):
-        data, summary = directory.read(MODEL), "the run's final merged weights"
+    written = EMA_MODEL if ema else MODEL
+    if version is None and worker is None and dtype == "auto" and directory.exists(written):
+        average = "moving average of the final merged weights" if ema else "run's final merged weights"
+        data, summary = directory.read(written), f"the {average}"
     else:
-        manifest = select_checkpoint(directory, version)
-        saved = read_run(run, manifest.version, worker)
+        saved = read_run(run, version, worker, ema)
         _convert(saved.model, dtype)
         data = save(merged_state_dict(saved.model, saved.plan, saved.base), {"format": "pt"})
-        summary = f"the merged weights of version {manifest.version}"
+        summary = f"the {saved.weights}"
     with _atomic_output(path) as folder:
         (folder / MODEL).write_bytes(data)
     return Written(f"{MODEL}: {summary}" if path.suffix != ".safetensors" else summary)

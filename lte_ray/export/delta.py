@@ -209,7 +209,9 @@ def _explain(saved: SavedRun, mismatched: dict[str, float]) -> str:
     worst = max(mismatched, key=lambda name: mismatched[name])
     missing = sorted(set(range(len(saved.plans))) - set(saved.manifest.heads))
     reset = saved.record.get("reset", "none")
-    if missing:
+    if saved.is_ema:
+        why = "it is a moving average of the weights of several versions"
+    elif missing:
         why = f"heads {missing} have no state in this checkpoint"
     elif reset != "none":
         why = f"the run was made with --reset {reset}"

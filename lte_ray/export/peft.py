@@ -219,7 +219,7 @@ def _summary(
     what = f"LoRA adapter of {span} on {len(ranks)} layer(s) of the {model}"
     version = saved.manifest.version
     if head is None:
-        what += f": the change from the initial model to the merged weights of version {version}"
+        what += f": the change from the initial model to the {saved.weights}"
     elif not change.factors:
         what += f": zero, since all that head {head} has trained is in the merged weights of version {version}"
     else:

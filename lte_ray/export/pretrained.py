@@ -37,7 +37,7 @@ def write_pretrained(saved: SavedRun, folder: Path) -> Written:
         )
     load_base(saved.model, saved.plan, saved.base)
     model.save_pretrained(folder)
-    return Written(f"{type(model).__name__} with the merged weights of version {saved.manifest.version}")
+    return Written(f"{type(model).__name__} with the {saved.weights}")
 
 
 def pretrained_part(model: nn.Module) -> tuple[str, Any]:

@@ -38,7 +38,8 @@ class SavedRun:
         model: the unconverted model, as the worker builds it with the run's seed: the initial weights W_0.
         plans: each head's plan of the model.
         initial: W_0, flat in the base layout.
-        base: the merged weights W_v, flat in the base layout.
+        base: the merged weights W_v, or their moving average, flat in the base layout.
+        is_ema: whether `base` is that average.
     """
 
     directory: RunDirectory
@@ -48,11 +49,18 @@ class SavedRun:
     plans: tuple[Plan, ...]
     initial: Tensor
     base: Tensor
+    is_ema: bool = False
 
     @property
     def plan(self) -> Plan:
         """The first head's plan; its base layout is that of all heads."""
         return self.plans[0]
+
+    @property
+    def weights(self) -> str:
+        """What `base` is, in words."""
+        average = "moving average of the merged weights up to" if self.is_ema else "merged weights of"
+        return f"{average} version {self.manifest.version}"
 
     def head(self, head: int) -> dict[str, Tensor]:
         """Reads the tensors of one head's state (`engine.head.snapshot`).
@@ -123,21 +131,33 @@ def select_checkpoint(directory: RunDirectory, version: int | None) -> Manifest:
     return checkpoint.read_manifest(directory, versions[-1] if version is None else version)
 
 
-def read_run(run: str | os.PathLike[str], version: int | None = None, worker: Any = None) -> SavedRun:
+def check_has_ema(directory: RunDirectory, manifest: Manifest) -> None:
+    """Raises StorageError unless a checkpoint has the moving average of the merged weights."""
+    if manifest.entry(checkpoint.EMA) is None:
+        raise StorageError(
+            f"--ema needs the moving average of the merged weights, but the checkpoint of version {manifest.version} in "
+            f"{directory.display} has none: the run was trained without --ema. Leave --ema out."
+        )
+
+
+def read_run(run: str | os.PathLike[str], version: int | None = None, worker: Any = None, ema: bool = False) -> SavedRun:
     """Reads a run.
 
     Args:
         run: path or URI of the run directory.
         version: the checkpoint's version; by default the newest.
         worker: overrides the worker that ``run.toml`` names: a worker, its class, or module:Class.
+        ema: read the moving average of the merged weights instead of them.
 
     Raises:
-        StorageError: the run or checkpoint doesn't exist, is damaged, or belongs to a different model.
+        StorageError: the run or checkpoint doesn't exist, is damaged, belongs to a different model, or has no moving average.
         WorkerError: the worker can't be loaded or constructed, or can't build its model.
         ConfigError: the settings in ``run.toml`` are damaged or don't fit the model.
     """
     directory = open_run(run)
     manifest, record = select_checkpoint(directory, version), run_record.read(directory)
+    if ema:
+        check_has_ema(directory, manifest)
     lte, train = record.settings(LTEConfig), record.settings(TrainConfig)
     if train.baseline:
         lte = baseline_lte(lte)
@@ -151,7 +171,7 @@ def read_run(run: str | os.PathLike[str], version: int | None = None, worker: An
             raise WorkerError(f"{type(instance).__name__}.build_model() raised {type(error).__name__}: {error}") from error
     plans = make_plans(model, lte)
     check_equal_builds(fingerprints(named_tensors(model), plans[0]), manifest.facts.get("untrained", ()))
-    base = checkpoint.read_base(directory, manifest, plans[0])
-    return SavedRun(
-        directory, manifest, record.content, model, plans, gather(plans[0].base, named_tensors(model), base.dtype), base
-    )
+    average = checkpoint.read_ema(directory, manifest, plans[0]) if ema else None
+    base = checkpoint.read_base(directory, manifest, plans[0]) if average is None else average
+    initial = gather(plans[0].base, named_tensors(model), base.dtype)
+    return SavedRun(directory, manifest, record.content, model, plans, initial, base, is_ema=ema)

@@ -147,6 +147,7 @@ class MetricsLog:
             head_steps=_by_head(record.head_steps),
             weight=_by_head(record.weights),
             **({} if record.outer_step is None else {"outer_step": dataclasses.asdict(record.outer_step)}),
+            **({} if record.ema_keep is None else {"ema_keep": record.ema_keep}),
             stall_seconds=_by_head(record.stalls),
             bytes_instead=record.alternative_bytes,
             held={str(head): dataclasses.asdict(held) for head, held in record.positions.items()},

@@ -25,7 +25,7 @@ from lte_ray.errors import StorageError, UserError, WorkerError
 from lte_ray.import_object import absolute
 from lte_ray.merging.registry import stable_name
 from lte_ray.redaction import OMITTED, redact, split_secrets, without_credentials
-from lte_ray.storage import FILES, MODEL, RUN, RunDirectory
+from lte_ray.storage import EMA_MODEL, FILES, MODEL, RUN, RunDirectory
 from lte_ray.worker import worker_settings
 
 T = TypeVar("T")
@@ -113,10 +113,14 @@ def read(directory: RunDirectory) -> RunRecord:
         raise StorageError(f"{directory.path_to(RUN)} is damaged: {error}.") from error
 
 
-def write_model(directory: RunDirectory, initial: Initial, base: Tensor) -> None:
-    """Writes the merged weights in fp32 under the unconverted model's own names."""
-    state = merged_state_dict(initial.model, initial.plan, base)
-    directory.write(MODEL, safetensors.torch.save(state, {"format": "pt"}))
+def write_model(directory: RunDirectory, initial: Initial, base: Tensor, ema: Tensor | None = None) -> None:
+    """Writes the merged weights, and their moving average if there is one, under the unconverted model's own names."""
+    for name, weights in ((MODEL, base), (EMA_MODEL, ema)):
+        if weights is not None:
+            state = merged_state_dict(initial.model, initial.plan, weights)
+            directory.write(name, safetensors.torch.save(state, {"format": "pt"}))
+    if ema is None and directory.exists(EMA_MODEL):
+        directory.delete(EMA_MODEL)  # of an earlier part of the run, which had an average
 
 
 def write_files(directory: RunDirectory, worker: Any) -> None:

@@ -146,6 +146,10 @@ def check_start(
             f"{place} has already taken all {taken // heads} local steps per head: only its model is written and evaluated "
             "again. Raise --steps to continue training."
         )
+    if settings.train.ema and manifest.entry(checkpoint.EMA) is None:
+        notes.append(
+            f"{place} has no moving average yet (--ema): it begins with the merged weights of version {manifest.version}."
+        )
     if heads != settings.lte.num_heads:
         notes.append(f"The run continues with {settings.lte.num_heads} heads instead of {heads}; the data is redistributed.")
     return manifest, notes

@@ -35,6 +35,7 @@ class CoordinatorState:
         references: by head, refers to the factors that the base contains of it, flat; missing where B' = 0.
         momentum: refers to the momentum of the outer steps, as the base; None if it is 0.
         residual: refers to what rounded changes of the base have left out so far, as the base; None if it is 0.
+        ema: refers to the moving average of the bases up to this one, as the base; None: it begins here, if there is one.
         positions: by head, what the base contains of it; missing if nothing.
         assignment_state: which head owns which batches (`PartitionAssignor.state`); empty at the start of a run.
         steps_by_head: the local steps that each head has taken.
@@ -52,6 +53,7 @@ class CoordinatorState:
     references: Mapping[int, Handle] = field(default_factory=dict)
     momentum: Handle | None = None
     residual: Handle | None = None
+    ema: Handle | None = None
     positions: Mapping[int, CommittedPosition] = field(default_factory=dict)
     assignment_state: Mapping[str, Any] = field(default_factory=dict)
     steps_by_head: Mapping[int, int] = field(default_factory=dict)
@@ -115,7 +117,7 @@ def load_checkpoint(
     manifest = checkpoint.read_manifest(directory, version)
     head_states = {head: checkpoint.read_head(directory, manifest, head)[1] for head in manifest.heads}
     try:
-        positions = _positions(manifest, head_states, int(manifest.facts["lte"]["num_heads"]))
+        positions = read_positions(manifest, head_states, int(manifest.facts["lte"]["num_heads"]))
         steps = {head: int(state["step"]) for head, state in head_states.items()}
         assignment_state = dict(
             manifest.facts.get("ledger")
@@ -135,6 +137,7 @@ def load_checkpoint(
     factors = checkpoint.read_references(directory, manifest, plans)
     momentum = _read_momentum(context, plans[0], manifest, policy)
     residual = checkpoint.read_residual(directory, manifest, plans[0])
+    ema = checkpoint.read_ema(directory, manifest, plans[0]) if context.settings.train.ema else None
     exact_heads = frozenset(head_states) if same_heads else frozenset()
     return CoordinatorState(
         version=version,
@@ -143,6 +146,7 @@ def load_checkpoint(
         references={h: publish(f) for h, f in factors.items() if h in positions and positions[h].sequence},
         momentum=None if momentum is None else publish(momentum),
         residual=None if residual is None else publish(residual),
+        ema=None if ema is None else publish(ema),
         positions=positions,
         assignment_state=assignment_state,
         steps_by_head={h: steps[h] if h in exact_heads else position.step for h, position in positions.items()},
@@ -166,10 +170,10 @@ def _read_momentum(context: RunContext, plan: Plan, manifest: checkpoint.Manifes
     return saved_momentum(policy, saved, int(manifest.facts["lte"]["num_heads"])) if saved else None
 
 
-def _positions(
-    manifest: checkpoint.Manifest, head_states: dict[int, dict[str, Any]], num_heads: int
+def read_positions(
+    manifest: checkpoint.Manifest, head_states: Mapping[int, dict[str, Any]], num_heads: int
 ) -> dict[int, CommittedPosition]:
-    """Returns what the base contains of each head. An older release wrote that into the heads' states only."""
+    """Returns what the base of a checkpoint contains of each head. An older release wrote that into the heads' states only."""
     recorded = manifest.facts.get("standings")
     if recorded is not None:
         return {int(head): _position(position) for head, position in recorded.items()}

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from lte_ray import fault_injection
+from lte_ray.engine.coordinator.ema import with_ema
+from lte_ray.engine.head.rng import preserve_generators
 from lte_ray.engine.initial_weights import build_initial_model
 from lte_ray.engine.prepare import load_base
 from lte_ray.errors import LTEError, WorkerFailed
@@ -38,13 +40,20 @@ class EvaluatorActor:
         self._model: nn.Module | None = None
         self._worker: Any = None
 
-    def evaluate(self, base: Handle) -> dict[str, float]:
-        """Returns the worker's figures for one base, by name.
+    def evaluate(self, base: Handle, ema: Handle | None = None) -> dict[str, float]:
+        """Returns the worker's figures for one base, by name, and as ``ema_NAME`` those of its moving average, if any.
 
         Raises:
             WorkerFailed: the worker's code raised, or returned something else than numbers by name.
         """
-        with self._model_of(base) as model:
+        values = self._figures(base)
+        if ema is None:
+            return values
+        with preserve_generators(self._device):  # the figures of the bases are those of a run without an average
+            return with_ema(values, self._figures(ema))
+
+    def _figures(self, weights: Handle) -> dict[str, float]:
+        with self._model_of(weights) as model:
             return evaluate(self._worker, model)
 
     @ray.method(concurrency_group="ctl")

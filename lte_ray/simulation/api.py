@@ -14,7 +14,7 @@ from lte_ray.engine.coordinator.step_budget import is_shared
 from lte_ray.engine.default_policy import choose_policy
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.snapshot import rejoin
-from lte_ray.engine.in_process import LoopbackTransport, evaluate_base
+from lte_ray.engine.in_process import LoopbackTransport, evaluate_base, evaluate_newest
 from lte_ray.engine.prepare import Initial, prepare
 from lte_ray.engine.process_tuning import head_threads, torch_threads
 from lte_ray.engine.settings import Settings
@@ -86,9 +86,8 @@ def simulate_training(
     _, threads = head_threads(settings.train.threads_per_head, 1)
     with torch_threads(threads):
         record = Simulation(settings, cluster, costs, clock, coordinator, factory.make_head, factory.evaluate).run()
-        base = coordinator.base
-        record = replace(record, evaluation=factory.evaluate(base))
-        return SimulatedTraining(record, initial.plan, base, coordinator)
+        record = replace(record, evaluation=evaluate_newest(worker, initial, coordinator))
+        return SimulatedTraining(record, initial.plan, coordinator.base, coordinator)
 
 
 class _HeadFactory:

@@ -23,6 +23,7 @@ RUN = "run.toml"
 """The first file that a run writes: all its settings."""
 
 MODEL = "model.safetensors"
+EMA_MODEL = "model-ema.safetensors"
 """The merged weights of a finished run."""
 
 FILES = "files"

@@ -36,6 +36,9 @@ from tests.support import export_runs
 MINE = "lte-ray train mine.py:Net --num-heads 4 --name mine --resume"
 """Makes the run `mine`, which other commands read."""
 
+AVERAGED = "lte-ray train mine.py:Net --num-heads 4 --name averaged --ema 0.999"
+"""Makes a run with a moving average, which another command exports."""
+
 NEW = "lte-ray new my_net"
 """Writes a worker, which another command trains."""
 
@@ -86,6 +89,8 @@ DECISIONS: dict[str, Runs | str] = {
     "WANDB_MODE=offline lte-ray train mine.py:Net --num-heads 4 --name mine-logged --log wandb mlflow": Runs(),
     "wandb sync ~/ray_results/mine-logged/wandb/offline-run-*": "it needs a login of Weights & Biases",
     "MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri ~/ray_results/mine-logged/mlflow": "it runs until Ctrl-C",
+    AVERAGED: Runs(),
+    "lte-ray export ~/ray_results/averaged out-ema --to safetensors --ema": Runs(after=AVERAGED),
     "lte-ray audit ~/ray_results/mine": Runs(after=MINE, quick=True),
     "lte-ray export ~/ray_results/mine out --to safetensors": Runs(after=MINE, quick=True),
     "lte-ray export ~/ray_results/mine out-mine --to peft": Runs(after=MINE),

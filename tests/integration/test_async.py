@@ -194,15 +194,21 @@ def test_virtual_heads_are_merged_one_by_one_and_saved(local_ray: None, tmp_path
 @pytest.mark.parametrize(
     ("shards", "down"), [((1, 1), "factors"), ((2, 1), "factors"), ((1, 2), "factors"), ((1, 1), "int8"), ((2, 1), "int8")]
 )
-def test_a_resumed_run_keeps_momentum_and_residual(local_ray: None, tmp_path: Path, shards: tuple[int, int], down: str) -> None:
+def test_a_resumed_run_keeps_momentum_residual_and_average(
+    local_ray: None, tmp_path: Path, shards: tuple[int, int], down: str
+) -> None:
     """Bitwise equal to the uninterrupted run, also with another number of shards: the checkpoint has them."""
     policy = {"policy": "nesterov", "policy_args": {"lr": 0.7, "momentum": 0.5, "warmup": 4}}
     for steps, count, resume in ((15, shards[0], False), (30, shards[1], True)):
         merge = MergeConfig(merge_iter=5, merge_threads=1, shards=count, send_down=down, **policy)  # type: ignore[arg-type]
         worker, config = BatchNormRegression(), storage(tmp_path, "r", resume=resume)
-        resumed = LTETrainer(worker, run_config=config, **(settings(steps) | {"merge": merge})).fit()
+        resumed = LTETrainer(worker, run_config=config, **(settings(steps, ema=0.9) | {"merge": merge})).fit()
     assert resumed.metrics["resyncs"] == 0
     assert_same_model(resumed.path, expected(BatchNormRegression(), 30, send_down=down, **policy))
+    in_process = settings(30, ema=0.9) | {"merge": MergeConfig(merge_iter=5, merge_threads=1, send_down=down, **policy)}  # type: ignore[arg-type]
+    average = merged_in_process(BatchNormRegression(), **in_process, ema=True)  # type: ignore[arg-type]
+    assert_same_model(resumed.path, average, "model-ema.safetensors")
+    assert resumed.metrics["ema_validation_loss"] != resumed.metrics["validation_loss"]
     names = {path.name for path in (Path(resumed.path) / "checkpoints" / "000006").iterdir()}
-    assert "momentum.safetensors" in names
+    assert {"momentum.safetensors", "ema.safetensors"} <= names
     assert ("residual.safetensors" in names) == (down == "int8")

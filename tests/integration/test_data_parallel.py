@@ -22,6 +22,7 @@ from workers.regression import Regression
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 HEADS = 4
+EMA = 0.9
 
 
 def trainer(path: Path, worker: Any = None, *, steps: int = 20, processes: int = 2, resume: bool = False) -> LTETrainer:
@@ -34,6 +35,7 @@ def trainer(path: Path, worker: Any = None, *, steps: int = 20, processes: int =
             seed=3,
             baseline=True,
             baseline_processes=processes,
+            ema=EMA,
             eval_every=2,
             checkpoint_every=1,
             threads_per_head=1,
@@ -55,13 +57,14 @@ def events_of(path: Path) -> list[str]:
 
 
 def assert_near_one_process(path: Path) -> None:
-    """The final weights are those of one process, up to rounding."""
-    train = TrainConfig(steps=20, seed=3, baseline=True)
-    expected = merged_in_process(Regression(), LTEConfig(num_heads=HEADS), MergeConfig(merge_iter=5, merge_threads=1), train)
-    model = load_file(path / "r" / "model.safetensors")
-    assert model.keys() == expected.keys()
-    for name, value in expected.items():
-        assert_near(model[name], value, 1e-5)
+    """The final weights and their moving average are those of one process, up to rounding."""
+    train, merge = TrainConfig(steps=20, seed=3, baseline=True, ema=EMA), MergeConfig(merge_iter=5, merge_threads=1)
+    for file, ema in (("model.safetensors", False), ("model-ema.safetensors", True)):
+        expected = merged_in_process(Regression(), LTEConfig(num_heads=HEADS), merge, train, ema)
+        model = load_file(path / "r" / file)
+        assert model.keys() == expected.keys()
+        for name, value in expected.items():
+            assert_near(model[name], value, 1e-5)
 
 
 def test_two_processes_equal_one_and_resume_as_one(shared_ray: None, tmp_path: Path) -> None:

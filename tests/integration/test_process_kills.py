@@ -83,7 +83,7 @@ class Chaos:
         monkeypatch.setenv(fault_injection.VARIABLE, str(self.script))
         self.lte = LTEConfig(num_heads=heads, lora_r=8, lora_alpha=16)
         self.merge = MergeConfig(**{"merge_iter": 5, "merge_threads": 1, **merge})
-        self.train = TrainConfig(steps=steps, seed=3, budget="each", eval_every=4, checkpoint_every=2)
+        self.train = TrainConfig(steps=steps, seed=3, budget="each", eval_every=4, checkpoint_every=2, ema=0.9)
 
     def run(self, worker: type[Patient] = Patient, reporter: Reporter | None = None, **failure: Any) -> None:
         """Trains to the end and asserts what must hold however many processes died."""
@@ -104,6 +104,8 @@ class Chaos:
         assert result.metrics is not None
         assert result.metrics["step"] == self.steps
         assert result.metrics["validation_loss"] < 0.3  # 0.67 before
+        assert result.metrics["ema_validation_loss"] < 0.3
+        assert self.events["ema_gap"] <= self.events["coordinator_lost"]
         report = audit(self.rows)
         assert report.clean, report.problems
         assert report.samples == self.heads * self.steps * DropoutRegression().batch_size

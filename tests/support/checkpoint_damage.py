@@ -32,6 +32,7 @@ def write_checkpoint(directory: RunDirectory, version: int = 1) -> checkpoint.Ma
     files.append(checkpoint.write_references(directory, version, {head: torch.ones(3) for head in HEADS}))
     files.append(checkpoint.write_momentum(directory, version, PLAN, "nesterov", random_flat(PLAN.base.size, 2).float()))
     files.append(checkpoint.write_residual(directory, version, PLAN, random_flat(PLAN.base.size, 3).float()))
+    files.append(checkpoint.write_ema(directory, version, PLAN, random_flat(PLAN.base.size, 4).float()))
     files.append(checkpoint.write_policy(directory, version, "nesterov", {"velocity": torch.ones(3)}))
     checkpoint.write_evaluation(directory, version, {"loss": 1.0})
     return checkpoint.commit(directory, version, HEADS, files, FACTS)
@@ -70,6 +71,7 @@ def read_all(directory: RunDirectory) -> list[str]:
         attempt(checkpoint.read_references, manifest)
         attempt(checkpoint.read_momentum, manifest, PLAN, "nesterov")
         attempt(checkpoint.read_residual, manifest, PLAN)
+        attempt(checkpoint.read_ema, manifest, PLAN)
         attempt(checkpoint.read_policy, manifest, "nesterov")
         for head in (*HEADS, 9):
             attempt(checkpoint.read_head, manifest, head)

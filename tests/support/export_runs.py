@@ -299,7 +299,7 @@ def logits(model: nn.Module, x: Tensor) -> Tensor:
 def settings(**lte: Any) -> Settings:
     """Two heads of rank 2, three merges."""
     merge = MergeConfig(merge_iter=lte.pop("merge_iter", 2), policy=lte.pop("policy", "average"))
-    train = TrainConfig(steps=lte.pop("steps", 6), seed=SEED)
+    train = TrainConfig(steps=lte.pop("steps", 6), seed=SEED, ema=lte.pop("ema", 0.0))
     return Settings("run", LTEConfig(**{"num_heads": 2, "lora_r": 2, "lora_alpha": 8.0} | lte), merge, train)
 
 
@@ -349,13 +349,15 @@ def save_run(
             train_without_contributing(head)
     write_checkpoint(directory, given, done, heads)
     if whole:
-        run_record.write_model(directory, prepare(worker, given), done.base)
+        run_record.write_model(directory, prepare(worker, given), done.base, done.coordinator.ema)
     return root / name, done
 
 
 def write_checkpoint(directory: RunDirectory, given: Settings, done: InProcessRun, heads: tuple[int, ...] = (0, 1)) -> None:
     version = done.coordinator.version
     files = [checkpoint.write_base(directory, version, done.plan, done.base)]
+    if done.coordinator.ema is not None:
+        files.append(checkpoint.write_ema(directory, version, done.plan, done.coordinator.ema))
     files += [checkpoint.write_head(directory, version, head, *head_state(done.heads[head])) for head in heads]
     facts = {"run": "run", "step": given.train.steps, "lte": dataclasses.asdict(given.lte), "losses": {}}
     checkpoint.commit(directory, version, heads, files, facts)

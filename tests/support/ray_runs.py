@@ -73,17 +73,20 @@ def storage(path: Path, name: str, **more: object) -> StorageConfig:
     return StorageConfig(name=name, storage=str(path), **more)  # type: ignore[arg-type]
 
 
-def merged_in_process(worker: Any, lte: LTEConfig, merge: MergeConfig, train: TrainConfig) -> dict[str, Tensor]:
-    """Returns the merged model of a run with these settings, all in this process."""
+def merged_in_process(
+    worker: Any, lte: LTEConfig, merge: MergeConfig, train: TrainConfig, ema: bool = False
+) -> dict[str, Tensor]:
+    """Returns the merged model of a run with these settings, or its moving average, all in this process."""
     done = run_in_process(worker, Settings("r", lte, merge, train))
-    model = worker.build_model()
-    load_base(model, done.plan, done.base)
+    model, weights = worker.build_model(), done.coordinator.ema if ema else done.base
+    assert weights is not None
+    load_base(model, done.plan, weights)
     return dict(model.state_dict())
 
 
-def assert_same_model(run: str | Path, expected: dict[str, Tensor]) -> None:
-    """Asserts that the model in the run's directory equals this one, bit by bit."""
-    merged = load_file(Path(run) / "model.safetensors")
+def assert_same_model(run: str | Path, expected: dict[str, Tensor], file: str = "model.safetensors") -> None:
+    """Asserts that the model in this file of the run's directory equals this one, bit by bit."""
+    merged = load_file(Path(run) / file)
     assert merged.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(merged[name], value), name

@@ -77,6 +77,7 @@ class DecidedMerge:
         change: flat, in the base layout.
         num_heads: N.
         step: what is done with the sum of the shares; None: it is added.
+        ema_keep: the share of the moving average that stays; None if there is none.
     """
 
     version: int
@@ -85,6 +86,7 @@ class DecidedMerge:
     change: Tensor | None
     num_heads: int
     step: OuterStep | None = None
+    ema_keep: float | None = None
 
 
 class MergeTensors(Protocol):
@@ -140,6 +142,7 @@ class LocalTensors:
         momentum: of the outer steps, as `base`; None if it is 0.
         send_down: as `MergeConfig.send_down`.
         residual: what rounded changes have left out so far, as `base`; None if it is 0.
+        ema: the moving average of the bases up to this one, as `base`; None if there is none.
     """
 
     local = True
@@ -155,13 +158,14 @@ class LocalTensors:
         momentum: Tensor | None = None,
         send_down: str = "dense",
         residual: Tensor | None = None,
+        ema: Tensor | None = None,
     ) -> None:
         self._plan, self._plans, self._reset = plan, plans, reset
         self._buffers = {replica.name for replica in plan.replicas if replica.buffer}
         self.dtype = base.dtype
         self.references = dict(references)
         rounding = make_rounding(plan, send_down, base, residual)
-        self.base_weights = BaseWeights(base, version, references, momentum, rounding)
+        self.base_weights = BaseWeights(base, version, references, momentum, rounding, ema)
 
     def check_shape(self, head: int, buffer: Tensor) -> str:
         expected = (self._plans[head].contribution.size,)
@@ -193,8 +197,8 @@ class LocalTensors:
     def _operation(self, merge: DecidedMerge) -> MergeOp:
         if merge.change is None:
             shares = [replace(merge.shares[head], weight=w) for head, w in merge.weights.items()]
-            return MergeOp(merge.version, shares, step=merge.step)
-        return MergeOp(merge.version, (), self._with_mean_buffers(merge))
+            return MergeOp(merge.version, shares, step=merge.step, ema_keep=merge.ema_keep)
+        return MergeOp(merge.version, (), self._with_mean_buffers(merge), ema_keep=merge.ema_keep)
 
     def _with_mean_buffers(self, merge: DecidedMerge) -> Tensor:
         """The change, with that of running statistics replaced by their mean: an extrapolated variance may be negative."""
@@ -254,6 +258,7 @@ class BaseShard:
         momentum: of the outer steps, by group, as `parts`; empty if it is 0.
         send_down: as `MergeConfig.send_down`.
         residual: what rounded changes have left out so far, by group, as `parts`; empty if it is 0.
+        ema: the moving average of the bases up to this one, by group, as `parts`; empty if there is none. Taken over.
     """
 
     def __init__(
@@ -267,6 +272,7 @@ class BaseShard:
         momentum: Mapping[int, Tensor] | None = None,
         send_down: str = "dense",
         residual: Mapping[int, Tensor] | None = None,
+        ema: Mapping[int, Tensor] | None = None,
     ) -> None:
         self._codecs, self._reset = codecs, reset
         self._references: dict[int, dict[int, Tensor | None]] = {i: dict((references or {}).get(i, {})) for i in parts}
@@ -277,6 +283,7 @@ class BaseShard:
                 self._references[index],
                 (momentum or {}).get(index),
                 make_rounding(codecs[0].group_plans[index], send_down, part, (residual or {}).get(index)),
+                (ema or {}).get(index),
             )
             for index, part in parts.items()
         }
@@ -329,15 +336,25 @@ class BaseShard:
             self._references[index].pop(head, None)
             weights.forget_head(head)
 
-    def merge(self, version: int, weights: Mapping[int, float], step: OuterStep | None = None) -> None:
-        """Queues the next version: by the sum of weight x change over these tickets, in their order, and the outer `step`."""
+    def merge(
+        self,
+        version: int,
+        weights: Mapping[int, float],
+        step: OuterStep | None = None,
+        ema_keep: float | None = None,
+    ) -> None:
+        """Queues the next version: by the sum of weight x change over these tickets, in their order, and the outer `step`.
+
+        Of the moving average, the share `ema_keep` stays.
+        """
         for index, base_weights in self._weights.items():
             shares = {}
             for ticket, weight in weights.items():
                 head, received = self._received[ticket]
                 shares[head] = replace(received[index], weight=weight)
             references = {head: new_reference(share, self._reset) for head, share in shares.items()}
-            base_weights.enqueue(MergeOp(version, list(shares.values()), references=references, step=step))
+            operation = MergeOp(version, list(shares.values()), references=references, step=step, ema_keep=ema_keep)
+            base_weights.enqueue(operation)
             self._references[index].update(references)
         for ticket in weights:
             del self._received[ticket]

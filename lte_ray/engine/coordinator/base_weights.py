@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -34,6 +34,7 @@ class BaseVersion:
         momentum: of the outer steps, as `base`; None while it is 0.
         residual: what rounded changes of the base have left out so far, as `base`; None if they aren't rounded.
         change: the rounded change that led to this version, as `ChangePacking` packs it; None if there is none.
+        ema: the moving average of the bases up to this version, as `base`; None if there is none.
     """
 
     version: int
@@ -42,7 +43,11 @@ class BaseVersion:
     momentum: Tensor | None = None
     residual: Tensor | None = None
     change: Tensor | None = None
+    ema: Tensor | None = None
 
+
+TensorName = Literal["change", "residual", "ema"]
+"""Tensors of a `BaseVersion` that not every version has, and that are read by themselves."""
 
 BaseReader = Callable[[BaseVersion], T]
 """Reads one version."""
@@ -52,7 +57,8 @@ BaseReader = Callable[[BaseVersion], T]
 class MergeOp:
     """How a version follows from the one before: by the sum of weight x change over `shares`, or by `change`.
 
-    Without a `step` the base moves by that sum. `references` are the factors that the new version holds of the merged heads.
+    Without a `step` the base moves by that sum. `references` are the factors that the new version holds of the merged heads. If
+    there is a moving average E of the bases W, it becomes E := ema_keep E + (1 - ema_keep) W.
     """
 
     version: int
@@ -60,6 +66,7 @@ class MergeOp:
     change: Tensor | None = None
     references: Mapping[int, Tensor | None] = field(default_factory=dict)
     step: OuterStep | None = None
+    ema_keep: float | None = None
 
     def apply(self, base: Tensor, momentum: Tensor | None, rounding: Rounding | None = None) -> Tensor | None:
         """Changes `base` and `momentum` in place, in the order of the shares; returns the momentum, which may be new."""
@@ -85,6 +92,7 @@ class BaseWeights:
         references: the factors that `base` holds of each head, flat; None where B' = 0.
         momentum: of the outer steps, as `base`; None if it is 0.
         rounding: of the changes of the base; None if they are exact.
+        ema: the moving average of the bases up to this one, as `base`; taken over and changed in place. None if there is none.
     """
 
     def __init__(
@@ -94,8 +102,10 @@ class BaseWeights:
         references: Mapping[int, Tensor | None],
         momentum: Tensor | None = None,
         rounding: Rounding | None = None,
+        ema: Tensor | None = None,
     ) -> None:
         self._base, self._references, self._momentum, self._rounding = base, dict(references), momentum, rounding
+        self._ema = ema
         self._computed = self.version = version  # `version` counts what is queued, too
         self._queue: deque[MergeOp | tuple[BaseReader[Any], Future[Any]]] = deque()
         self._seconds: dict[int, float] = {}
@@ -147,6 +157,8 @@ class BaseWeights:
             if isinstance(step, MergeOp):
                 start = time.perf_counter()
                 self._momentum = step.apply(self._base, self._momentum, self._rounding)
+                if self._ema is not None and step.ema_keep is not None:
+                    self._ema.lerp_(self._base, 1 - step.ema_keep)
                 self._references.update(step.references)
                 self._computed = step.version
                 self._seconds[self._computed] = time.perf_counter() - start
@@ -157,7 +169,7 @@ class BaseWeights:
 
     def _read(self, read: BaseReader[Any], result: Future[Any]) -> None:
         residual, change = (None, None) if self._rounding is None else (self._rounding.residual, self._rounding.change)
-        newest = BaseVersion(self._computed, self._base, self._references, self._momentum, residual, change)
+        newest = BaseVersion(self._computed, self._base, self._references, self._momentum, residual, change, self._ema)
         try:
             result.set_result(read(newest))
         except Exception as error:  # it concerns the reader, not the caller of `catch_up`

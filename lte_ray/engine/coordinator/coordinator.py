@@ -27,6 +27,8 @@ from lte_ray.engine.coordinator.aggregator import (
 )
 from lte_ray.engine.coordinator.base_weights import BaseWeights
 from lte_ray.engine.coordinator.checked_policy import CheckedPolicy
+from lte_ray.engine.coordinator.ema import keep_at_merge
+from lte_ray.engine.coordinator.merge_record import describe_merge
 from lte_ray.engine.coordinator.step_budget import StepBudget, StepRateEstimator
 from lte_ray.engine.coordinator.validation import OutlierFilter, check_identity, check_magnitude
 from lte_ray.engine.settings import Settings
@@ -55,10 +57,8 @@ class EventResult:
 
     def refusal(self, c: Contribution) -> ContributionResult | None:
         """The refusal of a contribution that has just come; None if it wasn't refused."""
-        for result in self.results:
-            if not (result.accepted or result.discarded) and (result.head, result.sequence) == (c.head, c.sequence):
-                return result
-        return None
+        refused = (r for r in self.results if not (r.accepted or r.discarded))
+        return next((r for r in refused if (r.head, r.sequence) == (c.head, c.sequence)), None)
 
 
 class Coordinator:
@@ -76,6 +76,7 @@ class Coordinator:
         references: the factors that `base` holds of each head, flat.
         momentum: of the outer steps, as `base`; None if it is 0.
         residual: what rounded changes of the base have left out so far, as `base`; None if it is 0.
+        ema: the moving average of the bases up to this one, as `base`; None: it begins here, if the settings have one.
         taken, granted: local steps that heads have taken before, and up to which they may.
         positions: what `base` holds of each head.
         fresh: heads whose factors count from B' = 0, while heads' processes may still keep factors that an earlier
@@ -97,6 +98,7 @@ class Coordinator:
         references: dict[int, Tensor] | None = None,
         momentum: Tensor | None = None,
         residual: Tensor | None = None,
+        ema: Tensor | None = None,
         taken: Mapping[int, int] | None = None,
         granted: Mapping[int, int] | None = None,
         positions: Mapping[int, CommittedPosition] | None = None,
@@ -106,16 +108,15 @@ class Coordinator:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings, self.plan, self.policy, self._clock = settings, plan, policy, clock
-        self.plans = tuple(plans or [plan] * settings.lte.num_heads)
+        plans = self.plans = tuple(plans or [plan] * settings.lte.num_heads)
         self.version = version  # the newest, which counts merges
         reset, down = settings.lte.reset, settings.merge.send_down
-        self._tensors: MergeTensors = (
-            RemoteTensors()
-            if base is None
-            else LocalTensors(plan, self.plans, base, version, references or {}, reset, momentum, down, residual)
-        )
-        shards, size = settings.merge.shards, plan.base.size
-        self._checked_policy = CheckedPolicy(policy, shards, self._tensors.local, size, self._tensors.dtype)
+        self._tensors: MergeTensors = RemoteTensors()
+        if base is not None:
+            ema = base.clone() if settings.train.ema and ema is None else ema
+            self._tensors = LocalTensors(plan, plans, base, version, references or {}, reset, momentum, down, residual, ema)
+        shards, tensors = settings.merge.shards, self._tensors
+        self._checked_policy = CheckedPolicy(policy, shards, tensors.local, plan.base.size, tensors.dtype)
         self.waiting_for = ""
         self.wakes_at: float | None = None
         self.step_rates = StepRateEstimator(settings.merge)
@@ -136,9 +137,7 @@ class Coordinator:
         self._fresh = set(fresh)  # heads that have begun with B = 0, and weren't merged since
         self._pending: dict[int, _Received] = {}
         # Incarnation and sequence last received, by head.
-        self._newest = {
-            n: (position.incarnation, position.sequence) for n, position in self.positions.items() if position.sequence
-        }
+        self._newest = {n: (p.incarnation, p.sequence) for n, p in self.positions.items() if p.sequence}
         # What the policy sees of them, sorted by head: with 10,000 heads too much to build for every event.
         self._shown: list[Pending] = []
         self._trial: tuple[Try, Tensor] | None = None  # and the base that is tried
@@ -156,6 +155,11 @@ class Coordinator:
     def base(self) -> Tensor:
         """The newest version's main weights and replicas, flat: the coordinator's own, to be read only."""
         return self.base_weights.catch_up()
+
+    @property
+    def ema(self) -> Tensor | None:
+        """The moving average of the bases, as `base`; None if there is none."""
+        return self.base_weights.read(lambda newest: newest.ema)
 
     def reference(self, head: int) -> Tensor | None:
         """The factors that the newest version holds of this head, flat; None where B' = 0."""
@@ -289,8 +293,7 @@ class Coordinator:
         """
         assert head not in self._pending
         if head not in self.members or head not in self.assignor.heads:  # or one that joined before, but no version knows
-            steps = [self.positions[other].step for other in self.live]
-            step = self.step_budget.add_head(head, min(steps, default=0))
+            step = self.step_budget.add_head(head, min((self.positions[other].step for other in self.live), default=0))
             self.positions[head] = CommittedPosition(step=step, version=self.version)
             self.members.add(head)
             self.assignor.add_head(head, self.live)
@@ -441,7 +444,9 @@ class Coordinator:
         shares = {head: self._pending[head].share for head in heads}
         weights, step = self._checked_policy.weights(decision, heads), self._checked_policy.outer_step(decision)
         change = self._checked_policy.change(decision)
-        return DecidedMerge(self.version + 1, shares, weights, change, len(self.members), step)
+        steps = {head: self._pending[head].contribution.step for head in heads}
+        keep = keep_at_merge(self.settings.train.ema, self.positions, self.members, steps)
+        return DecidedMerge(self.version + 1, shares, weights, change, len(self.members), step, keep)
 
     def _merge(self, decision: Merge | MergeChange, heads: list[int]) -> MergeRecord:
         decided = self._decided_merge(decision, heads)
@@ -450,26 +455,12 @@ class Coordinator:
         merged = [self._pending[h].contribution for h in heads]
         for c in merged:
             self._commit(c)
-        itemsize = self._tensors.dtype.itemsize
-        return MergeRecord(
-            version=self.version,
-            at=time.time(),
-            heads=tuple(heads),
-            step=max(c.step for c in merged),
+        return describe_merge(
+            decided,
+            merged,
+            self.plans,
+            self._tensors.dtype.itemsize,
             steps_taken=self.steps_taken,
-            steps=sum(c.steps for c in merged),
-            samples=sum(c.samples for c in merged),
-            losses={c.head: c.loss for c in merged},
-            figures=MergeRecord.collect_figures(merged),
-            measures={c.head: c.measures for c in merged},
-            base_error=max(c.base_error for c in merged),
-            bytes_up=sum(self.plans[h].contribution.size for h in heads) * itemsize,
-            bytes_down=self.plan.base.size * itemsize * len(heads),
-            weights=dict(decided.weights),
-            outer_step=decided.step,
-            lags={c.head: self.version - 1 - c.version for c in merged},
-            head_steps={c.head: c.steps for c in merged},
-            stalls={c.head: c.stall for c in merged},
             positions={c.head: self.positions[c.head] for c in merged},
             fresh=self._pop_fresh(heads),
         )

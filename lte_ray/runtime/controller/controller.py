@@ -41,7 +41,7 @@ from lte_ray.runtime.controller.evaluation import Evaluations
 from lte_ray.runtime.controller.failure_handling import FailureHandler
 from lte_ray.runtime.controller.head_actors import HeadActorGroup, HeadActorSlot, SlotState
 from lte_ray.runtime.controller.progress import ProgressMonitor
-from lte_ray.runtime.controller.run_state import PendingEvaluation, RunPhase, RunState
+from lte_ray.runtime.controller.run_state import RunPhase, RunState
 from lte_ray.runtime.coordinator.actor import CoordinatorStatus
 from lte_ray.runtime.coordinator_state import CoordinatorState
 from lte_ray.runtime.object_store import ObjectLost
@@ -73,7 +73,7 @@ class TrainController:
         failure: what happens when processes die.
         stack_heads: whether an actor's heads are computed as one batch.
         reporter: shows progress.
-        export: receives the final base (flat) as soon as it exists.
+        export: receives the final base and its moving average (flat; None if there is none) as soon as they exist.
 
     Attributes:
         state: what is known of the run.
@@ -91,7 +91,7 @@ class TrainController:
         failure: FailureConfig,
         stack_heads: str,
         reporter: Reporter,
-        export: Callable[[Tensor], None],
+        export: Callable[[Tensor, Tensor | None], None],
     ) -> None:
         self._context, self._start, self._reservation = context, start, reservation
         self._failure, self._reporter, self._export = failure, reporter, export
@@ -151,8 +151,7 @@ class TrainController:
             self.coordinator.begin(self._start)
             for slot in self.heads.slots:
                 self.heads.start(slot)
-            if self._context.settings.train.eval_every and self._start.version == 0:
-                self.state.queue.append(PendingEvaluation(0, 0, self._start.base))
+            self._evaluations.add_first(self._start)
             yield
         finally:
             self._launcher.end_all()
@@ -278,27 +277,32 @@ class TrainController:
         while True:
             self.state.enter(RunPhase.SAVING)
             try:
-                version, final, problem = self._save_last()
+                version, final, average, problem = self._save_last()
                 break
             except (*PROCESS_DIED, CoordinatorLost, ObjectLost, ray.exceptions.GetTimeoutError) as error:
                 self._recover(str(error))
                 self._train()  # heads that died together with it have steps to take again
-        base = self._context.transport.publish(final)  # the driver owns it, so that it outlives the coordinator
-        self._export(final)  # first: what follows is the worker's code, and may fail
+        publish = self._context.transport.publish
+        base, ema = (
+            publish(final),
+            None if average is None else publish(average),
+        )  # the driver's own: they outlive the coordinator
+        self._export(final, average)  # first: what follows is the worker's code, and may fail
         if problem:
             raise StorageError(f"{problem} The merged weights were exported.")
-        self._evaluations.finish(version, base, self._report)
+        self._evaluations.finish(version, base, ema, self._report)
 
-    def _save_last(self) -> tuple[int, Tensor, str]:
-        """Returns the last version, its base (flat), and what was wrong with its checkpoint.
+    def _save_last(self) -> tuple[int, Tensor, Tensor | None, str]:
+        """Returns the last version, its base and moving average (flat), and what was wrong with its checkpoint.
 
         Raises:
             CoordinatorLost: the coordinator died, or hangs. Ray's errors and `ObjectLost` may say the same.
         """
         self._write_last(time.monotonic() + LAST_CHECKPOINT, early=False, least=LAST_CONFIRM)
-        version, base, problem = self._wait_for(self.coordinator.actor.finish.remote())
+        version, base, ema, problem = self._wait_for(self.coordinator.actor.finish.remote())
         self._record(self._wait_for(self.coordinator.actor.status.remote(self.state.newest_version)))
-        return version, self._context.transport.fetch(base).clone(), problem
+        fetch = self._context.transport.fetch
+        return version, fetch(base).clone(), None if ema is None else fetch(ema).clone(), problem
 
     def _wait_for(self, answer: Any) -> Any:
         """Returns the coordinator's answer, while heads write their parts of the last checkpoint.

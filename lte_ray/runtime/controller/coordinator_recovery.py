@@ -10,8 +10,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import ray
+import torch
 
 from lte_ray import checkpoint
+from lte_ray.engine.coordinator.ema import kept_share, mean_step
 from lte_ray.engine.coordinator.recovery import Recovered, heads_in_checkpoint, recover
 from lte_ray.engine.failure_policy import FailurePolicy
 from lte_ray.engine.prepare import Initial
@@ -21,8 +23,8 @@ from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.controller.coordinator_group import CoordinatorGroup
 from lte_ray.runtime.controller.head_actors import HeadActorGroup, HeadActorSlot, SlotState
 from lte_ray.runtime.controller.run_state import RunState
-from lte_ray.runtime.coordinator_state import CoordinatorState, load_checkpoint
-from lte_ray.runtime.object_store import Handle
+from lte_ray.runtime.coordinator_state import CoordinatorState, load_checkpoint, read_positions
+from lte_ray.runtime.object_store import Handle, ObjectLost
 from lte_ray.runtime.ray_errors import PROCESS_DIED
 
 log = logging.getLogger("lte_ray")
@@ -186,6 +188,7 @@ class CoordinatorRecovery:
             recovered,
             references,
             self._momentum_after(recovered, saved),
+            ema=self._ema_after(recovered, saved),
             checkpoint_version=saved,
             exact_heads=start.exact_heads - recovered.step_limits.keys() if at_start else frozenset(),
             saved_heads=saved_heads,
@@ -217,6 +220,37 @@ class CoordinatorRecovery:
             self._state.log.record_event("momentum_restarts", version=version, where=where)
             log.warning("The outer momentum restarts at 0 %s: it was lost with the coordinator.", where)
         return recovered.momentum
+
+    def _ema_after(self, recovered: Recovered, saved: int | None) -> Handle | None:
+        """Returns the moving average of the bases up to the recovered version; None if there is none, or it begins there.
+
+        It is exact if a checkpoint of that version has it. Otherwise the bases since the newest checkpoint, or since this
+        process started the run, are lost. Then the average moves from there to the recovered base at once, as if there had been
+        one merge in between, and an event says so.
+        """
+        context, start, version, decay = self._context, self._start, recovered.version, self._context.settings.train.ema
+        if not decay:
+            return None
+        since, positions, handle = start.version, start.positions, start.ema or start.base
+        if saved is not None:
+            with contextlib.suppress(StorageError, KeyError, ValueError, TypeError):
+                manifest = checkpoint.read_manifest(context.directory, saved)
+                ema = checkpoint.read_ema(context.directory, manifest, self._initial.plan)
+                if ema is not None:
+                    positions = read_positions(manifest, {}, context.settings.lte.num_heads)
+                    since, handle = saved, context.transport.publish(ema)
+        if since == version:
+            return handle
+        self._state.log.record_event("ema_gap", version=version, since=since)
+        log.warning("The moving average (--ema) lacks the versions from %d to %d, lost with the coordinator.", since, version)
+        members = self._members()
+        before, after = mean_step(positions, members), mean_step(recovered.positions, members)
+        keep = kept_share(decay, before, max(before, after))
+        try:
+            ema, base = context.transport.fetch(handle), context.transport.fetch(recovered.base)
+        except ObjectLost:  # the coordinator that is to start can't fetch the base either
+            return None
+        return context.transport.publish(torch.lerp(ema, base, 1 - keep))
 
     # -- a loss that has spiked ----------------------------------------------------------------------------------------
 

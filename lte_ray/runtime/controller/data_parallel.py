@@ -23,7 +23,7 @@ from lte_ray.runtime.controller.actor_launcher import UNRESERVED, ActorLauncher
 from lte_ray.runtime.controller.evaluation import Evaluations
 from lte_ray.runtime.controller.head_actors import HeadActorSlot, SlotState
 from lte_ray.runtime.controller.progress import ProgressMonitor
-from lte_ray.runtime.controller.run_state import PendingEvaluation, RunPhase, RunState
+from lte_ray.runtime.controller.run_state import RunPhase, RunState
 from lte_ray.runtime.coordinator.actor import CoordinatorStatus
 from lte_ray.runtime.coordinator_state import CoordinatorState
 from lte_ray.runtime.data_parallel.actor import FOLDER, DataParallelActor
@@ -62,7 +62,7 @@ class DataParallelController:
         placement: what each process reserves.
         failure: what happens when processes die.
         reporter: shows progress.
-        export: receives the final weights (flat) as soon as they exist.
+        export: receives the final weights and their moving average (flat; None if there is none) as soon as they exist.
 
     Attributes:
         state: what is known of the run.
@@ -78,7 +78,7 @@ class DataParallelController:
         placement: Placement,
         failure: FailureConfig,
         reporter: Reporter,
-        export: Callable[[Tensor], None],
+        export: Callable[[Tensor, Tensor | None], None],
     ) -> None:
         self._context, self._start, self._placement = context, start, placement
         self._failure, self._reporter, self._export = failure, reporter, export
@@ -125,18 +125,13 @@ class DataParallelController:
             limits = (failure.max_failures, failure.head_failures)
             self._actor = self._launcher.launch(DataParallelActor, UNRESERVED, self._setup, self._placement, *limits)
             self._fit = self._actor.fit.remote()
-            self._queue_first()
+            self._evaluations.add_first(self._start)
             yield
         finally:
             self._launcher.end_all()
 
-    def _queue_first(self) -> None:
-        """Has the initial weights evaluated."""
-        if self._context.settings.train.eval_every and self._start.version == 0:
-            self.state.queue.append(PendingEvaluation(0, 0, self._start.base))
-
-    def _train(self) -> tuple[int, Any]:
-        """Watches the training; returns the last version and a handle of its weights.
+    def _train(self) -> tuple[int, Any, Any]:
+        """Watches the training; returns the last version and handles of its weights and their moving average.
 
         Raises:
             LTEError: the run can't continue.
@@ -168,7 +163,7 @@ class DataParallelController:
                 state.rewind(status.start_version)
                 state.log.record_event("processes_restart", version=status.start_version, incarnation=status.starts - 1)
                 if status.start_version == 0 and not state.evaluations:
-                    self._queue_first()
+                    self._evaluations.add_first(self._start)
             self._starts = status.starts
         state.record_coordinator(
             CoordinatorStatus(state.newest_version, "", status.merges, status.checkpoint, storage_problem=status.problem), 0
@@ -185,17 +180,20 @@ class DataParallelController:
             ray.wait([self._fit], timeout=max(0.0, end - time.monotonic()))
             self._poll()
 
-    def _finish(self, final: tuple[int, Any]) -> None:
+    def _finish(self, final: tuple[int, Any, Any]) -> None:
         """Exports the last version, evaluates it, and gets a sample.
 
         Raises:
             StorageError: the last checkpoint couldn't be written.
             LTEError: the worker's code raised.
         """
-        version, base = final
+        version, base, ema = final
         self.state.enter(RunPhase.SAVING)
-        self._export(self._context.transport.fetch(base).clone())  # first: what follows is the worker's code, and may fail
+        fetch = self._context.transport.fetch
+        self._export(
+            fetch(base).clone(), None if ema is None else fetch(ema).clone()
+        )  # first: what follows is the worker's code, and may fail
         if self.state.checkpoint != version:
             problem = self.state.storage_problem or f"checkpoint {version} couldn't be written."
             raise StorageError(f"{problem} The weights were exported.")
-        self._evaluations.finish(version, base, lambda: self._reporter.update(self.progress.snapshot()))
+        self._evaluations.finish(version, base, ema, lambda: self._reporter.update(self.progress.snapshot()))

@@ -20,6 +20,7 @@ from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.controller.actor_launcher import ActorLauncher
 from lte_ray.runtime.controller.head_actors import HasSlots
 from lte_ray.runtime.controller.run_state import PendingEvaluation, RunPhase, RunState
+from lte_ray.runtime.coordinator_state import CoordinatorState
 from lte_ray.runtime.ray_errors import ray_get
 
 log = logging.getLogger("lte_ray")
@@ -94,9 +95,15 @@ class Evaluations:
                 wait(self._writes[-1:], MAX_WRITE_WAIT)
         if state.queue:
             pending = state.evaluating = state.queue.popleft()
-            self._result = self.actor.evaluate.remote(pending.base)
+            self._result = self.actor.evaluate.remote(pending.base, pending.ema)
 
-    def add_final(self, version: int, base: Any) -> None:
+    def add_first(self, start: CoordinatorState) -> None:
+        """Queues the initial weights, with which all others are compared, unless the run evaluates at its end only."""
+        train = self._context.settings.train
+        if train.eval_every and start.version == 0:
+            self._state.queue.append(PendingEvaluation(0, 0, start.base, start.base if train.ema else None))
+
+    def add_final(self, version: int, base: Any, ema: Any = None) -> None:
         """Queues the final version, unless it is or was evaluated already, or the worker evaluates nothing."""
         state = self._state
         if not self._context.evaluates:
@@ -104,21 +111,21 @@ class Evaluations:
         versions = [pending.version for pending in (state.evaluating, *state.queue) if pending is not None]
         versions += [evaluation.version for evaluation in state.evaluations]
         if version not in versions:
-            state.queue.append(PendingEvaluation(version, state.furthest_step, base))
+            state.queue.append(PendingEvaluation(version, state.furthest_step, base, ema))
 
-    def finish(self, version: int, base: Any, report: Callable[[], None]) -> None:
+    def finish(self, version: int, base: Any, ema: Any, report: Callable[[], None]) -> None:
         """Evaluates the final version and all that wait, and gets a sample.
 
         Args:
             version: the final one.
-            base: refers to its weights.
+            base, ema: refer to its weights and their moving average; None if there is none.
             report: called while it waits.
 
         Raises:
             LTEError: the worker's code raised.
         """
         self._state.enter(RunPhase.EVALUATING)
-        self.add_final(version, base)
+        self.add_final(version, base, ema)
         while self.busy:
             self.poll(patience=POLL)
             report()

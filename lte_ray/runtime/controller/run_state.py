@@ -62,11 +62,19 @@ PHASES = {
 
 @dataclass(frozen=True)
 class PendingEvaluation:
-    """A version of the base to evaluate. `step` is the furthest that a head of it had reached; `base` refers to its weights."""
+    """A version of the base to evaluate.
+
+    Attributes:
+        version: its number.
+        step: the furthest that a head of it had reached.
+        base: refers to its weights.
+        ema: refers to the moving average of the bases up to it; None if there is none.
+    """
 
     version: int
     step: int
     base: Any
+    ema: Any = None
 
 
 class RunState:
@@ -208,11 +216,11 @@ class RunState:
 
     def _record_merge(self, record: MergeRecord) -> None:
         if record.base is not None:
-            self.queue.append(PendingEvaluation(record.version, record.step, record.base))
+            self.queue.append(PendingEvaluation(record.version, record.step, record.base, record.ema))
             while len(self.queue) > MAX_QUEUED_EVALUATIONS:
                 del self.queue[1]  # the first may be version 0, with which all others are compared
         self.log.record_merge(record, self.merges)
-        self.merges.append(replace(record, base=None))  # a reference would keep the base in memory
+        self.merges.append(replace(record, base=None, ema=None))  # a reference would keep the base in memory
 
     def record_evaluation(self, evaluation: Evaluation) -> None:
         """Records the result of an evaluation."""

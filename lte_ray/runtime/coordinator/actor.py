@@ -263,18 +263,19 @@ class CoordinatorActor:
         """Waits up to `limit` seconds for checkpoints that are being written. Returns whether all are complete."""
         return await self._checkpoints.wait_until_complete(limit)
 
-    async def finish(self) -> tuple[int, Handle, str]:
+    async def finish(self) -> tuple[int, Handle, Handle | None, str]:
         """Called when all heads have ended: waits for the last checkpoint.
 
         Returns:
-            The final version, its base, and what was wrong with the last checkpoint (empty if nothing).
+            The final version, its base, its moving average (None if there is none), and what was wrong with the last
+            checkpoint (empty if nothing).
 
         Raises:
             PolicyError: the merge policy failed.
         """
         version, checkpoints, tasks = self._engine.version, self._checkpoints, self._tasks
         inject("finishes", version=version)
-        base = (await self._aggregator.publish_base()).parts[-1]
+        published = await self._aggregator.publish_base()
         end = time.monotonic() + FINISH_PATIENCE
         while (tasks.busy or checkpoints.unfinished) and tasks.failure is None and time.monotonic() < end:
             await asyncio.sleep(POLL_SECONDS)
@@ -286,7 +287,7 @@ class CoordinatorActor:
                 f"The checkpoints of versions {checkpoints.unfinished} weren't complete within {FINISH_PATIENCE:g} s: a head's "
                 f"part is missing, or {self._context.directory.display} is too slow."
             )
-        return version, base, problem
+        return version, published.parts[-1], published.ema.get(-1), problem
 
     async def _wait_until(self, condition: Callable[[], bool]) -> None:
         while not condition():
@@ -321,9 +322,9 @@ def load_engine(
     """The engine's coordinator from that state; without tensors unless they are `local`."""
     with at_construction():  # copies: fetched tensors are shared and read-only
         base = context.transport.fetch(state.base).clone() if local else None
-        momentum, residual = (
+        momentum, residual, ema = (
             context.transport.fetch(handle).clone() if local and handle is not None else None
-            for handle in (state.momentum, state.residual)
+            for handle in (state.momentum, state.residual, state.ema)
         )
         factors = state.references.items() if local else ()
         references = {head: context.transport.fetch(handle).clone() for head, handle in factors}
@@ -337,6 +338,7 @@ def load_engine(
         references=references,
         momentum=momentum,
         residual=residual,
+        ema=ema,
         taken=state.steps_by_head,
         granted=state.step_limits,
         positions=state.positions,

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from lte_ray.engine.coordinator.aggregator import MeasuredContribution
-from lte_ray.engine.coordinator.base_weights import BaseVersion
+from lte_ray.engine.coordinator.base_weights import BaseVersion, TensorName
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.process_tuning import torch_threads
 from lte_ray.errors import CoordinatorLost
@@ -43,6 +43,7 @@ class Published:
         residual: parts of what rounded changes have left out so far, as `parts`; empty where there is none.
         positions: what the version holds of each head.
         assignment_state: which head owns which batches at it.
+        ema: parts of the moving average of the bases up to it, as `parts`; empty where there is none.
     """
 
     version: int
@@ -52,6 +53,7 @@ class Published:
     residual: dict[int, Handle] = field(default_factory=dict)
     positions: dict[int, CommittedPosition] = field(default_factory=dict)
     assignment_state: dict[str, Any] = field(default_factory=dict)
+    ema: dict[int, Handle] = field(default_factory=dict)
 
 
 class Aggregator(Protocol):
@@ -79,13 +81,16 @@ class Aggregator(Protocol):
         """A head begins with B = 0, or has left: factors of this number are no head's reference from here on."""
         ...
 
-    def merge(self, version: int, weights: Mapping[int, float], step: OuterStep | None) -> Awaitable[float]:
+    def merge(
+        self, version: int, weights: Mapping[int, float], step: OuterStep | None, ema_keep: float | None
+    ) -> Awaitable[float]:
         """Computes the next version, which the engine has decided.
 
         Args:
             version: the next one.
             weights: by ticket; empty where the policy made the change itself.
             step: what is done with the sum of the changes.
+            ema_keep: the share of the moving average that stays; None if there is none.
 
         Returns:
             The seconds that the products took, once they are computed.
@@ -97,7 +102,7 @@ class Aggregator(Protocol):
         ...
 
     def publish_base(self, complete: bool = False) -> Awaitable[Published]:
-        """Publishes the whole base, flat; if `complete`, the momentum, the residual and all references, too."""
+        """Publishes the whole base and its moving average, flat; if `complete`, momentum, residual and all references, too."""
         ...
 
     def publish_changes(self) -> Awaitable[dict[int, Handle]]:
@@ -135,7 +140,7 @@ class LocalAggregator:
     def forget_head(self, head: int) -> None:
         """The engine has forgotten its factors itself."""
 
-    async def merge(self, version: int, weights: Mapping[int, float], step: OuterStep | None) -> float:
+    async def merge(self, version: int, weights: Mapping[int, float], step: OuterStep | None, ema_keep: float | None) -> float:
         await self._catch_up()
         return self._weights.pop_seconds(version)
 
@@ -154,12 +159,10 @@ class LocalAggregator:
 
     def publish_base(self, complete: bool = False) -> Coroutine[Any, Any, Published]:
         def publish(newest: BaseVersion) -> Published:
-            base = {-1: self._transport.publish(newest.base)}
-            if not complete:
-                return Published(newest.version, base)
-            flats = (newest.momentum, newest.residual)
-            momentum, residual = ({} if flat is None else {-1: self._transport.publish(flat)} for flat in flats)
-            return Published(newest.version, base, self._publish_references(newest.references), momentum, residual)
+            flats = (newest.base, newest.ema, *((newest.momentum, newest.residual) if complete else (None, None)))
+            base, ema, momentum, residual = ({} if flat is None else {-1: self._transport.publish(flat)} for flat in flats)
+            references = self._publish_references(newest.references) if complete else {}
+            return Published(newest.version, base, references, momentum, residual, ema=ema)
 
         return self._read(self._weights.schedule_read(publish))
 
@@ -254,10 +257,12 @@ class ShardedAggregator:
         for shard in self._shards:
             shard.actor.forget_head.remote(shard.next_turn(), head)
 
-    def merge(self, version: int, weights: Mapping[int, float], step: OuterStep | None) -> Coroutine[Any, Any, float]:
+    def merge(
+        self, version: int, weights: Mapping[int, float], step: OuterStep | None, ema_keep: float | None
+    ) -> Coroutine[Any, Any, float]:
         self._version = version
         return self._slowest(
-            [(shard, shard.actor.merge.remote(shard.next_turn(), version, weights, step)) for shard in self._shards]
+            [(shard, shard.actor.merge.remote(shard.next_turn(), version, weights, step, ema_keep)) for shard in self._shards]
         )
 
     def publish_parts(
@@ -273,15 +278,15 @@ class ShardedAggregator:
 
     def publish_base(self, complete: bool = False) -> Coroutine[Any, Any, Published]:
         groups = range(len(self._codecs[0].groups))
-        residual = self._merged([shard.actor.publish_residual for shard in self._shards]) if complete else None
-        return self._assembled(self.publish_parts(groups, complete, groups if complete else ()), residual)
+        ema, residual = self._published_each("ema"), self._published_each("residual") if complete else None
+        return self._assembled(self.publish_parts(groups, complete, groups if complete else ()), ema, residual)
 
     def publish_changes(self) -> Coroutine[Any, Any, dict[int, Handle]]:
-        return self._merged([shard.actor.publish_changes for shard in self._shards])
+        return self._published_each("change")
 
-    def _merged(self, methods: Sequence[Any]) -> Coroutine[Any, Any, dict[int, Handle]]:
-        """What a method of each shard answers, which takes a turn: handles by group, together."""
-        calls = [(shard, method.remote(shard.next_turn())) for shard, method in zip(self._shards, methods, strict=True)]
+    def _published_each(self, name: TensorName) -> Coroutine[Any, Any, dict[int, Handle]]:
+        """One of a version's tensors, which all shards publish: handles by group, of the groups that have it."""
+        calls = [(shard, shard.actor.publish_each.remote(shard.next_turn(), name)) for shard in self._shards]
 
         async def merge() -> dict[int, Handle]:
             return {index: handle for answer in await self._gather(calls) for index, handle in answer.items()}
@@ -310,11 +315,16 @@ class ShardedAggregator:
         references = {head: self._assemble_factors(head, each) for head, each in pieces.items()}
         return Published(version, parts, references, momentum)
 
-    async def _assembled(self, publishing: Awaitable[Published], residual: Awaitable[dict[int, Handle]] | None) -> Published:
+    async def _assembled(
+        self,
+        publishing: Awaitable[Published],
+        ema: Awaitable[dict[int, Handle]],
+        residual: Awaitable[dict[int, Handle]] | None,
+    ) -> Published:
         published = await publishing
-        parts = (published.parts, published.momentum, {} if residual is None else await residual)
-        base, momentum, left = ({-1: self._assemble_base(each)} if each else {} for each in parts)
-        return replace(published, parts=base, momentum=momentum, residual=left)
+        parts = (published.parts, published.momentum, await ema, {} if residual is None else await residual)
+        base, momentum, average, left = ({-1: self._assemble_base(each)} if each else {} for each in parts)
+        return replace(published, parts=base, momentum=momentum, ema=average, residual=left)
 
     def _assemble_base(self, parts: Mapping[int, Handle]) -> AssembledRef:
         codec = self._codecs[0]

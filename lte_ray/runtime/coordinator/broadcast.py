@@ -108,7 +108,7 @@ class Broadcaster:
             delta = MergeDelta(version, merge.weights, of_heads, merge.fresh, merge.outer_step)
             self._log.append(delta if merge.weights or not self._log.factored_groups else None)
             weights = {tickets[head]: weight for head, weight in merge.weights.items()}
-            seconds = self._aggregator.merge(version, weights, merge.outer_step)
+            seconds = self._aggregator.merge(version, weights, merge.outer_step, merge.ema_keep)
             if self._log.by_changes:
                 self._publish_changes(version)
             record = self._last_record = replace(
@@ -179,7 +179,8 @@ class Broadcaster:
                 self._checksum = (record.version, await checksum)
             if base is not None:
                 published = await base
-                record = replace(record, base=published.parts[-1]) if evaluates else record
+                if evaluates:
+                    record = replace(record, base=published.parts[-1], ema=published.ema.get(-1))
                 if saves:
                     self._tasks.start(self._checkpoints.write_base(record.version, published))
             self._unseen = (*(m for m in self._unseen if m.version > self._seen), record)

@@ -165,7 +165,7 @@ class CheckpointManager:
         return tuple(requests)
 
     async def write_base(self, version: int, published: Published) -> None:
-        """Writes the coordinator's part: the whole base, its momentum and residual, the references, and the policy's state."""
+        """Writes the coordinator's part: all that `published` has, and the policy's state."""
         opened, directory = self._open.get(version), self._context.directory
         if opened is None:
             return
@@ -186,6 +186,9 @@ class CheckpointManager:
                 residual = await fetch(published.residual[-1])
                 entry = await asyncio.to_thread(checkpoint.write_residual, directory, version, self._plan, residual)
                 opened.files.append(entry)
+            if published.ema:
+                ema = await fetch(published.ema[-1])
+                opened.files.append(await asyncio.to_thread(checkpoint.write_ema, directory, version, self._plan, ema))
             if opened.policy:
                 name = self._context.settings.merge.policy
                 opened.files.append(await asyncio.to_thread(checkpoint.write_policy, directory, version, name, opened.policy))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lte_ray import fault_injection
 from lte_ray.engine.coordinator.aggregator import BaseShard
-from lte_ray.engine.coordinator.base_weights import BaseVersion
+from lte_ray.engine.coordinator.base_weights import BaseVersion, TensorName
 from lte_ray.engine.process_tuning import torch_threads
 from lte_ray.fault_injection import inject
 from lte_ray.layout import Plan
@@ -66,7 +66,7 @@ class ShardActor:
         context: as for every actor.
         plans: each head's.
         number: of this shard.
-        state: the base, the references in it, and its momentum.
+        state: the base, the references in it, its momentum, and its moving average.
     """
 
     def __init__(self, context: RunContext, plans: tuple[Plan, ...], number: int, state: CoordinatorState) -> None:
@@ -76,9 +76,12 @@ class ShardActor:
         plan_of = {index: subplan(plan, group.names) for index, group in enumerate(context.groups) if group.shard == number}
         with at_construction():
             base = context.transport.fetch(state.base)
-            whole_momentum, whole_residual = (
-                None if handle is None else context.transport.fetch(handle) for handle in (state.momentum, state.residual)
+            whole_momentum, whole_residual, whole_ema = (
+                None if handle is None else context.transport.fetch(handle)
+                for handle in (state.momentum, state.residual, state.ema)
             )
+            if whole_ema is None and context.settings.train.ema:
+                whole_ema = base
             factors_of = {head: context.transport.fetch(handle) for head, handle in state.references.items()}
 
         def slice_groups(flat: Tensor) -> dict[int, Tensor]:
@@ -86,7 +89,9 @@ class ShardActor:
             return {index: gather(each.base, entries, torch.float32) for index, each in plan_of.items()}
 
         parts = slice_groups(base)
-        momentum, residual = ({} if flat is None else slice_groups(flat) for flat in (whole_momentum, whole_residual))
+        momentum, residual, ema = (
+            {} if flat is None else slice_groups(flat) for flat in (whole_momentum, whole_residual, whole_ema)
+        )
         references: dict[int, dict[int, Tensor]] = {index: {} for index in plan_of}
         for head, factors in factors_of.items():
             for index in plan_of:
@@ -100,6 +105,7 @@ class ShardActor:
             momentum=momentum,
             send_down=context.settings.merge.send_down,
             residual=residual,
+            ema=ema,
         )
         adapted = tuple(weight for index in plan_of for weight in codecs[0].group_plans[index].adapted)
         self._threads = context.merge_threads(Plan(adapted, ()), plan)
@@ -136,12 +142,19 @@ class ShardActor:
         """A head begins with B = 0."""
         await self._turns.run_in_turn(turn, lambda: self._shard.forget_head(head))
 
-    async def merge(self, turn: int, version: int, weights: Mapping[int, float], step: OuterStep | None = None) -> float:
+    async def merge(
+        self,
+        turn: int,
+        version: int,
+        weights: Mapping[int, float],
+        step: OuterStep | None = None,
+        ema_keep: float | None = None,
+    ) -> float:
         """Computes the next version from these tickets, by weight and step. Returns the seconds that its products took."""
 
         def merge() -> None:
             with torch_threads(self._threads):
-                self._shard.merge(version, weights, step)
+                self._shard.merge(version, weights, step, ema_keep)
 
         await self._turns.run_in_turn(turn, merge)
         await self._catch_up()
@@ -182,17 +195,11 @@ class ShardActor:
             {index: handle for index, (_, _, handle) in published.items() if handle is not None},
         )
 
-    async def publish_changes(self, turn: int) -> dict[int, Handle]:
-        """Publishes the rounded changes that led to the version at this turn, by group; of the groups that travel so."""
-        return await self._publish_each(turn, lambda newest: newest.change)
+    async def publish_each(self, turn: int, name: TensorName) -> dict[int, Handle]:
+        """Publishes one of the tensors of the version at this turn, by group; of the groups that have it."""
 
-    async def publish_residual(self, turn: int) -> dict[int, Handle]:
-        """Publishes what rounded changes have left out up to the version at this turn, by group; of the groups that have it."""
-        return await self._publish_each(turn, lambda newest: newest.residual)
-
-    async def _publish_each(self, turn: int, tensor: Callable[[BaseVersion], Tensor | None]) -> dict[int, Handle]:
         def publish(newest: BaseVersion) -> Handle | None:
-            flat = tensor(newest)
+            flat: Tensor | None = getattr(newest, name)
             return None if flat is None else self._transport.publish(flat)
 
         reads = await self._turns.run_in_turn(

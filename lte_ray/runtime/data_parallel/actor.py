@@ -48,7 +48,7 @@ class DataParallelActor:
         self._starts = self._failures_in_a_row = 0
         self._start_version = self._furthest = self._furthest_at_start = setup.start.version
         self._merges: tuple[MergeRecord, ...] = ()
-        self._final: tuple[int, Any] | None = None
+        self._final: tuple[int, Any, Any] | None = None
         self._report: ProcessReport | None = None
 
     def fit(self) -> None:
@@ -112,13 +112,19 @@ class DataParallelActor:
     def report(self, report: ProcessReport) -> bool:
         """Takes a report; returns whether the run is to stop."""
         publish = self._setup.context.transport.publish
-        bases = {version: publish(torch.tensor(base)) for version, base in report.bases.items()}
-        final = None if report.final is None else (report.final[0], publish(torch.tensor(report.final[1])))
+        bases, emas = (
+            {version: publish(torch.tensor(flat)) for version, flat in flats.items()} for flats in (report.bases, report.emas)
+        )
+        final = None
+        if report.final is not None:
+            version, *flats = report.final
+            base, ema = (None if flat is None else publish(torch.tensor(flat)) for flat in flats)
+            final = (version, base, ema)
         with self._lock:
-            self._merges += tuple(replace(merge, base=bases.get(merge.version)) for merge in report.merges)
+            self._merges += tuple(replace(m, base=bases.get(m.version), ema=emas.get(m.version)) for m in report.merges)
             self._furthest = max([self._furthest, *(merge.version for merge in report.merges)])
             self._final = final or self._final
-            self._report = replace(report, merges=(), bases={}, final=None)
+            self._report = replace(report, merges=(), bases={}, emas={}, final=None)
         return self._stopping
 
     @ray.method(concurrency_group="ctl")

@@ -40,18 +40,19 @@ class ProcessReport:
     Attributes:
         status: of the head.
         merges: since the report before.
-        bases: by version, the weights that are to be evaluated, flat.
+        bases, emas: by version, the weights that are to be evaluated and their moving averages, flat.
         checkpoint: the newest complete one.
         problem: why a checkpoint couldn't be written; empty if none failed.
-        final: the version and weights with which the run ends; None before.
+        final: the version with which the run ends, its weights, and their moving average (None if there is none); None before.
     """
 
     status: HeadStatus
     merges: tuple[MergeRecord, ...] = ()
     bases: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    emas: dict[int, NDArray[np.float32]] = field(default_factory=dict)
     checkpoint: int | None = None
     problem: str = ""
-    final: tuple[int, NDArray[np.float32]] | None = None
+    final: tuple[int, NDArray[np.float32], NDArray[np.float32] | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class ProcessesStatus:
         start_version: the version from which they did the last time.
         status, checkpoint, problem: as in the newest report.
         merges: after the version that the driver has seen.
-        final: the version and a handle of the weights with which the run ended; None before.
+        final: the version with which the run ended, and handles of its weights and their moving average; None before.
     """
 
     starts: int
@@ -72,4 +73,4 @@ class ProcessesStatus:
     merges: tuple[MergeRecord, ...]
     checkpoint: int | None
     problem: str
-    final: tuple[int, Any] | None
+    final: tuple[int, Any, Any] | None

@@ -88,7 +88,10 @@ def _train(setup: ProcessSetup, actor: Any, rank: int, device: torch.device, ver
     state = setup.start
     if version != state.version:
         state = load_checkpoint(context, setup.plans, version, 1, setup.policy.load())
-    coordinator = load_engine(context, setup.plans, setup.policy, state, local=True)
+    # Only the first process evaluates and saves, so only it needs the moving average.
+    settings = context.settings if rank == 0 else replace(context.settings, train=replace(context.settings.train, ema=0.0))
+    own_state = state if rank == 0 else replace(state, ema=None)
+    coordinator = load_engine(replace(context, settings=settings), setup.plans, setup.policy, own_state, local=True)
     process = TrainingProcess(worker, context.settings, coordinator, rank, distributed.all_reduce, device=device)
     if process.head.plan != setup.plans[0]:
         reason = "build_model() gives another model here than in the driver."
@@ -144,31 +147,40 @@ class Recorder:
             version = merge.version
             saves = is_due(train.checkpoint_every, version - 1, version) and (self._writing is None or self._writing.done())
             evaluates = is_due(train.eval_every, version - 1, version) or (saves and self._context.retention.best > 0)
-            base = self._coordinator.base.clone() if saves or evaluates else None
+            base, ema = self._copy_weights() if saves or evaluates else (None, None)
             processes = train.baseline_processes
             sent = alternative_bytes(self._coordinator.plan.base.size, processes, processes, merge.steps * processes)
             self._last = replace(merge, bytes_up=0, bytes_down=0, alternative_bytes=sent)
             with self._lock:
-                bases = {**self._report.bases, **({version: base.numpy()} if base is not None and evaluates else {})}
-                self._report = replace(self._report, merges=(*self._report.merges, self._last), bases=bases)
+                bases, emas = (
+                    {**flats, **({version: flat.numpy()} if flat is not None and evaluates else {})}
+                    for flats, flat in ((self._report.bases, base), (self._report.emas, ema))
+                )
+                self._report = replace(self._report, merges=(*self._report.merges, self._last), bases=bases, emas=emas)
             if base is not None and saves:
-                self._begin_checkpoint(base)
+                self._begin_checkpoint(base, ema)
 
     def finish(self) -> None:
         """Writes the last version, unless it is written, and says that the run has ended, or was stopped."""
         if self._writing is not None:
             self._writing.result()
-        base, head = self._coordinator.base.clone(), self._process.head
+        (base, ema), head = self._copy_weights(), self._process.head
         if self._checkpoints.newest != self._last.version and self._last.version:
-            self._begin_checkpoint(base).result()
+            self._begin_checkpoint(base, ema).result()
         head.mark_done()
-        final = (self._coordinator.version, base.numpy()) if head.finished else None
+        average = None if ema is None else ema.numpy()
+        final = (self._coordinator.version, base.numpy(), average) if head.finished else None
         with self._lock:
             self._report = replace(self._report, final=final)
         self._ended.set()
         self._thread.join()
 
-    def _begin_checkpoint(self, base: Tensor) -> Future[None]:
+    def _copy_weights(self) -> tuple[Tensor, Tensor | None]:
+        """Copies the weights and their moving average, which the coordinator continues to write to."""
+        ema = self._coordinator.ema
+        return self._coordinator.base.clone(), None if ema is None else ema.clone()
+
+    def _begin_checkpoint(self, base: Tensor, ema: Tensor | None) -> Future[None]:
         """Takes the snapshot at once; another thread writes it."""
         head, record = self._process.head, self._last
         request = CheckpointRequest(record.version, {0: self._coordinator.positions[0].sequence}, id=time.time_ns())
@@ -180,14 +192,15 @@ class Recorder:
                 saved = str(error)
         facts, policy = self._coordinator.checkpoint_facts(), self._coordinator.policy_state()
         self._checkpoints.begin_checkpoint(record, request, facts, policy)
-        self._writing = storage.run_in_thread(lambda: asyncio.run(self._write(record.version, base, saved)))
+        self._writing = storage.run_in_thread(lambda: asyncio.run(self._write(record.version, base, ema, saved)))
         return self._writing
 
-    async def _write(self, version: int, base: Tensor, saved: SavedState | str) -> None:
+    async def _write(self, version: int, base: Tensor, ema: Tensor | None, saved: SavedState | str) -> None:
         """Writes a checkpoint. Instead of the head's state, `saved` may say why there is none."""
         await asyncio.to_thread(self._send_report)  # first: a run that continues from this checkpoint lacks none of its merges
-        handle = self._context.transport.publish(base)
-        await self._checkpoints.write_base(version, Published(version, {-1: handle}))
+        publish = self._context.transport.publish
+        average = {} if ema is None else {-1: publish(ema)}
+        await self._checkpoints.write_base(version, Published(version, {-1: publish(base)}, ema=average))
         if isinstance(saved, str):
             await self._checkpoints.add_part(version, 0, None, f"the state of head 0: {saved}")
             return
@@ -208,7 +221,7 @@ class Recorder:
         """Reports what is new, and learns whether the run is to stop."""
         with self._sending:  # reports arrive in order
             with self._lock:
-                report, self._report = self._report, replace(self._report, merges=(), bases={})
+                report, self._report = self._report, replace(self._report, merges=(), bases={}, emas={})
             status = replace(self._process.head.status(), note=storage.pending_problem())
             checkpoints = self._checkpoints
             report = replace(report, status=status, checkpoint=checkpoints.newest, problem=checkpoints.problem)

@@ -59,6 +59,11 @@ def test_the_worker_may_have_moved(run: Path, tmp_path: Path, monkeypatch: pytes
         (("--to", "pretrained", "--head", "1"), "--head is for adapters: it needs --to peft, not --to pretrained."),
         (("--to", "safetensors", "--rank", "1"), "--rank is for adapters: it needs --to peft, not --to safetensors."),
         (("--to", "peft", "--head", "2"), "--head is 2, but the heads of"),
+        (("--to", "peft", "--head", "1", "--ema"), "--ema and --head 1 contradict each other"),
+        (
+            ("--to", "safetensors", "--ema"),
+            "--ema needs the moving average of the merged weights, but the checkpoint of version 3",
+        ),
         (("--to", "peft", "--version", "1"), "--version is 1, but the complete checkpoints in"),
     ],
 )

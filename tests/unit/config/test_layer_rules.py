@@ -505,6 +505,7 @@ EVERYTHING = (
         schedule="cosine",
         warmup=5,
         clip_norm=0.5,
+        ema=0.5,
         accumulate=3,
         init_from="runs/first",
         weight_decay=0.125,

@@ -96,6 +96,40 @@ def test_any_versions_weights_load_into_the_unconverted_model(run: Path, tmp_pat
     assert (tmp_path / "newest" / "model.safetensors").read_bytes() == expected == (run / "model.safetensors").read_bytes()
 
 
+def test_the_moving_average_is_exported_in_place_of_the_weights(tmp_path: Path) -> None:
+    """The run's file byte for byte, a checkpoint's in any type, and as a model of transformers."""
+    pytest.importorskip("transformers")
+    run, done = save_run(tmp_path, "gpt2", settings(ema=0.9))
+    assert done.coordinator.ema is not None
+    export.safetensors(run, tmp_path / "final.safetensors", ema=True)
+    assert (tmp_path / "final.safetensors").read_bytes() == (run / "model-ema.safetensors").read_bytes()
+    assert (run / "model-ema.safetensors").read_bytes() != (run / "model.safetensors").read_bytes()
+    assert torch.equal(read_run(run, ema=True).base, done.coordinator.ema)
+    written = export.safetensors(run, tmp_path / "third", 3, ema=True)
+    assert written.summary == "model.safetensors: the moving average of the merged weights up to version 3"
+    assert (tmp_path / "third" / "model.safetensors").read_bytes() == (run / "model-ema.safetensors").read_bytes()
+    export.save_pretrained(run, tmp_path / "hf", ema=True)
+    expected = built("gpt2")
+    expected.load_state_dict(safetensors.torch.load_file(run / "model-ema.safetensors"), strict=True)
+    x = inputs("gpt2", 1)
+    with torch.no_grad():
+        assert torch.equal(logits(type(expected).from_pretrained(tmp_path / "hf").eval(), x), logits(expected, x))
+
+
+def test_a_run_without_an_average_has_none_to_export(run: Path, tmp_path: Path) -> None:
+    """One sentence says so, for each format; a head's change is one of the merged weights."""
+    for write in (export.safetensors, export.save_pretrained):
+        with pytest.raises(
+            StorageError, match=r"--ema needs the moving average .* version 3 in .* the run was trained without"
+        ):
+            write(run, tmp_path / "out", ema=True)
+    pytest.importorskip("peft")
+    with pytest.raises(StorageError, match="--ema needs the moving average"):
+        export.peft_adapter(run, tmp_path / "out", ema=True)
+    with pytest.raises(UserError, match="--ema and --head 1 contradict each other"):
+        export.peft_adapter(run, tmp_path / "out", head=1, ema=True)
+
+
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "resnet", "vit", "wrapped"])
 @torch.no_grad()
 def test_from_pretrained_gives_the_merged_model_bitwise(tmp_path: Path, kind: str) -> None:

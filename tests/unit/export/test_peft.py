@@ -229,6 +229,18 @@ def test_a_change_that_is_no_sum_has_full_rank(tmp_path: Path, lte: dict[str, An
     assert full.error < 1e-6
 
 
+def test_the_moving_average_s_adapter_has_full_rank(tmp_path: Path) -> None:
+    """It gives the average's logits, says why it is large, and can be truncated."""
+    run, _ = save_run(tmp_path, "words", settings(ema=0.9))
+    exact = export.peft_adapter(run, tmp_path / "exact", ema=True)
+    assert "to the moving average of the merged weights up to version 3" in exact.summary
+    assert "since it is a moving average of the weights of several versions" in exact.summary
+    model, x = built("words"), inputs("words", 9)
+    model.load_state_dict(safetensors.torch.load_file(run / "model-ema.safetensors"), strict=True)
+    assert largest(logits(adapted("words", built("words"), tmp_path / "exact"), x), logits(model, x)) < CLOSE
+    assert export.peft_adapter(run, tmp_path / "small", rank=2, ema=True).rank == 2
+
+
 @pytest.mark.slow
 def test_a_long_run_is_still_seen_as_a_sum(tmp_path: Path) -> None:
     """300 merges drift by rounding; a policy that gives one head 0.2% more weight is distinguished from that."""

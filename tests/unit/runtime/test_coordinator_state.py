@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lte_ray import checkpoint
-from lte_ray.config import MergeConfig
+from lte_ray.config import MergeConfig, TrainConfig
 from lte_ray.data.assignment import PartitionAssignor
 from lte_ray.data.partition import initial_partitions as first_lanes
 from lte_ray.errors import StorageError
@@ -53,8 +53,8 @@ def directory(tmp_path: Path) -> RunDirectory:
     return directory
 
 
-def start(directory: RunDirectory, num_heads: int = 2, policy: str = "nesterov") -> CoordinatorState:
-    settings = SimpleNamespace(merge=MergeConfig(policy=policy))
+def start(directory: RunDirectory, num_heads: int = 2, policy: str = "nesterov", ema: float = 0.0) -> CoordinatorState:
+    settings = SimpleNamespace(merge=MergeConfig(policy=policy), train=TrainConfig(ema=ema))
     transport = SimpleNamespace(publish=lambda tensor: tensor)
     common: Any = SimpleNamespace(directory=directory, transport=transport, settings=settings)
     return load_checkpoint(common, [PLAN] * max(2, num_heads), 3, num_heads, make_policy(settings.merge))
@@ -64,6 +64,15 @@ def add_file(directory: RunDirectory, entry: checkpoint.FileEntry) -> None:
     """Commits the checkpoint again, with another file."""
     manifest = checkpoint.read_manifest(directory, 3)
     checkpoint.commit(directory, 3, manifest.heads, [*manifest.files, entry], manifest.facts)
+
+
+def test_the_moving_average_continues(directory: RunDirectory) -> None:
+    """If the run still has one (--ema); else, and where the checkpoint has none, there is none."""
+    average = random_flat(PLAN.base.size, 2).float()
+    assert start(directory, ema=0.9).ema is None
+    add_file(directory, checkpoint.write_ema(directory, 3, PLAN, average))
+    assert torch.equal(start(directory, ema=0.9).ema, average)
+    assert start(directory).ema is None
 
 
 def test_momentum_continues_under_the_policy_that_made_it(directory: RunDirectory) -> None:

@@ -14,11 +14,12 @@ import ray
 import torch
 
 from lte_ray import FailureConfig, checkpoint
-from lte_ray.config import MergeConfig
+from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
+from lte_ray.engine.coordinator.ema import kept_share
 from lte_ray.engine.failure_policy import FailurePolicy
 from lte_ray.engine.hang_detector import HangDetector
 from lte_ray.errors import CoordinatorLost
-from lte_ray.messages import HeadStatus, MergeRecord, OuterStep, RecoveryReport, StepCoefficients
+from lte_ray.messages import CommittedPosition, HeadStatus, MergeRecord, OuterStep, RecoveryReport, StepCoefficients
 from lte_ray.runtime.controller import coordinator_recovery
 from lte_ray.runtime.controller.coordinator_recovery import CoordinatorRecovery
 from lte_ray.runtime.controller.head_actors import HeadActorGroup, SlotState
@@ -48,7 +49,7 @@ class Actor:
 class Run:
     """Three heads train, and the coordinator of epoch 0 is lost."""
 
-    def __init__(self, path: Path, config: FailureConfig) -> None:
+    def __init__(self, path: Path, config: FailureConfig, start: CoordinatorState | None = None, ema: float = 0.0) -> None:
         self.began: list[CoordinatorState] = []
         coordinator: Any = SimpleNamespace(
             actor=Actor(),
@@ -62,14 +63,16 @@ class Run:
         self.heads = HeadActorGroup(coordinator, launcher, HangDetector())
         directory = RunDirectory.open(str(path), "run")
         directory.create()
-        start = CoordinatorState(0, None)
+        start = start or CoordinatorState(0, None)
         self.state = RunState(directory, 3, start)
         self.state.record_heads([HeadStatus(head, step=5, state="training") for head in range(3)], epoch=0)
         self.context: Any = SimpleNamespace(
             directory=directory,
             groups=[EntryGroup(("w0",), 0, True)],
-            settings=SimpleNamespace(merge=MergeConfig(policy="nesterov")),
-            transport=SimpleNamespace(publish=lambda tensor: tensor),
+            settings=SimpleNamespace(
+                merge=MergeConfig(policy="nesterov"), lte=LTEConfig(num_heads=3), train=TrainConfig(ema=ema)
+            ),
+            transport=SimpleNamespace(publish=lambda tensor: tensor, fetch=lambda tensor: tensor),
         )
         initial: Any = SimpleNamespace(plan=PLAN, plans=[PLAN] * 3)
         self.recovery = CoordinatorRecovery(
@@ -194,3 +197,38 @@ def test_momentum_of_a_checkpoint_of_the_recovered_version_is_used(tmp_path: Pat
         run.recovery.restart([RecoveryReport(4, "base", {}, {}, {})], "it died")
         assert run.began[0].momentum is None if version == 3 else torch.equal(run.began[0].momentum, momentum)
         assert len(events(run, "momentum_restarts")) == (version == 3)
+
+
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize(("saved", "since"), [(None, 0), (2, 2), (4, None)])
+def test_the_moving_average_continues_from_the_newest_that_is_kept(
+    tmp_path: Path, saved: int | None, since: int | None
+) -> None:
+    """That of a checkpoint, or of the start. It moves to the recovered base in one step, and an event names what it lacks."""
+    initial, average, recovered = (random_flat(PLAN.base.size, seed).float() for seed in (1, 2, 3))
+    run = Run(tmp_path, FailureConfig(), CoordinatorState(0, initial), ema=0.9)
+    steps = {None: 0, 2: 20, 4: 40}[saved]
+    if saved is not None:
+        files = [
+            checkpoint.write_base(run.context.directory, saved, PLAN, initial),
+            checkpoint.write_ema(run.context.directory, saved, PLAN, average),
+        ]
+        standings = {str(head): {"step": steps, "lanes": []} for head in range(3)}
+        checkpoint.commit(run.context.directory, saved, (), files, {"standings": standings})
+        run.state.checkpoint = saved
+    positions = {head: CommittedPosition(step=40) for head in range(3)}
+    run.recovery.restart([RecoveryReport(4, recovered, positions, {}, {})], "it died")
+    keep = kept_share(0.9, steps, 40)
+    expected = torch.lerp(initial if saved is None else average, recovered, 1 - keep)
+    assert keep == 1 if since is None else keep < 0.2
+    assert torch.equal(run.began[0].ema, expected)
+    assert [event["since"] for event in events(run, "ema_gap")] == ([] if since is None else [since])
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_run_without_a_moving_average_recovers_none(tmp_path: Path) -> None:
+    """And it says nothing of one."""
+    run = Run(tmp_path, FailureConfig())
+    run.recovery.restart([RecoveryReport(4, "base", {}, {}, {})], "it died")
+    assert run.began[0].ema is None
+    assert events(run, "ema_gap") == []

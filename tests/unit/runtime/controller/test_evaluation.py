@@ -10,6 +10,7 @@ import pytest
 import ray
 
 from lte_ray import FailureConfig
+from lte_ray.config import TrainConfig
 from lte_ray.engine.failure_policy import FailurePolicy
 from lte_ray.engine.hang_detector import HangDetector
 from lte_ray.errors import RunError, WorkerFailed
@@ -41,9 +42,9 @@ class Run:
         self.state = RunState(directory, 2, CoordinatorState(0, None))
         self.started: list[Evaluator] = []
         launcher: Any = SimpleNamespace(launch_evaluator=self.launch, end=lambda actor: None)
-        context: Any = SimpleNamespace(directory=directory, retention=RetentionPolicy())
+        self.context: Any = SimpleNamespace(directory=directory, retention=RetentionPolicy(), evaluates=True)
         heads: Any = SimpleNamespace(slots=[])
-        self.evaluations = Evaluations(self.state, context, heads, launcher, FailurePolicy(config), HangDetector())
+        self.evaluations = Evaluations(self.state, self.context, heads, launcher, FailurePolicy(config), HangDetector())
 
     def launch(self, head_actors: int) -> Evaluator:
         self.started.append(Evaluator())
@@ -83,6 +84,16 @@ def test_versions_are_evaluated_one_after_another(tmp_path: Path) -> None:
     run.evaluations.add_final(6, "base 6")
     assert [pending.version for pending in run.state.queue] == [6]
     assert len(run.started) == 1
+
+
+@pytest.mark.parametrize(("ema", "every", "version"), [(0.9, 10, 0), (0.0, 10, 0), (0.9, 0, 0), (0.9, 10, 4)])
+def test_the_initial_weights_are_evaluated_first(tmp_path: Path, ema: float, every: int, version: int) -> None:
+    """With a moving average, which they are, too; not if the run continues, or evaluates at its end only."""
+    run = Run(tmp_path, FailureConfig())
+    run.context.settings = SimpleNamespace(train=TrainConfig(ema=ema, eval_every=every))
+    run.evaluations.add_first(CoordinatorState(version, "base"))
+    expected = [PendingEvaluation(0, 0, "base", "base" if ema else None)] if every and not version else []
+    assert list(run.state.queue) == expected
 
 
 def test_an_evaluator_that_hangs_is_replaced_and_its_evaluation_is_missing(tmp_path: Path, clock: list[float]) -> None:

@@ -69,7 +69,8 @@ def checksums(buffers: Sequence[Tensor]) -> list[int]:
 
 
 def make_sharded(seed: int, start: CoordinatorState, merge: MergeConfig = MERGE) -> tuple[ShardedAggregator, RunContext]:
-    settings = dataclasses.replace(make_settings(heads=2), merge=merge)
+    settings = make_settings(heads=2)
+    settings = dataclasses.replace(settings, merge=merge, train=dataclasses.replace(settings.train, ema=0.9))
     context = RunContext(None, settings, None, CopyingTransport(), make_groups(PLANS, merge))  # type: ignore[arg-type]
     chance = random.Random(seed)
     actors = [LateActor(ShardActor(context, PLANS, number, start), chance) for number in range(merge.shards)]
@@ -97,7 +98,7 @@ def test_calls_that_overtake_each_other_give_the_same_results(seed: int) -> None
                 merges = local.receive(make_contribution(head, version, version=local.version), decoded).merges
             aggregator.discard(99)
             weights = {2 * version + head: 0.5 for head in (0, 1)}
-            merge_seconds = asyncio.ensure_future(aggregator.merge(version, weights, merges[0].outer_step))
+            merge_seconds = asyncio.ensure_future(aggregator.merge(version, weights, merges[0].outer_step, merges[0].ema_keep))
             base_read, checksum = (
                 asyncio.ensure_future(aggregator.publish_base(complete=True)),
                 asyncio.ensure_future(aggregator.checksum()),
@@ -106,11 +107,14 @@ def test_calls_that_overtake_each_other_give_the_same_results(seed: int) -> None
             parts = asyncio.ensure_future(aggregator.publish_parts(groups, references=True, momentum=(1, 2)))
             references = {head: local.reference(head).clone() for head in (0, 1)}  # type: ignore[union-attr]
             momentum = local.base_weights.read(momentum_of)
-            reads.append((version, local.base.clone(), momentum, references, merge_seconds, base_read, checksum, parts))
-        for version, expected, momentum, references, merge_seconds, base_read, checksum, parts in reads:
+            bases = (local.base.clone(), local.ema.clone())  # type: ignore[union-attr]
+            reads.append((version, bases, momentum, references, merge_seconds, base_read, checksum, parts))
+        for version, (expected, ema), momentum, references, merge_seconds, base_read, checksum, parts in reads:
             assert await merge_seconds >= 0
             whole = await base_read
             assert torch.equal(CopyingTransport().fetch(whole.parts[-1]), expected)
+            assert torch.equal(CopyingTransport().fetch(whole.ema[-1]), ema)
+            assert not torch.equal(expected, ema)
             assert torch.equal(CopyingTransport().fetch(whole.momentum[-1]), momentum)
             assert await checksum == (base_checksum(expected) + base_checksum(momentum)) % 2**64
             published = await parts
@@ -184,7 +188,7 @@ def test_shards_publish_changes_and_the_residual() -> None:
             flat = random_flat(PLANS[1].contribution.size, version).float()
             buffers, decoded = codec.encode(flat, local.reference(1))
             await aggregator.receive(version, 1, buffers, checksums(buffers))
-            merge = asyncio.ensure_future(aggregator.merge(version, {version: 0.5}, None))
+            merge = asyncio.ensure_future(aggregator.merge(version, {version: 0.5}, None, None))
             reads.append((merge, asyncio.ensure_future(aggregator.publish_changes())))
             local.receive(make_contribution(1, version, version=version - 1), decoded)
         for merge, changes in reads:
@@ -202,17 +206,18 @@ def test_shards_publish_changes_and_the_residual() -> None:
 
 
 def test_shards_start_from_a_version_with_its_references() -> None:
-    """As after the coordinator has died: base, version, momentum, and every head's factors in their groups."""
-    base, momentum = (random_flat(PLANS[0].base.size, seed).float() for seed in (1, 4))
+    """As after the coordinator has died: base, version, momentum, moving average, and every head's factors in their groups."""
+    base, momentum, ema = (random_flat(PLANS[0].base.size, seed).float() for seed in (1, 4, 5))
     step = OuterStep(StepCoefficients(0.5, 1.0, 0.7, 0.35), StepCoefficients(0.5, 1.0, 0.7, 0.35))
     references = {1: random_flat(PLANS[1].factors_size, 2).float()}
 
     async def run() -> None:
-        aggregator, context = make_sharded(3, CoordinatorState(7, base, references, momentum))
+        aggregator, context = make_sharded(3, CoordinatorState(7, base, references, momentum, ema=ema))
         published = await aggregator.publish_base(complete=True)
         assert published.version == 7
         assert torch.equal(CopyingTransport().fetch(published.parts[-1]), base)
         assert torch.equal(CopyingTransport().fetch(published.momentum[-1]), momentum)
+        assert torch.equal(CopyingTransport().fetch(published.ema[-1]), ema)
         assert {
             head: torch.equal(CopyingTransport().fetch(handle), references[head])
             for head, handle in published.references.items()
@@ -221,13 +226,15 @@ def test_shards_start_from_a_version_with_its_references() -> None:
         flat = random_flat(PLANS[1].contribution.size, 3).float()
         buffers, decoded = codecs[1].encode(flat, references[1])
         await aggregator.receive(1, 1, buffers, checksums(buffers))
-        await aggregator.merge(8, {1: 0.5}, step)
+        await aggregator.merge(8, {1: 0.5}, step, 0.25)
         settings = dataclasses.replace(context.settings, merge=dataclasses.replace(MERGE, shards=1))
         policy = ComposedPolicy(lambda pending, roster: Merge({1: 0.5}, step), Arrival())
         state: Any = {"version": 7, "references": dict(references), "momentum": momentum.clone()}
         local = Coordinator(settings, PLANS[0], base.clone(), policy, plans=PLANS, **state)
         local.receive(make_contribution(1, 1, version=7), decoded)
         assert local.version == 8
-        assert torch.equal(CopyingTransport().fetch((await aggregator.publish_base()).parts[-1]), local.base)
+        published = await aggregator.publish_base()
+        assert torch.equal(CopyingTransport().fetch(published.parts[-1]), local.base)
+        assert torch.equal(CopyingTransport().fetch(published.ema[-1]), torch.lerp(ema, local.base, 0.75))
 
     asyncio.run(run())

@@ -33,14 +33,17 @@ def test_merges_are_kept_until_the_driver_has_seen_them() -> None:
     """With a handle of the weights that are to be evaluated; the final ones are published, too."""
     actor = make()
     assert actor.begin(0)
-    actor.report(report(1, 2, bases={2: np.ones(2, np.float32)}, checkpoint=1))
+    ones = np.ones(2, np.float32)
+    actor.report(report(1, 2, bases={2: ones}, emas={2: 2 * ones}, checkpoint=1))
     status = actor.status(seen=0, starts=1)
-    assert [(merge.version, merge.base) for merge in status.merges] == [(1, None), (2, [1.0, 1.0])]
+    assert [(m.version, m.base, m.ema) for m in status.merges] == [(1, None, None), (2, [1.0, 1.0], [2.0, 2.0])]
     assert (status.checkpoint, status.final) == (1, None)
-    actor.report(report(3, final=(3, np.zeros(1, np.float32))))
+    actor.report(report(3, final=(3, np.zeros(1, np.float32), None)))
     status = actor.status(seen=2, starts=1)
     assert [merge.version for merge in status.merges] == [3]
-    assert status.final == (3, [0.0])
+    assert status.final == (3, [0.0], None)
+    actor.report(report(final=(3, ones, 2 * ones)))
+    assert actor.status(seen=3, starts=1).final == (3, [1.0, 1.0], [2.0, 2.0])
 
 
 def test_another_start_voids_later_merges() -> None:
