@@ -59,6 +59,7 @@ ELSEWHERE: Mapping[str, str] = {
     **dict.fromkeys(("lr-scheduler-type", "lr-schedule", "scheduler"), "The schedule of the learning rate is --schedule."),
     **dict.fromkeys(("warmup-steps", "warmup-ratio", "warmup-iters"), "Steps in which the learning rate rises are --warmup."),
     **dict.fromkeys(("optim", "optimizer-type"), "The optimizer is --optimizer."),
+    **dict.fromkeys(("model-ema", "use-ema", "with-ema", "ema-decay", "model-ema-decay"), "Write --ema DECAY, per local step."),
     **dict.fromkeys(("torch-compile",), "Write --compile."),
     **dict.fromkeys(("data-seed", "random-seed"), "The seed is --seed."),
     **dict.fromkeys(
