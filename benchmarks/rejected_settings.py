@@ -16,6 +16,10 @@ SETTINGS = [
     "--num-heads 1.5",
     "--num-heads -1",
     "--num-heds 2",
+    "--batch-size 8",
+    "--max-grad-norm 1",
+    "--steps 3 4",
+    "--log-level loud",
     "--steps 0",
     "--merge-iter 0",
     "--lora-r 0",
@@ -83,6 +87,8 @@ SETTINGS = [
 ]
 
 FILES = [
+    "[heads]\nsteps = 3",
+    "[lte]\nnum_heads = 3",
     "steps = ",
     "stepz = 5",
     "steps = 'many'",
@@ -176,7 +182,13 @@ def settings(run: Run, folder: Path) -> Iterator[Row]:
     yield Row("--config", *run("train", GOOD, "--config"))
     yield Row("--config --name a", *run("train", GOOD, "--config", "--name", "a"))
     yield Row("--config FOLDER", *run("train", GOOD, "--config", str(folder)))
+    (folder / "x.yaml").write_text("num_heads: 2")
+    yield Row("--config x.yaml", *run("train", GOOD, "--config", str(folder / "x.yaml")))
     yield Row("trian", *run("trian"))
+    yield Row("resume", *run("resume"))
+    yield Row("resume nothing", *run("resume", "nothing", "--storage", str(folder / "runs")))
+    yield Row("--address 127.0.0.1:1", *run("train", GOOD, "--address", "127.0.0.1:1", "--storage", str(folder / "runs")))
+    yield Row("simulate --bandwidth 10Gb", *run("simulate", "--bandwidth", "10Gb"))
     (folder / "run.toml").write_text('program = "a:B"\nomitted = ["worker.lr"]')
     yield Row("--config run.toml that leaves out a secret", *run("train", GOOD, "--config", str(folder / "run.toml")))
     yield Row("RAY_ADDRESS=127.0.0.1:1", *run("train", GOOD, "--storage", str(folder / "runs")))

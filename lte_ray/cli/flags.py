@@ -15,6 +15,7 @@ from lte_ray.cli.own_flags import OwnFlags, split_arguments
 from lte_ray.cli.policy_flags import TABLE, chosen_policy
 from lte_ray.cli.settings_parser import SettingsParser, convert_given, normalize
 from lte_ray.cli.toml_config import Defaults, FileSettings
+from lte_ray.cli.toml_sections import flatten, format_settings
 from lte_ray.config import SECTIONS, FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
 from lte_ray.errors import ConfigError
 from lte_ray.redaction import MASK, is_secret, is_sensitive, without_credentials
@@ -28,9 +29,10 @@ SECTION_TITLES: Mapping[type, str] = {
     StorageConfig: "run",
 }
 
-HELP, HELP_ALL = {"-h", "--help"}, "--help-all"
+HELP, HELP_ALL, PRINT_CONFIG = {"-h", "--help"}, "--help-all", "--print-config"
 GENERAL = {
-    "--config FILE": "A TOML file with settings. Flags win over it.",
+    "--config FILE": "A TOML file with settings, flat or in sections with the titles of --help-all. Flags win over it.",
+    PRINT_CONFIG: "Print all settings as a commented file for --config, and end.",
     "-h, --help": "Show the common flags.",
     HELP_ALL: "Show all flags by topic.",
 }
@@ -120,6 +122,10 @@ def parse_sections(
     """
     config, rest = _split_config(normalize(arguments))
     file = toml_config.read(config) if config else file
+    if file is not None:
+        content = flatten(file.where, file.content, {**TRAIN.titles, **subcommand.titles})
+        toml_config.check_policy(file.where, content)
+        file = dataclasses.replace(file, content=content)
     in_file = file.content.get("policy", MergeConfig().policy) if file else MergeConfig().policy
     policy = chosen_policy(rest, in_file)
     if file and policy != in_file:  # the file's arguments are another policy's
@@ -129,11 +135,13 @@ def parse_sections(
     if {*HELP, HELP_ALL} & set(ours):
         _print_help(subcommand, worker, program, policy, defaults, HELP_ALL in ours)
         raise SystemExit(0)
+    printing = PRINT_CONFIG in ours
+    ours = [each for each in ours if each != PRINT_CONFIG]
     own_flags = OwnFlags(worker, program, policy, defaults.worker, defaults.policy)
     parser = SettingsParser(f"lte-ray {subcommand.name}")
     for kind in subcommand.titles:
         parser.add_settings(parser, kind)
-    check_known(ours, [*parser.flags(), *own_flags.names(), "--config", "--help", HELP_ALL], parser.command)
+    check_known(ours, [*parser.flags(), *own_flags.names(), "--config", PRINT_CONFIG, "--help", HELP_ALL], parser.command)
     given = parser.parse(ours)
     sections = {}
     for kind in subcommand.titles:
@@ -142,6 +150,9 @@ def parse_sections(
     instance, policy_args = own_flags.parse(own)
     if policy_args is not None:
         sections[MergeConfig] = dataclasses.replace(sections[MergeConfig], policy_args=policy_args)
+    if printing:
+        print(format_settings(sections, subcommand.titles, program, instance), end="")
+        raise SystemExit(0)
     return sections, instance
 
 

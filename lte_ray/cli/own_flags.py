@@ -184,6 +184,8 @@ class OwnFlags:
     def _explain(self, text: str, arguments: list[str]) -> str:
         """One sentence for what tyro printed."""
         said = _first_paragraph(text)
+        if found := re.match(r"Unrecognized options: (--[^\s,]+)", said):  # and no value, which may be a secret
+            return f"{self._program} has no argument {found[1]}."
         if found := re.search(r"Unsupported type annotation for field ([\w.]+)", text):
             return f"{self._program}: the constructor's parameters can't all be flags; annotate them. {found[0]}."
         if found := re.match(r"Error parsing worker: (.*)", said):
@@ -230,9 +232,9 @@ def constructor_error(program: str, error: Exception) -> WorkerError:
 
 def _with_defaults(worker: type, known: Mapping[str, tuple[Any, Any]], defaults: Mapping[str, Any]) -> Any:
     """The worker's constructor with other defaults, if there are some."""
-    if not defaults:
-        return worker
     fields = dataclasses.fields(worker) if dataclasses.is_dataclass(worker) else ()
+    if not defaults and (not fields or {f.name for f in fields if f.init} == set(known)):
+        return worker  # a subclass of a dataclass may have a constructor of its own
     if fields:  # tyro would look for the names in annotations of a base class in the module of the worker
         resolved = worker.__init__.__annotations__  # type: ignore[misc]
         resolved.update({name: known[name][0] for name in resolved if known.get(name, (Any,))[0] is not Any})

@@ -52,6 +52,12 @@ def read(path: Path) -> FileSettings:
     try:
         content = toml.parse(data)
     except ValueError as error:
+        if path.suffix.lower() in (".yaml", ".yml", ".json"):
+            kind = "JSON" if path.suffix.lower() == ".json" else "YAML"
+            raise ConfigError(
+                f"{where} is {kind}, but settings files are TOML: num_heads = 4, one setting a line. lte-ray train WORKER "
+                "--print-config prints one to start from."
+            ) from None
         raise ConfigError(f"{where} isn't valid TOML: {error}.") from error
     if "program" not in content and OMITTED in content:
         raise ConfigError(f"{where} has {OMITTED!r}, which only a run.toml has. Remove that line.")
@@ -64,10 +70,15 @@ def from_content(where: str, content: Mapping[str, Any]) -> FileSettings:
     Raises:
         ConfigError: the merge policy isn't text.
     """
-    if not isinstance(content.get("policy", ""), str):
-        raise ConfigError(f"{where}: policy must be text, the name of a merge policy or module:Class.")
+    check_policy(where, content)
     of_run = ("program", "name") if "program" in content else ()
     return FileSettings(where, {name: value for name, value in content.items() if name not in of_run})
+
+
+def check_policy(where: str, content: Mapping[str, Any]) -> None:
+    """Raises ConfigError unless the merge policy in the file, if there is one, is text."""
+    if not isinstance(content.get("policy", ""), str):
+        raise ConfigError(f"{where}: policy must be text, the name of a merge policy or module:Class.")
 
 
 def defaults_from(

@@ -51,15 +51,21 @@ def make_record(
         flat |= {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
     if storage.keep_checkpoints is None:
         flat["keep_checkpoints"] = NONE
-    arguments = _recordable(type(worker), worker_settings(worker))
-    of_worker, worker_secrets = split_secrets(arguments, _defaults(type(worker)))
+    of_worker, worker_secrets = recorded_arguments(worker)
     of_policy, policy_secrets = split_secrets(settings.merge.policy_args or {}, {})
     if worker_secrets or policy_secrets:
         names = [*(f"worker.{name}" for name in worker_secrets), *(f"policy.{name}" for name in policy_secrets)]
         flat[OMITTED] = names
     flat["log"] = [absolute(name) for name in storage.log]
     flat |= {"policy": absolute(object_name(settings.merge.policy)), "policy_args": _as_flag_values(of_policy)}
-    return {**flat, "worker": _as_flag_values(of_worker)}
+    return {**flat, "worker": of_worker}
+
+
+def recorded_arguments(worker: Any) -> tuple[dict[str, Any], list[str]]:
+    """Returns the worker's own settings as ``run.toml`` takes them, and the names of those left out since they are secrets."""
+    arguments = _recordable(type(worker), worker_settings(worker))
+    kept, secrets = split_secrets(arguments, _defaults(type(worker)))
+    return _as_flag_values(kept), secrets
 
 
 @dataclass(frozen=True)
