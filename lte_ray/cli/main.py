@@ -29,6 +29,7 @@ usage: lte-ray train WORKER [flags]
        lte-ray simulate [WORKER] [flags]
        lte-ray audit RUN
        lte-ray new NAME [--from RECIPE]
+       lte-ray completion bash|zsh|fish
 
   WORKER   what to train: a ready-made worker such as gpt or causal-lm, package.module:Class or path/to/file.py:Class
   RUN      a run: its path or URI, or its name
@@ -137,6 +138,12 @@ def _audit(arguments: list[str]) -> int:
     return audit(arguments)
 
 
+def _completion(arguments: list[str]) -> None:
+    from lte_ray.cli.completion import completion
+
+    completion(arguments)
+
+
 def _new(arguments: list[str]) -> None:
     from lte_ray.cli.new import new
 
@@ -159,6 +166,7 @@ COMMANDS = {
     "simulate": Command(_simulate, "[WORKER] [flags]", "Nothing was written."),
     "audit": Command(_audit, "RUN", "Nothing was written."),
     "new": Command(_new, "NAME [--from RECIPE]", "Nothing was written."),
+    "completion": Command(_completion, "SHELL", "Nothing was written."),
 }
 
 

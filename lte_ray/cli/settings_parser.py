@@ -208,8 +208,9 @@ def convert_given(kind: type, given: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: a value has another type.
     """
+    positionals = {f.name: f.metadata.get("positional") for f in dataclasses.fields(kind)}
     return {
-        name: _convert(flag(name), getattr(given, name), annotation)
+        name: _convert(positionals.get(name) or flag(name), getattr(given, name), annotation)
         for name, annotation in flag_types(kind).items()
         if hasattr(given, name)
     }

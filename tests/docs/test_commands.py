@@ -82,6 +82,7 @@ DECISIONS: dict[str, Runs | str] = {
     "lte-ray resume mine --steps 800": Runs(after=MINE),
     "lte-ray audit mine --json": Runs(after=MINE, quick=True),
     "lte-ray train mine.py:Net --help": Runs(quick=True),
+    'eval "$(lte-ray completion bash)"': Runs(),
     "lte-ray train mine.py:Net --num-heads 4 --print-config": Runs(quick=True),
     "lte-ray train mine.py:Net --num-heads 4 --name mine-baseline --baseline": Runs(),
     "lte-ray train mine.py:Net --num-heads 4 --name mine-parallel --baseline --baseline-processes 2": Runs(),
