@@ -224,9 +224,9 @@ class CoordinatorRecovery:
     def _ema_after(self, recovered: Recovered, saved: int | None) -> Handle | None:
         """Returns the moving average of the bases up to the recovered version; None if there is none, or it begins there.
 
-        It is exact if a checkpoint of that version has it. Otherwise the bases since the newest checkpoint, or since this
-        process started the run, are lost. Then the average moves from there to the recovered base at once, as if there had been
-        one merge in between, and an event says so.
+        It is exact if a checkpoint of that version, or of the one before, has it. Otherwise the bases between the newest
+        checkpoint, or the version from which this process started the run, and the recovered one are lost. Then the average
+        moves to the recovered base at once, as if there had been one merge in between, and an event says so.
         """
         context, start, version, decay = self._context, self._start, recovered.version, self._context.settings.train.ema
         if not decay:
@@ -241,8 +241,10 @@ class CoordinatorRecovery:
                     since, handle = saved, context.transport.publish(ema)
         if since == version:
             return handle
-        self._state.log.record_event("ema_gap", version=version, since=since)
-        log.warning("The moving average (--ema) lacks the versions from %d to %d, lost with the coordinator.", since, version)
+        if version > since + 1:
+            self._state.log.record_event("ema_gap", version=version, since=since)
+            lost = f"{since + 1} to {version - 1}"
+            log.warning("The moving average (--ema) lacks versions %s, which were lost with the coordinator.", lost)
         members = self._members()
         before, after = mean_step(positions, members), mean_step(recovered.positions, members)
         keep = kept_share(decay, before, max(before, after))
