@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 from lte_ray.audit import audit
-from tests.support.ray_runs import ROOT, descendants
+from tests.support.ray_runs import ROOT, RUN_FILES, descendants
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -83,12 +83,7 @@ def test_a_users_own_file_trains_with_four_heads(users_file: Path, tmp_path: Pat
     assert "step 200/200" in process.stderr
     assert re.search(r"trained +200 local steps a head, 12,800 samples", process.stdout)
     run = tmp_path / "runs" / "first"
-    assert {p.name for p in run.iterdir()} == {
-        "checkpoints",
-        "metrics.jsonl",
-        "model.safetensors",
-        "run.toml",
-    }
+    assert {p.name for p in run.iterdir()} == RUN_FILES
     assert set(safetensors.torch.load_file(run / "model.safetensors")) == {"0.weight", "0.bias", "2.weight", "2.bias"}
 
 
@@ -197,7 +192,7 @@ def test_a_submitted_job_succeeds_and_shows_its_progress(cluster: str, users_fil
     assert "succeeded" in output
     assert "step 200/200" in output
     assert "train loss" in output
-    assert {p.name for p in (storage / "job").iterdir()} == {"checkpoints", "metrics.jsonl", "model.safetensors", "run.toml"}
+    assert {p.name for p in (storage / "job").iterdir()} == RUN_FILES
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from lte_ray.errors import ContributionRefused, HeadLost, PolicyError, StorageEr
 from lte_ray.run.metrics import Progress
 from lte_ray.storage import RunDirectory
 from tests.support.ray_runs import (
+    RUN_FILES,
     BatchNormRegression,
     DropoutRegression,
     FailingWorker,
@@ -98,7 +99,7 @@ def test_the_result_has_metrics_a_checkpoint_and_a_complete_run_directory(comple
     assert result.metrics["validation_loss"] < 0.6
     directory = completed.path / "r"
     assert result.path == str(directory)
-    assert sorted(p.name for p in directory.iterdir()) == ["checkpoints", "metrics.jsonl", "model.safetensors", "run.toml"]
+    assert {p.name for p in directory.iterdir()} == RUN_FILES
     with result.checkpoint.as_directory() as saved:
         assert saved == str(directory / "checkpoints" / "000006")
         files = {"base.safetensors", "head-0000.safetensors", "head-0001.safetensors", "manifest.json"}

@@ -19,6 +19,9 @@ from lte_ray.engine.prepare import load_base
 from lte_ray.engine.settings import Settings
 from workers.regression import Regression
 
+RUN_FILES = {"checkpoints", "environment.json", "metrics.jsonl", "model.safetensors", "run.toml", "tensorboard"}
+"""What a run directory has after a run with default logs."""
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
