@@ -27,7 +27,7 @@ def completion(arguments: list[str]) -> None:
     flags = parse_arguments(Flags, "lte-ray completion SHELL", arguments)
     import shtab
 
-    print(shtab.complete(make_parser(), shell=flags.shell))
+    print(shtab.complete(make_parser(), flags.shell))
 
 
 def make_parser() -> argparse.ArgumentParser:
