@@ -15,6 +15,7 @@ _MODULES = {
     "lte_ray.data.shard": ("Shard",),
     "lte_ray.errors": ("LTEError",),
     "lte_ray.functions": ("FunctionWorker", "fit"),
+    "lte_ray.run.callbacks": ("Callback",),
     "lte_ray.merging.policy": ("Discard", "Merge", "MergeChange", "MergePolicy", "Pending", "Roster", "Try", "Wait", "combine"),
     "lte_ray.messages": ("OuterStep", "StepCoefficients"),
     "lte_ray.modes.prepare": ("prepare_model_for_lte",),

@@ -24,6 +24,7 @@ from lte_ray.config import (
     ray_fields,
 )
 from lte_ray.config.baseline import baseline_failure
+from lte_ray.config.stopping import TRAIN_LOSS, parse_condition
 from lte_ray.engine.default_policy import choose_policy
 from lte_ray.engine.head.virtual import check_stackable
 from lte_ray.engine.prepare import Initial, describe_cut_ranks, describe_low_rank, extend_plans, prepare
@@ -32,20 +33,25 @@ from lte_ray.errors import ConfigError, Interrupted, LTEError, RunError
 from lte_ray.merging.registry import make_policy, may_merge_by_weights, resolved_arguments
 from lte_ray.messages import HeadTimes
 from lte_ray.run import record as run_record
+from lte_ray.run.callbacks import Callback, CallbackList, Run, load_callbacks
 from lte_ray.run.display import automatic_display
 from lte_ray.run.history import best_checkpoints, read_rows, to_dataframe
 from lte_ray.run.metrics import Progress, Reporter, latest_figures, throughput
 from lte_ray.run.reporting import report_run
 from lte_ray.run.sinks import Sink, make_sinks, recordable_names
 from lte_ray.run.start import RunClaim
+from lte_ray.run.stopping import StopRules
 from lte_ray.storage import RunDirectory, split_run_path
 from lte_ray.worker import evaluates
 
 if TYPE_CHECKING:
     import ray.train
 
+    from lte_ray.merging.policy import MergePolicy
+    from lte_ray.runtime.context import RunContext
     from lte_ray.runtime.controller.controller import TrainController
     from lte_ray.runtime.controller.data_parallel import DataParallelController
+    from lte_ray.runtime.coordinator_state import CoordinatorState
 
 
 log = logging.getLogger("lte_ray")
@@ -75,6 +81,8 @@ class LTETrainer:
         program: how ``run.toml`` names the worker; by default its module and class.
         log: where figures go in addition to ``metrics.jsonl``: names as for ``--log``, and objects with the methods of
             `lte_ray.Sink`. By default what `run_config` says. ``run.toml`` has the names only: give objects to `restore` again.
+        callbacks: `lte_ray.Callback`s that follow the run, or their classes; in addition to those of `TrainConfig.callback` and
+            of Ray's `RunConfig`. ``run.toml`` doesn't record them.
     """
 
     worker: Any
@@ -87,6 +95,7 @@ class LTETrainer:
     reporter: Reporter | None = None
     program: str | None = None
     log: Sequence[str | Sink] | None = None
+    callbacks: Sequence[Callback | type[Callback]] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.worker, type):
@@ -133,7 +142,8 @@ class LTETrainer:
             `metrics` (the last evaluation's figures, also under "evaluation"; the worker's own figures of the training, the
             mean over the heads, under "figures", and also at the top where no other has that name; baseline, train_loss, step,
             samples, samples_per_second, tokens_per_second and mfu (if known), version, seconds, `times`, where the heads' time
-            went, all heads' bytes), `checkpoint`, and `path` (the run directory, which holds ``model.safetensors``, and with
+            went, all heads' bytes; `stopped`, the kind and the reason if the run ended early without an error, else None),
+            `checkpoint`, and `path` (the run directory, which holds ``model.safetensors``, and with
             `TrainConfig.ema` ``model-ema.safetensors``); `metrics_dataframe`, as `lte_ray.read_metrics` reads it; and
             `best_checkpoints`, the evaluated ones, best first.
 
@@ -141,15 +151,13 @@ class LTETrainer:
             UserError: bad input; no actor was started.
             RunError: the run ended early; its complete checkpoints remain in the run directory.
         """
+        began = time.monotonic()
+        callbacks = load_callbacks(self.callbacks, self.train.callback)
         storage, filesystem = _storage(self.run_config, self.log)
         sinks = make_sinks(storage.log if self.log is None else self.log, {"prometheus": _prometheus_sink})
         failure = _failure(self.run_config, self.failure, self.lte.num_heads)
         name = storage.name or f"{type(self.worker).__name__.lower()}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-        # Settings go to all actors. They hold the policy's name: the policy itself goes to the coordinator only.
-        merge = dataclasses.replace(
-            self.merge, policy=run_record.object_name(self.merge.policy), policy_args=resolved_arguments(self.merge) or None
-        )
-        given = Settings(name, self.lte, merge, self.train)
+        given = Settings(name, self.lte, _with_policy_name(self.merge), self.train)
         settings, heads, is_baseline = given.resolved(), self.lte.num_heads, self.train.baseline
         policy = make_policy(settings.merge if is_baseline else self.merge)
         run_failure = baseline_failure(failure) if is_baseline else failure
@@ -157,17 +165,16 @@ class LTETrainer:
         settings, given = initial.complete(settings), initial.complete(given)
         _warn(initial, settings.lte.num_heads)
         if settings.merge.policy == "auto":
-            merge = choose_policy(settings, initial)
-            policy, arguments = make_policy(merge), resolved_arguments(merge) or None
-            settings = given = dataclasses.replace(settings, merge=dataclasses.replace(merge, policy_args=arguments))
+            settings = given = _with_policy(settings, initial)
+            policy = make_policy(settings.merge)
         settings = _with_evaluation(self.worker, settings, storage)
         directory = RunDirectory.open(storage.storage or default_storage(), name, filesystem, patience=storage.storage_patience)
         claim = RunClaim(directory, storage, settings, initial)
+        callbacks += _ray_callbacks(self.run_config, directory)
 
         from lte_ray.runtime import placement as placing
         from lte_ray.runtime.cluster import connected, will_start
         from lte_ray.runtime.context import PickledObject, RetentionPolicy, RunContext
-        from lte_ray.runtime.coordinator_state import CoordinatorState, load_checkpoint
         from lte_ray.runtime.object_store import ObjectStore
 
         placement_config, ray_options = placing.from_scaling_config(self.scaling_config, heads)
@@ -178,22 +185,25 @@ class LTETrainer:
         reporter.update(Progress.starting(name, settings.train.steps, _connecting(will_start()), is_baseline, claim.position))
         with contextlib.closing(reporter), connected():
             processes = settings.train.baseline_processes
-            config = dataclasses.replace(placement_config, heads_per_actor=1) if is_baseline else placement_config
             placement = placing.resolve(
-                config,
+                dataclasses.replace(placement_config, heads_per_actor=1) if is_baseline else placement_config,
                 max(processes, settings.lte.num_heads),
                 default_cpus=heads // processes if is_baseline else 0,  # as many as the heads would have
                 **ray_options,
             )
-            starting = _starting(processes if is_baseline else 0)
-            reporter.update(Progress.starting(name, settings.train.steps, starting, is_baseline, claim.position))
+            reporter.update(
+                Progress.starting(
+                    name, settings.train.steps, _starting(processes if is_baseline else 0), is_baseline, claim.position
+                )
+            )
             heads_by_actor = placing.assign_heads(placement, settings.lte.num_heads)
             record = run_record.make_record(self.worker, self.program, given, placement_config, storage, failure)
             with _telling_what_is_kept(directory), contextlib.ExitStack() as stack:
                 # Ray Train reserves for its processes itself.
                 reservation = stack.enter_context(placing.reserve(placement, heads_by_actor)) if processes == 1 else None
-                nodes = 1 if reservation is None else reservation.nodes
-                groups = placing.transfer_groups(settings.merge, initial.plans, nodes, may_merge_by_weights(policy))
+                groups = placing.transfer_groups(
+                    settings.merge, initial.plans, reservation.nodes if reservation else 1, may_merge_by_weights(policy)
+                )
                 run_toml, resume = stack.enter_context(claim.acquire(record, self.worker))
                 context = RunContext(
                     worker=pickled_worker,
@@ -207,11 +217,13 @@ class LTETrainer:
                     run_toml=run_toml,
                     evaluates=evaluates(self.worker),
                 )
-                start = (
-                    load_checkpoint(context, initial.plans, resume.version, settings.lte.num_heads, policy)
-                    if resume
-                    else CoordinatorState(0, context.transport.publish(initial.base))
+                start = _start(context, initial, resume, policy)
+                following = CallbackList(
+                    callbacks,
+                    Run(name, directory.path, run_record.to_plain(record), StopRules(settings.train, storage.best_by, began)),
+                    directory,
                 )
+                results = stack.enter_context(following.running())
                 controller = _make_controller(
                     {"placement": placement}
                     if reservation is None
@@ -219,15 +231,29 @@ class LTETrainer:
                     context=context,
                     initial=initial,
                     start=start,
+                    callbacks=following,
                     policy=pickled_policy,
                     failure=run_failure,
                     reporter=reporter,
                     export=lambda final, ema: run_record.write_model(directory, initial, final, ema),
                 )
-                metrics, devices = controller.state.log, controller.state.devices
-                with report_run(sinks, directory, metrics, self.worker, run_toml, claim.position, devices):
+                state = controller.state
+                with report_run(sinks, directory, state.log, self.worker, run_toml, claim.position, state.devices):
                     controller.run()
-        return _result(controller, directory, storage.best_by)
+                results.append(_result(controller, directory, storage.best_by))
+        return results[0]
+
+
+def _with_policy_name(merge: MergeConfig) -> MergeConfig:
+    """Settings go to all actors. They hold the policy's name: the policy itself goes to the coordinator only."""
+    name = run_record.object_name(merge.policy)
+    return dataclasses.replace(merge, policy=name, policy_args=resolved_arguments(merge) or None)
+
+
+def _with_policy(settings: Settings, initial: Initial) -> Settings:
+    """Returns the settings with the policy that suits the heads' optimizer."""
+    merge = choose_policy(settings, initial)
+    return dataclasses.replace(settings, merge=dataclasses.replace(merge, policy_args=resolved_arguments(merge) or None))
 
 
 def _with_evaluation(worker: Any, settings: Settings, storage: StorageConfig) -> Settings:
@@ -239,10 +265,18 @@ def _with_evaluation(worker: Any, settings: Settings, storage: StorageConfig) ->
     if evaluates(worker):
         return settings
     gated = settings.merge.policy == "gated"
-    needs = {"--keep-best": storage.keep_best, "--best-by": storage.best_by, "--policy gated": gated}
+    train = settings.train
+    of_evaluation = train.stop_when and parse_condition(train.stop_when).name != TRAIN_LOSS
+    needs = {
+        "--stop-when": of_evaluation,
+        "--patience": train.patience,
+        "--keep-best": storage.keep_best,
+        "--best-by": storage.best_by,
+        "--policy gated": gated,
+    }
     if given := " and ".join(name for name, value in needs.items() if value):
         raise ConfigError(f"{given} needs figures, but {type(worker).__name__} has no evaluate(model). Give it one.")
-    return dataclasses.replace(settings, train=dataclasses.replace(settings.train, eval_every=0))
+    return dataclasses.replace(settings, train=dataclasses.replace(train, eval_every=0))
 
 
 def _warn(initial: Initial, num_heads: int) -> None:
@@ -283,6 +317,15 @@ def _newest(directory: RunDirectory) -> int | None:
     return (checkpoint.complete_versions(directory) or [None])[-1]  # type: ignore[list-item]
 
 
+def _start(context: RunContext, initial: Initial, resume: checkpoint.Manifest | None, policy: MergePolicy) -> CoordinatorState:
+    """Returns the state that a run starts from: that of a checkpoint, or the first base."""
+    from lte_ray.runtime.coordinator_state import CoordinatorState, load_checkpoint
+
+    if resume is None:
+        return CoordinatorState(0, context.transport.publish(initial.base))
+    return load_checkpoint(context, initial.plans, resume.version, context.settings.lte.num_heads, policy)
+
+
 def _make_controller(places: dict[str, Any], **common: Any) -> TrainController | DataParallelController:
     """Returns the controller of the run: Ray Train's processes of ordinary training have no reservation of ours."""
     if "reservation" in places:
@@ -321,6 +364,14 @@ def _retention(config: ray.train.CheckpointConfig) -> dict[str, Any]:
         return {"keep_checkpoints": number}
     best_by = figure if config.checkpoint_score_order == "min" else f"-{figure}"
     return {"keep_checkpoints": 1, "keep_best": number, "best_by": best_by}
+
+
+def _ray_callbacks(config: Any, directory: RunDirectory) -> list[Callback]:
+    if not getattr(config, "callbacks", None):
+        return []
+    from lte_ray.runtime.ray_callbacks import adapt_callbacks
+
+    return adapt_callbacks(config, directory)
 
 
 def _failure(config: Any, given: FailureConfig | None = None, num_heads: int = 1) -> FailureConfig:
@@ -369,6 +420,7 @@ def _result(controller: TrainController | DataParallelController, directory: Run
         "bytes_down": sum(status.bytes_down for status in statuses),
         "bytes_ddp": sum(merge.alternative_bytes.get("ddp", 0) for merge in state.merges),
         "resyncs": sum(status.resyncs for status in statuses),
+        "stopped": None if state.stopped is None else dataclasses.asdict(state.stopped),
     }
     metrics |= {name: rate for name, rate in throughput(state.merges).items() if name not in metrics}
     if state.sample is not None:

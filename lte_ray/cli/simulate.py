@@ -119,6 +119,7 @@ def _run(worker: Any, sections: dict[type, Any]) -> SimulationRecord:
 
     lte, output, cluster = sections[LTEConfig], sections[Output], sections[ClusterModel]
     settings = Settings("simulated", lte, sections[MergeConfig], sections[TrainConfig]).resolved()
+    settings.train.check_runs_to_end("a simulated run takes all its steps, without a driver")
     if worker is None:
         settings.train.check_counts_steps("nothing is trained without a WORKER")
         plan = named_plan(output.shapes, lte.lora_r, lte.lora_alpha)

@@ -8,14 +8,13 @@ from typing import Any
 
 from lte_ray.errors import ConfigError
 
-RUN = ("name", "storage_path", "storage_filesystem", "failure_config", "checkpoint_config")
+RUN = ("name", "storage_path", "storage_filesystem", "failure_config", "checkpoint_config", "callbacks")
 CHECKPOINTS = ("num_to_keep", "checkpoint_score_attribute", "checkpoint_score_order")
 FAILURES = ("max_failures",)
 SCALING = ("num_workers", "use_gpu", "resources_per_worker", "placement_strategy", "accelerator_type")
 """The fields of Ray's RunConfig, CheckpointConfig, FailureConfig and ScalingConfig that a run follows."""
 
 INSTEAD: Mapping[str, str] = {
-    "callbacks": "To follow a run, give LTETrainer a reporter, or read metrics.jsonl in the run directory",
     "worker_runtime_env": "Give the environment to ray.init(runtime_env=...), or to ray job submit",
     "logging_config": "Set up Python's logging (the logger lte_ray)",
     "controller_failure_limit": "Give LTETrainer(failure=lte_ray.FailureConfig(...)), which says what may die how often",

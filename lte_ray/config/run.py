@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from lte_ray.config.stopping import TRAIN_LOSS, parse_condition
 from lte_ray.config.units import read_units
 from lte_ray.config.validation import (
     check_at_least,
@@ -127,8 +128,30 @@ class TrainConfig:
         "TorchTrainer).",
     )
     compile: bool = setting(False, "Compile each head's model with torch.compile: slower start, faster steps.")
+    max_time: float = setting(
+        0.0,
+        "Time after which the run ends early, saved, exported and evaluated, counted from the start of this process, also if "
+        "the run is resumed: 90m, 3h, 1d or seconds; 0: no limit. --resume continues it.",
+        unit="time",
+    )
+    stop_when: str = setting(
+        "",
+        "Condition on a figure of the evaluation, or on train_loss, at which the run ends early: a name, one of < <= > >=, and "
+        "a number, in quotes: 'loss<2.3'.",
+    )
+    patience: int = setting(
+        0,
+        "Evaluations in a row without a better figure (--best-by; by default the first) after which the run ends early; 0: any "
+        "number.",
+    )
+    callback: tuple[str, ...] = setting(
+        (),
+        "Callbacks that the driver calls during the run: path/to/file.py:Class or package.module:Class, classes without "
+        "arguments that derive from lte_ray.Callback, or instances.",
+    )
 
     def __post_init__(self) -> None:
+        read_units(self)
         check_integers(self, "steps", "seed", "eval_every", "checkpoint_every", "threads_per_head", "accumulate")
         check_integers(self, "baseline_processes")
         check_at_least(self, 1, "steps", "accumulate", "baseline_processes")
@@ -149,6 +172,7 @@ class TrainConfig:
         if self.init_from is not None and (not isinstance(self.init_from, str) or not self.init_from):
             raise ConfigError(f"--init-from is {self.init_from!r}, but it must be a path or URI.")
         self._check_length()
+        self._check_stops()
         if self.baseline_processes > 1 and not self.baseline:
             raise ConfigError(
                 f"--baseline-processes is {self.baseline_processes}, but this run isn't ordinary training. Add --baseline, or "
@@ -168,6 +192,23 @@ class TrainConfig:
         """Raises ConfigError unless `steps` says how long the run is, for `what`, which knows no data."""
         if self.length is not None:
             raise ConfigError(f"{flag(self.length)} is {getattr(self, self.length):g}, but {what}. Give --steps instead.")
+
+    def check_runs_to_end(self, what: str) -> None:
+        """Raises ConfigError for settings that end a run early or follow it, for `what`, which doesn't."""
+        for name in ("max_time", "stop_when", "patience", "callback"):
+            if value := getattr(self, name):
+                shown = f"{value:g}" if isinstance(value, float) else repr(value)
+                raise ConfigError(f"{flag(name)} is {shown}, but {what}. Leave it out.")
+
+    def _check_stops(self) -> None:
+        check_at_least(self, 0, "max_time", "patience")
+        check_integers(self, "patience")
+        to_name_tuples(self, "callback")
+        needs = "--patience" if self.patience else ""
+        if self.stop_when or not isinstance(self.stop_when, str):
+            needs = needs if parse_condition(self.stop_when).name == TRAIN_LOSS else f"--stop-when {self.stop_when!r}"
+        if needs and not self.eval_every:
+            raise ConfigError(f"{needs} needs evaluations during the run, but --eval-every is 0. Raise it, or leave that out.")
 
     def _check_length(self) -> None:
         given = [name for name in LENGTHS if getattr(self, name) is not None]

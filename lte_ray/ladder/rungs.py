@@ -87,6 +87,7 @@ def _merge_iters(ladder: LadderConfig, merge: MergeConfig, steps: int) -> Sequen
 def _check(ladder: LadderConfig, lte: LTEConfig, merge: MergeConfig, train: TrainConfig) -> None:
     """Raises ConfigError for settings that a ladder sets itself, or that make rungs incomparable."""
     train.check_counts_steps("rungs are compared at equal steps")
+    train.check_runs_to_end("all rungs of a ladder take all their steps")
     reasons = {
         "--baseline": (train.baseline, "the rung `ordinary` is ordinary training"),
         "--full-rank": (lte.full_rank, "the ladder compares factors with ordinary training"),

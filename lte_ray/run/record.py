@@ -49,6 +49,7 @@ def make_record(
     flat: dict[str, Any] = {"program": absolute(program or object_name(type(worker)))}
     for section in (settings.lte, settings.merge, settings.train, placement, failure, storage):
         flat |= {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+    flat["callback"] = tuple(absolute(spec) for spec in settings.train.callback)
     if storage.keep_checkpoints is None:
         flat["keep_checkpoints"] = NONE
     of_worker, worker_secrets = recorded_arguments(worker)
@@ -212,15 +213,16 @@ def _as_flag_value(value: Any) -> Any:
 
 
 def format_record(record: dict[str, Any]) -> str:
-    """Returns the text of ``run.toml``: tuples as lists, other objects as text, without values that are None."""
-    return tomli_w.dumps(_to_toml(record))
+    """Returns the text of ``run.toml``."""
+    return tomli_w.dumps(to_plain(record))
 
 
-def _to_toml(values: dict[str, Any]) -> dict[str, Any]:
+def to_plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the record as ``run.toml`` has it: tuples as lists, other objects as text, without values that are None."""
     plain: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            plain[key] = _to_toml(value)
+            plain[key] = to_plain(value)
         elif isinstance(value, list | tuple):
             plain[key] = [v if isinstance(v, str | int | float | bool) else redact(str(v)) for v in value]
         elif value is not None:

@@ -93,6 +93,11 @@ DECISIONS: dict[str, Runs | str] = {
     "MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri ~/ray_results/mine-logged/mlflow": "it runs until Ctrl-C",
     AVERAGED: Runs(),
     "lte-ray export ~/ray_results/averaged out-ema --to safetensors --ema": Runs(after=AVERAGED),
+    "lte-ray train mine.py:Net --num-heads 4 --name watched --callback watch.py:Watch": (
+        "it needs the page's class in watch.py, as tests/integration/test_stops.py has one"
+    ),
+    "lte-ray train mine.py:Net --num-heads 4 --name mine-3h --max-time 3h --stop-when 'validation_loss<0.1' "
+    "--patience 5": Runs(),
     "lte-ray audit ~/ray_results/mine": Runs(after=MINE, quick=True),
     "lte-ray export ~/ray_results/mine out --to safetensors": Runs(after=MINE, quick=True),
     "lte-ray export ~/ray_results/mine out-mine --to peft": Runs(after=MINE),

@@ -36,6 +36,7 @@ ELSEWHERE = {
 """Blocks that other tests run, by page and number on it, and where."""
 
 HERE = {
+    ("docs/callbacks.md", 0),
     *(("docs/data.md", number) for number in range(4)),
     ("docs/fit.md", 0),
     ("docs/fit.md", 1),
@@ -125,6 +126,16 @@ def test_a_worker_can_give_replicas_another_learning_rate() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [4e-3, 1e-3]
     names["build_schedule"](None, optimizer, 10)
     assert [group["max_lr"] for group in optimizer.param_groups] == [4e-3, 1e-3]
+
+
+def test_a_callback_can_end_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/callbacks.md: once an evaluation is good enough."""
+    watch, reasons = run("docs/callbacks.md", 0)["Watch"](), []
+    follow = SimpleNamespace(name="mine", stop=reasons.append)
+    for loss in (0.5, 0.05):
+        watch.on_evaluation(follow, {"version": 3, "values": {"validation_loss": loss}})
+    assert reasons == ["the loss is low enough"]
+    assert capsys.readouterr().out.startswith("mine 3 {'validation_loss': 0.5}")
 
 
 def test_a_loss_can_return_figures() -> None:

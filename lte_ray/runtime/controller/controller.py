@@ -32,6 +32,7 @@ from lte_ray.engine.hang_detector import HangDetector
 from lte_ray.engine.prepare import Initial
 from lte_ray.errors import CoordinatorLost, HeadLost, LTEError, RunError, StorageError, UserError, WorkerFailed
 from lte_ray.messages import CheckpointRequest
+from lte_ray.run.callbacks import CallbackList
 from lte_ray.run.metrics import Reporter
 from lte_ray.runtime.context import PickledObject, RunContext
 from lte_ray.runtime.controller.actor_launcher import ActorLauncher
@@ -74,6 +75,7 @@ class TrainController:
         stack_heads: whether an actor's heads are computed as one batch.
         reporter: shows progress.
         export: receives the final base and its moving average (flat; None if there is none) as soon as they exist.
+        callbacks: that follow the run and may end it early.
 
     Attributes:
         state: what is known of the run.
@@ -92,12 +94,13 @@ class TrainController:
         stack_heads: str,
         reporter: Reporter,
         export: Callable[[Tensor, Tensor | None], None],
+        callbacks: CallbackList | None = None,
     ) -> None:
         self._context, self._start, self._reservation = context, start, reservation
         self._failure, self._reporter, self._export = failure, reporter, export
         hang_detector, failure_policy = HangDetector(), FailurePolicy(failure)
         launcher = self._launcher = ActorLauncher(context, initial, reservation.placement, stack_heads)
-        state = self.state = RunState(context.directory, context.settings.lte.num_heads, start)
+        state = self.state = RunState(context.directory, context.settings.lte.num_heads, start, callbacks)
         if context.settings.data_problem:
             state.log.record_event("data", why=context.settings.data_problem)
         coordinator = self.coordinator = CoordinatorGroup(context, initial, policy, launcher, hang_detector)
@@ -159,9 +162,12 @@ class TrainController:
     # -- while heads train ---------------------------------------------------------------------------------------------
 
     def _train(self) -> None:
-        """Watches the processes until all heads have ended: replaces those that die, has versions evaluated, reports."""
+        """Watches the processes until all heads have ended, or the run ends early by its rules.
+
+        Replaces those that die, has versions evaluated, reports.
+        """
         self.state.enter(RunPhase.TRAINING)
-        while self.heads.busy:
+        while self.heads.busy and not self.state.ends_early:
             for slot in self.heads.wait_for_ended(POLL):
                 if slot.state is SlotState.TRAINING:  # else it was restarted since the coordinator was lost
                     self._handle_end(slot)
@@ -171,6 +177,7 @@ class TrainController:
             if self.state.have_stepped(self.heads.heads):
                 self._evaluations.poll()
             self._report()
+            self.state.rules.check_time()
 
     def _handle_end(self, slot: HeadActorSlot) -> None:
         """Deals with heads whose `run` call has returned or failed.
@@ -282,6 +289,9 @@ class TrainController:
             except (*PROCESS_DIED, CoordinatorLost, ObjectLost, ray.exceptions.GetTimeoutError) as error:
                 self._recover(str(error))
                 self._train()  # heads that died together with it have steps to take again
+        if self.heads.busy:
+            self.state.record_stop(version)
+            self.heads.end_training()
         publish = self._context.transport.publish
         base, ema = (
             publish(final),
@@ -298,7 +308,7 @@ class TrainController:
         Raises:
             CoordinatorLost: the coordinator died, or hangs. Ray's errors and `ObjectLost` may say the same.
         """
-        self._write_last(time.monotonic() + LAST_CHECKPOINT, early=False, least=LAST_CONFIRM)
+        self._write_last(time.monotonic() + LAST_CHECKPOINT, early=self.heads.busy, least=LAST_CONFIRM)
         version, base, ema, problem = self._wait_for(self.coordinator.actor.finish.remote())
         self._record(self._wait_for(self.coordinator.actor.status.remote(self.state.newest_version)))
         fetch = self._context.transport.fetch
@@ -313,5 +323,7 @@ class TrainController:
         while not ray.wait([answer], timeout=POLL)[0]:
             self._poll_coordinator()
             self._failure_handler.check_exited()
+            for slot in self.heads.wait_for_ended(0):  # of a run that ends early: its checkpoint does without those that died
+                self._failure_handler.let_end(slot)
             self._report()
         return ray_get(answer, "the coordinator")

@@ -17,6 +17,7 @@ from lte_ray.engine.hang_detector import HangDetector
 from lte_ray.engine.prepare import Initial
 from lte_ray.engine.process_tuning import head_threads
 from lte_ray.errors import HeadLost, LTEError, RunError, StorageError, UserError
+from lte_ray.run.callbacks import CallbackList
 from lte_ray.run.metrics import Reporter
 from lte_ray.runtime.context import PickledObject, RunContext
 from lte_ray.runtime.controller.actor_launcher import UNRESERVED, ActorLauncher
@@ -63,6 +64,7 @@ class DataParallelController:
         failure: what happens when processes die.
         reporter: shows progress.
         export: receives the final weights and their moving average (flat; None if there is none) as soon as they exist.
+        callbacks: that follow the run and may end it early.
 
     Attributes:
         state: what is known of the run.
@@ -79,6 +81,7 @@ class DataParallelController:
         failure: FailureConfig,
         reporter: Reporter,
         export: Callable[[Tensor, Tensor | None], None],
+        callbacks: CallbackList | None = None,
     ) -> None:
         self._context, self._start, self._placement = context, start, placement
         self._failure, self._reporter, self._export = failure, reporter, export
@@ -87,7 +90,7 @@ class DataParallelController:
         self._setup = ProcessSetup(context, initial.plans, policy, start, threads)
         launcher = self._launcher = ActorLauncher(context, initial, placement, "never")
         self._processes = _Processes(train.baseline_processes)
-        state = self.state = RunState(context.directory, 1, start)
+        state = self.state = RunState(context.directory, 1, start, callbacks)
         self.progress = ProgressMonitor(state, self._processes, context.settings)
         failure_policy, hang_detector = FailurePolicy(failure), HangDetector()
         self._evaluations = Evaluations(state, context, self._processes, launcher, failure_policy, hang_detector)
@@ -137,8 +140,11 @@ class DataParallelController:
             LTEError: the run can't continue.
         """
         self.state.enter(RunPhase.TRAINING)
-        running = True
+        running, stopping = True, False
         while running:
+            if self.state.ends_early and not stopping:
+                stopping = True
+                self._actor.stop.remote()
             running = not ray.wait([self._fit], timeout=POLL)[0]
             if not running:
                 ray_get(self._fit, WHO)
@@ -148,6 +154,7 @@ class DataParallelController:
                 self._evaluations.poll()
             self.progress.check_for_stall()
             self._reporter.update(self.progress.snapshot())
+            self.state.rules.check_time()
         if status.final is None:
             raise HeadLost(f"The processes of {WHO} ended before the run did.")
         return status.final
@@ -189,11 +196,13 @@ class DataParallelController:
         """
         version, base, ema = final
         self.state.enter(RunPhase.SAVING)
+        if self.state.ends_early and self.state.furthest_step < self._context.settings.train.steps:
+            self.state.record_stop(version)
         fetch = self._context.transport.fetch
         self._export(
             fetch(base).clone(), None if ema is None else fetch(ema).clone()
         )  # first: what follows is the worker's code, and may fail
-        if self.state.checkpoint != version:
+        if version and self.state.checkpoint != version:
             problem = self.state.storage_problem or f"checkpoint {version} couldn't be written."
             raise StorageError(f"{problem} The weights were exported.")
         self._evaluations.finish(version, base, ema, lambda: self._reporter.update(self.progress.snapshot()))

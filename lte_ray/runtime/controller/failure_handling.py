@@ -15,6 +15,7 @@ from lte_ray.runtime.controller.coordinator_group import CoordinatorGroup
 from lte_ray.runtime.controller.head_actors import HeadActorGroup, HeadActorSlot, SlotState
 from lte_ray.runtime.controller.run_state import RunState
 from lte_ray.runtime.placement import Reservation
+from lte_ray.runtime.ray_errors import ray_get
 
 LOSE_TIMEOUT = 10.0
 """Seconds to wait until the coordinator knows that a head's process is gone."""
@@ -84,6 +85,17 @@ class FailureHandler:
             self._state.log.record_event("head_lost", heads=list(slot.numbers), why="it had ended", remedy="none")
             self._heads.end_process(slot)
             self._heads.lose([slot])
+
+    def let_end(self, slot: HeadActorSlot) -> None:
+        """Deals with a slot whose `run` call has ended while the run ends early: nothing starts again."""
+        try:
+            ray_get(slot.run, slot.name)
+        except LTEError as error:
+            self._state.log.record_event("head_lost", heads=list(slot.numbers), why=summarize(error)[:300], remedy="none")
+            self._heads.end_process(slot)
+            self._heads.lose([slot])
+        else:
+            self.handle_finish(slot)
 
     def drop_starved(self) -> None:
         """Drops heads that wait for data when all others have ended, since no head is left to give them any.

@@ -203,6 +203,11 @@ class HeadActorGroup:
         self.slots.remove(slot)
         self._next_incarnation |= dict.fromkeys(slot.numbers, slot.incarnation)
 
+    def end_training(self) -> None:
+        """Ends the processes whose heads still train: the run ends early."""
+        for slot in self.training:
+            self.end_process(slot)
+
     @property
     def training(self) -> list[HeadActorSlot]:
         """The slots that train."""

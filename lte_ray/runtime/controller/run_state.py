@@ -14,9 +14,12 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Any
 
+from lte_ray.config import TrainConfig
 from lte_ray.messages import HeadStatus, MergeRecord
+from lte_ray.run.callbacks import CallbackList
 from lte_ray.run.error_log import ErrorLog
 from lte_ray.run.metrics import Evaluation, MetricsLog
+from lte_ray.run.stopping import Stop, StopRules
 from lte_ray.runtime.coordinator.actor import CoordinatorStatus
 from lte_ray.runtime.coordinator_state import CoordinatorState
 from lte_ray.storage import RunDirectory
@@ -84,6 +87,7 @@ class RunState:
         directory: of the run.
         num_heads: heads that it starts with.
         start: where it starts.
+        callbacks: that follow it and may end it early; None if there are none.
 
     Attributes:
         phase: what the run is doing.
@@ -99,9 +103,17 @@ class RunState:
         waiting_for: what the coordinator waits for, in words.
         storage_problem: what is wrong with the coordinator's storage; empty if nothing.
         queue, evaluating: versions that wait for evaluation, and the one that the evaluator has now.
+        rules: may ask that the run ends early.
+        stopped: why it did; None if it didn't.
     """
 
-    def __init__(self, directory: RunDirectory, num_heads: int, start: CoordinatorState) -> None:
+    def __init__(
+        self,
+        directory: RunDirectory,
+        num_heads: int,
+        start: CoordinatorState,
+        callbacks: CallbackList | None = None,
+    ) -> None:
         self.phase = RunPhase.STARTING
         self.started_at = time.time()
         self.statuses: dict[int, HeadStatus] = {}
@@ -118,7 +130,12 @@ class RunState:
         self._newest_refusal = (0, 0)  # epoch and number of the newest refusal in the log
         self._reported_untrained: set[str] = set()
         self._reported_harmful: set[tuple[int, int, int]] = set()  # head, epoch, sequence of harmful contributions in the log
+        self.rules = callbacks.rules if callbacks is not None else StopRules(TrainConfig(), "", 0.0)
+        self.stopped: Stop | None = None
         self.log = MetricsLog(directory)
+        self._callbacks = callbacks
+        if callbacks is not None:
+            self.log.listeners.append(callbacks.handle_row)
         self.log.rewind(start.version)
         if start.version:
             new_heads = [head for head in range(num_heads) if not start.position(head).sequence]
@@ -141,6 +158,18 @@ class RunState:
         end = time.monotonic() + (grace or max(1.0, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", JOB_STOP)) - 0.5))
         self.log.record_event("ended_early", why=f"{type(why).__name__}: {why}"[:500])
         return end
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether the run is to end before its last step: it was asked to, and this process has merged something."""
+        return self.rules.stop is not None and bool(self.merges)
+
+    def record_stop(self, version: int) -> None:
+        """Records that the run ends at this version, before its last step, as `rules` ask."""
+        assert self.rules.stop is not None
+        self.stopped = self.rules.stop
+        self.log.record_event("stopped", by=self.stopped.kind, why=self.stopped.reason, version=version)
+        log.warning("The run ends at version %d: %s.", version, self.stopped.reason)
 
     @property
     def newest_version(self) -> int:
@@ -196,8 +225,6 @@ class RunState:
 
     def record_coordinator(self, status: CoordinatorStatus, epoch: int) -> None:
         """Records what the coordinator of this epoch says."""
-        if status.checkpoint is not None:
-            self.checkpoint = status.checkpoint
         if status.storage_problem and status.storage_problem != self.storage_problem:
             self.log.record_event("storage", why=status.storage_problem)
             log.warning("%s", status.storage_problem)
@@ -213,6 +240,10 @@ class RunState:
         for record in status.merges:
             if record.version > self.newest_version:  # two answers may report the same merge
                 self._record_merge(record)
+        if status.checkpoint is not None and status.checkpoint != self.checkpoint:
+            self.checkpoint = status.checkpoint
+            if self._callbacks is not None:
+                self._callbacks.handle_checkpoint(status.checkpoint)
 
     def _record_merge(self, record: MergeRecord) -> None:
         if record.base is not None:
@@ -221,11 +252,17 @@ class RunState:
                 del self.queue[1]  # the first may be version 0, with which all others are compared
         self.log.record_merge(record, self.merges)
         self.merges.append(replace(record, base=None, ema=None))  # a reference would keep the base in memory
+        self.rules.record_merge(record)
 
     def record_evaluation(self, evaluation: Evaluation) -> None:
-        """Records the result of an evaluation."""
+        """Records the result of an evaluation.
+
+        Raises:
+            ConfigError: it lacks a figure that a setting names.
+        """
         self.evaluations.append(evaluation)
         self.log.record_evaluation(evaluation)
+        self.rules.record_evaluation(evaluation.values)
 
     def rewind(self, version: int) -> None:
         """The run continues from `version`: drops what was recorded of later versions."""

@@ -169,7 +169,7 @@ class Recorder:
             self._begin_checkpoint(base, ema).result()
         head.mark_done()
         average = None if ema is None else ema.numpy()
-        final = (self._coordinator.version, base.numpy(), average) if head.finished else None
+        final = (self._coordinator.version, base.numpy(), average)
         with self._lock:
             self._report = replace(self._report, final=final)
         self._ended.set()

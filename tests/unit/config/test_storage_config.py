@@ -56,7 +56,6 @@ def test_rays_checkpoint_config_is_translated(tmp_path: Path, given: dict[str, A
 @pytest.mark.parametrize(
     ("kind", "field", "value"),
     [
-        ("RunConfig", "callbacks", None),
         ("RunConfig", "worker_runtime_env", {"pip": ["x"]}),
         ("RunConfig", "logging_config", None),
         ("FailureConfig", "controller_failure_limit", 3),
@@ -71,8 +70,6 @@ def test_settings_of_rays_that_a_run_does_not_follow_are_refused(kind: str, fiel
 
     from lte_ray.runtime.placement import from_scaling_config
 
-    if field == "callbacks":
-        value = [ray.train.UserCallback()]
     if field == "logging_config":
         value = ray.train.LoggingConfig(log_level="DEBUG")
     more = {"num_workers": 1, "topology": "2x2", "accelerator_type": "TPU-V4"} if field == "use_tpu" else {}

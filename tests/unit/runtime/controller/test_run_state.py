@@ -9,6 +9,7 @@ import pytest
 
 from lte_ray.messages import HeadStatus, MergeRecord
 from lte_ray.run.metrics import Evaluation
+from lte_ray.run.stopping import Stop
 from lte_ray.runtime.controller.head_actors import HeadActorSlot, SlotState
 from lte_ray.runtime.controller.run_state import MAX_QUEUED_EVALUATIONS, PendingEvaluation, RunPhase, RunState
 from lte_ray.runtime.coordinator.actor import CoordinatorStatus
@@ -88,3 +89,15 @@ def test_a_slot_that_trains_cannot_be_restarted_before_its_process_is_ended() ->
     slot.enter(SlotState.LOST)
     slot.enter(SlotState.RESTARTING)
     assert not slot.has_process
+
+
+def test_a_run_ends_early_once_it_has_merged_something(state: RunState) -> None:
+    """So a run that is started again and again, each time with too little time, goes on all the same."""
+    state.rules.request(Stop("max-time", "it has run for 1 s (--max-time)"))
+    assert not state.ends_early
+    state.record_coordinator(status(merge(1)), epoch=0)
+    assert state.ends_early
+    state.record_stop(1)
+    assert state.stopped == state.rules.stop
+    state.rewind(0)
+    assert not state.ends_early
