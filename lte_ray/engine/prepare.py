@@ -14,6 +14,7 @@ from lte_ray.adapters.plan import make_plans, requested_ranks
 from lte_ray.adapters.quantization import check_format
 from lte_ray.config import LTEConfig, TrainConfig
 from lte_ray.data.shard import Shard
+from lte_ray.engine.first_loss import check_first_loss
 from lte_ray.engine.head.default_optimizer import check_optimizer_settings
 from lte_ray.engine.head.optimization import build_optimizer, check_lr_scale, check_precision, match_modules
 from lte_ray.engine.head.optimizer_state import optimizer_state
@@ -104,6 +105,7 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
     lte = resolve_buffers(settings.lte, worker, model, batch, settings.train)
     plans = make_plans(model, lte)
     match_modules(model, settings.train.checkpoint_activations)
+    check_first_loss(worker, model, batch, settings.train)
     tensors = named_tensors(model)
     check_precision(settings.train, {e.name: tensors[e.name] for e in plans[0].base.entries})
     for base_dtype in {spec.base_dtype for spec in plans[0].adapted} - {"fp32"}:

@@ -233,7 +233,8 @@ def test_prepare_rejects_a_worker_that_fails(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(WorkerError, match=r"(?s)Tiny.build_model\(\) raised:.*ZeroDivisionError"):
         prepare(Tiny(), make_settings())
     monkeypatch.undo()
-    monkeypatch.setattr(Tiny, "train_batches", lambda self, shard: iter([1]) if shard.head < 2 else 1 / 0)
+    read = Tiny.train_batches
+    monkeypatch.setattr(Tiny, "train_batches", lambda self, shard: read(self, shard) if shard.head < 2 else 1 / 0)
     prepare(Tiny(), make_settings(heads=2))
     with pytest.raises(WorkerError, match=r"(?s)Tiny.train_batches\(\) raised, for head 2:.*ZeroDivisionError"):
         prepare(Tiny(), make_settings(heads=3))

@@ -1,0 +1,52 @@
+"""Computes the worker's first loss on this machine, so that a mistake in it is found before any actor starts."""
+
+from __future__ import annotations
+
+import copy
+import re
+import traceback
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lte_ray.config import TrainConfig
+from lte_ray.engine.head.loss import compute_loss
+from lte_ray.engine.head.optimization import autocast
+from lte_ray.engine.head.worker_state import own_worker
+from lte_ray.errors import WorkerError
+from lte_ray.worker import Batch, Worker
+
+MAX_OPERATIONS = 1e11
+"""Operations that the check may take, as parameters times the elements of the batch: a few seconds on one core."""
+
+OF_DEVICES = re.compile(
+    r"cuda|gpu|device|nvidia|triton|xformers|flash|kernel|not implemented|not supported|unsupported|no operator|out of memory",
+    re.IGNORECASE,
+)
+"""Texts of errors that may come from the device alone: heads may have another one than this machine."""
+
+
+def check_first_loss(worker: Worker, model: nn.Module, batch: Batch, train: TrainConfig) -> None:
+    """Computes the loss of the first batch with copies of the worker and of the model, in training mode on the CPU.
+
+    It isn't computed if that would take long. Errors that may come from the device are left to the heads.
+
+    Raises:
+        WorkerError: the worker's code raised, or `loss` doesn't return a scalar that depends on the model.
+    """
+    elements = max((leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), default=1)
+    if sum(p.numel() for p in model.parameters()) * max(1, elements) > MAX_OPERATIONS:
+        return
+    try:
+        own, probe, given = own_worker(copy.copy(worker)), copy.deepcopy(model).train(), copy.deepcopy(batch)
+    except Exception:  # what can't be copied can't be tried without changing it
+        return
+    try:
+        with autocast(train, torch.device("cpu")):
+            compute_loss(own, probe, given)
+    except Exception as error:
+        if not OF_DEVICES.search(f"{type(error).__name__} {error}"):
+            raise WorkerError(
+                f"{type(worker).__name__}.loss() can't be used, as its first batch shows:\n\n{traceback.format_exc()}"
+            ) from error
