@@ -99,7 +99,7 @@ def checkpoints(run: Run, folder: Path) -> Iterator[Row]:
     yield Row("export --to zip", *exported(to="zip"))
     yield Row("export --dtype int8", *exported("--dtype", "int8"))
     yield Row("export --to peft --dtype bf16", *exported("--dtype", "bf16", to="peft"))
-    yield Row("export --head 0, without --to peft", *exported("--head", "0"))
+    yield Row("export --rank 1, without --to peft", *exported("--rank", "1"))
     yield Row("export of a folder that isn't there", *exported(run_of=folder / "b"))
     yield Row("export of a folder that is no run", *exported(run_of=folder))
     out.write_text("")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -355,6 +355,7 @@ class MergeRecord:
         positions: what the new version holds of the merged heads.
         fresh: those of them whose factors count from B' = 0.
         base, ema: refer to the new base and the moving average, where they are published for evaluation.
+        adapters: by head, refers to the factors to evaluate it with, flat, where heads have independent adapters.
     """
 
     version: int
@@ -382,6 +383,7 @@ class MergeRecord:
     fresh: tuple[int, ...] = ()
     base: Any = field(default=None, repr=False, compare=False)
     ema: Any = field(default=None, repr=False, compare=False)
+    adapters: Mapping[int, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def collect_figures(contributions: Iterable[Contribution]) -> dict[str, dict[int, float]]:

@@ -24,6 +24,7 @@ from lte_ray.config import (
     ray_fields,
 )
 from lte_ray.config.baseline import baseline_failure
+from lte_ray.config.independent import check_failures
 from lte_ray.config.stopping import TRAIN_LOSS, parse_condition
 from lte_ray.engine.default_policy import choose_policy
 from lte_ray.engine.head.virtual import check_stackable
@@ -143,7 +144,7 @@ class LTETrainer:
             mean over the heads, under "figures", and also at the top where no other has that name; baseline, train_loss, step,
             samples, samples_per_second, tokens_per_second and mfu (if known), version, seconds, `times`, where the heads' time
             went, all heads' bytes; `stopped`, the kind and the reason if the run ended early without an error, else None),
-            `checkpoint`, and `path` (the run directory, which holds ``model.safetensors``, and with
+            `checkpoint`, and `path` (the run directory, which holds ``model.safetensors``, unless heads never merge, and with
             `TrainConfig.ema` ``model-ema.safetensors``); `metrics_dataframe`, as `lte_ray.read_metrics` reads it; and
             `best_checkpoints`, the evaluated ones, best first.
 
@@ -155,7 +156,7 @@ class LTETrainer:
         callbacks = load_callbacks(self.callbacks, self.train.callback)
         storage, filesystem = _storage(self.run_config, self.log)
         sinks = make_sinks(storage.log if self.log is None else self.log, {"prometheus": _prometheus_sink})
-        failure = _failure(self.run_config, self.failure, self.lte.num_heads)
+        failure = _failure(self.run_config, self.failure, self.lte.num_heads, self.merge.never_merge)
         name = storage.name or f"{type(self.worker).__name__.lower()}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         given = Settings(name, self.lte, _with_policy_name(self.merge), self.train)
         settings, heads, is_baseline = given.resolved(), self.lte.num_heads, self.train.baseline
@@ -163,7 +164,7 @@ class LTETrainer:
         run_failure = baseline_failure(failure) if is_baseline else failure
         initial = extend_plans(prepare(self.worker, settings), run_failure.max_heads)
         settings, given = initial.complete(settings), initial.complete(given)
-        _warn(initial, settings.lte.num_heads)
+        _warn(initial, settings.lte.num_heads, settings.merge.never_merge)
         if settings.merge.policy == "auto":
             settings = given = _with_policy(settings, initial)
             policy = make_policy(settings.merge)
@@ -240,7 +241,7 @@ class LTETrainer:
                 state = controller.state
                 with report_run(sinks, directory, state.log, self.worker, run_toml, claim.position, state.devices):
                     controller.run()
-                results.append(_result(controller, directory, storage.best_by))
+                results.append(_result(controller, directory, storage.best_by, settings.merge.never_merge))
         return results[0]
 
 
@@ -279,9 +280,9 @@ def _with_evaluation(worker: Any, settings: Settings, storage: StorageConfig) ->
     return dataclasses.replace(settings, train=dataclasses.replace(train, eval_every=0))
 
 
-def _warn(initial: Initial, num_heads: int) -> None:
-    ranks = describe_low_rank(initial.plans[:num_heads]), describe_cut_ranks(initial, num_heads)
-    for note in (*ranks, initial.data_problem, initial.start):
+def _warn(initial: Initial, num_heads: int, never_merge: bool = False) -> None:
+    low_rank = "" if never_merge else describe_low_rank(initial.plans[:num_heads])
+    for note in (low_rank, describe_cut_ranks(initial, num_heads), initial.data_problem, initial.start):
         if note:
             log.warning(note)
 
@@ -374,7 +375,7 @@ def _ray_callbacks(config: Any, directory: RunDirectory) -> list[Callback]:
     return adapt_callbacks(config, directory)
 
 
-def _failure(config: Any, given: FailureConfig | None = None, num_heads: int = 1) -> FailureConfig:
+def _failure(config: Any, given: FailureConfig | None = None, num_heads: int = 1, never_merge: bool = False) -> FailureConfig:
     """Returns what is given, else what Ray's RunConfig says. Its default, 0, is ignored: a lost machine shouldn't end a run."""
     failures = getattr(config, "failure_config", None)
     if failures is not None:
@@ -382,6 +383,8 @@ def _failure(config: Any, given: FailureConfig | None = None, num_heads: int = 1
     max_failures = getattr(failures, "max_failures", 0)
     failure = given or (FailureConfig(max_failures=max_failures) if max_failures else FailureConfig())
     failure.check_heads(num_heads)
+    if never_merge:
+        check_failures(failure, num_heads)
     return failure
 
 
@@ -392,7 +395,9 @@ def default_storage() -> str:
     return str(ray.train.RunConfig().storage_path)
 
 
-def _result(controller: TrainController | DataParallelController, directory: RunDirectory, best_by: str) -> ray.train.Result:
+def _result(
+    controller: TrainController | DataParallelController, directory: RunDirectory, best_by: str, independent: bool
+) -> ray.train.Result:
     import ray.train
 
     state, progress = controller.state, controller.progress.snapshot()
@@ -405,6 +410,7 @@ def _result(controller: TrainController | DataParallelController, directory: Run
         "figures": figures,
         "evaluation": evaluation,
         "baseline": progress.baseline,
+        "independent": independent,
         "train_loss": progress.train_loss,
         "step": progress.step,
         "samples": progress.samples,

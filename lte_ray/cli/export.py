@@ -26,7 +26,9 @@ class Flags:
     to: Literal["safetensors", "pretrained", "peft"] = required("Format: safetensors, pretrained or peft.")
     version: int | None = setting(None, "Version of the checkpoint; by default the newest.")
     head: int | None = setting(
-        None, "With --to peft: this head's change relative to the merged weights; by default the merged change."
+        None,
+        "Export this head's weights instead of the merged ones; with --to peft its change relative to the merged weights. "
+        "Needed after --never-merge.",
     )
     rank: int | None = setting(
         None, "With --to peft: maximum rank of a weight's change; by default the rank of the exact change."
@@ -48,9 +50,8 @@ def export(arguments: list[str]) -> None:
         UserError: as the functions of `lte_ray.export`, and for flags that contradict each other.
     """
     flags = parse_arguments(Flags, "lte-ray export RUN OUT --to FORMAT [flags]", arguments)
-    for name in ("head", "rank"):
-        if getattr(flags, name) is not None and flags.to != "peft":
-            raise ConfigError(f"--{name} is for adapters: it needs --to peft, not --to {flags.to}.")
+    if flags.rank is not None and flags.to != "peft":
+        raise ConfigError(f"--rank is for adapters: it needs --to peft, not --to {flags.to}.")
     if flags.dtype != "auto" and flags.to == "peft":
         raise ConfigError(f"--dtype {flags.dtype} is for merged weights: adapters are fp32. Leave it out.")
     from lte_ray import export as exporting
@@ -62,7 +63,7 @@ def export(arguments: list[str]) -> None:
         )
     else:
         write = exporting.save_pretrained if flags.to == "pretrained" else exporting.safetensors
-        written = write(run, flags.out, flags.version, dtype=flags.dtype, worker=flags.worker, ema=flags.ema)
+        written = write(run, flags.out, flags.version, head=flags.head, dtype=flags.dtype, worker=flags.worker, ema=flags.ema)
     if flags.json:
         print_json({**dataclasses.asdict(written), "out": flags.out, "run": without_credentials(run)})
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -150,7 +151,8 @@ def _show(result: ray.train.Result) -> None:
     if m["baseline"]:
         grid.add_row("trained", f"{m['step']} steps of ordinary training (baseline), {m['samples']:,} samples{rate}")
     else:
-        grid.add_row("trained", f"{m['step']} local steps a head, {m['samples']:,} samples{rate}, {m['version']} merges")
+        versions = "versions; nothing is merged" if m["independent"] else "merges"
+        grid.add_row("trained", f"{m['step']} local steps a head, {m['samples']:,} samples{rate}, {m['version']} {versions}")
     total = sum(m["times"].values()) or 1.0
     shares = ", ".join(f"{name} {100 * spent / total:.1f}%" for name, spent in m["times"].items() if spent / total >= 0.0005)
     if shares:  # empty if all steps were taken before
@@ -161,5 +163,8 @@ def _show(result: ray.train.Result) -> None:
     grid.add_row("took", f"{m['seconds']:.0f} s")
     grid.add_row("run", Text(without_credentials(str(result.path))))
     console.print(Panel(grid, title="done", title_align="left", expand=False))
+    if m["independent"]:
+        run = shlex.quote(without_credentials(str(result.path)))
+        console.print(f"Each head has an adapter of its own: lte-ray export {run} OUT --to peft --head N", soft_wrap=True)
     if "sample" in m:
         console.print(Panel(Text(m["sample"]), title="sample", title_align="left", expand=False))

@@ -69,6 +69,11 @@ class MergeConfig:
         "What heads receive after a merge: the new base (dense), the merged factors (factors), for each layer the smaller of "
         "the two (auto), or the change of the base, rounded (bf16, int8). The rounding error is added to the next change.",
     )
+    never_merge: bool = setting(
+        False,
+        "Train independent adapters: each head trains its own LoRA on the initial weights, which stay as they are, and nothing "
+        "is merged. lte-ray export --head N exports them one by one. Needs --others frozen.",
+    )
     shards: int = setting(1, "Processes that share the merging, by layer, for large models.")
     merge_threads: int = setting(0, "Threads of the coordinator for merging; 0: one per 10^9 operations, up to its cores.")
     max_norm_z: float = setting(
@@ -88,7 +93,7 @@ class MergeConfig:
         check_integers(self, "merge_iter", "merge_threads", "quorum", "shards", *lag)
         check_at_least(self, 1, "merge_iter", "shards")
         check_at_least(self, 0, "merge_threads", "quorum", "deadline", *lag)
-        check_booleans(self, "match_speed", "wait")
+        check_booleans(self, "match_speed", "never_merge", "wait")
         check_choice(self, "when", ("barrier", "quorum", "arrival"))
         check_choice(self, "transfer", ("fp32", "bf16", "int8"))
         check_choice(self, "send_down", ("auto", "dense", "factors", *ROUNDED_CHANGES))

@@ -27,14 +27,14 @@ def choose_policy(settings: Settings, initial: Initial) -> MergeConfig:
       momentum if merges don't wait for all heads;
     - `nesterov` with lr 0.7 and momentum 0.7, if they take such steps and merges wait for all heads, but the matrices are large
       or in shards;
-    - `average`, the paper's, for every other optimizer, for a single head, and otherwise.
+    - `average`, the paper's, for every other optimizer, for a single head, where nothing is merged, and otherwise.
 
     docs/tuning.md has the figures behind this.
     """
     merge = settings.merge
     if merge.policy != "auto":
         return merge
-    if not isinstance(initial.optimizer, Muon) or settings.lte.num_heads == 1:
+    if not isinstance(initial.optimizer, Muon) or settings.lte.num_heads == 1 or merge.never_merge:
         return dataclasses.replace(merge, policy="average")
     if merge.shards == 1 and multiplications(initial.plan) <= AFFORDABLE_MULTIPLICATIONS:
         return dataclasses.replace(merge, policy="orthogonal", policy_args=None if merge.when == "barrier" else WITHOUT_BARRIER)

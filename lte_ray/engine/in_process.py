@@ -18,6 +18,7 @@ from lte_ray.engine.default_policy import choose_policy
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.rng import preserve_generators
 from lte_ray.engine.head.virtual import HeadGroup
+from lte_ray.engine.independent import evaluate_heads
 from lte_ray.engine.prepare import Initial, load_base, prepare
 from lte_ray.engine.process_tuning import head_threads, merge_threads, torch_threads
 from lte_ray.engine.settings import Settings
@@ -158,7 +159,13 @@ def run_in_process(
 
 
 def evaluate_newest(worker: Worker, initial: Initial, coordinator: Coordinator) -> Mapping[str, float]:
-    """The worker's evaluation of the newest base, and of the moving average if there is one."""
+    """The worker's evaluation of the newest base, and of the moving average if there is one; or of each independent adapter."""
+    if coordinator.settings.merge.never_merge:
+        references = {head: coordinator.reference(head) for head in range(len(initial.plans))}
+        adapters = {head: factors for head, factors in references.items() if factors is not None}
+        return evaluate_heads(
+            initial.plans, coordinator.base, adapters, lambda weights: evaluate_base(worker, initial, weights)
+        )
     values, ema = evaluate_base(worker, initial, coordinator.base), coordinator.ema
     if ema is None:
         return values

@@ -117,8 +117,8 @@ def _of_run(source: str, directory: RunDirectory) -> Iterator[tuple[str, Tensor]
         raise ConfigError(f"--init-from {source} has no {RUN}, so it isn't the directory of a run.")
     if not directory.exists(MODEL):
         raise ConfigError(
-            f"--init-from {source} has no {MODEL}, since the run hasn't ended. Continue it with --resume, or export a "
-            "checkpoint of it (lte-ray export RUN OUT --to safetensors) and start from that."
+            f"--init-from {source} has no {MODEL}, since the run hasn't ended, or its heads never merge. Continue it with "
+            "--resume, or export a checkpoint of it (lte-ray export RUN OUT --to safetensors) and start from that."
         )
     yield from load(directory.read(MODEL)).items()
 

@@ -104,6 +104,8 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
     settings = replace(settings, train=settings.train.with_steps(count_steps(worker, settings, batch, reads.epoch)))
     lte = resolve_buffers(settings.lte, worker, model, batch, settings.train)
     plans = make_plans(model, lte)
+    if settings.merge.never_merge:
+        _check_independent(plans[0])
     match_modules(model, settings.train.checkpoint_activations)
     check_first_loss(worker, model, batch, settings.train)
     tensors = named_tensors(model)
@@ -127,6 +129,23 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
     base, data_problem = gather(plans[0].base, tensors, dtype), describe_unread_shard(worker, reads.names)
     untrained, steps = fingerprints(tensors, plans[0]), settings.train.steps
     return Initial(model, plans, base, optimizer, lte, untrained, data_problem, steps, start)
+
+
+def _check_independent(plan: Plan) -> None:
+    """Raises ConfigError if heads with independent adapters would train anything else."""
+    trained = [replica.name for replica in plan.replicas if not replica.buffer]
+    names = trained or [replica.name for replica in plan.replicas]
+    some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    if trained:
+        raise ConfigError(
+            f"--never-merge trains adapters and nothing else, but {some} would train without LoRA. Add --others frozen, and "
+            "leave out what excludes layers (--exclude, adapt=false)."
+        )
+    if names:
+        raise ConfigError(
+            f"--never-merge trains adapters and nothing else, but training also changes the buffers {some}, which merges "
+            "average. Leave them to the heads (--merge-buffers none); batch normalization's can't be left: use another norm."
+        )
 
 
 def _check_flops(worker: Worker) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.config.baseline import baseline_lte, baseline_merge, baseline_train
+from lte_ray.config.independent import check_never_merge
 from lte_ray.errors import ConfigError
 
 
@@ -26,6 +27,7 @@ class Settings:
     data_problem: str = ""
 
     def __post_init__(self) -> None:
+        check_never_merge(self.lte, self.merge, self.train)
         if self.lte.reset == "B" and not self.merge.wait:
             raise ConfigError(
                 "--reset B and --no-wait contradict each other: B is set to zero at a merge, and with it the steps that a head "

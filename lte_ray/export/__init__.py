@@ -19,14 +19,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from lte_ray.config import suggest
 from lte_ray.engine.prepare import merged_state_dict
 from lte_ray.errors import ConfigError, StorageError
 from lte_ray.export import peft as _peft
 from lte_ray.export import pretrained as _pretrained
-from lte_ray.export.run_reader import Written, open_run, read_run
+from lte_ray.export.delta import head_delta
+from lte_ray.export.run_reader import SavedRun, Written, open_run, read_run
 from lte_ray.run.record import copy_files
 from lte_ray.storage import EMA_MODEL, MODEL
 
@@ -54,7 +55,7 @@ def peft_adapter(
         run: path or URI of the run directory.
         out: a folder that is empty or doesn't exist.
         head: export this head's change beyond the merged weights (`save_pretrained` writes these) instead; it is zero if all
-            the head's steps are merged.
+            the head's steps are merged. If heads never merge, export this head's adapter, for the initial model.
         version: the checkpoint's version; by default the newest.
         rank: the largest rank of a weight's change; by default the rank of the exact change.
         worker: overrides the worker that ``run.toml`` names: a worker, its class, or module:Class.
@@ -80,50 +81,81 @@ DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": t
 
 
 def save_pretrained(
-    run: PathLike, out: PathLike, version: int | None = None, *, dtype: str = "auto", worker: Any = None, ema: bool = False
+    run: PathLike,
+    out: PathLike,
+    version: int | None = None,
+    *,
+    head: int | None = None,
+    dtype: str = "auto",
+    worker: Any = None,
+    ema: bool = False,
 ) -> Written:
-    """Writes the merged weights as `save_pretrained` of transformers does, for `from_pretrained(out)`.
+    """Writes the merged weights, or those of one head, as `save_pretrained` of transformers does, for `from_pretrained(out)`.
 
-    Args and errors as `peft_adapter`; `dtype` as for `safetensors`. The worker's model must be one of transformers, or contain
-    one and train nothing else.
+    Args and errors as `peft_adapter`; `head` and `dtype` as for `safetensors`. The worker's model must be one of transformers,
+    or contain one and train nothing else.
     """
     path = _check_output(out)
     _pretrained.require_package("transformers")
     _check_dtype(dtype)
     saved = read_run(run, version, worker, ema)
+    weights, what = _weights_of(saved, head)
     _convert(saved.model, dtype)
     with _atomic_output(path) as folder:
-        written = _pretrained.write_pretrained(saved, folder)
+        written = _pretrained.write_pretrained(saved, folder, weights, what)
         copy_files(saved.directory, folder)
         return written
 
 
 def safetensors(
-    run: PathLike, out: PathLike, version: int | None = None, *, dtype: str = "auto", worker: Any = None, ema: bool = False
+    run: PathLike,
+    out: PathLike,
+    version: int | None = None,
+    *,
+    head: int | None = None,
+    dtype: str = "auto",
+    worker: Any = None,
+    ema: bool = False,
 ) -> Written:
-    """Writes the merged weights, under the unconverted model's own names.
+    """Writes the merged weights, or those of one head, under the unconverted model's own names.
 
     Writes the file `out` if it ends in .safetensors, else ``model.safetensors`` in the folder `out`. Args and errors as
     `peft_adapter`. For the newest version of a finished run it copies the run's file, without needing the worker.
 
     Args:
+        head: export the weights with which this head computes, instead: W + s (B A - B' A'), which is W_0 + s B A if heads
+            never merge. Those of merged runs also have its own replicas.
         dtype: auto (each weight's own type in the model), fp32, bf16 or fp16. Merged weights are fp32 in checkpoints.
     """
     path = _check_output(out)
     _check_dtype(dtype)
     directory = open_run(run)
     written = EMA_MODEL if ema else MODEL
-    if version is None and worker is None and dtype == "auto" and directory.exists(written):
+    if version is None and worker is None and head is None and dtype == "auto" and directory.exists(written):
         average = "moving average of the final merged weights" if ema else "run's final merged weights"
         data, summary = directory.read(written), f"the {average}"
     else:
         saved = read_run(run, version, worker, ema)
+        weights, summary = _weights_of(saved, head)
         _convert(saved.model, dtype)
-        data = save(merged_state_dict(saved.model, saved.plan, saved.base), {"format": "pt"})
-        summary = f"the {saved.weights}"
+        data = save(merged_state_dict(saved.model, saved.plan, weights), {"format": "pt"})
     with _atomic_output(path) as folder:
         (folder / MODEL).write_bytes(data)
     return Written(f"{MODEL}: {summary}" if path.suffix != ".safetensors" else summary)
+
+
+def _weights_of(saved: SavedRun, head: int | None) -> tuple[Tensor, str]:
+    """The weights to export, flat in the base layout, and what they are in words. A head's own buffers go into the model."""
+    if head is None:
+        saved.check_merged()
+        return saved.base, f"the {saved.weights}"
+    if saved.is_ema:
+        raise ConfigError(f"--ema and --head {head} contradict each other: the average is one of all heads. Leave one out.")
+    change = head_delta(saved, head)
+    buffers = dict(saved.model.named_buffers())
+    for name, value in change.buffers.items():
+        buffers[name].copy_(value)
+    return change.final, f"the weights of head {head} at version {saved.manifest.version}"
 
 
 def _check_dtype(dtype: str) -> None:

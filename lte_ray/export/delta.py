@@ -98,7 +98,8 @@ def matrix_weights(adapted: tuple[Adapted, ...]) -> list[Adapted]:
 def head_delta(saved: SavedRun, head: int, rank: int | None = None) -> ModelDelta:
     """Returns a head's change beyond the merged weights: s (B A - B' A') and its own replicas.
 
-    The change is exactly zero if all that the head has trained is merged. `final` is the head's W_v + s (B A - B' A').
+    The change is exactly zero if all that the head has trained is merged. `final` is the head's W_v + s (B A - B' A'). If heads
+    never merge, the change is s B A, and `final` is W_0 + s B A.
 
     Args:
         saved: the run at a checkpoint.
@@ -111,7 +112,8 @@ def head_delta(saved: SavedRun, head: int, rank: int | None = None) -> ModelDelt
     tensors = saved.head(head)
     plan, change = saved.plans[head], ModelDelta(saved.base, saved.base.clone())
     final = views(plan.base, change.final)
-    reference = factor_views(plan, tensors["reference"]) if "reference" in tensors else {}
+    in_base = tensors.get("reference") if not saved.never_merged else None
+    reference = {} if in_base is None else factor_views(plan, in_base)
     fit = LowRankFit()
     for spec in plan.adapted:
         terms = _head_terms(spec, tensors, reference, saved.base.dtype)

@@ -49,7 +49,8 @@ Pair = tuple[Tensor, Tensor]
 def write_adapter(saved: SavedRun, folder: Path, head: int | None, rank: int | None) -> Written:
     """Writes an adapter into an empty folder.
 
-    One head's adapter applies to the merged weights of the version, that of the average (`head` None) to the initial model.
+    One head's adapter applies to the merged weights of the version, that of the average (`head` None) to the initial model. So
+    does a head's if heads never merge.
 
     Raises:
         UserError: PEFT isn't installed or can't represent the change.
@@ -61,6 +62,8 @@ def write_adapter(saved: SavedRun, folder: Path, head: int | None, rank: int | N
             f"{saved.directory.display} was trained in full rank, so an adapter of low rank can't hold its change. Export the "
             "weights instead: --to safetensors or --to pretrained."
         )
+    if head is None:
+        saved.check_merged()
     peft = require_package("peft")
     change = changes.average_delta(saved, rank) if head is None else changes.head_delta(saved, head, rank)
     load_base(saved.model, saved.plan, change.start)
@@ -77,8 +80,9 @@ def write_adapter(saved: SavedRun, folder: Path, head: int | None, rank: int | N
     with ignore_warnings():
         adapted = _make_peft_model(peft, model, placement, pairs, final)
         adapted.peft_config[ADAPTER].task_type = _task_type(model, placement)
-        other = head is not None or saved.record.get("init_from")  # then it isn't for the weights with that name
-        name = "" if other else _name_of(model)
+        of_merged = head is not None and not saved.never_merged
+        # Then it isn't for the weights with that name.
+        name = "" if of_merged or saved.record.get("init_from") else _name_of(model)
         if head is not None or name:
             adapted.peft_config[ADAPTER].base_model_name_or_path = name
         adapted.save_pretrained(str(folder), save_embedding_layers=False)
@@ -220,6 +224,8 @@ def _summary(
     version = saved.manifest.version
     if head is None:
         what += f": the change from the initial model to the {saved.weights}"
+    elif saved.never_merged:
+        what += f": what head {head} has trained until version {version}"
     elif not change.factors:
         what += f": zero, since all that head {head} has trained is in the merged weights of version {version}"
     else:

@@ -7,15 +7,15 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lte_ray.engine.prepare import load_base, named_tensors
 from lte_ray.errors import UserError
 from lte_ray.export.run_reader import SavedRun, Written
 
 
-def write_pretrained(saved: SavedRun, folder: Path) -> Written:
-    """Writes the merged weights into an empty folder.
+def write_pretrained(saved: SavedRun, folder: Path, weights: Tensor, what: str) -> Written:
+    """Writes weights (flat, in the base layout; in words: `what`) into an empty folder.
 
     Weights have the type in which the worker builds the model; tied weights stay tied.
 
@@ -35,9 +35,9 @@ def write_pretrained(saved: SavedRun, folder: Path) -> Written:
             f"--to pretrained would lose what the worker's model trains outside of its {type(model).__name__}: "
             f"{', '.join(outside[:5])}{', ...' if len(outside) > 5 else ''}. Use --to safetensors."
         )
-    load_base(saved.model, saved.plan, saved.base)
+    load_base(saved.model, saved.plan, weights)
     model.save_pretrained(folder)
-    return Written(f"{type(model).__name__} with the {saved.weights}")
+    return Written(f"{type(model).__name__} with {what}")
 
 
 def pretrained_part(model: nn.Module) -> tuple[str, Any]:

@@ -22,7 +22,7 @@ from lte_ray.engine.prepare import named_tensors
 from lte_ray.errors import ConfigError, StorageError, UserError, WorkerError
 from lte_ray.export.worker_factory import make_worker
 from lte_ray.layout import Plan
-from lte_ray.merging.flat_buffer import gather
+from lte_ray.merging.flat_buffer import factor_views, gather
 from lte_ray.run import record as run_record
 from lte_ray.storage import RUN, RunDirectory, split_run_path
 
@@ -62,8 +62,23 @@ class SavedRun:
         average = "moving average of the merged weights up to" if self.is_ema else "merged weights of"
         return f"{average} version {self.manifest.version}"
 
+    @property
+    def never_merged(self) -> bool:
+        """Whether the heads have independent adapters (``--never-merge``), and the base is W_0."""
+        return bool(self.record.get("never_merge", False))
+
+    def check_merged(self) -> None:
+        """Raises ConfigError if there are no merged weights."""
+        if self.never_merged:
+            raise ConfigError(
+                f"The heads of {self.directory.display} were never merged (--never-merge): each has an adapter of its own. Say "
+                f"which with --head, 0 to {len(self.plans) - 1}."
+            )
+
     def head(self, head: int) -> dict[str, Tensor]:
         """Reads the tensors of one head's state (`engine.head.snapshot`).
+
+        A head that was never merged, and has no state since its process was gone, has the factors that it contributed last.
 
         Raises:
             ConfigError: the head doesn't exist.
@@ -72,11 +87,23 @@ class SavedRun:
         if not 0 <= head < len(self.plans):
             raise ConfigError(f"--head is {head}, but the heads of {self.directory.display} are 0 to {len(self.plans) - 1}.")
         if head not in self.manifest.heads:
-            raise StorageError(
-                f"The checkpoint of version {self.manifest.version} in {self.directory.display} has no state of head {head}, "
-                f"since the policy merged only heads {list(self.manifest.heads)} there. Choose another --head or --version."
-            )
+            return self._contributed(head)
         return checkpoint.read_head(self.directory, self.manifest, head)[0]
+
+    def _contributed(self, head: int) -> dict[str, Tensor]:
+        """The factors of a head without a state, if the base doesn't hold them."""
+        place = f"The checkpoint of version {self.manifest.version} in {self.directory.display}"
+        if not self.never_merged:
+            raise StorageError(
+                f"{place} has no state of head {head}, since the policy merged only heads {list(self.manifest.heads)} there. "
+                "Choose another --head or --version."
+            )
+        references = checkpoint.read_references(self.directory, self.manifest, self.plans)
+        if head not in references:
+            raise StorageError(
+                f"{place} has nothing of head {head}, which hadn't contributed. Choose another --head or --version."
+            )
+        return {f"factor.{name}": factor for name, factor in factor_views(self.plans[head], references[head]).items()}
 
 
 @dataclass(frozen=True)

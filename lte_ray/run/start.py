@@ -121,6 +121,7 @@ def check_start(
     if manifest.facts.get("baseline", False) != settings.train.baseline:
         kind, way = ("LTE", "leave --baseline out") if settings.train.baseline else ("ordinary training", "give --baseline")
         raise StorageError(f"{place} is a run of {kind}: to continue it, {way}; or choose another --name.")
+    _check_independent(place, manifest, settings)
     before, now = manifest.facts["lte"], json.loads(json.dumps(dataclasses.asdict(settings.lte)))
     # Settings that are newer than the run have their defaults; `checkpoint.check_factors` finds out whether these two fit.
     default = json.loads(json.dumps(dataclasses.asdict(LTEConfig()))) | {name: now[name] for name in ("adapt", "merge_buffers")}
@@ -153,6 +154,19 @@ def check_start(
     if heads != settings.lte.num_heads:
         notes.append(f"The run continues with {settings.lte.num_heads} heads instead of {heads}; the data is redistributed.")
     return manifest, notes
+
+
+def _check_independent(place: str, manifest: checkpoint.Manifest, settings: Settings) -> None:
+    """Raises StorageError if only one of the checkpoint and the run has independent adapters, or not equally many."""
+    independent, heads = settings.merge.never_merge, manifest.facts["lte"]["num_heads"]
+    if manifest.facts.get("never_merge", False) != independent:
+        merge, way = ("merge", "leave --never-merge out") if independent else ("never merge", "give --never-merge")
+        raise StorageError(f"{place} is a run whose heads {merge}: to continue it, {way}; or choose another --name.")
+    if independent and heads != settings.lte.num_heads:
+        raise StorageError(
+            f"{place} has {heads} independent adapters, each with its own data: continue it with --num-heads {heads}, or "
+            "choose another --name."
+        )
 
 
 def changed_data(resume: checkpoint.Manifest, config: str) -> list[str]:

@@ -45,10 +45,10 @@ def make_groups(plans: Sequence[Plan], merge: MergeConfig) -> tuple[EntryGroup, 
     """Distributes the entries of the base over `merge.shards`, in at most one group by factors and one dense group per shard.
 
     A weight is sent to heads by factors if a head, in a merge of all N heads, then receives fewer bytes than out x in x 4: the
-    factors of the N - 1 others, sum of r_n (out + in) in the transfer format (if ranks differ, the mean over the heads).
-    `merge.send_down` may force either form; if it names a format, all is dense, and sent as rounded changes. Replicas are all
-    in shard 0. They are sent as the N - 1 others' changes if that is fewer bytes, or if all weights are sent by factors and it
-    adds at most 2% to these (then no head waits for the coordinator's own base); else dense.
+    factors of the N - 1 others, sum of r_n (out + in) in the transfer format (if ranks differ, the mean over the heads). Where
+    heads never merge, these are none. `merge.send_down` may force either form; if it names a format, all is dense, and sent as
+    rounded changes. Replicas are all in shard 0. They are sent as the N - 1 others' changes if that is fewer bytes, or if all
+    weights are sent by factors and it adds at most 2% to these (then no head waits for the coordinator's own base); else dense.
 
     Balances the shards' work greedily, the largest first: out x in x (sum of r_n) of a weight, and size x N of the replicas.
     Two shards differ by at most one weight's work, unless the replicas alone are more.
@@ -98,6 +98,8 @@ def subplan(plan: Plan, names: Collection[str]) -> Plan:
 
 def _fewer_by_factors(spec: Adapted, ranks: int, heads: int, merge: MergeConfig) -> bool:
     """Whether a weight goes down by factors; `ranks` is the sum over all heads."""
+    if merge.never_merge:
+        return True
     if merge.send_down != "auto":
         return merge.send_down == "factors"
     out, inner = spec.matrix

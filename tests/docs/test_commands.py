@@ -42,6 +42,9 @@ AVERAGED = "lte-ray train mine.py:Net --num-heads 4 --name averaged --ema 0.999"
 NEW = "lte-ray new my_net"
 """Writes a worker, which another command trains."""
 
+NEVER = "lte-ray train mine.py:Net --num-heads 4 --name adapters --never-merge --others frozen"
+"""Makes the run `adapters`."""
+
 TOKEN = "ray get-auth-token --generate > /dev/null"
 LOCAL_CLUSTER = "cluster/local.sh"
 JOB_SERVER = 8265
@@ -102,6 +105,9 @@ DECISIONS: dict[str, Runs | str] = {
     "lte-ray export ~/ray_results/mine out --to safetensors": Runs(after=MINE, quick=True),
     "lte-ray export ~/ray_results/mine out-mine --to peft": Runs(after=MINE),
     "lte-ray export ~/ray_results/mine out-head-1 --to peft --head 1": Runs(after=MINE),
+    "lte-ray export ~/ray_results/mine out-1 --to safetensors --head 1": Runs(after=MINE, quick=True),
+    NEVER: Runs(),
+    "lte-ray export ~/ray_results/adapters out-adapter-2 --to peft --head 2": Runs(after=NEVER),
     "lte-ray export ~/ray_results/bert out-bert --to pretrained": Runs(),
     "lte-ray train mine.py:Net --num-heads 4 --when arrival --no-wait": Runs(),
     "lte-ray train mine.py:Net --lora-r 32 --layers '@linear: lora_r=16' '0: lora_r=8 lr=0.5' '2: adapt=false lr=0.1'": Runs(),

@@ -97,7 +97,7 @@ def test_heads_reserve_resources_and_have_their_own_main_weights(local_ray: None
         # the thread count is set where the head trains, so it is read there
         assert ray.get(run.heads.slots[1].actor.inspect.remote(torch_threads)) == 2
         before = ray.get([slot.actor.inspect.remote(first_weight) for slot in run.heads.slots])
-        _, published, _ = ray.get(run.coordinator.actor.finish.remote())
+        _, published, *_ = ray.get(run.coordinator.actor.finish.remote())
         base = ObjectStore().fetch(published).clone()
         ray.get(run.heads.slots[0].actor.inspect.remote(perturb))
         after = ray.get([slot.actor.inspect.remote(first_weight) for slot in run.heads.slots])

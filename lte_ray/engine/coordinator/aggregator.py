@@ -73,7 +73,7 @@ class DecidedMerge:
     Attributes:
         version: the next one.
         shares: of the merged heads, in the order in which they are added.
-        weights: by head; empty where there is a `change`.
+        weights: by head; empty where there is a `change`, or where nothing is merged and only the references change.
         change: flat, in the base layout.
         num_heads: N.
         step: what is done with the sum of the shares; None: it is added.

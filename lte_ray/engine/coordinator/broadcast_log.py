@@ -8,6 +8,9 @@ from collections.abc import Collection, Mapping, Sequence
 from lte_ray.messages import MergeDelta
 from lte_ray.transfer.groups import EntryGroup
 
+MAX_DELTAS = 1000
+"""Merges that are kept at most: those that changed nothing take no bytes."""
+
 
 class BroadcastLog:
     """Keeps the last merges as heads redo them, as long as they take fewer bytes than the base and its momentum.
@@ -54,7 +57,7 @@ class BroadcastLog:
             self._deltas.clear()
             return
         self._deltas.append(delta)
-        while self._bytes(self._deltas) > self._base_bytes and len(self._deltas) > 1:
+        while (len(self._deltas) > MAX_DELTAS or self._bytes(self._deltas) > self._base_bytes) and len(self._deltas) > 1:
             self._deltas.popleft()
 
     def deltas_since(self, have: int) -> tuple[MergeDelta, ...] | None:
@@ -83,7 +86,7 @@ class BroadcastLog:
             return self._dense_bytes * len(heads)
         if not self._deltas:
             return (self._dense_bytes + self._base_bytes) * len(heads)
-        factors = sum(self._factor_bytes[h] * max(0, live - 1) for h in heads)
+        factors = sum(self._factor_bytes[h] * max(0, live - 1) for h in heads if h in self._deltas[-1].weights)
         return self._dense_bytes * len(heads) + factors + self._change_bytes * live
 
     @property

@@ -351,6 +351,8 @@ class Coordinator:
         """
         if head not in self.members:
             return EventResult((), ())
+        if self.settings.merge.never_merge:
+            return self.lose(head)  # its adapter stays, and nobody else trains its data
         results: tuple[ContributionResult, ...] = ()
         if head in self._pending:  # others train its data
             results = (self._result(head, False, f"head {head} has left the run"),)
@@ -441,9 +443,10 @@ class Coordinator:
         )
 
     def _decided_merge(self, decision: Merge | MergeChange, heads: Sequence[int]) -> DecidedMerge:
-        shares = {head: self._pending[head].share for head in heads}
-        weights, step = self._checked_policy.weights(decision, heads), self._checked_policy.outer_step(decision)
-        change = self._checked_policy.change(decision)
+        shares, checked = {head: self._pending[head].share for head in heads}, self._checked_policy
+        if self.settings.merge.never_merge:  # the version differs in its references only
+            return DecidedMerge(self.version + 1, shares, {}, None, len(self.members))
+        weights, step, change = checked.weights(decision, heads), checked.outer_step(decision), checked.change(decision)
         steps = {head: self._pending[head].contribution.step for head in heads}
         keep = keep_at_merge(self.settings.train.ema, self.positions, self.members, steps)
         return DecidedMerge(self.version + 1, shares, weights, change, len(self.members), step, keep)

@@ -78,6 +78,8 @@ class StepRateEstimator:
 def is_shared(settings: Settings) -> bool:
     """Whether the heads share `steps` x `num_heads` local steps, so that a slow head doesn't train alone at the end."""
     merge, budget = settings.merge, settings.train.budget
+    if merge.never_merge:  # each head has an adapter of its own to train to the end
+        return False
     if budget == "auto":
         return not merge.wait or merge.match_speed or bool(merge.merge_every)
     return budget == "shared"

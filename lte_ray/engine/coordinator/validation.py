@@ -97,11 +97,11 @@ class OutlierFilter:
     can't be told from a change.
 
     Args:
-        settings: `max_norm_z` is read.
+        settings: `max_norm_z` is read. Where heads never merge, none is an example for another, and no norm is refused.
     """
 
     def __init__(self, settings: MergeConfig) -> None:
-        self._threshold = settings.max_norm_z
+        self._threshold = 0.0 if settings.never_merge else settings.max_norm_z
         self._window: deque[float] = deque(maxlen=WINDOW)
         self._judged: deque[tuple[int, float, bool]] = deque(maxlen=MAX_JUDGEMENTS)  # head, y, whether it was high
         self._in_a_row: dict[int, int] = {}

@@ -102,7 +102,7 @@ class Head:
             if share_weights is not None:
                 share_frozen_weights(self.converted, share_weights.converted)
             shared = None if share_weights is None else share_weights.main_weights
-            self.main_weights: MainWeights = MainWeights(self.converted, shared, alone)
+            self.main_weights: MainWeights = MainWeights(self.converted, shared, alone, settings.merge.never_merge)
             checkpoint_activations(self.model, settings.train.checkpoint_activations)
             if settings.train.compile:
                 self.model.compile()

@@ -37,13 +37,14 @@ class MainWeights:
         share: those of another head that this one uses too. Unless the references are kept apart, the heads take turns: each
             folds its own reference into the weights before it trains.
         alone: whether no other head will share these.
+        constant: whether the base never changes, and holds nothing of any head: then the weights are W_0, put in place once.
 
     Attributes:
         takes_turns: whether heads take turns on these weights.
     """
 
-    def __init__(self, converted: Converted, share: MainWeights | None, alone: bool) -> None:
-        self._converted = converted
+    def __init__(self, converted: Converted, share: MainWeights | None, alone: bool, constant: bool = False) -> None:
+        self._converted, self._constant = converted, constant
         self._shared: _SharedBase = share._shared if share is not None else _SharedBase()
         self._unused: dict[str, Tensor] = {}  # weights that were replaced, whose memory the next ones take
         self.takes_turns = share is not None or not alone
@@ -73,7 +74,7 @@ class MainWeights:
         Returns:
             Weights by name; none for those that are quantized, or shared with other heads.
         """
-        if self.takes_turns:
+        if self.takes_turns or self._constant:
             return {}
         plan = self._converted.plan
         new, old = views(plan.base, base), None if reference is None else factor_views(plan, reference)
@@ -94,6 +95,12 @@ class MainWeights:
             staged: what `stage` returned for this version and reference.
         """
         shared, plan = self._shared, self._converted.plan
+        if self._constant:
+            reference = None
+            if shared.loaded >= 0:
+                shared.loaded = shared.version
+                shared.base = shared.base if self.takes_turns else None
+                return
         is_loaded = shared.loaded == shared.version
         new = None if shared.base is None else views(plan.base, shared.base)
         old = None if reference is None else factor_views(plan, reference)

@@ -56,7 +56,7 @@ class ActorLauncher:
         gpus = wanted if 0 < wanted <= ray.available_resources().get("GPU", 0) else 0
         idle_cores = max(1, available_cores() - concurrent_heads * threads * head_actors)
         options = {**UNRESERVED, "num_gpus": gpus}
-        return self.launch(EvaluatorActor, options, self._context, self._initial.plan, idle_cores, gpus > 0)
+        return self.launch(EvaluatorActor, options, self._context, self._initial.plans, idle_cores, gpus > 0)
 
     @property
     def _concurrency(self) -> tuple[int, int]:

@@ -141,7 +141,7 @@ class TrainController:
             why = (
                 f"The run ended without {missing}: the cluster had no place for "
                 f"{self._reservation.last_patience:.0f} s (--resource-timeout), and all others were done. The last version is "
-                "saved and exported. Continue with --resume when there is room; with --exhausted drop this is no error."
+                "saved. Continue with --resume when there is room; with --exhausted drop this is no error."
             )
             self.state.log.record_event("ended_early", why=why)
             raise RunError(why)
@@ -284,7 +284,7 @@ class TrainController:
         while True:
             self.state.enter(RunPhase.SAVING)
             try:
-                version, final, average, problem = self._save_last()
+                version, final, average, factors, problem = self._save_last()
                 break
             except (*PROCESS_DIED, CoordinatorLost, ObjectLost, ray.exceptions.GetTimeoutError) as error:
                 self._recover(str(error))
@@ -292,27 +292,29 @@ class TrainController:
         if self.heads.busy:
             self.state.record_stop(version)
             self.heads.end_training()
-        publish = self._context.transport.publish
-        base, ema = (
-            publish(final),
-            None if average is None else publish(average),
-        )  # the driver's own: they outlive the coordinator
-        self._export(final, average)  # first: what follows is the worker's code, and may fail
+        publish = self._context.transport.publish  # the driver owns what it publishes, so that it outlives the coordinator
+        base, ema = publish(final), None if average is None else publish(average)
+        adapters = {head: publish(each) for head, each in factors.items()}
+        merges = not self._context.settings.merge.never_merge
+        if merges:
+            self._export(final, average)  # first: what follows is the worker's code, and may fail
         if problem:
-            raise StorageError(f"{problem} The merged weights were exported.")
-        self._evaluations.finish(version, base, ema, self._report)
+            raise StorageError(f"{problem} The merged weights were exported." if merges else problem)
+        self._evaluations.finish(version, base, ema, self._report, adapters)
 
-    def _save_last(self) -> tuple[int, Tensor, Tensor | None, str]:
-        """Returns the last version, its base and moving average (flat), and what was wrong with its checkpoint.
+    def _save_last(self) -> tuple[int, Tensor, Tensor | None, dict[int, Tensor], str]:
+        """Returns the last version, its base and moving average (flat), the heads' own factors where they never merge, and what
+        was wrong with its checkpoint.
 
         Raises:
             CoordinatorLost: the coordinator died, or hangs. Ray's errors and `ObjectLost` may say the same.
         """
         self._write_last(time.monotonic() + LAST_CHECKPOINT, early=self.heads.busy, least=LAST_CONFIRM)
-        version, base, ema, problem = self._wait_for(self.coordinator.actor.finish.remote())
+        version, base, ema, adapters, problem = self._wait_for(self.coordinator.actor.finish.remote())
         self._record(self._wait_for(self.coordinator.actor.status.remote(self.state.newest_version)))
         fetch = self._context.transport.fetch
-        return version, fetch(base).clone(), None if ema is None else fetch(ema).clone(), problem
+        factors = {head: fetch(each).clone() for head, each in adapters.items()}
+        return version, fetch(base).clone(), None if ema is None else fetch(ema).clone(), factors, problem
 
     def _wait_for(self, answer: Any) -> Any:
         """Returns the coordinator's answer, while heads write their parts of the last checkpoint.

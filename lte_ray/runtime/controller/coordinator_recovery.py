@@ -121,7 +121,7 @@ class CoordinatorRecovery:
         state, astray = self._state_after(reports, epoch)
         self._check_progress(state.version, why)
         self._begin(state)
-        reporting = {number for report in reports for number in report.heads}
+        reporting = {number for report in reports for number in report.heads} - astray
         unmerged = [slot for slot in heads.slots if self._ended_unmerged(slot, state, reporting)]
         for slot in [*unmerged, *(slot for slot in heads.training if astray.intersection(slot.numbers))]:
             heads.end_process(slot)
@@ -166,12 +166,14 @@ class CoordinatorRecovery:
         """Returns the state to continue from, and the heads that must start again since they are ahead of it."""
         saved, start = self._state.checkpoint, self._start
         recovered = recover(reports)
-        if recovered is None or (saved is not None and saved > recovered.version):
+        everyone = frozenset(number for report in reports for number in report.heads)
+        lost = recovered is not None and self._lost_adapters(recovered, saved)
+        if recovered is None or lost or (saved is not None and saved > recovered.version):
             if saved is None or saved == start.version:
-                return replace(start, epoch=epoch), frozenset()
+                return replace(start, epoch=epoch), everyone if lost else frozenset()
             versions = [version for version in checkpoint.complete_versions(self._context.directory) if version <= saved]
             state = self._load_newest(versions or [saved])
-            return replace(state, epoch=epoch), frozenset(number for report in reports for number in report.heads)
+            return replace(state, epoch=epoch), everyone
         references = dict(recovered.references)
         saved_heads: frozenset[int] = frozenset()
         outlier_filter: dict[str, Any] = {}
@@ -196,6 +198,18 @@ class CoordinatorRecovery:
             epoch=epoch,
         )
         return state, recovered.restart_heads
+
+    def _lost_adapters(self, recovered: Recovered, saved: int | None) -> bool:
+        """Whether nobody knows the independent adapter of a head, which died together with the coordinator.
+
+        Nothing else holds what that head has trained, so the run goes back to its newest checkpoint.
+        """
+        if not self._context.settings.merge.never_merge or not recovered.heads_without_factors:
+            return False
+        if saved is None:
+            return True
+        manifest = checkpoint.read_manifest(self._context.directory, saved)
+        return recovered.heads_without_factors > heads_in_checkpoint(recovered, manifest.facts.get("standings", {}))
 
     def _momentum_after(self, recovered: Recovered, saved: int | None) -> Handle | None:
         """Returns the momentum of the recovered version: that of a checkpoint of this version, or what the heads know.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from typing import Any
 
@@ -95,7 +95,7 @@ class Evaluations:
                 wait(self._writes[-1:], MAX_WRITE_WAIT)
         if state.queue:
             pending = state.evaluating = state.queue.popleft()
-            self._result = self.actor.evaluate.remote(pending.base, pending.ema)
+            self._result = self.actor.evaluate.remote(pending.base, pending.ema, pending.adapters)
 
     def add_first(self, start: CoordinatorState) -> None:
         """Queues the initial weights, with which all others are compared, unless the run evaluates at its end only."""
@@ -103,7 +103,7 @@ class Evaluations:
         if train.eval_every and start.version == 0:
             self._state.queue.append(PendingEvaluation(0, 0, start.base, start.base if train.ema else None))
 
-    def add_final(self, version: int, base: Any, ema: Any = None) -> None:
+    def add_final(self, version: int, base: Any, ema: Any = None, adapters: Mapping[int, Any] | None = None) -> None:
         """Queues the final version, unless it is or was evaluated already, or the worker evaluates nothing."""
         state = self._state
         if not self._context.evaluates:
@@ -111,26 +111,34 @@ class Evaluations:
         versions = [pending.version for pending in (state.evaluating, *state.queue) if pending is not None]
         versions += [evaluation.version for evaluation in state.evaluations]
         if version not in versions:
-            state.queue.append(PendingEvaluation(version, state.furthest_step, base, ema))
+            state.queue.append(PendingEvaluation(version, state.furthest_step, base, ema, adapters or {}))
 
-    def finish(self, version: int, base: Any, ema: Any, report: Callable[[], None]) -> None:
+    def finish(
+        self,
+        version: int,
+        base: Any,
+        ema: Any,
+        report: Callable[[], None],
+        adapters: Mapping[int, Any] | None = None,
+    ) -> None:
         """Evaluates the final version and all that wait, and gets a sample.
 
         Args:
             version: the final one.
             base, ema: refer to its weights and their moving average; None if there is none.
             report: called while it waits.
+            adapters: by head, refers to its own factors, where nothing is merged.
 
         Raises:
             LTEError: the worker's code raised.
         """
         self._state.enter(RunPhase.EVALUATING)
-        self.add_final(version, base, ema)
+        self.add_final(version, base, ema, adapters)
         while self.busy:
             self.poll(patience=POLL)
             report()
         self.wait_for_writes()
-        self._state.sample = self.sample(base)
+        self._state.sample = self.sample(base, adapters)
 
     @property
     def busy(self) -> bool:
@@ -147,10 +155,10 @@ class Evaluations:
         """Waits until all evaluations are written, as long as storage is waited for."""
         wait(self._writes, self._context.directory.patience)
 
-    def sample(self, base: Any) -> str | None:
+    def sample(self, base: Any, adapters: Mapping[int, Any] | None = None) -> str | None:
         """Returns what the worker's `sample` returns for the weights, or why there is nothing: a sample can't fail a run."""
         try:
-            result = self.actor.sample.remote(base)
+            result = self.actor.sample.remote(base, adapters)
             while self._actor is not None and not ray.wait([result], timeout=POLL)[0]:
                 self._check_alive()
             sample: str | None = ray_get(result, "the evaluator")

@@ -9,8 +9,8 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Any
 
@@ -49,7 +49,7 @@ class RunPhase(Enum):
         return PHASE_NOTES.get(self, "")
 
 
-PHASE_NOTES = {RunPhase.SAVING: "saving the last version", RunPhase.EVALUATING: "evaluating the merged weights"}
+PHASE_NOTES = {RunPhase.SAVING: "saving the last version", RunPhase.EVALUATING: "evaluating the last version"}
 """What a display says of a phase. While the heads train, their progress says enough."""
 
 PHASES = {
@@ -72,12 +72,14 @@ class PendingEvaluation:
         step: the furthest that a head of it had reached.
         base: refers to its weights.
         ema: refers to the moving average of the bases up to it; None if there is none.
+        adapters: by head, refers to its own factors, where nothing is merged.
     """
 
     version: int
     step: int
     base: Any
     ema: Any = None
+    adapters: Mapping[int, Any] = field(default_factory=dict)
 
 
 class RunState:
@@ -247,11 +249,11 @@ class RunState:
 
     def _record_merge(self, record: MergeRecord) -> None:
         if record.base is not None:
-            self.queue.append(PendingEvaluation(record.version, record.step, record.base, record.ema))
+            self.queue.append(PendingEvaluation(record.version, record.step, record.base, record.ema, record.adapters))
             while len(self.queue) > MAX_QUEUED_EVALUATIONS:
                 del self.queue[1]  # the first may be version 0, with which all others are compared
         self.log.record_merge(record, self.merges)
-        self.merges.append(replace(record, base=None, ema=None))  # a reference would keep the base in memory
+        self.merges.append(replace(record, base=None, ema=None, adapters={}))  # a reference would keep the base in memory
         self.rules.record_merge(record)
 
     def record_evaluation(self, evaluation: Evaluation) -> None:

@@ -263,11 +263,12 @@ class CoordinatorActor:
         """Waits up to `limit` seconds for checkpoints that are being written. Returns whether all are complete."""
         return await self._checkpoints.wait_until_complete(limit)
 
-    async def finish(self) -> tuple[int, Handle, Handle | None, str]:
+    async def finish(self) -> tuple[int, Handle, Handle | None, dict[int, Handle], str]:
         """Called when all heads have ended: waits for the last checkpoint.
 
         Returns:
-            The final version, its base, its moving average (None if there is none), and what was wrong with the last
+            The final version, its base, its moving average (None if there is none), by head the adapters where nothing is
+            merged, and what was wrong with the last
             checkpoint (empty if nothing).
 
         Raises:
@@ -275,7 +276,8 @@ class CoordinatorActor:
         """
         version, checkpoints, tasks = self._engine.version, self._checkpoints, self._tasks
         inject("finishes", version=version)
-        published = await self._aggregator.publish_base()
+        independent = self._context.settings.merge.never_merge
+        published = await self._aggregator.publish_base(complete=independent)
         end = time.monotonic() + FINISH_PATIENCE
         while (tasks.busy or checkpoints.unfinished) and tasks.failure is None and time.monotonic() < end:
             await asyncio.sleep(POLL_SECONDS)
@@ -287,7 +289,8 @@ class CoordinatorActor:
                 f"The checkpoints of versions {checkpoints.unfinished} weren't complete within {FINISH_PATIENCE:g} s: a head's "
                 f"part is missing, or {self._context.directory.display} is too slow."
             )
-        return version, published.parts[-1], published.ema.get(-1), problem
+        adapters = published.references if independent else {}
+        return version, published.parts[-1], published.ema.get(-1), adapters, problem
 
     async def _wait_until(self, condition: Callable[[], bool]) -> None:
         while not condition():

@@ -61,7 +61,7 @@ class Broadcaster:
         has_momentum: bool = False,
     ) -> None:
         self._engine, self._aggregator, self._checkpoints, self._tasks = engine, aggregator, checkpoints, tasks
-        self._train = context.settings.train
+        self._train, self._never_merge = context.settings.train, context.settings.merge.never_merge
         codecs = context.codecs(engine.plans)
         base_sizes = [plan.base.size * torch.float32.itemsize for plan in codecs[0].group_plans]
         sizes = [codec.buffer_sizes for codec in codecs]
@@ -104,9 +104,10 @@ class Broadcaster:
         for merge in merges:
             version, engine = merge.version, self._engine
             # Contributions that no head redoes aren't kept.
-            of_heads = {head: buffers[head] for head in merge.heads} if self._log.factored_groups else {}
+            of_heads = {head: buffers[head] for head in merge.weights} if self._log.factored_groups else {}
             delta = MergeDelta(version, merge.weights, of_heads, merge.fresh, merge.outer_step)
-            self._log.append(delta if merge.weights or not self._log.factored_groups else None)
+            can_redo = merge.weights or self._never_merge or not self._log.factored_groups
+            self._log.append(delta if can_redo else None)
             weights = {tickets[head]: weight for head, weight in merge.weights.items()}
             seconds = self._aggregator.merge(version, weights, merge.outer_step, merge.ema_keep)
             if self._log.by_changes:
@@ -125,7 +126,8 @@ class Broadcaster:
             self._detect_spike(record)
             evaluates = last and is_due(self._train.eval_every, before, version)
             evaluates = evaluates or (saves and self._evaluate_checkpoints)
-            base = self._aggregator.publish_base(complete=saves) if evaluates or saves else None
+            complete = saves or self._never_merge  # there the references are evaluated
+            base = self._aggregator.publish_base(complete) if evaluates or saves else None
             checked = last and self._log.redone_groups and version % CHECKSUM_INTERVAL == 0
             checksum = self._aggregator.checksum() if checked else None
             self._tasks.start(self._publish_record(record, seconds, checksum, base, evaluates, saves))
@@ -180,7 +182,8 @@ class Broadcaster:
             if base is not None:
                 published = await base
                 if evaluates:
-                    record = replace(record, base=published.parts[-1], ema=published.ema.get(-1))
+                    adapters = published.references if self._never_merge else {}
+                    record = replace(record, base=published.parts[-1], ema=published.ema.get(-1), adapters=adapters)
                 if saves:
                     self._tasks.start(self._checkpoints.write_base(record.version, published))
             self._unseen = (*(m for m in self._unseen if m.version > self._seen), record)

@@ -104,6 +104,7 @@ class CheckpointManager:
             "lte": dataclasses.asdict(settings.lte),
             "untrained": settings.untrained,
             "baseline": settings.train.baseline,
+            "never_merge": settings.merge.never_merge,
             "config": self._context.run_toml,
             "losses": {str(head): loss for head, loss in record.losses.items()},
             **json.loads(json.dumps(facts)),

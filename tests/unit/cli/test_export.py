@@ -56,7 +56,7 @@ def test_the_worker_may_have_moved(run: Path, tmp_path: Path, monkeypatch: pytes
             ("--to", "safetensor"),
             "--to is 'safetensor', but it must be one of: safetensors, pretrained, peft (Did you mean safetensors?).",
         ),
-        (("--to", "pretrained", "--head", "1"), "--head is for adapters: it needs --to peft, not --to pretrained."),
+        (("--to", "pretrained", "--rank", "1"), "--rank is for adapters: it needs --to peft, not --to pretrained."),
         (("--to", "safetensors", "--rank", "1"), "--rank is for adapters: it needs --to peft, not --to safetensors."),
         (("--to", "peft", "--head", "2"), "--head is 2, but the heads of"),
         (("--to", "peft", "--head", "1", "--ema"), "--ema and --head 1 contradict each other"),
@@ -101,7 +101,7 @@ def test_an_interrupt_says_that_nothing_was_written(
 ) -> None:
     """Exit code 130, and no file."""
 
-    def interrupted(saved: object, folder: Path) -> None:
+    def interrupted(saved: object, folder: Path, *_: object) -> None:
         (folder / "half").write_text("half")
         raise KeyboardInterrupt
 

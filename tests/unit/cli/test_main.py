@@ -296,7 +296,7 @@ def test_a_flag_wins_over_every_switch_of_a_file(tmp_path: Path, on: bool) -> No
     flags += [f"--worker.{'no-' if on else ''}{name}" for name in ("on", "off")]
     parsed = parse(Switches, "x:Switches", ["--config", str(path), *flags])
     values = {k: v for part in (parsed.lte, parsed.merge, parsed.train) for k, v in vars(part).items()}
-    assert {"wait", "strict", "compile", "rslora", "match_speed", "full_rank", "baseline"} == set(ours)
+    assert {"wait", "strict", "compile", "rslora", "match_speed", "never_merge", "full_rank", "baseline"} == set(ours)
     assert [values[name] for name in ours] == [not on] * len(ours)
     assert parsed.worker == Switches(not on, not on)
     assert parse(Switches, "x:Switches", ["--wait", "--no-wait", "--resume", "--no-resume"]).merge.wait is False

@@ -287,6 +287,24 @@ def test_a_run_is_not_continued_with_other_heads(directory: RunDirectory, change
         run_start.check_start(directory, RESUME, settings(**changes))
 
 
+def test_a_run_of_independent_adapters_continues_as_such_with_as_many_heads(directory: RunDirectory) -> None:
+    """References that a base doesn't hold can't be subtracted from it, and no head has another's data."""
+    given = settings()
+    independent = dataclasses.replace(given, merge=dataclasses.replace(given.merge, never_merge=True))
+    manifest, _, _ = written(directory, Tiny(), given, old=False)
+    with pytest.raises(StorageError, match="is a run whose heads merge: to continue it, leave --never-merge out"):
+        run_start.check_start(directory, RESUME, independent)
+    checkpoint.commit(directory, 1, manifest.heads, manifest.files, manifest.facts | {"never_merge": True})
+    with pytest.raises(StorageError, match="is a run whose heads never merge: to continue it, give --never-merge"):
+        run_start.check_start(directory, RESUME, given)
+    assert run_start.check_start(directory, RESUME, independent)[0] is not None
+    fewer = dataclasses.replace(
+        independent, lte=dataclasses.replace(given.lte, num_heads=2, lora_r=2, lora_alpha=4.0, layers=())
+    )
+    with pytest.raises(StorageError, match=r"has 3 independent adapters, .*: continue it with --num-heads 3"):
+        run_start.check_start(directory, RESUME, fewer)
+
+
 def test_settings_that_came_later_are_compared_with_their_defaults(directory: RunDirectory) -> None:
     """An older run used the defaults; --adapt may differ, since only nn.Linear layers had factors then."""
     written(directory, Tiny(), make_settings(), old=True)

@@ -206,7 +206,7 @@ def test_out_must_be_free(run: Path, tmp_path: Path, write: Any) -> None:
 def test_what_fails_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk during writing is a StorageError, and neither OUT nor a temporary file remains."""
 
-    def full(saved: Any, folder: Path) -> None:
+    def full(saved: Any, folder: Path, *_: Any) -> None:
         (folder / "half").write_text("half")
         raise OSError(28, "No space left on device")
 

@@ -31,6 +31,6 @@ def test_heads_without_a_place_at_the_end_are_an_error_unless_the_run_may_do_wit
     if not fails:
         TrainController._check_complete(run)
         return
-    with pytest.raises(RunError, match=r"without head 1, head 3: .* for 1800 s \(--resource-timeout\).* saved and exported"):
+    with pytest.raises(RunError, match=r"without head 1, head 3: .* for 1800 s \(--resource-timeout\).* is saved"):
         TrainController._check_complete(run)
     assert entered == [RunPhase.FAILED]

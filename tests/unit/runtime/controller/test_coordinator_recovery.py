@@ -19,7 +19,7 @@ from lte_ray.engine.coordinator.ema import kept_share
 from lte_ray.engine.failure_policy import FailurePolicy
 from lte_ray.engine.hang_detector import HangDetector
 from lte_ray.errors import CoordinatorLost
-from lte_ray.messages import CommittedPosition, HeadStatus, MergeRecord, OuterStep, RecoveryReport, StepCoefficients
+from lte_ray.messages import CommittedPosition, HeadReport, HeadStatus, MergeRecord, OuterStep, RecoveryReport, StepCoefficients
 from lte_ray.runtime.controller import coordinator_recovery
 from lte_ray.runtime.controller.coordinator_recovery import CoordinatorRecovery
 from lte_ray.runtime.controller.head_actors import HeadActorGroup, SlotState
@@ -235,3 +235,32 @@ def test_a_run_without_a_moving_average_recovers_none(tmp_path: Path) -> None:
     run.recovery.restart([RecoveryReport(4, "base", {}, {}, {})], "it died")
     assert run.began[0].ema is None
     assert events(run, "ema_gap") == []
+
+
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize(("sequence", "version"), [(1, 3), (2, 4)])
+def test_an_adapter_that_nobody_knows_takes_the_run_back_to_a_checkpoint(tmp_path: Path, sequence: int, version: int) -> None:
+    """Where heads never merge, and one died with the coordinator; unless the checkpoint has what it contributed last."""
+    run = Run(tmp_path, FailureConfig())
+    run.context.settings = SimpleNamespace(
+        merge=MergeConfig(policy="average", never_merge=True), train=run.context.settings.train
+    )
+    directory, factors = run.context.directory, random_flat(PLAN.factors_size, 1).float()
+    files = [
+        checkpoint.write_base(directory, 3, PLAN, random_flat(PLAN.base.size, 1).float()),
+        checkpoint.write_references(directory, 3, {1: factors}),
+    ]
+    checkpoint.commit(directory, 3, (), files, {"standings": {"1": {"sequence": sequence}}})
+    run.state.checkpoint = 3
+    loaded = CoordinatorState(3, "saved base")
+    run.recovery._load_newest = lambda versions: loaded if versions == [3] else None  # type: ignore[assignment,return-value]
+    positions = {head: CommittedPosition(0, 2, 4, 20) for head in (0, 1)}
+    run.heads.finish(run.heads.slots[0])
+    run.recovery.restart([RecoveryReport(4, "base", positions, {}, {0: HeadReport(20, 30, factors={2: "f0"})})], "it died")
+    (state,) = run.began
+    assert state.version == version
+    if version == 4:
+        assert state.references[0] == "f0"
+        assert torch.equal(state.references[1], factors)
+    # A head that had ended is behind its own adapter, too, once the run has gone back.
+    assert (run.heads.slots[0].state is SlotState.RESTARTING) == (version == 3)

@@ -78,7 +78,7 @@ def test_a_phase_has_its_followers(state: RunState) -> None:
         state.enter(RunPhase.SAVING)
     for phase in (RunPhase.TRAINING, RunPhase.SAVING, RunPhase.TRAINING, RunPhase.SAVING, RunPhase.EVALUATING):
         state.enter(phase)
-    assert state.phase.note == "evaluating the merged weights"
+    assert state.phase.note == "evaluating the last version"
 
 
 def test_a_slot_that_trains_cannot_be_restarted_before_its_process_is_ended() -> None:
