@@ -136,6 +136,8 @@ DECISIONS: dict[str, Runs | str] = {
     "lte-ray train my_net.py:MyNet --num-heads 2 --steps 200": Runs(after=NEW),
     "lte-ray new my_lm --from causal-lm": Runs(quick=True),
     "lte-ray train causal-lm --worker.model gpt2 --worker.data my.jsonl --num-heads 2 --name my-lm": HUB,
+    "lte-ray train causal-lm --worker.model gpt2 --worker.data my.jsonl --others frozen --lora-r 16 --name mine-lora": HUB,
+    "lte-ray export mine-lora adapter --to peft": HUB,
     "lte-ray export ~/ray_results/my-lm out-lm --to pretrained": HUB,
     "lte-ray train classify --worker.model bert-base-uncased --worker.data reviews.csv --num-heads 2": HUB,
     "lte-ray train image --worker.data FOLDER --worker.network resnet --worker.image-size 64 --num-heads 2": "it needs images; "
@@ -152,6 +154,7 @@ RUN = {command: how for command, how in DECISIONS.items() if isinstance(how, Run
 PROGRAMS = {"lte-ray", "ray", "make", "python", "pip", "cluster/local.sh"}
 
 OTHER_FLAGS = {
+    "--pairs",  # of benchmarks.reporting
     "--address", "--backend-store-uri", "--dashboard-host", "--generate", "--head", "--runtime-env-json", "--working-dir",
     "--node-ip-address",
 }  # fmt: skip
