@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
+import os
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,10 +17,11 @@ from rich.text import Text
 
 from lte_ray.cli.call import CallOptions, print_json
 from lte_ray.cli.flags import HELP, HELP_ALL, RESUME, Parsed, parse
-from lte_ray.cli.run_argument import locate_run
+from lte_ray.cli.run_argument import locate_run, run_path
 from lte_ray.cli.settings_parser import normalize
 from lte_ray.cli.toml_config import from_content
 from lte_ray.cli.worker_argument import check_class, make_without_settings, read_worker
+from lte_ray.config import TrainConfig
 from lte_ray.errors import RESUMABLE, ConfigError
 from lte_ray.import_object import load_worker
 from lte_ray.redaction import without_credentials
@@ -109,7 +113,7 @@ def _run(program: str, kind: type, parsed: Parsed, note: str = "") -> int:
             parsed.worker if parsed.worker is not None else make_without_settings(program, kind),
             lte=parsed.lte,
             merge=parsed.merge,
-            train=parsed.train,
+            train=_with_run(parsed.train, parsed.storage.storage),
             scaling_config=parsed.placement,
             failure=parsed.failure,
             run_config=parsed.storage,
@@ -118,6 +122,17 @@ def _run(program: str, kind: type, parsed: Parsed, note: str = "") -> int:
         )
         result = trainer.fit()
     return _report(result, parsed.call)
+
+
+def _with_run(train: TrainConfig, storage: str | None) -> TrainConfig:
+    """Returns the settings with the path of the run that ``--init-from`` names, if it is a name and there is such a run."""
+    from lte_ray.storage import RUN, RunDirectory, split_run_path
+
+    given = train.init_from
+    if not given or Path(given).expanduser().exists() or "/" in given or os.sep in given:
+        return train
+    path = run_path(given, storage)
+    return dataclasses.replace(train, init_from=path) if RunDirectory.open(*split_run_path(path)).exists(RUN) else train
 
 
 def _report(result: ray.train.Result, call: CallOptions) -> int:

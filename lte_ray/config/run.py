@@ -61,7 +61,7 @@ class TrainConfig:
     )
     init_from: str | None = setting(
         None,
-        "Weights to start from, instead of those of build_model(): the directory of a finished run (path or URI), a "
+        "Weights to start from, instead of those of build_model(): a finished run (its name, path or URI), a "
         ".safetensors file, or a folder with a model of transformers or an adapter of PEFT. Every node must be able to read "
         "it.",
     )

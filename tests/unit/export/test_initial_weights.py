@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lte_ray import export
+from lte_ray.cli.train import _with_run as with_run
 from lte_ray.config import TrainConfig
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.in_process import run_in_process
@@ -155,6 +156,16 @@ def test_a_source_that_does_not_fit_is_one_clear_error(run: Path, tmp_path: Path
     source = bad_source(form, run, tmp_path)
     with pytest.raises(ConfigError, match=f"--init-from .*{message}"):
         build_initial_model(ExportWorker("gpt2"), TrainConfig(init_from=source))
+
+
+def test_the_command_line_takes_a_runs_name(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As all commands do; a file or folder of that name comes first."""
+    monkeypatch.chdir(tmp_path)
+    given = TrainConfig(init_from=run.name)
+    assert with_run(given, str(run.parent)).init_from == str(run)
+    assert with_run(TrainConfig(init_from="other"), str(run.parent)).init_from == "other"
+    (tmp_path / run.name).mkdir()
+    assert with_run(given, str(run.parent)) == given
 
 
 @pytest.mark.parametrize("value", ["", 3])
