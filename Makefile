@@ -58,6 +58,7 @@ bench: $(VENV)/.installed-dev  ## Run the benchmarks and write benchmarks/result
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.efficiency
 	$(BIN)/python -m benchmarks.reporting
+	$(BIN)/python -m benchmarks.figures
 	$(BIN)/python -m benchmarks.modes
 	$(BIN)/python -m benchmarks.optimizers
 	$(BIN)/python -m benchmarks.memory
