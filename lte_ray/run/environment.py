@@ -69,9 +69,10 @@ def describe_git(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _git(folder: str | os.PathLike[str], *arguments: str) -> str | None:
+    safe = ("--no-optional-locks", "-c", "core.fsmonitor=false")  # a repository's settings must start no program
     try:
         done = subprocess.run(
-            ["git", "-C", os.fspath(folder), "--no-optional-locks", *arguments],
+            ["git", "-C", os.fspath(folder), *safe, *arguments],
             capture_output=True, text=True, timeout=GIT_TIMEOUT, check=True, stdin=subprocess.DEVNULL,
         )  # fmt: skip
     except (OSError, ValueError, subprocess.SubprocessError):

@@ -27,7 +27,10 @@ UNPICKLING = {"pickle", "dill", "marshal", "shelve", "joblib", "yaml", "subproce
 
 
 def test_the_library_executes_nothing_that_it_reads() -> None:
-    """No eval, exec, torch.load or numpy.load. Only `PickledObject`, which carries objects within one run, unpickles."""
+    """No eval, exec, torch.load or numpy.load. Only `PickledObject`, which carries objects within one run, unpickles.
+
+    The only program that it starts is git, with fixed arguments, in the worker's folder.
+    """
     found = []
     for file in sorted((ROOT / "lte_ray").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -42,7 +45,8 @@ def test_the_library_executes_nothing_that_it_reads() -> None:
                 if "pickle" in called and called.rpartition(".")[2] in ("load", "loads", "Unpickler"):
                     found.append(f"{where} calls {called}")
                 found += [f"{where} gives {k.arg}" for k in node.keywords if k.arg in ("weights_only", "allow_pickle", "shell")]
-    assert [f.partition(":")[0] for f in found] == ["lte_ray/runtime/context.py"], found
+    assert [f.partition(":")[0] for f in found] == ["lte_ray/run/environment.py", "lte_ray/runtime/context.py"], found
+    assert "imports subprocess" in found[0]
 
 
 def test_only_the_actors_of_a_run_unpickle() -> None:
