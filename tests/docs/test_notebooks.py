@@ -12,6 +12,7 @@ NOTEBOOKS = sorted(path.name for path in (ROOT / "docs" / "notebooks").glob("*.i
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an empty folder and a new home, with all classes and functions defined in its cells; it asserts its own results."""

@@ -22,7 +22,7 @@ from lte_ray.export.run_reader import read_run
 from tests.support.ray_runs import storage
 from workers.regression import Regression
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(600)]
 
 
 class Plain(Regression):

@@ -66,6 +66,7 @@ def test_a_run_that_a_callback_ends_is_resumed_to_the_same_bits(tmp_path: Path, 
     assert_same_model(again.path, merged_in_process(DropoutRegression(), run["lte"], run["merge"], steps))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_limit_ends_virtual_heads_that_do_not_wait(tmp_path: Path, local_ray: None) -> None:
     """Heads in the middle of a round are saved; the resumed run takes all its steps."""
     run = {
