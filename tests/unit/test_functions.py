@@ -123,11 +123,12 @@ def test_a_worker_travels_without_the_data_that_it_has_made() -> None:
 
 
 def test_settings_find_their_section() -> None:
-    """By their names, which occur once; arguments of LTETrainer pass."""
+    """By their names, which occur once; arguments of LTETrainer pass, among them `log`, which takes objects, too."""
     names = [field.name for kind in SECTIONS for field in dataclasses.fields(kind)]
     assert len(set(names)) == len(names)
     arguments = {field.name for field in dataclasses.fields(lte_ray.LTETrainer)} - {"reporter", "worker", "program"}
-    assert not arguments & set(names)
+    assert arguments & set(names) == {"log"}
+    assert sort_settings({"log": ["csv"]}) == {"log": ["csv"]}
     storage = StorageConfig(name="n")
     sorted_ = sort_settings({"num_heads": 4, "lr": 0.5, "run_config": storage, "cpus_per_head": 0.5})
     assert sorted_ == {
