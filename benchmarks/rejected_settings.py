@@ -10,6 +10,8 @@ from benchmarks.rejected_runner import Row, Run
 
 GOOD = "workers.regression:Regression"
 
+PLANS = ["--gpu 80XB", "--gpu A100", "--num-gpus 4", "--gpu 80GB --num-gpus 0", "--link 1Gb", "--step-time soon", "--baseline"]
+
 SETTINGS = [
     "--num-heads 0",
     "--num-heads many",
@@ -197,6 +199,8 @@ def settings(run: Run, folder: Path) -> Iterator[Row]:
     yield Row("resume nothing", *run("resume", "nothing", "--storage", str(folder / "runs")))
     yield Row("--address 127.0.0.1:1", *run("train", GOOD, "--address", "127.0.0.1:1", "--storage", str(folder / "runs")))
     yield Row("simulate --bandwidth 10Gb", *run("simulate", "--bandwidth", "10Gb"))
+    for flags in PLANS:
+        yield Row(f"plan {flags}", *run("plan", GOOD, *flags.split()))
     (folder / "run.toml").write_text('program = "a:B"\nomitted = ["worker.lr"]')
     yield Row("--config run.toml that leaves out a secret", *run("train", GOOD, "--config", str(folder / "run.toml")))
     yield Row("RAY_ADDRESS=127.0.0.1:1", *run("train", GOOD, "--storage", str(folder / "runs")))

@@ -34,6 +34,8 @@ from lte_ray.messages import StepCoefficients as StepCoefficients
 from lte_ray.modes.prepare import prepare_model_for_lte as prepare_model_for_lte
 from lte_ray.modes.replica import MultiheadReplicaLayer as MultiheadReplicaLayer
 from lte_ray.modes.replica import ReplicaLayer as ReplicaLayer
+from lte_ray.planning import RunPlan as RunPlan
+from lte_ray.planning import plan as plan
 from lte_ray.run.callbacks import Callback as Callback
 from lte_ray.run.history import read_metrics as read_metrics
 from lte_ray.run.sinks.protocol import LogRow as LogRow

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lte_ray.adapters.layer_kinds import NORM, kind_of
 from lte_ray.adapters.user_parameter import check_hooks
@@ -340,6 +341,7 @@ def _check_memory(model: nn.Module, changing: set[str]) -> None:
         and tensor.layout is torch.strided
         and tensor.numel()
         and tensor.device.type != "meta"
+        and not isinstance(tensor, FakeTensor)
     )
     end, owner = 0, ""
     for begin, until, name in spans:

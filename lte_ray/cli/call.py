@@ -30,7 +30,7 @@ class CallOptions:
         "Ray to use, as in ray.init: auto, HOST:PORT, ray://HOST:PORT, or local (an own one). It wins over RAY_ADDRESS. By "
         "default an own Ray is started.",
     )
-    json: bool = setting(False, "Print one JSON object with the final metrics on stdout, and nothing else there.")
+    json: bool = setting(False, "Print one JSON object on stdout (of a run its final metrics), and nothing else there.")
     quiet: bool = setting(False, "Show no progress and no notes; warnings and errors remain.")
     log_level: Literal["auto", "debug", "info", "warning", "error"] = setting(
         "auto", "What is reported on stderr in addition to progress; auto: info, with --quiet warning."

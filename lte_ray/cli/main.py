@@ -26,6 +26,7 @@ usage: lte-ray train WORKER [flags]
        lte-ray resume RUN [flags]
        lte-ray export RUN OUT --to FORMAT [flags]
        lte-ray ladder WORKER [flags]
+       lte-ray plan WORKER [flags]
        lte-ray simulate [WORKER] [flags]
        lte-ray audit RUN
        lte-ray new NAME [--from RECIPE]
@@ -43,6 +44,7 @@ examples:
   lte-ray train my/file.py:Net --num-heads 4 --merge-iter 10 --steps 200 --worker.lr 0.001
   lte-ray train my/file.py:Net --config settings.toml --name second-try
   lte-ray ladder my/file.py:Net --num-heads 4 --quick
+  lte-ray plan gpt --num-heads 8 --gpu 24GB --num-gpus 8 --link 1Gbit
   lte-ray simulate --num-heads 4 --speeds 1 1 1 4 --when arrival --no-wait
   lte-ray resume second-try --steps 800
   lte-ray export second-try second-try.safetensors --to safetensors
@@ -126,6 +128,12 @@ def _ladder(arguments: list[str]) -> None:
     ladder(arguments)
 
 
+def _plan(arguments: list[str]) -> None:
+    from lte_ray.cli.plan import plan
+
+    plan(arguments)
+
+
 def _simulate(arguments: list[str]) -> None:
     from lte_ray.cli.simulate import simulate
 
@@ -163,6 +171,7 @@ COMMANDS = {
     "resume": Command(_resume, "RUN [flags]", "Training hadn't begun."),
     "export": Command(_export, "RUN OUT --to FORMAT [flags]", "Nothing was written."),
     "ladder": Command(_ladder, "WORKER [flags]", "Trainings that are done are kept."),
+    "plan": Command(_plan, "WORKER [flags]", "Nothing was started."),
     "simulate": Command(_simulate, "[WORKER] [flags]", "Nothing was written."),
     "audit": Command(_audit, "RUN", "Nothing was written."),
     "new": Command(_new, "NAME [--from RECIPE]", "Nothing was written."),

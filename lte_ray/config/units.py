@@ -1,4 +1,5 @@
-"""Numbers with units, as people write them: times such as ``30s`` or ``1h30m``, and rates such as ``10Gbit`` or ``1.25GB``.
+"""Numbers with units, as people write them: times such as ``30s`` or ``1h30m``, and rates such as ``10Gbit`` or ``1.25GB``,
+and amounts of memory such as ``80GB``.
 
 A plain number counts in the base unit, seconds or bytes per second.
 """
@@ -60,6 +61,15 @@ def bytes_per_second(value: str | float, name: str = "the rate") -> float:
             f"{name} is {value!r}, but it must be a rate such as 10Gbit or 1.25GB, or a number of bytes per second."
         )
     return float(match[1]) * _PREFIXES[match[2]] / (1 if match[3] == "B" else 8)
+
+
+def size_in_bytes(text: str) -> float | None:
+    """Reads an amount of memory: ``80GB``, ``24GiB``, or a number of bytes; None if it has another form."""
+    plain = _plain(text)
+    match = _SIZE.fullmatch(text.strip())
+    if plain is None and match and match[3] == "B" and not match[4]:
+        return float(match[1]) * _PREFIXES[match[2]]
+    return plain
 
 
 def _plain(value: str | float) -> float | None:

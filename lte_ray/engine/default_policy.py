@@ -31,12 +31,22 @@ def choose_policy(settings: Settings, initial: Initial) -> MergeConfig:
 
     docs/tuning.md has the figures behind this.
     """
+    return resolve_policy(settings, isinstance(initial.optimizer, Muon), initial.plan)
+
+
+def resolve_policy(settings: Settings, orthogonalizes: bool, plan: Plan) -> MergeConfig:
+    """As `choose_policy`, without the run's model.
+
+    Args:
+        orthogonalizes: whether the heads' optimizer takes orthogonalized steps.
+        plan: the first head's.
+    """
     merge = settings.merge
     if merge.policy != "auto":
         return merge
-    if not isinstance(initial.optimizer, Muon) or settings.lte.num_heads == 1 or merge.never_merge:
+    if not orthogonalizes or settings.lte.num_heads == 1 or merge.never_merge:
         return dataclasses.replace(merge, policy="average")
-    if merge.shards == 1 and multiplications(initial.plan) <= AFFORDABLE_MULTIPLICATIONS:
+    if merge.shards == 1 and multiplications(plan) <= AFFORDABLE_MULTIPLICATIONS:
         return dataclasses.replace(merge, policy="orthogonal", policy_args=None if merge.when == "barrier" else WITHOUT_BARRIER)
     if merge.when != "barrier":
         return dataclasses.replace(merge, policy="average")

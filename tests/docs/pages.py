@@ -65,7 +65,8 @@ def inline_code() -> dict[str, str]:
 
 
 def write_files(folder: Path) -> None:
-    """Writes the files that commands name: the README's mine.py, and docs/merge-policies.md's my_policies.py."""
+    """Writes the files that commands name: the README's mine.py, and those of other pages: my_policies.py, llama.py."""
     (folder / "mine.py").write_text(page_blocks("README.md", "python")[0])
+    (folder / "llama.py").write_text(page_blocks("docs/plan.md", "python")[1])
     policies = [text for text in page_blocks("docs/merge-policies.md", "python") if text.startswith("# my_policies.py")]
     (folder / "my_policies.py").write_text("\n".join(policies))

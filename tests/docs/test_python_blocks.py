@@ -32,6 +32,7 @@ ELSEWHERE = {
     ("docs/merge-policies.md", 0): "test_merge_policies.py",
     ("docs/merge-policies.md", 1): "test_merge_policies.py",
     ("docs/merge-policies.md", 2): "test_merge_policies.py",
+    ("docs/plan.md", 1): "test_commands.py",
 }
 """Blocks that other tests run, by page and number on it, and where."""
 
@@ -44,6 +45,7 @@ HERE = {
     ("docs/logging.md", 0),
     ("docs/logging.md", 1),
     ("docs/models.md", 0),
+    ("docs/plan.md", 0),
     ("docs/recipes.md", 0),
     ("docs/security.md", 0),
     ("docs/workers.md", 0),
@@ -173,6 +175,14 @@ def test_the_metrics_of_a_run_are_read_in_a_notebook(tmp_path: Path) -> None:
     rows = [merge_row(1, 2.0), evaluation_row(1, 0.5), merge_row(2, 1.5)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run("docs/logging.md", 1, path=tmp_path)["losses"].to_dict() == {100: 2.0, 200: 1.5}
+
+
+def test_a_run_can_be_planned_in_python(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/plan.md: the bytes of factors and of a contribution, and flags for the GPUs."""
+    run("docs/plan.md", 0)
+    factors, up, *flags = capsys.readouterr().out.split()
+    assert int(factors) <= int(up)
+    assert flags[:2] == ["--num-heads", "4"]
 
 
 def test_rules_for_layers_can_be_given_in_python() -> None:
