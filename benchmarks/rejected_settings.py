@@ -254,6 +254,20 @@ def policies(run: Run, folder: Path) -> Iterator[Row]:
         yield Row(shown, *run("train", GOOD, *flags.split(), "--storage", str(folder / "runs")))
 
 
+def watching(run: Run, folder: Path) -> Iterator[Row]:
+    """Bad values of RUN and STORAGE for `lte-ray status` and others that read a run's files."""
+    (folder / "no-run").mkdir()
+    for command in ("status", "watch", "logs"):
+        yield Row(f"{command} without a RUN", *run(command))
+        yield Row(f"{command} of a folder that is no run", *run(command, str(folder / "no-run")))
+    yield Row("status of a name that isn't there", *run("status", "nothing", "--storage", str(folder)))
+    yield Row("status of a path, with --storage", *run("status", "./nothing", "--storage", str(folder)))
+    yield Row("runs of a folder that isn't there", *run("runs", str(folder / "nowhere")))
+    (folder / "run").mkdir()
+    (folder / "run" / "run.toml").write_text("")
+    yield Row("runs of a run", *run("runs", str(folder / "run")))
+
+
 def audits(run: Run, folder: Path) -> Iterator[Row]:
     """Bad values of RUN for `lte-ray audit`."""
     yield Row("no RUN", *run("audit"))
@@ -274,5 +288,6 @@ CATEGORIES: dict[str, Callable[[Run, Path], Iterator[Row]]] = {
     "Settings": settings,
     "Workers": workers,
     "Policies": policies,
+    "Watching": watching,
     "Audits": audits,
 }

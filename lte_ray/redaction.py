@@ -190,3 +190,8 @@ def _secrets(uri: str) -> set[str]:
             key, _, value = parameter.partition("=")
             pieces |= {value} if _is_secret_parameter(key) else set()
     return {shown for piece in pieces for shown in (piece, unquote(piece)) if len(shown) >= 4}
+
+
+def printable(text: str) -> str:
+    """The text in one line without control characters, by which text from elsewhere could change a terminal."""
+    return "".join(each if each.isprintable() else " " for each in text)

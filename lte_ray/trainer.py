@@ -34,6 +34,7 @@ from lte_ray.errors import ConfigError, Interrupted, LTEError, RunError
 from lte_ray.merging.registry import make_policy, may_merge_by_weights, resolved_arguments
 from lte_ray.messages import HeadTimes
 from lte_ray.run import record as run_record
+from lte_ray.run import run_toml
 from lte_ray.run.callbacks import Callback, CallbackList, Run, load_callbacks
 from lte_ray.run.display import automatic_display
 from lte_ray.run.history import best_checkpoints, read_rows, to_dataframe
@@ -42,7 +43,7 @@ from lte_ray.run.reporting import report_run
 from lte_ray.run.sinks import Sink, make_sinks, recordable_names
 from lte_ray.run.start import RunClaim
 from lte_ray.run.stopping import StopRules
-from lte_ray.storage import RunDirectory, split_run_path
+from lte_ray.storage import RunDirectory, default_storage, split_run_path
 from lte_ray.worker import evaluates
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class LTETrainer:
         place, name = split_run_path(os.fspath(path))
         check_run_name(name, "path")
         directory = RunDirectory.open(place, name)
-        record = run_record.read(directory)
+        record = run_toml.read(directory)
         settings = {
             "lte": record.settings(LTEConfig),
             "merge": record.settings(MergeConfig),
@@ -386,13 +387,6 @@ def _failure(config: Any, given: FailureConfig | None = None, num_heads: int = 1
     if never_merge:
         check_failures(failure, num_heads)
     return failure
-
-
-def default_storage() -> str:
-    """Returns where runs are kept by default: Ray's own folder."""
-    import ray.train
-
-    return str(ray.train.RunConfig().storage_path)
 
 
 def _result(

@@ -49,10 +49,8 @@ from lte_ray.checkpoint.files import (
     write_residual,
 )
 from lte_ray.checkpoint.manifest import (
-    FOLDER,
     FORMAT,
     FORMATS,
-    MANIFEST,
     Damaged,
     FileEntry,
     Manifest,
@@ -60,7 +58,6 @@ from lte_ray.checkpoint.manifest import (
     has_all_heads,
     read_manifest,
     serialize_manifest,
-    version_folder,
 )
 from lte_ray.checkpoint.retention import (
     complete_versions,
@@ -72,6 +69,7 @@ from lte_ray.checkpoint.retention import (
     remove_incomplete,
     verify,
 )
+from lte_ray.storage.checkpoints import FOLDER, MANIFEST, version_folder
 
 __all__ = [
     "BASE",

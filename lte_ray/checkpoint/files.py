@@ -18,12 +18,13 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from lte_ray.checkpoint.manifest import MANIFEST, Damaged, FileEntry, Manifest, read_file, summarize_error, version_folder
+from lte_ray.checkpoint.manifest import Damaged, FileEntry, Manifest, read_file, summarize_error
 from lte_ray.errors import StorageError
 from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import gather, views
 from lte_ray.merging.registry import stable_name
 from lte_ray.storage import RunDirectory
+from lte_ray.storage.checkpoints import MANIFEST, version_folder
 
 BASE = "base.safetensors"
 POLICY = "policy.safetensors"

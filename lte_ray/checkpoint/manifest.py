@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from lte_ray.errors import StorageError
 from lte_ray.storage import RunDirectory
+from lte_ray.storage.checkpoints import MANIFEST, version_folder
 
 T = TypeVar("T")
 
@@ -22,8 +23,6 @@ FORMAT = 2
 FORMATS = (1, 2)
 """The formats that can be read."""
 
-FOLDER = "checkpoints"
-MANIFEST = "manifest.json"
 CHECKSUM = "sha256"
 
 MAX_MANIFEST_BYTES = 64 * 2**20
@@ -65,11 +64,6 @@ class Manifest:
     def entry(self, name: str) -> FileEntry | None:
         """The file of this name, if there is one. The name on storage may have a number (`strip_number`)."""
         return next((file for file in self.files if strip_number(file.name) == name), None)
-
-
-def version_folder(version: int) -> str:
-    """Path of a checkpoint in the run directory."""
-    return f"{FOLDER}/{version:06d}"
 
 
 def strip_number(name: str) -> str:

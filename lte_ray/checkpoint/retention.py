@@ -8,17 +8,15 @@ from collections.abc import Collection
 
 from lte_ray.checkpoint.files import best_versions, read_bytes
 from lte_ray.checkpoint.manifest import (
-    FOLDER,
-    MANIFEST,
     Damaged,
     Manifest,
     has_all_heads,
     read_manifest,
     strip_number,
-    version_folder,
 )
 from lte_ray.errors import StorageError
 from lte_ray.storage import RunDirectory
+from lte_ray.storage.checkpoints import MANIFEST, all_versions, is_complete, version_folder
 
 CLEANUP_PATIENCE = 5.0
 """Seconds of retries while storage fails to remove what isn't needed any more."""
@@ -26,12 +24,12 @@ CLEANUP_PATIENCE = 5.0
 
 def complete_versions(directory: RunDirectory) -> list[int]:
     """Versions of the complete checkpoints, oldest first."""
-    return [version for version in _versions(directory) if _is_complete(directory, version)]
+    return [version for version in all_versions(directory) if is_complete(directory, version)]
 
 
 def incomplete_versions(directory: RunDirectory) -> list[int]:
     """Versions of the checkpoints that were begun and have no manifest, oldest first."""
-    return [version for version in _versions(directory) if not _is_complete(directory, version)]
+    return [version for version in all_versions(directory) if not is_complete(directory, version)]
 
 
 def newest_resumable(directory: RunDirectory) -> Manifest | None:
@@ -125,7 +123,7 @@ def remove_incomplete(directory: RunDirectory, only: Collection[int] | None = No
 
 def remove_after(directory: RunDirectory, version: int) -> None:
     """Removes the checkpoints of later versions, manifest first."""
-    for later in [v for v in _versions(directory) if v > version]:
+    for later in [v for v in all_versions(directory) if v > version]:
         _remove(directory, later)
 
 
@@ -138,13 +136,3 @@ def _remove(directory: RunDirectory, version: int) -> None:
     if not directory.is_link(path):  # the target of a link isn't ours
         directory.delete(f"{path}/{MANIFEST}")
     directory.delete(path)
-
-
-def _is_complete(directory: RunDirectory, version: int) -> bool:
-    return directory.exists(f"{version_folder(version)}/{MANIFEST}")
-
-
-def _versions(directory: RunDirectory) -> list[int]:
-    """Versions of all folders whose names `version_folder` gives."""
-    numbers = [name for name in directory.list_names(FOLDER) if name.isascii() and name.isdigit() and len(name) < 19]
-    return sorted(int(name) for name in numbers if f"{FOLDER}/{name}" == version_folder(int(name)))

@@ -19,6 +19,7 @@ from lte_ray.config.validation import check_booleans, setting
 log = logging.getLogger("lte_ray")
 
 JSON_HELP = "Print one JSON object on stdout, and nothing else there."
+JSON_LINES_HELP = "Print JSON objects on stdout, one a line, and nothing else there."
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def json_alone() -> Iterator[None]:
 
 def print_json(values: Mapping[str, Any]) -> None:
     """Prints one line of JSON: numbers that aren't finite as null, other objects as text."""
-    print(json.dumps(_plain(values), allow_nan=False, default=str), file=_stdout[-1] if _stdout else sys.stdout)
+    print(json.dumps(_plain(values), allow_nan=False, default=str), file=_stdout[-1] if _stdout else sys.stdout, flush=True)
 
 
 def _plain(value: Any) -> Any:

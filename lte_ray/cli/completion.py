@@ -32,7 +32,7 @@ def completion(arguments: list[str]) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """All subcommands with all their flags, except those of workers and policies."""
-    from lte_ray.cli import audit, export, new
+    from lte_ray.cli import audit, export, logs, new, runs, status, watch
     from lte_ray.cli.flags import HELP_ALL, PRINT_CONFIG, RESUME, TRAIN
     from lte_ray.cli.ladder import LADDER
     from lte_ray.cli.simulate import SIMULATE
@@ -47,7 +47,8 @@ def make_parser() -> argparse.ArgumentParser:
             of_command.add_argument(switch, action="store_true", help="")
         of_command.add_argument("--config", metavar="FILE", help="a settings file")
         _complete(of_command)
-    for name, flags in (("audit", audit.Flags), ("export", export.Flags), ("new", new.Flags), ("completion", Flags)):
+    simple = {"audit": audit, "export": export, "new": new, "runs": runs, "status": status, "watch": watch, "logs": logs}
+    for name, flags in {**{name: module.Flags for name, module in simple.items()}, "completion": Flags}.items():
         of_command = subparsers.add_parser(name, help=" ".join((flags.__doc__ or "").split()).split(".")[0])
         of_command.add_settings(
             of_command, flags, [f.name for f in dataclasses.fields(flags) if "positional" not in f.metadata]

@@ -97,8 +97,7 @@ def _climb(program: str, worker: Any, sections: dict[type, Any]) -> None:
 
 
 def _directory(storage: StorageConfig, program: str) -> RunDirectory:
-    from lte_ray.storage import RunDirectory
-    from lte_ray.trainer import default_storage
+    from lte_ray.storage import RunDirectory, default_storage
 
     kind = program.rpartition(":")[2].lower()
     name = storage.name or f"{kind}-ladder-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"

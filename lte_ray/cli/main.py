@@ -28,12 +28,14 @@ usage: lte-ray train WORKER [flags]
        lte-ray ladder WORKER [flags]
        lte-ray plan WORKER [flags]
        lte-ray simulate [WORKER] [flags]
-       lte-ray audit RUN
+       lte-ray runs [STORAGE]
+       lte-ray status|watch|logs|audit RUN
        lte-ray new NAME [--from RECIPE]
        lte-ray completion bash|zsh|fish
 
   WORKER   what to train: a ready-made worker such as gpt or causal-lm, package.module:Class or path/to/file.py:Class
   RUN      a run: its path or URI, or its name
+  STORAGE  a folder or URI with runs; by default Ray's, ~/ray_results
   OUT      a folder that doesn't exist yet
   FORMAT   safetensors (merged weights), pretrained (a model of transformers) or peft (a LoRA adapter)
   flags    lte-ray train WORKER --help shows the common ones and the worker's own, --help-all shows all
@@ -48,6 +50,7 @@ examples:
   lte-ray simulate --num-heads 4 --speeds 1 1 1 4 --when arrival --no-wait
   lte-ray resume second-try --steps 800
   lte-ray export second-try second-try.safetensors --to safetensors
+  lte-ray watch second-try
   lte-ray audit ~/ray_results/second-try
 
 exit codes: 0 done; 1 the run failed; 2 bad input, nothing was started; 75 the run ended early and can be resumed;
@@ -152,6 +155,30 @@ def _completion(arguments: list[str]) -> None:
     completion(arguments)
 
 
+def _runs(arguments: list[str]) -> None:
+    from lte_ray.cli.runs import runs
+
+    runs(arguments)
+
+
+def _status(arguments: list[str]) -> None:
+    from lte_ray.cli.status import status
+
+    status(arguments)
+
+
+def _watch(arguments: list[str]) -> None:
+    from lte_ray.cli.watch import watch
+
+    watch(arguments)
+
+
+def _logs(arguments: list[str]) -> None:
+    from lte_ray.cli.logs import logs
+
+    logs(arguments)
+
+
 def _new(arguments: list[str]) -> None:
     from lte_ray.cli.new import new
 
@@ -174,6 +201,10 @@ COMMANDS = {
     "plan": Command(_plan, "WORKER [flags]", "Nothing was started."),
     "simulate": Command(_simulate, "[WORKER] [flags]", "Nothing was written."),
     "audit": Command(_audit, "RUN", "Nothing was written."),
+    "runs": Command(_runs, "[STORAGE]", "Nothing was written."),
+    "status": Command(_status, "RUN", "Nothing was written."),
+    "watch": Command(_watch, "RUN", "The run isn't affected."),
+    "logs": Command(_logs, "RUN [--follow]", "The run isn't affected."),
     "new": Command(_new, "NAME [--from RECIPE]", "Nothing was written."),
     "completion": Command(_completion, "SHELL", "Nothing was written."),
 }

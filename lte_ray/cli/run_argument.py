@@ -22,7 +22,7 @@ def locate_run(run: str, storage: str | None) -> tuple[str, str]:
     Raises:
         ConfigError: a path with a storage in addition, or a name that can't be one.
     """
-    from lte_ray.storage import RUN, split_run_path
+    from lte_ray.storage import RUN, default_storage, split_run_path
 
     if "/" in run or os.sep in run or run in (".", "..", "~") or Path(run, RUN).exists():
         if storage is not None:
@@ -30,11 +30,7 @@ def locate_run(run: str, storage: str | None) -> tuple[str, str]:
         path = run if "://" in run else str(Path(run).expanduser().absolute())
         return split_run_path(path)
     check_run_name(run, "RUN")
-    if storage is None:
-        from lte_ray.trainer import default_storage
-
-        storage = default_storage()
-    return storage, run
+    return default_storage() if storage is None else storage, run
 
 
 def run_path(run: str, storage: str | None) -> str:

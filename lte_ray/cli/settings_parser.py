@@ -33,9 +33,9 @@ _NAMES = {"name": "NAME", "policy": "POLICY", "storage": "FOLDER", "json": "FILE
 """What help shows in place of a value: by type, by unit, and by name."""
 
 
-def positional(metavar: str, help: str) -> Any:
-    """A field of a settings class that is an argument without a flag."""
-    return dataclasses.field(metadata={"help": help, "positional": metavar})
+def positional(metavar: str, help: str, default: Any = dataclasses.MISSING) -> Any:
+    """A field of a settings class that is an argument without a flag. With a default it may be left out."""
+    return dataclasses.field(default=default, metadata={"help": help, "positional": metavar})
 
 
 def with_constant(default: Any, help: str, constant: str) -> Any:
@@ -126,7 +126,8 @@ def flag_types(kind: type) -> dict[str, Any]:
 def _add(group: Any, field: dataclasses.Field[Any], annotation: Any, default: Any) -> None:
     help = f"{field.metadata['help']}{_describe_default(field.name, default)}".replace("%", "%%")
     if "positional" in field.metadata:
-        group.add_argument(field.name, metavar=field.metadata["positional"], help=help)
+        optional: dict[str, Any] = {} if default is dataclasses.MISSING else {"nargs": "?", "default": argparse.SUPPRESS}
+        group.add_argument(field.name, metavar=field.metadata["positional"], help=help, **optional)
     elif annotation is bool:
         group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
     else:

@@ -70,12 +70,12 @@ def resume(arguments: list[str]) -> int:
     run, *flags = normalize(arguments)
     if {*HELP, HELP_ALL} & set(flags):
         parse(None, run, flags, subcommand=RESUME)
-    from lte_ray.run import record as run_record
+    from lte_ray.run import run_toml
     from lte_ray.storage import RUN, RunDirectory
 
     storage, rest = _take_value("--storage", flags)
     place, name = locate_run(run, storage)
-    record = run_record.read(RunDirectory.open(place, name))
+    record = run_toml.read(RunDirectory.open(place, name))
     worker = load_worker(record.program, what=f"The worker that {RUN} names,")
     kind = check_class(worker, f"{record.program!r}, which {RUN} names,")
     file = from_content(record.path, record.content)

@@ -23,7 +23,7 @@ from lte_ray.errors import ConfigError, StorageError, UserError, WorkerError
 from lte_ray.export.worker_factory import make_worker
 from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import factor_views, gather
-from lte_ray.run import record as run_record
+from lte_ray.run import run_toml
 from lte_ray.storage import RUN, RunDirectory, split_run_path
 
 
@@ -182,7 +182,7 @@ def read_run(run: str | os.PathLike[str], version: int | None = None, worker: An
         ConfigError: the settings in ``run.toml`` are damaged or don't fit the model.
     """
     directory = open_run(run)
-    manifest, record = select_checkpoint(directory, version), run_record.read(directory)
+    manifest, record = select_checkpoint(directory, version), run_toml.read(directory)
     if ema:
         check_has_ema(directory, manifest)
     lte, train = record.settings(LTEConfig), record.settings(TrainConfig)

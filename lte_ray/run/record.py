@@ -1,4 +1,4 @@
-"""The record of a run: ``run.toml``, which it writes first and which resuming and exporting read, and its final model."""
+"""What a run records of itself: ``run.toml``, written first (`run.run_toml` reads it), its files, and its model."""
 
 from __future__ import annotations
 
@@ -7,28 +7,25 @@ import inspect
 import os
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import safetensors.torch
 import tomli_w
 from torch import Tensor
 
-from lte_ray.config import FailureConfig, PlacementConfig, StorageConfig, toml
+from lte_ray.config import FailureConfig, PlacementConfig, StorageConfig
 from lte_ray.config.toml import NONE
 from lte_ray.engine.prepare import Initial, merged_state_dict
 from lte_ray.engine.settings import Settings
-from lte_ray.errors import StorageError, UserError, WorkerError
+from lte_ray.errors import UserError, WorkerError
 from lte_ray.import_object import absolute
 from lte_ray.merging.registry import stable_name
 from lte_ray.redaction import OMITTED, redact, split_secrets, without_credentials
-from lte_ray.storage import EMA_MODEL, FILES, MODEL, RUN, RunDirectory
+from lte_ray.storage import EMA_MODEL, FILES, MODEL, RunDirectory
 from lte_ray.worker import worker_settings
-
-T = TypeVar("T")
 
 
 def make_record(
@@ -67,57 +64,6 @@ def recorded_arguments(worker: Any) -> tuple[dict[str, Any], list[str]]:
     arguments = _recordable(type(worker), worker_settings(worker))
     kept, secrets = split_secrets(arguments, _defaults(type(worker)))
     return _as_flag_values(kept), secrets
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """A parsed ``run.toml``: `content` as TOML has it, flat, the worker's own settings under "worker"."""
-
-    directory: RunDirectory
-    content: dict[str, Any]
-
-    @property
-    def path(self) -> str:
-        """The file's path, for messages."""
-        return self.directory.path_to(RUN)
-
-    @property
-    def program(self) -> str:
-        """The worker. Raises StorageError if the file names none."""
-        program = self.content.get("program")
-        if not isinstance(program, str) or not program:
-            raise StorageError(f"{self.path} is damaged: it names no worker (program).")
-        return program
-
-    def settings(self, kind: Callable[..., T]) -> T:
-        """The settings of one class. Those that the file lacks have their defaults.
-
-        Raises:
-            ConfigError: a setting has the wrong type or is out of range.
-            StorageError: the class can't be made from the file's values.
-        """
-        values = toml.read_fields(kind, self.content, self.path)  # type: ignore[arg-type]
-        arguments = values.get("policy_args")
-        if isinstance(arguments, dict):
-            values["policy_args"] = {name: None if each == NONE else each for name, each in arguments.items()}
-        try:
-            return kind(**values)
-        except TypeError as error:
-            raise StorageError(f"{self.path} is damaged: {error}.") from error
-
-
-def read(directory: RunDirectory) -> RunRecord:
-    """Reads ``run.toml``.
-
-    Raises:
-        StorageError: there is none, or it is damaged.
-    """
-    if not directory.exists(RUN):
-        raise StorageError(f"There is no run in {directory.display}: it has no {RUN}. Correct --storage or the name.")
-    try:
-        return RunRecord(directory, toml.parse(directory.read(RUN)))
-    except ValueError as error:
-        raise StorageError(f"{directory.path_to(RUN)} is damaged: {error}.") from error
 
 
 def write_model(directory: RunDirectory, initial: Initial, base: Tensor, ema: Tensor | None = None) -> None:

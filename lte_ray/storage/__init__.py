@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lte_ray.storage.background import run_in_thread
-from lte_ray.storage.filesystem import PART_SUFFIX, split_run_path
-from lte_ray.storage.lock import LOCK, check_unlocked, exclusive_lock
+from lte_ray.storage.filesystem import PART_SUFFIX, default_storage, split_run_path
+from lte_ray.storage.lock import LOCK, Driver, check_unlocked, exclusive_lock, find_driver
 from lte_ray.storage.retry import pending_problem
 from lte_ray.storage.run_directory import EMA_MODEL, FILES, MODEL, PROBE, RUN, RunDirectory
 
@@ -16,9 +16,12 @@ __all__ = [
     "PART_SUFFIX",
     "PROBE",
     "RUN",
+    "Driver",
     "RunDirectory",
     "check_unlocked",
+    "default_storage",
     "exclusive_lock",
+    "find_driver",
     "pending_problem",
     "run_in_thread",
     "split_run_path",

@@ -37,6 +37,11 @@ PART_SUFFIX = ".part"
 """End of the name of a file that isn't complete."""
 
 
+def default_storage() -> str:
+    """Returns where runs are kept by default: Ray's own folder (that of its `RunConfig`), without importing Ray."""
+    return Path("~/ray_results").expanduser().as_posix()
+
+
 def open_filesystem(storage: str) -> tuple[Any, str]:
     """Opens the filesystem of a folder or URI, and returns it with the path there. Raises the library's own errors."""
     if "://" not in storage:
@@ -136,6 +141,13 @@ def read_file(filesystem: Any, path: str, limit: int | None) -> bytes:
         raise ValueError(f"it has {info.size} bytes where at most {limit} are expected")
     with filesystem.open_input_stream(path) as stream:
         return bytes(stream.readall())
+
+
+def read_range(filesystem: Any, path: str, start: int, length: int) -> bytes:
+    """Reads a part of a regular file: less than `length` bytes if it ends before."""
+    with filesystem.open_input_file(path) as file:
+        file.seek(start)
+        return bytes(file.read(length))
 
 
 def delete_path(filesystem: Any, path: str) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from lte_ray.errors import StorageError
+from lte_ray.redaction import printable
 from lte_ray.storage.run_directory import RunDirectory
 
 try:
@@ -18,6 +21,22 @@ except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
+
+LOOK = 0.05
+"""Seconds after which locking is tried once more, since `find_driver` may look at the lock at that moment."""
+
+
+@dataclass(frozen=True)
+class Driver:
+    """What is known of the process that trains a run.
+
+    Attributes:
+        alive: whether there is one; None if nothing tells, as on object stores.
+        name: its number and its host; empty if it isn't alive or unnamed.
+    """
+
+    alive: bool | None
+    name: str = ""
 
 
 @contextlib.contextmanager
@@ -35,7 +54,7 @@ def exclusive_lock(directory: RunDirectory) -> Iterator[None]:
     path = Path(directory.path_to(LOCK))
     with _open_lock(directory, path) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except BlockingIOError:
             raise StorageError(_locked_message(directory, path)) from None
         except OSError:
@@ -60,6 +79,34 @@ def check_unlocked(directory: RunDirectory) -> None:
     if directory.is_local and os.path.exists(directory.path_to(LOCK)):
         with exclusive_lock(directory):
             pass
+
+
+def find_driver(directory: RunDirectory) -> Driver:
+    """Finds out whether a process trains the run. Writes nothing, and keeps none from starting."""
+    if fcntl is None or not directory.is_local:
+        return Driver(None)
+    try:
+        with open(os.open(directory.path_to(LOCK), os.O_RDONLY | os.O_NOFOLLOW), encoding="utf-8", errors="replace") as file:
+            name = printable(file.read(300).strip())
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return Driver(False)
+    except BlockingIOError:
+        return Driver(True, name)
+    except OSError:  # a disk that can't lock, or no permission
+        return Driver(None)
+    # Another machine's lock may not be seen here: the folder may be a copy, or on a disk that each machine locks by itself.
+    host = name.rpartition(" on ")[2]
+    return Driver(False if not name or host == socket.gethostname() else None)
+
+
+def _lock(file: TextIO) -> None:
+    """Locks the file. Raises BlockingIOError if another process holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        time.sleep(LOOK)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _open_lock(directory: RunDirectory, path: Path) -> TextIO:

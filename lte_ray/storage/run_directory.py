@@ -136,6 +136,11 @@ class RunDirectory:
         path = self.path_to(relative)
         return self._retry(lambda: fs.read_file(self.filesystem, path, limit), "reading", "read", path)
 
+    def read_range(self, relative: str, start: int, length: int) -> bytes:
+        """Reads `length` bytes of a file from `start` on, or up to its end. Raises StorageError as `read`."""
+        path = self.path_to(relative)
+        return self._retry(lambda: fs.read_range(self.filesystem, path, start, length), "reading", "read", path)
+
     def exists(self, relative: str = "") -> bool:
         """Whether a file or folder of this name exists."""
         return bool(self._info(self.path_to(relative)).type != pafs.FileType.NotFound)
@@ -144,6 +149,11 @@ class RunDirectory:
         """The size of a file in bytes, or None if there is no such file."""
         info = self._info(self.path_to(relative))
         return info.size if info.type == pafs.FileType.File else None
+
+    def modified_at(self, relative: str) -> float | None:
+        """When a file was written last (Unix time), or None if there is no such file or storage doesn't tell."""
+        info = self._info(self.path_to(relative))
+        return info.mtime_ns / 1e9 if info.type == pafs.FileType.File and info.mtime_ns else None
 
     def is_link(self, relative: str) -> bool:
         """Whether the path is a symbolic link. Only local disks have them."""

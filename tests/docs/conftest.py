@@ -30,5 +30,4 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "home"
     folder.mkdir()
     monkeypatch.setenv("HOME", str(folder))
-    monkeypatch.setattr("lte_ray.trainer.default_storage", lambda: str(folder / "ray_results"))  # Ray reads HOME only once
     return folder

@@ -112,6 +112,6 @@ def test_a_killed_process_restarts_all_from_the_newest_checkpoint(
     assert not list(script.glob("*.json"))
     assert result.metrics is not None
     assert result.metrics["step"] == 20
-    assert events_of(tmp_path) == ["processes_restart", "processes_restart"]
+    assert events_of(tmp_path) == ["processes_restart", "processes_restart", "finished"]
     assert audit(rows_of(tmp_path)).clean
     assert_near_one_process(tmp_path)

@@ -38,7 +38,7 @@ class Kept(lte_ray.Callback):
         self.calls.append(("checkpoint", version))
 
     def on_event(self, run: Any, row: dict[str, Any]) -> None:
-        self.calls.append((row["event"], row["why"]))
+        self.calls.append((row["event"], row.get("why")))
 
     def on_run_end(self, run: Any, outcome: Any) -> None:
         self.calls.append(("end", outcome))
@@ -56,7 +56,7 @@ def test_a_run_that_a_callback_ends_is_resumed_to_the_same_bits(tmp_path: Path, 
     assert (Path(result.path) / "model.safetensors").exists()
     last = metrics["version"]
     assert [value for name, value in kept.calls if name == "merge"] == list(range(1, last + 1))
-    assert kept.calls[-2:] == [("stopped", "two merges are enough"), ("end", result)]
+    assert kept.calls[-3:] == [("stopped", "two merges are enough"), ("finished", None), ("end", result)]
     assert ("checkpoint", last) in kept.calls and result.checkpoint.path.endswith(f"{last:06d}")
     rows = [json.loads(line) for line in (Path(result.path) / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["lr"]["lora"].keys() == {"0", "1"} and rows[0]["gradient_norm"]["0"] > 0 and rows[0]["memory"]["1"] > 1e7

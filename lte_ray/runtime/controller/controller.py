@@ -125,7 +125,7 @@ class TrainController:
                     self._save_early(error)
                     raise
             self._check_complete()
-            self.state.enter(RunPhase.FINISHED)
+            self.state.finish()
         except UserError as error:  # of any kind: the run had begun
             raise RunError(str(error)) from error
         finally:

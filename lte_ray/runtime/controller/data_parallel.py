@@ -111,7 +111,7 @@ class DataParallelController:
                 except BaseException as error:
                     self._save_early(error)
                     raise
-            self.state.enter(RunPhase.FINISHED)
+            self.state.finish()
         except UserError as error:  # of any kind: the run had begun
             raise RunError(str(error)) from error
         finally:

@@ -161,6 +161,11 @@ class RunState:
         self.log.record_event("ended_early", why=f"{type(why).__name__}: {why}"[:500])
         return end
 
+    def finish(self) -> None:
+        """Records that the run has ended without an error: its model is exported, and its last version is evaluated."""
+        self.enter(RunPhase.FINISHED)
+        self.log.record_event("finished", version=self.newest_version)
+
     @property
     def ends_early(self) -> bool:
         """Whether the run is to end before its last step: it was asked to, and this process has merged something."""

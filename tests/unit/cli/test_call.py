@@ -129,7 +129,7 @@ def test_a_lost_head_with_a_checkpoint_is_resumable(fits: Fits) -> None:
 def test_a_run_is_a_path_or_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What has a separator, or is a run in this folder, is a path; else a name in the storage."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lte_ray.trainer.default_storage", lambda: "/default")
+    monkeypatch.setattr("lte_ray.storage.default_storage", lambda: "/default")
     assert locate_run("mine", None) == ("/default", "mine")
     assert locate_run("mine", "s3://bucket/runs?region=x") == ("s3://bucket/runs?region=x", "mine")
     assert run_path("mine", "s3://bucket/runs?region=x") == "s3://bucket/runs/mine?region=x"

@@ -12,6 +12,7 @@ from lte_ray.engine.settings import Settings
 from lte_ray.export.worker_factory import make_worker
 from lte_ray.merging.registry import make_policy
 from lte_ray.run import record as run_record
+from lte_ray.run import run_toml
 from lte_ray.run import start as run_start
 from lte_ray.storage import RunDirectory
 from lte_ray.trainer import LTETrainer
@@ -124,7 +125,7 @@ def test_the_worker_is_made_again_in_python(
     file.write_text(NET.format(annotation=annotation, default=default))
     flags = ["--worker.value", *given] if given else []
     assert main(["train", f"{file}:Net", "--name", "r", "--storage", str(tmp_path), *flags]) == 0
-    made = make_worker(run_record.read(RunDirectory.open(str(tmp_path), "r")).content)
+    made = make_worker(run_toml.read(RunDirectory.open(str(tmp_path), "r")).content)
     assert vars(made) == vars(trainers[0].worker)
     assert type(made.value) is type(trainers[0].worker.value)
 

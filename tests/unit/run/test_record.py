@@ -11,7 +11,8 @@ from lte_ray.cli.flags import Parsed
 from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
-from lte_ray.run.record import RunRecord, format_record, make_record
+from lte_ray.run.record import format_record, make_record
+from lte_ray.run.run_toml import RunRecord
 from lte_ray.storage import RunDirectory
 from tests.support.config_files import GOOD, parse_config
 from workers.regression import Regression
