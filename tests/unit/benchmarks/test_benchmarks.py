@@ -13,12 +13,12 @@ from tests.support.tiny_worker import BATCH, Tiny
 
 
 def test_bytes_are_counted_without_a_heads_own_contribution() -> None:
-    """In fp32 by factors: up is the contribution, down those of the two others, plus small messages of numbers."""
+    """In fp32 by factors: up is the contribution with what the head measured, down those of the two others and some numbers."""
     plan, merge = plan_from_shapes([(24, 20, 2), (6, 40, 2)], [(5,)]), MergeConfig(send_down="factors")
     found = bytes_.measure(plan, merge, heads=3)
     size = 4 * plan.contribution.size
     assert size == min_contribution_bytes(plan, merge)
-    assert size < found["up"] < size + 400
+    assert size < found["up"] < size + 600
     assert 2 * size < found["down"] < 2 * size + 400
 
 

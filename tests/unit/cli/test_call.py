@@ -25,8 +25,8 @@ GOOD = "workers.regression:Regression"
 
 METRICS = {
     "evaluation": {"validation_loss": 0.25}, "validation_loss": 0.25, "train_loss": float("nan"), "step": 10, "samples": 320,
-    "samples_per_second": 64.0, "version": 1, "baseline": False, "times": {"train": 1.0}, "seconds": 5.0, "bytes_up": 10,
-    "bytes_down": 20, "bytes_ddp": 30,
+    "samples_per_second": 64.0, "version": 1, "baseline": False, "independent": False, "times": {"train": 1.0}, "seconds": 5.0,
+    "bytes_up": 10, "bytes_down": 20, "bytes_ddp": 30,
 }  # fmt: skip
 
 

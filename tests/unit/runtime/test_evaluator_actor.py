@@ -36,7 +36,7 @@ def make(worker: Tiny) -> tuple[EvaluatorActor, torch.Tensor]:
         worker=SimpleNamespace(load=lambda: worker),
         transport=SimpleNamespace(fetch=lambda flat: flat),
     )
-    return EvaluatorActor(context, initial.plan, torch.get_num_threads(), gpu=False), initial.base
+    return EvaluatorActor(context, initial.plans, torch.get_num_threads(), gpu=False), initial.base
 
 
 def test_figures_of_the_average_have_its_name() -> None:

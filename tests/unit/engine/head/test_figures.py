@@ -17,7 +17,7 @@ from lte_ray.engine.head.loss import MAX_KEPT_BYTES, Figures, compute_loss
 from lte_ray.engine.head.snapshot import restore, snapshot
 from lte_ray.engine.in_process import InProcessRun, run_in_process
 from lte_ray.engine.prepare import prepare
-from lte_ray.errors import WorkerFailed
+from lte_ray.errors import WorkerError, WorkerFailed
 from lte_ray.messages import CheckpointRequest
 from lte_ray.run.metrics import MetricsLog
 from lte_ray.storage import RunDirectory
@@ -172,13 +172,18 @@ def test_a_value_does_not_keep_the_tensor_that_it_is_part_of() -> None:
     ],
 )
 @pytest.mark.parametrize("stack_heads", ["never", "auto"])
-def test_bad_figures_are_one_error_in_words(returned: object, says: str, stack_heads: str) -> None:
-    """It names the figure, what it is, and what it must be."""
+def test_bad_figures_are_one_error_in_words(
+    returned: object, says: str, stack_heads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names the figure, what it is, and what it must be: before the run, or in a head if it wasn't found there."""
 
     class Bad(Tiny):
         def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> object:
             return super().loss(model, batch), returned
 
+    with pytest.raises(WorkerError, match=says):
+        prepare(Bad(), make_settings())
+    monkeypatch.setattr("lte_ray.engine.prepare.check_first_loss", lambda *arguments: None)
     with pytest.raises(WorkerFailed, match=says):
         run_in_process(Bad(), make_settings(), torch.float64, heads_per_actor=2, stack_heads=stack_heads)
 
