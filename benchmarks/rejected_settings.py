@@ -257,7 +257,7 @@ def policies(run: Run, folder: Path) -> Iterator[Row]:
 def watching(run: Run, folder: Path) -> Iterator[Row]:
     """Bad values of RUN and STORAGE for `lte-ray status` and others that read a run's files."""
     (folder / "no-run").mkdir()
-    for command in ("status", "watch", "logs"):
+    for command in ("status", "watch", "logs", "stop"):
         yield Row(f"{command} without a RUN", *run(command))
         yield Row(f"{command} of a folder that is no run", *run(command, str(folder / "no-run")))
     yield Row("status of a name that isn't there", *run("status", "nothing", "--storage", str(folder)))
@@ -265,6 +265,10 @@ def watching(run: Run, folder: Path) -> Iterator[Row]:
     yield Row("runs of a folder that isn't there", *run("runs", str(folder / "nowhere")))
     (folder / "run").mkdir()
     (folder / "run" / "run.toml").write_text("")
+    (folder / "run" / "metrics.jsonl").write_text('{"kind": "event", "at": 1.0, "event": "finished"}\n')
+    yield Row("stop of a run that nobody trains", *run("stop", str(folder / "run")))
+    yield Row("stop --timeout soon", *run("stop", str(folder / "run"), "--timeout", "soon"))
+    yield Row("stop --timeout -1", *run("stop", str(folder / "run"), "--timeout=-1"))
     yield Row("runs of a run", *run("runs", str(folder / "run")))
 
 

@@ -32,14 +32,15 @@ def completion(arguments: list[str]) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """All subcommands with all their flags, except those of workers and policies."""
-    from lte_ray.cli import audit, export, logs, new, runs, status, watch
+    from lte_ray.cli import audit, export, logs, new, runs, status, stop, watch
     from lte_ray.cli.flags import HELP_ALL, PRINT_CONFIG, RESUME, TRAIN
     from lte_ray.cli.ladder import LADDER
+    from lte_ray.cli.plan import PLAN
     from lte_ray.cli.simulate import SIMULATE
 
     parser = argparse.ArgumentParser(prog="lte-ray", add_help=False)
     subparsers = parser.add_subparsers(parser_class=_Subparser)
-    for subcommand in (TRAIN, RESUME, LADDER, SIMULATE):
+    for subcommand in (TRAIN, RESUME, LADDER, PLAN, SIMULATE):
         of_command: Any = subparsers.add_parser(subcommand.name, help=subcommand.description.split(".")[0])
         for kind in subcommand.titles:
             of_command.add_settings(of_command, kind)
@@ -47,7 +48,16 @@ def make_parser() -> argparse.ArgumentParser:
             of_command.add_argument(switch, action="store_true", help="")
         of_command.add_argument("--config", metavar="FILE", help="a settings file")
         _complete(of_command)
-    simple = {"audit": audit, "export": export, "new": new, "runs": runs, "status": status, "watch": watch, "logs": logs}
+    simple = {
+        "audit": audit,
+        "export": export,
+        "new": new,
+        "runs": runs,
+        "status": status,
+        "watch": watch,
+        "logs": logs,
+        "stop": stop,
+    }
     for name, flags in {**{name: module.Flags for name, module in simple.items()}, "completion": Flags}.items():
         of_command = subparsers.add_parser(name, help=" ".join((flags.__doc__ or "").split()).split(".")[0])
         of_command.add_settings(

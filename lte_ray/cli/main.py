@@ -29,7 +29,7 @@ usage: lte-ray train WORKER [flags]
        lte-ray plan WORKER [flags]
        lte-ray simulate [WORKER] [flags]
        lte-ray runs [STORAGE]
-       lte-ray status|watch|logs|audit RUN
+       lte-ray status|watch|logs|stop|audit RUN
        lte-ray new NAME [--from RECIPE]
        lte-ray completion bash|zsh|fish
 
@@ -173,6 +173,12 @@ def _watch(arguments: list[str]) -> None:
     watch(arguments)
 
 
+def _stop(arguments: list[str]) -> None:
+    from lte_ray.cli.stop import stop
+
+    stop(arguments)
+
+
 def _logs(arguments: list[str]) -> None:
     from lte_ray.cli.logs import logs
 
@@ -204,6 +210,7 @@ COMMANDS = {
     "runs": Command(_runs, "[STORAGE]", "Nothing was written."),
     "status": Command(_status, "RUN", "Nothing was written."),
     "watch": Command(_watch, "RUN", "The run isn't affected."),
+    "stop": Command(_stop, "RUN", "If the run was asked to stop, it still is."),
     "logs": Command(_logs, "RUN [--follow]", "The run isn't affected."),
     "new": Command(_new, "NAME [--from RECIPE]", "Nothing was written."),
     "completion": Command(_completion, "SHELL", "Nothing was written."),

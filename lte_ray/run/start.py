@@ -18,6 +18,7 @@ from lte_ray.engine.prepare import Initial
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError, WorkerError
 from lte_ray.run.record import format_record, write_files
+from lte_ray.run.stop_request import remove_request
 from lte_ray.storage import LOCK, PART_SUFFIX, PROBE, RUN, RunDirectory, check_unlocked, exclusive_lock
 
 log = logging.getLogger("lte_ray")
@@ -85,6 +86,8 @@ class RunClaim:
                 )
             if not existed:
                 stack.enter_context(exclusive_lock(directory))
+            remove_request(directory)  # of before
+            stack.callback(remove_request, directory)
             yield config, self._resume
 
 

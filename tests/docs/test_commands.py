@@ -88,6 +88,7 @@ DECISIONS: dict[str, Runs | str] = {
     "lte-ray status mine": Runs(after=MINE, quick=True),
     "lte-ray watch mine": Runs(after=MINE, quick=True),
     "lte-ray logs mine": Runs(after=MINE, quick=True),
+    "lte-ray stop mine": "no process trains the run; tests/integration/test_stops.py stops one",
     "lte-ray train mine.py:Net --help": Runs(quick=True),
     'eval "$(lte-ray completion bash)"': Runs(),
     "lte-ray train mine.py:Net --num-heads 4 --print-config": Runs(quick=True),

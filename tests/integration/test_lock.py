@@ -14,6 +14,7 @@ from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
 from lte_ray.run.record import format_record
 from lte_ray.run.start import RunClaim, changed_data
+from lte_ray.run.stop_request import REQUEST
 from lte_ray.runtime import placement
 from lte_ray.storage import RunDirectory, check_unlocked, exclusive_lock, lock
 from tests.support.ray_runs import settings, storage
@@ -93,6 +94,16 @@ def test_an_overwritten_run_is_locked_before_it_is_removed(tmp_path: Path) -> No
             pass
         assert (tmp_path / "r" / "run.toml").read_text() == "new = 1\n"
     assert [file.name for file in (tmp_path / "r").iterdir()] == ["run.toml"]
+
+
+def test_a_request_to_stop_ends_with_the_run_that_it_was_for(tmp_path: Path) -> None:
+    """One that is left from before doesn't stop a run that starts, and none is left when a run ends."""
+    with make_claim(tmp_path).acquire({"old": 1}):
+        (tmp_path / "r" / REQUEST).write_text("{}")
+    assert [file.name for file in (tmp_path / "r").iterdir()] == ["run.toml"]
+    (tmp_path / "r" / REQUEST).write_text("{}")
+    with make_claim(tmp_path, resume=True).acquire({"new": 1}):
+        assert not (tmp_path / "r" / REQUEST).exists()
 
 
 def test_a_link_to_a_run_is_overwritten_but_not_its_target(tmp_path: Path) -> None:

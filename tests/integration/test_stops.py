@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import lte_ray
 from lte_ray import LTEConfig, LTETrainer, MergeConfig, TrainConfig
 from lte_ray.config import PlacementConfig
 from tests.support.ray_runs import DropoutRegression, assert_same_model, merged_in_process, settings, storage
+from workers.regression import Regression
 
 pytestmark = pytest.mark.ray
 
@@ -92,3 +95,30 @@ def test_processes_of_ordinary_training_end_after_their_round(tmp_path: Path, lo
     assert result.metrics["stopped"]["kind"] == "max-time"
     assert result.metrics["step"] == 5 * result.metrics["version"] > 0
     assert result.checkpoint.path.endswith(f"{result.metrics['version']:06d}")
+
+
+def test_a_run_is_stopped_from_elsewhere(tmp_path: Path, local_ray: None) -> None:
+    """`lte-ray stop` finds it by its files and waits until it has saved, exported and ended. The request is gone then."""
+    said: list[str] = []
+
+    class Elsewhere(lte_ray.Callback):
+        """Stops the run as another process would."""
+
+        def on_merge(self, run: Any, row: dict[str, Any]) -> None:
+            if row["version"] == 2:
+                code = "import sys; from lte_ray.cli.main import main; sys.exit(main(sys.argv[1:]))"
+                command = [sys.executable, "-c", code, "stop", run.path, "--reason", "enough", "--json"]
+                self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+        def wait(self) -> None:
+            said.append(self.process.communicate()[0])
+
+    elsewhere = Elsewhere()
+    result = LTETrainer(Regression(), **settings(100_000), run_config=storage(tmp_path, "r"), callbacks=[elsewhere]).fit()  # type: ignore[arg-type]
+    elsewhere.wait()
+    assert result.metrics["stopped"] == {"kind": "request", "reason": "enough"}
+    assert elsewhere.process.returncode == 0
+    status = json.loads(said[0])
+    assert (status["state"], status["why"], status["model"]) == ("stopped", "enough", True)
+    assert status["checkpoint"] == status["version"] == result.metrics["version"]
+    assert not (Path(result.path) / "stop.json").exists()

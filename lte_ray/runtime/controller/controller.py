@@ -177,7 +177,7 @@ class TrainController:
             if self.state.have_stepped(self.heads.heads):
                 self._evaluations.poll()
             self._report()
-            self.state.rules.check_time()
+            self.state.check_stops()
 
     def _handle_end(self, slot: HeadActorSlot) -> None:
         """Deals with heads whose `run` call has returned or failed.

@@ -154,7 +154,7 @@ class DataParallelController:
                 self._evaluations.poll()
             self.progress.check_for_stall()
             self._reporter.update(self.progress.snapshot())
-            self.state.rules.check_time()
+            self.state.check_stops()
         if status.final is None:
             raise HeadLost(f"The processes of {WHO} ended before the run did.")
         return status.final

@@ -19,6 +19,7 @@ from lte_ray.messages import HeadStatus, MergeRecord
 from lte_ray.run.callbacks import CallbackList
 from lte_ray.run.error_log import ErrorLog
 from lte_ray.run.metrics import Evaluation, MetricsLog
+from lte_ray.run.stop_request import StopRequests
 from lte_ray.run.stopping import Stop, StopRules
 from lte_ray.runtime.coordinator.actor import CoordinatorStatus
 from lte_ray.runtime.coordinator_state import CoordinatorState
@@ -134,6 +135,7 @@ class RunState:
         self._reported_harmful: set[tuple[int, int, int]] = set()  # head, epoch, sequence of harmful contributions in the log
         self.rules = callbacks.rules if callbacks is not None else StopRules(TrainConfig(), "", 0.0)
         self.stopped: Stop | None = None
+        self._requests = StopRequests(directory, self.rules)
         self.log = MetricsLog(directory)
         self._callbacks = callbacks
         if callbacks is not None:
@@ -170,6 +172,11 @@ class RunState:
     def ends_early(self) -> bool:
         """Whether the run is to end before its last step: it was asked to, and this process has merged something."""
         return self.rules.stop is not None and bool(self.merges)
+
+    def check_stops(self) -> None:
+        """Ends the run early if it has taken its time, or others ask for it by its files."""
+        self.rules.check_time()
+        self._requests.poll()
 
     def record_stop(self, version: int) -> None:
         """Records that the run ends at this version, before its last step, as `rules` ask."""
