@@ -129,7 +129,7 @@ def inspect_run(directory: RunDirectory) -> RunStatus:
     start = _read_start(directory, missing)
     rows = NewestRows.read(directory, settings.lte.num_heads, evaluates=settings.train.eval_every > 0)
     driver, checkpoint, now = find_driver(directory), newest_version(directory), time.time()
-    missing += rows.problems(may_be_torn=driver.alive is not False)
+    missing += rows.problems(is_alive=driver.alive)
     model_at, toml_at = directory.modified_at(MODEL), directory.modified_at(RUN)
     since = max((at for at in (rows.newest_at, start.at) if at is not None), default=toml_at)
     silence = 0.0 if since is None else max(0.0, now - since)

@@ -207,16 +207,16 @@ class NewestRows:
             return LastWords(stopped=True, why=_why(stopped), note=f"ends early: {_why(stopped)}")
         return LastWords(note=note)
 
-    def problems(self, *, may_be_torn: bool) -> list[str]:
+    def problems(self, *, is_alive: bool | None) -> list[str]:
         """What is wrong with the file, one sentence each.
 
         Args:
-            may_be_torn: whether its last row may just be written.
+            is_alive: whether a process adds rows now, so that there may be none yet, or a half one; None: not known.
         """
-        lines = [] if self.exists else [f"There is no {METRICS} yet, so nothing was merged or reported."]
+        lines = [] if self.exists or is_alive else [f"There is no {METRICS}: nothing was merged or reported yet."]
         if self.damaged:
             lines.append(f"{self.damaged:,} of the newest lines of {METRICS} can't be read and are left out.")
-        if self.torn and not may_be_torn:
+        if self.torn and is_alive is False:
             lines.append(f"The last line of {METRICS} is incomplete and is left out.")
         if self.is_cut and self.evaluation is None:
             lines.append(f"The newest rows of {METRICS} have no evaluation; older ones weren't read.")
