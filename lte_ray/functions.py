@@ -8,16 +8,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from lte_ray.config import SECTIONS, suggest
-from lte_ray.data import loader
+from lte_ray.data import loader, read_records
 from lte_ray.data.shard import Shard
-from lte_ray.errors import ConfigError, WorkerError
+from lte_ray.errors import ConfigError, UserError, WorkerError
 from lte_ray.trainer import LTETrainer
 from lte_ray.worker import count_samples, to_device
 
@@ -35,7 +37,7 @@ class FunctionWorker:
         model: a function that builds the model, or a model, of which every process gets a copy.
         train_dataset: what `lte_ray.data.loader` takes: a `torch.utils.data.Dataset`, a `datasets.Dataset` of Hugging Face, a
             list, an iterable, files. Or a function without arguments that makes it, called once in each process: use that for
-            data that are too large to send.
+            data that are too large to send, and for generators. f(epoch) makes the stream of a pass.
         validation_dataset: likewise; without it and `evaluate`, nothing is evaluated. A stream must end.
         loss: f(model, batch), the mean loss of a batch.
         criterion: f(output, target), the mean loss for a data set of pairs: criterion(model(input), target). Without `loss`
@@ -69,6 +71,12 @@ class FunctionWorker:
         if loss is not None and criterion is not None:
             raise WorkerError("loss and criterion are both given. loss gets the model and the batch, criterion the output and "
                               "the target: leave one of them out.")  # fmt: skip
+        if inspect.isclass(criterion):
+            raise WorkerError(f"criterion is the class {criterion.__name__}. Give an instance: {criterion.__name__}().")
+        for name, dataset in {"train_dataset": train_dataset, "validation_dataset": validation_dataset}.items():
+            if isinstance(dataset, Iterator):
+                kind = type(dataset).__name__
+                raise WorkerError(f"{name} is a {kind}, which can be read only once. Give a function that makes it.")
         self.batch_size, self.num_workers = batch_size, num_workers
         self._model, self._loss, self._criterion, self._evaluate, self._collate = model, loss, criterion, evaluate, collate
         self._datasets = {"train": train_dataset, "validation": validation_dataset}
@@ -117,9 +125,30 @@ class FunctionWorker:
             raise ValueError("validation_dataset is empty")
         return {name: value / total for name, value in sums.items()}
 
+    def check_validation(self) -> None:
+        """Reads a batch of the validation data, if the worker evaluates with them.
+
+        Raises:
+            WorkerError: there is none, or reading it raises.
+        """
+        if self._evaluate is not None or self._datasets["validation"] is None:
+            return
+        try:
+            batch = next(iter(self._validation_batches()), None)
+        except UserError:
+            raise
+        except Exception as error:
+            raise WorkerError(f"validation_dataset can't be read:\n\n{traceback.format_exc()}") from error
+        if batch is None:
+            raise WorkerError("validation_dataset is empty.")
+
     def _validation_batches(self) -> Iterable[Any]:
         dataset = self._dataset("validation")
-        if self.batch_size is None:
+        if isinstance(dataset, str | Path):
+            dataset = [record for _, record in read_records(str(dataset))]
+        elif hasattr(dataset, "iter_rows"):  # of ray.data
+            dataset = dataset.iter_rows()
+        if self.batch_size is None or isinstance(dataset, DataLoader):
             return dataset  # type: ignore[no-any-return]
         if not hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset):
             dataset = _Stream(dataset)
@@ -127,11 +156,32 @@ class FunctionWorker:
 
     def _dataset(self, split: str) -> Any:
         given = self._datasets[split]
-        if not inspect.isroutine(given) and not isinstance(given, type):
+        if not _makes_data(given):
             return given
-        if split not in self._made:
-            self._made[split] = given()
-        return self._made[split]
+        if _takes_epoch(given):
+            return given if split == "train" else given(0)
+        made = self._made.get(split)
+        if made is None:
+            made = given()
+            if isinstance(made, Iterator):  # it can be read only once
+                return (lambda epoch: given()) if split == "train" else made
+            self._made[split] = made
+        return made
+
+
+def _makes_data(given: Any) -> bool:
+    """Whether this is a function that makes the data, and no data set."""
+    return callable(given) and not hasattr(given, "__getitem__") and not hasattr(given, "__iter__")
+
+
+def _takes_epoch(make: Callable[..., Any]) -> bool:
+    """Whether a function that makes data must be given the number of the pass."""
+    try:
+        parameters = inspect.signature(make).parameters.values()
+    except ValueError:  # a builtin function
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return any(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters)
 
 
 class _Stream(IterableDataset[Any]):
@@ -155,6 +205,8 @@ def own_loss(model: nn.Module, batch: Any) -> Tensor:
     else:
         output = model(*batch) if isinstance(batch, tuple | list) else model(batch)
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(output, tuple) and not hasattr(output, "loss") and isinstance(output[0], Tensor) and not output[0].ndim:
+        loss = output[0]  # as models of transformers without return_dict
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"{type(model).__name__} returned a {type(output).__name__} without a loss. Models of transformers return one if "
@@ -194,7 +246,9 @@ def fit(
         model, train_dataset, validation_dataset, loss=loss, criterion=criterion, evaluate=evaluate, batch_size=batch_size,
         collate=collate, num_workers=num_workers,
     )  # fmt: skip
-    return LTETrainer(worker, **sort_settings(settings)).fit()
+    trainer = LTETrainer(worker, **sort_settings(settings))
+    worker.check_validation()
+    return trainer.fit()
 
 
 def sort_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

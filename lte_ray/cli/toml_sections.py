@@ -12,7 +12,7 @@ import tomli_w
 from lte_ray.config import suggest
 from lte_ray.config.toml import NONE
 from lte_ray.errors import ConfigError
-from lte_ray.redaction import MASK, is_sensitive
+from lte_ray.redaction import is_sensitive
 
 OTHER_TABLES = ("worker", "policy_args")
 """Tables that aren't sections of settings: the worker's own, and the merge policy's."""
@@ -81,7 +81,7 @@ def format_settings(sections: Mapping[type, Any], titles: Mapping[type, str], pr
 
 def _line(name: str, value: Any) -> str:
     if is_sensitive(name, value):
-        return f"# {name} = {MASK!r}"
+        return f"# {name} is a secret: give it as a flag."
     shown = f"[{', '.join(map(_scalar, value))}]" if isinstance(value, list | tuple) else _scalar(value)
     return f"{name} = {shown}"
 

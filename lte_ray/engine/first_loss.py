@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +24,26 @@ MAX_OPERATIONS = 1e11
 """Operations that the check may take, as parameters times the elements of the batch: a few seconds on one core."""
 
 OF_DEVICES = re.compile(
-    r"cuda|gpu|device|nvidia|triton|xformers|flash|kernel|not implemented|not supported|unsupported|no operator|out of memory",
+    r"\bray\b|cuda|gpu|device|nvidia|triton|xformers|flash|kernel|not implemented|not supported|unsupported|no operator|"
+    r"out of memory",
     re.IGNORECASE,
 )
-"""Texts of errors that may come from the device alone: heads may have another one than this machine."""
+"""Texts of errors that may come from where the loss is computed: heads may have another device, and Ray around them."""
+
+
+@contextmanager
+def _without_ray() -> Iterator[None]:
+    """Keeps Ray from connecting to any cluster that it finds, if the loss calls it: the driver hasn't connected yet."""
+    name = "RAY_ENABLE_AUTO_CONNECT"
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def check_first_loss(worker: Worker, model: nn.Module, batch: Batch, train: TrainConfig) -> None:
@@ -39,11 +58,13 @@ def check_first_loss(worker: Worker, model: nn.Module, batch: Batch, train: Trai
     if sum(p.numel() for p in model.parameters()) * max(1, elements) > MAX_OPERATIONS:
         return
     try:
-        own, probe, given = own_worker(copy.copy(worker)), copy.deepcopy(model).train(), copy.deepcopy(batch)
+        own = own_worker(copy.copy(worker))
+        probe = copy.deepcopy(model, {id(worker): own}).train()  # its hooks may be methods of the worker
+        given = copy.deepcopy(batch)
     except Exception:  # what can't be copied can't be tried without changing it
         return
     try:
-        with autocast(train, torch.device("cpu")):
+        with _without_ray(), autocast(train, torch.device("cpu")):
             compute_loss(own, probe, given)
     except Exception as error:
         if not OF_DEVICES.search(f"{type(error).__name__} {error}"):

@@ -26,6 +26,9 @@ INDEX = MODEL + ".index.json"
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+"""Endings of files that only unpickling reads."""
+
 MAX_NAMES = 5
 """Names that a message lists, at most."""
 
@@ -124,6 +127,8 @@ def _of_run(source: str, directory: RunDirectory) -> Iterator[tuple[str, Tensor]
 
 
 def _of_file(path: Path) -> Iterator[tuple[str, Tensor]]:
+    if path.suffix in PICKLED:
+        raise ValueError(f"{path.suffix} files are pickles, which can run code: save the weights as safetensors")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     with safe_open(path, "pt") as file:

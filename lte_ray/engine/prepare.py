@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import traceback
 from collections.abc import Mapping
@@ -189,7 +190,8 @@ def _first_batches(worker: Worker, settings: Settings) -> tuple[Batch, ShardRead
     for head in sorted({0, settings.lte.num_heads - 1}):
         try:
             shard = Shard(head, settings.lte.num_heads, settings.train.seed)
-            batches[head] = next(endless_batches(worker, observe_shard(shard, reads)))
+            own = own_worker(copy.copy(worker)) if head else worker  # it may keep a part of a batch for the loss
+            batches[head] = next(endless_batches(own, observe_shard(shard, reads)))
         except UserError:
             raise
         except Exception as error:

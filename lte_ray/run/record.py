@@ -47,6 +47,9 @@ def make_record(
     for section in (settings.lte, settings.merge, settings.train, placement, failure, storage):
         flat |= {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
     flat["callback"] = tuple(absolute(spec) for spec in settings.train.callback)
+    init_from = flat["init_from"]
+    if init_from and os.path.exists(init_from):  # so that the run can be resumed from another folder
+        flat["init_from"] = os.path.abspath(init_from)
     if storage.keep_checkpoints is None:
         flat["keep_checkpoints"] = NONE
     of_worker, worker_secrets = recorded_arguments(worker)

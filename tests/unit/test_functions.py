@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import lte_ray
 from lte_ray.config import SECTIONS, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
@@ -102,8 +104,11 @@ def test_the_validation_loss_is_that_of_all_samples() -> None:
         difference = model(x) - y
     assert figures["validation_loss"] == pytest.approx(float(difference.square().mean()), rel=1e-6)
     assert figures["validation_error"] == pytest.approx(float(difference.abs().mean()), rel=1e-6)
-    stream = FunctionWorker(net, Stream(), (data[k] for k in range(21)), loss=loss, batch_size=8)
+    stream = FunctionWorker(net, Stream(), lambda: (data[k] for k in range(21)), loss=loss, batch_size=8)
     assert evaluate(stream, model) == figures
+    assert evaluate(stream, model) == figures  # the generator is made again
+    loaded = FunctionWorker(net, Stream(), DataLoader(data, 8), loss=loss, batch_size=8)
+    assert evaluate(loaded, model) == figures
 
 
 def test_what_evaluates_is_optional() -> None:
@@ -159,12 +164,50 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: 
         ({"model": "gpt2"}, "model is 'gpt2', but it must be a function"),
         ({"evaluate": 3}, "evaluate is 3, but it must be a function"),
         ({"loss": F.mse_loss, "criterion": F.mse_loss}, "loss and criterion are both given"),
+        ({"criterion": nn.MSELoss}, r"criterion is the class MSELoss. Give an instance: MSELoss\(\)"),
+        ({"train_dataset": iter([1])}, "train_dataset is a list_iterator, which can be read only once"),
     ],
 )
 def test_arguments_of_a_wrong_type_are_refused(arguments: dict[str, Any], message: str) -> None:
     """The error names the argument."""
     with pytest.raises(WorkerError, match=message):
         FunctionWorker(**{"model": net, "train_dataset": pairs(), **arguments})
+
+
+def test_data_may_be_files_and_generators(tmp_path: Path) -> None:
+    """Files are read for validation as for training; a generator, or f(epoch), gives each pass."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"x": [float(k)] * 6}) + "\n" for k in range(8)))
+    collate = functools.partial(collate_rows, key="x")
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).mean() * 0 + batch.mean()
+
+    worker = FunctionWorker(net, str(path), str(path), loss=loss, batch_size=4, collate=collate)
+    assert evaluate(worker, net())["validation_loss"] == 3.5
+    assert {float(x) for x in next(worker.train_batches(Shard(0, 1, 0)))[:, 0]} <= set(map(float, range(8)))
+    for make in (functools.partial(iter, range(8)), lambda: iter(range(8)), lambda epoch: range(8 * epoch, 8 * epoch + 8)):
+        batches = FunctionWorker(net, make, loss=loss, batch_size=4).train_batches(Shard(0, 1, 0))
+        firsts = [int(next(batches)[0]) for _ in range(3)]
+        assert firsts in ([0, 4, 0], [0, 4, 8])
+
+
+def collate_rows(rows: list[dict[str, Any]], key: str) -> Tensor:
+    return torch.tensor([row[key] for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("validation", "message"),
+    [
+        ([], "validation_dataset is empty"),
+        (lambda: iter([]), "validation_dataset is empty"),
+        ({"x": torch.ones(3)}, "(?s)validation_dataset can't be read:.*KeyError"),
+    ],
+)
+def test_validation_data_are_read_before_anything_starts(validation: Any, message: str) -> None:
+    """One batch of them."""
+    with pytest.raises(WorkerError, match=message):
+        fit(net, pairs(), validation, criterion=F.mse_loss)
 
 
 @pytest.mark.parametrize(

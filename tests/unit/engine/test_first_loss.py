@@ -84,6 +84,31 @@ def test_the_check_changes_nothing_that_the_run_uses() -> None:
     assert all(bool(p.any()) for p in list(model.parameters())[:1])
 
 
+def test_hooks_and_side_data_of_the_worker_are_those_of_the_batch() -> None:
+    """A hook may be a method of the worker; the loss may use what the worker has kept of the batch that it gave last."""
+
+    class Keeping(Tiny):
+        def build_model(self) -> nn.Module:
+            model = super().build_model()
+            model.register_forward_hook(self.keep)
+            return model
+
+        def keep(self, module: nn.Module, given: Any, output: Tensor) -> None:
+            self.output = output
+
+        def train_batches(self, shard: Any) -> Any:
+            for number, batch in enumerate(super().train_batches(shard)):
+                self.batch, self.head = batch, shard.head
+                yield batch[: len(batch)] if number else batch
+
+        def loss(self, model: nn.Module, batch: Any) -> Tensor:
+            assert torch.equal(self.batch[0], batch[0])
+            loss = super().loss(model, batch)
+            return loss + 0 * self.output.sum()
+
+    prepare(Keeping(), Settings("run", LTEConfig(num_heads=3), MergeConfig(), TrainConfig(steps=1)))
+
+
 def test_a_loss_that_would_take_long_is_left_to_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the size of the model and of the batch."""
     monkeypatch.setattr(first_loss, "MAX_OPERATIONS", 10)
