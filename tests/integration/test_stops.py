@@ -97,6 +97,7 @@ def test_processes_of_ordinary_training_end_after_their_round(tmp_path: Path, lo
     assert result.checkpoint.path.endswith(f"{result.metrics['version']:06d}")
 
 
+@pytest.mark.slow
 def test_a_run_is_stopped_from_elsewhere(tmp_path: Path, local_ray: None) -> None:
     """`lte-ray stop` finds it by its files and waits until it has saved, exported and ended. The request is gone then."""
     said: list[str] = []
