@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
 
 from lte_ray.data.prefetch import read_ahead
 from lte_ray.data.records import check_columns, read_records
@@ -58,8 +58,8 @@ def loader(
         pin_memory: whether batches are put into pinned memory; by default with CUDA, if processes or a thread read ahead.
 
     Raises:
-        DataError: the data set is empty, smaller than one batch for each head, or has no such column; or the stream can be read
-            only once, or shuffles by the global generators.
+        DataError: the data set is empty, smaller than one batch for each head, of a form that has no items, or has no such
+            column; or the stream can be read only once, or its order isn't fixed.
     """
     if isinstance(dataset, str | Path):
         dataset = [record for _, record in read_records(str(dataset))]
@@ -104,6 +104,17 @@ def check_size(size: int, batch_size: int, shard: Shard, what: str) -> None:
 def _has_index(dataset: Any) -> bool:
     if isinstance(dataset, Mapping):
         raise DataError(f"This data set is a mapping of {', '.join(map(str, dataset))}. Give one of its values.")
+    if isinstance(dataset, tuple) and dataset and all(isinstance(part, torch.Tensor | np.ndarray) for part in dataset):
+        raise DataError(
+            f"This data set is a tuple of {len(dataset)} tensors or arrays, which would be read as {len(dataset)} items. Give "
+            "torch.utils.data.TensorDataset(X, y), of tensors."
+        )
+    if hasattr(dataset, "iloc"):  # pandas: df[0] is a column, or the row with the label 0
+        name = type(dataset).__name__
+        change = 'df.to_dict("records")' if hasattr(dataset, "columns") else "its tolist()"
+        raise DataError(
+            f"A {name} of pandas isn't read by the numbers of its rows. Give {change}, or a data set that uses iloc."
+        )
     if isinstance(dataset, DataLoader | IterableDataset):
         return False
     return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
@@ -171,6 +182,11 @@ def _stream(
             if first + number == slot:
                 yield items if batch_size is None else (collate or default_collate)(_select(items, columns, "The stream"))
                 slot = next(wanted)
+        if epoch and number < 0:
+            raise DataError(
+                f"The stream gives no batch in pass {epoch} (the first is 0): it is empty then, or can be read only once. Give "
+                "a function that makes it for each pass: loader(lambda epoch: ..., ...)."
+            )
         first += number + 1
         if not epoch and first < shard.num_heads:
             raise DataError(
@@ -183,13 +199,15 @@ def _one_pass(dataset: Any, epoch: int, batch_size: int | None) -> Iterable[Any]
     if hasattr(dataset, "iter_batches") and hasattr(dataset, "iter_rows"):  # ray.data.Dataset
         dataset.context.execution_options.preserve_order = True  # else its order would depend on the speed of its tasks
         return dataset.iter_rows() if batch_size is not None else dataset.iter_torch_batches()  # type: ignore[no-any-return]
-    if isinstance(dataset, DataLoader) and isinstance(dataset.sampler, RandomSampler):
-        raise DataError(
-            "A DataLoader with shuffle=True draws its order from generators that differ between heads. Give loader() its "
-            "dataset, collate and num_workers instead: it shuffles."
-        )
-    if callable(dataset) and not isinstance(dataset, Iterable):
-        return dataset(epoch)  # type: ignore[no-any-return]
+    if isinstance(dataset, DataLoader):
+        _check_torch_loader(dataset, batch_size)
+    elif callable(dataset) and not isinstance(dataset, Iterable):
+        made = dataset(epoch)
+        if isinstance(made, DataLoader):
+            _check_torch_loader(made, batch_size)
+        elif not isinstance(made, Iterable):
+            raise DataError(f"The function gave a {type(made).__name__} for pass {epoch}, but it must give an iterable.")
+        return made  # type: ignore[no-any-return]
     if not isinstance(dataset, Iterable):
         raise DataError(f"A {type(dataset).__name__} isn't a data set: it has neither a length and an index, nor an iterator.")
     if isinstance(dataset, Iterator):
@@ -201,6 +219,23 @@ def _one_pass(dataset: Any, epoch: int, batch_size: int | None) -> Iterable[Any]
     if callable(set_epoch):
         set_epoch(epoch)
     return dataset
+
+
+def _check_torch_loader(data: DataLoader[Any], batch_size: int | None) -> None:
+    """Raises DataError if its items aren't those that loader() expects, or if its order may differ between heads."""
+    if batch_size is not None and data.batch_sampler is not None:
+        raise DataError(
+            f"batch_size is {batch_size}, but a DataLoader gives batches already. Pass batch_size=None, or give loader() its "
+            "dataset."
+        )
+    if isinstance(data.dataset, IterableDataset):
+        return
+    sampler = data.sampler if data.batch_sampler is None else getattr(data.batch_sampler, "sampler", data.batch_sampler)
+    if not isinstance(sampler, SequentialSampler):
+        raise DataError(
+            f"A DataLoader with a {type(sampler).__name__} draws its order itself, which may differ "
+            "between heads. Give loader() its dataset, collate and num_workers instead: it shuffles."
+        )
 
 
 def _batches(items: Iterable[Any], size: int | None) -> Iterator[Any]:

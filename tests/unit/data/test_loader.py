@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from lte_ray.data import Shard, loader
 from lte_ray.data.prefetch import read_ahead
@@ -97,8 +105,54 @@ def test_a_torch_loader_in_a_fixed_order_is_a_stream_of_batches() -> None:
     """Its batches are divided; one that shuffles is refused."""
     fixed = DataLoader(list(range(8)), batch_size=2)  # type: ignore[arg-type]
     assert rows(loader(fixed, Shard(1, 2, seed=0), None), 2) == [[2, 3], [6, 7]]
-    with pytest.raises(DataError, match="shuffle=True draws its order"):
-        next(loader(DataLoader([1, 2], shuffle=True), Shard(0, 1, seed=0), None))  # type: ignore[arg-type]
+    stream = DataLoader(Stream(), batch_size=2)
+    assert rows(loader(stream, Shard(1, 2, seed=0), None), 2) == [[2, 3], [6, 7]]
+
+
+def test_a_torch_loader_that_cannot_be_divided_is_refused() -> None:
+    """One whose order isn't fixed, also if a function makes it; and batches of batches."""
+    data = TensorDataset(torch.arange(20))
+    drawn = [
+        DataLoader(data, batch_size=2, shuffle=True),
+        DataLoader(data, batch_size=2, sampler=WeightedRandomSampler([1.0] * 20, 20)),
+        DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 2, drop_last=False)),
+    ]
+    for one in drawn:
+        for given in (one, lambda epoch, one=one: one):
+            with pytest.raises(DataError, match=r"RandomSampler .*draws its order itself"):
+                next(loader(given, Shard(0, 1, seed=0), None))
+    for given in (DataLoader(data, batch_size=2), lambda epoch: DataLoader(data, batch_size=2)):
+        with pytest.raises(DataError, match="batch_size is 4, but a DataLoader gives batches already"):
+            next(loader(given, Shard(0, 1, seed=0), 4))
+
+
+class ReadOnce(IterableDataset[int]):
+    """Every pass is the same generator."""
+
+    def __init__(self) -> None:
+        self.items = (number for number in range(20))
+
+    def __iter__(self) -> Iterator[int]:
+        return self.items
+
+
+def test_a_pass_without_a_batch_is_refused() -> None:
+    """Instead of waiting for ever: one iterator for all passes, and a stream that is empty later."""
+    once = iter(range(20))
+    for data in (lambda epoch: once, ReadOnce(), lambda epoch: [] if epoch else range(20)):
+        batches = loader(data, Shard(0, 2, seed=0), 2)
+        assert rows(batches, 5)[-1] == [16, 17]
+        with pytest.raises(DataError, match=r"no batch in pass 1 .*read only once\. Give a function"):
+            next(batches)
+
+
+def test_tables_of_pandas_are_refused() -> None:
+    """Their index isn't the number of a row."""
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(DataError, match=r'A DataFrame of pandas .*df\.to_dict\("records"\)'):
+        loader(pandas.DataFrame({"a": range(9)}), Shard(0, 1, seed=0), 2)
+    with pytest.raises(DataError, match=r"A Series of pandas .*tolist"):
+        loader(pandas.Series(range(9)), Shard(0, 1, seed=0), 2)
 
 
 def test_files_by_their_path(tmp_path: Path) -> None:
@@ -163,6 +217,13 @@ def test_an_error_in_the_thread_is_raised_after_the_items_before_it() -> None:
         (Stream(), 12, {}, "has 1 full batches of 12 items, fewer than one for each of 2 heads"),
         (iter([1, 2]), 1, {}, r"can be read only once.*loader\(lambda epoch"),
         (5, 1, {}, "A int isn't a data set"),
+        (lambda epoch: 5, 1, {}, "The function gave a int for pass 0, but it must give an iterable"),
+        (
+            (torch.zeros(9, 2), np.zeros(9)),
+            1,
+            {},
+            r"a tuple of 2 tensors or arrays.* Give torch.utils.data.TensorDataset\(X, y\)",
+        ),
     ],
 )
 def test_data_that_cannot_be_used_is_refused(data: Any, batch_size: int | None, settings: Any, says: str) -> None:
