@@ -7,7 +7,10 @@ import hashlib
 import importlib
 import io
 import json
+import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +20,17 @@ import pyarrow.parquet as pq
 
 from lte_ray.errors import DataError
 
+log = logging.getLogger("lte_ray")
+
 Record = dict[str, Any]
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt", ".md")
 
 PIECE = 4000
 """Characters of a piece of a text file, at least. Pieces end at blank lines, so that some can be held out for validation."""
+
+TEXT = (".txt", ".md")
+"""Formats of text. In a folder that has files with records, they are notes, not data."""
 
 CONTINUES = "continues"
 """Key of a text file's pieces: whether another piece of the file follows."""
@@ -33,16 +41,21 @@ HUB = "hf:"
 def find_files(source: str) -> list[str]:
     """Returns the files that a source names: a file, a folder with everything in it, a pattern, or a URI of these, in order.
 
+    In a folder, hidden files and folders are left out, and so are texts if there are files with records. If files' names begin
+    with "train" and others with "test", "val" or "dev", the former are taken, and the log says so.
+
     Raises:
         DataError: there is none, or none of a known format.
     """
     place = source if "://" in source else str(Path(source).expanduser())
-    filesystem, path = fsspec.core.url_to_fs(place)
+    folder = False
     try:
+        filesystem, path = fsspec.core.url_to_fs(place)
         if any(character in path for character in "*?["):
             found = filesystem.glob(path)
         elif filesystem.isdir(path):
-            found = filesystem.find(path)
+            folder = True
+            found = [file for file in filesystem.find(path) if "/." not in file.removeprefix(path)]
         else:
             found = [path] if filesystem.exists(path) else []
     except Exception as error:
@@ -54,7 +67,29 @@ def find_files(source: str) -> list[str]:
         raise DataError(
             f"{source} has no file of a known format: found {Path(found[0]).name}, but the formats are {', '.join(SUFFIXES)}."
         )
+    if folder:
+        known = _data_of_folder(source, known)
     return [filesystem.unstrip_protocol(file) if "://" in source else file for file in known]
+
+
+def _data_of_folder(source: str, files: list[str]) -> list[str]:
+    files = [file for file in files if Path(file).suffix.lower() not in TEXT] or files
+    train = [file for file in files if _split_of(file) == "train"]
+    others = [file for file in files if _split_of(file) == "other"]
+    if train and others:
+        _say(f"{source}: the data are the {len(train)} file(s) named train*; {Path(others[0]).name} isn't read.")
+        return train
+    return files
+
+
+@cache
+def _say(text: str) -> None:
+    log.warning("%s", text)
+
+
+def _split_of(file: str) -> str:
+    name = re.split(r"[^a-z]", Path(file).name.lower())[0]
+    return {"train": "train", **dict.fromkeys(("test", "validation", "valid", "val", "dev", "eval"), "other")}.get(name, "")
 
 
 def fingerprint(source: str) -> str:
@@ -73,7 +108,7 @@ def fingerprint(source: str) -> str:
 def read_records(source: str) -> Iterator[tuple[str, Record]]:
     """Yields where a record is (for messages) and the record, in the order of files and lines.
 
-    A text file yields pieces ``{"text": ..., "continues": ...}`` that end at blank lines.
+    A text file yields pieces ``{"text": ..., "continues": ...}`` that end at blank lines, or else at the ends of lines.
 
     Args:
         source: a file, a folder, a pattern, a URI of these (fsspec), or ``hf:NAME``, ``hf:NAME:SPLIT`` of Hugging Face's hub.
@@ -108,6 +143,8 @@ def load_from_hub(source: str) -> Any:
         DataError: datasets isn't installed, or can't load it.
     """
     name, _, split = source.removeprefix(HUB).partition(":")
+    if not name:
+        raise DataError(f"{source} names no data set: give hf:NAME or hf:NAME:SPLIT.")
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
@@ -136,13 +173,25 @@ def _read_parquet(file: str) -> Iterator[tuple[str, Record]]:
 
 
 def _read_pieces(file: str, text: str) -> Iterator[tuple[str, Record]]:
-    pieces = list(_pieces(text))
+    pieces = list(_pieces(text.replace("\r\n", "\n")))
     for number, piece in enumerate(pieces):
         yield f"{file}, piece {number}", {"text": piece, CONTINUES: number + 1 < len(pieces)}
 
 
 def _read_csv(file: str, text: str) -> Iterator[tuple[str, Record]]:
-    for number, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), start=1):
+    reader, number = csv.DictReader(io.StringIO(text, newline="")), 0
+    while True:
+        number += 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(f"{file}, row {number}, isn't CSV that can be read: {error}.") from error
+        names = reader.fieldnames or ()
+        twice = next((name for name in names if list(names).count(name) > 1), None)
+        if twice is not None:
+            raise DataError(f"{file} has two columns {twice!r}. Rename one.")
         if None in row or None in row.values():
             raise DataError(f"{file}, row {number}: the number of fields isn't that of the first line.")
         yield f"{file}, row {number}", row
@@ -200,10 +249,15 @@ def _check_record(value: Any, place: str) -> Record:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cuts a text at blank lines into pieces of at least `PIECE` characters (but the last). Together they are the text."""
+    """Cuts a text at blank lines into pieces of at least `PIECE` characters (but the last). Together they are the text.
+
+    A piece without a blank line within twice that many characters ends at a line's end.
+    """
     start = 0
     while start < len(text):
-        end = text.find("\n\n", start + PIECE)
-        end = len(text) if end < 0 else end + 2
+        least = start + PIECE
+        border = "\n\n" if text.find("\n\n", least, least + PIECE) >= 0 else "\n"
+        end = text.find(border, least)
+        end = len(text) if end < 0 else end + len(border)
         yield text[start:end]
         start = end

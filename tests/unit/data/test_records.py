@@ -49,6 +49,36 @@ def test_a_text_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
     assert all(len(piece["text"]) >= PIECE for piece in pieces[:-1])
 
 
+def test_a_text_of_lines_is_cut_at_lines(tmp_path: Path) -> None:
+    """Windows' line ends become plain ones, so that blank lines are found."""
+    for content in ("the cat sat\n" * 2000, "the cat sat\r\n\r\n" * 2000):
+        (tmp_path / "a.txt").write_bytes(content.encode())
+        pieces = [piece["text"] for piece in records(tmp_path / "a.txt")]
+        assert "".join(pieces) == content.replace("\r", "")
+        assert len(pieces) > 4
+
+
+def test_a_folder_gives_its_training_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither copies in hidden folders, nor notes, nor the test split; a line says what isn't read."""
+    names = ("train-0.jsonl", "training.jsonl", "test.jsonl", ".ipynb_checkpoints/train.jsonl", "README.md")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert [Path(file).name for file in find_files(str(tmp_path))] == ["train-0.jsonl"]
+    assert "1 file(s) named train*; test.jsonl isn't read" in caplog.text
+    (tmp_path / "test.jsonl").unlink()
+    assert [Path(file).name for file in find_files(str(tmp_path))] == ["train-0.jsonl", "training.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("source", "says"), [("foo://a/b.jsonl", "foo://a/b.jsonl can't be listed: "), ("hf:", "hf: names no data set")]
+)
+def test_places_that_cannot_be_read_are_refused(source: str, says: str) -> None:
+    """An unknown kind of URI, and no name."""
+    with pytest.raises(DataError, match=says):
+        records(source)
+
+
 def test_the_fingerprint_changes_with_a_file(tmp_path: Path) -> None:
     """And stays the same without a change."""
     (tmp_path / "a.jsonl").write_text("{}")
@@ -70,6 +100,8 @@ def test_the_fingerprint_changes_with_a_file(tmp_path: Path) -> None:
         ("a.csv", b"a,b\n1,2\n1,2,3\n", "a.csv, row 2: the number of fields"),
         ("a.parquet", b"no parquet", "a.parquet can't be read as Parquet"),
         ("a.bin", b"", "no file of a known format: found a.bin, but the formats are .jsonl"),
+        ("a.csv", b"a,a\n1,2\n", "a.csv has two columns 'a'. Rename one"),
+        ("a.csv", b"a,b\n" + b"x" * 200_000 + b",2\n", "a.csv, row 1, isn't CSV that can be read: field larger than"),
         ("", b"", "There is no file .*a.jsonl. Give the path"),
     ],
 )
