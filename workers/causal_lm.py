@@ -21,7 +21,7 @@ from lte_ray.data import TokenSet, cached_tokens, read_records
 from lte_ray.data.loader import check_size
 from lte_ray.errors import DataError, WorkerError
 
-from .text import Encoder, absolute, cache_key, check_vocabulary, hold_out, load, transformers
+from .text import TEXT_COLUMN, Encoder, absolute, cache_key, check_vocabulary, hold_out, load, transformers
 
 IGNORED = -100
 """Target of a token that the loss doesn't count."""
@@ -40,8 +40,8 @@ class CausalLM:
     """Whether to train from scratch: only the model's config is used, not its weights."""
     tokenizer: str = ""
     """The tokenizer's folder or name; by default the model's."""
-    column: str = "text"
-    """The column of text in records without messages, and without prompt and completion."""
+    column: str = TEXT_COLUMN
+    """The column of text. Another name than "text" wins over messages, and over prompt and completion."""
     context: int = 512
     """Tokens in a sequence. Records are put one after another and cut into sequences of this length."""
     batch_size: int = 8
@@ -132,13 +132,21 @@ class CausalLM:
         for split, parts in splits.items():
             arrays[split] = np.concatenate([np.empty(0, dtype), *(ids for ids, _ in parts)])
             counted = np.concatenate([np.empty(0, np.uint8), *(flags for _, flags in parts)])
+            purpose = "training" if split == "train" else "validation"
+            source = self.validation if split == "validation" and self.validation else self.data
             if len(counted) and not counted.all():
                 arrays[f"{split}-counted"] = counted
             if len(arrays[split]) <= self.context:
-                purpose = "training" if split == "train" else "validation"
+                alone = "" if self.validation or len(records) > 1 else " One record can't be divided: give --worker.validation."
                 raise DataError(
-                    f"{self.data} leaves {len(arrays[split])} tokens for {purpose}, too few for a sequence of {self.context}. "
-                    "Use more data, or a smaller --worker.context."
+                    f"{source} leaves {len(arrays[split])} tokens for {purpose}, too few for a sequence of {self.context}. "
+                    f"Use more data, or a smaller --worker.context.{alone}"
+                )
+            if not counted.any():
+                raise DataError(
+                    f"{source} has {len(parts)} record(s) for {purpose}, but the loss counts none of their tokens: no "
+                    "completion has text, or no message is the assistant's. Use records with answers, or a chat template "
+                    "without generation marks."
                 )
         return arrays
 

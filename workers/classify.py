@@ -73,8 +73,10 @@ class Classify:
         tokenizer, names = self.load_tokenizer(), self.label_names()
         labels = {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
         config = load("AutoConfig", self.model, "--worker.model", **labels)
-        if config.pad_token_id is None:
-            config.pad_token_id = padding(tokenizer)
+        config.pad_token_id = padding(tokenizer)  # a model's own may differ: it finds a text's last token by it
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and self.length > positions:
+            raise WorkerError(f"--worker.length is {self.length}, but the model has {positions} positions. Lower it.")
         if self.scratch:
             model = transformers().AutoModelForSequenceClassification.from_config(config)
         else:
@@ -113,7 +115,7 @@ class Classify:
             train = [one for one, out in zip(records, chosen, strict=True) if not out]
             validation = [one for one, out in zip(records, chosen, strict=True) if out]
         known = {label for _, _, label in records}
-        names = sorted(known, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
+        names = sorted(known, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
         if len(names) < 2:
             raise DataError(f"{self.data} has {len(names)} label(s) in the column {self.label}, but at least 2 are needed.")
         arrays = {"names": np.frombuffer(json.dumps(names).encode(), dtype=np.uint8)}

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,10 @@ from lte_ray.errors import DataError, WorkerError
 
 log = logging.getLogger("lte_ray")
 
-VERSION = 1
+TEXT_COLUMN = "text"
+"""The column of text unless the user names another."""
+
+VERSION = 2
 """Of the cached tokens: a change of how records are read needs another."""
 
 
@@ -107,9 +111,12 @@ class Encoder:
         Raises:
             DataError: the record has none of these columns, or they have other types.
         """
-        if "messages" in record and self.column not in record:
+        named = self.column != TEXT_COLUMN  # a column that the user names wins
+        if named and self.column not in record:
+            check_columns(record, (self.column,), place)
+        if not named and "messages" in record and self.column not in record:
             return self._encode_messages(record["messages"], place)
-        if {"prompt", "completion"} <= record.keys():
+        if not named and {"prompt", "completion"} <= record.keys():
             prompt = [*self.start, *self._ids(record["prompt"], place)]
             completion = [*self._ids(record["completion"], place), *self.end]
             return prompt + completion, [0] * len(prompt) + [1] * len(completion)
@@ -135,6 +142,12 @@ class Encoder:
                 f"{place} has messages, but the tokenizer has no chat template. Give one that has it (--worker.tokenizer), or "
                 "records with text."
             )
+        for turn in messages if isinstance(messages, list) else [None]:
+            if not isinstance(turn, dict) or "role" not in turn or not {"content", "tool_calls"} & turn.keys():
+                raise DataError(
+                    f'{place}: messages must be a list of objects with role and content, such as {{"role": "user", "content": '
+                    f'"Hello"}}, but one is {str(messages if turn is None else turn)[:60]!r}. Rename its keys.'
+                )
         if not self.has_messages and not self.marks_assistant:
             log.warning(
                 "The chat template doesn't mark the assistant's tokens ({%% generation %%}), so the loss counts all tokens."
@@ -184,4 +197,20 @@ def labeled(source: str, text: str, label: str) -> Iterator[tuple[str, str, str]
         check_columns(record, (text, label), place)
         if not isinstance(record[text], str):
             raise DataError(f"{place}: the text must be a string, but it is a {type(record[text]).__name__}.")
-        yield place, record[text], str(record[label])
+        yield place, record[text], label_name(record[label], place)
+
+
+def label_name(value: Any, place: str) -> str:
+    """A label's name: text without spaces around it, or a number, where 1.0 is 1.
+
+    Raises:
+        DataError: it is another value, such as None, NaN or a list, or an empty text.
+    """
+    name = value.strip() if isinstance(value, str) else str(value) if isinstance(value, int) else ""
+    if isinstance(value, float) and math.isfinite(value):
+        name = str(int(value)) if value.is_integer() else str(value)
+    if not name:
+        raise DataError(
+            f"{place}: the label must be a text or a number, but it is {str(value)[:40]!r}. Fill it in, or drop it."
+        )
+    return name

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("transformers")
 
 from lte_ray.recipes.causal_lm import IGNORED, CausalLM
-from lte_ray.recipes.classify import Classify
+from lte_ray.recipes.classify import Classify, padding
 
 from lte_ray import LTEConfig, MergeConfig, Shard, TrainConfig
 from lte_ray.engine.prepare import prepare
@@ -94,6 +94,22 @@ def test_the_loss_counts_the_completion(model: str, tmp_path: Path) -> None:
     assert (targets == IGNORED).any()
 
 
+def test_a_column_that_is_named_wins(model: str, tmp_path: Path) -> None:
+    """Over prompt and completion: all its tokens count."""
+    records = [{"body": f"Number {n}.", "prompt": "Why?", "completion": "So."} for n in range(60)]
+    data, counted = worker(model, write_jsonl(tmp_path / "a.jsonl", records), column="body").tokens("train")
+    assert counted is None
+    assert "Why" not in decoded(worker(model, tmp_path / "a.jsonl"), torch.from_numpy(data.tokens.astype(np.int64)))
+
+
+def test_a_small_validation_file_is_named(model: str, tmp_path: Path) -> None:
+    """Not the training data."""
+    small = write_jsonl(tmp_path / "small.jsonl", [{"text": "a"}])
+    one = worker(model, write_jsonl(tmp_path / "a.jsonl", text_records()), validation=str(small))
+    with pytest.raises(UserError, match=r"small\.jsonl leaves \d+ tokens for validation"):
+        one.tokens("train")
+
+
 def test_the_loss_counts_what_the_assistant_says(model: str, tmp_path: Path) -> None:
     """If the chat template marks it."""
     turns = [{"role": "user", "content": "Add 1 and 2."}, {"role": "assistant", "content": "It is 3."}]
@@ -162,7 +178,19 @@ def test_the_tokenizer_is_kept_with_the_run(model: str, tmp_path: Path) -> None:
         (text_records(5, 100), {"batch_size": 64}, "fewer than one batch of 64 for each of 2 heads"),
         ([{"body": "x"}], {}, r"line 1: a record needs the column text .* The columns are: body"),
         ([{"text": 5}], {}, "line 1: the text must be a string, but it is a int"),
-        ([{"messages": [{"role": "user"}], "id": n} for n in range(3)], {}, "line 1: the chat template can't be applied"),
+        (
+            [{"messages": [{"role": "user"}], "id": n} for n in range(3)],
+            {},
+            r"line 1: messages must be .* with role and content.* but one is",
+        ),
+        ([{"messages": [{"from": "human", "value": "x"}]}], {}, r"line 1: messages must be .* but one is .*human"),
+        (
+            [{"messages": [{"role": "user", "content": "Add 1 and 2."}], "id": n} for n in range(60)],
+            {},
+            r"a\.jsonl has \d+ record\(s\) for training, but the loss counts none of their tokens",
+        ),
+        ([{"text": "x", "prompt": "a", "completion": "b"}], {"column": "body"}, "line 1: there is no column body"),
+        (text_records(1), {"context": 8}, "One record can't be divided: give --worker.validation"),
         ([], {}, "is empty: it has no records"),
         (text_records(), {"context": 256}, "--worker.context is 256, but the model has 128 positions"),
         (text_records(), {"held_out": 1.0}, "--worker.held-out is 1.0, but it must be between 0 and 1"),
@@ -212,6 +240,23 @@ def test_labels_become_numbers(model: str, tmp_path: Path) -> None:
     assert classifier(model, write_jsonl(tmp_path / "b.jsonl", numbers)).label_names() == [str(n) for n in range(12)]
 
 
+def test_labels_that_mean_the_same_are_one(model: str, tmp_path: Path) -> None:
+    """Whole numbers in any type, and texts with spaces around them; a digit that isn't decimal is a text."""
+    values = [1, 1.0, "1 ", 0.0, " a", "a", "²", -1, 0.5]
+    records = [{**record, "label": values[n % len(values)]} for n, record in enumerate(labeled_records())]
+    one = classifier(model, write_jsonl(tmp_path / "a.jsonl", records))
+    assert one.label_names() == ["0", "1", "-1", "0.5", "a", "²"]
+    config = one.build_model().config
+    assert config.pad_token_id == padding(one.load_tokenizer())
+
+
+def test_a_text_longer_than_the_model_is_refused(model: str, tmp_path: Path) -> None:
+    """With the number of its positions."""
+    one = classifier(model, write_jsonl(tmp_path / "a.jsonl", labeled_records()), length=256)
+    with pytest.raises(UserError, match=r"--worker\.length is 256, but the model has 128 positions"):
+        one.build_model()
+
+
 def test_evaluation_of_a_classifier(model: str, tmp_path: Path) -> None:
     """The held-out part: a tenth of the records."""
     one = classifier(model, write_jsonl(tmp_path / "a.jsonl", labeled_records()), scratch=True)
@@ -228,6 +273,9 @@ def test_evaluation_of_a_classifier(model: str, tmp_path: Path) -> None:
         ([{"text": "x", "class": 1}], [], "line 1: there is no column label. The columns are: text, class"),
         ([{"text": "x", "label": 1}] * 9, [], r"has 1 label\(s\) in the column label, but at least 2"),
         (labeled_records(), [{"text": "x", "label": "c"}], "line 1: the label 'c' isn't among those of .*: a, b"),
+        ([{"text": "x", "label": None}], [], "line 1: the label must be a text or a number, but it is 'None'"),
+        ([{"text": "x", "label": float("nan")}], [], "line 1: the label must be a text or a number, but it is 'nan'"),
+        ([{"text": "x", "label": ["a"]}], [], "line 1: the label must be a text or a number"),
         (labeled_records(4), [], "has 3 samples, fewer than one batch of 4 for each of 2 heads"),
     ],
 )
