@@ -6,6 +6,7 @@ import gc
 from typing import Any
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.profiler import ProfilerActivity, profile
 
 from lte_ray.engine.head.head import Head
@@ -45,7 +46,7 @@ def measure_real_head(worker: Any, settings: Settings) -> tuple[int, int]:
 def _bytes_of(head: Head, before: set[int]) -> int:
     """Bytes of all tensors in this process that aren't in `before`, and of the head's gradients."""
     gc.collect()
-    tensors = [each for each in gc.get_objects() if isinstance(each, Tensor)]
+    tensors = _tensors()
     tensors += [p.grad for p in head.trained_parameters.values() if p.grad is not None]
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
     return sum(size for key, size in storages.items() if key not in before)
@@ -53,4 +54,10 @@ def _bytes_of(head: Head, before: set[int]) -> int:
 
 def _storages() -> set[int]:
     gc.collect()
-    return {each.untyped_storage()._cdata for each in gc.get_objects() if isinstance(each, Tensor)}
+    return {each.untyped_storage()._cdata for each in _tensors()}
+
+
+def _tensors() -> list[Tensor]:
+    """All tensors of this process that have memory: other tests may have left lazy ones."""
+    tensors = [each for each in gc.get_objects() if isinstance(each, Tensor)]
+    return [each for each in tensors if not is_lazy(each) and each.device.type == "cpu"]

@@ -32,6 +32,12 @@ from tests.support.run_folders import (
 NOW = math.floor(time.time())
 
 
+@pytest.fixture(autouse=True)
+def now() -> None:
+    """The suite may run for minutes before a test does."""
+    globals()["NOW"] = math.floor(time.time())
+
+
 def three_merges(folder: Path, **settings: object) -> RunDirectory:
     """A run with three merges, a second apart, and an evaluation."""
     rows = [merge_row(version, NOW - 10 + version) for version in (1, 2, 3)]
