@@ -15,7 +15,7 @@ from lte_ray import LogRow, LTETrainer, RunInfo
 from tests.support.ray_runs import settings, storage
 from workers.regression import Regression
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @dataclass
