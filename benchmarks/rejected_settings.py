@@ -266,7 +266,7 @@ def watching(run: Run, folder: Path) -> Iterator[Row]:
     (folder / "run").mkdir()
     (folder / "run" / "run.toml").write_text("")
     (folder / "run" / "metrics.jsonl").write_text('{"kind": "event", "at": 1.0, "event": "finished"}\n')
-    yield Row("stop of a run that nobody trains", *run("stop", str(folder / "run")))
+    yield Row("stop of a run without a process", *run("stop", str(folder / "run")))
     yield Row("stop --timeout soon", *run("stop", str(folder / "run"), "--timeout", "soon"))
     yield Row("stop --timeout -1", *run("stop", str(folder / "run"), "--timeout=-1"))
     yield Row("runs of a run", *run("runs", str(folder / "run")))

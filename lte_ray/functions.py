@@ -34,7 +34,7 @@ class FunctionWorker:
     """A worker made of functions and data sets.
 
     Args:
-        model: a function that builds the model, or a model, of which every process gets a copy.
+        model: a function that builds the model, or a model; then every process gets a copy of it.
         train_dataset: what `lte_ray.data.loader` takes: a `torch.utils.data.Dataset`, a `datasets.Dataset` of Hugging Face, a
             list, an iterable, files. Or a function without arguments that makes it, called once in each process: use that for
             data that are too large to send, and for generators. f(epoch) makes the stream of a pass.

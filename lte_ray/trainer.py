@@ -206,7 +206,7 @@ class LTETrainer:
                 groups = placing.transfer_groups(
                     settings.merge, initial.plans, reservation.nodes if reservation else 1, may_merge_by_weights(policy)
                 )
-                run_toml, resume = stack.enter_context(claim.acquire(record, self.worker))
+                acquired, resume = stack.enter_context(claim.acquire(record, self.worker))
                 context = RunContext(
                     worker=pickled_worker,
                     settings=settings,
@@ -216,7 +216,7 @@ class LTETrainer:
                     retention=RetentionPolicy(storage.keep_checkpoints, storage.keep_best, storage.best_by),
                     rejoin=failure.rejoin,
                     fault_script=os.environ.get(fault_injection.VARIABLE),
-                    run_toml=run_toml,
+                    run_toml=acquired,
                     evaluates=evaluates(self.worker),
                 )
                 start = _start(context, initial, resume, policy)
@@ -240,7 +240,7 @@ class LTETrainer:
                     export=lambda final, ema: run_record.write_model(directory, initial, final, ema),
                 )
                 state = controller.state
-                with report_run(sinks, directory, state.log, self.worker, run_toml, claim.position, state.devices):
+                with report_run(sinks, directory, state.log, self.worker, acquired, claim.position, state.devices):
                     controller.run()
                 results.append(_result(controller, directory, storage.best_by, settings.merge.never_merge))
         return results[0]

@@ -19,6 +19,7 @@ import safetensors.torch
 from torch import Tensor
 
 from lte_ray.checkpoint.manifest import Damaged, FileEntry, Manifest, read_file, summarize_error
+from lte_ray.config.best_figure import parse_best_by
 from lte_ray.errors import StorageError
 from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import gather, views
@@ -334,7 +335,7 @@ def best_versions(directory: RunDirectory, versions: Iterable[int], count: int, 
         by: name of the figure. The lowest is best, or the highest after a dash ("-accuracy"). Without a name it is the first
             figure of the newest evaluation.
     """
-    name, sign = by.removeprefix("-"), -1.0 if by.startswith("-") else 1.0
+    name, sign = parse_best_by(by)
     scores: list[tuple[float, int]] = []
     for version in sorted(versions, reverse=True) if count else []:
         with contextlib.suppress(Damaged):  # a failing storage doesn't make a version bad

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lte_ray.cli.call import JSON_LINES_HELP, print_json
 from lte_ray.cli.run_argument import RUN_HELP, STORAGE_HELP
-from lte_ray.cli.run_status import format_event, open_run, wait_for_more
+from lte_ray.cli.run_status import format_event, locate_directory, wait_for_more
 from lte_ray.cli.settings_parser import parse_arguments, positional
 from lte_ray.config.validation import setting
 from lte_ray.errors import StorageError
@@ -35,7 +35,7 @@ def logs(arguments: list[str]) -> None:
         StorageError: there is no such run, or its files can't be read.
     """
     flags = parse_arguments(Flags, "lte-ray logs RUN [flags]", arguments)
-    directory = open_run(flags.run, flags.storage)
+    directory = locate_directory(flags.run, flags.storage)
     from lte_ray.storage import RUN
 
     if not directory.exists(RUN):

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from types import FrameType
 from typing import NamedTuple
 
@@ -107,90 +108,6 @@ def _wants_json(arguments: list[str]) -> bool:
     return arguments[0] != "simulate" or not following or following[0].startswith("-")
 
 
-def _train(arguments: list[str]) -> int:
-    from lte_ray.cli.train import train
-
-    return train(arguments)
-
-
-def _resume(arguments: list[str]) -> int:
-    from lte_ray.cli.train import resume
-
-    return resume(arguments)
-
-
-def _export(arguments: list[str]) -> None:
-    from lte_ray.cli.export import export
-
-    export(arguments)
-
-
-def _ladder(arguments: list[str]) -> None:
-    from lte_ray.cli.ladder import ladder
-
-    ladder(arguments)
-
-
-def _plan(arguments: list[str]) -> None:
-    from lte_ray.cli.plan import plan
-
-    plan(arguments)
-
-
-def _simulate(arguments: list[str]) -> None:
-    from lte_ray.cli.simulate import simulate
-
-    simulate(arguments)
-
-
-def _audit(arguments: list[str]) -> int:
-    from lte_ray.cli.audit import audit
-
-    return audit(arguments)
-
-
-def _completion(arguments: list[str]) -> None:
-    from lte_ray.cli.completion import completion
-
-    completion(arguments)
-
-
-def _runs(arguments: list[str]) -> None:
-    from lte_ray.cli.runs import runs
-
-    runs(arguments)
-
-
-def _status(arguments: list[str]) -> None:
-    from lte_ray.cli.status import status
-
-    status(arguments)
-
-
-def _watch(arguments: list[str]) -> None:
-    from lte_ray.cli.watch import watch
-
-    watch(arguments)
-
-
-def _stop(arguments: list[str]) -> None:
-    from lte_ray.cli.stop import stop
-
-    stop(arguments)
-
-
-def _logs(arguments: list[str]) -> None:
-    from lte_ray.cli.logs import logs
-
-    logs(arguments)
-
-
-def _new(arguments: list[str]) -> None:
-    from lte_ray.cli.new import new
-
-    new(arguments)
-
-
 class Command(NamedTuple):
     """A subcommand: its function, which may return an exit code, its arguments for messages, and what an interrupt leaves."""
 
@@ -199,21 +116,31 @@ class Command(NamedTuple):
     interrupted: str
 
 
+def _deferred(name: str, module: str = "") -> Callable[[list[str]], int | None]:
+    """The subcommand `name`, whose module in `lte_ray.cli` is imported only when it is called, so that each starts fast."""
+
+    def run(arguments: list[str]) -> int | None:
+        function: Callable[[list[str]], int | None] = getattr(import_module(f"lte_ray.cli.{module or name}"), name)
+        return function(arguments)
+
+    return run
+
+
 COMMANDS = {
-    "train": Command(_train, "WORKER [flags]", "Training hadn't begun."),
-    "resume": Command(_resume, "RUN [flags]", "Training hadn't begun."),
-    "export": Command(_export, "RUN OUT --to FORMAT [flags]", "Nothing was written."),
-    "ladder": Command(_ladder, "WORKER [flags]", "Trainings that are done are kept."),
-    "plan": Command(_plan, "WORKER [flags]", "Nothing was started."),
-    "simulate": Command(_simulate, "[WORKER] [flags]", "Nothing was written."),
-    "audit": Command(_audit, "RUN", "Nothing was written."),
-    "runs": Command(_runs, "[STORAGE]", "Nothing was written."),
-    "status": Command(_status, "RUN", "Nothing was written."),
-    "watch": Command(_watch, "RUN", "The run isn't affected."),
-    "stop": Command(_stop, "RUN", "If the run was asked to stop, it still is."),
-    "logs": Command(_logs, "RUN [--follow]", "The run isn't affected."),
-    "new": Command(_new, "NAME [--from RECIPE]", "Nothing was written."),
-    "completion": Command(_completion, "SHELL", "Nothing was written."),
+    "train": Command(_deferred("train"), "WORKER [flags]", "Training hadn't begun."),
+    "resume": Command(_deferred("resume", module="train"), "RUN [flags]", "Training hadn't begun."),
+    "export": Command(_deferred("export"), "RUN OUT --to FORMAT [flags]", "Nothing was written."),
+    "ladder": Command(_deferred("ladder"), "WORKER [flags]", "Trainings that are done are kept."),
+    "plan": Command(_deferred("plan"), "WORKER [flags]", "Nothing was started."),
+    "simulate": Command(_deferred("simulate"), "[WORKER] [flags]", "Nothing was written."),
+    "audit": Command(_deferred("audit"), "RUN", "Nothing was written."),
+    "runs": Command(_deferred("runs"), "[STORAGE]", "Nothing was written."),
+    "status": Command(_deferred("status"), "RUN", "Nothing was written."),
+    "watch": Command(_deferred("watch"), "RUN", "The run isn't affected."),
+    "stop": Command(_deferred("stop"), "RUN", "If the run was asked to stop, it still is."),
+    "logs": Command(_deferred("logs"), "RUN [--follow]", "The run isn't affected."),
+    "new": Command(_deferred("new"), "NAME [--from RECIPE]", "Nothing was written."),
+    "completion": Command(_deferred("completion"), "SHELL", "Nothing was written."),
 }
 
 

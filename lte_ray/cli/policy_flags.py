@@ -43,7 +43,7 @@ def policy_arguments(policy: str) -> dict[str, Argument]:
     """
     if policy == "auto":  # its choices have arguments only once they are made
         return {}
-    from lte_ray.merging.policy_args import list_arguments  # imports torch, which help and mistakes needn't wait for
+    from lte_ray.merging.policy_args import list_arguments  # imports torch; help and error messages come faster without it
     from lte_ray.merging.registry import find_policy
 
     value = find_policy(policy)

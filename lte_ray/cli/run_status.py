@@ -21,7 +21,7 @@ LOCAL_INTERVAL, REMOTE_INTERVAL = 1.0, 10.0
 sleep = time.sleep
 
 
-def open_run(run: str, storage: str | None) -> RunDirectory:
+def locate_directory(run: str, storage: str | None) -> RunDirectory:
     """The directory of a run, which may not exist.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lte_ray.cli.call import JSON_HELP, print_json
 from lte_ray.cli.run_argument import RUN_HELP, STORAGE_HELP
-from lte_ray.cli.run_status import describe_rest, describe_state, format_event, open_run
+from lte_ray.cli.run_status import describe_rest, describe_state, format_event, locate_directory
 from lte_ray.cli.settings_parser import parse_arguments, positional
 from lte_ray.config.validation import setting
 from lte_ray.redaction import printable
@@ -34,7 +34,7 @@ def status(arguments: list[str]) -> None:
     flags = parse_arguments(Flags, "lte-ray status RUN [flags]", arguments)
     from lte_ray.run.inspect import inspect_run
 
-    found = inspect_run(open_run(flags.run, flags.storage))
+    found = inspect_run(locate_directory(flags.run, flags.storage))
     if flags.json:
         print_json(found.as_dict())
     else:

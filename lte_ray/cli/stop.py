@@ -11,7 +11,7 @@ from rich.console import Console
 
 from lte_ray.cli.call import JSON_HELP, print_json
 from lte_ray.cli.run_argument import RUN_HELP, STORAGE_HELP
-from lte_ray.cli.run_status import describe_rest, describe_state, open_run
+from lte_ray.cli.run_status import describe_rest, describe_state, locate_directory
 from lte_ray.cli.settings_parser import parse_arguments, positional
 from lte_ray.cli.watch import follow
 from lte_ray.config.units import read_units
@@ -51,7 +51,7 @@ def stop(arguments: list[str]) -> None:
     from lte_ray.run.inspect import inspect_run
     from lte_ray.run.stop_request import request_stop
 
-    directory = open_run(flags.run, flags.storage)
+    directory = locate_directory(flags.run, flags.storage)
     before = inspect_run(directory)
     shown = printable(directory.display)
     if before.is_over:

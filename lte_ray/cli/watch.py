@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lte_ray.cli.call import JSON_LINES_HELP, print_json
 from lte_ray.cli.run_argument import RUN_HELP, STORAGE_HELP
-from lte_ray.cli.run_status import describe_rest, describe_state, open_run, wait_for_more
+from lte_ray.cli.run_status import describe_rest, describe_state, locate_directory, wait_for_more
 from lte_ray.cli.settings_parser import parse_arguments, positional
 from lte_ray.config.validation import setting
 from lte_ray.errors import StorageError
@@ -42,7 +42,7 @@ def watch(arguments: list[str]) -> None:
         StorageError: there is no such run, or its files can't be read any more.
     """
     flags = parse_arguments(Flags, "lte-ray watch RUN [flags]", arguments)
-    directory = open_run(flags.run, flags.storage)
+    directory = locate_directory(flags.run, flags.storage)
     if flags.json:
         for status in follow(directory):
             print_json(status.as_dict())

@@ -53,7 +53,7 @@ def loader(
         collate: makes a batch of a list of items; by default torch's `default_collate`.
         columns: of items that are mappings, keep only these.
         num_workers: processes that read a data set with an index.
-        prefetch: batches that a thread reads ahead, which pays where reading waits for a disk or a network. The data mustn't
+        prefetch: batches that a thread reads ahead, which pays where reading waits for a disk or a network. The data must not
             draw from the global random generators then.
         pin_memory: whether batches are put into pinned memory; by default with CUDA, if processes or a thread read ahead.
 
@@ -121,7 +121,7 @@ def _has_index(dataset: Any) -> bool:
 
 
 class _Read(Dataset[Any]):
-    """Reads a batch, as f(seed, slot). In a thread it mustn't seed the generators, which belong to the whole process."""
+    """Reads a batch, as f(seed, slot). In a thread it must not seed the generators, which belong to the whole process."""
 
     def __init__(self, dataset: Any, collate: Collate, columns: tuple[str, ...], seed: int, *, seeds: bool) -> None:
         self.dataset, self.collate, self.columns, self.seed, self.seeds = dataset, collate, columns, seed, seeds

@@ -16,7 +16,7 @@ def read_ahead(items: Iterator[T], count: int, prepare: Callable[[T], T] = lambd
     What the iterator raises is raised here, after the items before it. Closing the generator ends the thread.
 
     Args:
-        items: mustn't draw from the global random generators, since the caller's thread uses them at the same time.
+        items: must not draw from the global random generators, since the caller's thread uses them at the same time.
         count: at least 1.
         prepare: applied to each item, in the thread.
     """

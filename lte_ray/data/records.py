@@ -77,13 +77,13 @@ def _data_of_folder(source: str, files: list[str]) -> list[str]:
     train = [file for file in files if _split_of(file) == "train"]
     others = [file for file in files if _split_of(file) == "other"]
     if train and others:
-        _say(f"{source}: the data are the {len(train)} file(s) named train*; {Path(others[0]).name} isn't read.")
+        _warn_once(f"{source}: the data are the {len(train)} file(s) named train*; {Path(others[0]).name} isn't read.")
         return train
     return files
 
 
 @cache
-def _say(text: str) -> None:
+def _warn_once(text: str) -> None:
     log.warning("%s", text)
 
 

@@ -13,8 +13,8 @@ from lte_ray.worker import Batch, Worker, count_samples, count_tokens
 def count_steps(worker: Worker, settings: Settings, batch: Batch, epoch: int | None) -> int:
     """Returns the local steps of each head.
 
-    A step of all heads takes num_heads times accumulate batches. The run has so many steps that all heads together take at
-    least what was asked for.
+    A step of all heads takes num_heads times accumulate batches. The run has the fewest steps with which all
+    heads together take at least what was asked for.
 
     Args:
         batch: the worker's first one. All others count as equally large.

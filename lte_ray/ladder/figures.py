@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lte_ray.config import suggest
+from lte_ray.config.best_figure import parse_best_by
 from lte_ray.errors import ConfigError, LTEError, WorkerError, WorkerFailed
 from lte_ray.worker import Worker
 from lte_ray.worker import evaluate as worker_figures
@@ -39,10 +40,11 @@ class Figure:
             raise WorkerError(
                 "evaluate() returns no figures, so trainings can't be compared. Return at least one number by name."
             )
-        name = chosen.removeprefix("-") or next(iter(figures))
+        name, sign = parse_best_by(chosen)
+        name = name or next(iter(figures))
         if name not in figures:
             raise ConfigError(f"--figure is {chosen!r}, but evaluate() returns {', '.join(figures)}.{suggest(name, figures)}")
-        return cls(name, chosen.startswith("-"))
+        return cls(name, sign < 0)
 
     def cost(self, value: float) -> float:
         """A number that is lower where the figure is better; infinity for a figure that isn't a number."""

@@ -20,7 +20,7 @@ class LayerRow:
     """Parameters of one shape and one kind of layer whose names differ in numbers only.
 
     Attributes:
-        name: with ranges in the places of these numbers: ``blocks.0..11.up.weight``.
+        name: with ranges instead of these numbers: ``blocks.0..11.up.weight``.
         count: how many they are.
         shape: of each.
         how: "factors", "replica", "statistics" or "frozen".

@@ -81,7 +81,7 @@ def recommend(
       `merge_iter`. If it takes more in all of them, `merge_iter` is raised.
 
     Args:
-        traffic: gives that of a merge of so many heads on as many machines, in several formats.
+        traffic: gives the traffic of a merge in several formats, for a number of heads, each on a machine of its own.
     """
     usable = USABLE * hardware.gpu_bytes
     each = -(-settings.lte.num_heads // hardware.num_gpus)

@@ -1,7 +1,7 @@
 """The ready-made workers: `gpt`, `vit` and others, each a module of this package.
 
-In a wheel their files lie in this folder. In a checkout they are in `workers/`, beside the library, and this package finds them
-there. So both have the same names, in every process.
+In a wheel their files lie in this folder. In a checkout they are in the folder `workers/` next to this library, and this
+package finds them there. So both have the same names, in every process.
 """
 
 from __future__ import annotations

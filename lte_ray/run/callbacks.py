@@ -23,7 +23,7 @@ FAILURES = frozenset(
     {"coordinator_lost", "ended_early", "evaluator_lost", "head_dropped", "head_hung", "head_lost", "head_quarantined"}
     | {"processes_restart", "refused", "rolled_back", "storage"}
 )
-"""Events of which `Callback.on_failure` is told, too."""
+"""Other events that `Callback.on_failure` receives, too."""
 
 
 @dataclass(frozen=True)

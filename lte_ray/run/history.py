@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lte_ray import checkpoint
 from lte_ray.config import check_run_name
+from lte_ray.config.best_figure import parse_best_by
 from lte_ray.errors import StorageError
 from lte_ray.run.metrics import METRICS, Row
 from lte_ray.run.sinks.figures import RowNaming
+from lte_ray.run.tail import parse_row
 from lte_ray.storage import RunDirectory, split_run_path
 
 if TYPE_CHECKING:
@@ -50,15 +51,12 @@ def read_rows(directory: RunDirectory, until: int | None = None) -> list[Row]:
     """
     if not directory.exists(METRICS):
         return []
-    rows = []
-    for line in directory.read(METRICS).splitlines():
-        try:
-            row = json.loads(line)
-            if until is None or row["kind"] == "event" or row["version"] <= until:
-                rows.append(row)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue
-    return rows
+    rows = [row for line in directory.read(METRICS).splitlines() if (row := parse_row(line)) is not None]
+    return [
+        row
+        for row in rows
+        if row["kind"] == "event" or (isinstance(row.get("version"), int) and (until is None or row["version"] <= until))
+    ]
 
 
 def to_dataframe(rows: Iterable[Mapping[str, Any]]) -> pandas.DataFrame:
@@ -99,7 +97,7 @@ def best_checkpoints(
     evaluations = {row["version"]: row for row in rows if row["kind"] == "evaluation"}
     kept = [version for version in reversed(checkpoint.complete_versions(directory)) if version in evaluations]
     figures = {v: {**evaluations[v]["values"], "version": v, "step": evaluations[v]["step"]} for v in kept}
-    name, sign = best_by.removeprefix("-"), -1.0 if best_by.startswith("-") else 1.0
+    name, sign = parse_best_by(best_by)
     name = name or next(iter(evaluations[kept[0]]["values"]) if kept else iter(()), "")
 
     def rank(version: int) -> tuple[bool, float]:

@@ -20,7 +20,7 @@ from lte_ray.messages import HeadStatus
 from lte_ray.redaction import printable, without_credentials
 from lte_ray.run.environment import ENVIRONMENT
 from lte_ray.run.metrics import Progress, Row
-from lte_ray.run.newest_rows import GONE, LastWords, NewestRows, to_number
+from lte_ray.run.newest_rows import GONE, Ending, NewestRows, to_number
 from lte_ray.run.run_toml import RunRecord, read
 from lte_ray.storage import MODEL, RUN, Driver, RunDirectory, find_driver
 from lte_ray.storage.checkpoints import newest_version
@@ -33,8 +33,8 @@ PATIENCE = 5.0
 """Seconds for which reading is repeated while storage fails."""
 
 QUIET, QUIET_MERGES = 120.0, 5
-"""After so many seconds, and after so many times the time between two merges, a run without a new row counts as silent, if
-nothing tells whether its driver is alive."""
+"""When a run without a new row counts as silent, if nothing tells whether its driver is alive: after QUIET seconds, and after
+QUIET_MERGES times the time between two merges."""
 
 THREADS = 8
 """Runs that are read at once."""
@@ -133,14 +133,14 @@ def inspect_run(directory: RunDirectory) -> RunStatus:
     model_at, toml_at = directory.modified_at(MODEL), directory.modified_at(RUN)
     since = max((at for at in (rows.newest_at, start.at) if at is not None), default=toml_at)
     silence = 0.0 if since is None else max(0.0, now - since)
-    words = rows.last_words(start.at)
-    if not words.known and model_at is not None and model_at >= (toml_at or math.inf):  # of a release without that event
-        words = dataclasses.replace(words, finished=True)
+    ending = rows.ending(start.at)
+    if not ending.known and model_at is not None and model_at >= (toml_at or math.inf):  # of a release without that event
+        ending = dataclasses.replace(ending, finished=True)
     quiet_after = max(QUIET, QUIET_MERGES * rows.seconds_per_merge)
-    state, why = _judge(words, driver, silence, quiet_after)
+    state, why = _judge(ending, driver, silence, quiet_after)
     progress = _make_progress(settings, rows, start, checkpoint)
     if state == "running":
-        note = words.note or _describe_start(rows, start)
+        note = ending.note or _describe_start(rows, start)
         stalled = f"no row for {silence:.0f} s" if silence >= quiet_after / 2 else ""
         seconds = now - start.at if start.at else progress.seconds
         progress = dataclasses.replace(progress, seconds=seconds, note=note, stalled=stalled)
@@ -160,16 +160,16 @@ def inspect_run(directory: RunDirectory) -> RunStatus:
     )
 
 
-def _judge(words: LastWords, driver: Driver, silence: float, quiet_after: float) -> tuple[State, str]:
+def _judge(ending: Ending, driver: Driver, silence: float, quiet_after: float) -> tuple[State, str]:
     """The state of a run, and why, by what it has said and for how many seconds it has said nothing."""
     if driver.alive:
         return "running", ""
-    if words.ended_early:
-        return "ended-early", words.why
-    if words.finished:
-        return ("stopped", words.why) if words.stopped else ("finished", "")
+    if ending.ended_early:
+        return "ended-early", ending.why
+    if ending.finished:
+        return ("stopped", ending.why) if ending.stopped else ("finished", "")
     if driver.alive is False:
-        return "silent", "its driver ended without a word"
+        return "silent", "its driver ended without saying why"
     if silence >= quiet_after:
         return "silent", f"no row for {silence:.0f} s, and nothing tells here whether its driver is alive"
     return "running", ""

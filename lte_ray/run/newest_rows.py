@@ -42,7 +42,7 @@ class HeadPlace:
 
 
 @dataclass(frozen=True)
-class LastWords:
+class Ending:
     """What the newest start of a run has said of its end.
 
     Attributes:
@@ -181,7 +181,7 @@ class NewestRows:
         steps = sum(_whole(row.get("steps")) for row in recent[:-1])
         return self.seconds_per_merge * (len(recent) - 1) * num_heads / steps if steps else None
 
-    def last_words(self, started_at: float | None) -> LastWords:
+    def ending(self, started_at: float | None) -> Ending:
         """What the run has said of its end since its newest start (Unix time; None if unknown), among the newest events."""
         stopped: Row | None = None
         newest_merge = to_number(self.merges[0].get("at")) if self.merges else None
@@ -191,21 +191,21 @@ class NewestRows:
             if name == "resumed" or (started_at is not None and at is not None and at < started_at - 1):
                 break
             if name == "ended_early":
-                return LastWords(known=True, ended_early=True, why=why)
+                return Ending(known=True, ended_early=True, why=why)
             if name == "finished":
-                finished = LastWords(known=True, finished=True)
+                finished = Ending(known=True, finished=True)
                 following = self.events[self.events.index(row) + 1 :]
                 before = next((each for each in following if each.get("event") in ("stopped", "resumed", "finished")), {})
                 if before.get("event") != "stopped":
                     return finished
-                return LastWords(known=True, finished=True, stopped=True, why=_why(before))
+                return Ending(known=True, finished=True, stopped=True, why=_why(before))
             if name == "stopped" and stopped is None:
                 stopped = row
             if name == "still" and not note and (newest_merge is None or (at or 0.0) > newest_merge):
                 note = f"nothing has moved: {why}"
         if stopped is not None:
-            return LastWords(stopped=True, why=_why(stopped), note=f"ends early: {_why(stopped)}")
-        return LastWords(note=note)
+            return Ending(stopped=True, why=_why(stopped), note=f"ends early: {_why(stopped)}")
+        return Ending(note=note)
 
     def problems(self, *, is_alive: bool | None) -> list[str]:
         """What is wrong with the file, one sentence each.

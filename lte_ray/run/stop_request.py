@@ -49,7 +49,7 @@ def read_request(directory: RunDirectory) -> str | None:
 
 def _read_reason(directory: RunDirectory) -> str:
     with contextlib.suppress(StorageError, ValueError, KeyError, TypeError, RecursionError):
-        if not directory.is_link(REQUEST):  # where it leads is none of ours
+        if not directory.is_link(REQUEST):  # never remove what a link points to
             return printable(redact(str(json.loads(directory.read(REQUEST, MAX_BYTES))["reason"])))[:MAX_REASON].strip()
     return ""
 

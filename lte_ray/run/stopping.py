@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lte_ray.config import TrainConfig
+from lte_ray.config.best_figure import parse_best_by
 from lte_ray.config.stopping import TRAIN_LOSS, parse_condition
 from lte_ray.errors import ConfigError
 from lte_ray.messages import MergeRecord
@@ -42,7 +43,7 @@ class StopRules:
     def __init__(self, train: TrainConfig, best_by: str, began: float) -> None:
         self._train, self._began = train, began
         self._condition = parse_condition(train.stop_when) if train.stop_when else None
-        self._best_by, self._sign = best_by.removeprefix("-"), -1.0 if best_by.startswith("-") else 1.0
+        self._best_by, self._sign = parse_best_by(best_by)
         self._best, self._without_improvement = math.inf, 0
         self._losses: dict[int, float] = {}  # each head's newest
         self.stop: Stop | None = None

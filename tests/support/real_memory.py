@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.profiler import ProfilerActivity, profile
@@ -58,6 +59,6 @@ def _storages() -> set[int]:
 
 
 def _tensors() -> list[Tensor]:
-    """All tensors of this process that have memory: other tests may have left lazy ones."""
+    """All tensors of this process that have memory of their own: other tests may have left lazy and sparse ones."""
     tensors = [each for each in gc.get_objects() if isinstance(each, Tensor)]
-    return [each for each in tensors if not is_lazy(each) and each.device.type == "cpu"]
+    return [each for each in tensors if not is_lazy(each) and each.device.type == "cpu" and each.layout is torch.strided]

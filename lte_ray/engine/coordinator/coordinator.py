@@ -352,7 +352,7 @@ class Coordinator:
         if head not in self.members:
             return EventResult((), ())
         if self.settings.merge.never_merge:
-            return self.lose(head)  # its adapter stays, and nobody else trains its data
+            return self.lose(head)  # its adapter stays, and no other head trains its data
         results: tuple[ContributionResult, ...] = ()
         if head in self._pending:  # others train its data
             results = (self._result(head, False, f"head {head} has left the run"),)

@@ -200,7 +200,7 @@ class CoordinatorRecovery:
         return state, recovered.restart_heads
 
     def _lost_adapters(self, recovered: Recovered, saved: int | None) -> bool:
-        """Whether nobody knows the independent adapter of a head, which died together with the coordinator.
+        """Whether a head's independent adapter is lost: the head died together with the coordinator.
 
         Nothing else holds what that head has trained, so the run goes back to its newest checkpoint.
         """

@@ -124,7 +124,7 @@ def test_a_driver_that_was_killed_leaves_no_sign_of_life(tmp_path: Path) -> None
     run = three_merges(tmp_path / "r")
     leave_lock(tmp_path / "r", f"1 on {os.uname().nodename}")
     status = inspect_run(run)
-    assert (status.state, status.why, status.is_over) == ("silent", "its driver ended without a word", True)
+    assert (status.state, status.why, status.is_over) == ("silent", "its driver ended without saying why", True)
     assert status.since == NOW - 6
 
 
