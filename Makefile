@@ -19,8 +19,7 @@ smoke: $(VENV)/.installed  ## Set up, then train the smallest worker: a few seco
 	$(BIN)/lte-ray train workers.regression:Regression --steps 200 $(ARGS)
 
 test: lint floors  ## Set up, then lint, floors, types and the tests that take minutes
-	@$(MAKE) --no-print-directory --jobs 2 types integration
-	@$(MAKE) --no-print-directory unit
+	@$(MAKE) --no-print-directory --jobs 3 types integration unit
 
 test-all: lint floors types docs  ## Everything that can be tested here: all tests, and the documentation's site (about an hour)
 	LTE_RAY_LONG=1 $(BIN)/python -m pytest -m "not ray" -n auto --dist loadscope $(ARGS)

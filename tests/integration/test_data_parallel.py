@@ -19,7 +19,7 @@ from tests.support.numerics import assert_near
 from tests.support.ray_runs import FailingWorker, merged_in_process, storage
 from workers.regression import Regression
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 HEADS = 4
 EMA = 0.9

@@ -52,6 +52,7 @@ def assert_same_model_file(file: Path, run: Path) -> None:
     assert file.read_bytes() == (run / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_baseline_on_ray_equals_one_process_and_resumes(
     shared_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,6 +50,7 @@ def check_prediction(worker: object, lte: LTEConfig, train: TrainConfig) -> None
     assert math.isclose(activations + gradients + batch, peak, rel_tol=TOLERANCE)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("base_dtype", ["fp32", "bf16", "nf4"])
 @pytest.mark.parametrize("name", WORKERS)
 def test_predictions_are_within_a_tenth_of_a_real_head(name: str, base_dtype: str) -> None:
