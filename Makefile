@@ -39,7 +39,7 @@ floors: $(VENV)/.installed-dev  ## Check that imports go downward only
 	$(BIN)/lint-imports --no-logo
 
 unit: $(VENV)/.installed-dev  ## Run the tests that start no Ray, on all cores (ARGS="-k merge" to pick some)
-	$(BIN)/python -m pytest -m "not ray and not slow" -n auto --dist loadscope $(ARGS)
+	nice -n 19 $(BIN)/python -m pytest -m "not ray and not slow" -n auto --dist loadscope $(ARGS)
 
 integration: $(VENV)/.installed-dev  ## Run the tests on a real Ray
 	$(BIN)/python -m pytest -m "ray and not slow" $(ARGS)

@@ -15,7 +15,7 @@ from lte_ray.runtime import placement
 from lte_ray.runtime.controller import actor_launcher, head_actors
 from tests.support.ray_runs import FailingWorker, Regression, settings, storage
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_the_run_ends_by_itself_with_everything_saved(

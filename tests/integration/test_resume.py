@@ -91,7 +91,12 @@ def test_a_barrier_run_interrupted_anywhere_is_bitwise_the_uninterrupted_run(
 
 
 @pytest.mark.parametrize(
-    ("heads_before", "heads"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(2, 3, marks=pytest.mark.slow)]
+    ("heads_before", "heads"),
+    [
+        pytest.param(1, 2, marks=pytest.mark.slow),
+        pytest.param(2, 1, marks=pytest.mark.slow),
+        pytest.param(2, 3, marks=pytest.mark.slow),
+    ],
 )
 def test_an_asynchronous_run_resumed_with_more_or_fewer_heads_merges_each_batch_once(
     local_ray: None, tmp_path: Path, heads_before: int, heads: int
