@@ -144,9 +144,7 @@ class FunctionWorker:
 
     def _validation_batches(self) -> Iterable[Any]:
         dataset = self._dataset("validation")
-        if isinstance(dataset, str | Path):
-            dataset = [record for _, record in read_records(str(dataset))]
-        elif hasattr(dataset, "iter_rows"):  # of ray.data
+        if hasattr(dataset, "iter_rows"):  # of ray.data
             dataset = dataset.iter_rows()
         if self.batch_size is None or isinstance(dataset, DataLoader):
             return dataset  # type: ignore[no-any-return]
@@ -156,6 +154,10 @@ class FunctionWorker:
 
     def _dataset(self, split: str) -> Any:
         given = self._datasets[split]
+        if isinstance(given, str | Path):  # read once in each process
+            if split not in self._made:
+                self._made[split] = [record for _, record in read_records(str(given))]
+            return self._made[split]
         if not _makes_data(given):
             return given
         if _takes_epoch(given):

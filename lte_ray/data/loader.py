@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from lte_ray.data.prefetch import read_ahead
 from lte_ray.data.records import check_columns, read_records
 from lte_ray.data.shard import Shard
 from lte_ray.errors import DataError
+
+MAX_PARTS = 8
+"""Tensors or arrays of a table that was given as a tuple or list, at most."""
 
 Collate = Callable[[list[Any]], Any]
 
@@ -63,6 +67,7 @@ def loader(
     """
     if isinstance(dataset, str | Path):
         dataset = [record for _, record in read_records(str(dataset))]
+    _check_arguments(batch_size, columns, num_workers, prefetch)
     if num_workers < 0 or prefetch < 0 or (num_workers and prefetch):
         raise DataError(
             f"num_workers is {num_workers} and prefetch is {prefetch}, but both must be at least 0, and one of them 0: "
@@ -87,6 +92,17 @@ def loader(
     return _ahead(batches, prefetch, pin) if prefetch else map(pin, batches)
 
 
+def _check_arguments(batch_size: Any, columns: Any, num_workers: Any, prefetch: Any) -> None:
+    """Raises DataError for an argument of another type."""
+    if isinstance(columns, str):
+        raise DataError(f"columns is {columns!r}, but it must be a list of names, such as [{columns!r}].")
+    numbers = {"batch_size": batch_size, "num_workers": num_workers, "prefetch": prefetch}
+    for name, value in numbers.items():
+        is_number = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not is_number and (name != "batch_size" or value is not None):
+            raise DataError(f"{name} is {value!r}, but it must be a whole number.")
+
+
 def check_size(size: int, batch_size: int, shard: Shard, what: str) -> None:
     """Raises DataError if there is less data than one batch for each head."""
     if not size:
@@ -104,10 +120,10 @@ def check_size(size: int, batch_size: int, shard: Shard, what: str) -> None:
 def _has_index(dataset: Any) -> bool:
     if isinstance(dataset, Mapping):
         raise DataError(f"This data set is a mapping of {', '.join(map(str, dataset))}. Give one of its values.")
-    if isinstance(dataset, tuple) and dataset and all(isinstance(part, torch.Tensor | np.ndarray) for part in dataset):
+    if _is_table(dataset):
         raise DataError(
-            f"This data set is a tuple of {len(dataset)} tensors or arrays, which would be read as {len(dataset)} items. Give "
-            "torch.utils.data.TensorDataset(X, y), of tensors."
+            f"This data set is a {type(dataset).__name__} of {len(dataset)} tensors or arrays, which would be read as "
+            f"{len(dataset)} items. Give torch.utils.data.TensorDataset(X, y), of tensors."
         )
     if hasattr(dataset, "iloc"):  # pandas: df[0] is a column, or the row with the label 0
         name = type(dataset).__name__
@@ -118,6 +134,16 @@ def _has_index(dataset: Any) -> bool:
     if isinstance(dataset, DataLoader | IterableDataset):
         return False
     return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+
+
+def _is_table(dataset: Any) -> bool:
+    """Whether this is (X, y) or [X, y]: a tuple of tensors or arrays, or a short list of equally many rows of other shapes."""
+    if not isinstance(dataset, tuple | list) or not dataset or len(dataset) > MAX_PARTS:
+        return False
+    if not all(isinstance(part, torch.Tensor | np.ndarray) and part.ndim for part in dataset):
+        return False
+    shapes = {tuple(part.shape) for part in dataset}
+    return isinstance(dataset, tuple) or (len(shapes) > 1 and len({shape[0] for shape in shapes}) == 1)
 
 
 class _Read(Dataset[Any]):
@@ -202,7 +228,7 @@ def _one_pass(dataset: Any, epoch: int, batch_size: int | None) -> Iterable[Any]
     if isinstance(dataset, DataLoader):
         _check_torch_loader(dataset, batch_size)
     elif callable(dataset) and not isinstance(dataset, Iterable):
-        made = dataset(epoch)
+        made = _call(dataset, epoch)
         if isinstance(made, DataLoader):
             _check_torch_loader(made, batch_size)
         elif not isinstance(made, Iterable):
@@ -219,6 +245,18 @@ def _one_pass(dataset: Any, epoch: int, batch_size: int | None) -> Iterable[Any]
     if callable(set_epoch):
         set_epoch(epoch)
     return dataset
+
+
+def _call(make: Callable[[int], Any], epoch: int) -> Any:
+    """Calls the function that makes the stream of a pass."""
+    with suppress(ValueError):  # a builtin function has no signature
+        try:
+            inspect.signature(make).bind(epoch)
+        except TypeError as error:
+            raise DataError(
+                f"The function can't be called with the number of the pass: {error}. Write lambda epoch: ..."
+            ) from None
+    return make(epoch)
 
 
 def _check_torch_loader(data: DataLoader[Any], batch_size: int | None) -> None:

@@ -35,6 +35,9 @@ TEXT = (".txt", ".md")
 CONTINUES = "continues"
 """Key of a text file's pieces: whether another piece of the file follows."""
 
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""In JSON: a half of a character that is written in two halves."""
+
 HUB = "hf:"
 
 
@@ -51,7 +54,7 @@ def find_files(source: str) -> list[str]:
     folder = False
     try:
         filesystem, path = fsspec.core.url_to_fs(place)
-        if any(character in path for character in "*?["):
+        if any(character in path for character in "*?[") and not filesystem.exists(path):
             found = filesystem.glob(path)
         elif filesystem.isdir(path):
             folder = True
@@ -237,7 +240,13 @@ def read_text(file: str) -> str:
 
 def _parse(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise DataError(f"{place} has {half}, which is half of a character. Remove it, or write both halves.") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place} isn't JSON: {error}. It begins with {text.strip()[:40]!r}.") from error
 

@@ -202,6 +202,13 @@ def test_an_error_in_the_thread_is_raised_after_the_items_before_it() -> None:
         next(ahead)
 
 
+def test_sequences_of_several_lengths_are_items() -> None:
+    """A list of tensors isn't taken for a table if its tensors are items of other lengths, or of one shape."""
+    for data in ([torch.ones(3), torch.ones(5)], [torch.ones(5), torch.ones(5)]):
+        batch = next(loader(data, Shard(0, 2, seed=0), 1))
+        assert batch.shape[0] == 1
+
+
 @pytest.mark.parametrize(
     ("data", "batch_size", "settings", "says"),
     [
@@ -224,6 +231,13 @@ def test_an_error_in_the_thread_is_raised_after_the_items_before_it() -> None:
             {},
             r"a tuple of 2 tensors or arrays.* Give torch.utils.data.TensorDataset\(X, y\)",
         ),
+        ([torch.zeros(9, 2), torch.zeros(9)], 1, {}, r"a list of 2 tensors or arrays.* Give torch.utils.data.TensorDataset"),
+        ([1] * 9, "4", {}, "batch_size is '4', but it must be a whole number"),
+        ([1] * 9, 4.0, {}, "batch_size is 4.0, but it must be a whole number"),
+        ([1] * 9, True, {}, "batch_size is True, but it must be a whole number"),
+        ([1] * 9, 4, {"num_workers": None}, "num_workers is None, but it must be a whole number"),
+        ([{"text": 1}] * 9, 4, {"columns": "text"}, r"columns is 'text', but it must be a list of names, such as \['text'\]"),
+        (lambda: [1] * 9, 4, {}, "can't be called with the number of the pass: too many positional.* Write lambda epoch"),
     ],
 )
 def test_data_that_cannot_be_used_is_refused(data: Any, batch_size: int | None, settings: Any, says: str) -> None:

@@ -38,6 +38,12 @@ def test_a_folder_and_a_pattern_name_files_in_order(tmp_path: Path) -> None:
     assert records(f"file://{tmp_path}/b.jsonl") == [{"name": "b.jsonl"}]
 
 
+def test_brackets_in_a_name_are_no_pattern_if_there_is_such_a_file(tmp_path: Path) -> None:
+    """A pattern is only what isn't the name of a file."""
+    (tmp_path / "data[1].jsonl").write_text('{"a": 1}\n{"a": "\\ud83d\\ude00"}\n')
+    assert records(tmp_path / "data[1].jsonl") == [{"a": 1}, {"a": "\U0001f600"}]
+
+
 def test_a_text_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
     """Together the pieces are the text, and only the last says that nothing follows."""
     text = "\n\n".join(f"Paragraph {n}. " + "x" * (PIECE // 3) for n in range(20))
@@ -102,6 +108,7 @@ def test_the_fingerprint_changes_with_a_file(tmp_path: Path) -> None:
         ("a.bin", b"", "no file of a known format: found a.bin, but the formats are .jsonl"),
         ("a.csv", b"a,a\n1,2\n", "a.csv has two columns 'a'. Rename one"),
         ("a.csv", b"a,b\n" + b"x" * 200_000 + b",2\n", "a.csv, row 1, isn't CSV that can be read: field larger than"),
+        ("a.jsonl", b'{"a": "ok"}\n{"a": "\\ud83d and"}\n', r"a.jsonl, line 2 has \\ud83d, which is half of a character"),
         ("", b"", "There is no file .*a.jsonl. Give the path"),
     ],
 )
