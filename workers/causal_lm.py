@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,16 +18,16 @@ from torch import Tensor, nn
 from lte_ray import Shard
 from lte_ray.data import TokenSet, cached_tokens, read_records
 from lte_ray.data.loader import check_size
-from lte_ray.errors import DataError, WorkerError
+from lte_ray.errors import DataError
 
-from .text import TEXT_COLUMN, Encoder, absolute, cache_key, check_vocabulary, hold_out, load, transformers
+from .text import TEXT_COLUMN, Encoder, TextWorker, cache_key, check_positions, check_vocabulary, hold_out, load, transformers
 
 IGNORED = -100
 """Target of a token that the loss doesn't count."""
 
 
 @dataclass
-class CausalLM:
+class CausalLM(TextWorker):
     """Trains a causal language model of transformers on text; `evaluate` returns the validation loss and the perplexity."""
 
     model: str
@@ -54,26 +53,10 @@ class CausalLM:
     """Sequences that `evaluate` uses, spread evenly over those for validation."""
 
     def __post_init__(self) -> None:
-        self.model, self.data, self.tokenizer, self.validation = map(
-            absolute, (self.model, self.data, self.tokenizer, self.validation)
-        )
-        if not 0 < self.held_out < 1:
-            raise WorkerError(f"--worker.held-out is {self.held_out}, but it must be between 0 and 1.")
-        for name in ("context", "batch_size", "validation_sequences"):
-            if getattr(self, name) < 1:
-                flag = f"--worker.{name.replace('_', '-')}"
-                raise WorkerError(f"{flag} is {getattr(self, name)}, but it must be at least 1.")
-
-    @property
-    def default_lr_factor(self) -> float:
-        """Fine-tuning keeps what the model knows only with smaller steps than training from scratch."""
-        return 1.0 if self.scratch else 0.1
+        self.check_settings("context", "batch_size", "validation_sequences")
 
     def tokens_per_sample(self) -> int:
         return self.context
-
-    def load_tokenizer(self) -> Any:
-        return load("AutoTokenizer", self.tokenizer or self.model, "--worker.tokenizer" if self.tokenizer else "--worker.model")
 
     def build_model(self) -> nn.Module:
         tokenizer = self.load_tokenizer()
@@ -86,14 +69,8 @@ class CausalLM:
         else:
             model = load("AutoModelForCausalLM", self.model, "--worker.model")
         check_vocabulary(model, tokenizer, self.tokenizer or self.model)
-        positions = getattr(model.config, "max_position_embeddings", None)
-        if positions is not None and self.context > positions:
-            raise WorkerError(f"--worker.context is {self.context}, but the model has {positions} positions. Lower it.")
+        check_positions(model.config, "--worker.context", self.context)
         return model
-
-    def save_files(self, folder: Path) -> None:
-        """Keeps the tokenizer with the run, so that exports have it."""
-        self.load_tokenizer().save_pretrained(str(folder))
 
     def tokens(self, split: str) -> tuple[TokenSet, TokenSet | None]:
         """The tokens of the split "train" or "validation"; and 1 for those that the loss counts, unless it counts all.
@@ -102,8 +79,7 @@ class CausalLM:
             DataError: the data are missing, damaged, or less than one sequence.
         """
         tokenizer = self.load_tokenizer()
-        sources = [self.data, *([self.validation] if self.validation else [])]
-        key = cache_key("causal-lm", tokenizer, sources, self.column, self.context, self.held_out)
+        key = cache_key("causal-lm", tokenizer, self.sources(), self.column, self.context, self.held_out)
         files = cached_tokens(key, lambda: self.tokenize(tokenizer))
         counted = files.get(f"{split}-counted")
         return TokenSet.open(files[split], self.context), TokenSet.open(counted, self.context) if counted else None

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from lte_ray import Shard
 from lte_ray.data import TokenSet, cached_tokens
 from lte_ray.data.loader import check_size
-from lte_ray.errors import DataError, WorkerError
+from lte_ray.errors import DataError
 
-from .text import absolute, cache_key, check_vocabulary, hold_out, labeled, load, transformers
+from .text import TextWorker, cache_key, check_positions, check_vocabulary, hold_out, labeled, load, transformers
 
 
 @dataclass
-class Classify:
+class Classify(TextWorker):
     """Fine-tunes a model of transformers to classify texts; `evaluate` returns the validation loss and the accuracy."""
 
     model: str
@@ -51,32 +51,14 @@ class Classify:
     """The part of the data that is kept for validation."""
 
     def __post_init__(self) -> None:
-        self.model, self.data, self.tokenizer, self.validation = map(
-            absolute, (self.model, self.data, self.tokenizer, self.validation)
-        )
-        if not 0 < self.held_out < 1:
-            raise WorkerError(f"--worker.held-out is {self.held_out}, but it must be between 0 and 1.")
-        for name in ("length", "batch_size"):
-            if getattr(self, name) < 1:
-                flag = f"--worker.{name.replace('_', '-')}"
-                raise WorkerError(f"{flag} is {getattr(self, name)}, but it must be at least 1.")
-
-    @property
-    def default_lr_factor(self) -> float:
-        """Fine-tuning keeps what the model knows only with smaller steps than training from scratch."""
-        return 1.0 if self.scratch else 0.1
-
-    def load_tokenizer(self) -> Any:
-        return load("AutoTokenizer", self.tokenizer or self.model, "--worker.tokenizer" if self.tokenizer else "--worker.model")
+        self.check_settings("length", "batch_size")
 
     def build_model(self) -> nn.Module:
         tokenizer, names = self.load_tokenizer(), self.label_names()
         labels = {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
         config = load("AutoConfig", self.model, "--worker.model", **labels)
         config.pad_token_id = padding(tokenizer)  # a model's own may differ: it finds a text's last token by it
-        positions = getattr(config, "max_position_embeddings", None)
-        if positions is not None and self.length > positions:
-            raise WorkerError(f"--worker.length is {self.length}, but the model has {positions} positions. Lower it.")
+        check_positions(config, "--worker.length", self.length)
         if self.scratch:
             model = transformers().AutoModelForSequenceClassification.from_config(config)
         else:
@@ -85,15 +67,10 @@ class Classify:
         check_vocabulary(model, tokenizer, self.tokenizer or self.model)
         return model
 
-    def save_files(self, folder: Path) -> None:
-        """Keeps the tokenizer with the run, so that exports have it."""
-        self.load_tokenizer().save_pretrained(str(folder))
-
     def files(self) -> dict[str, Path]:
         """The cached tokens, lengths and labels of both splits, and the labels' names."""
         tokenizer = self.load_tokenizer()
-        sources = [self.data, *([self.validation] if self.validation else [])]
-        key = cache_key("classify", tokenizer, sources, self.text, self.label, self.length, self.held_out)
+        key = cache_key("classify", tokenizer, self.sources(), self.text, self.label, self.length, self.held_out)
         return cached_tokens(key, lambda: self.tokenize(tokenizer))
 
     def column(self, name: str) -> np.ndarray:

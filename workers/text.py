@@ -67,6 +67,59 @@ def load(kind: str, name: str, flag: str, **settings: Any) -> Any:
         ) from error
 
 
+class TextWorker:
+    """The settings that the text workers share, and what follows from them."""
+
+    model: str
+    data: str
+    tokenizer: str
+    validation: str
+    scratch: bool
+    held_out: float
+
+    def check_settings(self, *counts: str) -> None:
+        """Makes paths valid in every folder, and checks the settings.
+
+        Args:
+            counts: names of those that must be at least 1.
+
+        Raises:
+            WorkerError: one is out of its range.
+        """
+        self.model, self.data, self.tokenizer, self.validation = map(
+            absolute, (self.model, self.data, self.tokenizer, self.validation)
+        )
+        if not 0 < self.held_out < 1:
+            raise WorkerError(f"--worker.held-out is {self.held_out}, but it must be between 0 and 1.")
+        for name in counts:
+            if getattr(self, name) < 1:
+                flag = f"--worker.{name.replace('_', '-')}"
+                raise WorkerError(f"{flag} is {getattr(self, name)}, but it must be at least 1.")
+
+    @property
+    def default_lr_factor(self) -> float:
+        """Fine-tuning keeps what the model knows only with smaller steps than training from scratch."""
+        return 1.0 if self.scratch else 0.1
+
+    def sources(self) -> list[str]:
+        """Where the records are: those for training, and those for validation if they are separate."""
+        return [self.data, *([self.validation] if self.validation else [])]
+
+    def load_tokenizer(self) -> Any:
+        return load("AutoTokenizer", self.tokenizer or self.model, "--worker.tokenizer" if self.tokenizer else "--worker.model")
+
+    def save_files(self, folder: Path) -> None:
+        """Keeps the tokenizer with the run, so that exports have it."""
+        self.load_tokenizer().save_pretrained(str(folder))
+
+
+def check_positions(config: Any, flag: str, tokens: int) -> None:
+    """Raises WorkerError if the model takes fewer tokens than the setting `flag` asks for."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise WorkerError(f"{flag} is {tokens}, but the model has {positions} positions. Lower it.")
+
+
 def check_vocabulary(model: nn.Module, tokenizer: Any, name: str) -> None:
     """Raises WorkerError if the tokenizer has more tokens than the model has embeddings."""
     rows = model.get_input_embeddings().num_embeddings
