@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-import os
 import re
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lte_ray.config import TrainConfig
 from lte_ray.engine.head.loss import compute_loss
-from lte_ray.engine.head.optimization import autocast
-from lte_ray.engine.head.worker_state import own_worker
+from lte_ray.engine.head.trial import trial_conditions, trial_copies
 from lte_ray.errors import WorkerError
 from lte_ray.worker import Batch, Worker
 
@@ -31,21 +25,6 @@ OF_DEVICES = re.compile(
 """Texts of errors that may come from where the loss is computed: heads may have another device, and Ray around them."""
 
 
-@contextmanager
-def _without_ray() -> Iterator[None]:
-    """Keeps Ray from connecting to any cluster that it finds, if the loss calls it: the driver hasn't connected yet."""
-    name = "RAY_ENABLE_AUTO_CONNECT"
-    before = os.environ.get(name)
-    os.environ[name] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
 def check_first_loss(worker: Worker, model: nn.Module, batch: Batch, train: TrainConfig) -> None:
     """Computes the loss of the first batch with copies of the worker and of the model, in training mode on the CPU.
 
@@ -58,14 +37,12 @@ def check_first_loss(worker: Worker, model: nn.Module, batch: Batch, train: Trai
     if sum(p.numel() for p in model.parameters()) * max(1, elements) > MAX_OPERATIONS:
         return
     try:
-        own = own_worker(copy.copy(worker))
-        probe = copy.deepcopy(model, {id(worker): own}).train()  # its hooks may be methods of the worker
-        given = copy.deepcopy(batch)
+        copies = trial_copies(worker, model, batch)
     except Exception:  # what can't be copied can't be tried without changing it
         return
     try:
-        with _without_ray(), autocast(train, torch.device("cpu")):
-            compute_loss(own, probe, given)
+        with trial_conditions(train):
+            compute_loss(*copies)
     except Exception as error:
         if not OF_DEVICES.search(f"{type(error).__name__} {error}"):
             raise WorkerError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -14,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lte_ray.config import LTEConfig, TrainConfig
-from lte_ray.engine.head.optimization import autocast
-from lte_ray.engine.head.worker_state import own_worker
+from lte_ray.engine.head.trial import trial_conditions, trial_copies
 from lte_ray.errors import WorkerError
 from lte_ray.layout import Plan
 from lte_ray.worker import Batch, Worker
@@ -52,10 +50,10 @@ def find_changing_buffers(worker: Worker, model: nn.Module, batch: Batch, train:
     if not candidates:
         return ()
     try:
-        probe = copy.deepcopy(model).train()
+        own, probe, given = trial_copies(worker, model, batch)
         buffers = dict(probe.named_buffers())
-        with _WatchWrites() as writes:
-            _compute_loss(own_worker(copy.copy(worker)), probe, copy.deepcopy(batch), train)
+        with trial_conditions(train), _WatchWrites() as writes:
+            _compute_loss(own, probe, given)
     except Exception:  # heads compute it on other devices, and report what fails there
         return tuple(name for name, buffer in candidates.items() if not buffer.is_complex())
     found = []
@@ -95,13 +93,12 @@ class _WatchWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return tensor.untyped_storage()._cdata in self._written
 
 
-def _compute_loss(worker: Worker, model: nn.Module, batch: Batch, train: TrainConfig) -> None:
-    with autocast(train, torch.device("cpu")):
-        try:
-            with torch.no_grad():
-                worker.loss(model, batch)
-        except RuntimeError:  # a loss that differentiates itself needs a graph
+def _compute_loss(worker: Worker, model: nn.Module, batch: Batch) -> None:
+    try:
+        with torch.no_grad():
             worker.loss(model, batch)
+    except RuntimeError:  # a loss that differentiates itself needs a graph
+        worker.loss(model, batch)
 
 
 def resolve_buffers(lte: LTEConfig, worker: Worker, model: nn.Module, batch: Batch, train: TrainConfig) -> LTEConfig:
