@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import select
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lte_ray.cli import toml_config
-from lte_ray.cli.call import CallOptions
+from lte_ray.cli.call import CallOptions, print_json
 from lte_ray.cli.hints import check_known
 from lte_ray.cli.own_flags import OwnFlags, split_arguments
 from lte_ray.cli.policy_flags import TABLE, chosen_policy
@@ -17,6 +18,7 @@ from lte_ray.cli.settings_parser import SettingsParser, convert_given, normalize
 from lte_ray.cli.toml_config import Defaults, FileSettings
 from lte_ray.cli.toml_sections import flatten, format_settings
 from lte_ray.config import SECTIONS, FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
+from lte_ray.config.toml import NONE
 from lte_ray.errors import ConfigError
 from lte_ray.redaction import MASK, is_secret, is_sensitive, without_credentials
 
@@ -32,7 +34,7 @@ SECTION_TITLES: Mapping[type, str] = {
 HELP, HELP_ALL, PRINT_CONFIG = {"-h", "--help"}, "--help-all", "--print-config"
 GENERAL = {
     "--config FILE": "A TOML file with settings, flat or in sections with the titles of --help-all. Flags win over it.",
-    PRINT_CONFIG: "Print all settings as a commented file for --config, and end.",
+    PRINT_CONFIG: "Print all settings as a commented file for --config (with --json as JSON), and end.",
     "-h, --help": "Show the common flags.",
     HELP_ALL: "Show all flags by topic.",
 }
@@ -151,7 +153,12 @@ def parse_sections(
     if policy_args is not None:
         sections[MergeConfig] = dataclasses.replace(sections[MergeConfig], policy_args=policy_args)
     if printing:
-        print(format_settings(sections, subcommand.titles, program, instance), end="")
+        text = format_settings(sections, subcommand.titles, program, instance)
+        if CallOptions in sections and sections[CallOptions].json:
+            tables = tomllib.loads(text).items()
+            print_json({title: {name: None if v == NONE else v for name, v in table.items()} for title, table in tables})
+        else:
+            print(text, end="")
         raise SystemExit(0)
     return sections, instance
 

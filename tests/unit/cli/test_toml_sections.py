@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 
@@ -90,6 +91,16 @@ def test_the_printed_file_gives_the_same_settings(tmp_path: Path, capsys: pytest
     assert set(TRAIN.titles.values()) <= set(content)
     assert "# Number of LoRA heads." in text
     assert parsed(tmp_path, text) == parse(Regression, GOOD, flags)
+
+
+def test_the_settings_are_printed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """With --json, all of them are one object, by section; what isn't set is null."""
+    with pytest.raises(SystemExit):
+        main(["train", GOOD, "--num-heads", "3", "--json", "--print-config"])
+    content = json.loads(capsys.readouterr().out)
+    assert set(TRAIN.titles.values()) <= set(content)
+    assert content["heads"]["num_heads"] == 3
+    assert content["merging"]["max_lag"] is None
 
 
 def test_the_printed_file_holds_no_secret(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
