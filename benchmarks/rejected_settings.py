@@ -272,6 +272,26 @@ def watching(run: Run, folder: Path) -> Iterator[Row]:
     yield Row("runs of a run", *run("runs", str(folder / "run")))
 
 
+def reports(run: Run, folder: Path) -> Iterator[Row]:
+    """Bad values of RUN and --out for `lte-ray report`."""
+    yield Row("report without a RUN", *run("report"))
+    (folder / "no-run").mkdir()
+    yield Row("report of a folder that is no run", *run("report", str(folder / "no-run"), "-o", str(folder / "x.html")))
+    yield Row("report of a name that isn't there", *run("report", "nothing", "--storage", str(folder)))
+    for name, files in {"good": {"run.toml": ""}, "ladder": {"ladder.json": "{"}}.items():
+        (folder / name).mkdir()
+        for file, text in files.items():
+            (folder / name / file).write_text(text)
+    good = str(folder / "good")
+    yield Row("report of a damaged ladder", *run("report", str(folder / "ladder"), "-o", str(folder / "x.html")))
+    yield Row("report of a run given twice", *run("report", good, good, "-o", str(folder / "x.html")))
+    (folder / "mine.txt").write_text("mine")
+    yield Row("report -o a file that is no report", *run("report", good, "-o", str(folder / "mine.txt")))
+    yield Row("report -o a folder", *run("report", good, "-o", str(folder)))
+    yield Row("report -o in a folder that isn't there", *run("report", good, "-o", str(folder / "nowhere" / "x.html")))
+    yield Row("report -o s3://bucket/x.html", *run("report", good, "-o", "s3://bucket/x.html"))
+
+
 def audits(run: Run, folder: Path) -> Iterator[Row]:
     """Bad values of RUN for `lte-ray audit`."""
     yield Row("no RUN", *run("audit"))
@@ -293,5 +313,6 @@ CATEGORIES: dict[str, Callable[[Run, Path], Iterator[Row]]] = {
     "Workers": workers,
     "Policies": policies,
     "Watching": watching,
+    "Reports": reports,
     "Audits": audits,
 }

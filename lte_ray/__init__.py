@@ -23,6 +23,7 @@ _MODULES = {
     "lte_ray.run.history": ("read_metrics",),
     "lte_ray.run.sinks.protocol": ("LogRow", "RunInfo", "Sink"),
     "lte_ray.planning": ("RunPlan", "plan"),
+    "lte_ray.report": ("Report", "write_report"),
     "lte_ray.trainer": ("LTETrainer",),
     "lte_ray.worker": ("Worker",),
 }

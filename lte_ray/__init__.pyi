@@ -36,6 +36,8 @@ from lte_ray.modes.replica import MultiheadReplicaLayer as MultiheadReplicaLayer
 from lte_ray.modes.replica import ReplicaLayer as ReplicaLayer
 from lte_ray.planning import RunPlan as RunPlan
 from lte_ray.planning import plan as plan
+from lte_ray.report import Report as Report
+from lte_ray.report import write_report as write_report
 from lte_ray.run.callbacks import Callback as Callback
 from lte_ray.run.history import read_metrics as read_metrics
 from lte_ray.run.sinks.protocol import LogRow as LogRow

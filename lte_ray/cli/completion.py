@@ -32,7 +32,7 @@ def completion(arguments: list[str]) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """All subcommands with all their flags, except those of workers and policies."""
-    from lte_ray.cli import audit, export, logs, new, runs, status, stop, watch
+    from lte_ray.cli import audit, export, logs, new, report, runs, status, stop, watch
     from lte_ray.cli.flags import HELP_ALL, PRINT_CONFIG, RESUME, TRAIN
     from lte_ray.cli.ladder import LADDER
     from lte_ray.cli.plan import PLAN
@@ -52,6 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
         "audit": audit,
         "export": export,
         "new": new,
+        "report": report,
         "runs": runs,
         "status": status,
         "watch": watch,

@@ -18,14 +18,14 @@ from lte_ray.cli.call import CallOptions, print_json
 from lte_ray.cli.flags import SECTION_TITLES, Subcommand, parse_sections
 from lte_ray.cli.worker_argument import make_without_settings, read_worker
 from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
-from lte_ray.config.ladder import LadderConfig
+from lte_ray.config.ladder import RESULTS, LadderConfig
 from lte_ray.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from lte_ray.ladder import Arm, ArmResult, Figure, Listener, ResultsFile, RungResult
     from lte_ray.storage import RunDirectory
 
-RESULTS, TABLE, PICTURE = "ladder.json", "ladder.md", "ladder.svg"
+TABLE, PICTURE = "ladder.md", "ladder.svg"
 
 LADDER = Subcommand(
     "ladder",
@@ -93,6 +93,7 @@ def _climb(program: str, worker: Any, sections: dict[type, Any]) -> None:
         except KeyboardInterrupt:
             console.print(Text(f"{len(file)} trainings are done. Give --name {_name(directory)} to continue."), soft_wrap=True)
             raise
+        file.write(figure=checked.figure.name, best={result.name: result.rate for result in results})
         _show(directory, results, checked, _title(program, arms[0], results, config), call.json)
 
 

@@ -31,6 +31,7 @@ usage: lte-ray train WORKER [flags]
        lte-ray simulate [WORKER] [flags]
        lte-ray runs [STORAGE]
        lte-ray status|watch|logs|stop|audit RUN
+       lte-ray report RUN [RUN...] [-o FILE]
        lte-ray new NAME [--from RECIPE]
        lte-ray completion bash|zsh|fish
 
@@ -52,6 +53,7 @@ examples:
   lte-ray resume second-try --steps 800
   lte-ray export second-try second-try.safetensors --to safetensors
   lte-ray watch second-try
+  lte-ray report first-try second-try -o report.html
   lte-ray audit ~/ray_results/second-try
 
 exit codes: 0 done; 1 the run failed; 2 bad input, nothing was started; 75 the run ended early and can be resumed;
@@ -139,6 +141,7 @@ COMMANDS = {
     "watch": Command(_deferred("watch"), "RUN", "The run isn't affected."),
     "stop": Command(_deferred("stop"), "RUN", "If the run was asked to stop, it still is."),
     "logs": Command(_deferred("logs"), "RUN [--follow]", "The run isn't affected."),
+    "report": Command(_deferred("report"), "RUN [RUN...] [flags]", "Nothing was written."),
     "new": Command(_deferred("new"), "NAME [--from RECIPE]", "Nothing was written."),
     "completion": Command(_deferred("completion"), "SHELL", "Nothing was written."),
 }

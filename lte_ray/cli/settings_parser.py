@@ -29,7 +29,7 @@ HIDDEN = "policy_args"
 
 _WORDS: Mapping[Any, str] = {int: "N", float: "X", str: "TEXT"}
 _UNIT_WORDS = {"time": "TIME", "rate": "RATE"}
-_NAMES = {"name": "NAME", "policy": "POLICY", "storage": "FOLDER", "json": "FILE", "picture": "FILE"}
+_NAMES = {"name": "NAME", "policy": "POLICY", "storage": "FOLDER", "json": "FILE", "picture": "FILE", "out": "FILE"}
 """What help shows in place of a value: by type, by unit, and by name."""
 
 
@@ -41,6 +41,11 @@ def positional(metavar: str, help: str, default: Any = dataclasses.MISSING) -> A
 def with_constant(default: Any, help: str, constant: str) -> Any:
     """A field of a settings class whose flag has this value if it is given without one."""
     return dataclasses.field(default=default, metadata={"help": help, "constant": constant})
+
+
+def with_short(default: Any, help: str, short: str) -> Any:
+    """A field of a settings class whose flag has a second spelling, such as ``-o``."""
+    return dataclasses.field(default=default, metadata={"help": help, "short": (short,)})
 
 
 def required(help: str) -> Any:
@@ -127,11 +132,13 @@ def _add(group: Any, field: dataclasses.Field[Any], annotation: Any, default: An
     help = f"{field.metadata['help']}{_describe_default(field.name, default)}".replace("%", "%%")
     if "positional" in field.metadata:
         optional: dict[str, Any] = {} if default is dataclasses.MISSING else {"nargs": "?", "default": argparse.SUPPRESS}
+        optional |= {"nargs": "+"} if _is_sequence(annotation) else {}
         group.add_argument(field.name, metavar=field.metadata["positional"], help=help, **optional)
     elif annotation is bool:
         group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
     else:
         group.add_argument(
+            *field.metadata.get("short", ()),
             flag(field.name),
             dest=field.name,
             default=argparse.SUPPRESS,

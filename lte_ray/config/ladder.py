@@ -8,6 +8,9 @@ from typing import Literal
 from lte_ray.config.validation import check_at_least, check_booleans, check_choice, check_integers, is_integer, setting
 from lte_ray.errors import ConfigError
 
+RESULTS = "ladder.json"
+"""The file in a ladder's folder that has the results."""
+
 RUNGS = ("ordinary", "mhlora", "lte")
 PLACES = ("process", "ray")
 ORDINARY_OPTIMIZERS = ("auto", "adamw", "muon")

@@ -35,6 +35,20 @@ def read_lines_back(directory: RunDirectory, name: str, limit: int) -> Iterator[
         yield rest
 
 
+def read_lines(directory: RunDirectory, name: str) -> Iterator[bytes]:
+    """Yields the lines of a file in their order, without their ends; none if there is no file.
+
+    Raises:
+        StorageError: the file can't be read.
+    """
+    size, rest = directory.size(name) or 0, b""
+    for start in range(0, size, BLOCK):
+        *lines, rest = (rest + directory.read_range(name, start, min(BLOCK, size - start))).split(b"\n")
+        yield from (line for line in lines if line)
+    if rest:
+        yield rest
+
+
 def parse_row(line: bytes) -> Row | None:
     """Returns the row of a line of ``metrics.jsonl``, or None if it isn't one, such as a torn one."""
     try:

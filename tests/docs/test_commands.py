@@ -42,6 +42,9 @@ AVERAGED = "lte-ray train mine.py:Net --num-heads 4 --name averaged --ema 0.999"
 NEW = "lte-ray new my_net"
 """Writes a worker, which another command trains."""
 
+LADDER = "lte-ray ladder mine.py:Net --num-heads 4 --steps 200 --name net-ladder"
+"""Makes the ladder `net-ladder`."""
+
 NEVER = "lte-ray train mine.py:Net --num-heads 4 --name adapters --never-merge --others frozen"
 """Makes the run `adapters`."""
 
@@ -88,6 +91,9 @@ DECISIONS: dict[str, Runs | str] = {
     "lte-ray status mine": Runs(after=MINE, quick=True),
     "lte-ray watch mine": Runs(after=MINE, quick=True),
     "lte-ray logs mine": Runs(after=MINE, quick=True),
+    "lte-ray report mine": Runs(after=MINE, quick=True),
+    "lte-ray report mine mine-baseline -o both.html": "it needs two runs; tests/unit/report compares such",
+    "lte-ray report net-ladder -o ladder.html": Runs(after=LADDER),
     "lte-ray stop mine": "no process trains the run; tests/integration/test_stops.py stops one",
     "lte-ray train mine.py:Net --help": Runs(quick=True),
     'eval "$(lte-ray completion bash)"': Runs(),
@@ -127,7 +133,7 @@ DECISIONS: dict[str, Runs | str] = {
     "lte-ray plan llama.py:Llama --num-heads 8 --lora-r 16 --others frozen --precision bf16-mixed --gpu 80GB --num-gpus 8 "
     "--link 1Gbit": Runs(),
     "lte-ray ladder mine.py:Net --num-heads 4 --quick": Runs(),
-    "lte-ray ladder mine.py:Net --num-heads 4 --steps 200 --name net-ladder": Runs(),
+    LADDER: Runs(),
     **{f"lte-ray {command} --help-all": Runs(quick=True) for command in COMMANDS if command != "resume"},
     "lte-ray --help": Runs(quick=True),
     TOKEN: Runs(),

@@ -21,6 +21,7 @@ from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
 from tests.docs.pages import blocks, page_blocks
 from tests.support.image_folders import write_idx_folder
+from tests.support.run_folders import make_run
 from tests.support.sink_rows import evaluation_row, merge_row, named, run_info
 
 ELSEWHERE = {
@@ -47,6 +48,7 @@ HERE = {
     ("docs/models.md", 0),
     ("docs/plan.md", 0),
     ("docs/recipes.md", 0),
+    ("docs/report.md", 0),
     ("docs/security.md", 0),
     ("docs/workers.md", 0),
     ("docs/workers.md", 1),
@@ -175,6 +177,15 @@ def test_the_metrics_of_a_run_are_read_in_a_notebook(tmp_path: Path) -> None:
     rows = [merge_row(1, 2.0), evaluation_row(1, 0.5), merge_row(2, 1.5)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run("docs/logging.md", 1, path=tmp_path)["losses"].to_dict() == {100: 2.0, 200: 1.5}
+
+
+def test_a_report_is_written_in_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/report.md: its size, and that nothing was merged yet."""
+    monkeypatch.chdir(tmp_path)
+    run("docs/report.md", 0, path=make_run(tmp_path / "r").path)
+    assert capsys.readouterr().out.startswith(str((tmp_path / "report.html").stat().st_size))
 
 
 def test_a_run_can_be_planned_in_python(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
