@@ -199,6 +199,8 @@ def settings(run: Run, folder: Path) -> Iterator[Row]:
     yield Row("resume nothing", *run("resume", "nothing", "--storage", str(folder / "runs")))
     yield Row("--address 127.0.0.1:1", *run("train", GOOD, "--address", "127.0.0.1:1", "--storage", str(folder / "runs")))
     yield Row("simulate --bandwidth 10Gb", *run("simulate", "--bandwidth", "10Gb"))
+    yield Row("check", *run("check"))
+    yield Row("check --gpu 80GB", *run("check", GOOD, "--gpu", "80GB"))
     for flags in PLANS:
         yield Row(f"plan {flags}", *run("plan", GOOD, *flags.split()))
     (folder / "run.toml").write_text('program = "a:B"\nomitted = ["worker.lr"]')

@@ -11,6 +11,7 @@ from typing import Any
 
 _MODULES = {
     "lte_ray.adapters.layer": ("LTELayer",),
+    "lte_ray.checking": ("CheckReport", "check"),
     "lte_ray.config": ("FailureConfig", "LTEConfig", "MergeConfig", "TrainConfig"),
     "lte_ray.data.shard": ("Shard",),
     "lte_ray.errors": ("LTEError",),

@@ -12,6 +12,8 @@ from lte_ray import replica as replica
 from lte_ray import testing as testing
 from lte_ray import worker as worker
 from lte_ray.adapters.layer import LTELayer as LTELayer
+from lte_ray.checking import CheckReport as CheckReport
+from lte_ray.checking import check as check
 from lte_ray.config import FailureConfig as FailureConfig
 from lte_ray.config import LTEConfig as LTEConfig
 from lte_ray.config import MergeConfig as MergeConfig

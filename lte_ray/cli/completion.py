@@ -33,6 +33,7 @@ def completion(arguments: list[str]) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """All subcommands with all their flags, except those of workers and policies."""
     from lte_ray.cli import audit, export, logs, new, report, runs, status, stop, watch
+    from lte_ray.cli.check import CHECK
     from lte_ray.cli.flags import HELP_ALL, PRINT_CONFIG, RESUME, TRAIN
     from lte_ray.cli.ladder import LADDER
     from lte_ray.cli.plan import PLAN
@@ -40,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(prog="lte-ray", add_help=False)
     subparsers = parser.add_subparsers(parser_class=_Subparser)
-    for subcommand in (TRAIN, RESUME, LADDER, PLAN, SIMULATE):
+    for subcommand in (TRAIN, RESUME, LADDER, CHECK, PLAN, SIMULATE):
         of_command: Any = subparsers.add_parser(subcommand.name, help=subcommand.description.split(".")[0])
         for kind in subcommand.titles:
             of_command.add_settings(of_command, kind)

@@ -1,7 +1,7 @@
 """Entry point of ``lte-ray``: selects the subcommand, and turns errors into messages and exit codes.
 
-Exit codes: 0 done; 1 the run failed; 2 bad input, nothing was started; 75 the run ended early and can be resumed; 130
-interrupted.
+Exit codes: 0 done; 1 the run failed, or a check found a mistake; 2 bad input, nothing was started; 75 the run ended early and
+can be resumed; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ usage: lte-ray train WORKER [flags]
        lte-ray resume RUN [flags]
        lte-ray export RUN OUT --to FORMAT [flags]
        lte-ray ladder WORKER [flags]
+       lte-ray check WORKER [flags]
        lte-ray plan WORKER [flags]
        lte-ray simulate [WORKER] [flags]
        lte-ray runs [STORAGE]
@@ -48,6 +49,7 @@ examples:
   lte-ray train my/file.py:Net --num-heads 4 --merge-iter 10 --steps 200 --worker.lr 0.001
   lte-ray train my/file.py:Net --config settings.toml --name second-try
   lte-ray ladder my/file.py:Net --num-heads 4 --quick
+  lte-ray check my/file.py:Net --num-heads 4
   lte-ray plan gpt --num-heads 8 --gpu 24GB --num-gpus 8 --link 1Gbit
   lte-ray simulate --num-heads 4 --speeds 1 1 1 4 --when arrival --no-wait
   lte-ray resume second-try --steps 800
@@ -56,8 +58,8 @@ examples:
   lte-ray report first-try second-try -o report.html
   lte-ray audit ~/ray_results/second-try
 
-exit codes: 0 done; 1 the run failed; 2 bad input, nothing was started; 75 the run ended early and can be resumed;
-130 interrupted
+exit codes: 0 done; 1 the run failed, or check found a mistake; 2 bad input, nothing was started; 75 the run ended early
+and can be resumed; 130 interrupted
 """
 
 
@@ -133,6 +135,7 @@ COMMANDS = {
     "resume": Command(_deferred("resume", module="train"), "RUN [flags]", "Training hadn't begun."),
     "export": Command(_deferred("export"), "RUN OUT --to FORMAT [flags]", "Nothing was written."),
     "ladder": Command(_deferred("ladder"), "WORKER [flags]", "Trainings that are done are kept."),
+    "check": Command(_deferred("check"), "WORKER [flags]", "Nothing was written."),
     "plan": Command(_deferred("plan"), "WORKER [flags]", "Nothing was started."),
     "simulate": Command(_deferred("simulate"), "[WORKER] [flags]", "Nothing was written."),
     "audit": Command(_deferred("audit"), "RUN", "Nothing was written."),

@@ -25,26 +25,30 @@ OF_DEVICES = re.compile(
 """Texts of errors that may come from where the loss is computed: heads may have another device, and Ray around them."""
 
 
-def check_first_loss(worker: Worker, model: nn.Module, batch: Batch, train: TrainConfig) -> None:
+def check_first_loss(worker: Worker, model: nn.Module, batch: Batch, train: TrainConfig) -> Tensor | None:
     """Computes the loss of the first batch with copies of the worker and of the model, in training mode on the CPU.
 
     It isn't computed if that would take long. Errors that may come from the device are left to the heads.
+
+    Returns:
+        The loss; None if it isn't known.
 
     Raises:
         WorkerError: the worker's code raised, or `loss` doesn't return a scalar that depends on the model.
     """
     elements = max((leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), default=1)
     if sum(p.numel() for p in model.parameters()) * max(1, elements) > MAX_OPERATIONS:
-        return
+        return None
     try:
         copies = trial_copies(worker, model, batch)
     except Exception:  # what can't be copied can't be tried without changing it
-        return
+        return None
     try:
         with trial_conditions(train):
-            compute_loss(*copies)
+            return compute_loss(*copies)[0].detach()
     except Exception as error:
         if not OF_DEVICES.search(f"{type(error).__name__} {error}"):
             raise WorkerError(
                 f"{type(worker).__name__}.loss() can't be used, as its first batch shows:\n\n{traceback.format_exc()}"
             ) from error
+    return None

@@ -51,10 +51,11 @@ class LoopbackTransport:
     def __call__(self, head: Head, contribution: Contribution) -> Contribution:
         """Returns the contribution as the coordinator receives it; for the head it counts as what it contributed."""
         if not self._codecs:
-            return contribution
+            return replace(contribution, buffer=contribution.buffer.cpu())
         codec = self._codecs[head.number]
         sent = head.encode(contribution, codec)
-        return replace(sent, buffer=codec.decode(dict(enumerate(sent.buffer)), self._coordinator.reference(head.number)))
+        received = {group: buffer.cpu() for group, buffer in enumerate(sent.buffer)}
+        return replace(sent, buffer=codec.decode(received, self._coordinator.reference(head.number)))
 
 
 @dataclass(frozen=True)

@@ -87,49 +87,118 @@ def prepare(worker: Worker, settings: Settings, dtype: torch.dtype = torch.float
     check_worker(worker)
     worker_state(worker)
     check_optimizer_settings(worker, settings.train)
-    _check_flops(worker)
+    check_flops(worker)
     with preserve_generators(torch.device("cpu")):  # the caller's random numbers don't change
         return _prepare(worker, settings, dtype)
 
 
 def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
-    name, worker = type(worker).__name__, own_worker(worker)  # a state of its own stays as it is
+    worker = own_worker(worker)  # a state of its own stays as it is
+    model, start = build_first_model(worker, settings.train)
+    batch, reads = read_first_batches(worker, settings)
+    settings, plans = plan_heads(worker, settings, model, batch, reads.epoch)
+    check_first_loss(worker, model, batch, settings.train)
+    optimizer = build_first_optimizer(worker, plans[0], model, settings.train)
+    check_saved_state(worker, plans[0], settings.train)
+    return make_initial(worker, settings, model, plans, optimizer, reads, start, dtype)
+
+
+def make_initial(
+    worker: Worker,
+    settings: Settings,
+    model: nn.Module,
+    plans: tuple[Plan, ...],
+    optimizer: torch.optim.Optimizer,
+    reads: ShardReads,
+    start: str,
+    dtype: torch.dtype = torch.float32,
+) -> Initial:
+    """Gathers the first base and what else a run starts from.
+
+    Args:
+        settings, plans: as `plan_heads` returns them.
+        model, start: as `build_first_model` returns them.
+        optimizer: of `build_first_optimizer`.
+        reads: what the worker reads of its shard.
+        dtype: of the base.
+    """
+    tensors = named_tensors(model)
+    base, data_problem = gather(plans[0].base, tensors, dtype), describe_unread_shard(worker, reads.names)
+    untrained, steps = fingerprints(tensors, plans[0]), settings.train.steps
+    return Initial(model, plans, base, optimizer, settings.lte, untrained, data_problem, steps, start)
+
+
+def build_first_model(worker: Worker, train: TrainConfig) -> tuple[nn.Module, str]:
+    """Builds the unconverted model that a run starts from.
+
+    Returns:
+        The model, and how the weights of ``--init-from`` don't fit it, in words.
+
+    Raises:
+        WorkerError: `build_model` raised, or its model can't be saved.
+    """
+    name = type(worker).__name__
     try:
-        model = build_model(worker, settings.train.seed)
-        start = load_initial_weights(model, settings.train.init_from) if settings.train.init_from else ""
+        model = build_model(worker, train.seed)
+        start = load_initial_weights(model, train.init_from) if train.init_from else ""
     except UserError:
         raise
     except Exception as error:
         raise WorkerError(f"{name}.build_model() raised:\n\n{traceback.format_exc()}") from error
-    batch, reads = _first_batches(worker, settings)
-    settings = replace(settings, train=settings.train.with_steps(count_steps(worker, settings, batch, reads.epoch)))
-    lte = resolve_buffers(settings.lte, worker, model, batch, settings.train)
-    plans = make_plans(model, lte)
-    if settings.merge.never_merge:
-        _check_independent(plans[0])
-    match_modules(model, settings.train.checkpoint_activations)
-    check_first_loss(worker, model, batch, settings.train)
-    tensors = named_tensors(model)
-    check_precision(settings.train, {e.name: tensors[e.name] for e in plans[0].base.entries})
-    for base_dtype in {spec.base_dtype for spec in plans[0].adapted} - {"fp32"}:
-        check_format(base_dtype, torch.device("cpu"))
     not_tensors = [key for key, value in model.state_dict().items() if not isinstance(value, Tensor)]
     if not_tensors:
         raise WorkerError(
             f"{name}'s model keeps {', '.join(not_tensors)} in its state dict, which isn't a tensor and can't be exported."
         )
-    zeros = {e.name: torch.zeros(e.shape) for e in plans[0].contribution.entries[: 2 * len(plans[0].adapted)]}
+    return model, start
+
+
+def plan_heads(
+    worker: Worker, settings: Settings, model: nn.Module, batch: Batch, epoch: int | None
+) -> tuple[Settings, tuple[Plan, ...]]:
+    """Decides what heads train in the model, and how long.
+
+    Args:
+        batch, epoch: the first batch, and batches of a pass through the data, if that is known.
+
+    Returns:
+        The settings with the steps and the buffers that are merged; and each head's plan.
+
+    Raises:
+        WorkerError: nothing can be adapted.
+        ConfigError: a setting doesn't fit the model.
+    """
+    train = settings.train.with_steps(count_steps(worker, settings, batch, epoch))
+    lte = resolve_buffers(settings.lte, worker, model, batch, train)
+    plans = make_plans(model, lte)
+    if settings.merge.never_merge:
+        _check_independent(plans[0])
+    match_modules(model, train.checkpoint_activations)
+    tensors = named_tensors(model)
+    check_precision(train, {e.name: tensors[e.name] for e in plans[0].base.entries})
+    for base_dtype in {spec.base_dtype for spec in plans[0].adapted} - {"fp32"}:
+        check_format(base_dtype, torch.device("cpu"))
+    return replace(settings, lte=lte, train=train), plans
+
+
+def build_first_optimizer(worker: Worker, plan: Plan, model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """Builds the optimizer as heads do, with factors that don't train.
+
+    Raises:
+        WorkerError: the worker's code raised.
+        ConfigError: as `build_optimizer` and `check_lr_scale`.
+    """
+    zeros = {e.name: torch.zeros(e.shape) for e in plan.contribution.entries[: 2 * len(plan.adapted)]}
+    tensors = {**named_tensors(model), **zeros}
     try:
-        optimizer, _ = build_optimizer(worker, plans[0], {**named_tensors(model), **zeros}, settings.train)
+        optimizer, _ = build_optimizer(worker, plan, tensors, train)
     except UserError:
         raise
     except Exception as error:
+        name = type(worker).__name__
         raise WorkerError(f"{name}'s optimizer or schedule can't be built:\n\n{traceback.format_exc()}") from error
-    _check_state(worker, plans[0], settings.train)
-    check_lr_scale(worker, plans[0], {**tensors, **zeros}, settings.train)
-    base, data_problem = gather(plans[0].base, tensors, dtype), describe_unread_shard(worker, reads.names)
-    untrained, steps = fingerprints(tensors, plans[0]), settings.train.steps
-    return Initial(model, plans, base, optimizer, lte, untrained, data_problem, steps, start)
+    check_lr_scale(worker, plan, tensors, train)
+    return optimizer
 
 
 def _check_independent(plan: Plan) -> None:
@@ -149,7 +218,8 @@ def _check_independent(plan: Plan) -> None:
         )
 
 
-def _check_flops(worker: Worker) -> None:
+def check_flops(worker: Worker) -> None:
+    """Raises WorkerError if the worker's `flops_per_sample` isn't a number above 0, or raises."""
     try:
         flops_per_sample(worker)
     except UserError:
@@ -158,7 +228,7 @@ def _check_flops(worker: Worker) -> None:
         raise WorkerError(f"{type(worker).__name__}.flops_per_sample raised:\n\n{traceback.format_exc()}") from error
 
 
-def _check_state(worker: Worker, plan: Plan, train: TrainConfig) -> None:
+def check_saved_state(worker: Worker, plan: Plan, train: TrainConfig) -> None:
     """Takes a step of the worker's optimizer with tiny parameters, to find out before the run whether its state can be saved.
 
     Raises:
@@ -180,11 +250,14 @@ def _check_state(worker: Worker, plan: Plan, train: TrainConfig) -> None:
     optimizer_state(optimizer, schedule)
 
 
-def _first_batches(worker: Worker, settings: Settings) -> tuple[Batch, ShardReads]:
+def read_first_batches(worker: Worker, settings: Settings) -> tuple[Batch, ShardReads]:
     """Reads the first batches of the first and the last head.
 
     Returns:
         The first head's, and what the worker reads of its shard.
+
+    Raises:
+        WorkerError: `train_batches` raised, or yielded nothing.
     """
     batches, reads = {}, ShardReads()
     for head in sorted({0, settings.lte.num_heads - 1}):

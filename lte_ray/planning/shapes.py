@@ -70,7 +70,7 @@ def read_shapes(worker: Worker, settings: Settings) -> Shapes:
             f"The model was built on the CPU, with its values, because building it from shapes alone failed: {brief(error)}"
         )
         model = _build_on_cpu(worker, settings.train.seed)
-    _forget_values(model, mode)
+    forget_values(model, mode)
     plans = make_plans(model, settings.lte)
     if "auto" in settings.lte.merge_buffers and (names := _other_buffers(model, plans[0])):
         notes.append(
@@ -93,22 +93,22 @@ def _build_on_cpu(worker: Worker, seed: int) -> nn.Module:
         ) from error
 
 
-def _forget_values(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Replaces real parameters and buffers by fake ones. What is tied stays tied."""
+def forget_values(model: nn.Module, mode: FakeTensorMode, device: str = "cpu") -> None:
+    """Replaces real parameters and buffers by fake ones of that device. What is tied stays tied."""
     replaced: dict[int, Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and not isinstance(tensor, FakeTensor):
-                    replaced.setdefault(id(tensor), _fake(tensor, mode))
+                    replaced.setdefault(id(tensor), _fake(tensor, mode, device))
                     tensors[name] = replaced[id(tensor)]  # type: ignore[assignment]
 
 
-def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+def _fake(tensor: Tensor, mode: FakeTensorMode, device: str) -> Tensor:
     if nn.parameter.is_lazy(tensor) or tensor.layout is not torch.strided:
         return tensor  # make_plans says what is wrong with it
     with mode:
-        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 

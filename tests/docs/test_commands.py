@@ -128,6 +128,7 @@ DECISIONS: dict[str, Runs | str] = {
         quick=True
     ),
     "lte-ray simulate --num-heads 1000 --merge-iter 100 --steps 500 --lora-r 32 --jitter 0.1": Runs(),
+    "lte-ray check mine.py:Net --num-heads 4": Runs(quick=True),
     "lte-ray plan gpt --gpu 24GB --num-gpus 8 --link 1Gbit": Runs(),
     "lte-ray plan mine.py:Net --num-heads 4 --json": Runs(quick=True),
     "lte-ray plan llama.py:Llama --num-heads 8 --lora-r 16 --others frozen --precision bf16-mixed --gpu 80GB --num-gpus 8 "

@@ -39,6 +39,7 @@ ELSEWHERE = {
 
 HERE = {
     ("docs/callbacks.md", 0),
+    ("docs/check.md", 0),
     *(("docs/data.md", number) for number in range(4)),
     ("docs/fit.md", 0),
     ("docs/fit.md", 1),
@@ -186,6 +187,12 @@ def test_a_report_is_written_in_python(
     monkeypatch.chdir(tmp_path)
     run("docs/report.md", 0, path=make_run(tmp_path / "r").path)
     assert capsys.readouterr().out.startswith(str((tmp_path / "report.html").stat().st_size))
+
+
+def test_a_worker_can_be_checked_in_python(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/check.md: the README's worker has no mistakes."""
+    run("docs/check.md", 0)
+    assert capsys.readouterr().out.startswith("True [] 0.")
 
 
 def test_a_run_can_be_planned_in_python(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:

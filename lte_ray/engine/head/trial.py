@@ -26,15 +26,21 @@ def trial_copies(worker: Worker, model: nn.Module, batch: Batch) -> tuple[Worker
 
 @contextmanager
 def trial_conditions(train: TrainConfig) -> Iterator[None]:
-    """Within the block, operations have the run's precision, and Ray connects to no cluster if the loss calls it.
+    """Within the block, operations have the run's precision, and Ray connects to no cluster if the loss calls it."""
+    with without_ray(), autocast(train, torch.device("cpu")):
+        yield
+
+
+@contextmanager
+def without_ray() -> Iterator[None]:
+    """Within the block, Ray connects to no cluster if the worker's code calls it.
 
     The driver hasn't connected yet, and what Ray finds by itself may be another cluster than the run's.
     """
     before = os.environ.get(AUTO_CONNECT)
     os.environ[AUTO_CONNECT] = "0"
     try:
-        with autocast(train, torch.device("cpu")):
-            yield
+        yield
     finally:
         if before is None:
             del os.environ[AUTO_CONNECT]
