@@ -345,6 +345,7 @@ class MergeRecord:
         steps_taken: local steps of all heads that contributions have reported.
         merge_seconds: that the products took.
         base_error: the largest of the contributions'.
+        norms: of their whole changes, by head; empty where heads compute none (`MergeConfig.max_norm_z` is 0).
         weights: of the contributions, by head; empty where the policy made the change itself.
         outer_step: as in `MergeDelta`.
         ema_keep: the share of the moving average of the bases that stayed; None if there is none.
@@ -372,6 +373,7 @@ class MergeRecord:
     measures: dict[int, Measures] = field(default_factory=dict)
     merge_seconds: float = 0.0
     base_error: float = 0.0
+    norms: dict[int, float] = field(default_factory=dict)
     weights: dict[int, float] = field(default_factory=dict)
     outer_step: OuterStep | None = None
     ema_keep: float | None = None

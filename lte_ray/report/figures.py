@@ -37,6 +37,9 @@ KNOWN: Mapping[str, ChartKind] = {
         "heads", "Time lost to merging", "seconds", "Seconds that a head lost to merging since its merge before."
     ),
     "merge/weight": ChartKind("heads", "Weight in the merge"),
+    "merge/change_norm": ChartKind(
+        "changes", "Norm of the heads' changes", "number", "Frobenius norm of all that a contribution adds at weight 1."
+    ),
     "merge/base_error": ChartKind("changes", "Error of the quantized base"),
     "speed/samples_per_second": ChartKind("cost", "Samples per second", "number", "All heads together, over 10 merges."),
     "speed/tokens_per_second": ChartKind("cost", "Tokens per second", "number", "All heads together, over 10 merges."),

@@ -146,6 +146,7 @@ class MetricsLog:
             lag=_by_head(record.lags),
             head_steps=_by_head(record.head_steps),
             weight=_by_head(record.weights),
+            **({"change_norm": _by_head(record.norms)} if record.norms else {}),
             **({} if record.outer_step is None else {"outer_step": dataclasses.asdict(record.outer_step)}),
             **({} if record.ema_keep is None else {"ema_keep": record.ema_keep}),
             stall_seconds=_by_head(record.stalls),

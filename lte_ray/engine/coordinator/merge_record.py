@@ -37,6 +37,7 @@ def describe_merge(
         base_error=max(c.base_error for c in merged),
         bytes_up=sum(plans[head].contribution.size for head in heads) * itemsize,
         bytes_down=plans[0].base.size * itemsize * len(heads),
+        norms={c.head: c.norm for c in merged if c.norm is not None},
         weights=dict(decided.weights),
         outer_step=decided.step,
         ema_keep=decided.ema_keep,

@@ -25,6 +25,7 @@ NAMES: Mapping[str, str] = {
     "lag": "merge/lag",
     "head_steps": "merge/head_steps",
     "weight": "merge/weight",
+    "change_norm": "merge/change_norm",
     "outer_step": "merge/outer_step",
     "stall_seconds": "merge/stall_seconds",
     "bytes_up": "traffic/bytes_up",

@@ -77,6 +77,15 @@ def test_a_merge_records_the_largest_quantization_error_of_its_contributions(err
     assert [m.base_error for m in event_result.merges] == [0.02]
 
 
+def test_a_merge_records_the_norms_that_heads_have_told() -> None:
+    """Of some heads, or of none."""
+    coordinator, _ = make(ComposedPolicy(Average()), heads=2)
+    coordinator.receive(make_contribution(0, norm=0.5), buffer(0))
+    assert [m.norms for m in coordinator.receive(make_contribution(1), buffer(1)).merges] == [{0: 0.5}]
+    coordinator.receive(make_contribution(0, 2), buffer(0))
+    assert [m.norms for m in coordinator.receive(make_contribution(1, 2), buffer(1)).merges] == [{}]
+
+
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_the_order_of_arrival_does_not_matter(order: tuple[int, ...]) -> None:
     """The merged base is bitwise the same for every order of arrival."""
