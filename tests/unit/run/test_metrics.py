@@ -1,7 +1,7 @@
 """The rows of metrics.jsonl, and those who listen to them."""
 
-import json
 import dataclasses
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
