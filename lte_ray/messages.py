@@ -346,6 +346,8 @@ class MergeRecord:
         merge_seconds: that the products took.
         base_error: the largest of the contributions'.
         norms: of their whole changes, by head; empty where heads compute none (`MergeConfig.max_norm_z` is 0).
+        alignment: by head, the mean cosine between its change and the others'; empty if it wasn't measured.
+        effective_rank: of the mean change, if it was measured.
         weights: of the contributions, by head; empty where the policy made the change itself.
         outer_step: as in `MergeDelta`.
         ema_keep: the share of the moving average of the bases that stayed; None if there is none.
@@ -374,6 +376,8 @@ class MergeRecord:
     merge_seconds: float = 0.0
     base_error: float = 0.0
     norms: dict[int, float] = field(default_factory=dict)
+    alignment: Mapping[int, float] = field(default_factory=dict)
+    effective_rank: float | None = None
     weights: dict[int, float] = field(default_factory=dict)
     outer_step: OuterStep | None = None
     ema_keep: float | None = None

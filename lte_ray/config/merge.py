@@ -81,6 +81,11 @@ class MergeConfig:
         "Refuse contributions whose log norm is more than this many robust standard deviations above that of recent ones; "
         "0: never.",
     )
+    measure_every: int = setting(
+        0,
+        "Every so many merges, measure how well the heads' changes agree, and the effective rank of their mean; 0: never. It "
+        "takes longer than the merge, and the heads may wait for it.",
+    )
     rollback_z: float = setting(
         0.0,
         "Roll back to an earlier base when the loss is more than this many robust standard deviations above that of recent "
@@ -90,9 +95,9 @@ class MergeConfig:
     def __post_init__(self) -> None:
         read_units(self)
         lag = () if self.max_lag is None else ("max_lag",)
-        check_integers(self, "merge_iter", "merge_threads", "quorum", "shards", *lag)
+        check_integers(self, "measure_every", "merge_iter", "merge_threads", "quorum", "shards", *lag)
         check_at_least(self, 1, "merge_iter", "shards")
-        check_at_least(self, 0, "merge_threads", "quorum", "deadline", *lag)
+        check_at_least(self, 0, "measure_every", "merge_threads", "quorum", "deadline", *lag)
         check_booleans(self, "match_speed", "never_merge", "wait")
         check_choice(self, "when", ("barrier", "quorum", "arrival"))
         check_choice(self, "transfer", ("fp32", "bf16", "int8"))
@@ -112,6 +117,12 @@ class MergeConfig:
                 )
         if not 0 < self.replica_topk <= 1:
             raise ConfigError(f"--replica-topk is {self.replica_topk}, but it must be above 0 and at most 1.")
+        if self.measure_every and (self.shards > 1 or self.never_merge):
+            other = "--never-merge merges none" if self.never_merge else f"--shards {self.shards} divides them"
+            raise ConfigError(
+                f"--measure-every is {self.measure_every}, which needs the heads' changes in one process, but {other}. "
+                "Leave it out."
+            )
         if self.merge_every and self.match_speed:
             raise ConfigError("--merge-every and --match-speed contradict each other: both set how many steps a head takes.")
 

@@ -40,6 +40,12 @@ KNOWN: Mapping[str, ChartKind] = {
     "merge/change_norm": ChartKind(
         "changes", "Norm of the heads' changes", "number", "Frobenius norm of all that a contribution adds at weight 1."
     ),
+    "merge/change_alignment": ChartKind(
+        "changes", "Alignment of the heads' changes", "number", "Mean cosine with the changes of the other heads in the merge."
+    ),
+    "merge/effective_rank": ChartKind(
+        "changes", "Effective rank of the heads' mean change", "number", "Mean over the adapted weights."
+    ),
     "merge/base_error": ChartKind("changes", "Error of the quantized base"),
     "speed/samples_per_second": ChartKind("cost", "Samples per second", "number", "All heads together, over 10 merges."),
     "speed/tokens_per_second": ChartKind("cost", "Tokens per second", "number", "All heads together, over 10 merges."),

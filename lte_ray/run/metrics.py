@@ -147,6 +147,8 @@ class MetricsLog:
             head_steps=_by_head(record.head_steps),
             weight=_by_head(record.weights),
             **({"change_norm": _by_head(record.norms)} if record.norms else {}),
+            **({"change_alignment": _by_head(record.alignment)} if record.alignment else {}),
+            **({} if record.effective_rank is None else {"effective_rank": record.effective_rank}),
             **({} if record.outer_step is None else {"outer_step": dataclasses.asdict(record.outer_step)}),
             **({} if record.ema_keep is None else {"ema_keep": record.ema_keep}),
             stall_seconds=_by_head(record.stalls),

@@ -19,6 +19,7 @@ from torch import Tensor
 from lte_ray.engine.coordinator.base_weights import BaseReader, BaseWeights, MergeOp
 from lte_ray.engine.coordinator.rounding import make_rounding
 from lte_ray.layout import Plan
+from lte_ray.merging.alignment import measure_changes
 from lte_ray.merging.flat_buffer import views
 from lte_ray.merging.low_rank import Share, dense_part, new_reference, squared_norm
 from lte_ray.messages import OuterStep
@@ -116,6 +117,10 @@ class MergeTensors(Protocol):
         """The Euclidean norm of a contribution's whole change; None where only its head can tell it."""
         ...
 
+    def measure(self, merge: DecidedMerge) -> dict[str, Any]:
+        """How the changes relate (`ChangeMeasures`), as fields of the merge's record; nothing where they aren't here."""
+        ...
+
     def merge(self, merge: DecidedMerge) -> None:
         """Makes the next version."""
         ...
@@ -182,6 +187,9 @@ class LocalTensors:
     def norm(self, share: Share) -> float | None:
         return math.sqrt(squared_norm(share))
 
+    def measure(self, merge: DecidedMerge) -> dict[str, Any]:
+        return vars(measure_changes(merge.shares))
+
     def merge(self, merge: DecidedMerge) -> None:
         references = {head: new_reference(share, self._reset) for head, share in merge.shares.items()}
         self.base_weights.enqueue(replace(self._operation(merge), references=references))
@@ -229,6 +237,9 @@ class RemoteTensors:
 
     def norm(self, share: Share) -> float | None:
         return None
+
+    def measure(self, merge: DecidedMerge) -> dict[str, Any]:
+        return {}
 
     def merge(self, merge: DecidedMerge) -> None:
         """The runtime has the shards do it."""

@@ -453,6 +453,8 @@ class Coordinator:
 
     def _merge(self, decision: Merge | MergeChange, heads: list[int]) -> MergeRecord:
         decided = self._decided_merge(decision, heads)
+        every = self.settings.merge.measure_every
+        measures = self._tensors.measure(decided) if every and decided.version % every == 0 else {}
         self._tensors.merge(decided)
         self.version = decided.version
         merged = [self._pending[h].contribution for h in heads]
@@ -466,6 +468,7 @@ class Coordinator:
             steps_taken=self.steps_taken,
             positions={c.head: self.positions[c.head] for c in merged},
             fresh=self._pop_fresh(heads),
+            **measures,
         )
 
     def _pop_fresh(self, heads: Collection[int]) -> tuple[int, ...]:

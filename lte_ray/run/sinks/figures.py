@@ -26,6 +26,8 @@ NAMES: Mapping[str, str] = {
     "head_steps": "merge/head_steps",
     "weight": "merge/weight",
     "change_norm": "merge/change_norm",
+    "change_alignment": "merge/change_alignment",
+    "effective_rank": "merge/effective_rank",
     "outer_step": "merge/outer_step",
     "stall_seconds": "merge/stall_seconds",
     "bytes_up": "traffic/bytes_up",

@@ -27,6 +27,7 @@ INVALID = [
     (LTEConfig, "reset", ["A", "", None]),
     (MergeConfig, "merge_iter", [0, -1]),
     (MergeConfig, "merge_threads", [-1]),
+    (MergeConfig, "measure_every", [-1]),
     (MergeConfig, "max_norm_z", [-1.0, 0.5, NAN, INF]),
     (MergeConfig, "rollback_z", [-1.0, 0.5, NAN, INF]),
     (TrainConfig, "steps", [0, -1]),

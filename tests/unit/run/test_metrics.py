@@ -91,8 +91,13 @@ def test_rows_have_what_heads_have_measured(directory: RunDirectory) -> None:
     log.listeners.append(rows.append)
     first = measured(1, 1.0, lr={"lora": 0.1, "replica": 0.01}, gradient_norm=math.inf, memory=1000)
     log.record_merge(first)
-    log.record_merge(dataclasses.replace(measured(2, 2.0, gpu_memory=7), norms={1: 0.5}), [first])
+    log.record_merge(
+        dataclasses.replace(measured(2, 2.0, gpu_memory=7), norms={1: 0.5}, alignment={1: math.nan}, effective_rank=3.0),
+        [first],
+    )
     assert [row.get("change_norm") for row in rows] == [None, {"1": 0.5}]
+    assert [row.get("change_alignment") for row in rows] == [None, {"1": None}]
+    assert [row.get("effective_rank") for row in rows] == [None, 3.0]
     assert rows[0]["lr"] == {"lora": {"0": 0.1, "1": 0.1}, "replica": {"0": 0.01, "1": 0.01}}
     assert (rows[0]["gradient_norm"], rows[0]["memory"]) == ({"0": None, "1": None}, {"0": 1000, "1": 1000})
     assert not rows[0].keys() & {"gpu_memory", "samples_per_second", "tokens_per_second", "mfu"}

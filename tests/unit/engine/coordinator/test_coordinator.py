@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Sequence
@@ -84,6 +85,22 @@ def test_a_merge_records_the_norms_that_heads_have_told() -> None:
     assert [m.norms for m in coordinator.receive(make_contribution(1), buffer(1)).merges] == [{0: 0.5}]
     coordinator.receive(make_contribution(0, 2), buffer(0))
     assert [m.norms for m in coordinator.receive(make_contribution(1, 2), buffer(1)).merges] == [{}]
+
+
+def test_every_second_merge_measures_its_changes_and_merges_the_same() -> None:
+    """By head, and of their mean."""
+    settings = make_settings(heads=2)
+    measuring = dataclasses.replace(settings, merge=dataclasses.replace(settings.merge, measure_every=2))
+    base = random_flat(PLAN.base.size, 99)
+    plain, measured = (Coordinator(each, PLAN, base.clone(), ComposedPolicy(Average())) for each in (settings, measuring))
+    records = []
+    for sequence in (1, 2, 3, 4):
+        for head in (0, 1):
+            plain.receive(make_contribution(head, sequence), buffer(4 * sequence + head))
+            records += measured.receive(make_contribution(head, sequence), buffer(4 * sequence + head)).merges
+    assert [list(record.alignment) for record in records] == [[], [0, 1], [], [0, 1]]
+    assert [record.effective_rank is not None for record in records] == [False, True, False, True]
+    assert torch.equal(plain.base, measured.base)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
