@@ -41,7 +41,7 @@ class Output:
     shapes: str = setting("gpt2-124m", f"Without a WORKER: the model shapes to simulate: {', '.join(SHAPES)}.")
     time_only: bool = setting(False, "With a WORKER: simulate only the time, and train nothing. Without one this is always so.")
     json: str = with_constant("", "File for the record, as JSON; without a FILE it is printed instead of the summary.", STDOUT)
-    picture: str = setting("", "File for the timeline, as SVG.")
+    picture: str = setting("", "File for the timeline, as SVG; or X.html for a page with curves, as of lte-ray report.")
 
     def __post_init__(self) -> None:
         check_choice(self, "shapes", SHAPES)
@@ -105,9 +105,7 @@ def simulate(arguments: list[str]) -> None:
         else:
             _write(output.json, json.dumps(run.to_json(**what), allow_nan=False) + "\n")
     if output.picture:
-        from lte_ray.cli.timeline import svg
-
-        _write(output.picture, svg(run, _title(program or output.shapes, sections)))
+        _write(output.picture, _draw(run, program or output.shapes, sections, dict(_lines(run, took, worker is not None))))
     if output.json != STDOUT:
         _show(run, _title(program or output.shapes, sections), took, worker is not None)
 
@@ -130,6 +128,18 @@ def _run(worker: Any, sections: dict[type, Any]) -> SimulationRecord:
         initial = prepare(worker, settings)
         return simulate_time(list(initial.plans), initial.complete(settings), cluster)
     return simulate_training(worker, settings, cluster).record
+
+
+def _draw(run: SimulationRecord, what: str, sections: dict[type, Any], facts: dict[str, str]) -> str:
+    """The picture: a page, or the timeline alone as SVG."""
+    if sections[Output].picture.lower().endswith((".html", ".htm")):
+        from lte_ray.report.simulated import render_simulation
+
+        fields = (_plain(section).items() for kind, section in sections.items() if kind is not Output)
+        return render_simulation(run, _title(what, sections), facts, {name: str(v) for each in fields for name, v in each})
+    from lte_ray.cli.timeline import svg
+
+    return svg(run, _title(what, sections))
 
 
 def _plain(section: Any) -> dict[str, Any]:

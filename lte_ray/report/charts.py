@@ -64,7 +64,7 @@ class _Source:
 
     @property
     def length(self) -> int:
-        return len(self.columns[AXES[0]]) if self.columns else 0
+        return len(next(iter(self.columns.values()), ()))
 
 
 def make_charts(runs: Sequence[RunData], ladders: Sequence[LadderData]) -> ChartData:

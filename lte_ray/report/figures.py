@@ -61,6 +61,7 @@ KNOWN: Mapping[str, ChartKind] = {
         "optimizer", "Norm of the gradient", "number", "In the first step after a merge, before clipping."
     ),
     "train/ema_keep": ChartKind("other", "Share of the moving average that a merge keeps"),
+    "merge/contributions": ChartKind("other", "Contributions in a merge"),
     "merge/steps": ChartKind("other", "Local steps of a merge", "number", "Of all its contributions."),
 }  # fmt: skip
 

@@ -76,7 +76,7 @@ def make_timeline(
 
     Returns:
         "end", in seconds; "rows", each with "name" and the slices' shares of each kind, in per cent; "hidden", the number of
-        heads that aren't shown.
+        heads that aren't shown; "exact", whether it is known when heads waited.
     """
     if not len(rows.contributions) or clock.end <= 0 or not np.isfinite(seconds).all():
         return None
@@ -89,12 +89,12 @@ def make_timeline(
         shares = _head_shares(
             seconds[index[mine]], starts[index[mine]], rows.contributions[mine, 2], gone.get(int(number), []), clock
         )
-        shown.append({"name": f"head {number}", "shares": _per_cent(shares)})
+        shown.append({"name": f"head {number}", "shares": per_cent(shares)})
     if merge_seconds is not None:
         merging = np.zeros(SLICES)
-        _add_spans(merging, seconds - np.nan_to_num(merge_seconds), seconds, clock.end)
-        shown.append({"name": "coordinator", "shares": _per_cent({"merging": np.minimum(merging, 1.0)})})
-    return {"end": clock.end, "rows": shown, "hidden": max(0, len(heads) - MAX_ROWS)}
+        add_spans(merging, seconds - np.nan_to_num(merge_seconds), seconds, clock.end)
+        shown.append({"name": "coordinator", "shares": per_cent({"merging": np.minimum(merging, 1.0)})})
+    return {"end": clock.end, "rows": shown, "hidden": max(0, len(heads) - MAX_ROWS), "exact": False}
 
 
 def _head_shares(
@@ -104,14 +104,14 @@ def _head_shares(
     begins = np.append(True, starts[1:] != starts[:-1])
     before = np.where(begins, clock.offsets[starts.astype(np.int64)], np.append(0.0, at[:-1]))
     dead, starting, waiting, training = (np.zeros(SLICES) for _ in range(4))
-    _add_spans(starting, before[begins], at[begins], clock.end)
-    _add_spans(training, before[~begins], at[~begins], clock.end)
+    add_spans(starting, before[begins], at[begins], clock.end)
+    add_spans(training, before[~begins], at[~begins], clock.end)
     waits = ~begins & np.isfinite(stalls)
     previous = np.append(0.0, before[:-1])
     length = np.minimum(stalls[waits], np.maximum(before[waits] - previous[waits], at[waits] - before[waits]))
-    _add_spans(waiting, np.maximum(before[waits] - length, 0.0), before[waits], clock.end)
+    add_spans(waiting, np.maximum(before[waits] - length, 0.0), before[waits], clock.end)
     if absences:
-        _add_spans(dead, np.array([a for a, _ in absences]), np.array([b for _, b in absences]), clock.end)
+        add_spans(dead, np.array([a for a, _ in absences]), np.array([b for _, b in absences]), clock.end)
     dead = np.minimum(dead, 1.0)
     waiting = np.minimum(waiting, 1.0 - dead)
     starting = np.minimum(starting, 1.0 - dead - waiting)
@@ -119,7 +119,7 @@ def _head_shares(
     return {"training": training, "waiting": waiting, "starting": starting, "dead": dead}
 
 
-def _add_spans(slices: Numbers, begin: Numbers, end: Numbers, until: float) -> None:
+def add_spans(slices: Numbers, begin: Numbers, end: Numbers, until: float) -> None:
     """Adds to each slice of [0, `until`] the share of it that the spans cover."""
     scale = len(slices) / until
     edges = np.arange(len(slices) + 1, dtype=np.float64)
@@ -158,7 +158,7 @@ def _absences(events: Sequence[Mapping[str, Any]], clock: RunClock) -> dict[int,
     return absences
 
 
-def _per_cent(shares: Mapping[str, Numbers]) -> dict[str, list[int]]:
+def per_cent(shares: Mapping[str, Numbers]) -> dict[str, list[int]]:
     """Whole per cent; of a short death at least 1."""
     round_of = {"dead": np.ceil}
     rounded = {

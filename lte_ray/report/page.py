@@ -22,7 +22,7 @@ from lte_ray.report.charts import ChartData
 from lte_ray.report.figures import SECTIONS
 from lte_ray.report.heads import KINDS
 from lte_ray.report.ladder_data import LadderData
-from lte_ray.report.run_data import RunData
+from lte_ray.report.run_data import AXES, RunData
 
 MARK = "<!doctype html>\n<!-- A report of lte-ray -->\n"
 """How each report begins, so that a later one may replace it."""
@@ -65,6 +65,7 @@ def render(runs: Sequence[RunData], ladders: Sequence[LadderData], charts: Chart
             (key, title, [(number, chart) for number, chart in numbered if chart["section"] == key])
             for key, title in SECTIONS.items()
         ],
+        axes=[(axis, title) for axis, title in AXES.items() if any(axis in table["axes"] for table in charts.tables)],
         timelines=timelines,
         kinds=KINDS,
         settings=_compare([run.settings for run in runs]),

@@ -34,8 +34,8 @@ MAX_EVENTS = 300
 MAX_ERRORS = 2**16
 """Bytes of ``errors.log`` that a report shows: its end."""
 
-AXES = ("samples", "step", "seconds", "bytes")
-"""What curves can be drawn against."""
+AXES = {"samples": "samples", "step": "local steps", "seconds": "time", "bytes": "bytes sent"}
+"""What curves can be drawn against, and how it is called."""
 
 
 @dataclass
@@ -256,7 +256,7 @@ def _merge_facts(merges: Mapping[str, Numbers]) -> Iterator[tuple[str, str]]:
     if "train/loss" in merges:
         yield "Last training loss", _number(_last(merges["train/loss"]))
     if "speed/samples_per_second" in merges:
-        yield "Samples per second", f"{mean(merges['speed/samples_per_second']):,.4g}"
+        yield "Samples per second", _rate(mean(merges["speed/samples_per_second"]))
     for name, title in {"traffic/sent": "Bytes sent", "traffic/sent/ddp": "DDP would have sent"}.items():
         if name in merges and merges[name][-1]:
             yield title, format_bytes(merges[name][-1])
@@ -271,6 +271,10 @@ def _merge_facts(merges: Mapping[str, Numbers]) -> Iterator[tuple[str, str]]:
 def _last(column: Numbers) -> float:
     known = column[np.isfinite(column)]
     return float(known[-1]) if len(known) else math.nan
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else _number(value)
 
 
 def _number(value: float) -> str:

@@ -85,7 +85,8 @@
     if (before) before.destroy();
     plots.delete(figure);
     place.replaceChildren();
-    const axis = chart.lines.some((line) => data.tables[line.table].axes[axisChoice.value]) ? axisChoice.value : "samples";
+    const has = (name) => chart.lines.some((line) => data.tables[line.table].axes[name]);
+    const axis = [axisChoice.value, ...Object.keys(AXIS_NAMES)].find(has);
     const aligned = align(chart.lines, axis);
     const logarithmic = chart.unit === "loss" && logChoice.checked && isPositive(aligned.slice(1));
     const text = style("--quiet"), grid = style("--line");

@@ -102,6 +102,23 @@ def test_the_picture_is_well_formed_and_to_scale(tmp_path: Path, capsys: pytest.
     assert widths[3] == pytest.approx(4 * widths[0], abs=0.05)
 
 
+def test_the_picture_can_be_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the timeline of all rows, and curves against steps and time; nothing was trained, so none against samples."""
+    file = tmp_path / "a.html"
+    assert main(["simulate", *FOUR, "--when", "arrival", "--no-wait", "--picture", str(file)]) == 0
+    run, text = simulated(when="arrival", wait=False), file.read_text()
+    data = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    (timeline,) = data["timelines"]
+    assert [row["name"] for row in timeline["rows"]] == [*(f"head {n}" for n in range(4)), "coordinator"]
+    assert timeline["end"] == pytest.approx(run.seconds, rel=0.05)
+    share = sum(timeline["rows"][0]["shares"]["training"]) / 100 / 480 * timeline["end"]
+    assert share == pytest.approx(run.heads[0].seconds["train"], rel=0.01)
+    assert list(data["tables"][0]["axes"]) == ["step", "seconds"]
+    lag = next(chart for chart in data["charts"] if chart["title"] == "Staleness")
+    assert [line["label"] for line in lag["lines"]] == ["max", "mean"]
+    assert "gpt2-124m: average, arrival, no waiting" in text
+
+
 def test_a_slice_shows_what_fills_most_of_it() -> None:
     """Ten slices of ten seconds: a short wait disappears, and idle time is empty."""
     row = Row("head 0", (Span("train", 0, 3.4), Span("wait", 3.4, 3.6), Span("train", 3.6, 5), Span("dead", 5, 7)))
