@@ -283,7 +283,8 @@ def _with_evaluation(worker: Any, settings: Settings, storage: StorageConfig) ->
 
 def _warn(initial: Initial, num_heads: int, never_merge: bool = False) -> None:
     low_rank = "" if never_merge else describe_low_rank(initial.plans[:num_heads])
-    for note in (low_rank, describe_cut_ranks(initial, num_heads), initial.data_problem, initial.start):
+    ranks = (low_rank, describe_cut_ranks(initial, num_heads))
+    for note in (*ranks, initial.data_problem, initial.start, initial.loss_problem):
         if note:
             log.warning(note)
 

@@ -83,7 +83,7 @@ def _check(worker: Worker, settings: Settings, device: torch.device, findings: F
     check_evaluation(evaluator, second, device, findings)
     check_saving(made, trained, source, findings)
     if device.type == "cpu":
-        check_devices(made, evaluator, findings)
+        check_devices(made, evaluator, second, findings)
 
 
 def _device(name: str) -> torch.device:

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from lte_ray.checking.explanation import explain
 from lte_ray.checking.model import Examined
-from lte_ray.checking.report import Finding, Findings
+from lte_ray.checking.report import Findings
 from lte_ray.engine.head.loss import compute_loss
 from lte_ray.engine.head.worker_state import own_worker
-from lte_ray.planning.shapes import forget_values
+from lte_ray.planning.shapes import without_values
 from lte_ray.worker import copy_batch, evaluate, evaluates, to_device
 
 PART = "devices"
@@ -34,42 +34,56 @@ ADVICE = {
 }
 
 
-def check_devices(made: Examined, worker: Any, findings: Findings) -> None:
+def check_devices(made: Examined, evaluator: Any, evaluated: nn.Module | None, findings: Findings) -> None:
     """Computes the loss and the evaluation with a model that isn't on the CPU, without values.
 
     Args:
-        worker: that evaluates.
+        evaluator: the worker that evaluates.
+        evaluated: the model that it has built, if it could.
     """
-    if made.model is None or made.reads is None:
-        return
-    computed = []
-    if not findings.has_failed("loss"):
-        own, batch = own_worker(copy.copy(made.worker)), copy_batch(made.batch)
+    known = []
+    if made.model is not None and made.reads is not None and not findings.has_failed("loss"):
+        batch = copy_batch(made.batch)
 
-        def loss(model: nn.Module) -> object:
-            return compute_loss(own, model.train(), to_device(batch, torch.device(OTHER)))
+        def loss(worker: Any, model: nn.Module) -> object:
+            return compute_loss(worker, model.train(), to_device(batch, torch.device(OTHER)))
 
-        computed.append(_try("loss()", made, loss, findings))
-    if evaluates(worker) and not findings.has_failed("evaluation"):
-        computed.append(_try("evaluate()", made, lambda model: evaluate(copy.copy(worker), model), findings))
-    if any(computed) and not any(finding.part == PART for finding in findings.all):
+        known.append(_try("loss()", own_worker(copy.copy(made.worker)), made.model, loss, findings))
+    if evaluated is not None and evaluates(evaluator) and not findings.has_failed("evaluation"):
+        known.append(_try("evaluate()", copy.copy(evaluator), evaluated, evaluate, findings))
+    if any(known) and not any(finding.part == PART for finding in findings.all):
         findings.ok(PART, "No tensors of the CPU meet those of a GPU, as far as this can be told without one.")
 
 
-def _try(what: str, made: Examined, compute: Callable[[nn.Module], object], findings: Findings) -> bool:
-    """Returns whether anything is known. Errors that aren't about devices may come from missing values: they tell nothing."""
+def _try(what: str, worker: Any, model: nn.Module, compute: Callable[[Any, nn.Module], object], findings: Findings) -> bool:
+    """Returns whether anything is known. Errors that aren't about devices may come from missing values: they tell nothing.
+
+    Args:
+        worker: a copy, which may change.
+        model: that it has built.
+        compute: what may mix devices.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        model = copy.deepcopy(made.model)
-        assert model is not None
-        forget_values(model, mode, OTHER)
+        other = _on_other_device(worker, model, mode)
         with warnings.catch_warnings(), mode:
             warnings.simplefilter("ignore")
-            compute(model)
+            compute(worker, other)
     except Exception as error:
         if not MIXED.search(str(error)):
-            return type(error).__name__ == "DataDependentOutputException"
+            return isinstance(error, DataDependentOutputException)
         _, details = explain(error)
         text = f"{what} mixes tensors of the CPU with those of the model's device, which fails on a GPU. {ADVICE[what]}"
-        findings.all.append(Finding(PART, "warning", text, details))
+        findings.warn(PART, text, details)
     return True
+
+
+def _on_other_device(worker: Any, model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy of the model on the other device, without values. All that refers to its tensors, or to it, refers to the copy."""
+    tensors = [*model.parameters(), *model.buffers()]
+    copies: dict[int, Any] = {id(tensor): without_values(tensor, mode, OTHER) for tensor in tensors}
+    other = copy.deepcopy(model, copies)
+    for name, value in vars(worker).items() if hasattr(worker, "__dict__") else ():
+        if value is model:
+            setattr(worker, name, other)
+    return other

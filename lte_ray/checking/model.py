@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from lte_ray.checking.report import Findings
 from lte_ray.checking.words import join, plural
 from lte_ray.engine.default_policy import choose_policy
-from lte_ray.engine.first_loss import check_first_loss
+from lte_ray.engine.first_loss import check_first_loss, describe_first_loss
 from lte_ray.engine.head.default_optimizer import check_optimizer_settings
 from lte_ray.engine.head.untrained import check_equal_builds, fingerprints
 from lte_ray.engine.head.worker_state import own_worker, worker_state
@@ -103,15 +102,10 @@ def _check_loss(made: Examined, settings: Settings, findings: Findings) -> None:
     loss = check_first_loss(made.worker, made.model, made.batch, settings.train)
     if loss is None:  # heads compute it on their device
         return
-    value = float(loss)
-    if not math.isfinite(value):
-        findings.fail(
-            "loss",
-            f"The loss of the first batch is {value}, so nothing can be learned from it. Look for log(0), a division by 0, and "
-            "values in the data that are too large or missing.",
-        )
+    if problem := describe_first_loss(loss):
+        findings.fail("loss", problem)
     else:
-        findings.ok("loss", f"The loss of the first batch is {value:.5g}.")
+        findings.ok("loss", f"The loss of the first batch is {float(loss):.5g}.")
 
 
 def _describe_layers(initial: Initial, settings: Settings, findings: Findings) -> None:

@@ -92,9 +92,9 @@ class Findings:
         """Records that nothing is wrong with a part."""
         self._add(Finding(part, "ok", text))
 
-    def warn(self, part: str, text: str) -> None:
+    def warn(self, part: str, text: str, details: str = "") -> None:
         """Records what may be wrong."""
-        self._add(Finding(part, "warning", text))
+        self._add(Finding(part, "warning", text, details))
 
     def fail(self, part: str, text: str) -> None:
         """Records what is wrong."""

@@ -48,7 +48,7 @@ ELSEWHERE: Mapping[str, str] = {
     **dict.fromkeys(("resume-from-checkpoint", "resume-from", "ckpt-path", "restore"), _RESUME),
     **dict.fromkeys(
         ("dry-run", "fast-dev-run", "plan"),
-        "lte-ray plan WORKER says what a run needs, and starts nothing; bad input is found before anything starts anyway.",
+        "lte-ray check WORKER tries a worker out, and lte-ray plan WORKER says what a run needs. Neither starts anything.",
     ),
     **dict.fromkeys(("local-steps", "sync-every", "merge-steps", "h", "inner-steps"), _LOCAL_STEPS),
     **dict.fromkeys(("outer-lr", "outer-momentum"), "Outer steps are the merge policy's: --policy nesterov --policy.lr 0.7."),

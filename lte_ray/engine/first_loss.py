@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import traceback
 
@@ -23,6 +24,16 @@ OF_DEVICES = re.compile(
     re.IGNORECASE,
 )
 """Texts of errors that may come from where the loss is computed: heads may have another device, and Ray around them."""
+
+
+def describe_first_loss(loss: Tensor | None) -> str:
+    """Says that nothing can be learned from this first loss; empty if it is finite or isn't known."""
+    if loss is None or math.isfinite(value := float(loss)):
+        return ""
+    return (
+        f"The loss of the first batch is {value}, so nothing can be learned from it. Look for log(0), a division by 0, and "
+        "values in the data that are too large or missing."
+    )
 
 
 def check_first_loss(worker: Worker, model: nn.Module, batch: Batch, train: TrainConfig) -> Tensor | None:

@@ -15,7 +15,7 @@ from lte_ray.adapters.plan import make_plans, requested_ranks
 from lte_ray.adapters.quantization import check_format
 from lte_ray.config import LTEConfig, TrainConfig
 from lte_ray.data.shard import Shard
-from lte_ray.engine.first_loss import check_first_loss
+from lte_ray.engine.first_loss import check_first_loss, describe_first_loss
 from lte_ray.engine.head.default_optimizer import check_optimizer_settings
 from lte_ray.engine.head.optimization import build_optimizer, check_lr_scale, check_precision, match_modules
 from lte_ray.engine.head.optimizer_state import optimizer_state
@@ -53,6 +53,7 @@ class Initial:
         data_problem: how the worker's batches don't follow the shard, in words; empty if they may.
         steps: local steps of each head.
         start: how the weights of ``--init-from`` don't fit the model, in words; empty if they do.
+        loss_problem: that nothing can be learned from the first loss, in words; empty otherwise.
     """
 
     model: nn.Module
@@ -64,6 +65,7 @@ class Initial:
     data_problem: str
     steps: int
     start: str
+    loss_problem: str = ""
 
     def complete(self, settings: Settings) -> Settings:
         """Returns the settings with what only the model could tell."""
@@ -97,10 +99,11 @@ def _prepare(worker: Worker, settings: Settings, dtype: torch.dtype) -> Initial:
     model, start = build_first_model(worker, settings.train)
     batch, reads = read_first_batches(worker, settings)
     settings, plans = plan_heads(worker, settings, model, batch, reads.epoch)
-    check_first_loss(worker, model, batch, settings.train)
+    loss = check_first_loss(worker, model, batch, settings.train)
     optimizer = build_first_optimizer(worker, plans[0], model, settings.train)
     check_saved_state(worker, plans[0], settings.train)
-    return make_initial(worker, settings, model, plans, optimizer, reads, start, dtype)
+    initial = make_initial(worker, settings, model, plans, optimizer, reads, start, dtype)
+    return replace(initial, loss_problem=describe_first_loss(loss))
 
 
 def make_initial(

@@ -70,7 +70,7 @@ def read_shapes(worker: Worker, settings: Settings) -> Shapes:
             f"The model was built on the CPU, with its values, because building it from shapes alone failed: {brief(error)}"
         )
         model = _build_on_cpu(worker, settings.train.seed)
-    forget_values(model, mode)
+    _forget_values(model, mode)
     plans = make_plans(model, settings.lte)
     if "auto" in settings.lte.merge_buffers and (names := _other_buffers(model, plans[0])):
         notes.append(
@@ -93,18 +93,19 @@ def _build_on_cpu(worker: Worker, seed: int) -> nn.Module:
         ) from error
 
 
-def forget_values(model: nn.Module, mode: FakeTensorMode, device: str = "cpu") -> None:
-    """Replaces real parameters and buffers by fake ones of that device. What is tied stays tied."""
+def _forget_values(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Replaces real parameters and buffers by fake ones. What is tied stays tied."""
     replaced: dict[int, Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and not isinstance(tensor, FakeTensor):
-                    replaced.setdefault(id(tensor), _fake(tensor, mode, device))
+                    replaced.setdefault(id(tensor), without_values(tensor, mode))
                     tensors[name] = replaced[id(tensor)]  # type: ignore[assignment]
 
 
-def _fake(tensor: Tensor, mode: FakeTensorMode, device: str) -> Tensor:
+def without_values(tensor: Tensor, mode: FakeTensorMode, device: str = "cpu") -> Tensor:
+    """A fake tensor of the same shape, type and kind, on that device."""
     if nn.parameter.is_lazy(tensor) or tensor.layout is not torch.strided:
         return tensor  # make_plans says what is wrong with it
     with mode:

@@ -308,6 +308,31 @@ class EvaluationOnCPU(Good):
         return {"mean": float(model(points).mean())}
 
 
+class Listing(nn.Module):
+    """Keeps its weights in a list, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, 8), nn.Linear(8, 3)
+        self.weights = [self.first.weight, self.second.weight]
+
+    def forward(self, x: Tensor) -> Any:
+        for weight in self.weights:
+            x = torch.tanh(x @ weight.T)
+        return x + self.first.bias.sum() + self.second.bias
+
+
+class KeepsItsModel(Good):
+    """Uses the model that it has built, and weights in a list: both move with the model."""
+
+    def build_model(self) -> nn.Module:
+        self.model = Listing()
+        return self.model
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        return F.cross_entropy(self.model(batch[0]), batch[1])
+
+
 class WithGenerator(Good):
     """Has an attribute that can't be pickled."""
 

@@ -305,6 +305,13 @@ def test_a_worker_without_evaluation_is_good() -> None:
     ]
 
 
+def test_what_moves_with_the_model_is_on_its_device() -> None:
+    """References to the model and to its weights are no mistake."""
+    report = run_check(w.KeepsItsModel)
+    assert report.ok, report
+    assert texts(report, "devices", "ok"), report
+
+
 def test_data_of_one_batch_tell_nothing_of_the_shard() -> None:
     """Equal batches are no mistake that a check can know."""
     report = run_check(w.OneBatch)

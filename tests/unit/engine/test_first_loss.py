@@ -109,6 +109,18 @@ def test_hooks_and_side_data_of_the_worker_are_those_of_the_batch() -> None:
     prepare(Keeping(), Settings("run", LTEConfig(num_heads=3), MergeConfig(), TrainConfig(steps=1)))
 
 
+def test_a_first_loss_that_is_not_finite_is_described() -> None:
+    """The run may start: heads refuse what they can't merge."""
+
+    def infinite(self: Any, model: nn.Module, batch: Any) -> Tensor:
+        return model(batch[0]).sum() / 0
+
+    settings = Settings("run", LTEConfig(), MergeConfig(), TrainConfig(steps=1))
+    kind = type("Own", (Tiny,), {"loss": infinite})
+    assert "inf, so nothing can be learned from it" in prepare(kind(), settings).loss_problem
+    assert not prepare(Tiny(), settings).loss_problem
+
+
 def test_a_loss_that_would_take_long_is_left_to_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the size of the model and of the batch."""
     monkeypatch.setattr(first_loss, "MAX_OPERATIONS", 10)
