@@ -73,6 +73,7 @@ bench: $(VENV)/.installed-dev  ## Run the benchmarks and write benchmarks/result
 	$(BIN)/python -m benchmarks.async_defaults
 	$(BIN)/python -m benchmarks.checkpoints
 	$(BIN)/python -m benchmarks.prefetch
+	$(BIN)/python -m benchmarks.report_page
 
 FAULT_TESTS := $(addprefix tests/integration/test_,process_kills.py process_kills_long.py driver_kill.py heads_long.py nodes.py storage.py)
 
