@@ -78,6 +78,10 @@ MAKE = {"VENV": sys.prefix, "MAKEFLAGS": "--assume-old=pyproject.toml --assume-o
 
 HUB = "it needs a model of the hub; tests/integration/test_recipes.py has a tiny one"
 
+DOCKER = "it needs Docker and images from its registry; tests/cluster checks the file"
+KUBERNETES = "it needs Kubernetes; tests/cluster checks the files"
+CLOUD = "it needs an account, and costs money; tests/cluster checks the files"
+
 DECISIONS: dict[str, Runs | str] = {
     "make train": Runs(root=True, environment=MAKE),
     "make test": "it runs these tests",
@@ -147,6 +151,29 @@ DECISIONS: dict[str, Runs | str] = {
     "RAY_ADDRESS=auto lte-ray train mine.py:Net --num-heads 2 --steps 100": Runs(cluster=True),
     "ray job submit --address http://HEAD-NODE:8265 --working-dir . -- lte-ray train mine.py:Net --num-heads 8 "
     "--storage s3://bucket/runs --name net-8 --resume": "it needs a cluster on other machines and a bucket",
+    "cluster/local-nodes.sh 3": "it runs until Ctrl-C; tests/cluster has a program in Ray's place",
+    "docker build -f cluster/Dockerfile -t lte-ray:0.1.0 .": DOCKER,
+    "docker run --rm --shm-size 1g lte-ray:0.1.0 lte-ray train regression --num-heads 2 --steps 20": DOCKER,
+    "docker build -f cluster/Dockerfile -t lte-ray:0.1.0-gpu --build-arg BASE=rayproject/ray:2.60.0-py311-gpu "
+    "--build-arg TORCH_INDEX=https://pypi.org/simple .": DOCKER,
+    "docker run --rm --shm-size 1g --gpus all lte-ray:0.1.0-gpu lte-ray train regression --num-heads 2 --gpus-per-head 0.5 "
+    "--steps 20": DOCKER,
+    "kubectl apply -f cluster/kuberay-job.yaml": KUBERNETES,
+    "kubectl logs --follow --selector job-name=lte-ray": KUBERNETES,
+    "kubectl apply -f cluster/kuberay-cluster.yaml": KUBERNETES,
+    "kubectl port-forward service/lte-ray-head-svc 8265:8265": KUBERNETES,
+    "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(kubectl get secret lte-ray -o jsonpath='{.data.auth_token}' | "
+    "base64 -d)": KUBERNETES,
+    "ray job submit --address http://127.0.0.1:8265 --working-dir . -- lte-ray train mine.py:Net --num-heads 4 "
+    "--gpus-per-head 1 --resource-timeout 30m --storage s3://bucket/runs --name net --resume": "it needs GPUs and a bucket",
+    "kubectl apply -f cluster/kubernetes-job.yaml": KUBERNETES,
+    "ray up cluster/aws.yaml": CLOUD,
+    "ray dashboard cluster/aws.yaml": CLOUD,
+    "ray down cluster/aws.yaml": CLOUD,
+    "sbatch cluster/slurm.sh mine.py:Net --num-heads 8 --storage /shared/runs --name net-8": "it needs Slurm; tests/cluster "
+    "has programs in its place",
+    "sky jobs launch cluster/skypilot.yaml --env STORAGE=s3://bucket/runs": CLOUD,
+    "prometheus --config.file=cluster/prometheus.yaml": "it runs until Ctrl-C; tests/cluster checks the file",
     "lte-ray train regression --num-heads 2 --steps 200": Runs(),
     NEW: Runs(quick=True),
     "lte-ray train my_net.py:MyNet --num-heads 2 --steps 200": Runs(after=NEW),
@@ -167,12 +194,23 @@ DECISIONS: dict[str, Runs | str] = {
 }
 
 RUN = {command: how for command, how in DECISIONS.items() if isinstance(how, Runs)}
-PROGRAMS = {"lte-ray", "ray", "make", "python", "pip", "cluster/local.sh"}
+PROGRAMS = {
+    "lte-ray",
+    "ray",
+    "make",
+    "python",
+    "pip",
+    "cluster/local.sh",
+    "cluster/local-nodes.sh",
+    "docker",
+    "kubectl",
+    "sbatch",
+}
 
 OTHER_FLAGS = {
     "--pairs",  # of benchmarks.reporting
     "--address", "--backend-store-uri", "--dashboard-host", "--generate", "--head", "--runtime-env-json", "--working-dir",
-    "--node-ip-address",
+    "--exclusive", "--node-ip-address",
 }  # fmt: skip
 """Flags of programs other than lte-ray."""
 
