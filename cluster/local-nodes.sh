@@ -18,11 +18,11 @@ nodes=${1:-2} ray=${RAY:-ray} port=${PORT:-6379} agent=${AGENT_PORT:-52365}
 started=()
 end() {
     trap - EXIT INT TERM
-    # The last one first, so that the head node doesn't report nodes as lost. `ray start --block` ends what its node started.
-    for ((i = ${#started[@]} - 1; i >= 0; i--)); do
-        kill "${started[i]}" 2> /dev/null || true
-        wait "${started[i]}" 2> /dev/null || true
+    # The head node last, so that it doesn't report nodes as lost. `ray start --block` ends what its node started.
+    for pid in $(jobs -p | tac); do
+        kill "$pid" 2> /dev/null || true
     done
+    wait || true  # for all: bash may block if it waits for one that has just ended
 }
 trap end EXIT
 trap 'exit 130' INT
