@@ -63,8 +63,8 @@ def recorder(tmp_path: Path) -> Recorder:
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    """Returns once the condition holds; fails after a minute."""
-    end = time.monotonic() + 60
+    """Returns once the condition holds; fails after five minutes."""
+    end = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < end, "the condition never held"
         time.sleep(0.02)
@@ -121,7 +121,7 @@ def run_slurm(recorder: Recorder, code: int) -> subprocess.CompletedProcess[str]
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
     )
 
 
@@ -170,14 +170,18 @@ def local_nodes(recorder: Recorder) -> Iterator[subprocess.Popen[str]]:
         port = probe.getsockname()[1]
     variables = {**os.environ, "RAY": str(recorder.install("ray", STAY)), "PORT": str(port), "GPUS": "1"}
     process = subprocess.Popen(
-        [CLUSTER / "local-nodes.sh", "2"], env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [CLUSTER / "local-nodes.sh", "2"],
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     try:
         wait_for(lambda: len(recorder.calls("ray")) == 3 or process.poll() is not None)
         yield process
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(300)
 
 
 def test_local_nodes_differ_in_what_they_need_to(recorder: Recorder, local_nodes: subprocess.Popen[str]) -> None:
@@ -204,13 +208,15 @@ def test_local_nodes_ends_what_it_started(
     recorder: Recorder, local_nodes: subprocess.Popen[str], number: signal.Signals
 ) -> None:
     """Also after a node was lost, whose loss doesn't end the others. Nothing else is called, such as `ray stop`."""
+    if signal.getsignal(number) == signal.SIG_IGN:
+        pytest.skip("these tests run in the background, where scripts ignore Ctrl-C")
     pids = [pid for pid, _ in recorder.calls("ray")]
     os.kill(pids[-1], signal.SIGKILL)
     wait_for(lambda: local_nodes.poll() is not None or "Z" in state(pids[-1]))
     assert local_nodes.poll() is None
     assert all(map(is_alive, pids[:-1]))
     local_nodes.send_signal(number)
-    output, _ = local_nodes.communicate(timeout=60)
+    output, _ = local_nodes.communicate(timeout=300)
     assert not any(map(is_alive, pids)), output
     assert local_nodes.returncode == 128 + number
     assert {arguments[0] for _, arguments in recorder.calls("ray")} == {"start"}
@@ -228,6 +234,6 @@ def state(pid: int) -> str:
 @pytest.mark.parametrize("given", ["0", "two", "-1"])
 def test_local_nodes_refuses_what_is_no_number_of_nodes(given: str) -> None:
     """In one sentence, before anything starts."""
-    result = subprocess.run([CLUSTER / "local-nodes.sh", given], capture_output=True, text=True, check=False, timeout=60)
+    result = subprocess.run([CLUSTER / "local-nodes.sh", given], capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 2
     assert result.stderr == f"error: '{given}' is no number of nodes. Give e.g. 3.\n"
