@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no
 unexport PYTHONDONTWRITEBYTECODE
 ARGS ?=
 
-.PHONY: help train smoke test test-all lint types floors unit integration test-lowest format bench chaos soak docs docs-serve package clean
+.PHONY: help train smoke test test-all lint types floors unit integration test-lowest format bench profile chaos soak docs docs-serve package clean
 
 help:  ## Show these targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ bench: $(VENV)/.installed-dev  ## Run the benchmarks and write benchmarks/result
 	$(BIN)/python -m benchmarks.checkpoints
 	$(BIN)/python -m benchmarks.prefetch
 	$(BIN)/python -m benchmarks.report_page
+
+profile: $(VENV)/.installed-dev  ## Show where a step and a merge of the main job spend their time: a table, traces and a flame graph
+	$(BIN)/python -m benchmarks.hot_spots
 
 FAULT_TESTS := $(addprefix tests/integration/test_,process_kills.py process_kills_long.py driver_kill.py heads_long.py nodes.py storage.py)
 

@@ -47,6 +47,7 @@ SETTINGS = [
     "--stop-when loss",
     "--stop-when 'loss<1' --eval-every 0",
     "--patience -1",
+    "--profile 30:20",
     "--callback watch",
     "--transfer int3",
     "--when sometimes",

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from lte_ray.config.profile_window import parse_window
 from lte_ray.config.stopping import TRAIN_LOSS, parse_condition
 from lte_ray.config.units import read_units
 from lte_ray.config.validation import (
@@ -144,6 +145,11 @@ class TrainConfig:
         "Evaluations in a row without a better figure (--best-by; by default the first) after which the run ends early; 0: any "
         "number.",
     )
+    profile: str = setting(
+        "",
+        "First and last local step, such as 20:30, of which the torch profiler writes traces of head 0 and of the coordinator "
+        "into the run's folder profile, for https://ui.perfetto.dev.",
+    )
     callback: tuple[str, ...] = setting(
         (),
         "Callbacks that the driver calls during the run: path/to/file.py:Class or package.module:Class, classes without "
@@ -173,6 +179,7 @@ class TrainConfig:
             raise ConfigError(f"--init-from is {self.init_from!r}, but it must be a path or URI.")
         self._check_length()
         self._check_stops()
+        parse_window(self.profile)
         if self.baseline_processes > 1 and not self.baseline:
             raise ConfigError(
                 f"--baseline-processes is {self.baseline_processes}, but this run isn't ordinary training. Add --baseline, or "

@@ -125,6 +125,7 @@ DECISIONS: dict[str, Runs | str] = {
     "lte-ray export ~/ray_results/adapters out-adapter-2 --to peft --head 2": Runs(after=NEVER),
     "lte-ray export ~/ray_results/bert out-bert --to pretrained": Runs(),
     "lte-ray train mine.py:Net --num-heads 4 --when arrival --no-wait": Runs(),
+    "lte-ray train mine.py:Net --num-heads 4 --name mine-traced --profile 20:30": Runs(),
     "lte-ray train mine.py:Net --lora-r 32 --layers '@linear: lora_r=16' '0: lora_r=8 lr=0.5' '2: adapt=false lr=0.1'": Runs(),
     "lte-ray train mine.py:Net --num-heads 3 --steps 40 --policy my_policies.py:by_loss --policy.power 2": Runs(),
     "lte-ray simulate --num-heads 4 --speeds 1 1 1 4 --steps 200 --when arrival --no-wait": Runs(quick=True),

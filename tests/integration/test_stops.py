@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -95,6 +96,32 @@ def test_processes_of_ordinary_training_end_after_their_round(tmp_path: Path, lo
     assert result.metrics["stopped"]["kind"] == "max-time"
     assert result.metrics["step"] == 5 * result.metrics["version"] > 0
     assert result.checkpoint.path.endswith(f"{result.metrics['version']:06d}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "train",
+    [{}, {"baseline": True, "baseline_processes": 2}],
+    ids=["heads", "ordinary training"],
+)
+def test_a_run_with_traces_trains_as_without(tmp_path: Path, local_ray: None, train: dict[str, Any]) -> None:
+    """The traces name the parts of the work; the weights are the same."""
+    for name, profile in (("plain", ""), ("traced", "12:14")):
+        LTETrainer(
+            Regression(),
+            lte=LTEConfig(num_heads=2, lora_r=4),
+            merge=MergeConfig(merge_iter=5),
+            train=TrainConfig(steps=20, eval_every=0, profile=profile, **train),
+            scaling_config=PlacementConfig(cpus_per_head=1),
+            run_config=storage(tmp_path, name),
+        ).fit()
+    plain, traced = (tmp_path / name / "model.safetensors" for name in ("plain", "traced"))
+    assert plain.read_bytes() == traced.read_bytes()
+    traces = tmp_path / "traced" / "profile"
+    names = {file.name: gzip.decompress(file.read_bytes()).decode() for file in traces.iterdir()}
+    assert '"optimizer step"' in names["head-0.json.gz"]
+    if not train:
+        assert '"merge"' in names["coordinator.json.gz"]
 
 
 @pytest.mark.slow

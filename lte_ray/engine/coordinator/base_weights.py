@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor
 
 from lte_ray.engine.coordinator.rounding import Rounding
+from lte_ray.engine.spans import span
 from lte_ray.merging.low_rank import Share
 from lte_ray.merging.outer_step import merge_shares
 from lte_ray.messages import OuterStep
@@ -156,7 +157,8 @@ class BaseWeights:
             step = self._queue.popleft()
             if isinstance(step, MergeOp):
                 start = time.perf_counter()
-                self._momentum = step.apply(self._base, self._momentum, self._rounding)
+                with span("merge"):
+                    self._momentum = step.apply(self._base, self._momentum, self._rounding)
                 if self._ema is not None and step.ema_keep is not None:
                     self._ema.lerp_(self._base, 1 - step.ema_keep)
                 self._references.update(step.references)
@@ -164,7 +166,8 @@ class BaseWeights:
                 self._seconds[self._computed] = time.perf_counter() - start
                 self._seconds.pop(self._computed - MAX_TIMED_VERSIONS, None)  # it was never asked for
             else:
-                self._read(*step)
+                with span("publish"):
+                    self._read(*step)
         return self._base
 
     def _read(self, read: BaseReader[Any], result: Future[Any]) -> None:

@@ -30,6 +30,7 @@ from lte_ray.engine.head.untrained import FrozenParameters, UnmergedBuffers, che
 from lte_ray.engine.head.worker_state import own_worker
 from lte_ray.engine.initial_weights import build_initial_model
 from lte_ray.engine.settings import Settings
+from lte_ray.engine.spans import span
 from lte_ray.errors import worker_errors
 from lte_ray.merging.flat_buffer import factors_part
 from lte_ray.merging.low_rank import Share, squared_norm
@@ -263,11 +264,12 @@ class Head:
         losses = []
         with self.worker_errors(self.step + 1):
             for _ in range(self.settings.train.accumulate):
-                with read_context(self) if read_context else nullcontext():
+                with span("read batch"), read_context(self) if read_context else nullcontext():
                     batch = self.next_batch()
-                losses.append(self.backward(batch))
+                with span("forward and backward"):
+                    losses.append(self.backward(batch))
         self.average_gradients()  # outside the block: what fails there isn't the worker's code
-        with self.worker_errors(self.step + 1):
+        with self.worker_errors(self.step + 1), span("optimizer step"):
             self.finish_step()
         return torch.stack(losses).mean()
 

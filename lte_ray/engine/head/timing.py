@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from lte_ray.engine.spans import span
 from lte_ray.messages import HeadTimes
 
 _ACTIVITIES = {"train": "training", "wait": "waiting"}
@@ -34,7 +35,8 @@ class HeadTimer:
         begin = time.perf_counter()
         self.activity = _ACTIVITIES.get(part, part)
         try:
-            yield
+            with span(part):
+                yield
         finally:
             spent = getattr(self.times, part) + share * (time.perf_counter() - begin)
             self.times = replace(self.times, **{part: spent})

@@ -27,6 +27,7 @@ from lte_ray.engine.head.rng import watch_draws
 from lte_ray.engine.head.worker_state import has_state
 from lte_ray.engine.process_tuning import torch_threads
 from lte_ray.engine.settings import Settings
+from lte_ray.engine.spans import span
 from lte_ray.errors import ConfigError, LTEError
 from lte_ray.layout import Plan
 from lte_ray.messages import Contribution
@@ -171,11 +172,17 @@ class HeadGroup:
     def _train_step(self) -> Tensor:
         """Takes one local step of all heads; returns their losses."""
         accumulate = self.heads[0].settings.train.accumulate
-        losses = torch.stack([self._backward([self._next_batch(head) for head in self.heads]) for _ in range(accumulate)])
+        losses = torch.stack([self._loss_of_batches() for _ in range(accumulate)])
         for head in self.heads:
-            with head.worker_errors(head.step + 1):
+            with head.worker_errors(head.step + 1), span("optimizer step"):
                 head.finish_step()
         return losses.mean(0)
+
+    def _loss_of_batches(self) -> Tensor:
+        with span("read batch"):
+            batches = [self._next_batch(head) for head in self.heads]
+        with span("forward and backward"):
+            return self._backward(batches)
 
     def _next_batch(self, head: Head) -> Batch:
         with head.rng.swapped_in(), head.worker_errors(head.step + 1):

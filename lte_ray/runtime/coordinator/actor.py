@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from lte_ray import checkpoint, fault_injection, storage
+from lte_ray.config.profile_window import parse_window
 from lte_ray.data.assignment import PartitionAssignor
 from lte_ray.engine.coordinator.coordinator import Coordinator, EventResult
 from lte_ray.errors import HeadLost, WorkerFailed
@@ -37,6 +38,7 @@ from lte_ray.runtime.coordinator.checkpointing import CheckpointManager
 from lte_ray.runtime.coordinator.submissions import SubmissionLoop
 from lte_ray.runtime.coordinator_state import CoordinatorState
 from lte_ray.runtime.object_store import Handle, at_construction
+from lte_ray.runtime.tracing import Tracer
 
 FINISH_PATIENCE = 600.0
 """Seconds to wait at the end of a run for checkpoints that are being written."""
@@ -106,6 +108,7 @@ class CoordinatorActor:
         self._broadcaster = Broadcaster(context, engine, self._aggregator, self._checkpoints, self._tasks, has_momentum)
         self._broadcaster.reachable_heads |= state.step_limits.keys()  # heads that an earlier coordinator had
         self._submissions = SubmissionLoop(context, engine, self._aggregator, self._broadcaster, self._tasks)
+        self._tracer = Tracer(context.directory, "coordinator", parse_window(context.settings.train.profile))
         self._joined: set[int] = set()
         # By head, the incarnation that joins, and its call: a call of a process that is gone must not continue.
         self._joining: dict[int, tuple[int, object]] = {}
@@ -198,9 +201,12 @@ class CoordinatorActor:
         Raises:
             PolicyError: the merge policy failed; every waiting head gets this error.
         """
+        self._tracer.begin(contribution.step - contribution.steps + 1, contribution.step)
         result = await self._submissions.submit(contribution)
         inject("answers", version=self._engine.version)
-        return replace(await self._broadcaster.reply(numbers, have), result=result)
+        reply = replace(await self._broadcaster.reply(numbers, have), result=result)
+        self._tracer.end(contribution.step)
+        return reply
 
     async def wait_for_version(self, numbers: tuple[int, ...], version: int, have: int) -> CoordinatorReply:
         """Replies as soon as there is a version newer than `version`, whatever the results of the heads' contributions."""
@@ -276,6 +282,7 @@ class CoordinatorActor:
         """
         version, checkpoints, tasks = self._engine.version, self._checkpoints, self._tasks
         inject("finishes", version=version)
+        self._tracer.end()
         independent = self._context.settings.merge.never_merge
         published = await self._aggregator.publish_base(complete=independent)
         end = time.monotonic() + FINISH_PATIENCE

@@ -18,6 +18,7 @@ from lte_ray.engine.coordinator.aggregator import MeasuredContribution
 from lte_ray.engine.coordinator.base_weights import BaseVersion, TensorName
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.process_tuning import torch_threads
+from lte_ray.engine.spans import span
 from lte_ray.errors import CoordinatorLost
 from lte_ray.layout import Layout
 from lte_ray.merging.flat_buffer import gather, views
@@ -130,9 +131,10 @@ class LocalAggregator:
 
     async def receive(self, ticket: int, head: int, handles: Sequence[Handle], checksums: Sequence[int]) -> Tensor:
         buffers = [await self._transport.fetch_async(handle) for handle in handles]
-        verify_checksums(buffers, checksums)
-        # The reference doesn't change meanwhile: it is this head's, which has nothing else outstanding.
-        return self._codecs[head].decode(dict(enumerate(buffers)), self._engine.reference(head))
+        with span("verify checksums"):
+            verify_checksums(buffers, checksums)
+        with span("decode"):  # the reference doesn't change meanwhile: this head has nothing else outstanding
+            return self._codecs[head].decode(dict(enumerate(buffers)), self._engine.reference(head))
 
     def discard(self, ticket: int) -> None:
         """The engine keeps the undecided contributions itself."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, distributed
 
 from lte_ray import checkpoint, fault_injection, storage
+from lte_ray.config.profile_window import parse_window
 from lte_ray.engine.coordinator.broadcast_log import alternative_bytes
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.data_parallel import TrainingProcess
@@ -31,6 +32,7 @@ from lte_ray.runtime.coordinator.broadcast import is_due
 from lte_ray.runtime.coordinator.checkpointing import CheckpointManager
 from lte_ray.runtime.coordinator_state import CoordinatorState, load_checkpoint
 from lte_ray.runtime.data_parallel.messages import ProcessReport, ProcessSetup
+from lte_ray.runtime.tracing import Tracer
 from lte_ray.storage import RUN
 
 REPORT_SECONDS = 0.25
@@ -101,12 +103,20 @@ def _train(setup: ProcessSetup, actor: Any, rank: int, device: torch.device, ver
         saved = checkpoint.read_head(context.directory, checkpoint.read_manifest(context.directory, version), 0)
     process.start(saved)
     release_freed_memory()
+    tracer = Tracer(context.directory, "head-0", parse_window(settings.train.profile) if rank == 0 else None)
+
+    def before_step() -> bool:
+        tracer.before_step(process.head.step)
+        return False
+
+    process.head.interrupted = before_step
     recorder = Recorder(setup, process, coordinator, state, actor) if rank == 0 else None
     while not process.done:
         merges = process.train_round()
         inject("round", head=rank, step=process.head.step)
         if recorder is not None:
             recorder.record(merges)
+    tracer.end()
     if recorder is not None:
         recorder.finish()
 

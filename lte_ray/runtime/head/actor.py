@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lte_ray import fault_injection, storage
+from lte_ray.config.profile_window import parse_window
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.virtual import HeadGroup, Unstackable
 from lte_ray.engine.process_tuning import keep_freed_memory, release_freed_memory
@@ -22,6 +23,7 @@ from lte_ray.messages import CheckpointRequest, ContributionResult, CoordinatorR
 from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.head.checkpointing import HeadCheckpointer
 from lte_ray.runtime.head.client import CoordinatorClient, ReceivedReply, ReconnectingStub
+from lte_ray.runtime.tracing import Tracer
 from lte_ray.storage import RUN
 
 T = TypeVar("T")
@@ -74,6 +76,8 @@ class HeadActor:
         self._stub: ReconnectingStub | None = None
         self._newest_coordinator: tuple[Any, int] | None = None  # its handle, and its epoch
         self._checkpointer = HeadCheckpointer(context.directory)
+        window = parse_window(context.settings.train.profile) if numbers[0] == 0 else None
+        self._tracer = Tracer(context.directory, "head-0", window)
         self._left: set[int] = set()
         self._quarantined: dict[int, str] = {}  # and why
         self._round_steps = dict.fromkeys(numbers, context.settings.merge.steps_between(0))
@@ -104,6 +108,7 @@ class HeadActor:
         while any(not self._has_ended(head) or client.awaits_reply(head) for head in group.heads):
             self._run_once(group, client)
             self._leave_if_ended(group, client)
+        self._tracer.end()
         self._checkpointer.end_training(group, client)
         return self._statuses(group, client)
 
@@ -114,6 +119,7 @@ class HeadActor:
         group = self._build_group()
         for head in group.heads:
             head.interrupted = lambda: self._checkpointer.snapshot_requested
+        group.heads[0].interrupted = self._before_step
         inject("built", head=first)
         received = client.join({head.number: head.plan for head in group.heads}, self._incarnation)
         assert received.base is not None
@@ -155,6 +161,12 @@ class HeadActor:
             )
         except Unstackable as error:
             raise WorkerFailed(where, None, str(error)) from error
+
+    def _before_step(self) -> bool:
+        """Called before every step of the first head; returns whether to leave the rest of the round for later."""
+        if self._group is not None:
+            self._tracer.before_step(self._group.heads[0].step)
+        return self._checkpointer.snapshot_requested
 
     # -- the loop --------------------------------------------------------------------------------------------------------
 

@@ -517,6 +517,7 @@ EVERYTHING = (
         max_time=5400.0,
         stop_when="train_loss<2.5",
         patience=3,
+        profile="20:30",
         callback=("mine:Callback",),
     ),
     PlacementConfig(heads_per_actor=3, stack_heads="always", cpus_per_head=0.5, gpus_per_head=0.25, resource_timeout=3.0),
