@@ -19,9 +19,8 @@ from lte_ray.ladder.figures import read_figures
 from lte_ray.ladder.multihead import MultiheadTraining
 from lte_ray.ladder.results import ArmResult, Point
 from lte_ray.layout import Plan
-from lte_ray.merging.registry import make_policy, may_merge_by_weights
 from lte_ray.messages import MergeRecord
-from lte_ray.simulation.cost_model import CostModel
+from lte_ray.simulation.cost_model import CostModel, as_sent
 from lte_ray.worker import Worker
 
 Listener = Callable[[Arm, int, Point | None], None]
@@ -156,8 +155,7 @@ def bytes_sent(plans: Sequence[Plan], merge: MergeConfig, merges: Sequence[Merge
     """
     if len(plans) == 1:
         return 0
-    redoable = may_merge_by_weights(make_policy(merge))
-    costs = CostModel(plans, merge if redoable or merge.send_down != "auto" else replace(merge, send_down="dense"))
+    costs = CostModel(plans, as_sent(merge))
     total, versions = 0, dict.fromkeys(range(len(plans)), 0)
     for record in merges:
         for head in record.heads:

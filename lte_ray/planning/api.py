@@ -20,7 +20,8 @@ from lte_ray.planning.measure import measure_head, measure_ordinary
 from lte_ray.planning.memory import MemoryModel, Parts, total, with_gradient_buckets
 from lte_ray.planning.recommendation import Recommendation, recommend
 from lte_ray.planning.shapes import read_shapes
-from lte_ray.planning.traffic import Ring, Traffic, as_sent, ddp_ring, merge_traffic
+from lte_ray.planning.traffic import Ring, Traffic, ddp_ring, merge_traffic
+from lte_ray.simulation.cost_model import as_sent
 from lte_ray.worker import Worker
 
 NEVER_MERGED = "With --never-merge, nothing is merged until the run ends: the traffic shown is that of merges without it."

@@ -10,9 +10,8 @@ from lte_ray.config.cluster_model import ClusterModel
 from lte_ray.engine.coordinator.broadcast_log import alternative_bytes
 from lte_ray.engine.settings import Settings
 from lte_ray.layout import Plan
-from lte_ray.merging.registry import make_policy, may_merge_by_weights
 from lte_ray.simulation.api import simulate_time
-from lte_ray.simulation.cost_model import CostModel
+from lte_ray.simulation.cost_model import CostModel, as_sent
 
 FORMATS = (("fp32", "auto"), ("bf16", "auto"), ("int8", "auto"), ("int8", "int8"))
 """Pairs of --transfer and --send-down that a plan compares with the settings' own."""
@@ -34,16 +33,6 @@ class Traffic:
     up: int
     down: int
     seconds: float
-
-
-def as_sent(merge: MergeConfig) -> MergeConfig:
-    """Returns the settings with the way down that a run on several machines has, where they leave it open for each layer.
-
-    Heads can't redo merges of policies that compute with all contributions, so they are sent the base.
-    """
-    if merge.send_down == "auto" and not may_merge_by_weights(make_policy(merge)):
-        return replace(merge, send_down="dense")
-    return merge
 
 
 def merge_traffic(plans: Sequence[Plan], settings: Settings, link: float) -> tuple[Traffic, ...]:

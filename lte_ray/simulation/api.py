@@ -22,7 +22,7 @@ from lte_ray.layout import Plan
 from lte_ray.merging.registry import make_policy
 from lte_ray.messages import CommittedPosition, Contribution, HeadDirective
 from lte_ray.simulation.clock import Clock
-from lte_ray.simulation.cost_model import CostModel
+from lte_ray.simulation.cost_model import CostModel, as_sent
 from lte_ray.simulation.head import TINY_PLAN, TimedHead
 from lte_ray.simulation.record import SimulationRecord
 from lte_ray.simulation.simulator import Simulation
@@ -55,7 +55,7 @@ def simulate_time(plans: list[Plan], settings: Settings, cluster: ClusterModel) 
     coordinator = Coordinator(
         replace(settings, merge=merge), TINY_PLAN, torch.zeros(1), make_policy(settings.merge), clock=lambda: clock.now
     )
-    costs = CostModel(plans * num_heads if len(plans) == 1 else plans, settings.merge)
+    costs = CostModel(plans * num_heads if len(plans) == 1 else plans, as_sent(settings.merge))
     return Simulation(settings, cluster, costs, clock, coordinator, lambda n, k: TimedHead(settings.run, n, k)).run()
 
 
@@ -82,7 +82,7 @@ def simulate_training(
         clock=lambda: clock.now,
     )
     factory = _HeadFactory(worker, settings, cluster, initial, coordinator, dtype)
-    costs = CostModel(initial.plans, settings.merge)
+    costs = CostModel(initial.plans, as_sent(settings.merge))
     _, threads = head_threads(settings.train.threads_per_head, 1)
     with torch_threads(threads):
         record = Simulation(settings, cluster, costs, clock, coordinator, factory.make_head, factory.evaluate).run()

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lte_ray.config import MergeConfig
 from lte_ray.config.cluster_model import ClusterModel
 from lte_ray.layout import Adapted, Plan, Replica
+from lte_ray.merging.registry import make_policy, may_merge_by_weights
 from lte_ray.transfer.codec import Codec
 from lte_ray.transfer.groups import make_groups
 
 VALUE_BYTES = 4
 """Bytes of a value of the base."""
+
+
+def as_sent(merge: MergeConfig) -> MergeConfig:
+    """Returns the settings with the way down that a run on several machines has, where they leave it open for each layer.
+
+    Heads can't redo merges of policies that compute with all contributions, so they are sent the base.
+    """
+    if merge.send_down == "auto" and not may_merge_by_weights(make_policy(merge)):
+        return replace(merge, send_down="dense")
+    return merge
 
 
 class CostModel:

@@ -124,6 +124,14 @@ def test_factors_go_down_where_they_are_fewer_bytes() -> None:
     assert CostModel([PLAN] * 30, MergeConfig()).update_bytes(29) == (4 * 1230, 0)
 
 
+def test_heads_that_cannot_redo_merges_receive_the_base() -> None:
+    """As in a run: a policy that computes with all contributions gives no weights to redo them with."""
+    average, orthogonal = (timed(3, FREE, policy=policy).bytes_down for policy in ("average", "orthogonal"))
+    merges = 4
+    assert average == merges * 3 * 4 * (30 + 2 * 200)
+    assert orthogonal == merges * 3 * 4 * 1230
+
+
 @given(st.sampled_from(["fp32", "bf16", "int8"]), st.sampled_from([1.0, 0.3, 0.01]))
 def test_a_contribution_has_the_bytes_of_the_codec(transfer: str, topk: float) -> None:
     """A simulated contribution is as large as a real one: the minimum, plus int8's scales."""
