@@ -77,8 +77,10 @@ class RunError(LTEError):
 
     @property
     def exit_code(self) -> int:  # type: ignore[override]
-        """75 if the same command with ``--resume`` may continue the run. 1 if nothing is kept, or a worker or policy raised."""
-        return 1 if self.checkpoint is None or isinstance(self, WorkerFailed | PolicyError) else RESUMABLE
+        """75 if the same command with ``--resume`` may continue the run. 1 if nothing is kept, or if a worker or policy raised
+        or all heads diverged, which would happen again."""
+        lasting = isinstance(self, WorkerFailed | PolicyError | ContributionRefused)
+        return 1 if self.checkpoint is None or lasting else RESUMABLE
 
 
 class WorkerFailed(RunError):

@@ -304,9 +304,13 @@ def describe_unread_shard(worker: Worker, names: Collection[str]) -> str:
 
 
 def worker_settings(worker: object) -> dict[str, Any]:
-    """The worker's constructor arguments, read from its attributes of the same names, for ``run.toml``."""
+    """The worker's constructor arguments, read from its attributes of the same names, for ``run.toml``.
+
+    A method of the worker that has the name of an argument is none.
+    """
     parameters = inspect.signature(type(worker)).parameters
-    return {name: getattr(worker, name) for name in parameters if hasattr(worker, name)}
+    values = {name: getattr(worker, name) for name in parameters if hasattr(worker, name)}
+    return {name: value for name, value in values.items() if getattr(value, "__self__", None) is not worker}
 
 
 def constructor_parameters(kind: type) -> dict[str, tuple[Any, Any]]:

@@ -51,7 +51,10 @@ class Image(ImageClassifier):
         if not Path(self.data).is_dir():
             return 1  # `images` says what is missing
         data = cached_images(Path(self.data), (self.channels, self.image_size, self.image_size))
-        return int(data["train"].labels.max()) + 1
+        classes = int(data["train"].labels.max()) + 1
+        if classes < 2:
+            raise DataError(f"{self.data} has images of one class only, so there is nothing to learn. Add another class.")
+        return classes
 
     def images(self, split: str) -> ImageSet:
         return self.of_network().images(split)

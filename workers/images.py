@@ -53,6 +53,12 @@ class ImageClassifier:
     def __post_init__(self) -> None:
         if self.data:  # heads may run in other folders
             self.data = str(Path(self.data).expanduser().absolute())
+        least = {"image_size": 1, "channels": 1, "classes": 0, "shift": 0, "test_images": 0, "batch_size": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise WorkerError(
+                    f"--worker.{name.replace('_', '-')} is {getattr(self, name)}, but it must be at least {value}."
+                )
 
     def images(self, split: str) -> ImageSet:
         """Returns the split "train" or "test".

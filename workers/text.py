@@ -23,7 +23,7 @@ log = logging.getLogger("lte_ray")
 TEXT_COLUMN = "text"
 """The column of text unless the user names another."""
 
-VERSION = 2
+VERSION = 3
 """Of the cached tokens: a change of how records are read needs another."""
 
 
@@ -229,14 +229,18 @@ def chat_template(tokenizer: Any) -> str:
 def hold_out(records: list[tuple[str, Record]], lengths: Sequence[int], wanted: int) -> list[bool]:
     """Chooses the records for validation: in the order of a hash of their content, until they have `wanted` tokens.
 
-    So a record stays where it is when others are added, up to the border.
+    So a record stays where it is when others are added, up to the border. Records that would make it more than twice as many
+    tokens are left for training; if there are no others, the shortest is chosen.
     """
     digests = [hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).digest() for _, record in records]
     chosen, count = [False] * len(records), 0
     for index in sorted(range(len(records)), key=lambda index: (digests[index], index)):
         if count >= wanted:
             break
-        chosen[index], count = True, count + lengths[index]
+        if count + lengths[index] <= 2 * wanted:
+            chosen[index], count = True, count + lengths[index]
+    if lengths and not any(chosen):
+        chosen[min(range(len(lengths)), key=lambda index: (lengths[index], digests[index]))] = True
     return chosen
 
 
@@ -254,12 +258,18 @@ def labeled(source: str, text: str, label: str) -> Iterator[tuple[str, str, str]
 
 
 def label_name(value: Any, place: str) -> str:
-    """A label's name: text without spaces around it, or a number, where 1.0 is 1.
+    """A label's name: text without spaces around it, or a number, where 1.0 is 1, in text (of CSV), too.
 
     Raises:
         DataError: it is another value, such as None, NaN or a list, or an empty text.
     """
-    name = value.strip() if isinstance(value, str) else str(value) if isinstance(value, int) else ""
+    name = (
+        re.sub(r"^(-?\d+)\.0+$", r"\1", value.strip())
+        if isinstance(value, str)
+        else str(value)
+        if isinstance(value, int)
+        else ""
+    )
     if isinstance(value, float) and math.isfinite(value):
         name = str(int(value)) if value.is_integer() else str(value)
     if not name:

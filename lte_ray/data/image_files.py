@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import importlib
 import io
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from numpy.typing import NDArray
 
 from lte_ray.data.idx import read_idx
 from lte_ray.errors import DataError
+
+log = logging.getLogger("lte_ray")
 
 Chunk = tuple[NDArray[np.uint8], NDArray[np.int64]]
 """Images (n, channels, height, width) and labels (n,)."""
@@ -239,15 +242,41 @@ def _find_class_folders(folder: Path, shape: Shape) -> dict[str, ImageSource]:
         if not roots:
             continue
         root = roots[0]
-        found = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         classes = classes or found
         unknown = sorted(set(found) - set(classes))
         if unknown:
             raise DataError(f"{root} has classes that the train split lacks: {', '.join(unknown[:8])}.")
-        files = [path for name in found for path in sorted((root / name).iterdir()) if path.suffix.lower() in SUFFIXES]
+        files = [path for name in found for path in _images_in(root / name)]
+        empty = [name for name in found if not any(path.parent.name == name for path in files)]
+        if files and empty and split == "train":
+            raise DataError(
+                f"{root / empty[0]} has no images in a known format ({', '.join(SUFFIXES)}), so no head could learn that "
+                "class. Add some, convert them, or remove the folder."
+            )
         if files:
             splits[split] = ImageSource(tuple(files), partial(_read_image_files, files, classes, shape))
     return splits
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """The images of a class, in order, without hidden files. Raises DataError for folders within it, which aren't read."""
+    entries = [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")]
+    inner = next((entry for entry in entries if entry.is_dir()), None)
+    if inner is not None:
+        raise DataError(
+            f"{folder} is the folder of a class, but it has the folder {inner.name}. Move its images up, or remove it."
+        )
+    images = [entry for entry in entries if entry.suffix.lower() in SUFFIXES]
+    other = next((entry for entry in entries if entry not in images), None)
+    if images and other is not None:
+        _warn_once(f"{folder} has files that aren't read, such as {other.name}: images are {', '.join(SUFFIXES)}.")
+    return images
+
+
+@cache
+def _warn_once(text: str) -> None:
+    log.warning("%s", text)
 
 
 def _read_image_files(files: list[Path], classes: list[str], shape: Shape) -> tuple[int, Iterator[Chunk]]:
@@ -276,7 +305,7 @@ def _decode_all(images: list[tuple[Any, str]], shape: Shape) -> NDArray[np.uint8
         source, name = entry
         try:
             with image_module.open(source) as image:
-                pixels = np.asarray(image.convert("L" if shape[0] == 1 else "RGB"), dtype=np.uint8)
+                pixels = np.asarray(_to_eight_bits(image).convert("L" if shape[0] == 1 else "RGB"), dtype=np.uint8)
         except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
             raise DataError(f"{name} can't be decoded: {error}") from error
         fitted: NDArray[np.uint8] = to_shape(pixels.reshape(1, *pixels.shape[:2], -1), shape, name)[0]
@@ -284,6 +313,23 @@ def _decode_all(images: list[tuple[Any, str]], shape: Shape) -> NDArray[np.uint8
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without Python's lock
         return np.stack(list(pool.map(decode, images)))
+
+
+def _to_eight_bits(image: Any) -> Any:
+    """The image with 8 bits for a channel: Pillow's own conversion of 16-bit gray cuts off what is above 255.
+
+    Raises:
+        ValueError: its values have no known range.
+    """
+    if image.mode.startswith("I;16"):
+        return importlib.import_module("PIL.Image").fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        low, high = image.getextrema()
+        if image.mode == "I" and low >= 0 and 255 < high < 2**16:  # how older versions of Pillow read 16-bit gray
+            return importlib.import_module("PIL.Image").fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        if image.mode == "F" or low < 0 or high > 255:
+            raise ValueError(f"its pixels are from {low:g} to {high:g}; save it with 8 or 16 bits")
+    return image
 
 
 # -- Shape -------------------------------------------------------------------------------------------------------------------

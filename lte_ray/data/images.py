@@ -26,7 +26,7 @@ except ImportError:  # on Windows
 
 log = logging.getLogger("lte_ray")
 
-VERSION = 1
+VERSION = 2
 """Of the cached files: a change of how images are read needs another."""
 
 

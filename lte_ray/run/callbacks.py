@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import logging
 import traceback
@@ -53,9 +54,10 @@ class Run:
 class Callback:
     """Follows a run, in the driver. Override the methods that you need.
 
-    Heads train on while a method runs, but the driver waits for it. If a method raises, a warning says so, its traceback goes
-    to ``errors.log``, and the callback isn't called again; the run goes on. Rows are those of ``metrics.jsonl``; don't change
-    them. If a run goes back to an earlier version, rows of the versions after it come again.
+    Heads train on while a method runs, but the driver waits for it. If a method raises, or calls `sys.exit`, a warning says so,
+    its traceback goes to ``errors.log``, and the callback isn't called again; the run goes on. Call ``run.stop`` to end it.
+    Rows are copies of those of ``metrics.jsonl``. Once the run is interrupted, only `on_run_end` is called. If a run goes back
+    to an earlier version, rows of the versions after it come again.
     """
 
     @property
@@ -96,6 +98,7 @@ class CallbackList:
 
     def __init__(self, callbacks: Sequence[Callback], run: Run, directory: RunDirectory) -> None:
         self._callbacks, self._run, self._errors = list(callbacks), run, ErrorLog(directory)
+        self._interrupted = False
 
     @property
     def rules(self) -> StopRules:
@@ -116,6 +119,8 @@ class CallbackList:
 
     def handle_row(self, row: Row) -> None:
         """A row was added to the metrics."""
+        if self._interrupted:  # the process must end soon
+            return
         if row["kind"] != "event":
             self._call("on_merge" if row["kind"] == "merge" else "on_evaluation", row)
             return
@@ -130,8 +135,12 @@ class CallbackList:
     def _call(self, method: str, *arguments: Any) -> None:
         for callback in list(self._callbacks):
             try:
-                getattr(callback, method)(self._run, *arguments)
-            except Exception as error:
+                own = [copy.deepcopy(each) if isinstance(each, dict) else each for each in arguments]  # it may change a row
+                getattr(callback, method)(self._run, *own)
+            except KeyboardInterrupt:
+                self._interrupted = True
+                raise
+            except (Exception, SystemExit) as error:
                 self._callbacks.remove(callback)
                 name = callback.label
                 what = f"The callback {name} raised {type(error).__name__} in {method}: {error}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import re
 import tempfile
 import traceback
 from collections.abc import Mapping
@@ -173,7 +174,12 @@ def to_plain(values: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             plain[key] = to_plain(value)
         elif isinstance(value, list | tuple):
-            plain[key] = [v if isinstance(v, str | int | float | bool) else redact(str(v)) for v in value]
+            plain[key] = [v if isinstance(v, str | int | float | bool) else _as_text(v) for v in value]
         elif value is not None:
-            plain[key] = value if isinstance(value, str | int | float | bool) else redact(str(value))
+            plain[key] = value if isinstance(value, str | int | float | bool) else _as_text(value)
     return plain
+
+
+def _as_text(value: Any) -> str:
+    """An object's text without its address, which is another in each process."""
+    return redact(re.sub(r" at 0x[0-9a-fA-F]+", "", str(value)))

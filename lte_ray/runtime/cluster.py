@@ -83,6 +83,13 @@ def connected() -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         change = f"{_correct()} If that cluster wants a token: {_token()}" if address else ""
         raise ResourceError(f"No connection to {_place(address)}: {error}. {change}".strip()) from error
+    except Exception as error:
+        if type(error) is not Exception:  # Ray raises a plain one if a node isn't there in time
+            raise
+        ray.shutdown()
+        raise ResourceError(
+            f"{_place(address) if address else 'A local Ray'} didn't start in time: {error} Try again."
+        ) from error
     if callable(terminate) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminate)  # Ray's handler, installed meanwhile, ends the process at once
     try:

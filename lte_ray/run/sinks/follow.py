@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import logging
 import queue
@@ -155,7 +156,8 @@ class SinkThreads:
             status = "interrupted"
             raise
         finally:
-            metrics.listeners.remove(self._add)
+            with contextlib.suppress(ValueError):  # it was removed since it raised
+                metrics.listeners.remove(self._add)
             self._close(status, report)
             metrics.close()  # what has been reported last
 
@@ -163,7 +165,7 @@ class SinkThreads:
         with self._lock:
             for each in self._naming.name(row):
                 for thread in self._threads:
-                    thread.put(each)
+                    thread.put(copy.deepcopy(each))  # a sink may change its row
 
     def _close(self, status: Status, report: Report) -> None:
         end = time.monotonic() + (FINISH_LIMIT if status == "finished" else EARLY_LIMIT)

@@ -51,7 +51,7 @@ class LogRow:
         at: Unix time in seconds.
         figures: finite numbers by name, such as ``train/loss`` and ``eval/accuracy``. An event has none.
         text: an event in words; empty for other kinds.
-        raw: the row of ``metrics.jsonl``. Don't change it: others read it, too.
+        raw: the row of ``metrics.jsonl``.
     """
 
     kind: str

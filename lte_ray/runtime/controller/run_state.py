@@ -18,7 +18,7 @@ from lte_ray.config import TrainConfig
 from lte_ray.messages import HeadStatus, MergeRecord
 from lte_ray.run.callbacks import CallbackList
 from lte_ray.run.error_log import ErrorLog
-from lte_ray.run.metrics import Evaluation, MetricsLog
+from lte_ray.run.metrics import RATE_WINDOW, Evaluation, MetricsLog
 from lte_ray.run.stop_request import StopRequests
 from lte_ray.run.stopping import Stop, StopRules
 from lte_ray.runtime.coordinator.actor import CoordinatorStatus
@@ -264,8 +264,10 @@ class RunState:
             self.queue.append(PendingEvaluation(record.version, record.step, record.base, record.ema, record.adapters))
             while len(self.queue) > MAX_QUEUED_EVALUATIONS:
                 del self.queue[1]  # the first may be version 0, with which all others are compared
-        self.log.record_merge(record, self.merges)
+        before = self.merges[-RATE_WINDOW:]
+        # Appended first: else an interrupt in a callback that gets the row would have the merge recorded twice.
         self.merges.append(replace(record, base=None, ema=None, adapters={}))  # a reference would keep the base in memory
+        self.log.record_merge(record, before)
         self.rules.record_merge(record)
 
     def record_evaluation(self, evaluation: Evaluation) -> None:

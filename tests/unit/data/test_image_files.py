@@ -120,6 +120,33 @@ def test_encoded_images_are_converted_to_the_channels_asked(tmp_path: Path) -> N
     assert (gray == 76).all()  # 0.299 of 255
 
 
+def test_hidden_files_and_folders_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither an editor's folders nor macOS' copies are classes or images; other files that aren't read are named once."""
+    write_class_folders(tmp_path, TRAIN, TEST)
+    expected = {split: read(source) for split, source in find_images(tmp_path, GRAY).items()}
+    for split in ("train", "test"):
+        (tmp_path / split / ".ipynb_checkpoints").mkdir()
+        (tmp_path / split / "class-0" / "._0000.png").write_bytes(b"no image")
+        (tmp_path / split / "class-0" / "notes.txt").touch()
+    for split, source in find_images(tmp_path, GRAY).items():
+        images, labels = read(source)
+        assert np.array_equal(images, expected[split][0])
+        assert np.array_equal(labels, expected[split][1])
+    assert "train/class-0 has files that aren't read, such as notes.txt" in caplog.text
+
+
+def test_images_of_16_bits_keep_their_contrast(tmp_path: Path) -> None:
+    """65535 is white, and so on: Pillow's own conversion cuts off what is above 255."""
+    values = np.array([[0, 257, 1000, 60000, 65535]], np.uint16).repeat(5, axis=0)
+    for split in ("train", "test"):
+        path = tmp_path / split / "a" / "deep.png"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(encode(values))
+    for channels in (1, 3):
+        images, _ = read(find_images(tmp_path, (channels, 5, 5))["train"])
+        assert np.array_equal(images[0, -1, 0], [0, 1, 4, 233, 255])
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "BMP", "WEBP"])
 def test_files_of_other_kinds_are_decoded(tmp_path: Path, kind: str) -> None:
     """Images of different sizes come out at one size, near their values."""
@@ -202,6 +229,14 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "a broken file": (
         lambda f: (write_class_folders(f, TRAIN, TEST), (f / "train/class-0/0000.png").write_bytes(PNG[:40])),
         "0000.png can't be decoded",
+    ),
+    "a class without images": (
+        lambda f: (write_class_folders(f, TRAIN, TEST), (f / "train/class-9").mkdir(), (f / "train/class-9/a.gif").touch()),
+        r"train/class-9 has no images in a known format \(.png.*so no head could learn that class. Add some",
+    ),
+    "a folder in a class": (
+        lambda f: (write_class_folders(f, TRAIN, TEST), (f / "train/class-0/more").mkdir()),
+        "train/class-0 is the folder of a class, but it has the folder more. Move its images up",
     ),
     "a class without training images": (
         lambda f: write_class_folders(f, TRAIN, (TEST[0], TEST[1] + 1)),

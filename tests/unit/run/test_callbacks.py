@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,63 @@ def test_a_callback_that_raises_is_switched_off(directory: RunDirectory, caplog:
     )
     assert record.getMessage().endswith(ERRORS)
     assert 'raise ValueError("no room")' in directory.read(ERRORS).decode()
+
+
+def test_rows_are_the_callbacks_own(directory: RunDirectory) -> None:
+    """One that changes its row changes nobody else's."""
+
+    class Spoiler(Recorder):
+        def on_event(self, run: Run, row: dict[str, Any]) -> None:
+            row.clear()
+
+        def on_merge(self, run: Run, row: dict[str, Any]) -> None:
+            row["version"] = -1
+            del row["kind"]
+
+    recorder = Recorder()
+    following, log = follow(directory, Spoiler(), recorder), MetricsLog(directory)
+    seen: list[dict[str, Any]] = []
+    log.listeners += [following.handle_row, seen.append]
+    log.record_merge(MergeRecord(1, 1.0, (0,), 1, 1, {}, 0, 0, 1))
+    log.record_event("head_lost", why="it died")
+    assert recorder.calls == [("merge", 1), ("event", "head_lost"), ("failure", "head_lost")]
+    assert [row["kind"] for row in seen] == ["merge", "event"]
+
+
+def test_a_callback_that_exits_does_not_end_the_process(directory: RunDirectory, caplog: pytest.LogCaptureFixture) -> None:
+    """`sys.exit` counts as an error: the run would end without its checkpoint, and with the code of a success."""
+
+    class Leaver(Recorder):
+        def on_merge(self, run: Run, row: dict[str, Any]) -> None:
+            sys.exit(0)
+
+    with follow(directory, Leaver()).running() as results:
+        follow(directory, Leaver()).handle_row({"kind": "merge", "version": 1})
+        results.append(None)
+    assert "The callback Leaver raised SystemExit in on_merge: 0" in caplog.text
+
+
+def test_an_interrupt_in_a_callback_silences_them(directory: RunDirectory) -> None:
+    """The process must end soon: of what is still recorded, no callback is told but of the end."""
+
+    class Slow(Recorder):
+        def on_merge(self, run: Run, row: dict[str, Any]) -> None:
+            raise KeyboardInterrupt
+
+    slow = Slow()
+    following = follow(directory, slow)
+
+    def train_and_save() -> None:
+        with following.running():
+            try:
+                following.handle_row({"kind": "merge", "version": 1})
+            finally:
+                following.handle_row({"kind": "merge", "version": 2})
+                following.handle_row({"kind": "event", "event": "saved"})
+
+    with pytest.raises(KeyboardInterrupt):
+        train_and_save()
+    assert [name for name, _ in slow.calls] == ["start", "end"]
 
 
 def test_a_callback_can_end_the_run(directory: RunDirectory) -> None:

@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 
 from lte_ray.recipes.causal_lm import IGNORED, CausalLM
 from lte_ray.recipes.classify import Classify, padding
+from lte_ray.recipes.text import hold_out
 
 from lte_ray import LTEConfig, MergeConfig, Shard, TrainConfig
 from lte_ray.engine.prepare import prepare
@@ -242,12 +243,26 @@ def test_labels_become_numbers(model: str, tmp_path: Path) -> None:
 
 def test_labels_that_mean_the_same_are_one(model: str, tmp_path: Path) -> None:
     """Whole numbers in any type, and texts with spaces around them; a digit that isn't decimal is a text."""
-    values = [1, 1.0, "1 ", 0.0, " a", "a", "²", -1, 0.5]
+    values = [1, 1.0, "1 ", "1.0", 0.0, " a", "a", "²", -1, 0.5]
     records = [{**record, "label": values[n % len(values)]} for n, record in enumerate(labeled_records())]
     one = classifier(model, write_jsonl(tmp_path / "a.jsonl", records))
     assert one.label_names() == ["0", "1", "-1", "0.5", "a", "²"]
     config = one.build_model().config
     assert config.pad_token_id == padding(one.load_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("lengths", "wanted", "most"),
+    [([20] * 40 + [100_000], 5_000, 10_000), ([100, 100], 10, 100), ([7, 100], 10, 7), ([10] * 100, 50, 100)],
+)
+def test_a_long_record_is_not_all_for_validation(lengths: list[int], wanted: int, most: int) -> None:
+    """What is held out is near what is wanted, whatever the order of the records' hashes; never nothing, and never all."""
+    for salt in range(20):
+        records = [(f"line {n}", {"text": f"{salt} {n}"}) for n in range(len(lengths))]
+        chosen = hold_out(records, lengths, wanted)
+        held = sum(length for length, out in zip(lengths, chosen, strict=True) if out)
+        assert 0 < held <= most
+        assert held < sum(lengths)
 
 
 def test_a_text_longer_than_the_model_is_refused(model: str, tmp_path: Path) -> None:

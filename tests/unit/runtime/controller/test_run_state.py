@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
+from lte_ray.config import TrainConfig
 from lte_ray.messages import HeadStatus, MergeRecord
+from lte_ray.run.callbacks import Callback, CallbackList, Run
+from lte_ray.run.history import read_rows
 from lte_ray.run.metrics import Evaluation
-from lte_ray.run.stopping import Stop
+from lte_ray.run.stopping import Stop, StopRules
 from lte_ray.runtime.controller.head_actors import HeadActorSlot, SlotState
 from lte_ray.runtime.controller.run_state import MAX_QUEUED_EVALUATIONS, PendingEvaluation, RunPhase, RunState
 from lte_ray.runtime.coordinator.actor import CoordinatorStatus
@@ -38,6 +41,24 @@ def test_a_merge_that_two_statuses_report_is_recorded_once(state: RunState) -> N
     state.record_coordinator(status(merge(2), merge(3)), epoch=0)
     assert [record.version for record in state.merges] == [1, 2, 3]
     assert state.newest_version == 3
+
+
+def test_a_merge_whose_callback_is_interrupted_is_recorded_once(tmp_path: Path) -> None:
+    """Saving, which follows, learns of the same merges again."""
+
+    class Interrupted(Callback):
+        def on_merge(self, run: Run, row: dict[str, Any]) -> None:
+            raise KeyboardInterrupt
+
+    directory = RunDirectory.open(str(tmp_path), "run")
+    directory.create()
+    callbacks = CallbackList([Interrupted()], Run("run", "", {}, StopRules(TrainConfig(), "", 0.0)), directory)
+    state = RunState(directory, 2, CoordinatorState(0, None), callbacks)
+    with pytest.raises(KeyboardInterrupt):
+        state.record_coordinator(status(merge(1), merge(2)), epoch=0)
+    state.record_coordinator(status(merge(1), merge(2), merge(3)), epoch=0)
+    state.log.close()
+    assert [row["version"] for row in read_rows(directory) if row["kind"] == "merge"] == [1, 2, 3]
 
 
 def test_versions_in_the_middle_of_the_queue_are_skipped(state: RunState) -> None:
