@@ -115,12 +115,14 @@ def test_an_asynchronous_run_resumed_with_more_or_fewer_heads_merges_each_batch_
 
 
 @pytest.mark.slow
-def test_a_run_is_resumed_by_its_name_alone(local_ray: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_resumed_by_its_name_alone(
+    local_ray: None, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     """``--resume NAME`` takes worker and settings from run.toml; flags win; another name is one clear error."""
     flags = ["--num-heads", "1", "--lora-r", "4", "--merge-iter", "5", "--name", "r", "--storage", str(tmp_path)]
     assert main(["train", "workers.regression:Regression", *flags, "--steps", "10", "--worker.width", "12"]) == 0
     assert main(["train", "--resume", "r", "--storage", str(tmp_path), "--steps", "20"]) == 0
-    assert "continues with workers.regression:Regression" in " ".join(capfd.readouterr().err.split())
+    assert "continues with workers.regression:Regression" in caplog.text
     merges = [row for row in read_rows(tmp_path / "r") if row["kind"] == "merge"]
     assert [row["version"] for row in merges] == [1, 2, 3, 4]
     assert main(["train", "--resume", "typo", "--storage", str(tmp_path)]) == 2

@@ -179,7 +179,7 @@ def test_a_run_whose_storage_never_recovers_exports_its_weights(
     reporter = StorageFault(script, [fail(match="*/checkpoints/*", errno="ENOSPC")], version=5, seconds=float("inf"))
     failing = trainer(tmp_path, reporter)
     patience = StorageConfig(name="r", storage=str(tmp_path), storage_patience=2.0)
-    monkeypatch.setattr("lte_ray.trainer._storage", lambda config: (patience, config.storage_filesystem))
+    monkeypatch.setattr("lte_ray.trainer._storage", lambda config, log: (patience, config.storage_filesystem))
     with pytest.raises(RunError, match=r"No space left on device.*The merged weights were exported"):
         failing.fit()
     monkeypatch.undo()
