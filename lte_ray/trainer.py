@@ -171,7 +171,7 @@ class LTETrainer:
             policy = make_policy(settings.merge)
         settings = _with_evaluation(self.worker, settings, storage)
         directory = RunDirectory.open(storage.storage or default_storage(), name, filesystem, patience=storage.storage_patience)
-        claim = RunClaim(directory, storage, settings, initial)
+        claim = RunClaim(directory, storage, settings, initial, self.train.length)
         callbacks += _ray_callbacks(self.run_config, directory)
 
         from lte_ray.runtime import placement as placing

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lte_ray.adapters.layer_kinds import TRANSPOSED_LINEAR, kind_of
+from lte_ray.engine.head.rng import preserve_generators
 from lte_ray.engine.prepare import load_base, named_tensors
 from lte_ray.errors import ConfigError, UserError
 from lte_ray.export import delta as changes
@@ -29,6 +30,7 @@ from lte_ray.export.pretrained import names_outside, pretrained_part, require_pa
 from lte_ray.export.run_reader import SavedRun, Written
 from lte_ray.layout import Plan
 from lte_ray.merging.flat_buffer import views
+from lte_ray.worker import build_model
 
 ADAPTER = "default"
 """PEFT's default name of an adapter."""
@@ -66,12 +68,20 @@ def write_adapter(saved: SavedRun, folder: Path, head: int | None, rank: int | N
         saved.check_merged()
     peft = require_package("peft")
     change = changes.average_delta(saved, rank) if head is None else changes.head_delta(saved, head, rank)
-    load_base(saved.model, saved.plan, change.start)
+    of_merged = head is not None and not saved.never_merged
+    # Then it isn't for the weights with that name.
     model, names = _target_model(saved, change)
-    factors = {names[name]: pair for name, pair in change.factors.items()}
-    final = {names[name]: value for name, value in _final_values(saved.plan, change).items() if name in names}
+    base_name = "" if of_merged or saved.record.get("init_from") else _name_of(model)
+    drawn = _drawn_weights(saved) if base_name else set()
+    load_base(saved.model, saved.plan, change.start)
     matrices = [names[spec.name] for spec in changes.matrix_weights(saved.plan.adapted) if spec.name in names]
-    changed = {names[name] for name in _changed_names(saved.plan, change)}
+    drawn = {names[name] for name in drawn if name in names}
+    if drawn.issuperset(matrices):  # trained from scratch: only the architecture has that name
+        base_name, drawn = "", set()
+    factors = {names[name]: pair for name, pair in change.factors.items() if names[name] not in drawn}
+    final = {names[name]: value for name, value in _final_values(saved.plan, change).items() if name in names}
+    matrices = [name for name in matrices if name not in drawn]
+    changed = {names[name] for name in _changed_names(saved.plan, change)} | drawn
     placement = plan_targets(model, matrices, factors, changed - set(matrices))
     pairs = {
         layer: factors[name] if name in factors else _full_rank_pair(model, layer, final.get(name))
@@ -80,17 +90,25 @@ def write_adapter(saved: SavedRun, folder: Path, head: int | None, rank: int | N
     with ignore_warnings():
         adapted = _make_peft_model(peft, model, placement, pairs, final)
         adapted.peft_config[ADAPTER].task_type = _task_type(model, placement)
-        of_merged = head is not None and not saved.never_merged
-        # Then it isn't for the weights with that name.
-        name = "" if of_merged or saved.record.get("init_from") else _name_of(model)
-        if head is not None or name:
-            adapted.peft_config[ADAPTER].base_model_name_or_path = name
+        if head is not None or base_name or _name_of(model):
+            adapted.peft_config[ADAPTER].base_model_name_or_path = base_name
         adapted.save_pretrained(str(folder), save_embedding_layers=False)
     with safe_open(folder / "adapter_model.safetensors", "pt") as written:
         if placement.bias and not any(key.endswith(".base_layer.bias") for key in written.keys()):  # noqa: SIM118 - no dict
             raise UserError(f"peft {peft.__version__} leaves out the biases of layers with LoRA: pip install -U peft.")
     ranks = [b.shape[1] for b, _ in pairs.values()]
     return Written(_summary(saved, change, head, placement, ranks, type(model).__name__), max(ranks), change.error)
+
+
+def _drawn_weights(saved: SavedRun) -> set[str]:
+    """Names of the tensors of the initial model that come from random numbers, such as a new classifier's.
+
+    The model that they begin from doesn't have them, so an adapter must hold them whole. Another seed gives others.
+    """
+    with preserve_generators(torch.device("cpu")):
+        other = named_tensors(build_model(saved.worker, int(saved.record.get("seed", 0)) + 1))
+    mine = named_tensors(saved.model)
+    return {name for name, tensor in mine.items() if name not in other or not torch.equal(tensor, other[name])}
 
 
 def _target_model(saved: SavedRun, change: ModelDelta) -> tuple[nn.Module, dict[str, str]]:

@@ -40,6 +40,7 @@ class SavedRun:
         initial: W_0, flat in the base layout.
         base: the merged weights W_v, or their moving average, flat in the base layout.
         is_ema: whether `base` is that average.
+        worker: the user's.
     """
 
     directory: RunDirectory
@@ -50,6 +51,7 @@ class SavedRun:
     initial: Tensor
     base: Tensor
     is_ema: bool = False
+    worker: Any = None
 
     @property
     def plan(self) -> Plan:
@@ -201,4 +203,4 @@ def read_run(run: str | os.PathLike[str], version: int | None = None, worker: An
     average = checkpoint.read_ema(directory, manifest, plans[0]) if ema else None
     base = checkpoint.read_base(directory, manifest, plans[0]) if average is None else average
     initial = gather(plans[0].base, named_tensors(model), base.dtype)
-    return SavedRun(directory, manifest, record.content, model, plans, initial, base, is_ema=ema)
+    return SavedRun(directory, manifest, record.content, model, plans, initial, base, ema, instance)

@@ -28,6 +28,9 @@ log = logging.getLogger("lte_ray")
 class RunClaim:
     """The run directory that this process will train in. Its constructor checks whether it may, and `acquire` checks again.
 
+    Args:
+        length: as of `check_start`.
+
     Raises:
         StorageError: another process trains there, or as `check_start`.
     """
@@ -36,6 +39,7 @@ class RunClaim:
     storage: StorageConfig
     settings: Settings
     initial: Initial
+    length: str | None = None
 
     def __post_init__(self) -> None:
         check_unlocked(self.directory)
@@ -52,7 +56,7 @@ class RunClaim:
 
     def _find_checkpoint(self) -> checkpoint.Manifest | None:
         """The checkpoint to resume from, if there is one, intact and of this model. Logs what the user should know."""
-        resume, notes = check_start(self.directory, self.storage, self.settings)
+        resume, notes = check_start(self.directory, self.storage, self.settings, self.length)
         for line in notes:
             log.warning("%s", line)
         if resume:
@@ -92,9 +96,12 @@ class RunClaim:
 
 
 def check_start(
-    directory: RunDirectory, storage: StorageConfig, settings: Settings
+    directory: RunDirectory, storage: StorageConfig, settings: Settings, length: str | None = None
 ) -> tuple[checkpoint.Manifest | None, list[str]]:
     """Checks whether the run may start in the directory.
+
+    Args:
+        length: which of epochs, samples and tokens says how long the run is; None if steps do.
 
     Returns:
         The checkpoint to resume from, or None; and lines that the user should see.
@@ -125,6 +132,7 @@ def check_start(
         kind, way = ("LTE", "leave --baseline out") if settings.train.baseline else ("ordinary training", "give --baseline")
         raise StorageError(f"{place} is a run of {kind}: to continue it, {way}; or choose another --name.")
     _check_independent(place, manifest, settings)
+    _check_length(place, manifest, settings, length)
     before, now = manifest.facts["lte"], json.loads(json.dumps(dataclasses.asdict(settings.lte)))
     # Settings that are newer than the run have their defaults; `checkpoint.check_factors` finds out whether these two fit.
     default = json.loads(json.dumps(dataclasses.asdict(LTEConfig()))) | {name: now[name] for name in ("adapt", "merge_buffers")}
@@ -169,6 +177,17 @@ def _check_independent(place: str, manifest: checkpoint.Manifest, settings: Sett
         raise StorageError(
             f"{place} has {heads} independent adapters, each with its own data: continue it with --num-heads {heads}, or "
             "choose another --name."
+        )
+
+
+def _check_length(place: str, manifest: checkpoint.Manifest, settings: Settings, length: str | None) -> None:
+    """Raises StorageError if epochs, samples or tokens are given for a run that continues with another number of heads."""
+    heads, now = manifest.facts["lte"]["num_heads"], settings.lte.num_heads
+    if length is not None and heads != now:
+        raise StorageError(
+            f"{place} was trained with {heads} heads and would continue with {now}, so {flag(length)} doesn't say how many steps "
+            f"are left: steps of {heads} heads take other numbers of samples. Give --steps: the local steps of each head in all, "
+            f"of which {manifest.facts['step']} are taken."
         )
 
 

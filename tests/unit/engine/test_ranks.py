@@ -287,6 +287,16 @@ def test_a_run_is_not_continued_with_other_heads(directory: RunDirectory, change
         run_start.check_start(directory, RESUME, settings(**changes))
 
 
+def test_epochs_do_not_say_how_long_other_heads_continue(directory: RunDirectory) -> None:
+    """A step of three heads and one of two take other numbers of samples, and a run's steps count those of each head."""
+    written(directory, Tiny(), settings(), old=False)
+    given = settings()
+    assert run_start.check_start(directory, RESUME, given, "epochs")[0] is not None
+    fewer = dataclasses.replace(given, lte=dataclasses.replace(given.lte, num_heads=2, lora_r=2, lora_alpha=4.0, layers=()))
+    with pytest.raises(StorageError, match=r"with 3 heads and would continue with 2, so --epochs doesn't say .*Give --steps: "):
+        run_start.check_start(directory, RESUME, fewer, "epochs")
+
+
 def test_a_run_of_independent_adapters_continues_as_such_with_as_many_heads(directory: RunDirectory) -> None:
     """References that a base doesn't hold can't be subtracted from it, and no head has another's data."""
     given = settings()

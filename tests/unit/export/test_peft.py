@@ -27,9 +27,19 @@ from lte_ray.export.run_reader import open_run, read_run
 from lte_ray.merging.policy import Decision, Merge, Wait
 from lte_ray.messages import CheckpointRequest
 from lte_ray.storage import RunDirectory
-from tests.support.export_runs import built, inputs, logits, save_run, settings, train_without_contributing, write_checkpoint
+from tests.support.export_runs import (
+    CLASSES,
+    ExportWorker,
+    built,
+    inputs,
+    logits,
+    save_run,
+    settings,
+    train_without_contributing,
+    write_checkpoint,
+)
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 CLOSE = 1e-5
@@ -341,13 +351,14 @@ def test_a_lone_parameter_that_has_not_changed_is_no_hindrance(tmp_path: Path) -
 def test_the_adapter_says_its_task_and_its_base_model(tmp_path: Path, kind: str, lte: dict[str, Any], task: str | None) -> None:
     """PEFT then loads the class for the task, which computes the same.
 
-    A classifier whose last layer has LoRA gets no task: PEFT would copy that layer.
+    A classifier whose last layer has LoRA gets no task: PEFT would copy that layer. A model of random weights isn't the one
+    whose name it has.
     """
     with torch.enable_grad():
         run, _ = save_run(tmp_path, kind, settings(**lte))
     export.peft_adapter(run, tmp_path / "adapter")
     found = config(tmp_path / "adapter")
-    assert (found["task_type"], found["base_model_name_or_path"] or "") == (task, "gpt-tiny" if kind == "named" else "")
+    assert (found["task_type"], found["base_model_name_or_path"] or "") == (task, "")
     x, model = inputs(kind, 9), adapted(kind, built(kind), tmp_path / "adapter")
     assert type(model).__name__ == {"CAUSAL_LM": "PeftModelForCausalLM", "SEQ_CLS": "PeftModelForSequenceClassification"}.get(
         task or "", "PeftModel"
@@ -355,6 +366,39 @@ def test_the_adapter_says_its_task_and_its_base_model(tmp_path: Path, kind: str,
     assert largest(model(input_ids=x).logits, logits(whole(kind, run), x)) < CLOSE
     export.peft_adapter(run, tmp_path / "head", head=0)
     assert config(tmp_path / "head")["base_model_name_or_path"] == ""
+
+
+class FromFolder(ExportWorker):
+    """A classifier on a saved model, which has no classifier: it is drawn."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__("classifier")
+        self.folder = folder
+
+    def build_model(self) -> nn.Module:
+        return transformers.AutoModelForSequenceClassification.from_pretrained(self.folder, num_labels=CLASSES)
+
+
+@pytest.mark.parametrize("lte", [{}, {"others": "frozen"}, {"exclude": ("score",)}], ids=["replica", "frozen", "excluded"])
+@torch.no_grad()
+def test_weights_that_the_base_model_lacks_are_in_the_adapter_whole(tmp_path: Path, lte: dict[str, Any]) -> None:
+    """Who loads the base model draws other ones: a classifier on a model of words computes the same nevertheless."""
+    folder = tmp_path / "base"
+    torch.manual_seed(1)
+    words = built("classifier").base_model
+    words.save_pretrained(str(folder))
+    worker = FromFolder(str(folder))
+    with torch.enable_grad():
+        run, _ = save_run(tmp_path, "classifier", settings(**lte), worker=worker)
+    export.peft_adapter(run, tmp_path / "adapter", worker=worker)
+    assert config(tmp_path / "adapter")["base_model_name_or_path"] == str(folder)
+    merged = worker.build_model()
+    merged.load_state_dict(safetensors.torch.load_file(run / "model.safetensors"), strict=True)
+    x = inputs("classifier", 9)
+    for seed in (2, 3):
+        torch.manual_seed(seed)
+        loaded = peft.PeftModel.from_pretrained(worker.build_model(), tmp_path / "adapter").eval()
+        assert largest(loaded(input_ids=x).logits, merged.eval()(input_ids=x).logits) < CLOSE
 
 
 def test_bad_heads_and_ranks_are_refused(tmp_path: Path) -> None:
