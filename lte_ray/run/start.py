@@ -185,9 +185,9 @@ def _check_length(place: str, manifest: checkpoint.Manifest, settings: Settings,
     heads, now = manifest.facts["lte"]["num_heads"], settings.lte.num_heads
     if length is not None and heads != now:
         raise StorageError(
-            f"{place} was trained with {heads} heads and would continue with {now}, so {flag(length)} doesn't say how many steps "
-            f"are left: steps of {heads} heads take other numbers of samples. Give --steps: the local steps of each head in all, "
-            f"of which {manifest.facts['step']} are taken."
+            f"{place} was trained with {heads} heads and would continue with {now}, so {flag(length)} doesn't say how many "
+            f"steps are left: steps of {heads} heads take other numbers of samples. Give --steps: the local steps of each head "
+            f"in all, of which {manifest.facts['step']} are taken."
         )
 
 
