@@ -29,7 +29,8 @@ UNPICKLING = {"pickle", "dill", "marshal", "shelve", "joblib", "yaml", "subproce
 def test_the_library_executes_nothing_that_it_reads() -> None:
     """No eval, exec, torch.load or numpy.load. Only `PickledObject`, which carries objects within one run, unpickles.
 
-    `lte_ray.check` opens what it has made itself, as an actor would. The only program that it starts is git, with fixed arguments, in the worker's folder.
+    `lte_ray.check` opens what it has made itself, as an actor would. The only program that is started is git, with fixed
+    arguments, in the worker's folder.
     """
     found = []
     for file in sorted((ROOT / "lte_ray").rglob("*.py")):
