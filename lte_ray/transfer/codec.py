@@ -18,7 +18,14 @@ from lte_ray.config.merge import MergeConfig
 from lte_ray.layout import Plan
 from lte_ray.transfer.base_changes import ChangePacking
 from lte_ray.transfer.groups import EntryGroup, subplan
-from lte_ray.transfer.packing import VALUE_BYTES, Packing, count_rounded_replicas, index_bytes, replica_elements_sent
+from lte_ray.transfer.packing import (
+    VALUE_BYTES,
+    Packing,
+    count_rounded_replicas,
+    index_bytes,
+    replica_elements_sent,
+    scatter,
+)
 
 
 class Codec:
@@ -108,7 +115,10 @@ class Codec:
             return self.decode_group(0, buffers[0], None)
         out = torch.empty(self.plan.contribution.size, dtype=self.dtype, device=buffers[0].device)
         for index, slices in enumerate(self._slices):
-            self._packings[index].decode(buffers[index], self._references(reference, slices), [out[at] for at in slices])
+            if self._exact:  # these buffers are in the contribution's order: nothing is rounded or left out
+                scatter(self._packings[index].check_buffer(buffers[index]).view(self.dtype), out, slices)
+            else:
+                self._packings[index].decode(buffers[index], self._references(reference, slices), [out[at] for at in slices])
         return out
 
     def decode_group(self, index: int, buffer: Tensor, reference: Tensor | None) -> Tensor:

@@ -228,12 +228,13 @@ class Packing:
 
 
 def split_statistics(plan: Plan) -> tuple[list[slice], list[slice]]:
-    """Returns where running statistics lie in a plan's flat replicas, and where the other replicas do."""
+    """Returns where running statistics lie in a plan's flat replicas, and where the other replicas do; no empty ones."""
     parts: tuple[list[slice], list[slice]] = ([], [])
     begin = 0
     for replica in plan.replicas:
         end = begin + math.prod(replica.shape)
-        parts[0 if replica.buffer else 1].append(slice(begin, end))
+        if end > begin:
+            parts[0 if replica.buffer else 1].append(slice(begin, end))
         begin = end
     return parts
 

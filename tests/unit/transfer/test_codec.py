@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lte_ray.config.merge import MergeConfig
@@ -36,7 +36,15 @@ merges = st.builds(
 )
 
 
+STATISTICS_IN_ONE_OF_TWO_GROUPS = plan_from_shapes([(1, 1, 1), (2, 3, 1)], [(), (3,)], statistics={0})
+EMPTY_STATISTICS = plan_from_shapes([(1, 1, 1)], [(0,), (2, 0), (3,)], statistics={0})
+
+
 @given(plans, merges, st.integers(1, 4), st.booleans(), st.sampled_from([torch.float32, torch.float64]))
+@example(STATISTICS_IN_ONE_OF_TWO_GROUPS, MergeConfig(), 1, False, torch.float32)
+@example(STATISTICS_IN_ONE_OF_TWO_GROUPS, MergeConfig(transfer="bf16"), 2, True, torch.float32)
+@example(EMPTY_STATISTICS, MergeConfig(transfer="bf16"), 1, False, torch.float32)
+@example(EMPTY_STATISTICS, MergeConfig(), 1, True, torch.float64)
 def test_the_receiver_decodes_what_the_sender_says(
     plan: Plan, merge: MergeConfig, shards: int, has_reference: bool, dtype: torch.dtype
 ) -> None:
