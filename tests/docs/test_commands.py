@@ -48,6 +48,8 @@ LADDER = "lte-ray ladder mine.py:Net --num-heads 4 --steps 200 --name net-ladder
 NEVER = "lte-ray train mine.py:Net --num-heads 4 --name adapters --never-merge --others frozen"
 """Makes the run `adapters`."""
 
+SIMULATE = "lte-ray simulate --num-heads 4 --step-seconds 0.5 --steps 1000 --merge-iter 50 --bandwidth 1Gbit"
+
 TOKEN = "ray get-auth-token --generate > /dev/null"
 LOCAL_CLUSTER = "cluster/local.sh"
 JOB_SERVER = 8265
@@ -139,6 +141,10 @@ DECISIONS: dict[str, Runs | str] = {
     "lte-ray plan llama.py:Llama --num-heads 8 --lora-r 16 --others frozen --precision bf16-mixed --gpu 80GB --num-gpus 8 "
     "--link 1Gbit": Runs(),
     "lte-ray ladder mine.py:Net --num-heads 4 --quick": Runs(),
+    "lte-ray ladder mine.py:Net --num-heads 4 --merge-iters 10 50 --steps 500 --name is-it-worth-it": Runs(),
+    f"{SIMULATE} --policy orthogonal": Runs(),
+    f"{SIMULATE} --policy orthogonal --transfer int8 --send-down int8": Runs(),
+    f"{SIMULATE} --transfer int8 --send-down int8 --no-wait --when arrival": Runs(),
     LADDER: Runs(),
     **{f"lte-ray {command} --help-all": Runs(quick=True) for command in COMMANDS if command != "resume"},
     "lte-ray --help": Runs(quick=True),
