@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch.autograd import profiler as autograd_profiler
 from torch.profiler import ProfilerActivity, profile
 
 from lte_ray.errors import StorageError
@@ -42,11 +43,14 @@ class Tracer:
         """Begins to record, if any of these local steps is in the window. Must be called in the thread that calls `end`."""
         if self._window is None or self._profiler is not None or last < self._window[0] or first > self._window[1]:
             return
+        if autograd_profiler._is_profiler_enabled:  # two at once would stop each other
+            self._give_up(RuntimeError("the worker uses a profiler itself"))
+            return
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
         profiler = profile(activities=activities, experimental_config=_all_threads())
         try:
             profiler.start()
-        except RuntimeError as error:  # the worker uses a profiler itself
+        except RuntimeError as error:
             self._give_up(error)
             return
         self._profiler = profiler

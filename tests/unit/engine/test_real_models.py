@@ -67,7 +67,9 @@ def images() -> dict[str, Tensor]:
 
 def gpt2() -> nn.Module:
     hf = pytest.importorskip("transformers")
-    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=WORDS, n_positions=LENGTH, n_embd=16, n_layer=2, n_head=2))
+    return hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=WORDS, n_positions=LENGTH, n_embd=16, n_layer=2, n_head=2, use_cache=False)
+    )
 
 
 def bert() -> nn.Module:
@@ -93,6 +95,7 @@ def llama() -> nn.Module:
         num_key_value_heads=2,
         intermediate_size=32,
         max_position_embeddings=LENGTH,
+        use_cache=False,  # transformers 4 adds to the cache again when activations are recomputed
     )
     return hf.LlamaForCausalLM(config)
 
