@@ -16,6 +16,7 @@ from lte_ray.adapters.quantization import check_format
 from lte_ray.config import LTEConfig, TrainConfig
 from lte_ray.data.shard import Shard
 from lte_ray.engine.first_loss import check_first_loss, describe_first_loss
+from lte_ray.engine.head.compilation import check_compile
 from lte_ray.engine.head.default_optimizer import check_optimizer_settings
 from lte_ray.engine.head.optimization import build_optimizer, check_lr_scale, check_precision, match_modules
 from lte_ray.engine.head.optimizer_state import optimizer_state
@@ -88,6 +89,7 @@ def prepare(worker: Worker, settings: Settings, dtype: torch.dtype = torch.float
     """
     check_worker(worker)
     worker_state(worker)
+    check_compile(settings.train)
     check_optimizer_settings(worker, settings.train)
     check_flops(worker)
     with preserve_generators(torch.device("cpu")):  # the caller's random numbers don't change

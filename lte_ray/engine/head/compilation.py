@@ -6,6 +6,24 @@ import sys
 from threading import Lock
 from typing import Any
 
+import torch
+
+from lte_ray.config import TrainConfig
+from lte_ray.errors import ConfigError
+
+
+def check_compile(train: TrainConfig, version: str = torch.__version__) -> None:
+    """Raises ConfigError if ``--compile`` is set, and this version of torch can't compile models with factors.
+
+    Its Dynamo recurses without end where a model's class has weights as properties. torch 2.13 compiles them.
+    """
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if train.compile and (major, minor) < (2, 8):
+        raise ConfigError(
+            f"--compile is set, but torch {version} fails to compile models with factors. Leave it out, or upgrade torch: 2.13 "
+            "compiles them."
+        )
+
 
 class CompilationWatch:
     """Counts compilations that are under way, in any thread.

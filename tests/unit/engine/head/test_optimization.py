@@ -16,6 +16,7 @@ from torch.optim import lr_scheduler
 from lte_ray.adapters import convert
 from lte_ray.config import LTEConfig, TrainConfig
 from lte_ray.data import Shard
+from lte_ray.engine.head.compilation import check_compile
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.optimization import OptimizerStep, build_optimizer, checkpoint_activations
 from lte_ray.engine.head.snapshot import restore
@@ -579,6 +580,15 @@ def test_a_loss_that_is_no_scalar_is_an_error(loss: Callable[[], Any], returned:
         started(Bad(), settings()).train_round()
 
 
+def test_a_torch_that_cannot_compile_is_refused() -> None:
+    """Before any actor starts, and only if the run compiles."""
+    check_compile(TrainConfig(), "2.7.0+cpu")
+    check_compile(TrainConfig(compile=True), "2.13.0+cpu")
+    with pytest.raises(ConfigError, match=r"--compile is set, but torch 2\.7\.0\+cpu fails to compile .*upgrade torch: 2\.13"):
+        check_compile(TrainConfig(compile=True), "2.7.0+cpu")
+
+
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="this torch can't compile models with factors")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_run_is_the_eager_run(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """torch.compile changes the order of float32 sums, and nothing else: traced, and with its compiler, which takes long."""
