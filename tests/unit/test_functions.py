@@ -24,6 +24,7 @@ from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import ConfigError, WorkerError
 from lte_ray.functions import FunctionWorker, fit, sort_settings
+from lte_ray.run.record import recorded_arguments, to_plain
 from lte_ray.worker import evaluate, evaluates
 
 
@@ -221,3 +222,12 @@ def test_a_loss_that_cannot_be_computed_says_what_to_give(worker: FunctionWorker
     """It is an error of the user's code, with a way out."""
     with pytest.raises(TypeError, match=message):
         worker.loss(net(), batch)
+
+
+def test_the_record_of_a_run_has_no_address() -> None:
+    """The worker's own methods are no arguments, and objects have the same text in each process."""
+    worker = FunctionWorker(net, pairs(), pairs(8, seed=1), criterion=F.mse_loss)
+    recorded = to_plain(recorded_arguments(worker)[0])
+    assert not {"loss", "evaluate"} & recorded.keys()
+    assert recorded["batch_size"] == 32
+    assert to_plain({"a": object(), "b": [object()]}) == {"a": "<object object>", "b": ["<object object>"]}

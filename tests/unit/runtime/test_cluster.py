@@ -72,3 +72,12 @@ def test_a_failed_connection_may_be_a_refused_token(monkeypatch: pytest.MonkeyPa
 def test_a_local_ray_that_does_not_start_is_not_blamed_on_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no address to correct."""
     assert error_text(monkeypatch, RuntimeError("no room")) == "No connection to a local Ray: no room."
+
+
+def test_a_node_that_is_not_there_in_time_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray raises a plain Exception then; errors of other kinds are no news about the cluster."""
+    text = error_text(monkeypatch, Exception("The current node timed out during startup."))
+    assert text == "A local Ray didn't start in time: The current node timed out during startup. Try again."
+    monkeypatch.setattr(ray, "init", lambda **_: {}["missing"])
+    with pytest.raises(KeyError), cluster.connected():
+        pass
