@@ -37,8 +37,8 @@ class WatchedHead(Head):
     Attributes:
         last_batch: the newest, as it was before the loss saw it.
         with_gradient: names of parameters that got one.
-        nonzero: those of which one wasn't 0 everywhere.
-        nonfinite: those of which one had a value that isn't finite, by the step in which it first had.
+        nonzero: names of parameters that got a gradient other than 0.
+        nonfinite: by name of a parameter, the first step in which its gradient had a value that isn't finite.
     """
 
     def __init__(self, worker: Worker, settings: Settings, number: int, device: torch.device) -> None:
@@ -50,7 +50,7 @@ class WatchedHead(Head):
         self.average_gradients = self._watch
 
     def next_batch(self) -> Batch:
-        """The next batch, of which a copy is kept."""
+        """The next batch. Keeps a copy of it."""
         batch = super().next_batch()
         self.last_batch = copy_batch(batch)
         return batch
@@ -95,7 +95,7 @@ def settings_to_try(settings: Settings) -> tuple[Settings, list[str]]:
     if train.accumulate > BATCHES:
         notes.append(f"A step of the check takes {BATCHES} of {train.accumulate} batches (--accumulate).")
     train = replace(train, compile=False, accumulate=min(BATCHES, train.accumulate), baseline_processes=1)
-    # What differs between builds is a finding of its own, and needn't end the check.
+    # Differences between builds are reported as a finding of their own, so they must not end the check.
     return replace(settings, train=train, untrained=()), notes
 
 

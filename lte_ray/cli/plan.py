@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lte_ray.cli.call import CallOptions, print_json
-from lte_ray.cli.flags import SECTION_TITLES, Subcommand, parse_sections
-from lte_ray.cli.worker_argument import make_without_settings, read_worker
+from lte_ray.cli.flags import SECTION_TITLES, Subcommand
+from lte_ray.cli.worker_argument import read_worker_and_settings
 from lte_ray.config import LTEConfig, MergeConfig, TrainConfig
 from lte_ray.config.hardware import Hardware
 
@@ -23,11 +23,7 @@ def plan(arguments: list[str]) -> None:
     Raises:
         LTEError: as a run's, for settings that contradict each other or don't fit the model.
     """
-    program, kind, flags = read_worker(arguments, "plan")
-    sections, worker = parse_sections(kind, program or "WORKER", flags, PLAN)
-    assert kind is not None  # the help has ended the program
-    if worker is None:
-        worker = make_without_settings(program, kind)
+    program, worker, sections = read_worker_and_settings(arguments, PLAN)
 
     from lte_ray.engine.settings import Settings
     from lte_ray.planning import plan_run

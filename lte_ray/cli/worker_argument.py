@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, NamedTuple
 
-from lte_ray.cli.flags import HELP, HELP_ALL
+from lte_ray.cli.flags import HELP, HELP_ALL, Subcommand, parse_sections
 from lte_ray.cli.own_flags import constructor_error
 from lte_ray.errors import WorkerError
 from lte_ray.import_object import load_worker, worker_forms, worker_names
@@ -42,6 +42,18 @@ def check_class(worker: Any, what: str) -> type:
     if not inspect.isclass(worker):
         raise WorkerError(f"{what} is a {type(worker).__name__}, not a class.")
     return worker
+
+
+def read_worker_and_settings(arguments: list[str], subcommand: Subcommand) -> tuple[str, Any, dict[type, Any]]:
+    """Returns the worker as it is named, the worker, and the settings by their class, for a subcommand that needs a worker.
+
+    Raises:
+        ConfigError, WorkerError: as `read_worker` and `parse_sections`.
+    """
+    program, kind, flags = read_worker(arguments, subcommand.name)
+    sections, worker = parse_sections(kind, program or "WORKER", flags, subcommand)
+    assert kind is not None  # the help has ended the program
+    return program, make_without_settings(program, kind) if worker is None else worker, sections
 
 
 def make_without_settings(program: str, kind: type) -> Any:

@@ -83,8 +83,8 @@ class MergeConfig:
     )
     measure_every: int = setting(
         0,
-        "Every so many merges, measure how well the heads' changes agree, and the effective rank of their mean; 0: never. It "
-        "takes longer than the merge, and the heads may wait for it.",
+        "Number of merges after which to measure again how well the heads' changes agree, and the effective rank of their "
+        "mean; 0: never. It takes longer than the merge, and the heads may wait for it.",
     )
     rollback_z: float = setting(
         0.0,

@@ -1,4 +1,4 @@
-"""The local steps of which ``--profile`` records a trace."""
+"""The range of local steps that ``--profile`` records."""
 
 from __future__ import annotations
 

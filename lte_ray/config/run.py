@@ -147,7 +147,7 @@ class TrainConfig:
     )
     profile: str = setting(
         "",
-        "First and last local step, such as 20:30, of which the torch profiler writes traces of head 0 and of the coordinator "
+        "First and last local step to record, such as 20:30: the torch profiler writes traces of head 0 and of the coordinator "
         "into the run's folder profile, for https://ui.perfetto.dev.",
     )
     callback: tuple[str, ...] = setting(

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import importlib
 import io
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from lte_ray.data.idx import read_idx
+from lte_ray.data.warn_once import warn_once
 from lte_ray.errors import DataError
-
-log = logging.getLogger("lte_ray")
 
 Chunk = tuple[NDArray[np.uint8], NDArray[np.int64]]
 """Images (n, channels, height, width) and labels (n,)."""
@@ -270,13 +268,8 @@ def _images_in(folder: Path) -> list[Path]:
     images = [entry for entry in entries if entry.suffix.lower() in SUFFIXES]
     other = next((entry for entry in entries if entry not in images), None)
     if images and other is not None:
-        _warn_once(f"{folder} has files that aren't read, such as {other.name}: images are {', '.join(SUFFIXES)}.")
+        warn_once(f"{folder} has files that aren't read, such as {other.name}: images are {', '.join(SUFFIXES)}.")
     return images
-
-
-@cache
-def _warn_once(text: str) -> None:
-    log.warning("%s", text)
 
 
 def _read_image_files(files: list[Path], classes: list[str], shape: Shape) -> tuple[int, Iterator[Chunk]]:
@@ -321,14 +314,14 @@ def _to_eight_bits(image: Any) -> Any:
     Raises:
         ValueError: its values have no known range.
     """
-    if image.mode.startswith("I;16"):
-        return importlib.import_module("PIL.Image").fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    deep = image.mode.startswith("I;16")
     if image.mode in ("I", "F"):
         low, high = image.getextrema()
-        if image.mode == "I" and low >= 0 and 255 < high < 2**16:  # how older versions of Pillow read 16-bit gray
-            return importlib.import_module("PIL.Image").fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-        if image.mode == "F" or low < 0 or high > 255:
+        deep = image.mode == "I" and low >= 0 and 255 < high < 2**16  # how older versions of Pillow read 16-bit gray
+        if not deep and (image.mode == "F" or low < 0 or high > 255):
             raise ValueError(f"its pixels are from {low:g} to {high:g}; save it with 8 or 16 bits")
+    if deep:
+        return importlib.import_module("PIL.Image").fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     return image
 
 

@@ -7,10 +7,8 @@ import hashlib
 import importlib
 import io
 import json
-import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lte_ray.data.warn_once import warn_once
 from lte_ray.errors import DataError
-
-log = logging.getLogger("lte_ray")
 
 Record = dict[str, Any]
 
@@ -80,14 +77,9 @@ def _data_of_folder(source: str, files: list[str]) -> list[str]:
     train = [file for file in files if _split_of(file) == "train"]
     others = [file for file in files if _split_of(file) == "other"]
     if train and others:
-        _warn_once(f"{source}: the data are the {len(train)} file(s) named train*; {Path(others[0]).name} isn't read.")
+        warn_once(f"{source}: the data are the {len(train)} file(s) named train*; {Path(others[0]).name} isn't read.")
         return train
     return files
-
-
-@cache
-def _warn_once(text: str) -> None:
-    log.warning("%s", text)
 
 
 def _split_of(file: str) -> str:

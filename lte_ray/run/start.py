@@ -187,7 +187,7 @@ def _check_length(place: str, manifest: checkpoint.Manifest, settings: Settings,
         raise StorageError(
             f"{place} was trained with {heads} heads and would continue with {now}, so {flag(length)} doesn't say how many "
             f"steps are left: steps of {heads} heads take other numbers of samples. Give --steps: the local steps of each head "
-            f"in all, of which {manifest.facts['step']} are taken."
+            f"in all. {manifest.facts['step']} are taken already."
         )
 
 

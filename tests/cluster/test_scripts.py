@@ -224,7 +224,7 @@ def test_local_nodes_ends_what_it_started(
 
 
 def state(pid: int) -> str:
-    """Returns the state of a process; Z if it is gone, or has ended and nobody has asked how."""
+    """Returns the state of a process; Z if it is gone, or has ended and its parent hasn't collected its exit code."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except FileNotFoundError:

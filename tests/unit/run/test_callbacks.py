@@ -121,7 +121,7 @@ def test_a_callback_that_raises_is_switched_off(directory: RunDirectory, caplog:
 
 
 def test_rows_are_the_callbacks_own(directory: RunDirectory) -> None:
-    """One that changes its row changes nobody else's."""
+    """A callback that changes its row doesn't change what others get."""
 
     class Spoiler(Recorder):
         def on_event(self, run: Run, row: dict[str, Any]) -> None:
