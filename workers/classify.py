@@ -22,7 +22,17 @@ from lte_ray.data import TokenSet, cached_tokens
 from lte_ray.data.loader import check_size
 from lte_ray.errors import DataError
 
-from .text import TextWorker, cache_key, check_positions, check_vocabulary, hold_out, labeled, load, transformers
+from .text import (
+    TextWorker,
+    cache_key,
+    check_classes,
+    check_positions,
+    check_vocabulary,
+    hold_out,
+    labeled,
+    load,
+    transformers,
+)
 
 
 @dataclass
@@ -91,6 +101,7 @@ class Classify(TextWorker):
             chosen = hold_out(as_records, [1] * len(records), math.ceil(self.held_out * len(records)))
             train = [one for one, out in zip(records, chosen, strict=True) if not out]
             validation = [one for one, out in zip(records, chosen, strict=True) if out]
+        check_classes([label for _, _, label in records], f"{self.data}, column {self.label}")
         known = {label for _, _, label in records}
         names = sorted(known, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
         if len(names) < 2:

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ log = logging.getLogger("lte_ray")
 
 TEXT_COLUMN = "text"
 """The column of text unless the user names another."""
+
+MANY = 20
+"""Records from which on labels that occur only once are suspicious."""
 
 VERSION = 3
 """Of the cached tokens: a change of how records are read needs another."""
@@ -277,3 +281,14 @@ def label_name(value: Any, place: str) -> str:
             f"{place}: the label must be a text or a number, but it is {str(value)[:40]!r}. Fill it in, or drop it."
         )
     return name
+
+
+def check_classes(labels: list[str], what: str) -> None:
+    """Raises DataError if most labels occur only once: then they are numbers to predict, or free text, and no classes."""
+    counts = Counter(labels)
+    single = [name for name, count in counts.items() if count == 1]
+    if len(labels) >= MANY and len(single) > len(labels) / 2:
+        raise DataError(
+            f"{what}: {len(single)} of {len(labels)} records have a label that occurs only once, such as {single[0][:40]!r}. "
+            "Each would be a class of its own. Group numbers into ranges, or choose another column with --worker.label."
+        )

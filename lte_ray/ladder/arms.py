@@ -26,6 +26,10 @@ WITHOUT_INFLUENCE = ("eval_every", "checkpoint_every", "threads_per_head", "comp
 """Settings of training that don't change what is trained, other than in the last bits."""
 
 
+DEFAULTS = 1
+"""Counts the changes of defaults: a release that changes one raises it, so that older results aren't taken for today's."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """The settings of one training, which several rungs, rates and seeds of a comparison vary.
@@ -90,12 +94,21 @@ class Arm:
 
     @property
     def key(self) -> str:
-        """Identifies what is trained: arms of equal keys give the same result. It doesn't depend on the rung's name."""
-        train = {name: v for name, v in dataclasses.asdict(self.train).items() if name not in WITHOUT_INFLUENCE}
+        """Identifies what is trained: arms of equal keys give the same result. It doesn't depend on the rung's name.
+
+        Only what differs from its default counts, so that results stay valid when a later release adds a setting.
+        """
         merges = self.mode == "heads" and not self.train.baseline
-        merge = dataclasses.asdict(dataclasses.replace(self.merge, policy=object_name(self.merge.policy))) if merges else None
-        content = [self.mode, dataclasses.asdict(self.lte), merge, train, dict(self.worker)]
+        merge = dataclasses.replace(self.merge, policy=object_name(self.merge.policy)) if merges else None
+        content = [DEFAULTS, self.mode, _changed(self.lte), merge and _changed(merge), _changed(self.train), dict(self.worker)]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _changed(config: LTEConfig | MergeConfig | TrainConfig) -> dict[str, Any]:
+    """The settings that influence what is trained and differ from their defaults."""
+    default = type(config)()
+    names = {each.name for each in dataclasses.fields(config)} - set(WITHOUT_INFLUENCE)
+    return {name: value for name in names if (value := getattr(config, name)) != getattr(default, name)}
 
 
 def spacing(steps: int, merge_iters: Sequence[int]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,12 @@ COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#9c
 """Observable's categorical colors, which differ in lightness too. Ordinary training is black."""
 
 MARKERS = "osD^vP*X"
+
+DASHES = ("-", "--", ":")
+"""Those of the first lines, of the next ones with the same colors, and so on."""
+
+INSIDE = 8
+"""Lines that a legend inside of the picture may name. With more it is below."""
 
 HOW_TO_GET_MATPLOTLIB = (
     "The picture needs matplotlib: pip install 'lte-ray[plots]'. The same command then draws it without training."
@@ -37,19 +44,18 @@ def draw(summaries: Sequence[Summary], title: str, *, kind: str = "svg") -> byte
         from matplotlib.ticker import FuncFormatter, MaxNLocator
     except ImportError as error:
         raise ConfigError(HOW_TO_GET_MATPLOTLIB) from error
-    shape: Any = Figure(figsize=(7.2, 4.4), layout="constrained")
+    lines = sum(bool(s.curve) for s in summaries)
+    shape: Any = Figure(figsize=(7.2, 4.4 if lines <= INSIDE else 4.4 + 0.1 * lines), layout="constrained")
     axes = shape.add_subplot()
-    colors = iter(zip(COLORS, MARKERS, strict=True))
+    styles = itertools.cycle((*look, dash) for dash in DASHES for look in zip(COLORS, MARKERS, strict=True))
     values = []
     for s in summaries:
         if not s.curve:
             continue
         samples, means, low, high = (list(column) for column in zip(*s.curve, strict=True))
-        color, marker = ("black", "") if s.name == ORDINARY else next(colors)
-        label = f"{s.name} (rate x{s.result.rate:g})"
-        axes.plot(
-            samples, means, color=color, marker=marker, markersize=4, linewidth=2 if s.name == ORDINARY else 1.5, label=label
-        )
+        color, marker, dash = ("black", "", "-") if s.name == ORDINARY else next(styles)
+        look = {"color": color, "marker": marker, "linestyle": dash, "linewidth": 2 if s.name == ORDINARY else 1.5}
+        axes.plot(samples, means, **look, markersize=4, label=f"{s.name} (rate x{s.result.rate:g})")
         if len(s.values) > 1:
             axes.fill_between(samples, low, high, color=color, alpha=0.15, linewidth=0)
         values += means
@@ -68,7 +74,9 @@ def draw(summaries: Sequence[Summary], title: str, *, kind: str = "svg") -> byte
     axes.set_title(title, loc="left", fontsize="medium")
     axes.grid(visible=True, which="major", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if values:
+    if lines > INSIDE:
+        shape.legend(frameon=False, fontsize="small", loc="outside lower left", ncols=2)
+    elif lines:
         axes.legend(frameon=False, fontsize="small")
     content = io.BytesIO()
     with rc_context({"svg.hashsalt": "ladder"}):  # the same picture each time

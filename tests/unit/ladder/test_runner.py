@@ -13,6 +13,7 @@ from lte_ray.engine.in_process import evaluate_base, run_in_process
 from lte_ray.engine.prepare import prepare
 from lte_ray.errors import ConfigError, WorkerFailed
 from lte_ray.ladder import Arm, Point, ProcessRunner, check_arms, spacing
+from lte_ray.ladder.arms import DEFAULTS
 from lte_ray.ladder.checks import rank_facts
 from lte_ray.ladder.rungs import make_rungs
 from lte_ray.layout import Adapted, Plan
@@ -81,6 +82,62 @@ def test_evaluations_are_due_where_all_rungs_merge(steps: int, merge_iters: tupl
     """About fourteen times, at multiples of all intervals where that leaves enough of them."""
     every = spacing(steps, merge_iters)
     assert every == expected
+
+
+DEFAULTS_OF_RESULTS = {
+    LTEConfig: {
+        "num_heads": 2,
+        "lora_r": 64,
+        "lora_alpha": 128.0,
+        "rslora": False,
+        "lora_bias": "replica",
+        "reset": "none",
+        "adapt": ("linear", "attention", "conv"),
+        "others": "replica",
+        "base_dtype": "fp32",
+        "full_rank": False,
+        "merge_buffers": ("auto",),
+    },
+    MergeConfig: {
+        "merge_iter": 10,
+        "policy": "auto",
+        "policy_args": None,
+        "merge_schedule": "",
+        "when": "barrier",
+        "quorum": 0,
+        "wait": True,
+        "transfer": "fp32",
+        "replica_topk": 1.0,
+        "send_down": "auto",
+        "never_merge": False,
+        "max_norm_z": 8.0,
+        "rollback_z": 0.0,
+    },
+    TrainConfig: {
+        "steps": 700,
+        "seed": 0,
+        "precision": "fp32",
+        "optimizer": "auto",
+        "lr": None,
+        "replica_lr": None,
+        "schedule": "auto",
+        "warmup": None,
+        "clip_norm": 0.0,
+        "ema": 0.0,
+        "accumulate": 1,
+        "weight_decay": None,
+        "lr_scale": 1.0,
+        "baseline": False,
+    },
+}
+"""Defaults that decide what arms train. Raise `lte_ray.ladder.arms.DEFAULTS` with any change here."""
+
+
+@pytest.mark.parametrize("config", DEFAULTS_OF_RESULTS)
+def test_kept_results_are_of_todays_defaults(config: type) -> None:
+    """An arm's key leaves defaults out, so a changed default needs another number in the keys."""
+    assert DEFAULTS == 1
+    assert {name: getattr(config(), name) for name in DEFAULTS_OF_RESULTS[config]} == DEFAULTS_OF_RESULTS[config]
 
 
 def test_arms_with_other_workers_and_policies_have_other_keys() -> None:

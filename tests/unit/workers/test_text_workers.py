@@ -291,6 +291,11 @@ def test_evaluation_of_a_classifier(model: str, tmp_path: Path) -> None:
         ([{"text": "x", "label": None}], [], "line 1: the label must be a text or a number, but it is 'None'"),
         ([{"text": "x", "label": float("nan")}], [], "line 1: the label must be a text or a number, but it is 'nan'"),
         ([{"text": "x", "label": ["a"]}], [], "line 1: the label must be a text or a number"),
+        (
+            [{"text": "x", "label": n / 7} for n in range(30)],
+            [],
+            r"column label: 30 of 30 records have a label that occurs only once, such as '0'\. .*Group numbers into ranges",
+        ),
         (labeled_records(4), [], "has 3 samples, fewer than one batch of 4 for each of 2 heads"),
     ],
 )
