@@ -7,7 +7,8 @@
 #
 # CPUS and GPUS set what each of those nodes has. Such GPUs exist only on paper: they show where heads would be placed, but a
 # head that gets one fails, since torch finds no GPU. So leave GPUS out to train. PORT, DASHBOARD_PORT and AGENT_PORT move the
-# ports. Nodes have the labels ray.io/market-type=on-demand (the head node) and ray.io/market-type=spot (the others).
+# ports. Nodes have the labels ray.io/market-type=on-demand (the head node) and ray.io/market-type=spot (the others). So a run's
+# coordinator and evaluator stay on the head node.
 #
 # It ends only the processes that it started. Tokens are as for local.sh.
 set -euo pipefail

@@ -8,7 +8,8 @@ from lte_ray.config.failure import FailureConfig
 from lte_ray.config.layer_rules import BASE_DTYPES, BIASES, KINDS, LayerConfig, Rule
 from lte_ray.config.lora import LTEConfig, Resolved
 from lte_ray.config.merge import MergeConfig
-from lte_ray.config.run import PlacementConfig, StorageConfig, TrainConfig
+from lte_ray.config.placement import PlacementConfig
+from lte_ray.config.run import StorageConfig, TrainConfig
 from lte_ray.config.validation import check_run_name, flag, suggest
 
 SECTIONS: tuple[type, ...] = (LTEConfig, MergeConfig, TrainConfig, PlacementConfig, FailureConfig, StorageConfig)

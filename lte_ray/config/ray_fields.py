@@ -11,7 +11,7 @@ from lte_ray.errors import ConfigError
 RUN = ("name", "storage_path", "storage_filesystem", "failure_config", "checkpoint_config", "callbacks")
 CHECKPOINTS = ("num_to_keep", "checkpoint_score_attribute", "checkpoint_score_order")
 FAILURES = ("max_failures",)
-SCALING = ("num_workers", "use_gpu", "resources_per_worker", "placement_strategy", "accelerator_type")
+SCALING = ("num_workers", "use_gpu", "resources_per_worker", "placement_strategy", "accelerator_type", "label_selector")
 """The fields of Ray's RunConfig, CheckpointConfig, FailureConfig and ScalingConfig that a run follows."""
 
 INSTEAD: Mapping[str, str] = {
@@ -19,7 +19,6 @@ INSTEAD: Mapping[str, str] = {
     "logging_config": "Set up Python's logging (the logger lte_ray)",
     "controller_failure_limit": "Give LTETrainer(failure=lte_ray.FailureConfig(...)), which says what may die how often",
     "max_preemption_failures": "Give LTETrainer(failure=lte_ray.FailureConfig(...)), which says what may die how often",
-    "label_selector": "Name the nodes by a resource of theirs: resources_per_worker={'mine': 1}",
 }
 """What to do instead, by the field."""
 

@@ -1,4 +1,4 @@
-"""The settings of training, resources and storage."""
+"""The settings of training and storage."""
 
 from __future__ import annotations
 
@@ -226,51 +226,6 @@ class TrainConfig:
             raise ConfigError(f"{shown} each say how long the run is. Leave one of them out.")
         if given and getattr(self, given[0]) <= 0:
             raise ConfigError(f"{flag(given[0])} is {getattr(self, given[0]):g}, but it must be above 0.")
-
-
-@dataclass(frozen=True)
-class PlacementConfig:
-    """The resources of each head. In Python also Ray's ``ScalingConfig``."""
-
-    heads_per_actor: int = setting(
-        1,
-        "Heads in one actor (virtual heads). They share its resources and one copy of the main weights (on CPUs one copy for "
-        "each head that trains at the same time).",
-    )
-    stack_heads: Literal["auto", "always", "never"] = setting(
-        "auto",
-        "Whether an actor computes its heads as one batch (always) or one by one (never); auto: one batch on a GPU, one by "
-        "one on CPUs.",
-    )
-    cpus_per_head: float | None = setting(
-        None,
-        "CPUs reserved for each head's actor (for all its heads together, if it has several); by default 1 per head, or an "
-        "equal share (at least 0.25) if there are more heads than CPUs.",
-    )
-    gpus_per_head: float | None = setting(
-        None,
-        "GPUs reserved for each head's actor, 1 or a fraction of one; by default 1 if the cluster has one for each, else 0.",
-    )
-    resource_timeout: float = setting(
-        0.0,
-        "Time to wait for an autoscaling cluster to provide the resources; 0: fail at once if they are missing. A run whose "
-        "other heads are done waits as long (0: 30 minutes) for a place for the last ones, then ends without them.",
-        unit="time",
-    )
-
-    def __post_init__(self) -> None:
-        read_units(self)
-        check_integers(self, "heads_per_actor")
-        check_at_least(self, 1, "heads_per_actor")
-        check_choice(self, "stack_heads", ("auto", "always", "never"))
-        for name in ("cpus_per_head", "gpus_per_head", "resource_timeout"):
-            if getattr(self, name) is not None:
-                check_at_least(self, 0, name)
-        if (self.gpus_per_head or 0) > 1:
-            raise ConfigError(
-                f"--gpus-per-head is {self.gpus_per_head}, but it must be at most 1: a head computes on one GPU, so the others "
-                "would idle. To use more GPUs, raise --num-heads."
-            )
 
 
 @dataclass(frozen=True)

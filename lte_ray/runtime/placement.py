@@ -15,8 +15,10 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from lte_ray.config import MergeConfig, PlacementConfig, ray_fields
+from lte_ray.config.node_labels import ANY, AUTO, parse_labels
 from lte_ray.errors import ConfigError, ResourceError
 from lte_ray.layout import Plan
+from lte_ray.runtime.nodes import check_labels, describe, live_nodes, total_resources
 from lte_ray.transfer.groups import EntryGroup, make_groups
 
 MIN_CPUS = 0.25
@@ -45,6 +47,8 @@ class Placement:
         timeout: seconds to wait for resources that a growing cluster may add.
         strategy: Ray's placement strategy, which says how actors are spread over nodes.
         other: further resources of one actor, by their names in Ray.
+        labels: Ray's label selector of the nodes that actors of heads may be on.
+        coordinator_labels: where the coordinator, its shards and the evaluator may be, as the setting says it.
     """
 
     cpus: float
@@ -53,6 +57,8 @@ class Placement:
     timeout: float = 0.0
     strategy: str = "PACK"
     other: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    coordinator_labels: tuple[str, ...] = (AUTO,)
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -94,10 +100,20 @@ def from_scaling_config(scaling: Any, num_heads: int) -> tuple[PlacementConfig, 
         )
     if scaling.accelerator_type:
         other[f"accelerator_type:{scaling.accelerator_type}"] = 0.001
-    return PlacementConfig(heads_per_actor=each, cpus_per_head=other.pop("CPU", None), gpus_per_head=gpus), {
-        "other": other,
-        "strategy": scaling.placement_strategy,
-    }
+    labels = getattr(scaling, "label_selector", None) or {}
+    if not isinstance(labels, Mapping):
+        raise ConfigError(
+            f"ScalingConfig(label_selector={labels}): heads are restarted anywhere in the same nodes, so give one label "
+            "selector for all, a dict."
+        )
+    config = PlacementConfig(
+        heads_per_actor=each,
+        cpus_per_head=other.pop("CPU", None),
+        gpus_per_head=gpus,
+        placement_strategy=scaling.placement_strategy,
+        head_labels=labels,  # type: ignore[arg-type]  # a mapping becomes a tuple
+    )
+    return config, {"other": other}
 
 
 def resolve(config: PlacementConfig, num_heads: int, *, default_cpus: int = 0, **more: Any) -> Placement:
@@ -110,9 +126,10 @@ def resolve(config: PlacementConfig, num_heads: int, *, default_cpus: int = 0, *
         more: other fields of `Placement`.
 
     Raises:
-        ResourceError: the cluster lacks what is requested, and gets no time to grow.
+        ResourceError: the cluster lacks what is requested, and gets no time to grow; or no node has the labels.
     """
-    has = ray.cluster_resources()
+    labels = parse_labels("head_labels", config.head_labels)
+    has, largest = _available(config, labels)
     heads = min(config.heads_per_actor, num_heads)
     actors = math.ceil(num_heads / heads)
     gpus = config.gpus_per_head
@@ -123,13 +140,37 @@ def resolve(config: PlacementConfig, num_heads: int, *, default_cpus: int = 0, *
     cpus = config.cpus_per_head
     if cpus is None:
         share = has.get("CPU", 0) / actors
-        wanted = min(default_cpus, _largest_node()) if default_cpus else heads
+        wanted = min(default_cpus, largest) if default_cpus else heads
         cpus = float(min(wanted, int(share))) if share >= 1 else max(MIN_CPUS, int(share * 100) / 100)
-    placement = Placement(cpus, gpus, heads, config.resource_timeout, **more)
+    placement = Placement(
+        cpus,
+        gpus,
+        heads,
+        config.resource_timeout,
+        config.placement_strategy,
+        labels=labels,
+        coordinator_labels=config.coordinator_labels,
+        **more,
+    )
     short = {k: v * actors for k, v in placement.bundle.items() if v * actors > has.get(k, 0) + 1e-6}
     if short and not placement.timeout:
         raise ResourceError(_lack_of_resources(placement, actors, short, has))
     return placement
+
+
+def _available(config: PlacementConfig, labels: Mapping[str, str]) -> tuple[Mapping[str, float], int]:
+    """Returns what the nodes that heads may be on have together, and the CPUs of the one that has most.
+
+    Raises:
+        ResourceError: no node has the labels that the settings ask for.
+    """
+    nodes = live_nodes()
+    if config.coordinator_labels not in ((AUTO,), (ANY,)):
+        check_labels("--coordinator-labels", parse_labels("coordinator_labels", config.coordinator_labels), nodes)
+    if labels:
+        check_labels("--head-labels", labels, nodes, config.resource_timeout)
+        nodes = live_nodes(labels)
+    return total_resources(nodes), max((int(node.resources.get("CPU", 0)) for node in nodes), default=0)
 
 
 def assign_heads(placement: Placement, num_heads: int) -> list[tuple[int, ...]]:
@@ -153,8 +194,9 @@ def _lack_of_resources(placement: Placement, actors: int, short: dict[str, float
     flags = " or ".join(f"--{k.lower()}s-per-head" for k in short if k in ("CPU", "GPU")) or "the resources per head"
     heads = f"--num-heads to at most {fitting * placement.heads}" if fitting else "another kind of resource"
     who = f"{actors} heads" if placement.heads == 1 else f"{actors} actors of {placement.heads} heads"
+    place = f"nodes with {describe(placement.labels)} have" if placement.labels else "the cluster has"
     return (
-        f"{who} ask for {total} ({each} each), but the cluster has {available}. Lower {heads}, lower {flags}, let several "
+        f"{who} ask for {total} ({each} each), but {place} {available}. Lower {heads}, lower {flags}, let several "
         "heads share an actor (--heads-per-actor), or add nodes (a cluster that grows on demand needs --resource-timeout "
         "SECONDS)."
     )
@@ -182,22 +224,12 @@ def is_placed(strategy: PlacementGroupSchedulingStrategy) -> bool:
     if table["state"] == "CREATED":
         return True
     node = table.get("bundles_to_node_id", {}).get(strategy.placement_group_bundle_index)
-    return node in _live_nodes()
+    return node in [alive.id for alive in live_nodes()]
 
 
 def has_several_nodes() -> bool:
     """Whether the cluster has more than one node."""
-    return len(_live_nodes()) > 1
-
-
-def _largest_node() -> int:
-    """Returns the CPUs of the node that has most of them."""
-    return max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-
-
-def _live_nodes() -> list[str]:
-    """Returns the ids of the nodes that are alive."""
-    return [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    return len(live_nodes()) > 1
 
 
 @dataclass
@@ -246,7 +278,7 @@ class Reservation:
         free = ray.available_resources()
         if any(amount > free.get(name, 0.0) + 1e-6 for name, amount in self.placement.bundle.items()):
             return None
-        group = placement_group([self.placement.bundle])
+        group = _reserve(self.placement, 1)
         if not group.wait(1.0):
             remove_placement_group(group)
             return None
@@ -263,6 +295,12 @@ class Reservation:
             remove_placement_group(group)
 
 
+def _reserve(placement: Placement, actors: int) -> Any:
+    """Asks Ray for that many bundles: a placement group, for which Ray, and a cluster that grows on demand, look for room."""
+    selectors = [dict(placement.labels)] * actors if placement.labels else None
+    return placement_group([placement.bundle] * actors, strategy=placement.strategy, bundle_label_selector=selectors)
+
+
 @contextlib.contextmanager
 def reserve(placement: Placement, heads_by_actor: list[tuple[int, ...]]) -> Iterator[Reservation]:
     """Reserves one bundle for each actor, by the numbers of its heads, for the block.
@@ -271,7 +309,7 @@ def reserve(placement: Placement, heads_by_actor: list[tuple[int, ...]]) -> Iter
         ResourceError: the resources didn't become free in time.
     """
     actors = len(heads_by_actor)
-    group = placement_group([placement.bundle] * actors, strategy=placement.strategy)
+    group = _reserve(placement, actors)
     reservation = Reservation(placement, heads_by_actor, group)
     try:
         end = time.monotonic() + reservation.patience

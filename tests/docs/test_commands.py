@@ -156,6 +156,8 @@ DECISIONS: dict[str, Runs | str] = {
     "ray job submit --working-dir . -- lte-ray train mine.py:Net --num-heads 4 --merge-iter 10 --steps 200": Runs(cluster=True),
     f"ray job submit --working-dir . -- {MINE}": Runs(cluster=True),
     "RAY_ADDRESS=auto lte-ray train mine.py:Net --num-heads 2 --steps 100": Runs(cluster=True),
+    "RAY_ADDRESS=auto lte-ray train mine.py:Net --num-heads 2 --steps 100 --head-labels ray.io/market-type=spot "
+    "--coordinator-labels ray.io/market-type=on-demand": "it needs labeled nodes; tests/integration/test_nodes.py has some",
     "ray job submit --address http://HEAD-NODE:8265 --working-dir . -- lte-ray train mine.py:Net --num-heads 8 "
     "--storage s3://bucket/runs --name net-8 --resume": "it needs a cluster on other machines and a bucket",
     "cluster/local-nodes.sh 3": "it runs until Ctrl-C; tests/cluster has a program in Ray's place",

@@ -53,6 +53,17 @@ def test_heads_without_resources_are_dropped_and_added_again_when_a_node_joins(t
     assert (report.lost, report.doubled, report.problems) == (0, 0, [])
 
 
+def test_processes_are_on_the_nodes_that_their_labels_choose(tmp_path: Path) -> None:
+    """Heads on the labeled node; coordinator and evaluator off the spot nodes. Labels that no node has: no run begins."""
+    script = Path(__file__).parents[1] / "support" / "labeled_nodes.py"
+    process = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=600, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
+    refusal, places = [line for line in process.stdout.splitlines() if line.startswith(("No node", "{"))]
+    assert "matches --head-labels kind=c" in refusal and "kind=a (1 node), kind=b (1 node), kind=safe (1 node)" in refusal
+    places = {name: kinds for name, kinds in json.loads(places).items() if name.endswith("Actor")}
+    assert places == {"HeadActor": ["b"], "CoordinatorActor": ["safe"], "EvaluatorActor": ["safe"]}
+
+
 def can_create_networks() -> bool:
     """Whether this process may create and enter network namespaces."""
     tools = all(shutil.which(tool) for tool in ("unshare", "nsenter", "ip"))

@@ -14,10 +14,8 @@ from lte_ray.engine.process_tuning import available_cores, head_threads
 from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.evaluator_actor import EvaluatorActor
 from lte_ray.runtime.head.actor import HeadActor, HeadHost
+from lte_ray.runtime.nodes import coordinator_selector, free_gpus, live_nodes
 from lte_ray.runtime.placement import Placement
-
-UNRESERVED = {"num_cpus": 0, "scheduling_strategy": "DEFAULT"}
-"""Ray's options for actors that reserve nothing."""
 
 
 class ActorLauncher:
@@ -40,6 +38,12 @@ class ActorLauncher:
         self._alive.append(actor)
         return actor
 
+    def unreserved(self, processes: int = 1) -> dict[str, Any]:
+        """Returns Ray's options for actors that reserve nothing, on the nodes of --coordinator-labels; several are spread."""
+        selector = coordinator_selector(self._placement.coordinator_labels, live_nodes(), processes)
+        strategy = "SPREAD" if processes > 1 else "DEFAULT"
+        return {"num_cpus": 0, "scheduling_strategy": strategy, "label_selector": selector or None}
+
     def launch_heads(self, numbers: tuple[int, ...], strategy: Any, incarnation: int) -> Any:
         """Starts an actor for these heads under a scheduling strategy."""
         placement, (concurrent_heads, threads) = self._placement, self._concurrency
@@ -52,10 +56,11 @@ class ActorLauncher:
     def launch_evaluator(self, head_actors: int) -> Any:
         """Starts the evaluator on what the heads' actors, which are `head_actors`, leave: a GPU if there is one, idle cores."""
         concurrent_heads, threads = self._concurrency
+        options = self.unreserved()
         wanted = self._placement.gpus
-        gpus = wanted if 0 < wanted <= ray.available_resources().get("GPU", 0) else 0
+        gpus = wanted if 0 < wanted <= free_gpus(options["label_selector"] or {}) else 0
         idle_cores = max(1, available_cores() - concurrent_heads * threads * head_actors)
-        options = {**UNRESERVED, "num_gpus": gpus}
+        options["num_gpus"] = gpus
         return self.launch(EvaluatorActor, options, self._context, self._initial.plans, idle_cores, gpus > 0)
 
     @property

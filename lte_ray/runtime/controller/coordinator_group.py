@@ -12,7 +12,7 @@ from lte_ray.engine.hang_detector import STARTING, HangDetector, ProcessHealth
 from lte_ray.engine.prepare import Initial
 from lte_ray.errors import CoordinatorLost
 from lte_ray.runtime.context import PickledObject, RunContext
-from lte_ray.runtime.controller.actor_launcher import UNRESERVED, ActorLauncher
+from lte_ray.runtime.controller.actor_launcher import ActorLauncher
 from lte_ray.runtime.coordinator.actor import CoordinatorActor, CoordinatorStatus
 from lte_ray.runtime.coordinator.shard_actor import ShardActor
 from lte_ray.runtime.coordinator_state import CoordinatorState
@@ -62,11 +62,11 @@ class CoordinatorGroup:
         """Starts a coordinator, with its shards if there are any, from this state."""
         plans, count = self._initial.plans, self._context.settings.merge.shards
         calls = max(1000, 3 * len(plans))  # heads that wait must not use up the coordinator's concurrent calls
-        spread = {**UNRESERVED, "scheduling_strategy": "SPREAD", "max_concurrency": calls}
         numbers = range(count) if count > 1 else ()
-        launch = self._launcher.launch
+        launch, unreserved = self._launcher.launch, self._launcher.unreserved
+        spread = {**unreserved(count), "max_concurrency": calls} if numbers else {}
         self._shards = [launch(ShardActor, spread, self._context, plans, number, state) for number in numbers]
-        options = {**UNRESERVED, "max_concurrency": calls}
+        options = {**unreserved(), "max_concurrency": calls}
         self.actor = launch(CoordinatorActor, options, self._context, plans, self.policy, state, self._shards)
         self.epoch = state.epoch
 

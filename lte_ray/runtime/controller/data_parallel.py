@@ -20,7 +20,7 @@ from lte_ray.errors import HeadLost, LTEError, RunError, StorageError, UserError
 from lte_ray.run.callbacks import CallbackList
 from lte_ray.run.metrics import Reporter
 from lte_ray.runtime.context import PickledObject, RunContext
-from lte_ray.runtime.controller.actor_launcher import UNRESERVED, ActorLauncher
+from lte_ray.runtime.controller.actor_launcher import ActorLauncher
 from lte_ray.runtime.controller.evaluation import Evaluations
 from lte_ray.runtime.controller.head_actors import HeadActorSlot, SlotState
 from lte_ray.runtime.controller.progress import ProgressMonitor
@@ -126,7 +126,8 @@ class DataParallelController:
         try:
             failure = self._failure
             limits = (failure.max_failures, failure.head_failures)
-            self._actor = self._launcher.launch(DataParallelActor, UNRESERVED, self._setup, self._placement, *limits)
+            options = self._launcher.unreserved()
+            self._actor = self._launcher.launch(DataParallelActor, options, self._setup, self._placement, *limits)
             self._fit = self._actor.fit.remote()
             self._evaluations.add_first(self._start)
             yield

@@ -72,6 +72,7 @@ class DataParallelActor:
                 use_gpu=gpus > 0,
                 resources_per_worker=self._placement.bundle,
                 placement_strategy=self._placement.strategy,
+                label_selector=dict(self._placement.labels) or None,
             ),
             run_config=ray.train.RunConfig(
                 name=FOLDER,

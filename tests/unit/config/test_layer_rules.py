@@ -520,7 +520,16 @@ EVERYTHING = (
         profile="20:30",
         callback=("mine:Callback",),
     ),
-    PlacementConfig(heads_per_actor=3, stack_heads="always", cpus_per_head=0.5, gpus_per_head=0.25, resource_timeout=3.0),
+    PlacementConfig(
+        heads_per_actor=3,
+        stack_heads="always",
+        cpus_per_head=0.5,
+        gpus_per_head=0.25,
+        placement_strategy="SPREAD",
+        head_labels=("ray.io/market-type=!spot", "mine=in(a,b)"),
+        coordinator_labels=("mine=a",),
+        resource_timeout=3.0,
+    ),
 )
 
 

@@ -60,7 +60,6 @@ def test_rays_checkpoint_config_is_translated(tmp_path: Path, given: dict[str, A
         ("RunConfig", "worker_runtime_env", {"pip": ["x"]}),
         ("RunConfig", "logging_config", None),
         ("FailureConfig", "controller_failure_limit", 3),
-        ("ScalingConfig", "label_selector", {"zone": "a"}),
         ("ScalingConfig", "use_tpu", True),
         ("ScalingConfig", "elastic_resize_monitor_interval_s", 5.0),
     ],
@@ -101,4 +100,4 @@ def test_impossible_sizes_of_rays_workers_are_refused() -> None:
     followed = {"resources_per_worker": {"CPU": 2, "mine": 1}, "use_gpu": True, "placement_strategy": "SPREAD"}
     config, more = from_scaling_config(ray.train.ScalingConfig(**followed), 2)
     assert (config.cpus_per_head, config.gpus_per_head) == (2.0, 1.0)
-    assert more == {"other": {"mine": 1.0}, "strategy": "SPREAD"}
+    assert (config.placement_strategy, more) == ("SPREAD", {"other": {"mine": 1.0}})
