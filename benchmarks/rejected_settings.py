@@ -12,6 +12,24 @@ GOOD = "workers.regression:Regression"
 
 PLANS = ["--gpu 80XB", "--gpu A100", "--num-gpus 4", "--gpu 80GB --num-gpus 0", "--link 1Gb", "--step-time soon", "--baseline"]
 
+SUBMISSIONS = [
+    "",
+    "mine.py:Net",
+    "-- mine.py:Net",
+    "-- python train.py",
+    "watch a",
+    "--submission-id ../a train regression",
+    "--env 1=2 -- train regression",
+    "--stop-time 0 train regression",
+    "--package lte-ray==0.1.0 --working-dir none train regression",
+    "--working-dir no/such/folder train regression",
+    "train regression --address http://127.0.0.1:1",
+    "train regression --storage runs",
+    "train regression --num-heads 0",
+    "--address http://127.0.0.1:1 --working-dir none train regression",
+    "--address local train regression",
+]
+
 SETTINGS = [
     "--num-heads 0",
     "--num-heads many",
@@ -211,6 +229,8 @@ def settings(run: Run, folder: Path) -> Iterator[Row]:
     yield Row("check --gpu 80GB", *run("check", GOOD, "--gpu", "80GB"))
     for flags in PLANS:
         yield Row(f"plan {flags}", *run("plan", GOOD, *flags.split()))
+    for flags in SUBMISSIONS:
+        yield Row(f"submit {flags}".strip(), *run("submit", *shlex.split(flags)))
     (folder / "run.toml").write_text('program = "a:B"\nomitted = ["worker.lr"]')
     yield Row("--config run.toml that leaves out a secret", *run("train", GOOD, "--config", str(folder / "run.toml")))
     yield Row("RAY_ADDRESS=127.0.0.1:1", *run("train", GOOD, "--storage", str(folder / "runs")))

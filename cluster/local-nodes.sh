@@ -16,6 +16,7 @@ set -euo pipefail
 nodes=${1:-2} ray=${RAY:-ray} port=${PORT:-6379} agent=${AGENT_PORT:-52365}
 [[ $nodes =~ ^[1-9][0-9]*$ ]] || { echo "error: '$nodes' is no number of nodes. Give e.g. 3." >&2; exit 2; }
 
+temporary=$(mktemp -d /tmp/lte-ray-XXXXXX)  # short: Ray's sockets are in it
 started=()
 end() {
     trap - EXIT INT TERM
@@ -24,6 +25,7 @@ end() {
         kill "$pid" 2> /dev/null || true
     done
     wait || true  # for all: bash may block if it waits for one that has just ended
+    rm -rf "$temporary"
 }
 trap end EXIT
 trap 'exit 130' INT
@@ -44,8 +46,8 @@ until (: < "/dev/tcp/127.0.0.1/$port") 2> /dev/null; do
     kill -0 "${started[0]}" 2> /dev/null || { echo "error: The head node didn't start." >&2; exit 1; }
     sleep 1
 done
-for ((n = 1; n <= nodes; n++)); do
-    start "node $n" --address "127.0.0.1:$port" --num-cpus "${CPUS:-1}" --num-gpus "${GPUS:-0}" \
+for ((n = 1; n <= nodes; n++)); do  # each with a folder of its own: in a common one, nodes remove the files of jobs
+    start "node $n" --address "127.0.0.1:$port" --temp-dir "$temporary/$n" --num-cpus "${CPUS:-1}" --num-gpus "${GPUS:-0}" \
         --labels ray.io/market-type=spot
 done
 

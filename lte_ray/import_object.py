@@ -14,6 +14,7 @@ from typing import Any
 from lte_ray.config import suggest
 from lte_ray.errors import LTEError, WorkerError
 from lte_ray.file_modules import load_file
+from lte_ray.job_folder import job_folder
 from lte_ray.recipes import RECIPES
 
 WORKERS = "lte_ray.workers"
@@ -29,9 +30,17 @@ def is_object_path(spec: str) -> bool:
 
 
 def absolute(spec: str) -> str:
-    """`spec` in a form that is valid in every folder: a file's path becomes absolute, anything else stays."""
+    """`spec` in a form that is valid in every folder: a file's path becomes absolute, anything else stays.
+
+    The folder of a job of Ray is gone after it, so a path there becomes relative to that folder. Another job with the same
+    files finds the file then, and so does a process in the folder that was sent.
+    """
     place, _, name = spec.rpartition(":")
-    return f"{os.path.abspath(place)}:{name}" if place.endswith(".py") else spec
+    if not place.endswith(".py"):
+        return spec
+    path = os.path.abspath(place)
+    folder = job_folder(path)
+    return f"{path if folder is None else os.path.relpath(path, folder)}:{name}"
 
 
 def worker_names() -> dict[str, list[str]]:

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from lte_ray.runtime.controller.controller import TrainController
     from lte_ray.runtime.controller.data_parallel import DataParallelController
     from lte_ray.runtime.coordinator_state import CoordinatorState
+    from lte_ray.runtime.placement import Placement
 
 
 log = logging.getLogger("lte_ray")
@@ -202,7 +203,7 @@ class LTETrainer:
             record = run_record.make_record(self.worker, self.program, given, placement_config, storage, failure)
             with _telling_what_is_kept(directory), contextlib.ExitStack() as stack:
                 # Ray Train reserves for its processes itself.
-                reservation = stack.enter_context(placing.reserve(placement, heads_by_actor)) if processes == 1 else None
+                reservation = stack.enter_context(_reserve(placement, heads_by_actor if processes == 1 else [], directory))
                 groups = placing.transfer_groups(
                     settings.merge, initial.plans, reservation.nodes if reservation else 1, may_merge_by_weights(policy)
                 )
@@ -244,6 +245,17 @@ class LTETrainer:
                     controller.run()
                 results.append(_result(controller, directory, storage.best_by, settings.merge.never_merge))
         return results[0]
+
+
+@contextlib.contextmanager
+def _reserve(placement: Placement, heads_by_actor: list[tuple[int, ...]], directory: RunDirectory) -> Iterator[Any]:
+    """Reserves the actors' places for the block, if there are some, and checks the nodes before an actor starts there."""
+    from lte_ray.runtime import placement as placing
+    from lte_ray.runtime.node_check import check_nodes
+
+    with placing.reserve(placement, heads_by_actor) if heads_by_actor else contextlib.nullcontext() as reservation:
+        check_nodes(directory, placement.labels, placement.coordinator_labels)
+        yield reservation
 
 
 def _with_policy_name(merge: MergeConfig) -> MergeConfig:

@@ -32,7 +32,7 @@ def completion(arguments: list[str]) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """All subcommands with all their flags, except those of workers and policies."""
-    from lte_ray.cli import audit, export, logs, new, report, runs, status, stop, watch
+    from lte_ray.cli import audit, export, logs, new, report, runs, status, stop, submit, watch
     from lte_ray.cli.check import CHECK
     from lte_ray.cli.flags import HELP_ALL, PRINT_CONFIG, RESUME, TRAIN
     from lte_ray.cli.ladder import LADDER
@@ -59,6 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
         "watch": watch,
         "logs": logs,
         "stop": stop,
+        "submit": submit,
     }
     for name, flags in {**{name: module.Flags for name, module in simple.items()}, "completion": Flags}.items():
         of_command = subparsers.add_parser(name, help=" ".join((flags.__doc__ or "").split()).split(".")[0])

@@ -102,7 +102,9 @@ def _directory(storage: StorageConfig, program: str) -> RunDirectory:
 
     kind = program.rpartition(":")[2].lower()
     name = storage.name or f"{kind}-ladder-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    return RunDirectory.open(storage.storage or default_storage(), name, patience=storage.storage_patience)
+    directory = RunDirectory.open(storage.storage or default_storage(), name, patience=storage.storage_patience)
+    directory.check_lasting()
+    return directory
 
 
 def _name(directory: RunDirectory) -> str:

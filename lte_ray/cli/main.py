@@ -34,6 +34,7 @@ usage: lte-ray train WORKER [flags]
        lte-ray status|watch|logs|stop|audit RUN
        lte-ray report RUN [RUN...] [-o FILE]
        lte-ray new NAME [--from RECIPE]
+       lte-ray submit [flags] train WORKER [flags]
        lte-ray completion bash|zsh|fish
 
   WORKER   what to train: a ready-made worker such as gpt or causal-lm, package.module:Class or path/to/file.py:Class
@@ -57,6 +58,7 @@ examples:
   lte-ray watch second-try
   lte-ray report first-try second-try -o report.html
   lte-ray audit ~/ray_results/second-try
+  lte-ray submit --address http://HEAD-NODE:8265 train my/file.py:Net --num-heads 8 --storage s3://bucket/runs
 
 exit codes: 0 done; 1 the run failed, or check found a mistake; 2 bad input, nothing was started; 75 the run ended early
 and can be resumed; 130 interrupted
@@ -99,7 +101,7 @@ def _run(arguments: list[str]) -> tuple[int, str]:
         code, message = error.exit_code, str(error)
     except KeyboardInterrupt as interrupt:
         kept = str(interrupt) if arguments[0] in ("train", "resume") else ""
-        resumable = getattr(interrupt, "checkpoint", None) is not None and signal.SIGTERM in _signals
+        resumable = getattr(interrupt, "checkpoint", None) is not None and received_sigterm()
         code, message = RESUMABLE if resumable else 130, f"Interrupted. {kept or command.interrupted}"
     return _complain(message, code), message
 
@@ -146,12 +148,21 @@ COMMANDS = {
     "logs": Command(_deferred("logs"), "RUN [--follow]", "The run isn't affected."),
     "report": Command(_deferred("report"), "RUN [RUN...] [flags]", "Nothing was written."),
     "new": Command(_deferred("new"), "NAME [--from RECIPE]", "Nothing was written."),
+    "submit": Command(_deferred("submit"), "[flags] COMMAND", "If a job was submitted, it was asked to stop."),
     "completion": Command(_deferred("completion"), "SHELL", "Nothing was written."),
 }
 
 
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""An environment variable that Ray sets for the command of a job."""
+
 _signals: set[int] = set()
 """What has interrupted this call, apart from Ctrl-C."""
+
+
+def received_sigterm() -> bool:
+    """Whether SIGTERM, not Ctrl-C, has interrupted this call."""
+    return signal.SIGTERM in _signals
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -182,6 +193,8 @@ def entry() -> None:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
         code = 141  # a shell's code for a process ended by SIGPIPE
+    if JOB in os.environ:  # Ray doesn't record how a stopped job ended, and `ray job submit` returns 1 for any failure
+        print(f"lte-ray: exit code {code}", file=sys.stderr, flush=True)
     background = sys.modules.get("lte_ray.storage.background")
     if background is not None and background.has_pending_calls():  # everything is done, but pyarrow would wait for its calls
         sys.stdout.flush()

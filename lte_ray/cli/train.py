@@ -38,7 +38,7 @@ def train(arguments: list[str]) -> int:
     Raises:
         LTEError: as `LTETrainer.fit`, and for a worker that can't be loaded.
     """
-    named = _named_run(arguments)
+    named = named_run(arguments)
     if named is not None:
         return resume([*named])
     worker = read_worker(arguments, "train")
@@ -47,7 +47,7 @@ def train(arguments: list[str]) -> int:
     return _run(worker.program, worker.kind, parsed)
 
 
-def _named_run(arguments: list[str]) -> list[str] | None:
+def named_run(arguments: list[str]) -> list[str] | None:
     """RUN of ``--resume RUN`` and the other flags. None after a WORKER, where ``--resume`` is a switch."""
     if not arguments or not arguments[0].startswith("-") or "--resume" not in arguments:
         return None

@@ -42,6 +42,7 @@ class RunClaim:
     length: str | None = None
 
     def __post_init__(self) -> None:
+        self.directory.check_lasting()
         check_unlocked(self.directory)
         self._checked_versions = self._versions()
         self._resume = self._find_checkpoint()

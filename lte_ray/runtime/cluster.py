@@ -79,9 +79,9 @@ def connected() -> Iterator[None]:
         ray.shutdown()
         raise KeyboardInterrupt from None
     except ray.exceptions.AuthenticationError as error:
-        raise ResourceError(f"No connection to {_place(address)}: {error.args[0]}. {_token()}") from error
+        raise ResourceError(f"No connection to {_place(address)}: {error.args[0]}. {describe_token()}") from error
     except (ConnectionError, RuntimeError, ValueError) as error:
-        change = f"{_correct()} If that cluster wants a token: {_token()}" if address else ""
+        change = f"{_correct()} If that cluster wants a token: {describe_token()}" if address else ""
         raise ResourceError(f"No connection to {_place(address)}: {error}. {change}".strip()) from error
     except Exception as error:
         if type(error) is not Exception:  # Ray raises a plain one if a node isn't there in time
@@ -117,7 +117,7 @@ def _correct() -> str:
     return "Correct --address, or leave it out." if _chosen.get() else "Correct or unset RAY_ADDRESS."
 
 
-def _token() -> str:
+def describe_token() -> str:
     """Returns where this process would take a token from, without the token, and what to change."""
     mode = os.environ.get("RAY_AUTH_MODE", "unset")
     variables = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)]
@@ -130,6 +130,11 @@ def _token() -> str:
 
 def _probe(address: str) -> None:
     """Tries the address once: Ray itself tries for minutes to reach a cluster that doesn't exist."""
+    if address.startswith(("http://", "https://")):
+        raise ResourceError(
+            f"{_source()}{address} is the address of a job server. Run the same command there with lte-ray submit, or give the "
+            "address of Ray itself, such as HEAD-NODE:6379."
+        )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in host:
         return  # "auto", "local", or a client address

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import pyarrow.fs as pafs
 
 from lte_ray.errors import StorageError
+from lte_ray.job_folder import job_folder
 from lte_ray.redaction import redact, without_credentials
 from lte_ray.storage import filesystem as fs
 from lte_ray.storage.retry import DEFAULT_PATIENCE, retry, run_once
@@ -99,6 +100,15 @@ class RunDirectory:
             self.delete(PROBE)
         except (OSError, StorageError) as error:
             raise self.unwritable(error) from error
+
+    def check_lasting(self) -> None:
+        """Raises StorageError if it is in the folder of a job of Ray, which Ray removes after the job."""
+        if self.is_local and job_folder(self.path) is not None:
+            raise StorageError(
+                f"--storage is {posixpath.dirname(self.path)}, in the folder of this job, which Ray removes after the job. "
+                "Relative paths lead there. Give a URI such as s3://bucket/runs, or the absolute path of a disk that all nodes "
+                "share."
+            )
 
     def unwritable(self, why: Exception) -> StorageError:
         """The error for a run that can't write into its directory at all."""

@@ -195,6 +195,7 @@ def test_local_nodes_differ_in_what_they_need_to(recorder: Recorder, local_nodes
     assert {value(node, "--num-cpus") for node in others} == {value(node, "--num-gpus") for node in others} == {"1"}
     assert {value(node, "--address") for node in others} == {f"127.0.0.1:{value(head, '--port')}"}
     assert len({value(node, "--dashboard-agent-listen-port") for node in (head, *others)}) == 3
+    assert len({value(node, "--temp-dir") for node in others}) == 2
     assert value(head, "--labels") != value(others[0], "--labels") == value(others[1], "--labels")
 
 

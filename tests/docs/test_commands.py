@@ -151,15 +151,22 @@ DECISIONS: dict[str, Runs | str] = {
     TOKEN: Runs(),
     "export RAY_AUTH_MODE=token": Runs(),
     LOCAL_CLUSTER: "it runs until Ctrl-C; the fixture `cluster` starts it",
-    "ray job submit --address http://127.0.0.1:8265 --working-dir . -- "
-    "lte-ray train mine.py:Net --num-heads 2 --steps 100": Runs(cluster=True),
-    "ray job submit --working-dir . -- lte-ray train mine.py:Net --num-heads 4 --merge-iter 10 --steps 200": Runs(cluster=True),
+    "lte-ray submit --address http://127.0.0.1:8265 train mine.py:Net --num-heads 2 --steps 100": Runs(cluster=True),
+    "RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265 lte-ray submit train mine.py:Net --num-heads 2 --steps 100": Runs(
+        cluster=True
+    ),
+    "lte-ray submit train mine.py:Net --num-heads 4 --merge-iter 10 --steps 200": Runs(cluster=True),
     f"ray job submit --working-dir . -- {MINE}": Runs(cluster=True),
     "RAY_ADDRESS=auto lte-ray train mine.py:Net --num-heads 2 --steps 100": Runs(cluster=True),
     "RAY_ADDRESS=auto lte-ray train mine.py:Net --num-heads 2 --steps 100 --head-labels ray.io/market-type=spot "
     "--coordinator-labels ray.io/market-type=on-demand": "it needs labeled nodes; tests/integration/test_nodes.py has some",
     "ray job submit --address http://HEAD-NODE:8265 --working-dir . -- lte-ray train mine.py:Net --num-heads 8 "
     "--storage s3://bucket/runs --name net-8 --resume": "it needs a cluster on other machines and a bucket",
+    "lte-ray submit --address http://HEAD-NODE:8265 train mine.py:Net --num-heads 8 --storage s3://bucket/runs --name net-8 "
+    "--resume": "it needs a cluster on other machines and a bucket",
+    'ray job submit --address http://HEAD-NODE:8265 --working-dir . --runtime-env-json \'{"pip": ["lte-ray"]}\' -- '
+    "lte-ray train mine.py:Net --num-heads 8 --storage s3://bucket/runs --name net-8 --resume": "it needs a cluster on other "
+    "machines and a bucket",
     "cluster/local-nodes.sh 3": "it runs until Ctrl-C; tests/cluster has a program in Ray's place",
     "docker build -f cluster/Dockerfile -t lte-ray:0.1.0 .": DOCKER,
     "docker run --rm --shm-size 1g lte-ray:0.1.0 lte-ray train regression --num-heads 2 --steps 20": DOCKER,
@@ -219,7 +226,7 @@ PROGRAMS = {
 OTHER_FLAGS = {
     "--pairs",  # of benchmarks.reporting
     "--address", "--backend-store-uri", "--dashboard-host", "--generate", "--head", "--runtime-env-json", "--working-dir",
-    "--exclusive", "--node-ip-address",
+    "--exclusive", "--labels", "--node-ip-address",
 }  # fmt: skip
 """Flags of programs other than lte-ray."""
 

@@ -224,3 +224,15 @@ def test_a_path_without_a_class_is_explained(name: str) -> None:
     """Such a text is no short name."""
     with pytest.raises(WorkerError, match=r"it must be package\.module:Class or path/to/file\.py:Class"):
         load_worker(name)
+
+
+def test_a_file_in_a_jobs_folder_is_named_by_its_place_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ray removes that folder after the job; other paths stay absolute."""
+    folder = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_ab"
+    (folder / "sub").mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    assert absolute("sub/net.py:Net") == "sub/net.py:Net"
+    assert absolute(f"{folder}/net.py:Net") == "net.py:Net"
+    monkeypatch.chdir(tmp_path)
+    assert absolute("net.py:Net") == f"{tmp_path}/net.py:Net"
+    assert absolute("package.module:Net") == "package.module:Net"

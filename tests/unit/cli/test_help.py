@@ -22,7 +22,8 @@ HEAVY = {"torch", "ray", "pyarrow", "numpy"}
 
 LIGHT_CALLS = [
     ["--help"], ["--version"], [], ["unknown"], ["train"], ["train", "--help"], ["train", "--help-all"], ["ladder", "--help"],
-    ["simulate", "--help-all"], ["export", "--help"], ["audit"], ["train", "--stepz", "3"],
+    ["simulate", "--help-all"], ["export", "--help"], ["audit"], ["train", "--stepz", "3"], ["submit"],
+    ["submit", "--help"], ["submit", "mine.py:Net"],
 ]  # fmt: skip
 
 

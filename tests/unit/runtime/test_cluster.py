@@ -69,6 +69,17 @@ def test_a_failed_connection_may_be_a_refused_token(monkeypatch: pytest.MonkeyPa
     assert "0123456789abcdef" not in text
 
 
+def test_the_address_of_a_job_server_is_for_submit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray takes its scheme for a Python module."""
+    monkeypatch.undo()
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with cluster.use_address("http://head:8265"), pytest.raises(ResourceError) as raised, cluster.connected():
+        pass
+    assert "--address http://head:8265 is the address of a job server. Run the same command there with lte-ray" in str(
+        raised.value
+    )
+
+
 def test_a_local_ray_that_does_not_start_is_not_blamed_on_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no address to correct."""
     assert error_text(monkeypatch, RuntimeError("no room")) == "No connection to a local Ray: no room."

@@ -225,3 +225,12 @@ def test_patience_belongs_to_the_directory(tmp_path: Path) -> None:
 def test_a_run_path_is_split_into_storage_and_name(run: str, storage: str, name: str) -> None:
     """A name alone is in the current folder. The parameters of a URI belong to the storage."""
     assert split_run_path(run) == (storage, name)
+
+
+def test_a_folder_that_ray_removes_after_a_job_is_no_place_for_a_run(tmp_path: Path) -> None:
+    """A relative path of a job leads there. Elsewhere nothing is wrong."""
+    place = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_ab" / "runs"
+    with pytest.raises(StorageError, match=r"in the folder of this job, which Ray removes after the job.*s3://bucket/runs"):
+        RunDirectory.open(str(place), "a").check_lasting()
+    RunDirectory.open(str(tmp_path), "a").check_lasting()
+    RunDirectory.open("memory://runtime_resources/working_dir_files/x", "a").check_lasting()
