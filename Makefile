@@ -61,6 +61,7 @@ bench: $(VENV)/.installed-dev  ## Run the benchmarks and write benchmarks/result
 	$(BIN)/python -m benchmarks.figures
 	$(BIN)/python -m benchmarks.modes
 	$(BIN)/python -m benchmarks.optimizers
+	$(BIN)/python -m benchmarks.step_cost
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.plan
 	$(BIN)/python -m benchmarks.quantized

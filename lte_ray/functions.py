@@ -80,7 +80,6 @@ class FunctionWorker:
         self.batch_size, self.num_workers = batch_size, num_workers
         self._model, self._loss, self._criterion, self._evaluate, self._collate = model, loss, criterion, evaluate, collate
         self._datasets = {"train": train_dataset, "validation": validation_dataset}
-        self.train_dataset = _describe(train_dataset)  # recorded: a resumed run says if it is another
         self._made: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -91,6 +90,18 @@ class FunctionWorker:
 
     def train_batches(self, shard: Shard) -> Iterator[Any]:
         return loader(self._dataset("train"), shard, self.batch_size, collate=self._collate, num_workers=self.num_workers)
+
+    def describe_data(self) -> str:
+        """The training data's type and size, path, or function: the same in each process."""
+        given = self._datasets["train"]
+        if isinstance(given, str | Path):
+            return str(given)
+        if _makes_data(given):
+            return str(getattr(given, "__qualname__", type(given).__qualname__))
+        try:
+            return f"{type(given).__name__} of {len(given)}"
+        except (TypeError, NotImplementedError):
+            return type(given).__name__
 
     def loss(self, model: nn.Module, batch: Any) -> Any:
         if self._loss is not None:
@@ -170,18 +181,6 @@ class FunctionWorker:
                 return (lambda epoch: given()) if split == "train" else made
             self._made[split] = made
         return made
-
-
-def _describe(given: Any) -> str:
-    """A data set in words that are the same in each process: "list of 1000", a path, or a function's name."""
-    if isinstance(given, str | Path):
-        return str(given)
-    if _makes_data(given):
-        return str(getattr(given, "__qualname__", type(given).__qualname__))
-    try:
-        return f"{type(given).__name__} of {len(given)}"
-    except (TypeError, NotImplementedError):
-        return type(given).__name__
 
 
 def _makes_data(given: Any) -> bool:

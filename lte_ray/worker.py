@@ -56,6 +56,7 @@ class Worker(Protocol):
     #                                            those of flags: 0.1 to fine-tune
     #   save_files(folder)                         writes what belongs to the model into an empty folder, such as a
     #                                            tokenizer: kept with the run, and part of exports for transformers and PEFT
+    #   describe_data() -> str                     the training data in words that change with them: a resumed run warns
     #   state_dict(), load_state_dict(state)       what the worker counts or collects: each head's own, kept in checkpoints
     #   tokens_per_sample                          a number, or a method that returns it: for --tokens and tokens per second
     #   flops_per_sample                           likewise, of operations forward and backward: for MFU

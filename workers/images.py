@@ -77,6 +77,9 @@ class ImageClassifier:
             )
         return data
 
+    def describe_data(self) -> str:
+        return f"{len(self.images('train').labels)} images"
+
     def train_batches(self, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
         data = self.images("train")
         for slot, indices in zip(shard.slots(), shard.indices(len(data), self.batch_size), strict=False):

@@ -109,6 +109,10 @@ class TextWorker:
         """Where the records are: those for training, and those for validation if they are separate."""
         return [self.data, *([self.validation] if self.validation else [])]
 
+    def describe_data(self) -> str:
+        """The source of the training records, and a number that changes with any of its files."""
+        return f"{self.data}, {fingerprint(self.data)[:12]}"
+
     def load_tokenizer(self) -> Any:
         return load("AutoTokenizer", self.tokenizer or self.model, "--worker.tokenizer" if self.tokenizer else "--worker.model")
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lte_ray.adapters.factors import Factors
 from lte_ray.adapters.layer_kinds import TORCH_KINDS, TRANSPOSED_LINEAR, LayerKind, kind_of
+from lte_ray.adapters.product_cost import forms_weight
 from lte_ray.adapters.quantization import QuantizedWeight
 from lte_ray.adapters.quantization import linear as quantized_linear
 from lte_ray.adapters.user_parameter import UserParameter, UserParameters
@@ -22,6 +23,8 @@ class LTELayer(nn.Module):
 
 class HeadLayer(LTELayer):
     """y = f(x; W~, b) + s (B A)(x): a layer of one head (LTE, arXiv 2402.16828, eq. 5-6).
+
+    The same is computed as f(x; W~ + s B A, b) where that is cheaper (`product_cost`).
 
     W~ = W_v - s B' A' is the head's own copy of the main weight: base version v minus what v already contains of this head (the
     reference A', B'). If the main weight is shared or quantized, W~ = W_v, and the reference's product is computed separately
@@ -72,6 +75,9 @@ class HeadLayer(LTELayer):
             a, b = a.detach(), b.detach()
         stored = user_weight.stored
         if isinstance(stored, Tensor):
+            apart = kind.name == "embedding" or not weight.requires_grad or self.lte_head.functional is not None
+            if not apart and forms_weight(self, user_weight.spec, x, stored, a.shape[0]):
+                return kind.main(self, x, user_weight.effective(), bias)
             y = kind.main(self, x, stored, bias)
         elif kind.name == "linear":
             y = quantized_linear(x, stored, bias)

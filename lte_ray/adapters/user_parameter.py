@@ -1,8 +1,9 @@
 """Adapted weights as the user's code sees them: the model's own parameters, with the effective value.
 
-A layer with factors computes f(x; W~) + s (B A)(x) without ever forming W~ + s B A. But models also use weights without calling
-their layer, as in ``F.linear(x, self.tokens.weight)``, in a penalty over ``model.parameters()``, or in a kernel of their own.
-While a head computes a loss and its gradients, such code finds the effective weight in the parameter that it knows, P:
+A layer with factors computes f(x; W~) + s (B A)(x), and forms W~ + s B A for itself alone, if at all. But models also use
+weights without calling their layer, as in ``F.linear(x, self.tokens.weight)``, in a penalty over ``model.parameters()``, or in
+a kernel of their own. While a head computes a loss and its gradients, such code finds the effective weight in the parameter
+that it knows, P:
 
 - When P is read from a module (by attribute, `named_parameters`, `state_dict`, ...), its value is computed first. It stays
   until the gradients are computed, so that threads and recomputed activations see it too.
@@ -98,7 +99,7 @@ class UserParameter:
     def effective(self) -> Tensor:
         """W~ + s B A (- s B' A') in the stored shape; differentiable by A and B."""
         a, b = self.factors.effective_pair()
-        return (self.main_weight() + as_stored(self.spec, (b @ a) * self.factors.scaling)).to(self.dtype)
+        return torch.add(self.main_weight(), as_stored(self.spec, b @ a), alpha=self.factors.scaling).to(self.dtype)
 
     def main_weight(self) -> Tensor:
         """W~ in the stored shape; rounded, if it is quantized."""

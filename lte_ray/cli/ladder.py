@@ -19,6 +19,7 @@ from lte_ray.cli.flags import SECTION_TITLES, Subcommand, parse_sections
 from lte_ray.cli.worker_argument import make_without_settings, read_worker
 from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
 from lte_ray.config.ladder import RESULTS, LadderConfig
+from lte_ray.config.toml import DATA
 from lte_ray.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ LADDER = Subcommand(
     ("num_heads", "steps", "rungs", "merge_iters", "rates", "figure", "on", "quick", "name", "storage"),
 )
 
-NOT_COMPARED = ("name", "storage", "seed", "merge_iter", "lr_scale", "baseline", "omitted")
+NOT_COMPARED = ("name", "storage", "seed", "merge_iter", "lr_scale", "baseline", "omitted", DATA)
 """Settings that may differ between calls for one folder: arms have their own, or they don't change results."""
 
 

@@ -71,7 +71,7 @@ def from_content(where: str, content: Mapping[str, Any]) -> FileSettings:
         ConfigError: the merge policy isn't text.
     """
     check_policy(where, content)
-    of_run = ("program", "name") if "program" in content else ()
+    of_run = ("program", "name", toml.DATA) if "program" in content else ()
     return FileSettings(where, {name: value for name, value in content.items() if name not in of_run})
 
 

@@ -22,6 +22,9 @@ from lte_ray.redaction import MASK, is_sensitive, same_plain_value
 NONE = "None"
 """How files write None, which TOML lacks; flags write it so, too."""
 
+DATA = "training_data"
+"""The name under which ``run.toml`` describes the data. No setting: only a resumed run reads it."""
+
 MAX_BYTES = 1 << 20
 """Size of a settings file, at most: many times what settings need."""
 

@@ -16,7 +16,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from lte_ray.config import TrainConfig
-from lte_ray.errors import ConfigError
+from lte_ray.errors import ConfigError, UserError
 from lte_ray.merging.flat_buffer import copy_rounded
 from lte_ray.storage import MODEL, RUN, RunDirectory, split_run_path
 from lte_ray.worker import Worker, build_model
@@ -108,6 +108,8 @@ def _read_weights(source: str, path: Path) -> Iterator[tuple[str, Tensor]]:
             yield from _of_file(path / MODEL)
         else:
             yield from _of_file(path)
+    except UserError:  # it says all
+        raise
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(
             f"--init-from {source} can't be read: {error}. It must be the directory of a finished run, a .safetensors file, or "

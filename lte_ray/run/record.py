@@ -18,7 +18,7 @@ import tomli_w
 from torch import Tensor
 
 from lte_ray.config import FailureConfig, PlacementConfig, StorageConfig
-from lte_ray.config.toml import NONE
+from lte_ray.config.toml import DATA, NONE
 from lte_ray.engine.prepare import Initial, merged_state_dict
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import UserError, WorkerError
@@ -58,6 +58,8 @@ def make_record(
     if worker_secrets or policy_secrets:
         names = [*(f"worker.{name}" for name in worker_secrets), *(f"policy.{name}" for name in policy_secrets)]
         flat[OMITTED] = names
+    if (described := described_data(worker)) is not None:
+        flat[DATA] = described
     flat["log"] = [absolute(name) for name in storage.log]
     flat |= {"policy": absolute(object_name(settings.merge.policy)), "policy_args": _as_flag_values(of_policy)}
     return {**flat, "worker": of_worker}
@@ -68,6 +70,23 @@ def recorded_arguments(worker: Any) -> tuple[dict[str, Any], list[str]]:
     arguments = _recordable(type(worker), worker_settings(worker))
     kept, secrets = split_secrets(arguments, _defaults(type(worker)))
     return _as_flag_values(kept), secrets
+
+
+def described_data(worker: Any) -> str | None:
+    """Returns what the worker's `describe_data` says of its training data; None if it has no such method.
+
+    Raises:
+        WorkerError: it raised.
+    """
+    describe = getattr(worker, "describe_data", None)
+    if describe is None:
+        return None
+    try:
+        return str(describe())
+    except UserError:
+        raise
+    except Exception as error:
+        raise WorkerError(f"{type(worker).__name__}.describe_data() raised:\n\n{traceback.format_exc()}") from error
 
 
 def write_model(directory: RunDirectory, initial: Initial, base: Tensor, ema: Tensor | None = None) -> None:

@@ -198,14 +198,15 @@ def changed_data(resume: checkpoint.Manifest, config: str) -> list[str]:
         old, new = (_data_settings(toml.parse(str(text).encode())) for text in (resume.facts["config"], config))
     except (KeyError, ValueError):  # written by an older release or another program
         return []
-    return [f"{flag(n)} was {old[n]} and is {new[n]}" for n in sorted(old.keys() & new.keys()) if old[n] != new[n]]
+    differing = [name for name in sorted(old.keys() & new.keys()) if old[name] != new[name]]
+    return [f"{'the data' if name == toml.DATA else flag(name)} was {old[name]} and is {new[name]}" for name in differing]
 
 
 def _data_settings(record: dict[str, Any]) -> dict[str, Any]:
-    """The settings in ``run.toml`` that determine the batches."""
+    """What ``run.toml`` says of the batches: the seed, the worker's own settings and its training data."""
     worker = record.get("worker")
     of_worker = {f"worker.{name}": value for name, value in worker.items()} if isinstance(worker, dict) else {}
-    return {"seed": record["seed"], **of_worker} if "seed" in record else of_worker
+    return {name: record[name] for name in ("seed", toml.DATA) if name in record} | of_worker
 
 
 def _is_run(directory: RunDirectory) -> bool:

@@ -150,6 +150,11 @@ def test_settings_that_determine_batches_are_compared_on_resume() -> None:
     now = format_record({"seed": 1, "steps": 20, "worker": {"batch_size": 32, "rate": 0.1}})
     manifest = checkpoint.Manifest(2, (), (), {"config": format_record(before)})
     assert changed_data(manifest, now) == ["--seed was 0 and is 1", "--worker.batch-size was 64 and is 32"]
+    described = [format_record({"seed": 0, "training_data": f"a.jsonl, {number}"}) for number in (1, 2)]
+    manifest = checkpoint.Manifest(2, (), (), {"config": described[0]})
+    assert changed_data(manifest, described[1]) == ["the data was a.jsonl, 1 and is a.jsonl, 2"]
+    assert changed_data(manifest, described[0]) == []
+    manifest = checkpoint.Manifest(2, (), (), {"config": format_record(before)})
     assert changed_data(manifest, format_record(before)) == []
     for facts in ({}, {"config": "= broken"}, {"config": "worker = 3"}):
         assert changed_data(checkpoint.Manifest(2, (), (), facts), now) == []

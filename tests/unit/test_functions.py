@@ -233,10 +233,10 @@ def test_the_record_of_a_run_has_no_address() -> None:
     assert to_plain({"a": object(), "b": [object()]}) == {"a": "<object object>", "b": ["<object object>"]}
 
 
-def test_the_record_says_which_data_so_that_a_resumed_run_warns_of_others() -> None:
+def test_data_are_described_so_that_a_resumed_run_warns_of_others() -> None:
     """Type and size, path or function, never an address."""
     given = [pairs(48), pairs(49), [1, 2, 3], "data/a.jsonl", Path("b.txt"), pairs, Stream(), functools.partial(pairs, 9)]
-    recorded = [recorded_arguments(FunctionWorker(net, data, criterion=F.mse_loss))[0]["train_dataset"] for data in given]
-    assert recorded == [
+    described = [FunctionWorker(net, data, criterion=F.mse_loss).describe_data() for data in given]
+    assert described == [
         *("TensorDataset of 48", "TensorDataset of 49", "list of 3", "data/a.jsonl", "b.txt", "pairs", "Stream", "partial"),
     ]

@@ -154,8 +154,9 @@ def bad_source(form: str, run: Path, folder: Path) -> str:
 def test_a_source_that_does_not_fit_is_one_clear_error(run: Path, tmp_path: Path, form: str, message: str) -> None:
     """Before the run; nothing is unpickled, and no index leads out of its folder."""
     source = bad_source(form, run, tmp_path)
-    with pytest.raises(ConfigError, match=f"--init-from .*{message}"):
+    with pytest.raises(ConfigError, match=f"--init-from .*{message}") as raised:
         build_initial_model(ExportWorker("gpt2"), TrainConfig(init_from=source))
+    assert str(raised.value).count("--init-from") == 1
 
 
 def test_the_command_line_takes_a_runs_name(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
