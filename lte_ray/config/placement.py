@@ -36,6 +36,11 @@ class PlacementConfig:
         None,
         "GPUs reserved for each head's actor, 1 or a fraction of one; by default 1 if the cluster has one for each, else 0.",
     )
+    gpu_memory_share: float | None = setting(
+        None,
+        "Part of its GPU's memory that each process of heads may use for tensors, between 0 and 1; 1: no limit. By default "
+        "--gpus-per-head, so that heads that share a GPU can't take memory from each other.",
+    )
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = setting(
         "PACK",
         "How Ray distributes the heads' actors: on few nodes (PACK) or on many (SPREAD), as far as there is room; or strictly "
@@ -70,6 +75,13 @@ class PlacementConfig:
         for name in ("cpus_per_head", "gpus_per_head", "resource_timeout"):
             if getattr(self, name) is not None:
                 check_at_least(self, 0, name)
+        share = self.gpu_memory_share
+        if share is not None:
+            check_at_least(self, 0, "gpu_memory_share")
+            if not 0 < share <= 1:
+                raise ConfigError(f"--gpu-memory-share is {share}, but it must be above 0 and at most 1: a part of one GPU.")
+            if self.gpus_per_head == 0:
+                raise ConfigError(f"--gpu-memory-share is {share}, but --gpus-per-head is 0. Leave one of them out.")
         if (self.gpus_per_head or 0) > 1:
             raise ConfigError(
                 f"--gpus-per-head is {self.gpus_per_head}, but it must be at most 1: a head computes on one GPU, so the others "

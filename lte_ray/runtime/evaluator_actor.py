@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lte_ray import fault_injection
 from lte_ray.engine.coordinator.ema import with_ema
+from lte_ray.engine.gpu_memory import explaining_limit, limit_gpu_memory
 from lte_ray.engine.head.rng import preserve_generators
 from lte_ray.engine.independent import evaluate_heads, head_weights
 from lte_ray.engine.initial_weights import build_initial_model
@@ -32,11 +33,13 @@ class EvaluatorActor:
         plans: each head's.
         threads: that torch uses.
         gpu: whether the actor has a GPU.
+        gpu_memory: part of the GPU's memory that it may use; 1: no limit.
     """
 
-    def __init__(self, context: RunContext, plans: Sequence[Plan], threads: int, gpu: bool) -> None:
+    def __init__(self, context: RunContext, plans: Sequence[Plan], threads: int, gpu: bool, gpu_memory: float = 1.0) -> None:
         fault_injection.arm(context.fault_script)
         self._context, self._plans, self._threads = context, plans, threads
+        self._gpu_memory = gpu_memory
         self._device = torch.device("cuda:0" if gpu else "cpu")
         self._model: nn.Module | None = None
         self._worker: Any = None
@@ -64,7 +67,7 @@ class EvaluatorActor:
             return with_ema(values, self._figures(fetch(ema)))
 
     def _figures(self, weights: Tensor) -> dict[str, float]:
-        with self._model_of(weights) as model:
+        with explaining_limit(self._gpu_memory, "The evaluator"), self._model_of(weights) as model:
             return evaluate(self._worker, model)
 
     @ray.method(concurrency_group="ctl")
@@ -95,6 +98,7 @@ class EvaluatorActor:
         torch.set_num_threads(self._threads)
         try:
             if self._model is None:
+                limit_gpu_memory(self._gpu_memory, self._device)
                 self._model = build_initial_model(self._load_worker(), self._context.settings.train).to(self._device)
             load_base(self._model, self._plans[0], weights)
             fault_injection.inject("evaluates")

@@ -49,6 +49,7 @@ class Placement:
         other: further resources of one actor, by their names in Ray.
         labels: Ray's label selector of the nodes that actors of heads may be on.
         coordinator_labels: where the coordinator, its shards and the evaluator may be, as the setting says it.
+        gpu_memory: part of its GPU's memory that one actor may use for tensors; 1: no limit.
     """
 
     cpus: float
@@ -59,6 +60,7 @@ class Placement:
     other: Mapping[str, float] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     coordinator_labels: tuple[str, ...] = (AUTO,)
+    gpu_memory: float = 1.0
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -127,6 +129,7 @@ def resolve(config: PlacementConfig, num_heads: int, *, default_cpus: int = 0, *
 
     Raises:
         ResourceError: the cluster lacks what is requested, and gets no time to grow; or no node has the labels.
+        ConfigError: a setting is for GPUs, and the heads get none.
     """
     labels = parse_labels("head_labels", config.head_labels)
     has, largest = _available(config, labels)
@@ -137,6 +140,11 @@ def resolve(config: PlacementConfig, num_heads: int, *, default_cpus: int = 0, *
         gpus = 1.0 if has.get("GPU", 0) >= actors else 0.0
         if not gpus and has.get("GPU", 0):
             log.warning("%s", _unused_gpus(has["GPU"], actors))
+    if config.gpu_memory_share is not None and not gpus:
+        raise ConfigError(
+            f"--gpu-memory-share is {config.gpu_memory_share}, but the heads train on CPUs: the cluster doesn't have a GPU for "
+            "each. Leave it out, or give --gpus-per-head."
+        )
     cpus = config.cpus_per_head
     if cpus is None:
         share = has.get("CPU", 0) / actors
@@ -150,6 +158,7 @@ def resolve(config: PlacementConfig, num_heads: int, *, default_cpus: int = 0, *
         config.placement_strategy,
         labels=labels,
         coordinator_labels=config.coordinator_labels,
+        gpu_memory=config.gpu_memory_share or gpus or 1.0,
         **more,
     )
     short = {k: v * actors for k, v in placement.bundle.items() if v * actors > has.get(k, 0) + 1e-6}

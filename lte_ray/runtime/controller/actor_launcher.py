@@ -50,7 +50,7 @@ class ActorLauncher:
         resources = {k: v for k, v in placement.bundle.items() if k not in ("CPU", "GPU")}
         options = {"num_cpus": placement.bundle.get("CPU", 0), "num_gpus": placement.gpus, "resources": resources}
         options["scheduling_strategy"] = strategy
-        host = HeadHost(threads, concurrent_heads, placement.gpus > 0, self._stack_heads)
+        host = HeadHost(threads, concurrent_heads, placement.gpus > 0, self._stack_heads, placement.gpu_memory)
         return self.launch(HeadActor, options, self._context, self._initial.plans, numbers, host, incarnation)
 
     def launch_evaluator(self, head_actors: int) -> Any:
@@ -61,7 +61,9 @@ class ActorLauncher:
         gpus = wanted if 0 < wanted <= free_gpus(options["label_selector"] or {}) else 0
         idle_cores = max(1, available_cores() - concurrent_heads * threads * head_actors)
         options["num_gpus"] = gpus
-        return self.launch(EvaluatorActor, options, self._context, self._initial.plans, idle_cores, gpus > 0)
+        return self.launch(
+            EvaluatorActor, options, self._context, self._initial.plans, idle_cores, gpus > 0, self._placement.gpu_memory
+        )
 
     @property
     def _concurrency(self) -> tuple[int, int]:

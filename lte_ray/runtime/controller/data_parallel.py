@@ -87,7 +87,7 @@ class DataParallelController:
         self._failure, self._reporter, self._export = failure, reporter, export
         train = context.settings.train
         _, threads = head_threads(train.threads_per_head, placement.cpus)
-        self._setup = ProcessSetup(context, initial.plans, policy, start, threads)
+        self._setup = ProcessSetup(context, initial.plans, policy, start, threads, placement.gpu_memory)
         launcher = self._launcher = ActorLauncher(context, initial, placement, "never")
         self._processes = _Processes(train.baseline_processes)
         state = self.state = RunState(context.directory, 1, start, callbacks)

@@ -24,6 +24,7 @@ class ProcessSetup:
         policy: the merge policy.
         start: where the run starts. A process that is started again continues from a newer checkpoint, if there is one.
         threads: torch's.
+        gpu_memory: part of a GPU's memory that each process may use; 1: no limit.
     """
 
     context: RunContext
@@ -31,6 +32,7 @@ class ProcessSetup:
     policy: PickledObject
     start: CoordinatorState
     threads: int
+    gpu_memory: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from lte_ray.config.profile_window import parse_window
 from lte_ray.engine.coordinator.broadcast_log import alternative_bytes
 from lte_ray.engine.coordinator.coordinator import Coordinator
 from lte_ray.engine.data_parallel import TrainingProcess
+from lte_ray.engine.gpu_memory import explaining_limit, limit_gpu_memory
 from lte_ray.engine.head.snapshot import SavedState, snapshot
 from lte_ray.engine.process_tuning import keep_freed_memory, release_freed_memory
 from lte_ray.errors import LTEError, StorageError, WorkerError, WorkerFailed
@@ -55,7 +56,9 @@ def run_process(setup: ProcessSetup, actor: Any) -> None:
     try:
         version = _agree_on_start(setup, actor, rank, device)
         if version is not None:
-            _train(setup, actor, rank, device, version)
+            limit_gpu_memory(setup.gpu_memory, device)
+            with explaining_limit(setup.gpu_memory, f"Process {rank} of ordinary training"):
+                _train(setup, actor, rank, device, version)
     except LTEError as error:
         ray.get(actor.fail.remote(error))
         raise

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lte_ray import fault_injection, storage
 from lte_ray.config.profile_window import parse_window
+from lte_ray.engine.gpu_memory import explaining_limit, limit_gpu_memory
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.virtual import HeadGroup, Unstackable
 from lte_ray.engine.process_tuning import keep_freed_memory, release_freed_memory
@@ -44,12 +45,14 @@ class HeadHost:
         concurrent_heads: how many heads train concurrently.
         gpu: whether the actor has a GPU.
         stack_heads: as `HeadGroup`.
+        gpu_memory: part of the GPU's memory that the actor may use; 1: no limit.
     """
 
     threads: int
     concurrent_heads: int
     gpu: bool
     stack_heads: str = "auto"
+    gpu_memory: float = 1.0
 
 
 class HeadActor:
@@ -103,6 +106,10 @@ class HeadActor:
             stub.connect(*self._newest_coordinator)
         overlap = not self._context.settings.merge.wait
         client = self._client = CoordinatorClient(self._context, self._plans, self._numbers, stub, overlap)
+        with explaining_limit(self._host.gpu_memory, "This process of heads"):
+            return self._train(client)
+
+    def _train(self, client: CoordinatorClient) -> tuple[HeadStatus, ...]:
         group = self._group = self._start_heads(client)
         self._leave_if_ended(group, client)
         while any(not self._has_ended(head) or client.awaits_reply(head) for head in group.heads):
@@ -138,6 +145,7 @@ class HeadActor:
         if self._device != "cpu" and not torch.cuda.is_available():
             reason = "Ray gave this head a GPU, but the torch installed on its node can't use it (no CUDA)."
             raise WorkerFailed(where, None, reason)
+        limit_gpu_memory(host.gpu_memory, torch.device(self._device))
         try:
             worker = context.worker.load()
         except WorkerError as error:

@@ -38,6 +38,7 @@ INVALID = [
     (PlacementConfig, "cpus_per_head", [-0.5, NAN, INF]),
     (PlacementConfig, "gpus_per_head", [-1, 1.5, 2, NAN, INF]),
     (PlacementConfig, "resource_timeout", [-1.0, NAN, INF]),
+    (PlacementConfig, "gpu_memory_share", [-1.0, 1.5, 0.0, NAN, INF]),
     (PlacementConfig, "placement_strategy", ["pack", "", None]),
     (PlacementConfig, "head_labels", ["mine=a", 3]),
     (StorageConfig, "name", ["", ".", "..", ".hidden", "a/b", "/a", "a\\b", "a\0b"]),

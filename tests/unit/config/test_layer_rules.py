@@ -525,6 +525,7 @@ EVERYTHING = (
         stack_heads="always",
         cpus_per_head=0.5,
         gpus_per_head=0.25,
+        gpu_memory_share=0.5,
         placement_strategy="SPREAD",
         head_labels=("ray.io/market-type=!spot", "mine=in(a,b)"),
         coordinator_labels=("mine=a",),

@@ -86,3 +86,32 @@ def test_rays_label_selector_is_followed() -> None:
     assert (config.head_labels, config.placement_strategy) == (("kind=!small",), "PACK")
     with pytest.raises(ConfigError, match="give one label selector for all, a dict"):
         placement.from_scaling_config(ray.train.ScalingConfig(num_workers=2, label_selector=[{"kind": "large"}] * 2), 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "heads", "expected"),
+    [
+        ({}, 4, 1.0),
+        ({"gpus_per_head": 0.5}, 4, 0.5),
+        ({"gpus_per_head": 0.5, "gpu_memory_share": 1}, 4, 1.0),
+        ({"gpu_memory_share": 0.75}, 4, 0.75),
+        ({"gpus_per_head": 0}, 4, 1.0),
+    ],
+)
+def test_heads_that_share_a_gpu_share_its_memory(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, float], heads: int, expected: float
+) -> None:
+    """By default as much of it as they have of the GPU; with a GPU each, or on CPUs, there is no limit."""
+    monkeypatch.setattr(placement, "live_nodes", having)
+    assert placement.resolve(PlacementConfig(**given), heads).gpu_memory == expected  # type: ignore[arg-type]
+
+
+def test_a_share_of_no_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the heads train on CPUs, the setting would have no effect."""
+    monkeypatch.setattr(placement, "live_nodes", having)
+    with pytest.raises(
+        ConfigError, match=r"^--gpu-memory-share is 0.5, but the heads train on CPUs: .* a GPU for each\. Leave"
+    ):
+        placement.resolve(PlacementConfig(gpu_memory_share=0.5), 8)
+    with pytest.raises(ConfigError, match=r"^--gpu-memory-share is 0.5, but --gpus-per-head is 0\. Leave one of them out\.$"):
+        PlacementConfig(gpu_memory_share=0.5, gpus_per_head=0)
