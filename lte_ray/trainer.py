@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -185,7 +185,8 @@ class LTETrainer:
             check_stackable(self.train, initial.plans)
         pickled_worker, pickled_policy = PickledObject.pickle(self.worker), PickledObject.pickle(policy)
         reporter = self.reporter or automatic_display()
-        reporter.update(Progress.starting(name, settings.train.steps, _connecting(will_start()), is_baseline, claim.position))
+        show = _notes(reporter, name, settings.train, claim)
+        show(_connecting(will_start()))
         with contextlib.closing(reporter), connected():
             processes = settings.train.baseline_processes
             placement = placing.resolve(
@@ -194,16 +195,14 @@ class LTETrainer:
                 default_cpus=heads // processes if is_baseline else 0,  # as many as the heads would have
                 **ray_options,
             )
-            reporter.update(
-                Progress.starting(
-                    name, settings.train.steps, _starting(processes if is_baseline else 0), is_baseline, claim.position
-                )
-            )
+            show(_starting(processes if is_baseline else 0))
             heads_by_actor = placing.assign_heads(placement, settings.lte.num_heads)
             record = run_record.make_record(self.worker, self.program, given, placement_config, storage, failure)
             with _telling_what_is_kept(directory), contextlib.ExitStack() as stack:
                 # Ray Train reserves for its processes itself.
-                reservation = stack.enter_context(_reserve(placement, heads_by_actor if processes == 1 else [], directory))
+                reservation = stack.enter_context(
+                    _reserve(placement, heads_by_actor if processes == 1 else [], run_failure, show, directory)
+                )
                 groups = placing.transfer_groups(
                     settings.merge, initial.plans, reservation.nodes if reservation else 1, may_merge_by_weights(policy)
                 )
@@ -240,20 +239,34 @@ class LTETrainer:
                     reporter=reporter,
                     export=lambda final, ema: run_record.write_model(directory, initial, final, ema),
                 )
-                state = controller.state
-                with report_run(sinks, directory, state.log, self.worker, acquired, claim.position, state.devices):
+                with report_run(
+                    sinks,
+                    directory,
+                    controller.state.log,
+                    self.worker,
+                    acquired,
+                    claim.position,
+                    controller.state.devices,
+                ):
                     controller.run()
                 results.append(_result(controller, directory, storage.best_by, settings.merge.never_merge))
         return results[0]
 
 
 @contextlib.contextmanager
-def _reserve(placement: Placement, heads_by_actor: list[tuple[int, ...]], directory: RunDirectory) -> Iterator[Any]:
+def _reserve(
+    placement: Placement,
+    heads_by_actor: list[tuple[int, ...]],
+    failure: FailureConfig,
+    show: Callable[[str], None],
+    directory: RunDirectory,
+) -> Iterator[Any]:
     """Reserves the actors' places for the block, if there are some, and checks the nodes before an actor starts there."""
     from lte_ray.runtime import placement as placing
     from lte_ray.runtime.node_check import check_nodes
 
-    with placing.reserve(placement, heads_by_actor) if heads_by_actor else contextlib.nullcontext() as reservation:
+    reserved = placing.reserve(placement, heads_by_actor, failure, show) if heads_by_actor else contextlib.nullcontext()
+    with reserved as reservation:
         check_nodes(directory, placement.labels, placement.coordinator_labels)
         yield reservation
 
@@ -299,6 +312,11 @@ def _warn(initial: Initial, num_heads: int, never_merge: bool = False) -> None:
     for note in (*ranks, initial.data_problem, initial.start, initial.loss_problem):
         if note:
             log.warning(note)
+
+
+def _notes(reporter: Reporter, name: str, train: TrainConfig, claim: RunClaim) -> Callable[[str], None]:
+    """Returns a function that shows what a run without heads yet does."""
+    return lambda note: reporter.update(Progress.starting(name, train.steps, note, train.baseline, claim.position))
 
 
 def _starting(processes: int) -> str:

@@ -58,8 +58,9 @@ class PlacementConfig:
     )
     resource_timeout: float = setting(
         0.0,
-        "Time to wait for an autoscaling cluster to provide the resources; 0: fail at once if they are missing. A run whose "
-        "other heads are done waits as long (0: 30 minutes) for a place for the last ones, then ends without them.",
+        "Time to wait for an autoscaling cluster to provide the resources; 0: fail at once if they are missing. With "
+        "--exhausted drop, the run then starts with the heads that have room, or waits as long again for --min-heads. A run "
+        "whose other heads are done waits as long (0: 30 minutes) for a place for the last ones, then ends without them.",
         unit="time",
     )
 

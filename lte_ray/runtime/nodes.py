@@ -113,9 +113,14 @@ def coordinator_selector(labels: tuple[str, ...], nodes: Sequence[Node], process
     return OFF_SPOT if processes <= len(safe) < len(nodes) else {}
 
 
-def free_gpus(selector: Mapping[str, str]) -> float:
-    """Returns the free GPUs of the node that has most of them among those that a label selector chooses."""
+def free_by_node(nodes: Iterable[Node]) -> list[dict[str, float]]:
+    """Returns what is free on each of these nodes, by the names of resources in Ray."""
     import ray._private.state  # public functions say only what the cluster has in sum
 
     free = ray._private.state.available_resources_per_node()
-    return max((free.get(node.id, {}).get("GPU", 0.0) for node in live_nodes(selector)), default=0.0)
+    return [free.get(node.id, {}) for node in nodes]
+
+
+def free_gpus(selector: Mapping[str, str]) -> float:
+    """Returns the free GPUs of the node that has most of them among those that a label selector chooses."""
+    return max((free.get("GPU", 0.0) for free in free_by_node(live_nodes(selector))), default=0.0)

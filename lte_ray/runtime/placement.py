@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,11 +14,12 @@ import ray
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from lte_ray.config import MergeConfig, PlacementConfig, ray_fields
+from lte_ray.config import FailureConfig, MergeConfig, PlacementConfig, ray_fields
 from lte_ray.config.node_labels import ANY, AUTO, parse_labels
 from lte_ray.errors import ConfigError, ResourceError
 from lte_ray.layout import Plan
 from lte_ray.runtime.nodes import check_labels, describe, live_nodes, total_resources
+from lte_ray.runtime.waiting import Lack, Patience
 from lte_ray.transfer.groups import EntryGroup, make_groups
 
 MIN_CPUS = 0.25
@@ -31,8 +32,8 @@ time."""
 PATIENCE = 30.0
 """Seconds to wait for resources that the cluster has, but that others may be using."""
 
-WARN_EVERY = 10
-"""Seconds between two warnings that the start waits for resources."""
+SETTLE = 5
+"""Seconds in which Ray reserves bundles for which there is room."""
 
 log = logging.getLogger("lte_ray")
 
@@ -187,6 +188,11 @@ def assign_heads(placement: Placement, num_heads: int) -> list[tuple[int, ...]]:
     return [tuple(range(n, min(n + placement.heads, num_heads))) for n in range(0, num_heads, placement.heads)]
 
 
+def least_actors(placement: Placement, failure: FailureConfig, actors: int) -> int:
+    """Returns how many actors a run may start with if there is no room for all: those of --min-heads, with --exhausted drop."""
+    return math.ceil(failure.min_heads / placement.heads) if failure.exhausted == "drop" else actors
+
+
 def _unused_gpus(gpus: float, actors: int) -> str:
     each = math.ceil(actors / gpus)  # on one GPU: a process can't have parts of two
     return (
@@ -251,11 +257,13 @@ class Reservation:
         placement: what a bundle holds.
         heads_by_actor: the numbers of each actor's heads.
         group: Ray's placement group of the first bundles.
+        missing: the numbers of the heads of actors without a bundle: the run starts without them.
     """
 
     placement: Placement
     heads_by_actor: list[tuple[int, ...]]
     group: Any
+    missing: list[tuple[int, ...]] = field(default_factory=list)
     _added: list[Any] = field(default_factory=list)
     _released: list[Any] = field(default_factory=list)
 
@@ -277,6 +285,13 @@ class Reservation:
     def heads_and_strategies(self) -> list[tuple[tuple[int, ...], Any]]:
         """Returns each actor's heads and its scheduling strategy."""
         return [(numbers, PlacementGroupSchedulingStrategy(self.group, i)) for i, numbers in enumerate(self.heads_by_actor)]
+
+    def ask_for_missing(self) -> None:
+        """Asks Ray for the bundles of the actors that the run starts without; `add_bundle` gives them once there is room."""
+        for _ in self.missing:
+            group = _reserve(self.placement, 1)
+            self._added.append(group)
+            self._released.append(PlacementGroupSchedulingStrategy(group, 0))
 
     def add_bundle(self) -> Any:
         """Reserves a bundle for one more actor. Returns its scheduling strategy; None if the cluster has no room now."""
@@ -311,31 +326,90 @@ def _reserve(placement: Placement, actors: int) -> Any:
 
 
 @contextlib.contextmanager
-def reserve(placement: Placement, heads_by_actor: list[tuple[int, ...]]) -> Iterator[Reservation]:
+def reserve(
+    placement: Placement,
+    heads_by_actor: list[tuple[int, ...]],
+    failure: FailureConfig | None = None,
+    show: Callable[[str], None] = lambda text: None,
+) -> Iterator[Reservation]:
     """Reserves one bundle for each actor, by the numbers of its heads, for the block.
+
+    Ray asks an autoscaling cluster for bundles that have no room.
+
+    Args:
+        failure: says with how many heads the run may start if there is no room for all in time; None: with all. The bundles of
+            the others are reserved once there is room (`Reservation.add_bundle`).
+        show: shows what the run waits for.
 
     Raises:
         ResourceError: the resources didn't become free in time.
     """
-    actors = len(heads_by_actor)
-    group = _reserve(placement, actors)
-    reservation = Reservation(placement, heads_by_actor, group)
+    group = _wait_for_room(placement, len(heads_by_actor), show)
+    count = len(heads_by_actor)
+    if group is None:
+        group, count = _reserve_some(placement, count, least_actors(placement, failure or FailureConfig(), count), show)
+    reservation = Reservation(placement, heads_by_actor[:count], group, heads_by_actor[count:])
     try:
-        end = time.monotonic() + reservation.patience
-        while not group.wait(max(1, min(WARN_EVERY, math.ceil(end - time.monotonic())))):  # it takes whole seconds
-            available = ray.available_resources()
-            free = ", ".join(f"{available.get(name, 0):g} {name}" for name in placement.bundle)
-            left = end - time.monotonic()
-            if left > 0:
-                log.warning(
-                    "%d actors of %s each wait for room; free now: %s. %.0f s more.", actors, placement.bundle, free, left
-                )
-                continue
-            raise ResourceError(
-                f"{actors} actors of {placement.bundle} each couldn't be placed within {reservation.patience:g} s; free now: "
-                f"{free}. Others use the cluster, or no node is large enough for a head. Wait, ask for less, or give "
-                "--resource-timeout."
-            )
+        reservation.ask_for_missing()
         yield reservation
     finally:
         reservation.remove()
+
+
+def _wait_for_room(placement: Placement, actors: int, show: Callable[[str], None]) -> Any:
+    """Returns the placement group of all actors' bundles, or None if there was no room for it in time."""
+    patience = Patience(max(placement.timeout, PATIENCE), time.monotonic())
+
+    def wait(group: Any) -> bool:
+        while not group.wait(max(1, math.ceil(patience.until_word(time.monotonic())))):  # it takes whole seconds
+            now = time.monotonic()
+            if not patience.left(now):
+                return False
+            text = patience.say(Lack(placement.bundle, placement.labels, actors), now)
+            log.warning("%s", text)
+            show(text)
+        return True
+
+    return _reserve_if(placement, actors, wait)
+
+
+def _reserve_if(placement: Placement, actors: int, wait: Callable[[Any], bool]) -> Any:
+    """Returns the placement group of that many bundles if it is reserved, as `wait` finds out; else None."""
+    group = _reserve(placement, actors)
+    try:
+        if wait(group):
+            return group
+    except BaseException:
+        remove_placement_group(group)
+        raise
+    remove_placement_group(group)
+    return None
+
+
+def _reserve_some(placement: Placement, actors: int, least: int, show: Callable[[str], None]) -> tuple[Any, int]:
+    """Returns the placement group of as many bundles as there is room for now, at least `least`, and their number.
+
+    If there is room for fewer, it waits as long again for the least: an autoscaling cluster that can't have nodes for a whole
+    group adds none for a part of it.
+
+    Raises:
+        ResourceError: there is no room for them either.
+    """
+    lack = Lack(placement.bundle, placement.labels, actors)
+    for count in range(min(actors - 1, lack.places), least - 1, -1):
+        group = _reserve_if(placement, count, lambda group: bool(group.wait(SETTLE)))
+        if group is not None:
+            log.warning("%s The run starts with %d of %d processes (--exhausted drop).", lack, count, actors)
+            return group, count
+    if least < actors:
+        log.warning("%s The run now waits for %d of %d processes (--exhausted drop, --min-heads).", lack, least, actors)
+        group = _wait_for_room(placement, least, show)
+        if group is not None:
+            return group, least
+        lack = Lack(placement.bundle, placement.labels, least)
+    waited = max(placement.timeout, PATIENCE) * (1 if least == actors else 2)
+    fewer = "--exhausted drop starts with those that have room" if least == actors else f"{least} must have room (--min-heads)"
+    raise ResourceError(
+        f"There was no room in the cluster for {waited:g} s. {lack} Wait until others have ended, ask for less (--num-heads, "
+        f"--cpus-per-head, --gpus-per-head), or raise --resource-timeout; {fewer}."
+    )

@@ -64,6 +64,17 @@ def test_processes_are_on_the_nodes_that_their_labels_choose(tmp_path: Path) -> 
     assert places == {"HeadActor": ["b"], "CoordinatorActor": ["safe"], "EvaluatorActor": ["safe"]}
 
 
+def test_heads_of_a_node_share_what_they_fetch(tmp_path: Path) -> None:
+    """With two heads on a node, each base, or each factor of the other heads, comes to that node once."""
+    script = Path(__file__).parents[1] / "support" / "shared_fetches.py"
+    process = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=600, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
+    runs = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
+    assert [run["way"] for run in runs] == ["dense", "factors"]
+    for run in runs:
+        assert run["created"] - run["made"] <= 1.05 * run["needed"], run
+
+
 def can_create_networks() -> bool:
     """Whether this process may create and enter network namespaces."""
     tools = all(shutil.which(tool) for tool in ("unshare", "nsenter", "ip"))
@@ -87,3 +98,17 @@ def test_a_run_survives_a_cut_network(tmp_path: Path, seconds: int) -> None:
     assert noticed & {"head_hung", "head_lost", "coordinator_lost"}
     report = audit(rows)
     assert (report.samples, report.lost, report.doubled, report.problems) == (4 * 300 * 64, 0, 0, [])
+
+
+@pytest.mark.parametrize(("max_nodes", "heads"), [(2, [[0, 1, 2, 3]]), (1, [[0, 1]])])
+def test_an_autoscaler_is_asked_for_what_heads_need(tmp_path: Path, max_nodes: int, heads: list[list[int]]) -> None:
+    """`ray status` shows the demand; the run starts once the nodes are there, or with --min-heads."""
+    if not can_create_networks():
+        pytest.skip("needs permission to create namespaces, in which nothing else runs on the ports")
+    script = Path(__file__).parents[1] / "support" / "autoscaled.py"
+    apart = ["unshare", "--net", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
+    command = [*apart, sys.executable, script, tmp_path, str(max_nodes)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "{'CPU': 1.0} * 4 (PACK): 1+ pending placement groups" in process.stdout
+    assert json.loads(process.stdout.splitlines()[-1]) == heads

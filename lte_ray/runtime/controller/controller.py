@@ -152,6 +152,7 @@ class TrainController:
         try:
             self.heads.launch_all(self._reservation.heads_and_strategies())
             self.coordinator.begin(self._start)
+            self._failure_handler.begin_without(self._reservation.missing)
             for slot in self.heads.slots:
                 self.heads.start(slot)
             self._evaluations.add_first(self._start)

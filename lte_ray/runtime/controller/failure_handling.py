@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Sequence
 
 import ray
 
@@ -59,6 +60,14 @@ class FailureHandler:
         self._reported_waiting: set[tuple[tuple[int, ...], int, bool]] = (
             set()
         )  # heads, incarnation, whether all others are done
+
+    def begin_without(self, missing: Sequence[tuple[int, ...]]) -> None:
+        """The run starts without these heads, by process: others have their data until there is room for them."""
+        for numbers in missing:
+            ray.get(self._coordinator.lose_heads(dict.fromkeys(numbers, 0), drop=True), timeout=LOSE_TIMEOUT)
+            self._dropped_without_place.append(numbers)
+            why = f"the cluster has had no place for it for {self._reservation.patience:.0f} s"
+            self._state.log.record_event("head_dropped", heads=list(numbers), why=why)
 
     # -- looked after again and again ----------------------------------------------------------------------------------
 

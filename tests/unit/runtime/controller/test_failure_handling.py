@@ -245,3 +245,14 @@ def test_time_in_which_the_driver_was_busy_does_not_count_against_heads(start: S
     before = slot.health.moved
     heads._excuse_blind_time()
     assert slot.health.moved == before
+
+
+def test_a_run_starts_without_heads_that_have_no_place(start: Start) -> None:
+    """Others have their data, until there is room; then they join as heads that had lost their place do."""
+    run = start([(0,), (1,)], room=1)
+    run.handler.begin_without([(2, 3), (4, 5)])
+    assert [row["heads"] for row in run.rows("head_dropped")] == [[2, 3], [4, 5]]
+    run.grow()
+    run.grow()
+    assert [slot.numbers for slot in run.heads.slots] == [(0,), (1,), (2, 3)]
+    assert [row["head"] for row in run.rows("head_added")] == [2, 3]
