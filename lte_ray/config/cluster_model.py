@@ -29,6 +29,11 @@ class ClusterModel:
         "Bandwidth of the coordinator's link (of each shard's, with --shards); 0: the same as a head's.",
         unit="rate",
     )
+    machines: int = setting(
+        0,
+        "Machines that the heads are divided over, the coordinator being on the first; 0: one for each head, and one for the "
+        "coordinator.",
+    )
     latency: float = setting(0.0005, "Time that a message takes in addition to the transfer of its bytes.", unit="time")
     message_seconds: float = setting(0.0005, "Time that the coordinator spends on each message it receives.", unit="time")
     merge_flops: float = setting(
@@ -47,6 +52,12 @@ class ClusterModel:
         check_at_least(self, 0, "jitter", "straggler_rate", "bandwidth", "coordinator_bandwidth", "latency", "message_seconds")
         check_at_least(self, 0, "step_seconds", "merge_flops", "merge_memory", "rebase_seconds", "evaluate_seconds")
         check_at_least(self, 0, "faults_per_hour", "restart_seconds", "straggler_factor")
+        check_at_least(self, 0, "machines")
+        if self.machines and self.coordinator_bandwidth:
+            raise ConfigError(
+                f"--machines {self.machines} puts the coordinator on a machine with heads, whose link is --bandwidth, so "
+                f"--coordinator-bandwidth {self.coordinator_bandwidth:g} has no effect. Leave one of the two out."
+            )
         object.__setattr__(self, "speeds", tuple(self.speeds))
         if self.step_seconds <= 0 or not all(isinstance(s, int | float) and 0 < s < float("inf") for s in self.speeds):
             raise ConfigError(
