@@ -26,6 +26,9 @@ from lte_ray.runtime.ray_errors import PROCESS_DIED
 POLL_SECONDS = 0.05
 """Seconds between two checks whether a contribution that was sent twice has arrived."""
 
+STALE_SECONDS = 1.0
+"""Seconds until a contribution that is refused by its numbers alone gets its answer."""
+
 
 @dataclass(eq=False)
 class _Submission:
@@ -100,6 +103,8 @@ class SubmissionLoop:
                 self._arriving.pop(c.head, None)
         else:  # no need to fetch it; the head that has this number now isn't affected
             self.handle(lambda: refusal, submission)
+            # A process that was given up while its network was cut doesn't know it: it would contribute again at once.
+            await asyncio.sleep(STALE_SECONDS)
         return await submission.result
 
     async def _receive(self, submission: _Submission) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -56,6 +57,27 @@ class FakeAggregator:
 
     def record_refusal(self, result: ContributionResult) -> None:
         self.refusals.append(result)
+
+
+def test_a_process_that_was_given_up_gets_its_answer_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that was cut off and replaced contributes as before; it must not do so in a tight loop until it is ended."""
+    monkeypatch.setattr("lte_ray.runtime.coordinator.submissions.STALE_SECONDS", 3600.0)
+
+    async def run() -> None:
+        plan = plan_from_shapes([(6, 5, 2)], [(4,)])
+        engine = Coordinator(make_settings(heads=2), plan, random_flat(plan.base.size, 1).float(), MergeTogether())
+        engine.lose(1)
+        fake, tasks = FakeAggregator(), BackgroundTasks(lambda: None)
+        submissions = SubmissionLoop(CONTEXT, engine, fake, fake, tasks)  # type: ignore[arg-type]
+        stale = asyncio.ensure_future(submissions.submit(make_contribution(1, 1)))
+        while not fake.refusals:
+            await asyncio.sleep(0)
+        assert "isn't one of the live heads" in fake.refusals[0].reason
+        await asyncio.sleep(0.01)
+        assert not stale.done()
+        stale.cancel()
+
+    asyncio.run(run())
 
 
 def test_the_contribution_of_a_dropped_head_is_refused_and_discarded() -> None:
