@@ -55,6 +55,7 @@ format: $(VENV)/.installed-dev  ## Format the code and fix what can be fixed
 bench: $(VENV)/.installed-dev  ## Run the benchmarks and write benchmarks/results (about two hours)
 	$(BIN)/python -m benchmarks.merge
 	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.drain
 	$(BIN)/python -m benchmarks.check
 	$(BIN)/python -m benchmarks.efficiency
 	$(BIN)/python -m benchmarks.reporting

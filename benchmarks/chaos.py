@@ -31,6 +31,7 @@ FAULTS = (
     ("cut", "ask"),
     ("lose_answer", "repeat", "echo"),
     ("poison",),
+    ("drain", "move", "restart"),
 )
 """Faults and requests: kinds of events that belong together."""
 

@@ -15,6 +15,9 @@ Format 2 (since 0.2)::
     policy.safetensors          what the merge policy keeps
     evaluation.json             the worker's evaluation, written when it is ready; not in the manifest
 
+A head that moves to another node leaves its state in ``moved/head-0003.safetensors`` of the run directory, for its next process
+only: the driver knows that file's checksum. The folder goes when the run ends.
+
 A file of a version that is written again has a number in its name (``base.1.safetensors``), so that no file is replaced while a
 manifest lists it. Format 1 had no separate references (they are in the head files) and no checksum of the manifest, and a run
 could be resumed only with all heads' files. It can still be read.
@@ -36,6 +39,7 @@ from lte_ray.checkpoint.files import (
     read_evaluation,
     read_head,
     read_momentum,
+    read_moved_head,
     read_policy,
     read_references,
     read_residual,
@@ -44,6 +48,7 @@ from lte_ray.checkpoint.files import (
     write_evaluation,
     write_head,
     write_momentum,
+    write_moved_head,
     write_policy,
     write_references,
     write_residual,
@@ -99,6 +104,7 @@ __all__ = [
     "read_head",
     "read_manifest",
     "read_momentum",
+    "read_moved_head",
     "read_newest_intact",
     "read_policy",
     "read_references",
@@ -113,6 +119,7 @@ __all__ = [
     "write_evaluation",
     "write_head",
     "write_momentum",
+    "write_moved_head",
     "write_policy",
     "write_references",
     "write_residual",

@@ -35,6 +35,9 @@ RESIDUAL = "residual.safetensors"
 EMA = "ema.safetensors"
 EVALUATION = "evaluation.json"
 
+MOVED = "moved"
+"""Folder of the states of heads that move to other nodes. It is removed when the run ends."""
+
 MAX_EVALUATION_BYTES = 2**20
 
 _HEAD = re.compile(r"head-(\d{4,9})", re.ASCII)
@@ -49,10 +52,15 @@ def write_tensors(
     directory: RunDirectory, version: int, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> FileEntry:
     """Writes one file of a checkpoint, under another name if a complete checkpoint already has this file."""
+    return _write_file(directory, version_folder(version), _free_name(directory, version, name), tensors, metadata)
+
+
+def _write_file(
+    directory: RunDirectory, folder: str, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> FileEntry:
     copies = {key: value.detach().clone().contiguous() for key, value in tensors.items()}  # tensors may share memory
     data = safetensors.torch.save(copies, metadata or None)  # with no tensors and {} it writes a broken header
-    name = _free_name(directory, version, name)
-    directory.write(f"{version_folder(version)}/{name}", data)
+    directory.write(f"{folder}/{name}", data)
     return FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
 
 
@@ -251,6 +259,25 @@ def read_head(directory: RunDirectory, manifest: Manifest, head: int) -> tuple[d
     if not isinstance(state, dict):
         raise damage_error(directory, manifest, name, "its state isn't an object")
     return tensors, state
+
+
+def write_moved_head(directory: RunDirectory, head: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> FileEntry:
+    """Writes the state of a head that moves to another node, apart from all checkpoints, for its next process."""
+    return _write_file(directory, MOVED, head_file(head), tensors, {"state": json.dumps(meta)})
+
+
+def read_moved_head(directory: RunDirectory, entry: FileEntry) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what `write_moved_head` wrote.
+
+    Raises:
+        StorageError: the file is missing or damaged.
+    """
+    path = f"{MOVED}/{entry.name}"
+    data = read_file(directory, path, entry.size)
+    if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise Damaged(f"{directory.path_to(path)} is damaged: its content isn't what was written.")
+    state: dict[str, Any] = json.loads(_metadata(data)["state"])
+    return safetensors.torch.load(data), state
 
 
 def write_policy(directory: RunDirectory, version: int, name: str, tensors: dict[str, Tensor]) -> FileEntry:

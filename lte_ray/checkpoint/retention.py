@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Collection
 
-from lte_ray.checkpoint.files import best_versions, read_bytes
+from lte_ray.checkpoint.files import MOVED, best_versions, read_bytes
 from lte_ray.checkpoint.manifest import (
     Damaged,
     Manifest,
@@ -113,9 +113,12 @@ def remove_incomplete(directory: RunDirectory, only: Collection[int] | None = No
     """Removes the folders of checkpoints that were never completed, as far as storage allows.
 
     Args:
-        only: the versions to remove; None: all.
+        only: the versions to remove; None: all, and the states of heads that have moved.
     """
     directory = _with_little_patience(directory)
+    if only is None:
+        with contextlib.suppress(StorageError):
+            directory.delete(MOVED)
     for version in [version for version in incomplete_versions(directory) if only is None or version in only]:
         with contextlib.suppress(StorageError):  # left for the next time
             directory.delete(version_folder(version))

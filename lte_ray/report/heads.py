@@ -22,7 +22,7 @@ SLICES = 480
 MAX_ROWS = 64
 """Heads that a timeline shows."""
 
-LOST = ("head_lost", "head_dropped", "head_quarantined")
+LOST = ("head_lost", "head_moves", "head_dropped", "head_quarantined")
 BACK = ("head_restarts", "head_added")
 """Events after which heads don't train, and after which they begin again."""
 

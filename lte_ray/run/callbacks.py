@@ -22,7 +22,7 @@ log = logging.getLogger("lte_ray")
 
 FAILURES = frozenset(
     {"coordinator_lost", "ended_early", "evaluator_lost", "head_dropped", "head_hung", "head_lost", "head_quarantined"}
-    | {"processes_restart", "refused", "rolled_back", "storage"}
+    | {"node_drains", "processes_restart", "refused", "rolled_back", "storage"}
 )
 """Other events that `Callback.on_failure` receives, too."""
 
@@ -81,7 +81,7 @@ class Callback:
         """Something happened: ``row["event"]`` says what."""
 
     def on_failure(self, run: Run, row: Row) -> None:
-        """Something failed: a process was lost, a contribution was refused, ... `on_event` is told of it, too."""
+        """Something failed, or a node drains: a process was lost, a contribution was refused, ... `on_event` gets it, too."""
 
     def on_run_end(self, run: Run, outcome: Any) -> None:
         """The run has ended: with a `ray.train.Result`, or with the error that ended it early."""

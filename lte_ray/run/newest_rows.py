@@ -24,7 +24,13 @@ SEARCHED_BYTES = 2**26
 MAX_EVENTS = 10
 """Events that are kept."""
 
-HEAD_EVENTS = {"head_dropped": "dropped", "head_quarantined": "quarantined", "head_restarts": "restarted", "head_lost": "lost"}
+HEAD_EVENTS = {
+    "head_dropped": "dropped",
+    "head_quarantined": "quarantined",
+    "head_restarts": "restarted",
+    "head_lost": "lost",
+    "head_moves": "moving",
+}
 """What events say of a head that hasn't merged since."""
 
 GONE = ("dropped", "quarantined")

@@ -18,6 +18,7 @@ from lte_ray.config import FailureConfig, MergeConfig, PlacementConfig, ray_fiel
 from lte_ray.config.node_labels import ANY, AUTO, parse_labels
 from lte_ray.errors import ConfigError, ResourceError
 from lte_ray.layout import Plan
+from lte_ray.runtime.draining import draining_nodes, node_of_bundle
 from lte_ray.runtime.nodes import check_labels, describe, live_nodes, total_resources
 from lte_ray.runtime.waiting import Lack, Patience
 from lte_ray.transfer.groups import EntryGroup, make_groups
@@ -234,17 +235,25 @@ def transfer_groups(merge: MergeConfig, plans: Sequence[Plan], nodes: int, redoa
 
 
 def is_placed(strategy: PlacementGroupSchedulingStrategy) -> bool:
-    """Whether the strategy's bundle is reserved on a node that is alive, so that an actor in it can start."""
+    """Whether the strategy's bundle is reserved on a node that is alive and doesn't drain, so that an actor in it can start."""
     table = placement_group_table(strategy.placement_group)
-    if table["state"] == "CREATED":
-        return True
     node = table.get("bundles_to_node_id", {}).get(strategy.placement_group_bundle_index)
-    return node in [alive.id for alive in live_nodes()]
+    return node in [alive.id for alive in live_nodes()] and node not in draining_nodes()
 
 
 def has_several_nodes() -> bool:
     """Whether the cluster has more than one node."""
     return len(live_nodes()) > 1
+
+
+def _has_room(placement: Placement) -> bool:
+    """Whether a node that suits the placement, and doesn't drain, has a bundle free."""
+    nodes = {node.id for node in live_nodes(placement.labels)} - draining_nodes().keys()
+    return any(
+        all(amount <= free.get(name, 0.0) + 1e-6 for name, amount in placement.bundle.items())
+        for node, free in ray._private.state.available_resources_per_node().items()
+        if node in nodes
+    )
 
 
 @dataclass
@@ -295,12 +304,17 @@ class Reservation:
 
     def add_bundle(self) -> Any:
         """Reserves a bundle for one more actor. Returns its scheduling strategy; None if the cluster has no room now."""
+        return self._take_released() or self._add_new()
+
+    def _take_released(self) -> Any:
         for strategy in self._released:
             if is_placed(strategy):
                 self._released.remove(strategy)
                 return strategy
-        free = ray.available_resources()
-        if any(amount > free.get(name, 0.0) + 1e-6 for name, amount in self.placement.bundle.items()):
+        return None
+
+    def _add_new(self) -> Any:
+        if not _has_room(self.placement):
             return None
         group = _reserve(self.placement, 1)
         if not group.wait(1.0):
@@ -308,6 +322,25 @@ class Reservation:
             return None
         self._added.append(group)
         return PlacementGroupSchedulingStrategy(group, 0)
+
+    def relocate(self, strategy: Any) -> Any:
+        """Returns where an actor is to start that has this bundle: in another one if the node of this one is gone or drains.
+
+        It is the same if there is no other one now. Ray reserves it on another node once its node is gone and there is room.
+        """
+        if is_placed(strategy):
+            return strategy
+        other = self._take_released()
+        if other is None and node_of_bundle(strategy) in draining_nodes():
+            other = self._add_new()
+        if other is None:
+            return strategy
+        if strategy.placement_group in self._added:
+            self._added.remove(strategy.placement_group)
+            remove_placement_group(strategy.placement_group)
+        else:  # Ray frees all bundles of a group, or none
+            self.release_bundle(strategy)
+        return other
 
     def release_bundle(self, strategy: Any) -> None:
         """Keeps the bundle of an actor that was dropped for the next one. If it is lost, Ray reserves it once there is room."""

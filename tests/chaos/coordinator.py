@@ -180,7 +180,8 @@ class ChaosCoordinator(ChaosCheckpoints):
         if join.stage == "asked":
             if head in engine.pending_heads:
                 return False
-            engine.join(head, incarnation, fresh=incarnation > 0 and self.mode.rejoin == "fresh")
+            anew = incarnation > 0 and join.call.process.moved is None
+            engine.join(head, incarnation, fresh=anew and self.mode.rejoin == "fresh")
             self.joined.add(head)
             join.stage = "joined"
             return True

@@ -45,7 +45,7 @@ class Deaths(Traffic):
         return True
 
     def _lose_head(self, number: int, slot: Slot, drop: bool = False) -> None:
-        slot.lost = True
+        slot.lost, slot.moved = True, None
         slot.incarnation += 1
         self.orphaned_calls = [
             c for c in self.orphaned_calls if c.process.number != number
@@ -58,7 +58,30 @@ class Deaths(Traffic):
         if picked is None or self.coordinator is None:
             return False
         number, slot = picked
-        slot.process, slot.lost = self.new_process(number, slot.incarnation), False
+        slot.process, slot.lost = self.new_process(number, slot.incarnation, slot.moved), False
+        return True
+
+    def on_drain(self, pick: int, amount: int) -> bool:
+        """The node of a head drains: the head must leave it, and the others end their rounds; `NodeDraining`."""
+        leaving = pick_one([p for p in self.processes if not p.ended and not p.early_end.leaving], pick)
+        if leaving is None:
+            return False
+        leaving.early_end.request_leave()
+        for process in self.processes:
+            process.early_end.request_round_end([process.number])
+        return True
+
+    def on_move(self, pick: int, amount: int) -> bool:
+        """The driver sees that a head has left its node, and starts it elsewhere; `FailureHandler.handle_move`."""
+        moving = [(n, m) for n, m in sorted(self.slots.items()) if m.process is not None and not m.ended and m.process.moves]
+        picked = pick_one(moving, pick)
+        if picked is None:
+            return False
+        number, slot = picked
+        state = slot.process.leaves or slot.process.moved
+        slot.process.alive, slot.process = False, None
+        self._lose_head(number, slot)
+        slot.moved = state
         return True
 
     def on_drop(self, pick: int, amount: int) -> bool:
@@ -96,7 +119,8 @@ class Deaths(Traffic):
 
     def on_end(self, pick: int, amount: int) -> bool:
         """The driver sees that a process has ended its work; `FailureHandler.handle_finish`."""
-        slot = pick_one([m for m in self.slots.values() if m.process is not None and not m.ended and m.process.ended], pick)
+        ended = [m for m in self.slots.values() if m.process is not None and not m.ended and m.process.ended]
+        slot = pick_one([m for m in ended if not m.process.moves], pick)
         if slot is None:
             return False
         slot.ended, slot.end_step = True, slot.process.head.step

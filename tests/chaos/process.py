@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lte_ray.engine.head.early_end import EarlyEnd
 from lte_ray.engine.head.head import Head
-from lte_ray.engine.head.snapshot import StateMissed, rejoin, restore, snapshot
+from lte_ray.engine.head.snapshot import SavedState, StateMissed, rejoin, restore, snapshot
 from lte_ray.engine.prepare import Initial
 from lte_ray.engine.settings import Settings
 from lte_ray.messages import CheckpointRequest, ContributionResult, CoordinatorReply
@@ -30,9 +31,19 @@ class ChaosHeadProcess(ChaosClient):
         incarnation: processes that the head had before.
         epoch: of the coordinator that it is connected to.
         disk: has the checkpoints.
+        moved: the state that the head's last process has left, if it has moved.
     """
 
-    def __init__(self, settings: Settings, initial: Initial, number: int, incarnation: int, epoch: int, disk: Disk) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        initial: Initial,
+        number: int,
+        incarnation: int,
+        epoch: int,
+        disk: Disk,
+        moved: SavedState | None = None,
+    ) -> None:
         self.settings, self.number, self.incarnation, self.epoch, self.disk = settings, number, incarnation, epoch, disk
         self.alive, self.left, self.quarantined = True, False, False
         self.worker, self.head, self.track = LinearFit(), None, None
@@ -43,8 +54,12 @@ class ChaosHeadProcess(ChaosClient):
         self.calls: list[Call] = [Call(self, "join")]
         self.round_steps = settings.merge.merge_iter
         self._watching = False
+        self.early_end, self.moved, self.leaves = EarlyEnd(), moved, None
+        self._start_sequence, self._start_incarnation = 0, 0
 
     track: Track | None
+    leaves: SavedState | None
+    """The state for its next process, once it leaves."""
 
     def begin(self) -> None:
         """Starts the head as the reply to `join` says; `HeadCheckpointer.start_head`."""
@@ -60,17 +75,20 @@ class ChaosHeadProcess(ChaosClient):
         saved = (
             self.disk.read_head(None, self.disk.checkpoints[join_reply.checkpoint], self.number) if part is not None else None
         )
-        sequence = join_reply.position.sequence
+        sequence = self._start_sequence = join_reply.position.sequence
+        self._start_incarnation = join_reply.position.incarnation
         if join_reply.exact:
             assert saved is not None and part is not None
             restore(head, saved, base)
             self.track = Track(part.unmerged, list(part.slots))
         else:
+            saved = self.moved or saved
             rejoin(head, join_reply.position, join_reply.reference, reply.version, base, saved)
             self.track = Track(torch.zeros_like(base), [])
             self._check_untrained(head)
         self.track.at[sequence] = (torch.zeros_like(base), 0)
         self.head = head
+        head.interrupted = lambda: self.early_end.interrupts(head)
         self.recovery_cache.record_start(self.number, head.state.merged.sequence, head.state.reference)
         self._apply_directives(reply)
 
@@ -90,7 +108,12 @@ class ChaosHeadProcess(ChaosClient):
 
     @property
     def over(self) -> bool:
-        return self.head is not None and (self.head.finished or self.quarantined)
+        return self.head is not None and (self.head.finished or self.quarantined or self.early_end.has_left(self.head))
+
+    @property
+    def moves(self) -> bool:
+        """Whether it has ended only to go on elsewhere."""
+        return self.head is not None and self.ended and not self.head.finished and not self.quarantined
 
     def train(self, steps: int) -> bool:
         """Takes up to `steps` steps. Returns whether it took any."""
@@ -112,12 +135,14 @@ class ChaosHeadProcess(ChaosClient):
         head = self.head
         if head is None or self.over or self.ended or head.outstanding or self.awaits_result():
             return False
-        return head.steps_since_contribution >= self.round_steps or (head.steps_left == 0 and not head.finished)
+        due = head.steps_since_contribution >= self.round_steps or (head.steps_left == 0 and not head.finished)
+        return due or self.early_end.is_due(head)
 
     def contribute(self) -> None:
         """Sends a contribution."""
         assert self.head is not None and self.track is not None
         contribution = self.head.contribute()
+        self.early_end.record_contribution(self.head)
         self.track.record_contribution(contribution.sequence)
         self.recovery_cache.record_contribution(self.number, contribution.sequence, self.head.state.pending)
         self.call("submit", replace(contribution, buffer=contribution.buffer.clone()))
@@ -127,12 +152,22 @@ class ChaosHeadProcess(ChaosClient):
         head = self.head
         if head is None:
             return
+        if self.early_end.has_contributed(head) and self.leaves is None and not self.quarantined:
+            self._save_to_move(head)
         if self.over and not self.left and not self.awaits_result():
             self.left = True
             self.call("leave")
         if not self.settings.merge.wait and not self._watching and not self.over:
             self._watching = True
             self.call("newer", head.version + self.settings.max_lag)
+
+    def _save_to_move(self, head: Head) -> None:
+        """`HeadCheckpointer.save_to_move`."""
+        state = head.state
+        sequence = state.merged.sequence if state.pending is None else state.sequence
+        self.leaves = snapshot(head, CheckpointRequest(head.version, {self.number: sequence}))
+        if sequence == self._start_sequence:
+            self.leaves[1]["incarnation"] = self._start_incarnation
 
     @property
     def ended(self) -> bool:

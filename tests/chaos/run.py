@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lte_ray.engine.head.snapshot import SavedState
 from lte_ray.engine.prepare import extend_plans, prepare
 from lte_ray.runtime.coordinator_state import CoordinatorState
 from tests.chaos.account import Account
@@ -24,12 +25,14 @@ class Slot:
         process: None if it is dead.
         incarnation: processes that there were before.
         lost: whether the driver knows that the process is dead.
+        moved: the state that the last process left, if it has moved.
         ended: whether the head has ended its work, at step `end_step`.
     """
 
     process: ChaosHeadProcess | None
     incarnation: int = 0
     lost: bool = False
+    moved: SavedState | None = None
     ended: bool = False
     end_step: int = 0
 
@@ -69,8 +72,8 @@ class ChaosRun:
         self.slots = {n: Slot(self.new_process(n, 0)) for n in range(self.settings.lte.num_heads)}
         self.coordinator = self.new_coordinator(self.start)
 
-    def new_process(self, number: int, incarnation: int) -> ChaosHeadProcess:
-        return ChaosHeadProcess(self.settings, self.initial, number, incarnation, self.epoch, self.disk)
+    def new_process(self, number: int, incarnation: int, moved: SavedState | None = None) -> ChaosHeadProcess:
+        return ChaosHeadProcess(self.settings, self.initial, number, incarnation, self.epoch, self.disk, moved)
 
     def new_coordinator(self, start: CoordinatorState) -> ChaosCoordinator:
         return ChaosCoordinator(self.mode, self.settings, self.initial, start, self.account, self.disk)

@@ -18,7 +18,7 @@ from tests.chaos.coordinator import ChaosCoordinator
 from tests.chaos.recovery import Recovery
 from tests.chaos.traffic import CALM
 
-FAIR = ("recover", "notice", "restart", "ask", *dict.fromkeys(CALM), "turn_away")
+FAIR = ("recover", "notice", "move", "restart", "ask", *dict.fromkeys(CALM), "turn_away")
 """Events of a run without further faults, including what the driver does."""
 
 FAULTS = (
@@ -35,6 +35,8 @@ FAULTS = (
     "repeat",
     "echo",
     "poison",
+    "drain",
+    "move",
 )
 """Faults, and how the driver responds."""
 

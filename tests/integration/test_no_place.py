@@ -24,13 +24,13 @@ def test_the_run_ends_by_itself_with_everything_saved(
     """The error says why; the merged weights are there, and the run continues with both heads once there is room."""
     launch, lost_places = actor_launcher.ActorLauncher.launch_heads, []
 
-    def launch_nowhere(self: Any, numbers: tuple[int, ...], strategy: Any, incarnation: int) -> Any:
+    def launch_nowhere(self: Any, numbers: tuple[int, ...], strategy: Any, incarnation: int, moved: Any) -> Any:
         if not incarnation:
-            return launch(self, numbers, strategy, incarnation)
+            return launch(self, numbers, strategy, incarnation, moved)
         lost_places.append(strategy)
         with monkeypatch.context() as patch:
             patch.setattr(placement.Placement, "bundle", {"CPU": 1.0, "a resource that no node has": 1.0})
-            return launch(self, numbers, "DEFAULT", incarnation)
+            return launch(self, numbers, "DEFAULT", incarnation, moved)
 
     with monkeypatch.context() as patch:
         patch.setattr(actor_launcher.ActorLauncher, "launch_heads", launch_nowhere)

@@ -171,7 +171,8 @@ def rejoin(
     """Starts a head that died, instead of `Head.start`, from what a base holds of it.
 
     It starts with the factors that were merged last and B A = B' A', so that it contributes nothing that it hasn't trained;
-    with the data that wasn't contributed; and with the optimizer's state of its last checkpoint, if it has one.
+    with the data that wasn't contributed; and with the optimizer's state that was saved last, if there is one. If that was
+    saved at this very position, the head continues exactly: with its generators, and with what rounding has left out.
 
     Returns:
         What the head had to do without, in words; empty if nothing.
@@ -191,8 +192,38 @@ def rejoin(
         except INVALID_STATE_ERRORS as error:
             missing = f"its saved optimizer state can't be used ({type(error).__name__}: {error})"
             head.optimizer.state.clear()
+    has_factors = reference is not None or head.settings.lte.reset == "B"  # else the head begins anew
+    exact = saved is not None and not missing and has_factors and _is_saved_at(position, saved)
     head.resume(position, reference)
-    head.optimizer_step.advance_to(position.step / head.settings.train.steps)
+    if not exact:  # else the schedule is where it was
+        head.optimizer_step.advance_to(position.step / head.settings.train.steps)
     head.batch_stream.seek(position.batches, position.lanes)
-    head.start(version, base)
-    return missing
+    if saved is None or not exact:
+        head.start(version, base)
+        return missing
+    ahead = {name: tensor for name in head.state.replicas if (tensor := saved[0].get(f"ahead.{name}")) is not None}
+    head.start(version, base, {name: tensor.to(head.device) for name, tensor in ahead.items()} or None)
+    return _take_factors_and_generators(head, saved)
+
+
+def _is_saved_at(position: CommittedPosition, saved: SavedState) -> bool:
+    """Whether a state was saved when the head had trained exactly what this position holds of it, and is usable."""
+    tensors, meta = saved
+    numbers = [meta.get(name) for name in ("incarnation", "sequence", "step", "samples", "batches")]
+    same = numbers == [position.incarnation, position.sequence, position.step, position.samples, position.batches]
+    return same and all(bool(t.isfinite().all()) for name, t in tensors.items() if name.startswith("factor."))
+
+
+@torch.no_grad()
+def _take_factors_and_generators(head: Head, saved: SavedState) -> str:
+    """Takes over those of a state that was saved at the head's position; returns what is unusable, in words."""
+    tensors, meta = saved
+    try:
+        head.rng.load_state(tensors, meta["rng"])
+        with head.rng.swapped_in():  # fail here, rather than in the first step
+            pass
+        for name, parameter in head.state.factors.items():
+            _copy(parameter, tensors[f"factor.{name}"])
+    except INVALID_STATE_ERRORS as error:
+        return f"its saved generators and factors can't be used ({type(error).__name__}: {error})"
+    return ""

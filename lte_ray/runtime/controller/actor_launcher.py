@@ -5,16 +5,19 @@ The actors' classes are plain Python: `ray.remote` is applied here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 
+from lte_ray.checkpoint import FileEntry
 from lte_ray.engine.prepare import Initial
 from lte_ray.engine.process_tuning import available_cores, head_threads
 from lte_ray.runtime.context import RunContext
+from lte_ray.runtime.draining import draining_nodes
 from lte_ray.runtime.evaluator_actor import EvaluatorActor
 from lte_ray.runtime.head.actor import HeadActor, HeadHost
-from lte_ray.runtime.nodes import coordinator_selector, free_gpus, live_nodes
+from lte_ray.runtime.nodes import OF_ONE_NODE, coordinator_selector, free_gpus, live_nodes
 from lte_ray.runtime.placement import Placement
 
 
@@ -40,18 +43,24 @@ class ActorLauncher:
 
     def unreserved(self, processes: int = 1) -> dict[str, Any]:
         """Returns Ray's options for actors that reserve nothing, on the nodes of --coordinator-labels; several are spread."""
-        selector = coordinator_selector(self._placement.coordinator_labels, live_nodes(), processes)
+        draining = draining_nodes()
+        nodes = [node for node in live_nodes() if node.id not in draining]
+        selector = coordinator_selector(self._placement.coordinator_labels, nodes, processes)
+        if draining and nodes:  # Ray may place what needs no resources on them
+            selector = {**selector, OF_ONE_NODE: f"!in({','.join(sorted(draining))})"}
         strategy = "SPREAD" if processes > 1 else "DEFAULT"
         return {"num_cpus": 0, "scheduling_strategy": strategy, "label_selector": selector or None}
 
-    def launch_heads(self, numbers: tuple[int, ...], strategy: Any, incarnation: int) -> Any:
-        """Starts an actor for these heads under a scheduling strategy."""
+    def launch_heads(
+        self, numbers: tuple[int, ...], strategy: Any, incarnation: int, moved: Mapping[int, FileEntry] | None = None
+    ) -> Any:
+        """Starts an actor for these heads under a scheduling strategy. `moved` is as for `HeadActor`."""
         placement, (concurrent_heads, threads) = self._placement, self._concurrency
         resources = {k: v for k, v in placement.bundle.items() if k not in ("CPU", "GPU")}
         options = {"num_cpus": placement.bundle.get("CPU", 0), "num_gpus": placement.gpus, "resources": resources}
         options["scheduling_strategy"] = strategy
         host = HeadHost(threads, concurrent_heads, placement.gpus > 0, self._stack_heads, placement.gpu_memory)
-        return self.launch(HeadActor, options, self._context, self._initial.plans, numbers, host, incarnation)
+        return self.launch(HeadActor, options, self._context, self._initial.plans, numbers, host, incarnation, moved)
 
     def launch_evaluator(self, head_actors: int) -> Any:
         """Starts the evaluator on what the heads' actors, which are `head_actors`, leave: a GPU if there is one, idle cores."""

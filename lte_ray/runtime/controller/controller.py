@@ -6,6 +6,7 @@ has versions evaluated, and writes the metrics.
 The controller is the root of a tree that imports downward only::
 
     controller
+    ├── node_draining
     ├── failure_handling, coordinator_recovery, evaluation, progress
     ├── head_actors
     ├── coordinator_group
@@ -41,10 +42,12 @@ from lte_ray.runtime.controller.coordinator_recovery import CoordinatorRecovery
 from lte_ray.runtime.controller.evaluation import Evaluations
 from lte_ray.runtime.controller.failure_handling import FailureHandler
 from lte_ray.runtime.controller.head_actors import HeadActorGroup, HeadActorSlot, SlotState
+from lte_ray.runtime.controller.node_draining import NodeDraining
 from lte_ray.runtime.controller.progress import ProgressMonitor
 from lte_ray.runtime.controller.run_state import RunPhase, RunState
 from lte_ray.runtime.coordinator.actor import CoordinatorStatus
 from lte_ray.runtime.coordinator_state import CoordinatorState
+from lte_ray.runtime.head.actor import HeadsEnd
 from lte_ray.runtime.object_store import ObjectLost
 from lte_ray.runtime.placement import Reservation
 from lte_ray.runtime.ray_errors import PROCESS_DIED, ray_get
@@ -57,6 +60,12 @@ CONFIRM = 1.0
 
 LAST_CHECKPOINT = 60.0
 """Seconds until the last checkpoint must have begun, at the end of a run."""
+
+MOVE_BEFORE = 10.0
+"""Seconds before its node is taken away at which the coordinator moves, even if heads are still about to leave."""
+
+REPLY = 5.0
+"""Seconds to wait for what a coordinator that moves has sent to heads."""
 
 LAST_CONFIRM = 30.0
 """Seconds that a head's process has at least to confirm that it will write its state into the last checkpoint."""
@@ -107,7 +116,11 @@ class TrainController:
         heads = self.heads = HeadActorGroup(coordinator, launcher, hang_detector)
         self.progress = ProgressMonitor(state, heads, context.settings)
         self._evaluations = Evaluations(state, context, heads, launcher, failure_policy, hang_detector)
-        self._failure_handler = FailureHandler(state, heads, coordinator, failure_policy, reservation, len(initial.plans))
+        self._failure_handler = FailureHandler(
+            state, heads, coordinator, failure_policy, reservation, len(initial.plans), context.settings.lte.num_heads
+        )
+        merges_wait = context.settings.merge.when != "arrival"
+        self._draining = NodeDraining(state, heads, merges_wait)
         self._recovery = CoordinatorRecovery(state, heads, coordinator, failure_policy, context, initial, start)
 
     def run(self) -> None:
@@ -187,7 +200,7 @@ class TrainController:
             LTEError: the run can't continue.
         """
         try:
-            statuses = ray_get(slot.run, slot.name, self.state.statuses.get(slot.numbers[0]))
+            end: HeadsEnd = ray_get(slot.run, slot.name, self.state.statuses.get(slot.numbers[0]))
         except CoordinatorLost as error:
             self._recover(str(error))
             if slot.state is not SlotState.DROPPED:
@@ -195,8 +208,11 @@ class TrainController:
         except (WorkerFailed, HeadLost) as error:
             self._failure_handler.handle_loss(slot, error)
         else:
-            self.state.record_heads(statuses, self.coordinator.epoch)
-            self._failure_handler.handle_finish(slot)
+            self.state.record_heads(end.statuses, self.coordinator.epoch)
+            if end.moves:
+                self._failure_handler.handle_move(slot, end.states)
+            else:
+                self._failure_handler.handle_finish(slot)
 
     def _check_processes(self) -> None:
         """Checks all processes once, the coordinator first, since heads depend on it."""
@@ -211,6 +227,41 @@ class TrainController:
             except CoordinatorLost as error:
                 self._recover(str(error))
         self._failure_handler.check()
+        self._leave_nodes()
+
+    def _leave_nodes(self) -> None:
+        """Has heads, coordinator and evaluator leave nodes that drain, the coordinator once no head is about to leave."""
+        draining = self._draining.check()
+        if not draining:
+            return
+        self._evaluations.leave(draining.keys())
+        here = draining.keys() & self.coordinator.nodes()
+        if not here:
+            return
+        left = min((seconds for node in here if (seconds := draining[node]) is not None), default=LAST_CHECKPOINT)
+        if left < MOVE_BEFORE or not any(slot.leaves_since is not None for slot in self.heads.training):
+            self._move_coordinator(min(here), max(1.0, left / 2))
+
+    def _move_coordinator(self, node: str, seconds: float) -> None:
+        """Replaces the coordinator, whose node drains, by one that continues from a checkpoint of this very version.
+
+        Args:
+            node: its node, or that of one of its shards.
+            seconds: that the checkpoint may take. Without it the next coordinator continues from what the heads know, as after
+                a loss.
+        """
+        end = time.monotonic() + seconds
+        with contextlib.suppress(ray.exceptions.RayError):
+            self._write_last(end, early=True)
+            ray.get(self.coordinator.actor.wait_for_checkpoints.remote(seconds), timeout=max(0.1, end - time.monotonic()))
+            self._record(ray.get(self.coordinator.actor.status.remote(self.state.newest_version), timeout=REPLY))
+            self._wait_until_received(min(end, time.monotonic() + REPLY))
+        self._recover(f"The coordinator leaves node {node[:12]}, which will be taken away", moves=True)
+
+    def _wait_until_received(self, end: float) -> None:
+        """Waits until a head has the newest version: otherwise all heads would have to start again from its checkpoint."""
+        while time.monotonic() < end and all(s.version < self.state.newest_version for s in self.state.statuses.values()):
+            self.state.record_heads(self.heads.poll(), self.coordinator.epoch)
 
     def _poll_coordinator(self) -> None:
         """Records what the coordinator says, and checks its shards.
@@ -230,13 +281,13 @@ class TrainController:
         if status.needs_evaluator:
             self.coordinator.actor.use_evaluator.remote(self._evaluations.actor)
 
-    def _recover(self, why: str) -> None:
-        """Replaces a coordinator that was lost.
+    def _recover(self, why: str, moves: bool = False) -> None:
+        """Replaces a coordinator that was lost, or that moves to another node.
 
         Raises:
             LTEError: the run can't continue.
         """
-        reports, silent = self._recovery.stop_and_collect(why)
+        reports, silent = self._recovery.stop_and_collect(why, moves)
         for slot, error in silent:
             self._failure_handler.handle_loss(slot, error)
         self._recovery.restart(reports, why)

@@ -16,6 +16,7 @@ from lte_ray.runtime.controller.actor_launcher import ActorLauncher
 from lte_ray.runtime.coordinator.actor import CoordinatorActor, CoordinatorStatus
 from lte_ray.runtime.coordinator.shard_actor import ShardActor
 from lte_ray.runtime.coordinator_state import CoordinatorState
+from lte_ray.runtime.draining import node_of_actor
 from lte_ray.runtime.ray_errors import PROCESS_DIED, to_lte_error
 
 ANSWER_WAIT = 0.2
@@ -76,6 +77,11 @@ class CoordinatorGroup:
             if actor is not None:
                 self._launcher.end(actor)
         self._forget_answers()
+
+    def nodes(self) -> set[str]:
+        """Returns the nodes that the coordinator and its shards are on, as far as they are known."""
+        nodes = {node_of_actor(actor) for actor in [self.actor, *self._shards]}
+        return {node for node in nodes if node is not None}
 
     def lose_heads(self, next_incarnations: Mapping[int, int], drop: bool) -> Any:
         """Tells the coordinator that processes of heads are gone, for good if `drop`. Returns a reference to its answer."""

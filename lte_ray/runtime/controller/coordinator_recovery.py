@@ -15,7 +15,7 @@ import torch
 from lte_ray import checkpoint
 from lte_ray.engine.coordinator.ema import kept_share, mean_step
 from lte_ray.engine.coordinator.recovery import Recovered, heads_in_checkpoint, recover
-from lte_ray.engine.failure_policy import FailurePolicy
+from lte_ray.engine.failure_policy import FailureDecision, FailurePolicy
 from lte_ray.engine.prepare import Initial
 from lte_ray.errors import CoordinatorLost, HeadLost, RunError, StorageError
 from lte_ray.messages import RecoveryReport
@@ -38,6 +38,11 @@ FIRST_ANSWER = 0.5
 
 NO_CHECKPOINT = -1
 """In place of a version to which the run went back: there was no checkpoint to go back to."""
+
+
+def _was_restarted(slot: HeadActorSlot) -> bool:
+    """Whether the slot's process is another one that starts only now, so that no merge must wait for its heads yet."""
+    return slot.state is SlotState.TRAINING and slot.incarnation > 0 and not slot.has_answered
 
 
 class CoordinatorRecovery:
@@ -68,11 +73,18 @@ class CoordinatorRecovery:
         self._last_version = -1  # from which the last coordinator began
         self._without_progress = 0  # coordinators in a row that began from that version
         self._rolled_back_to: set[int] = set()
+        self._moves = False  # whether the coordinator that was ended last only moves
 
     # -- a coordinator that is lost ------------------------------------------------------------------------------------
 
-    def stop_and_collect(self, why: str) -> tuple[list[RecoveryReport], list[tuple[HeadActorSlot, HeadLost]]]:
+    def stop_and_collect(
+        self, why: str, moves: bool = False
+    ) -> tuple[list[RecoveryReport], list[tuple[HeadActorSlot, HeadLost]]]:
         """Ends what is left of the coordinator, and asks the heads' processes what they know.
+
+        Args:
+            why: it is ended, or was lost.
+            moves: whether it only moves to another node, which is no failure.
 
         Returns:
             The reports, and the slots that should have reported but stayed silent, with an error each. Their processes must be
@@ -81,15 +93,15 @@ class CoordinatorRecovery:
         Raises:
             CoordinatorLost: it was lost too often.
         """
-        decision = self._policy.decide_other()
+        decision = FailureDecision("restart") if moves else self._policy.decide_other()
         first_line = why.splitlines()[0][:300]
-        self._state.log.record_event(
-            "coordinator_lost", why=first_line, version=self._state.newest_version, remedy=decision.action
-        )
+        event = "coordinator_moves" if moves else "coordinator_lost"
+        self._state.log.record_event(event, why=first_line, version=self._state.newest_version, remedy=decision.action)
         self._coordinator.stop()
         if decision.action == "stop":
             raise CoordinatorLost(decision.explain(why))
         log.warning("%s. Another one is started.", first_line.rstrip(".:"))
+        self._moves = moves
         slots = {slot.actor.report.remote(self._coordinator.epoch + 1): slot for slot in self._heads.slots if slot.has_process}
         expected = [ref for ref, slot in slots.items() if slot.has_answered]
         if expected:
@@ -119,7 +131,8 @@ class CoordinatorRecovery:
         coordinator, heads = self._coordinator, self._heads
         epoch = coordinator.epoch + 1
         state, astray = self._state_after(reports, epoch)
-        self._check_progress(state.version, why)
+        if not self._moves:
+            self._check_progress(state.version, why)
         self._begin(state)
         reporting = {number for report in reports for number in report.heads} - astray
         unmerged = [slot for slot in heads.slots if self._ended_unmerged(slot, state, reporting)]
@@ -131,7 +144,7 @@ class CoordinatorRecovery:
             slot.status_request, now = None, time.monotonic()  # a request from before the recovery says nothing
             if slot.has_answered:
                 slot.health.answered = slot.health.moved = now  # it has just reported
-        heads.lose([slot for slot in heads.slots if slot.state is SlotState.RESTARTING])
+        heads.lose([slot for slot in heads.slots if slot.state is SlotState.RESTARTING or _was_restarted(slot)])
         for slot in heads.slots:
             for number in slot.numbers if slot.ended else ():
                 coordinator.actor.leave.remote(number)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, wait
 from typing import Any
 
@@ -21,6 +21,7 @@ from lte_ray.runtime.controller.actor_launcher import ActorLauncher
 from lte_ray.runtime.controller.head_actors import HasSlots
 from lte_ray.runtime.controller.run_state import PendingEvaluation, RunPhase, RunState
 from lte_ray.runtime.coordinator_state import CoordinatorState
+from lte_ray.runtime.draining import node_of_actor
 from lte_ray.runtime.ray_errors import ray_get
 
 log = logging.getLogger("lte_ray")
@@ -96,6 +97,12 @@ class Evaluations:
         if state.queue:
             pending = state.evaluating = state.queue.popleft()
             self._result = self.actor.evaluate.remote(pending.base, pending.ema, pending.adapters)
+
+    def leave(self, nodes: Collection[str]) -> None:
+        """Ends the evaluator if it is on one of these nodes and idle; the next evaluation is made elsewhere."""
+        if self._actor is not None and self._state.evaluating is None and node_of_actor(self._actor) in nodes:
+            self._launcher.end(self._actor)
+            self._actor = self._ping = None
 
     def add_first(self, start: CoordinatorState) -> None:
         """Queues the initial weights, with which all others are compared, unless the run evaluates at its end only."""

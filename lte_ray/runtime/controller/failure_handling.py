@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import ray
 
+from lte_ray.checkpoint import FileEntry
 from lte_ray.engine.failure_policy import FailureDecision, FailurePolicy
-from lte_ray.errors import ContributionRefused, HeadLost, LTEError, WorkerFailed
+from lte_ray.errors import ContributionRefused, HeadLost, LTEError, RunError, WorkerFailed
 from lte_ray.run.error_log import reason, summarize
 from lte_ray.runtime.controller.coordinator_group import CoordinatorGroup
 from lte_ray.runtime.controller.head_actors import HeadActorGroup, HeadActorSlot, SlotState
@@ -20,6 +21,9 @@ from lte_ray.runtime.ray_errors import ray_get
 
 LOSE_TIMEOUT = 10.0
 """Seconds to wait until the coordinator knows that a head's process is gone."""
+
+RELOCATE_EVERY = 5.0
+"""Seconds that a process waits for its place before another place is tried, and between two tries."""
 
 GROW_EVERY = 15.0
 """Seconds between two tries to add a head."""
@@ -37,6 +41,7 @@ class FailureHandler:
         policy: decides what to do about a death.
         reservation: places in the cluster.
         max_head_number: numbers of heads are below this.
+        num_heads: heads that the run starts with; others are those by which it has grown.
 
     Attributes:
         ended_without: names of the processes that found no place until all others were done.
@@ -50,10 +55,12 @@ class FailureHandler:
         policy: FailurePolicy,
         reservation: Reservation,
         max_head_number: int,
+        num_heads: int,
     ) -> None:
         self._state, self._heads, self._coordinator, self._policy = state, heads, coordinator, policy
-        self._reservation, self._max_head_number = reservation, max_head_number
+        self._reservation, self._max_head_number, self._num_heads = reservation, max_head_number, num_heads
         self._tried_to_grow_at = time.monotonic()
+        self._relocated_at = 0.0
         self._dropped_without_place: list[tuple[int, ...]] = []  # heads by process; they come back once there is room
         self.ended_without: list[str] = []
         self._given_up: set[int] = set()  # heads that died too often; they don't come back
@@ -82,11 +89,24 @@ class FailureHandler:
         for slot, seconds in self._heads.without_place(self._reservation.patience):
             self._handle_no_place(slot, seconds)
         now = time.monotonic()
+        self._relocate(now)
         for slot in self._heads.slots:
             if slot.state is SlotState.RESTARTING and slot.restart_at <= now:
+                slot.strategy = self._reservation.relocate(slot.strategy)
                 self._heads.start(slot)
                 self._state.log.record_event("head_restarts", heads=list(slot.numbers), incarnation=slot.incarnation)
         self._grow(now)
+
+    def _relocate(self, now: float) -> None:
+        """Starts processes elsewhere that wait where their node drains or is gone, if there is another place now."""
+        if now - self._relocated_at < RELOCATE_EVERY:
+            return
+        for slot, _ in self._heads.without_place(RELOCATE_EVERY):
+            self._relocated_at = now
+            strategy = self._reservation.relocate(slot.strategy)
+            if strategy is not slot.strategy:
+                slot.strategy = strategy
+                self.handle_move(slot, {})
 
     def check_exited(self) -> None:
         """Deals with processes that had finished their heads' work and are gone: the last checkpoint does without them."""
@@ -147,6 +167,28 @@ class FailureHandler:
                 "or --lora-alpha."
             )
 
+    def handle_move(self, slot: HeadActorSlot, states: Mapping[int, FileEntry]) -> None:
+        """The slot's heads have left a node that drains, or its process has waited for a place: they go on elsewhere.
+
+        This is no failure. If the cluster has no other place, they wait for one as heads that were lost do.
+
+        Args:
+            states: files of the states that they have left for their next process.
+        """
+        state, heads = self._state, self._heads
+        step = max((state.statuses[n].step for n in slot.numbers if n in state.statuses), default=0)
+        seconds = 0.0 if slot.leaves_since is None else time.monotonic() - slot.leaves_since
+        state.log.record_event(
+            "head_moves", heads=list(slot.numbers), incarnation=slot.incarnation, step=step, seconds=round(seconds, 2)
+        )
+        moved = slot.moved if slot.leaves_since is None else {**(slot.moved or {}), **states}
+        heads.end_process(slot)
+        state.set_head_state(slot.numbers, "moving")
+        with contextlib.suppress(ray.exceptions.RayError):  # as in `handle_loss`
+            ray.get(heads.lose([slot]), timeout=LOSE_TIMEOUT)
+        slot.moved = moved
+        heads.restart(slot)
+
     def handle_loss(self, slot: HeadActorSlot, error: LTEError, event: str = "head_lost") -> None:
         """A process of heads died, or is ended since it hangs: restarts it, or drops its heads.
 
@@ -163,7 +205,7 @@ class FailureHandler:
             step=failed_at or step,
             others=sum(len(other.numbers) for other in heads.slots if other is not slot),
             raised=raised,
-            preempted=bool(getattr(error.__cause__, "preempted", False)),
+            preempted=bool(getattr(error.__cause__, "preempted", False)) or (slot.leaves_since is not None and not raised),
             # Steps may be faster than polls: a head that fails in its second step has taken one.
             ever_trained=failed_at > 1 or any(status.step for status in state.statuses.values()),
         )
@@ -205,16 +247,26 @@ class FailureHandler:
         log.warning("%s. %s.%s", summarize(error).rstrip(".:"), then, details)
 
     def _handle_no_place(self, slot: HeadActorSlot, seconds: float) -> None:
-        """The cluster has no place for a process: the others may train without it until there is room again."""
+        """The cluster has no place for a process: the others may train without it until there is room again.
+
+        Raises:
+            RunError: no head of the run has had a place for as long as a run waits that does nothing else.
+        """
         others = sum(len(other.numbers) for other in self._heads.training if other.has_answered)
         decision = self._policy.decide_no_place(others, seconds)
-        if decision.action == "drop":
+        added = min(slot.numbers) >= self._num_heads  # a run that has grown shrinks again
+        if decision.action == "drop" or (added and others):
             self._drop(slot)
             self._dropped_without_place.append(slot.numbers)
             self._state.log.record_event("head_dropped", heads=list(slot.numbers), why=decision.why)
             log.warning("The run continues without %s, until there is room again: %s.", slot.name, decision.why)
             return
         alone, limit = self._is_left(slot), self._reservation.last_patience
+        if alone and seconds > limit and not any(other.ended for other in self._heads.slots):
+            raise RunError(
+                f"No head has had a place in the cluster for {limit:.0f} s (--resource-timeout), so the run ends. Continue it "
+                "with --resume when there is room."
+            )
         if alone and seconds > limit:
             self.ended_without.append(slot.name)
             self._given_up |= set(slot.numbers)
@@ -225,16 +277,18 @@ class FailureHandler:
         elif (slot.numbers, slot.incarnation, alone) not in self._reported_waiting:
             self._reported_waiting.add((slot.numbers, slot.incarnation, alone))
             self._state.log.record_event("waits_for_place", heads=list(slot.numbers), why=decision.why)
-            ends = f"All others are done: the run ends without {slot.name} after {limit:.0f} s (--resource-timeout)"
+            if any(other.ended for other in self._heads.slots):
+                ends = f"All others are done: the run ends without {slot.name} after {limit:.0f} s (--resource-timeout)"
+            else:
+                ends = f"No head has a place: the run ends after {limit:.0f} s (--resource-timeout)"
             then = ends if alone else "The others continue"
             log.warning("%s %s: %s. %s.", slot.name.capitalize(), slot.waits, decision.why, then)
             self._state.set_head_state(slot.numbers, "without a place")
 
     def _is_left(self, slot: HeadActorSlot) -> bool:
         """Whether nothing but this process, or others that have no place either, keeps the run from its end."""
-        others = [other for other in self._heads.slots if other is not slot]
         unplaced = [other for other, _ in self._heads.without_place(self._reservation.patience)]
-        return any(other.ended for other in others) and all(other.ended or other in unplaced for other in others)
+        return all(other.ended or other in unplaced for other in self._heads.slots if other is not slot)
 
     def _drop(self, slot: HeadActorSlot, for_good: bool = True) -> None:
         """Ends the slot's process, if there is one. `for_good`: others get its heads' data and take their steps."""

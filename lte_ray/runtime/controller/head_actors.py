@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import ray
 
+from lte_ray.checkpoint import FileEntry
 from lte_ray.engine.hang_detector import HangDetector, ProcessHealth
 from lte_ray.messages import CheckpointRequest, HeadStatus
 from lte_ray.runtime.controller.actor_launcher import ActorLauncher
@@ -73,6 +74,8 @@ class HeadActorSlot:
         restart_at: when the next process starts, while RESTARTING.
         status_request: the status call without an answer, and since when; None if there is none.
         health: of the process.
+        leaves_since: when the process was asked to leave its node; None if it wasn't.
+        moved: states that the processes before have left when they moved, for the next one; None if the last one didn't move.
     """
 
     numbers: tuple[int, ...]
@@ -85,6 +88,8 @@ class HeadActorSlot:
     restart_at: float = 0.0
     status_request: tuple[Any, float] | None = None
     health: ProcessHealth = field(default_factory=ProcessHealth)
+    leaves_since: float | None = None
+    moved: dict[int, FileEntry] | None = None
 
     def enter(self, state: SlotState) -> None:
         """Changes the state, in an order that `SLOT_STATES` allows."""
@@ -168,16 +173,29 @@ class HeadActorGroup:
     def start(self, slot: HeadActorSlot) -> None:
         """Starts the slot's process, unless it is launched already, and has it train."""
         if slot.state is not SlotState.LAUNCHED:
-            slot.actor = self._launcher.launch_heads(slot.numbers, slot.strategy, slot.incarnation)
+            slot.actor = self._launcher.launch_heads(slot.numbers, slot.strategy, slot.incarnation, slot.moved)
         slot.enter(SlotState.TRAINING)
         slot.run = slot.actor.run.remote(self._coordinator.actor, self._coordinator.epoch)
         slot.started_at = time.monotonic()
-        slot.status_request, slot.health = None, ProcessHealth()
+        slot.status_request, slot.health, slot.leaves_since = None, ProcessHealth(), None
+
+    def leave(self, slot: HeadActorSlot) -> None:
+        """Asks the slot's process to leave its node: its `run` call returns once all that its heads have trained is merged."""
+        slot.leaves_since = time.monotonic()
+        slot.actor.leave.remote()
+
+    def end_rounds(self) -> None:
+        """Asks the heads that stay to end the rounds that they are in, so that those that leave need not wait for them."""
+        for slot in self.training:
+            if slot.leaves_since is None and slot.has_answered:
+                slot.actor.end_round.remote()
 
     def end_process(self, slot: HeadActorSlot) -> None:
         """Ends what is left of the slot's process, if it has one; the next one is another incarnation."""
         if slot.actor is not None:
             self._launcher.end(slot.actor)
+        if slot.has_answered:  # it may have trained since; what it leaves now, if it moves, is set afterwards
+            slot.moved = None
         slot.actor = slot.run = slot.status_request = None
         slot.incarnation += 1
         if slot.state is SlotState.FINISHED:

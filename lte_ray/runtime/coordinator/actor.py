@@ -119,12 +119,13 @@ class CoordinatorActor:
 
     # -- heads -----------------------------------------------------------------------------------------------------
 
-    async def join(self, plans: Mapping[int, Plan], incarnation: int) -> CoordinatorReply:
+    async def join(self, plans: Mapping[int, Plan], incarnation: int, moved: bool = False) -> CoordinatorReply:
         """Heads ask where to start.
 
         Args:
             plans: of the models that they built, by head.
             incarnation: how often these heads were started before.
+            moved: whether they continue on one node what they did on another, so that they keep their factors.
 
         Raises:
             WorkerFailed: one isn't the model that the driver built.
@@ -144,7 +145,7 @@ class CoordinatorActor:
                 raise HeadLost(f"The process of head {min(heads)} was given up while it joined")
 
         await wait_until(lambda: not heads & set(engine.pending_heads))  # of a predecessor's: it is still merged
-        fresh = incarnation > 0 and self._context.rejoin == "fresh"
+        fresh = incarnation > 0 and self._context.rejoin == "fresh" and not moved
         fresh_heads = {head for head in heads if engine.join(head, incarnation, fresh)}
         for head in fresh_heads:
             self._aggregator.forget_head(head)
@@ -157,7 +158,7 @@ class CoordinatorActor:
         self._broadcaster.reachable_heads |= heads
         reply = replace(await self._broadcaster.reply(tuple(heads), -1), join_replies=replies)
         if exact and reply.version != self._state.version:  # others have just continued
-            return await self.join(plans, incarnation)
+            return await self.join(plans, incarnation, moved)
         self._exact_heads -= heads
         await wait_until(lambda: not self._exact_heads & engine.live)
         return reply

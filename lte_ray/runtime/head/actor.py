@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import ray
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 
 from lte_ray import fault_injection, storage
+from lte_ray.checkpoint import FileEntry
 from lte_ray.config.profile_window import parse_window
 from lte_ray.engine.gpu_memory import explaining_limit, limit_gpu_memory
+from lte_ray.engine.head.early_end import EarlyEnd
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.head.virtual import HeadGroup, Unstackable
 from lte_ray.engine.process_tuning import keep_freed_memory, release_freed_memory
@@ -55,6 +58,21 @@ class HeadHost:
     gpu_memory: float = 1.0
 
 
+@dataclass(frozen=True)
+class HeadsEnd:
+    """How the heads of a process have ended.
+
+    Attributes:
+        statuses: their last ones.
+        moves: whether they have steps left, and have left only to go on on another node.
+        states: of those that move, the files of their states.
+    """
+
+    statuses: tuple[HeadStatus, ...]
+    moves: bool = False
+    states: Mapping[int, FileEntry] = field(default_factory=dict)
+
+
 class HeadActor:
     """Hosts one head or several. `run` trains to the end; all other methods answer meanwhile, in other threads.
 
@@ -64,21 +82,29 @@ class HeadActor:
         numbers: of the heads of this actor.
         host: how it computes.
         incarnation: how often these heads were started before.
+        moved: what `HeadsEnd.states` of their last process says, if they have moved here from another node; else None.
     """
 
     def __init__(
-        self, context: RunContext, plans: tuple[Plan, ...], numbers: tuple[int, ...], host: HeadHost, incarnation: int = 0
+        self,
+        context: RunContext,
+        plans: tuple[Plan, ...],
+        numbers: tuple[int, ...],
+        host: HeadHost,
+        incarnation: int = 0,
+        moved: Mapping[int, FileEntry] | None = None,
     ) -> None:
         fault_injection.arm(context.fault_script)
         inject("begins", head=numbers[0], incarnation=incarnation)
         self._context, self._plans, self._numbers, self._host = context, plans, numbers, host
-        self._incarnation = incarnation
+        self._incarnation, self._has_moved = incarnation, moved is not None
         self._device = "cuda:0" if host.gpu else "cpu"  # Ray shows each actor its own GPUs only, counted from 0
         self._group: HeadGroup | None = None
         self._client: CoordinatorClient | None = None
         self._stub: ReconnectingStub | None = None
         self._newest_coordinator: tuple[Any, int] | None = None  # its handle, and its epoch
-        self._checkpointer = HeadCheckpointer(context.directory)
+        self._checkpointer = HeadCheckpointer(context.directory, moved or {})
+        self._early_end = EarlyEnd()
         window = parse_window(context.settings.train.profile) if numbers[0] == 0 else None
         self._tracer = Tracer(context.directory, "head-0", window)
         self._left: set[int] = set()
@@ -88,8 +114,8 @@ class HeadActor:
         self._dropped: dict[int, tuple[tuple[int, int], ...]] = dict.fromkeys(numbers, ())
         self._missing_state = ""  # what the heads had to start without, in words
 
-    def run(self, coordinator: Any, epoch: int = 0) -> tuple[HeadStatus, ...]:
-        """Trains all local steps of the heads, contributing and rebasing on the way.
+    def run(self, coordinator: Any, epoch: int = 0) -> HeadsEnd:
+        """Trains all local steps of the heads, contributing and rebasing on the way; ends before if the heads must leave.
 
         Args:
             coordinator: its handle; `connect` passes another one.
@@ -117,7 +143,8 @@ class HeadActor:
             self._leave_if_ended(group, client)
         self._tracer.end()
         self._checkpointer.end_training(group, client)
-        return self._statuses(group, client)
+        moves = self._early_end.leaving and any(not self._has_ended(head, for_good=True) for head in group.heads)
+        return HeadsEnd(self._statuses(group, client), moves, self._checkpointer.moved_states())
 
     # -- starting --------------------------------------------------------------------------------------------------------
 
@@ -125,10 +152,10 @@ class HeadActor:
         first = self._numbers[0]
         group = self._build_group()
         for head in group.heads:
-            head.interrupted = lambda: self._checkpointer.snapshot_requested
+            head.interrupted = partial(self._is_interrupted, head)
         group.heads[0].interrupted = self._before_step
         inject("built", head=first)
-        received = client.join({head.number: head.plan for head in group.heads}, self._incarnation)
+        received = client.join({head.number: head.plan for head in group.heads}, self._incarnation, self._has_moved)
         assert received.base is not None
         base, reply = self._copy_if_kept(group, received.base), received.reply
         for head in group.heads:
@@ -174,7 +201,11 @@ class HeadActor:
         """Called before every step of the first head; returns whether to leave the rest of the round for later."""
         if self._group is not None:
             self._tracer.before_step(self._group.heads[0].step)
+            return self._is_interrupted(self._group.heads[0])
         return self._checkpointer.snapshot_requested
+
+    def _is_interrupted(self, head: Head) -> bool:
+        return self._checkpointer.snapshot_requested or self._early_end.interrupts(head)
 
     # -- the loop --------------------------------------------------------------------------------------------------------
 
@@ -184,31 +215,40 @@ class HeadActor:
         Heads that wait for merges take a round of steps at once. Others take one step, so that they adopt between two steps;
         but several heads that share main weights take a round, since each round begins by putting weights in place.
         """
-        merge = self._context.settings.merge
+        merge, leaving = self._context.settings.merge, self._early_end.leaving
         self._adopt_replies(group, client, client.received_replies())
         self._checkpointer.take_requested_snapshots(group, client)
         alone, steps = len(group.heads) == 1, dict[int, int]()
         for head in group.heads:
-            if self._has_ended(head) or (merge.wait and (head.outstanding or client.awaits_reply(head))):
+            if leaving or self._has_ended(head) or (merge.wait and (head.outstanding or client.awaits_reply(head))):
                 continue
             in_round = self._round_steps[head.number]
             steps[head.number] = max(0, in_round - head.steps_since_contribution) if merge.wait else 1 if alone else in_round
         group.train(steps)
-        if not merge.wait:
+        if not (merge.wait or leaving):
             client.request_newer_base(group.heads[0], group.heads[0].version + self._context.settings.max_lag)
         for head in group.heads:
             if steps.get(head.number):
                 inject("stepped", head=head.number, step=head.step)
             self._contribute_if_due(head, client)
+            if self._early_end.has_contributed(head):
+                self._checkpointer.save_to_move(head, client)
         active = [head for head in group.heads if not self._has_ended(head) or client.awaits_reply(head)]
-        if active and all(head.outstanding if merge.wait else head.steps_left == 0 for head in active):
+        if active and all(self._waits(head, client) for head in active):
             self._wait_for_reply(group, client, active)
+
+    def _waits(self, head: Head, client: CoordinatorClient) -> bool:
+        """Whether the head can do nothing until a reply comes."""
+        if self._early_end.leaving:
+            return head.outstanding or client.awaits_reply(head)
+        return head.outstanding if self._context.settings.merge.wait else head.steps_left == 0
 
     def _contribute_if_due(self, head: Head, client: CoordinatorClient) -> None:
         at_end = head.steps_left == 0 and not head.finished
-        due = head.steps_since_contribution >= self._round_steps[head.number] or at_end
+        due = head.steps_since_contribution >= self._round_steps[head.number] or at_end or self._early_end.is_due(head)
         if due and not self._has_ended(head) and not head.outstanding and not client.awaits_reply(head):
             contribution = head.contribute()
+            self._early_end.record_contribution(head)
             inject("contributes", head=head.number, step=head.step)
             with head.timer.measure("publish"):
                 client.send(head, contribution)
@@ -224,8 +264,9 @@ class HeadActor:
         while any(client.awaits_reply(head) and not head.outstanding for head in heads) and self._context.settings.merge.wait:
             self._adopt_replies(group, client, client.received_replies(timeout=POLL_SECONDS))
 
-    def _has_ended(self, head: Head) -> bool:
-        return head.finished or head.number in self._quarantined
+    def _has_ended(self, head: Head, for_good: bool = False) -> bool:
+        """Whether the head trains no more, at least in this process."""
+        return head.finished or head.number in self._quarantined or (not for_good and self._early_end.has_left(head))
 
     def _leave_if_ended(self, group: HeadGroup, client: CoordinatorClient) -> None:
         """Tells the coordinator of heads that have ended, so that it doesn't wait for them."""
@@ -319,6 +360,17 @@ class HeadActor:
         if self._group is None or self._client is None:
             return tuple(HeadStatus(head=number, device=self._device) for number in self._numbers)
         return self._statuses(self._group, self._client)
+
+    @ray.method(concurrency_group="ctl")
+    def end_round(self) -> None:
+        """Has the heads end the round that they are in: others must not wait for them now."""
+        if self._group is not None:
+            self._early_end.request_round_end(self._numbers)
+
+    @ray.method(concurrency_group="ctl")
+    def leave(self) -> None:
+        """Has the heads contribute what they have trained, save their states and end, so that they can move to another node."""
+        self._early_end.request_leave()
 
     @ray.method(concurrency_group="ctl")
     def save(self, request: CheckpointRequest) -> bool:

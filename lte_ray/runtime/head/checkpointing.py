@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -14,10 +17,12 @@ from lte_ray.engine.head.snapshot import SavedState, StateMissed, rejoin, restor
 from lte_ray.engine.head.virtual import HeadGroup
 from lte_ray.errors import StorageError, WorkerFailed
 from lte_ray.fault_injection import inject
-from lte_ray.messages import CheckpointRequest, CoordinatorReply
+from lte_ray.messages import CheckpointRequest, CommittedPosition, CoordinatorReply
 from lte_ray.runtime.context import RunContext
 from lte_ray.runtime.head.client import CoordinatorClient
 from lte_ray.storage import RunDirectory
+
+log = logging.getLogger("lte_ray")
 
 
 class HeadCheckpointer:
@@ -28,10 +33,13 @@ class HeadCheckpointer:
 
     Args:
         directory: the run's.
+        moved: files with the states of heads that were on another node until now.
     """
 
-    def __init__(self, directory: RunDirectory) -> None:
-        self._directory = directory
+    def __init__(self, directory: RunDirectory, moved: Mapping[int, checkpoint.FileEntry]) -> None:
+        self._directory, self._moved = directory, moved
+        self._starts: dict[int, CommittedPosition] = {}
+        self._moving: dict[int, Future[checkpoint.FileEntry | None]] = {}
         self._requests: list[CheckpointRequest] = []
         self._lock = threading.Lock()
         self._training_ended = False
@@ -92,6 +100,40 @@ class HeadCheckpointer:
             inject("saved", head=number, version=version)
         client.call_coordinator("add_checkpoint_part", version, number, entry, problem)
 
+    # -- moving to another node ------------------------------------------------------------------------------------------
+
+    def save_to_move(self, head: Head, client: CoordinatorClient) -> None:
+        """Saves the state of a head that has contributed all that it has trained and leaves, once, for its next process."""
+        if head.number in self._moving:
+            return
+        state, start = head.state, self._starts[head.number]
+        sequence = state.merged.sequence if state.pending is None else state.sequence
+        with head.timer.measure("checkpoint"):
+            try:
+                tensors, meta = snapshot(head, CheckpointRequest(head.version, {head.number: sequence}))
+            except Exception:  # the user's optimizer or schedule: the next process does without
+                log.warning("The state of head %d, which moves, can't be saved.", head.number, exc_info=True)
+                return
+        if sequence == start.sequence:  # an earlier process has made that contribution
+            meta["incarnation"] = start.incarnation
+        self._moving[head.number] = client.run_in_background(partial(self._write_moved, head.number, tensors, meta))
+
+    def _write_moved(self, number: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> checkpoint.FileEntry | None:
+        try:
+            entry = checkpoint.write_moved_head(self._directory, number, tensors, meta)
+        except StorageError as error:
+            log.warning("The state of head %d, which moves, can't be saved: %s", number, error)
+            return None
+        inject("moved", head=number)
+        return entry
+
+    def moved_states(self) -> dict[int, checkpoint.FileEntry]:
+        """Waits until the states of heads that move are written; returns their files."""
+        entries = {number: writing.result() for number, writing in self._moving.items()}
+        return {number: entry for number, entry in entries.items() if entry is not None}
+
+    # -- starting --------------------------------------------------------------------------------------------------------
+
     def start_head(self, head: Head, reply: CoordinatorReply, base: Tensor, context: RunContext) -> str:
         """Starts a head where the coordinator says.
 
@@ -103,8 +145,9 @@ class HeadCheckpointer:
         """
         join_reply, directory = reply.join_replies[head.number], self._directory
         reference = None if join_reply.reference is None else context.transport.fetch(join_reply.reference).clone()
-        saved, missing = None, ""
-        if join_reply.checkpoint is not None:
+        saved, missing = self._read_moved(head.number), ""
+        self._starts[head.number] = join_reply.position
+        if saved is None and join_reply.checkpoint is not None:
             try:
                 manifest = checkpoint.read_manifest(directory, join_reply.checkpoint)
                 saved = checkpoint.read_head(directory, manifest, head.number)
@@ -116,3 +159,12 @@ class HeadCheckpointer:
                     raise WorkerFailed(f"head {head.number}", None, str(error)) from error
                 missing = f"its saved optimizer state can't be read ({error})"
         return rejoin(head, join_reply.position, reference, reply.version, base, saved) or missing
+
+    def _read_moved(self, head: int) -> SavedState | None:
+        if head not in self._moved:
+            return None
+        try:
+            return checkpoint.read_moved_head(self._directory, self._moved[head])
+        except (StorageError, ValueError, KeyError) as error:
+            log.warning("Head %d continues without the state that it left on its former node: %s", head, error)
+            return None

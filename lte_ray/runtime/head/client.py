@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import torch
@@ -30,6 +30,8 @@ from lte_ray.runtime.object_store import ObjectLost, Transport
 from lte_ray.runtime.ray_errors import PROCESS_DIED
 from lte_ray.transfer.checksum import buffers_checksum
 from lte_ray.transfer.codec import Codec
+
+T = TypeVar("T")
 
 RETRY_SECONDS = 0.5
 """Seconds after which a call is repeated if the coordinator can't be reached for the moment."""
@@ -261,10 +263,16 @@ class CoordinatorClient:
         self._stream: torch.cuda.Stream | None = None
         self._weights_swapped: torch.cuda.Event | None = None
 
-    def join(self, plans: Mapping[int, Plan], incarnation: int) -> ReceivedReply:
-        """Joins the run; returns the base to start from. `plans` are those of the models that were built here."""
+    def join(self, plans: Mapping[int, Plan], incarnation: int, moved: bool = False) -> ReceivedReply:
+        """Joins the run; returns the base to start from.
+
+        Args:
+            plans: those of the models that were built here.
+            incarnation: how often these heads were started before.
+            moved: whether they continue on this node what they did on another.
+        """
         while True:
-            epoch, reply = self._stub.call("join", plans, incarnation)
+            epoch, reply = self._stub.call("join", plans, incarnation, moved)
             try:
                 return self._fetch(reply, epoch)
             except StaleCoordinator:
@@ -284,9 +292,9 @@ class CoordinatorClient:
         """Calls a method of the coordinator; waits for its reply and drops it."""
         self._stub.call(method, *args)
 
-    def run_in_background(self, work: Callable[[], None]) -> None:
+    def run_in_background(self, work: Callable[[], T]) -> Future[T]:
         """Runs `work` in another thread, one at a time."""
-        self._background.submit(work)
+        return self._background.submit(work)
 
     def build_report(self, progress: Mapping[int, HeadReport], epoch: int) -> RecoveryReport:
         """Builds the report for the coordinator of `epoch`; replies of earlier coordinators are void from now on."""

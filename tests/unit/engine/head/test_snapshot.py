@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lte_ray.engine.head.head import Head
-from lte_ray.engine.head.snapshot import SavedState, StateMissed, restore, snapshot
+from lte_ray.engine.head.snapshot import SavedState, StateMissed, rejoin, restore, snapshot
 from lte_ray.engine.prepare import prepare
 from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError
@@ -116,7 +116,7 @@ def assert_continue_alike(run: Run, one: Head, other: Head, version: int) -> Non
             head.train(2)
         mine, others = run.contribute(one), run.contribute(other)
         assert torch.equal(mine.buffer, others.buffer)
-        numbers = {"sequence": 0, "seconds": 0.0, "stall": 0.0, "base_error": 0.0}
+        numbers = {"incarnation": 0, "sequence": 0, "seconds": 0.0, "stall": 0.0, "base_error": 0.0}
         assert replace(mine, **numbers) == replace(others, **numbers)
         for head in (one, other):
             head.train(0 if run.settings.lte.reset == "B" else 1)
@@ -167,6 +167,35 @@ def test_a_snapshot_of_a_version_that_holds_the_pending_contribution(case: str, 
     other = restored(run, state, 3)
     assert (other.sequence, other.state.merged.step, other.step) == (2, sent.step, sent.step + extra)
     assert_continue_alike(run, head, other, 3)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("case", CASES)
+def test_a_head_that_moves_goes_on_exactly(case: str) -> None:
+    """It has contributed all that it has trained, and saves its state before the result comes; its next process takes over."""
+    run, head, _ = with_pending(case, extra=0)
+    state = snapshot(head, CheckpointRequest(1, {1: 2}))
+    settle(head, True, 3, run.base(3))
+    other = run.head(incarnation=1)
+    assert rejoin(other, head.state.merged, head.state.reference, 3, run.base(3), through_file(state)) == ""
+    assert (other.sequence, other.step) == (2, head.step)
+    assert_continue_alike(run, head, other, 3)
+
+
+def test_a_state_of_another_incarnation_is_not_taken_as_this_position() -> None:
+    """Its numbers may be the same, but after a rollback its head has trained something else: its generators don't go on."""
+    run, head, _ = with_pending("dropout, AdamW", extra=0)
+    state = through_file(snapshot(head, CheckpointRequest(1, {1: 2})))
+    settle(head, True, 3, run.base(3))
+    same, foreign = run.head(incarnation=1), run.head(incarnation=1)
+    rejoin(same, head.state.merged, head.state.reference, 3, run.base(3), state)
+    rejoin(foreign, replace(head.state.merged, incarnation=7), head.state.reference, 3, run.base(3), state)
+    draws = []
+    for each in (head, same, foreign):
+        with each.rng.swapped_in():
+            draws.append(torch.rand(3))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
 
 
 @pytest.mark.sweep

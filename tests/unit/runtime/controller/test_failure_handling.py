@@ -5,87 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 
 from lte_ray import FailureConfig
-from lte_ray.engine.failure_policy import FailurePolicy
-from lte_ray.engine.hang_detector import HangDetector
-from lte_ray.errors import HeadLost, WorkerFailed
+from lte_ray.errors import HeadLost, RunError, WorkerFailed
 from lte_ray.messages import HeadStatus
 from lte_ray.runtime.controller import failure_handling, head_actors
-from lte_ray.runtime.controller.failure_handling import FailureHandler
-from lte_ray.runtime.controller.head_actors import HeadActorGroup, HeadActorSlot, SlotState
-from lte_ray.runtime.controller.run_state import RunState
-from lte_ray.runtime.coordinator_state import CoordinatorState
-from lte_ray.storage import RunDirectory
-
-
-class Places:
-    """A cluster with room for `room` more actors."""
-
-    patience, last_patience = 30.0, 1800.0
-
-    def __init__(self, room: int) -> None:
-        self.room = room
-        self.released: list[Any] = []
-
-    def add_bundle(self) -> Any:
-        self.room -= 1
-        return "a place" if self.room >= 0 else None
-
-    def release_bundle(self, strategy: Any) -> None:
-        self.released.append(strategy)
-
-
-class Actor:
-    """A process that takes any call."""
-
-    def __getattr__(self, name: str) -> Any:
-        return SimpleNamespace(remote=lambda *args: (name, args))
-
-
-class Run:
-    """The driver's side of a run whose processes host these heads, all of them training."""
-
-    def __init__(self, path: Path, numbers: list[tuple[int, ...]], room: int, config: FailureConfig) -> None:
-        coordinator: Any = SimpleNamespace(
-            actor=Actor(), epoch=0, lose_heads=lambda *args, **more: None, heads_without_data=lambda after: frozenset()
-        )
-        launcher: Any = SimpleNamespace(launch_heads=lambda *_: Actor(), end=lambda actor: None)
-        self.heads = HeadActorGroup(coordinator, launcher, HangDetector())
-        self.events: list[dict[str, Any]] = []
-        self.state = RunState(RunDirectory.open(str(path), "run"), 8, CoordinatorState(0, None))
-        log: Any = SimpleNamespace(record_event=lambda event, **more: self.events.append({"event": event, **more}))
-        self.state.log = log
-        self.state.record_heads([HeadStatus(n, state="training") for process in numbers for n in process], epoch=0)
-        self.places: Any = Places(room)
-        self.handler = FailureHandler(self.state, self.heads, coordinator, FailurePolicy(config), self.places, 8)
-        self.heads.launch_all([(process, process) for process in numbers])
-        for slot in self.heads.slots:
-            self.heads.start(slot)
-            slot.health.answered = slot.health.begun = slot.health.moved = time.monotonic()
-
-    def rows(self, event: str) -> list[dict[str, Any]]:
-        return [row for row in self.events if row["event"] == event]
-
-    def lose_place(self, slot: HeadActorSlot, seconds: float = 31.0) -> None:
-        """The slot's process dies, and the next one waits for a place for `seconds`."""
-        self.heads.end_process(slot)
-        self.heads.restart(slot)
-        self.heads.start(slot)
-        slot.started_at -= seconds
-        self.handler.check()
-
-    def grow(self) -> None:
-        """Some time passes, after which a head may be added."""
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(failure_handling, "GROW_EVERY", 0.0)
-            self.handler.check()
-
+from lte_ray.runtime.controller.head_actors import SlotState
+from tests.support.driver_side import Run
 
 Start = Callable[..., Run]
 
@@ -173,6 +103,38 @@ def test_a_run_whose_other_heads_are_done_ends_without_one_that_has_no_place(
     assert not run.rows("head_added")
 
 
+def test_a_run_that_has_grown_shrinks_again(start: Start) -> None:
+    """A head beyond --num-heads that has no place any more isn't waited for, and comes back when there is room."""
+    run = start([(0,), (1,)], room=1, exhausted="stop", max_heads=3)
+    run.grow()
+    run.lose_place(run.heads.slots[2])
+    assert [row["heads"] for row in run.rows("head_dropped")] == [[2]]
+    run.places.room = 1
+    run.grow()
+    assert [row["head"] for row in run.rows("head_added")] == [2, 2]
+    run.lose_place(run.heads.slots[1])
+    assert len(run.rows("head_dropped")) == 1
+
+
+@pytest.mark.parametrize("exhausted", ["stop", "drop"])
+def test_a_run_none_of_whose_heads_has_a_place_ends(start: Start, exhausted: str, caplog: pytest.LogCaptureFixture) -> None:
+    """All its nodes are gone: it waits as long as for the last head, and ends with an error, so that it can be resumed."""
+    run = start([(0,), (1,)], exhausted=exhausted)
+    for slot in run.heads.slots:
+        run.heads.end_process(slot)
+        run.heads.restart(slot)
+        run.heads.start(slot)
+        slot.started_at -= 31.0
+    run.handler.check()
+    assert "No head has a place: the run ends after 1800 s (--resource-timeout)." in caplog.text
+    assert len(run.heads.slots) == 2
+    for slot in run.heads.slots:
+        slot.started_at -= 1800.0
+    with pytest.raises(RunError, match="No head has had a place in the cluster for 1800 s"):
+        run.handler.check()
+    assert not run.rows("head_dropped")
+
+
 @pytest.mark.parametrize("step", [1, 2])
 def test_steps_that_no_poll_has_seen_count(start: Start, step: int) -> None:
     """A head that fails in its second step has taken one: the worker works, so the head is started again."""
@@ -256,3 +218,43 @@ def test_a_run_starts_without_heads_that_have_no_place(start: Start) -> None:
     run.grow()
     assert [slot.numbers for slot in run.heads.slots] == [(0,), (1,), (2, 3)]
     assert [row["head"] for row in run.rows("head_added")] == [2, 3]
+
+
+def test_heads_that_move_are_no_failure(start: Start) -> None:
+    """Their next process starts in another place, with the states that they have left; a run that may lose none goes on."""
+    run = start([(0,), (1,)], room=1, max_failures=0, head_failures=0)
+    slot = run.heads.slots[1]
+    run.places.unusable.add(slot.strategy)
+    run.heads.leave(slot)
+    run.handler.handle_move(slot, {1: "its file"})
+    run.handler.check()
+    assert [(row["heads"], row["step"]) for row in run.rows("head_moves")] == [([1], 0)]
+    assert run.launched[-1] == ((1,), "a place", 1, {1: "its file"})
+    assert not run.rows("head_lost")
+    assert (slot.state, slot.leaves_since) == (SlotState.TRAINING, None)
+
+
+def test_a_head_that_dies_while_it_leaves_is_preempted(start: Start) -> None:
+    """Its node was taken away before the time: that isn't its failure, and what it left before is too old for the next."""
+    run = start([(0,), (1,)], max_failures=0)
+    slot = run.heads.slots[1]
+    slot.moved = {1: "an old file"}
+    run.heads.leave(slot)
+    run.handler.handle_loss(slot, HeadLost("its node is gone"))
+    run.handler.check()
+    assert run.launched[-1] == ((1,), (1,), 1, None)
+
+
+def test_a_head_that_waits_for_its_place_takes_another_one(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray reserves its bundle elsewhere only when the node that drains is gone; a node that joins before is used at once."""
+    monkeypatch.setattr(failure_handling, "RELOCATE_EVERY", 0.0)
+    run = start([(0,), (1,)])
+    slot = run.heads.slots[1]
+    run.places.unusable.add(slot.strategy)
+    run.lose_place(slot, seconds=10.0)
+    assert slot.strategy == (1,)
+    run.places.room = 1
+    run.handler.check()
+    run.handler.check()
+    assert slot.strategy == "a place"
+    assert run.launched[-1][1] == "a place"
