@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import logging
@@ -10,7 +11,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -67,25 +68,43 @@ def connect(address: str | None) -> JobServer:
     given = address or (os.environ[variable] if variable else "")
     if given == "local":
         raise ConfigError(f"{source}local is no cluster that runs. Give the address of its job server: http://HEAD-NODE:8265.")
-    shown = f"{source}{given}" if given else "this machine"
+    shown = f"at {source}{given}" if given else "on this machine"
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
     if given:
         given = _with_scheme(given.partition("#")[0], shown)  # a link to the dashboard may be given
-        os.environ[VARIABLES[0]] = given  # Ray's client prefers the variables to its argument
     change = "Correct it, or start its job server." if given else (
         "Give the address of the cluster's job server, --address http://HEAD-NODE:8265, or set RAY_API_SERVER_ADDRESS."
     )  # fmt: skip
     try:
         headers = json.loads(os.environ.get(HEADERS, "null"))
-        client = _within(ANSWER, lambda: JobSubmissionClient(given or None, headers=headers))
+        with _preferring(given):
+            client = _within(ANSWER, lambda: JobSubmissionClient(given or None, headers=headers))
     except ray.exceptions.AuthenticationError as error:
-        raise ResourceError(f"The job server at {shown} refuses: {_first_line(error)} {describe_token()}") from error
+        why = _first_line(error).partition(" Note: ")[0]  # Ray's note is a page about tokens
+        raise ResourceError(f"The job server {shown} refuses: {why} {describe_token()}") from error
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         if "header value" in str(error):  # its text has the token
-            raise ResourceError(f"The token can't be sent to {shown}: it has characters that no header may have.") from None
-        raise ResourceError(f"No job server answers at {shown}: {_first_line(error)} {change}") from error
+            raise ResourceError(
+                f"The token can't be sent to the job server {shown}: it has characters that no header may have."
+            ) from None
+        raise ResourceError(f"No job server answers {shown}: {_first_line(error)} {change}") from error
     return JobServer(client, client.get_address())
+
+
+@contextlib.contextmanager
+def _preferring(address: str) -> Iterator[None]:
+    """Has Ray's client use this address for the block, if there is one: it prefers its variables to its argument."""
+    before = os.environ.get(VARIABLES[0])
+    try:
+        if address:
+            os.environ[VARIABLES[0]] = address
+        yield
+    finally:
+        if address and before is None:
+            del os.environ[VARIABLES[0]]
+        elif address:
+            os.environ[VARIABLES[0]] = str(before)
 
 
 def _with_scheme(address: str, shown: str) -> str:
@@ -99,14 +118,14 @@ def _with_scheme(address: str, shown: str) -> str:
     try:
         host, port = place.hostname, place.port or {"http": 80, "https": 443}.get(scheme)
     except ValueError as error:
-        raise ResourceError(f"{shown} is no address: {error}.") from error
+        raise ResourceError(f"{shown.removeprefix('at ')} is no address: {error}.") from error
     if not host or not port or (mark and scheme not in ("http", "https")):
         return address  # "auto", ray://, or a platform's own
     try:
         socket.create_connection((host, port), timeout=CONNECT).close()
     except OSError as error:
         raise ResourceError(
-            f"Nothing answers at {shown}: {error}. The job server's address is http://HEAD-NODE:8265 unless Ray was started "
+            f"Nothing answers {shown}: {error}. The job server's address is http://HEAD-NODE:8265 unless Ray was started "
             "with another one."
         ) from error
     return address if mark or not _is_web_server(host, port) else f"http://{address}"

@@ -168,6 +168,9 @@ DECISIONS: dict[str, Runs | str] = {
     'ray job submit --address http://HEAD-NODE:8265 --working-dir . --runtime-env-json \'{"pip": ["lte-ray"]}\' -- '
     "lte-ray train mine.py:Net --num-heads 8 --storage s3://bucket/runs --name net-8 --resume": "it needs a cluster on other "
     "machines and a bucket",
+    'ray job submit --address http://HEAD-NODE:8265 --working-dir . --runtime-env-json \'{"py_modules": '
+    '["PATH/TO/lte_ray"]}\' -- python -m lte_ray train mine.py:Net --num-heads 8 --storage s3://bucket/runs --name net-8 '
+    "--resume": "it needs a cluster on other machines and a bucket; tests/integration/test_submit.py has one",
     "cluster/local-nodes.sh 3": "it runs until Ctrl-C; tests/cluster has a program in Ray's place",
     "docker build -f cluster/Dockerfile -t lte-ray:0.1.0 .": DOCKER,
     "docker run --rm --shm-size 1g lte-ray:0.1.0 lte-ray train regression --num-heads 2 --steps 20": DOCKER,
@@ -227,7 +230,7 @@ PROGRAMS = {
 OTHER_FLAGS = {
     "--pairs",  # of benchmarks.reporting
     "--address", "--backend-store-uri", "--dashboard-host", "--generate", "--head", "--runtime-env-json", "--working-dir",
-    "--exclusive", "--labels", "--node-ip-address",
+    "--block", "--exclusive", "--labels", "--node-ip-address",
 }  # fmt: skip
 """Flags of programs other than lte-ray."""
 

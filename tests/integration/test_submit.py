@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.job_cluster import BIN, ROOT, JobCluster, token_cluster
+from tests.support.job_cluster import BIN, ROOT, TOKEN, JobCluster, token_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -44,9 +44,12 @@ class Net:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[JobCluster]:
-    """Two nodes with one CPU each, so that two heads are on both."""
-    with token_cluster(nodes=2, cpus=1) as started:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobCluster]:
+    """Two nodes with one CPU each, so that two heads are on both. The second one has another release of lte-ray."""
+    other = tmp_path_factory.mktemp("other")
+    (other / "lte_ray").mkdir()
+    (other / "lte_ray" / "__init__.py").write_text("__version__ = '9.9'\n")
+    with token_cluster(nodes=2, cpus=1, PYTHONPATH=str(other)) as started:
         yield started
 
 
@@ -97,10 +100,22 @@ def test_a_run_on_two_nodes_shows_its_log_and_gives_its_exit_code(cluster: JobCl
     resumed = submit(cluster, folder, f"resume job --steps 30 --storage {tmp_path}/runs")  # from another job's folder
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "step 30/30" in resumed.stdout
-    again = submit(cluster, folder, command, "--package", "none")  # the program that is installed there
+    again = submit(cluster, folder, command)
     assert again.returncode == 2, again.stdout + again.stderr
     assert "A run named 'job' is already in" in again.stdout
     assert "failed: exit code 2" in again.stderr
+
+
+def test_nodes_that_differ_are_named_before_training(cluster: JobCluster, folder: Path, tmp_path: Path) -> None:
+    """With what is installed on the nodes, instead of the code that is sent. Nothing is written. The token is in a file."""
+    (tmp_path / "token").write_text(TOKEN)
+    token = {"RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    command = f"train net.py:Net --num-heads 2 --steps 20 --lora-r 2 --storage {tmp_path}/runs"
+    done = submit(cluster, folder, command, "--package", "none", **token)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.search(r"error: Node \S+ \(.*\) has lte-ray 9.9, but the driver has lte-ray ", done.stdout)
+    assert "are starting" not in done.stdout
+    assert not (tmp_path / "runs").exists()
 
 
 def test_ctrl_c_saves_before_the_job_ends(cluster: JobCluster, folder: Path, tmp_path: Path) -> None:
@@ -142,11 +157,14 @@ def test_a_wrong_token_or_none_is_one_sentence(cluster: JobCluster, folder: Path
 
 
 def test_storage_in_the_jobs_folder_is_refused_there(cluster: JobCluster, folder: Path) -> None:
-    """As with `ray job submit`, where nothing has looked at the settings before."""
+    """As with `ray job submit`, where nothing has looked at the settings before. It sends the package's folder, too."""
     command = "python -m lte_ray train net.py:Net --lora-r 2 --storage runs"
+    code = json.dumps({"py_modules": [str(ROOT / "lte_ray")]})
+    flags = ["--address", cluster.address, "--working-dir", ".", "--runtime-env-json", code]
     process = subprocess.run(
-        [BIN / "ray", "job", "submit", "--address", cluster.address, "--working-dir", ".", "--", *command.split()],
+        [BIN / "ray", "job", "submit", *flags, "--", *command.split()],
         cwd=folder, env=cluster.environment(), capture_output=True, text=True, check=False, timeout=900,
     )  # fmt: skip
     assert process.returncode == 1, process.stdout + process.stderr
     assert "in the folder of this job, which Ray removes after the job" in process.stdout + process.stderr
+    assert re.search(r"the code is .*/py_modules_files/", process.stdout)

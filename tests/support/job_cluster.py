@@ -34,15 +34,22 @@ class JobCluster:
     nodes: list[subprocess.Popen[bytes]]
 
     def environment(self, **variables: str) -> dict[str, str]:
-        """The environment of a client. Variables replace those of the token."""
+        """The environment of a client. Variables replace those of the token; an empty one is left out."""
         plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-        return {**plain, "HOME": str(self.home), "PATH": f"{BIN}:{plain['PATH']}", "COLUMNS": "200", **token, **variables}
+        all_of_them = {**plain, "HOME": str(self.home), "PATH": f"{BIN}:{plain['PATH']}", **token, **variables}
+        return {name: value for name, value in all_of_them.items() if value}
 
 
 @contextlib.contextmanager
-def token_cluster(*, nodes: int = 2, cpus: int = 2) -> Iterator[JobCluster]:
-    """Starts the nodes with `ray start --block`, and ends exactly those processes after the block."""
+def token_cluster(*, nodes: int = 2, cpus: int = 2, **others: str) -> Iterator[JobCluster]:
+    """Starts the nodes with `ray start --block`, and ends exactly those processes after the block.
+
+    Args:
+        nodes: how many.
+        cpus: of each.
+        others: variables of the nodes after the first.
+    """
     folder = Path(tempfile.mkdtemp(prefix="lr"))  # short: Ray's sockets are in it
     home = folder / "home"
     home.mkdir()
@@ -55,7 +62,8 @@ def token_cluster(*, nodes: int = 2, cpus: int = 2) -> Iterator[JobCluster]:
         for number, agent in enumerate(agents):
             separate = ["--dashboard-agent-listen-port", str(agent), "--temp-dir", str(folder / str(number))]
             flags = head if number == 0 else ["--address", f"127.0.0.1:{port}"]  # nodes that share a folder remove files there
-            _start(cluster, [BIN / "ray", "start", *flags, *common, *separate], folder / f"node-{number}.log")
+            environment = cluster.environment(**(others if number else {}))
+            _start(cluster, [BIN / "ray", "start", *flags, *common, *separate], environment, folder / f"node-{number}.log")
         _wait_for_job(cluster)
         yield cluster
     finally:
@@ -63,12 +71,12 @@ def token_cluster(*, nodes: int = 2, cpus: int = 2) -> Iterator[JobCluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(cluster: JobCluster, command: list[str | Path], log: Path) -> None:
+def _start(cluster: JobCluster, command: list[str | Path], environment: dict[str, str], log: Path) -> None:
     """Starts a node. Ray gives up after 30 s, which a busy machine may need, so it may try again."""
     for _ in range(TRIES):
         with log.open("wb") as file:
             node = subprocess.Popen(
-                command, env=cluster.environment(), cwd=cluster.home, stdout=file, stderr=file, start_new_session=True
+                command, env=environment, cwd=cluster.home, stdout=file, stderr=file, start_new_session=True
             )
         while node.poll() is None:
             if b"Ray runtime started" in log.read_bytes():
