@@ -135,7 +135,7 @@ class HeadActor:
         with explaining_limit(self._host.gpu_memory, "This process of heads"):
             return self._train(client)
 
-    def _train(self, client: CoordinatorClient) -> tuple[HeadStatus, ...]:
+    def _train(self, client: CoordinatorClient) -> HeadsEnd:
         group = self._group = self._start_heads(client)
         self._leave_if_ended(group, client)
         while any(not self._has_ended(head) or client.awaits_reply(head) for head in group.heads):
