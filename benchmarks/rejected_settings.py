@@ -30,6 +30,34 @@ SUBMISSIONS = [
     "--address local train regression",
 ]
 
+SWEEPS = [
+    "",
+    "--over lora-r",
+    "--over lora-r=8,",
+    "--over lora-r=8,0",
+    "--over lora-rank=8,16",
+    "--over worker.witdh=8,16",
+    "--over lr=log:0:1",
+    "--over worker.lr=1:0.1",
+    "--over seed=1,2",
+    "--over name=a,b",
+    "--over wait=maybe",
+    "--over worker.api-key=HIDDEN,b",
+    "--over lora-r=8,16 --lora-r 8",
+    "--over lora-r=8,16 --over lora-r=4",
+    "--over lora-r=8,16 --num-trials 3",
+    "--over lora-r=8,16 --num-trials 0",
+    "--over lora-r=8,16 --seeds -1",
+    "--over lora-r=8,16 --finalists 0",
+    "--over lora-r=8,16 --max-concurrent -1",
+    "--over lora-r=8,16 --scheduler hyperband",
+    "--over lora-r=8,16 --scheduler asha --eval-every 0",
+    "--over lora-r=8,16 --asha-start 1",
+    "--over lora-r=8,16 --asha-factor 1",
+    "--over lora-r=8,16 --best-by loss",
+    "--over num-heads=1,2 --quorum 2 --when quorum",
+]
+
 SETTINGS = [
     "--num-heads 0",
     "--num-heads many",
@@ -239,6 +267,19 @@ def settings(run: Run, folder: Path) -> Iterator[Row]:
     yield Row("RAY_ADDRESS=127.0.0.1:1", *run("train", GOOD, "--storage", str(folder / "runs")))
 
 
+def sweeps(run: Run, folder: Path) -> Iterator[Row]:
+    """Bad values of --over and what else `lte-ray sweep` takes."""
+    for flags in SWEEPS:
+        yield Row(f"sweep {flags}", *run("sweep", GOOD, *shlex.split(flags), "--storage", str(folder / "runs")))
+    other = folder / "runs" / "other"
+    other.mkdir(parents=True)
+    (other / "letter.txt").write_text("dear")
+    over = ("--over", "lora-r=8,16", "--storage", str(folder / "runs"))
+    yield Row("sweep --name of another folder", *run("sweep", GOOD, *over, "--name", "other"))
+    (other / "sweep.json").write_text("{")
+    yield Row("sweep --name of a damaged sweep", *run("sweep", GOOD, *over, "--name", "other"))
+
+
 def workers(run: Run, folder: Path) -> Iterator[Row]:
     """Bad values of WORKER."""
     (folder / "net.py").write_text(WORKERS)
@@ -311,12 +352,13 @@ def reports(run: Run, folder: Path) -> Iterator[Row]:
     (folder / "no-run").mkdir()
     yield Row("report of a folder that is no run", *run("report", str(folder / "no-run"), "-o", str(folder / "x.html")))
     yield Row("report of a name that isn't there", *run("report", "nothing", "--storage", str(folder)))
-    for name, files in {"good": {"run.toml": ""}, "ladder": {"ladder.json": "{"}}.items():
+    for name, files in {"good": {"run.toml": ""}, "ladder": {"ladder.json": "{"}, "sweep": {"sweep.json": "[]"}}.items():
         (folder / name).mkdir()
         for file, text in files.items():
             (folder / name / file).write_text(text)
     good = str(folder / "good")
     yield Row("report of a damaged ladder", *run("report", str(folder / "ladder"), "-o", str(folder / "x.html")))
+    yield Row("report of a damaged sweep", *run("report", str(folder / "sweep"), "-o", str(folder / "x.html")))
     yield Row("report of a run given twice", *run("report", good, good, "-o", str(folder / "x.html")))
     (folder / "mine.txt").write_text("mine")
     yield Row("report -o a file that is no report", *run("report", good, "-o", str(folder / "mine.txt")))
@@ -343,6 +385,7 @@ def audits(run: Run, folder: Path) -> Iterator[Row]:
 
 CATEGORIES: dict[str, Callable[[Run, Path], Iterator[Row]]] = {
     "Settings": settings,
+    "Sweeps": sweeps,
     "Workers": workers,
     "Policies": policies,
     "Watching": watching,

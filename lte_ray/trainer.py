@@ -189,12 +189,7 @@ class LTETrainer:
         show(_connecting(will_start()))
         with contextlib.closing(reporter), connected():
             processes = settings.train.baseline_processes
-            placement = placing.resolve(
-                dataclasses.replace(placement_config, heads_per_actor=1) if is_baseline else placement_config,
-                max(processes, settings.lte.num_heads),
-                default_cpus=heads // processes if is_baseline else 0,  # as many as the heads would have
-                **ray_options,
-            )
+            placement = placing.resolve_run(placement_config, self.lte, self.train, **ray_options)
             show(_starting(processes if is_baseline else 0))
             heads_by_actor = placing.assign_heads(placement, settings.lte.num_heads)
             record = run_record.make_record(self.worker, self.program, given, placement_config, storage, failure)

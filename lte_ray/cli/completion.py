@@ -38,10 +38,11 @@ def make_parser() -> argparse.ArgumentParser:
     from lte_ray.cli.ladder import LADDER
     from lte_ray.cli.plan import PLAN
     from lte_ray.cli.simulate import SIMULATE
+    from lte_ray.cli.sweep import SWEEP
 
     parser = argparse.ArgumentParser(prog="lte-ray", add_help=False)
     subparsers = parser.add_subparsers(parser_class=_Subparser)
-    for subcommand in (TRAIN, RESUME, LADDER, CHECK, PLAN, SIMULATE):
+    for subcommand in (TRAIN, RESUME, LADDER, SWEEP, CHECK, PLAN, SIMULATE):
         of_command: Any = subparsers.add_parser(subcommand.name, help=subcommand.description.split(".")[0])
         for kind in subcommand.titles:
             of_command.add_settings(of_command, kind)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import secrets
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +13,12 @@ from rich.panel import Panel
 from rich.text import Text
 
 from lte_ray.cli.call import CallOptions, print_json
+from lte_ray.cli.comparison_folder import claimed, folder_name, open_folder, shared_settings
 from lte_ray.cli.flags import SECTION_TITLES, Subcommand, parse_sections
 from lte_ray.cli.worker_argument import make_without_settings, read_worker
 from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
 from lte_ray.config.ladder import RESULTS, LadderConfig
-from lte_ray.config.toml import DATA
-from lte_ray.errors import ConfigError, StorageError
+from lte_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from lte_ray.ladder import Arm, ArmResult, Figure, Listener, ResultsFile, RungResult
@@ -38,8 +36,8 @@ LADDER = Subcommand(
     ("num_heads", "steps", "rungs", "merge_iters", "rates", "figure", "on", "quick", "name", "storage"),
 )
 
-NOT_COMPARED = ("name", "storage", "seed", "merge_iter", "lr_scale", "baseline", "omitted", DATA)
-"""Settings that may differ between calls for one folder: arms have their own, or they don't change results."""
+OF_ARMS = ("merge_iter", "lr_scale", "baseline")
+"""Settings of which arms have their own."""
 
 
 def ladder(arguments: list[str]) -> None:
@@ -68,9 +66,9 @@ def _climb(program: str, worker: Any, sections: dict[type, Any]) -> None:
     seeds = config.seeds or (train.seed,)
     tuning_seed = seeds[0] if config.tuning_seed is None else config.tuning_seed
     checked = check_arms(worker, arms, config.rates, config.figure)
-    directory = _directory(sections[StorageConfig], program)
+    directory = open_folder(sections[StorageConfig], program, "ladder")
     settings = _shared_settings(program, worker, sections, arms[0])
-    with _claimed(directory, sections[StorageConfig].overwrite):
+    with claimed(directory, RESULTS, "ladder", sections[StorageConfig].overwrite):
         file = _open_results(directory, settings, console)
         display = LadderDisplay(console, checked.figure)
         results: list[RungResult] = []
@@ -92,49 +90,18 @@ def _climb(program: str, worker: Any, sections: dict[type, Any]) -> None:
                     options = {"tuning_seed": tuning_seed, "extend": config.extend}
                     results.append(climb(arm, config.rates, seeds, run, checked.figure, **options))
         except KeyboardInterrupt:
-            console.print(Text(f"{len(file)} trainings are done. Give --name {_name(directory)} to continue."), soft_wrap=True)
+            console.print(
+                Text(f"{len(file)} trainings are done. Give --name {folder_name(directory)} to continue."), soft_wrap=True
+            )
             raise
         file.write(figure=checked.figure.name, best={result.name: result.rate for result in results})
         _show(directory, results, checked, _title(program, arms[0], results, config), call.json)
 
 
-def _directory(storage: StorageConfig, program: str) -> RunDirectory:
-    from lte_ray.storage import RunDirectory, default_storage
-
-    kind = program.rpartition(":")[2].lower()
-    name = storage.name or f"{kind}-ladder-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    directory = RunDirectory.open(storage.storage or default_storage(), name, patience=storage.storage_patience)
-    directory.check_lasting()
-    return directory
-
-
-def _name(directory: RunDirectory) -> str:
-    return directory.path.rpartition("/")[2]
-
-
-@contextlib.contextmanager
-def _claimed(directory: RunDirectory, overwrite: bool) -> Iterator[None]:
-    """Creates the folder, or checks that it is a ladder's, and holds its lock for the block.
-
-    Raises:
-        StorageError: another process climbs there, or the folder has other content.
-    """
-    from lte_ray.storage import LOCK, exclusive_lock
-
-    if directory.exists() and not (directory.exists(RESULTS) or set(directory.list_names()) <= {LOCK}):
-        raise StorageError(f"{directory.display} has no {RESULTS}, so it isn't a ladder's. Choose another --name.")
-    directory.create()
-    with exclusive_lock(directory):
-        for name in directory.list_names() if overwrite else ():
-            if name != LOCK:
-                directory.delete(name)
-        yield
-
-
-def _open_results(directory: RunDirectory, settings: Mapping[str, Any], console: Console) -> ResultsFile:
+def _open_results(directory: RunDirectory, settings: Mapping[str, Any], console: Console) -> ResultsFile[ArmResult]:
     from lte_ray.ladder import ResultsFile
 
-    file = ResultsFile(directory, RESULTS, settings)
+    file: ResultsFile[ArmResult] = ResultsFile(directory, RESULTS, settings)
     file.load()
     if len(file):
         console.print(Text(f"{directory.display} continues: {len(file)} trainings are done."), soft_wrap=True)
@@ -145,18 +112,9 @@ def _open_results(directory: RunDirectory, settings: Mapping[str, Any], console:
 
 def _shared_settings(program: str, worker: Any, sections: dict[type, Any], arm: Arm) -> dict[str, Any]:
     """The settings that all arms of a ladder share, as JSON has them; without secrets."""
-    from lte_ray.engine.settings import Settings
-    from lte_ray.ladder.arms import WITHOUT_INFLUENCE
-    from lte_ray.run.record import make_record
-
     train = dataclasses.replace(sections[TrainConfig], steps=arm.train.steps)
-    settings = Settings("ladder", sections[LTEConfig], sections[MergeConfig], train)
-    record = make_record(worker, program, settings, PlacementConfig(), StorageConfig(), FailureConfig())
-    others = {f.name for kind in (PlacementConfig, StorageConfig, FailureConfig) for f in dataclasses.fields(kind)}
-    left_out = {*others, *NOT_COMPARED, *WITHOUT_INFLUENCE}
-    shared = {name: value for name, value in record.items() if name not in left_out}
-    shared["on"] = sections[LadderConfig].on
-    return json.loads(json.dumps(shared, default=str))  # type: ignore[no-any-return]
+    shared = shared_settings(program, worker, {**sections, TrainConfig: train}, OF_ARMS)
+    return {**shared, "on": sections[LadderConfig].on}
 
 
 @contextlib.contextmanager

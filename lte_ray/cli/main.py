@@ -27,6 +27,7 @@ usage: lte-ray train WORKER [flags]
        lte-ray resume RUN [flags]
        lte-ray export RUN OUT --to FORMAT [flags]
        lte-ray ladder WORKER [flags]
+       lte-ray sweep WORKER --over FLAG=VALUES [flags]
        lte-ray check WORKER [flags]
        lte-ray plan WORKER [flags]
        lte-ray simulate [WORKER] [flags]
@@ -50,6 +51,7 @@ examples:
   lte-ray train my/file.py:Net --num-heads 4 --merge-iter 10 --steps 200 --worker.lr 0.001
   lte-ray train my/file.py:Net --config settings.toml --name second-try
   lte-ray ladder my/file.py:Net --num-heads 4 --quick
+  lte-ray sweep my/file.py:Net --over lora-r=8,16,32 --over lr=log:0.001:0.1 --num-trials 20
   lte-ray check my/file.py:Net --num-heads 4
   lte-ray plan gpt --num-heads 8 --gpu 24GB --num-gpus 8 --link 1Gbit
   lte-ray simulate --num-heads 4 --speeds 1 1 1 4 --when arrival --no-wait
@@ -137,6 +139,7 @@ COMMANDS = {
     "resume": Command(_deferred("resume", module="train"), "RUN [flags]", "Training hadn't begun."),
     "export": Command(_deferred("export"), "RUN OUT --to FORMAT [flags]", "Nothing was written."),
     "ladder": Command(_deferred("ladder"), "WORKER [flags]", "Trainings that are done are kept."),
+    "sweep": Command(_deferred("sweep"), "WORKER --over FLAG=VALUES [flags]", "Trials that are done are kept."),
     "check": Command(_deferred("check"), "WORKER [flags]", "Nothing was written."),
     "plan": Command(_deferred("plan"), "WORKER [flags]", "Nothing was started."),
     "simulate": Command(_deferred("simulate"), "[WORKER] [flags]", "Nothing was written."),

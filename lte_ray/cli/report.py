@@ -14,9 +14,9 @@ from lte_ray.redaction import printable
 @dataclass(frozen=True)
 class Flags:
     """Writes a page about one run or several, side by side: losses, what the heads did, speed, traffic, memory, events and
-    settings. It is one HTML file, which needs no network. It also shows folders of ladders."""
+    settings. It is one HTML file, which needs no network. It also shows folders of ladders and sweeps."""
 
-    run: tuple[str, ...] = positional("RUN", "Runs or ladders: the path or URI of each, or its name in --storage.")
+    run: tuple[str, ...] = positional("RUN", "Runs, ladders or sweeps: the path or URI of each, or its name in --storage.")
     out: str = with_short("report.html", "The file. An earlier report is replaced.", "-o")
     force: bool = setting(False, "Replace the file also if it isn't an earlier report.")
     storage: str | None = setting(None, STORAGE_HELP)

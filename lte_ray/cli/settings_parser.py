@@ -141,6 +141,7 @@ def _add(group: Any, field: dataclasses.Field[Any], annotation: Any, default: An
             *field.metadata.get("short", ()),
             flag(field.name),
             dest=field.name,
+            action="extend" if "repeat" in field.metadata else "store",
             default=argparse.SUPPRESS,
             required=default is dataclasses.MISSING,
             nargs="?" if "constant" in field.metadata else _number_of_values(annotation),

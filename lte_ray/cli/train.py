@@ -113,7 +113,7 @@ def _run(program: str, kind: type, parsed: Parsed, note: str = "") -> int:
             parsed.worker if parsed.worker is not None else make_without_settings(program, kind),
             lte=parsed.lte,
             merge=parsed.merge,
-            train=_with_run(parsed.train, parsed.storage.storage),
+            train=with_run(parsed.train, parsed.storage.storage),
             scaling_config=parsed.placement,
             failure=parsed.failure,
             run_config=parsed.storage,
@@ -124,7 +124,7 @@ def _run(program: str, kind: type, parsed: Parsed, note: str = "") -> int:
     return _report(result, parsed.call)
 
 
-def _with_run(train: TrainConfig, storage: str | None) -> TrainConfig:
+def with_run(train: TrainConfig, storage: str | None) -> TrainConfig:
     """Returns the settings with the path of the run that ``--init-from`` names, if it is a name and there is such a run."""
     from lte_ray.storage import RUN, RunDirectory, split_run_path
 

@@ -29,8 +29,12 @@ class Figure:
     higher_is_better: bool = False
 
     @classmethod
-    def choose(cls, chosen: str, figures: Mapping[str, float]) -> Figure:
+    def choose(cls, chosen: str, figures: Mapping[str, float], flag: str = "--figure") -> Figure:
         """Returns the figure that `chosen` names ("loss", or "-accuracy" if higher is better); by default the first.
+
+        Args:
+            figures: of the untrained model.
+            flag: that has named it, for messages.
 
         Raises:
             WorkerError: there are no figures.
@@ -43,7 +47,7 @@ class Figure:
         name, sign = parse_best_by(chosen)
         name = name or next(iter(figures))
         if name not in figures:
-            raise ConfigError(f"--figure is {chosen!r}, but evaluate() returns {', '.join(figures)}.{suggest(name, figures)}")
+            raise ConfigError(f"{flag} is {chosen!r}, but evaluate() returns {', '.join(figures)}.{suggest(name, figures)}")
         return cls(name, sign < 0)
 
     def cost(self, value: float) -> float:

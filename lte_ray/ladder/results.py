@@ -6,10 +6,9 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from lte_ray.errors import StorageError
-from lte_ray.ladder.arms import Arm
 from lte_ray.storage import RunDirectory
 
 FORMAT = 1
@@ -58,20 +57,39 @@ class ArmResult:
         return self.figures.get(figure, math.nan)
 
 
+class Keyed(Protocol):
+    """What a training is known by: the key of its result."""
+
+    @property
+    def key(self) -> str: ...
+
+
+class Result(Keyed, Protocol):
+    """What one training gave: a dataclass of values for JSON, and of evaluations."""
+
+    @property
+    def points(self) -> tuple[Point, ...]: ...
+
+
+R = TypeVar("R", bound=Result)
+
+
 @dataclass
-class ResultsFile:
-    """The results of a comparison, as JSON in its directory. It is written completely after each arm.
+class ResultsFile(Generic[R]):
+    """The results of a comparison, as JSON in its directory. It is written completely after each training.
 
     Args:
         directory: of the comparison.
         name: of the file.
-        settings: what all arms share, as JSON has it. A file with other settings is refused.
+        settings: what all trainings share, as JSON has it. A file with other settings is refused.
+        kind: the class of a result.
     """
 
     directory: RunDirectory
     name: str
     settings: Mapping[str, Any]
-    _results: dict[str, ArmResult] = field(default_factory=dict, init=False)
+    kind: type[R] = ArmResult  # type: ignore[assignment]
+    _results: dict[str, R] = field(default_factory=dict, init=False)
 
     def load(self) -> None:
         """Reads what an earlier call has left, if there is anything.
@@ -84,7 +102,7 @@ class ResultsFile:
         where = self.directory.path_to(self.name)
         try:
             content = json.loads(self.directory.read(self.name))
-            settings, results = content["settings"], [_from_json(row) for row in content["arms"]]
+            settings, results = content["settings"], [_from_json(row, self.kind) for row in content["arms"]]
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -95,11 +113,15 @@ class ResultsFile:
             )
         self._results = {result.key: result for result in results}
 
-    def get(self, arm: Arm) -> ArmResult | None:
-        """The arm's result, if it is done."""
-        return self._results.get(arm.key)
+    def get(self, training: Keyed) -> R | None:
+        """The result of an arm or a trial, if it is done."""
+        return self._results.get(training.key)
 
-    def add(self, result: ArmResult, **more: Any) -> None:
+    def all(self) -> list[R]:
+        """All results, in the order in which they came."""
+        return list(self._results.values())
+
+    def add(self, result: R, **more: Any) -> None:
         """Adds a result and writes the file.
 
         Args:
@@ -121,7 +143,7 @@ class ResultsFile:
         return len(self._results)
 
 
-def _to_json(result: ArmResult) -> dict[str, Any]:
+def _to_json(result: Result) -> dict[str, Any]:
     points = [{"step": p.step, "samples": p.samples, "figures": _numbers(p.figures)} for p in result.points]
     return {**vars(result), "points": points}
 
@@ -131,12 +153,12 @@ def _numbers(figures: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
-def _from_json(row: Mapping[str, Any]) -> ArmResult:
+def _from_json(row: Mapping[str, Any], kind: type[R]) -> R:
     points = tuple(
         Point(p["step"], p["samples"], {name: math.nan if v is None else float(v) for name, v in p["figures"].items()})
         for p in row["points"]
     )
-    return ArmResult(**{**row, "points": points})
+    return kind(**{**row, "points": points})
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

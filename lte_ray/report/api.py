@@ -1,4 +1,4 @@
-"""Makes a report: reads runs and ladders, renders the page, and writes the file."""
+"""Makes a report: reads runs, ladders and sweeps, renders the page, and writes the file."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 
 from lte_ray.config import check_run_name
 from lte_ray.config.ladder import RESULTS
+from lte_ray.config.sweep import RESULTS as SWEEP_RESULTS
 from lte_ray.errors import ConfigError, StorageError
 from lte_ray.report.charts import make_charts
-from lte_ray.report.ladder_data import LadderData, read_ladder
+from lte_ray.report.ladder_data import LadderData, read_ladder, read_sweep
 from lte_ray.report.page import MARK, render
 from lte_ray.report.run_data import RunData, read_run
 from lte_ray.run.inspect import PATIENCE
@@ -35,13 +36,13 @@ def write_report(
     """Writes a page about one run or several, which may still be going on. It is one file that needs no network.
 
     Args:
-        runs: directories or URIs of runs, as in ``Result.path``, or folders of ladders.
+        runs: directories or URIs of runs, as in ``Result.path``, or folders of ladders or sweeps.
         out: the file. An earlier report is replaced.
         force: whether another file is replaced, too.
 
     Raises:
         ConfigError: the file is no earlier report, can't be written, or a run is given twice.
-        StorageError: there is no run or ladder, or it can't be read.
+        StorageError: there is no run, ladder or sweep, or it can't be read.
     """
     paths = [os.fspath(runs)] if isinstance(runs, str | os.PathLike) else [os.fspath(run) for run in runs]
     return report_directories([_open(path) for path in paths], out, force=force)
@@ -79,9 +80,11 @@ def _read(directory: RunDirectory) -> RunData | LadderData:
         return read_run(directory)
     if directory.exists(RESULTS):
         return read_ladder(directory)
+    if directory.exists(SWEEP_RESULTS):
+        return read_sweep(directory)
     raise StorageError(
-        f"There is no run in {directory.display}: it has neither {RUN} nor {RESULTS}, as ladders have. Correct --storage or "
-        "the name."
+        f"There is no run in {directory.display}: it has no {RUN}, and no {RESULTS} or {SWEEP_RESULTS}, as ladders and sweeps "
+        "have. Correct --storage or the name."
     )
 
 

@@ -14,11 +14,12 @@ import ray
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from lte_ray.config import FailureConfig, MergeConfig, PlacementConfig, ray_fields
+from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, TrainConfig, ray_fields
 from lte_ray.config.node_labels import ANY, AUTO, parse_labels
 from lte_ray.errors import ConfigError, ResourceError
 from lte_ray.layout import Plan
 from lte_ray.runtime.draining import draining_nodes, node_of_bundle
+from lte_ray.runtime.enclosing_group import find_enclosing
 from lte_ray.runtime.nodes import check_labels, describe, live_nodes, total_resources
 from lte_ray.runtime.waiting import Lack, Patience
 from lte_ray.transfer.groups import EntryGroup, make_groups
@@ -184,6 +185,30 @@ def _available(config: PlacementConfig, labels: Mapping[str, str]) -> tuple[Mapp
     return total_resources(nodes), max((int(node.resources.get("CPU", 0)) for node in nodes), default=0)
 
 
+def resolve_run(config: PlacementConfig, lte: LTEConfig, train: TrainConfig, **more: Any) -> Placement:
+    """Returns the placement of a run, as `resolve`. Within a placement group that is meant for its heads, from its bundles.
+
+    Args:
+        config, lte, train: of the run, as they are given. Ordinary training gets as many CPUs as the heads would.
+        more: other fields of `Placement`.
+
+    Raises:
+        ResourceError: the cluster or that placement group lacks what is requested.
+    """
+    heads, processes = lte.num_heads, train.baseline_processes
+    places, default_cpus = heads, 0
+    if train.baseline:
+        config, places, default_cpus = replace(config, heads_per_actor=1), processes, heads // processes
+    actors = math.ceil(places / min(config.heads_per_actor, places))
+    enclosing = find_enclosing(actors)
+    if enclosing is not None and processes > 1:
+        raise ResourceError(
+            f"--baseline-processes is {processes}, but Ray Train's processes don't use the placement group that this run was "
+            "started in. Give that group one bundle only."
+        )
+    return resolve(enclosing.complete(config) if enclosing else config, places, default_cpus=default_cpus, **more)
+
+
 def assign_heads(placement: Placement, num_heads: int) -> list[tuple[int, ...]]:
     """Returns the numbers of each actor's heads."""
     return [tuple(range(n, min(n + placement.heads, num_heads))) for n in range(0, num_heads, placement.heads)]
@@ -267,12 +292,16 @@ class Reservation:
         heads_by_actor: the numbers of each actor's heads.
         group: Ray's placement group of the first bundles.
         missing: the numbers of the heads of actors without a bundle: the run starts without them.
+        first: the number of the first bundle in the group.
+        owned: whether the group is this run's; otherwise it was started in it.
     """
 
     placement: Placement
     heads_by_actor: list[tuple[int, ...]]
     group: Any
     missing: list[tuple[int, ...]] = field(default_factory=list)
+    first: int = 0
+    owned: bool = True
     _added: list[Any] = field(default_factory=list)
     _released: list[Any] = field(default_factory=list)
 
@@ -289,16 +318,20 @@ class Reservation:
     @property
     def nodes(self) -> int:
         """The number of nodes that the first bundles are on."""
-        return len(set(placement_group_table(self.group)["bundles_to_node_id"].values()))
+        nodes = placement_group_table(self.group)["bundles_to_node_id"]
+        return len({node for bundle, node in nodes.items() if bundle >= self.first})
 
     def heads_and_strategies(self) -> list[tuple[tuple[int, ...], Any]]:
         """Returns each actor's heads and its scheduling strategy."""
-        return [(numbers, PlacementGroupSchedulingStrategy(self.group, i)) for i, numbers in enumerate(self.heads_by_actor)]
+        return [
+            (numbers, PlacementGroupSchedulingStrategy(self.group, bundle))
+            for bundle, numbers in enumerate(self.heads_by_actor, self.first)
+        ]
 
     def ask_for_missing(self) -> None:
         """Asks Ray for the bundles of the actors that the run starts without; `add_bundle` gives them once there is room."""
         for _ in self.missing:
-            group = _reserve(self.placement, 1)
+            group = make_group(self.placement, 1)
             self._added.append(group)
             self._released.append(PlacementGroupSchedulingStrategy(group, 0))
 
@@ -316,7 +349,7 @@ class Reservation:
     def _add_new(self) -> Any:
         if not _has_room(self.placement):
             return None
-        group = _reserve(self.placement, 1)
+        group = make_group(self.placement, 1)
         if not group.wait(1.0):
             remove_placement_group(group)
             return None
@@ -347,12 +380,12 @@ class Reservation:
         self._released.append(strategy)
 
     def remove(self) -> None:
-        """Frees all bundles."""
-        for group in [self.group, *self._added]:
+        """Frees all bundles, except those of a group that the run was started in."""
+        for group in [*([self.group] if self.owned else []), *self._added]:
             remove_placement_group(group)
 
 
-def _reserve(placement: Placement, actors: int) -> Any:
+def make_group(placement: Placement, actors: int) -> Any:
     """Asks Ray for that many bundles: a placement group, for which Ray, and a cluster that grows on demand, look for room."""
     selectors = [dict(placement.labels)] * actors if placement.labels else None
     return placement_group([placement.bundle] * actors, strategy=placement.strategy, bundle_label_selector=selectors)
@@ -367,7 +400,8 @@ def reserve(
 ) -> Iterator[Reservation]:
     """Reserves one bundle for each actor, by the numbers of its heads, for the block.
 
-    Ray asks an autoscaling cluster for bundles that have no room.
+    In a placement group that is meant for them (`find_enclosing`), heads get its bundles. Otherwise Ray asks an autoscaling
+    cluster for bundles that have no room.
 
     Args:
         failure: says with how many heads the run may start if there is no room for all in time; None: with all. The bundles of
@@ -375,8 +409,17 @@ def reserve(
         show: shows what the run waits for.
 
     Raises:
-        ResourceError: the resources didn't become free in time.
+        ResourceError: the resources didn't become free in time, or that group has too few.
     """
+    enclosing = find_enclosing(len(heads_by_actor))
+    if enclosing is not None:
+        enclosing.check(placement.bundle, placement.labels)
+        reservation = Reservation(placement, heads_by_actor, enclosing.group, first=enclosing.first, owned=False)
+        try:
+            yield reservation
+        finally:
+            reservation.remove()
+        return
     group = _wait_for_room(placement, len(heads_by_actor), show)
     count = len(heads_by_actor)
     if group is None:
@@ -408,7 +451,7 @@ def _wait_for_room(placement: Placement, actors: int, show: Callable[[str], None
 
 def _reserve_if(placement: Placement, actors: int, wait: Callable[[Any], bool]) -> Any:
     """Returns the placement group of that many bundles if it is reserved, as `wait` finds out; else None."""
-    group = _reserve(placement, actors)
+    group = make_group(placement, actors)
     try:
         if wait(group):
             return group

@@ -35,13 +35,14 @@ FIGURES = {
 
 
 class PrometheusSink:
-    """Sets gauges of the newest figures, tagged with the run's name, and counts events."""
+    """Sets gauges of the newest figures, tagged with the run's name and its path, since runs in two folders may have one name,
+    and counts events."""
 
     def open(self, run: RunInfo) -> None:
-        self._gauges: dict[str, Any] = {name: Gauge(PREFIX + name, text, ("run",)) for name, text in GAUGES.items()}
-        self._evaluation: Any = Gauge(f"{PREFIX}evaluation", "Figures of the last evaluation.", ("run", "figure"))
-        self._events: Any = Counter(f"{PREFIX}events", "Events, such as restarts of processes.", ("run", "event"))
-        self._tags = {"run": run.name}
+        self._gauges: dict[str, Any] = {name: Gauge(PREFIX + name, text, ("run", "path")) for name, text in GAUGES.items()}
+        self._evaluation: Any = Gauge(f"{PREFIX}evaluation", "Figures of the last evaluation.", ("run", "path", "figure"))
+        self._events: Any = Counter(f"{PREFIX}events", "Events, such as restarts of processes.", ("run", "path", "event"))
+        self._tags = {"run": run.name, "path": run.path}
         self._set("running", 1)
 
     def row(self, row: LogRow) -> None:

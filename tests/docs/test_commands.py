@@ -45,6 +45,9 @@ NEW = "lte-ray new my_net"
 LADDER = "lte-ray ladder mine.py:Net --num-heads 4 --steps 200 --name net-ladder"
 """Makes the ladder `net-ladder`."""
 
+SWEEP = "lte-ray sweep mine.py:Net --num-heads 4 --over lora-r=4,8,16 --over lr=log:0.005:0.5 --num-trials 12 --name net-sweep"
+"""Makes the sweep `net-sweep`."""
+
 NEVER = "lte-ray train mine.py:Net --num-heads 4 --name adapters --never-merge --others frozen"
 """Makes the run `adapters`."""
 
@@ -146,6 +149,7 @@ DECISIONS: dict[str, Runs | str] = {
     f"{SIMULATE} --policy orthogonal --transfer int8 --send-down int8": Runs(),
     f"{SIMULATE} --transfer int8 --send-down int8 --no-wait --when arrival": Runs(),
     LADDER: Runs(),
+    SWEEP: Runs(),
     **{f"lte-ray {command} --help-all": Runs(quick=True) for command in COMMANDS if command != "resume"},
     "lte-ray --help": Runs(quick=True),
     TOKEN: Runs(),

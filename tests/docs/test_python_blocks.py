@@ -34,6 +34,7 @@ ELSEWHERE = {
     ("docs/merge-policies.md", 1): "test_merge_policies.py",
     ("docs/merge-policies.md", 2): "test_merge_policies.py",
     ("docs/plan.md", 1): "test_commands.py",
+    ("docs/sweep.md", 0): "tests/integration/test_sweep.py",
 }
 """Blocks that other tests run, by page and number on it, and where."""
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lte_ray import export
-from lte_ray.cli.train import _with_run as with_run
+from lte_ray.cli.train import with_run
 from lte_ray.config import TrainConfig
 from lte_ray.engine.head.head import Head
 from lte_ray.engine.in_process import run_in_process
