@@ -7,10 +7,10 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no
 unexport PYTHONDONTWRITEBYTECODE
 ARGS ?=
 
-.PHONY: help train smoke test test-all lint types floors unit integration test-lowest format bench profile chaos soak docs docs-serve package clean
+.PHONY: help train smoke test test-all lint types floors unit integration test-lowest format bench bench-cluster profile chaos soak docs docs-serve package clean
 
 help:  ## Show these targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 train: $(VENV)/.installed  ## Set up, then train the GPT worker with its defaults (ARGS="--num-heads 2 ..." to change them)
 	$(BIN)/lte-ray train workers.gpt:GPT $(ARGS)
@@ -55,7 +55,6 @@ format: $(VENV)/.installed-dev  ## Format the code and fix what can be fixed
 bench: $(VENV)/.installed-dev  ## Run the benchmarks and write benchmarks/results (about two hours)
 	$(BIN)/python -m benchmarks.merge
 	$(BIN)/python -m benchmarks.startup
-	$(BIN)/python -m benchmarks.drain
 	$(BIN)/python -m benchmarks.check
 	$(BIN)/python -m benchmarks.efficiency
 	$(BIN)/python -m benchmarks.reporting
@@ -76,6 +75,9 @@ bench: $(VENV)/.installed-dev  ## Run the benchmarks and write benchmarks/result
 	$(BIN)/python -m benchmarks.checkpoints
 	$(BIN)/python -m benchmarks.prefetch
 	$(BIN)/python -m benchmarks.report_page
+
+bench-cluster: $(VENV)/.installed-dev  ## Measure runs on hosts with networks of their own; as root (ARGS="--part traffic")
+	$(BIN)/python -m benchmarks.cluster $(ARGS)
 
 profile: $(VENV)/.installed-dev  ## Show where a step and a merge of the main job spend their time: a table, traces and a flame graph
 	$(BIN)/python -m benchmarks.hot_spots

@@ -154,7 +154,6 @@ DECISIONS: dict[str, Runs | str] = {
     "lte-ray --help": Runs(quick=True),
     TOKEN: Runs(),
     "export RAY_AUTH_MODE=token": Runs(),
-    "export RAY_health_check_period_ms=2000 RAY_health_check_timeout_ms=2000 RAY_health_check_failure_threshold=4": Runs(),
     LOCAL_CLUSTER: "it runs until Ctrl-C; the fixture `cluster` starts it",
     "lte-ray submit --address http://127.0.0.1:8265 train mine.py:Net --num-heads 2 --steps 100": Runs(cluster=True),
     "RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265 lte-ray submit train mine.py:Net --num-heads 2 --steps 100": Runs(

@@ -22,8 +22,6 @@ from workers.regression import Regression
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 HOSTS, BATCH = 3, 64
-SOON = {"RAY_health_check_period_ms": "2000", "RAY_health_check_timeout_ms": "2000", "RAY_health_check_failure_threshold": "4"}
-"""Ray notices after 8 to 16 seconds that it can't reach a node."""
 
 
 @pytest.fixture
@@ -86,24 +84,19 @@ def test_slow_links_change_nothing_but_the_time(network: Network, folder: Path) 
     assert all(min(carried) > 100_000 for carried in network.carried().values())
 
 
-@pytest.mark.parametrize(
-    ("seconds", "exhausted", "environment"),
-    [(20, "stop", {}), (300, "stop", SOON), (300, "drop", SOON)],
-    ids=["20s", "300s", "300s-dropped"],
-)
-def test_a_host_is_cut_off(network: Network, folder: Path, seconds: int, exhausted: str, environment: dict[str, str]) -> None:
-    """Packets from and to a host are lost for a while: the others go on, its head is replaced or dropped, no batch is lost."""
+def test_a_host_is_cut_off_for_twenty_seconds(network: Network, folder: Path) -> None:
+    """Packets from and to a host are lost for a while: the others go on, its head is replaced, and no batch is lost."""
     steps, log = 1000, folder / "r.log"
     network.shape("100mbit")
-    with RayNodes(network, 1, folder, environment) as nodes:
-        flags = f"tests.support.node_loss:SlowRegression --steps {steps} --no-wait --when arrival --exhausted {exhausted}"
+    with RayNodes(network, 1, folder) as nodes:
+        flags = f"tests.support.node_loss:SlowRegression --steps {steps} --no-wait --when arrival"
         driver = train(nodes, folder, "r", flags)
         wait_until(lambda: count_merges(folder) >= 30, driver, log)
         # One without driver and coordinator, which Ray puts where it likes; their loss is in test_nodes.py.
         host = next(host for host in (2, 1) if not network.runs(host, "ray::CoordinatorActor"))
         network.cut(host)
         cut_at, before = time.time(), count_merges(folder)
-        while time.time() < cut_at + seconds and (seconds < 60 or driver.poll() is None):
+        while time.time() < cut_at + 20:
             time.sleep(0.5)
         during = count_merges(folder) - before
         network.mend(host)
@@ -118,7 +111,4 @@ def test_a_host_is_cut_off(network: Network, folder: Path, seconds: int, exhaust
     assert events & {"head_hung", "head_lost"} and "coordinator_lost" not in events
     report = audit(rows)
     assert (report.lost, report.doubled, report.problems) == (0, 0, [])
-    if exhausted == "drop":
-        assert "head_dropped" in events
-    else:
-        assert report.samples == HOSTS * steps * BATCH
+    assert report.samples == HOSTS * steps * BATCH

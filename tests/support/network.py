@@ -190,7 +190,11 @@ class RayNodes:
         self._cpus = [cpus] * len(network.hosts) if isinstance(cpus, int) else list(cpus)
         # gloo looks for the address of this machine's name, which is another one on each host.
         own = {"GLOO_SOCKET_IFNAME": "eth0", "RAY_AUTH_MODE": "disabled", "PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1"}
-        patient = {"RAY_raylet_start_wait_time_s": f"{START_SECONDS:.0f}"}
+        # On a busy machine a node, and its agents, take longer to start than Ray allows.
+        patient = {
+            "RAY_raylet_start_wait_time_s": f"{START_SECONDS:.0f}",
+            "RAY_agent_register_timeout_ms": f"{1000 * START_SECONDS:.0f}",
+        }
         self._environment = {**os.environ, **own, **patient, **(environment or {})}
         self._environment.pop("RAY_ADDRESS", None)
         self._nodes: dict[int, subprocess.Popen[bytes]] = {}
