@@ -65,7 +65,7 @@ CASES = {
     "no room": Case(spare=False),
     "coordinator": Case({"policy": "nesterov"}, drains="coordinator"),
     "driver": Case(drains="driver"),
-    "grow": Case({"when": "arrival", "wait": False}, spare=False, drains="new", grows=2, steps=2000),
+    "grow": Case({"when": "arrival", "wait": False}, spare=False, drains="new", grows=2, steps=1200),
 }
 
 

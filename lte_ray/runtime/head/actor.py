@@ -231,11 +231,15 @@ class HeadActor:
             if steps.get(head.number):
                 inject("stepped", head=head.number, step=head.step)
             self._contribute_if_due(head, client)
-            if self._early_end.has_contributed(head):
-                self._checkpointer.save_to_move(head, client)
+            self._save_if_moving(head, client)
         active = [head for head in group.heads if not self._has_ended(head) or client.awaits_reply(head)]
         if active and all(self._waits(head, client) for head in active):
             self._wait_for_reply(group, client, active)
+
+    def _save_if_moving(self, head: Head, client: CoordinatorClient) -> None:
+        """Has the state of a head saved that must leave, once all that it has trained is in a contribution."""
+        if self._early_end.has_contributed(head) and not self._has_ended(head, for_good=True):
+            self._checkpointer.save_to_move(head, client)
 
     def _waits(self, head: Head, client: CoordinatorClient) -> bool:
         """Whether the head can do nothing until a reply comes."""
@@ -272,6 +276,7 @@ class HeadActor:
         """Tells the coordinator of heads that have ended, so that it doesn't wait for them."""
         for head in group.heads:
             if self._has_ended(head) and head.number not in self._left and not client.awaits_reply(head):
+                self._save_if_moving(head, client)
                 inject("leaving", head=head.number)
                 client.leave(head.number)
                 self._left.add(head.number)
