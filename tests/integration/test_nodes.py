@@ -98,17 +98,3 @@ def test_a_run_survives_a_cut_network(tmp_path: Path, seconds: int) -> None:
     assert noticed & {"head_hung", "head_lost", "coordinator_lost"}
     report = audit(rows)
     assert (report.samples, report.lost, report.doubled, report.problems) == (4 * 300 * 64, 0, 0, [])
-
-
-@pytest.mark.parametrize(("max_nodes", "heads"), [(2, [[0, 1, 2, 3]]), (1, [[0, 1]])])
-def test_an_autoscaler_is_asked_for_what_heads_need(tmp_path: Path, max_nodes: int, heads: list[list[int]]) -> None:
-    """`ray status` shows the demand; the run starts once the nodes are there, or with --min-heads."""
-    if not can_create_networks():
-        pytest.skip("needs permission to create namespaces, in which nothing else runs on the ports")
-    script = Path(__file__).parents[1] / "support" / "autoscaled.py"
-    apart = ["unshare", "--net", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
-    command = [*apart, sys.executable, script, tmp_path, str(max_nodes)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert process.returncode == 0, process.stdout + process.stderr
-    assert "{'CPU': 1.0} * 4 (PACK): 1+ pending placement groups" in process.stdout
-    assert json.loads(process.stdout.splitlines()[-1]) == heads
