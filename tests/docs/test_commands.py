@@ -231,7 +231,7 @@ PROGRAMS = {
 }
 
 OTHER_FLAGS = {
-    "--pairs",  # of benchmarks.reporting
+    "--pairs", "--part",  # of benchmarks
     "--address", "--backend-store-uri", "--dashboard-host", "--generate", "--head", "--runtime-env-json", "--working-dir",
     "--block", "--exclusive", "--labels", "--node-ip-address",
 }  # fmt: skip
