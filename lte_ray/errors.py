@@ -13,6 +13,7 @@ The tree::
         ├── WorkerFailed          the worker's own code raised inside a head or the evaluator
         ├── HeadLost              a head's process died
         ├── CoordinatorLost       the coordinator's process died
+        ├── LeaseLost             another driver trains the run now
         ├── ContributionRefused   a head's contributions were refused again and again
         └── PolicyError           a merge policy raised, or decided something impossible
 
@@ -77,9 +78,9 @@ class RunError(LTEError):
 
     @property
     def exit_code(self) -> int:  # type: ignore[override]
-        """75 if the same command with ``--resume`` may continue the run. 1 if nothing is kept, or if a worker or policy raised
-        or all heads diverged, which would happen again."""
-        lasting = isinstance(self, WorkerFailed | PolicyError | ContributionRefused)
+        """75 if the same command with ``--resume`` may continue the run. 1 if nothing is kept, if another driver continues it,
+        or if a worker or policy raised or all heads diverged, which would happen again."""
+        lasting = isinstance(self, WorkerFailed | PolicyError | ContributionRefused | LeaseLost)
         return 1 if self.checkpoint is None or lasting else RESUMABLE
 
 
@@ -119,6 +120,10 @@ class HeadLost(RunError):
 
 class CoordinatorLost(RunError):
     """The coordinator's process ended without an answer."""
+
+
+class LeaseLost(RunError):
+    """Another driver has taken the run over, so this one must not write any more."""
 
 
 class ContributionRefused(RunError):

@@ -201,7 +201,7 @@ class LTETrainer:
                 groups = placing.transfer_groups(
                     settings.merge, initial.plans, reservation.nodes if reservation else 1, may_merge_by_weights(policy)
                 )
-                acquired, resume = stack.enter_context(claim.acquire(record, self.worker))
+                directory, acquired, resume = stack.enter_context(claim.acquire(record, self.worker))
                 context = RunContext(
                     worker=pickled_worker,
                     settings=settings,

@@ -33,13 +33,14 @@ def audit(arguments: list[str]) -> int:
     flags = parse_arguments(Flags, "lte-ray audit RUN [flags]", arguments)
     from lte_ray import audit as auditing
     from lte_ray.export.run_reader import open_run
-    from lte_ray.run.metrics import METRICS
+    from lte_ray.run.metrics_files import METRICS, MetricsReader
 
     directory = open_run(run_path(flags.run, flags.storage))
-    if not directory.exists(METRICS):
+    source = MetricsReader(directory)
+    if source.size() is None:
         raise StorageError(f"{directory.display} has no {METRICS}: nothing was merged there yet.")
     try:
-        result = auditing.audit(auditing.read_rows(directory.read(METRICS)))
+        result = auditing.audit(auditing.read_rows(source.read()))
     except ValueError as error:
         raise StorageError(f"{directory.display}/{METRICS} is damaged: {error}.") from error
     wrong = "" if result.clean else f"{directory.display} doesn't hold each contribution exactly once."

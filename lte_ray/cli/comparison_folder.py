@@ -38,8 +38,11 @@ def folder_name(directory: RunDirectory) -> str:
 
 
 @contextlib.contextmanager
-def claimed(directory: RunDirectory, results: str, what: str, overwrite: bool) -> Iterator[None]:
+def claimed(directory: RunDirectory, results: str, what: str, overwrite: bool) -> Iterator[RunDirectory]:
     """Creates the folder, or checks that it is one of this kind, and holds its lock for the block.
+
+    Yields:
+        The directory that the block must write through.
 
     Args:
         results: the file that such a folder has.
@@ -49,16 +52,16 @@ def claimed(directory: RunDirectory, results: str, what: str, overwrite: bool) -
     Raises:
         StorageError: another process trains there, or the folder has other content.
     """
-    from lte_ray.storage import LOCK, exclusive_lock
+    from lte_ray.storage import LEASE, LOCK, exclusive_lock
 
-    if directory.exists() and not (directory.exists(results) or set(directory.list_names()) <= {LOCK}):
+    if directory.exists() and not (directory.exists(results) or set(directory.list_names()) <= {LOCK, LEASE}):
         raise StorageError(f"{directory.display} has no {results}, so it isn't a {what}'s. Choose another --name.")
     directory.create()
-    with exclusive_lock(directory):
-        for name in directory.list_names() if overwrite else ():
-            if name != LOCK:
-                directory.delete(name)
-        yield
+    with exclusive_lock(directory) as owned:
+        for name in owned.list_names() if overwrite else ():
+            if name not in (LOCK, LEASE):
+                owned.delete(name)
+        yield owned
 
 
 def shared_settings(program: str, worker: Any, sections: dict[type, Any], left_out: Collection[str] = ()) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def _climb(program: str, worker: Any, sections: dict[type, Any]) -> None:
     checked = check_arms(worker, arms, config.rates, config.figure)
     directory = open_folder(sections[StorageConfig], program, "ladder")
     settings = _shared_settings(program, worker, sections, arms[0])
-    with claimed(directory, RESULTS, "ladder", sections[StorageConfig].overwrite):
+    with claimed(directory, RESULTS, "ladder", sections[StorageConfig].overwrite) as directory:
         file = _open_results(directory, settings, console)
         display = LadderDisplay(console, checked.figure)
         results: list[RungResult] = []

@@ -59,10 +59,11 @@ def read_logs(directory: RunDirectory, *, follow: bool) -> Iterator[dict[str, An
     """
     from lte_ray.run.error_log import ERRORS
     from lte_ray.run.inspect import inspect_run
-    from lte_ray.run.metrics import METRICS
+    from lte_ray.run.metrics_files import MetricsReader, RunFile
     from lte_ray.run.tail import LineFollower, is_event, parse_row
 
-    events, errors = LineFollower(directory, METRICS, is_event), LineFollower(directory, ERRORS, lambda line: True)
+    events = LineFollower(MetricsReader(directory), is_event)
+    errors = LineFollower(RunFile(directory, ERRORS), lambda line: True)
     while True:
         is_last = not follow or inspect_run(directory).is_over
         for line in events.poll():

@@ -120,7 +120,7 @@ def _sweep(command: _Command, worker: Any, sections: dict[type, Any]) -> None:
     for note in checked.notes:
         console.print(Text(note), soft_wrap=True)
     directory = open_folder(storage, command.program, "sweep")
-    with claimed(directory, RESULTS, "sweep", storage.overwrite):
+    with claimed(directory, RESULTS, "sweep", storage.overwrite) as directory:
         file = _open_results(directory, _settings(command, worker, sections, seeds[0]), console)
         display = SweepDisplay(console, checked.figure, len(trials))
         try:

@@ -17,7 +17,8 @@ from lte_ray.errors import CoordinatorLost, HeadLost, RunError, WorkerFailed
 from lte_ray.ladder.arms import Arm
 from lte_ray.ladder.results import ArmResult, Point
 from lte_ray.ladder.runner import Listener, ignore, ordinary_ddp, train_multihead
-from lte_ray.run.metrics import METRICS, Progress
+from lte_ray.run.metrics import Progress
+from lte_ray.run.metrics_files import MetricsReader
 from lte_ray.runtime import placement as placing
 from lte_ray.runtime.context import PickledObject
 from lte_ray.runtime.ray_errors import to_lte_error
@@ -99,7 +100,7 @@ class RayRunner:
             self.program,
         )
         metrics: dict[str, Any] = trainer.fit().metrics or {}
-        points = _read_points(directory.read(METRICS), arm.train.steps)
+        points = _read_points(MetricsReader(directory).read(), arm.train.steps)
         directory.delete("checkpoints")
         if arm.train.baseline:
             return points, 0, ordinary_ddp(worker, arm)

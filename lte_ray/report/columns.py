@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lte_ray.run.metrics import METRICS, Row
+from lte_ray.run.metrics import Row
+from lte_ray.run.metrics_files import METRICS, MetricsReader
 from lte_ray.run.newest_rows import to_number
 from lte_ray.run.sinks.figures import MAX_HEADS, NOT_FIGURES, name_figures
 from lte_ray.run.tail import parse_row, read_lines
@@ -112,7 +113,7 @@ def read_columns(directory: RunDirectory, num_heads: int) -> RunRows:
         StorageError: the file can't be read.
     """
     rows, reader = RunRows(), _Reader(num_heads <= MAX_HEADS)
-    for line in read_lines(directory, METRICS):
+    for line in read_lines(MetricsReader(directory)):
         row = parse_row(line)
         if row is None or not reader.read(row, rows.events):
             rows.damaged += 1

@@ -10,7 +10,8 @@ from lte_ray import checkpoint
 from lte_ray.config import check_run_name
 from lte_ray.config.best_figure import parse_best_by
 from lte_ray.errors import StorageError
-from lte_ray.run.metrics import METRICS, Row
+from lte_ray.run.metrics import Row
+from lte_ray.run.metrics_files import MetricsReader
 from lte_ray.run.sinks.figures import RowNaming
 from lte_ray.run.tail import parse_row
 from lte_ray.storage import RunDirectory, split_run_path
@@ -49,9 +50,7 @@ def read_rows(directory: RunDirectory, until: int | None = None) -> list[Row]:
     Raises:
         StorageError: the file can't be read.
     """
-    if not directory.exists(METRICS):
-        return []
-    rows = [row for line in directory.read(METRICS).splitlines() if (row := parse_row(line)) is not None]
+    rows = [row for line in MetricsReader(directory).read().splitlines() if (row := parse_row(line)) is not None]
     return [
         row
         for row in rows

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from lte_ray.errors import StorageError
 from lte_ray.messages import HeadStatus, MergeRecord
 from lte_ray.redaction import redact
+from lte_ray.run.metrics_files import METRICS, MetricsWriter
 from lte_ray.storage import RunDirectory, pending_problem, run_in_thread
 
 log = logging.getLogger("lte_ray")
@@ -23,13 +24,14 @@ log = logging.getLogger("lte_ray")
 Row = dict[str, Any]
 """A row of ``metrics.jsonl``: plain values that JSON has, with the kind ("merge", "evaluation" or "event") under "kind"."""
 
-METRICS = "metrics.jsonl"
-
 REMOTE_INTERVAL = 20.0
-"""Seconds between two writes of the metrics to an object store, which rewrites the entire file."""
+"""Seconds between two writes of the metrics to an object store, which write up to a whole segment."""
 
 RATE_WINDOW = 10
 """Merges over which rates are taken."""
+
+KIND_BYTES = 40
+"""Bytes at the begin of a row that tell its kind."""
 
 MAX_WRITE_WAIT = 0.5
 """Seconds that the run waits for its metrics to be written before it continues."""
@@ -109,6 +111,7 @@ class MetricsLog:
 
     def __init__(self, directory: RunDirectory) -> None:
         self._directory = dataclasses.replace(directory, patience=0.0)  # the next flush tries again
+        self._files = MetricsWriter(self._directory)
         self._patience = directory.patience
         self._rows: list[str] = []
         self._lock = threading.Lock()  # guards the rows; never held while storage is used
@@ -188,9 +191,10 @@ class MetricsLog:
         with self._lock:
             rows, self._rows, version, self._rewind_to = self._rows, [], self._rewind_to, None
         try:
-            self._rewind_file(version)
+            if version is not None:
+                self._files.remove(lambda row: _survives(row, version), lambda row: b'"merge"' in row[:KIND_BYTES])
             if rows:
-                self._directory.append(METRICS, ("\n".join(rows) + "\n").encode())
+                self._files.append(("\n".join(rows) + "\n").encode())
         except StorageError as error:
             with self._lock:  # the run may have been rewound in the meantime
                 pending = rows if self._rewind_to is None else [row for row in rows if _survives(row, self._rewind_to)]
@@ -198,11 +202,6 @@ class MetricsLog:
             self.problem = f"{METRICS} can't be written: {error}"
         else:
             self.problem = ""
-
-    def _rewind_file(self, version: int | None) -> None:
-        if version is not None and self._directory.exists(METRICS):
-            rows = self._directory.read(METRICS).splitlines(keepends=True)
-            self._directory.write(METRICS, b"".join(row for row in rows if _survives(row, version)))
 
     def _add_row(self, kind: str, **values: Any) -> None:
         row: Row = _sanitize({"kind": kind, **values})

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lte_ray.redaction import printable
-from lte_ray.run.metrics import METRICS, RATE_WINDOW, Evaluation, Row
+from lte_ray.run.metrics import RATE_WINDOW, Evaluation, Row
+from lte_ray.run.metrics_files import METRICS, MetricsReader
 from lte_ray.run.tail import parse_row, read_lines_back
 from lte_ray.storage import RunDirectory
 
@@ -103,10 +104,11 @@ class NewestRows:
         Raises:
             StorageError: the file can't be read.
         """
-        size, bytes_read = directory.size(METRICS), 0
+        source = MetricsReader(directory)
+        size, bytes_read = source.size(), 0
         rows = cls(exists=size is not None)
         limit = SEARCHED_BYTES if directory.is_local else MOST_BYTES
-        for number, line in enumerate(read_lines_back(directory, METRICS, limit)):
+        for number, line in enumerate(read_lines_back(source, limit)):
             bytes_read += len(line) + 1
             if bytes_read > MOST_BYTES:
                 if rows.evaluation is not None or not evaluates:

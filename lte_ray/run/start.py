@@ -19,7 +19,7 @@ from lte_ray.engine.settings import Settings
 from lte_ray.errors import StorageError, WorkerError
 from lte_ray.run.record import format_record, write_files
 from lte_ray.run.stop_request import remove_request
-from lte_ray.storage import LOCK, PART_SUFFIX, PROBE, RUN, RunDirectory, check_unlocked, exclusive_lock
+from lte_ray.storage import LEASE, LOCK, PART_SUFFIX, PROBE, RUN, RunDirectory, check_unlocked, exclusive_lock
 
 log = logging.getLogger("lte_ray")
 
@@ -66,19 +66,22 @@ class RunClaim:
         return resume
 
     @contextlib.contextmanager
-    def acquire(self, record: dict[str, Any], worker: Any = None) -> Iterator[tuple[str, checkpoint.Manifest | None]]:
+    def acquire(
+        self, record: dict[str, Any], worker: Any = None
+    ) -> Iterator[tuple[RunDirectory, str, checkpoint.Manifest | None]]:
         """Holds the directory for the block and writes its ``run.toml``, and the files that the worker adds to its model.
 
         Yields:
-            The text of ``run.toml``, and the checkpoint to resume from, if there is one.
+            The directory that the block must write through, the text of ``run.toml``, and the checkpoint to resume from, if
+            there is one.
         """
         directory = self.directory
         if self.storage.overwrite and directory.is_link(""):
             directory.delete()  # the link, not its target
         existed = directory.exists()
         with contextlib.ExitStack() as stack:
-            if existed:
-                stack.enter_context(exclusive_lock(directory))
+            if existed or not directory.is_local:  # a lease needs no folder, and a folder there keeps nobody out
+                directory = stack.enter_context(exclusive_lock(directory))
             if self._versions() != self._checked_versions:  # another process trained while this one waited for the cluster
                 self._resume = self._find_checkpoint()
             config = create_run(directory, record, self.storage, self._resume)
@@ -89,11 +92,11 @@ class RunClaim:
                     directory.display,
                     ", ".join(differing),
                 )
-            if not existed:
+            if not existed and directory.is_local:
                 stack.enter_context(exclusive_lock(directory))
             remove_request(directory)  # of before
             stack.callback(remove_request, directory)
-            yield config, self._resume
+            yield directory, config, self._resume
 
 
 def check_start(
@@ -211,7 +214,7 @@ def _data_settings(record: dict[str, Any]) -> dict[str, Any]:
 
 def _is_run(directory: RunDirectory) -> bool:
     """Whether the directory is a run's, or empty, or was being created when its process died."""
-    return directory.exists(RUN) or set(directory.list_names()) <= {LOCK, PROBE, RUN + PART_SUFFIX}
+    return directory.exists(RUN) or set(directory.list_names()) <= {LOCK, LEASE, PROBE, RUN + PART_SUFFIX}
 
 
 def _check_facts(directory: RunDirectory, manifest: checkpoint.Manifest) -> None:
@@ -239,7 +242,7 @@ def create_run(
     existed = directory.exists()
     if storage.overwrite:
         for name in directory.list_names():
-            if name != LOCK:  # this process holds it
+            if name not in (LOCK, LEASE):  # this process holds it
                 directory.delete(name)
     directory.create(exclusive=not storage.resume and not (storage.overwrite and existed))
     if resume is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 
-from lte_ray.run.metrics import Row
-from lte_ray.storage import RunDirectory
+from lte_ray.run.metrics import KIND_BYTES, Row
+from lte_ray.run.metrics_files import Lines
 
 BLOCK = 2**20
 """Bytes that are read at a time."""
@@ -15,35 +15,35 @@ MARK = 256
 """Bytes before the place up to which a file was read. If they have changed, the file was rewritten."""
 
 
-def read_lines_back(directory: RunDirectory, name: str, limit: int) -> Iterator[bytes]:
-    """Yields the lines of a file from the last to the first, without their ends; none if there is no file.
+def read_lines_back(source: Lines, limit: int) -> Iterator[bytes]:
+    """Yields lines from the last to the first, without their ends; none if there is no file.
 
     Args:
-        limit: bytes of the file's end that are read at most. What is before them is left out.
+        limit: bytes of the end that are read at most. What is before them is left out.
 
     Raises:
         StorageError: the file can't be read.
     """
-    end = directory.size(name) or 0
+    end = source.size() or 0
     first, rest = max(0, end - limit), b""
     while end > first:
         start = max(first, end - BLOCK)
-        rest, *lines = (directory.read_range(name, start, end - start) + rest).split(b"\n")
+        rest, *lines = (source.read_range(start, end - start) + rest).split(b"\n")
         yield from (line for line in reversed(lines) if line)
         end = start
     if first == 0 and rest:
         yield rest
 
 
-def read_lines(directory: RunDirectory, name: str) -> Iterator[bytes]:
-    """Yields the lines of a file in their order, without their ends; none if there is no file.
+def read_lines(source: Lines) -> Iterator[bytes]:
+    """Yields lines in their order, without their ends; none if there is no file.
 
     Raises:
         StorageError: the file can't be read.
     """
-    size, rest = directory.size(name) or 0, b""
+    size, rest = source.size() or 0, b""
     for start in range(0, size, BLOCK):
-        *lines, rest = (rest + directory.read_range(name, start, min(BLOCK, size - start))).split(b"\n")
+        *lines, rest = (rest + source.read_range(start, min(BLOCK, size - start))).split(b"\n")
         yield from (line for line in lines if line)
     if rest:
         yield rest
@@ -60,7 +60,7 @@ def parse_row(line: bytes) -> Row | None:
 
 def is_event(line: bytes) -> bool:
     """Whether a line of ``metrics.jsonl`` may be the row of an event, judged by its begin."""
-    return b'"event"' in line[:40]
+    return b'"event"' in line[:KIND_BYTES]
 
 
 class LineFollower:
@@ -69,12 +69,12 @@ class LineFollower:
     A resumed run rewrites ``metrics.jsonl`` without the merges that it makes again. Its events stay, in their order.
 
     Args:
-        directory, name: of the file.
-        keep: which lines count. When the file is rewritten, these must stay, in their order.
+        source: of the lines.
+        keep: which lines count. When a file is rewritten, these must stay, in their order.
     """
 
-    def __init__(self, directory: RunDirectory, name: str, keep: Callable[[bytes], bool] = bool) -> None:
-        self._directory, self._name, self._keep = directory, name, keep
+    def __init__(self, source: Lines, keep: Callable[[bytes], bool] = bool) -> None:
+        self._source, self._keep = source, keep
         self._offset, self._mark, self._count = 0, b"", 0
 
     def poll(self) -> list[bytes]:
@@ -83,12 +83,12 @@ class LineFollower:
         Raises:
             StorageError: the file can't be read.
         """
-        size, known = self._directory.size(self._name) or 0, 0
+        size, known = self._source.size() or 0, 0
         if size < self._offset or (self._offset and not self._is_same()):
             known, self._offset, self._mark, self._count = self._count, 0, b"", 0
         lines: list[bytes] = []
         while self._offset < size:
-            data = self._directory.read_range(self._name, self._offset, max(BLOCK, size - self._offset))
+            data = self._source.read_range(self._offset, max(BLOCK, size - self._offset))
             complete = data[: data.rfind(b"\n") + 1]
             if not complete:
                 break
@@ -99,4 +99,4 @@ class LineFollower:
 
     def _is_same(self) -> bool:
         start = self._offset - len(self._mark)
-        return self._directory.read_range(self._name, start, len(self._mark)) == self._mark
+        return self._source.read_range(start, len(self._mark)) == self._mark

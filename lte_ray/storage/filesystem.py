@@ -21,7 +21,7 @@ from lte_ray.redaction import without_credentials
 ATOMIC_STORES = ("s3", "gcs", "abfs")
 """pyarrow's object stores. A file appears there when it is complete, so it needs no temporary name."""
 
-PYARROW_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "file")
+PYARROW_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "az", "hdfs", "viewfs", "file")
 """Schemes that pyarrow opens itself: its error on such a URI is the one to show."""
 
 CREDENTIAL_VARIABLES = {
@@ -30,6 +30,7 @@ CREDENTIAL_VARIABLES = {
     "gcs": "GOOGLE_APPLICATION_CREDENTIALS",
     "abfs": "AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET",
     "abfss": "AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET",
+    "az": "AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET",
 }
 """The environment variables that give a store its credentials, by scheme."""
 
@@ -47,7 +48,7 @@ def open_filesystem(storage: str) -> tuple[Any, str]:
     if "://" not in storage:
         return pafs.LocalFileSystem(), str(Path(storage).expanduser().absolute())
     try:
-        filesystem, path = pafs.FileSystem.from_uri(storage)
+        filesystem, path = pafs.FileSystem.from_uri(_with_account(storage) if _scheme(storage) == "az" else storage)
     except pa.ArrowInvalid:
         if _scheme(storage) in PYARROW_SCHEMES:
             raise
@@ -56,6 +57,15 @@ def open_filesystem(storage: str) -> tuple[Any, str]:
         other, path = fsspec.core.url_to_fs(storage)
         filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(other))
     return filesystem, path
+
+
+def _with_account(storage: str) -> str:
+    """``az://CONTAINER/PATH`` as pyarrow knows it. Raises ValueError if the environment doesn't name the account."""
+    container, _, path = storage.partition("://")[2].partition("/")
+    account = os.environ.get("AZURE_STORAGE_ACCOUNT_NAME") or os.environ.get("AZURE_STORAGE_ACCOUNT")
+    if not account:
+        raise ValueError("az:// needs the account's name in AZURE_STORAGE_ACCOUNT_NAME")
+    return f"abfss://{container}@{account}.dfs.core.windows.net/{path}"
 
 
 def split_run_path(run: str) -> tuple[str, str]:

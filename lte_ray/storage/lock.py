@@ -1,8 +1,9 @@
-"""The lock of a run directory: one process at a time trains a run."""
+"""The lock of a run directory: one process at a time trains a run. On object stores it is a lease."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import time
@@ -13,6 +14,9 @@ from typing import TextIO
 
 from lte_ray.errors import StorageError
 from lte_ray.redaction import printable
+from lte_ray.storage.lease import UNLOCKED, hold_lease, wait_until_free
+from lte_ray.storage.ownership import read_lease
+from lte_ray.storage.retry import describe_error
 from lte_ray.storage.run_directory import RunDirectory
 
 try:
@@ -21,6 +25,8 @@ except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
+
+log = logging.getLogger("lte_ray.storage")
 
 LOOK = 0.05
 """Seconds after which locking is tried once more, since `find_driver` may look at the lock at that moment."""
@@ -31,7 +37,7 @@ class Driver:
     """What is known of the process that trains a run.
 
     Attributes:
-        alive: whether there is one; None if nothing tells, as on object stores.
+        alive: whether there is one; None if nothing tells, as of a lease that isn't released.
         name: its number and its host; empty if it isn't alive or unnamed.
     """
 
@@ -40,16 +46,23 @@ class Driver:
 
 
 @contextlib.contextmanager
-def exclusive_lock(directory: RunDirectory) -> Iterator[None]:
-    """Holds the run's lock for the block. The system releases it when the process ends, however it ends.
+def exclusive_lock(directory: RunDirectory) -> Iterator[RunDirectory]:
+    """Holds the run's lock for the block. On a disk the system releases it when the process ends, however it ends.
 
-    Object stores, and disks that can't lock, have no lock. There it is up to the user to submit a run only once.
+    Where there is neither a lock nor a lease, a warning says so. There it is up to the user to submit a run only once.
+
+    Yields:
+        The directory that the block must write through.
 
     Raises:
         StorageError: another process holds it.
     """
-    if fcntl is None or not directory.is_local:
-        yield
+    if not directory.is_local:
+        with hold_lease(directory) as owned:
+            yield owned
+        return
+    if fcntl is None:
+        yield directory
         return
     path = Path(directory.path_to(LOCK))
     with _open_lock(directory, path) as file:
@@ -57,33 +70,43 @@ def exclusive_lock(directory: RunDirectory) -> Iterator[None]:
             _lock(file)
         except BlockingIOError:
             raise StorageError(_locked_message(directory, path)) from None
-        except OSError:
-            yield
+        except OSError as error:
+            log.warning(UNLOCKED, directory.display, f"its disk has no locks ({describe_error(error)})")
+            yield directory
             return
         if not _is_same_file(path, file):  # its holder has just removed it, and others may hold a new one
-            with exclusive_lock(directory):
-                yield
+            with exclusive_lock(directory) as same:
+                yield same
             return
         with contextlib.suppress(OSError):  # on a full disk the holder stays unnamed
             file.truncate(0)
             file.write(f"{os.getpid()} on {socket.gethostname()}")
             file.flush()
         try:
-            yield
+            yield directory
         finally:
             path.unlink(missing_ok=True)
 
 
 def check_unlocked(directory: RunDirectory) -> None:
-    """Raises StorageError if another process trains the run. Releases the lock at once."""
-    if directory.is_local and os.path.exists(directory.path_to(LOCK)):
+    """Raises StorageError if another process trains the run. Keeps no lock.
+
+    A lease that may have lost its driver is watched for its lifetime.
+    """
+    if not directory.is_local:
+        wait_until_free(directory)
+    elif os.path.exists(directory.path_to(LOCK)):
         with exclusive_lock(directory):
             pass
 
 
 def find_driver(directory: RunDirectory) -> Driver:
     """Finds out whether a process trains the run. Writes nothing, and keeps none from starting."""
-    if fcntl is None or not directory.is_local:
+    if not directory.is_local:
+        lease = read_lease(directory)
+        name = printable(str(lease.get("process", "")))[:300]
+        return Driver(False) if lease.get("released") else Driver(None, name.removeprefix("process "))
+    if fcntl is None:
         return Driver(None)
     try:
         with open(os.open(directory.path_to(LOCK), os.O_RDONLY | os.O_NOFOLLOW), encoding="utf-8", errors="replace") as file:

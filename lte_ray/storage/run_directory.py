@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import posixpath
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from lte_ray.errors import StorageError
 from lte_ray.job_folder import job_folder
 from lte_ray.redaction import redact, without_credentials
 from lte_ray.storage import filesystem as fs
+from lte_ray.storage.ownership import LEASE, check_held, check_owner
 from lte_ray.storage.retry import DEFAULT_PATIENCE, retry, run_once
 
 T = TypeVar("T")
@@ -40,12 +42,17 @@ class RunDirectory:
 
     Every method raises StorageError if storage fails: at once if that is permanent (not found, not permitted), else after
     retries for `patience` seconds. It also does so if a path would lead out of the directory.
+
+    Attributes:
+        owner: who may write there, if there is a lease (`storage.lease`). If another has it, methods that write raise
+            StorageError, and in the driver LeaseLost.
     """
 
     filesystem: Any
     path: str
     uri: str | None = None
     patience: float = DEFAULT_PATIENCE
+    owner: str = ""
 
     @classmethod
     def open(cls, storage: str, name: str, filesystem: Any = None, *, patience: float = DEFAULT_PATIENCE) -> RunDirectory:
@@ -70,6 +77,10 @@ class RunDirectory:
     def is_local(self) -> bool:
         return bool(self.filesystem.type_name == "local")
 
+    def check_lease(self) -> None:
+        """Raises LeaseLost if this process is the run's driver and knows that another has taken it over. Never waits."""
+        check_held(self.owner)
+
     @property
     def display(self) -> str:
         """The path or URI as users write it, without credentials."""
@@ -91,7 +102,7 @@ class RunDirectory:
         """
         try:
             self._make(posixpath.dirname(self.path))
-            if exclusive and self.exists():
+            if exclusive and self.exists() and set(self.list_names()) != {LEASE}:
                 raise FileExistsError("another run has just taken this name.")
             if exclusive and self.is_local:
                 Path(self.path).mkdir()
@@ -120,7 +131,7 @@ class RunDirectory:
     def write(self, relative: str, data: bytes) -> None:
         """Writes a file, completely or not at all, and creates its folders. Raises StorageError if that fails."""
         path = self.path_to(relative)
-        self._retry(lambda: fs.write_file(self.filesystem, path, data), "writing", "written", path)
+        self._retry_write(lambda: fs.write_file(self.filesystem, path, data), "writing", "written", path)
 
     def append(self, relative: str, data: bytes) -> None:
         """Appends to a file that has no other writer, once or not at all. Elsewhere than on a local disk rewrites the file."""
@@ -130,7 +141,7 @@ class RunDirectory:
             return
         append = fs.Append(self.filesystem, path, data)
         try:
-            self._retry(append, "adding to", "written", path)
+            self._retry_write(append, "adding to", "written", path)
         except StorageError:
             with contextlib.suppress(OSError):
                 append.undo()
@@ -171,22 +182,37 @@ class RunDirectory:
 
     def list_names(self, relative: str = "") -> list[str]:
         """The names in a folder, sorted; none if it doesn't exist."""
-        path = self.path_to(relative)
-        selector = pafs.FileSelector(path, allow_not_found=True)
-        entries = self._retry(lambda: self.filesystem.get_file_info(selector), "listing", "listed", path)
-        return sorted(info.base_name for info in entries)
+        return sorted(info.base_name for info in self._entries(relative))
+
+    def list_sizes(self, relative: str = "") -> dict[str, int]:
+        """The files in a folder, and their sizes in bytes; none if it doesn't exist."""
+        return {info.base_name: info.size or 0 for info in self._entries(relative) if info.type == pafs.FileType.File}
 
     def delete(self, relative: str = "") -> None:
         """Removes a file, a link, or a folder with its contents. Does nothing if it doesn't exist."""
         path = self.path_to(relative)
-        self._retry(lambda: fs.delete_path(self.filesystem, path), "removing", "removed", path)
+        self._retry_write(lambda: fs.delete_path(self.filesystem, path), "removing", "removed", path)
 
     def _retry(self, attempt: Callable[[], T], doing: str, done: str, path: str) -> T:
         shown = without_credentials(path)
         return retry(attempt, f"{doing} {shown}", f"{shown} can't be {done}", self.patience)
 
+    def _retry_write(self, attempt: Callable[[], T], doing: str, done: str, path: str) -> T:
+        def checked() -> T:
+            if self.owner:
+                check_owner(dataclasses.replace(self, patience=0.0), self.owner)
+            return attempt()
+
+        return self._retry(checked, doing, done, path)
+
     def _info(self, path: str) -> Any:
         return self._retry(lambda: self.filesystem.get_file_info(path), "looking for", "looked for", path)
+
+    def _entries(self, relative: str) -> list[Any]:
+        path = self.path_to(relative)
+        selector = pafs.FileSelector(path, allow_not_found=True)
+        entries: list[Any] = self._retry(lambda: self.filesystem.get_file_info(selector), "listing", "listed", path)
+        return entries
 
     def _make(self, path: str) -> None:
         self._retry(lambda: self.filesystem.create_dir(path, recursive=True), "making", "made", path)

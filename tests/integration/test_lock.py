@@ -87,7 +87,7 @@ def test_an_overwritten_run_is_locked_before_it_is_removed(tmp_path: Path) -> No
     with make_claim(tmp_path).acquire({"old": 1}):
         (tmp_path / "r" / "checkpoints").mkdir()
     first, second = make_claim(tmp_path, overwrite=True), make_claim(tmp_path, overwrite=True)
-    with first.acquire({"new": 1}) as (config, resume):
+    with first.acquire({"new": 1}) as (_, config, resume):
         assert (config, resume) == ("new = 1\n", None)
         assert sorted(file.name for file in (tmp_path / "r").iterdir()) == [".lock", "run.toml"]
         with pytest.raises(StorageError, match="is being trained by process"), second.acquire({"late": 1}):
@@ -135,7 +135,7 @@ def test_a_run_whose_driver_died_while_creating_it_is_started_by_the_same_comman
     (tmp_path / "r").mkdir()
     for name in left:
         (tmp_path / "r" / name).touch()
-    with make_claim(tmp_path, **{how: True}).acquire({"x": 1}) as (config, resume):
+    with make_claim(tmp_path, **{how: True}).acquire({"x": 1}) as (_, config, resume):
         assert (config, resume) == ("x = 1\n", None)
     (tmp_path / "r" / "run.toml").unlink()
     (tmp_path / "r" / "thesis.tex").touch()

@@ -11,78 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from lte_ray import LTEConfig, LTETrainer, MergeConfig, TrainConfig, checkpoint
-from lte_ray.errors import StorageError
-from lte_ray.storage import PART_SUFFIX, RunDirectory
-from tests.support.checkpoint_damage import PLAN, write_checkpoint
+from lte_ray.storage import RunDirectory
+from tests.support.object_stores import KEYS, s3_server, s3_storage
 from tests.support.ray_runs import ROOT, assert_same_model, merged_in_process
 from workers.regression import Regression
-
-moto = pytest.importorskip("moto.server")
-
-BUCKET = "lte-ray"
-KEYS = {
-    "AWS_ACCESS_KEY_ID": "somebody",
-    "AWS_SECRET_ACCESS_KEY": "anything",
-    "AWS_EC2_METADATA_DISABLED": "true",
-    "AWS_DEFAULT_REGION": "us-east-1",
-}
 
 
 @pytest.fixture(scope="module")
 def storage() -> Iterator[str]:
     """The URL for --storage of a folder in a bucket."""
-    import boto3
-
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in KEYS.items():
-            environment.setenv(name, value)
-        server.start()
-        host, port = server.get_host_and_port()
-        boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket=BUCKET)
-        yield f"s3://{BUCKET}/runs?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
-        server.stop()
-
-
-def test_a_run_directory_works_as_on_a_disk(storage: str) -> None:
-    """It is created once; files are written, appended to, listed, and removed. A wrong bucket is an immediate error."""
-    directory = RunDirectory.open(storage, "first")
-    directory.create(exclusive=True)
-    with pytest.raises(StorageError, match="another run has just taken this name"):
-        directory.create(exclusive=True)
-    directory.write("a/b", b"one")
-    directory.write("a/b", b"other")
-    directory.append("rows", b"1\n")
-    directory.append("rows", b"2\n")
-    assert (directory.read("a/b"), directory.read("rows"), directory.size("rows")) == (b"other", b"1\n2\n", 4)
-    assert [name for name in directory.list_names() if not name.startswith(".")] == ["a", "rows"]
-    assert not any(name.endswith(PART_SUFFIX) for name in directory.list_names("a"))
-    directory.delete("a")
-    assert not directory.exists("a/b")
-    directory.delete()
-    assert not directory.exists()
-    with pytest.raises(StorageError, match="can't be written"):
-        RunDirectory.open(storage.replace(BUCKET, "no-such-bucket"), "r", patience=1.0).create()
-
-
-def test_checkpoints_are_written_read_and_pruned(storage: str) -> None:
-    """Incomplete checkpoints are removed and old ones pruned; a damaged one is named, and the one before it is used."""
-    directory = RunDirectory.open(storage, "second")
-    for version in (1, 2, 3):
-        write_checkpoint(directory, version)
-    checkpoint.write_base(directory, 4, PLAN, torch.zeros(PLAN.base.size))
-    assert checkpoint.complete_versions(directory) == [1, 2, 3]
-    checkpoint.remove_incomplete(directory)
-    checkpoint.prune(directory, 2)
-    assert checkpoint.complete_versions(directory) == [2, 3]
-    intact = directory.read("checkpoints/000003/head-0001.safetensors")
-    directory.write("checkpoints/000003/head-0001.safetensors", intact[:-1] + bytes([intact[-1] ^ 1]))
-    manifest, passed = checkpoint.read_newest_intact(directory)
-    assert manifest.version == 2
-    assert "000003/head-0001.safetensors is damaged" in passed[0]
+    with s3_server() as server:
+        yield s3_storage(server)
 
 
 @pytest.mark.ray

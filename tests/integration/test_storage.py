@@ -23,6 +23,7 @@ from lte_ray.config import PlacementConfig, StorageConfig
 from lte_ray.errors import RunError
 from lte_ray.run import metrics
 from lte_ray.run.metrics import Progress, SilentReporter
+from lte_ray.run.metrics_files import MetricsReader
 from lte_ray.storage import RunDirectory
 from tests.support import faulty_storage
 from tests.support.faulty_storage import FaultScript, FaultyHandler, fail
@@ -82,7 +83,7 @@ def trainer(path: Path, reporter: StorageFault, steps: int = 120, **settings: An
 
 
 def rows(path: Path) -> list[Any]:
-    return [json.loads(line) for line in (path / "r" / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in MetricsReader(RunDirectory.open(str(path), "r")).read().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_a_dead_head_is_replaced_while_storage_hangs(local_ray: None, tmp_path: 
     (faults / "00.json").write_text(json.dumps({"point": "stepped", "head": 1, "step": 80, "signal": "SIGKILL"}))
     monkeypatch.setenv(fault_injection.VARIABLE, str(faults))
     monkeypatch.setattr(metrics, "REMOTE_INTERVAL", 0.0)
-    reporter = UpdateGaps(script, [fail("slow", match="*metrics.jsonl*", seconds=HANG_SECONDS)], version=5, seconds=2.0)
+    reporter = UpdateGaps(script, [fail("slow", match="*metrics-*.jsonl*", seconds=HANG_SECONDS)], version=5, seconds=2.0)
     result = trainer(tmp_path, reporter).fit()
     assert reporter.met > 0, "storage never hung"
     assert reporter.longest < HANG_SECONDS / 2

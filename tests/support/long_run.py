@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from lte_ray.run.metrics import METRICS
+from lte_ray.run.metrics_files import METRICS
 from lte_ray.storage import RunDirectory
 from tests.support.run_folders import event_row, make_run
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lte_ray.run.environment import ENVIRONMENT
-from lte_ray.run.metrics import METRICS
+from lte_ray.run.metrics_files import METRICS
 from lte_ray.storage import LOCK, MODEL, RUN, RunDirectory, exclusive_lock
 
 SETTINGS: Mapping[str, Any] = {"program": "workers.regression:Regression", "name": "r", "num_heads": 2, "steps": 100}

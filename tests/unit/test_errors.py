@@ -8,7 +8,7 @@ import re
 import pytest
 
 from lte_ray import errors
-from lte_ray.errors import RESUMABLE, ContributionRefused, LTEError, PolicyError, RunError, UserError, WorkerFailed
+from lte_ray.errors import RESUMABLE, ContributionRefused, LeaseLost, LTEError, PolicyError, RunError, UserError, WorkerFailed
 
 TREE = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, LTEError)}
 
@@ -33,7 +33,9 @@ def test_exit_codes_follow_the_tree(kind: type[LTEError]) -> None:
     if issubclass(kind, RunError):
         error = make(kind)
         error.checkpoint = 3  # a worker or a policy that raised would raise again
-        assert error.exit_code == (1 if issubclass(kind, WorkerFailed | PolicyError | ContributionRefused) else RESUMABLE)
+        assert error.exit_code == (
+            1 if issubclass(kind, WorkerFailed | PolicyError | ContributionRefused | LeaseLost) else RESUMABLE
+        )
     assert kind is LTEError or issubclass(kind, UserError) != issubclass(kind, RunError)
 
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from lte_ray.redaction import redact
-from lte_ray.run.metrics import METRICS, MetricsLog
+from lte_ray.run.metrics import MetricsLog
+from lte_ray.run.metrics_files import METRICS
 from lte_ray.run.sinks.figures import RowNaming
 from lte_ray.run.sinks.folder import SinkFolder
 from lte_ray.run.sinks.protocol import LogRow, RunInfo, Sink, Status

@@ -31,7 +31,7 @@ from lte_ray.config import FailureConfig
 from lte_ray.engine.failure_policy import FailurePolicy
 from lte_ray.engine.hang_detector import HangDetector
 from lte_ray.engine.prepare import Initial
-from lte_ray.errors import CoordinatorLost, HeadLost, LTEError, RunError, StorageError, UserError, WorkerFailed
+from lte_ray.errors import CoordinatorLost, HeadLost, LeaseLost, LTEError, RunError, StorageError, UserError, WorkerFailed
 from lte_ray.messages import CheckpointRequest
 from lte_ray.run.callbacks import CallbackList
 from lte_ray.run.metrics import Reporter
@@ -317,6 +317,9 @@ class TrainController:
 
     def _save_early(self, why: BaseException) -> None:
         """Ends a run early: heads write their states into a checkpoint of the last version, as far as time allows."""
+        if isinstance(why, LeaseLost):  # another driver's run: nothing may be written
+            self.state.enter(RunPhase.FAILED)
+            return
         end = self.state.end_early(why, self._failure.grace)
         with contextlib.suppress(ray.exceptions.RayError, LTEError):
             self._write_last(end, early=True)

@@ -16,7 +16,7 @@ from lte_ray.engine.failure_policy import FailurePolicy
 from lte_ray.engine.hang_detector import HangDetector
 from lte_ray.engine.prepare import Initial
 from lte_ray.engine.process_tuning import head_threads
-from lte_ray.errors import HeadLost, LTEError, RunError, StorageError, UserError
+from lte_ray.errors import HeadLost, LeaseLost, LTEError, RunError, StorageError, UserError
 from lte_ray.run.callbacks import CallbackList
 from lte_ray.run.metrics import Reporter
 from lte_ray.runtime.context import PickledObject, RunContext
@@ -182,6 +182,9 @@ class DataParallelController:
 
     def _save_early(self, why: BaseException) -> None:
         """Ends a run early: the processes save the version that their round leads to, as far as time allows."""
+        if isinstance(why, LeaseLost):  # another driver's run: nothing may be written
+            self.state.enter(RunPhase.FAILED)
+            return
         end = self.state.end_early(why, self._failure.grace)
         with contextlib.suppress(ray.exceptions.RayError, LTEError):
             self._actor.stop.remote()

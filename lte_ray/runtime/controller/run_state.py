@@ -117,6 +117,7 @@ class RunState:
         start: CoordinatorState,
         callbacks: CallbackList | None = None,
     ) -> None:
+        self._directory = directory
         self.phase = RunPhase.STARTING
         self.started_at = time.time()
         self.statuses: dict[int, HeadStatus] = {}
@@ -174,7 +175,12 @@ class RunState:
         return self.rules.stop is not None and bool(self.merges)
 
     def check_stops(self) -> None:
-        """Ends the run early if it has taken its time, or others ask for it by its files."""
+        """Ends the run early if it has taken its time, or others ask for it by its files.
+
+        Raises:
+            LeaseLost: another driver has taken it over.
+        """
+        self._directory.check_lease()
         self.rules.check_time()
         self._requests.poll()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lte_ray.report.columns import MAX_COLUMNS, RunRows, read_columns
-from lte_ray.run.metrics import METRICS
+from lte_ray.run.metrics_files import METRICS
 from lte_ray.run.sinks.figures import name_figures
 from tests.support.run_folders import add_rows, evaluation_row, event_row, make_run, merge_row
 

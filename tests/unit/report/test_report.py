@@ -18,7 +18,7 @@ from lte_ray.cli.main import main
 from lte_ray.errors import ConfigError, StorageError
 from lte_ray.report import write_report
 from lte_ray.run.error_log import ERRORS
-from lte_ray.run.metrics import METRICS
+from lte_ray.run.metrics_files import METRICS
 from lte_ray.storage import RUN
 from tests.support.long_run import make_long_run
 from tests.support.run_folders import driver, evaluation_row, event_row, make_run, merge_row

@@ -25,7 +25,8 @@ from lte_ray.run.display import (
     format_line,
     make_table,
 )
-from lte_ray.run.metrics import METRICS, Evaluation, MetricsLog, Progress, samples_per_second
+from lte_ray.run.metrics import Evaluation, MetricsLog, Progress, samples_per_second
+from lte_ray.run.metrics_files import METRICS
 from lte_ray.storage import RunDirectory
 
 HEADS = (HeadStatus(0, step=20, samples=320, loss=2.5, version=2, state="waiting"), HeadStatus(1, step=18, state="training"))

@@ -12,7 +12,7 @@ import lte_ray
 from lte_ray import checkpoint
 from lte_ray.errors import StorageError
 from lte_ray.run.history import best_checkpoints, read_rows
-from lte_ray.run.metrics import METRICS
+from lte_ray.run.metrics_files import METRICS
 from lte_ray.storage import RunDirectory
 from tests.support.sink_rows import evaluation_row, event_row, merge_row
 

@@ -14,7 +14,7 @@ import pytest
 from lte_ray.errors import StorageError
 from lte_ray.run import inspect as inspecting
 from lte_ray.run.inspect import inspect_run, inspect_runs, list_runs
-from lte_ray.run.metrics import METRICS
+from lte_ray.run.metrics_files import METRICS
 from lte_ray.storage import RUN, RunDirectory
 from tests.support.run_folders import (
     add_checkpoint,

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lte_ray.messages import Measures, MergeRecord
-from lte_ray.run.metrics import METRICS, Evaluation, MetricsLog, latest_figures, throughput
+from lte_ray.run.metrics import Evaluation, MetricsLog, latest_figures, throughput
+from lte_ray.run.metrics_files import METRICS
 from lte_ray.storage import RunDirectory
 
 

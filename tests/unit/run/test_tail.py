@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lte_ray.run import tail
+from lte_ray.run.metrics_files import RunFile
 from lte_ray.run.tail import LineFollower, is_event, parse_row, read_lines_back
 from lte_ray.storage import RunDirectory
 
@@ -28,8 +29,8 @@ def test_lines_come_from_the_last_to_the_first(
     run.write("file", data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tail, "BLOCK", block)
-        read = list(read_lines_back(run, "file", limit))
-        assert list(read_lines_back(run, "file", 10**6)) == lines[::-1]
+        read = list(read_lines_back(RunFile(run, "file"), limit))
+        assert list(read_lines_back(RunFile(run, "file"), 10**6)) == lines[::-1]
     assert read == lines[::-1][: len(read)]
     assert sum(len(line) + 1 for line in read) <= limit + 1
     left_out = lines[::-1][len(read) :]
@@ -38,14 +39,14 @@ def test_lines_come_from_the_last_to_the_first(
 
 def test_no_file_has_no_lines(run: RunDirectory) -> None:
     """A run that hasn't merged yet."""
-    assert list(read_lines_back(run, "nothing", 10)) == []
-    assert LineFollower(run, "nothing").poll() == []
+    assert list(read_lines_back(RunFile(run, "nothing"), 10)) == []
+    assert LineFollower(RunFile(run, "nothing")).poll() == []
 
 
 def test_a_follower_returns_what_is_new(run: RunDirectory) -> None:
     """A line that isn't complete comes once it is."""
     run.write("grows", b"one\ntw")
-    follower = LineFollower(run, "grows")
+    follower = LineFollower(RunFile(run, "grows"))
     assert follower.poll() == [b"one"]
     assert follower.poll() == []
     run.append("grows", b"o\nthree\n")
@@ -56,7 +57,7 @@ def test_a_follower_survives_that_a_resumed_run_rewrites_its_rows(run: RunDirect
     """Events that it has returned don't come again, and those that follow do, also if the file is as long as before."""
     merge, one, two, three = b'{"kind": "merge"}\n', *(b'{"kind": "event", "n": %d}\n' % n for n in (1, 2, 3))
     run.write("rows", merge + one + merge + two)
-    follower = LineFollower(run, "rows", is_event)
+    follower = LineFollower(RunFile(run, "rows"), is_event)
     assert follower.poll() == [one.strip(), two.strip()]
     run.write("rows", one + two + three)
     assert follower.poll() == [three.strip()]
