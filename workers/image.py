@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from lte_ray.data import ImageSet, cached_images
+from lte_ray.data import ImageSet, cached_images, local_copy
 from lte_ray.errors import DataError, WorkerError
 
 from .images import ImageClassifier
@@ -48,9 +48,10 @@ class Image(ImageClassifier):
             raise DataError("--worker.data is missing. Give the folder that has the images.")
         if self.classes:
             return self.classes
-        if not Path(self.data).is_dir():
+        folder = Path(local_copy(self.data))
+        if not folder.is_dir():
             return 1  # `images` says what is missing
-        data = cached_images(Path(self.data), (self.channels, self.image_size, self.image_size))
+        data = cached_images(folder, (self.channels, self.image_size, self.image_size))
         classes = int(data["train"].labels.max()) + 1
         if classes < 2:
             raise DataError(f"{self.data} has images of one class only, so there is nothing to learn. Add another class.")

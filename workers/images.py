@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lte_ray import Shard
-from lte_ray.data import ImageSet, augment, cached_images
+from lte_ray.data import ImageSet, augment, cached_images, local_copy
 from lte_ray.errors import DataError, WorkerError
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -31,8 +31,8 @@ class ImageClassifier:
     """
 
     data: str = ""
-    """Folder of a data set: IDX files, Parquet files, or image files in train/CLASS and test/CLASS; by default that of Debian's
-    package dataset-fashion-mnist."""
+    """Folder of a data set: IDX files, Parquet files, or image files in train/CLASS and test/CLASS; or its URI. By default that
+    of Debian's package dataset-fashion-mnist."""
     image_size: int = 28
     """Height and width of the images; others are resized and cut to their center."""
     channels: int = 1
@@ -51,7 +51,7 @@ class ImageClassifier:
     """Images in one head's batch."""
 
     def __post_init__(self) -> None:
-        if self.data:  # heads may run in other folders
+        if self.data and "://" not in self.data:  # heads may run in other folders
             self.data = str(Path(self.data).expanduser().absolute())
         least = {"image_size": 1, "channels": 1, "classes": 0, "shift": 0, "test_images": 0, "batch_size": 1}
         for name, value in least.items():
@@ -66,7 +66,7 @@ class ImageClassifier:
         Raises:
             DataError: the data are missing, damaged, or of other classes or channels than the settings say.
         """
-        folder = Path(self.data) if self.data else FASHION_MNIST
+        folder = Path(local_copy(self.data)) if self.data else FASHION_MNIST
         if not folder.is_dir():
             raise DataError(missing_message(folder))
         data = cached_images(folder, (self.channels, self.image_size, self.image_size))[split]

@@ -4,6 +4,7 @@ token sets, and image sets."""
 from lte_ray.data.augmentation import augment
 from lte_ray.data.images import ImageSet, cached_images
 from lte_ray.data.loader import loader
+from lte_ray.data.node_cache import local_copy
 from lte_ray.data.records import read_records
 from lte_ray.data.shard import Shard
 from lte_ray.data.tokens import TokenSet, cached_tokens, write_tokens
@@ -16,6 +17,7 @@ __all__ = [
     "cached_images",
     "cached_tokens",
     "loader",
+    "local_copy",
     "read_records",
     "write_tokens",
 ]

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lte_ray.data.node_cache import DataFile, find_data
 from lte_ray.data.warn_once import warn_once
 from lte_ray.errors import DataError
 
@@ -38,7 +38,7 @@ SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 HUB = "hf:"
 
 
-def find_files(source: str) -> list[str]:
+def find_files(source: str) -> list[DataFile]:
     """Returns the files that a source names: a file, a folder with everything in it, a pattern, or a URI of these, in order.
 
     In a folder, hidden files and folders are left out, and so are texts if there are files with records. If files' names begin
@@ -47,37 +47,24 @@ def find_files(source: str) -> list[str]:
     Raises:
         DataError: there is none, or none of a known format.
     """
-    place = source if "://" in source else str(Path(source).expanduser())
-    folder = False
-    try:
-        filesystem, path = fsspec.core.url_to_fs(place)
-        if any(character in path for character in "*?[") and not filesystem.exists(path):
-            found = filesystem.glob(path)
-        elif filesystem.isdir(path):
-            folder = True
-            found = [file for file in filesystem.find(path) if "/." not in file.removeprefix(path)]
-        else:
-            found = [path] if filesystem.exists(path) else []
-    except Exception as error:
-        raise DataError(f"{source} can't be listed: {error}") from error
+    found, folder = find_data(source)
     if not found:
         raise DataError(f"There is no file {source}. Give the path of a file, a folder or a pattern that every node can read.")
-    known = sorted(file for file in found if Path(file).suffix.lower() in SUFFIXES and not Path(file).name.startswith("."))
+    known = [file for file in found if file.suffix in SUFFIXES and not Path(file.path).name.startswith(".")]
     if not known:
         raise DataError(
-            f"{source} has no file of a known format: found {Path(found[0]).name}, but the formats are {', '.join(SUFFIXES)}."
+            f"{source} has no file of a known format: found {Path(found[0].path).name}, but the formats are "
+            f"{', '.join(SUFFIXES)}."
         )
-    if folder:
-        known = _data_of_folder(source, known)
-    return [filesystem.unstrip_protocol(file) if "://" in source else file for file in known]
+    return _data_of_folder(source, known) if folder else known
 
 
-def _data_of_folder(source: str, files: list[str]) -> list[str]:
-    files = [file for file in files if Path(file).suffix.lower() not in TEXT] or files
-    train = [file for file in files if _split_of(file) == "train"]
-    others = [file for file in files if _split_of(file) == "other"]
+def _data_of_folder(source: str, files: list[DataFile]) -> list[DataFile]:
+    files = [file for file in files if file.suffix not in TEXT] or files
+    train = [file for file in files if _split_of(file.path) == "train"]
+    others = [file for file in files if _split_of(file.path) == "other"]
     if train and others:
-        warn_once(f"{source}: the data are the {len(train)} file(s) named train*; {Path(others[0]).name} isn't read.")
+        warn_once(f"{source}: the data are the {len(train)} file(s) named train*; {Path(others[0].path).name} isn't read.")
         return train
     return files
 
@@ -93,10 +80,7 @@ def fingerprint(source: str) -> str:
         return str(getattr(load_from_hub(source), "_fingerprint", source))
     digest = hashlib.sha256()
     for file in find_files(source):
-        filesystem, path = fsspec.core.url_to_fs(file)
-        info = filesystem.info(path)
-        changed = next((info[key] for key in ("mtime", "ETag", "etag", "LastModified", "updated") if key in info), "")
-        digest.update(repr((file, info["size"], str(changed))).encode())
+        digest.update(repr((file.name, file.size, file.state)).encode())
     return digest.hexdigest()
 
 
@@ -106,7 +90,7 @@ def read_records(source: str) -> Iterator[tuple[str, Record]]:
     A text file yields pieces ``{"text": ..., "continues": ...}`` that end at blank lines, or else at the ends of lines.
 
     Args:
-        source: a file, a folder, a pattern, a URI of these (fsspec), or ``hf:NAME``, ``hf:NAME:SPLIT`` of Hugging Face's hub.
+        source: a file, a folder, a pattern, a URI of these, or ``hf:NAME``, ``hf:NAME:SPLIT`` of Hugging Face's hub.
 
     Raises:
         DataError: it is missing, empty or damaged. The message names the file, and the line or byte.
@@ -151,16 +135,16 @@ def load_from_hub(source: str) -> Any:
         raise DataError(f"{source} can't be loaded: {type(error).__name__}: {reason}") from error
 
 
-def _read_file(file: str) -> Iterator[tuple[str, Record]]:
-    suffix = Path(file).suffix.lower()
-    if suffix == ".parquet":
-        return _read_parquet(file)
-    return READERS.get(suffix, _read_lines)(file, read_text(file))
+def _read_file(file: DataFile) -> Iterator[tuple[str, Record]]:
+    path = file.local()
+    if file.suffix == ".parquet":
+        return _read_parquet(file.name, path)
+    return READERS.get(file.suffix, _read_lines)(file.name, read_text(file.name, path))
 
 
-def _read_parquet(file: str) -> Iterator[tuple[str, Record]]:
+def _read_parquet(file: str, path: Path) -> Iterator[tuple[str, Record]]:
     try:
-        with fsspec.open(file, "rb") as opened:
+        with path.open("rb") as opened:
             rows = pq.read_table(opened).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{file} can't be read as Parquet: {error}") from error
@@ -211,15 +195,14 @@ READERS = {".txt": _read_pieces, ".md": _read_pieces, ".csv": _read_csv, ".json"
 """Of text files by their suffix; other files are JSONL."""
 
 
-def read_text(file: str) -> str:
-    """Reads a text file in UTF-8.
+def read_text(file: str, path: Path) -> str:
+    """Reads a text file in UTF-8; `file` is its name for messages.
 
     Raises:
         DataError: it can't be read, or isn't UTF-8. The message names the byte.
     """
     try:
-        with fsspec.open(file, "rb") as opened:
-            data: bytes = opened.read()
+        data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{file} can't be read: {error}") from error
     try:

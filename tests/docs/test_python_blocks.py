@@ -41,7 +41,7 @@ ELSEWHERE = {
 HERE = {
     ("docs/callbacks.md", 0),
     ("docs/check.md", 0),
-    *(("docs/data.md", number) for number in range(4)),
+    *(("docs/data.md", number) for number in range(5)),
     ("docs/fit.md", 0),
     ("docs/fit.md", 1),
     ("docs/from-lte.md", 0),
@@ -103,6 +103,13 @@ def test_a_worker_can_train_on_any_data_set() -> None:
     assert next(iter(run("docs/data.md", 3)["train_batches"](numbers, shard))).tolist() == list(range(32, 64))
     texts = SimpleNamespace(dataset=lambda: [{"tokens": [1] * (1 + n % 3), "id": n} for n in range(12)])
     assert next(iter(run("docs/data.md", 1)["train_batches"](texts, shard))).shape[0] == 4
+
+
+def test_a_worker_reads_a_copy_of_data_in_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/data.md: local_copy gives a path on the node; here of a file that stands for the copy."""
+    (tmp_path / "articles.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    monkeypatch.setattr("lte_ray.data.local_copy", lambda url: str(tmp_path / url.rpartition("/")[2]))
+    assert run("docs/data.md", 4)["dataset"](None) == [{"text": "a"}, {"text": "b"}]
 
 
 def test_a_model_trains_without_a_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,8 @@ def s3_server() -> Iterator[str]:
             environment.setenv(name, value)
         server.start()
         host, port = server.get_host_and_port()
+        # Objects outlive their server, in this process.
+        urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST"))
         boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket=BUCKET)
         yield f"{host}:{port}"
         server.stop()

@@ -34,7 +34,7 @@ def test_a_folder_and_a_pattern_name_files_in_order(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f'{{"name": "{name}"}}')
     assert [record["name"] for record in records(tmp_path)] == ["b.jsonl", "sub/a.jsonl"]
-    assert [Path(file).name for file in find_files(f"{tmp_path}/*.jsonl")] == ["b.jsonl"]
+    assert [Path(file.path).name for file in find_files(f"{tmp_path}/*.jsonl")] == ["b.jsonl"]
     assert records(f"file://{tmp_path}/b.jsonl") == [{"name": "b.jsonl"}]
 
 
@@ -70,10 +70,10 @@ def test_a_folder_gives_its_training_data(tmp_path: Path, caplog: pytest.LogCapt
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
-    assert [Path(file).name for file in find_files(str(tmp_path))] == ["train-0.jsonl"]
+    assert [Path(file.path).name for file in find_files(str(tmp_path))] == ["train-0.jsonl"]
     assert "1 file(s) named train*; test.jsonl isn't read" in caplog.text
     (tmp_path / "test.jsonl").unlink()
-    assert [Path(file).name for file in find_files(str(tmp_path))] == ["train-0.jsonl", "training.jsonl"]
+    assert [Path(file.path).name for file in find_files(str(tmp_path))] == ["train-0.jsonl", "training.jsonl"]
 
 
 @pytest.mark.parametrize(
