@@ -161,7 +161,7 @@ def test_an_interrupted_sweep_continues(cluster: Cluster, tmp_path: Path, end: s
     assert_nothing_left()
 
 
-def _wait_for(reached: Any, timeout: float = 240) -> None:
+def _wait_for(reached: Any, timeout: float = 600) -> None:
     deadline = time.monotonic() + timeout
     while not reached():
         assert time.monotonic() < deadline, "it takes too long"
