@@ -233,7 +233,8 @@ PROGRAMS = {
 OTHER_FLAGS = {
     "--pairs", "--part",  # of benchmarks
     "--address", "--backend-store-uri", "--dashboard-host", "--generate", "--head", "--runtime-env-json", "--working-dir",
-    "--block", "--exclusive", "--labels", "--node-ip-address",
+    "--block", "--deadline-remaining-seconds", "--exclusive", "--labels", "--node-id", "--node-ip-address",
+    "--reason", "--reason-message",
 }  # fmt: skip
 """Flags of programs other than lte-ray."""
 
