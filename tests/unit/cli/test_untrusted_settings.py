@@ -29,7 +29,8 @@ UNPICKLING = {"pickle", "dill", "marshal", "shelve", "joblib", "yaml", "subproce
 def test_the_library_executes_nothing_that_it_reads() -> None:
     """No eval, exec, torch.load or numpy.load. Only `PickledObject`, which carries objects within one run, unpickles.
 
-    `lte_ray.check` opens what it has made itself, as an actor would. The only program that is started is git, with fixed
+    `lte_ray.check` opens what it has made itself, as an actor would; the probe of a node, which needs no lte-ray there, what the
+    driver sends with it. The only program that is started is git, with fixed
     arguments, in the worker's folder.
     """
     found = []
@@ -46,7 +47,8 @@ def test_the_library_executes_nothing_that_it_reads() -> None:
                 if "pickle" in called and called.rpartition(".")[2] in ("load", "loads", "Unpickler"):
                     found.append(f"{where} calls {called}")
                 found += [f"{where} gives {k.arg}" for k in node.keywords if k.arg in ("weights_only", "allow_pickle", "shell")]
-    expected = ["lte_ray/checking/sending.py", "lte_ray/run/environment.py", "lte_ray/runtime/context.py"]
+    probe = ["lte_ray/runtime/node_probe.py"] * 2  # imports and calls
+    expected = ["lte_ray/checking/sending.py", "lte_ray/run/environment.py", "lte_ray/runtime/context.py", *probe]
     assert [f.partition(":")[0] for f in found] == expected, found
     assert "imports subprocess" in found[1]
 
@@ -59,7 +61,7 @@ def test_only_the_actors_of_a_run_unpickle() -> None:
         if "PickledObject" in file.read_text()
     }
     assert "runtime/context.py" in users
-    makers = {"trainer.py", "ladder/ray_runner.py", "checking/sending.py"}
+    makers = {"trainer.py", "ladder/ray_runner.py", "checking/sending.py", "sweep/ray_trials.py", "sweep/trial_actor.py"}
     assert all(user.startswith("runtime/") or user in makers for user in users), users
 
 

@@ -42,7 +42,8 @@ class Cluster:
 def cluster(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Cluster:
     """In place of Ray."""
     made = Cluster(*request.param)
-    monkeypatch.setattr(placement, "_reserve", made.reserve)
+    monkeypatch.setattr(placement, "find_enclosing", lambda actors: None)
+    monkeypatch.setattr(placement, "make_group", made.reserve)
     monkeypatch.setattr(placement, "remove_placement_group", made.remove)
     monkeypatch.setattr(placement, "PlacementGroupSchedulingStrategy", lambda group, index: (group, index))
     monkeypatch.setattr(placement, "time", SimpleNamespace(monotonic=lambda: made.now))
