@@ -1,7 +1,9 @@
-"""Runs on hosts with networks of their own (`tests/support/network.py`), on one machine.
+"""Runs on hosts with networks of their own (`tests/support/network.py`): their traffic, and slow links.
 
-Usage: python -m benchmarks.cluster [--part traffic]; all parts by default. Needs root and iproute2.
+Usage: python -m benchmarks.cluster [--part links|traffic]; all parts by default. Needs root and iproute2.
 
+- links: asynchronous LTE on three hosts that are joined at 100 Mbit/s, data-parallel training of the same model (Ray Train with
+  gloo), and DiLoCo at the same interval.
 - traffic: seconds to the first step, merges, and bytes between hosts against the fewest; 2 to 16 heads, 1 to 4 hosts.
 
 Bytes are those that the hosts' interfaces count, with the headers of packets and with Ray's own messages.
@@ -15,13 +17,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.cluster_links import links
 from benchmarks.cluster_traffic import traffic
 from benchmarks.report import RESULTS, report
 from tests.support.network import NetworkUnavailable
 
 Part = Callable[[], tuple[dict[str, Any], dict[str, tuple[str, bool]]]]
 
-PARTS: dict[str, Part] = {"traffic": traffic}
+PARTS: dict[str, Part] = {"links": links, "traffic": traffic}
 """Each returns its figures, and its limits with whether they are met."""
 
 
