@@ -29,9 +29,8 @@ UNPICKLING = {"pickle", "dill", "marshal", "shelve", "joblib", "yaml", "subproce
 def test_the_library_executes_nothing_that_it_reads() -> None:
     """No eval, exec, torch.load or numpy.load. Only `PickledObject`, which carries objects within one run, unpickles.
 
-    `lte_ray.check` opens what it has made itself, as an actor would; the probe of a node, which needs no lte-ray there, what the
-    driver sends with it. The only program that is started is git, with fixed
-    arguments, in the worker's folder.
+    `lte_ray.check` opens what it has made itself, as an actor would, and the probe of a node what the driver sends with it. The
+    only program that is started is git, with fixed arguments, in the worker's folder.
     """
     found = []
     for file in sorted((ROOT / "lte_ray").rglob("*.py")):

@@ -156,7 +156,8 @@ def test_what_is_no_run_is_one_error(run: Path, tmp_path: Path) -> None:
     """And nothing is written."""
     out = tmp_path / "out.html"
     (tmp_path / "folder").mkdir()
-    for path, part in ((tmp_path / "folder", "no run.toml, and no ladder.json or sweep.json"), (tmp_path / "nothing", "There is no run in")):
+    no_file = "no run.toml, and no ladder.json or sweep.json"
+    for path, part in ((tmp_path / "folder", no_file), (tmp_path / "nothing", "There is no run in")):
         with pytest.raises(StorageError, match=part):
             write_report([run, path], out)
     with pytest.raises(ConfigError, match=r"run is given twice\. Give each run once"):
