@@ -10,11 +10,15 @@ import time
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+from rich.text import Text
+
 from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
 from lte_ray.config.toml import DATA
 from lte_ray.errors import StorageError
 
 if TYPE_CHECKING:
+    from lte_ray.ladder import ResultsFile
     from lte_ray.storage import RunDirectory
 
 NOT_COMPARED = ("name", "storage", "seed", "omitted", DATA)
@@ -62,6 +66,22 @@ def claimed(directory: RunDirectory, results: str, what: str, overwrite: bool) -
             if name not in (LOCK, LEASE):
                 owned.delete(name)
         yield owned
+
+
+def open_results(file: ResultsFile[Any], what: str, console: Console) -> None:
+    """Reads what an earlier call has left in the file, and says so; else creates it.
+
+    Args:
+        what: it holds, for messages: "trainings" or "trials".
+
+    Raises:
+        StorageError: as `ResultsFile.load`, or it can't be written.
+    """
+    file.load()
+    if len(file):
+        console.print(Text(f"{file.directory.display} continues: {len(file)} {what} are done."), soft_wrap=True)
+    else:
+        file.write()
 
 
 def shared_settings(program: str, worker: Any, sections: dict[type, Any], left_out: Collection[str] = ()) -> dict[str, Any]:

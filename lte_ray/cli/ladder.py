@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from lte_ray.cli.call import CallOptions, print_json
-from lte_ray.cli.comparison_folder import claimed, folder_name, open_folder, shared_settings
+from lte_ray.cli.comparison_folder import claimed, folder_name, open_folder, open_results, shared_settings
 from lte_ray.cli.flags import SECTION_TITLES, Subcommand, parse_sections
 from lte_ray.cli.worker_argument import make_without_settings, read_worker
 from lte_ray.config import FailureConfig, LTEConfig, MergeConfig, PlacementConfig, StorageConfig, TrainConfig
@@ -37,7 +37,7 @@ LADDER = Subcommand(
 )
 
 OF_ARMS = ("merge_iter", "lr_scale", "baseline")
-"""Settings of which arms have their own."""
+"""Settings that differ between arms."""
 
 
 def ladder(arguments: list[str]) -> None:
@@ -56,7 +56,7 @@ def ladder(arguments: list[str]) -> None:
 def _climb(program: str, worker: Any, sections: dict[type, Any]) -> None:
     """Trains what isn't trained yet, and shows the result."""
     from lte_ray.cli.ladder_display import LadderDisplay
-    from lte_ray.ladder import check_arms, climb
+    from lte_ray.ladder import ResultsFile, check_arms, climb
     from lte_ray.ladder.rungs import make_rungs
 
     call: CallOptions = sections[CallOptions]
@@ -69,7 +69,8 @@ def _climb(program: str, worker: Any, sections: dict[type, Any]) -> None:
     directory = open_folder(sections[StorageConfig], program, "ladder")
     settings = _shared_settings(program, worker, sections, arms[0])
     with claimed(directory, RESULTS, "ladder", sections[StorageConfig].overwrite) as directory:
-        file = _open_results(directory, settings, console)
+        file: ResultsFile[ArmResult] = ResultsFile(directory, RESULTS, settings)
+        open_results(file, "trainings", console)
         display = LadderDisplay(console, checked.figure)
         results: list[RungResult] = []
         try:
@@ -96,18 +97,6 @@ def _climb(program: str, worker: Any, sections: dict[type, Any]) -> None:
             raise
         file.write(figure=checked.figure.name, best={result.name: result.rate for result in results})
         _show(directory, results, checked, _title(program, arms[0], results, config), call.json)
-
-
-def _open_results(directory: RunDirectory, settings: Mapping[str, Any], console: Console) -> ResultsFile[ArmResult]:
-    from lte_ray.ladder import ResultsFile
-
-    file: ResultsFile[ArmResult] = ResultsFile(directory, RESULTS, settings)
-    file.load()
-    if len(file):
-        console.print(Text(f"{directory.display} continues: {len(file)} trainings are done."), soft_wrap=True)
-    else:
-        file.write()
-    return file
 
 
 def _shared_settings(program: str, worker: Any, sections: dict[type, Any], arm: Arm) -> dict[str, Any]:

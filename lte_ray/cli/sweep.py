@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lte_ray.cli.call import CallOptions, print_json
-from lte_ray.cli.comparison_folder import claimed, folder_name, open_folder, shared_settings
+from lte_ray.cli.comparison_folder import claimed, folder_name, open_folder, open_results, shared_settings
 from lte_ray.cli.flags import HELP, HELP_ALL, Subcommand, parse_sections
 from lte_ray.cli.sweep_flags import TITLES, covering, first_values, read_sweep, switches, to_arguments, training_command
 from lte_ray.cli.train import with_run
@@ -105,8 +105,9 @@ def sweep(arguments: list[str]) -> None:
 def _sweep(command: _Command, worker: Any, sections: dict[type, Any]) -> None:
     """Trains what isn't trained yet, and shows the result."""
     from lte_ray.cli.sweep_display import SweepDisplay
+    from lte_ray.ladder import ResultsFile
     from lte_ray.runtime.cluster import connected
-    from lte_ray.sweep import Halving, SweepEngine, Trial
+    from lte_ray.sweep import Halving, SweepEngine, Trial, TrialResult
     from lte_ray.sweep.checks import check_trials
     from lte_ray.sweep.ray_trials import RayTrials
 
@@ -121,7 +122,8 @@ def _sweep(command: _Command, worker: Any, sections: dict[type, Any]) -> None:
         console.print(Text(note), soft_wrap=True)
     directory = open_folder(storage, command.program, "sweep")
     with claimed(directory, RESULTS, "sweep", storage.overwrite) as directory:
-        file = _open_results(directory, _settings(command, worker, sections, seeds[0]), console)
+        file = ResultsFile(directory, RESULTS, _settings(command, worker, sections, seeds[0]), TrialResult)
+        open_results(file, "trials", console)
         display = SweepDisplay(console, checked.figure, len(trials))
         try:
             with connected(), display.running():
@@ -170,19 +172,6 @@ def _settings(command: _Command, worker: Any, sections: dict[type, Any], seed: i
         shared.get({"policy": "policy_args"}.get(table, table), {}).pop(own, None) if own else None
     kept = ("scheduler", "asha_start", "asha_factor")
     return {**shared, "over": list(config.over), "first_seed": seed, **{name: getattr(config, name) for name in kept}}
-
-
-def _open_results(directory: RunDirectory, settings: dict[str, Any], console: Console) -> ResultsFile[TrialResult]:
-    from lte_ray.ladder import ResultsFile
-    from lte_ray.sweep import TrialResult
-
-    file = ResultsFile(directory, RESULTS, settings, TrialResult)
-    file.load()
-    if len(file):
-        console.print(Text(f"{directory.display} continues: {len(file)} trials are done."), soft_wrap=True)
-    else:
-        file.write()
-    return file
 
 
 def _show(

@@ -43,7 +43,7 @@ class SweepDisplay:
             yield
 
     def expect(self, more: int) -> None:
-        """There are so many trials more."""
+        """Adds `more` trials to those that the bar counts."""
         self._trials += more
         self._bars.update(self._bar, total=self._trials)
 

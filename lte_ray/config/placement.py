@@ -1,4 +1,4 @@
-"""The settings of what heads get of a cluster, and of which nodes processes may be on."""
+"""The settings of placement: the resources that heads reserve, and the nodes that processes may be on."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ class SweepConfig:
     )
     asha_start: float = setting(0.1, "Part of the samples that every training takes before it may end.")
     asha_factor: int = setting(
-        3, "One of so many trainings goes on at --asha-start, and again after every so many times as many samples."
+        3, "At each comparison one training in this many goes on. The next comparison is after this many times the samples."
     )
     seeds: tuple[int, ...] = setting(
         (), "Seeds; by default --seed. All configurations are tried with the first one, and --finalists with the others, too."

@@ -80,7 +80,7 @@ class RunClaim:
             directory.delete()  # the link, not its target
         existed = directory.exists()
         with contextlib.ExitStack() as stack:
-            if existed or not directory.is_local:  # a lease needs no folder, and a folder there keeps nobody out
+            if existed or not directory.is_local:  # a lease needs no folder, and a folder there excludes no driver
                 directory = stack.enter_context(exclusive_lock(directory))
             if self._versions() != self._checked_versions:  # another process trained while this one waited for the cluster
                 self._resume = self._find_checkpoint()

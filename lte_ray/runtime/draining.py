@@ -1,4 +1,4 @@
-"""Which nodes drain: machines that will be taken away, of which Ray was told by a cloud, an autoscaler or `ray drain-node`."""
+"""Which nodes drain: a cloud, an autoscaler or `ray drain-node` has told Ray that they will be taken away."""
 
 from __future__ import annotations
 

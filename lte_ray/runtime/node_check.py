@@ -35,7 +35,7 @@ def check_nodes(directory: RunDirectory, head_labels: Mapping[str, str], coordin
     time. Does nothing if the driver's node is the only one.
 
     Args:
-        directory: of the run. It needn't exist.
+        directory: of the run. It may not exist yet.
         head_labels: Ray's label selector of the nodes that heads may be on.
         coordinator_labels: where the coordinator may be, as of `Placement`.
 

@@ -1,4 +1,4 @@
-"""One object of an object store that is written only if nobody else has written it in the meantime.
+"""One object of an object store that is written only if no other process has written it in the meantime.
 
 pyarrow and fsspec can't do that. The package obstore can, on S3 (If-None-Match, If-Match), Google Cloud Storage (generations)
 and Azure (ETags). It is given the address and the credentials that pyarrow's filesystem has.

@@ -123,7 +123,7 @@ class Lease:
         return self._stored.replace(serialize(self._owner, self._number), self._tag)
 
     def release(self) -> None:
-        """Gives it back, so that the next driver needn't wait, if storage allows."""
+        """Gives it back, so that the next driver doesn't have to wait, if storage allows."""
         self._ended.set()
         with self._lock, contextlib.suppress(OSError, Unsupported):
             if not self._lost:
@@ -259,7 +259,7 @@ def _probe(stored: ConditionalObject, owner: str, tag: Tag) -> Tag:
     Raises:
         Unsupported: it doesn't.
     """
-    data = serialize(owner, 1, released=True)  # if this is written, it keeps nobody waiting
+    data = serialize(owner, 1, released=True)  # once this is written, no driver waits
     ignored = stored.create(data) is not None
     if not ignored and stored.kind == "s3":
         ignored = stored.replace(data, {"e_tag": MADE_UP}) is not None

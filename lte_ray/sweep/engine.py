@@ -17,7 +17,7 @@ MAX_RESTARTS = 3
 """How often the process of a trial is started again after it was lost."""
 
 MAX_FAILED = 3
-"""So many trials may fail before the first one gives a result."""
+"""Trials that may fail before the first one gives a result."""
 
 
 @dataclass(frozen=True)

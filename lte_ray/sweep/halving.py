@@ -15,7 +15,7 @@ class Halving:
     """Compares trainings at milestones: `first` samples, then `factor` times as many, and so on below `last`.
 
     A training goes on if, of those that have reached the milestone so far, it is among the best 1/`factor`, or the best. So the
-    first one always does, and nobody waits for others.
+    first one always does, and no training waits for others.
 
     Args:
         first: samples of the first milestone.

@@ -192,7 +192,7 @@ def rejoin(
         except INVALID_STATE_ERRORS as error:
             missing = f"its saved optimizer state can't be used ({type(error).__name__}: {error})"
             head.optimizer.state.clear()
-    has_factors = reference is not None or head.settings.lte.reset == "B"  # else the head begins anew
+    has_factors = reference is not None or head.settings.lte.reset == "B"  # else the head starts from the beginning
     exact = saved is not None and not missing and has_factors and _is_saved_at(position, saved)
     head.resume(position, reference)
     if not exact:  # else the schedule is where it was
